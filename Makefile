@@ -1,0 +1,60 @@
+# Targets that load BPF programs need root. `make setup` is what the others start from; it is quick the second time.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PYTEST := $(PYTHON) -m pytest
+READY := $(VENV)/.graft-setup
+
+.NOTPARALLEL:
+.PHONY: help setup demo test unit kernel e2e lint format check bench wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: Debian packages, .venv, bpffs (root; repeatable)
+	@.ci/setup
+
+demo: setup ## nginx in a namespace that has only lo, answering through the host's stack (root)
+	@examples/demo
+
+test: setup lint ## lint, then every test in one run (root)
+	$(PYTEST) tests/unit tests/kernel tests/e2e
+
+unit: $(READY) ## the tests that need neither root nor a kernel feature
+	$(PYTEST) tests/unit
+
+kernel: setup ## the tests with real BPF programs (root)
+	$(PYTEST) tests/kernel
+
+e2e: setup ## the tests with real servers and clients under graft (root)
+	$(PYTEST) tests/e2e
+
+lint: $(READY) ## ruff, ruff format --check, mypy --strict
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(READY) ## put the code into shape: imports and ruff format
+	$(PYTHON) -m ruff check --fix-only --select I .
+	$(PYTHON) -m ruff format .
+
+check: lint unit ## what runs before a push: lint and unit tests, under a minute
+
+bench: setup ## measure host, bridge with NAT and swap; writes build/bench.json and docs/performance.md (root)
+	$(PYTHON) -m tests.bench $(BENCH)
+
+# setuptools leaves a copy of the sources in build/, and would put a module that is gone since into the next wheel.
+wheel: $(READY) ## build dist/graft-*.whl
+	rm -rf build/lib build/bdist.* dist
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove everything that can be made again, .venv too
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Made by `make setup`; older than pyproject.toml it is made anew.
+$(READY): pyproject.toml .ci/setup
+	@.ci/setup
+	@touch $@
