@@ -1,0 +1,200 @@
+/* The structures that Graft's BPF programs and its Python controller share.
+ *
+ * graft/layout.py holds the same layouts for Python; tests/kernel/test_layout.py compares the two.
+ * Ports are in host order unless a name ends in _be; addresses are always in network order, and an
+ * IPv4 address fills the first four bytes of its field.
+ */
+#ifndef GRAFT_H
+#define GRAFT_H
+
+#define GRAFT_NAME_LEN 32 /* an endpoint's name with its closing NUL */
+
+#define GRAFT_IPV4 4
+#define GRAFT_IPV6 6
+
+/* Bits of endpoint.protocols. */
+#define GRAFT_TCP 1
+#define GRAFT_UDP 2
+
+/* Bits of endpoint.flags. */
+#define GRAFT_ENDPOINT_OPEN 1 /* a container may ask for it by its environment */
+
+/* Where a socket lives. */
+#define GRAFT_HOME_CONTAINER 0
+#define GRAFT_HOME_HOST 1
+
+/* How a container's sockets come to the host's stack. */
+#define GRAFT_TRANSPORT_DIRECT 1
+#define GRAFT_TRANSPORT_SWAP 2
+#define GRAFT_TRANSPORT_SPLICE 3
+
+/* What becomes of an address that no rule names (container.bind_default, connect_default). */
+#define GRAFT_DEFAULT_CONTAINER 0
+#define GRAFT_DEFAULT_DENY 1
+
+/* What an egress rule says of a destination. NONE: no rule speaks of it, the default decides. */
+#define GRAFT_VERDICT_NONE 0
+#define GRAFT_VERDICT_GRANT 1
+#define GRAFT_VERDICT_DENY 2
+#define GRAFT_VERDICT_CONTAINER 3
+
+/* `endpoints`: id -> struct endpoint. */
+struct endpoint {
+	__u64 netns;     /* cookie of the network namespace that the address belongs to */
+	__u8 addr[16];
+	__u16 port;      /* 0: dynamic, the kernel picks */
+	__u8 family;     /* GRAFT_IPV4 or GRAFT_IPV6 */
+	__u8 protocols;
+	__u32 flags;
+};
+
+/* `endpoint_names`: struct endpoint_name -> id. */
+struct endpoint_name {
+	char name[GRAFT_NAME_LEN];
+};
+
+/* `containers`: id -> struct container. One update of an entry switches a whole policy: the rules
+ * of the new one are there, under a ruleset number of their own, before the entry names it. */
+struct container {
+	__u64 netns;     /* cookie of the namespace that its processes live in */
+	__u32 ruleset;
+	__u8 transport;
+	__u8 bind_default;
+	__u8 connect_default;
+	__u8 flags;
+};
+
+/* `ingress`: which bind becomes which endpoint. A range of ports is split into prefixes, which is
+ * why the port stands last and in network order. */
+struct ingress_key {
+	__u32 prefixlen;
+	__u32 ruleset;
+	__u8 protocol;   /* IPPROTO_TCP or IPPROTO_UDP */
+	__u8 family;     /* of the address that the program binds */
+	__u8 any;        /* 1: the rule holds for any address, addr is zero */
+	__u8 zero;
+	__u8 addr[16];
+	__be16 port_be;
+	__u16 zero2;
+};
+#define GRAFT_INGRESS_FIXED_BITS (8 * (4 + 4 + 16)) /* all of the key before the port */
+
+struct ingress_value {
+	__u32 endpoint;
+};
+
+/* `egress`: the longest prefix that holds a destination -> the node that its ports are listed under. */
+struct egress_key {
+	__u32 prefixlen;
+	__u32 ruleset;
+	__u8 protocol;
+	__u8 family;
+	__u8 zero[2];
+	__u8 addr[16];
+};
+#define GRAFT_EGRESS_FIXED_BITS (8 * (4 + 4)) /* all of the key before the address */
+
+struct egress_value {
+	__u32 node;
+};
+
+/* `egress_ports`: (node, port prefix) -> what to do. */
+struct egress_port_key {
+	__u32 prefixlen;
+	__u32 ruleset;
+	__u32 node;
+	__be16 port_be;
+	__u16 zero;
+};
+#define GRAFT_EGRESS_PORT_FIXED_BITS (8 * (4 + 4))
+
+struct egress_port_value {
+	__u32 verdict;
+	__u32 endpoint;
+};
+
+/* `scopes`: cgroup storage, one for each cgroup that the programs are attached to. container 0 is a
+ * cgroup of Graft's own, where only tagged sockets are looked at. */
+struct scope {
+	__u32 container;
+	__u32 zero;
+};
+
+/* Bits of tag.flags. */
+#define GRAFT_TAG_BOUND 1 /* the kernel has bound this socket to tag.endpoint */
+#define GRAFT_TAG_DEAF 2  /* it listened without an endpoint, and was made unreachable */
+
+/* `tags`: socket storage, cloned to accepted sockets. */
+struct tag {
+	__u32 container;
+	__u32 endpoint;
+	__u8 home;
+	__u8 family;     /* of the address that the program asked for */
+	__u16 port;      /* the port that the program asked for */
+	__u32 flags;
+	__u8 addr[16];   /* the address that the program asked for */
+};
+
+/* `options`: socket storage, which options a program set before its socket was swapped. Only their
+ * names: the values are read from the socket, because a call that the kernel refused is seen too. */
+#define GRAFT_OPTIONS_MAX 32
+struct option {
+	__u16 level;
+	__u16 name;
+};
+
+/* Bits of options.probed. */
+#define GRAFT_PROBED 1      /* the two fields below hold what the kernel had at the last probe */
+#define GRAFT_PROBED_EPOLL 2 /* the socket's file is registered with an epoll instance */
+
+struct options {
+	__u32 count;
+	__u32 overflow;  /* 1: more options than slots, ask for every known one */
+	__u32 probed;
+	__u32 references; /* to the socket's file: more than expected means a dup or a fork */
+	struct option option[GRAFT_OPTIONS_MAX];
+};
+
+/* What a hook decided (counters' and events' `decision`). */
+#define GRAFT_DECISION_REWRITTEN 0      /* a bind became an endpoint's */
+#define GRAFT_DECISION_CONNECTED 1      /* a granted destination */
+#define GRAFT_DECISION_LEFT 2           /* not granted, left in the container's namespace */
+#define GRAFT_DECISION_REFUSED_BIND 3
+#define GRAFT_DECISION_REFUSED_CONNECT 4
+#define GRAFT_DECISION_REFUSED_OPTION 5
+#define GRAFT_DECISION_DEAFENED 6
+#define GRAFT_DECISIONS 8
+
+/* `counters`: (container, decision) -> how often. */
+struct counter_key {
+	__u32 container;
+	__u32 decision;
+};
+
+/* `events`: one for each decision, written only while someone reads (settings.trace). */
+struct event {
+	__u64 time;      /* ns, CLOCK_MONOTONIC */
+	__u32 container;
+	__u32 decision;
+	__u32 pid;
+	__u32 endpoint;
+	__u8 addr[16];
+	__u16 port;
+	__u8 family;
+	__u8 protocol;
+	__u8 home;
+	__u8 zero[3];
+	char comm[16];
+};
+
+/* `settings`: one entry. */
+struct settings {
+	__u32 version;   /* of these layouts: a controller with another one refuses the pins */
+	__u32 trace;
+	__u32 last_id;   /* last id handed out, for endpoints, containers and rulesets */
+	__u32 zero;
+	__u64 supervisors; /* id of the cgroup that supervisors run in */
+};
+#define GRAFT_LAYOUT_VERSION 1
+
+#endif

@@ -1,0 +1,1 @@
+/* Byte order comes from the compiler. */

@@ -1,0 +1,1 @@
+/* Nothing: see linux/posix_types.h. */

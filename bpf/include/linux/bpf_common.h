@@ -1,0 +1,1 @@
+/* Nothing: bcc's own copy of the BPF header has it all. */

@@ -1,0 +1,1 @@
+/* Nothing: no program of ours meets a POSIX type. */

@@ -1,0 +1,1 @@
+/* Empty on purpose: bcc brings the BPF header of its own version. */

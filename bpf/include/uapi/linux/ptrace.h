@@ -1,0 +1,1 @@
+/* Asked for by bcc's helpers, used by none of ours. */

@@ -1,0 +1,2 @@
+/* The user-space side of the same types. */
+#include <linux/types.h>

@@ -1,0 +1,91 @@
+"""Which cgroups the programs are attached to, and for which container.
+
+A socket's cgroup says whose it is; the cgroup storage `scopes`, made by the attachment, names the
+container. An attachment lives as long as its cgroup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from graft import layout
+from graft.errors import KernelError
+from graft.kernel import bpf, cgroup
+from graft.loader import PROGRAMS
+from graft.maps import Maps
+from graft.settings import Settings
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _programs(settings: Settings) -> Iterator[dict[str, int]]:
+    """Attach point -> descriptor of the program that belongs there."""
+    fds: dict[str, int] = {}
+    try:
+        for program in PROGRAMS:
+            fds[program.attach] = bpf.obj_get(settings.pin_dir / f"prog_{program.name}")
+        yield fds
+    finally:
+        for fd in fds.values():
+            os.close(fd)
+
+
+def attach(settings: Settings, path: Path, container: int) -> None:
+    """Put the programs on the cgroup at ``path``, for ``container`` (0: Graft's own). Repeatable.
+
+    All of them or none: what was attached before a failure is taken off again. Raises KernelError.
+    """
+    with _opened(path) as cgroup_fd, _programs(settings) as programs:
+        done: list[tuple[int, int]] = []
+        try:
+            for name, fd in programs.items():
+                kind = bpf.ATTACH_TYPES[name]
+                if bpf.prog_id(fd) not in bpf.prog_ids(cgroup_fd, kind):
+                    bpf.prog_attach(cgroup_fd, fd, kind)
+                    done.append((fd, kind))
+            set_scope(settings, path, container)
+        except OSError as error:
+            for fd, kind in done:
+                bpf.prog_detach(cgroup_fd, fd, kind)
+            raise KernelError(f"cannot attach to the cgroup {path}: {error}") from error
+
+
+def set_scope(settings: Settings, path: Path, container: int) -> None:
+    """Say whose the sockets of an attached cgroup are."""
+    scopes = Maps(settings.pin_dir).scopes
+    scopes.put(ctypes.c_uint64(cgroup.cgroup_id(path)), layout.Scope(container=container))
+    scopes.close()
+
+
+def detach(settings: Settings, path: Path) -> None:
+    """Take the programs off a cgroup. Safe to repeat, and where the cgroup is gone."""
+    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _programs(settings) as programs:
+        for name, fd in programs.items():
+            with contextlib.suppress(OSError):
+                bpf.prog_detach(cgroup_fd, fd, bpf.ATTACH_TYPES[name])
+
+
+def attached_cgroups(settings: Settings) -> list[Path]:
+    """Every cgroup that the programs are on, Graft's own among them."""
+    ids = {int(key.value) for key in Maps(settings.pin_dir).scopes.keys()}  # noqa: SIM118
+    return [Path(folder) for folder, _, _ in os.walk(cgroup.v2_mount()) if os.stat(folder).st_ino in ids]
+
+
+def detach_all(settings: Settings) -> None:
+    """Take the programs off every cgroup."""
+    if not (settings.pin_dir / "scopes").exists():
+        return
+    for path in attached_cgroups(settings):
+        detach(settings, path)

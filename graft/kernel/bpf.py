@@ -1,0 +1,218 @@
+"""bpf(2): maps, pins, attachments. Nothing else in Graft calls it.
+
+Sources: bpf(2); include/uapi/linux/bpf.h (commands, `union bpf_attr`, attach types). The first three
+commands are on the path of every swapped socket, so a map keeps its attribute block and buffers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from graft.kernel.syscalls import number, syscall
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# enum bpf_cmd
+_MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
+_OBJ_PIN, _OBJ_GET, _PROG_ATTACH, _PROG_DETACH = 6, 7, 8, 9
+_PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
+
+ANY, NOEXIST, EXIST = 0, 1, 2
+ALLOW_MULTI = 2
+QUERY_EFFECTIVE = 1
+
+# enum bpf_attach_type
+ATTACH_TYPES = {
+    "sock_ops": 3,
+    "bind4": 8,
+    "bind6": 9,
+    "connect4": 10,
+    "connect6": 11,
+    "post_bind4": 12,
+    "post_bind6": 13,
+    "sendmsg4": 14,
+    "sendmsg6": 15,
+    "setsockopt": 22,
+    "getpeername4": 29,
+    "getpeername6": 30,
+    "getsockname4": 31,
+    "getsockname6": 32,
+}
+# enum bpf_prog_type
+PROG_CGROUP_SOCK, PROG_SOCK_OPS, PROG_CGROUP_SOCK_ADDR, PROG_CGROUP_SOCKOPT = 9, 13, 18, 25
+
+
+class _ElemAttr(ctypes.Structure):
+    _fields_ = (
+        ("map_fd", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("key", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+class _ObjAttr(ctypes.Structure):
+    _fields_ = (("pathname", ctypes.c_uint64), ("bpf_fd", ctypes.c_uint32), ("file_flags", ctypes.c_uint32))
+
+
+class _AttachAttr(ctypes.Structure):
+    _fields_ = (
+        ("target_fd", ctypes.c_uint32),
+        ("attach_bpf_fd", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+        ("attach_flags", ctypes.c_uint32),
+        ("replace_bpf_fd", ctypes.c_uint32),
+    )
+
+
+class _QueryAttr(ctypes.Structure):
+    _fields_ = (
+        ("target_fd", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+        ("query_flags", ctypes.c_uint32),
+        ("attach_flags", ctypes.c_uint32),
+        ("prog_ids", ctypes.c_uint64),
+        ("prog_cnt", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class _InfoAttr(ctypes.Structure):
+    _fields_ = (("bpf_fd", ctypes.c_uint32), ("info_len", ctypes.c_uint32), ("info", ctypes.c_uint64))
+
+
+class _ProgInfo(ctypes.Structure):
+    """The head of struct bpf_prog_info."""
+
+    _fields_ = (("type", ctypes.c_uint32), ("id", ctypes.c_uint32))
+
+
+def _bpf(command: int, attr: ctypes.Structure) -> int:
+    return syscall("bpf", command, ctypes.byref(attr), ctypes.sizeof(attr))
+
+
+def obj_pin(fd: int, path: Path) -> None:
+    """Pin the map or program ``fd`` at ``path`` of a bpffs, readable by its owner only."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    _bpf(_OBJ_PIN, _ObjAttr(pathname=ctypes.addressof(name), bpf_fd=fd))
+    os.chmod(path, 0o600)
+
+
+def obj_get(path: Path) -> int:
+    """A new descriptor of what is pinned at ``path``. Raises OSError, as all here do."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    return _bpf(_OBJ_GET, _ObjAttr(pathname=ctypes.addressof(name)))
+
+
+def prog_attach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
+    """Attach beside whatever else is attached there (BPF_F_ALLOW_MULTI)."""
+    _bpf(_PROG_ATTACH, _AttachAttr(cgroup_fd, prog_fd, attach_type, ALLOW_MULTI))
+
+
+def prog_detach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
+    """Undo prog_attach."""
+    _bpf(_PROG_DETACH, _AttachAttr(cgroup_fd, prog_fd, attach_type))
+
+
+def prog_ids(cgroup_fd: int, attach_type: int, effective: bool = False) -> list[int]:
+    """Ids of the programs attached to a cgroup, or (``effective``) run for it, those of its parents too."""
+    ids = (ctypes.c_uint32 * 64)()
+    attr = _QueryAttr(
+        target_fd=cgroup_fd,
+        attach_type=attach_type,
+        query_flags=QUERY_EFFECTIVE if effective else 0,
+        prog_ids=ctypes.addressof(ids),
+        prog_cnt=len(ids),
+    )
+    _bpf(_PROG_QUERY, attr)
+    return list(ids[: attr.prog_cnt])
+
+
+def prog_id(prog_fd: int) -> int:
+    """The kernel's id of a program."""
+    info = _ProgInfo()
+    _bpf(_OBJ_GET_INFO_BY_FD, _InfoAttr(prog_fd, ctypes.sizeof(info), ctypes.addressof(info)))
+    return int(info.id)
+
+
+KeyT = TypeVar("KeyT", bound="ctypes._CData")
+ValueT = TypeVar("ValueT", bound="ctypes._CData")
+
+
+class Map(Generic[KeyT, ValueT]):
+    """A BPF map by its descriptor, with keys and values as ctypes objects.
+
+    Not for use by several threads at once: lookups share one value buffer.
+    """
+
+    def __init__(self, fd: int, key: type[KeyT], value: type[ValueT]) -> None:
+        self.fd = fd
+        self._key, self._value = key, value
+        self._found = value()
+        self._attr = _ElemAttr(map_fd=fd, value=ctypes.addressof(self._found))
+        self._lookup = (ctypes.c_long(number("bpf")), ctypes.c_int(_MAP_LOOKUP_ELEM), ctypes.byref(self._attr))
+        self._attr_size = ctypes.c_uint(ctypes.sizeof(_ElemAttr))
+
+    @classmethod
+    def pinned(cls, path: Path, key: type[KeyT], value: type[ValueT]) -> Map[KeyT, ValueT]:
+        """The map that is pinned at ``path``."""
+        return cls(obj_get(path), key, value)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self.fd)
+
+    def peek(self, key: KeyT) -> ValueT | None:
+        """What stands at ``key``, in a buffer that the next call overwrites; None where there is nothing."""
+        self._attr.key = ctypes.addressof(key)
+        if _libc.syscall(*self._lookup, self._attr_size) == 0:
+            return self._found
+        code = ctypes.get_errno()
+        if code == errno.ENOENT:
+            return None
+        raise OSError(code, f"bpf(BPF_MAP_LOOKUP_ELEM): {os.strerror(code)}")
+
+    def get(self, key: KeyT) -> ValueT | None:
+        """A copy of what stands at ``key``; None where there is nothing."""
+        found = self.peek(key)
+        return None if found is None else self._value.from_buffer_copy(found)
+
+    def put(self, key: KeyT, value: ValueT, flags: int = ANY) -> None:
+        """Write. With NOEXIST raises FileExistsError where there is an entry already."""
+        attr = _ElemAttr(self.fd, 0, ctypes.addressof(key), ctypes.addressof(value), flags)
+        _bpf(_MAP_UPDATE_ELEM, attr)
+
+    def delete(self, key: KeyT) -> bool:
+        """Remove an entry; False where there was none."""
+        try:
+            _bpf(_MAP_DELETE_ELEM, _ElemAttr(self.fd, 0, ctypes.addressof(key)))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def keys(self) -> list[KeyT]:
+        """All keys, as they are now. Read at one go, so that entries can be deleted while they are walked."""
+        found: list[KeyT] = []
+        key: KeyT | None = None
+        while True:
+            following = self._key()
+            attr = _ElemAttr(self.fd, 0, 0 if key is None else ctypes.addressof(key), ctypes.addressof(following))
+            try:
+                _bpf(_MAP_GET_NEXT_KEY, attr)
+            except FileNotFoundError:
+                return found
+            found.append(following)
+            key = following
+
+    def items(self) -> Iterator[tuple[KeyT, ValueT]]:
+        """All entries that are still there when they are read."""
+        for key in self.keys():
+            value = self.get(key)
+            if value is not None:
+                yield key, value

@@ -1,0 +1,97 @@
+"""Other processes by descriptor: pidfd_open(2), pidfd_getfd(2), process_vm_readv(2).
+
+A pidfd names one process for ever, so that nothing here can hit another one that was given its number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import signal
+
+from graft.kernel.syscalls import number, syscall
+
+_libc = ctypes.CDLL(None, use_errno=True)
+PIDFD_THREAD = os.O_EXCL  # since 6.9, include/uapi/linux/pidfd.h
+
+
+def pidfd_open(pid: int) -> int:
+    """A descriptor of process ``pid``. Raises ProcessLookupError."""
+    return syscall("pidfd_open", pid, 0)
+
+
+def pidfd_open_thread(tid: int) -> int:
+    """A descriptor of the process that thread ``tid`` belongs to, or of the thread itself where that is possible."""
+    try:
+        return syscall("pidfd_open", tid, PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return pidfd_open(thread_group(tid))
+
+
+def thread_group(tid: int) -> int:
+    """The process id of thread ``tid``. Raises ProcessLookupError."""
+    try:
+        with open(f"/proc/{tid}/status", "rb") as status:
+            found = re.search(rb"^Tgid:\s+(\d+)", status.read(), re.M)
+    except FileNotFoundError:
+        raise ProcessLookupError(errno.ESRCH, f"no thread {tid}") from None
+    assert found is not None
+    return int(found[1])
+
+
+_getfd_number = ctypes.c_long(number("pidfd_getfd"))
+_zero = ctypes.c_uint(0)
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A copy of descriptor ``fd`` of that process, close-on-exec. Raises OSError (EBADF, ESRCH)."""
+    copy = int(_libc.syscall(_getfd_number, pidfd, fd, _zero))
+    if copy < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"pidfd_getfd: {os.strerror(code)}")
+    return copy
+
+
+def pidfd_send_signal(pidfd: int, signum: int) -> None:
+    """Signal the process. Raises ProcessLookupError where it is gone."""
+    signal.pidfd_send_signal(pidfd, signum)
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_uint64), ("len", ctypes.c_size_t))
+
+
+class MemoryReader:
+    """Reads up to ``size`` bytes of another process's memory, with one system call and no allocation.
+
+    What is read is a hint and nothing more: the process may write there at any time.
+    """
+
+    def __init__(self, size: int = 128) -> None:
+        self._buffer = ctypes.create_string_buffer(size)
+        self._local = _Iovec(ctypes.addressof(self._buffer), size)
+        self._remote = _Iovec()
+        self._number = ctypes.c_long(number("process_vm_readv"))
+        self._tail = (
+            ctypes.byref(self._local),
+            ctypes.c_ulong(1),
+            ctypes.byref(self._remote),
+            ctypes.c_ulong(1),
+            ctypes.c_ulong(0),
+        )
+        self._size = size
+
+    def read(self, pid: int, address: int, size: int) -> bytes:
+        """``size`` bytes at ``address`` (at most the reader's own size). Raises OSError (EFAULT, ESRCH)."""
+        size = min(size, self._size)
+        self._local.len = self._remote.len = size
+        self._remote.base = address
+        got = int(_libc.syscall(self._number, pid, *self._tail))
+        if got < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"process_vm_readv: {os.strerror(code)}")
+        return self._buffer.raw[:got]

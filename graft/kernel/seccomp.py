@@ -1,0 +1,182 @@
+"""seccomp user notification: the filter, the listener, and its ioctls.
+
+Sources: seccomp(2), seccomp_unotify(2), include/uapi/linux/seccomp.h, include/uapi/linux/audit.h. The
+filter looks at the system call's number and architecture only: it cannot see the memory behind a pointer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import platform
+import struct
+from dataclasses import dataclass
+
+from graft.kernel.syscalls import syscall
+
+_SET_MODE_FILTER = 1
+_FLAG_NEW_LISTENER = 1 << 3
+_FLAG_TSYNC_ESRCH = 1 << 4
+_FLAG_WAIT_KILLABLE_RECV = 1 << 5
+
+_RET_ALLOW = 0x7FFF0000
+_RET_USER_NOTIF = 0x7FC00000
+
+_USER_NOTIF_FLAG_CONTINUE = 1
+_FD_SYNC_WAKE_UP = 1
+_ADDFD_FLAG_SETFD = 1
+
+
+def _ioc(direction: int, nr: int, size: int) -> int:
+    return direction << 30 | size << 16 | ord("!") << 8 | nr
+
+
+_NOTIF_SIZE, _RESP_SIZE, _ADDFD_SIZE = 80, 24, 24
+_NOTIF_RECV = _ioc(3, 0, _NOTIF_SIZE)
+_NOTIF_SEND = _ioc(3, 1, _RESP_SIZE)
+_NOTIF_ID_VALID = _ioc(1, 2, 8)
+_NOTIF_ADDFD = _ioc(1, 3, _ADDFD_SIZE)
+_NOTIF_SET_FLAGS = _ioc(1, 4, 8)
+
+# struct seccomp_notif: id, pid, flags, then struct seccomp_data: nr, arch, instruction_pointer, args[6]
+_NOTIF = struct.Struct("=QIIiIQ6Q")
+_RESP = struct.Struct("=QqiI")
+_ADDFD = struct.Struct("=QIIII")
+_ID = struct.Struct("=Q")
+
+# AUDIT_ARCH_* and the system calls' numbers of the architectures that Graft knows.
+_ARCHES: dict[str, tuple[int, dict[str, int]]] = {
+    "x86_64": (0xC000003E, {"connect": 42, "bind": 49, "listen": 50}),
+    "aarch64": (0xC00000B7, {"connect": 203, "bind": 200, "listen": 201}),
+}
+TRAPPED = ("bind", "connect", "listen")
+
+
+def architecture() -> tuple[int, dict[str, int]]:
+    """This machine's AUDIT_ARCH and the numbers of the trapped calls. Raises OSError(ENOSYS) if unknown."""
+    try:
+        return _ARCHES[platform.machine()]
+    except KeyError:
+        raise OSError(errno.ENOSYS, f"seccomp: {platform.machine()} is not known") from None
+
+
+def filter_program() -> bytes:
+    """The BPF filter: notify for bind, connect and listen of this architecture, allow all else.
+
+    Calls of another architecture (32-bit) and x86's x32 numbers pass untouched: they act on the
+    container's own sockets, and the hooks hold host-homed ones to the policy all the same.
+    """
+    arch, calls = architecture()
+    numbers = [calls[name] for name in TRAPPED]
+    load, jeq, ret = 0x20, 0x15, 0x06
+    count = len(numbers)
+    program = [(load, 0, 0, 4), (jeq, 0, count + 1, arch), (load, 0, 0, 0)]
+    program += [(jeq, count - index, 0, value) for index, value in enumerate(numbers)]
+    program += [(ret, 0, 0, _RET_ALLOW), (ret, 0, 0, _RET_USER_NOTIF)]
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+class _FilterProgram(ctypes.Structure):
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def install_listener() -> int:
+    """Put the filter on the calling process, for ever, and give the descriptor of its notifications.
+
+    Needs CAP_SYS_ADMIN (or no_new_privs). WAIT_KILLABLE_RECV (5.19) keeps signals, which Go's runtime
+    sends all the time, from restarting a call that a supervisor is at work on.
+    """
+    text = filter_program()
+    held = ctypes.create_string_buffer(text, len(text))
+    program = _FilterProgram(len(text) // 8, ctypes.addressof(held))
+    try:
+        flags = _FLAG_NEW_LISTENER | _FLAG_WAIT_KILLABLE_RECV
+        return syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(program))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return syscall("seccomp", _SET_MODE_FILTER, _FLAG_NEW_LISTENER, ctypes.byref(program))
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """One trapped call: who waits (``pid`` is a thread's id), what it called, with which arguments."""
+
+    id: int
+    pid: int
+    nr: int
+    arch: int
+    args: tuple[int, ...]
+
+    @classmethod
+    def unpack(cls, raw: bytes | bytearray | memoryview) -> Notification:
+        """From struct seccomp_notif."""
+        unique, pid, _flags, nr, arch, _ip, *args = _NOTIF.unpack_from(raw)
+        return cls(unique, pid, nr, arch, tuple(args))
+
+
+class Listener:
+    """A notification descriptor."""
+
+    SIZE = _NOTIF_SIZE
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._empty = bytes(_NOTIF_SIZE)
+        self._raw = bytearray(_NOTIF_SIZE)
+
+    def wake_on_this_core(self) -> bool:
+        """Ask for synchronous wake-up (6.6): the caller sleeps anyway, so the supervisor takes its core."""
+        try:
+            fcntl.ioctl(self.fd, _NOTIF_SET_FLAGS, _FD_SYNC_WAKE_UP)
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> bytearray | None:
+        """The next notification as it came, in a buffer that the next call overwrites.
+
+        None where the caller went away (ENOENT) or a signal came in between. Blocks where none is waiting.
+        """
+        self._raw[:] = self._empty
+        try:
+            fcntl.ioctl(self.fd, _NOTIF_RECV, self._raw)
+        except InterruptedError:
+            return None
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        return self._raw
+
+    def is_valid(self, unique: int) -> bool:
+        """Whether that call is still waiting; what was read about its process before is then its own."""
+        try:
+            fcntl.ioctl(self.fd, _NOTIF_ID_VALID, _ID.pack(unique))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _send(self, unique: int, value: int, error: int, flags: int) -> bool:
+        try:
+            fcntl.ioctl(self.fd, _NOTIF_SEND, _RESP.pack(unique, value, error, flags))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def resume(self, unique: int) -> bool:
+        """Let the call run. False if its caller is gone."""
+        return self._send(unique, 0, 0, _USER_NOTIF_FLAG_CONTINUE)
+
+    def answer(self, unique: int, error: int = 0) -> bool:
+        """End the call without running it: 0, or failed with errno ``error``. False if its caller is gone."""
+        return self._send(unique, 0, -error, 0)
+
+    def replace(self, unique: int, source: int, target: int, cloexec: bool) -> None:
+        """Put our descriptor ``source`` at number ``target`` of the caller, in place of what is there.
+
+        Raises OSError: ENOENT (the caller is gone), EBADF or EMFILE (no such number there).
+        """
+        flags = 0o2000000 if cloexec else 0
+        fcntl.ioctl(self.fd, _NOTIF_ADDFD, _ADDFD.pack(unique, _ADDFD_FLAG_SETFD, source, target, flags))

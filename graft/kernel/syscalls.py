@@ -1,0 +1,39 @@
+"""The one way to make a system call that Python has no function for.
+
+Numbers differ between architectures below 424 and are the same from there on (include/uapi/asm-generic/
+unistd.h, arch/x86/entry/syscalls/syscall_64.tbl).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+_TABLES: dict[str, dict[str, int]] = {
+    "x86_64": {"bpf": 321, "seccomp": 317, "process_vm_readv": 310, "setns": 308, "unshare": 272, "prctl": 157},
+    "aarch64": {"bpf": 280, "seccomp": 277, "process_vm_readv": 270, "setns": 268, "unshare": 97, "prctl": 167},
+}
+_COMMON = {"pidfd_send_signal": 424, "pidfd_open": 434, "pidfd_getfd": 438}
+_NUMBERS = _TABLES.get(platform.machine(), {}) | _COMMON
+
+
+def number(name: str) -> int:
+    """The number of system call ``name`` on this machine. Raises OSError(ENOSYS) where Graft knows none."""
+    try:
+        return _NUMBERS[name]
+    except KeyError:
+        raise OSError(38, f"{name}: not known on {platform.machine()}") from None
+
+
+def syscall(name: str, *arguments: object) -> int:
+    """Call ``name`` with ``arguments`` (integers, ctypes objects, bytes). Raises OSError with the call's name."""
+    result = int(_syscall(number(name), *arguments))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{name}: {os.strerror(error)}")
+    return result

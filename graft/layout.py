@@ -1,0 +1,220 @@
+"""The structures of bpf/graft.h, for Python. tests/kernel/test_layout.py compares the two.
+
+Ports are in host order unless a name ends in ``_be``; addresses are in network order, an IPv4 one in the
+first four bytes of its field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+
+NAME_LEN = 32
+OPTIONS_MAX = 32
+LAYOUT_VERSION = 1
+
+INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
+EGRESS_FIXED_BITS = 8 * (4 + 4)
+EGRESS_PORT_FIXED_BITS = 8 * (4 + 4)
+
+
+class Home(enum.IntEnum):
+    """Where a socket lives."""
+
+    CONTAINER = 0
+    HOST = 1
+
+
+class Transport(enum.IntEnum):
+    """How a container's sockets come to the host's stack."""
+
+    DIRECT = 1
+    SWAP = 2
+    SPLICE = 3
+
+
+class Decision(enum.IntEnum):
+    """What a hook decided, as counters and events name it."""
+
+    REWRITTEN = 0
+    CONNECTED = 1
+    LEFT = 2
+    REFUSED_BIND = 3
+    REFUSED_CONNECT = 4
+    REFUSED_OPTION = 5
+    DEAFENED = 6
+
+
+ENDPOINT_OPEN = 1
+TAG_BOUND = 1
+TAG_DEAF = 2
+PROBED = 1
+PROBED_EPOLL = 2
+
+_ADDR = ctypes.c_ubyte * 16
+
+
+class EndpointValue(ctypes.Structure):
+    """`endpoints`: id -> this."""
+
+    _fields_ = (
+        ("netns", ctypes.c_uint64),
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("protocols", ctypes.c_uint8),
+        ("flags", ctypes.c_uint32),
+    )
+
+
+class EndpointNameKey(ctypes.Structure):
+    """`endpoint_names`: this -> id."""
+
+    _fields_ = (("name", ctypes.c_char * NAME_LEN),)
+
+
+class ContainerValue(ctypes.Structure):
+    """`containers`: id -> this."""
+
+    _fields_ = (
+        ("netns", ctypes.c_uint64),
+        ("ruleset", ctypes.c_uint32),
+        ("transport", ctypes.c_uint8),
+        ("bind_default", ctypes.c_uint8),
+        ("connect_default", ctypes.c_uint8),
+        ("flags", ctypes.c_uint8),
+    )
+
+
+class IngressKey(ctypes.Structure):
+    """`ingress`: this -> IngressValue, by longest prefix."""
+
+    _fields_ = (
+        ("prefixlen", ctypes.c_uint32),
+        ("ruleset", ctypes.c_uint32),
+        ("protocol", ctypes.c_uint8),
+        ("family", ctypes.c_uint8),
+        ("any", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+        ("addr", _ADDR),
+        ("port_be", ctypes.c_uint16),
+        ("zero2", ctypes.c_uint16),
+    )
+
+
+class IngressValue(ctypes.Structure):
+    """The endpoint that a bind becomes."""
+
+    _fields_ = (("endpoint", ctypes.c_uint32),)
+
+
+class EgressKey(ctypes.Structure):
+    """`egress`: this -> EgressValue, by longest prefix."""
+
+    _fields_ = (
+        ("prefixlen", ctypes.c_uint32),
+        ("ruleset", ctypes.c_uint32),
+        ("protocol", ctypes.c_uint8),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 2),
+        ("addr", _ADDR),
+    )
+
+
+class EgressValue(ctypes.Structure):
+    """The node that a destination's ports are listed under."""
+
+    _fields_ = (("node", ctypes.c_uint32),)
+
+
+class EgressPortKey(ctypes.Structure):
+    """`egress_ports`: this -> EgressPortValue, by longest prefix."""
+
+    _fields_ = (
+        ("prefixlen", ctypes.c_uint32),
+        ("ruleset", ctypes.c_uint32),
+        ("node", ctypes.c_uint32),
+        ("port_be", ctypes.c_uint16),
+        ("zero", ctypes.c_uint16),
+    )
+
+
+class EgressPortValue(ctypes.Structure):
+    """What to do with a destination."""
+
+    _fields_ = (("verdict", ctypes.c_uint32), ("endpoint", ctypes.c_uint32))
+
+
+class Scope(ctypes.Structure):
+    """`scopes`: id of a cgroup -> this."""
+
+    _fields_ = (("container", ctypes.c_uint32), ("zero", ctypes.c_uint32))
+
+
+class Tag(ctypes.Structure):
+    """`tags`: socket -> this."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("endpoint", ctypes.c_uint32),
+        ("home", ctypes.c_uint8),
+        ("family", ctypes.c_uint8),
+        ("port", ctypes.c_uint16),
+        ("flags", ctypes.c_uint32),
+        ("addr", _ADDR),
+    )
+
+
+class Option(ctypes.Structure):
+    """One option that a program set."""
+
+    _fields_ = (("level", ctypes.c_uint16), ("name", ctypes.c_uint16))
+
+
+class Options(ctypes.Structure):
+    """`options`: socket -> this."""
+
+    _fields_ = (
+        ("count", ctypes.c_uint32),
+        ("overflow", ctypes.c_uint32),
+        ("probed", ctypes.c_uint32),
+        ("references", ctypes.c_uint32),
+        ("option", Option * OPTIONS_MAX),
+    )
+
+
+class CounterKey(ctypes.Structure):
+    """`counters`: this -> how often."""
+
+    _fields_ = (("container", ctypes.c_uint32), ("decision", ctypes.c_uint32))
+
+
+class Event(ctypes.Structure):
+    """One decision, as the ring buffer `events` carries it."""
+
+    _fields_ = (
+        ("time", ctypes.c_uint64),
+        ("container", ctypes.c_uint32),
+        ("decision", ctypes.c_uint32),
+        ("pid", ctypes.c_uint32),
+        ("endpoint", ctypes.c_uint32),
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("protocol", ctypes.c_uint8),
+        ("home", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 3),
+        ("comm", ctypes.c_char * 16),
+    )
+
+
+class SettingsValue(ctypes.Structure):
+    """`settings`: one entry, at 0."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32),
+        ("trace", ctypes.c_uint32),
+        ("last_id", ctypes.c_uint32),
+        ("zero", ctypes.c_uint32),
+        ("supervisors", ctypes.c_uint64),
+    )

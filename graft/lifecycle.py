@@ -1,0 +1,161 @@
+"""`graft up` and `graft down`: the data plane made aside and switched in, or taken away, under one lock.
+
+Half a data plane is never seen: maps and programs are pinned in a folder of their own, which is renamed
+into place when all of it is there. What was made before a failure goes with that folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from graft import attachments, layout
+from graft.errors import ConflictError, KernelError, PrivilegeError
+from graft.kernel import cgroup, netns
+from graft.kernel.bpf import Map
+from graft.maps import Maps
+from graft.settings import Settings
+
+_BPFFS = Path("/sys/fs/bpf")
+_MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+
+
+def require_root() -> None:
+    """Raises PrivilegeError, at once, for anybody but root."""
+    if os.geteuid() != 0:
+        raise PrivilegeError("this needs root", "run it with sudo")
+
+
+@contextlib.contextmanager
+def locked(settings: Settings) -> Iterator[None]:
+    """Alone among Graft's commands of this installation, until the block ends or the process dies."""
+    settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(os.open(settings.run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def supervisors_cgroup(settings: Settings) -> Path:
+    """The cgroup that supervisors run in, so that the sockets they make are born under the hooks."""
+    return cgroup.v2_mount() / settings.cgroup / "supervisors"
+
+
+def is_up(settings: Settings) -> bool:
+    """Whether the data plane is pinned. Raises ConflictError for one of another version."""
+    maps = Maps(settings.pin_dir)
+    if not (settings.pin_dir / "settings").exists():
+        return False
+    found = maps.settings.get(ctypes.c_uint32(0))
+    maps.settings.close()
+    if found is None or found.version != layout.LAYOUT_VERSION:
+        raise ConflictError(
+            f"{settings.pin_dir} was made by another version of Graft", "end its containers, then `graft down`"
+        )
+    return True
+
+
+def up(settings: Settings) -> Maps:
+    """Make sure that the data plane is there, and give its maps. Repeatable, and quick when it is.
+
+    Raises PrivilegeError, KernelError, ConflictError.
+    """
+    require_root()
+    if not is_up(settings) or not supervisors_cgroup(settings).exists():
+        with locked(settings):
+            if not is_up(settings):
+                _make(settings)
+            _supervise(settings)
+    return Maps(settings.pin_dir)
+
+
+def _mount_bpffs(pin_dir: Path) -> None:
+    if not pin_dir.is_relative_to(_BPFFS) or os.path.ismount(_BPFFS):
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"bpf", os.fsencode(_BPFFS), b"bpf", ctypes.c_ulong(_MS_NOSUID_NODEV_NOEXEC), b"mode=0700") != 0:
+        raise KernelError(f"cannot mount bpffs: {os.strerror(ctypes.get_errno())}", f"mount -t bpf bpf {_BPFFS}")
+
+
+def _make(settings: Settings) -> None:
+    from graft import loader
+
+    _mount_bpffs(settings.pin_dir)
+    aside = settings.pin_dir.with_name(f"{settings.pin_dir.name}-new")
+    _unpin(aside)
+    try:
+        aside.mkdir(mode=0o700, parents=True)
+        loaded = loader.load()
+        loaded.pin(aside)
+        Map(loaded.map_fd("settings"), ctypes.c_uint32, layout.SettingsValue).put(
+            ctypes.c_uint32(0), layout.SettingsValue(version=layout.LAYOUT_VERSION)
+        )
+        if settings.pin_dir.exists():
+            settings.pin_dir.rmdir()
+        aside.rename(settings.pin_dir)
+    except OSError as error:
+        _unpin(aside)
+        raise KernelError(
+            f"cannot pin to {settings.pin_dir}: {error.strerror}", "GRAFT_PIN_DIR must lie on a bpffs"
+        ) from error
+    except BaseException:
+        _unpin(aside)
+        raise
+
+
+def _supervise(settings: Settings) -> None:
+    """The supervisors' cgroup, under the hooks, and known to them by its id."""
+    folder = supervisors_cgroup(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    maps = Maps(settings.pin_dir)
+    attachments.attach(settings, folder, 0)
+    first = ctypes.c_uint32(0)
+    value = maps.settings.get(first)
+    assert value is not None
+    value.supervisors = cgroup.cgroup_id(folder)
+    maps.settings.put(first, value)
+
+
+def new_id(maps: Maps) -> int:
+    """A number for an endpoint, a container or a ruleset, never given out before. Call it under `locked`."""
+    first = ctypes.c_uint32(0)
+    value = maps.settings.get(first)
+    assert value is not None
+    value.last_id += 1
+    maps.settings.put(first, value)
+    return int(value.last_id)
+
+
+def down(settings: Settings, force: bool = False) -> None:
+    """Remove every pin, attachment, cgroup and file of Graft's: the machine is as it was. Repeatable.
+
+    Raises ConflictError while containers run, unless ``force``: then the programs that Graft started end
+    too, because their sockets in the host's stack must not outlive the hooks that confine them.
+    """
+    require_root()
+    own = cgroup.v2_mount() / settings.cgroup
+    with locked(settings):
+        running = cgroup.processes(own)
+        if running and not force:
+            raise ConflictError(
+                f"{len(running)} processes run under Graft", "end them, or `graft down --force` ends them"
+            )
+        cgroup.kill(own) if running else None
+        if own.exists():
+            cgroup.remove(own)
+        attachments.detach_all(settings)
+        _unpin(settings.pin_dir)
+        for kept in (settings.run_dir / "netns").glob("*"):
+            netns.release(kept)
+        shutil.rmtree(settings.run_dir, ignore_errors=True)
+
+
+def _unpin(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        for pin in folder.iterdir():
+            pin.unlink()
+        folder.rmdir()

@@ -1,0 +1,183 @@
+"""Compile the BPF programs with bcc, load them, and pin them with their maps.
+
+The only module that imports bcc. It runs once, in `graft up`; every later command opens the pins.
+bcc finds no kernel headers and needs none: BCC_KERNEL_SOURCE names our own tree, bpf/include.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.data import bpf_source_dir
+from graft.errors import KernelError
+from graft.kernel import bpf
+from graft.kernel.btf import Btf
+
+MAPS = (
+    "settings",
+    "endpoints",
+    "endpoint_names",
+    "containers",
+    "scopes",
+    "ingress",
+    "egress",
+    "egress_ports",
+    "tags",
+    "options",
+    "events",
+    "counters",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A function of bpf/graft.bpf.c and where it goes."""
+
+    name: str
+    type: int
+    attach: str
+
+    @property
+    def function(self) -> str:
+        """Its name in C."""
+        return f"graft_{self.name}"
+
+
+def _programs() -> tuple[Program, ...]:
+    addr = ("bind", "connect", "sendmsg", "getsockname")
+    found = [
+        Program(f"{name}{family}", bpf.PROG_CGROUP_SOCK_ADDR, f"{name}{family}") for name in addr for family in (4, 6)
+    ]
+    found += [Program(f"post_bind{family}", bpf.PROG_CGROUP_SOCK, f"post_bind{family}") for family in (4, 6)]
+    found.append(Program("setsockopt", bpf.PROG_CGROUP_SOCKOPT, "setsockopt"))
+    found.append(Program("sock_ops", bpf.PROG_SOCK_OPS, "sock_ops"))
+    return tuple(found)
+
+
+PROGRAMS = _programs()
+
+SIZES = {
+    "GRAFT_MAX_ENDPOINTS": 4096,
+    "GRAFT_MAX_CONTAINERS": 8192,
+    "GRAFT_MAX_RULES": 262144,
+    "GRAFT_MAX_COUNTERS": 65536,
+}
+
+# Features that a kernel may lack, newest first; each is tried, and done without where loading fails.
+OPTIONAL = ("GRAFT_HAVE_MPTCP", "GRAFT_HAVE_SET_RETVAL")
+
+
+def probe_offsets() -> dict[str, int]:
+    """Where the kernel keeps what the probe of a socket's file reads; empty where it does not tell."""
+    try:
+        btf = Btf.of_kernel()
+    except (OSError, ValueError):
+        return {}
+    references = btf.offset("file", "f_ref")
+    offsets = {
+        "GRAFT_SK_SOCKET": btf.offset("sock", "sk_socket"),
+        "GRAFT_SOCKET_FILE": btf.offset("socket", "file"),
+        "GRAFT_FILE_EP": btf.offset("file", "f_ep"),
+        "GRAFT_FILE_REFERENCES": btf.offset("file", "f_count") if references is None else references,
+    }
+    known = {name: value for name, value in offsets.items() if value is not None}
+    return known if len(known) == len(offsets) else {}
+
+
+@contextlib.contextmanager
+def _stderr_kept() -> Iterator[list[str]]:
+    """What the compiler and the verifier, which are C++ and write to descriptor 2, have to say."""
+    said: list[str] = []
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.memfd_create("graft-compiler"), "w+b", buffering=0) as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            held.seek(0)
+            said.append(held.read().decode(errors="replace"))
+
+
+class Loaded:
+    """The programs and maps of one compilation, alive as long as this object."""
+
+    def __init__(self, module: Any, functions: dict[str, int], features: frozenset[str]) -> None:
+        self._module = module
+        self.programs = functions
+        self.features = features
+
+    def map_fd(self, name: str) -> int:
+        """The descriptor of a map; it stays bcc's."""
+        from bcc import lib
+
+        return int(lib.bpf_table_fd(self._module.module, name.encode()))
+
+    def pin(self, folder: Path) -> None:
+        """Pin every map and program below ``folder``, which must be a new folder of a bpffs."""
+        for name in MAPS:
+            bpf.obj_pin(self.map_fd(name), folder / name)
+        for name, fd in self.programs.items():
+            bpf.obj_pin(fd, folder / f"prog_{name}")
+
+
+def _compile(flags: list[str]) -> tuple[Any, dict[str, int]]:
+    source = bpf_source_dir()
+    os.environ["BCC_KERNEL_SOURCE"] = str(source)
+    from bcc import BPF
+
+    cflags = [*flags, f"-I{source}", "-Wno-unused-value"]
+    module = BPF(src_file=str(source / "graft.bpf.c").encode(), cflags=cflags)
+    fds = {}
+    for program in PROGRAMS:
+        attach_type = bpf.ATTACH_TYPES[program.attach]
+        fds[program.name] = module.load_func(program.function, program.type, attach_type=attach_type).fd
+    return module, fds
+
+
+def load() -> Loaded:
+    """Compile and load, with every feature that this kernel has.
+
+    Raises KernelError, with the last lines of the verifier's log, where not even the plain programs load,
+    or where bcc is missing.
+    """
+    sizes = [f"-D{name}={value}" for name, value in SIZES.items()]
+    offsets = [f"-D{name}={value}" for name, value in probe_offsets().items()]
+    attempts = [(tuple(OPTIONAL[index:]), probe) for index in range(len(OPTIONAL) + 1) for probe in (offsets, [])]
+    said: list[str] = []
+    for features, probe in attempts:
+        with contextlib.suppress(Exception), _stderr_kept() as said:
+            module, fds = _compile([*sizes, *probe, *(f"-D{name}" for name in features)])
+            return Loaded(module, fds, frozenset(features) | ({"GRAFT_PROBE"} if probe else frozenset()))
+        if _bcc_is_missing():
+            raise KernelError("bcc is not installed for this Python", "apt-get install python3-bpfcc")
+    log = "\n".join(said[-1].splitlines()[-30:]) if said else ""
+    raise KernelError(f"the kernel does not take the BPF programs\n{log}", "graft doctor tells what is missing")
+
+
+def _bcc_is_missing() -> bool:
+    try:
+        import bcc  # noqa: F401
+    except ImportError:
+        return True
+    return False
+
+
+def layouts(loaded: Loaded) -> dict[str, tuple[type[ctypes.Structure], type[ctypes.Structure]]]:
+    """The key and value types that bcc made of the C structures, for the test that compares layouts."""
+    from bcc import lib  # noqa: F401
+
+    found = {}
+    for name in ("endpoints", "endpoint_names", "containers", "ingress", "egress", "egress_ports", "counters"):
+        table = loaded._module[name]
+        found[name] = (table.Key, table.Leaf)
+    return found
