@@ -1,0 +1,167 @@
+"""Where a program runs: each case starts a server that the client can reach, or a client that reaches out.
+
+A new case (another transport, a proxy to compare with) is one more class and one more line in ``CASES``. A case that
+needs a port of the host of its own takes the next number; ``INNER_PORT`` is what programs in a container bind.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from tests.bench.process import BenchError, Environment, kept, run, wait_until
+from tests.bench.report import Bound, at_least, at_most
+from tests.bench.topology import Netns, Topology
+
+INNER_PORT = 80
+HOST_PORT = 8080
+BRIDGE_PORT = 8081
+SWAP_PORT = 8082
+
+Server = Callable[[int], list[str]]
+"""The command of a server that listens on the given TCP port."""
+
+
+class Case(Protocol):
+    """One way to give a program the network."""
+
+    name: str
+    title: str
+    wanted: Mapping[str, Bound]
+    """By workload: the ratio to the host that is aimed at."""
+
+    def prepared(self, net: Topology, workdir: Path) -> AbstractContextManager[None]:
+        """Set up what all measurements of the case share, and undo it."""
+
+    def serve(self, net: Topology, server: Server) -> AbstractContextManager[int]:
+        """Keep ``server`` running; gives the port of the host's address where the client finds it."""
+
+    def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
+        """Run the client ``command`` to its end; gives its output."""
+
+
+@contextmanager
+def _serving(command: list[str], listens_in: Netns, port: int, environment: Environment = None) -> Iterator[None]:
+    """Keep ``command`` running, once a socket listens on ``port`` in the namespace ``listens_in``."""
+    with kept(command, environment) as process:
+        wait_until(f"listening on port {port}", lambda: listens_in.listens(port), process)
+        yield
+
+
+@dataclass
+class HostCase:
+    """The program runs in the host's namespace: what everything else is compared with."""
+
+    name: str = "host"
+    title: str = "host"
+    wanted: Mapping[str, Bound] = field(default_factory=dict)
+
+    @contextmanager
+    def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
+        """Nothing to prepare."""
+        yield
+
+    @contextmanager
+    def serve(self, net: Topology, server: Server) -> Iterator[int]:
+        """Start the server in the host's namespace."""
+        with _serving(net.host.enter(*server(HOST_PORT)), net.host, HOST_PORT):
+            yield HOST_PORT
+
+    def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
+        """Start the client in the host's namespace."""
+        return run(net.host.enter(*command), timeout)
+
+
+@dataclass
+class BridgeCase:
+    """The program runs behind a bridge with NAT (nftables in the kernel, no proxy), as a container usually does."""
+
+    name: str = "bridge"
+    title: str = "bridge + NAT"
+    wanted: Mapping[str, Bound] = field(default_factory=dict)
+
+    @contextmanager
+    def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
+        """Nothing to prepare: the topology has the bridge and its rules."""
+        yield
+
+    @contextmanager
+    def serve(self, net: Topology, server: Server) -> Iterator[int]:
+        """Start the server in the container's namespace."""
+        with _serving(net.container.enter(*server(INNER_PORT)), net.container, INNER_PORT):
+            yield BRIDGE_PORT
+
+    def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
+        """Start the client in the container's namespace."""
+        return run(net.container.enter(*command), timeout)
+
+
+@dataclass
+class SwapCase:
+    """The program runs under `graft run`, in a namespace with nothing but lo."""
+
+    name: str = "swap"
+    title: str = "swap"
+    wanted: Mapping[str, Bound] = field(
+        default_factory=lambda: {
+            "keepalive": at_least(0.98),
+            "request": at_least(0.95),
+            "pingpong": at_least(0.98),
+            "bulk-in": at_least(0.98),
+            "bulk-out": at_least(0.98),
+            "connect": at_most(2.5),
+        }
+    )
+    _environment: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
+        """Bring up a Graft of the benchmark's own, with an endpoint to serve on and one to reach out from."""
+        name = f"graft-bench-{os.getpid()}"
+        self._environment = {
+            **os.environ,
+            "GRAFT_HOST_NETNS": str(net.host.path),
+            "GRAFT_PIN_DIR": f"/sys/fs/bpf/{name}",
+            "GRAFT_RUN_DIR": str(workdir / "run"),
+            "GRAFT_STATE_DIR": str(workdir / "state"),
+            "GRAFT_CGROUP": name,
+        }
+        try:
+            self._graft("ep", "add", "bench-http", f"0.0.0.0:{SWAP_PORT}")
+            self._graft("ep", "add", "bench-out", "0.0.0.0:dynamic")
+            yield
+        except BaseException:
+            with suppress(BenchError):  # the first error is the one to show
+                self._graft("down")
+            raise
+        self._graft("down")
+
+    @contextmanager
+    def serve(self, net: Topology, server: Server) -> Iterator[int]:
+        """Start the server under graft run; it listens in the host's namespace or not at all."""
+        grant = ["-i", f"0.0.0.0:{INNER_PORT}=bench-http", "-e", "0.0.0.0/0=bench-out"]
+        command = [_graft_command(), "run", *grant, "--net", "new", "--", *server(INNER_PORT)]
+        with _serving(command, net.host, SWAP_PORT, self._environment):
+            yield SWAP_PORT
+
+    def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
+        """Start the client under graft run."""
+        graft = [_graft_command(), "run", "-e", "0.0.0.0/0=bench-out", "--net", "new", "--"]
+        return run([*graft, *command], timeout, self._environment)
+
+    def _graft(self, *arguments: str) -> None:
+        run([_graft_command(), *arguments], environment=self._environment)
+
+
+def _graft_command() -> str:
+    """The `graft` that belongs to this interpreter."""
+    return str(Path(sys.prefix) / "bin" / "graft")
+
+
+# The host twice: how far the second is from the first is how far from each other two equal things come out.
+CASES: tuple[Case, ...] = (HostCase(), HostCase("again", "host again"), BridgeCase(), SwapCase())

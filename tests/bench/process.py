@@ -1,0 +1,85 @@
+"""Programs that the benchmark starts: run to their end, or kept while something is measured."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO
+
+Environment = Mapping[str, str] | None
+
+
+class BenchError(Exception):
+    """A measurement that could not be made, with what the program said."""
+
+
+def run(command: Sequence[str], timeout: float = 60, environment: Environment = None) -> str:
+    """Run ``command`` and give its standard output. Raises BenchError where it fails or takes too long."""
+    with _started(command, subprocess.PIPE, environment) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise BenchError(f"no end after {timeout:.0f} s: {' '.join(command)}") from None
+        finally:
+            _end(process)
+    if process.returncode != 0:
+        raise BenchError(f"status {process.returncode}: {' '.join(command)}\n{errors or output}".rstrip())
+    return output
+
+
+@contextmanager
+def kept(command: Sequence[str], environment: Environment = None) -> Iterator[subprocess.Popen[str]]:
+    """Keep ``command`` running while the block does, and end it with SIGTERM, or SIGKILL where that does not help."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        process = _started(command, said, environment)
+        try:
+            yield process
+        except BenchError as error:
+            said.seek(0)
+            raise BenchError(f"{error}\n{' '.join(command)} said:\n{said.read()}") from error
+        finally:
+            _end(process)
+
+
+def wait_until(what: str, condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 15) -> None:
+    """Poll ``condition`` until it is true. Raises BenchError at the deadline or where ``process`` ends."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if process.poll() is not None:
+            raise BenchError(f"ended with status {process.returncode} before {what}")
+        if time.monotonic() > deadline:
+            raise BenchError(f"not within {timeout:.0f} s: {what}")
+        time.sleep(0.02)
+
+
+def _started(command: Sequence[str], output: int | IO[str], environment: Environment) -> subprocess.Popen[str]:
+    """Start ``command`` in a session of its own: a Ctrl-C comes to the benchmark, which then ends what it started."""
+    errors = subprocess.PIPE if output == subprocess.PIPE else subprocess.STDOUT
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise BenchError(f"{error.filename} is missing: make setup") from error
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End ``process`` and what is left of its session."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,72 @@
+"""Rounds: every workload in every case, the cases close together, in another order each round."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tests.bench.cases import Case
+from tests.bench.report import Measurements
+from tests.bench.workloads import Place, Workload
+
+
+class Show(Protocol):
+    """Takes a line on what is being measured, then on what came out."""
+
+    def __call__(self, doing: str, result: str | None = None) -> None:
+        """Show it."""
+
+
+def measure_all(
+    workloads: Sequence[Workload], cases: Sequence[Case], place: Place, rounds: int, console: Console
+) -> Measurements:
+    """One value a round for each workload and case.
+
+    The machine is not quiet and not steady, so what is compared is measured side by side: the cases of one workload
+    follow each other within a round, and no case is always the first.
+    """
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with ExitStack() as stack:
+        for case in cases:
+            stack.enter_context(case.prepared(place.net, place.workdir))
+        show = stack.enter_context(_progress(console, rounds * len(workloads) * len(cases)))
+        for number in range(rounds):
+            shift = number % len(cases)
+            for workload in workloads:
+                for case in [*cases[shift:], *cases[:shift]]:
+                    metric = workload.metric
+                    doing = f"round {number + 1}/{rounds}: {metric.title}, {case.title}"
+                    show(doing)
+                    value = workload.measure(case, place)
+                    values[metric.name, case.name].append(value)
+                    show(doing, f"{value:,.{metric.digits}f} {metric.unit}")
+    return values
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Show]:
+    """A bar on a terminal, a line a result elsewhere."""
+    if not console.is_terminal:
+
+        def lines(doing: str, result: str | None = None) -> None:
+            if result is not None:
+                console.print(f"{doing}: {result}", highlight=False, soft_wrap=True)
+
+        yield lines
+        return
+
+    text = TextColumn("{task.description}")
+    with Progress(MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), text, console=console) as progress:
+        task = progress.add_task("", total=total)
+
+        def bar(doing: str, result: str | None = None) -> None:
+            progress.update(task, description=doing if result is None else f"{doing}: {result}")
+            if result is not None:
+                progress.advance(task)
+
+        yield bar
