@@ -18,6 +18,7 @@
 
 /* Bits of endpoint.flags. */
 #define GRAFT_ENDPOINT_OPEN 1 /* a container may ask for it by its environment */
+#define GRAFT_ENDPOINT_DECLARED 2 /* a policy made it, and it goes with the last rule that names it */
 
 /* Where a socket lives. */
 #define GRAFT_HOME_CONTAINER 0

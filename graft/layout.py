@@ -46,6 +46,7 @@ class Decision(enum.IntEnum):
 
 
 ENDPOINT_OPEN = 1
+ENDPOINT_DECLARED = 2
 TAG_BOUND = 1
 TAG_DEAF = 2
 PROBED = 1

@@ -101,3 +101,11 @@ def release(target: Path) -> None:
     """Undo `keep`. Safe to repeat."""
     _libc.umount2(os.fsencode(target), _MNT_DETACH)
     target.unlink(missing_ok=True)
+
+
+def bring_lo_up() -> None:
+    """Set lo up in the calling thread's namespace, which a new one has down."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as route:
+        route.link("set", index=1, state="up")

@@ -95,3 +95,12 @@ class MemoryReader:
             code = ctypes.get_errno()
             raise OSError(code, f"process_vm_readv: {os.strerror(code)}")
         return self._buffer.raw[:got]
+
+
+def threads_have_pidfds() -> bool:
+    """Whether this kernel has pidfds of single threads (6.9)."""
+    try:
+        os.close(syscall("pidfd_open", os.getpid(), PIDFD_THREAD))
+    except OSError:
+        return False
+    return True

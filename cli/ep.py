@@ -1,0 +1,78 @@
+"""`graft ep`: endpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from graft import lifecycle, store
+from graft.endpoint import parse_endpoint
+from graft.settings import Settings
+
+from .output import command, listing
+
+app = typer.Typer(no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="The endpoint's name, up to 31 bytes.", show_default=False)]
+Spec = Annotated[
+    str, typer.Argument(metavar="ADDR:PORT", help="IPv4 or [IPv6], port 1-65535 or dynamic.", show_default=False)
+]
+Proto = Annotated[str, typer.Option("--proto", help="tcp, udp or any.")]
+Netns = Annotated[str | None, typer.Option("--netns", help="Namespace: a name, a pid or a path. Default: the host's.")]
+Open = Annotated[bool, typer.Option("--open", help="A container may ask for it by its environment.")]
+Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
+@app.command()
+@command
+def add(name: Name, spec: Spec, proto: Proto = "any", netns: Netns = None, open_: Open = False) -> None:
+    """Add an endpoint."""
+    endpoint = parse_endpoint(name, spec, proto, netns, open_)
+    lifecycle.require_root()
+    store.add(Settings.from_environment(), endpoint)
+
+
+@app.command("set")
+@command
+def set_(name: Name, spec: Spec, proto: Proto = "any", netns: Netns = None, open_: Open = False) -> None:
+    """Change an endpoint; the next bind or connect follows."""
+    endpoint = parse_endpoint(name, spec, proto, netns, open_)
+    lifecycle.require_root()
+    store.change(Settings.from_environment(), endpoint)
+
+
+@app.command("del")
+@command
+def del_(
+    name: Name, force: Annotated[bool, typer.Option("--force", help="Also if a container uses it.")] = False
+) -> None:
+    """Delete an endpoint."""
+    lifecycle.require_root()
+    store.delete(Settings.from_environment(), name, force)
+
+
+@app.command()
+@command
+def show(name: Annotated[str | None, typer.Argument(help="One endpoint only.")] = None, as_json: Json = False) -> None:
+    """List the endpoints, or one of them."""
+    lifecycle.require_root()
+    settings = Settings.from_environment()
+    lifecycle.up(settings)
+    found = [store.find(settings, name)] if name else store.listing(settings)
+    records = [
+        {
+            "name": stored.endpoint.name,
+            "address": stored.endpoint.spec,
+            "family": f"ipv{stored.endpoint.family}",
+            "protocol": stored.endpoint.protocols.label,
+            "netns": stored.endpoint.netns,
+            "open": stored.endpoint.open,
+            "declared": stored.declared,
+        }
+        for stored in found
+    ]
+    rows = [
+        (r["name"], r["address"], r["protocol"], r["netns"] or "host", "open" if r["open"] else "-") for r in records
+    ]
+    listing(("NAME", "ADDRESS", "PROTO", "NETNS", "OPEN"), rows, records, as_json)

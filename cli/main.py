@@ -1,0 +1,39 @@
+"""The typer application: puts the groups of commands together."""
+
+from __future__ import annotations
+
+import typer
+
+from graft import __version__
+
+from . import ep, policy, run, system
+
+app = typer.Typer(
+    name="graft",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Sockets of a container, served by the host's network stack.",
+)
+app.add_typer(ep.app, name="ep", help="Endpoints: named addresses of the host's stack.")
+app.add_typer(policy.app, name="policy", help="Policies of containers.")
+run.register(app)
+system.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"graft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Sockets of a container, served by the host's network stack."""
+
+
+def main() -> None:
+    """The entry point of the command `graft`."""
+    app()

@@ -1,0 +1,57 @@
+"""`graft run`: a program under Graft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graft import lifecycle
+from graft.settings import Settings
+
+from .output import command
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(context_settings={"allow_interspersed_args": False})(run)
+
+
+@command
+def run(
+    program: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The program and its arguments.")],
+    ingress: Annotated[
+        list[str] | None, typer.Option("-i", metavar="ADDR:PORT[-PORT]=EP", help="A bind that becomes an endpoint.")
+    ] = None,
+    egress: Annotated[
+        list[str] | None, typer.Option("-e", metavar="PREFIX=EP", help="Destinations reached from an endpoint.")
+    ] = None,
+    policy: Annotated[Path | None, typer.Option("--policy", help="A policy instead of -i and -e.")] = None,
+    net: Annotated[str, typer.Option("--net", metavar="new|PATH", help="The program's own namespace.")] = "new",
+    user: Annotated[str | None, typer.Option("--user", metavar="USER[:GROUP]", help="Whom it runs as.")] = None,
+    keep_net_admin: Annotated[
+        bool, typer.Option("--allow-net-admin", help="Let root's program keep CAP_NET_ADMIN (docs/security.md).")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print what becomes of each call.")] = False,
+) -> None:
+    """Run a program in a namespace of its own, with the sockets that are granted on the host's stack."""
+    from graft.kernel import process
+    from graft.run import RunPlan
+    from graft.run import run as run_program
+    from graft.sources import network, policy_of
+
+    lifecycle.require_root()
+    settings = Settings.from_environment()
+    plan = RunPlan(
+        command=tuple(program),
+        policy=policy_of(settings, Path(program[0]).name, policy, ingress or [], egress or []),
+        net=network(net),
+        user=process.parse_user(user) if user else None,
+        keep_net_admin=keep_net_admin,
+        verbose=verbose,
+    )
+    status = run_program(settings, plan)
+    if status < 0:
+        process.end_by(-status)
+    raise SystemExit(status)

@@ -1,0 +1,173 @@
+"""Containers: a cgroup, a namespace, a policy in the maps, and a record of what an operator calls it.
+
+The maps hold what the hooks need; the record (a file of run_dir, root's only) holds the rest. A policy is
+replaced in one step: its rules are written under a new number, then one entry names that number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from graft import attachments, layout, rules, store
+from graft.compile import compile_policy
+from graft.errors import NotFoundError
+from graft.kernel import cgroup
+from graft.layout import Transport
+from graft.lifecycle import locked, new_id
+from graft.maps import Maps
+from graft.policy import Policy
+from graft.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What is known of an attached container. ``pid`` is the process that holds it (0: none is needed)."""
+
+    id: int
+    name: str
+    cgroup: str
+    transport: str
+    netns: int
+    policy: str
+    endpoints: tuple[str, ...]
+    pid: int = 0
+
+    @property
+    def cgroup_path(self) -> Path:
+        """Its folder in the v2 tree."""
+        return Path(self.cgroup)
+
+
+def _folder(settings: Settings) -> Path:
+    return settings.run_dir / "containers"
+
+
+def _save(settings: Settings, container: Container) -> None:
+    folder = _folder(settings)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    aside = folder / f".{container.id}"
+    aside.touch(mode=0o600)
+    aside.write_text(json.dumps(asdict(container)))
+    aside.rename(folder / f"{container.id}.json")
+
+
+def listing(settings: Settings) -> list[Container]:
+    """Every container that is attached, oldest first."""
+    found = []
+    for record in _folder(settings).glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            fields = json.loads(record.read_text())
+            found.append(Container(**{**fields, "endpoints": tuple(fields["endpoints"])}))
+    return sorted(found, key=lambda container: container.id)
+
+
+def find(settings: Settings, name: str) -> Container:
+    """The container of that name, cgroup or id. Raises NotFoundError."""
+    for container in listing(settings):
+        if name in (container.name, container.cgroup, str(container.id)):
+            return container
+    raise NotFoundError(f"container: {name!r} is not attached", "graft ps")
+
+
+def _install_locked(settings: Settings, maps: Maps, policy: Policy) -> tuple[int, int, int]:
+    """Write a policy's rules; give their number and the two defaults."""
+    store.declare_locked(settings, maps, policy.endpoints)
+    try:
+        stored = {found.endpoint.name: found for found in store.listing(settings)}
+        compiled = compile_policy(policy, {name: found.endpoint for name, found in stored.items()})
+        number = new_id(maps)
+        rules.write(maps, number, compiled, {name: found.id for name, found in stored.items()})
+    except BaseException:
+        store.forget_unused_locked(settings, maps)
+        raise
+    return number, compiled.bind_default, compiled.connect_default
+
+
+def _endpoint_names(policy: Policy) -> tuple[str, ...]:
+    named = [rule.endpoint for rule in (*policy.ingress, *policy.egress) if rule.endpoint]
+    return tuple(dict.fromkeys(named))
+
+
+def create(
+    settings: Settings, maps: Maps, policy: Policy, path: Path, netns: int, transport: Transport, pid: int = 0
+) -> Container:
+    """Put the cgroup at ``path`` under ``policy``. ``netns``: cookie of the namespace its processes live in.
+
+    Nothing stays behind where it fails (PolicyError, ConflictError, KernelError).
+    """
+    with locked(settings):
+        reap_locked(settings, maps)
+        ruleset, bind_default, connect_default = _install_locked(settings, maps, policy)
+        number = new_id(maps)
+        try:
+            value = layout.ContainerValue(netns, ruleset, transport, bind_default, connect_default)
+            maps.containers.put(ctypes.c_uint32(number), value)
+            attachments.attach(settings, path, number)
+            container = Container(
+                id=number,
+                name=policy.name,
+                cgroup=str(path),
+                transport=transport.name.lower(),
+                netns=netns,
+                policy=policy.name,
+                endpoints=_endpoint_names(policy),
+                pid=pid,
+            )
+            _save(settings, container)
+        except BaseException:
+            _forget_locked(settings, maps, number)
+            raise
+    return container
+
+
+def apply(settings: Settings, maps: Maps, container: Container, policy: Policy) -> Container:
+    """Replace a container's policy in one step: no call is decided by neither, or by half of both."""
+    with locked(settings):
+        key = ctypes.c_uint32(container.id)
+        value = maps.containers.get(key)
+        if value is None:
+            raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
+        old = value.ruleset
+        value.ruleset, value.bind_default, value.connect_default = _install_locked(settings, maps, policy)
+        maps.containers.put(key, value)
+        rules.erase(maps, old)
+        store.forget_unused_locked(settings, maps)
+        changed = replace(container, policy=policy.name, endpoints=_endpoint_names(policy))
+        _save(settings, changed)
+    return changed
+
+
+def remove(settings: Settings, maps: Maps, container: Container) -> None:
+    """Take a container's rules and attachments away. Safe to repeat."""
+    with locked(settings):
+        attachments.detach(settings, container.cgroup_path)
+        _forget_locked(settings, maps, container.id)
+
+
+def _forget_locked(settings: Settings, maps: Maps, number: int) -> None:
+    key = ctypes.c_uint32(number)
+    value = maps.containers.get(key)
+    maps.containers.delete(key)
+    if value is not None:
+        rules.erase(maps, value.ruleset)
+    for counter in maps.counters.keys():  # noqa: SIM118
+        if counter.container == number:
+            maps.counters.delete(counter)
+    store.forget_unused_locked(settings, maps)
+    (_folder(settings) / f"{number}.json").unlink(missing_ok=True)
+
+
+def reap_locked(settings: Settings, maps: Maps) -> None:
+    """Forget the containers whose cgroup is gone: it took its sockets with it, and its rules go too."""
+    for container in listing(settings):
+        if not container.cgroup_path.exists():
+            _forget_locked(settings, maps, container.id)
+
+
+def is_populated(container: Container) -> bool:
+    """Whether any process lives in it."""
+    return cgroup.populated(container.cgroup_path)

@@ -1,0 +1,153 @@
+"""Holds the listener of one container, and sees to it that a supervisor serves it.
+
+A notification descriptor that nobody holds turns every trapped call into ENOSYS. So there are always two
+that hold it: the supervisor, and whoever has this object. A supervisor that dies is started again with the
+same listener and the same journal; one that outlives its holder ends the container and cleans up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import sys
+import time
+import traceback
+
+from graft import containers, store
+from graft.containers import Container
+from graft.errors import KernelError
+from graft.kernel import cgroup, process
+from graft.kernel.pidfd import pidfd_open
+from graft.kernel.seccomp import Listener
+from graft.lifecycle import supervisors_cgroup
+from graft.maps import Maps
+from graft.settings import Settings
+from graft.supervisor import Namespaces, Supervisor, Told, serve
+
+_MAX_RESTARTS, _IN_SECONDS = 10, 5.0
+
+
+class Holder:
+    """A container's listener and its supervisor's process."""
+
+    def __init__(self, settings: Settings, container: Container, listener: int, verbose: bool) -> None:
+        self._settings, self._container, self._verbose = settings, container, verbose
+        self._listener = listener
+        self._journal = mmap.mmap(-1, mmap.PAGESIZE)
+        self._started: list[float] = []
+        self.pid = 0
+
+    def start(self) -> None:
+        """Start a supervisor, the first or the next one. Raises KernelError if they die one after the other."""
+        now = time.monotonic()
+        self._started = [moment for moment in self._started if now - moment < _IN_SECONDS] + [now]
+        if len(self._started) > _MAX_RESTARTS:
+            raise KernelError(f"the supervisor of {self._container.name} died {_MAX_RESTARTS} times in a row")
+        holder = pidfd_open(os.getpid())
+        self.pid = os.fork()
+        if self.pid == 0:
+            _supervise(self._settings, self._container, Listener(self._listener), self._journal, holder, self._verbose)
+        os.close(holder)
+
+    def reap(self) -> bool:
+        """Whether the supervisor has died; its process is then waited for."""
+        if not self.pid or os.waitpid(self.pid, os.WNOHANG)[0] != self.pid:
+            return False
+        self.pid = 0
+        return True
+
+    def stop(self) -> None:
+        """End the supervisor. The container's processes must be gone: their calls would fail from here on."""
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+            self.pid = 0
+        with contextlib.suppress(OSError):
+            os.close(self._listener)
+
+
+def _supervise(
+    settings: Settings, container: Container, listener: Listener, journal: mmap.mmap, holder: int, verbose: bool
+) -> None:
+    """The supervisor's process. Never returns."""
+    code = 1
+    try:
+        _leave_the_terminal(verbose)
+        process.allow_descriptors()
+        cgroup.enter(supervisors_cgroup(settings))
+        maps = Maps(settings.pin_dir)
+        namespaces = Namespaces(settings.host_netns, lambda cookie: _namespace_path(settings, container, cookie))
+        tell = _teller(settings) if verbose else None
+        serve(Supervisor(maps, container.id, listener, namespaces, tell), listener, journal, holder)
+        if _is_gone(holder):
+            end(settings, maps, container)
+        code = 0
+    except BaseException:
+        if os.environ.get("GRAFT_DEBUG"):
+            traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _is_gone(pidfd: int) -> bool:
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def end(settings: Settings, maps: Maps, container: Container) -> None:
+    """End every process of a container that Graft started, and leave nothing of it behind."""
+    path = container.cgroup_path
+    if path.exists():
+        cgroup.kill(path)
+    containers.remove(settings, maps, container)
+    if path.exists():
+        cgroup.remove(path)
+
+
+def _leave_the_terminal(verbose: bool) -> None:
+    """A session of its own: no ^C, no hang-up, and no pipe of the user's kept open."""
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1) if verbose or os.environ.get("GRAFT_DEBUG") else (0, 1, 2):
+        os.dup2(null, fd)
+
+
+def _namespace_path(settings: Settings, container: Container, cookie: int):  # type: ignore[no-untyped-def]
+    """Where a namespace that is not the host's can be entered: the container's own, or an endpoint's."""
+    if cookie == container.netns:
+        for pid in cgroup.processes(container.cgroup_path):
+            from pathlib import Path
+
+            from graft.kernel import netns
+
+            path = Path(f"/proc/{pid}/ns/net")
+            with contextlib.suppress(OSError):
+                if netns.cookie(path) == cookie:
+                    return path
+        return None
+    for stored in store.listing(settings):
+        if stored.cookie == cookie:
+            return store.netns_path(settings, stored)
+    return None
+
+
+def _teller(settings: Settings):  # type: ignore[no-untyped-def]
+    """Prints a line for each call, in the words that AF_GRAFT's users watched for."""
+
+    def tell(told: Told) -> None:
+        from graft.told import line
+
+        names = {stored.id: stored.endpoint for stored in store.listing(settings)}
+        print(line(told, names), file=sys.stderr, flush=True)
+
+    return tell

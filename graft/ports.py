@@ -1,0 +1,87 @@
+"""Sets of ports as whole numbers (bit n stands for port n), and ranges of ports as prefixes.
+
+Rules over ports overlap and nest. As numbers, "the ports that nobody has yet" is one `& ~taken`, and
+two rules meet where `a & b` is not zero. A longest-prefix map holds no ranges, so that in the end
+each run of ports is split into prefixes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from graft.errors import UsageError
+
+PORT_BITS = 16
+MAX_PORT = (1 << PORT_BITS) - 1
+
+EVERY_PORT = (1 << (MAX_PORT + 1)) - 1
+"""All of them, port 0 too: the ports of a rule that names none."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PortRange:
+    """The ports ``first`` to ``last``, both included. Raises UsageError where that is no range."""
+
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= self.last <= MAX_PORT:
+            raise UsageError(f"ports: {self.first}-{self.last} is no range of ports", "FIRST-LAST, such as 8000-8099")
+
+    def __contains__(self, port: int) -> bool:
+        return self.first <= port <= self.last
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+    @property
+    def mask(self) -> int:
+        """The range as a set of ports."""
+        return ((1 << len(self)) - 1) << self.first
+
+
+def mask_of(ranges: Iterable[PortRange]) -> int:
+    """The ports of all of ``ranges`` together."""
+    mask = 0
+    for ports in ranges:
+        mask |= ports.mask
+    return mask
+
+
+def ranges_of(mask: int) -> Iterator[PortRange]:
+    """The runs of ports in ``mask``, in order, with a gap between any two."""
+    digits = bin(mask)[:1:-1]  # without "0b", the lowest port first
+    for run in re.finditer("1+", digits):
+        yield PortRange(run.start(), run.end() - 1)
+
+
+def lowest_port(mask: int) -> int:
+    """The first port of ``mask``, which must not be empty."""
+    return (mask & -mask).bit_length() - 1
+
+
+def split_range(ports: PortRange) -> Iterator[tuple[int, int]]:
+    """``ports`` as (port, bits) prefixes: ``bits`` leading bits of ``port`` say which ports are meant, the rest are 0.
+
+    They are the fewest that do, at most 30.
+    """
+    first = ports.first
+    while first <= ports.last:
+        # The block may be as big as the alignment of its first port, and must not pass the end.
+        aligned = (first & -first).bit_length() - 1 if first else PORT_BITS
+        fits = (ports.last - first + 1).bit_length() - 1
+        free = min(aligned, fits)
+        yield first, PORT_BITS - free
+        first += 1 << free
+
+
+def prefixes_of(mask: int) -> Iterator[tuple[int, int]]:
+    """All of ``mask`` as (port, bits) prefixes, none of which holds a port of another."""
+    for ports in ranges_of(mask):
+        yield from split_range(ports)

@@ -1,0 +1,130 @@
+"""`graft run`: a program under Graft, as if it had been started directly.
+
+Three processes: this one, which the user's shell knows, waits for the program and passes signals on; the
+program; and its supervisor (graft/holder.py). This one holds the listener too, so that either of Graft's two
+can die: a supervisor is started again, and if this one is killed, the supervisor ends the program and cleans
+up, because what a shell started must not run on when the shell's child is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft import containers, holder
+from graft.containers import Container
+from graft.errors import KernelError
+from graft.holder import Holder
+from graft.kernel import cgroup, netns, process
+from graft.launch import Launch, Launched, launch
+from graft.layout import Transport
+from graft.lifecycle import up
+from graft.maps import Maps
+from graft.policy import Policy
+from graft.settings import Settings
+
+_SI_KERNEL = 0x80  # include/uapi/asm-generic/siginfo.h: here, from the terminal
+_NOT_OURS = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What to run. ``net`` None: a new namespace with lo. ``user`` None: as the caller is."""
+
+    command: tuple[str, ...]
+    policy: Policy
+    net: Path | None = None
+    user: process.User | None = None
+    keep_net_admin: bool = False
+    verbose: bool = False
+
+
+def run(settings: Settings, plan: RunPlan) -> int:
+    """Run a program to its end, and give its exit status; a negative one is the signal that ended it.
+
+    Raises GraftError where it cannot be started; nothing is left behind then either.
+    """
+    maps = up(settings)
+    path = cgroup.v2_mount() / settings.cgroup / f"run-{os.getpid()}"
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with _signals_held() as mask:
+            return _run_in(settings, maps, plan, path, mask)
+    finally:
+        if path.exists():
+            cgroup.kill(path)
+            cgroup.remove(path)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[frozenset[signal.Signals]]:
+    """Every signal that can be passed on, held back to be waited for; gives the mask of before."""
+    held = set(signal.valid_signals()) - _NOT_OURS
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield frozenset(signal.Signals(one) for one in before if one in list(signal.Signals))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run_in(settings: Settings, maps: Maps, plan: RunPlan, path: Path, mask: frozenset[signal.Signals]) -> int:
+    host = netns.cookie(settings.host_netns)
+    launched = launch(Launch(plan.command, path, plan.net, host, plan.user, plan.keep_net_admin, mask))
+    container: Container | None = None
+    keeper: Holder | None = None
+    try:
+        transport = Transport.DIRECT if launched.listener is None else Transport.SWAP
+        container = containers.create(settings, maps, plan.policy, path, launched.netns, transport, os.getpid())
+        if launched.listener is not None:
+            keeper = Holder(settings, container, launched.listener, plan.verbose)
+            keeper.start()
+        launched.go()
+        return _wait(launched, keeper)
+    finally:
+        cgroup.kill(path)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(launched.pid, 0)
+        if keeper is not None:
+            keeper.stop()
+        if container is not None:
+            holder.end(settings, maps, container)
+
+
+def _wait(launched: Launched, keeper: Holder | None) -> int:
+    """Until the program ends: pass signals on, stop when it stops, keep a supervisor alive."""
+    held = set(signal.valid_signals()) - _NOT_OURS
+    while True:
+        info = signal.sigwaitinfo(held)
+        if info.si_signo != signal.SIGCHLD:
+            # What a terminal sends, it sends to the whole foreground group: the program has it already.
+            if info.si_code != _SI_KERNEL:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(launched.pid, info.si_signo)
+            continue
+        status = _look(launched.pid)
+        if status is not None:
+            return status
+        if keeper is not None and keeper.reap():
+            keeper.start()
+
+
+def _look(pid: int) -> int | None:
+    """The program's exit status, if it has ended. If it has stopped, so do we, until somebody goes on."""
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+        if found == 0:
+            return None
+        if os.WIFSTOPPED(status):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif os.WIFEXITED(status) or os.WIFSIGNALED(status):
+            return os.waitstatus_to_exitcode(status)
+
+
+def check_supported() -> None:
+    """Raises KernelError where this kernel lacks what the swap transport cannot do without."""
+    if not Path("/proc/sys/kernel/seccomp/actions_avail").read_text().count("user_notif"):
+        raise KernelError("this kernel has no seccomp user notification", "5.15 or later")

@@ -1,0 +1,40 @@
+"""From what an operator types to what Graft works with: policies from files or flags, namespaces from words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from graft.errors import NotFoundError, UsageError
+from graft.kernel import netns
+from graft.policy import Policy, load_policy, policy_from_flags
+from graft.settings import Settings
+from graft.store import known_endpoints
+
+
+def policy_name(text: str) -> str:
+    """A name that a policy may have, after a program's."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", text).lstrip("_.-")[:63] or "program"
+
+
+def policy_of(
+    settings: Settings, program: str, file: Path | None, ingress: Sequence[str], egress: Sequence[str]
+) -> Policy:
+    """The policy of a file, or of `-i` and `-e`. Raises UsageError, NotFoundError."""
+    if file is None:
+        return policy_from_flags(policy_name(program), ingress, egress)
+    if ingress or egress:
+        raise UsageError("--policy: -i and -e are for use without it", "put the rules into the policy")
+    try:
+        text = file.read_text()
+    except FileNotFoundError:
+        raise NotFoundError(f"--policy: there is no file {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--policy: cannot read {file}: {error}") from error
+    return load_policy(text, str(file), known_endpoints(settings))
+
+
+def network(text: str) -> Path | None:
+    """``new`` (None), or the namespace of that name, process or path. Raises NotFoundError."""
+    return None if text == "new" else netns.resolve(text)

@@ -1,0 +1,144 @@
+"""A twin of a socket: the same in all that its program set or can see, in another network namespace.
+
+The options that a program set are known by name from the setsockopt hook; their values are read from the
+socket itself, so that a call which the kernel refused is not replayed with root's rights. Only options of
+the table below are carried: each is one that an unprivileged program may set, or that does nothing outside
+the socket. Numbers: asm-generic/socket.h, linux/tcp.h, linux/in.h, linux/in6.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+from collections.abc import Iterable
+
+from graft.layout import Options
+
+SOL_IP, SOL_SOCKET, SOL_TCP, SOL_IPV6 = 0, 1, 6, 41
+
+_SNDBUF, _RCVBUF, _SNDBUFFORCE, _RCVBUFFORCE = 7, 8, 32, 33
+_PRIORITY, _ATTACH_FILTER, _LOCK_FILTER = 12, 26, 44
+_TCP_CONGESTION = 13
+IPV6_V6ONLY = 26
+
+# Carried as they are: read here, written there. Names in the order of their numbers.
+_PLAIN: dict[int, frozenset[int]] = {
+    # REUSEADDR DONTROUTE BROADCAST KEEPALIVE OOBINLINE NO_CHECK LINGER REUSEPORT RCVLOWAT RCVTIMEO SNDTIMEO
+    # TIMESTAMP TIMESTAMPNS TIMESTAMPING RXQ_OVFL PEEK_OFF SELECT_ERR_QUEUE MAX_PACING_RATE INCOMING_CPU
+    # ZEROCOPY, the _NEW forms of the times, BUF_LOCK TXREHASH
+    SOL_SOCKET: frozenset(
+        {2, 5, 6, 9, 10, 11, 13, 15, 18, 20, 21, 29, 35, 37, 40, 42, 45, 47, 49, 60, 63, 64, 65, 66, 67, 72, 74}
+    ),
+    # NODELAY MAXSEG CORK KEEPIDLE KEEPINTVL KEEPCNT SYNCNT LINGER2 DEFER_ACCEPT WINDOW_CLAMP QUICKACK CONGESTION
+    # THIN_LINEAR_TIMEOUTS THIN_DUPACK USER_TIMEOUT FASTOPEN TIMESTAMP NOTSENT_LOWAT SAVE_SYN FASTOPEN_CONNECT
+    # FASTOPEN_KEY FASTOPEN_NO_COOKIE INQ TX_DELAY, and the RTO limits of newer kernels
+    SOL_TCP: frozenset(
+        {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 18, 23, 24, 25, 27, 30, 33, 34, 36, 37, 44, 45, 46}
+    ),
+    # TOS TTL RECVOPTS RETOPTS PKTINFO MTU_DISCOVER RECVERR RECVTTL RECVTOS FREEBIND PASSSEC MINTTL
+    # BIND_ADDRESS_NO_PORT RECVERR_RFC4884 LOCAL_PORT_RANGE
+    SOL_IP: frozenset({1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 18, 21, 24, 26, 51}),
+    # UNICAST_HOPS MTU_DISCOVER RECVERR RECVERR_RFC4884 FLOWINFO_SEND RECVPKTINFO RECVHOPLIMIT DONTFRAG
+    # RECVTCLASS TCLASS AUTOFLOWLABEL ADDR_PREFERENCES MINHOPCOUNT FREEBIND
+    SOL_IPV6: frozenset({16, 23, 25, 31, 33, 49, 51, 62, 66, 67, 70, 72, 73, 78}),
+}
+
+# Asked of every socket where the hook could not tell which options were set.
+_EVERY = tuple((level, name) for level, names in _PLAIN.items() for name in sorted(names)) + (
+    (SOL_SOCKET, _SNDBUF),
+    (SOL_SOCKET, _RCVBUF),
+    (SOL_SOCKET, _PRIORITY),
+)
+
+_MAX_VALUE = 128
+
+
+class _SockFprog(ctypes.Structure):
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def options_set(recorded: Options | None) -> Iterable[tuple[int, int]]:
+    """(level, name) of the options that a program set, in its order; of every known one where it set too many."""
+    if recorded is None:
+        return ()
+    if recorded.overflow:
+        return _EVERY
+    return [(option.level, option.name) for option in recorded.option[: recorded.count]]
+
+
+def carry_options(old: socket.socket, new: socket.socket, names: Iterable[tuple[int, int]]) -> None:
+    """Give ``new`` the values that ``old`` has of those options. What one of them does not know is left."""
+    late: list[tuple[int, int]] = []
+    for level, name in names:
+        if (level, name) == (SOL_SOCKET, _LOCK_FILTER):
+            late.append((level, name))
+            continue
+        with contextlib.suppress(OSError):
+            _carry(old, new, level, name)
+    for level, name in late:
+        with contextlib.suppress(OSError):
+            new.setsockopt(level, name, old.getsockopt(level, name))
+
+
+def _carry(old: socket.socket, new: socket.socket, level: int, name: int) -> None:
+    if name in _PLAIN.get(level, frozenset()):
+        value = old.getsockopt(level, name, _MAX_VALUE)
+        new.setsockopt(level, name, value.rstrip(b"\0") if (level, name) == (SOL_TCP, _TCP_CONGESTION) else value)
+    elif level == SOL_SOCKET and name in (_SNDBUF, _SNDBUFFORCE, _RCVBUF, _RCVBUFFORCE):
+        # The kernel tells twice what was asked (socket(7)). Never by FORCE: a limit of the host holds.
+        plain = _SNDBUF if name in (_SNDBUF, _SNDBUFFORCE) else _RCVBUF
+        new.setsockopt(SOL_SOCKET, plain, old.getsockopt(SOL_SOCKET, plain) // 2)
+    elif (level, name) == (SOL_SOCKET, _PRIORITY):
+        # 0 to 6 is anybody's, more needs CAP_NET_ADMIN over the namespace (socket(7)).
+        new.setsockopt(SOL_SOCKET, _PRIORITY, min(old.getsockopt(SOL_SOCKET, _PRIORITY), 6))
+    elif (level, name) == (SOL_SOCKET, _ATTACH_FILTER):
+        _carry_filter(old, new)
+
+
+def _carry_filter(old: socket.socket, new: socket.socket) -> None:
+    """A classic BPF filter: read as a list of 8-byte instructions (SO_GET_FILTER, counted in instructions)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    count = ctypes.c_uint32(0)
+    libc.getsockopt(old.fileno(), SOL_SOCKET, _ATTACH_FILTER, None, ctypes.byref(count))
+    if not count.value:
+        return
+    held = ctypes.create_string_buffer(count.value * 8)
+    libc.getsockopt(old.fileno(), SOL_SOCKET, _ATTACH_FILTER, held, ctypes.byref(count))
+    program = _SockFprog(count.value, ctypes.addressof(held))
+    libc.setsockopt(new.fileno(), SOL_SOCKET, _ATTACH_FILTER, ctypes.byref(program), ctypes.sizeof(program))
+
+
+def make(old: socket.socket, flags: int, names: Iterable[tuple[int, int]], v6only: bool | None) -> socket.socket:
+    """A new socket in the calling thread's namespace, of the old one's family, type, protocol and owner.
+
+    ``flags`` are the old descriptor's (O_NONBLOCK is carried), ``v6only`` its IPV6_V6ONLY, or None for
+    an IPv4 socket: its default differs between namespaces. Raises OSError.
+    """
+    kind = old.type & ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    if flags & os.O_NONBLOCK:
+        kind |= socket.SOCK_NONBLOCK
+    new = socket.socket(old.family, kind, old.proto)
+    try:
+        if v6only is not None:
+            new.setsockopt(SOL_IPV6, IPV6_V6ONLY, v6only)
+        carry_options(old, new, names)
+        if flags & os.O_ASYNC:
+            _carry_signals(old, new)
+    except BaseException:
+        new.close()
+        raise
+    return new
+
+
+def _carry_signals(old: socket.socket, new: socket.socket) -> None:
+    """Who gets SIGIO (F_SETOWN_EX, F_SETSIG of fcntl(2))."""
+    import fcntl
+
+    setown, getown, setsig, getsig = 15, 16, 10, 11
+    owner = fcntl.fcntl(old, getown, struct.pack("=ii", 0, 0))
+    fcntl.fcntl(new, setown, owner)
+    fcntl.fcntl(new, setsig, fcntl.fcntl(old, getsig))
+    fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_ASYNC)
