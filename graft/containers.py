@@ -88,7 +88,8 @@ def _install_locked(settings: Settings, maps: Maps, policy: Policy) -> tuple[int
 
 
 def _endpoint_names(policy: Policy) -> tuple[str, ...]:
-    named = [rule.endpoint for rule in (*policy.ingress, *policy.egress) if rule.endpoint]
+    named = [rule.endpoint for rule in policy.ingress]
+    named += [rule.endpoint for rule in policy.egress if rule.endpoint]
     return tuple(dict.fromkeys(named))
 
 

@@ -99,9 +99,13 @@ class Rules:
 class Lookups(Interface):
     """What graft.rules.Lookup answers, and the parts of an endpoint that matter here."""
 
-    def ingress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> int: ...
+    def ingress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> int:
+        """The id of the endpoint that a bind becomes, 0 for none."""
+        ...
 
-    def egress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> tuple[int, int]: ...
+    def egress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> tuple[int, int]:
+        """(verdict, id of the source endpoint) of a destination."""
+        ...
 
     def endpoint(self, number: int) -> tuple[int, int] | None:
         """(family, cookie of the namespace) of an endpoint, None where it is gone."""

@@ -153,14 +153,13 @@ def load() -> Loaded:
     sizes = [f"-D{name}={value}" for name, value in SIZES.items()]
     offsets = [f"-D{name}={value}" for name, value in probe_offsets().items()]
     attempts = [(tuple(OPTIONAL[index:]), probe) for index in range(len(OPTIONAL) + 1) for probe in (offsets, [])]
-    said: list[str] = []
+    if _bcc_is_missing():
+        raise KernelError("bcc is not installed for this Python", "apt-get install python3-bpfcc")
     for features, probe in attempts:
-        with contextlib.suppress(Exception), _stderr_kept() as said:
+        with contextlib.suppress(Exception), _stderr_kept() as complaints:
             module, fds = _compile([*sizes, *probe, *(f"-D{name}" for name in features)])
             return Loaded(module, fds, frozenset(features) | ({"GRAFT_PROBE"} if probe else frozenset()))
-        if _bcc_is_missing():
-            raise KernelError("bcc is not installed for this Python", "apt-get install python3-bpfcc")
-    log = "\n".join(said[-1].splitlines()[-30:]) if said else ""
+    log = "\n".join(complaints[-1].splitlines()[-30:])
     raise KernelError(f"the kernel does not take the BPF programs\n{log}", "graft doctor tells what is missing")
 
 

@@ -47,7 +47,8 @@ _PLAIN: dict[int, frozenset[int]] = {
 }
 
 # Asked of every socket where the hook could not tell which options were set.
-_EVERY = tuple((level, name) for level, names in _PLAIN.items() for name in sorted(names)) + (
+_EVERY = (
+    *((level, name) for level, names in _PLAIN.items() for name in sorted(names)),
     (SOL_SOCKET, _SNDBUF),
     (SOL_SOCKET, _RCVBUF),
     (SOL_SOCKET, _PRIORITY),

@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from graft.kernel.syscalls import number, syscall
 
@@ -141,8 +141,8 @@ def prog_id(prog_fd: int) -> int:
     return int(info.id)
 
 
-KeyT = TypeVar("KeyT", bound="ctypes._CData")
-ValueT = TypeVar("ValueT", bound="ctypes._CData")
+KeyT = TypeVar("KeyT", bound="ctypes.Structure | ctypes._SimpleCData[int]")
+ValueT = TypeVar("ValueT", bound="ctypes.Structure | ctypes._SimpleCData[int]")
 
 
 class Map(Generic[KeyT, ValueT]):
@@ -181,7 +181,7 @@ class Map(Generic[KeyT, ValueT]):
     def get(self, key: KeyT) -> ValueT | None:
         """A copy of what stands at ``key``; None where there is nothing."""
         found = self.peek(key)
-        return None if found is None else self._value.from_buffer_copy(found)
+        return None if found is None else cast(ValueT, self._value.from_buffer_copy(found))
 
     def put(self, key: KeyT, value: ValueT, flags: int = ANY) -> None:
         """Write. With NOEXIST raises FileExistsError where there is an entry already."""

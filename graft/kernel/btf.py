@@ -86,7 +86,7 @@ class Btf:
     def _find(self, aggregate: _Aggregate, member: bytes) -> int | None:
         for index in range(aggregate.members):
             name_off, type_id, bits = _MEMBER.unpack_from(self._blob, aggregate.position + index * _MEMBER.size)
-            offset = (bits & 0xFFFFFF if aggregate.bitfields else bits) // 8
+            offset = int(bits & 0xFFFFFF if aggregate.bitfields else bits) // 8
             if name_off and self._string(name_off) == member:
                 return offset
             inner = self._by_id.get(type_id) if not name_off else None

@@ -36,7 +36,8 @@ def parse_user(text: str) -> User:
     name, _, group = text.partition(":")
     try:
         if name.isdigit():
-            uid, gid, groups = int(name), int(name), ()
+            uid = gid = int(name)
+            groups: tuple[int, ...] = ()
             with contextlib.suppress(KeyError):
                 gid = pwd.getpwuid(uid).pw_gid
         else:
