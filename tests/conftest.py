@@ -1,0 +1,111 @@
+"""Fixtures, named for what they give. Nothing here touches the machine's own network, pins or cgroups."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from graft.kernel import cgroup
+from graft.lifecycle import is_up
+from tests.support import namespaces
+from tests.support.building import Programs
+from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import Netns
+from tests.support.shell import run
+
+NEEDED = ("ip", "nsenter", "ss", "nginx", "iperf3", "curl", "gcc", "busybox", "webhook", "hey", "unshare")
+
+
+@contextmanager
+def installation(folder: Path, host: Netns, client: Netns, tag: str) -> Iterator[Host]:
+    """An installation of its own; nothing of it is left afterwards, whatever the test did."""
+    name = f"graft-test-{os.getpid()}-{tag}"
+    made = Host(
+        host,
+        client,
+        {
+            "GRAFT_HOST_NETNS": str(host.path),
+            "GRAFT_PIN_DIR": f"/sys/fs/bpf/{name}",
+            "GRAFT_RUN_DIR": str(folder / "run"),
+            "GRAFT_STATE_DIR": str(folder / "state"),
+            "GRAFT_CGROUP": name,
+        },
+        folder,
+    )
+    try:
+        yield made
+    finally:
+        result = run([GRAFT, "down", "--force"], environment=made.environment)
+        if made.cgroup.exists():
+            cgroup.kill(made.cgroup)
+            cgroup.remove(made.cgroup)
+        for pins in (made.settings.pin_dir, made.settings.pin_dir.with_name(f"{name}-new")):
+            shutil.rmtree(pins, ignore_errors=True)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="session")
+def root() -> None:
+    """Fails the test, rather than skipping it, where it cannot do its work."""
+    assert os.geteuid() == 0, "this test needs root"
+    missing = [tool for tool in NEEDED if shutil.which(tool) is None]
+    assert not missing, f"make setup: missing {', '.join(missing)}"
+    namespaces.sweep()
+
+
+@pytest.fixture(scope="session")
+def net(root: None) -> Iterator[tuple[Netns, Netns]]:
+    """The namespaces of the host and of a client beside it."""
+    with namespaces.host_and_client() as pair:
+        yield pair
+
+
+@pytest.fixture(scope="session")
+def _host(net: tuple[Netns, Netns], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with installation(tmp_path_factory.mktemp("host"), *net, "main") as made:
+        made.graft("up")
+        yield made
+
+
+@pytest.fixture
+def host(_host: Host) -> Iterator[Host]:
+    """A host with Graft up. What a test starts ends with it, and its endpoints go."""
+    if not is_up(_host.settings):
+        _host.graft("up")
+    yield _host
+    for program in reversed(_host.started):
+        program.stop()
+    _host.started.clear()
+    _host.forget_endpoints()
+
+
+@pytest.fixture
+def bare_host(net: tuple[Netns, Netns], tmp_path: Path) -> Iterator[Host]:
+    """A host on which Graft has never been up."""
+    with installation(tmp_path, *net, "bare") as made:
+        yield made
+        for program in made.started:
+            program.stop()
+
+
+@pytest.fixture
+def netns(root: None) -> Iterator[Callable[[], Netns]]:
+    """Makes namespaces with nothing but lo."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(namespaces.namespace("extra"))
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Test programs in C, compiled when they are first asked for, where any user can start them."""
+    with tempfile.TemporaryDirectory(prefix="graft-programs-") as folder:
+        Path(folder).chmod(0o755)
+        yield Programs(Path(folder))

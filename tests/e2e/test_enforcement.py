@@ -1,0 +1,315 @@
+"""What a program cannot do, however it asks: the hooks decide on the kernel's own copy of an address."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.building import Programs
+from tests.support.installation import Host
+from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
+from tests.support.program import Program
+from tests.support.wait import until
+
+pytestmark = pytest.mark.e2e
+
+WAYS = ("", "32", "u")  # the trapped call; the 32-bit one by int 0x80; io_uring
+UNTRAPPED = ("32", "u")
+
+
+def calls(host: Host, programs: Programs, rules: list[str], *steps: str | int) -> list[str]:
+    """What tests/programs/calls.c says of each step."""
+    return host.run(rules, programs["calls"], *map(str, steps)).stdout.splitlines()
+
+
+def accepted(listener: object) -> bool:
+    """Whether a connection waits at a listener."""
+    listener.settimeout(0)  # type: ignore[attr-defined]
+    try:
+        listener.accept()[0].close()  # type: ignore[attr-defined]
+    except BlockingIOError:
+        return False
+    return True
+
+
+def flipped(host: Host, program: Program) -> tuple[int, int, int]:
+    said = program.until("a result", lambda: re.search(r"succeeded (\d+) refused (\d+) failed (\d+)", program.said), 60)
+    succeeded, refused, failed = map(int, said.groups())
+    return succeeded, refused, failed
+
+
+def listening_ports(host: Host) -> list[int]:
+    lines = host.netns.run("ss", "-Hltn").splitlines()
+    return [int(line.split()[3].rsplit(":", 1)[1]) for line in lines]
+
+
+def test_a_sockaddr_that_flips_during_bind_never_gives_a_forbidden_port(host: Host, programs: Programs) -> None:
+    good, bad = host.port(), host.port()
+    rules = ["-i", f"0.0.0.0:{good}={host.endpoint(f'0.0.0.0:{good}')}"]
+    program = host.start(*rules, "--", programs["flip"], "bind", "3000", "0.0.0.0", good, "0.0.0.0", bad, talk=True)
+    succeeded, refused, failed = flipped(host, program)
+    assert succeeded + refused == 3000 and failed == 0
+    granted = listening_ports(host).count(good)
+    assert granted > 100, "the flip never met the allowed address"
+    assert succeeded - granted > 100, "the flip never met the other address"
+    assert bad not in listening_ports(host)
+    program.tell("\n")
+    assert program.wait() == 0
+
+
+def test_a_flip_during_the_bind_of_a_socket_in_the_hosts_stack_is_refused(host: Host, programs: Programs) -> None:
+    good, bad = host.port(), host.port()
+    out = host.endpoint("0.0.0.0:dynamic")
+    rules = ["-i", f"0.0.0.0:{good}={host.endpoint(f'0.0.0.0:{good}')}", "-e", f"{CLIENT4}/32={out}"]
+    program = host.start(*rules, "--", programs["flip"], "rebind", "2000", "0.0.0.0", good, "0.0.0.0", bad, talk=True)
+    succeeded, refused, failed = flipped(host, program)
+    assert succeeded + refused == 2000 and failed == 0
+    assert listening_ports(host).count(good) > 100
+    assert bad not in listening_ports(host)
+    assert host.decisions(host.container(program).id)[3] == refused > 0  # REFUSED_BIND
+    program.tell("\n")
+    assert program.wait() == 0
+
+
+def test_a_sockaddr_that_flips_during_connect_never_reaches_a_forbidden_destination(
+    host: Host, programs: Programs
+) -> None:
+    allowed, forbidden = host.client.listener(), host.netns.listener()
+    rules = ["-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}"]
+    good, bad = allowed.getsockname()[1], forbidden.getsockname()[1]
+    program = host.start(*rules, "--", programs["flip"], "connect", "4000", CLIENT4, good, HOST4, bad, talk=True)
+    allowed.settimeout(5)
+    reached = 0
+    while "succeeded" not in program.said:
+        try:
+            allowed.accept()[0].close()
+            reached += 1
+        except TimeoutError:
+            program.until("its end", lambda: "succeeded" in program.said, 1)
+    succeeded, refused, failed = flipped(host, program)
+    assert succeeded > 100 and succeeded >= reached
+    assert refused > 0, "no flip came between the supervisor's look and the kernel's copy"
+    assert succeeded + refused + failed == 4000
+    assert not accepted(forbidden)
+    program.tell("\n")
+    assert program.wait() == 0
+    allowed.close()
+    forbidden.close()
+
+
+@pytest.mark.parametrize("way", UNTRAPPED)
+def test_an_untrapped_bind_stays_in_the_containers_namespace(host: Host, programs: Programs, way: str) -> None:
+    port = host.port()
+    rules = ["-i", f"0.0.0.0:{port}={host.endpoint(f'0.0.0.0:{port}')}"]
+    program = host.start(
+        *rules, "--", programs["calls"], "socket", "4", f"bind{way}", "0.0.0.0", port, f"listen{way}", "home", "wait", talk=True
+    )
+    said = program.says("home").splitlines()
+    assert said[:2] == [f"bind{way} ok", f"listen{way} ok"]
+    assert said[2] != f"home {host.netns.cookie}"
+    assert not host.netns.listens(port)
+
+
+@pytest.mark.parametrize("way", UNTRAPPED)
+def test_an_untrapped_connect_goes_nowhere_but_in_the_containers_namespace(
+    host: Host, programs: Programs, way: str
+) -> None:
+    listener = host.client.listener()
+    rules = ["-e", f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}"]
+    said = calls(host, programs, rules, "socket", 4, f"connect{way}", CLIENT4, listener.getsockname()[1])
+    assert said == [f"connect{way} ENETUNREACH"]
+    assert not accepted(listener)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_socket_in_the_hosts_stack_binds_no_port_that_was_not_granted(
+    host: Host, programs: Programs, way: str
+) -> None:
+    port = host.port()
+    rules = ["-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}"]
+    steps = ["socket", 4, "connect", CLIENT4, 9, "home", f"bind{way}", "0.0.0.0", port, "home"]
+    said = calls(host, programs, rules, *steps)
+    assert said[:2] == ["connect ECONNREFUSED", f"home {host.netns.cookie}"]
+    if way:
+        assert said[2:] == [f"bind{way} EACCES", f"home {host.netns.cookie}"]
+    else:  # it goes back to where it came from
+        assert said[2] == "bind ok" and said[3] != said[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_socket_in_the_hosts_stack_reaches_no_destination_that_was_not_granted(
+    host: Host, programs: Programs, way: str
+) -> None:
+    forbidden = host.netns.listener()
+    rules = ["-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}"]
+    port = forbidden.getsockname()[1]
+    said = calls(host, programs, rules, "socket", 4, "connect", CLIENT4, 9, f"connect{way}", HOST4, port)
+    assert said == ["connect ECONNREFUSED", f"connect{way} {'EACCES' if way else 'ENETUNREACH'}"]
+    assert not accepted(forbidden)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bound_socket_in_the_hosts_stack_reaches_no_destination_that_was_not_granted(
+    host: Host, programs: Programs, way: str
+) -> None:
+    port, forbidden = host.port(), host.netns.listener()
+    rules = ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"]
+    there = forbidden.getsockname()[1]
+    steps = ["socket", 4, "bind", "0.0.0.0", 80, f"connect{way}", HOST4, there, f"connect{way}", "127.0.0.1", there]
+    assert calls(host, programs, rules, *steps) == ["bind ok", *[f"connect{way} EACCES"] * 2]
+    assert not accepted(forbidden)
+
+
+def test_listen_on_a_socket_in_the_hosts_stack_with_no_endpoint_is_refused(host: Host, programs: Programs) -> None:
+    rules = ["-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}"]
+    said = calls(host, programs, rules, "socket", 4, "connect", CLIENT4, 9, "listen")
+    assert said == ["connect ECONNREFUSED", "listen EACCES"]
+
+
+@pytest.mark.parametrize("way", UNTRAPPED)
+def test_an_untrapped_listen_with_no_endpoint_hears_nobody(host: Host, programs: Programs, way: str) -> None:
+    rules = ["-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}"]
+    steps = ["socket", "4", "connect", CLIENT4, "9", f"listen{way}", "option", "1", "62", "name", "wait"]
+    program = host.start(*rules, "--", programs["calls"], *steps, talk=True)
+    said = program.says("name ").splitlines()
+    assert said[1] == f"listen{way} ok"
+    assert said[2] in ("option EPERM", "option EACCES")  # SO_BINDTOIFINDEX: it cannot be untied
+    port = int(said[3].split()[-1])
+    assert host.netns.listens(port)
+    for one, address in ((host.client, HOST4), (host.netns, HOST4), (host.netns, "127.0.0.1")):
+        with pytest.raises(ConnectionRefusedError):
+            one.connected(address, port)
+
+
+def test_a_taken_endpoint_is_the_kernels_eaddrinuse_and_the_socket_can_be_bound_elsewhere(
+    host: Host, programs: Programs
+) -> None:
+    taken, free = host.netns.listener(), host.port()
+    one, other = host.endpoint(f"0.0.0.0:{taken.getsockname()[1]}"), host.endpoint(f"0.0.0.0:{free}")
+    rules = ["-i", f"0.0.0.0:80={one}", "-i", f"0.0.0.0:81={other}"]
+    said = calls(host, programs, rules, "socket", 4, "bind", "0.0.0.0", 80, "bind", "0.0.0.0", 81, "name", "listen")
+    assert said == ["bind EADDRINUSE", "bind ok", "name 0.0.0.0 81", "listen ok"]
+
+
+def test_a_closed_port_is_the_kernels_econnrefused(host: Host, programs: Programs) -> None:
+    rules = ["-e", f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}", "-e", f"::/0={host.endpoint('[::]:dynamic')}"]
+    steps: list[str | int] = []
+    for family, address in ((4, CLIENT4), (6, CLIENT6), (6, f"::ffff:{CLIENT4}")):
+        steps += ["socket", family, "connect", address, 9]
+    assert calls(host, programs, rules, *steps) == ["connect ECONNREFUSED"] * 3
+
+
+def policy(folder: Path, text: str) -> list[str]:
+    file = folder / "policy.yaml"
+    file.write_text(text)
+    return ["--policy", str(file)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_default_deny_refuses_what_no_rule_names(host: Host, programs: Programs, tmp_path: Path, way: str) -> None:
+    port = host.port()
+    rules = policy(
+        tmp_path, f"name: t\nendpoints: {{web: 0.0.0.0:{port}}}\ningress: [{{bind: 0.0.0.0:80, endpoint: web}}]\ndefault: deny\n"
+    )
+    steps: list[str | int] = ["socket", 4, "bind", "0.0.0.0", 80, "listen"]
+    for family, call, address, refused in (
+        (4, "bind", "0.0.0.0", 81),
+        (4, "bind", "127.0.0.1", 80),
+        (6, "bind", "::1", 80),
+        (4, "connect", "127.0.0.1", 80),
+        (6, "connect", "::1", 80),
+        (4, "connect", CLIENT4, 80),
+    ):
+        steps += ["socket", family, f"{call}{way}", address, refused]
+    said = calls(host, programs, rules, *steps)
+    assert said[:2] == ["bind ok", "listen ok"]
+    assert said[2:] == [f"bind{way} EACCES"] * 3 + [f"connect{way} EACCES"] * 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_denied_destination_is_eacces_and_what_is_around_it_is_reached(
+    host: Host, programs: Programs, tmp_path: Path, way: str
+) -> None:
+    open_, closed = host.client.listener(), host.client.listener()
+    rules = policy(
+        tmp_path,
+        "name: t\nendpoints: {out: 0.0.0.0:dynamic}\negress:\n"
+        f"  - {{to: {CLIENT4}, ports: [{closed.getsockname()[1]}], action: deny}}\n  - {{to: 0.0.0.0/0, endpoint: out}}\n",
+    )
+    inside, outside = closed.getsockname()[1], open_.getsockname()[1]
+    steps = ["socket", 4, "connect", CLIENT4, outside, "peer", "socket", 4, f"connect{way}", CLIENT4, inside]
+    steps += ["socket", 6, f"connect{way}", f"::ffff:{CLIENT4}", inside]
+    said = calls(host, programs, rules, *steps)
+    assert said == ["connect ok", f"peer {CLIENT4} {outside}", *[f"connect{way} EACCES"] * 2]
+    assert not accepted(closed)
+
+
+def test_options_that_reach_past_the_policy_are_refused_in_the_hosts_stack(host: Host, programs: Programs) -> None:
+    port = host.port()
+    rules = ["-i", f"[::]:80={host.endpoint(f'[::]:{port}')}"]
+    # SO_BINDTODEVICE, SO_MARK, SO_BINDTOIFINDEX, IP_TRANSPARENT, IP_OPTIONS, IPV6_TRANSPARENT, joining groups
+    refused = [(1, 25), (1, 36), (1, 62), (0, 19), (0, 4), (41, 75), (0, 35), (41, 20)]
+    steps: list[str | int] = ["socket", 6, "bind", "::", 80]
+    for level, name in refused:
+        steps += ["text", level, name, "lo"]
+    said = calls(host, programs, rules, *steps, "option", 6, 1)
+    assert said[0] == "bind ok"
+    assert set(said[1:-1]) <= {"text EPERM", "text EACCES"}
+    assert said[-1] == "option ok"  # TCP_NODELAY is the program's own affair
+
+
+def test_a_program_of_roots_has_no_cap_net_admin_unless_it_is_allowed(host: Host) -> None:
+    capability = 1 << 12
+    for options, wanted in (([], False), (["--allow-net-admin"], True)):
+        status = host.run(options, "cat", "/proc/self/status").stdout
+        held = {name: int(value, 16) for name, value in re.findall(r"^(Cap\w+):\t(\w+)$", status, re.M)}
+        assert bool(held["CapEff"] & capability) is wanted
+        assert bool(held["CapBnd"] & capability) is wanted
+
+
+def test_a_port_below_1024_needs_no_capability_where_it_is_granted(host: Host, programs: Programs) -> None:
+    rules = ["-i", f"0.0.0.0:80={host.endpoint('0.0.0.0:81')}", "--user", "nobody"]
+    said = calls(host, programs, rules, "socket", 4, "bind", "0.0.0.0", 80, "socket", 4, "bind", "0.0.0.0", 82)
+    assert said == ["bind ok", "bind EACCES"]  # the second one is the kernel's own
+
+
+def test_a_namespace_that_the_program_makes_is_its_own(host: Host, programs: Programs) -> None:
+    port = host.port()
+    rules = ["-i", f"0.0.0.0:{port}={host.endpoint(f'0.0.0.0:{port}')}"]
+    program = host.start(
+        *rules, "--", programs["calls"], "netns", "socket", "4", "bind", "0.0.0.0", port, "listen", "home", "wait", talk=True
+    )
+    said = program.says("home").splitlines()
+    assert said[1:3] == ["bind ok", "listen ok"]
+    assert said[3] != f"home {host.netns.cookie}"
+    assert not host.netns.listens(port)
+
+
+def test_detaching_takes_effect_at_the_next_call(host: Host, programs: Programs) -> None:
+    port, listener = host.port(), host.client.listener()
+    rules = ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}", "-e", f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}"]
+    steps = ["socket", "4", "connect", CLIENT4, "9", "wait", "connect", CLIENT4, listener.getsockname()[1]]
+    program = host.start(*rules, "--", programs["calls"], *steps, talk=True)
+    program.says("connect")
+    import ctypes
+
+    host.maps.containers.delete(ctypes.c_uint32(host.container(program).id))
+    program.tell("\n")
+    assert program.wait() == 0
+    assert program.said.splitlines()[1] == "connect EACCES"
+    assert not accepted(listener)
+
+
+def test_another_process_of_the_host_is_never_touched(host: Host, tmp_path: Path) -> None:
+    port = host.port()
+    rules = policy(tmp_path, f"name: t\nendpoints: {{web: 0.0.0.0:{port}}}\ningress: [{{bind: '*:80', endpoint: web}}]\ndefault: deny\n")
+    program = host.start(*rules, "--", "sleep", "60")
+    until("the container", lambda: [one for one in host.settings.run_dir.glob("containers/*.json")])
+    listener = host.netns.listener(HOST6, 80)
+    assert host.netns.listens(80)
+    host.client.connected(HOST6, 80).close()
+    assert listener.getsockname()[:2] == (HOST6, 80)
+    listener.close()
+    program.stop()

@@ -1,0 +1,1 @@
+"""What tests share: waiting, running commands, namespaces, the installation under test, programs in C."""

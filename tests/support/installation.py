@@ -1,0 +1,113 @@
+"""One installation of Graft with its own host, pins, cgroup and folders, far from the machine's own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from graft import store
+from graft.containers import Container
+from graft.containers import listing as containers_of
+from graft.endpoint import parse_endpoint
+from graft.kernel import cgroup
+from graft.layout import Decision
+from graft.maps import Maps
+from graft.settings import Settings
+from tests.support.namespaces import Netns
+from tests.support.program import Program, start
+from tests.support.shell import Result, Word, run
+
+GRAFT = Path(sys.executable).with_name("graft")
+_ports = itertools.count(20001)
+_names = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The host that Graft serves in a test, a client beside it, and the command line that works on it."""
+
+    netns: Netns
+    client: Netns
+    environment: dict[str, str]
+    folder: Path
+    started: list[Program] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Settings:
+        """What a Graft command reads from the environment."""
+        return Settings.from_environment(self.environment)
+
+    @property
+    def maps(self) -> Maps:
+        """The pinned maps."""
+        return Maps(self.settings.pin_dir)
+
+    @property
+    def cgroup(self) -> Path:
+        """Graft's own cgroup."""
+        return cgroup.v2_mount() / self.settings.cgroup
+
+    def graft(self, *words: Word, status: int | None = 0, stdin: str | None = None, timeout: float = 60) -> Result:
+        """The real command, which has to end with ``status`` (None: any)."""
+        return run([GRAFT, *words], environment=self.environment, status=status, stdin=stdin, timeout=timeout)
+
+    def endpoint(self, spec: str, proto: str = "any", netns: str | None = None) -> str:
+        """A new endpoint's name."""
+        name = f"e{next(_names)}"
+        store.add(self.settings, parse_endpoint(name, spec, proto, netns))
+        return name
+
+    def forget_endpoints(self) -> None:
+        """Delete them all, in use or not."""
+        for stored in store.listing(self.settings):
+            store.delete(self.settings, stored.endpoint.name, force=True)
+
+    @staticmethod
+    def port() -> int:
+        """A port that no other test uses."""
+        return next(_ports)
+
+    def start(self, *words: Word, **options: object) -> Program:
+        """`graft run` with these words, in the background; it ends with the test."""
+        started = start([GRAFT, "run", *words], {**os.environ, **self.environment}, **options)  # type: ignore[arg-type]
+        self.started.append(started)
+        return started
+
+    def run(
+        self, rules: Sequence[Word], *command: Word, status: int | None = 0, stdin: str | None = None, timeout: float = 60
+    ) -> Result:
+        """`graft run RULES -- COMMAND`, to its end."""
+        return self.graft("run", *rules, "--", *command, status=status, stdin=stdin, timeout=timeout)
+
+    def container(self, program: Program) -> Container:
+        """The container that a started `graft run` has made."""
+        return next(one for one in containers_of(self.settings) if one.pid == program.process.pid)
+
+    def supervisor(self, program: Program) -> int:
+        """The process id of a program's supervisor."""
+        children = subprocess.run(["pgrep", "-P", str(program.process.pid)], capture_output=True, text=True, check=True)
+        inside = set(cgroup.processes(self.cgroup / "supervisors"))
+        return next(int(pid) for pid in children.stdout.split() if int(pid) in inside)
+
+    def decisions(self, container: int) -> dict[Decision, int]:
+        """How often the hooks decided what for a container."""
+        return {
+            Decision(key.decision): int(count.value)
+            for key, count in self.maps.counters.items()
+            if key.container == container
+        }
+
+    def leftovers(self) -> list[str]:
+        """What is there of containers: records, cgroups, map entries, supervisors. Empty where none runs."""
+        found = [f"record of {one.name}" for one in containers_of(self.settings)]
+        found += [str(path) for path in self.cgroup.glob("run-*")]
+        found += [f"supervisor {pid}" for pid in cgroup.processes(self.cgroup)]
+        maps = self.maps
+        for name in ("containers", "ingress", "egress", "egress_ports", "counters"):
+            found += [f"entry of {name}" for _ in getattr(maps, name).keys()]
+        return found

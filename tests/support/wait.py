@@ -1,0 +1,21 @@
+"""Waiting for something to come true, instead of sleeping and hoping."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def until(what: str, condition: Callable[[], T], timeout: float = 15, pause: float = 0.01) -> T:
+    """Poll ``condition`` until it gives something true, and give that. Fails the test at the deadline."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = condition()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout:.0f} s: {what}")
+        time.sleep(pause)
