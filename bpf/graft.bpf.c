@@ -16,6 +16,8 @@
  *   bind     host-homed: only an address that an ingress rule names, rewritten to its endpoint.
  *   connect  host-homed: only a destination that an egress rule grants, from that rule's endpoint.
  *   both     container-homed: the container's default (leave it alone, or refuse).
+ *   direct   the container shares the host's namespace, so all its sockets there are host-homed, tagged or
+ *            not, and what no rule names is the default's to decide.
  *   listen   has no hook that could refuse. A host-homed socket that listens on a port that no endpoint
  *            gave it is tied to an interface that cannot exist: it then hears nobody.
  *
@@ -124,11 +126,21 @@ static __always_inline void owner_of(struct bpf_sock_addr *ctx, struct owner *ow
 	owner->container = owner->id ? containers.lookup(&owner->id) : 0;
 	if (owner->tag)
 		owner->home = owner->tag->home;
-	else if (owner->container && owner->container->transport == GRAFT_TRANSPORT_DIRECT)
+	else if (owner->container && owner->container->transport == GRAFT_TRANSPORT_DIRECT &&
+		 owner->container->netns == bpf_get_netns_cookie(ctx))
 		owner->home = GRAFT_HOME_HOST;
 	else
-		owner->home = GRAFT_HOME_CONTAINER;
+		owner->home = GRAFT_HOME_CONTAINER; /* also a namespace that a direct container made */
 }
+
+/* Whether what no rule names is left alone although the socket is host-homed: in a direct container the
+ * host's namespace is the container's own, and its sockets are its own until they hold an endpoint. */
+static __always_inline int is_own(struct container *container, struct tag *tag)
+{
+	return container->transport == GRAFT_TRANSPORT_DIRECT && container->bind_default == GRAFT_DEFAULT_CONTAINER &&
+	       !(tag && tag->flags & GRAFT_TAG_BOUND);
+}
+
 
 static __always_inline void asked4(struct bpf_sock_addr *ctx, struct asked *asked)
 {
@@ -318,8 +330,12 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		return 0;
 	}
 	id = ingress_rule(owner.container, asked);
-	if (!id && !owner.tag && owner.container->bind_default == GRAFT_DEFAULT_CONTAINER)
-		return 0; /* direct: the host's namespace is the container's own */
+	if (!id && is_own(owner.container, owner.tag)) {
+		/* What an earlier bind asked for that then failed is not this one's address. */
+		if (owner.tag)
+			tags.sk_storage_delete(ctx->sk);
+		return 0;
+	}
 	endpoint = id ? endpoint_for(ctx, asked, id) : 0;
 	if (!endpoint || !remember(ctx, &owner, asked, id)) {
 		/* A host-homed socket that no rule gives this address: were it let through, the
@@ -402,6 +418,31 @@ int graft_post_bind6(struct bpf_sock *ctx)
 
 /* ---- connect and send -------------------------------------------------------------------------- */
 
+/* Whether the source of this socket stands already, so that it is not given the endpoint's: it holds an
+ * endpoint, or an address of its own where it may, or it left from this endpoint before. */
+static __always_inline int has_source(struct bpf_sock_addr *ctx, struct owner *owner, struct endpoint *endpoint)
+{
+	struct bpf_sock *sk = ctx->sk;
+	u32 at4 = sk->src_ip4;
+	u32 at[4] = { sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3] };
+	u32 ip[4];
+
+	/* Read here and now: the verifier takes no pointer that a compiler moved to save a load. */
+	asm volatile("" : "+r"(at4), "+r"(at[0]), "+r"(at[1]), "+r"(at[2]), "+r"(at[3]));
+	if (owner->tag && owner->tag->flags & GRAFT_TAG_BOUND)
+		return 1;
+	if (!sk->src_port)
+		return 0;
+	if (is_own(owner->container, owner->tag))
+		return 1;
+	if (endpoint->port && endpoint->port != sk->src_port)
+		return 0;
+	__builtin_memcpy(ip, endpoint->addr, 16);
+	if (endpoint->family == GRAFT_IPV4)
+		return ip[0] == at4;
+	return ip[0] == at[0] && ip[1] == at[1] && ip[2] == at[2] && ip[3] == at[3];
+}
+
 /* Decides a destination. Returns the endpoint to leave from, or NULL with *verdict set. */
 static __always_inline struct endpoint *decide_connect(struct bpf_sock_addr *ctx, struct asked *asked, int *verdict)
 {
@@ -444,10 +485,7 @@ static __always_inline struct endpoint *decide_connect(struct bpf_sock_addr *ctx
 		return 0;
 	}
 	record(&owner, asked, GRAFT_DECISION_CONNECTED, id);
-	/* Bound already: the connection leaves from the endpoint that the program holds. */
-	if (owner.tag && owner.tag->flags & GRAFT_TAG_BOUND)
-		return 0;
-	return endpoint;
+	return has_source(ctx, &owner, endpoint) ? 0 : endpoint;
 }
 
 int graft_connect4(struct bpf_sock_addr *ctx)
@@ -508,24 +546,48 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	return verdict;
 }
 
-/* An unconnected datagram names its destination each time. */
+/* An unconnected datagram names its destination each time, and its source address can be set for it alone.
+ * Its source port cannot: an endpoint with a port of its own serves sockets that are bound or connected. */
 int graft_sendmsg4(struct bpf_sock_addr *ctx)
 {
 	struct asked asked;
+	struct endpoint *from;
 	int verdict;
+	u32 ip;
 
 	asked4(ctx, &asked);
-	decide_connect(ctx, &asked, &verdict);
+	from = decide_connect(ctx, &asked, &verdict);
+	if (!from)
+		return verdict;
+	if (from->family != GRAFT_IPV4 || from->port)
+		return REFUSE;
+	__builtin_memcpy(&ip, from->addr, 4);
+	if (ip)
+		ctx->msg_src_ip4 = ip;
 	return verdict;
 }
 
 int graft_sendmsg6(struct bpf_sock_addr *ctx)
 {
 	struct asked asked;
+	struct endpoint *from;
 	int verdict;
+	u32 ip[4];
 
 	asked6(ctx, &asked);
-	decide_connect(ctx, &asked, &verdict);
+	from = decide_connect(ctx, &asked, &verdict);
+	if (!from)
+		return verdict;
+	/* Towards a mapped destination the kernel asks graft_sendmsg4. */
+	if (from->family != GRAFT_IPV6 || from->port)
+		return REFUSE;
+	__builtin_memcpy(ip, from->addr, 16);
+	if (ip[0] | ip[1] | ip[2] | ip[3]) {
+		ctx->msg_src_ip6[0] = ip[0];
+		ctx->msg_src_ip6[1] = ip[1];
+		ctx->msg_src_ip6[2] = ip[2];
+		ctx->msg_src_ip6[3] = ip[3];
+	}
 	return verdict;
 }
 
@@ -699,6 +761,19 @@ static __always_inline void remember_option(struct bpf_sock *sk, int level, int 
 	seen->overflow = 1;
 }
 
+/* Whether a policy confines this untagged socket: a direct container's, in the host's namespace, where some
+ * addresses are denied. */
+static __always_inline int is_confined(struct bpf_sockopt *ctx, u32 id)
+{
+	struct container *container = id ? containers.lookup(&id) : 0;
+
+	if (!container || container->transport != GRAFT_TRANSPORT_DIRECT)
+		return 0;
+	if (container->bind_default != GRAFT_DEFAULT_DENY && container->connect_default != GRAFT_DEFAULT_DENY)
+		return 0;
+	return container->netns == bpf_get_netns_cookie(ctx);
+}
+
 int graft_setsockopt(struct bpf_sockopt *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -713,13 +788,15 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	if (!sk)
 		return PASS;
 	owner.tag = tags.sk_storage_get(sk, 0, 0);
-	if (owner.tag && owner.tag->home == GRAFT_HOME_HOST) {
-		owner.id = owner.tag->container;
+	owner.id = owner.tag ? owner.tag->container : scope->container;
+	owner.home = owner.tag ? owner.tag->home : GRAFT_HOME_CONTAINER;
+	if (!owner.tag && reaches_past_policy(ctx->level, ctx->optname) && is_confined(ctx, owner.id))
 		owner.home = GRAFT_HOME_HOST;
+	if (owner.home == GRAFT_HOME_HOST) {
 		/* A supervisor tags a socket only after it has set it up: whoever comes here is the container. */
 		if (!reaches_past_policy(ctx->level, ctx->optname))
 			return PASS;
-		record(&owner, &nothing, GRAFT_DECISION_REFUSED_OPTION, owner.tag->endpoint);
+		record(&owner, &nothing, GRAFT_DECISION_REFUSED_OPTION, owner.tag ? owner.tag->endpoint : 0);
 		return REFUSE;
 	}
 	if (scope->container || owner.tag)
@@ -729,13 +806,34 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 
 /* ---- listen ------------------------------------------------------------------------------------ */
 
+/* The tag of a listener in a direct container that may listen on its endpoints only, made if it has none. */
+static __always_inline struct tag *confined_listener(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct scope *scope = scopes.get_local_storage(0);
+	u32 id = scope->container;
+	struct container *container = id ? containers.lookup(&id) : 0;
+	struct tag *tag;
+
+	if (!container || container->transport != GRAFT_TRANSPORT_DIRECT ||
+	    container->bind_default != GRAFT_DEFAULT_DENY || container->netns != bpf_get_netns_cookie(ctx))
+		return 0;
+	tag = tags.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (tag) {
+		tag->container = id;
+		tag->home = GRAFT_HOME_HOST;
+	}
+	return tag;
+}
+
 /* No hook can refuse a listen(). The supervisor refuses it where it is asked; a call that passes the
- * filter untouched (32-bit, io_uring) ends here: the listener is tied to the last interface number there
- * is, which no interface has, and the setsockopt hook keeps it from being untied. */
+ * filter untouched (32-bit, io_uring), or of a container that needs no supervisor, ends here: the listener
+ * is tied to the last interface number there is, which no interface has, and the setsockopt hook keeps it
+ * from being untied. */
 int graft_sock_ops(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk;
 	struct tag *tag;
+	struct container *container;
 	u32 nowhere = 0x7fffffff;
 	struct owner owner = {};
 	struct asked asked = {};
@@ -754,7 +852,13 @@ int graft_sock_ops(struct bpf_sock_ops *ctx)
 			tag = tags.sk_storage_get(parent, 0, 0);
 	}
 #endif
-	if (!tag || tag->home != GRAFT_HOME_HOST || tag->flags & GRAFT_TAG_BOUND)
+	if (!tag)
+		tag = confined_listener(ctx, sk);
+	if (!tag || tag->home != GRAFT_HOME_HOST)
+		return 1;
+	/* A socket that its container had before it was detached may not listen again either. */
+	container = containers.lookup(&tag->container);
+	if (container && (tag->flags & GRAFT_TAG_BOUND || is_own(container, tag)))
 		return 1;
 	bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTOIFINDEX, &nowhere, sizeof(nowhere));
 	tag->flags |= GRAFT_TAG_DEAF;
