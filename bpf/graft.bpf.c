@@ -40,8 +40,11 @@
 #define AF_INET6 10
 #define EACCES 13
 #define EPERM 1
+#define ECONNREFUSED 111
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
+#define IPPROTO_MPTCP 262
+#define SOCK_STREAM 1
 
 /* ---- maps -------------------------------------------------------------------------------------- */
 
@@ -52,6 +55,7 @@ BPF_HASH(containers, u32, struct container, GRAFT_MAX_CONTAINERS);
 BPF_LPM_TRIE(ingress, struct ingress_key, struct ingress_value, GRAFT_MAX_RULES);
 BPF_LPM_TRIE(egress, struct egress_key, struct egress_value, GRAFT_MAX_RULES);
 BPF_LPM_TRIE(egress_ports, struct egress_port_key, struct egress_port_value, GRAFT_MAX_RULES);
+BPF_HASH(desk_slots, u32, u32, GRAFT_MAX_DESKS);
 BPF_TABLE("lru_hash", struct counter_key, u64, counters, GRAFT_MAX_COUNTERS);
 BPF_RINGBUF_OUTPUT(events, 64);
 
@@ -65,6 +69,18 @@ struct scopes_table {
 	void *(*get_local_storage)(u64);
 };
 __attribute__((section("maps/cgroup_storage"))) struct scopes_table scopes = {};
+
+/* By hand: bcc's macro has no flags, and a desk is mapped into its supervisor's memory. */
+struct desks_table {
+	int key;
+	struct desk leaf;
+	struct desk *(*lookup)(u32 *);
+	u32 max_entries;
+	int flags;
+};
+__attribute__((section("maps/array"))) struct desks_table desks = {
+	.max_entries = GRAFT_MAX_DESKS, .flags = BPF_F_MMAPABLE };
+BPF_ANNOTATE_KV_PAIR(desks, int, struct desk);
 
 /* By hand: bcc's macro lacks BPF_F_CLONE, without which an accepted socket has no tag. */
 #define SK_STORAGE(_name, _leaf, _flags)                                     \
@@ -81,6 +97,12 @@ __attribute__((section("maps/cgroup_storage"))) struct scopes_table scopes = {};
 SK_STORAGE(tags, struct tag, BPF_F_NO_PREALLOC | BPF_F_CLONE);
 SK_STORAGE(options, struct options, BPF_F_NO_PREALLOC);
 
+/* The splice transport's (splice.bpf.c). A relay and a container take every arrival out again, or the
+ * socket that made it does when it closes; that the table forgets the oldest is a second line. */
+BPF_HASH(relays, u32, struct relay, GRAFT_MAX_CONTAINERS);
+BPF_TABLE("lru_hash", struct arrival, struct crossing, arrivals, GRAFT_MAX_ARRIVALS);
+SK_STORAGE(crossings, struct crossing, BPF_F_NO_PREALLOC);
+
 /* ---- who, and what was asked ------------------------------------------------------------------- */
 
 /* An address as a hook sees it, IPv4 made plain: ::ffff:1.2.3.4 is family 4 here. */
@@ -90,6 +112,7 @@ struct asked {
 	u8 family;
 	u8 protocol;
 	u8 mapped;   /* the socket is AF_INET6 and the address IPv4 */
+	struct relay *relay; /* transport splice: where a granted connection is turned to */
 };
 
 /* The container that a socket belongs to, and where the socket lives. */
@@ -140,7 +163,6 @@ static __always_inline int is_own(struct container *container, struct tag *tag)
 	return container->transport == GRAFT_TRANSPORT_DIRECT && container->bind_default == GRAFT_DEFAULT_CONTAINER &&
 	       !(tag && tag->flags & GRAFT_TAG_BOUND);
 }
-
 
 static __always_inline void asked4(struct bpf_sock_addr *ctx, struct asked *asked)
 {
@@ -443,6 +465,34 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct owner *o
 	return ip[0] == at[0] && ip[1] == at[1] && ip[2] == at[2] && ip[3] == at[3];
 }
 
+/* Transport splice: a granted connection goes to Graft's relay inside the container's namespace, which
+ * makes it from the endpoint; what was asked for is remembered with the socket. */
+static __always_inline int turn(struct bpf_sock_addr *ctx, struct owner *owner, struct asked *asked)
+{
+	struct crossing *crossing;
+
+	asked->relay = relays.lookup(&owner->id);
+	if (!asked->relay) {
+		/* No daemon serves this container now. Let go on, the connection would take a way that the
+		 * operator did not mean. */
+#ifdef GRAFT_HAVE_SET_RETVAL
+		bpf_set_retval(-ECONNREFUSED);
+#endif
+		return REFUSE;
+	}
+	crossing = crossings.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!crossing) {
+		asked->relay = 0;
+		return REFUSE;
+	}
+	__builtin_memcpy(crossing->addr, asked->addr, 16);
+	crossing->port = asked->port;
+	crossing->family = asked->family;
+	crossing->role = GRAFT_CROSSING_TURNED;
+	crossing->container = owner->id;
+	return PASS;
+}
+
 /* Decides a destination. Returns the endpoint to leave from, or NULL with *verdict set. */
 static __always_inline struct endpoint *decide_connect(struct bpf_sock_addr *ctx, struct asked *asked, int *verdict)
 {
@@ -465,6 +515,13 @@ static __always_inline struct endpoint *decide_connect(struct bpf_sock_addr *ctx
 		return 0;
 	}
 	if (owner.home == GRAFT_HOME_CONTAINER) {
+		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && asked->protocol == IPPROTO_TCP) {
+			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns) {
+				*verdict = turn(ctx, &owner, asked);
+				return 0;
+			}
+			crossings.sk_storage_delete(ctx->sk); /* of a connect before that failed */
+		}
 		/* Also where a rule grants the destination: this socket was not swapped (a 32-bit or
 		 * io_uring call), so it goes nowhere but where the container's own namespace goes. */
 		if (rule != GRAFT_VERDICT_CONTAINER && owner.container->connect_default == GRAFT_DEFAULT_DENY)
@@ -502,6 +559,11 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 
 	asked4(ctx, &asked);
 	from = decide_connect(ctx, &asked, &verdict);
+	if (asked.relay) {
+		ctx->user_ip4 = bpf_htonl(0x7f000001);
+		ctx->user_port = bpf_htons(asked.relay->port);
+		return PASS;
+	}
 	if (!from)
 		return verdict;
 	__builtin_memcpy(&source.ip, from->addr, 4);
@@ -528,6 +590,16 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 
 	asked6(ctx, &asked);
 	from = decide_connect(ctx, &asked, &verdict);
+	if (asked.relay) {
+		int plain = !asked.mapped && asked.relay->six; /* ::1, else ::ffff:127.0.0.1 */
+
+		ctx->user_ip6[0] = 0;
+		ctx->user_ip6[1] = 0;
+		ctx->user_ip6[2] = plain ? 0 : bpf_htonl(0xffff);
+		ctx->user_ip6[3] = plain ? bpf_htonl(1) : bpf_htonl(0x7f000001);
+		ctx->user_port = bpf_htons(asked.relay->port);
+		return PASS;
+	}
 	if (!from)
 		return verdict;
 	if (from->family == GRAFT_IPV4) {
@@ -593,28 +665,32 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 
 /* ---- addresses as the program knows them ------------------------------------------------------- */
 
-#ifdef GRAFT_SK_SOCKET
-/* What a supervisor must know before it replaces a descriptor, and what no system call tells: whether
- * the socket's file is watched by an epoll instance, and how many references it has. Asked by a
- * getsockname() from the supervisors' cgroup on a copy of the descriptor, so that a container cannot
- * set it off. Offsets come from the kernel's own type information (/sys/kernel/btf/vmlinux). */
-static __always_inline void probe(struct bpf_sock_addr *ctx)
+/* The desk of the calling supervisor; NULL for everybody else. A container cannot ask: it is neither in
+ * the supervisors' cgroup, nor does its process have a desk. */
+static __always_inline struct desk *desk_of_caller(void)
 {
 	int first = 0;
 	struct settings *set = settings.lookup(&first);
+	u32 pid = bpf_get_current_pid_tgid() >> 32;
+	u32 *slot;
+
+	if (!set || bpf_get_current_cgroup_id() != set->supervisors)
+		return 0;
+	slot = desk_slots.lookup(&pid);
+	return slot ? desks.lookup(slot) : 0;
+}
+
+#ifdef GRAFT_SK_SOCKET
+/* What no system call tells: whether the socket's file is watched by an epoll instance, and how many
+ * references it has. Offsets come from the kernel's own type information (/sys/kernel/btf/vmlinux). */
+static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk)
+{
 	void *sk, *socket = 0, *file = 0, *epolls = 0;
 	u64 references = 0;
-	struct options *into;
 
-	if (!set || !set->supervisors || bpf_get_current_cgroup_id() != set->supervisors)
-		return;
 	sk = bpf_skc_to_tcp_sock(ctx->sk);
 	if (!sk)
 		return;
-	into = options.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!into)
-		return;
-	into->probed = 0;
 	if (bpf_probe_read_kernel(&socket, 8, sk + GRAFT_SK_SOCKET) || !socket)
 		return;
 	if (bpf_probe_read_kernel(&file, 8, socket + GRAFT_SOCKET_FILE) || !file)
@@ -624,12 +700,79 @@ static __always_inline void probe(struct bpf_sock_addr *ctx)
 		return;
 	if (epolls) /* the list's head; it stays, empty, when the last registration goes */
 		bpf_probe_read_kernel(&epolls, 8, epolls);
-	into->references = references;
-	into->probed = GRAFT_PROBED | (epolls ? GRAFT_PROBED_EPOLL : 0);
+	desk->references = references;
+	desk->probed = GRAFT_PROBED | (epolls ? GRAFT_PROBED_EPOLL : 0);
 }
 #else
-static __always_inline void probe(struct bpf_sock_addr *ctx) {}
+static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk) {}
 #endif
+
+/* The rule that speaks of the address in the question, by the code that the bind and connect hooks use. */
+static __always_inline void answer_rule(struct desk *desk, struct container *container)
+{
+	struct asked asked = { .port = desk->port, .family = desk->family, .protocol = IPPROTO_TCP };
+	struct endpoint *endpoint;
+	u32 id = 0;
+
+	desk->verdict = GRAFT_VERDICT_NONE;
+	__builtin_memcpy(asked.addr, desk->addr, 16);
+	if (desk->call == GRAFT_CALL_BIND) {
+		id = ingress_rule(container, &asked);
+		if (id)
+			desk->verdict = GRAFT_VERDICT_GRANT;
+	} else {
+		desk->verdict = egress_rule(container, &asked, &id);
+	}
+	endpoint = id ? endpoints.lookup(&id) : 0;
+	if (!endpoint || !(endpoint->protocols & GRAFT_TCP)) {
+		if (desk->verdict == GRAFT_VERDICT_GRANT)
+			desk->verdict = GRAFT_VERDICT_NONE;
+		return;
+	}
+	desk->endpoint = id;
+	desk->endpoint_netns = endpoint->netns;
+	desk->endpoint_family = endpoint->family;
+}
+
+/* Answers a supervisor. Returns 0 where the caller is none, and the hook has its usual work to do. */
+static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
+{
+	struct desk *desk = desk_of_caller();
+	struct options *seen;
+	struct owner owner;
+
+	if (!desk)
+		return 0;
+	desk->answered = 0;
+	desk->endpoint = 0;
+	desk->probed = 0;
+	if (ctx->type != SOCK_STREAM || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
+		return 1;
+	probe(ctx, desk);
+	owner_of(ctx, &owner);
+	if (!owner.container || owner.id != desk->container)
+		return 1;
+	desk->netns = bpf_get_netns_cookie(ctx);
+	desk->container_netns = owner.container->netns;
+	desk->bind_default = owner.container->bind_default;
+	desk->connect_default = owner.container->connect_default;
+	desk->home = owner.home;
+	desk->tag_flags = owner.tag ? owner.tag->flags : 0;
+	desk->socket_family = family;
+	desk->protocol = ctx->protocol;
+	desk->state = ctx->sk->state;
+	/* Not ctx->user_port: that one stays when a connect that failed has let go of its port. */
+	desk->local_port = ctx->sk->src_port;
+	if (desk->family)
+		answer_rule(desk, owner.container);
+	desk->options.count = 0;
+	desk->options.overflow = 0;
+	seen = options.sk_storage_get(ctx->sk, 0, 0);
+	if (seen)
+		__builtin_memcpy(&desk->options, seen, sizeof(desk->options));
+	desk->answered = 1;
+	return 1;
+}
 
 /* Whether the socket's own address is its endpoint's: a listener, or a socket bound and not connected.
  * An accepted connection has the address that its client reached, which the program may see. */
@@ -657,11 +800,7 @@ int graft_getsockname4(struct bpf_sock_addr *ctx)
 	struct asked actual;
 	u32 ip;
 
-	if (!tag) {
-		probe(ctx);
-		return PASS;
-	}
-	if (!(tag->flags & GRAFT_TAG_BOUND))
+	if (serve_desk(ctx, GRAFT_IPV4) || !tag || !(tag->flags & GRAFT_TAG_BOUND))
 		return PASS;
 	asked4(ctx, &actual);
 	ctx->user_port = bpf_htons(tag->port);
@@ -681,11 +820,7 @@ int graft_getsockname6(struct bpf_sock_addr *ctx)
 	u32 ip[4] = {};
 	int wildcard;
 
-	if (!tag) {
-		probe(ctx);
-		return PASS;
-	}
-	if (!(tag->flags & GRAFT_TAG_BOUND))
+	if (serve_desk(ctx, GRAFT_IPV6) || !tag || !(tag->flags & GRAFT_TAG_BOUND))
 		return PASS;
 	asked6(ctx, &actual);
 	ctx->user_port = bpf_htons(tag->port);

@@ -144,16 +144,84 @@ struct option {
 	__u16 name;
 };
 
-/* Bits of options.probed. */
-#define GRAFT_PROBED 1      /* the two fields below hold what the kernel had at the last probe */
-#define GRAFT_PROBED_EPOLL 2 /* the socket's file is registered with an epoll instance */
-
 struct options {
 	__u32 count;
 	__u32 overflow;  /* 1: more options than slots, ask for every known one */
-	__u32 probed;
-	__u32 references; /* to the socket's file: more than expected means a dup or a fork */
 	struct option option[GRAFT_OPTIONS_MAX];
+};
+
+/* `desks`: where a supervisor asks about a socket, mapped into its memory. It writes the question,
+ * calls getsockname() on a copy of the socket's descriptor, and reads what the hook answered: one
+ * system call for all that a decision needs, from the same code that enforces it. `desk_slots` says
+ * which desk a supervisor's process has; a process without one cannot ask.
+ */
+#define GRAFT_CALL_BIND 0
+#define GRAFT_CALL_CONNECT 1
+#define GRAFT_CALL_LISTEN 2
+
+/* Bits of desk.probed. */
+#define GRAFT_PROBED 1       /* references holds what the kernel had */
+#define GRAFT_PROBED_EPOLL 2 /* the socket's file is registered with an epoll instance */
+
+struct desk {
+	/* the question */
+	__u32 container;
+	__u16 port;
+	__u8 family;     /* of the address asked for; 0: no address in the question */
+	__u8 call;
+	__u8 addr[16];
+	/* the answer */
+	__u64 netns;           /* of the socket */
+	__u64 container_netns;
+	__u64 endpoint_netns;
+	__u32 endpoint;        /* that a rule names, 0: none */
+	__u32 references;      /* to the socket's file: more than expected means a dup or a fork */
+	__u16 local_port;      /* 0: not bound */
+	__u8 answered;         /* 0: not a TCP socket of this container */
+	__u8 home;
+	__u8 socket_family;
+	__u8 state;            /* TCP_*, include/net/tcp_states.h */
+	__u8 tag_flags;
+	__u8 verdict;          /* of an egress rule; GRANT where an ingress rule names the address */
+	__u8 endpoint_family;
+	__u8 bind_default;
+	__u8 connect_default;
+	__u8 probed;
+	__u16 protocol;        /* IPPROTO_TCP or IPPROTO_MPTCP */
+	__u16 zero;
+	struct options options;
+};
+
+/* `relays`: container -> where Graft listens inside its namespace for connections that it carries out. */
+struct relay {
+	__u16 port;      /* on 127.0.0.1, and on ::1 where six is set */
+	__u8 six;
+	__u8 zero;
+};
+
+/* What a crossing says of the socket that it is stored with. */
+#define GRAFT_CROSSING_DIALS 1   /* a relay's, on its way to a container's listener: whom it dials for */
+#define GRAFT_CROSSING_CAME 2    /* a container's, accepted from a relay: its client */
+#define GRAFT_CROSSING_TURNED 3  /* a container's, turned to the relay: the destination that was asked for */
+#define GRAFT_CROSSING_CARRIED 4 /* a relay's, accepted from a container: the destination that was asked for */
+
+/* `crossings`: socket storage, the far end of a connection that a relay carries. */
+struct crossing {
+	__u8 addr[16];
+	__u16 port;
+	__u8 family;
+	__u8 role;
+	__u32 container;
+};
+
+/* `arrivals`: connections on their way between a relay and a container, by where they come from. Here
+ * from the connecting side's first packet until the accepting side has its socket, no longer. */
+struct arrival {
+	__u64 netns;
+	__u8 addr[16];
+	__u16 port;
+	__u8 family;
+	__u8 zero[5];
 };
 
 /* What a hook decided (counters' and events' `decision`). */

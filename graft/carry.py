@@ -17,8 +17,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from graft.decision import Facts
 from graft.kernel.epoll import epoll_add
-from graft.layout import PROBED, PROBED_EPOLL, Options
+from graft.layout import PROBED, PROBED_EPOLL
 
 _EPOLL_LINE = re.compile(
     rb"^tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)(?:\s+pos:\s*-?\d+\s+ino:\s*([0-9a-f]+))?", re.M
@@ -26,9 +27,12 @@ _EPOLL_LINE = re.compile(
 _FLAGS_LINE = re.compile(rb"^flags:\s*([0-7]+)", re.M)
 
 
-def descriptor_flags(tid: int, fd: int) -> int:
-    """The open flags of descriptor ``fd`` of thread ``tid``, O_CLOEXEC among them. Raises OSError if it is gone."""
-    info = os.open(f"/proc/{tid}/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+def descriptor_flags(folder: int, fd: int) -> int:
+    """The open flags of descriptor ``fd``, O_CLOEXEC among them. ``folder``: its process's /proc/PID/fdinfo, open.
+
+    Raises OSError where it is gone.
+    """
+    info = os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
     try:
         found = _FLAGS_LINE.search(os.read(info, 256))
     finally:
@@ -38,11 +42,11 @@ def descriptor_flags(tid: int, fd: int) -> int:
     return int(found[1], 8)
 
 
-def must_look(recorded: Options | None, expected_references: int) -> bool:
+def must_look(facts: Facts, expected_references: int) -> bool:
     """Whether the kernel's probe leaves room for a copy or a registration. Without a probe: always."""
-    if recorded is None or not recorded.probed & PROBED:
+    if not facts.probed & PROBED:
         return True
-    return bool(recorded.probed & PROBED_EPOLL) or recorded.references > expected_references
+    return bool(facts.probed & PROBED_EPOLL) or facts.references > expected_references
 
 
 @dataclass(frozen=True, slots=True)

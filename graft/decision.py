@@ -17,13 +17,12 @@ import errno
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Protocol as Interface
+from typing import NamedTuple
 
-from graft.layout import Home
+from graft.layout import TAG_BOUND, Home
 from graft.policy import Default, Verdict
 
 TCP_CLOSE = 7  # include/net/tcp_states.h: neither connected, nor connecting, nor listening
-_IPPROTO_TCP = 6
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
@@ -35,8 +34,7 @@ class Call(enum.Enum):
     LISTEN = "listen"
 
 
-@dataclass(frozen=True, slots=True)
-class Sockaddr:
+class Sockaddr(NamedTuple):
     """An address from a program's memory, IPv4-mapped ones made IPv4, as the hooks do. 16 bytes, host-order port."""
 
     family: int
@@ -44,10 +42,15 @@ class Sockaddr:
     port: int
     mapped: bool = False
 
+    @property
+    def ip(self) -> str:
+        """The address as text."""
+        if self.family == 4:
+            return socket.inet_ntop(socket.AF_INET, self.address[:4])
+        return socket.inet_ntop(socket.AF_INET6, self.address)
+
     def __str__(self) -> str:
-        size, kind = (4, socket.AF_INET) if self.family == 4 else (16, socket.AF_INET6)
-        text = socket.inet_ntop(kind, self.address[:size])
-        return f"{text}:{self.port}" if self.family == 4 else f"[{text}]:{self.port}"
+        return f"{self.ip}:{self.port}" if self.family == 4 else f"[{self.ip}]:{self.port}"
 
 
 def parse_sockaddr(raw: bytes) -> Sockaddr | None:
@@ -69,47 +72,35 @@ def parse_sockaddr(raw: bytes) -> Sockaddr | None:
 _LITTLE = struct.pack("=H", 1) == b"\x01\x00"
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the kernel says of the socket that a call is about.
+class Facts(NamedTuple):
+    """What the hooks say of the socket that a call is about, in the order of struct desk (bpf/graft.h).
 
-    ``netns`` is the cookie of the namespace it is in, ``local_port`` 0 where it is not bound, ``bound``
-    whether it holds a granted endpoint.
+    Namespaces are cookies. ``endpoint`` is the id of the one that a rule names, ``verdict`` that rule's.
+    ``local_port`` is 0 where the socket is not bound.
     """
 
-    home: Home
-    family: int
     netns: int
-    state: int
+    container_netns: int
+    endpoint_netns: int
+    endpoint: int
+    references: int
     local_port: int
-    bound: bool
-    v6only: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """A container as the maps have it."""
-
-    ruleset: int
-    netns: int
+    answered: int
+    home: int
+    family: int
+    state: int
+    tag_flags: int
+    verdict: int
+    endpoint_family: int
     bind_default: int
     connect_default: int
+    probed: int
+    protocol: int
 
-
-class Lookups(Interface):
-    """What graft.rules.Lookup answers, and the parts of an endpoint that matter here."""
-
-    def ingress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> int:
-        """The id of the endpoint that a bind becomes, 0 for none."""
-        ...
-
-    def egress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> tuple[int, int]:
-        """(verdict, id of the source endpoint) of a destination."""
-        ...
-
-    def endpoint(self, number: int) -> tuple[int, int] | None:
-        """(family, cookie of the namespace) of an endpoint, None where it is gone."""
-        ...
+    @property
+    def bound(self) -> bool:
+        """Whether it holds a granted endpoint."""
+        return bool(self.tag_flags & TAG_BOUND)
 
 
 class Action(enum.Enum):
@@ -136,49 +127,49 @@ _TO_CONTAINER = Decision(Action.TO_CONTAINER)
 _REFUSED = Decision(Action.REFUSE, error=errno.EACCES)
 
 
-def decide(call: Call, address: Sockaddr | None, facts: Facts, rules: Rules, lookups: Lookups) -> Decision:
-    """What to do with ``call``. The socket is a TCP socket of the container's namespace, or host-homed."""
+def decide(call: Call, address: Sockaddr | None, facts: Facts, v6only: bool = False) -> Decision:
+    """What to do with ``call``. ``v6only``: the socket is an IPv6 one that takes no IPv4."""
     if facts.state != TCP_CLOSE:
         return RESUME
+    if facts.home == Home.CONTAINER and facts.netns != facts.container_netns:
+        return RESUME  # of a namespace that the program made itself, or was handed
     if call is Call.LISTEN:
-        return _REFUSED if facts.home is Home.HOST and not facts.bound else RESUME
-    if address is None or (address.mapped and facts.family == 4) or (address.family == 6 and facts.family == 4):
-        return RESUME
-    if facts.family == 6 and address.family == 4 and not address.mapped:
+        return _REFUSED if facts.home == Home.HOST and not facts.bound else RESUME
+    if address is None or not _fits(address, facts.family):
         return RESUME
     if call is Call.BIND:
-        return _decide_bind(address, facts, rules, lookups)
-    return _decide_connect(address, facts, rules, lookups)
+        return _decide_bind(address, facts, v6only)
+    return _decide_connect(facts)
 
 
-def _decide_bind(address: Sockaddr, facts: Facts, rules: Rules, lookups: Lookups) -> Decision:
+def _fits(address: Sockaddr, family: int) -> bool:
+    """Whether a socket of ``family`` can have the address at all; if not, the kernel says so."""
+    return (address.family == 6 or address.mapped) == (family == 6)
+
+
+def _decide_bind(address: Sockaddr, facts: Facts, v6only: bool) -> Decision:
     if facts.local_port:
         return RESUME  # bound already: the kernel's EINVAL
-    number = lookups.ingress(rules.ruleset, _IPPROTO_TCP, address.family, address.address, address.port)
-    found = lookups.endpoint(number) if number else None
-    if found is not None and found[0] == 4 and address.family == 6 and facts.v6only:
-        found = None  # an IPv6-only socket cannot have an IPv4 endpoint
-    if found is not None:
-        if facts.home is Home.HOST and found[1] == facts.netns:
+    # An IPv6-only socket cannot have an IPv4 endpoint.
+    if facts.endpoint and not (facts.endpoint_family == 4 and address.family == 6 and v6only):
+        if facts.home == Home.HOST and facts.endpoint_netns == facts.netns:
             return RESUME
-        return Decision(Action.TO_HOST, number, found[1])
-    return _without_rule(facts, rules.bind_default)
+        return Decision(Action.TO_HOST, facts.endpoint, facts.endpoint_netns)
+    return _without_rule(facts, facts.bind_default)
 
 
-def _decide_connect(address: Sockaddr, facts: Facts, rules: Rules, lookups: Lookups) -> Decision:
-    verdict, number = lookups.egress(rules.ruleset, _IPPROTO_TCP, address.family, address.address, address.port)
-    if verdict == Verdict.DENY:
+def _decide_connect(facts: Facts) -> Decision:
+    if facts.verdict == Verdict.DENY:
         return _REFUSED
-    found = lookups.endpoint(number) if verdict == Verdict.GRANT else None
-    if found is not None:
-        if facts.home is Home.HOST and (found[1] == facts.netns or facts.bound):
+    if facts.verdict == Verdict.GRANT:
+        if facts.home == Home.HOST and (facts.endpoint_netns == facts.netns or facts.bound):
             return RESUME
-        return Decision(Action.TO_HOST, number, found[1])
-    return _without_rule(facts, Default.CONTAINER if verdict == Verdict.CONTAINER else rules.connect_default)
+        return Decision(Action.TO_HOST, facts.endpoint, facts.endpoint_netns)
+    return _without_rule(facts, Default.CONTAINER if facts.verdict == Verdict.CONTAINER else facts.connect_default)
 
 
 def _without_rule(facts: Facts, default: int) -> Decision:
-    if facts.home is Home.CONTAINER:
+    if facts.home == Home.CONTAINER:
         return RESUME  # it stays where it is, and the hooks know the default
     if facts.bound or default == Default.DENY:
         return _REFUSED

@@ -17,6 +17,7 @@ import traceback
 
 from graft import containers, store
 from graft.containers import Container
+from graft.desk import give_back, open_desk
 from graft.errors import KernelError
 from graft.kernel import cgroup, process
 from graft.kernel.pidfd import pidfd_open
@@ -81,7 +82,9 @@ def _supervise(
         maps = Maps(settings.pin_dir)
         namespaces = Namespaces(settings.host_netns, lambda cookie: _namespace_path(settings, container, cookie))
         tell = _teller(settings) if verbose else None
-        serve(Supervisor(maps, container.id, listener, namespaces, tell), listener, journal, holder)
+        desk = open_desk(settings, maps, container.id)
+        serve(Supervisor(maps.tags, desk, container.id, listener, namespaces, tell), listener, journal, holder)
+        give_back(maps)
         if _is_gone(holder):
             end(settings, maps, container)
         code = 0

@@ -51,6 +51,7 @@ TAG_BOUND = 1
 TAG_DEAF = 2
 PROBED = 1
 PROBED_EPOLL = 2
+MAX_DESKS = 8192
 
 _ADDR = ctypes.c_ubyte * 16
 
@@ -178,9 +179,77 @@ class Options(ctypes.Structure):
     _fields_ = (
         ("count", ctypes.c_uint32),
         ("overflow", ctypes.c_uint32),
-        ("probed", ctypes.c_uint32),
-        ("references", ctypes.c_uint32),
         ("option", Option * OPTIONS_MAX),
+    )
+
+
+class Desk(ctypes.Structure):
+    """`desks`: a supervisor's question about a socket, and the hook's answer."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("call", ctypes.c_uint8),
+        ("addr", _ADDR),
+        ("netns", ctypes.c_uint64),
+        ("container_netns", ctypes.c_uint64),
+        ("endpoint_netns", ctypes.c_uint64),
+        ("endpoint", ctypes.c_uint32),
+        ("references", ctypes.c_uint32),
+        ("local_port", ctypes.c_uint16),
+        ("answered", ctypes.c_uint8),
+        ("home", ctypes.c_uint8),
+        ("socket_family", ctypes.c_uint8),
+        ("state", ctypes.c_uint8),
+        ("tag_flags", ctypes.c_uint8),
+        ("verdict", ctypes.c_uint8),
+        ("endpoint_family", ctypes.c_uint8),
+        ("bind_default", ctypes.c_uint8),
+        ("connect_default", ctypes.c_uint8),
+        ("probed", ctypes.c_uint8),
+        ("protocol", ctypes.c_uint16),
+        ("zero", ctypes.c_uint16),
+        ("options", Options),
+    )
+
+
+class Crossing(enum.IntEnum):
+    """What a crossing says of the socket that it is stored with."""
+
+    DIALS = 1
+    CAME = 2
+    TURNED = 3
+    CARRIED = 4
+
+
+class RelayValue(ctypes.Structure):
+    """`relays`: container -> where Graft listens inside its namespace."""
+
+    _fields_ = (("port", ctypes.c_uint16), ("six", ctypes.c_uint8), ("zero", ctypes.c_uint8))
+
+
+class CrossingValue(ctypes.Structure):
+    """`crossings`: socket -> the far end of the connection that a relay carries."""
+
+    _fields_ = (
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("role", ctypes.c_uint8),
+        ("container", ctypes.c_uint32),
+    )
+
+
+class ArrivalKey(ctypes.Structure):
+    """`arrivals`: where a connection comes from -> CrossingValue."""
+
+    _fields_ = (
+        ("netns", ctypes.c_uint64),
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 5),
     )
 
 

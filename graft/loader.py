@@ -31,14 +31,19 @@ MAPS = (
     "egress_ports",
     "tags",
     "options",
+    "relays",
+    "arrivals",
+    "crossings",
     "events",
     "counters",
+    "desks",
+    "desk_slots",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A function of bpf/graft.bpf.c and where it goes."""
+    """A function of the BPF sources and where it goes."""
 
     name: str
     type: int
@@ -63,11 +68,22 @@ def _programs() -> tuple[Program, ...]:
 
 PROGRAMS = _programs()
 
+# Those of the splice transport, for its containers' cgroups and the relays' own.
+SPLICE_PROGRAMS = (
+    Program("splice", bpf.PROG_SOCK_OPS, "sock_ops"),
+    Program("getpeername4", bpf.PROG_CGROUP_SOCK_ADDR, "getpeername4"),
+    Program("getpeername6", bpf.PROG_CGROUP_SOCK_ADDR, "getpeername6"),
+)
+
+SOURCES = ("graft.bpf.c", "splice.bpf.c")
+
 SIZES = {
     "GRAFT_MAX_ENDPOINTS": 4096,
     "GRAFT_MAX_CONTAINERS": 8192,
     "GRAFT_MAX_RULES": 262144,
     "GRAFT_MAX_COUNTERS": 65536,
+    "GRAFT_MAX_ARRIVALS": 65536,
+    "GRAFT_MAX_DESKS": 8192,
 }
 
 # Features that a kernel may lack, newest first; each is tried, and done without where loading fails.
@@ -136,9 +152,11 @@ def _compile(flags: list[str]) -> tuple[Any, dict[str, int]]:
     from bcc import BPF
 
     cflags = [*flags, f"-I{source}", "-Wno-unused-value"]
-    module = BPF(src_file=str(source / "graft.bpf.c").encode(), cflags=cflags)
+    # One text: bcc rewrites map accesses only in the file that it was given, not in what that includes.
+    text = "\n".join(f'#line 1 "{name}"\n{(source / name).read_text()}' for name in SOURCES)
+    module = BPF(text=text.encode(), cflags=cflags)
     fds = {}
-    for program in PROGRAMS:
+    for program in (*PROGRAMS, *SPLICE_PROGRAMS):
         attach_type = bpf.ATTACH_TYPES[program.attach]
         fds[program.name] = module.load_func(program.function, program.type, attach_type=attach_type).fd
     return module, fds

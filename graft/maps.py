@@ -82,6 +82,31 @@ class Maps:
         return self._open("options", ctypes.c_int32, layout.Options)
 
     @cached_property
+    def desks(self) -> Map[ctypes.c_uint32, layout.Desk]:
+        """Slot -> desk."""
+        return self._open("desks", ctypes.c_uint32, layout.Desk)
+
+    @cached_property
+    def desk_slots(self) -> Map[ctypes.c_uint32, ctypes.c_uint32]:
+        """Process id of a supervisor -> slot."""
+        return self._open("desk_slots", ctypes.c_uint32, ctypes.c_uint32)
+
+    @cached_property
+    def relays(self) -> Map[ctypes.c_uint32, layout.RelayValue]:
+        """Container -> where Graft listens inside its namespace."""
+        return self._open("relays", ctypes.c_uint32, layout.RelayValue)
+
+    @cached_property
+    def crossings(self) -> Map[ctypes.c_int32, layout.CrossingValue]:
+        """Descriptor of a socket -> the far end of the connection that a relay carries."""
+        return self._open("crossings", ctypes.c_int32, layout.CrossingValue)
+
+    @cached_property
+    def arrivals(self) -> Map[layout.ArrivalKey, layout.CrossingValue]:
+        """Where a connection between a relay and a container comes from -> its far end."""
+        return self._open("arrivals", layout.ArrivalKey, layout.CrossingValue)
+
+    @cached_property
     def counters(self) -> Map[layout.CounterKey, ctypes.c_uint64]:
         """(container, decision) -> how often."""
         return self._open("counters", layout.CounterKey, ctypes.c_uint64)

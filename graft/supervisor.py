@@ -25,25 +25,22 @@ import mmap
 import os
 import select
 import socket
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from graft import carry, layout, twin
-from graft.decision import Action, Call, Decision, Facts, Rules, Sockaddr, decide, parse_sockaddr
+from graft.decision import Action, Call, Decision, Facts, Sockaddr, decide, parse_sockaddr
+from graft.desk import Desk
 from graft.kernel import netns
+from graft.kernel.bpf import Map
 from graft.kernel.pidfd import MemoryReader
 from graft.kernel.seccomp import Listener, Notification, architecture
 from graft.layout import Home
-from graft.maps import Maps
-from graft.processes import Processes
-from graft.rules import Lookup
+from graft.processes import Process, Processes
 
-_TCP_INFO = 11
 _IPPROTO_MPTCP = 262
 _SOCKADDR_SIZE = 28  # sizeof(struct sockaddr_in6)
-_COOKIE = struct.Struct("=Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +53,18 @@ class Told:
     error: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A trapped call and all that is known about it."""
+
+    notification: Notification
+    call: Call
+    process: Process
+    old: socket.socket
+    address: Sockaddr | None
+    facts: Facts
+
+
 class Namespaces:
     """Puts the calling thread where a twin is to be made. Its home is the host's namespace."""
 
@@ -66,7 +75,7 @@ class Namespaces:
         self._paths = paths
 
     @contextlib.contextmanager
-    def inside(self, cookie: int):  # type: ignore[no-untyped-def]
+    def inside(self, cookie: int) -> Iterator[None]:
         """In the namespace of that cookie. Raises OSError(ENONET) where it cannot be found any more."""
         if cookie == self.home_cookie:
             yield
@@ -87,17 +96,32 @@ class Namespaces:
             netns.setns(self._home)
 
 
-class _MapLookups(Lookup):
-    """The rules, and what a decision needs to know of an endpoint."""
+class Spares:
+    """Twins made ahead, while the program runs on: making a socket is a tenth of a swap."""
 
-    def __init__(self, maps: Maps) -> None:
-        super().__init__(maps)
-        self._endpoints = maps.endpoints
+    def __init__(self, tag: Callable[[socket.socket, Home], None]) -> None:
+        self._tag = tag
+        self._made: dict[tuple[int, int], socket.socket] = {}
 
-    def endpoint(self, number: int) -> tuple[int, int] | None:
-        """(family, namespace) of an endpoint, None where it is gone."""
-        found = self._endpoints.peek(ctypes.c_uint32(number))
-        return None if found is None else (found.family, found.netns)
+    def take(self, family: int, protocol: int) -> socket.socket:
+        """A socket of the host's namespace, tagged as host-homed. Raises OSError."""
+        spare = self._made.pop((family, protocol), None)
+        return self._make(family, protocol) if spare is None else spare
+
+    def refill(self, family: int, protocol: int) -> None:
+        """Have one ready for the next time."""
+        if (family, protocol) not in self._made:
+            with contextlib.suppress(OSError):
+                self._made[family, protocol] = self._make(family, protocol)
+
+    def _make(self, family: int, protocol: int) -> socket.socket:
+        made = twin.make(family, protocol)
+        try:
+            self._tag(made, Home.HOST)
+        except OSError:
+            made.close()
+            raise
+        return made
 
 
 class Supervisor:
@@ -105,20 +129,19 @@ class Supervisor:
 
     def __init__(
         self,
-        maps: Maps,
+        tags: Map[ctypes.c_int32, layout.Tag],
+        desk: Desk,
         container: int,
         listener: Listener,
         namespaces: Namespaces,
         tell: Callable[[Told], None] | None = None,
     ) -> None:
-        self._tags, self._options, self._containers = maps.tags, maps.options, maps.containers
-        self._container = container
-        self._key = ctypes.c_uint32(container)
+        self._tags, self._desk, self._container = tags, desk, container
         self._listener = listener
         self._namespaces = namespaces
-        self._lookups = _MapLookups(maps)
         self._memory = MemoryReader(_SOCKADDR_SIZE)
         self._processes = Processes()
+        self._spares = Spares(self._tag)
         self._tell = tell
         self._calls = {number: Call(name) for name, number in architecture()[1].items()}
         self._references = self._expected_references()
@@ -126,9 +149,7 @@ class Supervisor:
     def _expected_references(self) -> int:
         """What the probe counts for a socket that one process has once and we have a copy of."""
         with socket.socket() as sock, socket.socket(fileno=os.dup(sock.fileno())) as copy:
-            copy.getsockname()
-            found = self._options.get(ctypes.c_int32(copy.fileno()))
-        return found.references if found is not None and found.probed & layout.PROBED else 0
+            return self._desk.count_references(copy.fileno())
 
     def handle(self, raw: bytes | bytearray, again: bool = False) -> None:
         """Serve one notification. An error of ours ends the program's call with an errno, never Graft.
@@ -156,138 +177,97 @@ class Supervisor:
         address = self._address(notification)
         if self._calls[notification.nr] is not Call.BIND or address is None:
             return False
-        fd = self._processes.get_fd(notification.pid, notification.args[0] & 0xFFFFFFFF)
+        _, held = self._processes.copy_of(notification.pid, _descriptor(notification))
         try:
-            tag = self._tags.peek(ctypes.c_int32(fd))
+            tag = self._tags.peek(ctypes.c_int32(held))
         finally:
-            os.close(fd)
+            os.close(held)
         if tag is None or not tag.flags & layout.TAG_BOUND:
             return False
         return (tag.family, bytes(tag.addr), tag.port) == (address.family, address.address, address.port)
 
     def _serve(self, notification: Notification) -> None:
         call = self._calls[notification.nr]
-        fd = ctypes.c_int32(notification.args[0] & 0xFFFFFFFF).value
         try:
-            held = self._processes.get_fd(notification.pid, fd)
+            process, held = self._processes.copy_of(notification.pid, _descriptor(notification))
         except OSError:
             self._listener.resume(notification.id)  # EBADF and the like: the kernel says it better
             return
-        old = self._tcp_socket(held)
-        if old is None:
-            os.close(held)
-            self._listener.resume(notification.id)
-            return
-        with old:
-            self._serve_socket(notification, call, fd, old)
-
-    @staticmethod
-    def _tcp_socket(fd: int) -> socket.socket | None:
-        """``fd`` as a TCP (or MPTCP) socket; None for anything else."""
         try:
-            sock = socket.socket(fileno=fd)
-        except OSError:
-            return None
-        if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto in (socket.IPPROTO_TCP, _IPPROTO_MPTCP):
-            return sock
-        sock.detach()
-        return None
-
-    def _serve_socket(self, notification: Notification, call: Call, fd: int, old: socket.socket) -> None:
-        rules = self._rules()
-        tag = self._tags.peek(ctypes.c_int32(old.fileno()))
-        cookie = _COOKIE.unpack(old.getsockopt(socket.SOL_SOCKET, netns.SO_NETNS_COOKIE, 8))[0]
-        if rules is None or (tag is not None and tag.container != self._container):
-            self._listener.resume(notification.id)
-            return
-        if tag is None and cookie != rules.netns:
-            self._listener.resume(notification.id)  # of a namespace that the program made or was handed
-            return
-        facts = self._facts(old, tag, cookie)
-        address = self._address(notification) if call is not Call.LISTEN else None
-        decision = decide(call, address, facts, rules, self._lookups)
-        error = self._act(notification, call, fd, old, address, facts, rules, decision)
-        if self._tell is not None:
-            self._tell(Told(call, address, decision, error))
-
-    def _rules(self) -> Rules | None:
-        found = self._containers.peek(self._key)
-        if found is None:
-            return None
-        return Rules(found.ruleset, found.netns, found.bind_default, found.connect_default)
+            address = None if call is Call.LISTEN else self._address(notification)
+            facts = self._desk.ask(held, call, address)
+            if facts is None:
+                self._listener.resume(notification.id)
+                return
+            with _as_socket(held, facts) as old:
+                self._act(Swap(notification, call, process, old, address, facts))
+        finally:
+            os.close(held)
 
     def _address(self, notification: Notification) -> Sockaddr | None:
-        size = notification.args[2] & 0xFFFFFFFF
         try:
-            return parse_sockaddr(self._memory.read(notification.pid, notification.args[1], size))
+            return parse_sockaddr(
+                self._memory.read(notification.pid, notification.arg1, notification.arg2 & 0xFFFFFFFF)
+            )
         except OSError:
             return None  # a bad pointer: the kernel's EFAULT
 
-    @staticmethod
-    def _facts(old: socket.socket, tag: layout.Tag | None, cookie: int) -> Facts:
-        six = old.family == socket.AF_INET6
-        return Facts(
-            home=Home.CONTAINER if tag is None else Home(tag.home),
-            family=6 if six else 4,
-            netns=cookie,
-            state=old.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0],
-            # This getsockname() also sets off the hook's probe of the socket's file.
-            local_port=old.getsockname()[1],
-            bound=tag is not None and bool(tag.flags & layout.TAG_BOUND),
-            v6only=six and bool(old.getsockopt(twin.SOL_IPV6, twin.IPV6_V6ONLY)),
-        )
-
-    def _act(
-        self,
-        notification: Notification,
-        call: Call,
-        fd: int,
-        old: socket.socket,
-        address: Sockaddr | None,
-        facts: Facts,
-        rules: Rules,
-        decision: Decision,
-    ) -> int:
-        """Carry a decision out; give the errno that the call ended with here, 0 if it runs or has succeeded."""
+    def _act(self, swap: Swap) -> None:
+        """Decide, and carry it out."""
+        v6only = swap.facts.family == 6 and bool(swap.old.getsockopt(twin.SOL_IPV6, twin.IPV6_V6ONLY))
+        decision = decide(swap.call, swap.address, swap.facts, v6only)
+        error = decision.error
         if decision.action is Action.RESUME:
-            self._listener.resume(notification.id)
-            return 0
-        if decision.action is Action.REFUSE:
-            self._listener.answer(notification.id, decision.error)
-            return decision.error
-        assert address is not None
-        to_host = decision.action is Action.TO_HOST
-        flags = carry.descriptor_flags(notification.pid, fd)
-        recorded = self._options.peek(ctypes.c_int32(old.fileno()))
-        with self._namespaces.inside(decision.netns if to_host else rules.netns):
-            new = twin.make(old, flags, twin.options_set(recorded), facts.v6only if facts.family == 6 else None)
-        with new:
-            self._tag(new, decision.endpoint, Home.HOST if to_host else Home.CONTAINER)
-            status = os.fstat(old.fileno())
-            if status.st_uid or status.st_gid:
-                os.fchown(new.fileno(), status.st_uid, status.st_gid)
-            if call is Call.BIND:
-                error = self._bind(new, address, facts)
+            self._listener.resume(swap.notification.id)
+        elif decision.action is Action.REFUSE:
+            self._listener.answer(swap.notification.id, error)
+        else:
+            error = self._swap(swap, decision, v6only)
+        if self._tell is not None:
+            self._tell(Told(swap.call, swap.address, decision, error))
+
+    def _swap(self, swap: Swap, decision: Decision, v6only: bool) -> int:
+        """Put a twin in the socket's place; give the errno that the call ended with here, 0 for none."""
+        facts, unique = swap.facts, swap.notification.id
+        options = twin.options_set(self._desk.options)
+        flags = carry.descriptor_flags(swap.process.fdinfo, _descriptor(swap.notification))
+        with self._twin(decision, facts) as new:
+            twin.liken(new, swap.old, flags, options, v6only)
+            if swap.call is Call.BIND:
+                assert swap.address is not None
+                error = self._bind(new, swap.address)
                 if error:
-                    self._listener.answer(notification.id, error)
+                    self._listener.answer(unique, error)
                     return error
-            self._replace(notification, fd, status.st_ino, new, flags, recorded)
-            if call is Call.BIND:
-                self._listener.answer(notification.id)
+            self._replace(swap, new, flags)
+            if swap.call is Call.BIND:
+                self._listener.answer(unique)
             else:
-                self._listener.resume(notification.id)
+                self._listener.resume(unique)
+        self._spares.refill(facts.family, facts.protocol)
         return 0
 
-    def _tag(self, sock: socket.socket, endpoint: int, home: Home, flags: int = 0) -> None:
-        tag = layout.Tag(container=self._container, endpoint=endpoint, home=home, flags=flags)
-        self._tags.put(ctypes.c_int32(sock.fileno()), tag)
+    def _twin(self, decision: Decision, facts: Facts) -> socket.socket:
+        if decision.action is Action.TO_HOST and decision.netns == self._namespaces.home_cookie:
+            return self._spares.take(facts.family, facts.protocol)
+        to_host = decision.action is Action.TO_HOST
+        with self._namespaces.inside(decision.netns if to_host else facts.container_netns):
+            new = twin.make(facts.family, facts.protocol)
+        try:
+            self._tag(new, Home.HOST if to_host else Home.CONTAINER)
+        except OSError:
+            new.close()
+            raise
+        return new
 
-    def _bind(self, sock: socket.socket, address: Sockaddr, facts: Facts) -> int:
+    def _tag(self, sock: socket.socket, home: Home) -> None:
+        self._tags.put(ctypes.c_int32(sock.fileno()), layout.Tag(container=self._container, home=home))
+
+    def _bind(self, sock: socket.socket, address: Sockaddr) -> int:
         """Bind the twin to what the program asked for; the hook makes it the endpoint. Gives an errno."""
-        raw = address.address
-        text = socket.inet_ntop(socket.AF_INET, raw[:4]) if address.family == 4 else None
-        if facts.family == 6:
-            text = f"::ffff:{text}" if text else socket.inet_ntop(socket.AF_INET6, raw)
+        text = str(address.ip)
+        if sock.family == socket.AF_INET6 and address.family == 4:
+            text = f"::ffff:{text}"
         try:
             sock.bind((text, address.port))
         except OSError as error:
@@ -299,29 +279,37 @@ class Supervisor:
                 self._tags.put(ctypes.c_int32(sock.fileno()), tag)
         return 0
 
-    def _replace(
-        self,
-        notification: Notification,
-        fd: int,
-        inode: int,
-        new: socket.socket,
-        flags: int,
-        recorded: layout.Options | None,
-    ) -> None:
-        """Put the twin at ``fd`` and wherever else the process has the old socket."""
+    def _replace(self, swap: Swap, new: socket.socket, flags: int) -> None:
+        """Put the twin at its descriptor, and wherever else the process has the old socket."""
+        unique, tid, fd = swap.notification.id, swap.notification.pid, _descriptor(swap.notification)
         attached = None
-        if carry.must_look(recorded, self._references):
-            attached = carry.find(notification.pid, inode, fd)
-        self._listener.replace(notification.id, new.fileno(), fd, bool(flags & os.O_CLOEXEC))
+        if carry.must_look(swap.facts, self._references):
+            attached = carry.find(tid, os.fstat(swap.old.fileno()).st_ino, fd)
+        self._listener.replace(unique, new.fileno(), fd, bool(flags & os.O_CLOEXEC))
         if attached is None:
             return
         for copy in attached.copies:
             with contextlib.suppress(OSError):
-                cloexec = bool(carry.descriptor_flags(notification.pid, copy) & os.O_CLOEXEC)
-                self._listener.replace(notification.id, new.fileno(), copy, cloexec)
-        carry.watch_again(
-            attached.watches, new.fileno(), lambda number: self._processes.get_fd(notification.pid, number)
-        )
+                cloexec = bool(carry.descriptor_flags(swap.process.fdinfo, copy) & os.O_CLOEXEC)
+                self._listener.replace(unique, new.fileno(), copy, cloexec)
+        carry.watch_again(attached.watches, new.fileno(), swap.process.get_fd)
+
+
+def _descriptor(notification: Notification) -> int:
+    """The first argument as the kernel reads it: an int."""
+    fd = notification.arg0 & 0xFFFFFFFF
+    return fd - (1 << 32) if fd & 0x80000000 else fd
+
+
+@contextlib.contextmanager
+def _as_socket(fd: int, facts: Facts) -> Iterator[socket.socket]:
+    """``fd`` as a socket object, which does not close it."""
+    family = socket.AF_INET if facts.family == 4 else socket.AF_INET6
+    sock = socket.socket(family, socket.SOCK_STREAM, facts.protocol, fileno=fd)
+    try:
+        yield sock
+    finally:
+        sock.detach()
 
 
 def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, holder: int) -> None:

@@ -61,10 +61,8 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def options_set(recorded: Options | None) -> Iterable[tuple[int, int]]:
+def options_set(recorded: Options) -> Iterable[tuple[int, int]]:
     """(level, name) of the options that a program set, in its order; of every known one where it set too many."""
-    if recorded is None:
-        return ()
     if recorded.overflow:
         return _EVERY
     return [(option.level, option.name) for option in recorded.option[: recorded.count]]
@@ -112,26 +110,26 @@ def _carry_filter(old: socket.socket, new: socket.socket) -> None:
     libc.setsockopt(new.fileno(), SOL_SOCKET, _ATTACH_FILTER, ctypes.byref(program), ctypes.sizeof(program))
 
 
-def make(old: socket.socket, flags: int, names: Iterable[tuple[int, int]], v6only: bool | None) -> socket.socket:
-    """A new socket in the calling thread's namespace, of the old one's family, type, protocol and owner.
+def make(family: int, protocol: int) -> socket.socket:
+    """A new stream socket in the calling thread's namespace. ``family`` 4 or 6. Raises OSError."""
+    return socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, socket.SOCK_STREAM, protocol)
 
-    ``flags`` are the old descriptor's (O_NONBLOCK is carried), ``v6only`` its IPV6_V6ONLY, or None for
-    an IPv4 socket: its default differs between namespaces. Raises OSError.
+
+def liken(new: socket.socket, old: socket.socket, flags: int, names: Iterable[tuple[int, int]], v6only: bool) -> None:
+    """Give ``new`` what ``old`` has: the options ``names``, the owner, and what of the open ``flags`` a file keeps.
+
+    IPV6_V6ONLY always: its default differs between namespaces. Raises OSError.
     """
-    kind = old.type & ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    if new.family == socket.AF_INET6:
+        new.setsockopt(SOL_IPV6, IPV6_V6ONLY, v6only)
+    carry_options(old, new, names)
     if flags & os.O_NONBLOCK:
-        kind |= socket.SOCK_NONBLOCK
-    new = socket.socket(old.family, kind, old.proto)
-    try:
-        if v6only is not None:
-            new.setsockopt(SOL_IPV6, IPV6_V6ONLY, v6only)
-        carry_options(old, new, names)
-        if flags & os.O_ASYNC:
-            _carry_signals(old, new)
-    except BaseException:
-        new.close()
-        raise
-    return new
+        os.set_blocking(new.fileno(), False)
+    if flags & os.O_ASYNC:
+        _carry_signals(old, new)
+    status = os.fstat(old.fileno())
+    if status.st_uid or status.st_gid:
+        os.fchown(new.fileno(), status.st_uid, status.st_gid)
 
 
 def _carry_signals(old: socket.socket, new: socket.socket) -> None:

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import platform
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from graft.kernel.syscalls import syscall
 
@@ -99,21 +99,26 @@ def install_listener() -> int:
     return syscall("seccomp", _SET_MODE_FILTER, _FLAG_NEW_LISTENER, ctypes.byref(program))
 
 
-@dataclass(frozen=True, slots=True)
-class Notification:
-    """One trapped call: who waits (``pid`` is a thread's id), what it called, with which arguments."""
+class Notification(NamedTuple):
+    """One trapped call (struct seccomp_notif): who waits (``pid`` is a thread's id), what it called, with what."""
 
     id: int
     pid: int
+    flags: int
     nr: int
     arch: int
-    args: tuple[int, ...]
+    instruction_pointer: int
+    arg0: int
+    arg1: int
+    arg2: int
+    arg3: int
+    arg4: int
+    arg5: int
 
     @classmethod
     def unpack(cls, raw: bytes | bytearray | memoryview) -> Notification:
-        """From struct seccomp_notif."""
-        unique, pid, _flags, nr, arch, _ip, *args = _NOTIF.unpack_from(raw)
-        return cls(unique, pid, nr, arch, tuple(args))
+        """From the bytes that the kernel gave."""
+        return cls._make(_NOTIF.unpack_from(raw))
 
 
 class Listener:
