@@ -62,6 +62,29 @@ def attach(settings: Settings, path: Path, container: int) -> None:
             raise KernelError(f"cannot attach to the cgroup {path}: {error}") from error
 
 
+def _carries_graft(path: Path, effective: bool = False) -> bool:
+    """Whether programs of Graft's, of any installation, are on a cgroup or (``effective``) run for it."""
+    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd:
+        return any(
+            bpf.prog_name(number) == "graft_bind4"
+            for number in bpf.prog_ids(cgroup_fd, bpf.ATTACH_TYPES["bind4"], effective)
+        )
+    return False
+
+
+def nested(path: Path) -> Path | None:
+    """A cgroup above or below ``path`` (or ``path`` itself) that Graft's programs are on already, if any.
+
+    There the kernel would run them twice for one call, and the second would decide on what the first wrote.
+    """
+    top = cgroup.v2_mount()
+    if _carries_graft(path, effective=True):
+        above = (path, *(parent for parent in path.parents if parent.is_relative_to(top)))
+        return next((one for one in above if _carries_graft(one)), path)
+    below = (Path(folder) for folder, _, _ in os.walk(path) if folder != str(path))
+    return next((one for one in below if _carries_graft(one)), None)
+
+
 def set_scope(settings: Settings, path: Path, container: int) -> None:
     """Say whose the sockets of an attached cgroup are."""
     scopes = Maps(settings.pin_dir).scopes

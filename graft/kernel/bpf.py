@@ -90,7 +90,22 @@ class _InfoAttr(ctypes.Structure):
 class _ProgInfo(ctypes.Structure):
     """The head of struct bpf_prog_info."""
 
-    _fields_ = (("type", ctypes.c_uint32), ("id", ctypes.c_uint32))
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("tag", ctypes.c_uint8 * 8),
+        ("lengths", ctypes.c_uint32 * 2),
+        ("instructions", ctypes.c_uint64 * 2),
+        ("load_time", ctypes.c_uint64),
+        ("uid", ctypes.c_uint32),
+        ("maps", ctypes.c_uint32),
+        ("map_ids", ctypes.c_uint64),
+        ("name", ctypes.c_char * 16),
+    )
+
+
+class _IdAttr(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_uint32), ("next_id", ctypes.c_uint32), ("open_flags", ctypes.c_uint32))
 
 
 def _bpf(command: int, attr: ctypes.Structure) -> int:
@@ -134,11 +149,27 @@ def prog_ids(cgroup_fd: int, attach_type: int, effective: bool = False) -> list[
     return list(ids[: attr.prog_cnt])
 
 
-def prog_id(prog_fd: int) -> int:
-    """The kernel's id of a program."""
+def _prog_info(prog_fd: int) -> _ProgInfo:
     info = _ProgInfo()
     _bpf(_OBJ_GET_INFO_BY_FD, _InfoAttr(prog_fd, ctypes.sizeof(info), ctypes.addressof(info)))
-    return int(info.id)
+    return info
+
+
+def prog_id(prog_fd: int) -> int:
+    """The kernel's id of a program."""
+    return int(_prog_info(prog_fd).id)
+
+
+def prog_name(number: int) -> str:
+    """The name of the program with that id, its first 15 bytes; empty where it is gone."""
+    try:
+        fd = _bpf(_PROG_GET_FD_BY_ID, _IdAttr(number))
+    except FileNotFoundError:
+        return ""
+    try:
+        return bytes(_prog_info(fd).name).decode(errors="replace")
+    finally:
+        os.close(fd)
 
 
 KeyT = TypeVar("KeyT", bound="ctypes.Structure | ctypes._SimpleCData[int]")
