@@ -14,7 +14,7 @@ from pathlib import Path
 
 from graft import attachments, layout, rules, store
 from graft.compile import compile_policy
-from graft.errors import NotFoundError
+from graft.errors import ConflictError, NotFoundError, RefusedError
 from graft.kernel import cgroup
 from graft.layout import Transport
 from graft.lifecycle import locked, new_id
@@ -25,7 +25,10 @@ from graft.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What is known of an attached container. ``pid`` is the process that holds it (0: none is needed)."""
+    """What is known of an attached container. ``pid`` is the process that holds it (0: none is needed).
+
+    ``cgroup_id`` tells its cgroup from a later one of the same path; ``engine`` is whose container it is.
+    """
 
     id: int
     name: str
@@ -35,11 +38,20 @@ class Container:
     policy: str
     endpoints: tuple[str, ...]
     pid: int = 0
+    cgroup_id: int = 0
+    engine: str = "graft"
 
     @property
     def cgroup_path(self) -> Path:
         """Its folder in the v2 tree."""
         return Path(self.cgroup)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its cgroup still is: the same one, not another that was made at that path."""
+        with contextlib.suppress(OSError):
+            return self.cgroup_id in (0, cgroup.cgroup_id(self.cgroup_path))
+        return False
 
 
 def _folder(settings: Settings) -> Path:
@@ -73,18 +85,29 @@ def find(settings: Settings, name: str) -> Container:
     raise NotFoundError(f"container: {name!r} is not attached", "graft ps")
 
 
-def _install_locked(settings: Settings, maps: Maps, policy: Policy) -> tuple[int, int, int]:
-    """Write a policy's rules; give their number and the two defaults."""
-    store.declare_locked(settings, maps, policy.endpoints)
+@dataclass(frozen=True, slots=True)
+class _Installed:
+    """A policy's rules in the maps: their number, the defaults, and the endpoints that gave up their names to it."""
+
+    ruleset: int
+    bind_default: int
+    connect_default: int
+    superseded: dict[str, int]
+
+
+def _install_locked(settings: Settings, maps: Maps, policy: Policy, replaced: int = 0) -> _Installed:
+    """Write a policy's rules, in the place of ruleset ``replaced`` if there is one. All of them, or nothing."""
+    superseded = store.declare_locked(settings, maps, policy.endpoints, replaced)
     try:
         stored = {found.endpoint.name: found for found in store.listing(settings)}
         compiled = compile_policy(policy, {name: found.endpoint for name, found in stored.items()})
         number = new_id(maps)
         rules.write(maps, number, compiled, {name: found.id for name, found in stored.items()})
     except BaseException:
+        store.restore_locked(settings, maps, superseded)
         store.forget_unused_locked(settings, maps)
         raise
-    return number, compiled.bind_default, compiled.connect_default
+    return _Installed(number, compiled.bind_default, compiled.connect_default, superseded)
 
 
 def _endpoint_names(policy: Policy) -> tuple[str, ...]:
@@ -93,51 +116,91 @@ def _endpoint_names(policy: Policy) -> tuple[str, ...]:
     return tuple(dict.fromkeys(named))
 
 
+def at(settings: Settings, path: Path) -> Container | None:
+    """The container of the cgroup at ``path``, None where none is attached there."""
+    return next((one for one in listing(settings) if one.cgroup == str(path) and one.is_there), None)
+
+
+def _refuse_nesting(settings: Settings, maps: Maps, path: Path) -> None:
+    scope = maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
+    if scope is not None and scope.container and maps.containers.get(ctypes.c_uint32(scope.container)) is None:
+        attachments.detach(settings, path)  # what a command that was killed left on it
+    other = attachments.nested(path)
+    if other == path:
+        raise ConflictError(f"cgroup: {path} is attached already", "graft ps")
+    if other is not None:
+        where = "below" if path.is_relative_to(other) else "above"
+        raise RefusedError(
+            f"cgroup: {path} lies {where} {other}, which is attached: each call would be decided twice",
+            "graft detach the other one first",
+        )
+
+
 def create(
-    settings: Settings, maps: Maps, policy: Policy, path: Path, netns: int, transport: Transport, pid: int = 0
+    settings: Settings,
+    maps: Maps,
+    policy: Policy,
+    path: Path,
+    netns: int,
+    transport: Transport,
+    pid: int = 0,
+    *,
+    name: str | None = None,
+    engine: str = "graft",
 ) -> Container:
     """Put the cgroup at ``path`` under ``policy``. ``netns``: cookie of the namespace its processes live in.
 
-    Nothing stays behind where it fails (PolicyError, ConflictError, KernelError).
+    ``name`` is by default the policy's. Nothing stays behind where it fails (PolicyError, ConflictError,
+    KernelError; RefusedError where a cgroup above or below is attached).
     """
     with locked(settings):
         reap_locked(settings, maps)
-        ruleset, bind_default, connect_default = _install_locked(settings, maps, policy)
+        _refuse_nesting(settings, maps, path)
+        new = _install_locked(settings, maps, policy)
         number = new_id(maps)
         try:
-            value = layout.ContainerValue(netns, ruleset, transport, bind_default, connect_default)
+            value = layout.ContainerValue(netns, new.ruleset, transport, new.bind_default, new.connect_default)
             maps.containers.put(ctypes.c_uint32(number), value)
             attachments.attach(settings, path, number)
             container = Container(
                 id=number,
-                name=policy.name,
+                name=name or policy.name,
                 cgroup=str(path),
                 transport=transport.name.lower(),
                 netns=netns,
                 policy=policy.name,
                 endpoints=_endpoint_names(policy),
                 pid=pid,
+                cgroup_id=cgroup.cgroup_id(path),
+                engine=engine,
             )
             _save(settings, container)
         except BaseException:
+            attachments.detach(settings, path)
             _forget_locked(settings, maps, number)
             raise
     return container
 
 
-def apply(settings: Settings, maps: Maps, container: Container, policy: Policy) -> Container:
-    """Replace a container's policy in one step: no call is decided by neither, or by half of both."""
+def apply(settings: Settings, maps: Maps, container: Container, policy: Policy, name: str | None = None) -> Container:
+    """Replace a container's policy in one step: no call is decided by neither, or by half of both.
+
+    ``name``: what the container is called from now on, if that changes.
+    """
     with locked(settings):
         key = ctypes.c_uint32(container.id)
         value = maps.containers.get(key)
         if value is None:
             raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
         old = value.ruleset
-        value.ruleset, value.bind_default, value.connect_default = _install_locked(settings, maps, policy)
+        new = _install_locked(settings, maps, policy, replaced=old)
+        value.ruleset, value.bind_default, value.connect_default = new.ruleset, new.bind_default, new.connect_default
         maps.containers.put(key, value)
         rules.erase(maps, old)
+        store.settle_locked(settings, maps, new.superseded)
         store.forget_unused_locked(settings, maps)
-        changed = replace(container, policy=policy.name, endpoints=_endpoint_names(policy))
+        named = name or container.name
+        changed = replace(container, name=named, policy=policy.name, endpoints=_endpoint_names(policy))
         _save(settings, changed)
     return changed
 
@@ -145,7 +208,8 @@ def apply(settings: Settings, maps: Maps, container: Container, policy: Policy) 
 def remove(settings: Settings, maps: Maps, container: Container) -> None:
     """Take a container's rules and attachments away. Safe to repeat."""
     with locked(settings):
-        attachments.detach(settings, container.cgroup_path)
+        if container.is_there:
+            attachments.detach(settings, container.cgroup_path)
         _forget_locked(settings, maps, container.id)
 
 
@@ -162,10 +226,18 @@ def _forget_locked(settings: Settings, maps: Maps, number: int) -> None:
     (_folder(settings) / f"{number}.json").unlink(missing_ok=True)
 
 
+def reap(settings: Settings, maps: Maps) -> None:
+    """`reap_locked`, for who does not hold the lock; quick where there is nothing to do."""
+    if all(container.is_there for container in listing(settings)):
+        return
+    with locked(settings):
+        reap_locked(settings, maps)
+
+
 def reap_locked(settings: Settings, maps: Maps) -> None:
     """Forget the containers whose cgroup is gone: it took its sockets with it, and its rules go too."""
     for container in listing(settings):
-        if not container.cgroup_path.exists():
+        if not container.is_there:
             _forget_locked(settings, maps, container.id)
 
 

@@ -159,17 +159,26 @@ def delete(settings: Settings, name: str, force: bool = False) -> None:
 def remove_locked(settings: Settings, maps: Maps, name: str, number: int) -> None:
     """Take an endpoint out of the maps, for who holds the lock."""
     maps.endpoint_names.delete(_key(name))
+    _remove(settings, maps, number)
+
+
+def _remove(settings: Settings, maps: Maps, number: int) -> None:
     maps.endpoints.delete(ctypes.c_uint32(number))
     netns.release(_kept(settings, number))
     _kept(settings, number).with_suffix(".name").unlink(missing_ok=True)
 
 
-def declare_locked(settings: Settings, maps: Maps, endpoints: tuple[Endpoint, ...]) -> None:
+def declare_locked(
+    settings: Settings, maps: Maps, endpoints: tuple[Endpoint, ...], replaced: int = 0
+) -> dict[str, int]:
     """The endpoints that a policy declares: made where they are missing, kept where they are the same.
 
-    Raises ConflictError where one of that name says something else; what was made before is taken back.
+    One that says something else, and that only ruleset ``replaced`` uses, gives its name to a new one; the
+    old ones' names and ids are returned, for `settle_locked` or `restore_locked`. Any other is a
+    ConflictError, and what was made before is taken back.
     """
     made: list[tuple[str, int]] = []
+    superseded: dict[str, int] = {}
     try:
         for endpoint in endpoints:
             found = maps.endpoint_names.get(_key(endpoint.name))
@@ -178,14 +187,36 @@ def declare_locked(settings: Settings, maps: Maps, endpoints: tuple[Endpoint, ..
                 continue
             stored = _read(settings, maps, endpoint.name, int(found.value))
             if stored and stored.endpoint != endpoint:
+                if stored.declared and rules.rulesets_using(maps, stored.id) <= {replaced}:
+                    number = new_id(maps)
+                    _write(settings, maps, number, endpoint, declared=True)
+                    superseded[endpoint.name] = stored.id
+                    maps.endpoint_names.put(_key(endpoint.name), ctypes.c_uint32(number))
+                    continue
                 raise ConflictError(
                     f"endpoints.{endpoint.name}: there is one already, at {stored.endpoint.spec}",
                     "the same address, or another name",
                 )
     except BaseException:
+        restore_locked(settings, maps, superseded)
         for name, number in made:
             remove_locked(settings, maps, name, number)
         raise
+    return superseded
+
+
+def settle_locked(settings: Settings, maps: Maps, superseded: dict[str, int]) -> None:
+    """The rules that used them are gone: so are the old ones of `declare_locked`."""
+    for number in superseded.values():
+        _remove(settings, maps, number)
+
+
+def restore_locked(settings: Settings, maps: Maps, superseded: dict[str, int]) -> None:
+    """Undo `declare_locked`: the names are the old ones' again."""
+    for name, number in superseded.items():
+        new = _find_id(maps, name)
+        maps.endpoint_names.put(_key(name), ctypes.c_uint32(number))
+        _remove(settings, maps, new)
 
 
 def forget_unused_locked(settings: Settings, maps: Maps) -> None:
