@@ -32,9 +32,25 @@ class Settings:
         if not re.fullmatch(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*", cgroup) or ".." in cgroup:
             raise UsageError(f"GRAFT_CGROUP: {cgroup!r} is no name of a cgroup", "a name such as graft")
         return cls(
-            host_netns=Path(env.get("GRAFT_HOST_NETNS", "/proc/1/ns/net")),
+            host_netns=_host_netns(env.get("GRAFT_HOST_NETNS")),
             pin_dir=Path(env.get("GRAFT_PIN_DIR", "/sys/fs/bpf/graft")),
             run_dir=Path(env.get("GRAFT_RUN_DIR", "/run/graft")),
             state_dir=Path(env.get("GRAFT_STATE_DIR", "/var/lib/graft")),
             cgroup=cgroup,
         )
+
+
+def _host_netns(named: str | None) -> Path:
+    """The namespace that counts as the host's: the one named, else that of pid 1.
+
+    Even root may be kept from looking at pid 1, where that has capabilities which root's shell lacks
+    (ptrace(2), in some sandboxes). There the caller's own namespace is the host's.
+    """
+    if named is not None:
+        return Path(named)
+    first = Path("/proc/1/ns/net")
+    try:
+        first.stat()
+    except PermissionError:
+        return Path("/proc/self/ns/net")
+    return first
