@@ -928,9 +928,12 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	if (!owner.tag && reaches_past_policy(ctx->level, ctx->optname) && is_confined(ctx, owner.id))
 		owner.home = GRAFT_HOME_HOST;
 	if (owner.home == GRAFT_HOME_HOST) {
-		/* A supervisor tags a socket only after it has set it up: whoever comes here is the container. */
-		if (!reaches_past_policy(ctx->level, ctx->optname))
+		if (!reaches_past_policy(ctx->level, ctx->optname)) {
+			/* A twin may be replaced by another one, as long as it is neither bound nor connected. */
+			if (owner.tag && !(owner.tag->flags & GRAFT_TAG_BOUND) && sk->state == BPF_TCP_CLOSE)
+				remember_option(sk, ctx->level, ctx->optname);
 			return PASS;
+		}
 		record(&owner, &nothing, GRAFT_DECISION_REFUSED_OPTION, owner.tag ? owner.tag->endpoint : 0);
 		return REFUSE;
 	}

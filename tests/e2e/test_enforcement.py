@@ -65,7 +65,7 @@ def test_a_flip_during_the_bind_of_a_socket_in_the_hosts_stack_is_refused(host: 
     rules = ["-i", f"0.0.0.0:{good}={host.endpoint(f'0.0.0.0:{good}')}", "-e", f"{CLIENT4}/32={out}"]
     program = host.start(*rules, "--", programs["flip"], "rebind", "2000", "0.0.0.0", good, "0.0.0.0", bad, talk=True)
     succeeded, refused, failed = flipped(host, program)
-    assert succeeded + refused == 2000 and failed == 0
+    assert succeeded + refused == 2000 and failed == 0, program.complained
     assert listening_ports(host).count(good) > 100
     assert bad not in listening_ports(host)
     assert host.decisions(host.container(program).id)[3] == refused > 0  # REFUSED_BIND

@@ -36,6 +36,12 @@ static void *flip(void *unused)
 	return unused;
 }
 
+static void fail(const char *what, int *failed)
+{
+	if (!(*failed)++)
+		perror(what);
+}
+
 int main(int argc, char **argv)
 {
 	int count, one = 1, succeeded = 0, refused = 0, failed = 0;
@@ -65,11 +71,11 @@ int main(int argc, char **argv)
 		if (!result) {
 			succeeded++;
 			if (keeps && listen(fd, 1))
-				failed++;
+				fail("listen", &failed);
 		} else if (errno == EACCES) {
 			refused++;
 		} else {
-			failed++;
+			fail(argv[1], &failed);
 		}
 		if (result || !keeps)
 			close(fd);
