@@ -111,7 +111,7 @@ def _text(parse: Callable[[str, str], T]) -> PlainValidator:
 
     def validate(value: Value) -> T:
         if not isinstance(value, str):
-            hint = "in quotes, if it is meant as text" if isinstance(value, bool) else None
+            hint = "in quotes, if it is meant as text" if isinstance(value, bool) else "a single value"
             raise _wrong_type(value, "text", hint)
         try:
             return parse(value, _FIELD)
@@ -182,7 +182,7 @@ def _long_default(value: Value) -> Value:
 
 _Name = Annotated[str, _text(lambda text, field: parse_name(text, field, MAX_POLICY_NAME))]
 _DefaultField = Annotated[Default, _choice({"container": Default.CONTAINER, "deny": Default.DENY})]
-_Switch = Annotated[bool, _of_type(bool)]
+_Switch = Annotated[bool, _of_type(bool, "open: true, or leave it out")]
 _Port = Annotated[PortRange, _text(parse_port_range)]
 
 
@@ -358,10 +358,8 @@ def _explain(details: ErrorDetails, model: type[_Model]) -> tuple[str, str | Non
         near = difflib.get_close_matches(str(details["loc"][-1]), model.model_fields, 1)
         return "unknown key", f"did you mean {near[0]}?" if near else f"one of {', '.join(model.model_fields)}"
     if kind in ("model_type", "model_attributes_type"):
-        value = details["input"]
-        return _type_error(
-            value, "a mapping"
-        ), f"of {', '.join(model.model_fields)}" if value is not None else _NO_VALUE
+        hint = _NO_VALUE if details["input"] is None else f"of {', '.join(model.model_fields)}"
+        return _type_error(details["input"], "a mapping"), hint
     return details["msg"], None
 
 

@@ -7,7 +7,6 @@ each run of ports is split into prefixes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -57,8 +56,12 @@ def mask_of(ranges: Iterable[PortRange]) -> int:
 def ranges_of(mask: int) -> Iterator[PortRange]:
     """The runs of ports in ``mask``, in order, with a gap between any two."""
     digits = bin(mask)[:1:-1]  # without "0b", the lowest port first
-    for run in re.finditer("1+", digits):
-        yield PortRange(run.start(), run.end() - 1)
+    first = digits.find("1")
+    while first >= 0:
+        gap = digits.find("0", first)
+        end = gap if gap >= 0 else len(digits)
+        yield PortRange(first, end - 1)
+        first = digits.find("1", end)
 
 
 def lowest_port(mask: int) -> int:
