@@ -1,0 +1,124 @@
+"""Endpoints, and the flags of `graft run` that name them."""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from graft.address import parse_bind_pattern, parse_prefix
+from graft.endpoint import (
+    ANY_PROTOCOL,
+    MAX_ENDPOINT_NAME,
+    Endpoint,
+    Protocol,
+    parse_egress_flag,
+    parse_endpoint,
+    parse_ingress_flag,
+)
+from graft.errors import UsageError
+
+HEADER = Path(__file__).parents[2] / "bpf" / "graft.h"
+
+
+def defined(name: str) -> int:
+    found = re.search(rf"^#define {name} (\d+)", HEADER.read_text(), re.MULTILINE)
+    assert found, name
+    return int(found[1])
+
+
+def test_an_endpoint_has_an_address_and_a_port() -> None:
+    expected = Endpoint("nx4", ip_address("0.0.0.0"), 8080, ANY_PROTOCOL, None, False)
+    assert parse_endpoint("nx4", "0.0.0.0:8080") == expected
+
+
+def test_an_endpoint_is_shown_as_its_name_and_address() -> None:
+    assert parse_endpoint("nx4", "0.0.0.0:8080").format() == "nx4 = 0.0.0.0:8080"
+    assert parse_endpoint("nx6", "[::]:8080").format() == "nx6 = [::]:8080"
+
+
+@pytest.mark.parametrize("text", ["0.0.0.0:dynamic", "0.0.0.0:0"])
+def test_a_dynamic_port_is_zero_and_shown_as_dynamic(text: str) -> None:
+    endpoint = parse_endpoint("out4", text)
+    assert endpoint.port == 0
+    assert endpoint.spec == "0.0.0.0:dynamic"
+
+
+@pytest.mark.parametrize("spec", ["0.0.0.0:8080", "[::1]:1", "[2001:db8::1]:dynamic", "10.0.0.1:65535"])
+def test_the_address_of_an_endpoint_reads_back_as_it_is_shown(spec: str) -> None:
+    assert parse_endpoint("e", spec).spec == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "protocols"), [("tcp", Protocol.TCP), ("udp", Protocol.UDP), ("any", Protocol.TCP | Protocol.UDP)]
+)
+def test_a_protocol_reads_back_as_it_is_shown(text: str, protocols: Protocol) -> None:
+    endpoint = parse_endpoint("e", "1.2.3.4:5", proto=text)
+    assert endpoint.protocols == protocols
+    assert endpoint.protocols.label == text
+
+
+def test_the_numbers_are_those_of_the_header() -> None:
+    assert defined("GRAFT_TCP") == Protocol.TCP
+    assert defined("GRAFT_UDP") == Protocol.UDP
+    assert defined("GRAFT_NAME_LEN") == MAX_ENDPOINT_NAME + 1
+
+
+@pytest.mark.parametrize("name", ["a", "0", "nx4", "ep-lo", "a.b_c-d", "x" * 31])
+def test_a_name_may_have_letters_digits_dots_lines_and_dashes(name: str) -> None:
+    assert parse_endpoint(name, "1.2.3.4:5").name == name
+
+
+@pytest.mark.parametrize("name", ["", "x" * 32, "-a", ".a", "_a", "a b", "a=b", "a/b", "\u00e4", "a\n", "a\0", "a:b"])
+def test_a_wrong_name_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"^name: ") as caught:
+        parse_endpoint(name, "1.2.3.4:5")
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("netns", ["blue", "1234", "/run/netns/blue", "cni-0a1b"])
+def test_a_namespace_is_a_name_a_pid_or_a_path(netns: str) -> None:
+    assert parse_endpoint("e", "1.2.3.4:5", netns=netns).netns == netns
+
+
+@pytest.mark.parametrize("netns", ["", ".", "..", "a/b", "../x", "a\0b", "/a\0b", "/" + "x" * 5000, "a b"])
+def test_a_wrong_namespace_is_refused(netns: str) -> None:
+    with pytest.raises(UsageError, match=r"^netns: "):
+        parse_endpoint("e", "1.2.3.4:5", netns=netns)
+
+
+@pytest.mark.parametrize("proto", ["", "TCP", "sctp", "tcp,udp"])
+def test_a_wrong_protocol_is_refused(proto: str) -> None:
+    with pytest.raises(UsageError, match=r"^protocol: "):
+        parse_endpoint("e", "1.2.3.4:5", proto=proto)
+
+
+@pytest.mark.parametrize("spec", ["0.0.0.0", "[::1%lo]:80", "::1:80", "1.2.3.4:65536", "1.2.3.4:80-90", "*:80"])
+def test_a_wrong_address_is_refused(spec: str) -> None:
+    with pytest.raises(UsageError, match=r"^address: "):
+        parse_endpoint("e", spec)
+
+
+def test_an_ingress_flag_is_a_bind_and_an_endpoint() -> None:
+    assert parse_ingress_flag("0.0.0.0:8000-8099=nx4") == (parse_bind_pattern("0.0.0.0:8000-8099"), "nx4")
+    assert parse_ingress_flag("*:80=nx4") == (parse_bind_pattern("*:80"), "nx4")
+    assert parse_ingress_flag("[::]:80=nx6") == (parse_bind_pattern("[::]:80"), "nx6")
+
+
+def test_an_egress_flag_is_a_prefix_and_an_endpoint() -> None:
+    assert parse_egress_flag("0.0.0.0/0=out4") == (parse_prefix("0.0.0.0/0"), "out4")
+    assert parse_egress_flag("::/0=out6") == (parse_prefix("::/0"), "out6")
+
+
+@pytest.mark.parametrize("text", ["", "=", "0.0.0.0:80", "0.0.0.0:80=", "=nx4", "0.0.0.0=nx4", "0.0.0.0:80=a b"])
+def test_a_wrong_ingress_flag_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^-i: "):
+        parse_ingress_flag(text)
+
+
+@pytest.mark.parametrize("text", ["", "0.0.0.0/0", "0.0.0.0/0=", "=out4", "0.0.0.0:80=out4", "0.0.0.1/0=out4"])
+def test_a_wrong_egress_flag_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^-e: "):
+        parse_egress_flag(text)
