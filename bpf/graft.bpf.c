@@ -734,6 +734,17 @@ static __always_inline void answer_rule(struct desk *desk, struct container *con
 	desk->endpoint_family = endpoint->family;
 }
 
+/* A kernel that leads nowhere from a subflow to its MPTCP socket would let the hooks take a host-homed
+ * one for nobody's: there MPTCP sockets stay in the container. */
+static __always_inline int is_swappable(u32 protocol)
+{
+#ifdef GRAFT_HAVE_MPTCP
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP;
+#else
+	return protocol == IPPROTO_TCP;
+#endif
+}
+
 /* Answers a supervisor. Returns 0 where the caller is none, and the hook has its usual work to do. */
 static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 {
@@ -746,7 +757,7 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 	desk->answered = 0;
 	desk->endpoint = 0;
 	desk->probed = 0;
-	if (ctx->type != SOCK_STREAM || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
+	if (ctx->type != SOCK_STREAM || !is_swappable(ctx->protocol))
 		return 1;
 	probe(ctx, desk);
 	owner_of(ctx, &owner);

@@ -6,7 +6,7 @@ import typer
 
 from graft import __version__
 
-from . import ep, policy, run, system
+from . import doctor, ep, policy, run, system
 
 app = typer.Typer(
     name="graft",
@@ -19,6 +19,7 @@ app.add_typer(ep.app, name="ep", help="Endpoints: named addresses of the host's 
 app.add_typer(policy.app, name="policy", help="Policies of containers.")
 run.register(app)
 system.register(app)
+doctor.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -119,7 +119,7 @@ def _prepare(plan: Launch, control: socket.socket) -> None:
     if cookie == plan.host_cookie:
         control.send(_HELLO.pack(cookie, 0))
         return
-    listener = seccomp.install_listener()
+    listener, _ = seccomp.install_listener()
     socket.send_fds(control, [_HELLO.pack(cookie, 1)], [listener])
     os.close(listener)
 

@@ -81,8 +81,10 @@ class _FilterProgram(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def install_listener() -> int:
+def install_listener() -> tuple[int, bool]:
     """Put the filter on the calling process, for ever, and give the descriptor of its notifications.
+
+    The second value says whether a trapped call waits through signals that do not kill.
 
     Needs CAP_SYS_ADMIN (or no_new_privs). WAIT_KILLABLE_RECV (5.19) keeps signals, which Go's runtime
     sends all the time, from restarting a call that a supervisor is at work on.
@@ -92,11 +94,11 @@ def install_listener() -> int:
     program = _FilterProgram(len(text) // 8, ctypes.addressof(held))
     try:
         flags = _FLAG_NEW_LISTENER | _FLAG_WAIT_KILLABLE_RECV
-        return syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(program))
+        return syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(program)), True
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    return syscall("seccomp", _SET_MODE_FILTER, _FLAG_NEW_LISTENER, ctypes.byref(program))
+    return syscall("seccomp", _SET_MODE_FILTER, _FLAG_NEW_LISTENER, ctypes.byref(program)), False
 
 
 class Notification(NamedTuple):

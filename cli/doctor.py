@@ -1,0 +1,36 @@
+"""`graft doctor`: what this machine has for Graft."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from graft import lifecycle
+
+from .output import command, listing
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(doctor)
+
+
+@command
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the kernel features, what each is for, and whether this machine has it. Exit 6 if one is missing."""
+    from graft.doctor import features, kernel
+
+    lifecycle.require_root()
+    found = features()
+    rows = [
+        ("yes" if one.present else "MISSING" if one.needed else "no", one.name, one.purpose, one.without)
+        for one in found
+    ]
+    if not as_json:
+        print(f"kernel {kernel()}", file=sys.stderr)
+    listing(("HAVE", "FEATURE", "WHAT FOR", "WITHOUT IT"), rows, [asdict(one) for one in found], as_json)
+    if any(one.needed and not one.present for one in found):
+        raise SystemExit(6)

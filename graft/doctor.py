@@ -1,0 +1,103 @@
+"""`graft doctor`: which kernel features there are, what each is for, and what is done without it.
+
+Each is tried, not inferred from a version: distributions carry features back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.errors import GraftError
+from graft.kernel import btf, cgroup, netns, pidfd, seccomp
+from graft.kernel.seccomp import Listener
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One thing that a machine has or lacks. ``needed``: Graft does not work without it."""
+
+    name: str
+    present: bool
+    needed: bool
+    purpose: str
+    without: str
+
+
+def features() -> list[Feature]:
+    """Every feature, asked of this machine. Needs root."""
+    return [*_needed(), *_wished()]
+
+
+def _needed() -> Iterator[Feature]:
+    yield Feature("bcc", importlib.util.find_spec("bcc") is not None, True, "compiles the hooks", "python3-bpfcc")
+    yield Feature("cgroup v2", _works(cgroup.v2_mount), True, "says whose a socket is", "mount it")
+    yield Feature("bpffs", os.path.ismount("/sys/fs/bpf"), False, "keeps maps and programs", "`graft up` mounts it")
+    yield Feature("namespace cookies", _works(netns.cookie), True, "name a network namespace", "5.14 or later")
+    listener, sync, killable = _seccomp()
+    yield Feature("seccomp notification", listener, True, "transport swap", "transports direct and splice only")
+    yield Feature("synchronous wake-up", sync, False, "a swap takes one core, not two (6.6)", "swaps take longer")
+    yield Feature(
+        "killable wait", killable, False, "signals do not restart a trapped call (5.19)", "Go programs retry more"
+    )
+
+
+def _wished() -> Iterator[Feature]:
+    yield Feature(
+        "thread pidfds", pidfd.threads_have_pidfds(), False, "kept between calls (6.9)", "looked up each time"
+    )
+    yield Feature("type information", btf.VMLINUX.exists(), False, "finds dup and epoll at once", "/proc is walked")
+    loaded = _loaded_features()
+    yield Feature(
+        "bpf_set_retval", "GRAFT_HAVE_SET_RETVAL" in loaded, False, "refusals are EACCES (5.18)", "they are EPERM"
+    )
+    yield Feature(
+        "bpf_skc_to_mptcp_sock", "GRAFT_HAVE_MPTCP" in loaded, False, "MPTCP sockets (5.19)", "they stay in the container"
+    )
+
+
+def _loaded_features() -> frozenset[str]:
+    from graft import loader
+
+    try:
+        return loader.load().features
+    except GraftError:
+        return frozenset()
+
+
+def _works(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except (OSError, GraftError):
+        return False
+    return True
+
+
+def _seccomp() -> tuple[bool, bool, bool]:
+    """(notification, synchronous wake-up, killable wait), tried in a child: a filter stays for ever."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        found = 0
+        with contextlib.suppress(OSError):
+            fd, killable = seccomp.install_listener()
+            found = 1 | Listener(fd).wake_on_this_core() << 1 | killable << 2
+        theirs.send(bytes([found]))
+        os.kill(os.getpid(), signal.SIGKILL)
+    theirs.close()
+    answer = ours.recv(1)
+    ours.close()
+    os.waitpid(pid, 0)
+    bits = answer[0] if answer else 0
+    return bool(bits & 1), bool(bits & 2), bool(bits & 4)
+
+
+def kernel() -> str:
+    """The running kernel's release."""
+    return Path("/proc/sys/kernel/osrelease").read_text().strip()
