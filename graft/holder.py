@@ -2,7 +2,8 @@
 
 A notification descriptor that nobody holds turns every trapped call into ENOSYS. So there are always two
 that hold it: the supervisor, and whoever has this object. A supervisor that dies is started again with the
-same listener and the same journal; one that outlives its holder ends the container and cleans up.
+same listener and the same journal. One that outlives its holder ends the container and cleans up, or, where
+Graft did not start the container, carries on and cleans up at the end.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import select
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from graft import containers, store
 from graft.containers import Container
@@ -31,10 +34,21 @@ _MAX_RESTARTS, _IN_SECONDS = 10, 5.0
 
 
 class Holder:
-    """A container's listener and its supervisor's process."""
+    """A container's listener and its supervisor's process.
 
-    def __init__(self, settings: Settings, container: Container, listener: int, verbose: bool) -> None:
-        self._settings, self._container, self._verbose = settings, container, verbose
+    ``outlive`` is what a supervisor whose holder died does at its own end, after it has served on. Without
+    it, it ends the container at once.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        container: Container,
+        listener: int,
+        verbose: bool,
+        outlive: Callable[[Maps], None] | None = None,
+    ) -> None:
+        self._settings, self._container, self._verbose, self._outlive = settings, container, verbose, outlive
         self._listener = listener
         self._journal = mmap.mmap(-1, mmap.PAGESIZE)
         self._started: list[float] = []
@@ -49,8 +63,14 @@ class Holder:
         holder = pidfd_open(os.getpid())
         self.pid = os.fork()
         if self.pid == 0:
-            _supervise(self._settings, self._container, Listener(self._listener), self._journal, holder, self._verbose)
+            self._supervise(holder)
         os.close(holder)
+
+    def hung_up(self) -> bool:
+        """Whether every process under the listener's filter is gone."""
+        poll = select.poll()
+        poll.register(self._listener, 0)
+        return bool(poll.poll(0))
 
     def reap(self) -> bool:
         """Whether the supervisor has died; its process is then waited for."""
@@ -58,6 +78,40 @@ class Holder:
             return False
         self.pid = 0
         return True
+
+    def _supervise(self, holder: int) -> None:
+        """The supervisor's process. Never returns."""
+        settings, container, listener = self._settings, self._container, Listener(self._listener)
+        code = 1
+        try:
+            _leave_the_terminal(self._verbose)
+            process.close_all_but({self._listener, holder})
+            process.allow_descriptors()
+            cgroup.enter(supervisors_cgroup(settings))
+            maps = Maps(settings.pin_dir)
+            namespaces = Namespaces(settings.host_netns, lambda cookie: _namespace_path(settings, container, cookie))
+            tell = _teller(settings) if self._verbose else None
+            desk = open_desk(settings, maps, container.id)
+            supervisor = Supervisor(maps.tags, desk, container.id, listener, namespaces, tell)
+            serve(supervisor, listener, self._journal, holder)
+            if _is_gone(holder):
+                self._survive(maps, supervisor, listener)
+            give_back(maps)
+            code = 0
+        except BaseException:
+            if os.environ.get("GRAFT_DEBUG"):
+                traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def _survive(self, maps: Maps, supervisor: Supervisor, listener: Listener) -> None:
+        """What is left to do without a holder."""
+        if self._outlive is None:
+            end(self._settings, maps, self._container)
+            return
+        never = os.eventfd(0, os.EFD_CLOEXEC)
+        serve(supervisor, listener, self._journal, never)
+        self._outlive(maps)
 
     def stop(self) -> None:
         """End the supervisor. The container's processes must be gone: their calls would fail from here on."""
@@ -70,37 +124,11 @@ class Holder:
             os.close(self._listener)
 
 
-def _supervise(
-    settings: Settings, container: Container, listener: Listener, journal: mmap.mmap, holder: int, verbose: bool
-) -> None:
-    """The supervisor's process. Never returns."""
-    code = 1
-    try:
-        _leave_the_terminal(verbose)
-        process.allow_descriptors()
-        cgroup.enter(supervisors_cgroup(settings))
-        maps = Maps(settings.pin_dir)
-        namespaces = Namespaces(settings.host_netns, lambda cookie: _namespace_path(settings, container, cookie))
-        tell = _teller(settings) if verbose else None
-        desk = open_desk(settings, maps, container.id)
-        serve(Supervisor(maps.tags, desk, container.id, listener, namespaces, tell), listener, journal, holder)
-        give_back(maps)
-        if _is_gone(holder):
-            end(settings, maps, container)
-        code = 0
-    except BaseException:
-        if os.environ.get("GRAFT_DEBUG"):
-            traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
 def _is_gone(pidfd: int) -> bool:
-    try:
-        signal.pidfd_send_signal(pidfd, 0)
-    except ProcessLookupError:
-        return True
-    return False
+    """Whether that process has ended, waited for or not."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def end(settings: Settings, maps: Maps, container: Container) -> None:

@@ -6,6 +6,7 @@ Sources: capabilities(7), prctl(2), execve(2), signal(7).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import grp
 import os
 import pwd
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from graft.errors import NotFoundError
 from graft.kernel.syscalls import syscall
 
+_PR_SET_NAME = 15
 _PR_CAPBSET_DROP = 24
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_LOWER = 47, 3
 CAP_NET_ADMIN = 12
@@ -85,3 +87,18 @@ def allow_descriptors() -> None:
     """Raise the limit of open descriptors to the most that this process may have."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def close_all_but(keep: Iterable[int]) -> None:
+    """Close every descriptor above 2 that is not in ``keep``. For a fresh child that shares nothing with its parent."""
+    first = 3
+    for fd in sorted(set(keep)):
+        os.closerange(first, fd)
+        first = max(first, fd + 1)
+    os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+
+
+def call_oneself(name: str) -> None:
+    """The calling process's name as `ps -o comm` shows it, up to 15 bytes."""
+    held = ctypes.create_string_buffer(name.encode()[:15])
+    syscall("prctl", _PR_SET_NAME, ctypes.byref(held), 0, 0, 0)

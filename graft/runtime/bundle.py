@@ -1,0 +1,142 @@
+"""A bundle's config.json: read, edited (pure), and written back in one step.
+
+Only the file that the engine wrote is touched. A link in its place is refused: what a container can write
+never tells the runtime where to write.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graft.errors import ConflictError, UsageError
+from graft.runtime import seccomp
+
+Config = dict[str, Any]
+HOOK = "graft.runtime.hook"
+_MAX_BYTES = 64 << 20
+# With these crun takes its filter, or the filter's listener, from elsewhere.
+_CRUNS_OWN = ("run.oci.seccomp.receiver", "run.oci.seccomp_bpf_data")
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What is to be put into a configuration.
+
+    ``hook`` is the command that has the container attached before its program starts, ``after`` the one
+    for when it is gone; ``listener`` None leaves the seccomp profile as it is. ``listeners`` is how the
+    path of any listener of Graft's begins.
+    """
+
+    hook: tuple[str, ...]
+    after: tuple[str, ...] | None = None
+    environment: tuple[str, ...] = ()
+    listener: str | None = None
+    listeners: str | None = None
+    metadata: str = ""
+    wait_killable: bool = False
+
+
+def notes(config: Mapping[str, Any]) -> dict[str, str]:
+    """The container's annotations."""
+    found = config.get("annotations")
+    return found if isinstance(found, dict) else {}
+
+
+def edit_config(config: Mapping[str, Any], edit: Edit) -> Config:
+    """A copy of ``config`` with the hooks, and the notifications, of ``edit``. Editing twice is editing once.
+
+    Raises ConflictError where the container's seccomp profile leaves no room for them.
+    """
+    edited = copy.deepcopy(dict(config))
+    hooks = edited.get("hooks") or {}
+    for kind in ("createRuntime", "poststop"):
+        kept = [hook for hook in hooks.get(kind) or [] if HOOK not in (hook.get("args") or [])]
+        command = edit.hook if kind == "createRuntime" else edit.after
+        if command is not None:
+            kept.append({"path": command[0], "args": list(command), "env": list(edit.environment), "timeout": 60})
+        if kept or kind in hooks:
+            hooks[kind] = kept
+    edited["hooks"] = hooks
+    if edit.listener is not None:
+        linux = edited["linux"] = edited.get("linux") or {}
+        linux["seccomp"] = _edit_seccomp(config, linux.get("seccomp"), edit)
+    return edited
+
+
+def _edit_seccomp(config: Mapping[str, Any], profile: Mapping[str, Any] | None, edit: Edit) -> seccomp.Profile:
+    for name in _CRUNS_OWN:
+        if notes(config).get(name):
+            raise ConflictError(f"annotation {name}: it takes the container's seccomp filter from elsewhere")
+    assert edit.listener is not None
+    edited = seccomp.with_notifications(profile or seccomp.open_profile(), edit.listener, edit.metadata, edit.listeners)
+    if edit.wait_killable and seccomp.WAIT_KILLABLE not in (edited.get("flags") or []):
+        edited["flags"] = [*(edited.get("flags") or []), seccomp.WAIT_KILLABLE]
+    return edited
+
+
+def namespace_path(config: Mapping[str, Any], kind: str) -> str | None:
+    """Path of the namespace of ``kind`` that the container joins, "" for a new one, None for the runtime's own."""
+    for namespace in (config.get("linux") or {}).get("namespaces") or []:
+        if namespace.get("type") == kind:
+            return namespace.get("path") or ""
+    return None
+
+
+def capability_sets(config: Mapping[str, Any], capability: str) -> list[str]:
+    """The names of the capability sets of the container's first process that hold ``capability``."""
+    found = (config.get("process") or {}).get("capabilities") or {}
+    names = {capability, capability.removeprefix("CAP_"), capability.lower()}
+    return [name for name, held in found.items() if names & set(held or ())]
+
+
+def environment(config: Mapping[str, Any]) -> dict[str, str]:
+    """The environment of the container's first process."""
+    words: Sequence[str] = (config.get("process") or {}).get("env") or []
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def read_config(path: str) -> Config | None:
+    """The configuration at ``path``; None where there is none to read: the runtime says that better itself."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        data = file.read(_MAX_BYTES + 1)
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_config(path: str, config: Mapping[str, Any]) -> None:
+    """Put ``config`` in the place of the file at ``path``, in one step, with its mode and owner.
+
+    Raises UsageError where that is no plain file.
+    """
+    try:
+        old = os.lstat(path)
+        if not stat.S_ISREG(old.st_mode):
+            raise UsageError(f"{path}: it is no plain file, so it is not written to")
+        aside = f"{path}.graft-{os.getpid()}"
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "w") as file:
+                json.dump(config, file)
+                os.fchown(fd, old.st_uid, old.st_gid)
+                os.fchmod(fd, stat.S_IMODE(old.st_mode))
+            os.rename(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error

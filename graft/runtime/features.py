@@ -1,0 +1,45 @@
+"""Whether a runtime can be told SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, which keeps a program's own signals
+from restarting a call that a supervisor is at work on (Go's runtime sends them all the time).
+
+Asked once for each runtime and remembered: an unknown flag would keep a container from starting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from graft.runtime.seccomp import WAIT_KILLABLE
+
+_SINCE = (5, 19)
+
+
+def knows_wait_killable(runtime: str, remembered: Path) -> bool:
+    """Whether both the kernel and ``runtime`` know it; ``remembered`` is a file for the answer."""
+    major, minor = os.uname().release.split(".")[:2]
+    if (int(major), int("".join(filter(str.isdigit, minor)) or 0)) < _SINCE:
+        return False
+    status = os.stat(runtime)
+    key = f"{os.path.realpath(runtime)} {status.st_mtime_ns} {status.st_size}"
+    try:
+        answers = json.loads(remembered.read_text())
+    except (OSError, ValueError):
+        answers = {}
+    if key not in answers:
+        answers = {key: _ask(runtime)}
+        aside = remembered.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps(answers))
+        aside.rename(remembered)
+    return bool(answers[key])
+
+
+def _ask(runtime: str) -> bool:
+    """`features` of the runtime-spec (runc 1.1, crun 1.9); an older crun is asked by looking into its text."""
+    try:
+        said = subprocess.run([runtime, "features"], capture_output=True, timeout=10, check=True).stdout
+        seccomp = json.loads(said).get("linux", {}).get("seccomp", {})
+        return WAIT_KILLABLE in (seccomp.get("supportedFlags") or [])
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return os.path.basename(runtime) == "crun" and WAIT_KILLABLE.encode() in Path(runtime).read_bytes()

@@ -1,0 +1,57 @@
+"""The commands that a runtime runs as hooks of a container. Quick to start: it imports next to nothing.
+
+python -m graft.runtime.hook attach SOCKET     createRuntime: the shim has the container attached, or it fails
+python -m graft.runtime.hook reap              poststop: rules of containers that are gone are taken away
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+_PATIENCE = 50.0
+
+
+def attach(path: str, state: bytes) -> str:
+    """Have the container that ``state`` (of the runtime's) tells of attached; what went wrong, "" for nothing."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as shim:
+        shim.settimeout(_PATIENCE)
+        try:
+            shim.connect(path)
+            shim.sendall(state)
+            shim.shutdown(socket.SHUT_WR)
+            said = b""
+            while chunk := shim.recv(65536):
+                said += chunk
+        except OSError as error:
+            return f"the container's supervisor does not answer: {error.strerror or error}"
+    if said == b"ok":
+        return ""
+    return said.decode(errors="replace") or "the container's supervisor ended before the container was attached"
+
+
+def reap() -> None:
+    """Forget the containers whose cgroup is gone."""
+    from graft import containers
+    from graft.lifecycle import is_up
+    from graft.maps import Maps
+    from graft.settings import Settings
+
+    settings = Settings.from_environment()
+    if is_up(settings):
+        containers.reap(settings, Maps(settings.pin_dir))
+
+
+def main() -> int:
+    """The entry point; the exit status that a runtime takes as the hook's."""
+    if sys.argv[1:2] == ["reap"]:
+        reap()
+        return 0
+    wrong = attach(sys.argv[2], sys.stdin.buffer.read())
+    if wrong:
+        print(f"graft: {wrong}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,78 @@
+"""What the machine's operator says to the wrapper: /etc/graft/runtime.yaml, or the environment of the engine.
+
+Read for every command of every container, so a file of ``key: value`` lines is all that it may be: no YAML
+library is loaded for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.errors import NotFoundError, UsageError
+
+FILE = Path("/etc/graft/runtime.yaml")
+_RUNTIMES = ("crun", "runc")
+_SWITCH = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """``runtime``: the real one, by name or path. ``trust_annotations`` None: where the engine keeps images out."""
+
+    runtime: str | None = None
+    trust_annotations: bool | None = None
+    allow_net_admin: bool = False
+
+
+def parse(text: str, source: str) -> Options:
+    """The options in ``text``. Raises UsageError that names the line."""
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.split("#", 1)[0].strip()
+        if not line or line == "---":
+            continue
+        key, colon, value = line.partition(":")
+        key, value = key.strip(), value.strip().strip("\"'")
+        if not colon or key not in ("runtime", "trust-annotations", "allow-net-admin"):
+            raise UsageError(f"{source}:{number}: unknown: {line!r}", "runtime, trust-annotations, allow-net-admin")
+        if key != "runtime" and value not in _SWITCH:
+            raise UsageError(f"{source}:{number}: {key}: {value!r} is neither true nor false")
+        found[key] = value
+    trust = found.get("trust-annotations")
+    return Options(
+        runtime=found.get("runtime") or None,
+        trust_annotations=None if trust is None else _SWITCH[trust],
+        allow_net_admin=found.get("allow-net-admin") == "true",
+    )
+
+
+def load(environment: Mapping[str, str]) -> Options:
+    """The file's options, and over them GRAFT_RUNTIME. GRAFT_RUNTIME_CONFIG names another file. Raises UsageError."""
+    path = Path(environment.get("GRAFT_RUNTIME_CONFIG", FILE))
+    try:
+        options = parse(path.read_text(), str(path))
+    except FileNotFoundError:
+        options = Options()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    named = environment.get("GRAFT_RUNTIME")
+    if not named:
+        return options
+    return Options(named, options.trust_annotations, options.allow_net_admin)
+
+
+def find_runtime(options: Options) -> str:
+    """Path of the real runtime. Raises NotFoundError, also where it would be the wrapper itself."""
+    for name in [options.runtime] if options.runtime else _RUNTIMES:
+        path = shutil.which(name)
+        if path is None:
+            continue
+        if os.path.basename(os.path.realpath(path)) == "graft-runtime":
+            raise NotFoundError(f"runtime: {name!r} is the wrapper itself", "runc or crun")
+        return path
+    wanted = options.runtime or " or ".join(_RUNTIMES)
+    raise NotFoundError(f"runtime: there is no {wanted} here", "install runc or crun, or set GRAFT_RUNTIME")

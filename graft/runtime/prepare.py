@@ -1,0 +1,107 @@
+"""What happens between an engine's `create` and the real runtime's: everything that can be wrong is found here,
+before there is a container, and the shim stands ready when the runtime starts.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graft.compile import compile_policy
+from graft.errors import NotFoundError
+from graft.kernel import cgroup, netns
+from graft.layout import Transport
+from graft.lifecycle import up
+from graft.runtime import shim
+from graft.runtime.arguments import Invocation
+from graft.runtime.bundle import HOOK, Edit, edit_config, namespace_path, write_config
+from graft.runtime.features import knows_wait_killable
+from graft.runtime.options import Options
+from graft.runtime.request import check_capabilities, choose_policy, requested
+from graft.settings import Settings
+from graft.store import known_endpoints
+
+_HOSTS_USERS = "/proc/1/ns/user"
+
+
+def prepare(invocation: Invocation, config: Mapping[str, Any], options: Options, runtime: str) -> None:
+    """Make the bundle ready for ``runtime``, with a shim beside it. Raises GraftError, and nothing is left then."""
+    settings = Settings.from_environment()
+    request = requested(config)
+    assert request is not None
+    check_capabilities(config, options, _has_users_of_its_own(config))
+    up(settings)
+    known = known_endpoints(settings)
+    policy = choose_policy(settings, request, config, options, known)
+    compile_policy(policy, policy.resolve(known))
+    folder = _make_folder(settings)
+    try:
+        transport = _transport(config, settings)
+        edited = edit_config(config, _edit(settings, folder, transport, runtime))
+        plan = shim.Plan(settings, policy, transport, invocation.id[:12], folder, cgroup.of_process(os.getpid()))
+        with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
+            shim.start(plan, hook, listeners)
+        write_config(invocation.config, edited)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def folders(settings: Settings) -> Path:
+    """Where the shims' folders are."""
+    return settings.run_dir / "oci"
+
+
+def _make_folder(settings: Settings) -> Path:
+    folder = folders(settings) / secrets.token_hex(6)
+    folder.mkdir(mode=0o700, parents=True)
+    return folder
+
+
+def _has_users_of_its_own(config: Mapping[str, Any]) -> bool:
+    """Whether the user namespace that the container joins by path is not the host's."""
+    path = namespace_path(config, "user")
+    if not path:
+        return path == ""
+    try:
+        return os.stat(path).st_ino != os.stat(_HOSTS_USERS).st_ino
+    except OSError:
+        return False
+
+
+def _transport(config: Mapping[str, Any], settings: Settings) -> Transport:
+    path = namespace_path(config, "network")
+    if path == "":
+        return Transport.SWAP
+    try:
+        joined = netns.cookie(None if path is None else Path(path))
+    except OSError as error:
+        raise NotFoundError(f"linux.namespaces: network: {path}: {error.strerror}") from error
+    return Transport.DIRECT if joined == netns.cookie(settings.host_netns) else Transport.SWAP
+
+
+def _edit(settings: Settings, folder: Path, transport: Transport, runtime: str) -> Edit:
+    command = (sys.executable, "-m", HOOK)
+    variables = {
+        "GRAFT_HOST_NETNS": str(settings.host_netns),
+        "GRAFT_PIN_DIR": str(settings.pin_dir),
+        "GRAFT_RUN_DIR": str(settings.run_dir),
+        "GRAFT_STATE_DIR": str(settings.state_dir),
+        "GRAFT_CGROUP": settings.cgroup,
+        **{name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
+    }
+    swap = transport is Transport.SWAP
+    return Edit(
+        hook=(*command, "attach", str(folder / shim.HOOK_SOCKET)),
+        after=None if swap else (*command, "reap"),
+        environment=tuple(f"{name}={value}" for name, value in variables.items()),
+        listener=str(folder / shim.LISTENER_SOCKET) if swap else None,
+        listeners=str(folders(settings)),
+        metadata=folder.name,
+        wait_killable=swap and knows_wait_killable(runtime, folders(settings) / "features.json"),
+    )

@@ -1,0 +1,320 @@
+"""The shim: stays beside one container that an OCI runtime started, from before its start until its end.
+
+    wrapper ── shim (listens) ── runc or crun ── createRuntime hook ──▶ attach ── the container's program starts
+                                             └── seccomp listeners ──▶ a supervisor for each
+
+A filter's listener comes with each process that the runtime starts in the container: the first one, and one
+for every `exec`. The shim is the second holder of each (graft/holder.py), so that a supervisor that dies is
+started again. When the container's cgroup is empty it takes back rules, attachments, sockets and files.
+
+If the shim itself is killed, the supervisors carry on, and the last of them takes things back; nothing
+new can be started in the container then, because the runtime finds nobody at the listener's socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft import containers
+from graft.containers import Container
+from graft.errors import GraftError, RefusedError
+from graft.holder import Holder
+from graft.kernel import cgroup, netns, process
+from graft.layout import Transport
+from graft.lifecycle import supervisors_cgroup
+from graft.maps import Maps
+from graft.policy import Policy
+from graft.runtime.state import Message, State, comes_from_root
+from graft.settings import Settings
+
+HOOK_SOCKET, LISTENER_SOCKET = "hook", "seccomp"
+_GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do with one container. ``folder`` is its own, ``engine_cgroup`` where its runtime was started."""
+
+    settings: Settings
+    policy: Policy
+    transport: Transport
+    name: str
+    folder: Path
+    engine_cgroup: Path
+
+
+class Attachment:
+    """One container: attached once, with a supervisor for each listener that came."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._holders: list[Holder] = []
+        self._events: int | None = None
+        self.container: Container | None = None
+
+    def attach(self, pid: int) -> None:
+        """Put the container of process ``pid`` under its policy, if it is not yet. Raises GraftError."""
+        if self.container is not None:
+            return
+        plan = self._plan
+        path, cookie = _look(pid, plan)
+        maps = Maps(plan.settings.pin_dir)
+        self.container = containers.create(
+            plan.settings, maps, plan.policy, path, cookie, plan.transport, os.getpid(), name=plan.name, engine="oci"
+        )
+        self._events = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+
+    def check(self, pid: int) -> None:
+        """Raises RefusedError where process ``pid`` does not live in the container."""
+        assert self.container is not None
+        path = cgroup.of_process(pid)
+        if not path.is_relative_to(self.container.cgroup_path):
+            raise RefusedError(f"process {pid} is in the cgroup {path}, not in the container's")
+
+    def supervise(self, listener: int) -> None:
+        """Start a supervisor for a listener, which is this object's from here on. Raises GraftError."""
+        plan, container = self._plan, self.container
+        assert container is not None
+        holder = Holder(plan.settings, container, listener, False, lambda maps: _clean(plan, maps, container))
+        self._holders.append(holder)
+        holder.start()
+
+    @property
+    def events(self) -> int | None:
+        """Descriptor that poll() finds ready (POLLPRI) when the cgroup fills or empties."""
+        return self._events
+
+    def look_after(self) -> None:
+        """Start supervisors again that died, and let those go whose processes are all gone."""
+        for holder in list(self._holders):
+            if not holder.reap():
+                continue
+            if holder.hung_up():
+                holder.stop()
+                self._holders.remove(holder)
+                continue
+            try:
+                holder.start()
+            except GraftError:
+                # Calls that wait for nobody would hang for ever: without a holder they fail.
+                holder.stop()
+                self._holders.remove(holder)
+
+    @property
+    def over(self) -> bool:
+        """Whether the last process of the container is gone."""
+        if self._events is None:
+            return False
+        try:
+            return b"populated 0" in os.pread(self._events, 4096, 0)
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Take everything back."""
+        for holder in self._holders:
+            holder.stop()
+        if self._events is not None:
+            os.close(self._events)
+        if self.container is not None:
+            _take_back(self._plan.settings, Maps(self._plan.settings.pin_dir), self.container)
+        shutil.rmtree(self._plan.folder, ignore_errors=True)
+
+
+def _look(pid: int, plan: Plan) -> tuple[Path, int]:
+    """The cgroup and the namespace's cookie of a container's first process. Raises GraftError, OSError."""
+    path = cgroup.of_process(pid)
+    top = cgroup.v2_mount()
+    if path == top or plan.engine_cgroup.is_relative_to(path):
+        raise RefusedError(
+            "the container has no cgroup (v2) of its own: it shares its engine's", "an engine that makes one"
+        )
+    cookie = netns.cookie(Path(f"/proc/{pid}/ns/net"))
+    shared = cookie == netns.cookie(plan.settings.host_netns)
+    if shared != (plan.transport is Transport.DIRECT):
+        raise RefusedError("the container's network namespace is not the one that its configuration told")
+    return path, cookie
+
+
+def _take_back(settings: Settings, maps: Maps, container: Container) -> None:
+    with contextlib.suppress(GraftError, OSError):
+        containers.remove(settings, maps, container)
+
+
+def _clean(plan: Plan, maps: Maps, container: Container) -> None:
+    """What a supervisor without a shim does at its end: the last one of the container takes everything back."""
+    if container.is_there and containers.is_populated(container):
+        return
+    _take_back(plan.settings, maps, container)
+    shutil.rmtree(plan.folder, ignore_errors=True)
+
+
+class Shim:
+    """The loop: messages of the runtime in, supervisors out."""
+
+    def __init__(self, plan: Plan, hook: socket.socket, listeners: socket.socket, runtime: int) -> None:
+        self._attachment = Attachment(plan)
+        self._plan, self._hook, self._listeners, self._runtime = plan, hook, listeners, runtime
+        self._messages: dict[int, tuple[Message, Callable[[Message, State], None]]] = {}
+        self._failure: str | None = None
+
+    def serve(self) -> None:
+        """Until the container is gone, or its runtime ended without having made one."""
+        wakeups = _wake_for_children()
+        poll = select.poll()
+        for fd in (self._hook, self._listeners, self._runtime, wakeups):
+            poll.register(fd, select.POLLIN)
+        watched = False
+        try:
+            while not self._attachment.over:
+                for fd, what in poll.poll():
+                    if fd == self._runtime:
+                        poll.unregister(fd)
+                        if self._attachment.container is None:
+                            return
+                    elif fd == wakeups:
+                        os.read(wakeups, 4096)
+                    elif fd in (self._hook.fileno(), self._listeners.fileno()):
+                        self._accept(poll, fd)
+                    elif fd in self._messages:
+                        self._read(poll, fd, what)
+                if self._attachment.events is not None and not watched:
+                    poll.register(self._attachment.events, select.POLLPRI)
+                    watched = True
+                if watched and self._plan.transport is Transport.DIRECT:
+                    return  # nothing of Graft has to run for it; the poststop hook takes the rules back
+                self._attachment.look_after()
+        finally:
+            self._end()
+
+    def _accept(self, poll: select.poll, fd: int) -> None:
+        source, act = (self._hook, self._attach) if fd == self._hook.fileno() else (self._listeners, self._supervise)
+        try:
+            connection, _ = source.accept()
+        except OSError:
+            return
+        if not comes_from_root(connection):
+            connection.close()
+            return
+        message = Message(connection)
+        self._messages[message.fileno()] = (message, act)
+        poll.register(message, select.POLLIN)
+
+    def _read(self, poll: select.poll, fd: int, what: int) -> None:
+        message, act = self._messages[fd]
+        state = message.read()
+        if state is None and not message.ended and not what & _GONE:
+            return
+        poll.unregister(fd)
+        del self._messages[fd]
+        if state is not None:
+            act(message, state)
+        message.close()
+
+    def _attach(self, message: Message, state: State) -> None:
+        try:
+            self._attachment.attach(state.pid)
+        except (GraftError, OSError) as error:
+            message.reply(_told(error).encode())
+            return
+        message.reply(b"ok")
+
+    def _supervise(self, message: Message, state: State) -> None:
+        listener = message.take_listener(state)
+        if listener is None:
+            return
+        try:
+            self._attachment.attach(state.pid)
+            self._attachment.check(state.pid)
+        except (GraftError, OSError):
+            # Nobody holds the listener any more: the process's calls fail, and nothing of the host's is reached.
+            os.close(listener)
+            return
+        with contextlib.suppress(GraftError):
+            self._attachment.supervise(listener)
+
+    def _end(self) -> None:
+        for message, _ in self._messages.values():
+            message.close()
+        if self._plan.transport is Transport.DIRECT and self._attachment.container is not None:
+            shutil.rmtree(self._plan.folder, ignore_errors=True)
+            return
+        self._attachment.close()
+
+
+def _told(error: GraftError | OSError) -> str:
+    if isinstance(error, GraftError):
+        return error.message + (f" ({error.hint})" if error.hint else "")
+    return f"cannot attach the container: {error}"
+
+
+def _wake_for_children() -> int:
+    """A descriptor that poll() finds ready when a supervisor has died."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader
+
+
+def listen(path: Path) -> socket.socket:
+    """A socket at ``path`` that root only can reach. Raises GraftError where the path is too long."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        raise GraftError(
+            f"cannot listen at {path}: {error}", "GRAFT_RUN_DIR short enough for a socket's path (107 bytes)"
+        ) from error
+    os.chmod(path, 0o600)
+    sock.listen(128)
+    sock.setblocking(False)
+    return sock
+
+
+def start(plan: Plan, hook: socket.socket, listeners: socket.socket) -> None:
+    """Start the shim as a daemon; it ends by itself when the calling process ends without a container."""
+    runtime = os.pidfd_open(os.getpid())
+    child = os.fork()
+    if child:
+        os.close(runtime)
+        os.waitpid(child, 0)
+        return
+    code = 1
+    try:
+        os.setsid()
+        if os.fork() == 0:
+            _become_daemon({hook.fileno(), listeners.fileno(), runtime})
+            cgroup.enter(supervisors_cgroup(plan.settings))
+            Shim(plan, hook, listeners, runtime).serve()
+        code = 0
+    except BaseException:
+        shutil.rmtree(plan.folder, ignore_errors=True)
+        if os.environ.get("GRAFT_DEBUG"):
+            with open(plan.folder.with_name("debug.log"), "a") as log:
+                traceback.print_exc(file=log)
+    finally:
+        os._exit(code)
+
+
+def _become_daemon(keep: set[int]) -> None:
+    """Nothing of the engine's is held: no descriptor, no folder, no signal of its terminal."""
+    os.chdir("/")
+    os.umask(0o077)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
+        signal.signal(signum, signal.SIG_IGN)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    process.close_all_but(keep)
+    process.call_oneself("graft-shim")
