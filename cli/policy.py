@@ -1,4 +1,4 @@
-"""`graft policy`: check a policy before it is used."""
+"""`graft policy`: check a policy, see what holds, put another in its place."""
 
 from __future__ import annotations
 
@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from graft.policy_file import Examined
 
 app = typer.Typer(help="Policies: what a container may do on the host's stack.", no_args_is_help=True)
-
-
-@app.callback()
-def _policy() -> None:
-    """Keep `check` a command of its own: Typer would merge a single one into the group."""
 
 
 @app.command()
@@ -54,3 +49,51 @@ def _as_json(file: str, examined: Examined) -> str:
         result |= {"policy": policy.name, **counts}
     result["problems"] = [asdict(problem) for problem in examined.problems]
     return json.dumps(result, indent=2)
+
+
+@app.command()
+@command
+def show(
+    container: Annotated[str, typer.Argument(metavar="CONTAINER", help="A name or id of `graft ps`, or a cgroup.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rules as JSON.")] = False,
+) -> None:
+    """Print the rules that hold for CONTAINER now, as the hooks have them."""
+    from graft import attach, inforce, lifecycle
+    from graft.maps import Maps
+    from graft.settings import Settings
+
+    lifecycle.require_root()
+    settings = Settings.from_environment()
+    lifecycle.up(settings)
+    found = attach.find(settings, container)
+    rules = inforce.in_force(settings, Maps(settings.pin_dir), found)
+    if as_json:
+        head = {"container": found.name, "policy": found.policy, "transport": found.transport}
+        typer.echo(json.dumps(head | asdict(rules), indent=2))
+        return
+    typer.echo(f"{found.name}: policy {found.policy}, {found.transport}")
+    for rule in rules.rules:
+        typer.echo(f"  {rule}")
+    typer.echo(f"  else: bind {rules.bind_default}, connect {rules.connect_default}")
+
+
+@app.command()
+@command
+def apply(
+    file: Annotated[Path, typer.Argument(help="The policy.", metavar="FILE")],
+    cgroup: Annotated[
+        str | None,
+        typer.Option("--cgroup", metavar="CONTAINER", help="One container. Default: all whose policy has that name."),
+    ] = None,
+) -> None:
+    """Put FILE in the place of the policy that containers have, in one step for each."""
+    from graft import attach, lifecycle
+    from graft.settings import Settings
+    from graft.sources import policy_of
+
+    lifecycle.require_root()
+    settings = Settings.from_environment()
+    lifecycle.up(settings)
+    policy = policy_of(settings, "", file, (), ())
+    for changed in attach.apply(settings, policy, cgroup):
+        typer.echo(f"{changed.name}: policy {changed.policy}")

@@ -1,0 +1,116 @@
+"""`graft attach`, `graft detach`: containers that run already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graft import lifecycle
+from graft.errors import UsageError
+from graft.layout import Transport
+from graft.settings import Settings
+
+from .output import command
+
+if TYPE_CHECKING:
+    from graft.attach import Attached, Detached
+
+Which = Annotated[
+    str,
+    typer.Option(
+        "--cgroup",
+        metavar="CONTAINER",
+        help="A cgroup v2 path, a container of docker or podman, or a systemd unit; docker:X and the like choose.",
+        show_default=False,
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command()(attach)
+    app.command()(detach)
+
+
+def _transport(text: str) -> Transport | None:
+    if text == "auto":
+        return None
+    try:
+        return Transport[text.upper()]
+    except KeyError:
+        raise UsageError(f"--transport: {text!r} is no transport", "auto, direct, swap or splice") from None
+
+
+@command
+def attach(
+    which: Which,
+    policy: Annotated[Path | None, typer.Option("--policy", help="A policy instead of -i and -e.")] = None,
+    ingress: Annotated[
+        list[str] | None, typer.Option("-i", metavar="ADDR:PORT[-PORT]=EP", help="A bind that becomes an endpoint.")
+    ] = None,
+    egress: Annotated[
+        list[str] | None, typer.Option("-e", metavar="PREFIX=EP", help="Destinations reached from an endpoint.")
+    ] = None,
+    transport: Annotated[str, typer.Option("--transport", help="auto, direct, swap or splice.")] = "auto",
+) -> None:
+    """Put a running container under a policy, or replace the policy that it has."""
+    from graft import attach as attaching
+    from graft.sources import policy_of
+
+    wanted = _transport(transport)
+    lifecycle.require_root()
+    settings = Settings.from_environment()
+    rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [])
+    print(_told(attaching.attach(settings, which, rules, wanted)))
+
+
+def _told(done: Attached) -> str:
+    target, choice = done.target, done.choice
+    count = sum(done.facts.namespaces.values())
+    spaces = ", ".join(
+        f"{'the host' if inode == done.facts.host else 'a'} network namespace net:[{inode}] ({number})".replace(
+            "the host network", "the host's network"
+        )
+        for inode, number in sorted(done.facts.namespaces.items())
+    )
+    lines = [
+        f"{done.container.name}: {target.engine}, {target.cgroup}",
+        f"  {count} process{'' if count == 1 else 'es'}" + (f" in {spaces}" if spaces else ""),
+        f"  transport {choice.transport.name.lower()}: {choice.why}",
+    ]
+    if choice.why_not_better:
+        lines.append(f"  no better one: {choice.why_not_better}")
+    if done.facts.outside and choice.transport is Transport.DIRECT:
+        lines.append(f"  {done.facts.outside} of them are in namespaces of their own, where nothing is granted")
+    lines.append(f"  policy {done.container.policy}" + (": in the place of the old one" if done.replaced else ""))
+    if done.existing:
+        lines.append("  sockets that were there before; their addresses and connections stay as they are:")
+        lines += [f"    {held}" for held in done.existing]
+    return "\n".join(lines)
+
+
+@command
+def detach(
+    which: Which,
+    keep: Annotated[
+        bool, typer.Option("--keep-connections", help="Let connections through endpoints go on to their end.")
+    ] = False,
+) -> None:
+    """Take a container's policy away. What it was granted ends with it."""
+    from graft import attach as attaching
+
+    lifecycle.require_root()
+    print(_left(attaching.detach(Settings.from_environment(), which, keep)))
+
+
+def _left(done: Detached) -> str:
+    lines = [f"{done.container.name}: detached"]
+    if done.withdrawn:
+        lines.append("  ended, because an endpoint was what let them be:")
+        lines += [f"    {held}" for held in done.withdrawn]
+    if done.left:
+        lines.append("  still open on the host's stack:")
+        lines += [f"    {held}" for held in done.left]
+    return "\n".join(lines)

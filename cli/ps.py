@@ -1,0 +1,84 @@
+"""`graft ps`: the containers under Graft, and what they hold on the host's stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graft import lifecycle
+from graft.settings import Settings
+
+from .output import command, listing
+
+if TYPE_CHECKING:
+    from graft.held import Held
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(ps)
+
+
+@command
+def ps(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the containers under Graft, with the sockets that they hold on the host's stack."""
+    from graft.overview import overview
+
+    lifecycle.require_root()
+    settings = Settings.from_environment()
+    seen = overview(settings) if lifecycle.is_up(settings) else []
+    records = [
+        {
+            "id": one.container.id,
+            "name": one.container.name,
+            "engine": one.container.engine,
+            "cgroup": one.container.cgroup,
+            "transport": one.container.transport,
+            "netns": one.container.netns,
+            "policy": one.container.policy,
+            "endpoints": list(one.container.endpoints),
+            "processes": one.processes,
+            "namespaces": list(one.namespaces),
+            "supervisor": one.supervisor or None,
+            "sockets": [
+                {
+                    "protocol": held.listed.protocol,
+                    "state": held.listed.state,
+                    "local": held.listed.local,
+                    "remote": held.listed.remote,
+                    "endpoint": held.endpoint,
+                    "asked": held.asked,
+                    "pid": held.pid,
+                }
+                for held in one.sockets
+            ],
+        }
+        for one in seen
+    ]
+    rows = [
+        (
+            one.container.id,
+            one.container.name,
+            one.container.engine,
+            one.container.transport,
+            one.supervisor or "-",
+            ",".join(one.container.endpoints) or "-",
+            _in_short(one.sockets),
+            one.container.cgroup,
+        )
+        for one in seen
+    ]
+    title = ("ID", "NAME", "ENGINE", "TRANSPORT", "SUPERVISOR", "ENDPOINTS", "SOCKETS", "CGROUP")
+    listing(title, rows, records, as_json)
+
+
+def _in_short(sockets: Sequence[Held]) -> str:
+    """Where it listens, and how many connections it has."""
+    words = [f"{one.listed.protocol} {one.listed.local}" for one in sockets if one.listed.state == "listening"]
+    words += [f"{one.listed.protocol} {one.listed.local}" for one in sockets if one.listed.state == "unconnected"]
+    others = len(sockets) - len(words)
+    if others:
+        words.append(f"{others} connection{'' if others == 1 else 's'}")
+    return ", ".join(dict.fromkeys(words)) or "-"
