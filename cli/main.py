@@ -6,7 +6,7 @@ import typer
 
 from graft import __version__
 
-from . import attach, doctor, ep, policy, ps, run, system
+from . import attach, daemon, doctor, ep, policy, ps, run, system
 
 app = typer.Typer(
     name="graft",
@@ -21,6 +21,7 @@ run.register(app)
 attach.register(app)
 ps.register(app)
 system.register(app)
+daemon.register(app)
 doctor.register(app)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from graft import layout
 from graft.errors import KernelError
 from graft.kernel import bpf, cgroup
-from graft.loader import PROGRAMS
+from graft.loader import PROGRAMS, SPLICE_PROGRAMS, Program
 from graft.maps import Maps
 from graft.settings import Settings
 
@@ -30,28 +30,30 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _programs(settings: Settings) -> Iterator[dict[str, int]]:
-    """Attach point -> descriptor of the program that belongs there."""
-    fds: dict[str, int] = {}
+def _opened_programs(settings: Settings, programs: Sequence[Program]) -> Iterator[list[tuple[int, int]]]:
+    """(descriptor, number of the attach point) of each program."""
+    fds: list[tuple[int, int]] = []
     try:
-        for program in PROGRAMS:
-            fds[program.attach] = bpf.obj_get(settings.pin_dir / f"prog_{program.name}")
+        for program in programs:
+            fd = bpf.obj_get(settings.pin_dir / f"prog_{program.name}")
+            fds.append((fd, bpf.ATTACH_TYPES[program.attach]))
         yield fds
     finally:
-        for fd in fds.values():
+        for fd, _ in fds:
             os.close(fd)
 
 
-def attach(settings: Settings, path: Path, container: int) -> None:
+def attach(settings: Settings, path: Path, container: int, splice: bool = False) -> None:
     """Put the programs on the cgroup at ``path``, for ``container`` (0: Graft's own). Repeatable.
 
-    All of them or none: what was attached before a failure is taken off again. Raises KernelError.
+    ``splice``: those of that transport too. All of them or none: what was attached before a failure is
+    taken off again. Raises KernelError.
     """
-    with _opened(path) as cgroup_fd, _programs(settings) as programs:
+    wanted = (*PROGRAMS, *SPLICE_PROGRAMS) if splice else PROGRAMS
+    with _opened(path) as cgroup_fd, _opened_programs(settings, wanted) as programs:
         done: list[tuple[int, int]] = []
         try:
-            for name, fd in programs.items():
-                kind = bpf.ATTACH_TYPES[name]
+            for fd, kind in programs:
                 if bpf.prog_id(fd) not in bpf.prog_ids(cgroup_fd, kind):
                     bpf.prog_attach(cgroup_fd, fd, kind)
                     done.append((fd, kind))
@@ -94,10 +96,11 @@ def set_scope(settings: Settings, path: Path, container: int) -> None:
 
 def detach(settings: Settings, path: Path) -> None:
     """Take the programs off a cgroup. Safe to repeat, and where the cgroup is gone."""
-    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _programs(settings) as programs:
-        for name, fd in programs.items():
+    every = (*PROGRAMS, *SPLICE_PROGRAMS)
+    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _opened_programs(settings, every) as fds:
+        for fd, kind in fds:
             with contextlib.suppress(OSError):
-                bpf.prog_detach(cgroup_fd, fd, bpf.ATTACH_TYPES[name])
+                bpf.prog_detach(cgroup_fd, fd, kind)
 
 
 def attached_cgroups(settings: Settings) -> list[Path]:

@@ -161,7 +161,7 @@ def create(
         try:
             value = layout.ContainerValue(netns, new.ruleset, transport, new.bind_default, new.connect_default)
             maps.containers.put(ctypes.c_uint32(number), value)
-            attachments.attach(settings, path, number)
+            attachments.attach(settings, path, number, splice=transport is Transport.SPLICE)
             container = Container(
                 id=number,
                 name=name or policy.name,

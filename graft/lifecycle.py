@@ -138,6 +138,7 @@ def down(settings: Settings, force: bool = False) -> None:
     """
     require_root()
     own = cgroup.v2_mount() / settings.cgroup
+    _stop_daemon(settings, force)
     with locked(settings):
         running = cgroup.processes(own)
         if running and not force:
@@ -152,6 +153,14 @@ def down(settings: Settings, force: bool = False) -> None:
         for kept in (settings.run_dir / "netns").glob("*"):
             netns.release(kept)
         shutil.rmtree(settings.run_dir, ignore_errors=True)
+
+
+def _stop_daemon(settings: Settings, force: bool) -> None:
+    """End the relays' daemon, unless containers are served and ``force`` does not say to end that."""
+    from graft import daemon
+
+    if force or not any((settings.run_dir / "containers").glob("*.json")):
+        daemon.stop(settings)
 
 
 def _unpin(folder: Path) -> None:

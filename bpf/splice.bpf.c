@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* The splice transport: what the two ends of a relayed connection are told of each other.
+ *
+ * Theory of operation
+ *
+ *   A relay (graft/splice) joins two connections: one with the world, on the host's stack, one with a
+ *   program of the container, inside its namespace. The second is what these programs see, from both ends.
+ *
+ *      in    relay: the client is stored with the socket that dials (DIALS)
+ *               connect -> `arrivals` -> the container's accepted socket (CAME); getpeername shows it
+ *      out   connect hook (graft.bpf.c): the destination is stored with the program's socket (TURNED)
+ *               connect -> `arrivals` -> the relay's accepted socket (CARRIED), which the relay reads
+ *
+ *   Both ways are one: the connecting side's socket leaves what it has under its own address and port just
+ *   before its first packet goes out, and the accepting side's takes it from there when it is established,
+ *   which is before accept() can return it. A socket that nobody accepts takes its entry along when it
+ *   closes. What came by another way finds nothing, and keeps its own peer.
+ *
+ *   This text is compiled together with graft.bpf.c, and attached only to the relays' cgroup and to
+ *   containers of this transport.
+ */
+
+/* An address and port of a connection as `arrivals` has it: IPv4-mapped ones are IPv4 here too. */
+static __always_inline void arrival_of(struct bpf_sock_ops *ctx, int local, struct arrival *key)
+{
+	u32 ip[4];
+
+	__builtin_memset(key, 0, sizeof(*key));
+	key->netns = bpf_get_netns_cookie(ctx);
+	key->port = local ? ctx->local_port : bpf_ntohl(ctx->remote_port);
+	key->family = GRAFT_IPV4;
+	if (ctx->family == AF_INET) {
+		ip[0] = local ? ctx->local_ip4 : ctx->remote_ip4;
+		__builtin_memcpy(key->addr, ip, 4);
+		return;
+	}
+	ip[0] = local ? ctx->local_ip6[0] : ctx->remote_ip6[0];
+	ip[1] = local ? ctx->local_ip6[1] : ctx->remote_ip6[1];
+	ip[2] = local ? ctx->local_ip6[2] : ctx->remote_ip6[2];
+	ip[3] = local ? ctx->local_ip6[3] : ctx->remote_ip6[3];
+	if (!ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff)) {
+		__builtin_memcpy(key->addr, &ip[3], 4);
+		return;
+	}
+	__builtin_memcpy(key->addr, ip, 16);
+	key->family = GRAFT_IPV6;
+}
+
+/* What the connecting side's socket has to say, NULL for a connection that is no relay's. */
+static __always_inline struct crossing *outgoing(struct bpf_sock *sk)
+{
+	struct crossing *crossing = crossings.sk_storage_get(sk, 0, 0);
+
+	if (!crossing)
+		return 0;
+	return crossing->role == GRAFT_CROSSING_DIALS || crossing->role == GRAFT_CROSSING_TURNED ? crossing : 0;
+}
+
+static __always_inline void depart(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct crossing *crossing = outgoing(sk);
+	struct arrival key;
+
+	if (!crossing)
+		return;
+	arrival_of(ctx, 1, &key);
+	arrivals.update(&key, crossing);
+	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void arrive(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct crossing *found, *mine;
+	struct arrival key;
+
+	arrival_of(ctx, 0, &key);
+	found = arrivals.lookup(&key);
+	if (!found)
+		return;
+	mine = crossings.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (mine) {
+		*mine = *found;
+		mine->role = found->role == GRAFT_CROSSING_DIALS ? GRAFT_CROSSING_CAME : GRAFT_CROSSING_CARRIED;
+	}
+	arrivals.delete(&key);
+}
+
+int graft_splice(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct arrival key;
+
+	if (!sk)
+		return 1;
+	if (ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
+		depart(ctx, sk);
+	} else if (ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
+		arrive(ctx, sk);
+	} else if (ctx->op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] == BPF_TCP_CLOSE && outgoing(sk)) {
+		arrival_of(ctx, 1, &key);
+		arrivals.delete(&key);
+	}
+	return 1;
+}
+
+/* What getpeername() and accept() tell a program of the container. */
+static __always_inline struct crossing *shown_peer(struct bpf_sock_addr *ctx)
+{
+	struct crossing *crossing = crossings.sk_storage_get(ctx->sk, 0, 0);
+
+	if (!crossing)
+		return 0;
+	return crossing->role == GRAFT_CROSSING_CAME || crossing->role == GRAFT_CROSSING_TURNED ? crossing : 0;
+}
+
+int graft_getpeername4(struct bpf_sock_addr *ctx)
+{
+	struct crossing *peer = shown_peer(ctx);
+	u32 ip;
+
+	if (!peer || peer->family != GRAFT_IPV4)
+		return PASS;
+	__builtin_memcpy(&ip, peer->addr, 4);
+	ctx->user_ip4 = ip;
+	ctx->user_port = bpf_htons(peer->port);
+	return PASS;
+}
+
+int graft_getpeername6(struct bpf_sock_addr *ctx)
+{
+	struct crossing *peer = shown_peer(ctx);
+	u32 ip[4] = {};
+
+	if (!peer)
+		return PASS;
+	if (peer->family == GRAFT_IPV4) {
+		ip[2] = bpf_htonl(0xffff);
+		__builtin_memcpy(&ip[3], peer->addr, 4);
+	} else {
+		__builtin_memcpy(ip, peer->addr, 16);
+	}
+	ctx->user_ip6[0] = ip[0];
+	ctx->user_ip6[1] = ip[1];
+	ctx->user_ip6[2] = ip[2];
+	ctx->user_ip6[3] = ip[3];
+	ctx->user_port = bpf_htons(peer->port);
+	return PASS;
+}

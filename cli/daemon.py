@@ -1,0 +1,24 @@
+"""`graft daemon`: the process of the splice transport's relays."""
+
+from __future__ import annotations
+
+import typer
+
+from graft import lifecycle
+from graft.settings import Settings
+
+from .output import command
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(daemon)
+
+
+@command
+def daemon() -> None:
+    """Run the relays of containers that ran before Graft, in the foreground. `graft attach` starts one by itself."""
+    from graft import daemon as graftd
+
+    lifecycle.require_root()
+    graftd.run(Settings.from_environment())

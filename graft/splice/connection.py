@@ -1,0 +1,253 @@
+"""One relayed connection: two sockets, and the bytes between them moved by splice(2).
+
+Theory of operation
+
+    near ══ flow ═▶ pipe ═▶ far          Each direction is a flow of its own:
+    near ◀═ pipe ◀═ flow ══ far
+                                     ┌────────── data in the pipe, far side full: wait ──────────┐
+                                     ▼                                                           │
+      OPEN ── source ended (FIN) ─▶ DRAINING ── pipe empty ─▶ shutdown(SHUT_WR) ─▶ SHUT          │
+        │                                                                            │           │
+        └── error on either socket, anywhere ─▶ both sockets reset          both SHUT: closed ───┘
+
+A flow takes data only when its pipe is empty, so that a slow reader stops its sender: what is held is at most one
+pipe. A pipe is lent while it holds data; where there are none left, or for urgent data, which splice(2) does not pass,
+bytes are copied instead, and stay in the source's queue until the other side took them.
+
+Sockets are watched edge-triggered, once, for everything: `readable` and `writable` are what the kernel last said, until
+a call says otherwise. Every socket has SO_LINGER with no time from the start: if this process is killed, or gives up,
+the peers see a reset, never an end of file in the middle. Only a connection that ended well both ways is closed gently.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from graft.splice.pipes import PIPE_BYTES, Pipe
+
+if TYPE_CHECKING:
+    from graft.splice.loop import Loop
+
+_ENDED = select.EPOLLRDHUP | select.EPOLLHUP
+_INPUT = select.EPOLLIN | select.EPOLLPRI | _ENDED
+WATCHED = select.EPOLLIN | select.EPOLLOUT | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
+
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_CLOSE_GENTLY = struct.pack("ii", 0, 0)
+_BUDGET = 8  # pipes full, before others have their turn
+_COPY_BYTES = 65536
+
+
+def prepare(sock: socket.socket) -> None:
+    """What every relayed socket has; an accepted one has it from its listener (tcp(7), socket(7))."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
+class Side:
+    """One of the two sockets, and what the kernel last said of it."""
+
+    __slots__ = ("connection", "ended", "established", "fd", "inward", "outward", "readable", "sock", "writable")
+
+    inward: Flow
+    outward: Flow
+
+    def __init__(self, connection: Connection, sock: socket.socket, established: bool) -> None:
+        self.connection = connection
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.established = self.writable = established
+        self.readable = False
+        self.ended = False
+
+    def on_event(self, mask: int) -> None:
+        """Take note of what epoll says, and move what can be moved."""
+        connection = self.connection
+        if connection.closed:
+            return
+        if mask & select.EPOLLERR:
+            connection.fail(self)
+            return
+        if mask & select.EPOLLOUT:
+            self.writable = self.established = True
+            flow = self.inward
+            if flow.held or flow.eof or flow.source.readable:
+                flow.pump()
+        if mask & _INPUT and not connection.closed:
+            self.readable = True
+            if mask & _ENDED:
+                self.ended = True
+            if mask & select.EPOLLPRI:
+                self.outward.copies = True
+            self.outward.pump()
+
+
+class Flow:
+    """One direction."""
+
+    __slots__ = ("connection", "copies", "eof", "held", "pipe", "shut", "source", "target")
+
+    def __init__(self, connection: Connection, source: Side, target: Side) -> None:
+        self.connection = connection
+        self.source, self.target = source, target
+        self.pipe: Pipe | None = None
+        self.held = 0
+        self.copies = self.eof = self.shut = False
+
+    def pump(self) -> None:
+        """Move bytes until one of the sides has to be waited for, or others should have their turn."""
+        if self.shut or self.connection.closed:
+            return
+        try:
+            for _ in range(_BUDGET):
+                if not (self._empty() and self._fill()):
+                    return
+            self.connection.loop.later(self.pump)
+        except OSError:
+            self.connection.reset()
+
+    def _empty(self) -> bool:
+        """Bring what the pipe holds to the target. False where that has to wait."""
+        target, pipe = self.target, self.pipe
+        while self.held:
+            if not target.writable:
+                return False
+            assert pipe is not None
+            try:
+                self.held -= os.splice(pipe.read, target.fd, self.held)
+            except BlockingIOError:
+                target.writable = False
+                return False
+        return True
+
+    def _fill(self) -> bool:
+        """Take what the source has. False where there is nothing (yet, or any more)."""
+        if self.eof:
+            self._end()
+            return False
+        source = self.source
+        if not source.readable or not self.target.established:
+            self._give_back()
+            return False
+        pipe = self.pipe
+        if pipe is None and not self.copies:
+            pipe = self.pipe = self.connection.loop.pipes.take()
+        if pipe is None or self.copies:
+            self._give_back()
+            return self._copy()
+        try:
+            got = os.splice(source.fd, pipe.write, PIPE_BYTES)
+        except BlockingIOError:
+            source.readable = False
+            self._give_back()
+            return False
+        if got == 0:
+            self.eof = True
+            return True
+        self.held = got
+        self.connection.moved += got
+        if got < pipe.slots and not source.ended:
+            # Each slot holds a byte or more: the pipe was not full, so the source's queue was emptied, and
+            # what comes next comes with an event. Saves a call for each small message.
+            source.readable = False
+        return True
+
+    def _copy(self) -> bool:
+        """Without a pipe: bytes leave the source's queue once the target has them."""
+        source, target = self.source, self.target
+        if not target.writable:
+            return False
+        buffer = self.connection.loop.buffer
+        try:
+            got = source.sock.recv_into(buffer, _COPY_BYTES, socket.MSG_PEEK)
+        except BlockingIOError:
+            source.readable = False
+            return False
+        if got == 0:
+            self.eof = True
+            return True
+        try:
+            sent = target.sock.send(buffer[:got])
+        except BlockingIOError:
+            target.writable = False
+            return False
+        self.connection.moved += sent
+        while sent:
+            sent -= source.sock.recv_into(buffer, sent)
+        return True
+
+    def _end(self) -> None:
+        """The source ended, and the target has it all: hand the end on, once the target is there to take it."""
+        if not self.target.established:
+            return
+        self._give_back()
+        self.target.sock.shutdown(socket.SHUT_WR)
+        self.shut = True
+        self.connection.finish()
+
+    def _give_back(self) -> None:
+        if self.pipe is not None:
+            self.connection.loop.pipes.give(self.pipe)
+            self.pipe = None
+
+    def abandon(self) -> None:
+        """Let go of the pipe, with whatever is in it."""
+        if self.pipe is None:
+            return
+        if self.held:
+            self.connection.loop.pipes.drop(self.pipe)
+            self.pipe = None
+        else:
+            self._give_back()
+
+
+class Connection:
+    """Two sockets that are one connection to their peers. ``owner`` keeps it in ``connections`` while it lives."""
+
+    __slots__ = ("closed", "far", "loop", "moved", "near", "owner")
+
+    def __init__(self, loop: Loop, owner: set[Connection], near: socket.socket, far: socket.socket) -> None:
+        """``near`` is accepted, ``far`` on its way to be connected; both were prepared, and never block."""
+        self.loop, self.owner = loop, owner
+        self.closed = False
+        self.moved = 0
+        self.near, self.far = Side(self, near, True), Side(self, far, False)
+        self.near.outward = self.far.inward = Flow(self, self.near, self.far)
+        self.far.outward = self.near.inward = Flow(self, self.far, self.near)
+        owner.add(self)
+        loop.watch(far.fileno(), WATCHED, self.far.on_event)
+        loop.watch(near.fileno(), WATCHED, self.near.on_event)
+
+    def fail(self, side: Side) -> None:
+        """``side`` has an error: its peer reset it, or never answered. What it sent before is still brought over."""
+        side.readable = side.ended = True
+        if side.established:
+            side.outward.pump()
+        self.reset()
+
+    def finish(self) -> None:
+        """Close gently, where both directions have ended."""
+        if self.closed or not (self.near.outward.shut and self.near.inward.shut):
+            return
+        for side in (self.near, self.far):
+            side.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_GENTLY)
+        self._close()
+
+    def reset(self) -> None:
+        """Close so that both peers see a reset. Safe to repeat."""
+        if not self.closed:
+            self._close()
+
+    def _close(self) -> None:
+        self.closed = True
+        self.near.outward.abandon()
+        self.near.inward.abandon()
+        self.owner.discard(self)
+        for side in (self.near, self.far):
+            self.loop.close(side.sock)
+            del side.outward, side.inward  # a ring of references would wait for the garbage collector

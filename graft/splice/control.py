@@ -1,0 +1,62 @@
+"""How commands talk to the daemon: a unix socket of run_dir, root's only, one JSON object there and one back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from graft.errors import GraftError
+from graft.settings import Settings
+
+NAME = "graftd.sock"
+MAX_BYTES = 1 << 20
+_PATIENCE_SECONDS = 30.0
+
+
+@contextlib.contextmanager
+def address(settings: Settings) -> Iterator[str]:
+    """A path of the socket that is short enough for struct sockaddr_un (unix(7)), however long run_dir is."""
+    folder = os.open(settings.run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{NAME}"
+    finally:
+        os.close(folder)
+
+
+def listener(settings: Settings) -> socket.socket:
+    """The daemon's end, in place of one that a daemon before left. Whoever calls holds the daemon's lock."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    (settings.run_dir / NAME).unlink(missing_ok=True)
+    before = os.umask(0o177)
+    try:
+        with address(settings) as path:
+            sock.bind(path)
+    finally:
+        os.umask(before)
+    sock.listen(64)
+    return sock
+
+
+def ask(settings: Settings, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The daemon's answer; None where no daemon runs. Raises GraftError with what the daemon could not do."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(_PATIENCE_SECONDS)
+        try:
+            with address(settings) as path:
+                sock.connect(path)
+            sock.send(json.dumps(request).encode())
+            answer = sock.recv(MAX_BYTES)
+        except (FileNotFoundError, ConnectionError):
+            return None
+        except TimeoutError:
+            raise GraftError("the daemon does not answer", f"see {settings.run_dir}/graftd.log") from None
+    if not answer:
+        return None
+    found: dict[str, Any] = json.loads(answer)
+    if "error" in found:
+        raise GraftError(str(found["error"]), found.get("hint"))
+    return found

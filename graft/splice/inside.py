@@ -1,0 +1,114 @@
+"""Sockets made in another network namespace, by threads that live no longer than that.
+
+A socket stays in the namespace where it was made, whoever uses it. So the daemon itself never leaves the host's: a
+thread enters the other one, makes what is wanted, and ends. What a connection needs is made in advance, by the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from graft.errors import NotFoundError
+from graft.kernel import netns
+from graft.splice.connection import prepare
+
+T = TypeVar("T")
+_MOST = 64
+_IDLE_SECONDS = 5.0
+
+
+class Inside:
+    """A namespace, held open. Raises NotFoundError where it is not the one of that cookie."""
+
+    def __init__(self, path: Path, cookie: int) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise NotFoundError(f"the network namespace {path} is gone: {error.strerror}") from error
+        self.cookie = cookie
+        try:
+            found = self.do(netns.cookie)
+        except OSError as error:
+            os.close(self._fd)
+            raise NotFoundError(f"the network namespace {path} cannot be entered: {error.strerror}") from error
+        if found != cookie:
+            os.close(self._fd)
+            raise NotFoundError(f"{path} is another network namespace now")
+        self._spares = {family: _Spares() for family in (socket.AF_INET, socket.AF_INET6)}
+
+    def do(self, call: Callable[[], T]) -> T:
+        """The result of ``call``, made in the namespace. What it raises is raised here."""
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def enter() -> None:
+            try:
+                netns.setns(self._fd)
+                results.append(call())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=enter, daemon=True)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def take(self, family: socket.AddressFamily) -> socket.socket:
+        """A TCP socket made there: prepared, never blocking, neither bound nor connected. Raises OSError."""
+        spares = self._spares[family]
+        if not spares.ready:
+            spares.ready = self.do(lambda: _make(family, spares.batch))
+            spares.batch = min(_MOST, spares.batch * 2)
+        spares.used = time.monotonic()
+        return spares.ready.pop()
+
+    def trim(self) -> None:
+        """Close the sockets in stock that nobody has asked for in a while."""
+        limit = time.monotonic() - _IDLE_SECONDS
+        for spares in self._spares.values():
+            if spares.used < limit:
+                spares.clear()
+
+    def close(self) -> None:
+        """Let go of the namespace."""
+        for spares in self._spares.values():
+            spares.clear()
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+
+class _Spares:
+    """Sockets in stock. The more are asked for, the more are made at once."""
+
+    def __init__(self) -> None:
+        self.ready: list[socket.socket] = []
+        self.batch = 1
+        self.used = 0.0
+
+    def clear(self) -> None:
+        for sock in self.ready:
+            sock.close()
+        self.ready.clear()
+        self.batch = 1
+
+
+def _make(family: socket.AddressFamily, count: int) -> list[socket.socket]:
+    made: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            made.append(sock)
+            prepare(sock)
+    except OSError:
+        if not made:
+            raise
+    return made

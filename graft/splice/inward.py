@@ -1,0 +1,124 @@
+"""In: a listener on an endpoint, and behind it the container's own.
+
+The listener is a socket like the container's own, made in the endpoint's namespace, tagged as the container's, and
+bound to what the container bound: the bind hook makes the endpoint of it, or refuses. So what may be listened on is
+decided where it always is, and the daemon cannot get it wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import select
+import socket
+from ipaddress import ip_address
+from typing import Any
+
+from graft import layout
+from graft.address import SocketAddress, unmapped
+from graft.layout import Crossing, Home
+from graft.maps import Maps
+from graft.splice.choice import Publication
+from graft.splice.connection import Connection, prepare
+from graft.splice.inside import Inside
+from graft.splice.loop import Loop
+
+_BACKLOG = 4096
+_ACCEPTS = 64
+IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
+_KEEPALIVE_SECONDS = 600
+
+
+def listen(maps: Maps, container: int, wanted: Publication, where: Inside) -> socket.socket:
+    """A listening socket on the endpoint. Raises OSError: the kernel's, or the hook's refusal."""
+    family = socket.AF_INET if wanted.family == 4 else socket.AF_INET6
+
+    def make() -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            prepare(sock)
+            # A client that vanished must not hold its connection for ever: the program cannot see it.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, wanted.v6only)
+            maps.tags.put(ctypes.c_int32(sock.fileno()), layout.Tag(container=container, home=Home.HOST))
+            size = 4 if wanted.family == 4 else 16
+            sock.bind((socket.inet_ntop(family, wanted.address[:size]), wanted.port))
+            sock.listen(_BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    return where.do(make)
+
+
+def crossing(container: int, peer: tuple[Any, ...]) -> layout.CrossingValue:
+    """What the container's accepted socket is to be told of its client."""
+    ip = unmapped(ip_address(peer[0].partition("%")[0]))
+    value = layout.CrossingValue(port=peer[1], family=ip.version, role=Crossing.DIALS, container=container)
+    value.addr[: len(ip.packed)] = ip.packed
+    return value
+
+
+class Published:
+    """One endpoint that is listened on for a container."""
+
+    def __init__(
+        self, loop: Loop, maps: Maps, container: int, wanted: Publication, sock: socket.socket, inside: Inside
+    ) -> None:
+        self.wanted = wanted
+        self._target = wanted.target
+        self._destination = (self._target.address, self._target.port)
+        self._loop, self._crossings, self._container, self._inside = loop, maps.crossings, container, inside
+        self._sock = sock
+        self.connections: set[Connection] = set()
+        self.served = 0
+        name = sock.getsockname()
+        ip = ip_address(name[0])
+        self.address = str(SocketAddress(unmapped(ip), name[1]))
+        loop.watch(sock.fileno(), select.EPOLLIN, self._on_event)
+
+    def _on_event(self, _mask: int) -> None:
+        for _ in range(_ACCEPTS):
+            try:
+                near, peer = self._sock.accept()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                continue
+            self._dial(near, peer)
+
+    def _dial(self, near: socket.socket, peer: tuple[Any, ...]) -> None:
+        """Join an accepted connection with a new one to the container's listener; reset it where that fails."""
+        target = self._target
+        near.setblocking(False)
+        try:
+            far = self._inside.take(target.family)
+        except OSError:
+            near.close()
+            return
+        try:
+            if target.source is not None:
+                if target.family == socket.AF_INET:
+                    far.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+                far.bind((target.source, 0))
+            self._crossings.put(ctypes.c_int32(far.fileno()), crossing(self._container, peer))
+            far.connect_ex(self._destination)  # what becomes of it comes as an event
+        except OSError:
+            near.close()
+            far.close()
+            return
+        self.served += 1
+        Connection(self._loop, self.connections, near, far)
+
+    def pause(self, paused: bool) -> None:
+        """Leave new connections in the kernel's queue, or take them again."""
+        self._loop.change(self._sock.fileno(), 0 if paused else select.EPOLLIN)
+
+    def stop(self) -> None:
+        """Listen no more. Connections that were made go on; clients that wait to be accepted are served."""
+        self._on_event(select.EPOLLIN)
+        self._loop.close(self._sock)
+        self._loop.bury()

@@ -1,0 +1,136 @@
+"""Out: a listener inside the container's namespace, to which the connect hook turns granted connections.
+
+What the program asked for comes with the accepted socket, put there by the hooks; a connection that has nothing with it
+was not turned by them, and is reset. The connection to the world is made by a socket that is tagged as the container's,
+so that the connect hook decides it again, on the kernel's own copy of the address, and binds it to the endpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import select
+import socket
+from functools import partial
+
+from graft import layout
+from graft.containers import Container
+from graft.errors import GraftError
+from graft.layout import Crossing, Home
+from graft.maps import Maps
+from graft.policy import Verdict
+from graft.rules import Lookup
+from graft.splice.connection import Connection, prepare
+from graft.splice.inside import Inside
+from graft.splice.loop import Loop
+from graft.splice.namespaces import Namespaces
+
+_BACKLOG = 4096
+_ACCEPTS = 64
+_TRIES = 16
+
+
+def _listener(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        prepare(sock)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((address, port))
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listeners() -> list[socket.socket]:
+    """Listeners on 127.0.0.1 and, where there is one, on ::1, at the same port. Called inside. Raises OSError."""
+    for attempt in range(_TRIES):
+        four = _listener(socket.AF_INET, "127.0.0.1", 0)
+        try:
+            return [four, _listener(socket.AF_INET6, "::1", four.getsockname()[1])]
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or attempt == _TRIES - 1:
+                return [four]  # no IPv6 here
+            four.close()
+    raise AssertionError("not reached")
+
+
+class Turned:
+    """The relay of one container's outgoing connections."""
+
+    def __init__(self, loop: Loop, maps: Maps, container: Container, inside: Inside, spaces: Namespaces) -> None:
+        """Listens at once, and says where in `relays`. Raises OSError."""
+        self._loop, self._maps, self._container, self._spaces = loop, maps, container, spaces
+        self._lookup = Lookup(maps)
+        self._key = ctypes.c_uint32(container.id)
+        self._socks = inside.do(listeners)
+        self.port = int(self._socks[0].getsockname()[1])
+        self.connections: set[Connection] = set()
+        self.served = 0
+        for sock in self._socks:
+            loop.watch(sock.fileno(), select.EPOLLIN, partial(self._on_event, sock))
+        maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(self._socks) > 1))
+
+    def _on_event(self, sock: socket.socket, _mask: int) -> None:
+        for _ in range(_ACCEPTS):
+            try:
+                near, _ = sock.accept()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                continue
+            near.setblocking(False)
+            far = None
+            with contextlib.suppress(OSError, GraftError):
+                far = self._reach(near)
+            if far is None:
+                near.close()
+                continue
+            self.served += 1
+            Connection(self._loop, self.connections, near, far)
+
+    def _reach(self, near: socket.socket) -> socket.socket | None:
+        """A socket on its way to where the program wanted; None where it may not go there."""
+        asked = self._maps.crossings.get(ctypes.c_int32(near.fileno()))
+        if asked is None or asked.role != Crossing.CARRIED or asked.container != self._container.id:
+            return None
+        container = self._maps.containers.peek(self._key)
+        if container is None:
+            return None
+        address = bytes(asked.addr)
+        verdict, number = self._lookup.egress(container.ruleset, socket.IPPROTO_TCP, asked.family, address, asked.port)
+        endpoint = self._maps.endpoints.peek(ctypes.c_uint32(number)) if verdict == Verdict.GRANT else None
+        if endpoint is None:
+            return None
+        port = endpoint.port
+        family = socket.AF_INET if asked.family == 4 else socket.AF_INET6
+        far = self._spaces.of_endpoint(endpoint.netns).take(family)
+        try:
+            if port:
+                far.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            tag = layout.Tag(container=self._container.id, endpoint=number, home=Home.HOST)
+            self._maps.tags.put(ctypes.c_int32(far.fileno()), tag)
+            text = socket.inet_ntop(family, address[: 4 if asked.family == 4 else 16])
+            error = far.connect_ex((text, asked.port))
+            if error not in (0, errno.EINPROGRESS):
+                raise OSError(error, "connect")
+        except BaseException:
+            far.close()
+            raise
+        return far
+
+    def pause(self, paused: bool) -> None:
+        """Leave new connections in the kernel's queue, or take them again."""
+        for sock in self._socks:
+            self._loop.change(sock.fileno(), 0 if paused else select.EPOLLIN)
+
+    def stop(self) -> None:
+        """Listen no more, and say so; connections go on."""
+        self._maps.relays.delete(self._key)
+        for sock in self._socks:
+            self._loop.close(sock)
+        self._loop.bury()
