@@ -16,8 +16,9 @@ R = TypeVar("R")
 
 
 def fail(error: GraftError) -> NoReturn:
-    """One line, a hint, and the error's exit code."""
-    print(f"graft: {error.message}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
+    """The error's lines, with their hints, and its exit code."""
+    for line in error.lines():
+        print(line, file=sys.stderr)
     raise SystemExit(error.exit_code)
 
 

@@ -17,6 +17,10 @@ class GraftError(Exception):
         self.message = message
         self.hint = hint
 
+    def lines(self) -> list[str]:
+        """What a terminal shows: one line, or one for each thing that is wrong."""
+        return [f"graft: {self.message}" + (f" ({self.hint})" if self.hint else "")]
+
 
 class UsageError(GraftError):
     """Input that is wrong in itself: an address, a name, a policy."""

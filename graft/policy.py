@@ -121,6 +121,10 @@ class PolicyError(UsageError):
         text = Problem(first.line, first.field, first.message).format(source)
         super().__init__(f"{text} (and {more} more)" if more else text, first.hint)
 
+    def lines(self) -> list[str]:
+        """A line for each problem."""
+        return [problem.format(self.source) for problem in self.problems]
+
 
 def load_policy(text: str, source_name: str, known_endpoints: Mapping[str, Endpoint] | None = None) -> Policy:
     """The policy that ``text`` (YAML) holds; ``source_name`` is what errors call it.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from graft.errors import NotFoundError, UsageError
+from graft.errors import UsageError
 from graft.kernel import netns
 from graft.policy import Policy, load_policy, policy_from_flags
 from graft.settings import Settings
@@ -24,15 +24,11 @@ def policy_of(
     """The policy of a file, or of `-i` and `-e`. Raises UsageError, NotFoundError."""
     if file is None:
         return policy_from_flags(policy_name(program), ingress, egress)
+    from graft.policy_file import read_policy
+
     if ingress or egress:
         raise UsageError("--policy: -i and -e are for use without it", "put the rules into the policy")
-    try:
-        text = file.read_text()
-    except FileNotFoundError:
-        raise NotFoundError(f"--policy: there is no file {file}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--policy: cannot read {file}: {error}") from error
-    return load_policy(text, str(file), known_endpoints(settings))
+    return load_policy(read_policy(file), str(file), known_endpoints(settings))
 
 
 def network(text: str) -> Path | None:
