@@ -4,10 +4,13 @@ before there is a container, and the shim stands ready when the runtime starts.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from graft.runtime.request import check_capabilities, choose_policy, requested
 from graft.settings import Settings
 from graft.store import known_endpoints
 
+_NEW = 60.0
 _HOSTS_USERS = "/proc/1/ns/user"
 
 
@@ -39,13 +43,14 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: Options,
     known = known_endpoints(settings)
     policy = choose_policy(settings, request, config, options, known)
     compile_policy(policy, policy.resolve(known))
-    folder = _make_folder(settings)
+    sweep(settings)
+    folder, lock = _make_folder(settings)
     try:
         transport = _transport(config, settings)
         edited = edit_config(config, _edit(settings, folder, transport, runtime))
-        plan = shim.Plan(settings, policy, transport, invocation.id[:12], folder, cgroup.of_process(os.getpid()))
+        plan = shim.Plan(settings, policy, transport, invocation.id, folder, cgroup.of_process(os.getpid()))
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
-            shim.start(plan, hook, listeners)
+            shim.start(plan, hook, listeners, lock)
         write_config(invocation.config, edited)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -57,10 +62,27 @@ def folders(settings: Settings) -> Path:
     return settings.run_dir / "oci"
 
 
-def _make_folder(settings: Settings) -> Path:
+def _make_folder(settings: Settings) -> tuple[Path, int]:
+    """A shim's folder, and a descriptor of it with the lock that says that it is in use."""
     folder = folders(settings) / secrets.token_hex(6)
     folder.mkdir(mode=0o700, parents=True)
-    return folder
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock
+
+
+def sweep(settings: Settings) -> None:
+    """Remove the folders of shims that were killed. New ones are left alone: they may not be locked yet."""
+    for folder in folders(settings).glob("*/"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime < _NEW:
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
 
 
 def _has_users_of_its_own(config: Mapping[str, Any]) -> bool:

@@ -37,17 +37,18 @@ from graft.runtime.state import Message, State, comes_from_root
 from graft.settings import Settings
 
 HOOK_SOCKET, LISTENER_SOCKET = "hook", "seccomp"
+_PATIENCE_MS = 2000
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do with one container. ``folder`` is its own, ``engine_cgroup`` where its runtime was started."""
+    """What to do with one container. ``folder`` is the shim's, ``engine_cgroup`` where the runtime was started."""
 
     settings: Settings
     policy: Policy
     transport: Transport
-    name: str
+    id: str
     folder: Path
     engine_cgroup: Path
 
@@ -61,22 +62,24 @@ class Attachment:
         self._events: int | None = None
         self.container: Container | None = None
 
-    def attach(self, pid: int) -> None:
-        """Put the container of process ``pid`` under its policy, if it is not yet. Raises GraftError."""
+    def attach(self, state: State) -> None:
+        """Put the container that ``state`` tells of under its policy, if it is not yet. Raises GraftError."""
+        plan = self._plan
+        if state.id != plan.id:
+            raise RefusedError(f"the container {state.id!r} is not the one that this supervisor waits for")
         if self.container is not None:
             return
-        plan = self._plan
-        path, cookie = _look(pid, plan)
+        path, cookie = _look(state.pid, plan)
         maps = Maps(plan.settings.pin_dir)
         self.container = containers.create(
-            plan.settings, maps, plan.policy, path, cookie, plan.transport, os.getpid(), name=plan.name, engine="oci"
+            plan.settings, maps, plan.policy, path, cookie, plan.transport, os.getpid(), name=plan.id[:12], engine="oci"
         )
         self._events = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
 
     def check(self, pid: int) -> None:
-        """Raises RefusedError where process ``pid`` does not live in the container."""
+        """Raises RefusedError where process ``pid`` (0: nobody said which) does not live in the container."""
         assert self.container is not None
-        path = cgroup.of_process(pid)
+        path = cgroup.of_process(pid) if pid else self.container.cgroup_path
         if not path.is_relative_to(self.container.cgroup_path):
             raise RefusedError(f"process {pid} is in the cgroup {path}, not in the container's")
 
@@ -112,12 +115,7 @@ class Attachment:
     @property
     def over(self) -> bool:
         """Whether the last process of the container is gone."""
-        if self._events is None:
-            return False
-        try:
-            return b"populated 0" in os.pread(self._events, 4096, 0)
-        except OSError:
-            return True
+        return self._events is not None and _is_empty(self._events)
 
     def close(self) -> None:
         """Take everything back."""
@@ -152,10 +150,32 @@ def _take_back(settings: Settings, maps: Maps, container: Container) -> None:
 
 def _clean(plan: Plan, maps: Maps, container: Container) -> None:
     """What a supervisor without a shim does at its end: the last one of the container takes everything back."""
-    if container.is_there and containers.is_populated(container):
+    if not _empties(container.cgroup_path):
         return
     _take_back(plan.settings, maps, container)
     shutil.rmtree(plan.folder, ignore_errors=True)
+
+
+def _empties(path: Path) -> bool:
+    """Whether a cgroup is empty or gone, or soon will be: a process leaves its filter before its cgroup."""
+    try:
+        events = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    poll = select.poll()
+    poll.register(events, select.POLLPRI)
+    while not _is_empty(events):
+        if not poll.poll(_PATIENCE_MS):
+            return False
+    return True
+
+
+def _is_empty(events: int) -> bool:
+    """Whether the cgroup of that cgroup.events has no process any more, or is gone."""
+    try:
+        return b"populated 0" in os.pread(events, 4096, 0)
+    except OSError:
+        return True
 
 
 class Shim:
@@ -222,7 +242,7 @@ class Shim:
 
     def _attach(self, message: Message, state: State) -> None:
         try:
-            self._attachment.attach(state.pid)
+            self._attachment.attach(state)
         except (GraftError, OSError) as error:
             message.reply(_told(error).encode())
             return
@@ -233,7 +253,7 @@ class Shim:
         if listener is None:
             return
         try:
-            self._attachment.attach(state.pid)
+            self._attachment.attach(state)
             self._attachment.check(state.pid)
         except (GraftError, OSError):
             # Nobody holds the listener any more: the process's calls fail, and nothing of the host's is reached.
@@ -281,8 +301,11 @@ def listen(path: Path) -> socket.socket:
     return sock
 
 
-def start(plan: Plan, hook: socket.socket, listeners: socket.socket) -> None:
-    """Start the shim as a daemon; it ends by itself when the calling process ends without a container."""
+def start(plan: Plan, hook: socket.socket, listeners: socket.socket, lock: int) -> None:
+    """Start the shim as a daemon; it ends by itself when the calling process ends without a container.
+
+    ``lock`` is a locked descriptor of its folder: while the shim lives, nobody else gets that lock.
+    """
     runtime = os.pidfd_open(os.getpid())
     child = os.fork()
     if child:
@@ -293,7 +316,7 @@ def start(plan: Plan, hook: socket.socket, listeners: socket.socket) -> None:
     try:
         os.setsid()
         if os.fork() == 0:
-            _become_daemon({hook.fileno(), listeners.fileno(), runtime})
+            _become_daemon({hook.fileno(), listeners.fileno(), runtime, lock})
             cgroup.enter(supervisors_cgroup(plan.settings))
             Shim(plan, hook, listeners, runtime).serve()
         code = 0

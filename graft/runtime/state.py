@@ -22,7 +22,10 @@ _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid (unix(7))
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A container, and the process that the message is about: its first one, or one of `exec`."""
+    """A container, and the process that the message is about: its first one, or one of `exec`.
+
+    ``pid`` is 0 where the runtime does not say it (crun does not for an `exec`).
+    """
 
     id: str
     pid: int
@@ -37,9 +40,9 @@ def parse(raw: bytes) -> State:
     if not isinstance(whole, dict):
         raise ValueError("no state of a container")
     state: dict[str, Any] = whole.get("state") or whole
-    pid = whole.get("pid") or state.get("pid")
-    if not isinstance(pid, int) or pid <= 0 or not isinstance(state.get("id"), str):
-        raise ValueError("a state without id or pid")
+    pid = whole.get("pid") or state.get("pid") or 0
+    if not isinstance(pid, int) or pid < 0 or not isinstance(state.get("id"), str):
+        raise ValueError("a state without an id")
     notes = state.get("annotations") or {}
     return State(
         state["id"],
