@@ -143,7 +143,8 @@ class Supervisor:
         self._processes = Processes()
         self._spares = Spares(self._tag)
         self._tell = tell
-        self._calls = {number: Call(name) for name, number in architecture()[1].items()}
+        self._architecture, numbers = architecture()
+        self._calls = {number: Call(name) for name, number in numbers.items()}
         self._references = self._expected_references()
 
     def _expected_references(self) -> int:
@@ -157,6 +158,10 @@ class Supervisor:
         ``again``: an earlier supervisor may have got anywhere with it.
         """
         notification = Notification.unpack(raw)
+        if notification.arch != self._architecture or notification.nr not in self._calls:
+            # A container's own profile (graft/runtime/seccomp.py) notifies 32-bit calls too: they stay at home.
+            self._listener.resume(notification.id)
+            return
         try:
             if again and self._bound_already(notification):
                 self._listener.answer(notification.id)
