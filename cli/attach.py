@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,16 +54,22 @@ def attach(
         list[str] | None, typer.Option("-e", metavar="PREFIX=EP", help="Destinations reached from an endpoint.")
     ] = None,
     transport: Annotated[str, typer.Option("--transport", help="auto, direct, swap or splice.")] = "auto",
+    relay: Annotated[str, typer.Option("--relay", help="How splice moves bytes: splice (docs/splice.md).")] = "splice",
 ) -> None:
     """Put a running container under a policy, or replace the policy that it has."""
     from graft import attach as attaching
+    from graft import splice
     from graft.sources import policy_of
 
     wanted = _transport(transport)
+    splice.check_relay(relay)
     lifecycle.require_root()
     settings = Settings.from_environment()
     rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [])
-    print(_told(attaching.attach(settings, which, rules, wanted)))
+    done = attaching.attach(settings, which, rules, wanted)
+    print(_told(done))
+    if done.choice.transport is Transport.SPLICE:
+        print(_relayed(splice.describe(settings, done.container)))
 
 
 def _told(done: Attached) -> str:
@@ -88,6 +94,16 @@ def _told(done: Attached) -> str:
     if done.existing:
         lines.append("  sockets that were there before; their addresses and connections stay as they are:")
         lines += [f"    {held}" for held in done.existing]
+    return "\n".join(lines)
+
+
+def _relayed(about: dict[str, Any]) -> str:
+    lines = [f"  relay {about['relay']}, by graftd ({about['pid']})"]
+    lines += [f"  {one['address']} leads to its listener {one['listener']}" for one in about["published"]]
+    lines += [f"  its listener {one['listener']} has no endpoint: {one['error']}" for one in about["failed"]]
+    lines += [f"  its listener {one} is named by no rule" for one in about["not_granted"]]
+    if not about["published"] and not about["failed"]:
+        lines.append("  nothing that a rule names is listened on yet: an endpoint refuses until it is")
     return "\n".join(lines)
 
 

@@ -7,13 +7,12 @@ is a pure function; around it stand finding the container, and handing the polic
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from graft import containers, held
+from graft import containers, held, splice
 from graft.containers import Container
 from graft.engines import Target, resolve
 from graft.errors import NotFoundError, RefusedError
@@ -140,6 +139,8 @@ def attach(settings: Settings, text: str, policy: Policy, wanted: Transport | No
             )
         name = target.name if target.engine in ("docker", "podman", "systemd") else None
         changed = containers.apply(settings, maps, known, policy, name)
+        if choice.transport is Transport.SPLICE:
+            splice.attach(settings, maps, changed, 0)
         return Attached(target, facts, choice, changed, replaced=True)
     if choice.transport is Transport.SPLICE:
         return Attached(target, facts, choice, _splice(settings, maps, target, policy), replaced=False)
@@ -169,17 +170,21 @@ def _known(settings: Settings, text: str) -> Target:
 
 
 def _splice(settings: Settings, maps: Maps, target: Target, policy: Policy) -> Container:
-    """Hand over to the splice transport, a part of Graft of its own."""
+    """Its hooks, and a daemon that serves it. Nothing is left of it where that fails."""
+    splice.prepare(settings)
+    pid = next(iter(cgroup.processes(target.cgroup)), target.pid)
     try:
-        module = importlib.import_module("graft.splice")
-        begin = module.attach
-    except (ImportError, AttributeError):
-        raise RefusedError(
-            "cgroup: it was started without Graft, in a network namespace of its own, and this Graft has no splice"
-            " transport",
-            _RESTART,
-        ) from None
-    container: Container = begin(settings, maps, target, policy)
+        cookie = netns.cookie(Path(f"/proc/{pid}/ns/net"))
+    except FileNotFoundError:
+        raise NotFoundError(f"cgroup: the processes of {target.name} have ended") from None
+    container = containers.create(
+        settings, maps, policy, target.cgroup, cookie, Transport.SPLICE, name=target.name, engine=target.engine
+    )
+    try:
+        splice.attach(settings, maps, container, pid)
+    except BaseException:
+        containers.remove(settings, maps, container)
+        raise
     return container
 
 
@@ -196,7 +201,11 @@ def apply(settings: Settings, policy: Policy, text: str | None = None) -> list[C
         chosen = [one for one in containers.listing(settings) if one.policy == policy.name]
     if not chosen:
         raise NotFoundError(f"no container has a policy of the name {policy.name!r}", "graft ps; --cgroup names one")
-    return [containers.apply(settings, maps, container, policy) for container in chosen]
+    changed = [containers.apply(settings, maps, container, policy) for container in chosen]
+    for container in changed:
+        if container.transport == Transport.SPLICE.name.lower():
+            splice.attach(settings, maps, container, 0)
+    return changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +242,8 @@ def detach(settings: Settings, text: str, keep_connections: bool = False) -> Det
     container = find(settings, text)
     before = held.of(settings, maps, [container])[container.id]
     containers.remove(settings, maps, container)
+    if container.transport == Transport.SPLICE.name.lower():
+        splice.detach(settings, container)
     granted = [one for one in before if one.endpoint is not None]
     kept = [one for one in granted if keep_connections and one.listed.state not in ("listening", "unconnected")]
     withdrawn = [one for one in granted if one not in kept and held.withdraw(one)]

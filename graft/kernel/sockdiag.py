@@ -35,6 +35,7 @@ class Listening:
     v6only: bool
     cgroup: int
     device: int
+    inode: int = 0
 
 
 class Diagnostics:
@@ -72,7 +73,7 @@ class Diagnostics:
 
 def parse(message: bytes) -> Listening:
     """From struct inet_diag_msg with its attributes."""
-    family, _state, _timer, _retrans, port, _peer, source, _target, device, *_rest = _MESSAGE.unpack_from(message)
+    family, _state, _timer, _retrans, port, _peer, source, _target, device, *rest = _MESSAGE.unpack_from(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
     return Listening(
         family=4 if family == socket.AF_INET else 6,
@@ -81,6 +82,7 @@ def parse(message: bytes) -> Listening:
         v6only=attributes.get(_SKV6ONLY, b"\0")[0] != 0,
         cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b""), "little"),
         device=device,
+        inode=rest[-1],
     )
 
 

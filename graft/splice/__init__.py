@@ -16,6 +16,7 @@ The hooks behind it are in bpf/splice.bpf.c. This module is what `graft attach`,
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 from graft.containers import Container
@@ -59,7 +60,8 @@ def detach(settings: Settings, container: Container) -> None:
 
     To be called when its record is removed, lest the daemon take it up again. Safe to repeat, and where no daemon runs.
     """
-    control.ask(settings, {"do": "detach", "container": container.id})
+    if control.ask(settings, {"do": "detach", "container": container.id}) is None:
+        Maps(settings.pin_dir).relays.delete(ctypes.c_uint32(container.id))
 
 
 def describe(settings: Settings, container: Container) -> dict[str, Any]:

@@ -8,6 +8,7 @@ decided where it always is, and the daemon cannot get it wrong.
 from __future__ import annotations
 
 import ctypes
+import os
 import select
 import socket
 from ipaddress import ip_address
@@ -15,6 +16,7 @@ from typing import Any
 
 from graft import layout
 from graft.address import SocketAddress, unmapped
+from graft.kernel.sockdiag import Diagnostics
 from graft.layout import Crossing, Home
 from graft.maps import Maps
 from graft.splice.choice import Publication
@@ -54,6 +56,22 @@ def listen(maps: Maps, container: int, wanted: Publication, where: Inside) -> so
     return where.do(make)
 
 
+def true_port(wanted: Publication, sock: socket.socket, where: Inside) -> int:
+    """The port of a listener. Its own getsockname() tells what the container asked for."""
+    if wanted.endpoint.port:
+        return wanted.endpoint.port
+    inode = os.fstat(sock.fileno()).st_ino
+
+    def look() -> int:
+        diagnostics = Diagnostics()
+        try:
+            return next((found.port for found in diagnostics.listening() if found.inode == inode), 0)
+        finally:
+            diagnostics.close()
+
+    return where.do(look)
+
+
 def crossing(container: int, peer: tuple[Any, ...]) -> layout.CrossingValue:
     """What the container's accepted socket is to be told of its client."""
     ip = unmapped(ip_address(peer[0].partition("%")[0]))
@@ -66,8 +84,18 @@ class Published:
     """One endpoint that is listened on for a container."""
 
     def __init__(
-        self, loop: Loop, maps: Maps, container: int, wanted: Publication, sock: socket.socket, inside: Inside
+        self,
+        loop: Loop,
+        maps: Maps,
+        container: int,
+        wanted: Publication,
+        sock: socket.socket,
+        port: int,
+        inside: Inside,
     ) -> None:
+        """``sock`` listens on ``port`` already; ``inside`` is where the container is."""
+        endpoint = wanted.endpoint
+        packed = endpoint.address[: 4 if endpoint.family == 4 else 16]
         self.wanted = wanted
         self._target = wanted.target
         self._destination = (self._target.address, self._target.port)
@@ -75,9 +103,7 @@ class Published:
         self._sock = sock
         self.connections: set[Connection] = set()
         self.served = 0
-        name = sock.getsockname()
-        ip = ip_address(name[0])
-        self.address = str(SocketAddress(unmapped(ip), name[1]))
+        self.address = str(SocketAddress(ip_address(packed), port))
         loop.watch(sock.fileno(), select.EPOLLIN, self._on_event)
 
     def _on_event(self, _mask: int) -> None:

@@ -20,7 +20,8 @@ from graft.maps import Maps
 from graft.rules import Lookup
 from graft.splice.choice import PlacedEndpoint, Publication, publications
 from graft.splice.connection import Connection
-from graft.splice.inward import Published, listen
+from graft.splice.inside import Inside
+from graft.splice.inward import Published, listen, true_port
 from graft.splice.loop import Loop
 from graft.splice.namespaces import Namespaces
 from graft.splice.outward import Turned
@@ -99,17 +100,19 @@ class Relays:
 
     def _publish(self, wanted: Publication) -> None:
         try:
-            sock = self._listen(wanted)
+            where = self._spaces.of_endpoint(wanted.endpoint.netns)
+            sock = self._listen(wanted, where)
+            port = true_port(wanted, sock, where)
         except (OSError, GraftError) as error:
             self._errors[wanted] = error.strerror or str(error) if isinstance(error, OSError) else error.message
             return
         self._errors.pop(wanted, None)
-        self._published[wanted] = Published(self._loop, self._maps, self.container.id, wanted, sock, self._inside)
+        published = Published(self._loop, self._maps, self.container.id, wanted, sock, port, self._inside)
+        self._published[wanted] = published
         if self._paused:
-            self._published[wanted].pause(True)
+            published.pause(True)
 
-    def _listen(self, wanted: Publication) -> socket.socket:
-        where = self._spaces.of_endpoint(wanted.endpoint.netns)
+    def _listen(self, wanted: Publication, where: Inside) -> socket.socket:
         try:
             return listen(self._maps, self.container.id, wanted, where)
         except OSError as error:
