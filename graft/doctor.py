@@ -58,7 +58,7 @@ def _wished() -> Iterator[Feature]:
         "bpf_set_retval", "GRAFT_HAVE_SET_RETVAL" in loaded, False, "refusals are EACCES (5.18)", "they are EPERM"
     )
     yield Feature(
-        "bpf_skc_to_mptcp_sock", "GRAFT_HAVE_MPTCP" in loaded, False, "MPTCP sockets (5.19)", "they stay in the container"
+        "bpf_skc_to_mptcp_sock", "GRAFT_HAVE_MPTCP" in loaded, False, "MPTCP sockets (5.19)", "they stay at home"
     )
 
 

@@ -28,6 +28,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from graft import carry, layout, twin
 from graft.decision import Action, Call, Decision, Facts, Sockaddr, decide, parse_sockaddr
@@ -53,8 +54,7 @@ class Told:
     error: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Swap:
+class Swap(NamedTuple):
     """A trapped call and all that is known about it."""
 
     notification: Notification
@@ -204,8 +204,12 @@ class Supervisor:
             if facts is None:
                 self._listener.resume(notification.id)
                 return
-            with _as_socket(held, facts) as old:
+            family = socket.AF_INET if facts.family == 4 else socket.AF_INET6
+            old = socket.socket(family, socket.SOCK_STREAM, facts.protocol, fileno=held)
+            try:
                 self._act(Swap(notification, call, process, old, address, facts))
+            finally:
+                old.detach()
         finally:
             os.close(held)
 
@@ -304,17 +308,6 @@ def _descriptor(notification: Notification) -> int:
     """The first argument as the kernel reads it: an int."""
     fd = notification.arg0 & 0xFFFFFFFF
     return fd - (1 << 32) if fd & 0x80000000 else fd
-
-
-@contextlib.contextmanager
-def _as_socket(fd: int, facts: Facts) -> Iterator[socket.socket]:
-    """``fd`` as a socket object, which does not close it."""
-    family = socket.AF_INET if facts.family == 4 else socket.AF_INET6
-    sock = socket.socket(family, socket.SOCK_STREAM, facts.protocol, fileno=fd)
-    try:
-        yield sock
-    finally:
-        sock.detach()
 
 
 def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, holder: int) -> None:

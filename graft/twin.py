@@ -65,6 +65,8 @@ def options_set(recorded: Options) -> Iterable[tuple[int, int]]:
     """(level, name) of the options that a program set, in its order; of every known one where it set too many."""
     if recorded.overflow:
         return _EVERY
+    if not recorded.count:
+        return ()
     return [(option.level, option.name) for option in recorded.option[: recorded.count]]
 
 
