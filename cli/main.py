@@ -6,7 +6,7 @@ import typer
 
 from graft import __version__
 
-from . import attach, daemon, doctor, ep, policy, ps, run, system
+from . import attach, daemon, doctor, ep, policy, ps, run, runtime, system
 
 app = typer.Typer(
     name="graft",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.add_typer(ep.app, name="ep", help="Endpoints: named addresses of the host's stack.")
 app.add_typer(policy.app, name="policy", help="Policies of containers.")
 run.register(app)
+runtime.register(app)
 attach.register(app)
 ps.register(app)
 system.register(app)

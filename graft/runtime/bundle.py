@@ -19,6 +19,7 @@ from graft.runtime import seccomp
 
 Config = dict[str, Any]
 HOOK = "graft.runtime.hook"
+_HOSTS_USERS = "/proc/1/ns/user"
 _MAX_BYTES = 64 << 20
 # With these crun takes its filter, or the filter's listener, from elsewhere.
 _CRUNS_OWN = ("run.oci.seccomp.receiver", "run.oci.seccomp_bpf_data")
@@ -86,6 +87,17 @@ def namespace_path(config: Mapping[str, Any], kind: str) -> str | None:
         if namespace.get("type") == kind:
             return namespace.get("path") or ""
     return None
+
+
+def has_own_users(config: Mapping[str, Any]) -> bool:
+    """Whether the container's user namespace is another than the host's."""
+    path = namespace_path(config, "user")
+    if not path:
+        return path == ""
+    try:
+        return os.stat(path).st_ino != os.stat(_HOSTS_USERS).st_ino
+    except OSError:
+        return False
 
 
 def capability_sets(config: Mapping[str, Any], capability: str) -> list[str]:

@@ -22,7 +22,7 @@ from graft.layout import Transport
 from graft.lifecycle import up
 from graft.runtime import shim
 from graft.runtime.arguments import Invocation
-from graft.runtime.bundle import HOOK, Edit, edit_config, namespace_path, write_config
+from graft.runtime.bundle import HOOK, Edit, edit_config, has_own_users, namespace_path, write_config
 from graft.runtime.features import knows_wait_killable
 from graft.runtime.options import Options
 from graft.runtime.request import check_capabilities, choose_policy, requested
@@ -30,7 +30,6 @@ from graft.settings import Settings
 from graft.store import known_endpoints
 
 _NEW = 60.0
-_HOSTS_USERS = "/proc/1/ns/user"
 
 
 def prepare(invocation: Invocation, config: Mapping[str, Any], options: Options, runtime: str) -> None:
@@ -38,7 +37,7 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: Options,
     settings = Settings.from_environment()
     request = requested(config)
     assert request is not None
-    check_capabilities(config, options, _has_users_of_its_own(config))
+    check_capabilities(config, options, has_own_users(config))
     up(settings)
     known = known_endpoints(settings)
     policy = choose_policy(settings, request, config, options, known)
@@ -50,7 +49,7 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: Options,
         edited = edit_config(config, _edit(settings, folder, transport, runtime))
         plan = shim.Plan(settings, policy, transport, invocation.id, folder, cgroup.of_process(os.getpid()))
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
-            shim.start(plan, hook, listeners, lock)
+            shim.start(plan, folder, hook, listeners, lock)
         write_config(invocation.config, edited)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -83,17 +82,6 @@ def sweep(settings: Settings) -> None:
                 shutil.rmtree(folder)
             finally:
                 os.close(lock)
-
-
-def _has_users_of_its_own(config: Mapping[str, Any]) -> bool:
-    """Whether the user namespace that the container joins by path is not the host's."""
-    path = namespace_path(config, "user")
-    if not path:
-        return path == ""
-    try:
-        return os.stat(path).st_ino != os.stat(_HOSTS_USERS).st_ino
-    except OSError:
-        return False
 
 
 def _transport(config: Mapping[str, Any], settings: Settings) -> Transport:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
-from graft.runtime.bundle import capability_sets, environment, namespace_path, notes
+from graft.runtime.bundle import capability_sets, environment, notes
 from graft.runtime.options import FILE, Options
 
 if TYPE_CHECKING:
@@ -74,14 +74,13 @@ def annotations_are_the_operators(config: Mapping[str, Any], options: Options) -
     return found.get("io.container.manager") != "libpod" and not any(key.startswith("io.podman.") for key in found)
 
 
-def check_capabilities(config: Mapping[str, Any], options: Options, own_user_namespace: bool) -> None:
+def check_capabilities(config: Mapping[str, Any], options: Options, own_users: bool) -> None:
     """Raises RefusedError for a container that holds CAP_NET_ADMIN over the host's own namespaces.
 
-    ``own_user_namespace``: the user namespace that it joins, if it joins one, is not the host's.
+    ``own_users``: its user namespace is not the host's, so that the capability is none over the host's.
     """
     sets = capability_sets(config, "CAP_NET_ADMIN")
-    path = namespace_path(config, "user")
-    if not sets or path == "" or (path is not None and own_user_namespace) or options.allow_net_admin:
+    if not sets or own_users or options.allow_net_admin:
         return
     allowed = notes(config).get(NET_ADMIN_ANNOTATION) == "true"
     if allowed and annotations_are_the_operators(config, options):

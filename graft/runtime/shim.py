@@ -20,7 +20,6 @@ import shutil
 import signal
 import socket
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,23 +32,26 @@ from graft.layout import Transport
 from graft.lifecycle import supervisors_cgroup
 from graft.maps import Maps
 from graft.policy import Policy
-from graft.runtime.state import Message, State, comes_from_root
+from graft.runtime.loop import Loop
+from graft.runtime.state import Message, State
 from graft.settings import Settings
 
 HOOK_SOCKET, LISTENER_SOCKET = "hook", "seccomp"
 _PATIENCE_MS = 2000
-_GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do with one container. ``folder`` is the shim's, ``engine_cgroup`` where the runtime was started."""
+    """What to do with one container.
+
+    ``folder`` is the shim's own, None where it has none; ``engine_cgroup`` is where the runtime was started.
+    """
 
     settings: Settings
     policy: Policy
     transport: Transport
     id: str
-    folder: Path
+    folder: Path | None
     engine_cgroup: Path
 
 
@@ -71,30 +73,46 @@ class Attachment:
             return
         path, cookie = _look(state.pid, plan)
         maps = Maps(plan.settings.pin_dir)
-        self.container = containers.create(
+        # A listening Graft that was started anew finds containers that it attached before.
+        known = containers.at(plan.settings, path) if plan.folder is None else None
+        self.container = known or containers.create(
             plan.settings, maps, plan.policy, path, cookie, plan.transport, os.getpid(), name=plan.id[:12], engine="oci"
         )
         self._events = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
 
-    def check(self, pid: int) -> None:
-        """Raises RefusedError where process ``pid`` (0: nobody said which) does not live in the container."""
-        assert self.container is not None
-        path = cgroup.of_process(pid) if pid else self.container.cgroup_path
-        if not path.is_relative_to(self.container.cgroup_path):
-            raise RefusedError(f"process {pid} is in the cgroup {path}, not in the container's")
+    def take(self, state: State, listener: int) -> None:
+        """Start a supervisor for a listener, which is this object's from here on, whatever happens.
 
-    def supervise(self, listener: int) -> None:
-        """Start a supervisor for a listener, which is this object's from here on. Raises GraftError."""
+        Raises GraftError where it is not of this container.
+        """
+        try:
+            self.attach(state)
+            self._check(state.pid)
+        except BaseException:
+            os.close(listener)
+            raise
         plan, container = self._plan, self.container
         assert container is not None
         holder = Holder(plan.settings, container, listener, False, lambda maps: _clean(plan, maps, container))
         self._holders.append(holder)
         holder.start()
 
-    @property
-    def events(self) -> int | None:
-        """Descriptor that poll() finds ready (POLLPRI) when the cgroup fills or empties."""
-        return self._events
+    def _check(self, pid: int) -> None:
+        """Raises RefusedError where process ``pid`` (0: nobody said which) does not live in the container."""
+        assert self.container is not None
+        path = cgroup.of_process(pid) if pid else self.container.cgroup_path
+        if not path.is_relative_to(self.container.cgroup_path):
+            raise RefusedError(f"process {pid} is in the cgroup {path}, not in the container's")
+
+    def watch(self, loop: Loop) -> None:
+        """Have ``loop`` wake when the cgroup fills or empties."""
+        if self._events is not None:
+            loop.watch(self._events, select.POLLPRI, lambda: None)
+
+    def unwatch(self, loop: Loop) -> None:
+        """Undo `watch`."""
+        if self._events is not None:
+            loop.forget(self._events)
 
     def look_after(self) -> None:
         """Start supervisors again that died, and let those go whose processes are all gone."""
@@ -123,9 +141,10 @@ class Attachment:
             holder.stop()
         if self._events is not None:
             os.close(self._events)
+            self._events = None
         if self.container is not None:
             _take_back(self._plan.settings, Maps(self._plan.settings.pin_dir), self.container)
-        shutil.rmtree(self._plan.folder, ignore_errors=True)
+        _discard(self._plan.folder)
 
 
 def _look(pid: int, plan: Plan) -> tuple[Path, int]:
@@ -153,7 +172,12 @@ def _clean(plan: Plan, maps: Maps, container: Container) -> None:
     if not _empties(container.cgroup_path):
         return
     _take_back(plan.settings, maps, container)
-    shutil.rmtree(plan.folder, ignore_errors=True)
+    _discard(plan.folder)
+
+
+def _discard(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _empties(path: Path) -> bool:
@@ -179,110 +203,64 @@ def _is_empty(events: int) -> bool:
 
 
 class Shim:
-    """The loop: messages of the runtime in, supervisors out."""
+    """Beside one container: messages of its runtime in, supervisors out."""
 
     def __init__(self, plan: Plan, hook: socket.socket, listeners: socket.socket, runtime: int) -> None:
+        self._plan = plan
         self._attachment = Attachment(plan)
-        self._plan, self._hook, self._listeners, self._runtime = plan, hook, listeners, runtime
-        self._messages: dict[int, tuple[Message, Callable[[Message, State], None]]] = {}
-        self._failure: str | None = None
+        self._failed = False
+        self._loop = Loop()
+        self._loop.receive(hook, self._attach)
+        self._loop.receive(listeners, self._supervise)
+        self._loop.watch(runtime, select.POLLIN, lambda: self._runtime_ended(runtime))
 
     def serve(self) -> None:
         """Until the container is gone, or its runtime ended without having made one."""
-        wakeups = _wake_for_children()
-        poll = select.poll()
-        for fd in (self._hook, self._listeners, self._runtime, wakeups):
-            poll.register(fd, select.POLLIN)
-        watched = False
         try:
-            while not self._attachment.over:
-                for fd, what in poll.poll():
-                    if fd == self._runtime:
-                        poll.unregister(fd)
-                        if self._attachment.container is None:
-                            return
-                    elif fd == wakeups:
-                        os.read(wakeups, 4096)
-                    elif fd in (self._hook.fileno(), self._listeners.fileno()):
-                        self._accept(poll, fd)
-                    elif fd in self._messages:
-                        self._read(poll, fd, what)
-                if self._attachment.events is not None and not watched:
-                    poll.register(self._attachment.events, select.POLLPRI)
-                    watched = True
-                if watched and self._plan.transport is Transport.DIRECT:
-                    return  # nothing of Graft has to run for it; the poststop hook takes the rules back
-                self._attachment.look_after()
+            self._loop.serve(self._turn)
         finally:
-            self._end()
+            self._loop.close()
+            if self._stays_attached:
+                _discard(self._plan.folder)
+            else:
+                self._attachment.close()
 
-    def _accept(self, poll: select.poll, fd: int) -> None:
-        source, act = (self._hook, self._attach) if fd == self._hook.fileno() else (self._listeners, self._supervise)
-        try:
-            connection, _ = source.accept()
-        except OSError:
-            return
-        if not comes_from_root(connection):
-            connection.close()
-            return
-        message = Message(connection)
-        self._messages[message.fileno()] = (message, act)
-        poll.register(message, select.POLLIN)
+    def _turn(self) -> bool:
+        self._attachment.look_after()
+        return self._failed or self._stays_attached or self._attachment.over
 
-    def _read(self, poll: select.poll, fd: int, what: int) -> None:
-        message, act = self._messages[fd]
-        state = message.read()
-        if state is None and not message.ended and not what & _GONE:
-            return
-        poll.unregister(fd)
-        del self._messages[fd]
-        if state is not None:
-            act(message, state)
-        message.close()
+    @property
+    def _stays_attached(self) -> bool:
+        """Where nothing of Graft has to run for the container, the poststop hook takes its rules back."""
+        return self._plan.transport is Transport.DIRECT and self._attachment.container is not None
+
+    def _runtime_ended(self, runtime: int) -> None:
+        self._loop.forget(runtime)
+        self._failed = self._attachment.container is None
 
     def _attach(self, message: Message, state: State) -> None:
         try:
             self._attachment.attach(state)
         except (GraftError, OSError) as error:
-            message.reply(_told(error).encode())
+            message.reply(told(error).encode())
             return
+        self._attachment.watch(self._loop)
         message.reply(b"ok")
 
     def _supervise(self, message: Message, state: State) -> None:
         listener = message.take_listener(state)
         if listener is None:
             return
-        try:
-            self._attachment.attach(state)
-            self._attachment.check(state.pid)
-        except (GraftError, OSError):
-            # Nobody holds the listener any more: the process's calls fail, and nothing of the host's is reached.
-            os.close(listener)
-            return
-        with contextlib.suppress(GraftError):
-            self._attachment.supervise(listener)
-
-    def _end(self) -> None:
-        for message, _ in self._messages.values():
-            message.close()
-        if self._plan.transport is Transport.DIRECT and self._attachment.container is not None:
-            shutil.rmtree(self._plan.folder, ignore_errors=True)
-            return
-        self._attachment.close()
+        # A listener that is not taken is closed: the process's calls fail, and nothing of the host's is reached.
+        with contextlib.suppress(GraftError, OSError):
+            self._attachment.take(state, listener)
 
 
-def _told(error: GraftError | OSError) -> str:
+def told(error: GraftError | OSError) -> str:
+    """An error as the one line that an operator reads."""
     if isinstance(error, GraftError):
         return error.message + (f" ({error.hint})" if error.hint else "")
     return f"cannot attach the container: {error}"
-
-
-def _wake_for_children() -> int:
-    """A descriptor that poll() finds ready when a supervisor has died."""
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    return reader
 
 
 def listen(path: Path) -> socket.socket:
@@ -301,10 +279,10 @@ def listen(path: Path) -> socket.socket:
     return sock
 
 
-def start(plan: Plan, hook: socket.socket, listeners: socket.socket, lock: int) -> None:
+def start(plan: Plan, folder: Path, hook: socket.socket, listeners: socket.socket, lock: int) -> None:
     """Start the shim as a daemon; it ends by itself when the calling process ends without a container.
 
-    ``lock`` is a locked descriptor of its folder: while the shim lives, nobody else gets that lock.
+    ``lock`` is a locked descriptor of ``folder``: while the shim lives, nobody else gets that lock.
     """
     runtime = os.pidfd_open(os.getpid())
     child = os.fork()
@@ -321,9 +299,9 @@ def start(plan: Plan, hook: socket.socket, listeners: socket.socket, lock: int) 
             Shim(plan, hook, listeners, runtime).serve()
         code = 0
     except BaseException:
-        shutil.rmtree(plan.folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         if os.environ.get("GRAFT_DEBUG"):
-            with open(plan.folder.with_name("debug.log"), "a") as log:
+            with open(folder.with_name("debug.log"), "a") as log:
                 traceback.print_exc(file=log)
     finally:
         os._exit(code)
