@@ -102,17 +102,20 @@ class Spares:
     def __init__(self, tag: Callable[[socket.socket, Home], None]) -> None:
         self._tag = tag
         self._made: dict[tuple[int, int], socket.socket] = {}
+        self._taken: tuple[int, int] | None = None
 
     def take(self, family: int, protocol: int) -> socket.socket:
         """A socket of the host's namespace, tagged as host-homed. Raises OSError."""
-        spare = self._made.pop((family, protocol), None)
+        self._taken = (family, protocol)
+        spare = self._made.pop(self._taken, None)
         return self._make(family, protocol) if spare is None else spare
 
-    def refill(self, family: int, protocol: int) -> None:
-        """Have one ready for the next time."""
-        if (family, protocol) not in self._made:
+    def refill(self) -> None:
+        """Have one ready like the last one that was taken."""
+        if self._taken is not None:
             with contextlib.suppress(OSError):
-                self._made[family, protocol] = self._make(family, protocol)
+                self._made[self._taken] = self._make(*self._taken)
+            self._taken = None
 
     def _make(self, family: int, protocol: int) -> socket.socket:
         made = twin.make(family, protocol)
@@ -199,19 +202,28 @@ class Supervisor:
             self._listener.resume(notification.id)  # EBADF and the like: the kernel says it better
             return
         try:
-            address = None if call is Call.LISTEN else self._address(notification)
-            facts = self._desk.ask(held, call, address)
-            if facts is None:
-                self._listener.resume(notification.id)
-                return
-            family = socket.AF_INET if facts.family == 4 else socket.AF_INET6
-            old = socket.socket(family, socket.SOCK_STREAM, facts.protocol, fileno=held)
-            try:
-                self._act(Swap(notification, call, process, old, address, facts))
-            finally:
-                old.detach()
+            error = self._serve_socket(notification, call, process, held)
         finally:
+            # Before the call goes on: while we have the old socket, the program's epoll instances still see it.
             os.close(held)
+        if error is None:
+            self._listener.resume(notification.id)
+        else:
+            self._listener.answer(notification.id, error)
+        self._spares.refill()
+
+    def _serve_socket(self, notification: Notification, call: Call, process: Process, held: int) -> int | None:
+        """Give the errno that the call ends with here (0: it has succeeded), None where it has to run."""
+        address = None if call is Call.LISTEN else self._address(notification)
+        facts = self._desk.ask(held, call, address)
+        if facts is None:
+            return None
+        family = socket.AF_INET if facts.family == 4 else socket.AF_INET6
+        old = socket.socket(family, socket.SOCK_STREAM, facts.protocol, fileno=held)
+        try:
+            return self._act(Swap(notification, call, process, old, address, facts))
+        finally:
+            old.detach()
 
     def _address(self, notification: Notification) -> Sockaddr | None:
         try:
@@ -221,40 +233,33 @@ class Supervisor:
         except OSError:
             return None  # a bad pointer: the kernel's EFAULT
 
-    def _act(self, swap: Swap) -> None:
-        """Decide, and carry it out."""
+    def _act(self, swap: Swap) -> int | None:
+        """Decide, and carry it out; give what `_serve_socket` does."""
         v6only = swap.facts.family == 6 and bool(swap.old.getsockopt(twin.SOL_IPV6, twin.IPV6_V6ONLY))
         decision = decide(swap.call, swap.address, swap.facts, v6only)
-        error = decision.error
-        if decision.action is Action.RESUME:
-            self._listener.resume(swap.notification.id)
-        elif decision.action is Action.REFUSE:
-            self._listener.answer(swap.notification.id, error)
-        else:
+        error: int | None = None
+        if decision.action is Action.REFUSE:
+            error = decision.error
+        elif decision.action is not Action.RESUME:
             error = self._swap(swap, decision, v6only)
         if self._tell is not None:
-            self._tell(Told(swap.call, swap.address, decision, error))
+            self._tell(Told(swap.call, swap.address, decision, error or 0))
+        return error
 
-    def _swap(self, swap: Swap, decision: Decision, v6only: bool) -> int:
-        """Put a twin in the socket's place; give the errno that the call ended with here, 0 for none."""
-        facts, unique = swap.facts, swap.notification.id
+    def _swap(self, swap: Swap, decision: Decision, v6only: bool) -> int | None:
+        """Put a twin in the socket's place; give what `_serve_socket` does."""
+        facts = swap.facts
         options = twin.options_set(self._desk.options)
         flags = carry.descriptor_flags(swap.process.fdinfo, _descriptor(swap.notification))
+        error = None
         with self._twin(decision, facts) as new:
             twin.liken(new, swap.old, flags, options, v6only)
             if swap.call is Call.BIND:
                 assert swap.address is not None
                 error = self._bind(new, swap.address)
-                if error:
-                    self._listener.answer(unique, error)
-                    return error
-            self._replace(swap, new, flags)
-            if swap.call is Call.BIND:
-                self._listener.answer(unique)
-            else:
-                self._listener.resume(unique)
-        self._spares.refill(facts.family, facts.protocol)
-        return 0
+            if not error:
+                self._replace(swap, new, flags)
+        return error
 
     def _twin(self, decision: Decision, facts: Facts) -> socket.socket:
         if decision.action is Action.TO_HOST and decision.netns == self._namespaces.home_cookie:
