@@ -19,8 +19,10 @@ from rich.console import Console
 
 import graft
 from tests.bench import report
-from tests.bench.cases import BRIDGE_PORT, CASES, INNER_PORT, Case
+from tests.bench.cases import BRIDGE_PORT, INNER_PORT, Case
+from tests.bench.cases import CASES as PLAIN_CASES
 from tests.bench.process import BenchError
+from tests.bench.relays import RELAYS
 from tests.bench.runner import measure_all
 from tests.bench.topology import topology
 from tests.bench.workloads import WORKLOADS, Place, Workload, build_peer
@@ -28,6 +30,8 @@ from tests.bench.workloads import WORKLOADS, Place, Workload, build_peer
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "performance.md"
 BUILD = ROOT / "build"
+
+CASES: tuple[Case, ...] = (*PLAIN_CASES, *RELAYS)
 
 Item = TypeVar("Item")
 

@@ -23,6 +23,11 @@ HOST_PORT = 8080
 BRIDGE_PORT = 8081
 SWAP_PORT = 8082
 
+
+class NotOffered(Exception):
+    """The case has no way to do this, or its program is not installed: its cell stays empty."""
+
+
 Server = Callable[[int], list[str]]
 """The command of a server that listens on the given TCP port."""
 
@@ -46,7 +51,7 @@ class Case(Protocol):
 
 
 @contextmanager
-def _serving(command: list[str], listens_in: Netns, port: int, environment: Environment = None) -> Iterator[None]:
+def serving(command: list[str], listens_in: Netns, port: int, environment: Environment = None) -> Iterator[None]:
     """Keep ``command`` running, once a socket listens on ``port`` in the namespace ``listens_in``."""
     with kept(command, environment) as process:
         wait_until(f"listening on port {port}", lambda: listens_in.listens(port), process)
@@ -69,7 +74,7 @@ class HostCase:
     @contextmanager
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Start the server in the host's namespace."""
-        with _serving(net.host.enter(*server(HOST_PORT)), net.host, HOST_PORT):
+        with serving(net.host.enter(*server(HOST_PORT)), net.host, HOST_PORT):
             yield HOST_PORT
 
     def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
@@ -93,7 +98,7 @@ class BridgeCase:
     @contextmanager
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Start the server in the container's namespace."""
-        with _serving(net.container.enter(*server(INNER_PORT)), net.container, INNER_PORT):
+        with serving(net.container.enter(*server(INNER_PORT)), net.container, INNER_PORT):
             yield BRIDGE_PORT
 
     def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
@@ -145,20 +150,20 @@ class SwapCase:
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Start the server under graft run; it listens in the host's namespace or not at all."""
         grant = ["-i", f"0.0.0.0:{INNER_PORT}=bench-http", "-e", "0.0.0.0/0=bench-out"]
-        command = [_graft_command(), "run", *grant, "--net", "new", "--", *server(INNER_PORT)]
-        with _serving(command, net.host, SWAP_PORT, self._environment):
+        command = [graft_command(), "run", *grant, "--net", "new", "--", *server(INNER_PORT)]
+        with serving(command, net.host, SWAP_PORT, self._environment):
             yield SWAP_PORT
 
     def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
         """Start the client under graft run."""
-        graft = [_graft_command(), "run", "-e", "0.0.0.0/0=bench-out", "--net", "new", "--"]
+        graft = [graft_command(), "run", "-e", "0.0.0.0/0=bench-out", "--net", "new", "--"]
         return run([*graft, *command], timeout, self._environment)
 
     def _graft(self, *arguments: str) -> None:
-        run([_graft_command(), *arguments], environment=self._environment)
+        run([graft_command(), *arguments], environment=self._environment)
 
 
-def _graft_command() -> str:
+def graft_command() -> str:
     """The `graft` that belongs to this interpreter."""
     return str(Path(sys.prefix) / "bin" / "graft")
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tests.bench.cases import Case
+from tests.bench.cases import Case, NotOffered
 from tests.bench.report import Measurements
 from tests.bench.workloads import Place, Workload
 
@@ -42,7 +42,11 @@ def measure_all(
                     metric = workload.metric
                     doing = f"round {number + 1}/{rounds}: {metric.title}, {case.title}"
                     show(doing)
-                    value = workload.measure(case, place)
+                    try:
+                        value = workload.measure(case, place)
+                    except NotOffered:
+                        show(doing, "-")
+                        continue
                     values[metric.name, case.name].append(value)
                     show(doing, f"{value:,.{metric.digits}f} {metric.unit}")
     return values
