@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,10 +88,14 @@ class Host:
         return next(one for one in containers_of(self.settings) if one.pid == program.process.pid)
 
     def supervisor(self, program: Program) -> int:
-        """The process id of a program's supervisor."""
-        children = subprocess.run(["pgrep", "-P", str(program.process.pid)], capture_output=True, text=True, check=True)
-        inside = set(cgroup.processes(self.cgroup / "supervisors"))
-        return next(int(pid) for pid in children.stdout.split() if int(pid) in inside)
+        """The process id of a program's supervisor; waits for one."""
+        return program.until("a supervisor", lambda: self.supervisor_or_0(program))
+
+    def supervisor_or_0(self, program: Program) -> int:
+        """The same, but 0 where there is none just now."""
+        children = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children").read_text().split()
+        supervisors = set(cgroup.processes(self.cgroup / "supervisors"))
+        return next((int(pid) for pid in children if int(pid) in supervisors), 0)
 
     def decisions(self, container: int) -> dict[Decision, int]:
         """How often the hooks decided what for a container."""
