@@ -441,8 +441,10 @@ int graft_post_bind6(struct bpf_sock *ctx)
 /* ---- connect and send -------------------------------------------------------------------------- */
 
 /* Whether the source of this socket stands already, so that it is not given the endpoint's: it holds an
- * endpoint, or an address of its own where it may, or it left from this endpoint before. */
-static __always_inline int has_source(struct bpf_sock_addr *ctx, struct owner *owner, struct endpoint *endpoint)
+ * endpoint, or an address of its own where it may, or it left from this endpoint before. (A socket that
+ * sends has a port at least: the kernel gave it one before it asked us.) */
+static __always_inline int has_source(struct bpf_sock_addr *ctx, struct owner *owner, struct endpoint *endpoint,
+				      int sending)
 {
 	struct bpf_sock *sk = ctx->sk;
 	u32 at4 = sk->src_ip4;
@@ -455,7 +457,7 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct owner *o
 		return 1;
 	if (!sk->src_port)
 		return 0;
-	if (is_own(owner->container, owner->tag))
+	if (is_own(owner->container, owner->tag) && (!sending || at4 || at[0] || at[1] || at[2] || at[3]))
 		return 1;
 	if (endpoint->port && endpoint->port != sk->src_port)
 		return 0;
@@ -494,7 +496,8 @@ static __always_inline int turn(struct bpf_sock_addr *ctx, struct owner *owner, 
 }
 
 /* Decides a destination. Returns the endpoint to leave from, or NULL with *verdict set. */
-static __always_inline struct endpoint *decide_connect(struct bpf_sock_addr *ctx, struct asked *asked, int *verdict)
+static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr *ctx, struct asked *asked, int *verdict,
+							   int sending)
 {
 	struct owner owner;
 	struct endpoint *endpoint;
@@ -542,7 +545,7 @@ static __always_inline struct endpoint *decide_connect(struct bpf_sock_addr *ctx
 		return 0;
 	}
 	record(&owner, asked, GRAFT_DECISION_CONNECTED, id);
-	return has_source(ctx, &owner, endpoint) ? 0 : endpoint;
+	return has_source(ctx, &owner, endpoint, sending) ? 0 : endpoint;
 }
 
 int graft_connect4(struct bpf_sock_addr *ctx)
@@ -558,7 +561,7 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	int verdict;
 
 	asked4(ctx, &asked);
-	from = decide_connect(ctx, &asked, &verdict);
+	from = decide_destination(ctx, &asked, &verdict, 0);
 	if (asked.relay) {
 		ctx->user_ip4 = bpf_htonl(0x7f000001);
 		ctx->user_port = bpf_htons(asked.relay->port);
@@ -589,7 +592,7 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	int verdict;
 
 	asked6(ctx, &asked);
-	from = decide_connect(ctx, &asked, &verdict);
+	from = decide_destination(ctx, &asked, &verdict, 0);
 	if (asked.relay) {
 		int plain = !asked.mapped && asked.relay->six; /* ::1, else ::ffff:127.0.0.1 */
 
@@ -628,7 +631,7 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 	u32 ip;
 
 	asked4(ctx, &asked);
-	from = decide_connect(ctx, &asked, &verdict);
+	from = decide_destination(ctx, &asked, &verdict, 1);
 	if (!from)
 		return verdict;
 	if (from->family != GRAFT_IPV4 || from->port)
@@ -647,7 +650,7 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	u32 ip[4];
 
 	asked6(ctx, &asked);
-	from = decide_connect(ctx, &asked, &verdict);
+	from = decide_destination(ctx, &asked, &verdict, 1);
 	if (!from)
 		return verdict;
 	/* Towards a mapped destination the kernel asks graft_sendmsg4. */

@@ -1,0 +1,155 @@
+"""Graft's splice transport, and beside it what else relays connections to a container that runs already."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from graft.kernel import cgroup
+from tests.bench.cases import INNER_PORT, NotOffered, Server, graft_command, serving
+from tests.bench.process import BenchError, kept, run, wait_until
+from tests.bench.report import Bound
+from tests.bench.topology import CONTAINER_ADDRESS, Topology
+
+SPLICE_PORT = 8083
+FIRST_PROXY_PORT = 8084
+
+
+@dataclass
+class SpliceCase:
+    """The program runs in the container's namespace, and was started without Graft: `graft attach` serves it."""
+
+    name: str = "splice"
+    title: str = "splice"
+    wanted: Mapping[str, Bound] = field(default_factory=dict)
+    _environment: dict[str, str] = field(default_factory=dict)
+    _cgroup: Path = Path()
+    _resident: subprocess.Popen[str] | None = None
+
+    @contextmanager
+    def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
+        """Attach a cgroup in which a process lives already; servers and clients are started in it later."""
+        name = f"graft-bench-splice-{os.getpid()}"
+        self._environment = {
+            **os.environ,
+            "GRAFT_HOST_NETNS": str(net.host.path),
+            "GRAFT_PIN_DIR": f"/sys/fs/bpf/{name}",
+            "GRAFT_RUN_DIR": str(workdir / "splice-run"),
+            "GRAFT_STATE_DIR": str(workdir / "splice-state"),
+            "GRAFT_CGROUP": name,
+        }
+        self._cgroup = cgroup.v2_mount() / f"{name}-container"
+        self._cgroup.mkdir()
+        try:
+            with kept(self._inside(net, "sleep", "infinity")) as process:
+                wait_until("in its cgroup", lambda: bool(cgroup.processes(self._cgroup)), process)
+                self._resident = process
+                self._graft("ep", "add", "bench-http", f"0.0.0.0:{SPLICE_PORT}")
+                self._graft("ep", "add", "bench-out", "0.0.0.0:dynamic")
+                rules = ["-i", f"0.0.0.0:{INNER_PORT}=bench-http", "-e", "0.0.0.0/0=bench-out"]
+                self._graft("attach", "--cgroup", str(self._cgroup), *rules)
+                yield
+        finally:
+            with suppress(BenchError):
+                self._graft("down", "--force")
+            cgroup.remove(self._cgroup)
+
+    @contextmanager
+    def serve(self, net: Topology, server: Server) -> Iterator[int]:
+        """Start the server in the container; the endpoint answers once Graft has seen it listen."""
+        with serving(self._inside(net, *server(INNER_PORT)), net.host, SPLICE_PORT, None):
+            yield SPLICE_PORT
+        assert self._resident is not None
+        wait_until("withdrawn", lambda: not net.host.listens(SPLICE_PORT), self._resident)
+
+    def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
+        """Start the client in the container."""
+        return run(self._inside(net, *command), timeout)
+
+    def _inside(self, net: Topology, *command: str) -> list[str]:
+        enter = f'echo $$ > {self._cgroup}/cgroup.procs; exec "$@"'
+        return ["sh", "-c", enter, "sh", *net.container.enter(*command)]
+
+    def _graft(self, *arguments: str) -> None:
+        run([graft_command(), *arguments], environment=self._environment)
+
+
+@dataclass
+class ProxyCase:
+    """The program runs behind the bridge, and a proxy of another kind on the host leads to it."""
+
+    name: str
+    title: str
+    program: str
+    port: int
+    command: Callable[[Path, int], list[str]]
+    """From a folder for files, and the port to listen on."""
+    wanted: Mapping[str, Bound] = field(default_factory=dict)
+    _workdir: Path = Path()
+
+    @contextmanager
+    def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
+        """Nothing to prepare but a folder."""
+        self._workdir = workdir
+        yield
+
+    @contextmanager
+    def serve(self, net: Topology, server: Server) -> Iterator[int]:
+        """Start the server in the container and the proxy on the host."""
+        if shutil.which(self.program) is None and not Path(self.program).exists():
+            raise NotOffered
+        proxy = net.host.enter(*self.command(self._workdir, self.port))
+        with (
+            serving(net.container.enter(*server(INNER_PORT)), net.container, INNER_PORT, None),
+            serving(proxy, net.host, self.port, None),
+        ):
+            yield self.port
+
+    def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
+        """Not what such a proxy does."""
+        raise NotOffered
+
+
+def _docker_proxy(_folder: Path, port: int) -> list[str]:
+    # Descriptor 3 is where docker-proxy tells the docker daemon that it is ready.
+    words = f"docker-proxy -proto tcp -host-ip 0.0.0.0 -host-port {port}"
+    words += f" -container-ip {CONTAINER_ADDRESS} -container-port {INNER_PORT}"
+    return ["sh", "-c", f"exec {words} 3>/dev/null"]
+
+
+def _socat(_folder: Path, port: int) -> list[str]:
+    listen = f"TCP4-LISTEN:{port},fork,reuseaddr,nodelay,backlog=4096"
+    return ["socat", listen, f"TCP4:{CONTAINER_ADDRESS}:{INNER_PORT},nodelay"]
+
+
+def _haproxy(folder: Path, port: int) -> list[str]:
+    file = folder / "haproxy.cfg"
+    file.write_text(
+        "global\n  maxconn 4096\n"
+        "defaults\n  mode tcp\n  option splice-auto\n"
+        "  timeout connect 10s\n  timeout client 1m\n  timeout server 1m\n"
+        f"listen bench\n  bind 0.0.0.0:{port}\n  server container {CONTAINER_ADDRESS}:{INNER_PORT}\n"
+    )
+    return ["haproxy", "-db", "-f", str(file)]
+
+
+SOCKET_PROXYD = "/usr/lib/systemd/systemd-socket-proxyd"
+
+
+def _socket_proxyd(_folder: Path, port: int) -> list[str]:
+    activate = ["systemd-socket-activate", "-l", f"0.0.0.0:{port}"]
+    return [*activate, SOCKET_PROXYD, "--connections-max=4096", f"{CONTAINER_ADDRESS}:{INNER_PORT}"]
+
+
+RELAYS: tuple[SpliceCase | ProxyCase, ...] = (
+    SpliceCase(),
+    ProxyCase("docker-proxy", "docker-proxy", "docker-proxy", FIRST_PROXY_PORT, _docker_proxy),
+    ProxyCase("socat", "socat", "socat", FIRST_PROXY_PORT + 1, _socat),
+    ProxyCase("haproxy", "haproxy", "haproxy", FIRST_PROXY_PORT + 2, _haproxy),
+    ProxyCase("socket-proxyd", "systemd-socket-proxyd", SOCKET_PROXYD, FIRST_PROXY_PORT + 3, _socket_proxyd),
+)
