@@ -9,7 +9,10 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
+
+from graft.address import format_ip, unmapped
 
 # include/net/tcp_states.h; a UDP socket is CLOSE until it is connected.
 STATES = {
@@ -50,18 +53,19 @@ def listed() -> Iterator[Listed]:
         for protocol, number in PROTOCOLS.items():
             for family in (socket.AF_INET, socket.AF_INET6):
                 for found in diag.get_sock_stats(family=family, protocol=number, states=_EVERY_STATE):
-                    yield _read(protocol, family, found)
+                    yield _read(protocol, found)
 
 
-def _read(protocol: str, family: int, found: Any) -> Listed:
+def _read(protocol: str, found: Any) -> Listed:
     return Listed(
         inode=found["idiag_inode"],
         protocol=protocol,
         state=STATES.get(found["idiag_state"], str(found["idiag_state"])),
-        local=_format(family, found["idiag_src"], found["idiag_sport"]),
-        remote=_format(family, found["idiag_dst"], found["idiag_dport"]),
+        local=_format(found["idiag_src"], found["idiag_sport"]),
+        remote=_format(found["idiag_dst"], found["idiag_dport"]),
     )
 
 
-def _format(family: int, address: str, port: int) -> str:
-    return f"[{address}]:{port}" if family == socket.AF_INET6 else f"{address}:{port}"
+def _format(address: str, port: int) -> str:
+    """An IPv4-mapped address is the IPv4 address that the network sees."""
+    return f"{format_ip(unmapped(ip_address(address)))}:{port}"

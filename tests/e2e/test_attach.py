@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from graft.kernel import cgroup
+from graft.layout import Decision
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6, Netns
 from tests.support.puppet import Puppet, puppet
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.e2e
 
 NOBODY = 65534
 _names = itertools.count(1)
-MakeCgroup = Callable[[], Path]
+MakeCgroup = Callable[..., Path]
 Start = Callable[..., Puppet]
 
 
@@ -167,11 +169,11 @@ def test_with_deny_a_container_binds_and_connects_nowhere_else(
     for address, other in ((anywhere, 81), (anywhere, 0), (loopback, 80), (host_address, 80), (anywhere, port)):
         assert server.bind(address, other, protocol) == "EACCES", (address, other)
     for listener in (there, here):
-        assert server.connect(*listener.getsockname()[:2], protocol) == "EACCES"
+        assert server.connect(listener.getsockname()[0], listener.getsockname()[1], protocol) == "EACCES"
     if protocol == "udp":
         assert server.sendto(beside, 53) == server.sendto(loopback, 53) == "EACCES"
     assert server.bind(anywhere, 80, protocol) == "ok"
-    assert host.decisions(ps(host, path)["id"])[3] >= 5  # REFUSED_BIND
+    assert host.decisions(ps(host, path)["id"])[Decision.REFUSED_BIND] >= 5
     there.close()
     here.close()
 
@@ -532,8 +534,6 @@ http {{ access_log off; client_body_temp_path {tmp_path}/body; {scratch}
         .replace("listen 80", f"listen 127.0.0.1:{back}")
         .replace(f"proxy_pass http://127.0.0.1:{back};", "return 200 'served\\n';")
     )
-    import subprocess
-
     enter = ["sh", "-c", f'echo 0 > {path}/cgroup.procs && exec "$@"', "-"]
     with ExitStack() as stack:
         for command in (
@@ -560,7 +560,7 @@ http {{ access_log off; client_body_temp_path {tmp_path}/body; {scratch}
     assert replaced >= 3
     assert "[200]" in said and "[502]" not in said and "Error distribution" not in said, said
     decisions = host.decisions(ps(host, path)["id"])
-    assert decisions[1] > 100 and decisions.get(4, 0) == 0  # CONNECTED, REFUSED_CONNECT
+    assert decisions[Decision.CONNECTED] > 100 and Decision.REFUSED_CONNECT not in decisions
 
 
 def test_a_container_in_a_namespace_of_its_own_is_not_taken_for_a_direct_one(
