@@ -78,7 +78,11 @@ def carry_options(old: socket.socket, new: socket.socket, names: Iterable[tuple[
             late.append((level, name))
             continue
         with contextlib.suppress(OSError):
-            _carry(old, new, level, name)
+            # What was not set is not written: a zero of one of its other names would undo a time stamp.
+            if names is not _EVERY or old.getsockopt(level, name, _MAX_VALUE) != new.getsockopt(
+                level, name, _MAX_VALUE
+            ):
+                _carry(old, new, level, name)
     for level, name in late:
         with contextlib.suppress(OSError):
             new.setsockopt(level, name, old.getsockopt(level, name))

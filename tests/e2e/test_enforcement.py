@@ -104,7 +104,18 @@ def test_an_untrapped_bind_stays_in_the_containers_namespace(host: Host, program
     port = host.port()
     rules = ["-i", f"0.0.0.0:{port}={host.endpoint(f'0.0.0.0:{port}')}"]
     program = host.start(
-        *rules, "--", programs["calls"], "socket", "4", f"bind{way}", "0.0.0.0", port, f"listen{way}", "home", "wait", talk=True
+        *rules,
+        "--",
+        programs["calls"],
+        "socket",
+        "4",
+        f"bind{way}",
+        "0.0.0.0",
+        port,
+        f"listen{way}",
+        "home",
+        "wait",
+        talk=True,
     )
     said = program.says("home").splitlines()
     assert said[:2] == [f"bind{way} ok", f"listen{way} ok"]
@@ -211,7 +222,8 @@ def policy(folder: Path, text: str) -> list[str]:
 def test_default_deny_refuses_what_no_rule_names(host: Host, programs: Programs, tmp_path: Path, way: str) -> None:
     port = host.port()
     rules = policy(
-        tmp_path, f"name: t\nendpoints: {{web: 0.0.0.0:{port}}}\ningress: [{{bind: 0.0.0.0:80, endpoint: web}}]\ndefault: deny\n"
+        tmp_path,
+        f"name: t\nendpoints: {{web: 0.0.0.0:{port}}}\ningress: [{{bind: 0.0.0.0:80, endpoint: web}}]\ndefault: deny\n",
     )
     steps: list[str | int] = ["socket", 4, "bind", "0.0.0.0", 80, "listen"]
     for family, call, address, refused in (
@@ -236,7 +248,8 @@ def test_a_denied_destination_is_eacces_and_what_is_around_it_is_reached(
     rules = policy(
         tmp_path,
         "name: t\nendpoints: {out: 0.0.0.0:dynamic}\negress:\n"
-        f"  - {{to: {CLIENT4}, ports: [{closed.getsockname()[1]}], action: deny}}\n  - {{to: 0.0.0.0/0, endpoint: out}}\n",
+        f"  - {{to: {CLIENT4}, ports: [{closed.getsockname()[1]}], action: deny}}\n"
+        "  - {to: 0.0.0.0/0, endpoint: out}\n",
     )
     inside, outside = closed.getsockname()[1], open_.getsockname()[1]
     steps = ["socket", 4, "connect", CLIENT4, outside, "peer", "socket", 4, f"connect{way}", CLIENT4, inside]
@@ -279,7 +292,19 @@ def test_a_namespace_that_the_program_makes_is_its_own(host: Host, programs: Pro
     port = host.port()
     rules = ["-i", f"0.0.0.0:{port}={host.endpoint(f'0.0.0.0:{port}')}"]
     program = host.start(
-        *rules, "--", programs["calls"], "netns", "socket", "4", "bind", "0.0.0.0", port, "listen", "home", "wait", talk=True
+        *rules,
+        "--",
+        programs["calls"],
+        "netns",
+        "socket",
+        "4",
+        "bind",
+        "0.0.0.0",
+        port,
+        "listen",
+        "home",
+        "wait",
+        talk=True,
     )
     said = program.says("home").splitlines()
     assert said[1:3] == ["bind ok", "listen ok"]
@@ -289,7 +314,12 @@ def test_a_namespace_that_the_program_makes_is_its_own(host: Host, programs: Pro
 
 def test_detaching_takes_effect_at_the_next_call(host: Host, programs: Programs) -> None:
     port, listener = host.port(), host.client.listener()
-    rules = ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}", "-e", f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}"]
+    rules = [
+        "-i",
+        f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}",
+        "-e",
+        f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}",
+    ]
     steps = ["socket", "4", "connect", CLIENT4, "9", "wait", "connect", CLIENT4, listener.getsockname()[1]]
     program = host.start(*rules, "--", programs["calls"], *steps, talk=True)
     program.says("connect")
@@ -304,9 +334,12 @@ def test_detaching_takes_effect_at_the_next_call(host: Host, programs: Programs)
 
 def test_another_process_of_the_host_is_never_touched(host: Host, tmp_path: Path) -> None:
     port = host.port()
-    rules = policy(tmp_path, f"name: t\nendpoints: {{web: 0.0.0.0:{port}}}\ningress: [{{bind: '*:80', endpoint: web}}]\ndefault: deny\n")
+    rules = policy(
+        tmp_path,
+        f"name: t\nendpoints: {{web: 0.0.0.0:{port}}}\ningress: [{{bind: '*:80', endpoint: web}}]\ndefault: deny\n",
+    )
     program = host.start(*rules, "--", "sleep", "60")
-    until("the container", lambda: [one for one in host.settings.run_dir.glob("containers/*.json")])
+    until("the container", lambda: list(host.settings.run_dir.glob("containers/*.json")))
     listener = host.netns.listener(HOST6, 80)
     assert host.netns.listens(80)
     host.client.connected(HOST6, 80).close()

@@ -79,7 +79,10 @@ def test_the_listener_is_the_hosts_and_its_namespace_has_none(host: Host, tmp_pa
 def test_packets_pass_the_hosts_interface_and_never_the_containers_loopback(host: Host, tmp_path: Path) -> None:
     port = host.port()
     program = nginx(host, tmp_path, ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"], "0.0.0.0:80")
-    with Capture(host.netns.path, "eth0") as outside, Capture(Path(f"/proc/{program.child()}/ns/net"), "lo") as loopback:
+    with (
+        Capture(host.netns.path, "eth0") as outside,
+        Capture(Path(f"/proc/{program.child()}/ns/net"), "lo") as loopback,
+    ):
         assert get(host, HOST4, port).split()[0] == "80"
         quiet = list(loopback.packets)
         inside(program, "bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/9 || true")  # so that there is one to be seen
@@ -152,7 +155,12 @@ def test_nginx_as_a_proxy_reaches_its_upstream_through_the_hosts_stack(host: Hos
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    rules = ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}", "-e", f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}"]
+    rules = [
+        "-i",
+        f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}",
+        "-e",
+        f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}",
+    ]
     nginx(host, tmp_path, rules, "0.0.0.0:80", location=f"proxy_pass http://{CLIENT4}:{upstream};")
     assert [get(host, HOST4, port) for _ in range(3)] == ["upstream"] * 3
     thread.join(10)

@@ -82,10 +82,14 @@ def test_a_static_client(host: Host, programs: Programs) -> None:
 
 
 def test_a_server_written_in_go(host: Host, tmp_path: Path) -> None:
-    (tmp_path / "hooks.json").write_text(json.dumps([{"id": "h", "execute-command": "/bin/true", "response-message": "go"}]))
+    (tmp_path / "hooks.json").write_text(
+        json.dumps([{"id": "h", "execute-command": "/bin/true", "response-message": "go"}])
+    )
     rules, port = in_rule(host)
     dual = ["-i", f"[::]:80={rules[1].split('=')[1]}"]
-    program = host.start(*rules, *dual, "--", "webhook", "-hooks", tmp_path / "hooks.json", "-ip", "0.0.0.0", "-port", "80")
+    program = host.start(
+        *rules, *dual, "--", "webhook", "-hooks", tmp_path / "hooks.json", "-ip", "0.0.0.0", "-port", "80"
+    )
     program.until("webhook", lambda: host.netns.listens(port))
     for _ in range(3):
         assert host.client.run("curl", "-sS", f"http://{HOST4}:{port}/hooks/h") == "go"
@@ -209,7 +213,9 @@ def test_iperf3_as_a_client(host: Host, reverse: list[str]) -> None:
 def test_a_connection_over_ipv6_leaves_from_its_endpoint(host: Host, programs: Programs) -> None:
     rules = ["-e", f"::/0={host.endpoint(f'[{HOST6}]:dynamic')}"]
     with echo(host.client, "::") as (port, peers):
-        said = host.run(rules, programs["calls"], "socket", 6, "connect", CLIENT6, port, "peer", "name").stdout.splitlines()
+        said = host.run(
+            rules, programs["calls"], "socket", 6, "connect", CLIENT6, port, "peer", "name"
+        ).stdout.splitlines()
         until("the connection", lambda: peers)
     assert said[:2] == ["connect ok", f"peer {CLIENT6} {port}"]
     assert said[2].startswith(f"name {HOST6} ")
@@ -228,7 +234,7 @@ def test_a_connection_leaves_from_the_address_and_port_of_its_endpoint(host: Hos
 
 
 def test_programs_inside_talk_over_loopback_as_before(host: Host, programs: Programs) -> None:
-    rules, port = in_rule(host)
+    rules, _ = in_rule(host)
     script = (
         "import socket\n"
         "a = socket.socket(); a.bind(('127.0.0.1', 8000)); a.listen()\n"
@@ -243,13 +249,15 @@ def test_programs_inside_talk_over_loopback_as_before(host: Host, programs: Prog
 
 
 def test_udp_and_unix_sockets_are_left_alone(host: Host) -> None:
-    rules, port = in_rule(host)
+    rules, _ = in_rule(host)
     script = (
         "import os, socket\n"
         "a = socket.socket(type=socket.SOCK_DGRAM); a.bind(('127.0.0.1', 80))\n"
-        "b = socket.socket(type=socket.SOCK_DGRAM); b.connect(('127.0.0.1', 80)); b.send(b'udp'); print(a.recv(9).decode())\n"
+        "b = socket.socket(type=socket.SOCK_DGRAM); b.connect(('127.0.0.1', 80)); b.send(b'udp')\n"
+        "print(a.recv(9).decode())\n"
         "c = socket.socket(socket.AF_UNIX); c.bind('\\0graft-test'); c.listen()\n"
-        "d = socket.socket(socket.AF_UNIX); d.connect('\\0graft-test'); d.send(b'unix'); print(c.accept()[0].recv(9).decode())\n"
+        "d = socket.socket(socket.AF_UNIX); d.connect('\\0graft-test'); d.send(b'unix')\n"
+        "print(c.accept()[0].recv(9).decode())\n"
     )
     assert host.run([*rules, *out_rule(host)], "/usr/bin/python3", "-ISc", script).stdout == "udp\nunix\n"
 
@@ -275,7 +283,7 @@ def test_an_endpoint_in_another_namespace_serves_there(host: Host, programs: Pro
 
 
 def test_getsockname_of_an_accepted_connection_has_the_port_that_was_asked_for(host: Host) -> None:
-    rules, port = in_rule(host)
+    rules, _ = in_rule(host)
     script = (
         "import socket\ns = socket.socket(); s.bind(('0.0.0.0', 80)); s.listen(); print(s.getsockname(), flush=True)\n"
         "c, peer = s.accept(); print(c.getsockname(), peer == c.getpeername(), peer[0], flush=True)\n"

@@ -78,7 +78,12 @@ class Host:
         return started
 
     def run(
-        self, rules: Sequence[Word], *command: Word, status: int | None = 0, stdin: str | None = None, timeout: float = 60
+        self,
+        rules: Sequence[Word],
+        *command: Word,
+        status: int | None = 0,
+        stdin: str | None = None,
+        timeout: float = 60,
     ) -> Result:
         """`graft run RULES -- COMMAND`, to its end."""
         return self.graft("run", *rules, "--", *command, status=status, stdin=stdin, timeout=timeout)
@@ -112,5 +117,5 @@ class Host:
         found += [f"supervisor {pid}" for pid in cgroup.processes(self.cgroup)]
         maps = self.maps
         for name in ("containers", "ingress", "egress", "egress_ports", "counters"):
-            found += [f"entry of {name}" for _ in getattr(maps, name).keys()]
+            found += [f"entry of {name}" for _ in getattr(maps, name).keys()]  # noqa: SIM118
         return found

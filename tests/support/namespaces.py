@@ -1,7 +1,7 @@
 """Network namespaces of the tests: one plays the host, one a client beside it.
 
-    client ---- veth ---- host
-    10.98.0.2        10.98.0.1      fd98::2 / fd98::1
+client ---- veth ---- host
+10.98.0.2        10.98.0.1      fd98::2 / fd98::1
 """
 
 from __future__ import annotations
