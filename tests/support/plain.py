@@ -1,0 +1,131 @@
+"""A container that runs without Graft: a cgroup, a network namespace, and sockets made in them for the test to hold.
+
+A socket belongs to the cgroup and the namespace that it was made in, whoever holds it. So a small process inside makes
+sockets and hands them out, and a test plays the container's programs itself, call by call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft import containers, splice
+from graft.containers import Container
+from graft.kernel import cgroup
+from tests.support.installation import Host
+from tests.support.namespaces import Netns, namespace
+from tests.support.program import Program, start
+from tests.support.shell import Word
+from tests.support.wait import until
+
+_MAKER = """
+import socket, sys
+asked = socket.socket(fileno=int(sys.argv[1]))
+while family := asked.recv(64):
+    made = socket.socket(int(family), socket.SOCK_STREAM)
+    socket.send_fds(asked, [b"."], [made.fileno()])
+    made.close()
+"""
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Plain:
+    """The container, and the host that it is attached on."""
+
+    host: Host
+    netns: Netns
+    cgroup: Path
+    asked: socket.socket
+    resident: subprocess.Popen[bytes]
+    started: list[Program]
+
+    def command(self, *words: Word) -> list[str]:
+        """A command that runs in it."""
+        enter = f'echo $$ > {self.cgroup}/cgroup.procs; exec "$@"'
+        return ["sh", "-c", enter, "sh", *self.netns.command(*words)]
+
+    def start(self, *words: Word) -> Program:
+        """A program in it; it ends with the test."""
+        program = start(self.command(*words))
+        self.started.append(program)
+        return program
+
+    def tcp(self, family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
+        """A TCP socket of one of its programs."""
+        self.asked.send(str(int(family)).encode())
+        _, fds, _, _ = socket.recv_fds(self.asked, 1, 1)
+        made = socket.socket(fileno=fds[0])
+        made.settimeout(15)
+        return made
+
+    def listener(self, address: str = "0.0.0.0", port: int = 80, v6only: bool = True) -> socket.socket:
+        """A listening TCP socket of one of its programs."""
+        made = self.tcp(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        if ":" in address:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((address, port))
+        made.listen(4096)
+        return made
+
+    def attach(self, *rules: Word) -> Container:
+        """`graft attach` with these rules; again, it replaces them."""
+        self.host.graft("attach", "--cgroup", self.cgroup, *rules)
+        return self.container
+
+    @property
+    def container(self) -> Container:
+        """Its record."""
+        return containers.find(self.host.settings, str(self.cgroup))
+
+    def detach(self) -> None:
+        """`graft detach`."""
+        self.host.graft("detach", "--cgroup", self.cgroup)
+
+    def described(self) -> dict[str, Any]:
+        """What the daemon says of it."""
+        return splice.describe(self.host.settings, self.container)
+
+    def daemon(self) -> int:
+        """The daemon's process id."""
+        return int(self.described()["pid"])
+
+    def is_published(self, port: int) -> bool:
+        """Whether the host listens on a port."""
+        return self.host.netns.listens(port)
+
+    def until_published(self, port: int, yes: bool = True) -> None:
+        """Wait for the daemon to see what the container does."""
+        until(f"port {port} {'published' if yes else 'withdrawn'}", lambda: self.is_published(port) is yes)
+
+
+@contextmanager
+def plain(host: Host) -> Iterator[Plain]:
+    """A container with a process in it; nothing of it is left afterwards."""
+    path = cgroup.v2_mount() / f"graft-test-{os.getpid()}-plain-{next(_numbers)}"
+    path.mkdir()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with namespace("plain") as netns, ours, theirs:
+        maker = netns.command(sys.executable, "-c", _MAKER, str(theirs.fileno()))
+        enter = f'echo $$ > {path}/cgroup.procs; exec "$@"'
+        resident = subprocess.Popen(["sh", "-c", enter, "sh", *maker], pass_fds=[theirs.fileno()])
+        made = Plain(host, netns, path, ours, resident, [])
+        try:
+            made.tcp().close()
+            yield made
+        finally:
+            host.graft("detach", "--cgroup", path, status=None)
+            for program in made.started:
+                program.stop()
+            cgroup.kill(path)
+            resident.wait()
+            cgroup.remove(path)
