@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from graft.kernel import cgroup
-from tests.support import engines
-from tests.support.engines import Engine
+from tests.support import hostnet
+from tests.support.hostnet import Engine
 from tests.support.installation import Host
 from tests.support.namespaces import HOST4, Netns
 from tests.support.wait import until
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module", params=["docker", "podman"])
 def _engine(request: pytest.FixtureRequest, net: tuple[Netns, Netns]) -> Iterator[Engine]:
-    make = {"docker": engines.docker, "podman": engines.podman}[request.param]
+    make = {"docker": hostnet.docker, "podman": hostnet.podman}[request.param]
     folder = Path(tempfile.mkdtemp(prefix="graft-test-"))  # short: a socket's path has 107 bytes
     with make(net[0], folder) as engine:
         yield engine
