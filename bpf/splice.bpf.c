@@ -8,7 +8,7 @@
  *
  *      in    relay: the client is stored with the socket that dials (DIALS)
  *               connect -> `arrivals` -> the container's accepted socket (CAME); getpeername shows it
- *      out   connect hook (graft.bpf.c): the destination is stored with the program's socket (TURNED)
+ *      out   connect hook (connect.bpf.c): the destination is stored with the program's socket (TURNED)
  *               connect -> `arrivals` -> the relay's accepted socket (CARRIED), which the relay reads
  *
  *   Both ways are one: the connecting side's socket leaves what it has under its own address and port just
@@ -16,7 +16,7 @@
  *   which is before accept() can return it. A socket that nobody accepts takes its entry along when it
  *   closes. What came by another way finds nothing, and keeps its own peer.
  *
- *   This text is compiled together with graft.bpf.c, and attached only to the relays' cgroup and to
+ *   This text is compiled together with the others, and attached only to the relays' cgroup and to
  *   containers of this transport.
  */
 

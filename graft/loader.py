@@ -75,7 +75,19 @@ SPLICE_PROGRAMS = (
     Program("getpeername6", bpf.PROG_CGROUP_SOCK_ADDR, "getpeername6"),
 )
 
-SOURCES = ("graft.bpf.c", "splice.bpf.c")
+# One text in this order: what it is about and the maps first, then a file for each kind of hook.
+SOURCES = (
+    "graft.bpf.c",
+    "owner.bpf.c",
+    "rules.bpf.c",
+    "bind.bpf.c",
+    "connect.bpf.c",
+    "desk.bpf.c",
+    "sockname.bpf.c",
+    "options.bpf.c",
+    "listen.bpf.c",
+    "splice.bpf.c",
+)
 
 SIZES = {
     "GRAFT_MAX_ENDPOINTS": 4096,

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* connect and send: only what an egress rule grants, from that rule's endpoint. */
+
+/* Whether the source of this socket stands already, so that it is not given the endpoint's: it holds an
+ * endpoint, or an address of its own where it may, or it left from this endpoint before. (A socket that
+ * sends has a port at least: the kernel gave it one before it asked us.) */
+static __always_inline int has_source(struct bpf_sock_addr *ctx, struct owner *owner, struct endpoint *endpoint,
+				      int sending)
+{
+	struct bpf_sock *sk = ctx->sk;
+	u32 at4 = sk->src_ip4;
+	u32 at[4] = { sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3] };
+	u32 ip[4];
+
+	/* Read here and now: the verifier takes no pointer that a compiler moved to save a load. */
+	asm volatile("" : "+r"(at4), "+r"(at[0]), "+r"(at[1]), "+r"(at[2]), "+r"(at[3]));
+	if (owner->tag && owner->tag->flags & GRAFT_TAG_BOUND)
+		return 1;
+	if (!sk->src_port)
+		return 0;
+	if (is_own(owner->container, owner->tag) && (!sending || at4 || at[0] || at[1] || at[2] || at[3]))
+		return 1;
+	if (endpoint->port && endpoint->port != sk->src_port)
+		return 0;
+	__builtin_memcpy(ip, endpoint->addr, 16);
+	if (endpoint->family == GRAFT_IPV4)
+		return ip[0] == at4;
+	return ip[0] == at[0] && ip[1] == at[1] && ip[2] == at[2] && ip[3] == at[3];
+}
+
+/* Transport splice: a granted connection goes to Graft's relay inside the container's namespace, which
+ * makes it from the endpoint; what was asked for is remembered with the socket. */
+static __always_inline int turn(struct bpf_sock_addr *ctx, struct owner *owner, struct asked *asked)
+{
+	struct crossing *crossing;
+
+	asked->relay = relays.lookup(&owner->id);
+	if (!asked->relay) {
+		/* No daemon serves this container now. Let go on, the connection would take a way that the
+		 * operator did not mean. */
+#ifdef GRAFT_HAVE_SET_RETVAL
+		bpf_set_retval(-ECONNREFUSED);
+#endif
+		return REFUSE;
+	}
+	crossing = crossings.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!crossing) {
+		asked->relay = 0;
+		return REFUSE;
+	}
+	__builtin_memcpy(crossing->addr, asked->addr, 16);
+	crossing->port = asked->port;
+	crossing->family = asked->family;
+	crossing->role = GRAFT_CROSSING_TURNED;
+	crossing->container = owner->id;
+	return PASS;
+}
+
+/* Decides a destination. Returns the endpoint to leave from, or NULL with *verdict set. */
+static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr *ctx, struct asked *asked, int *verdict,
+							   int sending)
+{
+	struct owner owner;
+	struct endpoint *endpoint;
+	u32 rule, id = 0;
+
+	*verdict = PASS;
+	owner_of(ctx, &owner);
+	if (!owner.id)
+		return 0;
+	if (!owner.container) {
+		if (owner.home == GRAFT_HOME_HOST)
+			*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_CONNECT);
+		return 0;
+	}
+	rule = egress_rule(owner.container, asked, &id);
+	if (rule == GRAFT_VERDICT_DENY) {
+		*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_CONNECT);
+		return 0;
+	}
+	if (owner.home == GRAFT_HOME_CONTAINER) {
+		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && asked->protocol == IPPROTO_TCP) {
+			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns) {
+				*verdict = turn(ctx, &owner, asked);
+				return 0;
+			}
+			crossings.sk_storage_delete(ctx->sk); /* of a connect before that failed */
+		}
+		/* Also where a rule grants the destination: this socket was not swapped (a 32-bit or
+		 * io_uring call), so it goes nowhere but where the container's own namespace goes. */
+		if (rule != GRAFT_VERDICT_CONTAINER && owner.container->connect_default == GRAFT_DEFAULT_DENY)
+			*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_CONNECT);
+		return 0;
+	}
+	if (rule != GRAFT_VERDICT_GRANT) {
+		/* direct: the host's namespace is the container's own, so its default applies. A swapped
+		 * socket has left the container's namespace, and has no right of its own out here. */
+		if (owner.container->transport != GRAFT_TRANSPORT_DIRECT ||
+		    (rule == GRAFT_VERDICT_NONE && owner.container->connect_default == GRAFT_DEFAULT_DENY))
+			*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_CONNECT);
+		return 0;
+	}
+	endpoint = endpoint_for(ctx, asked, id);
+	if (!endpoint) {
+		*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_CONNECT);
+		return 0;
+	}
+	record(&owner, asked, GRAFT_DECISION_CONNECTED, id);
+	return has_source(ctx, &owner, endpoint, sending) ? 0 : endpoint;
+}
+
+int graft_connect4(struct bpf_sock_addr *ctx)
+{
+	struct asked asked;
+	struct endpoint *from;
+	struct sockaddr_in {
+		u16 family;
+		u16 port_be;
+		u32 ip;
+		u64 zero;
+	} source = { .family = AF_INET };
+	int verdict;
+
+	asked4(ctx, &asked);
+	from = decide_destination(ctx, &asked, &verdict, 0);
+	if (asked.relay) {
+		ctx->user_ip4 = bpf_htonl(0x7f000001);
+		ctx->user_port = bpf_htons(asked.relay->port);
+		return PASS;
+	}
+	if (!from)
+		return verdict;
+	__builtin_memcpy(&source.ip, from->addr, 4);
+	source.port_be = bpf_htons(from->port);
+	if (from->family != GRAFT_IPV4)
+		return REFUSE;
+	if ((source.ip || source.port_be) && bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
+		return REFUSE;
+	return verdict;
+}
+
+int graft_connect6(struct bpf_sock_addr *ctx)
+{
+	struct asked asked;
+	struct endpoint *from;
+	struct sockaddr_in6 {
+		u16 family;
+		u16 port_be;
+		u32 flowinfo;
+		u32 ip[4];
+		u32 scope;
+	} source = { .family = AF_INET6 };
+	int verdict;
+
+	asked6(ctx, &asked);
+	from = decide_destination(ctx, &asked, &verdict, 0);
+	if (asked.relay) {
+		int plain = !asked.mapped && asked.relay->six; /* ::1, else ::ffff:127.0.0.1 */
+
+		ctx->user_ip6[0] = 0;
+		ctx->user_ip6[1] = 0;
+		ctx->user_ip6[2] = plain ? 0 : bpf_htonl(0xffff);
+		ctx->user_ip6[3] = plain ? bpf_htonl(1) : bpf_htonl(0x7f000001);
+		ctx->user_port = bpf_htons(asked.relay->port);
+		return PASS;
+	}
+	if (!from)
+		return verdict;
+	if (from->family == GRAFT_IPV4) {
+		source.ip[2] = bpf_htonl(0xffff);
+		__builtin_memcpy(&source.ip[3], from->addr, 4);
+	} else {
+		__builtin_memcpy(source.ip, from->addr, 16);
+	}
+	source.port_be = bpf_htons(from->port);
+	if ((from->family == GRAFT_IPV4) != (asked.family == GRAFT_IPV4))
+		return REFUSE;
+	if (!source.ip[0] && !source.ip[1] && !source.ip[3] && !source.port_be)
+		return verdict;
+	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
+		return REFUSE;
+	return verdict;
+}
+
+/* An unconnected datagram names its destination each time, and its source address can be set for it alone.
+ * Its source port cannot: an endpoint with a port of its own serves sockets that are bound or connected. */
+int graft_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	struct asked asked;
+	struct endpoint *from;
+	int verdict;
+	u32 ip;
+
+	asked4(ctx, &asked);
+	from = decide_destination(ctx, &asked, &verdict, 1);
+	if (!from)
+		return verdict;
+	if (from->family != GRAFT_IPV4 || from->port)
+		return REFUSE;
+	__builtin_memcpy(&ip, from->addr, 4);
+	if (ip)
+		ctx->msg_src_ip4 = ip;
+	return verdict;
+}
+
+int graft_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	struct asked asked;
+	struct endpoint *from;
+	int verdict;
+	u32 ip[4];
+
+	asked6(ctx, &asked);
+	from = decide_destination(ctx, &asked, &verdict, 1);
+	if (!from)
+		return verdict;
+	/* Towards a mapped destination the kernel asks graft_sendmsg4. */
+	if (from->family != GRAFT_IPV6 || from->port)
+		return REFUSE;
+	__builtin_memcpy(ip, from->addr, 16);
+	if (ip[0] | ip[1] | ip[2] | ip[3]) {
+		ctx->msg_src_ip6[0] = ip[0];
+		ctx->msg_src_ip6[1] = ip[1];
+		ctx->msg_src_ip6[2] = ip[2];
+		ctx->msg_src_ip6[3] = ip[3];
+	}
+	return verdict;
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* Whose a socket is, what was asked of it, and what is told of the decision. */
+
+/* An address as a hook sees it, IPv4 made plain: ::ffff:1.2.3.4 is family 4 here. */
+struct asked {
+	u8 addr[16];
+	u16 port;
+	u8 family;
+	u8 protocol;
+	u8 mapped;   /* the socket is AF_INET6 and the address IPv4 */
+	struct relay *relay; /* transport splice: where a granted connection is turned to */
+};
+
+/* The container that a socket belongs to, and where the socket lives. */
+struct owner {
+	struct container *container; /* NULL: not Graft's, or of a container that is no more */
+	struct tag *tag;
+	u32 id;
+	u8 home;
+};
+
+static __always_inline struct tag *tag_of(struct bpf_sock_addr *ctx)
+{
+	struct tag *tag = tags.sk_storage_get(ctx->sk, 0, 0);
+
+#ifdef GRAFT_HAVE_MPTCP
+	/* bind and connect of an MPTCP socket reach the hooks through its first subflow; the tag is
+	 * where user space could put it, on the socket that the program holds. */
+	if (!tag) {
+		void *parent = bpf_skc_to_mptcp_sock(ctx->sk);
+
+		if (parent)
+			tag = tags.sk_storage_get(parent, 0, 0);
+	}
+#endif
+	return tag;
+}
+
+static __always_inline void owner_of(struct bpf_sock_addr *ctx, struct owner *owner)
+{
+	struct scope *scope = scopes.get_local_storage(0);
+
+	owner->tag = tag_of(ctx);
+	owner->id = owner->tag ? owner->tag->container : scope->container;
+	owner->container = owner->id ? containers.lookup(&owner->id) : 0;
+	if (owner->tag)
+		owner->home = owner->tag->home;
+	else if (owner->container && owner->container->transport == GRAFT_TRANSPORT_DIRECT &&
+		 owner->container->netns == bpf_get_netns_cookie(ctx))
+		owner->home = GRAFT_HOME_HOST;
+	else
+		owner->home = GRAFT_HOME_CONTAINER; /* also a namespace that a direct container made */
+}
+
+/* Whether what no rule names is left alone although the socket is host-homed: in a direct container the
+ * host's namespace is the container's own, and its sockets are its own until they hold an endpoint. */
+static __always_inline int is_own(struct container *container, struct tag *tag)
+{
+	return container->transport == GRAFT_TRANSPORT_DIRECT && container->bind_default == GRAFT_DEFAULT_CONTAINER &&
+	       !(tag && tag->flags & GRAFT_TAG_BOUND);
+}
+
+static __always_inline void asked4(struct bpf_sock_addr *ctx, struct asked *asked)
+{
+	u32 ip = ctx->user_ip4;
+
+	__builtin_memset(asked, 0, sizeof(*asked));
+	__builtin_memcpy(asked->addr, &ip, 4);
+	asked->port = bpf_ntohs((u16)ctx->user_port);
+	asked->family = GRAFT_IPV4;
+	asked->protocol = ctx->protocol;
+}
+
+static __always_inline void asked6(struct bpf_sock_addr *ctx, struct asked *asked)
+{
+	u32 ip[4] = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] };
+
+	__builtin_memset(asked, 0, sizeof(*asked));
+	asked->port = bpf_ntohs((u16)ctx->user_port);
+	asked->protocol = ctx->protocol;
+	if (!ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff)) {
+		__builtin_memcpy(asked->addr, &ip[3], 4);
+		asked->family = GRAFT_IPV4;
+		asked->mapped = 1;
+		return;
+	}
+	__builtin_memcpy(asked->addr, ip, 16);
+	asked->family = GRAFT_IPV6;
+}
+
+static __always_inline void record(struct owner *owner, struct asked *asked, u32 decision, u32 endpoint)
+{
+	struct counter_key key = { .container = owner->id, .decision = decision };
+	u64 *count = counters.lookup(&key);
+	u64 one = 1;
+	int first = 0;
+	struct settings *set = settings.lookup(&first);
+	struct event *event;
+
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	else
+		counters.update(&key, &one);
+	if (!set || !set->trace)
+		return;
+	event = events.ringbuf_reserve(sizeof(*event));
+	if (!event)
+		return;
+	event->time = bpf_ktime_get_ns();
+	event->container = owner->id;
+	event->decision = decision;
+	event->pid = bpf_get_current_pid_tgid() >> 32;
+	event->endpoint = endpoint;
+	__builtin_memcpy(event->addr, asked->addr, 16);
+	event->port = asked->port;
+	event->family = asked->family;
+	event->protocol = asked->protocol;
+	event->home = owner->home;
+	__builtin_memset(event->zero, 0, sizeof(event->zero));
+	bpf_get_current_comm(event->comm, sizeof(event->comm));
+	events.ringbuf_submit(event, 0);
+}
+
+static __always_inline int refuse(struct owner *owner, struct asked *asked, u32 decision)
+{
+	record(owner, asked, decision, 0);
+#ifdef GRAFT_HAVE_SET_RETVAL
+	bpf_set_retval(-EACCES);
+#endif
+	return REFUSE;
+}

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* The rules: one lookup or two for a decision, whatever their number. */
+
+static __always_inline u8 protocol_bit(u8 protocol)
+{
+	return protocol == IPPROTO_TCP ? GRAFT_TCP : protocol == IPPROTO_UDP ? GRAFT_UDP : 0;
+}
+
+/* The id of the endpoint that a bind becomes, 0 where no rule names the address. The exact address
+ * first, then "any". */
+static __always_inline u32 ingress_rule(struct container *container, struct asked *asked)
+{
+	struct ingress_key key = {
+		.prefixlen = GRAFT_INGRESS_FIXED_BITS + 16,
+		.ruleset = container->ruleset,
+		.protocol = asked->protocol,
+		.family = asked->family,
+		.port_be = bpf_htons(asked->port),
+	};
+	struct ingress_value *found;
+
+	__builtin_memcpy(key.addr, asked->addr, 16);
+	found = ingress.lookup(&key);
+	if (!found) {
+		__builtin_memset(key.addr, 0, 16);
+		key.any = 1;
+		found = ingress.lookup(&key);
+	}
+	return found ? found->endpoint : 0;
+}
+
+static __always_inline u32 egress_rule(struct container *container, struct asked *asked, u32 *endpoint)
+{
+	struct egress_key key = {
+		.prefixlen = GRAFT_EGRESS_FIXED_BITS + (asked->family == GRAFT_IPV4 ? 32 : 128),
+		.ruleset = container->ruleset,
+		.protocol = asked->protocol,
+		.family = asked->family,
+	};
+	struct egress_value *node;
+	struct egress_port_value *found;
+
+	__builtin_memcpy(key.addr, asked->addr, 16);
+	node = egress.lookup(&key);
+	if (!node)
+		return GRAFT_VERDICT_NONE;
+
+	struct egress_port_key port = {
+		.prefixlen = GRAFT_EGRESS_PORT_FIXED_BITS + 16,
+		.ruleset = container->ruleset,
+		.node = node->node,
+		.port_be = bpf_htons(asked->port),
+	};
+	found = egress_ports.lookup(&port);
+	if (!found)
+		return GRAFT_VERDICT_NONE;
+	*endpoint = found->endpoint;
+	return found->verdict;
+}
+
+/* The endpoint, if this socket may use it: of its protocol, and in the namespace where the socket is.
+ * A socket that was made for one namespace must not follow an endpoint that moved to another. */
+static __always_inline struct endpoint *endpoint_for(struct bpf_sock_addr *ctx, struct asked *asked, u32 id)
+{
+	struct endpoint *endpoint = endpoints.lookup(&id);
+
+	if (!endpoint || !(endpoint->protocols & protocol_bit(asked->protocol)))
+		return 0;
+	if (endpoint->netns != bpf_get_netns_cookie(ctx))
+		return 0;
+	return endpoint;
+}
