@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.layout import Decision
 from tests.support.building import Programs
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
@@ -35,9 +36,10 @@ def accepted(listener: object) -> bool:
 
 
 def flipped(host: Host, program: Program) -> tuple[int, int, int]:
-    said = program.until("a result", lambda: re.search(r"succeeded (\d+) refused (\d+) failed (\d+)", program.said), 60)
-    succeeded, refused, failed = map(int, said.groups())
-    return succeeded, refused, failed
+    pattern = re.compile(r"succeeded (\d+) refused (\d+) failed (\d+)")
+    program.until("a result", lambda: pattern.search(program.said), 60)
+    ((succeeded, refused, failed),) = pattern.findall(program.said)
+    return int(succeeded), int(refused), int(failed)
 
 
 def listening_ports(host: Host) -> list[int]:
@@ -68,7 +70,7 @@ def test_a_flip_during_the_bind_of_a_socket_in_the_hosts_stack_is_refused(host: 
     assert succeeded + refused == 2000 and failed == 0, program.complained
     assert listening_ports(host).count(good) > 100
     assert bad not in listening_ports(host)
-    assert host.decisions(host.container(program).id)[3] == refused > 0  # REFUSED_BIND
+    assert host.decisions(host.container(program).id)[Decision.REFUSED_BIND] == refused > 0
     program.tell("\n")
     assert program.wait() == 0
 
@@ -140,7 +142,7 @@ def test_a_socket_in_the_hosts_stack_binds_no_port_that_was_not_granted(
 ) -> None:
     port = host.port()
     rules = ["-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}"]
-    steps = ["socket", 4, "connect", CLIENT4, 9, "home", f"bind{way}", "0.0.0.0", port, "home"]
+    steps: list[str | int] = ["socket", 4, "connect", CLIENT4, 9, "home", f"bind{way}", "0.0.0.0", port, "home"]
     said = calls(host, programs, rules, *steps)
     assert said[:2] == ["connect ECONNREFUSED", f"home {host.netns.cookie}"]
     if way:

@@ -283,7 +283,7 @@ def test_an_endpoint_in_another_namespace_serves_there(host: Host, programs: Pro
 
 
 def test_getsockname_of_an_accepted_connection_has_the_port_that_was_asked_for(host: Host) -> None:
-    rules, _ = in_rule(host)
+    rules, port = in_rule(host)
     script = (
         "import socket\ns = socket.socket(); s.bind(('0.0.0.0', 80)); s.listen(); print(s.getsockname(), flush=True)\n"
         "c, peer = s.accept(); print(c.getsockname(), peer == c.getpeername(), peer[0], flush=True)\n"

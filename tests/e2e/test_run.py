@@ -199,7 +199,7 @@ def test_supervisors_killed_again_and_again_cost_no_call(host: Host, programs: P
         "-e", f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}", "--", "/usr/bin/python3", "-ISc", script
     )
     listener.settimeout(30)
-    killed = set()
+    killed: set[int] = set()
     for number in range(count):
         listener.accept()[0].close()
         if number % 80 == 40:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graft.kernel import netns
-from tests.support.shell import output, run
+from tests.support.shell import Word, output, run
 
 PREFIX = "grafttest"
 _FOLDER = Path("/run/netns")
@@ -48,11 +48,11 @@ class Netns:
         with netns.entered(self.path):
             yield
 
-    def command(self, *words: str | Path) -> list[str]:
+    def command(self, *words: Word) -> list[str]:
         """A command that runs in it. (`ip netns exec` would hide bpffs behind a /sys of its own.)"""
         return ["nsenter", f"--net={self.path}", "--", *map(str, words)]
 
-    def run(self, *words: str | Path) -> str:
+    def run(self, *words: Word) -> str:
         """The output of a command run in it."""
         return output(self.command(*words))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
+from tests.support.shell import Word
 from tests.support.wait import until
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ class Program:
         return self.process.returncode
 
 
-def start(command: Sequence[str | Path], environment: Mapping[str, str] | None = None, talk: bool = False) -> Program:
+def start(command: Sequence[Word], environment: Mapping[str, str] | None = None, talk: bool = False) -> Program:
     """Start ``command`` in a session of its own; with ``talk`` its standard input is a pipe."""
     out, err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()  # noqa: SIM115
     process = subprocess.Popen(

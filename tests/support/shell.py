@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 Result = subprocess.CompletedProcess[str]
-Word = str | Path
+Word = str | Path | int
 
 
 def run(

@@ -1,0 +1,195 @@
+"""Where a socket should live: a table of cases, and what holds for all of them."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graft.decision import TCP_CLOSE, Action, Call, Decision, Facts, Sockaddr, decide, parse_sockaddr
+from graft.layout import TAG_BOUND, Home
+from graft.policy import Default, Verdict
+
+OURS, HOST, OTHER = 100, 1, 7
+
+CONTAINER_SOCKET = Facts(
+    netns=OURS,
+    container_netns=OURS,
+    endpoint_netns=0,
+    endpoint=0,
+    references=2,
+    local_port=0,
+    answered=1,
+    home=Home.CONTAINER,
+    family=4,
+    state=TCP_CLOSE,
+    tag_flags=0,
+    verdict=Verdict.NONE,
+    endpoint_family=0,
+    bind_default=Default.CONTAINER,
+    connect_default=Default.CONTAINER,
+    probed=1,
+    protocol=socket.IPPROTO_TCP,
+)
+HOST_SOCKET = CONTAINER_SOCKET._replace(home=Home.HOST, netns=HOST)
+GRANT = {"endpoint": 5, "endpoint_netns": HOST, "endpoint_family": 4, "verdict": Verdict.GRANT}
+DENY_DEFAULTS = {"bind_default": Default.DENY, "connect_default": Default.DENY}
+
+WEB = Sockaddr(4, bytes(16), 80)
+WEB6 = Sockaddr(6, bytes(16), 80)
+MAPPED = Sockaddr(4, bytes(16), 80, mapped=True)
+
+RESUME = Decision(Action.RESUME)
+TO_HOST = Decision(Action.TO_HOST, 5, HOST)
+BACK = Decision(Action.TO_CONTAINER)
+REFUSED = Decision(Action.REFUSE, error=errno.EACCES)
+
+BIND, CONNECT, LISTEN = Call.BIND, Call.CONNECT, Call.LISTEN
+bound = {"tag_flags": TAG_BOUND, "local_port": 8080}
+
+CASES = [
+    # call, address, socket, changes -> decision
+    (BIND, WEB, CONTAINER_SOCKET, GRANT, TO_HOST),
+    (CONNECT, WEB, CONTAINER_SOCKET, GRANT, TO_HOST),
+    (BIND, WEB, CONTAINER_SOCKET, {}, RESUME),
+    (CONNECT, WEB, CONTAINER_SOCKET, {}, RESUME),
+    (BIND, WEB, CONTAINER_SOCKET, DENY_DEFAULTS, RESUME),  # the hooks refuse it
+    (CONNECT, WEB, CONTAINER_SOCKET, DENY_DEFAULTS, RESUME),
+    (LISTEN, None, CONTAINER_SOCKET, {}, RESUME),
+    # a namespace that the program made, or was handed
+    (BIND, WEB, CONTAINER_SOCKET, GRANT | {"netns": OTHER}, RESUME),
+    (CONNECT, WEB, CONTAINER_SOCKET, GRANT | {"netns": OTHER}, RESUME),
+    # in the host's stack already
+    (BIND, WEB, HOST_SOCKET, GRANT, RESUME),
+    (CONNECT, WEB, HOST_SOCKET, GRANT, RESUME),
+    (BIND, WEB, HOST_SOCKET, GRANT | {"endpoint_netns": OTHER}, Decision(Action.TO_HOST, 5, OTHER)),
+    (CONNECT, WEB, HOST_SOCKET, GRANT | {"endpoint_netns": OTHER}, Decision(Action.TO_HOST, 5, OTHER)),
+    (CONNECT, WEB, HOST_SOCKET, GRANT | bound | {"endpoint_netns": OTHER}, RESUME),
+    (BIND, WEB, HOST_SOCKET, {}, BACK),
+    (CONNECT, WEB, HOST_SOCKET, {}, BACK),
+    (CONNECT, WEB, HOST_SOCKET, {"verdict": Verdict.CONTAINER} | DENY_DEFAULTS, BACK),
+    (BIND, WEB, HOST_SOCKET, DENY_DEFAULTS, REFUSED),
+    (CONNECT, WEB, HOST_SOCKET, DENY_DEFAULTS, REFUSED),
+    (CONNECT, WEB, HOST_SOCKET, bound, REFUSED),  # it holds an endpoint, which would be lost
+    (LISTEN, None, HOST_SOCKET, {}, REFUSED),
+    (LISTEN, None, HOST_SOCKET, bound, RESUME),
+    # bound already: the kernel's EINVAL
+    (BIND, WEB, CONTAINER_SOCKET, GRANT | {"local_port": 4000}, RESUME),
+    (BIND, WEB, HOST_SOCKET, GRANT | bound, RESUME),
+    # denied by a rule
+    (CONNECT, WEB, CONTAINER_SOCKET, {"verdict": Verdict.DENY}, REFUSED),
+    (CONNECT, WEB, HOST_SOCKET, {"verdict": Verdict.DENY}, REFUSED),
+    # connecting, connected or listening: the kernel knows what to say
+    (CONNECT, WEB, CONTAINER_SOCKET, GRANT | {"state": 1}, RESUME),
+    (LISTEN, None, HOST_SOCKET, {"state": 10}, RESUME),
+    # an address that a socket of this family cannot have, or none at all
+    (BIND, WEB6, CONTAINER_SOCKET, GRANT, RESUME),
+    (BIND, MAPPED, CONTAINER_SOCKET, GRANT, RESUME),
+    (BIND, WEB, CONTAINER_SOCKET, GRANT | {"family": 6}, RESUME),
+    (BIND, None, CONTAINER_SOCKET, GRANT, RESUME),
+    (CONNECT, None, CONTAINER_SOCKET, GRANT, RESUME),
+    # both families at once
+    (BIND, WEB6, CONTAINER_SOCKET, GRANT | {"family": 6}, TO_HOST),
+    (BIND, MAPPED, CONTAINER_SOCKET, GRANT | {"family": 6}, TO_HOST),
+    (CONNECT, MAPPED, CONTAINER_SOCKET, GRANT | {"family": 6}, TO_HOST),
+]
+
+
+@pytest.mark.parametrize("call, address, start, changes, wanted", CASES)
+def test_a_call_gets_the_decision_of_the_table(
+    call: Call, address: Sockaddr | None, start: Facts, changes: dict[str, int], wanted: Decision
+) -> None:
+    assert decide(call, address, start._replace(**changes)) == wanted
+
+
+def test_an_ipv6_only_socket_does_not_get_an_ipv4_endpoint() -> None:
+    facts = CONTAINER_SOCKET._replace(family=6, **GRANT)
+    assert decide(BIND, WEB6, facts, v6only=False) == TO_HOST
+    assert decide(BIND, WEB6, facts, v6only=True) == RESUME
+    assert decide(BIND, WEB6, facts._replace(endpoint_family=6), v6only=True) == TO_HOST
+
+
+FACTS = st.builds(
+    Facts,
+    netns=st.sampled_from([OURS, HOST, OTHER]),
+    container_netns=st.just(OURS),
+    endpoint_netns=st.sampled_from([HOST, OTHER]),
+    endpoint=st.sampled_from([0, 5]),
+    references=st.just(2),
+    local_port=st.sampled_from([0, 8080]),
+    answered=st.just(1),
+    home=st.sampled_from(Home),
+    family=st.sampled_from([4, 6]),
+    state=st.sampled_from([1, 2, TCP_CLOSE, 10]),
+    tag_flags=st.sampled_from([0, TAG_BOUND]),
+    verdict=st.sampled_from(Verdict),
+    endpoint_family=st.sampled_from([4, 6]),
+    bind_default=st.sampled_from(Default),
+    connect_default=st.sampled_from(Default),
+    probed=st.just(1),
+    protocol=st.just(6),
+)
+ADDRESSES = st.none() | st.builds(
+    Sockaddr, st.sampled_from([4, 6]), st.binary(min_size=16, max_size=16), st.integers(0, 65535)
+)
+
+
+@given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
+def test_no_socket_goes_to_the_host_unless_a_rule_names_an_endpoint(
+    call: Call, address: Sockaddr | None, facts: Facts, v6only: bool
+) -> None:
+    decision = decide(call, address, facts, v6only)
+    if decision.action is Action.TO_HOST:
+        assert call is not Call.LISTEN and address is not None
+        assert (decision.endpoint, decision.netns) == (facts.endpoint, facts.endpoint_netns)
+        assert facts.endpoint if call is Call.BIND else facts.verdict == Verdict.GRANT
+
+
+@given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
+def test_a_socket_that_holds_an_endpoint_never_loses_it(
+    call: Call, address: Sockaddr | None, facts: Facts, v6only: bool
+) -> None:
+    held = facts._replace(home=Home.HOST, tag_flags=TAG_BOUND, local_port=8080)
+    assert decide(call, address, held, v6only).action in (Action.RESUME, Action.REFUSE)
+
+
+@given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
+def test_a_refusal_has_an_errno_and_nothing_else_has_one(
+    call: Call, address: Sockaddr | None, facts: Facts, v6only: bool
+) -> None:
+    decision = decide(call, address, facts, v6only)
+    assert (decision.action is Action.REFUSE) == bool(decision.error)
+
+
+def in4(address: str, port: int) -> bytes:
+    return struct.pack("=H", socket.AF_INET) + struct.pack("!H", port) + IPv4Address(address).packed + bytes(8)
+
+
+def in6(address: str, port: int) -> bytes:
+    head = struct.pack("=H", socket.AF_INET6) + struct.pack("!HI", port, 0)
+    return head + IPv6Address(address).packed + struct.pack("=I", 0)
+
+
+def test_addresses_are_read_as_the_hooks_read_them() -> None:
+    assert str(parse_sockaddr(in4("10.1.2.3", 80))) == "10.1.2.3:80"
+    assert str(parse_sockaddr(in6("2001:db8::1", 443))) == "[2001:db8::1]:443"
+    mapped = parse_sockaddr(in6("::ffff:10.1.2.3", 80))
+    assert mapped is not None and mapped.mapped and str(mapped) == "10.1.2.3:80"
+
+
+@given(st.binary(max_size=28))
+def test_whatever_lies_in_a_programs_memory_is_read_without_an_error(raw: bytes) -> None:
+    found = parse_sockaddr(raw)
+    if found is not None:
+        assert len(found.address) == 16 and 0 <= found.port <= 65535
+
+
+@pytest.mark.parametrize("size", range(24))
+def test_too_little_of_an_address_is_none(size: int) -> None:
+    assert parse_sockaddr(in6("::1", 80)[:size]) is None
+    assert (parse_sockaddr(in4("1.2.3.4", 80)[:size]) is None) == (size < 8)
