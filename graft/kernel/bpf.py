@@ -189,6 +189,8 @@ class Map(Generic[KeyT, ValueT]):
         self._attr = _ElemAttr(map_fd=fd, value=ctypes.addressof(self._found))
         self._lookup = (ctypes.c_long(number("bpf")), ctypes.c_int(_MAP_LOOKUP_ELEM), ctypes.byref(self._attr))
         self._attr_size = ctypes.c_uint(ctypes.sizeof(_ElemAttr))
+        self._written = _ElemAttr(map_fd=fd)
+        self._update = (ctypes.c_long(number("bpf")), ctypes.c_int(_MAP_UPDATE_ELEM), ctypes.byref(self._written))
 
     @classmethod
     def pinned(cls, path: Path, key: type[KeyT], value: type[ValueT]) -> Map[KeyT, ValueT]:
@@ -216,8 +218,11 @@ class Map(Generic[KeyT, ValueT]):
 
     def put(self, key: KeyT, value: ValueT, flags: int = ANY) -> None:
         """Write. With NOEXIST raises FileExistsError where there is an entry already."""
-        attr = _ElemAttr(self.fd, 0, ctypes.addressof(key), ctypes.addressof(value), flags)
-        _bpf(_MAP_UPDATE_ELEM, attr)
+        attr = self._written
+        attr.key, attr.value, attr.flags = ctypes.addressof(key), ctypes.addressof(value), flags
+        if _libc.syscall(*self._update, self._attr_size) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"bpf(BPF_MAP_UPDATE_ELEM): {os.strerror(code)}")
 
     def delete(self, key: KeyT) -> bool:
         """Remove an entry; False where there was none."""

@@ -74,9 +74,14 @@ def true_port(wanted: Publication, sock: socket.socket, where: Inside) -> int:
 
 def crossing(container: int, peer: tuple[Any, ...]) -> layout.CrossingValue:
     """What the container's accepted socket is to be told of its client."""
-    ip = unmapped(ip_address(peer[0].partition("%")[0]))
-    value = layout.CrossingValue(port=peer[1], family=ip.version, role=Crossing.DIALS, container=container)
-    value.addr[: len(ip.packed)] = ip.packed
+    text = peer[0]
+    if ":" in text:
+        ip = unmapped(ip_address(text.partition("%")[0]))
+        family, packed = ip.version, ip.packed
+    else:
+        family, packed = 4, socket.inet_aton(text)
+    value = layout.CrossingValue(port=peer[1], family=family, role=Crossing.DIALS, container=container)
+    ctypes.memmove(value.addr, packed, len(packed))
     return value
 
 
