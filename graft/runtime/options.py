@@ -1,26 +1,23 @@
 """What the machine's operator says to the wrapper: /etc/graft/runtime.yaml, or the environment of the engine.
 
 Read for every command of every container, so a file of ``key: value`` lines is all that it may be: no YAML
-library is loaded for it.
+library is loaded for it, and nothing else that takes long to import.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 from graft.errors import NotFoundError, UsageError
 
-FILE = Path("/etc/graft/runtime.yaml")
+FILE = "/etc/graft/runtime.yaml"
 _RUNTIMES = ("crun", "runc")
 _SWITCH = {"true": True, "false": False}
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """``runtime``: the real one, by name or path. ``trust_annotations`` None: where the engine keeps images out."""
 
     runtime: str | None = None
@@ -52,9 +49,10 @@ def parse(text: str, source: str) -> Options:
 
 def load(environment: Mapping[str, str]) -> Options:
     """The file's options, and over them GRAFT_RUNTIME. GRAFT_RUNTIME_CONFIG names another file. Raises UsageError."""
-    path = Path(environment.get("GRAFT_RUNTIME_CONFIG", FILE))
+    path = environment.get("GRAFT_RUNTIME_CONFIG", FILE)
     try:
-        options = parse(path.read_text(), str(path))
+        with open(path) as file:
+            options = parse(file.read(), path)
     except FileNotFoundError:
         options = Options()
     except (OSError, UnicodeDecodeError) as error:
@@ -65,10 +63,19 @@ def load(environment: Mapping[str, str]) -> Options:
     return Options(named, options.trust_annotations, options.allow_net_admin)
 
 
+def _which(name: str) -> str | None:
+    """Path of the program ``name``. (shutil knows that too, and takes longer to import than all of this.)"""
+    folders = [""] if "/" in name else os.environ.get("PATH", os.defpath).split(":")
+    for path in (os.path.join(folder, name) for folder in folders):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
 def find_runtime(options: Options) -> str:
     """Path of the real runtime. Raises NotFoundError, also where it would be the wrapper itself."""
     for name in [options.runtime] if options.runtime else _RUNTIMES:
-        path = shutil.which(name)
+        path = _which(name)
         if path is None:
             continue
         if os.path.basename(os.path.realpath(path)) == "graft-runtime":

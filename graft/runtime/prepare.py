@@ -96,14 +96,14 @@ def _transport(config: Mapping[str, Any], settings: Settings) -> Transport:
 
 
 def _edit(settings: Settings, folder: Path, transport: Transport, runtime: str) -> Edit:
-    command = (sys.executable, "-m", HOOK)
+    command = (sys.executable, "-I", "-m", HOOK)  # -I: nothing is imported from the folder it is started in
     variables = {
         "GRAFT_HOST_NETNS": str(settings.host_netns),
         "GRAFT_PIN_DIR": str(settings.pin_dir),
         "GRAFT_RUN_DIR": str(settings.run_dir),
         "GRAFT_STATE_DIR": str(settings.state_dir),
         "GRAFT_CGROUP": settings.cgroup,
-        **{name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
+        "PATH": os.environ.get("PATH", os.defpath),
     }
     swap = transport is Transport.SWAP
     return Edit(

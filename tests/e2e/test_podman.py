@@ -1,0 +1,112 @@
+"""Containers of a real podman over crun, with Graft's runtime and without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import HOST4
+from tests.support.oci import Engine, leftovers
+from tests.support.wait import until
+
+pytestmark = pytest.mark.e2e
+
+
+def web_policy(host: Host, port: int, name: str = "web", extra: str = "open: true\n") -> str:
+    folder = host.settings.state_dir / "policies"
+    folder.mkdir(parents=True, exist_ok=True)
+    rules = f"endpoints: {{nx4: 0.0.0.0:{port}}}\ningress: [{{bind: 0.0.0.0:80, endpoint: nx4}}]\n"
+    (folder / f"{name}.yaml").write_text(f"name: {name}\n{rules}{extra}")
+    return name
+
+
+def fetch(host: Host, port: int) -> str:
+    until(f"port {port} of the host", lambda: host.netns.listens(port))
+    return host.client.run("curl", "-sS", "--max-time", "10", f"http://{HOST4}:{port}/")
+
+
+def test_nginx_without_a_network_is_served_by_the_host(host: Host, podman: Engine) -> None:
+    port = host.port()
+    note = f"graft.policy={web_policy(host, port)}"
+    podman.started("nginx", ["--annotation", note], "nginx", "-c", "/etc/nginx.conf")
+    assert fetch(host, port).startswith("port 80, from 10.98.0.2")
+    assert podman("exec", "nginx", "ls", "/sys/class/net").stdout.split() == ["lo"]
+    assert "0050" not in podman("exec", "nginx", "cat", "/proc/net/tcp").stdout
+
+
+def test_a_process_of_podman_exec_is_grafted_too(host: Host, podman: Engine) -> None:
+    port = host.port()
+    podman.started("idle", ["-e", f"GRAFT_POLICY={web_policy(host, port)}"], "sleep", "1000")
+    podman("exec", "-d", "idle", "nginx", "-c", "/etc/nginx.conf")
+    assert fetch(host, port).startswith("port 80")
+
+
+def test_no_new_privileges_makes_no_difference(host: Host, podman: Engine) -> None:
+    port = host.port()
+    flags = ["--security-opt", "no-new-privileges", "-e", f"GRAFT_POLICY={web_policy(host, port)}"]
+    podman.started("nginx", flags, "nginx", "-c", "/etc/nginx.conf")
+    assert fetch(host, port).startswith("port 80")
+
+
+def test_stop_and_restart_leave_nothing_of_before(host: Host, podman: Engine) -> None:
+    port = host.port()
+    podman.started("nginx", ["-e", f"GRAFT_POLICY={web_policy(host, port)}"], "nginx", "-c", "/etc/nginx.conf")
+    assert fetch(host, port).startswith("port 80")
+    podman("restart", "-t", "0", "nginx")
+    assert fetch(host, port).startswith("port 80")
+    podman("stop", "-t", "0", "nginx")
+    until("nothing is left", lambda: not leftovers(host))
+
+
+def test_an_annotation_reaches_only_open_policies_because_podman_copies_an_images(host: Host, podman: Engine) -> None:
+    note = f"graft.policy={web_policy(host, host.port(), 'shut', '')}"
+    refused = podman.container(["--annotation", note], "true", status=126)
+    assert "podman hands on an image's annotations" in refused.stderr
+
+
+def test_net_admin_is_refused_with_the_reason(host: Host, podman: Engine) -> None:
+    flags = ["--cap-add", "NET_ADMIN", "-e", f"GRAFT_POLICY={web_policy(host, host.port())}"]
+    refused = podman.container(flags, "true", status=126)
+    assert "the container has CAP_NET_ADMIN" in refused.stderr
+    assert not leftovers(host)
+
+
+@pytest.fixture
+def listener(host: Host, tmp_path: Path) -> Iterator[Path]:
+    """A seccomp profile whose listener `graft listen` serves; its log stands beside it."""
+    profile = tmp_path / "profile.json"
+    profile.write_text(host.graft("seccomp-profile").stdout)
+    with open(tmp_path / "log", "wb") as log:
+        serving = subprocess.Popen(
+            [GRAFT, "listen"], env={**os.environ, **host.environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    until("graft listen listens", lambda: (host.settings.run_dir / "listener").is_socket())
+    yield profile
+    serving.terminate()
+    assert serving.wait(timeout=10) == 0
+
+
+def test_podman_without_the_wrapper_is_grafted_through_a_seccomp_profile(
+    host: Host, podman: Engine, listener: Path
+) -> None:
+    alone = replace(podman, command=(*podman.command[:-1], "crun"))
+    port = host.port()
+    flags = ["--security-opt", f"seccomp={listener}", "--annotation", f"graft.policy={web_policy(host, port)}"]
+    alone.started("nginx", flags, "nginx", "-c", "/etc/nginx.conf")
+    assert fetch(host, port).startswith("port 80")
+    alone("rm", "-t", "0", "-f", "nginx")
+    until("the container is forgotten", lambda: "ended" in listener.with_name("log").read_text())
+
+
+def test_a_container_that_asks_a_listener_for_too_much_is_ended(host: Host, podman: Engine, listener: Path) -> None:
+    alone = replace(podman, command=(*podman.command[:-1], "crun"))
+    host.graft("ep", "add", "closed", f"0.0.0.0:{host.port()}")
+    flags = ["--security-opt", f"seccomp={listener}", "-e", "GRAFT_CONV_PAIRS=0.0.0.0:80=closed"]
+    assert alone.container(flags, "sleep", "1000", status=None).returncode != 0
+    until("the reason", lambda: "the endpoint 'closed' is not open" in listener.with_name("log").read_text())

@@ -1,0 +1,410 @@
+"""What the OCI wrapper makes of a container's configuration: nothing is weakened, nothing else is changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graft.endpoint import Endpoint, parse_endpoint
+from graft.errors import ConflictError, GraftError, NotFoundError, RefusedError, UsageError
+from graft.runtime import arguments, options, request, seccomp, state
+from graft.runtime.bundle import HOOK, Edit, edit_config, read_config, write_config
+from graft.runtime.options import Options
+from graft.runtime.request import Request, Source, requested
+from graft.settings import Settings
+
+LISTENER = "/run/graft/oci/abc/seccomp"
+ACTIONS = [
+    "SCMP_ACT_ALLOW",
+    "SCMP_ACT_LOG",
+    "SCMP_ACT_ERRNO",
+    "SCMP_ACT_KILL",
+    "SCMP_ACT_TRAP",
+    "SCMP_ACT_KILL_PROCESS",
+]
+PASSING = {"SCMP_ACT_ALLOW", "SCMP_ACT_LOG"}
+NOTIFY = "SCMP_ACT_NOTIFY"
+CALLS = ["read", "write", "socket", "socketcall", "mount", *seccomp.TRAPPED]
+
+conditions = st.lists(
+    st.fixed_dictionaries(
+        {"index": st.integers(0, 2), "value": st.integers(0, 3), "op": st.sampled_from(["SCMP_CMP_EQ", "SCMP_CMP_NE"])}
+    ),
+    max_size=2,
+)
+rules = st.builds(
+    lambda names, action, args, errno: {
+        "names": names,
+        "action": action,
+        **({"args": args} if args else {}),
+        **({"errnoRet": errno} if errno else {}),
+    },
+    st.lists(st.sampled_from(CALLS), min_size=1, max_size=5, unique=True),
+    st.sampled_from(ACTIONS),
+    conditions,
+    st.sampled_from([None, 1, 38]),
+)
+profiles = st.builds(
+    lambda default, syscalls, extra: {"defaultAction": default, "syscalls": syscalls, **extra},
+    st.sampled_from(ACTIONS),
+    st.lists(rules, max_size=6),
+    st.sampled_from([{}, {"architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]}, {"defaultErrnoRet": 38}]),
+)
+
+
+def matches(rule: dict[str, Any], call: str, values: tuple[int, ...]) -> bool:
+    def holds(condition: dict[str, Any]) -> bool:
+        return bool((values[condition["index"]] == condition["value"]) == (condition["op"] == "SCMP_CMP_EQ"))
+
+    return call in rule["names"] and all(holds(condition) for condition in rule.get("args", []))
+
+
+def outcomes(profile: dict[str, Any], call: str, values: tuple[int, ...]) -> set[tuple[str, int | None]]:
+    """Every action that a rule has for this call, the default's where none has: an order is not relied on."""
+    found = {(rule["action"], rule.get("errnoRet")) for rule in profile["syscalls"] if matches(rule, call, values)}
+    default = profile["defaultAction"]
+    # Rules with the default's own action are left out by libseccomp's users.
+    return {one for one in found if one[0] != default} or {(default, profile.get("defaultErrnoRet"))}
+
+
+def notified(profile: dict[str, Any]) -> dict[str, Any]:
+    return seccomp.with_notifications(profile, LISTENER, "abc", "/run/graft/oci")
+
+
+@given(profiles, st.sampled_from(CALLS), st.tuples(*[st.integers(0, 4)] * 3))
+def test_what_passed_is_notified_and_everything_else_stays_as_it_was(
+    profile: dict[str, Any], call: str, values: tuple[int, int, int]
+) -> None:
+    before = copy.deepcopy(profile)
+    try:
+        edited = notified(profile)
+    except ConflictError:
+        default_passes = profile["defaultAction"] in PASSING
+        assert default_passes and any(rule.get("args") for rule in profile["syscalls"])
+        return
+    assert profile == before
+    was, now = outcomes(profile, call, values), outcomes(edited, call, values)
+    if call not in seccomp.TRAPPED:
+        assert now == was
+        return
+    assert {one for one in now if one[0] != NOTIFY} == {one for one in was if one[0] not in PASSING}
+    assert any(one[0] == NOTIFY for one in now) == any(one[0] in PASSING for one in was)
+
+
+@given(profiles)
+def test_rules_for_other_calls_are_the_same_rules_in_the_same_order(profile: dict[str, Any]) -> None:
+    try:
+        edited = notified(profile)
+    except ConflictError:
+        return
+
+    def others(rules: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+        return [
+            (name, rule["action"], json.dumps([rule.get("args"), rule.get("errnoRet")]))
+            for rule in rules
+            for name in rule["names"]
+            if name not in seccomp.TRAPPED
+        ]
+
+    assert others(edited["syscalls"]) == others(profile["syscalls"])
+    kept = {key: value for key, value in edited.items() if key not in ("syscalls", "listenerPath", "listenerMetadata")}
+    assert kept == {key: value for key, value in profile.items() if key != "syscalls"}
+
+
+@given(profiles)
+def test_a_profile_that_is_edited_twice_is_as_if_edited_once(profile: dict[str, Any]) -> None:
+    try:
+        once = notified(profile)
+    except ConflictError:
+        return
+    assert notified(once) == once
+
+
+def test_a_rule_for_some_arguments_is_notified_for_those_only() -> None:
+    only = [{"index": 2, "value": 16, "op": "SCMP_CMP_EQ"}]
+    profile = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["connect"], "action": "SCMP_ACT_ALLOW"}]}
+    profile["syscalls"][0]["args"] = only  # type: ignore[index]
+    assert notified(profile)["syscalls"] == [{"names": ["connect"], "action": NOTIFY, "args": only}]
+
+
+def test_a_denied_call_stays_denied_where_all_else_passes() -> None:
+    denied = {"names": ["bind", "mount"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}
+    edited = notified({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [denied]})
+    assert edited["syscalls"][0] == denied
+    assert [rule["names"] for rule in edited["syscalls"][1:]] == [["connect"], ["listen"]]
+
+
+def test_a_call_that_is_denied_for_some_arguments_only_is_no_guesswork() -> None:
+    rule = {"names": ["connect"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}]}
+    with pytest.raises(ConflictError, match="connect is denied for some arguments"):
+        notified({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]})
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        {"defaultAction": "SCMP_ACT_ERRNO", "listenerPath": "/run/agent", "syscalls": []},
+        {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mount"], "action": NOTIFY}]},
+        {"defaultAction": NOTIFY},
+    ],
+)
+def test_somebody_elses_listener_is_left_to_them(profile: dict[str, Any]) -> None:
+    with pytest.raises(ConflictError):
+        notified(profile)
+
+
+def test_a_container_without_a_profile_gets_one_that_allows_all_and_32_bit_too() -> None:
+    edited = notified(seccomp.open_profile("x86_64"))
+    assert edited["defaultAction"] == "SCMP_ACT_ALLOW"
+    assert set(edited["architectures"]) == {"SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"}
+    assert {name for rule in edited["syscalls"] for name in rule["names"]} == set(seccomp.TRAPPED)
+
+
+CONFIG: dict[str, Any] = {
+    "ociVersion": "1.0.2",
+    "process": {"args": ["nginx"], "env": ["PATH=/bin"], "capabilities": {"bounding": ["CAP_CHOWN"]}},
+    "linux": {"namespaces": [{"type": "network"}], "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": []}},
+    "hooks": {"prestart": [{"path": "/usr/bin/theirs"}], "createRuntime": [{"path": "/bin/x", "args": ["x"]}]},
+}
+EDIT = Edit(hook=("/usr/bin/python3", "-m", HOOK, "attach", "/s"), listener=LISTENER, listeners="/run/graft/oci")
+
+
+def test_an_edit_adds_its_hook_behind_others_and_changes_nothing_else() -> None:
+    before = copy.deepcopy(CONFIG)
+    edited = edit_config(CONFIG, EDIT)
+    assert before == CONFIG
+    assert edited["hooks"]["prestart"] == CONFIG["hooks"]["prestart"]
+    assert [hook["path"] for hook in edited["hooks"]["createRuntime"]] == ["/bin/x", "/usr/bin/python3"]
+    assert "poststop" not in edited["hooks"]
+    for part in ("hooks", "linux"):
+        edited.pop(part)
+    assert edited == {key: value for key, value in CONFIG.items() if key not in ("hooks", "linux")}
+
+
+def test_a_bundle_that_is_started_again_has_one_hook_and_the_new_listener() -> None:
+    again = Edit(hook=("/usr/bin/python3", "-m", HOOK, "attach", "/t"), listener="/run/graft/oci/def/seccomp")
+    again = Edit(**{name: getattr(again, name) for name in again.__slots__} | {"listeners": "/run/graft/oci"})
+    edited = edit_config(edit_config(CONFIG, EDIT), again)
+    assert [hook["args"][-1] for hook in edited["hooks"]["createRuntime"]] == ["x", "/t"]
+    assert edited["linux"]["seccomp"]["listenerPath"] == "/run/graft/oci/def/seccomp"
+
+
+def test_without_a_listener_the_seccomp_profile_is_not_touched() -> None:
+    edited = edit_config(CONFIG, Edit(hook=EDIT.hook, after=("/usr/bin/python3", "-m", HOOK, "reap")))
+    assert edited["linux"] == CONFIG["linux"]
+    assert [hook["args"][-1] for hook in edited["hooks"]["poststop"]] == ["reap"]
+
+
+@pytest.mark.parametrize("annotation", ["run.oci.seccomp.receiver", "run.oci.seccomp_bpf_data"])
+def test_a_filter_that_comes_from_elsewhere_is_refused(annotation: str) -> None:
+    with pytest.raises(ConflictError, match=annotation):
+        edit_config({**CONFIG, "annotations": {annotation: "x"}}, EDIT)
+
+
+def test_a_configuration_is_replaced_in_one_step_with_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    path.chmod(0o640)
+    write_config(str(path), {"a": 1})
+    assert read_config(str(path)) == {"a": 1}
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_a_link_in_the_place_of_a_configuration_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("{}")
+    (tmp_path / "config.json").symlink_to("elsewhere")
+    with pytest.raises(UsageError):
+        write_config(str(tmp_path / "config.json"), {"a": 1})
+    assert (tmp_path / "elsewhere").read_text() == "{}"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_a_configuration_that_is_none_is_left_to_the_runtime(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert read_config(str(tmp_path / "config.json")) is None
+    assert read_config(str(tmp_path / "missing")) is None
+
+
+def asking(*variables: str, **annotations: str) -> dict[str, Any]:
+    notes = {name.replace("_", ".", 1).replace("_", "-"): value for name, value in annotations.items()}
+    return {"process": {"env": list(variables)}, "annotations": notes}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, None),
+        (asking("PATH=/bin"), None),
+        (asking("GRAFT_POLICY="), None),
+        (asking("GRAFT_POLICY=web"), Request(Source.POLICY, "web")),
+        (asking("GRAFT_CONV_PAIRS=0.0.0.0:80=a"), Request(Source.PAIRS, "0.0.0.0:80=a")),
+        (asking("GRAFT_POLICY=web", graft_policy="other"), Request(Source.ANNOTATION, "other")),
+    ],
+)
+def test_what_a_container_asks_for(config: dict[str, Any], expected: Request | None) -> None:
+    assert requested(config) == expected
+
+
+def test_two_ways_of_asking_at_once_are_refused() -> None:
+    with pytest.raises(ConflictError):
+        requested(asking("GRAFT_POLICY=web", "GRAFT_CONV_PAIRS=0.0.0.0:80=a"))
+
+
+KNOWN: dict[str, Endpoint] = {
+    "open": parse_endpoint("open", "0.0.0.0:8080", open_=True),
+    "shut": parse_endpoint("shut", "0.0.0.0:8081"),
+}
+
+
+@pytest.mark.parametrize("between", [" ", ",", ", ", "\n"])
+def test_several_pairs_make_several_rules(between: str) -> None:
+    policy = request.policy_from_pairs(between.join(["0.0.0.0:80=open", "[::]:80-90=open"]), KNOWN)
+    assert [(str(rule.bind), rule.endpoint) for rule in policy.ingress] == [
+        ("0.0.0.0:80", "open"),
+        ("[::]:80-90", "open"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error"),
+    [("0.0.0.0:80=shut", RefusedError), ("0.0.0.0:80=none", NotFoundError), ("0.0.0.0:x=open", UsageError)],
+)
+def test_a_pair_that_may_not_be_names_the_variable(pairs: str, error: type[GraftError]) -> None:
+    with pytest.raises(error, match=r"^GRAFT_CONV_PAIRS: "):
+        request.policy_from_pairs(pairs, KNOWN)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    (tmp_path / "policies").mkdir()
+    rules = "ingress: [{bind: '0.0.0.0:80', endpoint: shut}]\n"
+    (tmp_path / "policies/mine.yaml").write_text(f"name: mine\n{rules}")
+    (tmp_path / "policies/ours.yaml").write_text(f"name: ours\nopen: true\n{rules}")
+    return Settings.from_environment({"GRAFT_STATE_DIR": str(tmp_path)})
+
+
+PODMAN = {"io.container.manager": "libpod"}
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "notes", "chosen", "allowed"),
+    [
+        (Source.ANNOTATION, "mine", {}, Options(), True),
+        (Source.ANNOTATION, "mine", PODMAN, Options(), False),
+        (Source.ANNOTATION, "mine", PODMAN, Options(trust_annotations=True), True),
+        (Source.ANNOTATION, "mine", {}, Options(trust_annotations=False), False),
+        (Source.ANNOTATION, "ours", PODMAN, Options(), True),
+        (Source.POLICY, "mine", {}, Options(trust_annotations=True), False),
+        (Source.POLICY, "ours", {}, Options(), True),
+    ],
+)
+def test_what_an_image_could_have_said_reaches_open_policies_only(
+    settings: Settings, source: Source, name: str, notes: dict[str, str], chosen: Options, allowed: bool
+) -> None:
+    config = {"annotations": notes}
+    if allowed:
+        assert request.choose_policy(settings, Request(source, name), config, chosen, KNOWN).name == name
+        return
+    with pytest.raises(RefusedError, match="is not open"):
+        request.choose_policy(settings, Request(source, name), config, chosen, KNOWN)
+
+
+@pytest.mark.parametrize("name", ["../mine", "a/b", ".", "", "x" * 64])
+def test_a_policys_name_is_no_way_out_of_its_folder(settings: Settings, name: str) -> None:
+    with pytest.raises(UsageError):
+        request.find_policy(settings, Source.POLICY, name)
+
+
+def holding(*sets: str, namespaces: list[dict[str, str]] | None = None, **notes: str) -> dict[str, Any]:
+    config = asking(**notes)
+    config["process"]["capabilities"] = {name: ["CAP_NET_ADMIN"] for name in sets}
+    config["linux"] = {"namespaces": namespaces or []}
+    return config
+
+
+@pytest.mark.parametrize("name", ["bounding", "effective", "permitted", "inheritable", "ambient"])
+def test_net_admin_in_any_set_is_refused(name: str) -> None:
+    with pytest.raises(RefusedError, match=f"CAP_NET_ADMIN \\({name}\\)"):
+        request.check_capabilities(holding(name), Options(), own_users=False)
+
+
+def test_net_admin_is_allowed_by_the_operator_or_over_users_of_its_own() -> None:
+    request.check_capabilities(holding("bounding"), Options(allow_net_admin=True), own_users=False)
+    request.check_capabilities(holding("bounding"), Options(), own_users=True)
+    request.check_capabilities(holding("bounding", graft_allow_net_admin="true"), Options(), own_users=False)
+    request.check_capabilities(holding(), Options(), own_users=False)
+
+
+def test_an_annotation_of_podmans_does_not_allow_net_admin() -> None:
+    config = holding("bounding", graft_allow_net_admin="true")
+    config["annotations"] |= PODMAN
+    with pytest.raises(RefusedError):
+        request.check_capabilities(config, Options(), own_users=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "command", "config", "name", "log"),
+    [
+        ("--version", "", "config.json", "", None),
+        (
+            "--root /r --log /l --log-format json create --bundle /b --pid-file /p x",
+            "create",
+            "/b/config.json",
+            "x",
+            "/l",
+        ),
+        ("--log=/l --debug --systemd-cgroup run -b /b x", "run", "/b/config.json", "x", "/l"),
+        ("--cgroup-manager=cgroupfs create --config c.json -b/b x", "create", "/b/c.json", "x", None),
+        ("create x --bundle /b", "create", "/b/config.json", "x", None),
+        ("create --no-pivot x", "create", "./config.json", "x", None),
+        ("--root /r exec --bundle /b x sh", "exec", "config.json", "", None),
+        ("--log /l kill x 9", "kill", "config.json", "", "/l"),
+    ],
+)
+def test_an_engines_command_line_is_understood(
+    line: str, command: str, config: str, name: str, log: str | None
+) -> None:
+    found = arguments.parse(line.split())
+    assert (found.command, found.config, found.id, found.log) == (command, config, name, log)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["create", "run", "-b", "--bundle", "--log", "--", "-", "", "=", "x", "--a=b"]), max_size=8
+    )
+)
+def test_no_command_line_is_too_strange(words: list[str]) -> None:
+    arguments.parse(words)
+
+
+def test_options_of_the_operator_are_read_line_by_line() -> None:
+    text = "---\n# which one\nruntime: crun # the small one\ntrust-annotations: false\nallow-net-admin: true\n"
+    assert options.parse(text, "f") == Options("crun", False, True)
+
+
+@pytest.mark.parametrize("text", ["runtmie: crun", "allow-net-admin: yes", "crun"])
+def test_an_option_that_is_wrong_names_its_line(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^f:2: "):
+        options.parse(f"\n{text}\n", "f")
+
+
+@given(st.binary(max_size=80))
+def test_a_message_that_is_no_state_is_a_value_error(raw: bytes) -> None:
+    with pytest.raises(ValueError):
+        state.parse(raw)
+
+
+def test_the_state_of_a_hook_and_that_of_a_listener_are_both_understood() -> None:
+    plain = {"ociVersion": "1.0", "id": "c", "pid": 7, "bundle": "/b", "annotations": {"a": "b"}}
+    assert state.parse(json.dumps(plain).encode()) == state.State("c", 7, "/b", {"a": "b"})
+    wrapped = {"fds": ["other", "seccompFd"], "pid": 9, "metadata": "m", "state": plain}
+    found = state.parse(json.dumps(wrapped).encode())
+    assert (found.id, found.pid, found.descriptors) == ("c", 9, ("other", "seccompFd"))
