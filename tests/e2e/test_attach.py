@@ -216,9 +216,12 @@ def test_a_granted_destination_is_reached_from_its_endpoint(host: Host, folder: 
     datagrams.close()
 
 
-def test_a_datagram_socket_may_be_connected_again(host: Host, folder: MakeCgroup, start: Start) -> None:
+def test_a_datagram_socket_may_be_connected_again(
+    host: Host, folder: MakeCgroup, start: Start, policy: Callable[[str], Path]
+) -> None:
     path = folder()
-    host.graft("attach", "--cgroup", path, "-e", f"127.0.0.0/8={host.endpoint('127.0.0.5:dynamic')}")
+    egress = f"egress:\n  - to: 127.0.0.0/8\n    endpoint: {host.endpoint('127.0.0.5:dynamic')}\n"
+    host.graft("attach", "--cgroup", path, "--policy", policy(DENY_ALL + egress))
     program = start(path)
     sock = program.socket("udp")
     assert [program.say("connect", sock, "127.0.0.1", port) for port in (53, 54)] == ["ok", "ok"]
@@ -507,6 +510,19 @@ def test_no_policy_is_lost_where_the_next_one_is_wrong(
     host.graft("attach", "--cgroup", path, "--policy", policy(wrong), status=2)
     start(path).listener("0.0.0.0", 80)
     assert host.netns.listens(port)
+
+
+def test_endpoints_of_a_policy_that_is_refused_stay_as_they_were(
+    host: Host, folder: MakeCgroup, policy: Callable[[str], Path]
+) -> None:
+    path, port = folder(), host.port()
+    taken = host.endpoint(f"0.0.0.0:{host.port()}")
+    text = f"name: kept\nendpoints:\n  kept5: 0.0.0.0:{port}\ningress:\n  - bind: 0.0.0.0:80\n    endpoint: kept5\n"
+    host.graft("attach", "--cgroup", path, "--policy", policy(text))
+    other = text.replace(str(port), str(host.port())).replace("ingress:", f"  {taken}: 0.0.0.0:9\ningress:")
+    host.graft("attach", "--cgroup", path, "--policy", policy(other), status=4)
+    assert f"kept5 = 0.0.0.0:{port}" in host.graft("policy", "show", path).stdout
+    assert len(list(host.maps.endpoints.keys())) == len(host.graft("ep", "show").stdout.splitlines())
 
 
 def test_a_policy_is_replaced_under_load_with_no_refused_request(
