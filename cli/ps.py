@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,6 +42,7 @@ def ps(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
             "processes": one.processes,
             "namespaces": list(one.namespaces),
             "supervisor": one.supervisor or None,
+            "relay": None if one.relay is None else dict(one.relay),
             "sockets": [
                 {
                     "protocol": held.listed.protocol,
@@ -63,15 +64,30 @@ def ps(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
             one.container.name,
             one.container.engine,
             one.container.transport,
-            one.supervisor or "-",
+            one.supervisor or _served_by(one.relay),
             ",".join(one.container.endpoints) or "-",
-            _in_short(one.sockets),
+            _in_short(one.sockets) if one.relay is None else _relayed(one.relay),
             one.container.cgroup,
         )
         for one in seen
     ]
     title = ("ID", "NAME", "ENGINE", "TRANSPORT", "SUPERVISOR", "ENDPOINTS", "SOCKETS", "CGROUP")
     listing(title, rows, records, as_json)
+
+
+def _served_by(relay: Mapping[str, Any] | None) -> str:
+    """graftd and how it moves bytes; "-" where nobody serves."""
+    return f"graftd {relay['pid']}, {relay['relay']}" if relay is not None and relay["serves"] else "-"
+
+
+def _relayed(relay: Mapping[str, Any]) -> str:
+    """Where graftd listens for a container, and how many connections it carries."""
+    if not relay["serves"]:
+        return f"not served: {relay.get('problem', 'not yet')}"
+    words = [f"tcp {one['address']}" for one in relay["published"]]
+    count = relay["connections"]
+    words += [f"{count} connection{'' if count == 1 else 's'}"] if count else []
+    return ", ".join(words) or "-"
 
 
 def _in_short(sockets: Sequence[Held]) -> str:

@@ -53,6 +53,10 @@ def _wished() -> Iterator[Feature]:
         "thread pidfds", pidfd.threads_have_pidfds(), False, "kept between calls (6.9)", "looked up each time"
     )
     yield Feature("type information", btf.VMLINUX.exists(), False, "finds dup and epoll at once", "/proc is walked")
+    yield Feature("relay splice(2)", _works(_splices), True, "transport splice: how its relays move bytes", "none")
+    yield Feature(
+        "relay in the kernel", False, False, "transport splice, faster", "not in this version: splice(2) serves"
+    )
     loaded = _loaded_features()
     yield Feature(
         "bpf_set_retval", "GRAFT_HAVE_SET_RETVAL" in loaded, False, "refusals are EACCES (5.18)", "they are EPERM"
@@ -69,6 +73,23 @@ def _loaded_features() -> frozenset[str]:
         return loader.load().features
     except GraftError:
         return frozenset()
+
+
+def _splices() -> None:
+    """Move a byte from a socket to a socket through a pipe. Raises OSError."""
+    ours, theirs = socket.socketpair()
+    reader, writer = os.pipe()
+    try:
+        ours.send(b"x")
+        os.splice(theirs.fileno(), writer, 1)
+        os.splice(reader, theirs.fileno(), 1)
+        if ours.recv(1) != b"x":
+            raise OSError("splice")
+    finally:
+        for fd in (reader, writer):
+            os.close(fd)
+        ours.close()
+        theirs.close()
 
 
 def _works(attempt: Callable[[], object]) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from graft import containers, held
+from graft import containers, held, splice
 from graft.containers import Container
 from graft.held import Held
 from graft.kernel import cgroup
@@ -26,6 +27,8 @@ class Seen:
     namespaces: tuple[int, ...]
     supervisor: int
     sockets: tuple[Held, ...]
+    relay: Mapping[str, Any] | None = None
+    """Transport splice: what graft.splice.describe tells."""
 
 
 def overview(settings: Settings) -> list[Seen]:
@@ -39,7 +42,8 @@ def overview(settings: Settings) -> list[Seen]:
     for container in listed:
         pids = cgroup.processes(container.cgroup_path)
         supervisor = supervisor_of(container, supervisors)
-        found.append(Seen(container, len(pids), namespaces_of(pids), supervisor, tuple(sockets[container.id])))
+        relay = splice.describe(settings, container) if container.transport == "splice" else None
+        found.append(Seen(container, len(pids), namespaces_of(pids), supervisor, tuple(sockets[container.id]), relay))
     return found
 
 

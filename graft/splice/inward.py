@@ -108,6 +108,7 @@ class Published:
         self._sock = sock
         self.connections: set[Connection] = set()
         self.served = 0
+        self._paused = False
         self.address = str(SocketAddress(ip_address(packed), port))
         loop.watch(sock.fileno(), select.EPOLLIN, self._on_event)
 
@@ -119,6 +120,9 @@ class Published:
                 return
             except ConnectionAbortedError:
                 continue
+            except OSError:  # no descriptor, no memory: until the next look, clients wait in the kernel's queue
+                self.pause(True)
+                return
             self._dial(near, peer)
 
     def _dial(self, near: socket.socket, peer: tuple[Any, ...]) -> None:
@@ -146,7 +150,9 @@ class Published:
 
     def pause(self, paused: bool) -> None:
         """Leave new connections in the kernel's queue, or take them again."""
-        self._loop.change(self._sock.fileno(), 0 if paused else select.EPOLLIN)
+        if paused != self._paused:
+            self._paused = paused
+            self._loop.change(self._sock.fileno(), 0 if paused else select.EPOLLIN)
 
     def stop(self) -> None:
         """Listen no more. Connections that were made go on; clients that wait to be accepted are served."""

@@ -6,6 +6,7 @@ import contextlib
 import select
 import socket
 import time
+import traceback
 from collections.abc import Callable
 
 from graft.splice.pipes import Pipes
@@ -72,7 +73,12 @@ class Loop:
         for fd, mask in self._epoll.poll(wait, _BATCH):
             handler = handlers.get(fd)
             if handler is not None:
-                handler(mask)
+                try:
+                    handler(mask)
+                except Exception:
+                    # One connection must not end all others; what raised is not listened to any more.
+                    traceback.print_exc()
+                    self.unwatch(fd)
         if self._later:
             calls, self._later = self._later, []
             for call in calls:

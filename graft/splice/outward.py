@@ -70,6 +70,7 @@ class Turned:
         self.port = int(self._socks[0].getsockname()[1])
         self.connections: set[Connection] = set()
         self.served = 0
+        self._paused = False
         for sock in self._socks:
             loop.watch(sock.fileno(), select.EPOLLIN, partial(self._on_event, sock))
         maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(self._socks) > 1))
@@ -82,6 +83,9 @@ class Turned:
                 return
             except ConnectionAbortedError:
                 continue
+            except OSError:  # no descriptor, no memory: until the next look, programs wait in the kernel's queue
+                self.pause(True)
+                return
             near.setblocking(False)
             far = None
             with contextlib.suppress(OSError, GraftError):
@@ -125,8 +129,10 @@ class Turned:
 
     def pause(self, paused: bool) -> None:
         """Leave new connections in the kernel's queue, or take them again."""
-        for sock in self._socks:
-            self._loop.change(sock.fileno(), 0 if paused else select.EPOLLIN)
+        if paused != self._paused:
+            self._paused = paused
+            for sock in self._socks:
+                self._loop.change(sock.fileno(), 0 if paused else select.EPOLLIN)
 
     def stop(self) -> None:
         """Listen no more, and say so; connections go on."""

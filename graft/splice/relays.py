@@ -53,8 +53,8 @@ class Relays:
             self._inside.close()
             raise
 
-    def look(self) -> set[int]:
-        """See what the container listens on now, and publish that. Gives the endpoints' namespaces in use."""
+    def look(self) -> None:
+        """See what the container listens on now, and publish that. Raises OSError."""
         wanted = self._wanted()
         for gone in [key for key in self._published if key not in wanted]:
             # An endpoint that moved within its port needs the old listener gone before the new one can be.
@@ -68,10 +68,6 @@ class Relays:
         self._errors = {key: error for key, error in self._errors.items() if key in wanted}
         self._retired = [connections for connections in self._retired if connections]
         self._inside.trim()
-        return {publication.endpoint.netns for publication in wanted} | self._egress_namespaces()
-
-    def _egress_namespaces(self) -> set[int]:
-        return {value.netns for _, value in self._maps.endpoints.items()}
 
     def _wanted(self) -> list[Publication]:
         """What the policy makes of the container's listeners. Asked again where the policy was replaced meanwhile."""
@@ -136,11 +132,10 @@ class Relays:
 
     def pause(self, paused: bool) -> None:
         """Take no new connections for a while, or take them again: descriptors are scarce."""
-        if paused != self._paused:
-            self._paused = paused
-            for published in self._published.values():
-                published.pause(paused)
-            self._turned.pause(paused)
+        self._paused = paused
+        for published in self._published.values():
+            published.pause(paused)
+        self._turned.pause(paused)
 
     def stop(self) -> None:
         """Withdraw everything, and reset what is connected."""

@@ -109,14 +109,12 @@ class Service:
         if gone:
             with contextlib.suppress(GraftError), locked(self._settings):
                 containers.reap_locked(self._settings, self._maps)
-        used: set[int] = set()
-        for number, relays in list(self._relays.items()):
+        for relays in self._relays.values():
             try:
-                used |= relays.look()
-            except OSError as error:
+                relays.look()
+            except OSError as error:  # what is published stays; the next look may do better
                 _say(f"{relays.container.name}: {error}")
-                self._drop(number)
-        self._spaces.tidy(used)
+        self._spaces.tidy({value.netns for _, value in self._maps.endpoints.items()})
         self._mind_descriptors()
         self._mind_idleness(bool(records))
 

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graft import splice
 from graft.kernel import cgroup
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
@@ -30,6 +31,7 @@ from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
 
+FEW = 1000  # descriptors
 LINGER = struct.pack("ii", 1, 0)
 
 
@@ -617,11 +619,39 @@ def test_many_short_connections_leave_no_descriptor_no_map_entry_and_no_memory(c
         assert resident(daemon) - memory < 8 << 20
 
 
-def test_a_container_out_of_pipes_still_carries_every_byte(container: Plain) -> None:
+@pytest.fixture
+def frugal(container: Plain) -> Iterator[Plain]:
+    """A container whose daemon may have few descriptors."""
+    splice.stop(container.host.settings)
+    limited = ["prlimit", f"--nofile={FEW}:{FEW}", str(GRAFT), "daemon"]
+    program = start(limited, {**os.environ, **container.host.environment})
+    program.until("it answers", lambda: (container.host.settings.run_dir / "graftd.sock").exists())
+    yield container
+    container.detach()
+    assert program.stop() == 0
+
+
+def test_connections_beyond_the_descriptors_wait_and_none_is_lost(frugal: Plain) -> None:
+    with frugal.listener() as listener:
+        port = published(frugal)
+        with frugal.host.client.inside():
+            clients = [socket.socket() for _ in range(600)]
+        for client in clients:
+            client.settimeout(15)
+            client.connect((HOST4, port))
+        assert descriptors(frugal.daemon()) < FEW
+        for client in clients:  # each that ends makes room for one that waits
+            listener.accept()[0].close()
+            with client:
+                assert client.recv(1) == b""
+
+
+def test_a_daemon_out_of_pipes_still_carries_every_byte(frugal: Plain) -> None:
     # Slow readers hold a pipe each. More of them than pipes, and a transfer beside them.
+    container = frugal
     with container.listener() as listener:
         port = published(container)
-        held = [pair(container, listener, port) for _ in range(60)]
+        held = [pair(container, listener, port) for _ in range(FEW // 16 + 10)]
         for client, _ in held:
             client.setblocking(False)
             with contextlib.suppress(BlockingIOError):
