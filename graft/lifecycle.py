@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from graft import attachments, layout
 from graft.errors import ConflictError, KernelError, PrivilegeError
@@ -34,10 +35,29 @@ def require_root() -> None:
 @contextlib.contextmanager
 def locked(settings: Settings) -> Iterator[None]:
     """Alone among Graft's commands of this installation, until the block ends or the process dies."""
-    settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(settings.run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _lock_file(settings.run_dir):
         yield
+
+
+def _lock_file(folder: Path) -> TextIO:
+    """The lock, held. `graft down` removes it: who waited for that one then starts over with the next."""
+    path = folder / "lock"
+    while True:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            lock = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # noqa: SIM115
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
 
 
 def supervisors_cgroup(settings: Settings) -> Path:

@@ -118,6 +118,8 @@ def _perform(held: dict[int, socket.socket], words: Sequence[Any]) -> Any:
         return [data.decode(), *(where or ())[:2]]
     elif call == "name":
         return list(sock.getsockname())[:2]
+    elif call == "close":
+        held.pop(rest[0]).close()
     elif call == "reuse":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return "ok"

@@ -1,0 +1,317 @@
+"""The BPF programs themselves, on sockets of a test's cgroup: what they rewrite, refuse and leave alone."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from graft import attachments, containers, layout
+from graft.address import BindPattern, Prefix, pack16
+from graft.compile import compile_policy
+from graft.containers import Container
+from graft.endpoint import Endpoint
+from graft.kernel import cgroup
+from graft.kernel.pidfd import pidfd_getfd, pidfd_open
+from graft.layout import Decision, Home, Transport
+from graft.policy import Default, EgressRule, IngressRule, Policy, Verdict, policy_from_flags
+from graft.ports import PortRange
+from graft.rules import Lookup
+from graft.store import find
+from tests.support.installation import Host
+from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
+from tests.support.puppet import Puppet, puppet
+
+pytestmark = pytest.mark.kernel
+
+_names = itertools.count(1)
+TCP = socket.IPPROTO_TCP
+Confine = Callable[..., tuple[Container, Puppet]]
+
+
+@pytest.fixture
+def confine(host: Host) -> Iterator[Confine]:
+    """Puts a process into a cgroup of its own, under a policy: ``direct`` in the host's namespace, or as asked."""
+    with ExitStack() as stack:
+
+        def make(policy: Policy, netns: Path | None = None, transport: Transport = Transport.DIRECT):  # type: ignore[no-untyped-def]
+            path = cgroup.v2_mount() / f"hooks-{os.getpid()}-{next(_names)}"
+            path.mkdir()
+            stack.callback(lambda: cgroup.remove(path) if path.exists() else None)
+            one = stack.enter_context(puppet(path, netns or host.netns.path))
+            cookie = host.netns.cookie if netns is None else 0
+            container = containers.create(host.settings, host.maps, policy, path, cookie, transport)
+            stack.callback(lambda: containers.remove(host.settings, host.maps, container))
+            return container, one
+
+        yield make
+
+
+def rules(ingress: list[str], egress: list[str], default: Default = Default.DENY) -> Policy:
+    return replace(policy_from_flags("t", ingress, egress), bind_default=default, connect_default=default)
+
+
+def tag_of(host: Host, process: Puppet, fd: int) -> layout.Tag | None:
+    """What the hooks have written to a socket of a process."""
+    held = pidfd_open(process.pid)
+    copy = pidfd_getfd(held, fd)
+    os.close(held)
+    try:
+        return host.maps.tags.get(ctypes.c_int32(copy))
+    finally:
+        os.close(copy)
+
+
+@pytest.mark.parametrize(
+    "asked, family, spec, real",
+    [
+        ("0.0.0.0", 4, "127.0.0.1:{}", "127.0.0.1"),
+        ("10.9.8.7", 4, "0.0.0.0:{}", "0.0.0.0"),  # an address that the host does not even have
+        ("::", 6, "[::1]:{}", "[::1]"),
+        ("::", 6, "127.0.0.1:{}", "[::ffff:127.0.0.1]"),  # dual-stack, on an IPv4 endpoint
+        ("::ffff:10.9.8.7", 6, "127.0.0.1:{}", "[::ffff:127.0.0.1]"),
+    ],
+)
+def test_a_bind_becomes_its_endpoints_and_the_program_sees_what_it_asked_for(
+    host: Host, confine: Confine, asked: str, family: int, spec: str, real: str
+) -> None:
+    port = host.port()
+    _, process = confine(rules([f"*:80={host.endpoint(spec.format(port))}"], []))
+    fd = process.socket("tcp", family)
+    assert process.say("bind", fd, asked, 80) == "ok"
+    assert process.say("listen", fd) == "ok"
+    assert process.say("name", fd) == [asked, 80]
+    assert f"{real}:{port} " in host.netns.run("ss", "-Hltn", f"sport = :{port}")
+    tag = tag_of(host, process, fd)
+    assert tag is not None and tag.flags & layout.TAG_BOUND and tag.home == Home.HOST
+
+
+def test_only_a_bind_that_succeeded_marks_a_socket_as_bound(host: Host, confine: Confine) -> None:
+    with closing(host.netns.listener()) as taken:
+        _, process = confine(rules([f"*:80={host.endpoint(f'0.0.0.0:{taken.getsockname()[1]}')}"], []))
+        fd = process.socket()
+        assert process.say("bind", fd, "0.0.0.0", 80) == "EADDRINUSE"
+        tag = tag_of(host, process, fd)
+        assert tag is not None and not tag.flags & layout.TAG_BOUND
+
+
+def test_what_no_rule_names_is_refused_by_default_deny_and_left_alone_otherwise(host: Host, confine: Confine) -> None:
+    port = host.port()
+    denied, inside = confine(rules([], []))
+    _, outside = confine(rules([], [], Default.CONTAINER))
+    for address in ("0.0.0.0", "127.0.0.1", "::", "::1"):
+        assert inside.bind(address, port) == "EACCES"
+        assert inside.connect(address, port) == "EACCES"
+    assert inside.connect(CLIENT4, 9) == inside.connect(CLIENT6, 9) == inside.sendto(CLIENT4, 9) == "EACCES"
+    assert outside.bind("0.0.0.0", port) == "ok"
+    assert outside.connect(CLIENT4, 9) == outside.connect(CLIENT6, 9) == "ECONNREFUSED"
+    counted = host.decisions(denied.id)
+    assert counted == {Decision.REFUSED_BIND: 4, Decision.REFUSED_CONNECT: 7}
+
+
+def test_a_process_of_no_container_is_untouched_whatever_others_may_not(host: Host, confine: Confine) -> None:
+    port = host.port()
+    confine(rules([f"*:{port}={host.endpoint('127.0.0.1:1')}"], []))
+    path = cgroup.v2_mount() / f"hooks-{os.getpid()}-{next(_names)}"
+    path.mkdir()
+    try:
+        with puppet(path, host.netns.path) as free:
+            fd = free.listener("0.0.0.0", port)
+            assert free.say("name", fd) == ["0.0.0.0", port]
+            assert tag_of(host, free, fd) is None
+            assert free.connect(CLIENT4, 9) == "ECONNREFUSED"
+    finally:
+        cgroup.remove(path)
+
+
+def test_detaching_takes_effect_at_the_next_call(host: Host, confine: Confine) -> None:
+    container, process = confine(rules([f"*:80={host.endpoint('0.0.0.0:dynamic')}"], []))
+    first, second = process.socket(), process.socket()
+    assert process.say("bind", first, "0.0.0.0", 80) == "ok"
+    host.maps.containers.delete(ctypes.c_uint32(container.id))
+    # The cgroup is no container's any more; what was of the host's stack by a grant may not be used again.
+    assert process.say("connect", first, CLIENT4, 9) == "EACCES"
+    attachments.detach(host.settings, container.cgroup_path)
+    assert process.say("bind", second, "0.0.0.0", host.port()) == "ok"
+
+
+def test_an_endpoint_of_another_namespace_is_refused(host: Host, confine: Confine) -> None:
+    name = host.endpoint("0.0.0.0:dynamic", netns=str(host.client.path))
+    _, process = confine(rules([f"*:80={name}"], [f"0.0.0.0/0={name}"]))
+    assert process.bind("0.0.0.0", 80) == "EACCES"
+    assert process.connect(CLIENT4, 9) == "EACCES"
+
+
+def test_an_endpoint_of_another_protocol_is_refused(host: Host, confine: Confine) -> None:
+    _, process = confine(rules([f"*:80={host.endpoint('0.0.0.0:dynamic', proto='udp')}"], []))
+    assert process.bind("0.0.0.0", 80, "tcp") == "EACCES"
+    assert process.bind("0.0.0.0", 80, "udp") == "ok"
+
+
+def test_a_connection_leaves_from_its_endpoint(host: Host, confine: Confine) -> None:
+    source = host.port()
+    four, six = host.endpoint(f"{HOST4}:{source}"), host.endpoint(f"[{HOST6}]:{source}")
+    _, process = confine(rules([], [f"0.0.0.0/0={four}", f"::/0={six}"]))
+    for address, expected in ((CLIENT4, HOST4), (CLIENT6, HOST6)):
+        with closing(host.client.listener(address)) as listener:
+            fd = process.socket("tcp", 6 if ":" in address else 4)
+            assert process.say("connect", fd, address, listener.getsockname()[1]) == "ok"
+            assert listener.accept()[1][:2] == (expected, source)
+
+
+@pytest.mark.parametrize("level, name", [(1, 25), (1, 36), (1, 62), (0, 19), (0, 4), (0, 35), (41, 75), (41, 20)])
+def test_options_past_the_policy_are_refused_on_a_socket_of_the_hosts_stack(
+    host: Host, confine: Confine, level: int, name: int
+) -> None:
+    _, process = confine(rules(["*:80=" + host.endpoint("[::]:dynamic")], []))
+    fd = process.socket("tcp", 6)
+    assert process.say("bind", fd, "::", 80) == "ok"
+    assert process.say("option", fd, level, name, "lo\0\0") in ("EPERM", "EACCES")
+    assert process.say("option", fd, 6, 1, 1) == "ok"  # TCP_NODELAY
+
+
+def test_a_listener_on_no_endpoint_hears_nobody(host: Host, confine: Confine) -> None:
+    container, process = confine(rules([], []))
+    fd = process.socket()
+    assert process.say("listen", fd) == "ok"
+    port = process.say("name", fd)[1]
+    for one, address in ((host.client, HOST4), (host.netns, "127.0.0.1")):
+        with pytest.raises(ConnectionRefusedError):
+            one.connected(address, port)
+    assert host.decisions(container.id)[Decision.DEAFENED] == 1
+
+
+def test_an_accepted_connection_has_its_listeners_tag_and_the_port_that_was_asked_for(
+    host: Host, confine: Confine
+) -> None:
+    port = host.port()
+    container, process = confine(rules([f"*:80={host.endpoint(f'0.0.0.0:{port}')}"], []))
+    fd = process.listener("0.0.0.0", 80)
+    with closing(host.client.connected(HOST4, port)) as client:
+        accepted = process.say("accept", fd)
+        assert process.say("name", accepted) == [HOST4, 80]
+        assert client.getpeername() == (HOST4, port)
+        tag = tag_of(host, process, accepted)
+        assert tag is not None and (tag.container, tag.port) == (container.id, 80)
+
+
+# Random policies: the maps, asked from user space and by the hooks, say what the compiled entries say.
+
+ENDPOINTS = ("a4", "b4", "a6")
+_SPECS = {"a4": "0.0.0.0:dynamic", "b4": "127.0.0.1:dynamic", "a6": "[::]:dynamic"}
+BINDABLE = ["0.0.0.0", "127.0.0.1", "10.98.0.1", "::", "::1"]
+TARGETS = ["10.98.0.2", "10.98.1.1", "10.99.0.1", "192.0.2.1", "fd98::2", "fd98::3", "2001:db8::1"]
+PREFIXES = ["0.0.0.0/0", "10.0.0.0/8", "10.98.0.0/16", "10.98.0.2/32", "::/0", "fd98::/16", "fd98::2/128"]
+# Ranges that are either apart or one inside the other: others are in conflict, and no policy at all.
+RANGES = [PortRange(2000, 2999), PortRange(2000, 2009), PortRange(2005, 2005), PortRange(2500, 2511), PortRange(80, 80)]
+PORTS = [80, 2000, 2004, 2005, 2006, 2009, 2010, 2500, 2505, 2512, 2999, 3000]
+
+
+def _family(name: str) -> int:
+    return 6 if name.endswith("6") else 4
+
+
+ingress_rules = st.builds(
+    lambda address, ports, name: (address, ports, name),
+    st.sampled_from([None, *BINDABLE]),
+    st.sampled_from(RANGES),
+    st.sampled_from(ENDPOINTS),
+).filter(lambda one: one[0] is None or one[0] == "::" or ip_address(one[0]).version == _family(one[2]))
+
+egress_rules = st.tuples(
+    st.sampled_from(PREFIXES), st.sampled_from([None, *RANGES]), st.sampled_from([*ENDPOINTS, "deny", "container"])
+).filter(lambda one: one[2] in ("deny", "container") or ip_network(one[0]).version == _family(one[2]))
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    """Policies without conflicts: one endpoint for a pattern, one outcome for a prefix."""
+    ingress: dict[tuple[str | None, int, PortRange], IngressRule] = {}
+    for address, ports, name in draw(st.lists(ingress_rules, max_size=8)):
+        pattern = BindPattern(None if address is None else ip_address(address), ports)
+        ingress[address, _family(name) if address is None else 0, ports] = IngressRule(pattern, name)
+    egress: dict[str, EgressRule] = {}
+    for prefix, ports, outcome in draw(st.lists(egress_rules, max_size=6)):
+        verdict = {"deny": Verdict.DENY, "container": Verdict.CONTAINER}.get(outcome, Verdict.GRANT)
+        where = Prefix(ip_network(prefix))
+        name = outcome if verdict is Verdict.GRANT else None
+        egress[prefix] = EgressRule(where, verdict, name, None if ports is None else (ports,))
+    return Policy(
+        "random",
+        ingress=tuple(ingress.values()),
+        egress=tuple(egress.values()),
+        bind_default=Default.DENY,
+        connect_default=Default.DENY,
+    )
+
+
+def bind_entry(entries: tuple[Any, ...], address: str, port: int) -> str | None:
+    ip = ip_address(address)
+    for wanted in (pack16(ip), None):
+        found = [
+            one
+            for one in entries
+            if (one.protocol, one.family, one.address) == (TCP, ip.version, wanted)
+            and one.port >> (16 - one.port_bits) == port >> (16 - one.port_bits)
+        ]
+        if found:
+            return str(max(found, key=lambda one: one.port_bits).endpoint)
+    return None
+
+
+def test_random_policies_mean_the_same_to_the_compiler_the_lookups_and_the_hooks(host: Host, confine: Confine) -> None:
+    names = {name: host.endpoint(spec) for name, spec in _SPECS.items()}
+    stored = {mine: find(host.settings, name) for mine, name in names.items()}
+    endpoints: dict[str, Endpoint] = {name: one.endpoint for name, one in stored.items()}
+    ids = {name: one.id for name, one in stored.items()}
+    container, process = confine(rules([], []))
+    lookup = Lookup(host.maps)
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        policies(),
+        st.lists(st.tuples(st.sampled_from(BINDABLE), st.sampled_from(PORTS)), min_size=4, max_size=8),
+        st.lists(st.tuples(st.sampled_from(TARGETS), st.sampled_from(PORTS)), min_size=4, max_size=8),
+    )
+    def check(policy: Policy, binds: list[tuple[str, int]], connects: list[tuple[str, int]]) -> None:
+        entries = compile_policy(policy, endpoints)
+        renamed = replace(
+            policy,
+            ingress=tuple(replace(rule, endpoint=names[rule.endpoint]) for rule in policy.ingress),
+            egress=tuple(replace(rule, endpoint=rule.endpoint and names[rule.endpoint]) for rule in policy.egress),
+        )
+        containers.apply(host.settings, host.maps, container, renamed)
+        value = host.maps.containers.get(ctypes.c_uint32(container.id))
+        assert value is not None
+        for address, port in binds:
+            ip = ip_address(address)
+            expected = bind_entry(entries.ingress, address, port)
+            number = lookup.ingress(value.ruleset, TCP, ip.version, pack16(ip), port)
+            assert number == (0 if expected is None else ids[expected])
+            fd = process.socket("tcp", ip.version)
+            said = process.say("bind", fd, address, port)
+            assert (said == "EACCES") == (expected is None), (address, port, expected)
+            if said == "ok":
+                tag = tag_of(host, process, fd)
+                assert tag is not None and tag.endpoint == number
+            process.say("close", fd)
+        for address, port in connects:
+            ip = ip_address(address)
+            verdict, _ = lookup.egress(value.ruleset, socket.IPPROTO_UDP, ip.version, pack16(ip), port)
+            fd = process.socket("udp", ip.version)
+            said = process.say("connect", fd, address, port)
+            assert (said == "EACCES") == (verdict in (Verdict.NONE, Verdict.DENY)), (address, port, verdict)
+            process.say("close", fd)
+
+    check()

@@ -1,0 +1,189 @@
+"""`graft up` and `graft down`: whole or not at all, also when two come at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from graft import attachments
+from graft.kernel import bpf, cgroup
+from graft.lifecycle import locked, supervisors_cgroup
+from graft.loader import MAPS, PROGRAMS
+from tests.support.installation import GRAFT, Host
+from tests.support.shell import run
+from tests.support.wait import until
+
+pytestmark = pytest.mark.kernel
+
+
+def pins(host: Host) -> dict[str, int]:
+    """What is pinned, and the inode of each pin."""
+    folder = host.settings.pin_dir
+    return {pin.name: pin.stat().st_ino for pin in folder.iterdir()} if folder.exists() else {}
+
+
+def beside(host: Host) -> list[str]:
+    """Other folders that a command made beside the pins."""
+    return [one.name for one in host.settings.pin_dir.parent.glob(f"{host.settings.pin_dir.name}?*")]
+
+
+def test_up_pins_every_map_and_program_for_root_only(bare_host: Host) -> None:
+    bare_host.graft("up")
+    assert set(pins(bare_host)) >= {*MAPS, *(f"prog_{program.name}" for program in PROGRAMS)}
+    assert bare_host.settings.pin_dir.stat().st_mode & 0o077 == 0
+    assert all(pin.stat().st_mode & 0o077 == 0 for pin in bare_host.settings.pin_dir.iterdir())
+    assert beside(bare_host) == []
+
+
+def test_up_twice_changes_nothing(bare_host: Host) -> None:
+    bare_host.graft("up")
+    before = pins(bare_host)
+    bare_host.graft("ep", "add", "web", "0.0.0.0:80")
+    bare_host.graft("up")
+    assert pins(bare_host) == before
+    assert "web" in bare_host.graft("ep", "show").stdout
+
+
+def test_commands_at_once_from_scratch_make_one_data_plane(bare_host: Host) -> None:
+    environment = {**os.environ, **bare_host.environment}
+    commands = [["up"], ["up"], ["ep", "add", "a", "0.0.0.0:80"], ["ep", "add", "b", "0.0.0.0:81"], ["ep", "show"]]
+    started = [
+        subprocess.Popen([GRAFT, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for words in commands
+    ]
+    said = [process.communicate(timeout=60)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), said
+    assert {line.split()[0] for line in bare_host.graft("ep", "show").stdout.splitlines()} == {"a", "b"}
+    assert beside(bare_host) == []
+    folder = os.open(supervisors_cgroup(bare_host.settings), os.O_RDONLY)
+    try:
+        assert len(bpf.prog_ids(folder, bpf.ATTACH_TYPES["bind4"])) == 1
+    finally:
+        os.close(folder)
+
+
+def test_down_leaves_the_machine_as_it_was(bare_host: Host) -> None:
+    v2 = cgroup.v2_mount()
+    before = {path for path in v2.iterdir() if path.is_dir()}
+    bare_host.graft("up")
+    bare_host.graft("ep", "add", "web", "0.0.0.0:80", "--netns", str(bare_host.client.path))
+    bare_host.graft("run", "-i", "0.0.0.0:80=web", "--", "true")
+    bare_host.graft("down")
+    assert pins(bare_host) == {} and not bare_host.settings.pin_dir.exists()
+    assert beside(bare_host) == []
+    assert not bare_host.settings.run_dir.exists()
+    assert bare_host.settings.cgroup not in {path.name for path in v2.iterdir()}
+    assert {path for path in v2.iterdir() if path.is_dir()} - before == set()
+    assert str(bare_host.settings.run_dir) not in Path("/proc/self/mounts").read_text()
+    bare_host.graft("down")  # and may be said again
+
+
+def test_down_is_refused_while_a_program_runs_and_ends_it_by_force(bare_host: Host) -> None:
+    bare_host.graft("up")
+    program = bare_host.start("--", "sh", "-c", "echo up; sleep 1000")
+    program.says("up")
+    refused = bare_host.graft("down", status=4)
+    assert refused.stderr.count("\n") == 1 and "--force" in refused.stderr
+    bare_host.graft("down", "--force")
+    assert program.wait() != 0
+    assert not bare_host.settings.pin_dir.exists()
+
+
+def test_a_data_plane_that_cannot_be_loaded_leaves_nothing(bare_host: Host, tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    (broken / "bcc").mkdir(parents=True)
+    (broken / "bcc" / "__init__.py").write_text("class BPF:\n    def __init__(self, *_, **__): raise Exception('no')\n")
+    result = run([GRAFT, "up"], environment=bare_host.environment | python_path(broken))
+    assert result.returncode == 6, result.stderr
+    assert result.stderr.startswith("graft: the kernel does not take the BPF programs")
+    assert "Traceback" not in result.stderr
+    assert not bare_host.settings.pin_dir.exists() and beside(bare_host) == []
+    bare_host.graft("up")
+
+
+def python_path(first: Path) -> dict[str, str]:
+    return {"PYTHONPATH": ":".join(filter(None, [str(first), os.environ.get("PYTHONPATH", "")]))}
+
+
+def test_a_command_that_finds_the_pins_compiles_nothing(bare_host: Host, tmp_path: Path) -> None:
+    bare_host.graft("up")
+    broken = tmp_path / "python"
+    (broken / "bcc").mkdir(parents=True)
+    (broken / "bcc" / "__init__.py").write_text("raise SystemExit('bcc was imported')\n")
+    environment = bare_host.environment | python_path(broken)
+    for words in (["ep", "add", "web", "0.0.0.0:80"], ["ep", "show"], ["run", "-i", "0.0.0.0:80=web", "--", "true"]):
+        result = run([GRAFT, *words], environment=environment)
+        assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_an_up_that_was_killed_half_way_is_made_good_by_the_next(bare_host: Host) -> None:
+    aside = bare_host.settings.pin_dir.with_name(f"{bare_host.settings.pin_dir.name}-new")
+    process = subprocess.Popen([GRAFT, "up"], env={**os.environ, **bare_host.environment})
+    until("the folder aside", aside.exists)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not bare_host.settings.pin_dir.exists()
+    bare_host.graft("up")
+    assert set(pins(bare_host)) >= set(MAPS) and beside(bare_host) == []
+
+
+def test_pins_of_another_version_are_refused(bare_host: Host) -> None:
+    import ctypes
+
+    bare_host.graft("up")
+    settings = bare_host.maps.settings
+    value = settings.get(ctypes.c_uint32(0))
+    assert value is not None
+    value.version += 1
+    settings.put(ctypes.c_uint32(0), value)
+    refused = bare_host.graft("ep", "show", status=4)
+    assert "another version" in refused.stderr and refused.stderr.count("\n") == 1
+    bare_host.graft("down")
+
+
+def test_a_lock_that_down_took_away_is_no_lock(bare_host: Host) -> None:
+    entered = threading.Event()
+
+    def wait_for_it() -> None:
+        with locked(bare_host.settings):
+            entered.set()
+
+    with locked(bare_host.settings):
+        waiting = threading.Thread(target=wait_for_it)
+        waiting.start()
+        held = bare_host.settings.run_dir / "lock"
+        until("somebody waits", lambda: f":{held.stat().st_ino} " in Path("/proc/locks").read_text().partition("->")[2])
+        held.unlink()
+    waiting.join(10)
+    assert entered.is_set()
+    assert (bare_host.settings.run_dir / "lock").exists(), "it locked a file that nobody else will ever find"
+
+
+def test_attaching_is_all_or_nothing(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare_host.graft("up")
+    folder = cgroup.v2_mount() / f"{bare_host.settings.cgroup}-other"
+    folder.mkdir()
+    try:
+        real, calls = bpf.prog_attach, []
+
+        def failing(cgroup_fd: int, prog_fd: int, kind: int) -> None:
+            calls.append(kind)
+            if len(calls) == 5:
+                raise OSError(28, "no space")
+            real(cgroup_fd, prog_fd, kind)
+
+        monkeypatch.setattr(bpf, "prog_attach", failing)
+        with pytest.raises(Exception, match="cannot attach"):
+            attachments.attach(bare_host.settings, folder, 1)
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            assert not any(bpf.prog_ids(fd, kind) for kind in set(bpf.ATTACH_TYPES.values()))
+        finally:
+            os.close(fd)
+    finally:
+        folder.rmdir()
