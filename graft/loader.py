@@ -206,7 +206,8 @@ def layouts(loaded: Loaded) -> dict[str, tuple[type[ctypes.Structure], type[ctyp
     from bcc import lib  # noqa: F401
 
     found = {}
-    for name in ("endpoints", "endpoint_names", "containers", "ingress", "egress", "egress_ports", "counters"):
-        table = loaded._module[name]
+    names = ("endpoints", "endpoint_names", "containers", "ingress", "egress", "egress_ports", "counters")
+    for name in (*names, "relays", "arrivals"):
+        table = loaded._module[name.encode()]
         found[name] = (table.Key, table.Leaf)
     return found
