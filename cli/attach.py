@@ -74,18 +74,13 @@ def attach(
 
 def _told(done: Attached) -> str:
     target, choice = done.target, done.choice
-    count = sum(done.facts.namespaces.values())
-    spaces = ", ".join(
-        f"{'the host' if inode == done.facts.host else 'a'} network namespace net:[{inode}] ({number})".replace(
-            "the host network", "the host's network"
-        )
-        for inode, number in sorted(done.facts.namespaces.items())
-    )
-    lines = [
-        f"{done.container.name}: {target.engine}, {target.cgroup}",
-        f"  {count} process{'' if count == 1 else 'es'}" + (f" in {spaces}" if spaces else ""),
-        f"  transport {choice.transport.name.lower()}: {choice.why}",
-    ]
+    lines = [f"{done.container.name}: {target.engine}, {target.cgroup}"]
+    for inode, count in sorted(done.facts.namespaces.items()):
+        whose = "the host's network namespace" if inode == done.facts.host else "a network namespace of its own,"
+        lines.append(f"  {count} process{'' if count == 1 else 'es'} in {whose} net:[{inode}]")
+    if not done.facts.namespaces:
+        lines.append("  no process yet")
+    lines.append(f"  transport {choice.transport.name.lower()}: {choice.why}")
     if choice.why_not_better:
         lines.append(f"  no better one: {choice.why_not_better}")
     if done.facts.outside and choice.transport is Transport.DIRECT:

@@ -24,6 +24,7 @@ from graft.maps import Maps
 from graft.policy import Policy
 from graft.settings import Settings
 
+_NO_BETTER = "direct needs the host's namespace; swap needs a supervisor, and it was started without Graft"
 _RESTART = "start it with `graft run` or the OCI runtime for the swap transport"
 
 
@@ -59,7 +60,8 @@ def choose_transport(facts: Facts, wanted: Transport | None = None) -> Choice:
     choice = _best(facts)
     if wanted is None or wanted is choice.transport:
         return choice
-    raise RefusedError(f"--transport: {wanted.name.lower()} is impossible: {_why_not(wanted, choice)}", _HINTS[wanted])
+    hint = "leave --transport out" if choice.transport is Transport.DIRECT else _HINTS[wanted]
+    raise RefusedError(f"--transport: {wanted.name.lower()} is impossible: {_why_not(wanted, choice)}", hint)
 
 
 _HINTS = {
@@ -82,6 +84,8 @@ def _why_not(wanted: Transport, choice: Choice) -> str:
 def _best(facts: Facts) -> Choice:
     if facts.attached is Transport.SWAP:
         return Choice(Transport.SWAP, "its supervisor serves it", "it lives in a network namespace of its own")
+    if facts.attached is Transport.SPLICE and not facts.namespaces:
+        return Choice(Transport.SPLICE, "its relay serves it, though nothing runs in it now", _NO_BETTER)
     if not facts.namespaces:
         return Choice(Transport.DIRECT, "nothing runs in it yet: what starts in the host's namespace is served")
     if facts.host in facts.namespaces:
@@ -94,7 +98,7 @@ def _best(facts: Facts) -> Choice:
     return Choice(
         Transport.SPLICE,
         "it runs already, in a network namespace of its own",
-        "direct needs the host's namespace; swap needs a supervisor, and it was started without Graft",
+        _NO_BETTER,
     )
 
 

@@ -26,6 +26,7 @@ CASES = {
     "supervised": Facts(HOST, {OTHER: 3}, SWAP),
     "attached": Facts(HOST, {HOST: 3}, DIRECT),
     "relayed": Facts(HOST, {OTHER: 3}, SPLICE),
+    "relayed and empty": Facts(HOST, {}, SPLICE),
 }
 
 
@@ -39,6 +40,7 @@ CASES = {
         ("supervised", SWAP),
         ("attached", DIRECT),
         ("relayed", SPLICE),
+        ("relayed and empty", SPLICE),
     ],
 )
 def test_the_best_transport_that_is_possible_is_taken(case: str, best: Transport) -> None:
