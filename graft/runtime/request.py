@@ -1,7 +1,7 @@
 """Which policy a container asks for, and who asked.
 
 An annotation is the operator's word; the environment may be the image's. So the environment reaches only
-what was opened to it: policies with ``open: true``, endpoints added with ``--open``. podman up to 5 copies
+what was opened to it: policies with ``open: true``, endpoints added with ``--open``. podman (4.3, for one) copies
 an image's annotations to the container, and there an annotation counts as the image's, unless the operator
 says that images are trusted (docs/runtime.md).
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.kernel import cgroup
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import HOST4
 from tests.support.oci import Engine, leftovers
@@ -75,6 +76,20 @@ def test_net_admin_is_refused_with_the_reason(host: Host, podman: Engine) -> Non
     refused = podman.container(flags, "true", status=126)
     assert "the container has CAP_NET_ADMIN" in refused.stderr
     assert not leftovers(host)
+
+
+def test_a_container_that_cannot_be_attached_says_why_though_crun_hides_its_hooks(host: Host, podman: Engine) -> None:
+    above = cgroup.v2_mount() / f"graft-test-{os.getpid()}"
+    above.mkdir()
+    try:
+        host.graft("attach", "--cgroup", above, "-i", f"0.0.0.0:80={host.endpoint('0.0.0.0:1')}")
+        flags = ["--cgroup-parent", f"/{above.name}", "-e", f"GRAFT_POLICY={web_policy(host, host.port())}"]
+        refused = podman.container(flags, "true", status=126)
+        assert "which is attached: each call would be decided twice" in refused.stderr
+    finally:
+        host.graft("detach", "--cgroup", above, status=None)
+        cgroup.remove(above)
+    until("nothing is left", lambda: not leftovers(host))
 
 
 @pytest.fixture
