@@ -9,6 +9,7 @@ Graft did not start the container, carries on and cleans up at the end.
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import select
@@ -90,6 +91,7 @@ class Holder:
             cgroup.enter(supervisors_cgroup(settings))
             maps = Maps(settings.pin_dir)
             namespaces = Namespaces(settings.host_netns, lambda cookie: _namespace_path(settings, container, cookie))
+            gc.freeze()  # what is loaded now stays: the collector need not look at it on the way of a call
             tell = _teller(settings) if self._verbose else None
             desk = open_desk(settings, maps, container.id)
             supervisor = Supervisor(maps.tags, desk, container.id, listener, namespaces, tell)

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from graft import attachments, layout
 from graft.errors import ConflictError, KernelError, PrivilegeError
@@ -21,6 +21,9 @@ from graft.kernel import cgroup, netns
 from graft.kernel.bpf import Map
 from graft.maps import Maps
 from graft.settings import Settings
+
+if TYPE_CHECKING:
+    from graft.containers import Container
 
 _BPFFS = Path("/sys/fs/bpf")
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
@@ -153,19 +156,26 @@ def new_id(maps: Maps) -> int:
 def down(settings: Settings, force: bool = False) -> None:
     """Remove every pin, attachment, cgroup and file of Graft's: the machine is as it was. Repeatable.
 
-    Raises ConflictError while containers run, unless ``force``: then the programs that Graft started end
-    too, because their sockets in the host's stack must not outlive the hooks that confine them.
+    Raises ConflictError while containers run, unless ``force``. Then the programs of containers whose
+    sockets were swapped end too, whoever started them: what they have in the host's stack must not
+    outlive the hooks that confine it. Other containers are detached, and run on.
     """
     require_root()
     own = cgroup.v2_mount() / settings.cgroup
     _stop_daemon(settings, force)
     with locked(settings):
         running = cgroup.processes(own)
-        if running and not force:
+        inhabited = _inhabited(settings)
+        if (running or inhabited) and not force:
             raise ConflictError(
-                f"{len(running)} processes run under Graft", "end them, or `graft down --force` ends them"
+                f"{len(inhabited)} containers and {len(running)} processes are under Graft",
+                "detach or end them; `graft down --force` does both",
             )
-        cgroup.kill(own) if running else None
+        for container in inhabited:
+            if container.transport == layout.Transport.SWAP.name.lower():
+                cgroup.kill(container.cgroup_path)
+        if running:
+            cgroup.kill(own)
         if own.exists():
             cgroup.remove(own)
         attachments.detach_all(settings)
@@ -173,6 +183,13 @@ def down(settings: Settings, force: bool = False) -> None:
         for kept in (settings.run_dir / "netns").glob("*"):
             netns.release(kept)
         shutil.rmtree(settings.run_dir, ignore_errors=True)
+
+
+def _inhabited(settings: Settings) -> list[Container]:
+    """The attached containers that any process lives in."""
+    from graft import containers
+
+    return [container for container in containers.listing(settings) if containers.is_populated(container)]
 
 
 def _stop_daemon(settings: Settings, force: bool) -> None:
