@@ -94,6 +94,22 @@ def test_down_is_refused_while_a_program_runs_and_ends_it_by_force(bare_host: Ho
     assert not bare_host.settings.pin_dir.exists()
 
 
+def test_down_asks_before_it_frees_a_container_that_only_attach_brought(bare_host: Host) -> None:
+    path = cgroup.v2_mount() / f"{bare_host.settings.cgroup}-attached"
+    path.mkdir()
+    try:
+        with puppet(path, bare_host.netns.path, 0):
+            bare_host.graft("ep", "add", "web", "0.0.0.0:8080")
+            bare_host.graft("attach", "--cgroup", path, "-i", "0.0.0.0:80=web")
+            assert "--force" in bare_host.graft("down", status=4).stderr
+            bare_host.graft("down", "--force")
+            assert cgroup.populated(path)
+            assert not bare_host.settings.pin_dir.exists()
+    finally:
+        cgroup.kill(path)
+        cgroup.remove(path)
+
+
 def test_a_data_plane_that_cannot_be_loaded_leaves_nothing(bare_host: Host, tmp_path: Path) -> None:
     broken = tmp_path / "python"
     (broken / "bcc").mkdir(parents=True)
