@@ -15,6 +15,7 @@ from graft.kernel import bpf, cgroup
 from graft.lifecycle import locked, supervisors_cgroup
 from graft.loader import MAPS, PROGRAMS
 from tests.support.installation import GRAFT, Host
+from tests.support.puppet import puppet
 from tests.support.shell import run
 from tests.support.wait import until
 
