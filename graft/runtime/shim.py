@@ -73,10 +73,11 @@ class Attachment:
             return
         path, cookie = _look(state.pid, plan)
         maps = Maps(plan.settings.pin_dir)
+        shim = 0 if plan.transport is Transport.DIRECT else os.getpid()
         # A listening Graft that was started anew finds containers that it attached before.
         known = containers.at(plan.settings, path) if plan.folder is None else None
         self.container = known or containers.create(
-            plan.settings, maps, plan.policy, path, cookie, plan.transport, os.getpid(), name=plan.id[:12], engine="oci"
+            plan.settings, maps, plan.policy, path, cookie, plan.transport, shim, name=plan.id[:12], engine="oci"
         )
         self._events = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
 
@@ -94,8 +95,17 @@ class Attachment:
         plan, container = self._plan, self.container
         assert container is not None
         holder = Holder(plan.settings, container, listener, False, lambda maps: _clean(plan, maps, container))
+        self._start(holder)
         self._holders.append(holder)
-        holder.start()
+
+    @staticmethod
+    def _start(holder: Holder) -> None:
+        """Start a supervisor. Where that fails the listener goes, because calls that wait for nobody hang for ever."""
+        try:
+            holder.start()
+        except BaseException:
+            holder.stop()
+            raise
 
     def _check(self, pid: int) -> None:
         """Raises RefusedError where process ``pid`` (0: nobody said which) does not live in the container."""
@@ -119,16 +129,13 @@ class Attachment:
         for holder in list(self._holders):
             if not holder.reap():
                 continue
+            self._holders.remove(holder)
             if holder.hung_up():
                 holder.stop()
-                self._holders.remove(holder)
                 continue
-            try:
-                holder.start()
-            except GraftError:
-                # Calls that wait for nobody would hang for ever: without a holder they fail.
-                holder.stop()
-                self._holders.remove(holder)
+            with contextlib.suppress(GraftError, OSError):
+                self._start(holder)
+                self._holders.append(holder)
 
     @property
     def over(self) -> bool:
@@ -218,12 +225,16 @@ class Shim:
         """Until the container is gone, or its runtime ended without having made one."""
         try:
             self._loop.serve(self._turn)
-        finally:
-            self._loop.close()
-            if self._stays_attached:
-                _discard(self._plan.folder)
-            else:
+        except BaseException:
+            # A fault of ours is as if we were killed: what runs goes on with its supervisors.
+            if self._attachment.container is None:
                 self._attachment.close()
+            raise
+        self._loop.close()
+        if self._stays_attached:
+            _discard(self._plan.folder)
+        else:
+            self._attachment.close()
 
     def _turn(self) -> bool:
         self._attachment.look_after()
@@ -299,7 +310,6 @@ def start(plan: Plan, folder: Path, hook: socket.socket, listeners: socket.socke
             Shim(plan, hook, listeners, runtime).serve()
         code = 0
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
         if os.environ.get("GRAFT_DEBUG"):
             with open(folder.with_name("debug.log"), "a") as log:
                 traceback.print_exc(file=log)
