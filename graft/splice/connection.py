@@ -150,7 +150,6 @@ class Flow:
             self.eof = True
             return True
         self.held = got
-        self.connection.moved += got
         if got < pipe.slots and not source.ended:
             # Each slot holds a byte or more: the pipe was not full, so the source's queue was emptied, and
             # what comes next comes with an event. Saves a call for each small message.
@@ -176,7 +175,6 @@ class Flow:
         except BlockingIOError:
             target.writable = False
             return False
-        self.connection.moved += sent
         while sent:
             sent -= source.sock.recv_into(buffer, sent)
         return True
@@ -209,19 +207,22 @@ class Flow:
 class Connection:
     """Two sockets that are one connection to their peers. ``owner`` keeps it in ``connections`` while it lives."""
 
-    __slots__ = ("closed", "far", "loop", "moved", "near", "owner")
+    __slots__ = ("closed", "far", "loop", "near", "owner")
 
     def __init__(self, loop: Loop, owner: set[Connection], near: socket.socket, far: socket.socket) -> None:
         """``near`` is accepted, ``far`` on its way to be connected; both were prepared, and never block."""
         self.loop, self.owner = loop, owner
         self.closed = False
-        self.moved = 0
         self.near, self.far = Side(self, near, True), Side(self, far, False)
         self.near.outward = self.far.inward = Flow(self, self.near, self.far)
         self.far.outward = self.near.inward = Flow(self, self.far, self.near)
         owner.add(self)
-        loop.watch(far.fileno(), WATCHED, self.far.on_event)
-        loop.watch(near.fileno(), WATCHED, self.near.on_event)
+        loop.carried += 1
+        try:
+            loop.watch(far.fileno(), WATCHED, self.far.on_event)
+            loop.watch(near.fileno(), WATCHED, self.near.on_event)
+        except OSError:  # more than one user may watch (epoll(7), max_user_watches)
+            self.reset()
 
     def fail(self, side: Side) -> None:
         """``side`` has an error: its peer reset it, or never answered. What it sent before is still brought over."""
@@ -248,6 +249,9 @@ class Connection:
         self.near.outward.abandon()
         self.near.inward.abandon()
         self.owner.discard(self)
+        if self.loop.full:
+            self.loop.look_soon()  # somebody waits
+        self.loop.carried -= 1
         for side in (self.near, self.far):
             self.loop.close(side.sock)
             del side.outward, side.inward  # a ring of references would wait for the garbage collector

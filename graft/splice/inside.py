@@ -7,6 +7,7 @@ thread enters the other one, makes what is wanted, and ends. What a connection n
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -56,7 +57,10 @@ class Inside:
                 errors.append(error)
 
         thread = threading.Thread(target=enter, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # what threading makes of EAGAIN
+            raise OSError(errno.EAGAIN, str(error)) from error
         thread.join()
         if errors:
             raise errors[0]

@@ -114,6 +114,9 @@ class Published:
 
     def _on_event(self, _mask: int) -> None:
         for _ in range(_ACCEPTS):
+            if self._loop.full:
+                self.pause(True)
+                return
             try:
                 near, peer = self._sock.accept()
             except BlockingIOError:
@@ -157,5 +160,4 @@ class Published:
     def stop(self) -> None:
         """Listen no more. Connections that were made go on; clients that wait to be accepted are served."""
         self._on_event(select.EPOLLIN)
-        self._loop.close(self._sock)
-        self._loop.bury()
+        self._loop.close_listener(self._sock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -13,13 +14,19 @@ from graft.splice.pipes import Pipes
 
 Handler = Callable[[int], None]
 _BATCH = 256
+_LEISURE = 10
 
 
 class Loop:
-    """Calls a handler for each event of a descriptor, and `tick` every ``interval`` seconds."""
+    """Calls a handler for each event of a descriptor, and `tick` every ``interval`` seconds.
 
-    def __init__(self, pipes: Pipes, tick: Callable[[], None], interval: float = 0.2) -> None:
+    ``most`` is how many connections there may be at once.
+    """
+
+    def __init__(self, pipes: Pipes, tick: Callable[[], None], interval: float = 0.2, most: int = sys.maxsize) -> None:
         self.pipes = pipes
+        self.most = most
+        self.carried = 0
         self.buffer = memoryview(bytearray(65536))
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
@@ -49,6 +56,18 @@ class Loop:
         self._handlers.pop(sock.fileno(), None)
         self._dying.append(sock)
 
+    def close_listener(self, sock: socket.socket) -> None:
+        """Close at once: its address is free when this returns. All that may be late for it says "readable",
+        which does no harm to whoever gets its number.
+        """
+        self._handlers.pop(sock.fileno(), None)
+        sock.close()
+
+    @property
+    def full(self) -> bool:
+        """Whether a new connection has to wait until another one ends."""
+        return self.carried >= self.most
+
     def later(self, call: Callable[[], None]) -> None:
         """Call it when the others have had their turn."""
         self._later.append(call)
@@ -66,8 +85,14 @@ class Loop:
         """Wait for events and serve them, once."""
         now = time.monotonic()
         if now >= self._due:
-            self._due = now + self._interval
-            self._tick()
+            try:
+                self._tick()
+            except Exception:
+                traceback.print_exc()
+            after = time.monotonic()
+            # However much there is to look at, that is a small part of the time.
+            self._due = after + max(self._interval, _LEISURE * (after - now))
+            now = after
         wait = 0.0 if self._later else max(0.0, self._due - now)
         handlers = self._handlers
         for fd, mask in self._epoll.poll(wait, _BATCH):
@@ -75,10 +100,8 @@ class Loop:
             if handler is not None:
                 try:
                     handler(mask)
-                except Exception:
-                    # One connection must not end all others; what raised is not listened to any more.
+                except Exception:  # one connection must not end all others
                     traceback.print_exc()
-                    self.unwatch(fd)
         if self._later:
             calls, self._later = self._later, []
             for call in calls:

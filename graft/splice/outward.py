@@ -77,6 +77,9 @@ class Turned:
 
     def _on_event(self, sock: socket.socket, _mask: int) -> None:
         for _ in range(_ACCEPTS):
+            if self._loop.full:
+                self.pause(True)
+                return
             try:
                 near, _ = sock.accept()
             except BlockingIOError:
@@ -138,5 +141,4 @@ class Turned:
         """Listen no more, and say so; connections go on."""
         self._maps.relays.delete(self._key)
         for sock in self._socks:
-            self._loop.close(sock)
-        self._loop.bury()
+            self._loop.close_listener(sock)

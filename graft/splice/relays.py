@@ -144,7 +144,6 @@ class Relays:
         self._turned.stop()
         for connection in self.connections():
             connection.reset()
-        self._loop.bury()
         self._diagnostics.close()
         self._inside.close()
 

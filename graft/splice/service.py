@@ -50,8 +50,8 @@ class Service:
         # A connection has two descriptors; of what is left, pipes get a share, and where they run out bytes
         # are copied instead.
         pipes = max(8, min(1024, descriptors // 16))
-        self._most = max(16, (descriptors - _RESERVED - 2 * pipes) // 2)
-        self._loop = Loop(Pipes(pipes), self._look)
+        most = max(16, (descriptors - _RESERVED - 2 * pipes) // 2)
+        self._loop = Loop(Pipes(pipes), self._look, most=most)
         self._spaces = Namespaces(settings)
         self._relays: dict[int, Relays] = {}
         self._failed: dict[int, str] = {}
@@ -115,7 +115,8 @@ class Service:
             except OSError as error:  # what is published stays; the next look may do better
                 _say(f"{relays.container.name}: {error}")
         self._spaces.tidy({value.netns for _, value in self._maps.endpoints.items()})
-        self._mind_descriptors()
+        for relays in self._relays.values():
+            relays.pause(self._loop.full)  # new connections wait in the kernel until others end
         self._mind_idleness(bool(records))
 
     def _take(self, container: Container, pid: int) -> Relays:
@@ -137,12 +138,6 @@ class Service:
         if relays is not None:
             relays.stop()
             _say(f"{relays.container.name}: no longer served")
-
-    def _mind_descriptors(self) -> None:
-        """Where descriptors are nearly used up, new connections wait in the kernel until others end."""
-        scarce = sum(len(relays.connections()) for relays in self._relays.values()) >= self._most
-        for relays in self._relays.values():
-            relays.pause(scarce)
 
     def _mind_idleness(self, busy: bool) -> None:
         if busy or self._keep:
