@@ -184,6 +184,7 @@ class Map(Generic[KeyT, ValueT]):
 
     def __init__(self, fd: int, key: type[KeyT], value: type[ValueT]) -> None:
         self.fd = fd
+        self._owned = False
         self._key, self._value = key, value
         self._found = value()
         self._attr = _ElemAttr(map_fd=fd, value=ctypes.addressof(self._found))
@@ -194,12 +195,19 @@ class Map(Generic[KeyT, ValueT]):
 
     @classmethod
     def pinned(cls, path: Path, key: type[KeyT], value: type[ValueT]) -> Map[KeyT, ValueT]:
-        """The map that is pinned at ``path``."""
-        return cls(obj_get(path), key, value)
+        """The map that is pinned at ``path``; its descriptor goes with this object."""
+        opened = cls(obj_get(path), key, value)
+        opened._owned = True
+        return opened
 
     def close(self) -> None:
         """Give the descriptor back."""
+        self._owned = False
         os.close(self.fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "_owned", False):
+            self.close()
 
     def peek(self, key: KeyT) -> ValueT | None:
         """What stands at ``key``, in a buffer that the next call overwrites; None where there is nothing."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from graft import containers
 from graft.layout import Decision
 from tests.support.building import Programs
 from tests.support.installation import Host
@@ -325,9 +326,7 @@ def test_detaching_takes_effect_at_the_next_call(host: Host, programs: Programs)
     steps = ["socket", "4", "connect", CLIENT4, "9", "wait", "connect", CLIENT4, listener.getsockname()[1]]
     program = host.start(*rules, "--", programs["calls"], *steps, talk=True)
     program.says("connect")
-    import ctypes
-
-    host.maps.containers.delete(ctypes.c_uint32(host.container(program).id))
+    containers.remove(host.settings, host.maps, host.container(program))
     program.tell("\n")
     assert program.wait() == 0
     assert program.said.splitlines()[1] == "connect EACCES"

@@ -139,7 +139,7 @@ def test_detaching_takes_effect_at_the_next_call(host: Host, confine: Confine) -
     container, process = confine(rules([f"*:80={host.endpoint('0.0.0.0:dynamic')}"], []))
     first, second = process.socket(), process.socket()
     assert process.say("bind", first, "0.0.0.0", 80) == "ok"
-    host.maps.containers.delete(ctypes.c_uint32(container.id))
+    containers.remove(host.settings, host.maps, replace(container, cgroup_id=1))  # but for the attachment
     # The cgroup is no container's any more; what was of the host's stack by a grant may not be used again.
     assert process.say("connect", first, CLIENT4, 9) == "EACCES"
     attachments.detach(host.settings, container.cgroup_path)

@@ -204,3 +204,13 @@ def test_attaching_is_all_or_nothing(bare_host: Host, monkeypatch: pytest.Monkey
             os.close(fd)
     finally:
         folder.rmdir()
+
+
+def test_maps_that_nobody_holds_any_more_cost_no_descriptors(host: Host) -> None:
+    from graft import store
+
+    store.listing(host.settings)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        store.listing(host.settings)
+    assert len(os.listdir("/proc/self/fd")) == before
