@@ -2,20 +2,27 @@
 /* bind: only what an ingress rule names, rewritten to its endpoint. */
 
 /* What the program asked for is what getsockname will tell it. */
-static __always_inline int remember(struct bpf_sock_addr *ctx, struct owner *owner, struct asked *asked, u32 endpoint)
+static __always_inline void write_tag(struct tag *tag, u32 container, struct asked *asked, u32 endpoint)
 {
-	struct tag *tag = owner->tag;
-
-	if (!tag)
-		tag = tags.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!tag)
-		return 0;
-	tag->container = owner->id;
+	tag->container = container;
 	tag->home = GRAFT_HOME_HOST;
 	tag->endpoint = endpoint;
 	tag->family = asked->family;
 	tag->port = asked->port;
 	__builtin_memcpy(tag->addr, asked->addr, 16);
+}
+
+static __always_inline int remember(struct bpf_sock_addr *ctx, struct owner *owner, struct asked *asked, u32 endpoint)
+{
+	/* The tag of an MPTCP socket is its parent's; its subflow, which plain TCP clients are accepted
+	 * from, gets one of its own here. */
+	struct tag *own = tags.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!own)
+		return 0;
+	write_tag(own, owner->id, asked, endpoint);
+	if (owner->tag)
+		write_tag(owner->tag, owner->id, asked, endpoint);
 	return 1;
 }
 

@@ -122,8 +122,8 @@ class PolicyError(UsageError):
         super().__init__(f"{text} (and {more} more)" if more else text, first.hint)
 
     def lines(self) -> list[str]:
-        """A line for each problem."""
-        return [problem.format(self.source) for problem in self.problems]
+        """A line for each problem: with its place in a file, or with the flag that it stands in."""
+        return [problem.format("graft" if problem.line is None else self.source) for problem in self.problems]
 
 
 def load_policy(text: str, source_name: str, known_endpoints: Mapping[str, Endpoint] | None = None) -> Policy:

@@ -149,6 +149,7 @@ class Supervisor:
         self._architecture, numbers = architecture()
         self._calls = {number: Call(name) for name, number in numbers.items()}
         self._references = self._expected_references()
+        self._unheard: set[tuple[int, int]] = set()
 
     def _expected_references(self) -> int:
         """What the probe counts for a socket that one process has once and we have a copy of."""
@@ -166,7 +167,7 @@ class Supervisor:
             self._listener.resume(notification.id)
             return
         try:
-            if again and self._bound_already(notification):
+            if (again or self._was_unheard(notification)) and self._bound_already(notification):
                 self._listener.answer(notification.id)
             else:
                 self._serve(notification)
@@ -179,6 +180,14 @@ class Supervisor:
         except Exception:
             self._listener.answer(notification.id, errno.EIO)
             raise
+
+    def _was_unheard(self, notification: Notification) -> bool:
+        """Whether this may be the restart of a bind that was done, but that a signal kept from hearing so."""
+        caller = _caller(notification)
+        if caller not in self._unheard:
+            return False
+        self._unheard.discard(caller)
+        return True
 
     def _bound_already(self, notification: Notification) -> bool:
         """Whether the descriptor of this bind is the bound twin of just this address already."""
@@ -208,8 +217,8 @@ class Supervisor:
             os.close(held)
         if error is None:
             self._listener.resume(notification.id)
-        else:
-            self._listener.answer(notification.id, error)
+        elif not self._listener.answer(notification.id, error) and not error:
+            self._unheard.add(_caller(notification))
         self._spares.refill()
 
     def _serve_socket(self, notification: Notification, call: Call, process: Process, held: int) -> int | None:
@@ -307,6 +316,11 @@ class Supervisor:
                 cloexec = bool(carry.descriptor_flags(swap.process.fdinfo, copy) & os.O_CLOEXEC)
                 self._listener.replace(unique, new.fileno(), copy, cloexec)
         carry.watch_again(attached.watches, new.fileno(), swap.process.get_fd)
+
+
+def _caller(notification: Notification) -> tuple[int, int]:
+    """Who asked, and about which descriptor."""
+    return notification.pid, notification.arg0
 
 
 def _descriptor(notification: Notification) -> int:
