@@ -1,0 +1,222 @@
+"""The relays' daemon: killed, ended, crowded, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from graft import splice
+from graft.kernel import cgroup
+from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import CLIENT4, HOST4
+from tests.support.plain import Plain, plain
+from tests.support.program import start
+from tests.support.relayed import descriptors, pair, published, read_all, refused, reset, resident, transfer
+from tests.support.wait import until
+
+pytestmark = pytest.mark.e2e
+
+FEW = 1000  # descriptors
+
+
+@pytest.fixture
+def container(host: Host) -> Iterator[Plain]:
+    """A container that runs without Graft."""
+    with plain(host) as made:
+        yield made
+
+
+def test_a_killed_daemon_resets_its_connections_and_the_next_one_takes_up_the_container(container: Plain) -> None:
+    with container.listener() as listener:
+        port = published(container)
+        client, accepted = pair(container, listener, port)
+        with client, accepted:
+            os.kill(container.daemon(), signal.SIGKILL)
+            assert reset(client)
+            assert reset(accepted)
+        assert until("refused", lambda: refused(container, port))
+        with contextlib.ExitStack() as stack:
+            program = start([GRAFT, "daemon"], {**os.environ, **container.host.environment})
+            stack.callback(program.stop)
+            container.until_published(port)
+            for one in pair(container, listener, port):
+                one.close()
+
+
+@pytest.mark.parametrize("how", ["term", "detach", "down"])
+def test_whatever_ends_it_resets_what_is_connected_and_leaves_nothing(container: Plain, how: str) -> None:
+    with container.listener() as listener:
+        port = published(container)
+        daemon = container.daemon()
+        client, accepted = pair(container, listener, port)
+        with client, accepted:
+            client.sendall(bytes(10_000_000)[: 1 << 16])
+            if how == "term":
+                os.kill(daemon, signal.SIGTERM)
+            elif how == "detach":
+                container.detach()
+            else:
+                container.host.graft("down", "--force")
+            assert reset(client)
+            assert reset(accepted)
+        until("withdrawn", lambda: not container.is_published(port))
+        if how == "detach":
+            assert not container.host.maps.relays.keys()
+            assert not container.host.maps.arrivals.keys()
+            until("the daemon ended", lambda: not Path(f"/proc/{daemon}/exe").exists())
+
+
+def test_a_container_that_ends_takes_everything_along(host: Host) -> None:
+    with plain(host) as container:
+        listener = container.listener()
+        port = published(container)
+        listener.close()
+        cgroup.kill(container.cgroup)
+        container.resident.wait()
+        cgroup.remove(container.cgroup)
+        container.until_published(port, False)
+        until("its rules are gone", lambda: not host.maps.containers.keys())
+        container.cgroup.mkdir()
+
+
+def test_a_replaced_policy_refuses_no_client(container: Plain) -> None:
+    with container.listener() as listener:
+        port = published(container)
+        stop = threading.Event()
+
+        def serve() -> None:
+            listener.settimeout(0.2)
+            while not stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    accepted, _ = listener.accept()
+                    accepted.sendall(b"ok")
+                    accepted.close()
+
+        failures: list[Exception] = []
+
+        def ask() -> None:
+            while not stop.is_set():
+                try:
+                    with container.host.client.connected(HOST4, port) as client:
+                        assert read_all(client) == b"ok"
+                except Exception as error:
+                    failures.append(error)
+
+        threads = [threading.Thread(target=serve), threading.Thread(target=ask)]
+        for thread in threads:
+            thread.start()
+        endpoint = container.container.endpoints[0]
+        for _ in range(5):
+            container.attach("-i", f"0.0.0.0:80={endpoint}")
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not failures
+
+
+def test_thousands_of_connections_at_once_are_carried_and_idle_ones_need_no_pipe(container: Plain) -> None:
+    count = 5000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    held: list[tuple[socket.socket, socket.socket]] = []
+    try:
+        with container.listener() as listener:
+            port = published(container)
+            daemon = container.daemon()
+            with container.host.client.inside():
+                clients = [socket.socket() for _ in range(count)]
+            for client in clients:
+                client.connect((HOST4, port))
+                held.append((client, listener.accept()[0]))
+            until("all of them", lambda: container.described()["connections"] == count)
+            assert descriptors(daemon) < 2 * count + 500
+            names = {client.getsockname(): client for client, _ in held}
+            for _, accepted in held:
+                accepted.sendall(repr(accepted.getpeername()).encode())
+            for name, client in names.items():
+                assert client.recv(100) == repr(name).encode()
+    finally:
+        for one in held:
+            for sock in one:
+                sock.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    until("none left", lambda: container.described()["connections"] == 0)
+
+
+def test_many_short_connections_leave_no_descriptor_no_map_entry_and_no_memory(container: Plain) -> None:
+    with container.listener() as listener, container.host.client.listener(CLIENT4) as world:
+        port = published(container)
+        outside = world.getsockname()
+        daemon = container.daemon()
+
+        def some(count: int) -> None:
+            for number in range(count):
+                client, accepted = pair(container, listener, port)
+                with client, accepted:
+                    (client if number % 2 else accepted).close()
+                with container.tcp() as program:
+                    program.connect(outside)
+                    world.accept()[0].close()
+
+        some(200)
+        until("settled", lambda: container.described()["connections"] == 0)
+        before, memory = descriptors(daemon), resident(daemon)
+        some(4000)
+        until("none left", lambda: container.described()["connections"] == 0)
+        until("descriptors given back", lambda: descriptors(daemon) <= before + 80)
+        assert not container.host.maps.arrivals.keys()
+        assert resident(daemon) - memory < 8 << 20
+
+
+@pytest.fixture
+def frugal(container: Plain) -> Iterator[Plain]:
+    """A container whose daemon may have few descriptors."""
+    splice.stop(container.host.settings)
+    limited = ["prlimit", f"--nofile={FEW}:{FEW}", str(GRAFT), "daemon"]
+    program = start(limited, {**os.environ, **container.host.environment})
+    program.until("it answers", lambda: (container.host.settings.run_dir / "graftd.sock").exists())
+    yield container
+    container.detach()
+    assert program.stop() == 0
+
+
+def test_connections_beyond_the_descriptors_wait_and_none_is_lost(frugal: Plain) -> None:
+    with frugal.listener() as listener:
+        port = published(frugal)
+        with frugal.host.client.inside():
+            clients = [socket.socket() for _ in range(600)]
+        for client in clients:
+            client.settimeout(15)
+            client.connect((HOST4, port))
+        assert descriptors(frugal.daemon()) < FEW
+        for client in clients:  # each that ends makes room for one that waits
+            listener.accept()[0].close()
+            with client:
+                assert client.recv(1) == b""
+
+
+def test_a_daemon_out_of_pipes_still_carries_every_byte(frugal: Plain) -> None:
+    # Slow readers hold a pipe each. More of them than pipes, and a transfer beside them.
+    container = frugal
+    with container.listener() as listener:
+        port = published(container)
+        held = [pair(container, listener, port) for _ in range(FEW // 16 + 10)]
+        for client, _ in held:
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    client.send(bytes(1 << 20))
+        client, accepted = pair(container, listener, port)
+        with client, accepted:
+            transfer(client, accepted, 2_000_000, 2_000_000, False, 1)
+        for one in held:
+            for sock in one:
+                sock.close()

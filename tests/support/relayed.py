@@ -1,0 +1,108 @@
+"""What tests of relays do again and again: publish a container, talk through the relay, and look at the daemon."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import resource
+import socket
+import threading
+from pathlib import Path
+
+from tests.support.namespaces import CLIENT4, HOST4
+from tests.support.plain import Plain
+
+
+def published(container: Plain, address: str = "0.0.0.0", bound: str = "0.0.0.0:80") -> int:
+    """Attach with one ingress rule; gives the port of the endpoint."""
+    port = container.host.port()
+    endpoint = container.host.endpoint(f"{address}:{port}")
+    container.attach("-i", f"{bound}={endpoint}", "-e", f"{CLIENT4}/32={container.host.endpoint('0.0.0.0:dynamic')}")
+    return port
+
+
+def pair(container: Plain, listener: socket.socket, port: int) -> tuple[socket.socket, socket.socket]:
+    """A connection through the relay: the client's socket and the one that the container accepted."""
+    client = container.host.client.connected(HOST4, port)
+    accepted, _ = listener.accept()
+    accepted.settimeout(15)
+    return client, accepted
+
+
+def refused(container: Plain, port: int) -> bool:
+    """Whether the endpoint refuses."""
+    try:
+        container.host.client.connected(HOST4, port).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def reset(sock: socket.socket) -> bool:
+    """Whether the peer reset the connection; fails where it ended it, or does nothing."""
+    try:
+        while sock.recv(65536):
+            pass
+    except ConnectionResetError:
+        return True
+    return False
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Everything up to the end of the stream."""
+    parts = []
+    while part := sock.recv(1 << 16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def transfer(near: socket.socket, far: socket.socket, there: int, back: int, half_close: bool, seed: int) -> None:
+    """Both directions at once, in pieces of random sizes; the ends come in any order. Checked by hash."""
+    found: dict[str, str] = {}
+
+    def send(sock: socket.socket, data: bytes, chance: random.Random) -> None:
+        at = 0
+        while at < len(data):
+            size = chance.choice((1, 10, 1000, 100_000, 1_000_000))
+            sock.sendall(data[at : at + size])
+            at += size
+        sock.shutdown(socket.SHUT_WR)
+
+    def receive(sock: socket.socket, name: str) -> None:
+        found[name] = hashlib.sha256(read_all(sock)).hexdigest()
+
+    chance = random.Random(seed)
+    first, second = chance.randbytes(there), chance.randbytes(back)
+    if half_close:  # one direction ends before the other begins
+        receiver = threading.Thread(target=receive, args=(far, "first"))
+        receiver.start()
+        send(near, first, chance)
+        receiver.join()
+        threads = [threading.Thread(target=send, args=(far, second, chance))]
+    else:
+        threads = [
+            threading.Thread(target=send, args=(near, first, random.Random(seed + 1))),
+            threading.Thread(target=send, args=(far, second, random.Random(seed + 2))),
+            threading.Thread(target=receive, args=(far, "first")),
+        ]
+    for thread in threads:
+        thread.start()
+    receive(near, "second")
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "a transfer hangs"
+    assert found == {
+        "first": hashlib.sha256(first).hexdigest(),
+        "second": hashlib.sha256(second).hexdigest(),
+    }
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def descriptors(pid: int) -> int:
+    """How many a process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
