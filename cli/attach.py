@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +11,7 @@ from graft.errors import UsageError
 from graft.layout import Transport
 from graft.settings import Settings
 
+from .options import Egress, Ingress, PolicyFile
 from .output import command
 
 if TYPE_CHECKING:
@@ -46,13 +46,9 @@ def _transport(text: str) -> Transport | None:
 @command
 def attach(
     which: Which,
-    policy: Annotated[Path | None, typer.Option("--policy", help="A policy instead of -i and -e.")] = None,
-    ingress: Annotated[
-        list[str] | None, typer.Option("-i", metavar="ADDR:PORT[-PORT]=EP", help="A bind that becomes an endpoint.")
-    ] = None,
-    egress: Annotated[
-        list[str] | None, typer.Option("-e", metavar="PREFIX=EP", help="Destinations reached from an endpoint.")
-    ] = None,
+    policy: PolicyFile = None,
+    ingress: Ingress = None,
+    egress: Egress = None,
     transport: Annotated[str, typer.Option("--transport", help="auto, direct, swap or splice.")] = "auto",
     relay: Annotated[str, typer.Option("--relay", help="How splice moves bytes: splice (docs/splice.md).")] = "splice",
 ) -> None:

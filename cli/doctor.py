@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 
 from graft import lifecycle
 
+from .options import Json
 from .output import command, listing
 
 
@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 @command
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def doctor(as_json: Json = False) -> None:
     """List the kernel features, what each is for, and whether this machine has it. Exit 6 if one is missing."""
     from graft.doctor import features, kernel
 

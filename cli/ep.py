@@ -10,6 +10,7 @@ from graft import lifecycle, store
 from graft.endpoint import parse_endpoint
 from graft.settings import Settings
 
+from .options import Json
 from .output import command, listing
 
 app = typer.Typer(no_args_is_help=True)
@@ -21,7 +22,6 @@ Spec = Annotated[
 Proto = Annotated[str, typer.Option("--proto", help="tcp, udp or any.")]
 Netns = Annotated[str | None, typer.Option("--netns", help="Namespace: a name, a pid or a path. Default: the host's.")]
 Open = Annotated[bool, typer.Option("--open", help="A container may ask for it by its environment.")]
-Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 @app.command()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from graft import lifecycle
 from graft.settings import Settings
 
+from .options import Json
 from .output import command, listing
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 @command
-def ps(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def ps(as_json: Json = False) -> None:
     """List the containers under Graft, with the sockets that they hold on the host's stack."""
     from graft.overview import overview
 

@@ -10,6 +10,7 @@ import typer
 from graft import lifecycle
 from graft.settings import Settings
 
+from .options import Egress, Ingress, PolicyFile
 from .output import command
 
 
@@ -21,13 +22,9 @@ def register(app: typer.Typer) -> None:
 @command
 def run(
     program: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The program and its arguments.")],
-    ingress: Annotated[
-        list[str] | None, typer.Option("-i", metavar="ADDR:PORT[-PORT]=EP", help="A bind that becomes an endpoint.")
-    ] = None,
-    egress: Annotated[
-        list[str] | None, typer.Option("-e", metavar="PREFIX=EP", help="Destinations reached from an endpoint.")
-    ] = None,
-    policy: Annotated[Path | None, typer.Option("--policy", help="A policy instead of -i and -e.")] = None,
+    ingress: Ingress = None,
+    egress: Egress = None,
+    policy: PolicyFile = None,
     net: Annotated[str, typer.Option("--net", metavar="new|PATH", help="The program's own namespace.")] = "new",
     user: Annotated[str | None, typer.Option("--user", metavar="USER[:GROUP]", help="Whom it runs as.")] = None,
     keep_net_admin: Annotated[

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from graft.containers import listing as containers_of
 from graft.kernel import cgroup
+from tests.support.hostnet import v1_controllers
 from tests.support.installation import Host
 from tests.support.shell import Result, Word, output, run
 from tests.support.wait import until
@@ -146,24 +147,8 @@ def podman(host: Host, folder: Path, root: Path, runtime: Word) -> Iterator[Engi
     command = ("podman", *map(str, storage), "--storage-driver", "vfs", "--runtime", str(runtime))
     image = ("--rootfs", str(root))
     engine = Engine(host, command, {"CONTAINERS_CONF": str(conf)}, ("--network", "none"), image)
-    with _v1_controllers(folder):
+    with v1_controllers(folder):
         try:
             yield engine
         finally:
             engine.remove_all()
-
-
-@contextmanager
-def _v1_controllers(folder: Path) -> Iterator[None]:
-    """Where cgroup v1 is in use too, crun wants no controller left in the v2 tree: they are mounted aside."""
-    mounted = []
-    if cgroup.v2_mount() != Path("/sys/fs/cgroup"):
-        for name in (cgroup.v2_mount() / "cgroup.controllers").read_text().split():
-            (folder / name).mkdir()
-            if run(["mount", "-t", "cgroup", "-o", name, "cgroup", folder / name]).returncode == 0:
-                mounted.append(folder / name)
-    try:
-        yield
-    finally:
-        for path in mounted:
-            run(["umount", path])
