@@ -170,7 +170,7 @@ def _compile(flags: list[str]) -> tuple[Any, dict[str, int]]:
     fds = {}
     for program in (*PROGRAMS, *SPLICE_PROGRAMS):
         attach_type = bpf.ATTACH_TYPES[program.attach]
-        fds[program.name] = module.load_func(program.function, program.type, attach_type=attach_type).fd
+        fds[program.name] = module.load_func(program.function.encode(), program.type, attach_type=attach_type).fd
     return module, fds
 
 

@@ -335,11 +335,12 @@ def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, holder
     ``journal`` is shared with the holder: the notification at work, zero where there is none.
     """
     listener.wake_on_this_core()
+    page = (ctypes.c_char * Listener.SIZE).from_buffer(journal)
     blank = bytes(Listener.SIZE)
-    left = journal[: Listener.SIZE]
+    left = page.raw
     if left != blank and listener.is_valid(Notification.unpack(left).id):
         supervisor.handle(left, again=True)
-    journal[: Listener.SIZE] = blank
+    page.raw = blank
     poll = select.poll()
     poll.register(listener.fd, select.POLLIN)
     poll.register(holder, select.POLLIN)
@@ -348,9 +349,6 @@ def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, holder
         for fd, what in ready:
             if fd == holder or what & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
                 return
-        raw = listener.receive()
-        if raw is None:
-            continue
-        journal[: Listener.SIZE] = bytes(raw)
-        supervisor.handle(raw)
-        journal[: Listener.SIZE] = blank
+        if listener.receive(page):
+            supervisor.handle(page.raw)
+            page.raw = blank

@@ -9,11 +9,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import os
 import platform
 import struct
 from typing import NamedTuple
 
 from graft.kernel.syscalls import syscall
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _SET_MODE_FILTER = 1
 _FLAG_NEW_LISTENER = 1 << 3
@@ -130,8 +133,6 @@ class Listener:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._empty = bytes(_NOTIF_SIZE)
-        self._raw = bytearray(_NOTIF_SIZE)
 
     def wake_on_this_core(self) -> bool:
         """Ask for synchronous wake-up (6.6): the caller sleeps anyway, so the supervisor takes its core."""
@@ -141,21 +142,19 @@ class Listener:
             return False
         return True
 
-    def receive(self) -> bytearray | None:
-        """The next notification as it came, in a buffer that the next call overwrites.
+    def receive(self, into: ctypes.Array[ctypes.c_char]) -> bool:
+        """Write the next notification to ``into``, SIZE bytes of zeros. Blocks where none is waiting.
 
-        None where the caller went away (ENOENT) or a signal came in between. Blocks where none is waiting.
+        The kernel itself writes it there, before this call can return or the process can die: what it has handed
+        out, and hands out once only, is never lost on the way. False, and ``into`` is still zero, where the caller
+        went away (ENOENT) or a signal came in between.
         """
-        self._raw[:] = self._empty
-        try:
-            fcntl.ioctl(self.fd, _NOTIF_RECV, self._raw)
-        except InterruptedError:
-            return None
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
-        return self._raw
+        if _libc.ioctl(self.fd, ctypes.c_ulong(_NOTIF_RECV), ctypes.byref(into)) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code in (errno.ENOENT, errno.EINTR):
+            return False
+        raise OSError(code, f"ioctl(SECCOMP_IOCTL_NOTIF_RECV): {os.strerror(code)}")
 
     def is_valid(self, unique: int) -> bool:
         """Whether that call is still waiting; what was read about its process before is then its own."""
