@@ -39,7 +39,6 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define EACCES 13
-#define EPERM 1
 #define ECONNREFUSED 111
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17

@@ -203,8 +203,6 @@ def _bcc_is_missing() -> bool:
 
 def layouts(loaded: Loaded) -> dict[str, tuple[type[ctypes.Structure], type[ctypes.Structure]]]:
     """The key and value types that bcc made of the C structures, for the test that compares layouts."""
-    from bcc import lib  # noqa: F401
-
     found = {}
     names = ("endpoints", "endpoint_names", "containers", "ingress", "egress", "egress_ports", "counters")
     for name in (*names, "relays", "arrivals"):

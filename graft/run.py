@@ -17,7 +17,6 @@ from pathlib import Path
 
 from graft import containers, holder
 from graft.containers import Container
-from graft.errors import KernelError
 from graft.holder import Holder
 from graft.kernel import cgroup, netns, process
 from graft.launch import Launch, Launched, launch
@@ -122,9 +121,3 @@ def _look(pid: int) -> int | None:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif os.WIFEXITED(status) or os.WIFSIGNALED(status):
             return os.waitstatus_to_exitcode(status)
-
-
-def check_supported() -> None:
-    """Raises KernelError where this kernel lacks what the swap transport cannot do without."""
-    if not Path("/proc/sys/kernel/seccomp/actions_avail").read_text().count("user_notif"):
-        raise KernelError("this kernel has no seccomp user notification", "5.15 or later")

@@ -9,7 +9,6 @@ import ctypes
 import errno
 import os
 import re
-import signal
 
 from graft.kernel.syscalls import number, syscall
 
@@ -54,11 +53,6 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
         code = ctypes.get_errno()
         raise OSError(code, f"pidfd_getfd: {os.strerror(code)}")
     return copy
-
-
-def pidfd_send_signal(pidfd: int, signum: int) -> None:
-    """Signal the process. Raises ProcessLookupError where it is gone."""
-    signal.pidfd_send_signal(pidfd, signum)
 
 
 class _Iovec(ctypes.Structure):

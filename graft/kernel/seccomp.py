@@ -20,7 +20,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 _SET_MODE_FILTER = 1
 _FLAG_NEW_LISTENER = 1 << 3
-_FLAG_TSYNC_ESRCH = 1 << 4
 _FLAG_WAIT_KILLABLE_RECV = 1 << 5
 
 _RET_ALLOW = 0x7FFF0000

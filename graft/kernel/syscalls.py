@@ -18,7 +18,7 @@ _TABLES: dict[str, dict[str, int]] = {
     "x86_64": {"bpf": 321, "seccomp": 317, "process_vm_readv": 310, "setns": 308, "unshare": 272, "prctl": 157},
     "aarch64": {"bpf": 280, "seccomp": 277, "process_vm_readv": 270, "setns": 268, "unshare": 97, "prctl": 167},
 }
-_COMMON = {"pidfd_send_signal": 424, "pidfd_open": 434, "pidfd_getfd": 438}
+_COMMON = {"pidfd_open": 434, "pidfd_getfd": 438}
 _NUMBERS = _TABLES.get(platform.machine(), {}) | _COMMON
 
 
