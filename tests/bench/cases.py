@@ -59,51 +59,32 @@ def serving(command: list[str], listens_in: Netns, port: int, environment: Envir
 
 
 @dataclass
-class HostCase:
-    """The program runs in the host's namespace: what everything else is compared with."""
+class PlainCase:
+    """The program runs in a namespace of the topology, and nothing of Graft's is there."""
 
-    name: str = "host"
-    title: str = "host"
+    name: str
+    title: str
+    namespace: Callable[[Topology], Netns]
+    listens_on: int
+    answers_on: int
+    """The port of the host's address that leads to ``listens_on``."""
     wanted: Mapping[str, Bound] = field(default_factory=dict)
 
     @contextmanager
     def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
-        """Nothing to prepare."""
+        """Nothing to prepare: the topology has what is needed."""
         yield
 
     @contextmanager
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
-        """Start the server in the host's namespace."""
-        with serving(net.host.enter(*server(HOST_PORT)), net.host, HOST_PORT):
-            yield HOST_PORT
+        """Start the server in the namespace."""
+        where = self.namespace(net)
+        with serving(where.enter(*server(self.listens_on)), where, self.listens_on):
+            yield self.answers_on
 
     def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
-        """Start the client in the host's namespace."""
-        return run(net.host.enter(*command), timeout)
-
-
-@dataclass
-class BridgeCase:
-    """The program runs behind a bridge with NAT (nftables in the kernel, no proxy), as a container usually does."""
-
-    name: str = "bridge"
-    title: str = "bridge + NAT"
-    wanted: Mapping[str, Bound] = field(default_factory=dict)
-
-    @contextmanager
-    def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
-        """Nothing to prepare: the topology has the bridge and its rules."""
-        yield
-
-    @contextmanager
-    def serve(self, net: Topology, server: Server) -> Iterator[int]:
-        """Start the server in the container's namespace."""
-        with serving(net.container.enter(*server(INNER_PORT)), net.container, INNER_PORT):
-            yield BRIDGE_PORT
-
-    def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
-        """Start the client in the container's namespace."""
-        return run(net.container.enter(*command), timeout)
+        """Start the client in the namespace."""
+        return run(self.namespace(net).enter(*command), timeout)
 
 
 @dataclass
@@ -127,15 +108,7 @@ class SwapCase:
     @contextmanager
     def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
         """Bring up a Graft of the benchmark's own, with an endpoint to serve on and one to reach out from."""
-        name = f"graft-bench-{os.getpid()}"
-        self._environment = {
-            **os.environ,
-            "GRAFT_HOST_NETNS": str(net.host.path),
-            "GRAFT_PIN_DIR": f"/sys/fs/bpf/{name}",
-            "GRAFT_RUN_DIR": str(workdir / "run"),
-            "GRAFT_STATE_DIR": str(workdir / "state"),
-            "GRAFT_CGROUP": name,
-        }
+        self._environment = graft_environment(net, workdir, f"graft-bench-{os.getpid()}")
         try:
             self._graft("ep", "add", "bench-http", f"0.0.0.0:{SWAP_PORT}")
             self._graft("ep", "add", "bench-out", "0.0.0.0:dynamic")
@@ -168,5 +141,23 @@ def graft_command() -> str:
     return str(Path(sys.prefix) / "bin" / "graft")
 
 
-# The host twice: how far the second is from the first is how far from each other two equal things come out.
-CASES: tuple[Case, ...] = (HostCase(), HostCase("again", "host again"), BridgeCase(), SwapCase())
+def graft_environment(net: Topology, workdir: Path, name: str) -> dict[str, str]:
+    """For a Graft apart from all others: ``name`` is its own on this machine."""
+    return {
+        **os.environ,
+        "GRAFT_HOST_NETNS": str(net.host.path),
+        "GRAFT_PIN_DIR": f"/sys/fs/bpf/{name}",
+        "GRAFT_RUN_DIR": str(workdir / f"{name}-run"),
+        "GRAFT_STATE_DIR": str(workdir / f"{name}-state"),
+        "GRAFT_CGROUP": name,
+    }
+
+
+CASES: tuple[Case, ...] = (
+    PlainCase("host", "host", lambda net: net.host, HOST_PORT, HOST_PORT),
+    # How far the second is from the first is how far from each other two equal things come out.
+    PlainCase("again", "host again", lambda net: net.host, HOST_PORT, HOST_PORT),
+    # As a container usually runs. nftables does the NAT in the kernel; no proxy is in the way.
+    PlainCase("bridge", "bridge + NAT", lambda net: net.container, INNER_PORT, BRIDGE_PORT),
+    SwapCase(),
+)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from graft.kernel import cgroup
-from tests.bench.cases import INNER_PORT, NotOffered, Server, graft_command, serving
+from tests.bench.cases import INNER_PORT, NotOffered, Server, graft_command, graft_environment, serving
 from tests.bench.process import BenchError, kept, run, wait_until
 from tests.bench.report import Bound
 from tests.bench.topology import CONTAINER_ADDRESS, Topology
@@ -35,14 +35,7 @@ class SpliceCase:
     def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
         """Attach a cgroup in which a process lives already; servers and clients are started in it later."""
         name = f"graft-bench-splice-{os.getpid()}"
-        self._environment = {
-            **os.environ,
-            "GRAFT_HOST_NETNS": str(net.host.path),
-            "GRAFT_PIN_DIR": f"/sys/fs/bpf/{name}",
-            "GRAFT_RUN_DIR": str(workdir / "splice-run"),
-            "GRAFT_STATE_DIR": str(workdir / "splice-state"),
-            "GRAFT_CGROUP": name,
-        }
+        self._environment = graft_environment(net, workdir, name)
         self._cgroup = cgroup.v2_mount() / f"{name}-container"
         self._cgroup.mkdir()
         try:
