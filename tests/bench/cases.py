@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from tests.bench.process import BenchError, Environment, kept, run, wait_until
-from tests.bench.report import Bound, at_least, at_most
+from tests.bench.report import Wanted, at_least, at_most
 from tests.bench.topology import Netns, Topology
 
 INNER_PORT = 80
@@ -37,8 +37,8 @@ class Case(Protocol):
 
     name: str
     title: str
-    wanted: Mapping[str, Bound]
-    """By workload: the ratio to the host that is aimed at."""
+    wanted: Wanted
+    """By workload: the ratios to the host, or to another case, that are aimed at."""
 
     def prepared(self, net: Topology, workdir: Path) -> AbstractContextManager[None]:
         """Set up what all measurements of the case share, and undo it."""
@@ -68,7 +68,7 @@ class PlainCase:
     listens_on: int
     answers_on: int
     """The port of the host's address that leads to ``listens_on``."""
-    wanted: Mapping[str, Bound] = field(default_factory=dict)
+    wanted: Wanted = field(default_factory=dict)
 
     @contextmanager
     def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
@@ -93,14 +93,14 @@ class SwapCase:
 
     name: str = "swap"
     title: str = "swap"
-    wanted: Mapping[str, Bound] = field(
+    wanted: Wanted = field(
         default_factory=lambda: {
-            "keepalive": at_least(0.98),
-            "request": at_least(0.95),
-            "pingpong": at_least(0.98),
-            "bulk-in": at_least(0.98),
-            "bulk-out": at_least(0.98),
-            "connect": at_most(2.5),
+            "keepalive": [at_least(0.98)],
+            "request": [at_least(0.95)],
+            "pingpong": [at_least(0.98)],
+            "bulk-in": [at_least(0.98)],
+            "bulk-out": [at_least(0.98)],
+            "connect": [at_most(2.5)],
         }
     )
     _environment: dict[str, str] = field(default_factory=dict)

@@ -24,11 +24,12 @@ def draw(
     for number, column in enumerate(others):
         for place, metric in enumerate(metrics):
             summary = found.get((metric.name, column.name))
-            if summary is None or summary.ratio is None or summary.ratio_low is None or summary.ratio_high is None:
+            if summary is None or summary.ratio is None:
                 continue
-            spread = [[summary.ratio - summary.ratio_low], [summary.ratio_high - summary.ratio]]
+            ratio = summary.ratio
+            spread = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
             label = column.title if place == 0 else None
-            axes.bar(place + number * width, summary.ratio, width, yerr=spread, color=f"C{number}", label=label)
+            axes.bar(place + number * width, ratio.median, width, yerr=spread, color=f"C{number}", label=label)
     axes.axhline(1, color="black", linewidth=0.8)
     middle = width * (len(others) - 1) / 2
     titles = [metric.title if metric.more_is_better else f"{metric.title}\n(less is better)" for metric in metrics]

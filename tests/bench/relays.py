@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +13,13 @@ from pathlib import Path
 from graft.kernel import cgroup
 from tests.bench.cases import INNER_PORT, NotOffered, Server, graft_command, graft_environment, serving
 from tests.bench.process import BenchError, kept, run, wait_until
-from tests.bench.report import Bound
+from tests.bench.report import Bound, Wanted, at_least, more_than
 from tests.bench.topology import CONTAINER_ADDRESS, Topology
 
 SPLICE_PORT = 8083
 FIRST_PROXY_PORT = 8084
+
+MORE_THAN_PROXIES: tuple[Bound, ...] = (more_than(1, of="docker-proxy"), more_than(1, of="socat"))
 
 
 @dataclass
@@ -26,7 +28,14 @@ class SpliceCase:
 
     name: str = "splice"
     title: str = "splice"
-    wanted: Mapping[str, Bound] = field(default_factory=dict)
+    wanted: Wanted = field(
+        default_factory=lambda: {
+            "request": MORE_THAN_PROXIES,
+            "pingpong": MORE_THAN_PROXIES,
+            "bulk-in": [at_least(0.9, of="bridge")],
+            "bulk-out": [at_least(0.9, of="bridge")],
+        }
+    )
     _environment: dict[str, str] = field(default_factory=dict)
     _cgroup: Path = Path()
     _resident: subprocess.Popen[str] | None = None
@@ -82,7 +91,7 @@ class ProxyCase:
     port: int
     command: Callable[[Path, int], list[str]]
     """From a folder for files, and the port to listen on."""
-    wanted: Mapping[str, Bound] = field(default_factory=dict)
+    wanted: Wanted = field(default_factory=dict)
     _workdir: Path = Path()
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -25,27 +26,36 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A wanted ratio to the host: at least or at most ``limit``."""
+    """A wanted ratio to the case ``of``; ``sign`` says on which side of ``limit``."""
 
+    sign: str
     limit: float
-    at_least: bool
+    of: str
 
     def met(self, ratio: float) -> bool:
-        """Whether ``ratio`` keeps the bound, with no rounding in its favour."""
-        return ratio >= self.limit if self.at_least else ratio <= self.limit
-
-    def __str__(self) -> str:
-        return f"{'≥' if self.at_least else '≤'} {self.limit:g}"
+        """Whether ``ratio`` keeps the bound, with no rounding and no tolerance in its favour."""
+        return _KEEPS[self.sign](ratio, self.limit)
 
 
-def at_least(limit: float) -> Bound:
+_KEEPS: Mapping[str, Callable[[float, float], bool]] = {"≥": operator.ge, "≤": operator.le, ">": operator.gt}
+
+Wanted = Mapping[str, Sequence[Bound]]
+"""Workload -> the bounds of a case there."""
+
+
+def at_least(limit: float, of: str = BASELINE) -> Bound:
     """A ratio of ``limit`` or more is wanted."""
-    return Bound(limit, at_least=True)
+    return Bound("≥", limit, of)
 
 
-def at_most(limit: float) -> Bound:
+def at_most(limit: float, of: str = BASELINE) -> Bound:
     """A ratio of ``limit`` or less is wanted."""
-    return Bound(limit, at_least=False)
+    return Bound("≤", limit, of)
+
+
+def more_than(limit: float, of: str = BASELINE) -> Bound:
+    """A ratio above ``limit`` is wanted."""
+    return Bound(">", limit, of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +64,35 @@ class Column:
 
     name: str
     title: str
-    wanted: Mapping[str, Bound]
+    wanted: Wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How a case compares with another: the median of the ratios in each round, the lowest and the highest."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of a bound. Nothing, where the other case was not measured."""
+
+    bound: Bound
+    ratio: Ratio | None
+    met: bool | None
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What the rounds of one workload in one case come to."""
+    """What the rounds of one workload in one case come to; ``ratio`` is the one to the host."""
 
     values: tuple[float, ...]
     median: float
-    ratio: float | None
-    ratio_low: float | None
-    ratio_high: float | None
-    wanted: str | None
-    met: bool | None
+    ratio: Ratio | None
+    verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,38 +112,42 @@ Measurements = Mapping[tuple[str, str], Sequence[float]]
 """(workload, case) -> one value a round."""
 
 
-def summarize(values: Sequence[float], baseline: Sequence[float] | None, wanted: Bound | None) -> Summary:
-    """Medians of ``values`` and of their ratios to ``baseline``, each to the value of its own round.
+def summarize(values: Sequence[float], others: Mapping[str, Sequence[float]], wanted: Sequence[Bound]) -> Summary:
+    """What ``values`` come to, beside those of the ``others`` (case -> one value a round).
 
-    Without a baseline (the host itself, or a run without it) there are no ratios, and nothing is met or missed.
+    A case that is not among the others (the host for itself, what a run leaves out, a program that is not installed)
+    gives no ratio, and a bound that is relative to it is not judged.
     """
-    ratios = [value / base for value, base in zip(values, baseline, strict=True)] if baseline is not None else []
-    ratio = median(ratios) if ratios else None
-    return Summary(
-        values=tuple(values),
-        median=median(values),
-        ratio=ratio,
-        ratio_low=min(ratios, default=None),
-        ratio_high=max(ratios, default=None),
-        wanted=str(wanted) if wanted else None,
-        met=wanted.met(ratio) if wanted and ratio is not None else None,
-    )
+
+    def ratio(of: str) -> Ratio | None:
+        return _ratio(values, others[of]) if of in others else None
+
+    def verdict(bound: Bound) -> Verdict:
+        found = ratio(bound.of)
+        return Verdict(bound, found, None if found is None else bound.met(found.median))
+
+    return Summary(tuple(values), median(values), ratio(BASELINE), tuple(verdict(bound) for bound in wanted))
+
+
+def _ratio(values: Sequence[float], base: Sequence[float]) -> Ratio:
+    """Each value over that of its own round: the machine is another one a minute later."""
+    ratios = [value / other for value, other in zip(values, base, strict=True)]
+    return Ratio(median(ratios), min(ratios), max(ratios))
 
 
 def summaries(
     metrics: Sequence[Metric], columns: Sequence[Column], measurements: Measurements
 ) -> dict[tuple[str, str], Summary]:
     """A summary for each workload and case that was measured."""
-    return {
-        (metric.name, column.name): summarize(
-            measurements[metric.name, column.name],
-            measurements.get((metric.name, BASELINE)) if column.name != BASELINE else None,
-            column.wanted.get(metric.name),
-        )
-        for metric in metrics
-        for column in columns
-        if (metric.name, column.name) in measurements
-    }
+    found = {}
+    for metric in metrics:
+        measured = {case: values for (workload, case), values in measurements.items() if workload == metric.name}
+        for column in columns:
+            if column.name in measured:
+                others = {case: values for case, values in measured.items() if case != column.name}
+                wanted = column.wanted.get(metric.name, ())
+                found[metric.name, column.name] = summarize(measured[column.name], others, wanted)
+    return found
 
 
 def as_json(
@@ -161,13 +190,17 @@ def as_markdown(run: Run, metrics: Sequence[Metric], columns: Sequence[Column], 
 def _cell(metric: Metric, summary: Summary | None) -> str:
     if summary is None:
         return "-"
-    value = f"{summary.median:,.{metric.digits}f}"
-    if summary.ratio is None:
-        return value
-    cell = f"{value} = **{summary.ratio:.3f}** ({summary.ratio_low:.2f}-{summary.ratio_high:.2f})"
-    if summary.met is None:
-        return cell
-    return f"{cell}, {summary.wanted} {'met' if summary.met else 'missed'}"
+    cell = f"{summary.median:,.{metric.digits}f}"
+    if summary.ratio is not None:
+        cell += f" = **{summary.ratio.median:.3f}** ({summary.ratio.low:.2f}-{summary.ratio.high:.2f})"
+    return ", ".join([cell, *(_outcome(verdict) for verdict in summary.verdicts if verdict.met is not None)])
+
+
+def _outcome(verdict: Verdict) -> str:
+    """The bound and whether it is met, after the ratio where that is not the one to the host, which the cell has."""
+    bound, ratio = verdict.bound, verdict.ratio
+    text = f"{bound.sign} {bound.limit:g} {'met' if verdict.met else 'missed'}"
+    return text if ratio is None or bound.of == BASELINE else f"{ratio.median:.3f} of {bound.of} {text}"
 
 
 def with_table(document: str, table: str) -> str:

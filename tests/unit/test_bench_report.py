@@ -6,51 +6,80 @@ import json
 
 import pytest
 
+from tests.bench.__main__ import CASES
 from tests.bench.process import BenchError
 from tests.bench.report import (
     BEGIN,
     END,
     Column,
     Metric,
+    Ratio,
     Run,
     as_json,
     as_markdown,
     at_least,
     at_most,
+    more_than,
     summarize,
     with_table,
 )
-from tests.bench.workloads import gigabits, median_us, requests_per_second
+from tests.bench.workloads import WORKLOADS, gigabits, median_us, requests_per_second
 
 RUN = Run("make bench", "2026-01-02", "6.1.0", "2 cores, x86_64", "0.1.0", 3, 3)
 RATE = Metric("rate", "requests", "requests/s")
 TIME = Metric("time", "connect", "us", digits=1, more_is_better=False)
 HOST = Column("host", "host", {})
-SWAP = Column("swap", "swap", {"rate": at_least(0.98), "time": at_most(2.5)})
+SWAP = Column("swap", "swap", {"rate": [at_least(0.98)], "time": [at_most(2.5)]})
+BRIDGE = Column("bridge", "bridge + NAT", {})
+SPLICE = Column("splice", "splice", {"rate": [at_least(0.9, of="bridge"), more_than(1, of="socat")]})
 MEASUREMENTS: dict[tuple[str, str], list[float]] = {
     ("rate", "host"): [1000, 2000, 3000],
     ("rate", "swap"): [990, 1900, 3030],
+    ("rate", "bridge"): [800, 1000, 2000],
+    ("rate", "splice"): [400, 920, 2000],
+    ("rate", "socat"): [500, 920, 1000],
     ("time", "host"): [40.0, 40.0, 40.0],
     ("time", "swap"): [80.0, 120.0, 120.0],
 }
 
 
 def test_a_ratio_is_taken_within_its_round_and_then_the_median() -> None:
-    summary = summarize([990, 1900, 3030], [1000, 2000, 3000], at_least(0.98))
+    summary = summarize([990, 1900, 3030], {"host": [1000, 2000, 3000]}, [at_least(0.98)])
     assert summary.median == 1900
-    assert summary.ratio == pytest.approx(0.99)
-    assert (summary.ratio_low, summary.ratio_high) == pytest.approx((0.95, 1.01))
-    assert summary.met is True
+    assert summary.ratio == Ratio(0.99, 0.95, 1.01)
+    assert [verdict.met for verdict in summary.verdicts] == [True]
 
 
-def test_without_a_baseline_nothing_is_met_or_missed() -> None:
-    summary = summarize([1, 2, 3], None, at_least(0.98))
-    assert (summary.median, summary.ratio, summary.met) == (2, None, None)
+def test_a_bound_that_is_relative_to_another_case_is_judged_by_the_rounds_of_that_case() -> None:
+    others = {"host": [1000.0, 1000.0, 1000.0], "bridge": [800.0, 1000.0, 2000.0]}
+    summary = summarize([400, 920, 2000], others, [at_least(0.9, of="bridge")])
+    assert summary.ratio == Ratio(0.92, 0.4, 2)
+    (verdict,) = summary.verdicts
+    assert verdict.ratio == Ratio(0.92, 0.5, 1)
+    assert verdict.met is True
+
+
+def test_each_of_several_bounds_is_judged_on_its_own() -> None:
+    others = {"docker-proxy": [10.0], "socat": [30.0]}
+    summary = summarize([20], others, [more_than(1, of="docker-proxy"), more_than(1, of="socat")])
+    assert [verdict.met for verdict in summary.verdicts] == [True, False]
+
+
+def test_without_the_host_nothing_that_is_relative_to_it_is_judged() -> None:
+    summary = summarize([1, 2, 3], {"bridge": [1.0, 2.0, 3.0]}, [at_least(0.98), at_least(1, of="bridge")])
+    assert (summary.median, summary.ratio) == (2, None)
+    assert [verdict.met for verdict in summary.verdicts] == [None, True]
+
+
+def test_a_bound_whose_other_case_was_not_measured_is_not_judged() -> None:
+    summary = summarize([1, 2, 3], {"host": [1.0, 2.0, 3.0]}, [more_than(1, of="socat")])
+    (verdict,) = summary.verdicts
+    assert (verdict.ratio, verdict.met) == (None, None)
 
 
 def test_rounds_that_do_not_match_are_an_error() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        summarize([1, 2, 3], [1, 2], None)
+        summarize([1, 2, 3], {"host": [1.0, 2.0]}, [])
 
 
 def test_a_bound_is_not_met_by_rounding() -> None:
@@ -58,6 +87,15 @@ def test_a_bound_is_not_met_by_rounding() -> None:
     assert at_least(0.98).met(0.98)
     assert not at_most(2.5).met(2.5001)
     assert at_most(2.5).met(2.5)
+    assert not more_than(1).met(1)
+    assert more_than(1).met(1.0001)
+
+
+def test_every_bound_speaks_of_a_workload_and_of_another_case() -> None:
+    workloads, cases = {workload.metric.name for workload in WORKLOADS}, {case.name for case in CASES}
+    for case in CASES:
+        assert set(case.wanted) <= workloads
+        assert {bound.of for bounds in case.wanted.values() for bound in bounds} <= cases - {case.name}
 
 
 def test_the_table_has_a_row_a_workload_and_marks_what_is_met_and_missed() -> None:
@@ -68,18 +106,39 @@ def test_the_table_has_a_row_a_workload_and_marks_what_is_met_and_missed() -> No
     assert lines[5] == "| connect | us | 40.0 | 120.0 = **3.000** (2.00-3.00), ≤ 2.5 missed |"
 
 
+def test_a_cell_says_each_bound_with_its_own_ratio() -> None:
+    row = as_markdown(RUN, [RATE], [HOST, SPLICE], MEASUREMENTS).splitlines()[-1]
+    splice = "920 = **0.460** (0.40-0.67), 0.920 of bridge ≥ 0.9 met, 1.000 of socat > 1 missed"
+    assert row == f"| requests | requests/s | 2,000 | {splice} |"
+
+
+def test_a_cell_leaves_out_what_is_not_judged() -> None:
+    measured = {case: values for case, values in MEASUREMENTS.items() if case[1] in ("bridge", "splice")}
+    row = as_markdown(RUN, [RATE], [BRIDGE, SPLICE], measured).splitlines()[-1]
+    assert row == "| requests | requests/s | 1,000 | 920, 0.920 of bridge ≥ 0.9 met |"
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     lines = as_markdown(RUN, [RATE], [HOST, SWAP], {("rate", "host"): [1.0]}).splitlines()
     assert lines[-1] == "| requests | requests/s | 1 | - |"
 
 
-def test_the_json_holds_every_round_and_the_outcome() -> None:
-    data = json.loads(json.dumps(as_json(RUN, [RATE, TIME], [HOST, SWAP], MEASUREMENTS)))
-    rate = data["workloads"][0]
+def test_the_json_holds_every_round_and_the_outcome_of_each_bound() -> None:
+    measured = {case: values for case, values in MEASUREMENTS.items() if case[1] != "socat"}
+    data = json.loads(json.dumps(as_json(RUN, [RATE, TIME], [HOST, SWAP, SPLICE], measured)))
+    rate = data["workloads"][0]["cases"]
     assert data["run"]["kernel"] == "6.1.0"
-    assert rate["cases"]["swap"]["values"] == [990, 1900, 3030]
-    assert rate["cases"]["swap"]["met"] is True
-    assert rate["cases"]["host"]["ratio"] is None
+    assert rate["swap"]["values"] == [990, 1900, 3030]
+    assert [verdict["met"] for verdict in rate["swap"]["verdicts"]] == [True]
+    assert (rate["host"]["ratio"], rate["host"]["verdicts"]) == (None, [])
+    assert rate["splice"]["verdicts"] == [
+        {
+            "bound": {"sign": "≥", "limit": 0.9, "of": "bridge"},
+            "ratio": {"median": 0.92, "low": 0.5, "high": 1.0},
+            "met": True,
+        },
+        {"bound": {"sign": ">", "limit": 1, "of": "socat"}, "ratio": None, "met": None},
+    ]
 
 
 def test_the_table_replaces_the_one_between_the_markers_and_nothing_else() -> None:
