@@ -6,7 +6,7 @@ round, because a number from another minute or another machine says little.
     topology.py   the namespaces and how they are joined
     workloads.py  what is measured: a server, a client, and the number that comes out
     cases.py      where the server or the client runs: on the host, behind a bridge, under graft run
-    relays.py     the same for a container that runs already: splice, and the proxies that people use instead
+    relays.py     the same for a container that runs already: splice with either relay, and proxies used instead
     report.py     medians, ratios, bounds, the JSON file and the table (pure)
     chart.py      the same as a picture
     runner.py     rounds and progress

@@ -25,7 +25,7 @@ SWAP_PORT = 8082
 
 
 class NotOffered(Exception):
-    """The case has no way to do this, or its program is not installed: its cell stays empty."""
+    """The case has no way to do this, or this machine has not got what it takes: its cell stays empty."""
 
 
 Server = Callable[[int], list[str]]
@@ -41,7 +41,7 @@ class Case(Protocol):
     """By workload: the ratios to the host, or to another case, that are aimed at."""
 
     def prepared(self, net: Topology, workdir: Path) -> AbstractContextManager[None]:
-        """Set up what all measurements of the case share, and undo it."""
+        """Set up what all measurements of the case share, and undo it. Raises NotOffered, with the reason."""
 
     def serve(self, net: Topology, server: Server) -> AbstractContextManager[int]:
         """Keep ``server`` running; gives the port of the host's address where the client finds it."""

@@ -18,6 +18,15 @@ class BenchError(Exception):
     """A measurement that could not be made, with what the program said."""
 
 
+class ProgramFailed(BenchError):
+    """A program ended with a ``status`` that is not 0; ``said`` is its last word on why."""
+
+    def __init__(self, command: Sequence[str], status: int, said: str) -> None:
+        super().__init__(f"status {status}: {' '.join(command)}\n{said}".rstrip())
+        self.status = status
+        self.said = said
+
+
 def run(command: Sequence[str], timeout: float = 60, environment: Environment = None) -> str:
     """Run ``command`` and give its standard output. Raises BenchError where it fails or takes too long."""
     with _started(command, subprocess.PIPE, environment) as process:
@@ -28,7 +37,7 @@ def run(command: Sequence[str], timeout: float = 60, environment: Environment = 
         finally:
             _end(process)
     if process.returncode != 0:
-        raise BenchError(f"status {process.returncode}: {' '.join(command)}\n{errors or output}".rstrip())
+        raise ProgramFailed(command, process.returncode, errors or output)
     return output
 
 

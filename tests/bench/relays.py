@@ -10,14 +10,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from graft.errors import KernelError, RefusedError
 from graft.kernel import cgroup
 from tests.bench.cases import INNER_PORT, NotOffered, Server, graft_command, graft_environment, serving
-from tests.bench.process import BenchError, kept, run, wait_until
+from tests.bench.process import BenchError, ProgramFailed, kept, run, wait_until
 from tests.bench.report import Bound, Wanted, at_least, more_than
 from tests.bench.topology import CONTAINER_ADDRESS, Topology
 
 SPLICE_PORT = 8083
 FIRST_PROXY_PORT = 8084
+SPLICE_KERNEL_PORT = 8088
 
 MORE_THAN_PROXIES: tuple[Bound, ...] = (more_than(1, of="docker-proxy"), more_than(1, of="socat"))
 
@@ -26,16 +28,12 @@ MORE_THAN_PROXIES: tuple[Bound, ...] = (more_than(1, of="docker-proxy"), more_th
 class SpliceCase:
     """The program runs in the container's namespace, and was started without Graft: `graft attach` serves it."""
 
-    name: str = "splice"
-    title: str = "splice"
-    wanted: Wanted = field(
-        default_factory=lambda: {
-            "request": MORE_THAN_PROXIES,
-            "pingpong": MORE_THAN_PROXIES,
-            "bulk-in": [at_least(0.9, of="bridge")],
-            "bulk-out": [at_least(0.9, of="bridge")],
-        }
-    )
+    name: str
+    title: str
+    relay: str
+    """What `graft attach --relay` takes."""
+    port: int
+    wanted: Wanted = field(default_factory=dict)
     _environment: dict[str, str] = field(default_factory=dict)
     _cgroup: Path = Path()
     _resident: subprocess.Popen[str] | None = None
@@ -43,7 +41,7 @@ class SpliceCase:
     @contextmanager
     def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
         """Attach a cgroup in which a process lives already; servers and clients are started in it later."""
-        name = f"graft-bench-splice-{os.getpid()}"
+        name = f"graft-bench-{self.name}-{os.getpid()}"
         self._environment = graft_environment(net, workdir, name)
         self._cgroup = cgroup.v2_mount() / f"{name}-container"
         self._cgroup.mkdir()
@@ -51,10 +49,9 @@ class SpliceCase:
             with kept(self._inside(net, "sleep", "infinity")) as process:
                 wait_until("in its cgroup", lambda: bool(cgroup.processes(self._cgroup)), process)
                 self._resident = process
-                self._graft("ep", "add", "bench-http", f"0.0.0.0:{SPLICE_PORT}")
+                self._graft("ep", "add", "bench-http", f"0.0.0.0:{self.port}")
                 self._graft("ep", "add", "bench-out", "0.0.0.0:dynamic")
-                rules = ["-i", f"0.0.0.0:{INNER_PORT}=bench-http", "-e", "0.0.0.0/0=bench-out"]
-                self._graft("attach", "--cgroup", str(self._cgroup), *rules)
+                self._attach()
                 yield
         finally:
             with suppress(BenchError):
@@ -64,10 +61,10 @@ class SpliceCase:
     @contextmanager
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Start the server in the container; the endpoint answers once Graft has seen it listen."""
-        with serving(self._inside(net, *server(INNER_PORT)), net.host, SPLICE_PORT, None):
-            yield SPLICE_PORT
+        with serving(self._inside(net, *server(INNER_PORT)), net.host, self.port):
+            yield self.port
         assert self._resident is not None
-        wait_until("withdrawn", lambda: not net.host.listens(SPLICE_PORT), self._resident)
+        wait_until("withdrawn", lambda: not net.host.listens(self.port), self._resident)
 
     def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
         """Start the client in the container."""
@@ -76,6 +73,17 @@ class SpliceCase:
     def _inside(self, net: Topology, *command: str) -> list[str]:
         enter = f'echo $$ > {self._cgroup}/cgroup.procs; exec "$@"'
         return ["sh", "-c", enter, "sh", *net.container.enter(*command)]
+
+    def _attach(self) -> None:
+        """Raises NotOffered where the relay in the kernel is refused; splice(2) has to be there."""
+        rules = ["-i", f"0.0.0.0:{INNER_PORT}=bench-http", "-e", "0.0.0.0/0=bench-out"]
+        try:
+            self._graft("attach", "--cgroup", str(self._cgroup), "--relay", self.relay, *rules)
+        except ProgramFailed as error:
+            refused = error.status in (KernelError.exit_code, RefusedError.exit_code) and "relay" in error.said
+            if self.relay == "kernel" and refused:
+                raise NotOffered(error.said.strip()) from error
+            raise
 
     def _graft(self, *arguments: str) -> None:
         run([graft_command(), *arguments], environment=self._environment)
@@ -97,24 +105,24 @@ class ProxyCase:
     @contextmanager
     def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
         """Nothing to prepare but a folder."""
+        if shutil.which(self.program) is None and not Path(self.program).exists():
+            raise NotOffered(f"{self.program} is not installed")
         self._workdir = workdir
         yield
 
     @contextmanager
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Start the server in the container and the proxy on the host."""
-        if shutil.which(self.program) is None and not Path(self.program).exists():
-            raise NotOffered
         proxy = net.host.enter(*self.command(self._workdir, self.port))
         with (
-            serving(net.container.enter(*server(INNER_PORT)), net.container, INNER_PORT, None),
-            serving(proxy, net.host, self.port, None),
+            serving(net.container.enter(*server(INNER_PORT)), net.container, INNER_PORT),
+            serving(proxy, net.host, self.port),
         ):
             yield self.port
 
     def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
         """Not what such a proxy does."""
-        raise NotOffered
+        raise NotOffered("a proxy relays what comes in")
 
 
 def _docker_proxy(_folder: Path, port: int) -> list[str]:
@@ -149,7 +157,25 @@ def _socket_proxyd(_folder: Path, port: int) -> list[str]:
 
 
 RELAYS: tuple[SpliceCase | ProxyCase, ...] = (
-    SpliceCase(),
+    SpliceCase(
+        "splice",
+        "splice",
+        "splice",
+        SPLICE_PORT,
+        {
+            "request": MORE_THAN_PROXIES,
+            "pingpong": MORE_THAN_PROXIES,
+            "bulk-in": [at_least(0.9, of="bridge")],
+            "bulk-out": [at_least(0.9, of="bridge")],
+        },
+    ),
+    SpliceCase(
+        "splice-kernel",
+        "splice, kernel relay",
+        "kernel",
+        SPLICE_KERNEL_PORT,
+        {"pingpong": [at_least(1, of="bridge")]},
+    ),
     ProxyCase("docker-proxy", "docker-proxy", "docker-proxy", FIRST_PROXY_PORT, _docker_proxy),
     ProxyCase("socat", "socat", "socat", FIRST_PROXY_PORT + 1, _socat),
     ProxyCase("haproxy", "haproxy", "haproxy", FIRST_PROXY_PORT + 2, _haproxy),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.bench.cases import Case, NotOffered
+from tests.bench.process import BenchError
 from tests.bench.report import Measurements
 from tests.bench.workloads import Place, Workload
 
@@ -32,13 +33,12 @@ def measure_all(
     """
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     with ExitStack() as stack:
-        for case in cases:
-            stack.enter_context(case.prepared(place.net, place.workdir))
-        show = stack.enter_context(_progress(console, rounds * len(workloads) * len(cases)))
+        offered = _prepared(stack, cases, place, console)
+        show = stack.enter_context(_progress(console, rounds * len(workloads) * len(offered)))
         for number in range(rounds):
-            shift = number % len(cases)
+            shift = number % len(offered)
             for workload in workloads:
-                for case in [*cases[shift:], *cases[:shift]]:
+                for case in [*offered[shift:], *offered[:shift]]:
                     metric = workload.metric
                     doing = f"round {number + 1}/{rounds}: {metric.title}, {case.title}"
                     show(doing)
@@ -50,6 +50,21 @@ def measure_all(
                     values[metric.name, case.name].append(value)
                     show(doing, f"{value:,.{metric.digits}f} {metric.unit}")
     return values
+
+
+def _prepared(stack: ExitStack, cases: Sequence[Case], place: Place, console: Console) -> list[Case]:
+    """Those of ``cases`` that this machine offers, ready until ``stack`` is closed. Raises BenchError for none."""
+    offered = []
+    for case in cases:
+        try:
+            stack.enter_context(case.prepared(place.net, place.workdir))
+        except NotOffered as reason:
+            console.print(f"not measured: {case.title}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        else:
+            offered.append(case)
+    if not offered:
+        raise BenchError("none of the cases can be measured here")
+    return offered
 
 
 @contextmanager

@@ -1,13 +1,19 @@
-"""The benchmark's arithmetic and its table."""
+"""The benchmark's arithmetic, its table, and which cases are measured."""
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.bench.__main__ import CASES
+from tests.bench.cases import Case, PlainCase
 from tests.bench.process import BenchError
+from tests.bench.relays import ProxyCase
 from tests.bench.report import (
     BEGIN,
     END,
@@ -23,7 +29,9 @@ from tests.bench.report import (
     summarize,
     with_table,
 )
-from tests.bench.workloads import WORKLOADS, gigabits, median_us, requests_per_second
+from tests.bench.runner import measure_all
+from tests.bench.topology import Netns, Topology
+from tests.bench.workloads import WORKLOADS, Place, gigabits, median_us, requests_per_second
 
 RUN = Run("make bench", "2026-01-02", "6.1.0", "2 cores, x86_64", "0.1.0", 3, 3)
 RATE = Metric("rate", "requests", "requests/s")
@@ -41,6 +49,22 @@ MEASUREMENTS: dict[tuple[str, str], list[float]] = {
     ("time", "host"): [40.0, 40.0, 40.0],
     ("time", "swap"): [80.0, 120.0, 120.0],
 }
+
+
+PLACE = Place(Topology(Netns("host"), Netns("client"), Netns("container")), Path(), Path(), seconds=1)
+HOST_CASE = PlainCase("host", "host", lambda net: net.host, 80, 80)
+MISSING_CASE = ProxyCase("missing", "a missing proxy", "/nonexistent/proxy", 81, lambda _folder, _port: [])
+
+
+@dataclass(frozen=True)
+class Always:
+    """A workload that always measures the same."""
+
+    metric: Metric
+    value: float
+
+    def measure(self, _case: Case, _place: Place) -> float:
+        return self.value
 
 
 def test_a_ratio_is_taken_within_its_round_and_then_the_median() -> None:
@@ -169,3 +193,15 @@ def test_the_rate_of_iperf3_is_what_arrived() -> None:
 
 def test_the_median_of_the_peer_is_read() -> None:
     assert median_us('{"median_us": 41.5, "count": 3}\n') == 41.5
+
+
+def test_a_case_that_is_not_offered_is_left_out_with_its_reason_and_the_others_are_measured() -> None:
+    said = io.StringIO()
+    found = measure_all([Always(RATE, 7)], [MISSING_CASE, HOST_CASE], PLACE, 2, Console(file=said))
+    assert found == {("rate", "host"): [7, 7]}
+    assert "not measured: a missing proxy: /nonexistent/proxy is not installed\n" in said.getvalue()
+
+
+def test_a_run_in_which_no_case_is_offered_is_an_error() -> None:
+    with pytest.raises(BenchError, match="none of the cases"):
+        measure_all([Always(RATE, 7)], [MISSING_CASE], PLACE, 1, Console(file=io.StringIO()))
