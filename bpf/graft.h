@@ -162,9 +162,13 @@ struct options {
 /* Bits of desk.probed. */
 #define GRAFT_PROBED 1       /* references holds what the kernel had */
 #define GRAFT_PROBED_EPOLL 2 /* the socket's file is registered with an epoll instance */
+#define GRAFT_PROBED_FLAGS 4 /* flags holds what the kernel had */
+#define GRAFT_PROBED_OWNED 8 /* the socket belongs to another user or group than root */
 
 struct desk {
 	/* the question */
+	__s32 fdinfo;          /* the supervisor's descriptor of the /proc/TID/fdinfo of who has the socket; -1: none */
+	__s32 fd;              /* the socket's number there */
 	__u32 container;
 	__u16 port;
 	__u8 family;     /* of the address asked for; 0: no address in the question */
@@ -175,7 +179,6 @@ struct desk {
 	__u64 container_netns;
 	__u64 endpoint_netns;
 	__u32 endpoint;        /* that a rule names, 0: none */
-	__u32 references;      /* to the socket's file: more than expected means a dup or a fork */
 	__u16 local_port;      /* 0: not bound */
 	__u8 answered;         /* 0: not a TCP socket of this container */
 	__u8 home;
@@ -186,9 +189,13 @@ struct desk {
 	__u8 endpoint_family;
 	__u8 bind_default;
 	__u8 connect_default;
-	__u8 probed;
+	__u8 zero;
 	__u16 protocol;        /* IPPROTO_TCP or IPPROTO_MPTCP */
-	__u16 zero;
+	__u16 zero2;
+	/* the answer, as far as it is about the descriptor */
+	__u32 references;      /* to the socket's file: more than expected means a dup or a fork */
+	__u32 flags;           /* open flags, O_CLOEXEC among them */
+	__u32 probed;
 	struct options options;
 };
 
@@ -222,6 +229,14 @@ struct arrival {
 	__u16 port;
 	__u8 family;
 	__u8 zero[5];
+};
+
+/* `flows`: cookie of a flow's source -> how far it is (relay.bpf.c). Bytes, from the handover on. */
+struct flow {
+	__u64 moved;     /* by the kernel */
+	__u64 left;      /* with the source, for graftd to carry over */
+	__u32 first;     /* the target's write_seq when nothing had been moved */
+	__u32 started;
 };
 
 /* What a hook decided (counters' and events' `decision`). */
@@ -264,6 +279,6 @@ struct settings {
 	__u32 zero;
 	__u64 supervisors; /* id of the cgroup that supervisors run in */
 };
-#define GRAFT_LAYOUT_VERSION 1
+#define GRAFT_LAYOUT_VERSION 2
 
 #endif

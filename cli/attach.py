@@ -50,7 +50,10 @@ def attach(
     ingress: Ingress = None,
     egress: Egress = None,
     transport: Annotated[str, typer.Option("--transport", help="auto, direct, swap or splice.")] = "auto",
-    relay: Annotated[str, typer.Option("--relay", help="How splice moves bytes: splice (docs/splice.md).")] = "splice",
+    relay: Annotated[
+        str | None,
+        typer.Option("--relay", help="How transport splice moves bytes: splice, or kernel.", show_default="splice"),
+    ] = None,
 ) -> None:
     """Put a running container under a policy, or replace the policy that it has."""
     from graft import attach as attaching
@@ -58,11 +61,12 @@ def attach(
     from graft.sources import policy_of
 
     wanted = _transport(transport)
-    splice.check_relay(relay)
+    if relay not in (None, *splice.RELAYS):
+        raise UsageError(f"--relay: {relay!r} is no relay", "splice or kernel")
     lifecycle.require_root()
     settings = Settings.from_environment()
     rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [])
-    done = attaching.attach(settings, which, rules, wanted)
+    done = attaching.attach(settings, which, rules, wanted, relay)
     print(_told(done))
     if done.choice.transport is Transport.SPLICE:
         print(_relayed(splice.describe(settings, done.container)))

@@ -124,9 +124,12 @@ class Attached:
     existing: tuple[Held, ...] = ()
 
 
-def attach(settings: Settings, text: str, policy: Policy, wanted: Transport | None = None) -> Attached:
+def attach(
+    settings: Settings, text: str, policy: Policy, wanted: Transport | None = None, relay: str | None = None
+) -> Attached:
     """Put the container that ``text`` names under ``policy``, or replace the policy that it has.
 
+    ``relay`` (splice, kernel) is how transport splice moves bytes; None leaves it as it is, or to splice.
     Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
     """
     target = resolve(text) if not _is_attached_name(settings, text) else _known(settings, text)
@@ -135,6 +138,8 @@ def attach(settings: Settings, text: str, policy: Policy, wanted: Transport | No
     known = containers.at(settings, target.cgroup)
     facts = look(settings, target.cgroup, known)
     choice = choose_transport(facts, wanted)
+    if relay is not None:
+        _check_relay(settings, choice, relay)
     if known is not None:
         if known.transport != choice.transport.name.lower():
             raise RefusedError(
@@ -142,12 +147,13 @@ def attach(settings: Settings, text: str, policy: Policy, wanted: Transport | No
                 "graft detach it first",
             )
         name = target.name if target.engine in ("docker", "podman", "systemd") else None
-        changed = containers.apply(settings, maps, known, policy, name)
+        changed = containers.apply(settings, maps, known, policy, name, relay)
         if choice.transport is Transport.SPLICE:
             splice.attach(settings, maps, changed, 0)
         return Attached(target, facts, choice, changed, replaced=True)
     if choice.transport is Transport.SPLICE:
-        return Attached(target, facts, choice, _splice(settings, maps, target, policy), replaced=False)
+        served = _splice(settings, maps, target, policy, relay or "splice")
+        return Attached(target, facts, choice, served, replaced=False)
     existing = held.in_host(settings, cgroup.processes(target.cgroup))
     container = containers.create(
         settings,
@@ -173,7 +179,14 @@ def _known(settings: Settings, text: str) -> Target:
     return Target(container.cgroup_path, container.engine, container.name, str(container.id), pid)
 
 
-def _splice(settings: Settings, maps: Maps, target: Target, policy: Policy) -> Container:
+def _check_relay(settings: Settings, choice: Choice, relay: str) -> None:
+    if choice.transport is not Transport.SPLICE:
+        name = choice.transport.name.lower()
+        raise RefusedError(f"--relay: transport {name} has none: {choice.why}", "leave --relay out")
+    splice.check_relay(settings, relay)
+
+
+def _splice(settings: Settings, maps: Maps, target: Target, policy: Policy, relay: str) -> Container:
     """Its hooks, and a daemon that serves it. Nothing is left of it where that fails."""
     splice.prepare(settings)
     pid = next(iter(cgroup.processes(target.cgroup)), target.pid)
@@ -182,7 +195,15 @@ def _splice(settings: Settings, maps: Maps, target: Target, policy: Policy) -> C
     except FileNotFoundError:
         raise NotFoundError(f"cgroup: the processes of {target.name} have ended") from None
     container = containers.create(
-        settings, maps, policy, target.cgroup, cookie, Transport.SPLICE, name=target.name, engine=target.engine
+        settings,
+        maps,
+        policy,
+        target.cgroup,
+        cookie,
+        Transport.SPLICE,
+        name=target.name,
+        engine=target.engine,
+        relay=relay,
     )
     try:
         splice.attach(settings, maps, container, pid)

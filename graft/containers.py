@@ -27,7 +27,8 @@ from graft.settings import Settings
 class Container:
     """What is known of an attached container. ``pid`` is the process that holds it (0: none is needed).
 
-    ``cgroup_id`` tells its cgroup from a later one of the same path; ``engine`` is whose container it is.
+    ``cgroup_id`` tells its cgroup from a later one of the same path; ``engine`` is whose container it is; ``relay``
+    (splice, kernel) is how transport splice moves its bytes.
     """
 
     id: int
@@ -40,6 +41,7 @@ class Container:
     pid: int = 0
     cgroup_id: int = 0
     engine: str = "graft"
+    relay: str = "splice"
 
     @property
     def cgroup_path(self) -> Path:
@@ -147,6 +149,7 @@ def create(
     *,
     name: str | None = None,
     engine: str = "graft",
+    relay: str = "splice",
 ) -> Container:
     """Put the cgroup at ``path`` under ``policy``. ``netns``: cookie of the namespace its processes live in.
 
@@ -173,6 +176,7 @@ def create(
                 pid=pid,
                 cgroup_id=cgroup.cgroup_id(path),
                 engine=engine,
+                relay=relay,
             )
             _save(settings, container)
         except BaseException:
@@ -182,10 +186,17 @@ def create(
     return container
 
 
-def apply(settings: Settings, maps: Maps, container: Container, policy: Policy, name: str | None = None) -> Container:
+def apply(
+    settings: Settings,
+    maps: Maps,
+    container: Container,
+    policy: Policy,
+    name: str | None = None,
+    relay: str | None = None,
+) -> Container:
     """Replace a container's policy in one step: no call is decided by neither, or by half of both.
 
-    ``name``: what the container is called from now on, if that changes.
+    ``name``, ``relay``: what they are from now on, if that changes.
     """
     with locked(settings):
         key = ctypes.c_uint32(container.id)
@@ -200,7 +211,13 @@ def apply(settings: Settings, maps: Maps, container: Container, policy: Policy, 
         store.settle_locked(settings, maps, new.superseded)
         store.forget_unused_locked(settings, maps)
         named = name or container.name
-        changed = replace(container, name=named, policy=policy.name, endpoints=_endpoint_names(policy))
+        changed = replace(
+            container,
+            name=named,
+            policy=policy.name,
+            endpoints=_endpoint_names(policy),
+            relay=relay or container.relay,
+        )
         _save(settings, changed)
     return changed
 

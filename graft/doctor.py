@@ -17,6 +17,7 @@ from pathlib import Path
 from graft.errors import GraftError
 from graft.kernel import btf, cgroup, netns, pidfd, seccomp
 from graft.kernel.seccomp import Listener
+from graft.splice import selftest
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,9 @@ def _wished() -> Iterator[Feature]:
     )
     yield Feature("type information", btf.VMLINUX.exists(), False, "finds dup and epoll at once", "/proc is walked")
     yield Feature("relay splice(2)", _works(_splices), True, "transport splice: how its relays move bytes", "none")
-    yield Feature(
-        "relay in the kernel", False, False, "transport splice, faster", "not in this version: splice(2) serves"
-    )
+    problem = selftest.test()
+    without = f"splice(2) serves{': ' if problem else ''}{problem}"
+    yield Feature("relay in the kernel", not problem, False, "transport splice, shorter round trips", without)
     loaded = _loaded_features()
     yield Feature(
         "bpf_set_retval", "GRAFT_HAVE_SET_RETVAL" in loaded, False, "refusals are EACCES (5.18)", "they are EPERM"

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -51,6 +51,8 @@ TAG_BOUND = 1
 TAG_DEAF = 2
 PROBED = 1
 PROBED_EPOLL = 2
+PROBED_FLAGS = 4
+PROBED_OWNED = 8
 MAX_DESKS = 8192
 
 _ADDR = ctypes.c_ubyte * 16
@@ -187,6 +189,8 @@ class Desk(ctypes.Structure):
     """`desks`: a supervisor's question about a socket, and the hook's answer."""
 
     _fields_ = (
+        ("fdinfo", ctypes.c_int32),
+        ("fd", ctypes.c_int32),
         ("container", ctypes.c_uint32),
         ("port", ctypes.c_uint16),
         ("family", ctypes.c_uint8),
@@ -196,7 +200,6 @@ class Desk(ctypes.Structure):
         ("container_netns", ctypes.c_uint64),
         ("endpoint_netns", ctypes.c_uint64),
         ("endpoint", ctypes.c_uint32),
-        ("references", ctypes.c_uint32),
         ("local_port", ctypes.c_uint16),
         ("answered", ctypes.c_uint8),
         ("home", ctypes.c_uint8),
@@ -207,9 +210,12 @@ class Desk(ctypes.Structure):
         ("endpoint_family", ctypes.c_uint8),
         ("bind_default", ctypes.c_uint8),
         ("connect_default", ctypes.c_uint8),
-        ("probed", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
         ("protocol", ctypes.c_uint16),
-        ("zero", ctypes.c_uint16),
+        ("zero2", ctypes.c_uint16),
+        ("references", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("probed", ctypes.c_uint32),
         ("options", Options),
     )
 
@@ -250,6 +256,17 @@ class ArrivalKey(ctypes.Structure):
         ("port", ctypes.c_uint16),
         ("family", ctypes.c_uint8),
         ("zero", ctypes.c_uint8 * 5),
+    )
+
+
+class FlowValue(ctypes.Structure):
+    """`flows`: cookie of a flow's source -> this."""
+
+    _fields_ = (
+        ("moved", ctypes.c_uint64),
+        ("left", ctypes.c_uint64),
+        ("first", ctypes.c_uint32),
+        ("started", ctypes.c_uint32),
     )
 
 

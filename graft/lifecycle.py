@@ -114,6 +114,8 @@ def _make(settings: Settings) -> None:
         aside.mkdir(mode=0o700, parents=True)
         loaded = loader.load()
         loaded.pin(aside)
+        with contextlib.suppress(KernelError):  # transport splice does without: splice(2) is its relay then
+            loader.load_relay().pin(aside)
         Map(loaded.map_fd("settings"), ctypes.c_uint32, layout.SettingsValue).put(
             ctypes.c_uint32(0), layout.SettingsValue(version=layout.LAYOUT_VERSION)
         )

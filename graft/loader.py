@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,17 @@ SOURCES = (
     "splice.bpf.c",
 )
 
+# The relay in the kernel, a text of its own: where it does not load, all else does.
+RELAY_MAPS = ("flow_targets", "flow_sources", "flows", "flow_taken", "flow_events")
+RELAY_PROGRAM = Program("flow", bpf.PROG_SK_SKB, "sk_skb_stream_verdict")
+RELAY_SOURCES = ("relay.bpf.c",)
+FLOW_EVENT_PAGES = 256
+RELAY_SIZES = {
+    "GRAFT_MAX_FLOWS": 65536,
+    "GRAFT_MAX_BEHIND": 1 << 20,
+    "GRAFT_FLOW_EVENT_PAGES": FLOW_EVENT_PAGES,
+}
+
 SIZES = {
     "GRAFT_MAX_ENDPOINTS": 4096,
     "GRAFT_MAX_CONTAINERS": 8192,
@@ -115,6 +126,25 @@ def probe_offsets() -> dict[str, int]:
         "GRAFT_FILE_EP": btf.offset("file", "f_ep"),
         "GRAFT_FILE_REFERENCES": btf.offset("file", "f_count") if references is None else references,
     }
+    descriptor = {
+        "GRAFT_TASK_FILES": btf.offset("task_struct", "files"),
+        "GRAFT_TASK_PID_LINKS": btf.offset("task_struct", "pid_links"),
+        "GRAFT_PID_TASKS": btf.offset("pid", "tasks"),
+        "GRAFT_PROC_INODE_PID": btf.offset("proc_inode", "pid"),
+        "GRAFT_PROC_INODE_VFS": btf.offset("proc_inode", "vfs_inode"),
+        "GRAFT_FILES_TABLE": btf.offset("files_struct", "fdt"),
+        "GRAFT_TABLE_SIZE": btf.offset("fdtable", "max_fds"),
+        "GRAFT_TABLE_FILES": btf.offset("fdtable", "fd"),
+        "GRAFT_TABLE_CLOEXEC": btf.offset("fdtable", "close_on_exec"),
+        "GRAFT_FILE_INODE": btf.offset("file", "f_inode"),
+        "GRAFT_FILE_FLAGS": btf.offset("file", "f_flags"),
+        "GRAFT_INODE_UID": btf.offset("inode", "i_uid"),
+        "GRAFT_INODE_GID": btf.offset("inode", "i_gid"),
+    }
+    return {**_all_or_none(offsets), **_all_or_none(descriptor)} if _all_or_none(offsets) else {}
+
+
+def _all_or_none(offsets: Mapping[str, int | None]) -> dict[str, int]:
     known = {name: value for name, value in offsets.items() if value is not None}
     return known if len(known) == len(offsets) else {}
 
@@ -139,9 +169,12 @@ def _stderr_kept() -> Iterator[list[str]]:
 class Loaded:
     """The programs and maps of one compilation, alive as long as this object."""
 
-    def __init__(self, module: Any, functions: dict[str, int], features: frozenset[str]) -> None:
+    def __init__(
+        self, module: Any, functions: dict[str, int], maps: Sequence[str], features: frozenset[str] = frozenset()
+    ) -> None:
         self._module = module
         self.programs = functions
+        self.maps = maps
         self.features = features
 
     def map_fd(self, name: str) -> int:
@@ -152,23 +185,23 @@ class Loaded:
 
     def pin(self, folder: Path) -> None:
         """Pin every map and program below ``folder``, which must be a new folder of a bpffs."""
-        for name in MAPS:
+        for name in self.maps:
             bpf.obj_pin(self.map_fd(name), folder / name)
         for name, fd in self.programs.items():
             bpf.obj_pin(fd, folder / f"prog_{name}")
 
 
-def _compile(flags: list[str]) -> tuple[Any, dict[str, int]]:
+def _compile(sources: Sequence[str], programs: Sequence[Program], flags: list[str]) -> tuple[Any, dict[str, int]]:
     source = bpf_source_dir()
     os.environ["BCC_KERNEL_SOURCE"] = str(source)
     from bcc import BPF
 
     cflags = [*flags, f"-I{source}", "-Wno-unused-value"]
     # One text: bcc rewrites map accesses only in the file that it was given, not in what that includes.
-    text = "\n".join(f'#line 1 "{name}"\n{(source / name).read_text()}' for name in SOURCES)
+    text = "\n".join(f'#line 1 "{name}"\n{(source / name).read_text()}' for name in sources)
     module = BPF(text=text.encode(), cflags=cflags)
     fds = {}
-    for program in (*PROGRAMS, *SPLICE_PROGRAMS):
+    for program in programs:
         attach_type = bpf.ATTACH_TYPES[program.attach]
         fds[program.name] = module.load_func(program.function.encode(), program.type, attach_type=attach_type).fd
     return module, fds
@@ -187,10 +220,39 @@ def load() -> Loaded:
         raise KernelError("bcc is not installed for this Python", "apt-get install python3-bpfcc")
     for features, probe in attempts:
         with contextlib.suppress(Exception), _stderr_kept() as complaints:
-            module, fds = _compile([*sizes, *probe, *(f"-D{name}" for name in features)])
-            return Loaded(module, fds, frozenset(features) | ({"GRAFT_PROBE"} if probe else frozenset()))
-    log = "\n".join(complaints[-1].splitlines()[-30:])
-    raise KernelError(f"the kernel does not take the BPF programs\n{log}", "graft doctor tells what is missing")
+            flags = [*sizes, *probe, *(f"-D{name}" for name in features)]
+            module, fds = _compile(SOURCES, (*PROGRAMS, *SPLICE_PROGRAMS), flags)
+            return Loaded(module, fds, MAPS, frozenset(features) | ({"GRAFT_PROBE"} if probe else frozenset()))
+    raise KernelError(
+        f"the kernel does not take the BPF programs\n{_last_lines(complaints)}", "graft doctor tells what is missing"
+    )
+
+
+def load_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
+    """Compile and load the relay in the kernel; its program is attached to its map.
+
+    Raises KernelError where this kernel has no sockmap, or does not tell where it keeps what is to be counted.
+    """
+    if _bcc_is_missing():
+        raise KernelError("bcc is not installed for this Python", "apt-get install python3-bpfcc")
+    try:
+        write_seq = Btf.of_kernel().offset("tcp_sock", "write_seq")
+    except (OSError, ValueError):
+        write_seq = None
+    if write_seq is None:
+        raise KernelError("the kernel has no type information for struct tcp_sock")
+    flags = [f"-D{name}={value}" for name, value in {**sizes, "GRAFT_TCP_WRITE_SEQ": write_seq}.items()]
+    with contextlib.suppress(Exception), _stderr_kept() as complaints:
+        module, fds = _compile(RELAY_SOURCES, [RELAY_PROGRAM], flags)
+        loaded = Loaded(module, fds, RELAY_MAPS)
+        attach_type = bpf.ATTACH_TYPES[RELAY_PROGRAM.attach]
+        bpf.prog_attach_map(loaded.map_fd("flow_sources"), fds[RELAY_PROGRAM.name], attach_type)
+        return loaded
+    raise KernelError(f"the kernel does not take the relay's program\n{_last_lines(complaints)}")
+
+
+def _last_lines(complaints: list[str]) -> str:
+    return "\n".join(complaints[-1].splitlines()[-30:])
 
 
 def _bcc_is_missing() -> bool:

@@ -29,6 +29,7 @@ QUERY_EFFECTIVE = 1
 # enum bpf_attach_type
 ATTACH_TYPES = {
     "sock_ops": 3,
+    "sk_skb_stream_verdict": 5,
     "bind4": 8,
     "bind6": 9,
     "connect4": 10,
@@ -44,7 +45,7 @@ ATTACH_TYPES = {
     "getsockname6": 32,
 }
 # enum bpf_prog_type
-PROG_CGROUP_SOCK, PROG_SOCK_OPS, PROG_CGROUP_SOCK_ADDR, PROG_CGROUP_SOCKOPT = 9, 13, 18, 25
+PROG_CGROUP_SOCK, PROG_SOCK_OPS, PROG_SK_SKB, PROG_CGROUP_SOCK_ADDR, PROG_CGROUP_SOCKOPT = 9, 13, 14, 18, 25
 
 
 class _ElemAttr(ctypes.Structure):
@@ -128,6 +129,11 @@ def obj_get(path: Path) -> int:
 def prog_attach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
     """Attach beside whatever else is attached there (BPF_F_ALLOW_MULTI)."""
     _bpf(_PROG_ATTACH, _AttachAttr(cgroup_fd, prog_fd, attach_type, ALLOW_MULTI))
+
+
+def prog_attach_map(map_fd: int, prog_fd: int, attach_type: int) -> None:
+    """Have the sockets of a sockmap or sockhash run a program. It goes with the map."""
+    _bpf(_PROG_ATTACH, _AttachAttr(map_fd, prog_fd, attach_type))
 
 
 def prog_detach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:

@@ -2,6 +2,9 @@
 
     connection.py   two sockets and the bytes between them: the state machine
     pipes.py        what bytes travel through
+    handed.py       a flow that the kernel moves: catching up, and its end
+    sockmap.py      the maps by which it does
+    selftest.py     whether this kernel does it right
     loop.py         the event loop
     inside.py       sockets made in a container's namespace
     choice.py       which listeners are published, and what is dialled for them (pure)
@@ -11,7 +14,8 @@
     service.py      all containers: what graft/daemon.py runs
     control.py      how commands talk to the daemon
 
-The hooks behind it are in bpf/splice.bpf.c. This module is what `graft attach`, `detach` and `ps` call.
+The hooks behind it are in bpf/splice.bpf.c, the relay in the kernel in bpf/relay.bpf.c. This module is what `graft
+attach`, `detach` and `ps` call.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import ctypes
 from typing import Any
 
 from graft.containers import Container
-from graft.errors import RefusedError, UsageError
+from graft.errors import KernelError
 from graft.maps import Maps
 from graft.settings import Settings
 from graft.splice import control
@@ -28,14 +32,20 @@ from graft.splice import control
 RELAYS = ("splice", "kernel")
 
 
-def check_relay(name: str) -> None:
-    """Raises RefusedError for the kernel relay, which this version does not have, UsageError for what is no relay."""
-    if name == "kernel":
-        raise RefusedError(
-            "--relay kernel: this version of Graft has no relay in the kernel", "splice, see docs/splice.md for why"
-        )
-    if name not in RELAYS:
-        raise UsageError(f"--relay: {name!r} is no relay", "splice")
+def check_relay(settings: Settings, name: str) -> None:
+    """See to it that relay ``name`` can serve here: splice always, kernel where its self-test passes.
+
+    Raises KernelError with what is wrong. Graft is up.
+    """
+    if name != "kernel":
+        return
+    from graft.splice import selftest
+
+    problem = selftest.verdict(settings)
+    if not problem and not (settings.pin_dir / "flows").exists():
+        problem = "it was not loaded when Graft came up"
+    if problem:
+        raise KernelError(f"--relay: the kernel's relay does not serve on this machine: {problem}", "--relay splice")
 
 
 def prepare(settings: Settings) -> None:
@@ -67,11 +77,12 @@ def detach(settings: Settings, container: Container) -> None:
 def describe(settings: Settings, container: Container) -> dict[str, Any]:
     """What is published for ``container`` and what is not; ``serves`` is False where no daemon runs.
 
-    relay, pid, serves, problem; published: [{endpoint (id), address, listener, dials, connections, served}];
+    pid, serves, problem, relay (how new connections are moved);
+    published: [{endpoint (id), address, listener, dials, connections, served}];
     failed: [{endpoint, listener, error}]; not_granted: [listener]; out: {port, served}; connections.
     """
     found = control.ask(settings, {"do": "describe", "container": container.id})
-    return {"relay": "splice(2)", "serves": False, "problem": "the daemon does not run"} if found is None else found
+    return {"serves": False, "problem": "the daemon does not run"} if found is None else found
 
 
 def stop(settings: Settings) -> None:

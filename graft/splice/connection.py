@@ -1,4 +1,4 @@
-"""One relayed connection: two sockets, and the bytes between them moved by splice(2).
+"""One relayed connection: two sockets, and the bytes between them moved by splice(2), or handed to the kernel.
 
 Theory of operation
 
@@ -17,24 +17,31 @@ bytes are copied instead, and stay in the source's queue until the other side to
 Sockets are watched edge-triggered, once, for everything: `readable` and `writable` are what the kernel last said, until
 a call says otherwise. Every socket has SO_LINGER with no time from the start: if this process is killed, or gives up,
 the peers see a reset, never an end of file in the middle. Only a connection that ended well both ways is closed gently.
+
+With the relay in the kernel, both flows are handed over (handed.py) when the far side is connected, before a byte was
+read; one that the kernel does not take goes on as above. A side is then watched for what still concerns us.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import struct
 from typing import TYPE_CHECKING
 
+from graft.splice.handed import Handed
 from graft.splice.pipes import PIPE_BYTES, Pipe
 
 if TYPE_CHECKING:
     from graft.splice.loop import Loop
+    from graft.splice.sockmap import Sockmap
 
 _ENDED = select.EPOLLRDHUP | select.EPOLLHUP
 _INPUT = select.EPOLLIN | select.EPOLLPRI | _ENDED
-WATCHED = select.EPOLLIN | select.EPOLLOUT | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
+_ALWAYS = select.EPOLLRDHUP | select.EPOLLET
+_READABLE, _WRITABLE = select.EPOLLIN | select.EPOLLPRI, select.EPOLLOUT
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _CLOSE_GENTLY = struct.pack("ii", 0, 0)
@@ -52,7 +59,18 @@ def prepare(sock: socket.socket) -> None:
 class Side:
     """One of the two sockets, and what the kernel last said of it."""
 
-    __slots__ = ("connection", "ended", "established", "fd", "inward", "outward", "readable", "sock", "writable")
+    __slots__ = (
+        "connection",
+        "ended",
+        "established",
+        "fd",
+        "inward",
+        "outward",
+        "readable",
+        "sock",
+        "watched",
+        "writable",
+    )
 
     inward: Flow
     outward: Flow
@@ -64,6 +82,14 @@ class Side:
         self.established = self.writable = established
         self.readable = False
         self.ended = False
+        self.watched = _ALWAYS | _READABLE | _WRITABLE
+
+    def rewatch(self) -> None:
+        """Be told of no more than concerns us, now that a flow was handed over or came back."""
+        wanted = _ALWAYS | (_READABLE if self.outward.is_ours else 0) | (_WRITABLE if self.inward.is_ours else 0)
+        if wanted != self.watched:
+            self.watched = wanted
+            self.connection.loop.change(self.fd, wanted)
 
     def on_event(self, mask: int) -> None:
         """Take note of what epoll says, and move what can be moved."""
@@ -74,7 +100,10 @@ class Side:
             connection.fail(self)
             return
         if mask & select.EPOLLOUT:
-            self.writable = self.established = True
+            self.writable = True
+            if not self.established:
+                self.established = True
+                connection.hand_over()
             flow = self.inward
             if flow.held or flow.eof or flow.source.readable:
                 flow.pump()
@@ -90,7 +119,7 @@ class Side:
 class Flow:
     """One direction."""
 
-    __slots__ = ("connection", "copies", "eof", "held", "pipe", "shut", "source", "target")
+    __slots__ = ("connection", "copies", "eof", "handed", "held", "pipe", "shut", "source", "target")
 
     def __init__(self, connection: Connection, source: Side, target: Side) -> None:
         self.connection = connection
@@ -98,12 +127,27 @@ class Flow:
         self.pipe: Pipe | None = None
         self.held = 0
         self.copies = self.eof = self.shut = False
+        self.handed: Handed | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether bytes are moved by us now, and not by the kernel alone."""
+        return self.handed is None or self.handed.by_hand
+
+    def rewatch(self) -> None:
+        """Watch the sides for what concerns us now."""
+        if not self.connection.closed:
+            self.source.rewatch()
+            self.target.rewatch()
 
     def pump(self) -> None:
         """Move bytes until one of the sides has to be waited for, or others should have their turn."""
         if self.shut or self.connection.closed:
             return
         try:
+            if self.handed is not None:
+                self.handed.advance()
+                return
             for _ in range(_BUDGET):
                 if not (self._empty() and self._fill()):
                     return
@@ -128,7 +172,7 @@ class Flow:
     def _fill(self) -> bool:
         """Take what the source has. False where there is nothing (yet, or any more)."""
         if self.eof:
-            self._end()
+            self.end()
             return False
         source = self.source
         if not source.readable or not self.target.established:
@@ -179,7 +223,7 @@ class Flow:
             sent -= source.sock.recv_into(buffer, sent)
         return True
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """The source ended, and the target has it all: hand the end on, once the target is there to take it."""
         if not self.target.established:
             return
@@ -194,7 +238,9 @@ class Flow:
             self.pipe = None
 
     def abandon(self) -> None:
-        """Let go of the pipe, with whatever is in it."""
+        """Let go of the pipe, with whatever is in it, and of what the kernel was given."""
+        if self.handed is not None:
+            self.handed.forget()
         if self.pipe is None:
             return
         if self.held:
@@ -207,11 +253,21 @@ class Flow:
 class Connection:
     """Two sockets that are one connection to their peers. ``owner`` keeps it in ``connections`` while it lives."""
 
-    __slots__ = ("closed", "far", "loop", "near", "owner")
+    __slots__ = ("closed", "far", "loop", "near", "owner", "sockmap")
 
-    def __init__(self, loop: Loop, owner: set[Connection], near: socket.socket, far: socket.socket) -> None:
-        """``near`` is accepted, ``far`` on its way to be connected; both were prepared, and never block."""
-        self.loop, self.owner = loop, owner
+    def __init__(
+        self,
+        loop: Loop,
+        owner: set[Connection],
+        near: socket.socket,
+        far: socket.socket,
+        sockmap: Sockmap | None = None,
+    ) -> None:
+        """``near`` is accepted, ``far`` on its way to be connected; both were prepared, and never block.
+
+        ``sockmap`` is the relay in the kernel, None to have splice(2).
+        """
+        self.loop, self.owner, self.sockmap = loop, owner, sockmap
         self.closed = False
         self.near, self.far = Side(self, near, True), Side(self, far, False)
         self.near.outward = self.far.inward = Flow(self, self.near, self.far)
@@ -219,14 +275,29 @@ class Connection:
         owner.add(self)
         loop.carried += 1
         try:
-            loop.watch(far.fileno(), WATCHED, self.far.on_event)
-            loop.watch(near.fileno(), WATCHED, self.near.on_event)
+            for side in (self.far, self.near):
+                loop.watch(side.fd, side.watched, side.on_event)
         except OSError:  # more than one user may watch (epoll(7), max_user_watches)
             self.reset()
+
+    def hand_over(self) -> None:
+        """Give both flows to the kernel, if that is wanted; what it does not take stays with us."""
+        if self.sockmap is None:
+            return
+        for side in (self.near, self.far):
+            with contextlib.suppress(OSError):
+                side.outward.handed = Handed(self.sockmap, side.outward)
+        for side in (self.near, self.far):
+            side.rewatch()
+            if side.outward.handed is not None:
+                side.outward.handed.start()
 
     def fail(self, side: Side) -> None:
         """``side`` has an error: its peer reset it, or never answered. What it sent before is still brought over."""
         side.readable = side.ended = True
+        if side.established and side.outward.handed is not None:
+            side.outward.handed.fail()
+            return
         if side.established:
             side.outward.pump()
         self.reset()

@@ -23,6 +23,7 @@ from graft.splice.choice import Publication
 from graft.splice.connection import Connection, prepare
 from graft.splice.inside import Inside
 from graft.splice.loop import Loop
+from graft.splice.sockmap import Sockmap
 
 _BACKLOG = 4096
 _ACCEPTS = 64
@@ -97,6 +98,7 @@ class Published:
         sock: socket.socket,
         port: int,
         inside: Inside,
+        sockmap: Sockmap | None,
     ) -> None:
         """``sock`` listens on ``port`` already; ``inside`` is where the container is."""
         endpoint = wanted.endpoint
@@ -106,6 +108,7 @@ class Published:
         self._destination = (self._target.address, self._target.port)
         self._loop, self._crossings, self._container, self._inside = loop, maps.crossings, container, inside
         self._sock = sock
+        self.sockmap = sockmap
         self.connections: set[Connection] = set()
         self.served = 0
         self._paused = False
@@ -149,7 +152,7 @@ class Published:
             far.close()
             return
         self.served += 1
-        Connection(self._loop, self.connections, near, far)
+        Connection(self._loop, self.connections, near, far, self.sockmap)
 
     def pause(self, paused: bool) -> None:
         """Leave new connections in the kernel's queue, or take them again."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import select
 import socket
 import sys
@@ -31,6 +33,8 @@ class Loop:
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
         self._later: list[Callable[[], None]] = []
+        self._timed: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
         self._dying: list[socket.socket] = []
         self._tick, self._interval = tick, interval
         self._due = 0.0
@@ -72,6 +76,10 @@ class Loop:
         """Call it when the others have had their turn."""
         self._later.append(call)
 
+    def after(self, seconds: float, call: Callable[[], None]) -> None:
+        """Call it that much later."""
+        heapq.heappush(self._timed, (time.monotonic() + seconds, next(self._numbers), call))
+
     def look_soon(self) -> None:
         """Let `tick` come next."""
         self._due = 0.0
@@ -93,7 +101,8 @@ class Loop:
             # However much there is to look at, that is a small part of the time.
             self._due = after + max(self._interval, _LEISURE * (after - now))
             now = after
-        wait = 0.0 if self._later else max(0.0, self._due - now)
+        due = min(self._due, self._timed[0][0]) if self._timed else self._due
+        wait = 0.0 if self._later else max(0.0, due - now)
         handlers = self._handlers
         for fd, mask in self._epoll.poll(wait, _BATCH):
             handler = handlers.get(fd)
@@ -102,12 +111,19 @@ class Loop:
                     handler(mask)
                 except Exception:  # one connection must not end all others
                     traceback.print_exc()
+        if self._timed:
+            self._call_timed()
         if self._later:
             calls, self._later = self._later, []
             for call in calls:
                 call()
         if self._dying:
             self.bury()
+
+    def _call_timed(self) -> None:
+        now = time.monotonic()
+        while self._timed and self._timed[0][0] <= now:
+            heapq.heappop(self._timed)[2]()
 
     def bury(self) -> None:
         """Close what `close` was asked to."""

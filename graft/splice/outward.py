@@ -25,6 +25,7 @@ from graft.splice.connection import Connection, prepare
 from graft.splice.inside import Inside
 from graft.splice.loop import Loop
 from graft.splice.namespaces import Namespaces
+from graft.splice.sockmap import Sockmap
 
 _BACKLOG = 4096
 _ACCEPTS = 64
@@ -61,13 +62,22 @@ def listeners() -> list[socket.socket]:
 class Turned:
     """The relay of one container's outgoing connections."""
 
-    def __init__(self, loop: Loop, maps: Maps, container: Container, inside: Inside, spaces: Namespaces) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        maps: Maps,
+        container: Container,
+        inside: Inside,
+        spaces: Namespaces,
+        sockmap: Sockmap | None,
+    ) -> None:
         """Listens at once, and says where in `relays`. Raises OSError."""
         self._loop, self._maps, self._container, self._spaces = loop, maps, container, spaces
         self._lookup = Lookup(maps)
         self._key = ctypes.c_uint32(container.id)
         self._socks = inside.do(listeners)
         self.port = int(self._socks[0].getsockname()[1])
+        self.sockmap = sockmap
         self.connections: set[Connection] = set()
         self.served = 0
         self._paused = False
@@ -97,7 +107,7 @@ class Turned:
                 near.close()
                 continue
             self.served += 1
-            Connection(self._loop, self.connections, near, far)
+            Connection(self._loop, self.connections, near, far, self.sockmap)
 
     def _reach(self, near: socket.socket) -> socket.socket | None:
         """A socket on its way to where the program wanted; None where it may not go there."""

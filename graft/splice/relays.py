@@ -25,14 +25,27 @@ from graft.splice.inward import Published, listen, true_port
 from graft.splice.loop import Loop
 from graft.splice.namespaces import Namespaces
 from graft.splice.outward import Turned
+from graft.splice.sockmap import Sockmap
 
 
 class Relays:
     """Serves one container until `stop`."""
 
-    def __init__(self, loop: Loop, maps: Maps, container: Container, spaces: Namespaces, pid: int = 0) -> None:
-        """Raises GraftError, OSError where the container's namespace cannot be entered."""
+    def __init__(
+        self,
+        loop: Loop,
+        maps: Maps,
+        container: Container,
+        spaces: Namespaces,
+        sockmap: Sockmap | None,
+        pid: int = 0,
+    ) -> None:
+        """``sockmap`` is the relay in the kernel, None to have splice(2).
+
+        Raises GraftError, OSError where the container's namespace cannot be entered.
+        """
         self.container = container
+        self._sockmap = sockmap
         self._loop, self._maps, self._spaces = loop, maps, spaces
         self._lookup = Lookup(maps)
         self._published: dict[Publication, Published] = {}
@@ -45,13 +58,24 @@ class Relays:
         try:
             self._diagnostics = self._inside.do(Diagnostics)
             try:
-                self._turned = Turned(loop, maps, container, self._inside, spaces)
+                self._turned = Turned(loop, maps, container, self._inside, spaces, sockmap)
             except BaseException:
                 self._diagnostics.close()
                 raise
         except BaseException:
             self._inside.close()
             raise
+
+    def use(self, sockmap: Sockmap | None) -> None:
+        """Relay new connections that way from now on."""
+        self._sockmap = self._turned.sockmap = sockmap
+        for published in self._published.values():
+            published.sockmap = sockmap
+
+    @property
+    def relay(self) -> str:
+        """How new connections are relayed."""
+        return "splice(2)" if self._sockmap is None else "kernel (sockmap)"
 
     def look(self) -> None:
         """See what the container listens on now, and publish that. Raises OSError."""
@@ -103,7 +127,9 @@ class Relays:
             self._errors[wanted] = error.strerror or str(error) if isinstance(error, OSError) else error.message
             return
         self._errors.pop(wanted, None)
-        published = Published(self._loop, self._maps, self.container.id, wanted, sock, port, self._inside)
+        published = Published(
+            self._loop, self._maps, self.container.id, wanted, sock, port, self._inside, self._sockmap
+        )
         self._published[wanted] = published
         if self._paused:
             published.pause(True)
@@ -173,6 +199,7 @@ class Relays:
             }
         )
         return {
+            "relay": self.relay,
             "published": published,
             "failed": failed,
             "not_granted": others,

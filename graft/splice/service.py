@@ -25,13 +25,13 @@ from graft.errors import GraftError
 from graft.lifecycle import locked
 from graft.maps import Maps
 from graft.settings import Settings
-from graft.splice import control
+from graft.splice import control, selftest
 from graft.splice.loop import Loop
 from graft.splice.namespaces import Namespaces
 from graft.splice.pipes import Pipes
 from graft.splice.relays import Relays
+from graft.splice.sockmap import Sockmap
 
-RELAY = "splice(2)"
 _RESERVED = 512  # descriptors for all that is no connection
 _IDLE_SECONDS = 3.0
 
@@ -53,6 +53,7 @@ class Service:
         most = max(16, (descriptors - _RESERVED - 2 * pipes) // 2)
         self._loop = Loop(Pipes(pipes), self._look, most=most)
         self._spaces = Namespaces(settings)
+        self._sockmap: Sockmap | None = None
         self._relays: dict[int, Relays] = {}
         self._failed: dict[int, str] = {}
         self._empty_since = time.monotonic()
@@ -73,6 +74,8 @@ class Service:
             (self._settings.run_dir / control.NAME).unlink(missing_ok=True)
             self._listener.close()
             self._spaces.close()
+            if self._sockmap is not None:
+                self._sockmap.close()
             self._loop.shut_down()
             wakeup.close()
 
@@ -106,6 +109,8 @@ class Service:
             elif container.id not in self._relays:
                 with contextlib.suppress(GraftError, OSError):
                     self._take(container, 0)
+            else:
+                self._renew(container)
         if gone:
             with contextlib.suppress(GraftError), locked(self._settings):
                 containers.reap_locked(self._settings, self._maps)
@@ -121,7 +126,8 @@ class Service:
 
     def _take(self, container: Container, pid: int) -> Relays:
         try:
-            relays = Relays(self._loop, self._maps, container, self._spaces, pid)
+            sockmap = self._sockmap_for(container)
+            relays = Relays(self._loop, self._maps, container, self._spaces, sockmap, pid)
         except (GraftError, OSError) as error:
             if self._failed.get(container.id) != str(error):
                 self._failed[container.id] = str(error)
@@ -131,6 +137,26 @@ class Service:
         self._relays[container.id] = relays
         _say(f"{container.name}: served, container {container.id}")
         return relays
+
+    def _renew(self, container: Container) -> None:
+        """Take note of what has changed in a record."""
+        relays = self._relays[container.id]
+        if container != relays.container:
+            relays.use(self._sockmap_for(container))
+            relays.container = container
+
+    def _sockmap_for(self, container: Container) -> Sockmap | None:
+        """The relay in the kernel, for a container that is to have it. Where it cannot be had, splice(2) serves."""
+        if container.relay != "kernel":
+            return None
+        if self._sockmap is None:
+            problem = selftest.verdict(self._settings)
+            if problem:
+                _say(f"{container.name}: splice(2) serves, because the relay in the kernel fails here: {problem}")
+                return None
+            self._sockmap = Sockmap.pinned(self._settings.pin_dir)
+            self._loop.watch(self._sockmap.events, select.EPOLLIN, self._sockmap.on_events)
+        return self._sockmap
 
     def _drop(self, number: int) -> None:
         relays = self._relays.pop(number, None)
@@ -183,7 +209,7 @@ class Service:
                     return {"pid": os.getpid()}
                 case "ping":
                     self._empty_since = time.monotonic()
-                    return {"pid": os.getpid(), "relay": RELAY, "containers": sorted(self._relays)}
+                    return {"pid": os.getpid(), "containers": sorted(self._relays)}
         except GraftError as error:
             return {"error": error.message, "hint": error.hint}
         except OSError as error:
@@ -194,12 +220,15 @@ class Service:
         container = next((one for one in containers.listing(self._settings) if one.id == number), None)
         if container is None:
             return {"error": f"container {number} has no record"}
-        relays = self._relays.get(number) or self._take(container, pid)
-        relays.look()
+        if number in self._relays:
+            self._renew(container)
+        else:
+            self._take(container, pid)
+        self._relays[number].look()
         return self._describe(number)
 
     def _describe(self, number: int) -> dict[str, Any]:
-        about: dict[str, Any] = {"relay": RELAY, "pid": os.getpid(), "serves": number in self._relays}
+        about: dict[str, Any] = {"pid": os.getpid(), "serves": number in self._relays}
         if number in self._relays:
             about |= self._relays[number].describe()
         elif number in self._failed:

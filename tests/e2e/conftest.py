@@ -12,6 +12,7 @@ import pytest
 from tests.support import oci
 from tests.support.installation import Host
 from tests.support.oci import Engine
+from tests.support.plain import Plain, plain
 from tests.support.wait import until
 
 
@@ -53,3 +54,16 @@ def podman(host: Host, _podman: Engine) -> Iterator[Engine]:
     yield _podman
     _podman.remove_all()
     until("nothing of the containers is left", lambda: not oci.leftovers(host))
+
+
+@pytest.fixture(params=["splice", "kernel"])
+def relay(request: pytest.FixtureRequest) -> str:
+    """How transport splice moves bytes: each test once for each."""
+    return str(request.param)
+
+
+@pytest.fixture
+def container(host: Host, relay: str) -> Iterator[Plain]:
+    """A container that runs without Graft."""
+    with plain(host, relay) as made:
+        yield made

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,6 @@ from tests.support.relayed import pair, published, refused, reset
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture
-def container(host: Host) -> Iterator[Plain]:
-    """A container that runs without Graft."""
-    with plain(host) as made:
-        yield made
 
 
 def test_the_container_sees_its_clients_own_address(container: Plain) -> None:
@@ -251,12 +243,6 @@ def test_a_container_whose_daemon_is_dead_is_refused_not_let_through(container: 
     os.kill(container.daemon(), signal.SIGKILL)
     with container.tcp() as program:
         until("refused", lambda: program.connect_ex((CLIENT4, 9)) == errno.ECONNREFUSED)
-
-
-def test_the_kernel_relay_is_refused_in_plain_words(container: Plain) -> None:
-    result = container.host.graft("attach", "--cgroup", container.cgroup, "--relay", "kernel", status=7)
-    assert "no relay in the kernel" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_a_second_daemon_is_refused(container: Plain) -> None:

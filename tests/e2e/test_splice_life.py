@@ -27,13 +27,6 @@ pytestmark = pytest.mark.e2e
 FEW = 1000  # descriptors
 
 
-@pytest.fixture
-def container(host: Host) -> Iterator[Plain]:
-    """A container that runs without Graft."""
-    with plain(host) as made:
-        yield made
-
-
 def test_a_killed_daemon_resets_its_connections_and_the_next_one_takes_up_the_container(container: Plain) -> None:
     with container.listener() as listener:
         port = published(container)

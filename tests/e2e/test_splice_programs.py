@@ -16,19 +16,12 @@ from graft.kernel import cgroup
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, HOST4
 from tests.support.oci import Engine
-from tests.support.plain import Plain, plain
+from tests.support.plain import Plain
 from tests.support.program import Program, start
 from tests.support.shell import Word, output
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture
-def container(host: Host) -> Iterator[Plain]:
-    """A container that runs without Graft."""
-    with plain(host) as made:
-        yield made
 
 
 @pytest.fixture

@@ -6,15 +6,13 @@ import contextlib
 import select
 import socket
 import struct
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4
-from tests.support.plain import Plain, plain
+from tests.support.plain import Plain
 from tests.support.relayed import pair, published, read_all, reset, resident, transfer
 from tests.support.wait import until
 
@@ -22,13 +20,6 @@ pytestmark = pytest.mark.e2e
 
 LINGER = struct.pack("ii", 1, 0)
 sizes = st.one_of(st.integers(0, 5000), st.integers(0, 3_000_000))
-
-
-@pytest.fixture
-def container(host: Host) -> Iterator[Plain]:
-    """A container that runs without Graft."""
-    with plain(host) as made:
-        yield made
 
 
 def test_what_comes_in_and_the_answer_arrive_byte_by_byte_whatever_the_sizes(container: Plain) -> None:

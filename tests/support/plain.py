@@ -47,6 +47,7 @@ class Plain:
     asked: socket.socket
     resident: subprocess.Popen[bytes]
     started: list[Program]
+    relay: str = "splice"
 
     def command(self, *words: Word) -> list[str]:
         """A command that runs in it."""
@@ -79,7 +80,7 @@ class Plain:
 
     def attach(self, *rules: Word) -> Container:
         """`graft attach` with these rules; again, it replaces them."""
-        self.host.graft("attach", "--cgroup", self.cgroup, *rules)
+        self.host.graft("attach", "--cgroup", self.cgroup, "--relay", self.relay, *rules)
         return self.container
 
     @property
@@ -109,8 +110,8 @@ class Plain:
 
 
 @contextmanager
-def plain(host: Host) -> Iterator[Plain]:
-    """A container with a process in it; nothing of it is left afterwards."""
+def plain(host: Host, relay: str = "splice") -> Iterator[Plain]:
+    """A container with a process in it, to be served by ``relay``; nothing of it is left afterwards."""
     path = cgroup.v2_mount() / f"graft-test-{os.getpid()}-plain-{next(_numbers)}"
     path.mkdir()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -118,7 +119,7 @@ def plain(host: Host) -> Iterator[Plain]:
         maker = netns.command(sys.executable, "-c", _MAKER, str(theirs.fileno()))
         enter = f'echo $$ > {path}/cgroup.procs; exec "$@"'
         resident = subprocess.Popen(["sh", "-c", enter, "sh", *maker], pass_fds=[theirs.fileno()])
-        made = Plain(host, netns, path, ours, resident, [])
+        made = Plain(host, netns, path, ours, resident, [], relay)
         try:
             made.tcp().close()
             yield made

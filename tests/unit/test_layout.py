@@ -28,6 +28,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "event": layout.Event,
     "settings": layout.SettingsValue,
     "desk": layout.Desk,
+    "flow": layout.FlowValue,
 }
 
 CONSTANTS = {

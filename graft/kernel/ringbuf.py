@@ -1,0 +1,51 @@
+"""The reading end of a BPF ring buffer: what programs put in, in order, without a system call for each.
+
+Source: Documentation/bpf/ringbuf.rst. The map's descriptor can be mapped: one page with the reader's position,
+one with the writers', then the data, twice in a row, so that a record is never split. A record has a
+head of eight bytes: its length, whose two highest bits say "not yet written" and "never mind", and a page offset.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+
+_BUSY, _DISCARDED = 1 << 31, 1 << 30
+_HEAD = 8
+
+
+class RingBuffer:
+    """A ring buffer by its descriptor, which stays the caller's. Only one reader at a time. Raises OSError."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        """``size``: of the data in bytes, as the map was made (its max_entries, a power of two)."""
+        page = mmap.PAGESIZE
+        self._mask = size - 1
+        self._mine = mmap.mmap(fd, page)
+        self._theirs = mmap.mmap(fd, page + 2 * size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=page)
+        self._read = memoryview(self._mine).cast("Q")
+        self._written = memoryview(self._theirs)[:8].cast("Q")
+        self._data = memoryview(self._theirs)[page:]
+
+    def records(self) -> list[bytes]:
+        """What has come since the last call."""
+        found = []
+        at, end = self._read[0], self._written[0]
+        while at < end:
+            start = at & self._mask
+            length = int.from_bytes(self._data[start : start + 4], sys.byteorder)
+            if length & _BUSY:
+                break
+            size = length & ~_DISCARDED
+            if not length & _DISCARDED:
+                found.append(bytes(self._data[start + _HEAD : start + _HEAD + size]))
+            at += (_HEAD + size + 7) & ~7
+            self._read[0] = at
+        return found
+
+    def close(self) -> None:
+        """Unmap it."""
+        for view in (self._read, self._written, self._data):
+            view.release()
+        self._mine.close()
+        self._theirs.close()

@@ -1,0 +1,179 @@
+"""A flow in the kernel's hands: what is left for user space is to catch up, and to hand on the end.
+
+                       the target is behind (an event)
+        KERNEL ──────────────────────────────────────────▶ BEHIND: wait until the kernel's queue is out
+          │  ▲                                                │
+          │  └── all that was left is carried, ───────────────┘ then by hand, as long as bytes are left
+          │      and the kernel is told so                      with the source
+          │
+          └── the source ended, and the target has been given every byte that came ─▶ shutdown(SHUT_WR)
+
+The kernel sends on from a queue that nobody can look into or be told of. So before an end is handed on, and before a
+byte is carried by hand, what the target was given is compared with what the source brought, by the byte; where it
+is less, that is asked again a little later.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from graft.kernel import tcp
+
+if TYPE_CHECKING:
+    from graft.splice.connection import Flow
+    from graft.splice.sockmap import Sockmap
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05  # seconds between two looks
+_PATIENCE = 5.0  # seconds in which a queue that no peer holds up must have moved
+_LAST_WORDS = 1.0  # seconds for what a source sent before it was reset
+_BUDGET = 16  # pieces by hand, before others have their turn
+_COPY_BYTES = 1 << 18
+
+
+class Handed:
+    """The kernel moves what ``flow`` brings. Raises OSError where it does not take it."""
+
+    __slots__ = (
+        "_armed",
+        "_before",
+        "_behind",
+        "_deadline",
+        "_flow",
+        "_number",
+        "_pause",
+        "_rest",
+        "_seen",
+        "_since",
+        "_sockmap",
+        "_taken",
+        "by_hand",
+    )
+
+    def __init__(self, sockmap: Sockmap, flow: Flow) -> None:
+        self._sockmap, self._flow = sockmap, flow
+        self._before = tcp.written(flow.target.sock)
+        self._taken = 0
+        self._rest = memoryview(b"")
+        self._behind = self.by_hand = self._armed = False
+        self._deadline = 0.0
+        self._pause = _FIRST_PAUSE
+        self._seen, self._since = -1, 0.0
+        self._number = sockmap.join(flow.source.sock, flow.target.sock)
+        sockmap.flows[self._number] = self
+
+    def start(self) -> None:
+        """Have what came before the handover moved too, once both flows know their targets."""
+        tcp.look_again(self._flow.source.sock)
+
+    def forget(self) -> None:
+        """The sockets are about to be closed."""
+        self._sockmap.forget(self._number)
+
+    def fell_behind(self) -> None:
+        """The kernel left bytes with the source."""
+        if not self._behind:
+            self._behind = True
+            self._flow.pump()
+
+    def fail(self) -> None:
+        """The source was reset: what it sent before is still brought over, then the target is reset too."""
+        self._deadline = self._deadline or time.monotonic() + _LAST_WORDS
+        self._flow.pump()
+
+    def advance(self) -> None:
+        """Do what can be done now. Raises OSError where a side fails, or the kernel lost bytes."""
+        if self._behind and not self._catch_up():
+            return
+        if self._deadline:
+            self._give_up()
+        elif self._flow.source.ended:
+            self._end()
+
+    def _given(self) -> int:
+        """Bytes that the target was given since the handover, by the kernel or by hand."""
+        return tcp.written(self._flow.target.sock) - self._before
+
+    def _queue_is_out(self) -> bool:
+        moved, _ = self._sockmap.counts(self._number)
+        return self._given() == moved + self._taken
+
+    def _catch_up(self) -> bool:
+        """Whether nothing is left with the source any more, and the kernel goes on."""
+        if not self.by_hand:
+            if not self._queue_is_out():
+                self._look_later()
+                return False
+            self.by_hand = True
+            self._flow.rewatch()
+        if not self._carry():
+            return False
+        self._behind = self.by_hand = False
+        self._pause = _FIRST_PAUSE
+        self._flow.rewatch()
+        return True
+
+    def _carry(self) -> bool:
+        """Bring over what was left with the source. False where that has to wait, or goes on later."""
+        source, target = self._flow.source, self._flow.target
+        for _ in range(_BUDGET):
+            if not self._rest:
+                try:
+                    self._rest = memoryview(source.sock.recv(_COPY_BYTES))
+                except BlockingIOError:
+                    pass
+                if not self._rest:
+                    return self._all_is_carried()
+            try:
+                sent = target.sock.send(self._rest)
+            except BlockingIOError:
+                return False  # its EPOLLOUT comes
+            self._taken += sent
+            self._rest = self._rest[sent:]
+        self._flow.connection.loop.later(self._flow.pump)
+        return False
+
+    def _all_is_carried(self) -> bool:
+        self._sockmap.take(self._number, self._taken)
+        _, left = self._sockmap.counts(self._number)
+        if left == self._taken:
+            return True
+        self._look_later()  # or before that, when its EPOLLIN comes
+        return False
+
+    def _end(self) -> None:
+        """Hand on the end of the stream, when the target was given all that came before it."""
+        source = self._flow.source.sock
+        if tcp.received(source) - 1 == self._given():
+            self._flow.end()
+        else:
+            tcp.look_again(source)
+            self._look_later()
+
+    def _give_up(self) -> None:
+        if self._queue_is_out() or time.monotonic() > self._deadline:
+            self._flow.connection.reset()
+        else:
+            self._look_later()
+
+    def _look_later(self) -> None:
+        if self._armed:
+            return
+        self._mind_progress()
+        self._armed = True
+        self._flow.connection.loop.after(self._pause, self._again)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _again(self) -> None:
+        self._armed = False
+        self._flow.pump()
+
+    def _mind_progress(self) -> None:
+        """Nothing may hang: bytes that the kernel has, and does not bring out though it could, are lost."""
+        given, now = self._given(), time.monotonic()
+        if given != self._seen:
+            self._seen, self._since = given, now
+        elif now - self._since > _PATIENCE and not tcp.unsent(self._flow.target.sock):
+            print("the kernel relay kept bytes back: a connection is reset", file=sys.stderr, flush=True)
+            raise OSError("lost")

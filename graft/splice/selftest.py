@@ -1,0 +1,291 @@
+"""Whether this kernel's sockmap can be trusted with a relay: tried, on connections of our own, before it is used.
+
+What can go wrong is known (others gave such a relay up over it), and differs from kernel to kernel, so a version number
+says nothing. A process of its own, in a network namespace of its own, hands connections to the kernel and looks at
+each thing that has been seen to go wrong. Its verdict holds until the machine is started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from graft.errors import GraftError
+from graft.settings import Settings
+from graft.splice.connection import Connection, prepare
+from graft.splice.loop import Loop
+from graft.splice.pipes import Pipes
+from graft.splice.sockmap import Sockmap
+
+_SECONDS = 10.0  # for each check; all of them take about one
+_ALL_SECONDS = 60.0
+_UNREAD_BYTES = 64 << 20  # more than any buffers on the way hold
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def verdict(settings: Settings) -> str:
+    """What is wrong with the relay in the kernel here, in one line; empty where nothing is.
+
+    Tested once after each start of the machine; needs root.
+    """
+    kept = settings.run_dir / "kernel-relay.json"
+    boot = _BOOT_ID.read_text().strip()
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(kept.read_text())
+        if found["boot"] == boot:
+            return str(found["problem"])
+    problem = test()
+    kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    aside = kept.with_suffix(f".{os.getpid()}")
+    aside.touch(mode=0o600)
+    aside.write_text(json.dumps({"boot": boot, "problem": problem}))
+    aside.rename(kept)
+    return problem
+
+
+def test() -> str:
+    """Test now, in a process of its own: what is wrong, in one line, or nothing."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "graft.splice.selftest"], capture_output=True, text=True, timeout=_ALL_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return "its self-test does not end"
+    if done.returncode == 0:
+        return ""
+    lines = (done.stdout.strip() or done.stderr.strip() or "its self-test failed").splitlines()
+    return lines[0] if done.stdout.strip() else lines[-1]
+
+
+class Wrong(Exception):
+    """What the kernel did not do right."""
+
+
+class Trial:
+    """A loop of its own with ``sockmap``, and connections through it."""
+
+    def __init__(self, sockmap: Sockmap) -> None:
+        self.sockmap = sockmap
+        self._loop = Loop(Pipes(8), lambda: None, interval=0.002)
+        self._loop.watch(sockmap.events, select.EPOLLIN, sockmap.on_events)
+        self.connections: set[Connection] = set()
+
+    def connected(self, before: bytes = b"") -> tuple[socket.socket, socket.socket]:
+        """A client's socket and a server's, with the relay between; ``before`` was sent before the handover."""
+        with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as back:
+            client = socket.create_connection(front.getsockname())
+            client.sendall(before)
+            near, _ = front.accept()
+            far = socket.socket()
+            for sock in (near, far):
+                sock.setblocking(False)
+                prepare(sock)
+            far.connect_ex(back.getsockname())
+            server, _ = back.accept()
+        for end in (client, server):
+            end.settimeout(_SECONDS)
+        Connection(self._loop, self.connections, near, far, self.sockmap)
+        return client, server
+
+    def while_relayed(self, *work: Callable[[], object]) -> None:
+        """Do ``work``, each in a thread, while the relay runs. Raises what one of them raises, Wrong for a hang."""
+        errors: list[BaseException] = []
+
+        def guarded(one: Callable[[], object]) -> None:
+            try:
+                one()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(one,), daemon=True) for one in work]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + _SECONDS
+        while any(thread.is_alive() for thread in threads):
+            self._loop.turn()
+            if time.monotonic() > deadline:
+                raise Wrong("a transfer hangs")
+        for error in errors:
+            raise error
+
+    def until(self, condition: Callable[[], bool], otherwise: str) -> None:
+        """Let the relay run until ``condition``. Raises Wrong with ``otherwise`` where that does not come."""
+        deadline = time.monotonic() + _SECONDS
+        while not condition():
+            self._loop.turn()
+            if time.monotonic() > deadline:
+                raise Wrong(otherwise)
+
+    def close(self) -> None:
+        """Let go of everything but the maps."""
+        for connection in list(self.connections):
+            connection.reset()
+        self._loop.unwatch(self.sockmap.events)
+        self._loop.shut_down()
+
+
+def _everything(sock: socket.socket, pause: float = 0.0) -> str:
+    """A hash of all up to the end of the stream, read with pauses."""
+    found = hashlib.sha256()
+    while part := sock.recv(1 << 16):
+        found.update(part)
+        if pause:
+            time.sleep(pause)
+    return found.hexdigest()
+
+
+def _send(sock: socket.socket, data: bytes, pieces: random.Random) -> None:
+    at = 0
+    while at < len(data):
+        size = pieces.choice((1, 100, 10_000, 1_000_000))
+        sock.sendall(data[at : at + size])
+        at += size
+    sock.shutdown(socket.SHUT_WR)
+
+
+def bytes_before_the_handover_come_first(trial: Trial) -> None:
+    """What came before the socket was listed stays in its own queue, where no program sees it."""
+    client, server = trial.connected(b"before, ")
+    found: list[bytes] = []
+    with client, server:
+
+        def read() -> None:
+            while sum(map(len, found)) < len(b"before, after"):
+                found.append(server.recv(100))
+
+        trial.while_relayed(lambda: client.sendall(b"after"), read)
+    if b"".join(found) != b"before, after":
+        raise Wrong("bytes that came before the handover are lost or late")
+
+
+def a_reader_that_waits_is_woken(trial: Trial) -> None:
+    """A socket that is listed while its program is blocked in recv() never wakes: programs' own are not listed."""
+    client, server = trial.connected()
+    with client, server:
+
+        def ask() -> None:
+            client.sendall(b"?")
+            if client.recv(1) != b"!":
+                raise Wrong("an answer is wrong")
+
+        def answer() -> None:
+            server.recv(1)
+            server.sendall(b"!")
+
+        trial.while_relayed(answer, ask)
+        moved = [trial.sockmap.counts(number)[0] for number in trial.sockmap.flows]
+    if sorted(moved) != [1, 1]:
+        raise Wrong("the kernel does not move the bytes")
+
+
+def every_byte_arrives_and_no_end_overtakes(trial: Trial, size: int, pause: float) -> None:
+    """Both ways at once, the ends right behind the data, for a quick reader and for one with pauses."""
+    pieces = random.Random(size)
+    there, back = pieces.randbytes(size), pieces.randbytes(size // 3)
+    client, server = trial.connected()
+    found: dict[str, str] = {}
+    with client, server:
+        trial.while_relayed(
+            lambda: _send(client, there, random.Random(1)),
+            lambda: _send(server, back, random.Random(2)),
+            lambda: found.update(there=_everything(server, pause)),
+            lambda: found.update(back=_everything(client)),
+        )
+        trial.until(lambda: not trial.connections, "a connection that ended both ways stays")
+    if found != {"there": hashlib.sha256(there).hexdigest(), "back": hashlib.sha256(back).hexdigest()}:
+        raise Wrong("bytes are lost, doubled or in another order")
+
+
+def a_reader_that_stops_stops_its_sender(trial: Trial) -> None:
+    """The kernel takes what a target has no room for without end; it has to be counted and stopped."""
+    client, server = trial.connected()
+    sent = hashlib.sha256()
+    with client, server:
+        client.settimeout(0.1)
+        block = os.urandom(1 << 18)
+        total = 0
+
+        def fill() -> None:
+            nonlocal total
+            with contextlib.suppress(TimeoutError):
+                while total < _UNREAD_BYTES:
+                    done = client.send(block)
+                    sent.update(block[:done])
+                    total += done
+            client.shutdown(socket.SHUT_WR)
+
+        trial.while_relayed(fill)
+        if total >= _UNREAD_BYTES:
+            raise Wrong("a sender is not stopped where nobody reads")
+        found: list[str] = []
+        trial.while_relayed(lambda: found.append(_everything(server)))
+        if found != [sent.hexdigest()]:
+            raise Wrong("bytes are lost or doubled where a reader was slow")
+
+
+def a_reset_arrives(trial: Trial) -> None:
+    """After what was sent before it."""
+    client, server = trial.connected()
+    with server:
+
+        def end() -> None:
+            client.sendall(b"last words")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+
+        def read() -> None:
+            with contextlib.suppress(ConnectionResetError):
+                while server.recv(100):
+                    pass
+                raise Wrong("a reset arrives as an end")
+
+        trial.while_relayed(end, read)
+
+
+def check(trial: Trial) -> None:
+    """Every check. Raises Wrong, or OSError."""
+    bytes_before_the_handover_come_first(trial)
+    a_reader_that_waits_is_woken(trial)
+    for size in (1, 1000, 100_000, 3_000_000):
+        every_byte_arrives_and_no_end_overtakes(trial, size, 0.0)
+    every_byte_arrives_and_no_end_overtakes(trial, 6_000_000, 0.0005)
+    a_reader_that_stops_stops_its_sender(trial)
+    a_reset_arrives(trial)
+    trial.until(lambda: not trial.sockmap.flows, "something is left of connections that ended")
+
+
+def main() -> int:
+    """What `test` runs: says what is wrong in one line, and ends with 1 where something is."""
+    from graft import loader
+    from graft.kernel import netns
+
+    try:
+        netns.unshare_netns()
+        netns.bring_lo_up()
+        loaded = loader.load_relay()
+        sockmap = Sockmap(lambda name: os.dup(loaded.map_fd(name)))
+        trial = Trial(sockmap)
+        check(trial)
+        trial.close()
+    except (Wrong, GraftError, OSError) as error:
+        print(str(error).splitlines()[0])
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # not held up by a thread that waits for ever
