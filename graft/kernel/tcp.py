@@ -45,6 +45,14 @@ def written(sock: socket.socket) -> int:
     return int(acked) + unsent(sock)
 
 
+def widen(sock: socket.socket, size: int) -> None:
+    """Let the receive buffer hold ``size`` bytes at least, and grow by itself from there as before (which it would
+    not after SO_RCVBUF): what tcp_set_rcvlowat does for a reader that asks for so much.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+
 def look_again(sock: socket.socket) -> None:
     """Have the kernel do once more what it does when data arrives (tcp_set_rcvlowat)."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)

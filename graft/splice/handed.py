@@ -30,6 +30,7 @@ _PATIENCE = 5.0  # seconds in which a queue that no peer holds up must have move
 _LAST_WORDS = 1.0  # seconds for what a source sent before it was reset
 _BUDGET = 16  # pieces by hand, before others have their turn
 _COPY_BYTES = 1 << 18
+_WINDOW_BYTES = 1 << 20
 
 
 class Handed:
@@ -64,8 +65,13 @@ class Handed:
         sockmap.flows[self._number] = self
 
     def start(self) -> None:
-        """Have what came before the handover moved too, once both flows know their targets."""
-        tcp.look_again(self._flow.source.sock)
+        """Have what came before the handover moved too, once both flows know their targets.
+
+        Into a larger buffer from now on: nobody reads here, and it is readers that tell a sender of new room. A segment
+        that comes while the kernel has the socket locked to send counts twice for a moment, and in a small buffer
+        closes the window, which opens only when the sender asks, after 200 ms.
+        """
+        tcp.widen(self._flow.source.sock, _WINDOW_BYTES)
 
     def forget(self) -> None:
         """The sockets are about to be closed."""

@@ -208,6 +208,29 @@ def every_byte_arrives_and_no_end_overtakes(trial: Trial, size: int, pause: floa
         raise Wrong("bytes are lost, doubled or in another order")
 
 
+def an_answer_after_an_end_arrives(trial: Trial) -> None:
+    """An end that comes by itself, with no data, must not count as an error of the target's."""
+    client, server = trial.connected()
+    with client, server:
+
+        def ask() -> None:
+            client.sendall(b"?")
+            client.recv(1)
+            client.shutdown(socket.SHUT_WR)
+            time.sleep(0.02)  # for the end to be alone on its way
+            if client.recv(1) != b"!":
+                raise Wrong("an answer after the end of the question is lost")
+
+        def answer() -> None:
+            server.recv(1)
+            server.sendall(b".")
+            server.recv(1)
+            time.sleep(0.02)
+            server.sendall(b"!")
+
+        trial.while_relayed(ask, answer)
+
+
 def a_reader_that_stops_stops_its_sender(trial: Trial) -> None:
     """The kernel takes what a target has no room for without end; it has to be counted and stopped."""
     client, server = trial.connected()
@@ -261,6 +284,7 @@ def check(trial: Trial) -> None:
     for size in (1, 1000, 100_000, 3_000_000):
         every_byte_arrives_and_no_end_overtakes(trial, size, 0.0)
     every_byte_arrives_and_no_end_overtakes(trial, 6_000_000, 0.0005)
+    an_answer_after_an_end_arrives(trial)
     a_reader_that_stops_stops_its_sender(trial)
     a_reset_arrives(trial)
     trial.until(lambda: not trial.sockmap.flows, "something is left of connections that ended")

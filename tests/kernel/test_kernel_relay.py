@@ -1,0 +1,221 @@
+"""The relay in the kernel: each thing that goes wrong with a sockmap, on sockets of this process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from graft import loader
+from graft.data import bpf_source_dir
+from graft.errors import KernelError
+from graft.kernel import tcp
+from graft.splice import handed, selftest
+from graft.splice.selftest import Trial, Wrong
+from graft.splice.sockmap import Sockmap
+
+pytestmark = pytest.mark.kernel
+
+
+def trial_of(loaded: loader.Loaded) -> Trial:
+    return Trial(Sockmap(lambda name: os.dup(loaded.map_fd(name))))
+
+
+@pytest.fixture(scope="module")
+def loaded(root: None) -> loader.Loaded:
+    """The relay as `graft up` loads it, pinned nowhere."""
+    return loader.load_relay()
+
+
+@pytest.fixture
+def trial(loaded: loader.Loaded) -> Iterator[Trial]:
+    """A loop with the relay in the kernel."""
+    made = trial_of(loaded)
+    yield made
+    made.close()
+    made.sockmap.close()
+
+
+def moved_and_left(trial: Trial) -> list[tuple[int, int]]:
+    """Of each flow, the client's first."""
+    return [trial.sockmap.counts(number) for number in trial.sockmap.flows]
+
+
+def exactly(sock: socket.socket, count: int) -> bytes:
+    found = b""
+    while len(found) < count:
+        found += sock.recv(count - len(found))
+    return found
+
+
+def test_a_reader_that_is_blocked_already_gets_what_comes(trial: Trial) -> None:
+    client, server = trial.connected()
+    found: list[bytes] = []
+    with client, server:
+        reader = threading.Thread(target=lambda: found.append(server.recv(10)))
+        reader.start()  # in recv() before the relay has run at all
+        trial.while_relayed(lambda: client.sendall(b"now"), reader.join)
+        assert found == [b"now"]
+        assert moved_and_left(trial) == [(3, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("size", [1, 30_000])
+def test_what_came_before_the_handover_is_moved_and_comes_first(trial: Trial, size: int) -> None:
+    client, server = trial.connected(b"b" * size)
+    with client, server:
+        found: list[bytes] = []
+        trial.while_relayed(lambda: client.sendall(b"after"), lambda: found.append(exactly(server, size + 5)))
+        assert found == [b"b" * size + b"after"]
+        assert moved_and_left(trial)[0] == (size + 5, 0)
+
+
+def test_what_came_before_is_moved_though_nothing_more_comes(trial: Trial) -> None:
+    client, server = trial.connected(b"all")
+    with client, server:
+        trial.while_relayed(lambda: exactly(server, 3))
+
+
+def test_an_end_waits_for_the_bytes_before_it_however_slow_their_reader(trial: Trial) -> None:
+    selftest.every_byte_arrives_and_no_end_overtakes(trial, 3_000_000, 0.001)
+
+
+def test_bytes_for_a_target_that_is_not_listed_are_kept_and_carried_by_hand(trial: Trial) -> None:
+    client, server = trial.connected()
+    with client, server:
+        trial.while_relayed(lambda: client.sendall(b"1"), lambda: exactly(server, 1))
+        number = next(iter(trial.sockmap.flows))
+        trial.sockmap._targets.delete(ctypes.c_uint64(number))
+        trial.while_relayed(lambda: client.sendall(b"23"), lambda: exactly(server, 2))
+        assert moved_and_left(trial)[0] == (1, 2)
+
+
+def test_a_target_that_is_behind_stops_the_sender_and_the_kernel_goes_on_afterwards(trial: Trial) -> None:
+    client, server = trial.connected()
+    with client, server:
+        total = 0
+        client.settimeout(0.1)
+
+        def fill() -> None:
+            nonlocal total
+            try:
+                while total < 200 << 20:
+                    total += client.send(bytes(1 << 18))
+            except TimeoutError:
+                return
+
+        trial.while_relayed(fill)
+        assert total < 32 << 20
+        [(_, left), _] = moved_and_left(trial)
+        assert left > 0
+        trial.while_relayed(lambda: exactly(server, total))
+        trial.until(lambda: all(flow.by_hand is False for flow in trial.sockmap.flows.values()), "still by hand")
+        before = moved_and_left(trial)[0]
+        trial.while_relayed(lambda: client.sendall(b"again"), lambda: exactly(server, 5))
+        assert moved_and_left(trial)[0] == (before[0] + 5, before[1])
+
+
+def test_a_flow_that_ended_before_its_handover_goes_by_splice(trial: Trial) -> None:
+    client, server = trial.connected()
+    with client, server:
+        client.sendall(b"short")
+        client.shutdown(socket.SHUT_WR)
+        found: list[bytes] = []
+
+        def answer() -> None:
+            found.append(server.recv(10))
+            assert server.recv(10) == b""
+            server.sendall(b"reply")
+            server.close()
+
+        trial.while_relayed(answer, lambda: found.append(exactly(client, 5)))
+        assert found == [b"short", b"reply"]
+        trial.until(lambda: not trial.connections, "left")
+
+
+def test_a_flow_whose_kernel_keeps_bytes_back_is_reset_and_not_left_hanging(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handed, "_PATIENCE", 0.2)
+    real = tcp.received
+    monkeypatch.setattr(tcp, "received", lambda sock: real(sock) + 1)  # as if a byte had been lost
+    client, server = trial.connected()
+    with client, server:
+        trial.while_relayed(lambda: client.sendall(b"!"), lambda: exactly(server, 1))
+
+        def read() -> None:
+            client.sendall(b"most of it")
+            client.shutdown(socket.SHUT_WR)
+            with pytest.raises(ConnectionResetError):
+                while server.recv(100):
+                    pass
+
+        trial.while_relayed(read)
+
+
+def test_nothing_is_left_of_connections_that_ended(trial: Trial) -> None:
+    for size in range(20):
+        selftest.every_byte_arrives_and_no_end_overtakes(trial, size, 0)
+    assert not trial.sockmap.flows
+    assert not trial.sockmap._flows.keys()
+    assert not trial.sockmap._taken.keys()
+    assert not trial.sockmap._sources.keys()
+    assert not trial.sockmap._targets.keys()
+
+
+def test_what_a_killed_daemon_left_is_forgotten(loaded: loader.Loaded) -> None:
+    first = trial_of(loaded)
+    first.sockmap._flows.put(ctypes.c_uint64(7), first.sockmap._flows._value())
+    first.sockmap.take(7, 3)
+    second = trial_of(loaded)
+    assert not second.sockmap._flows.keys()
+    assert not second.sockmap._taken.keys()
+
+
+def test_this_kernel_passes_the_self_test(root: None) -> None:
+    assert selftest.test() == ""
+
+
+# What a kernel (or a mistake in the program) may do, and the self-test has to find.
+MUTANTS = {
+    "does not stop a sender": ("> GRAFT_MAX_BEHIND)", "> 0x7fffffff)"),
+    "takes a bare end for data": ("if (!len)", "if (0)"),
+    "drops": ("flow->moved += len;", "flow->moved += len; if (flow->moved > 20000) return SK_DROP;"),
+    "moves nothing": ("flow->moved += len;", "return leave(key, flow, taken, len);"),
+    "goes on while bytes are left behind": ("flow->left != taken ||", ""),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_self_test_finds_a_kernel_that(
+    root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    old, new = MUTANTS[name]
+    sources = tmp_path / "bpf"
+    shutil.copytree(bpf_source_dir(), sources)
+    text = (sources / "relay.bpf.c").read_text()
+    assert old in text
+    (sources / "relay.bpf.c").write_text(text.replace(old, new))
+    monkeypatch.setattr(loader, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr(selftest, "_SECONDS", 2.0)
+    monkeypatch.setattr(handed, "_PATIENCE", 0.2)
+    trial = trial_of(loader.load_relay())
+    with pytest.raises((Wrong, OSError)):
+        selftest.check(trial)
+    trial.close()
+
+
+def test_a_kernel_that_does_not_take_the_program_says_so(
+    root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "bpf"
+    shutil.copytree(bpf_source_dir(), sources)
+    (sources / "relay.bpf.c").write_text("int graft_flow(struct __sk_buff *skb) { return *(int *)0; }")
+    monkeypatch.setattr(loader, "bpf_source_dir", lambda: sources)
+    with pytest.raises(KernelError, match="relay"):
+        loader.load_relay()
