@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
 /* The desk: a supervisor's question about a socket, answered where it will be decided. */
 
+#define O_CLOEXEC 02000000
+
 /* The desk of the calling supervisor; NULL for everybody else. A container cannot ask: it is neither in
  * the supervisors' cgroup, nor does its process have a desk. */
 static __always_inline struct desk *desk_of_caller(void)
@@ -17,27 +19,86 @@ static __always_inline struct desk *desk_of_caller(void)
 }
 
 #ifdef GRAFT_SK_SOCKET
+/* Offsets come from the kernel's own type information (/sys/kernel/btf/vmlinux). A pointer that cannot be
+ * followed reads as NULL. */
+static __always_inline void *follow(void *pointer)
+{
+	void *found = 0;
+
+	return bpf_probe_read_kernel(&found, sizeof(found), pointer) ? 0 : found;
+}
+
+#ifdef GRAFT_TASK_FILES
+/* The file that `task` has at number `fd`, and in *cloexec whether it closes that number on exec. */
+static __always_inline void *file_at(void *task, s32 fd, u32 *cloexec)
+{
+	void *files = follow(task + GRAFT_TASK_FILES);
+	void *table = files ? follow(files + GRAFT_FILES_TABLE) : 0;
+	void *array, *bits;
+	u64 word = 0;
+	u32 most = 0;
+
+	if (!table || bpf_probe_read_kernel(&most, sizeof(most), table + GRAFT_TABLE_SIZE) || fd < 0 || fd >= most)
+		return 0;
+	array = follow(table + GRAFT_TABLE_FILES);
+	bits = follow(table + GRAFT_TABLE_CLOEXEC);
+	if (!array || !bits || bpf_probe_read_kernel(&word, sizeof(word), bits + fd / 64 * 8))
+		return 0;
+	*cloexec = word >> (fd % 64) & 1;
+	return follow(array + 8 * (u64)fd);
+}
+
+/* The thread that a /proc/TID/fdinfo is about, `folder` its number among the caller's own descriptors. */
+static __always_inline void *thread_of(s32 folder)
+{
+	u32 cloexec;
+	void *file = file_at((void *)bpf_get_current_task(), folder, &cloexec);
+	void *inode = file ? follow(file + GRAFT_FILE_INODE) : 0;
+	void *pid = inode ? follow(inode - GRAFT_PROC_INODE_VFS + GRAFT_PROC_INODE_PID) : 0;
+	void *node = pid ? follow(pid + GRAFT_PID_TASKS) : 0; /* the first list, PIDTYPE_PID */
+
+	return node ? node - GRAFT_TASK_PID_LINKS : 0;
+}
+
+/* What /proc/TID/fdinfo/FD and fstat() would tell, found the way they find it. Only where that number is this
+ * very file: another thread of the program may have put something else there. */
+static __always_inline void probe_descriptor(struct desk *desk, void *file)
+{
+	void *task = thread_of(desk->fdinfo), *inode;
+	u32 flags = 0, owner[2] = {}, cloexec = 0;
+
+	if (!task || file_at(task, desk->fd, &cloexec) != file)
+		return;
+	inode = follow(file + GRAFT_FILE_INODE);
+	if (!inode || bpf_probe_read_kernel(&flags, 4, file + GRAFT_FILE_FLAGS) ||
+	    bpf_probe_read_kernel(&owner[0], 4, inode + GRAFT_INODE_UID) ||
+	    bpf_probe_read_kernel(&owner[1], 4, inode + GRAFT_INODE_GID))
+		return;
+	desk->flags = (flags & ~O_CLOEXEC) | (cloexec ? O_CLOEXEC : 0);
+	desk->probed |= GRAFT_PROBED_FLAGS | (owner[0] | owner[1] ? GRAFT_PROBED_OWNED : 0);
+}
+#else
+static __always_inline void probe_descriptor(struct desk *desk, void *file) {}
+#endif
+
 /* What no system call tells: whether the socket's file is watched by an epoll instance, and how many
- * references it has. Offsets come from the kernel's own type information (/sys/kernel/btf/vmlinux). */
+ * references it has. And what several would. */
 static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk)
 {
-	void *sk, *socket = 0, *file = 0, *epolls = 0;
+	void *sk = bpf_skc_to_tcp_sock(ctx->sk);
+	void *socket = sk ? follow(sk + GRAFT_SK_SOCKET) : 0;
+	void *file = socket ? follow(socket + GRAFT_SOCKET_FILE) : 0;
+	void *epolls = 0;
 	u64 references = 0;
 
-	sk = bpf_skc_to_tcp_sock(ctx->sk);
-	if (!sk)
-		return;
-	if (bpf_probe_read_kernel(&socket, 8, sk + GRAFT_SK_SOCKET) || !socket)
-		return;
-	if (bpf_probe_read_kernel(&file, 8, socket + GRAFT_SOCKET_FILE) || !file)
-		return;
-	if (bpf_probe_read_kernel(&epolls, 8, file + GRAFT_FILE_EP) ||
+	if (!file || bpf_probe_read_kernel(&epolls, 8, file + GRAFT_FILE_EP) ||
 	    bpf_probe_read_kernel(&references, 8, file + GRAFT_FILE_REFERENCES))
 		return;
 	if (epolls) /* the list's head; it stays, empty, when the last registration goes */
-		bpf_probe_read_kernel(&epolls, 8, epolls);
+		epolls = follow(epolls);
 	desk->references = references;
 	desk->probed = GRAFT_PROBED | (epolls ? GRAFT_PROBED_EPOLL : 0);
+	probe_descriptor(desk, file);
 }
 #else
 static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk) {}
@@ -92,6 +153,8 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 		return 0;
 	desk->answered = 0;
 	desk->endpoint = 0;
+	desk->references = 0;
+	desk->flags = 0;
 	desk->probed = 0;
 	if (ctx->type != SOCK_STREAM || !is_swappable(ctx->protocol))
 		return 1;

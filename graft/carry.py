@@ -17,7 +17,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graft.decision import Facts
 from graft.kernel.epoll import epoll_add
 from graft.layout import PROBED, PROBED_EPOLL
 
@@ -42,11 +41,9 @@ def descriptor_flags(folder: int, fd: int) -> int:
     return int(found[1], 8)
 
 
-def must_look(facts: Facts, expected_references: int) -> bool:
+def must_look(probed: int, references: int, expected_references: int) -> bool:
     """Whether the kernel's probe leaves room for a copy or a registration. Without a probe: always."""
-    if not facts.probed & PROBED:
-        return True
-    return bool(facts.probed & PROBED_EPOLL) or facts.references > expected_references
+    return probed & (PROBED | PROBED_EPOLL) != PROBED or references > expected_references
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import errno
 import socket
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from graft.layout import TAG_BOUND, Home
@@ -26,12 +27,12 @@ TCP_CLOSE = 7  # include/net/tcp_states.h: neither connected, nor connecting, no
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
-class Call(enum.Enum):
-    """The trapped system calls."""
+class Call(enum.IntEnum):
+    """The trapped system calls (GRAFT_CALL_*)."""
 
-    BIND = "bind"
-    CONNECT = "connect"
-    LISTEN = "listen"
+    BIND = 0
+    CONNECT = 1
+    LISTEN = 2
 
 
 class Sockaddr(NamedTuple):
@@ -53,6 +54,7 @@ class Sockaddr(NamedTuple):
         return f"{self.ip}:{self.port}" if self.family == 4 else f"[{self.ip}]:{self.port}"
 
 
+@lru_cache(maxsize=1024)
 def parse_sockaddr(raw: bytes) -> Sockaddr | None:
     """struct sockaddr_in or sockaddr_in6 (ip(7), ipv6(7)); None for anything else, or too little of it."""
     if len(raw) < 8:
@@ -83,7 +85,6 @@ class Facts(NamedTuple):
     container_netns: int
     endpoint_netns: int
     endpoint: int
-    references: int
     local_port: int
     answered: int
     home: int
@@ -94,7 +95,6 @@ class Facts(NamedTuple):
     endpoint_family: int
     bind_default: int
     connect_default: int
-    probed: int
     protocol: int
 
     @property
@@ -127,6 +127,7 @@ _TO_CONTAINER = Decision(Action.TO_CONTAINER)
 _REFUSED = Decision(Action.REFUSE, error=errno.EACCES)
 
 
+@lru_cache(maxsize=1024)
 def decide(call: Call, address: Sockaddr | None, facts: Facts, v6only: bool = False) -> Decision:
     """What to do with ``call``. ``v6only``: the socket is an IPv6 one that takes no IPv4."""
     if facts.state != TCP_CLOSE:

@@ -13,6 +13,8 @@ import ctypes
 import mmap
 import os
 import struct
+from functools import lru_cache
+from typing import NamedTuple
 
 from graft import layout
 from graft.decision import Call, Facts, Sockaddr
@@ -21,12 +23,38 @@ from graft.lifecycle import locked
 from graft.maps import Maps
 from graft.settings import Settings
 
-_CALLS = {Call.BIND: 0, Call.CONNECT: 1, Call.LISTEN: 2}
-_QUESTION = struct.Struct("=IHBB16s")
-# From `netns` of struct desk to its `options`; the order is that of decision.Facts.
-_ANSWER = struct.Struct("=QQQIIHBBBBBBBBBBH2x")
-_NO_ADDRESS = bytes(16)
-_libc = ctypes.CDLL(None, use_errno=True)
+# struct desk up to its answer, `fdinfo` to `addr`.
+_QUESTION = struct.Struct("=iiIHBB16s")
+# From there to its `options`: decision.Facts in their order, then Descriptor.
+_ANSWER = struct.Struct("=QQQIHBBBBBBBBBxH2x3I")
+_FACTS = len(Facts._fields)
+_ANSWERED = layout.Desk.answered.offset
+_NO_ADDRESS = Sockaddr(0, bytes(16), 0)
+_NAME_SIZE = 28  # sizeof(struct sockaddr_in6)
+
+_getsockname = ctypes.CDLL(None).getsockname
+
+
+class Descriptor(NamedTuple):
+    """What the kernel's own structures tell of the socket's descriptor, as far as ``probed`` (PROBED_*) says so."""
+
+    references: int
+    flags: int
+    probed: int
+
+
+class Answer(NamedTuple):
+    """What the hooks know of a socket, and of the descriptor that it was asked about by."""
+
+    facts: Facts
+    descriptor: Descriptor
+
+
+@lru_cache(maxsize=256)
+def _read(raw: bytes) -> Answer:
+    """An answer from its bytes. Nearly every socket of a program gets one that another got before."""
+    values = _ANSWER.unpack(raw)
+    return Answer(Facts._make(values[:_FACTS]), Descriptor._make(values[_FACTS:]))
 
 
 class Desk:
@@ -37,32 +65,30 @@ class Desk:
         whole = mmap.mmap(maps.desks.fd, layout.MAX_DESKS * size)
         self._view = memoryview(whole)[slot * size : (slot + 1) * size]
         self._container = container
-        self._answer_at = layout.Desk.netns.offset
+        self._answer = self._view[_QUESTION.size : layout.Desk.options.offset]
         self._options = layout.Options.from_buffer(self._view, layout.Desk.options.offset)
-        self._name = ctypes.create_string_buffer(28)
-        self._size = ctypes.c_uint32()
-        self._name_ref, self._size_ref = ctypes.byref(self._name), ctypes.byref(self._size)
+        self._name = ctypes.create_string_buffer(_NAME_SIZE)
+        self._size = ctypes.c_uint32(_NAME_SIZE)
+        self._where = ctypes.byref(self._name), ctypes.byref(self._size)
 
-    def ask(self, fd: int, call: Call, address: Sockaddr | None) -> Facts | None:
-        """What the hooks know of the socket ``fd``; None where it is no TCP socket of the container's."""
-        if address is None:
-            question = (self._container, 0, 0, _CALLS[call], _NO_ADDRESS)
-        else:
-            question = (self._container, address.port, address.family, _CALLS[call], address.address)
-        _QUESTION.pack_into(self._view, 0, *question)
-        self._view[layout.Desk.answered.offset] = 0
-        self._size.value = 28
-        _libc.getsockname(fd, self._name_ref, self._size_ref)
-        facts = Facts._make(_ANSWER.unpack_from(self._view, self._answer_at))
-        return facts if facts.answered else None
+    def ask(self, fd: int, call: Call, address: Sockaddr | None, fdinfo: int = -1, number: int = -1) -> Answer | None:
+        """What the hooks know of the socket ``fd``; None where it is no TCP socket of the container's.
+
+        ``fdinfo`` is the open /proc/TID/fdinfo of the process that has it as ``number``.
+        """
+        view = self._view
+        family, asked, port, _ = address or _NO_ADDRESS
+        _QUESTION.pack_into(view, 0, fdinfo, number, self._container, port, family, call, asked)
+        view[_ANSWERED] = 0
+        _getsockname(fd, *self._where)
+        return _read(self._answer.tobytes()) if view[_ANSWERED] else None
 
     def count_references(self, fd: int) -> int:
         """References to the file of any TCP socket that we made ourselves, 0 where the kernel does not tell."""
         self._view[layout.Desk.probed.offset] = 0
-        self._size.value = 28
-        _libc.getsockname(fd, self._name_ref, self._size_ref)
-        facts = Facts._make(_ANSWER.unpack_from(self._view, self._answer_at))
-        return facts.references if facts.probed else 0
+        _getsockname(fd, *self._where)
+        descriptor = _read(self._answer.tobytes()).descriptor
+        return descriptor.references if descriptor.probed & layout.PROBED else 0
 
     @property
     def options(self) -> layout.Options:

@@ -24,7 +24,7 @@ import errno
 import mmap
 import os
 import select
-import socket
+from _socket import socket as Socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,12 @@ from typing import NamedTuple
 
 from graft import carry, layout, twin
 from graft.decision import Action, Call, Decision, Facts, Sockaddr, decide, parse_sockaddr
-from graft.desk import Desk
+from graft.desk import Descriptor, Desk
 from graft.kernel import netns
 from graft.kernel.bpf import Map
 from graft.kernel.pidfd import MemoryReader
 from graft.kernel.seccomp import Listener, Notification, architecture
-from graft.layout import Home
+from graft.layout import PROBED_FLAGS, PROBED_OWNED, Home
 from graft.processes import Process, Processes
 
 _IPPROTO_MPTCP = 262
@@ -55,14 +55,16 @@ class Told:
 
 
 class Swap(NamedTuple):
-    """A trapped call and all that is known about it."""
+    """A trapped call and all that is known about it. ``held`` is our copy of its socket, ``fd`` its own number."""
 
     notification: Notification
     call: Call
     process: Process
-    old: socket.socket
+    fd: int
+    held: int
     address: Sockaddr | None
     facts: Facts
+    descriptor: Descriptor
 
 
 class Namespaces:
@@ -99,12 +101,12 @@ class Namespaces:
 class Spares:
     """Twins made ahead, while the program runs on: making a socket is a tenth of a swap."""
 
-    def __init__(self, tag: Callable[[socket.socket, Home], None]) -> None:
+    def __init__(self, tag: Callable[[Socket, Home], None]) -> None:
         self._tag = tag
-        self._made: dict[tuple[int, int], socket.socket] = {}
+        self._made: dict[tuple[int, int], Socket] = {}
         self._taken: tuple[int, int] | None = None
 
-    def take(self, family: int, protocol: int) -> socket.socket:
+    def take(self, family: int, protocol: int) -> Socket:
         """A socket of the host's namespace, tagged as host-homed. Raises OSError."""
         self._taken = (family, protocol)
         spare = self._made.pop(self._taken, None)
@@ -117,7 +119,7 @@ class Spares:
                 self._made[self._taken] = self._make(*self._taken)
             self._taken = None
 
-    def _make(self, family: int, protocol: int) -> socket.socket:
+    def _make(self, family: int, protocol: int) -> Socket:
         made = twin.make(family, protocol)
         try:
             self._tag(made, Home.HOST)
@@ -147,14 +149,21 @@ class Supervisor:
         self._spares = Spares(self._tag)
         self._tell = tell
         self._architecture, numbers = architecture()
-        self._calls = {number: Call(name) for name, number in numbers.items()}
+        self._calls = {number: Call[name.upper()] for name, number in numbers.items()}
+        self._tag_key = ctypes.c_int32()
+        self._home_tags = [layout.Tag(container=container, home=home) for home in Home]
         self._references = self._expected_references()
         self._unheard: set[tuple[int, int]] = set()
 
     def _expected_references(self) -> int:
         """What the probe counts for a socket that one process has once and we have a copy of."""
-        with socket.socket() as sock, socket.socket(fileno=os.dup(sock.fileno())) as copy:
-            return self._desk.count_references(copy.fileno())
+        sock = twin.make(4, 0)
+        copy = os.dup(sock.fileno())
+        try:
+            return self._desk.count_references(copy)
+        finally:
+            os.close(copy)
+            sock.close()
 
     def handle(self, raw: bytes | bytearray, again: bool = False) -> None:
         """Serve one notification. An error of ours ends the program's call with an errno, never Graft.
@@ -167,7 +176,7 @@ class Supervisor:
             self._listener.resume(notification.id)
             return
         try:
-            if (again or self._was_unheard(notification)) and self._bound_already(notification):
+            if (again or (self._unheard and self._was_unheard(notification))) and self._bound_already(notification):
                 self._listener.answer(notification.id)
             else:
                 self._serve(notification)
@@ -204,14 +213,14 @@ class Supervisor:
         return (tag.family, bytes(tag.addr), tag.port) == (address.family, address.address, address.port)
 
     def _serve(self, notification: Notification) -> None:
-        call = self._calls[notification.nr]
+        fd = _descriptor(notification)
         try:
-            process, held = self._processes.copy_of(notification.pid, _descriptor(notification))
+            process, held = self._processes.copy_of(notification.pid, fd)
         except OSError:
             self._listener.resume(notification.id)  # EBADF and the like: the kernel says it better
             return
         try:
-            error = self._serve_socket(notification, call, process, held)
+            error = self._serve_socket(notification, process, fd, held)
         finally:
             # Before the call goes on: while we have the old socket, the program's epoll instances still see it.
             os.close(held)
@@ -221,18 +230,14 @@ class Supervisor:
             self._unheard.add(_caller(notification))
         self._spares.refill()
 
-    def _serve_socket(self, notification: Notification, call: Call, process: Process, held: int) -> int | None:
+    def _serve_socket(self, notification: Notification, process: Process, fd: int, held: int) -> int | None:
         """Give the errno that the call ends with here (0: it has succeeded), None where it has to run."""
+        call = self._calls[notification.nr]
         address = None if call is Call.LISTEN else self._address(notification)
-        facts = self._desk.ask(held, call, address)
-        if facts is None:
+        answer = self._desk.ask(held, call, address, process.fdinfo, fd)
+        if answer is None:
             return None
-        family = socket.AF_INET if facts.family == 4 else socket.AF_INET6
-        old = socket.socket(family, socket.SOCK_STREAM, facts.protocol, fileno=held)
-        try:
-            return self._act(Swap(notification, call, process, old, address, facts))
-        finally:
-            old.detach()
+        return self._act(Swap(notification, call, process, fd, held, address, answer.facts, answer.descriptor))
 
     def _address(self, notification: Notification) -> Sockaddr | None:
         try:
@@ -244,7 +249,7 @@ class Supervisor:
 
     def _act(self, swap: Swap) -> int | None:
         """Decide, and carry it out; give what `_serve_socket` does."""
-        v6only = swap.facts.family == 6 and bool(swap.old.getsockopt(twin.SOL_IPV6, twin.IPV6_V6ONLY))
+        v6only = swap.facts.family == 6 and twin.is_v6only(swap.held, swap.facts.protocol)
         decision = decide(swap.call, swap.address, swap.facts, v6only)
         error: int | None = None
         if decision.action is Action.REFUSE:
@@ -257,20 +262,25 @@ class Supervisor:
 
     def _swap(self, swap: Swap, decision: Decision, v6only: bool) -> int | None:
         """Put a twin in the socket's place; give what `_serve_socket` does."""
-        facts = swap.facts
         options = twin.options_set(self._desk.options)
-        flags = carry.descriptor_flags(swap.process.fdinfo, _descriptor(swap.notification))
+        _, flags, probed = swap.descriptor
+        if not probed & PROBED_FLAGS:
+            flags = carry.descriptor_flags(swap.process.fdinfo, swap.fd)
+            probed |= PROBED_OWNED
         error = None
-        with self._twin(decision, facts) as new:
-            twin.liken(new, swap.old, flags, options, v6only)
+        new = self._twin(decision, swap.facts)
+        try:
+            twin.liken(new, swap.held, flags, options, v6only, bool(probed & PROBED_OWNED))
             if swap.call is Call.BIND:
                 assert swap.address is not None
                 error = self._bind(new, swap.address)
             if not error:
-                self._replace(swap, new, flags)
+                self._replace(swap, new.fileno(), flags)
+        finally:
+            new.close()
         return error
 
-    def _twin(self, decision: Decision, facts: Facts) -> socket.socket:
+    def _twin(self, decision: Decision, facts: Facts) -> Socket:
         if decision.action is Action.TO_HOST and decision.netns == self._namespaces.home_cookie:
             return self._spares.take(facts.family, facts.protocol)
         to_host = decision.action is Action.TO_HOST
@@ -283,13 +293,14 @@ class Supervisor:
             raise
         return new
 
-    def _tag(self, sock: socket.socket, home: Home) -> None:
-        self._tags.put(ctypes.c_int32(sock.fileno()), layout.Tag(container=self._container, home=home))
+    def _tag(self, sock: Socket, home: Home) -> None:
+        self._tag_key.value = sock.fileno()
+        self._tags.put(self._tag_key, self._home_tags[home])
 
-    def _bind(self, sock: socket.socket, address: Sockaddr) -> int:
+    def _bind(self, sock: Socket, address: Sockaddr) -> int:
         """Bind the twin to what the program asked for; the hook makes it the endpoint. Gives an errno."""
         text = str(address.ip)
-        if sock.family == socket.AF_INET6 and address.family == 4:
+        if sock.family == twin.AF_INET6 and address.family == 4:
             text = f"::ffff:{text}"
         try:
             sock.bind((text, address.port))
@@ -302,20 +313,20 @@ class Supervisor:
                 self._tags.put(ctypes.c_int32(sock.fileno()), tag)
         return 0
 
-    def _replace(self, swap: Swap, new: socket.socket, flags: int) -> None:
+    def _replace(self, swap: Swap, new: int, flags: int) -> None:
         """Put the twin at its descriptor, and wherever else the process has the old socket."""
-        unique, tid, fd = swap.notification.id, swap.notification.pid, _descriptor(swap.notification)
+        unique, fd = swap.notification.id, swap.fd
         attached = None
-        if carry.must_look(swap.facts, self._references):
-            attached = carry.find(tid, os.fstat(swap.old.fileno()).st_ino, fd)
-        self._listener.replace(unique, new.fileno(), fd, bool(flags & os.O_CLOEXEC))
+        if carry.must_look(swap.descriptor.probed, swap.descriptor.references, self._references):
+            attached = carry.find(swap.notification.pid, os.fstat(swap.held).st_ino, fd)
+        self._listener.replace(unique, new, fd, bool(flags & os.O_CLOEXEC))
         if attached is None:
             return
         for copy in attached.copies:
             with contextlib.suppress(OSError):
                 cloexec = bool(carry.descriptor_flags(swap.process.fdinfo, copy) & os.O_CLOEXEC)
-                self._listener.replace(unique, new.fileno(), copy, cloexec)
-        carry.watch_again(attached.watches, new.fileno(), swap.process.get_fd)
+                self._listener.replace(unique, new, copy, cloexec)
+        carry.watch_again(attached.watches, new, swap.process.get_fd)
 
 
 def _caller(notification: Notification) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from graft.supervisor import Told
 
 def line(told: Told, endpoints: Mapping[int, Endpoint]) -> str:
     """``graft: bind 0.0.0.0:80 -> nx4 (0.0.0.0:8080)`` and the like."""
-    head = f"graft: {told.call.value}" + (f" {told.address}" if told.address is not None else "")
+    head = f"graft: {told.call.name.lower()}" + (f" {told.address}" if told.address is not None else "")
     decision = told.decision
     if decision.action is Action.REFUSE or told.error:
         return f"{head}: {errno.errorcode.get(told.error or decision.error, '?')}"

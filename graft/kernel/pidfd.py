@@ -42,6 +42,7 @@ def thread_group(tid: int) -> int:
     return int(found[1])
 
 
+_process_vm_readv = _libc.process_vm_readv  # glibc and musl have had it for long
 _getfd_number = ctypes.c_long(number("pidfd_getfd"))
 _zero = ctypes.c_uint(0)
 
@@ -68,8 +69,7 @@ class MemoryReader:
     def __init__(self, size: int = 128) -> None:
         self._buffer = ctypes.create_string_buffer(size)
         self._local = _Iovec(ctypes.addressof(self._buffer), size)
-        self._remote = _Iovec()
-        self._number = ctypes.c_long(number("process_vm_readv"))
+        self._remote = _Iovec(0, size)
         self._tail = (
             ctypes.byref(self._local),
             ctypes.c_ulong(1),
@@ -82,9 +82,10 @@ class MemoryReader:
     def read(self, pid: int, address: int, size: int) -> bytes:
         """``size`` bytes at ``address`` (at most the reader's own size). Raises OSError (EFAULT, ESRCH)."""
         size = min(size, self._size)
-        self._local.len = self._remote.len = size
+        if size != self._local.len:
+            self._local.len = self._remote.len = size
         self._remote.base = address
-        got = int(_libc.syscall(self._number, pid, *self._tail))
+        got = int(_process_vm_readv(pid, *self._tail))
         if got < 0:
             code = ctypes.get_errno()
             raise OSError(code, f"process_vm_readv: {os.strerror(code)}")

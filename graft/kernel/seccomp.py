@@ -12,9 +12,12 @@ import fcntl
 import os
 import platform
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from graft.kernel.syscalls import syscall
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -41,11 +44,13 @@ _NOTIF_ID_VALID = _ioc(1, 2, 8)
 _NOTIF_ADDFD = _ioc(1, 3, _ADDFD_SIZE)
 _NOTIF_SET_FLAGS = _ioc(1, 4, 8)
 
-# struct seccomp_notif: id, pid, flags, then struct seccomp_data: nr, arch, instruction_pointer, args[6]
-_NOTIF = struct.Struct("=QIIiIQ6Q")
+# struct seccomp_notif: id, pid, flags, then struct seccomp_data: nr, arch, instruction_pointer, args[6]. What nobody
+# here asks for is stepped over.
+_NOTIF = struct.Struct("=QI4xiI8x3Q24x")
 _RESP = struct.Struct("=QqiI")
 _ADDFD = struct.Struct("=QIIII")
 _ID = struct.Struct("=Q")
+_RECEIVE = ctypes.c_ulong(_NOTIF_RECV)
 
 # AUDIT_ARCH_* and the system calls' numbers of the architectures that Graft knows.
 _ARCHES: dict[str, tuple[int, dict[str, int]]] = {
@@ -108,19 +113,14 @@ class Notification(NamedTuple):
 
     id: int
     pid: int
-    flags: int
     nr: int
     arch: int
-    instruction_pointer: int
     arg0: int
     arg1: int
     arg2: int
-    arg3: int
-    arg4: int
-    arg5: int
 
     @classmethod
-    def unpack(cls, raw: bytes | bytearray | memoryview) -> Notification:
+    def unpack(cls, raw: Buffer) -> Notification:
         """From the bytes that the kernel gave."""
         return cls._make(_NOTIF.unpack_from(raw))
 
@@ -132,6 +132,9 @@ class Listener:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        # Written over again and again: fcntl.ioctl() takes what it may write to at once, bytes only after a refusal.
+        self._response = bytearray(_RESP_SIZE)
+        self._addfd = bytearray(_ADDFD_SIZE)
 
     def wake_on_this_core(self) -> bool:
         """Ask for synchronous wake-up (6.6): the caller sleeps anyway, so the supervisor takes its core."""
@@ -148,7 +151,7 @@ class Listener:
         out, and hands out once only, is never lost on the way. False, and ``into`` is still zero, where the caller
         went away (ENOENT) or a signal came in between.
         """
-        if _libc.ioctl(self.fd, ctypes.c_ulong(_NOTIF_RECV), ctypes.byref(into)) == 0:
+        if _libc.ioctl(self.fd, _RECEIVE, into) == 0:
             return True
         code = ctypes.get_errno()
         if code in (errno.ENOENT, errno.EINTR):
@@ -165,7 +168,8 @@ class Listener:
 
     def _send(self, unique: int, value: int, error: int, flags: int) -> bool:
         try:
-            fcntl.ioctl(self.fd, _NOTIF_SEND, _RESP.pack(unique, value, error, flags))
+            _RESP.pack_into(self._response, 0, unique, value, error, flags)
+            fcntl.ioctl(self.fd, _NOTIF_SEND, self._response)
         except FileNotFoundError:
             return False
         return True
@@ -184,4 +188,5 @@ class Listener:
         Raises OSError: ENOENT (the caller is gone), EBADF or EMFILE (no such number there).
         """
         flags = 0o2000000 if cloexec else 0
-        fcntl.ioctl(self.fd, _NOTIF_ADDFD, _ADDFD.pack(unique, _ADDFD_FLAG_SETFD, source, target, flags))
+        _ADDFD.pack_into(self._addfd, 0, unique, _ADDFD_FLAG_SETFD, source, target, flags)
+        fcntl.ioctl(self.fd, _NOTIF_ADDFD, self._addfd)

@@ -22,7 +22,6 @@ CONTAINER_SOCKET = Facts(
     container_netns=OURS,
     endpoint_netns=0,
     endpoint=0,
-    references=2,
     local_port=0,
     answered=1,
     home=Home.CONTAINER,
@@ -33,7 +32,6 @@ CONTAINER_SOCKET = Facts(
     endpoint_family=0,
     bind_default=Default.CONTAINER,
     connect_default=Default.CONTAINER,
-    probed=1,
     protocol=socket.IPPROTO_TCP,
 )
 HOST_SOCKET = CONTAINER_SOCKET._replace(home=Home.HOST, netns=HOST)
@@ -120,7 +118,6 @@ FACTS = st.builds(
     container_netns=st.just(OURS),
     endpoint_netns=st.sampled_from([HOST, OTHER]),
     endpoint=st.sampled_from([0, 5]),
-    references=st.just(2),
     local_port=st.sampled_from([0, 8080]),
     answered=st.just(1),
     home=st.sampled_from(Home),
@@ -131,7 +128,6 @@ FACTS = st.builds(
     endpoint_family=st.sampled_from([4, 6]),
     bind_default=st.sampled_from(Default),
     connect_default=st.sampled_from(Default),
-    probed=st.just(1),
     protocol=st.just(6),
 )
 ADDRESSES = st.none() | st.builds(

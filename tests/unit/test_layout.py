@@ -44,6 +44,9 @@ CONSTANTS = {
     "GRAFT_TAG_DEAF": layout.TAG_DEAF,
     "GRAFT_PROBED": layout.PROBED,
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
+    "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,
+    "GRAFT_PROBED_OWNED": layout.PROBED_OWNED,
+    **{f"GRAFT_CALL_{one.name}": one.value for one in decision.Call},
     **{f"GRAFT_HOME_{one.name}": one.value for one in layout.Home},
     **{f"GRAFT_TRANSPORT_{one.name}": one.value for one in layout.Transport},
     **{f"GRAFT_DECISION_{one.name}": one.value for one in layout.Decision},
@@ -93,10 +96,10 @@ def test_every_structure_of_the_header_is_compared_or_the_kernels_alone() -> Non
 
 def test_the_answer_of_a_desk_is_read_as_it_is_laid_out() -> None:
     fields = [name for name, *_ in layout.Desk._fields_]
-    answer = fields[fields.index("netns") : fields.index("options")]
-    assert [name for name in answer if name != "zero"] == [
-        {"family": "socket_family"}.get(name, name) for name in decision.Facts._fields
-    ]
+    answer = [name for name in fields[fields.index("netns") : fields.index("options")] if not name.startswith("zero")]
+    facts = [{"family": "socket_family"}.get(name, name) for name in decision.Facts._fields]
+    assert answer == [*facts, *desk.Descriptor._fields]
+    assert desk._QUESTION.size == layout.Desk.netns.offset
     assert desk._ANSWER.size == layout.Desk.options.offset - layout.Desk.netns.offset
 
 
