@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 
 _ENDED = select.EPOLLRDHUP | select.EPOLLHUP
 _INPUT = select.EPOLLIN | select.EPOLLPRI | _ENDED
-_ALWAYS = select.EPOLLRDHUP | select.EPOLLET
-_READABLE, _WRITABLE = select.EPOLLIN | select.EPOLLPRI, select.EPOLLOUT
+_ALWAYS = select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _CLOSE_GENTLY = struct.pack("ii", 0, 0)
@@ -82,11 +81,15 @@ class Side:
         self.established = self.writable = established
         self.readable = False
         self.ended = False
-        self.watched = _ALWAYS | _READABLE | _WRITABLE
+        self.watched = _ALWAYS | select.EPOLLIN | select.EPOLLOUT
 
     def rewatch(self) -> None:
-        """Be told of no more than concerns us, now that a flow was handed over or came back."""
-        wanted = _ALWAYS | (_READABLE if self.outward.is_ours else 0) | (_WRITABLE if self.inward.is_ours else 0)
+        """Be told of what concerns us: not of each packet for a target that is full, or that the kernel moves."""
+        wanted = _ALWAYS
+        if self.outward.takes_input:
+            wanted |= select.EPOLLIN
+        if self.inward.is_ours:
+            wanted |= select.EPOLLOUT
         if wanted != self.watched:
             self.watched = wanted
             self.connection.loop.change(self.fd, wanted)
@@ -100,7 +103,9 @@ class Side:
             connection.fail(self)
             return
         if mask & select.EPOLLOUT:
-            self.writable = True
+            if not self.writable:
+                self.writable = True
+                self.inward.source.rewatch()
             if not self.established:
                 self.established = True
                 connection.hand_over()
@@ -134,6 +139,11 @@ class Flow:
         """Whether bytes are moved by us now, and not by the kernel alone."""
         return self.handed is None or self.handed.by_hand
 
+    @property
+    def takes_input(self) -> bool:
+        """Whether we want to know what comes in."""
+        return self.is_ours and (self.target.writable or not self.target.established)
+
     def rewatch(self) -> None:
         """Watch the sides for what concerns us now."""
         if not self.connection.closed:
@@ -165,9 +175,14 @@ class Flow:
             try:
                 self.held -= os.splice(pipe.read, target.fd, self.held)
             except BlockingIOError:
-                target.writable = False
+                self.block()
                 return False
         return True
+
+    def block(self) -> None:
+        """The target takes no more for now."""
+        self.target.writable = False
+        self.source.rewatch()
 
     def _fill(self) -> bool:
         """Take what the source has. False where there is nothing (yet, or any more)."""
@@ -217,7 +232,7 @@ class Flow:
         try:
             sent = target.sock.send(buffer[:got])
         except BlockingIOError:
-            target.writable = False
+            self.block()
             return False
         while sent:
             sent -= source.sock.recv_into(buffer, sent)

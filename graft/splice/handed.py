@@ -134,7 +134,8 @@ class Handed:
             try:
                 sent = target.sock.send(self._rest)
             except BlockingIOError:
-                return False  # its EPOLLOUT comes
+                self._flow.block()
+                return False
             self._taken += sent
             self._rest = self._rest[sent:]
         self._flow.connection.loop.later(self._flow.pump)
