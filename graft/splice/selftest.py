@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from graft.errors import GraftError
+from graft.kernel import tcp
 from graft.settings import Settings
 from graft.splice.connection import Connection, prepare
 from graft.splice.loop import Loop
@@ -32,6 +33,7 @@ from graft.splice.sockmap import Sockmap
 _SECONDS = 10.0  # for each check; all of them take about one
 _ALL_SECONDS = 60.0
 _UNREAD_BYTES = 64 << 20  # more than any buffers on the way hold
+_QUEUED_BYTES = 200_000
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -208,6 +210,32 @@ def every_byte_arrives_and_no_end_overtakes(trial: Trial, size: int, pause: floa
         raise Wrong("bytes are lost, doubled or in another order")
 
 
+def an_end_waits_for_the_kernels_queue(trial: Trial) -> None:
+    """What was redirected is sent by a work queue, which an end that is handed on at once would overtake."""
+    client, server = trial.connected()
+    with client, server:
+        trial.until(lambda: len(trial.sockmap.flows) == 2, "a connection is not handed over")
+        [connection] = trial.connections
+        number = tcp.cookie(connection.near.sock)
+        sent = 0
+        while trial.sockmap.counts(number)[0] - tcp.written(connection.far.sock) < _QUEUED_BYTES:
+            sent += client.send(bytes(1 << 16))
+            if sent > _UNREAD_BYTES:
+                raise Wrong("what a target has no room for is nowhere")
+        client.shutdown(socket.SHUT_WR)
+        trial.until(lambda: connection.near.ended, "an end does not arrive")
+        found = 0
+
+        def read() -> None:
+            nonlocal found
+            while part := server.recv(1 << 16):
+                found += len(part)
+
+        trial.while_relayed(read)
+        if found != sent:
+            raise Wrong("an end overtakes the bytes before it")
+
+
 def an_answer_after_an_end_arrives(trial: Trial) -> None:
     """An end that comes by itself, with no data, must not count as an error of the target's."""
     client, server = trial.connected()
@@ -284,6 +312,7 @@ def check(trial: Trial) -> None:
     for size in (1, 1000, 100_000, 3_000_000):
         every_byte_arrives_and_no_end_overtakes(trial, size, 0.0)
     every_byte_arrives_and_no_end_overtakes(trial, 6_000_000, 0.0005)
+    an_end_waits_for_the_kernels_queue(trial)
     an_answer_after_an_end_arrives(trial)
     a_reader_that_stops_stops_its_sender(trial)
     a_reset_arrives(trial)

@@ -81,6 +81,10 @@ def test_what_came_before_is_moved_though_nothing_more_comes(trial: Trial) -> No
         trial.while_relayed(lambda: exactly(server, 3))
 
 
+def test_an_end_waits_for_what_is_in_the_kernels_queue(trial: Trial) -> None:
+    selftest.an_end_waits_for_the_kernels_queue(trial)
+
+
 def test_an_end_waits_for_the_bytes_before_it_however_slow_their_reader(trial: Trial) -> None:
     selftest.every_byte_arrives_and_no_end_overtakes(trial, 3_000_000, 0.001)
 
@@ -118,6 +122,32 @@ def test_a_target_that_is_behind_stops_the_sender_and_the_kernel_goes_on_afterwa
         before = moved_and_left(trial)[0]
         trial.while_relayed(lambda: client.sendall(b"again"), lambda: exactly(server, 5))
         assert moved_and_left(trial)[0] == (before[0] + 5, before[1])
+
+
+def test_bytes_that_come_while_the_last_are_carried_are_carried_too(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = trial.connected()
+    with client, server:
+        trial.while_relayed(lambda: client.sendall(b"1"), lambda: exactly(server, 1))
+        number = next(iter(trial.sockmap.flows))
+        key = ctypes.c_uint64(number)
+        [connection] = trial.connections
+        trial.sockmap._targets.delete(key)
+        real = trial.sockmap.take
+        late = [b"late"]
+
+        def take(flow: int, taken: int) -> None:
+            if late:
+                client.sendall(late.pop())
+                trial.sockmap._targets.put(key, ctypes.c_int32(connection.far.fd))
+            real(flow, taken)
+
+        monkeypatch.setattr(trial.sockmap, "take", take)
+        found: list[bytes] = []
+        trial.while_relayed(lambda: client.sendall(b"23"), lambda: found.append(exactly(server, 6)))
+        assert found == [b"23late"]
+        trial.until(lambda: not trial.sockmap.flows[number].by_hand, "still by hand")
 
 
 def test_a_flow_that_ended_before_its_handover_goes_by_splice(trial: Trial) -> None:
