@@ -56,9 +56,8 @@ def with_notifications(profile: Mapping[str, Any], listener: str, metadata: str,
     rules: list[Rule] = edited.get("syscalls") or []
     if not again:
         _refuse_foreign_notifications(edited, rules)
-    default_passes = edited.get("defaultAction") in _PASSING
     for name in TRAPPED:
-        rules = _notified(name, rules, default_passes)
+        rules = _notified(name, rules, str(edited.get("defaultAction")))
     edited["syscalls"] = rules
     edited["listenerPath"] = listener
     edited["listenerMetadata"] = metadata
@@ -74,13 +73,13 @@ def _refuse_foreign_notifications(profile: Profile, rules: list[Rule]) -> None:
         raise ConflictError(f"linux.seccomp: {notified[0]} is notified already, to nobody", "take that rule out")
 
 
-def _notified(name: str, rules: list[Rule], default_passes: bool) -> list[Rule]:
-    if not default_passes:
-        return list(_swapped(name, rules))
+def _notified(name: str, rules: list[Rule], default: str) -> list[Rule]:
+    if default not in _PASSING:
+        return list(_swapped(name, rules, _PASSING))
     # Where everything passes, rules that let pass say nothing, and one that denies decides alone.
     denying = [rule for rule in rules if name in _names(rule) and rule.get("action") not in {*_PASSING, NOTIFY}]
     if any(not _has_condition(rule) for rule in denying):
-        return rules
+        return list(_swapped(name, rules, _PASSING - {default}))
     if denying:
         raise ConflictError(
             f"linux.seccomp: {name} is denied for some arguments and let through for the others",
@@ -90,10 +89,10 @@ def _notified(name: str, rules: list[Rule], default_passes: bool) -> list[Rule]:
     return [*without, {"names": [name], "action": NOTIFY}]
 
 
-def _swapped(name: str, rules: list[Rule]) -> Iterator[Rule]:
-    """Each rule that lets ``name`` pass, under the same conditions, as one that notifies."""
+def _swapped(name: str, rules: list[Rule], passing: frozenset[str]) -> Iterator[Rule]:
+    """Each rule that lets ``name`` pass by one of these actions, under the same conditions, as one that notifies."""
     for rule in rules:
-        if name not in _names(rule) or rule.get("action") not in _PASSING:
+        if name not in _names(rule) or rule.get("action") not in passing:
             yield rule
             continue
         rest = _without(name, rule)
