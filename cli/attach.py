@@ -86,6 +86,10 @@ def _told(done: Attached) -> str:
     if done.facts.outside and choice.transport is Transport.DIRECT:
         lines.append(f"  {done.facts.outside} of them are in namespaces of their own, where nothing is granted")
     lines.append(f"  policy {done.container.policy}" + (": in the place of the old one" if done.replaced else ""))
+    lines += [
+        f"  {field} has no effect: it is for UDP, and transport {choice.transport.name.lower()} carries TCP"
+        for field in done.without_effect
+    ]
     if done.existing:
         lines.append("  sockets that were there before; their addresses and connections stay as they are:")
         lines += [f"    {held}" for held in done.existing]

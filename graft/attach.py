@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from graft import containers, held, splice
+from graft import containers, held, splice, store
 from graft.containers import Container
 from graft.engines import Target, resolve
 from graft.errors import NotFoundError, RefusedError
@@ -22,6 +22,7 @@ from graft.layout import Transport
 from graft.lifecycle import up
 from graft.maps import Maps
 from graft.policy import Policy
+from graft.policy_rules import grants_without_tcp
 from graft.settings import Settings
 
 _NO_BETTER = "direct needs the host's namespace; swap needs a supervisor, and it was started without Graft"
@@ -114,7 +115,10 @@ def look(settings: Settings, path: Path, attached: Container | None) -> Facts:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """What `attach` found and did; ``existing`` are the sockets that were there before the policy."""
+    """What `attach` found and did; ``existing`` are the sockets that were there before the policy.
+
+    ``without_effect`` are fields of rules that this transport does not serve.
+    """
 
     target: Target
     facts: Facts
@@ -122,6 +126,7 @@ class Attached:
     container: Container
     replaced: bool
     existing: tuple[Held, ...] = ()
+    without_effect: tuple[str, ...] = ()
 
 
 def attach(
@@ -150,10 +155,14 @@ def attach(
         changed = containers.apply(settings, maps, known, policy, name, relay)
         if choice.transport is Transport.SPLICE:
             splice.attach(settings, maps, changed, 0)
-        return Attached(target, facts, choice, changed, replaced=True)
+        return Attached(
+            target, facts, choice, changed, replaced=True, without_effect=_unserved(settings, choice, policy)
+        )
     if choice.transport is Transport.SPLICE:
         served = _splice(settings, maps, target, policy, relay or "splice")
-        return Attached(target, facts, choice, served, replaced=False)
+        return Attached(
+            target, facts, choice, served, replaced=False, without_effect=_unserved(settings, choice, policy)
+        )
     existing = held.in_host(settings, cgroup.processes(target.cgroup))
     container = containers.create(
         settings,
@@ -177,6 +186,13 @@ def _known(settings: Settings, text: str) -> Target:
     container = containers.find(settings, text)
     pid = next(iter(cgroup.processes(container.cgroup_path)), 0)
     return Target(container.cgroup_path, container.engine, container.name, str(container.id), pid)
+
+
+def _unserved(settings: Settings, choice: Choice, policy: Policy) -> tuple[str, ...]:
+    if choice.transport is Transport.DIRECT:
+        return ()
+    known = policy.resolve({stored.endpoint.name: stored.endpoint for stored in store.listing(settings)})
+    return grants_without_tcp(policy, known)
 
 
 def _check_relay(settings: Settings, choice: Choice, relay: str) -> None:

@@ -60,6 +60,14 @@ def egress_protocols(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Pro
     return ANY_PROTOCOL if rule.endpoint is None else endpoints[rule.endpoint].protocols
 
 
+def grants_without_tcp(policy: Policy, endpoints: Mapping[str, Endpoint]) -> tuple[str, ...]:
+    """Fields of the rules that grant something, and nothing for TCP. ``endpoints`` has all that they name."""
+    granted: list[IngressRule | EgressRule] = [*policy.ingress, *(rule for rule in policy.egress if rule.endpoint)]
+    return tuple(
+        rule.field for rule in granted if not (rule.protocols or endpoints[str(rule.endpoint)].protocols) & Protocol.TCP
+    )
+
+
 def check_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> list[Problem]:
     """Everything about the rules that no single field shows: families, protocols, loopback, conflicts."""
     problems = [problem for rule in policy.ingress for problem in _check_ingress(rule, endpoints)]
