@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 _ENDED = select.EPOLLRDHUP | select.EPOLLHUP
 _INPUT = select.EPOLLIN | select.EPOLLPRI | _ENDED
-_ALWAYS = select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
+_ALWAYS = select.EPOLLRDHUP | select.EPOLLET
+_COMES_IN = select.EPOLLIN | select.EPOLLPRI  # each packet wakes who watches for either
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _CLOSE_GENTLY = struct.pack("ii", 0, 0)
@@ -81,13 +82,13 @@ class Side:
         self.established = self.writable = established
         self.readable = False
         self.ended = False
-        self.watched = _ALWAYS | select.EPOLLIN | select.EPOLLOUT
+        self.watched = _ALWAYS | _COMES_IN | select.EPOLLOUT
 
     def rewatch(self) -> None:
         """Be told of what concerns us: not of each packet for a target that is full, or that the kernel moves."""
         wanted = _ALWAYS
         if self.outward.takes_input:
-            wanted |= select.EPOLLIN
+            wanted |= _COMES_IN
         if self.inward.is_ours:
             wanted |= select.EPOLLOUT
         if wanted != self.watched:
