@@ -183,3 +183,21 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 	desk->answered = 1;
 	return 1;
 }
+
+/* A supervisor's next socket, tagged before anybody has it: a system call less than from user space. What is
+ * said on the desk tells the supervisor that this was done. Refused is better than without a tag. */
+int graft_sock_create(struct bpf_sock *ctx)
+{
+	struct desk *desk = desk_of_caller();
+	struct tag *tag;
+
+	if (!desk || desk->birth == GRAFT_BIRTH_NONE)
+		return PASS;
+	tag = tags.sk_storage_get(ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!tag)
+		return REFUSE;
+	tag->container = desk->container;
+	tag->home = desk->birth - GRAFT_BIRTH_CONTAINER + GRAFT_HOME_CONTAINER;
+	desk->birth = GRAFT_BIRTH_NONE;
+	return PASS;
+}

@@ -159,6 +159,11 @@ struct options {
 #define GRAFT_CALL_CONNECT 1
 #define GRAFT_CALL_LISTEN 2
 
+/* desk.birth: how the hook is to tag the next socket that the supervisor makes. */
+#define GRAFT_BIRTH_NONE 0
+#define GRAFT_BIRTH_CONTAINER 1 /* its home + 1 */
+#define GRAFT_BIRTH_HOST 2
+
 /* Bits of desk.probed. */
 #define GRAFT_PROBED 1       /* references holds what the kernel had */
 #define GRAFT_PROBED_EPOLL 2 /* the socket's file is registered with an epoll instance */
@@ -189,7 +194,7 @@ struct desk {
 	__u8 endpoint_family;
 	__u8 bind_default;
 	__u8 connect_default;
-	__u8 zero;
+	__u8 birth;            /* no answer: set before socket(), and NONE again once that socket has its tag */
 	__u16 protocol;        /* IPPROTO_TCP or IPPROTO_MPTCP */
 	__u16 zero2;
 	/* the answer, as far as it is about the descriptor */

@@ -15,7 +15,7 @@ from pathlib import Path
 from graft import layout
 from graft.errors import KernelError
 from graft.kernel import bpf, cgroup
-from graft.loader import PROGRAMS, SPLICE_PROGRAMS, Program
+from graft.loader import OWN_PROGRAMS, PROGRAMS, SPLICE_PROGRAMS, Program
 from graft.maps import Maps
 from graft.settings import Settings
 
@@ -49,7 +49,7 @@ def attach(settings: Settings, path: Path, container: int, splice: bool = False)
     ``splice``: those of that transport too. All of them or none: what was attached before a failure is
     taken off again. Raises KernelError.
     """
-    wanted = (*PROGRAMS, *SPLICE_PROGRAMS) if splice else PROGRAMS
+    wanted = (*PROGRAMS, *(() if container else OWN_PROGRAMS), *(SPLICE_PROGRAMS if splice else ()))
     with _opened(path) as cgroup_fd, _opened_programs(settings, wanted) as programs:
         done: list[tuple[int, int]] = []
         try:
@@ -96,7 +96,7 @@ def set_scope(settings: Settings, path: Path, container: int) -> None:
 
 def detach(settings: Settings, path: Path) -> None:
     """Take the programs off a cgroup. Safe to repeat, and where the cgroup is gone."""
-    every = (*PROGRAMS, *SPLICE_PROGRAMS)
+    every = (*PROGRAMS, *OWN_PROGRAMS, *SPLICE_PROGRAMS)
     with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _opened_programs(settings, every) as fds:
         for fd, kind in fds:
             with contextlib.suppress(OSError):

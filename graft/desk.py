@@ -25,10 +25,10 @@ from graft.settings import Settings
 
 # struct desk up to its answer, `fdinfo` to `addr`.
 _QUESTION = struct.Struct("=iiIHBB16s")
-# From there to its `options`: decision.Facts in their order, then Descriptor.
-_ANSWER = struct.Struct("=QQQIHBBBBBBBBBxH2x3I")
+# From there to the first of its `options`: decision.Facts in their order, without `birth`, then Descriptor.
+_ANSWER = struct.Struct("=QQQIHBBBBBBBBBxH2x5I")
 _FACTS = len(Facts._fields)
-_ANSWERED = layout.Desk.answered.offset
+_ANSWERED, _BIRTH = layout.Desk.answered.offset, layout.Desk.birth.offset
 _NO_ADDRESS = Sockaddr(0, bytes(16), 0)
 _NAME_SIZE = 28  # sizeof(struct sockaddr_in6)
 
@@ -36,11 +36,16 @@ _getsockname = ctypes.CDLL(None).getsockname
 
 
 class Descriptor(NamedTuple):
-    """What the kernel's own structures tell of the socket's descriptor, as far as ``probed`` (PROBED_*) says so."""
+    """What the kernel's own structures tell of the socket's descriptor, as far as ``probed`` (PROBED_*) says so.
+
+    And how many ``options`` its program set, with ``overflow`` more than are known by name.
+    """
 
     references: int
     flags: int
     probed: int
+    options: int
+    overflow: int
 
 
 class Answer(NamedTuple):
@@ -64,12 +69,16 @@ class Desk:
         size = ctypes.sizeof(layout.Desk)
         whole = mmap.mmap(maps.desks.fd, layout.MAX_DESKS * size)
         self._view = memoryview(whole)[slot * size : (slot + 1) * size]
-        self._container = container
-        self._answer = self._view[_QUESTION.size : layout.Desk.options.offset]
+        self._view[:] = bytes(size)
+        layout.Desk.from_buffer(self._view).container = self._container = container
+        self._answer = self._view[_QUESTION.size : _QUESTION.size + _ANSWER.size]
         self._options = layout.Options.from_buffer(self._view, layout.Desk.options.offset)
         self._name = ctypes.create_string_buffer(_NAME_SIZE)
         self._size = ctypes.c_uint32(_NAME_SIZE)
         self._where = ctypes.byref(self._name), ctypes.byref(self._size)
+        # One byte. A home + 1 written there: the hook is to tag the next socket that this process makes with the
+        # container and that home. It writes 0 when it has done so.
+        self.birth = self._view[_BIRTH : _BIRTH + 1]
 
     def ask(self, fd: int, call: Call, address: Sockaddr | None, fdinfo: int = -1, number: int = -1) -> Answer | None:
         """What the hooks know of the socket ``fd``; None where it is no TCP socket of the container's.

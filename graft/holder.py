@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 
 from graft import containers, store
+from graft.births import Births, Namespaces
 from graft.containers import Container
 from graft.desk import give_back, open_desk
 from graft.errors import KernelError
@@ -29,7 +30,7 @@ from graft.kernel.seccomp import Listener
 from graft.lifecycle import supervisors_cgroup
 from graft.maps import Maps
 from graft.settings import Settings
-from graft.supervisor import Namespaces, Supervisor, Told, serve
+from graft.supervisor import Supervisor, Told, serve
 
 _MAX_RESTARTS, _IN_SECONDS = 10, 5.0
 
@@ -94,7 +95,8 @@ class Holder:
             gc.freeze()  # what is loaded now stays: the collector need not look at it on the way of a call
             tell = _teller(settings) if self._verbose else None
             desk = open_desk(settings, maps, container.id)
-            supervisor = Supervisor(maps.tags, desk, container.id, listener, namespaces, tell)
+            births = Births(maps.tags, desk, container.id, namespaces)
+            supervisor = Supervisor(maps.tags, desk, births, listener, tell)
             serve(supervisor, listener, self._journal, holder)
             if _is_gone(holder):
                 self._survive(maps, supervisor, listener)

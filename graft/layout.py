@@ -210,7 +210,7 @@ class Desk(ctypes.Structure):
         ("endpoint_family", ctypes.c_uint8),
         ("bind_default", ctypes.c_uint8),
         ("connect_default", ctypes.c_uint8),
-        ("zero", ctypes.c_uint8),
+        ("birth", ctypes.c_uint8),
         ("protocol", ctypes.c_uint16),
         ("zero2", ctypes.c_uint16),
         ("references", ctypes.c_uint32),

@@ -68,6 +68,9 @@ def _programs() -> tuple[Program, ...]:
 
 PROGRAMS = _programs()
 
+# For the cgroups of Graft's own processes.
+OWN_PROGRAMS = (Program("sock_create", bpf.PROG_CGROUP_SOCK, "sock_create"),)
+
 # Those of the splice transport, for its containers' cgroups and the relays' own.
 SPLICE_PROGRAMS = (
     Program("splice", bpf.PROG_SOCK_OPS, "sock_ops"),
@@ -221,7 +224,7 @@ def load() -> Loaded:
     for features, probe in attempts:
         with contextlib.suppress(Exception), _stderr_kept() as complaints:
             flags = [*sizes, *probe, *(f"-D{name}" for name in features)]
-            module, fds = _compile(SOURCES, (*PROGRAMS, *SPLICE_PROGRAMS), flags)
+            module, fds = _compile(SOURCES, (*PROGRAMS, *OWN_PROGRAMS, *SPLICE_PROGRAMS), flags)
             return Loaded(module, fds, MAPS, frozenset(features) | ({"GRAFT_PROBE"} if probe else frozenset()))
     raise KernelError(
         f"the kernel does not take the BPF programs\n{_last_lines(complaints)}", "graft doctor tells what is missing"

@@ -49,7 +49,7 @@ class Processes:
         process = self._kept.get(tid) if self._most > 1 else None
         if process is not None:
             try:
-                return process, process.get_fd(fd)
+                return process, pidfd_getfd(process.pidfd, fd)
             except OSError as error:
                 if error.errno != errno.ESRCH:
                     raise

@@ -118,11 +118,6 @@ def _carry_filter(old: Socket, new: Socket) -> None:
     libc.setsockopt(new.fileno(), SOL_SOCKET, _ATTACH_FILTER, ctypes.byref(program), ctypes.sizeof(program))
 
 
-def make(family: int, protocol: int) -> Socket:
-    """A new stream socket in the calling thread's namespace. ``family`` 4 or 6. Raises OSError."""
-    return Socket(AF_INET if family == 4 else AF_INET6, SOCK_STREAM, protocol)
-
-
 @contextlib.contextmanager
 def as_socket(fd: int, family: int, protocol: int) -> Iterator[Socket]:
     """The stream socket ``fd`` as an object; the descriptor stays the caller's."""

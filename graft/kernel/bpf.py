@@ -28,6 +28,7 @@ QUERY_EFFECTIVE = 1
 
 # enum bpf_attach_type
 ATTACH_TYPES = {
+    "sock_create": 2,
     "sock_ops": 3,
     "sk_skb_stream_verdict": 5,
     "bind4": 8,

@@ -45,8 +45,9 @@ _NOTIF_ADDFD = _ioc(1, 3, _ADDFD_SIZE)
 _NOTIF_SET_FLAGS = _ioc(1, 4, 8)
 
 # struct seccomp_notif: id, pid, flags, then struct seccomp_data: nr, arch, instruction_pointer, args[6]. What nobody
-# here asks for is stepped over.
-_NOTIF = struct.Struct("=QI4xiI8x3Q24x")
+# here asks for is stepped over; of the arguments that the kernel takes for ints, the upper halves (the machines of
+# _ARCHES have them second).
+_NOTIF = struct.Struct("=QI4xiI8xi4xQI4x24x")
 _RESP = struct.Struct("=QqiI")
 _ADDFD = struct.Struct("=QIIII")
 _ID = struct.Struct("=Q")
@@ -109,15 +110,18 @@ def install_listener() -> tuple[int, bool]:
 
 
 class Notification(NamedTuple):
-    """One trapped call (struct seccomp_notif): who waits (``pid`` is a thread's id), what it called, with what."""
+    """One trapped call (struct seccomp_notif): who waits (``pid`` is a thread's id), what it called, with what.
+
+    The arguments are those of bind and connect; listen has a backlog in ``address``.
+    """
 
     id: int
     pid: int
     nr: int
     arch: int
-    arg0: int
-    arg1: int
-    arg2: int
+    fd: int
+    address: int
+    size: int
 
     @classmethod
     def unpack(cls, raw: Buffer) -> Notification:
@@ -166,21 +170,24 @@ class Listener:
             return False
         return True
 
-    def _send(self, unique: int, value: int, error: int, flags: int) -> bool:
-        try:
-            _RESP.pack_into(self._response, 0, unique, value, error, flags)
-            fcntl.ioctl(self.fd, _NOTIF_SEND, self._response)
-        except FileNotFoundError:
-            return False
-        return True
+    def _send(self, unique: int, error: int, flags: int) -> bool:
+        _RESP.pack_into(self._response, 0, unique, 0, error, flags)
+        while True:
+            try:
+                fcntl.ioctl(self.fd, _NOTIF_SEND, self._response)
+                return True
+            except InterruptedError:
+                continue
+            except FileNotFoundError:
+                return False
 
     def resume(self, unique: int) -> bool:
         """Let the call run. False if its caller is gone."""
-        return self._send(unique, 0, 0, _USER_NOTIF_FLAG_CONTINUE)
+        return self._send(unique, 0, _USER_NOTIF_FLAG_CONTINUE)
 
     def answer(self, unique: int, error: int = 0) -> bool:
         """End the call without running it: 0, or failed with errno ``error``. False if its caller is gone."""
-        return self._send(unique, 0, -error, 0)
+        return self._send(unique, -error, 0)
 
     def replace(self, unique: int, source: int, target: int, cloexec: bool) -> None:
         """Put our descriptor ``source`` at number ``target`` of the caller, in place of what is there.
@@ -189,4 +196,9 @@ class Listener:
         """
         flags = 0o2000000 if cloexec else 0
         _ADDFD.pack_into(self._addfd, 0, unique, _ADDFD_FLAG_SETFD, source, target, flags)
-        fcntl.ioctl(self.fd, _NOTIF_ADDFD, self._addfd)
+        while True:
+            try:
+                fcntl.ioctl(self.fd, _NOTIF_ADDFD, self._addfd)
+                return
+            except InterruptedError:  # the kernel took it back, or has not begun
+                continue

@@ -46,6 +46,7 @@ CONSTANTS = {
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
     "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,
     "GRAFT_PROBED_OWNED": layout.PROBED_OWNED,
+    **{f"GRAFT_BIRTH_{one.name}": one.value + 1 for one in layout.Home},
     **{f"GRAFT_CALL_{one.name}": one.value for one in decision.Call},
     **{f"GRAFT_HOME_{one.name}": one.value for one in layout.Home},
     **{f"GRAFT_TRANSPORT_{one.name}": one.value for one in layout.Transport},
@@ -96,11 +97,12 @@ def test_every_structure_of_the_header_is_compared_or_the_kernels_alone() -> Non
 
 def test_the_answer_of_a_desk_is_read_as_it_is_laid_out() -> None:
     fields = [name for name, *_ in layout.Desk._fields_]
-    answer = [name for name in fields[fields.index("netns") : fields.index("options")] if not name.startswith("zero")]
+    answer = fields[fields.index("netns") : fields.index("options")]
+    answer = [name for name in answer if name != "birth" and not name.startswith("zero")]
     facts = [{"family": "socket_family"}.get(name, name) for name in decision.Facts._fields]
-    assert answer == [*facts, *desk.Descriptor._fields]
+    assert [*answer, "options", "overflow"] == [*facts, *desk.Descriptor._fields]
     assert desk._QUESTION.size == layout.Desk.netns.offset
-    assert desk._ANSWER.size == layout.Desk.options.offset - layout.Desk.netns.offset
+    assert desk._ANSWER.size == layout.Desk.options.offset + layout.Options.option.offset - layout.Desk.netns.offset
 
 
 def test_map_keys_have_no_padding_that_a_lookup_could_miss() -> None:

@@ -66,8 +66,14 @@ def test_the_filter_ends_on_every_path_and_looks_at_nothing_but_number_and_archi
 
 def test_a_notification_is_read_from_its_bytes() -> None:
     # linux/seccomp.h: id, pid, flags, {nr, arch, instruction_pointer, args[6]}
-    raw = struct.pack("=QIIiIQ6Q", 7, 1234, 0, 49, ARCH, 0xDEAD, 3, 0x7FFF0000, 16, 4, 5, 6)
+    junk = 0xBAD << 32
+    raw = struct.pack("=QIIiIQ6Q", 7, 1234, 0, 49, ARCH, 0xDEAD, junk | 3, 0x7FFF00000000, junk | 16, 4, 5, 6)
     assert len(raw) == seccomp.Listener.SIZE == 80
     found = Notification.unpack(raw)
     assert (found.id, found.pid, found.nr, found.arch) == (7, 1234, 49, ARCH)
-    assert (found.arg0, found.arg1, found.arg2) == (3, 0x7FFF0000, 16)
+    assert (found.fd, found.address, found.size) == (3, 0x7FFF00000000, 16)
+
+
+def test_a_descriptor_is_an_int_as_the_kernel_reads_it() -> None:
+    raw = struct.pack("=QIIiIQ6Q", 7, 1234, 0, 49, ARCH, 0, 0xFFFFFFFF, 0, 0, 0, 0, 0)
+    assert Notification.unpack(raw).fd == -1

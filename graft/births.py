@@ -1,0 +1,96 @@
+"""Where twins come from: made in the namespace where they are to live, tagged, and one of them ahead of time.
+
+A socket that a supervisor makes is nobody's to the hooks until it has its tag, so none leaves here without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+from _socket import socket as Socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from graft import layout
+from graft.desk import Desk
+from graft.kernel import netns
+from graft.kernel.bpf import Map
+from graft.layout import Home
+from graft.twin import AF_INET, AF_INET6, SOCK_STREAM
+
+
+class Namespaces:
+    """Puts the calling thread where a twin is to be made. Its home is the host's namespace."""
+
+    def __init__(self, home: Path, paths: Callable[[int], Path | None]) -> None:
+        self._home = os.open(home, os.O_RDONLY | os.O_CLOEXEC)
+        netns.setns(self._home)
+        self.home_cookie = netns.cookie()
+        self._paths = paths
+
+    @contextlib.contextmanager
+    def inside(self, cookie: int) -> Iterator[None]:
+        """In the namespace of that cookie. Raises OSError(ENONET) where it cannot be found any more."""
+        if cookie == self.home_cookie:
+            yield
+            return
+        path = self._paths(cookie)
+        if path is None:
+            raise OSError(errno.ENONET, os.strerror(errno.ENONET))
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            netns.setns(fd)
+        finally:
+            os.close(fd)
+        try:
+            if netns.cookie() != cookie:
+                raise OSError(errno.ENONET, os.strerror(errno.ENONET))
+            yield
+        finally:
+            netns.setns(self._home)
+
+
+class Births:
+    """Makes the twins of one container."""
+
+    def __init__(
+        self, tags: Map[ctypes.c_int32, layout.Tag], desk: Desk, container: int, namespaces: Namespaces
+    ) -> None:
+        self._tags, self._birth, self._container, self._namespaces = tags, desk.birth, container, namespaces
+        self._ahead: dict[tuple[int, int], Socket] = {}
+        self._taken: tuple[int, int] | None = None
+
+    def take(self, home: Home, cookie: int, family: int, protocol: int) -> Socket:
+        """A twin to live in the namespace of that cookie. Raises OSError."""
+        if home is not Home.HOST or cookie != self._namespaces.home_cookie:
+            with self._namespaces.inside(cookie):
+                return self._make(home, family, protocol)
+        kind = self._taken = (family, protocol)
+        spare = self._ahead.pop(kind, None)
+        return self._make(home, family, protocol) if spare is None else spare
+
+    def refill(self) -> None:
+        """Have one ready like the last one that was taken. To be called while the program runs on."""
+        if self._taken is not None:
+            with contextlib.suppress(OSError):
+                self._ahead[self._taken] = self._make(Home.HOST, *self._taken)
+            self._taken = None
+
+    def _make(self, home: Home, family: int, protocol: int) -> Socket:
+        birth = self._birth
+        birth[0] = home + 1
+        try:
+            new = Socket(AF_INET if family == 4 else AF_INET6, SOCK_STREAM, protocol)
+        except OSError:
+            birth[0] = 0
+            raise
+        if birth[0]:  # the hook did not see it
+            birth[0] = 0
+            try:
+                self._tags.put(ctypes.c_int32(new.fileno()), layout.Tag(container=self._container, home=home))
+            except OSError:
+                new.close()
+                raise
+        return new
