@@ -8,6 +8,7 @@
     loop.py         the event loop
     inside.py       sockets made in a container's namespace
     choice.py       which listeners are published, and what is dialled for them (pure)
+    door.py         listeners, and accepting while there is room
     inward.py       a listener on an endpoint
     outward.py      the relay inside, to which the connect hook turns granted connections
     relays.py       both, for one container

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import select
 import socket
 from ipaddress import ip_address
 from typing import Any
@@ -21,12 +20,12 @@ from graft.layout import Crossing, Home
 from graft.maps import Maps
 from graft.splice.choice import Publication
 from graft.splice.connection import Connection, prepare
+from graft.splice.door import Door
 from graft.splice.inside import Inside
 from graft.splice.loop import Loop
 from graft.splice.sockmap import Sockmap
 
 _BACKLOG = 4096
-_ACCEPTS = 64
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 _KEEPALIVE_SECONDS = 600
 
@@ -107,34 +106,15 @@ class Published:
         self._target = wanted.target
         self._destination = (self._target.address, self._target.port)
         self._loop, self._crossings, self._container, self._inside = loop, maps.crossings, container, inside
-        self._sock = sock
         self.sockmap = sockmap
         self.connections: set[Connection] = set()
         self.served = 0
-        self._paused = False
         self.address = str(SocketAddress(ip_address(packed), port))
-        loop.watch(sock.fileno(), select.EPOLLIN, self._on_event)
-
-    def _on_event(self, _mask: int) -> None:
-        for _ in range(_ACCEPTS):
-            if self._loop.full:
-                self.pause(True)
-                return
-            try:
-                near, peer = self._sock.accept()
-            except BlockingIOError:
-                return
-            except ConnectionAbortedError:
-                continue
-            except OSError:  # no descriptor, no memory: until the next look, clients wait in the kernel's queue
-                self.pause(True)
-                return
-            self._dial(near, peer)
+        self.door = Door(loop, [sock], self._dial)
 
     def _dial(self, near: socket.socket, peer: tuple[Any, ...]) -> None:
         """Join an accepted connection with a new one to the container's listener; reset it where that fails."""
         target = self._target
-        near.setblocking(False)
         try:
             far = self._inside.take(target.family)
         except OSError:
@@ -153,14 +133,3 @@ class Published:
             return
         self.served += 1
         Connection(self._loop, self.connections, near, far, self.sockmap)
-
-    def pause(self, paused: bool) -> None:
-        """Leave new connections in the kernel's queue, or take them again."""
-        if paused != self._paused:
-            self._paused = paused
-            self._loop.change(self._sock.fileno(), 0 if paused else select.EPOLLIN)
-
-    def stop(self) -> None:
-        """Listen no more. Connections that were made go on; clients that wait to be accepted are served."""
-        self._on_event(select.EPOLLIN)
-        self._loop.close_listener(self._sock)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import select
 import socket
-from functools import partial
+from typing import Any
 
 from graft import layout
 from graft.containers import Container
@@ -22,13 +21,13 @@ from graft.maps import Maps
 from graft.policy import Verdict
 from graft.rules import Lookup
 from graft.splice.connection import Connection, prepare
+from graft.splice.door import Door
 from graft.splice.inside import Inside
 from graft.splice.loop import Loop
 from graft.splice.namespaces import Namespaces
 from graft.splice.sockmap import Sockmap
 
 _BACKLOG = 4096
-_ACCEPTS = 64
 _TRIES = 16
 
 
@@ -75,39 +74,24 @@ class Turned:
         self._loop, self._maps, self._container, self._spaces = loop, maps, container, spaces
         self._lookup = Lookup(maps)
         self._key = ctypes.c_uint32(container.id)
-        self._socks = inside.do(listeners)
-        self.port = int(self._socks[0].getsockname()[1])
+        socks = inside.do(listeners)
+        self.port = int(socks[0].getsockname()[1])
         self.sockmap = sockmap
         self.connections: set[Connection] = set()
         self.served = 0
-        self._paused = False
-        for sock in self._socks:
-            loop.watch(sock.fileno(), select.EPOLLIN, partial(self._on_event, sock))
-        maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(self._socks) > 1))
+        self.door = Door(loop, socks, self._carry)
+        maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(socks) > 1))
 
-    def _on_event(self, sock: socket.socket, _mask: int) -> None:
-        for _ in range(_ACCEPTS):
-            if self._loop.full:
-                self.pause(True)
-                return
-            try:
-                near, _ = sock.accept()
-            except BlockingIOError:
-                return
-            except ConnectionAbortedError:
-                continue
-            except OSError:  # no descriptor, no memory: until the next look, programs wait in the kernel's queue
-                self.pause(True)
-                return
-            near.setblocking(False)
-            far = None
-            with contextlib.suppress(OSError, GraftError):
-                far = self._reach(near)
-            if far is None:
-                near.close()
-                continue
-            self.served += 1
-            Connection(self._loop, self.connections, near, far, self.sockmap)
+    def _carry(self, near: socket.socket, _peer: tuple[Any, ...]) -> None:
+        """Join a program's connection with a new one to where it wanted; reset it where that fails."""
+        far = None
+        with contextlib.suppress(OSError, GraftError):
+            far = self._reach(near)
+        if far is None:
+            near.close()
+            return
+        self.served += 1
+        Connection(self._loop, self.connections, near, far, self.sockmap)
 
     def _reach(self, near: socket.socket) -> socket.socket | None:
         """A socket on its way to where the program wanted; None where it may not go there."""
@@ -140,15 +124,7 @@ class Turned:
             raise
         return far
 
-    def pause(self, paused: bool) -> None:
-        """Leave new connections in the kernel's queue, or take them again."""
-        if paused != self._paused:
-            self._paused = paused
-            for sock in self._socks:
-                self._loop.change(sock.fileno(), 0 if paused else select.EPOLLIN)
-
     def stop(self) -> None:
         """Listen no more, and say so; connections go on."""
         self._maps.relays.delete(self._key)
-        for sock in self._socks:
-            self._loop.close_listener(sock)
+        self.door.close()

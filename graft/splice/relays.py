@@ -132,7 +132,7 @@ class Relays:
         )
         self._published[wanted] = published
         if self._paused:
-            published.pause(True)
+            published.door.pause(True)
 
     def _listen(self, wanted: Publication, where: Inside) -> socket.socket:
         try:
@@ -147,7 +147,7 @@ class Relays:
 
     def _withdraw(self, gone: Publication) -> None:
         published = self._published.pop(gone)
-        published.stop()
+        published.door.close()
         if published.connections:
             self._retired.append(published.connections)
 
@@ -160,8 +160,8 @@ class Relays:
         """Take no new connections for a while, or take them again: descriptors are scarce."""
         self._paused = paused
         for published in self._published.values():
-            published.pause(paused)
-        self._turned.pause(paused)
+            published.door.pause(paused)
+        self._turned.door.pause(paused)
 
     def stop(self) -> None:
         """Withdraw everything, and reset what is connected."""

@@ -52,18 +52,20 @@ def answers(said: str) -> int:
     return int(found[1])
 
 
-def test_nginx_of_podman_is_published_and_sees_its_clients_own_address(host: Host, nginx: Path) -> None:
+def test_nginx_of_podman_is_published_and_sees_its_clients_own_address(host: Host, nginx: Path, relay: str) -> None:
     port = host.port()
-    told = host.graft("attach", "--cgroup", nginx, "-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}").stdout
+    told = host.graft(
+        "attach", "--cgroup", nginx, "--relay", relay, "-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"
+    ).stdout
     assert "transport splice" in told
     assert f"0.0.0.0:{port} leads to its listener 0.0.0.0:80" in told
     assert get(host, port) == f"port 80, from {CLIENT4}"
 
 
-def test_nginx_under_load_keeps_every_connection_while_its_endpoint_moves(host: Host, nginx: Path) -> None:
+def test_nginx_under_load_keeps_every_connection_while_its_endpoint_moves(host: Host, nginx: Path, relay: str) -> None:
     first, second = host.port(), host.port()
     endpoint = host.endpoint(f"0.0.0.0:{first}")
-    host.graft("attach", "--cgroup", nginx, "-i", f"0.0.0.0:80={endpoint}")
+    host.graft("attach", "--cgroup", nginx, "--relay", relay, "-i", f"0.0.0.0:80={endpoint}")
     with load(host, first) as running:
         until("connected", lambda: host.netns.sockets(f"sport = :{first}").count("ESTAB") >= 8)
         host.graft("ep", "set", endpoint, f"0.0.0.0:{second}")
@@ -75,15 +77,15 @@ def test_nginx_under_load_keeps_every_connection_while_its_endpoint_moves(host: 
     assert "Error distribution" not in said, said
 
 
-def test_nginx_under_load_is_withdrawn_at_once_and_can_be_published_again(host: Host, nginx: Path) -> None:
+def test_nginx_under_load_is_withdrawn_at_once_and_can_be_published_again(host: Host, nginx: Path, relay: str) -> None:
     port = host.port()
     endpoint = host.endpoint(f"0.0.0.0:{port}")
-    host.graft("attach", "--cgroup", nginx, "-i", f"0.0.0.0:80={endpoint}")
+    host.graft("attach", "--cgroup", nginx, "--relay", relay, "-i", f"0.0.0.0:80={endpoint}")
     with load(host, port) as running:
         until("connected", lambda: host.netns.sockets(f"sport = :{port}").count("ESTAB") >= 8)
         host.graft("detach", "--cgroup", nginx)
         assert not host.netns.listens(port)
-        host.graft("attach", "--cgroup", nginx, "-i", f"0.0.0.0:80={endpoint}")
+        host.graft("attach", "--cgroup", nginx, "--relay", relay, "-i", f"0.0.0.0:80={endpoint}")
         assert get(host, port) == f"port 80, from {CLIENT4}"
         assert running.stdout is not None
         running.stdout.read()
