@@ -41,6 +41,7 @@ from graft.processes import Process, Processes
 
 _IPPROTO_MPTCP = 262
 _SOCKADDR_SIZE = 28  # sizeof(struct sockaddr_in6)
+_AT_ONCE = 8
 _BIND, _LISTEN = Call.BIND, Call.LISTEN  # an attribute of an enum is no cheap thing to look up
 _REFUSE, _RESUME, _TO_HOST = Action.REFUSE, Action.RESUME, Action.TO_HOST
 
@@ -86,6 +87,7 @@ class Supervisor:
         self._calls = {number: Call[name.upper()] for name, number in numbers.items()}
         self._references = 0
         self._unheard: set[tuple[int, int]] = set()
+        self._replaced: list[int] = []
 
     def calibrate(self) -> None:
         """Learn what the probe counts for a socket that one process has once and we have a copy of.
@@ -165,12 +167,21 @@ class Supervisor:
                 error = self._act(Swap(notification, call, process, held, address, answer))
         finally:
             # Before the call goes on: while we have the old socket, the program's epoll instances still see it.
-            os.close(held)
+            if held not in self._replaced:
+                os.close(held)
         if error is None:
             self._listener.resume(unique)
         elif not self._listener.answer(unique, error) and not error:
             self._unheard.add((notification.pid, fd))
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """What can wait until the program runs on, and is cheaper for several at once."""
         self._births.refill()
+        if len(self._replaced) >= _AT_ONCE:
+            for old in self._replaced:
+                os.close(old)
+            self._replaced.clear()
 
     def _address(self, notification: Notification) -> Sockaddr | None:
         try:
@@ -216,6 +227,9 @@ class Supervisor:
                 self._listener.replace(notification.id, number, notification.fd, bool(flags & os.O_CLOEXEC))
                 if attached is not None:
                     self._replace_others(swap, attached, number)
+                elif not facts.local_port:
+                    # Nobody has it now but us, nothing watches it, and it keeps no port: it can go later.
+                    self._replaced.append(held)
         finally:
             new.close()
         return error
