@@ -11,9 +11,14 @@ and keeps the socket that it had. A connect runs in the program's own thread, wh
 interrupted or be left to finish in the background as the program likes. Both meet the hooks, which decide
 on the kernel's copy of the address; nothing here can widen what a container may do.
 
-One thread, one call at a time, and never a call that blocks. The notification being worked on lies in a
-memory shared with the holder of the listener (`graft run`): a supervisor that dies is started again, takes
-up the call that its forerunner left, and the container's calls wait instead of failing.
+One call at a time, and never a call that blocks; a second thread does nothing but wait for the end
+(graft/ending.py). The program's thread sleeps meanwhile, and the kernel gives its core to this process and back:
+what counts is how much is done between RECV and the answer, and how many system calls that takes. So the hooks
+tell at once what can be told (graft/desk.py), and what can wait is done later, for several at once.
+
+The notification being worked on lies in a memory shared with the holder of the listener (`graft run`): a
+supervisor that dies is started again, takes up the call that its forerunner left, and the container's calls wait
+instead of failing.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ from graft.processes import Process, Processes
 
 _IPPROTO_MPTCP = 262
 _SOCKADDR_SIZE = 28  # sizeof(struct sockaddr_in6)
-_AT_ONCE = 8
+_AT_ONCE = 8  # replaced sockets that wait to be closed
 _BIND, _LISTEN = Call.BIND, Call.LISTEN  # an attribute of an enum is no cheap thing to look up
 _REFUSE, _RESUME, _TO_HOST = Action.REFUSE, Action.RESUME, Action.TO_HOST
 
