@@ -4,7 +4,7 @@
  * Theory of operation
  *
  *   A relayed connection is two sockets of Graft's own and two flows, one each way. graftd accepts, dials
- *   and decides as for splice(2) (graft/splice); when both sockets are connected it hands each flow over:
+ *   and decides as for splice(2) (graft/splice); a flow that it finds worth it, it hands over:
  *
  *      flow_targets   cookie of the source -> the target. No program: to be listed changes nothing.
  *      flow_sources   cookie of the source -> the source. Its program, below, now gets what arrives.

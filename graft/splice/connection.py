@@ -18,13 +18,13 @@ Sockets are watched edge-triggered, once, for everything: `readable` and `writab
 a call says otherwise. Every socket has SO_LINGER with no time from the start: if this process is killed, or gives up,
 the peers see a reset, never an end of file in the middle. Only a connection that ended well both ways is closed gently.
 
-With the relay in the kernel, both flows are handed over (handed.py) when the far side is connected, before a byte was
-read; one that the kernel does not take goes on as above. A side is then watched for what still concerns us.
+With the relay in the kernel, a flow is handed over (handed.py) when it has brought a few small messages and there is
+nothing more to read: short connections are not worth it, and splice(2) is better at bulk. One that the kernel does
+not take goes on as above. A side is then watched for what still concerns us.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -47,6 +47,7 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _CLOSE_GENTLY = struct.pack("ii", 0, 0)
 _BUDGET = 8  # pipes full, before others have their turn
 _COPY_BYTES = 65536
+_SMALL = 16384  # bytes at once: no bulk
 
 
 def prepare(sock: socket.socket) -> None:
@@ -109,7 +110,8 @@ class Side:
                 self.inward.source.rewatch()
             if not self.established:
                 self.established = True
-                connection.hand_over()
+                self.inward.offer()
+                self.outward.offer()
             flow = self.inward
             if flow.held or flow.eof or flow.source.readable:
                 flow.pump()
@@ -125,14 +127,27 @@ class Side:
 class Flow:
     """One direction."""
 
-    __slots__ = ("connection", "copies", "eof", "handed", "held", "pipe", "shut", "source", "target")
+    __slots__ = (
+        "calm",
+        "connection",
+        "copies",
+        "eof",
+        "handed",
+        "held",
+        "passed",
+        "pipe",
+        "refused",
+        "shut",
+        "source",
+        "target",
+    )
 
     def __init__(self, connection: Connection, source: Side, target: Side) -> None:
         self.connection = connection
         self.source, self.target = source, target
         self.pipe: Pipe | None = None
-        self.held = 0
-        self.copies = self.eof = self.shut = False
+        self.held = self.passed = self.calm = 0
+        self.copies = self.eof = self.shut = self.refused = False
         self.handed: Handed | None = None
 
     @property
@@ -161,10 +176,30 @@ class Flow:
                 return
             for _ in range(_BUDGET):
                 if not (self._empty() and self._fill()):
+                    self.offer()
                     return
             self.connection.loop.later(self.pump)
         except OSError:
             self.connection.reset()
+
+    def offer(self) -> None:
+        """Hand the flow to the kernel, if that is wanted, worth it and possible now: with nothing half read."""
+        sockmap = self.connection.sockmap
+        if sockmap is None or self.refused or self.calm < sockmap.after:
+            return
+        source, target = self.source, self.target
+        if self.held or self.eof or self.copies or (self.passed and source.readable):
+            return
+        if source.ended or not (source.established and target.established):
+            return
+        self._give_back()
+        try:
+            self.handed = Handed(sockmap, self)
+        except OSError:
+            self.refused = True
+            return
+        self.rewatch()
+        self.handed.start()
 
     def _empty(self) -> bool:
         """Bring what the pipe holds to the target. False where that has to wait."""
@@ -210,6 +245,8 @@ class Flow:
             self.eof = True
             return True
         self.held = got
+        self.passed += got
+        self.calm = self.calm + 1 if got <= _SMALL else 0
         if got < pipe.slots and not source.ended:
             # Each slot holds a byte or more: the pipe was not full, so the source's queue was emptied, and
             # what comes next comes with an event. Saves a call for each small message.
@@ -235,6 +272,7 @@ class Flow:
         except BlockingIOError:
             self.block()
             return False
+        self.passed += sent
         while sent:
             sent -= source.sock.recv_into(buffer, sent)
         return True
@@ -296,26 +334,15 @@ class Connection:
         except OSError:  # more than one user may watch (epoll(7), max_user_watches)
             self.reset()
 
-    def hand_over(self) -> None:
-        """Give both flows to the kernel, if that is wanted; what it does not take stays with us."""
-        if self.sockmap is None:
-            return
-        for side in (self.near, self.far):
-            with contextlib.suppress(OSError):
-                side.outward.handed = Handed(self.sockmap, side.outward)
-        for side in (self.near, self.far):
-            side.rewatch()
-            if side.outward.handed is not None:
-                side.outward.handed.start()
-
     def fail(self, side: Side) -> None:
         """``side`` has an error: its peer reset it, or never answered. What it sent before is still brought over."""
         side.readable = side.ended = True
-        if side.established and side.outward.handed is not None:
-            side.outward.handed.fail()
+        flow = side.outward
+        if flow.handed is not None and not flow.shut:
+            flow.handed.fail()
             return
         if side.established:
-            side.outward.pump()
+            flow.pump()
         self.reset()
 
     def finish(self) -> None:

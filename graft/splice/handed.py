@@ -40,6 +40,7 @@ class Handed:
         "_armed",
         "_before",
         "_behind",
+        "_brought",
         "_deadline",
         "_flow",
         "_number",
@@ -55,6 +56,7 @@ class Handed:
     def __init__(self, sockmap: Sockmap, flow: Flow) -> None:
         self._sockmap, self._flow = sockmap, flow
         self._before = tcp.written(flow.target.sock)
+        self._brought = flow.passed
         self._taken = 0
         self._rest = memoryview(b"")
         self._behind = self.by_hand = self._armed = False
@@ -65,7 +67,7 @@ class Handed:
         sockmap.flows[self._number] = self
 
     def start(self) -> None:
-        """Have what came before the handover moved too, once both flows know their targets.
+        """Have what came before the handover moved too.
 
         Into a larger buffer from now on: nobody reads here, and it is readers that tell a sender of new room. A segment
         that comes while the kernel has the socket locked to send counts twice for a moment, and in a small buffer
@@ -152,7 +154,7 @@ class Handed:
     def _end(self) -> None:
         """Hand on the end of the stream, when the target was given all that came before it."""
         source = self._flow.source.sock
-        if tcp.received(source) - 1 == self._given():
+        if tcp.received(source) - 1 - self._brought == self._given():
             self._flow.end()
         else:
             tcp.look_again(source)

@@ -311,6 +311,10 @@ def check(trial: Trial) -> None:
     a_reader_that_waits_is_woken(trial)
     for size in (1, 1000, 100_000, 3_000_000):
         every_byte_arrives_and_no_end_overtakes(trial, size, 0.0)
+    trial.sockmap.after = 2  # and again with flows that are handed over in the middle
+    for size in (1000, 100_000, 3_000_000):
+        every_byte_arrives_and_no_end_overtakes(trial, size, 0.0)
+    trial.sockmap.after = 0
     every_byte_arrives_and_no_end_overtakes(trial, 6_000_000, 0.0005)
     an_end_waits_for_the_kernels_queue(trial)
     an_answer_after_an_end_arrives(trial)
@@ -328,7 +332,7 @@ def main() -> int:
         netns.unshare_netns()
         netns.bring_lo_up()
         loaded = loader.load_relay()
-        sockmap = Sockmap(lambda name: os.dup(loaded.map_fd(name)))
+        sockmap = Sockmap(lambda name: os.dup(loaded.map_fd(name)), after=0)
         trial = Trial(sockmap)
         check(trial)
         trial.close()

@@ -26,11 +26,18 @@ if TYPE_CHECKING:
     from graft.splice.handed import Handed
 
 
+_MESSAGES = 4
+
+
 class Sockmap:
     """The relay's maps, and the flows that this process has in them. One process at a time."""
 
-    def __init__(self, descriptor: Callable[[str], int]) -> None:
-        """``descriptor`` gives each map of loader.RELAY_MAPS, for this object to close. Raises OSError."""
+    def __init__(self, descriptor: Callable[[str], int], after: int = _MESSAGES) -> None:
+        """``descriptor`` gives each map of loader.RELAY_MAPS, for this object to close. Raises OSError.
+
+        ``after`` is how many small messages in a row make a flow worth handing over; 0: from the start.
+        """
+        self.after = after
         fds = {name: descriptor(name) for name in RELAY_MAPS}
         self._targets = Map(fds["flow_targets"], ctypes.c_uint64, ctypes.c_int32)
         self._sources = Map(fds["flow_sources"], ctypes.c_uint64, ctypes.c_int32)

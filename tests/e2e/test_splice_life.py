@@ -19,7 +19,7 @@ from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, HOST4
 from tests.support.plain import Plain, plain
 from tests.support.program import start
-from tests.support.relayed import descriptors, pair, published, read_all, refused, reset, resident, transfer
+from tests.support.relayed import descriptors, pair, published, read_all, refused, reset, resident, talk, transfer
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
@@ -32,6 +32,7 @@ def test_a_killed_daemon_resets_its_connections_and_the_next_one_takes_up_the_co
         port = published(container)
         client, accepted = pair(container, listener, port)
         with client, accepted:
+            talk(client, accepted)
             os.kill(container.daemon(), signal.SIGKILL)
             assert reset(client)
             assert reset(accepted)
@@ -51,7 +52,8 @@ def test_whatever_ends_it_resets_what_is_connected_and_leaves_nothing(container:
         daemon = container.daemon()
         client, accepted = pair(container, listener, port)
         with client, accepted:
-            client.sendall(bytes(10_000_000)[: 1 << 16])
+            talk(client, accepted)
+            client.sendall(bytes(1 << 16))
             if how == "term":
                 os.kill(daemon, signal.SIGTERM)
             elif how == "detach":

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.namespaces import CLIENT4
 from tests.support.plain import Plain
-from tests.support.relayed import pair, published, read_all, reset, resident, transfer
+from tests.support.relayed import pair, published, read_all, reset, resident, talk, transfer
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
@@ -27,11 +27,20 @@ def test_what_comes_in_and_the_answer_arrive_byte_by_byte_whatever_the_sizes(con
         port = published(container)
 
         @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-        @given(there=sizes, back=sizes, half_close=st.booleans(), swapped=st.booleans(), seed=st.integers(0, 1 << 30))
-        def check(there: int, back: int, half_close: bool, swapped: bool, seed: int) -> None:
+        @given(
+            there=sizes,
+            back=sizes,
+            half_close=st.booleans(),
+            swapped=st.booleans(),
+            talks=st.booleans(),
+            seed=st.integers(0, 1 << 30),
+        )
+        def check(there: int, back: int, half_close: bool, swapped: bool, talks: bool, seed: int) -> None:
             client, accepted = pair(container, listener, port)
             with client, accepted:
                 ends = (accepted, client) if swapped else (client, accepted)
+                if talks:
+                    talk(*ends)
                 transfer(*ends, there, back, half_close, seed)
 
         check()
@@ -43,13 +52,15 @@ def test_what_goes_out_and_the_answer_arrive_byte_by_byte_whatever_the_sizes(con
         port = world.getsockname()[1]
 
         @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-        @given(there=sizes, back=sizes, half_close=st.booleans(), seed=st.integers(0, 1 << 30))
-        def check(there: int, back: int, half_close: bool, seed: int) -> None:
+        @given(there=sizes, back=sizes, half_close=st.booleans(), talks=st.booleans(), seed=st.integers(0, 1 << 30))
+        def check(there: int, back: int, half_close: bool, talks: bool, seed: int) -> None:
             program = container.tcp()
             program.connect((CLIENT4, port))
             accepted, _ = world.accept()
             accepted.settimeout(15)
             with program, accepted:
+                if talks:
+                    talk(program, accepted)
                 transfer(program, accepted, there, back, half_close, seed)
 
         check()
@@ -59,6 +70,7 @@ def test_a_byte_sent_as_urgent_comes_in_its_place(container: Plain) -> None:
     with container.listener() as listener:
         client, accepted = pair(container, listener, published(container))
         with client, accepted:
+            talk(client, accepted)
             client.sendall(b"one ")
             client.send(b"!", socket.MSG_OOB)
             client.sendall(b" two")
@@ -72,6 +84,7 @@ def test_a_reset_arrives_as_a_reset(container: Plain, from_client: bool) -> None
         client, accepted = pair(container, listener, published(container))
         ours, theirs = (client, accepted) if from_client else (accepted, client)
         with theirs:
+            talk(ours, theirs)
             ours.sendall(b"x")
             assert theirs.recv(1) == b"x"
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
@@ -83,6 +96,7 @@ def test_a_reset_after_a_half_close_arrives_too(container: Plain) -> None:
     with container.listener() as listener:
         client, accepted = pair(container, listener, published(container))
         with accepted:
+            talk(client, accepted)
             client.shutdown(socket.SHUT_WR)
             assert accepted.recv(1) == b""
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
@@ -94,7 +108,7 @@ def test_a_close_in_the_middle_of_a_transfer_resets_the_sender(container: Plain)
     with container.listener() as listener:
         client, accepted = pair(container, listener, published(container))
         with client:
-            accepted.recv(0)
+            talk(client, accepted)
             client.sendall(bytes(100_000))
             accepted.close()  # with data unread: the kernel resets
             with pytest.raises((ConnectionResetError, BrokenPipeError)):
@@ -109,7 +123,8 @@ def test_a_slow_reader_stops_its_sender_and_memory_stays_bounded(container: Plai
         before = resident(daemon)
         pairs = [pair(container, listener, port) for _ in range(8)]
         sent = 0
-        for client, _ in pairs:
+        for client, accepted in pairs:
+            talk(client, accepted)
             client.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 while True:

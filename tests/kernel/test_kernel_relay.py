@@ -24,7 +24,7 @@ pytestmark = pytest.mark.kernel
 
 
 def trial_of(loaded: loader.Loaded) -> Trial:
-    return Trial(Sockmap(lambda name: os.dup(loaded.map_fd(name))))
+    return Trial(Sockmap(lambda name: os.dup(loaded.map_fd(name)), after=0))
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,15 @@ def pair(container: Plain, listener: socket.socket, port: int) -> tuple[socket.s
     return client, accepted
 
 
+def talk(one: socket.socket, other: socket.socket) -> None:
+    """More small messages than it takes for a connection to be worth the kernel's while."""
+    for _ in range(8):
+        one.sendall(b"question")
+        assert other.recv(100) == b"question"
+        other.sendall(b"answer")
+        assert one.recv(100) == b"answer"
+
+
 def refused(container: Plain, port: int) -> bool:
     """Whether the endpoint refuses."""
     try:

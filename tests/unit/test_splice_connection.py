@@ -120,7 +120,7 @@ def test_a_reader_that_does_not_read_stops_the_writer(relay: Relay) -> None:
             sent += relay.left.send(bytes(1 << 20))
         except BlockingIOError:
             relay.turn()
-    assert sent < 32 << 20
+    assert sent < 64 << 20  # of 200: what the buffers of four sockets grow to, and a pipe
     assert relay.loop.pipes.lent == 1
     relay.left.shutdown(socket.SHUT_WR)
     assert len(relay.read(relay.right)) == sent
