@@ -199,7 +199,7 @@ def test_attaching_is_all_or_nothing(bare_host: Host, monkeypatch: pytest.Monkey
             attachments.attach(bare_host.settings, folder, 1)
         fd = os.open(folder, os.O_RDONLY)
         try:
-            assert not any(bpf.prog_ids(fd, kind) for kind in set(bpf.ATTACH_TYPES.values()))
+            assert not any(bpf.prog_ids(fd, bpf.ATTACH_TYPES[program.attach]) for program in PROGRAMS)
         finally:
             os.close(fd)
     finally:
