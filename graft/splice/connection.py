@@ -104,17 +104,8 @@ class Side:
         if mask & select.EPOLLERR:
             connection.fail(self)
             return
-        if mask & select.EPOLLOUT:
-            if not self.writable:
-                self.writable = True
-                self.inward.source.rewatch()
-            if not self.established:
-                self.established = True
-                self.inward.offer()
-                self.outward.offer()
-            flow = self.inward
-            if flow.held or flow.eof or flow.source.readable:
-                flow.pump()
+        if not self.writable and mask & select.EPOLLOUT:
+            self._make_room()
         if mask & _INPUT and not connection.closed:
             self.readable = True
             if mask & _ENDED:
@@ -122,6 +113,18 @@ class Side:
             if mask & select.EPOLLPRI:
                 self.outward.copies = True
             self.outward.pump()
+
+    def _make_room(self) -> None:
+        """There is room in the send queue again, or for the first time: it is connected now."""
+        self.writable = True
+        self.inward.source.rewatch()
+        if not self.established:
+            self.established = True
+            self.inward.offer()
+            self.outward.offer()
+        flow = self.inward
+        if flow.held or flow.eof or flow.source.readable or flow.handed is not None:
+            flow.pump()
 
 
 class Flow:
@@ -247,10 +250,11 @@ class Flow:
         self.held = got
         self.passed += got
         self.calm = self.calm + 1 if got <= _SMALL else 0
-        if got < pipe.slots and not source.ended:
-            # Each slot holds a byte or more: the pipe was not full, so the source's queue was emptied, and
-            # what comes next comes with an event. Saves a call for each small message.
+        if got < pipe.slots:
+            # Each slot holds a byte or more: the pipe was not full, so the source's queue was emptied. What comes
+            # next comes with an event, if anything does. Saves a call for each small message.
             source.readable = False
+            self.eof = source.ended
         return True
 
     def _copy(self) -> bool:
@@ -282,8 +286,9 @@ class Flow:
         if not self.target.established:
             return
         self._give_back()
-        self.target.sock.shutdown(socket.SHUT_WR)
         self.shut = True
+        if not self.target.outward.shut:  # else both are closed now, which tells it too
+            self.target.sock.shutdown(socket.SHUT_WR)
         self.connection.finish()
 
     def _give_back(self) -> None:
@@ -336,7 +341,7 @@ class Connection:
 
     def fail(self, side: Side) -> None:
         """``side`` has an error: its peer reset it, or never answered. What it sent before is still brought over."""
-        side.readable = side.ended = True
+        side.readable = True
         flow = side.outward
         if flow.handed is not None and not flow.shut:
             flow.handed.fail()

@@ -111,6 +111,19 @@ def test_what_was_sent_before_a_reset_still_arrives(relay: Relay) -> None:
     relay.left.close()
     relay.turn()
     assert relay.right.recv(100) == b"last words"
+    with pytest.raises(ConnectionResetError):
+        relay.right.recv(1)
+
+
+def test_a_reset_right_behind_data_is_no_end(relay: Relay) -> None:
+    relay.turn()
+    relay.left.send(b"last words")
+    relay.left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    relay.left.close()
+    relay.turn()
+    with pytest.raises(ConnectionResetError):
+        while relay.right.recv(100):
+            pass
 
 
 def test_a_reader_that_does_not_read_stops_the_writer(relay: Relay) -> None:
