@@ -62,6 +62,7 @@ class Side:
 
     __slots__ = (
         "connection",
+        "dialled",
         "ended",
         "established",
         "fd",
@@ -81,6 +82,7 @@ class Side:
         self.sock = sock
         self.fd = sock.fileno()
         self.established = self.writable = established
+        self.dialled = not established
         self.readable = False
         self.ended = False
         self.watched = _ALWAYS | _COMES_IN | select.EPOLLOUT
@@ -249,7 +251,11 @@ class Flow:
             return True
         self.held = got
         self.passed += got
-        self.calm = self.calm + 1 if got <= _SMALL else 0
+        if got <= _SMALL:
+            self.calm += 1
+        else:
+            self.calm = 0
+            self.connection.loop.bulk = True
         if got < pipe.slots:
             # Each slot holds a byte or more: the pipe was not full, so the source's queue was emptied. What comes
             # next comes with an event, if anything does. Saves a call for each small message.

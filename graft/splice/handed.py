@@ -38,12 +38,11 @@ class Handed:
 
     __slots__ = (
         "_armed",
-        "_before",
         "_behind",
-        "_brought",
         "_deadline",
         "_flow",
         "_number",
+        "_passed",
         "_pause",
         "_rest",
         "_seen",
@@ -55,8 +54,7 @@ class Handed:
 
     def __init__(self, sockmap: Sockmap, flow: Flow) -> None:
         self._sockmap, self._flow = sockmap, flow
-        self._before = tcp.written(flow.target.sock)
-        self._brought = flow.passed
+        self._passed = flow.passed
         self._taken = 0
         self._rest = memoryview(b"")
         self._behind = self.by_hand = self._armed = False
@@ -100,12 +98,13 @@ class Handed:
             self._end()
 
     def _given(self) -> int:
-        """Bytes that the target was given since the handover, by the kernel or by hand."""
-        return tcp.written(self._flow.target.sock) - self._before
+        """Bytes that the target was given in all: before the handover, by the kernel, and by hand."""
+        target = self._flow.target
+        return tcp.written(target.sock) - target.dialled
 
     def _queue_is_out(self) -> bool:
         moved, _ = self._sockmap.counts(self._number)
-        return self._given() == moved + self._taken
+        return self._given() == self._passed + moved + self._taken
 
     def _catch_up(self) -> bool:
         """Whether nothing is left with the source any more, and the kernel goes on."""
@@ -154,7 +153,7 @@ class Handed:
     def _end(self) -> None:
         """Hand on the end of the stream, when the target was given all that came before it."""
         source = self._flow.source.sock
-        if tcp.received(source) - 1 - self._brought == self._given():
+        if tcp.received(source) - 1 == self._given():
             self._flow.end()
         else:
             tcp.look_again(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import os
 import select
 import socket
 import sys
@@ -17,6 +18,7 @@ from graft.splice.pipes import Pipes
 Handler = Callable[[int], None]
 _BATCH = 256
 _LEISURE = 10
+_WAKEFUL_SECONDS = 0.0001
 
 
 class Loop:
@@ -38,6 +40,10 @@ class Loop:
         self._dying: list[socket.socket] = []
         self._tick, self._interval = tick, interval
         self._due = 0.0
+        self._brisk = False
+        self.bulk = False
+        """Set by who moved a lot in this turn: then there is better use for the processor than to wait with it."""
+        self._spares_a_processor = len(os.sched_getaffinity(0)) > 1
         self.stopping = False
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
@@ -104,7 +110,7 @@ class Loop:
         due = min(self._due, self._timed[0][0]) if self._timed else self._due
         wait = 0.0 if self._later else max(0.0, due - now)
         handlers = self._handlers
-        for fd, mask in self._epoll.poll(wait, _BATCH):
+        for fd, mask in self._events(wait):
             handler = handlers.get(fd)
             if handler is not None:
                 try:
@@ -119,6 +125,25 @@ class Loop:
                 call()
         if self._dying:
             self.bury()
+
+    def _events(self, wait: float) -> list[tuple[int, int]]:
+        """What epoll has, or gets within ``wait`` seconds.
+
+        While one event follows the other closely, it is looked for again and again before this process sleeps: to be
+        woken takes longer than to relay a message, above all where the processor went idle meanwhile.
+        """
+        poll, start = self._epoll.poll, time.monotonic()
+        if self._brisk and wait and not self.bulk:
+            until = start + _WAKEFUL_SECONDS
+            while time.monotonic() < until:
+                events = poll(0, _BATCH)
+                if events:
+                    return events
+                os.sched_yield()  # whoever waits for this processor goes first
+        events = poll(wait, _BATCH)
+        self.bulk = False
+        self._brisk = self._spares_a_processor and time.monotonic() - start < 2 * _WAKEFUL_SECONDS
+        return events
 
     def _call_timed(self) -> None:
         now = time.monotonic()

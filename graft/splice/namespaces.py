@@ -40,7 +40,7 @@ class Namespaces:
         """A container's, by one of its processes. The caller closes it. Raises NotFoundError."""
         for candidate in [*([pid] if pid else []), *cgroup.processes(container.cgroup_path)]:
             with contextlib.suppress(GraftError):
-                return Inside(Path(f"/proc/{candidate}/ns/net"), container.netns)
+                return Inside(Path(f"/proc/{candidate}/ns/net"), container.netns, at_home=True)
         raise NotFoundError(f"container: no process of {container.name!r} is left in its network namespace")
 
     def tidy(self, used: set[int]) -> None:

@@ -28,8 +28,13 @@ BRIDGE_ADDRESS = "172.30.99.1"
 CONTAINER_ADDRESS = "172.30.99.2"
 
 # The same in every namespace. Thousands of connections a second would use up the ports of one address in TIME_WAIT; the
-# lower ports are left to servers.
-SYSCTLS = {"net/ipv4/ip_local_port_range": "10240 65535", "net/ipv4/tcp_tw_reuse": "1"}
+# lower ports are left to servers. Congestion control is one that every namespace may have and that paces nothing, like
+# the kernel's default, cubic: where a machine's is BBR, its timers cost each sender, and a relay is one more of them.
+SYSCTLS = {
+    "net/ipv4/ip_local_port_range": "10240 65535",
+    "net/ipv4/tcp_tw_reuse": "1",
+    "net/ipv4/tcp_congestion_control": "reno",
+}
 
 # The limit of connections that NAT remembers is the machine's, whatever the namespace: it must not fill up with closed
 # ones (the default keeps each for 120 s).

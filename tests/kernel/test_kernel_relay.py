@@ -150,6 +150,28 @@ def test_bytes_that_come_while_the_last_are_carried_are_carried_too(
         trial.until(lambda: not trial.sockmap.flows[number].by_hand, "still by hand")
 
 
+def test_a_handover_in_the_middle_does_not_depend_on_what_is_acknowledged_just_then(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial.sockmap.after = 2
+    real, short = tcp.written, [3] * 4
+    # Bytes that are acknowledged between the two questions are missing from the answer.
+    monkeypatch.setattr(tcp, "written", lambda sock: real(sock) - (short.pop() if short else 0))
+    monkeypatch.setattr(handed, "_PATIENCE", 0.2)
+    client, server = trial.connected()
+    with client, server:
+
+        def talk() -> None:
+            for _ in range(5):
+                client.sendall(b"?")
+                exactly(server, 1)
+            client.shutdown(socket.SHUT_WR)
+            assert server.recv(1) == b""
+
+        trial.while_relayed(talk)
+        assert trial.sockmap.flows
+
+
 def test_a_flow_that_ended_before_its_handover_goes_by_splice(trial: Trial) -> None:
     client, server = trial.connected()
     with client, server:
