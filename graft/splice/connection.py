@@ -289,7 +289,7 @@ class Flow:
 
     def end(self) -> None:
         """The source ended, and the target has it all: hand the end on, once the target is there to take it."""
-        if not self.target.established:
+        if not self.target.established or self.connection.failing:
             return
         self._give_back()
         self.shut = True
@@ -318,7 +318,7 @@ class Flow:
 class Connection:
     """Two sockets that are one connection to their peers. ``owner`` keeps it in ``connections`` while it lives."""
 
-    __slots__ = ("closed", "far", "loop", "near", "owner", "sockmap")
+    __slots__ = ("closed", "failing", "far", "loop", "near", "owner", "sockmap")
 
     def __init__(
         self,
@@ -333,7 +333,7 @@ class Connection:
         ``sockmap`` is the relay in the kernel, None to have splice(2).
         """
         self.loop, self.owner, self.sockmap = loop, owner, sockmap
-        self.closed = False
+        self.closed = self.failing = False
         self.near, self.far = Side(self, near, True), Side(self, far, False)
         self.near.outward = self.far.inward = Flow(self, self.near, self.far)
         self.far.outward = self.near.inward = Flow(self, self.far, self.near)
@@ -347,7 +347,7 @@ class Connection:
 
     def fail(self, side: Side) -> None:
         """``side`` has an error: its peer reset it, or never answered. What it sent before is still brought over."""
-        side.readable = True
+        side.readable = self.failing = True  # and no end is handed on any more, only bytes
         flow = side.outward
         if flow.handed is not None and not flow.shut:
             flow.handed.fail()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05  # seconds between two looks
 _PATIENCE = 5.0  # seconds in which a queue that no peer holds up must have moved
+_ONE_WAIT = 1.0  # seconds: two looks further apart belong to two waits
 _LAST_WORDS = 1.0  # seconds for what a source sent before it was reset
 _BUDGET = 16  # pieces by hand, before others have their turn
 _COPY_BYTES = 1 << 18
@@ -41,6 +42,7 @@ class Handed:
         "_behind",
         "_deadline",
         "_flow",
+        "_looked",
         "_number",
         "_passed",
         "_pause",
@@ -60,7 +62,7 @@ class Handed:
         self._behind = self.by_hand = self._armed = False
         self._deadline = 0.0
         self._pause = _FIRST_PAUSE
-        self._seen, self._since = -1, 0.0
+        self._seen, self._since, self._looked = -1, 0.0, 0.0
         self._number = sockmap.join(flow.source.sock, flow.target.sock)
         sockmap.flows[self._number] = self
 
@@ -144,10 +146,14 @@ class Handed:
 
     def _all_is_carried(self) -> bool:
         self._sockmap.take(self._number, self._taken)
+        tcp.received(self._flow.source.sock)  # a program at work just now, which saw the old number, is done after this
         _, left = self._sockmap.counts(self._number)
         if left == self._taken:
             return True
-        self._look_later()  # or before that, when its EPOLLIN comes
+        # The kernel went on, and fell behind once more: what it moved meanwhile may still be in its queue, and
+        # has to go before what it left.
+        self.by_hand = False
+        self._look_later()
         return False
 
     def _end(self) -> None:
@@ -180,7 +186,8 @@ class Handed:
     def _mind_progress(self) -> None:
         """Nothing may hang: bytes that the kernel has, and does not bring out though it could, are lost."""
         given, now = self._given(), time.monotonic()
-        if given != self._seen:
+        waiting, self._looked = now - self._looked < _ONE_WAIT, now
+        if given != self._seen or not waiting:
             self._seen, self._since = given, now
         elif now - self._since > _PATIENCE and not tcp.unsent(self._flow.target.sock):
             print("the kernel relay kept bytes back: a connection is reset", file=sys.stderr, flush=True)

@@ -19,7 +19,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from graft.errors import GraftError
@@ -306,21 +308,30 @@ def a_reset_arrives(trial: Trial) -> None:
 
 
 def check(trial: Trial) -> None:
-    """Every check. Raises Wrong, or OSError."""
-    bytes_before_the_handover_come_first(trial)
-    a_reader_that_waits_is_woken(trial)
-    for size in (1, 1000, 100_000, 3_000_000):
-        every_byte_arrives_and_no_end_overtakes(trial, size, 0.0)
+    """Every check. Raises Wrong."""
+    every_byte = every_byte_arrives_and_no_end_overtakes
+    sizes = (1, 1000, 100_000, 3_000_000)
+    _try(trial, bytes_before_the_handover_come_first)
+    _try(trial, a_reader_that_waits_is_woken)
+    for size in sizes:
+        _try(trial, partial(every_byte, size=size, pause=0.0), f"{size} bytes")
     trial.sockmap.after = 2  # and again with flows that are handed over in the middle
-    for size in (1000, 100_000, 3_000_000):
-        every_byte_arrives_and_no_end_overtakes(trial, size, 0.0)
+    for size in sizes:
+        _try(trial, partial(every_byte, size=size, pause=0.0), f"{size} bytes, handed over in the middle")
     trial.sockmap.after = 0
-    every_byte_arrives_and_no_end_overtakes(trial, 6_000_000, 0.0005)
-    an_end_waits_for_the_kernels_queue(trial)
-    an_answer_after_an_end_arrives(trial)
-    a_reader_that_stops_stops_its_sender(trial)
-    a_reset_arrives(trial)
+    _try(trial, partial(every_byte, size=6_000_000, pause=0.0005), "a slow reader")
+    _try(trial, an_end_waits_for_the_kernels_queue)
+    _try(trial, an_answer_after_an_end_arrives)
+    _try(trial, a_reader_that_stops_stops_its_sender)
+    _try(trial, a_reset_arrives)
     trial.until(lambda: not trial.sockmap.flows, "something is left of connections that ended")
+
+
+def _try(trial: Trial, one: Callable[[Trial], None], name: str = "") -> None:
+    try:
+        one(trial)
+    except OSError as error:
+        raise Wrong(f"{name or getattr(one, '__name__', '').replace('_', ' ')}: {error.strerror or error}") from error
 
 
 def main() -> int:
@@ -337,6 +348,7 @@ def main() -> int:
         check(trial)
         trial.close()
     except (Wrong, GraftError, OSError) as error:
+        traceback.print_exc()
         print(str(error).splitlines()[0])
         return 1
     return 0

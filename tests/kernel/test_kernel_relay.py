@@ -150,6 +150,42 @@ def test_bytes_that_come_while_the_last_are_carried_are_carried_too(
         trial.until(lambda: not trial.sockmap.flows[number].by_hand, "still by hand")
 
 
+def test_what_the_kernel_moved_meanwhile_goes_before_what_it_left_again(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = trial.connected()
+    with client, server:
+        trial.while_relayed(lambda: client.sendall(b"1"), lambda: exactly(server, 1))
+        number = next(iter(trial.sockmap.flows))
+        key = ctypes.c_uint64(number)
+        [connection] = trial.connections
+        trial.sockmap._targets.delete(key)
+        real, asked = trial.sockmap.take, handed.Handed._queue_is_out
+        said: list[str] = []
+
+        def take(flow: int, taken: int) -> None:
+            if "taken" in said:
+                return real(flow, taken)
+            said.append("taken")
+            trial.sockmap._targets.put(key, ctypes.c_int32(connection.far.fd))
+            real(flow, taken)  # from here on the kernel moves
+            client.sendall(b"moved ")
+            trial.sockmap._targets.delete(key)
+            client.sendall(b"left")
+            return None
+
+        def queue_is_out(flow: handed.Handed) -> bool:
+            said.append("queue")
+            return asked(flow)
+
+        monkeypatch.setattr(trial.sockmap, "take", take)
+        monkeypatch.setattr(handed.Handed, "_queue_is_out", queue_is_out)
+        found: list[bytes] = []
+        trial.while_relayed(lambda: client.sendall(b"23 "), lambda: found.append(exactly(server, 13)))
+        assert found == [b"23 moved left"]
+        assert said.index("taken") < len(said) - 1 - said[::-1].index("queue")
+
+
 def test_a_handover_in_the_middle_does_not_depend_on_what_is_acknowledged_just_then(
     trial: Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
