@@ -163,6 +163,7 @@ class Handed:
             self._flow.end()
         else:
             tcp.look_again(source)
+            self._behind = self._sockmap.counts(self._number)[1] != self._taken  # with or without an event
             self._look_later()
 
     def _give_up(self) -> None:
