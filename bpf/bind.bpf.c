@@ -41,12 +41,12 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		/* The container was detached. What it had of the host it may not use again; its own
 		 * namespace is no business of ours any more. */
 		if (owner.home == GRAFT_HOME_HOST)
-			*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_BIND);
+			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}
 	if (owner.home == GRAFT_HOME_CONTAINER) {
 		if (owner.container->bind_default == GRAFT_DEFAULT_DENY)
-			*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_BIND);
+			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}
 	id = ingress_rule(owner.container, asked);
@@ -60,11 +60,11 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 	if (!endpoint || !remember(ctx, &owner, asked, id)) {
 		/* A host-homed socket that no rule gives this address: were it let through, the
 		 * container would have a port of the host that nobody granted. */
-		*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_BIND);
+		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}
 	*verdict = PASS_ANY_PORT;
-	record(&owner, asked, GRAFT_DECISION_REWRITTEN, id);
+	count(owner.id, GRAFT_DECISION_REWRITTEN);
 	return endpoint;
 }
 

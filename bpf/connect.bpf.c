@@ -70,12 +70,12 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		return 0;
 	if (!owner.container) {
 		if (owner.home == GRAFT_HOME_HOST)
-			*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_CONNECT);
+			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
 	rule = egress_rule(owner.container, asked, &id);
 	if (rule == GRAFT_VERDICT_DENY) {
-		*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_CONNECT);
+		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
 	if (owner.home == GRAFT_HOME_CONTAINER) {
@@ -89,7 +89,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		/* Also where a rule grants the destination: this socket was not swapped (a 32-bit or
 		 * io_uring call), so it goes nowhere but where the container's own namespace goes. */
 		if (rule != GRAFT_VERDICT_CONTAINER && owner.container->connect_default == GRAFT_DEFAULT_DENY)
-			*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_CONNECT);
+			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
 	if (rule != GRAFT_VERDICT_GRANT) {
@@ -97,15 +97,15 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		 * socket has left the container's namespace, and has no right of its own out here. */
 		if (owner.container->transport != GRAFT_TRANSPORT_DIRECT ||
 		    (rule == GRAFT_VERDICT_NONE && owner.container->connect_default == GRAFT_DEFAULT_DENY))
-			*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_CONNECT);
+			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
 	endpoint = endpoint_for(ctx, asked, id);
 	if (!endpoint) {
-		*verdict = refuse(&owner, asked, GRAFT_DECISION_REFUSED_CONNECT);
+		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
-	record(&owner, asked, GRAFT_DECISION_CONNECTED, id);
+	count(owner.id, GRAFT_DECISION_CONNECTED);
 	return has_source(ctx, &owner, endpoint, sending) ? 0 : endpoint;
 }
 

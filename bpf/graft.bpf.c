@@ -56,7 +56,6 @@ BPF_LPM_TRIE(egress, struct egress_key, struct egress_value, GRAFT_MAX_RULES);
 BPF_LPM_TRIE(egress_ports, struct egress_port_key, struct egress_port_value, GRAFT_MAX_RULES);
 BPF_HASH(desk_slots, u32, u32, GRAFT_MAX_DESKS);
 BPF_TABLE("lru_hash", struct counter_key, u64, counters, GRAFT_MAX_COUNTERS);
-BPF_RINGBUF_OUTPUT(events, 64);
 
 /* By hand: bcc's macro keys cgroup storage by (cgroup, attach type); keyed by the cgroup alone, one
  * entry serves all the programs of a cgroup, and one update switches them together. */

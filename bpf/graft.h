@@ -244,7 +244,7 @@ struct flow {
 	__u32 started;
 };
 
-/* What a hook decided (counters' and events' `decision`). */
+/* What a hook decided (counter_key.decision). */
 #define GRAFT_DECISION_REWRITTEN 0      /* a bind became an endpoint's */
 #define GRAFT_DECISION_CONNECTED 1      /* a granted destination */
 #define GRAFT_DECISION_LEFT 2           /* not granted, left in the container's namespace */
@@ -260,30 +260,12 @@ struct counter_key {
 	__u32 decision;
 };
 
-/* `events`: one for each decision, written only while someone reads (settings.trace). */
-struct event {
-	__u64 time;      /* ns, CLOCK_MONOTONIC */
-	__u32 container;
-	__u32 decision;
-	__u32 pid;
-	__u32 endpoint;
-	__u8 addr[16];
-	__u16 port;
-	__u8 family;
-	__u8 protocol;
-	__u8 home;
-	__u8 zero[3];
-	char comm[16];
-};
-
 /* `settings`: one entry. */
 struct settings {
 	__u32 version;   /* of these layouts: a controller with another one refuses the pins */
-	__u32 trace;
 	__u32 last_id;   /* last id handed out, for endpoints, containers and rulesets */
-	__u32 zero;
 	__u64 supervisors; /* id of the cgroup that supervisors run in */
 };
-#define GRAFT_LAYOUT_VERSION 2
+#define GRAFT_LAYOUT_VERSION 3
 
 #endif

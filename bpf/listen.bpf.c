@@ -30,8 +30,6 @@ int graft_sock_ops(struct bpf_sock_ops *ctx)
 	struct tag *tag;
 	struct container *container;
 	u32 nowhere = 0x7fffffff;
-	struct owner owner = {};
-	struct asked asked = {};
 
 	if (ctx->op != BPF_SOCK_OPS_TCP_LISTEN_CB)
 		return 1;
@@ -57,9 +55,6 @@ int graft_sock_ops(struct bpf_sock_ops *ctx)
 		return 1;
 	bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTOIFINDEX, &nowhere, sizeof(nowhere));
 	tag->flags |= GRAFT_TAG_DEAF;
-	owner.id = tag->container;
-	owner.home = tag->home;
-	asked.port = ctx->local_port;
-	record(&owner, &asked, GRAFT_DECISION_DEAFENED, tag->endpoint);
+	count(tag->container, GRAFT_DECISION_DEAFENED);
 	return 1;
 }

@@ -70,7 +70,6 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct scope *scope = scopes.get_local_storage(0);
 	struct owner owner = {};
-	struct asked nothing = {};
 
 	/* The kernel shows a program at most a page of a long value; a length of 0 tells it to use the
 	 * caller's own copy instead of failing the call (Documentation/bpf/prog_cgroup_sockopt.rst). */
@@ -90,7 +89,7 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 				remember_option(sk, ctx->level, ctx->optname);
 			return PASS;
 		}
-		record(&owner, &nothing, GRAFT_DECISION_REFUSED_OPTION, owner.tag ? owner.tag->endpoint : 0);
+		count(owner.id, GRAFT_DECISION_REFUSED_OPTION);
 		return REFUSE;
 	}
 	if (scope->container || owner.tag)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* Whose a socket is, what was asked of it, and what is told of the decision. */
+/* Whose a socket is, what was asked of it, and what a refusal returns. */
 
 /* An address as a hook sees it, IPv4 made plain: ::ffff:1.2.3.4 is family 4 here. */
 struct asked {
@@ -88,42 +88,21 @@ static __always_inline void asked6(struct bpf_sock_addr *ctx, struct asked *aske
 	asked->family = GRAFT_IPV6;
 }
 
-static __always_inline void record(struct owner *owner, struct asked *asked, u32 decision, u32 endpoint)
+static __always_inline void count(u32 container, u32 decision)
 {
-	struct counter_key key = { .container = owner->id, .decision = decision };
-	u64 *count = counters.lookup(&key);
+	struct counter_key key = { .container = container, .decision = decision };
+	u64 *found = counters.lookup(&key);
 	u64 one = 1;
-	int first = 0;
-	struct settings *set = settings.lookup(&first);
-	struct event *event;
 
-	if (count)
-		__sync_fetch_and_add(count, 1);
+	if (found)
+		__sync_fetch_and_add(found, 1);
 	else
 		counters.update(&key, &one);
-	if (!set || !set->trace)
-		return;
-	event = events.ringbuf_reserve(sizeof(*event));
-	if (!event)
-		return;
-	event->time = bpf_ktime_get_ns();
-	event->container = owner->id;
-	event->decision = decision;
-	event->pid = bpf_get_current_pid_tgid() >> 32;
-	event->endpoint = endpoint;
-	__builtin_memcpy(event->addr, asked->addr, 16);
-	event->port = asked->port;
-	event->family = asked->family;
-	event->protocol = asked->protocol;
-	event->home = owner->home;
-	__builtin_memset(event->zero, 0, sizeof(event->zero));
-	bpf_get_current_comm(event->comm, sizeof(event->comm));
-	events.ringbuf_submit(event, 0);
 }
 
-static __always_inline int refuse(struct owner *owner, struct asked *asked, u32 decision)
+static __always_inline int refuse(struct owner *owner, u32 decision)
 {
-	record(owner, asked, decision, 0);
+	count(owner->id, decision);
 #ifdef GRAFT_HAVE_SET_RETVAL
 	bpf_set_retval(-EACCES);
 #endif

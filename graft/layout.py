@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -34,7 +34,7 @@ class Transport(enum.IntEnum):
 
 
 class Decision(enum.IntEnum):
-    """What a hook decided, as counters and events name it."""
+    """What a hook decided, as counters name it."""
 
     REWRITTEN = 0
     CONNECTED = 1
@@ -276,32 +276,11 @@ class CounterKey(ctypes.Structure):
     _fields_ = (("container", ctypes.c_uint32), ("decision", ctypes.c_uint32))
 
 
-class Event(ctypes.Structure):
-    """One decision, as the ring buffer `events` carries it."""
-
-    _fields_ = (
-        ("time", ctypes.c_uint64),
-        ("container", ctypes.c_uint32),
-        ("decision", ctypes.c_uint32),
-        ("pid", ctypes.c_uint32),
-        ("endpoint", ctypes.c_uint32),
-        ("addr", _ADDR),
-        ("port", ctypes.c_uint16),
-        ("family", ctypes.c_uint8),
-        ("protocol", ctypes.c_uint8),
-        ("home", ctypes.c_uint8),
-        ("zero", ctypes.c_uint8 * 3),
-        ("comm", ctypes.c_char * 16),
-    )
-
-
 class SettingsValue(ctypes.Structure):
     """`settings`: one entry, at 0."""
 
     _fields_ = (
         ("version", ctypes.c_uint32),
-        ("trace", ctypes.c_uint32),
         ("last_id", ctypes.c_uint32),
-        ("zero", ctypes.c_uint32),
         ("supervisors", ctypes.c_uint64),
     )

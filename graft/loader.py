@@ -34,7 +34,6 @@ MAPS = (
     "relays",
     "arrivals",
     "crossings",
-    "events",
     "counters",
     "desks",
     "desk_slots",

@@ -25,7 +25,6 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "option": layout.Option,
     "options": layout.Options,
     "counter_key": layout.CounterKey,
-    "event": layout.Event,
     "settings": layout.SettingsValue,
     "desk": layout.Desk,
     "flow": layout.FlowValue,
