@@ -18,7 +18,7 @@ static __always_inline struct desk *desk_of_caller(void)
 	return slot ? desks.lookup(slot) : 0;
 }
 
-#ifdef GRAFT_SK_SOCKET
+#ifdef GRAFT_PROBE
 /* Offsets come from the kernel's own type information (/sys/kernel/btf/vmlinux). A pointer that cannot be
  * followed reads as NULL. */
 static __always_inline void *follow(void *pointer)

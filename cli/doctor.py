@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
@@ -18,9 +19,15 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="The verifier's log of each program that is refused.")]
+
+
 @command
-def doctor(as_json: Json = False) -> None:
-    """List the kernel features, what each is for, and whether this machine has it. Exit 6 if one is missing."""
+def doctor(verbose: Verbose = False, as_json: Json = False) -> None:
+    """List kernel features and BPF programs, what each is for, and whether this machine has it.
+
+    Exit 6 if one is missing that Graft cannot do without.
+    """
     from graft.doctor import features, kernel
 
     lifecycle.require_root()
@@ -32,5 +39,8 @@ def doctor(as_json: Json = False) -> None:
     if not as_json:
         print(f"kernel {kernel()}", file=sys.stderr)
     listing(("HAVE", "FEATURE", "WHAT FOR", "WITHOUT IT"), rows, [asdict(one) for one in found], as_json)
+    for one in found:
+        if verbose and one.log and not as_json:
+            print(f"\n{one.name}:\n{one.log}")
     if any(one.needed and not one.present for one in found):
         raise SystemExit(6)

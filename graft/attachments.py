@@ -15,8 +15,8 @@ from pathlib import Path
 from graft import layout
 from graft.errors import KernelError
 from graft.kernel import bpf, cgroup
-from graft.loader import OWN_PROGRAMS, PROGRAMS, SPLICE_PROGRAMS, Program
 from graft.maps import Maps
+from graft.programs import ALL_PROGRAMS, OWN_PROGRAMS, PROGRAMS, SPLICE_PROGRAMS, Program
 from graft.settings import Settings
 
 
@@ -29,13 +29,34 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
+def _pin(settings: Settings, program: Program) -> Path:
+    return settings.pin_dir / f"prog_{program.name}"
+
+
+def _loaded(settings: Settings, programs: Sequence[Program]) -> list[Program]:
+    """Those that this kernel took; what it did not take is not pinned."""
+    return [program for program in programs if _pin(settings, program).exists()]
+
+
+def _wanted(settings: Settings, container: int, splice: bool) -> list[Program]:
+    """The programs for a cgroup. Raises KernelError where transport splice lacks one."""
+    missing = [one.name for one in SPLICE_PROGRAMS if splice and not _pin(settings, one).exists()]
+    if missing:
+        raise KernelError(
+            f"transport splice does not work here: the kernel did not take {', '.join(missing)}",
+            "graft doctor says why",
+        )
+    own = () if container else _loaded(settings, OWN_PROGRAMS)
+    return [*PROGRAMS, *own, *(SPLICE_PROGRAMS if splice else ())]
+
+
 @contextlib.contextmanager
 def _opened_programs(settings: Settings, programs: Sequence[Program]) -> Iterator[list[tuple[int, int]]]:
     """(descriptor, number of the attach point) of each program."""
     fds: list[tuple[int, int]] = []
     try:
         for program in programs:
-            fd = bpf.obj_get(settings.pin_dir / f"prog_{program.name}")
+            fd = bpf.obj_get(_pin(settings, program))
             fds.append((fd, bpf.ATTACH_TYPES[program.attach]))
         yield fds
     finally:
@@ -49,7 +70,7 @@ def attach(settings: Settings, path: Path, container: int, splice: bool = False)
     ``splice``: those of that transport too. All of them or none: what was attached before a failure is
     taken off again. Raises KernelError.
     """
-    wanted = (*PROGRAMS, *(() if container else OWN_PROGRAMS), *(SPLICE_PROGRAMS if splice else ()))
+    wanted = _wanted(settings, container, splice)
     with _opened(path) as cgroup_fd, _opened_programs(settings, wanted) as programs:
         done: list[tuple[int, int]] = []
         try:
@@ -96,7 +117,7 @@ def set_scope(settings: Settings, path: Path, container: int) -> None:
 
 def detach(settings: Settings, path: Path) -> None:
     """Take the programs off a cgroup. Safe to repeat, and where the cgroup is gone."""
-    every = (*PROGRAMS, *OWN_PROGRAMS, *SPLICE_PROGRAMS)
+    every = _loaded(settings, ALL_PROGRAMS)
     with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _opened_programs(settings, every) as fds:
         for fd, kind in fds:
             with contextlib.suppress(OSError):

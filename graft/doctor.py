@@ -1,6 +1,7 @@
 """`graft doctor`: which kernel features there are, what each is for, and what is done without it.
 
-Each is tried, not inferred from a version: distributions carry features back.
+Each is tried, not inferred from a version: distributions carry features back. The BPF programs are loaded as `graft up`
+loads them, and pinned nowhere.
 """
 
 from __future__ import annotations
@@ -14,26 +15,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.errors import GraftError
-from graft.kernel import btf, cgroup, netns, pidfd, seccomp
+from graft import programs
+from graft.compiler import CompileError
+from graft.errors import GraftError, KernelError
+from graft.kernel import cgroup, netns, pidfd, seccomp
 from graft.kernel.seccomp import Listener
+from graft.programs import Verdict
 from graft.splice import selftest
 
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One thing that a machine has or lacks. ``needed``: Graft does not work without it."""
+    """One thing that a machine has or lacks. ``needed``: Graft does not work without it.
+
+    ``without`` says what is lost without it, and why it is missing where that is known; ``log`` is the verifier's, of a
+    program that this kernel does not take.
+    """
 
     name: str
     present: bool
     needed: bool
     purpose: str
     without: str
+    log: str = ""
 
 
 def features() -> list[Feature]:
     """Every feature, asked of this machine. Needs root."""
-    return [*_needed(), *_wished()]
+    return [*_needed(), *_wished(), *_programs()]
 
 
 def _needed() -> Iterator[Feature]:
@@ -53,27 +62,43 @@ def _wished() -> Iterator[Feature]:
     yield Feature(
         "thread pidfds", pidfd.threads_have_pidfds(), False, "kept between calls (6.9)", "looked up each time"
     )
-    yield Feature("type information", btf.VMLINUX.exists(), False, "finds dup and epoll at once", "/proc is walked")
     yield Feature("relay splice(2)", _works(_splices), True, "transport splice: how its relays move bytes", "none")
     problem = selftest.test()
     without = f"splice(2) serves{': ' if problem else ''}{problem}"
     yield Feature("relay in the kernel", not problem, False, "transport splice, shorter round trips", without)
-    loaded = _loaded_features()
-    yield Feature(
-        "bpf_set_retval", "GRAFT_HAVE_SET_RETVAL" in loaded, False, "refusals are EACCES (5.18)", "they are EPERM"
-    )
-    yield Feature(
-        "bpf_skc_to_mptcp_sock", "GRAFT_HAVE_MPTCP" in loaded, False, "MPTCP sockets (5.19)", "they stay at home"
-    )
 
 
-def _loaded_features() -> frozenset[str]:
+def _programs() -> Iterator[Feature]:
+    """What is compiled in as far as the kernel allows it, then each program."""
     from graft import loader
 
     try:
-        return loader.load().features
-    except GraftError:
-        return frozenset()
+        loaded = loader.examine()
+    except CompileError as error:
+        yield Feature("BPF programs", False, True, "every grant and refusal", _sentence(error.message), error.log)
+        return
+    has_probe = programs.PROBE in loaded.extensions
+    yield Feature("type information", has_probe, False, "finds dup and epoll at once", "/proc is walked")
+    has_retval = programs.SET_RETVAL in loaded.extensions
+    yield Feature("bpf_set_retval", has_retval, False, "refusals are EACCES (5.18)", "they are EPERM")
+    has_mptcp = programs.MPTCP in loaded.extensions
+    yield Feature("bpf_skc_to_mptcp_sock", has_mptcp, False, "MPTCP sockets (5.19)", "they stay at home")
+    yield from map(_feature, loaded.verdicts)
+    try:
+        yield from map(_feature, loader.examine_relay().verdicts)
+    except KernelError as error:
+        yield _feature(Verdict(programs.RELAY_PROGRAM, error.message, getattr(error, "log", "")))
+
+
+def _feature(verdict: Verdict) -> Feature:
+    program = verdict.program
+    lost = program.without or "Graft does not work"
+    without = lost if verdict.taken else f"{lost}: {verdict.reason}"
+    return Feature(f"program {program.name}", verdict.taken, program.needed, program.purpose, without, verdict.log)
+
+
+def _sentence(message: str) -> str:
+    return " ".join(message.split())
 
 
 def _splices() -> None:

@@ -24,6 +24,7 @@ from graft.settings import Settings
 
 if TYPE_CHECKING:
     from graft.containers import Container
+    from graft.loader import Loaded
 
 _BPFFS = Path("/sys/fs/bpf")
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
@@ -105,17 +106,12 @@ def _mount_bpffs(pin_dir: Path) -> None:
 
 
 def _make(settings: Settings) -> None:
-    from graft import loader
-
     _mount_bpffs(settings.pin_dir)
     aside = settings.pin_dir.with_name(f"{settings.pin_dir.name}-new")
     _unpin(aside)
     try:
         aside.mkdir(mode=0o700, parents=True)
-        loaded = loader.load()
-        loaded.pin(aside)
-        with contextlib.suppress(KernelError):  # transport splice does without: splice(2) is its relay then
-            loader.load_relay().pin(aside)
+        loaded = _load(settings, aside)
         Map(loaded.map_fd("settings"), ctypes.c_uint32, layout.SettingsValue).put(
             ctypes.c_uint32(0), layout.SettingsValue(version=layout.LAYOUT_VERSION)
         )
@@ -130,6 +126,26 @@ def _make(settings: Settings) -> None:
     except BaseException:
         _unpin(aside)
         raise
+
+
+def _load(settings: Settings, folder: Path) -> Loaded:
+    """Load the programs and pin them in ``folder``. Raises KernelError; what the verifier said is in a file then."""
+    from graft import loader
+    from graft.compiler import CompileError
+
+    log = settings.run_dir / "verifier.log"
+    try:
+        loaded = loader.load()
+    except (CompileError, loader.ProgramsRefused) as error:
+        if not error.log:
+            raise
+        os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+        log.write_text(error.log)
+        raise KernelError(error.message, "; ".join(filter(None, [error.hint, f"see {log}"]))) from error
+    loaded.pin(folder)
+    with contextlib.suppress(KernelError):  # transport splice does without: splice(2) is its relay then
+        loader.load_relay().pin(folder)
+    return loaded
 
 
 def _supervise(settings: Settings) -> None:

@@ -20,6 +20,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # enum bpf_cmd
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
 _OBJ_PIN, _OBJ_GET, _PROG_ATTACH, _PROG_DETACH = 6, 7, 8, 9
+_PROG_LOAD = 5
 _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
 
 ANY, NOEXIST, EXIST = 0, 1, 2
@@ -106,12 +107,55 @@ class _ProgInfo(ctypes.Structure):
     )
 
 
+class _LoadAttr(ctypes.Structure):
+    _fields_ = (
+        ("prog_type", ctypes.c_uint32),
+        ("insn_cnt", ctypes.c_uint32),
+        ("insns", ctypes.c_uint64),
+        ("license", ctypes.c_uint64),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log_buf", ctypes.c_uint64),
+        ("kern_version", ctypes.c_uint32),
+        ("prog_flags", ctypes.c_uint32),
+        ("prog_name", ctypes.c_char * 16),
+        ("prog_ifindex", ctypes.c_uint32),
+        ("expected_attach_type", ctypes.c_uint32),
+    )
+
+
 class _IdAttr(ctypes.Structure):
     _fields_ = (("id", ctypes.c_uint32), ("next_id", ctypes.c_uint32), ("open_flags", ctypes.c_uint32))
 
 
 def _bpf(command: int, attr: ctypes.Structure) -> int:
     return syscall("bpf", command, ctypes.byref(attr), ctypes.sizeof(attr))
+
+
+def prog_log(prog_type: int, attach_type: int, instructions: bytes) -> str:
+    """What the verifier has to say of a program, at log level 1. The program is not kept.
+
+    Raises OSError only where the kernel refused it without asking the verifier (an unknown type, no rights).
+    """
+    code = ctypes.create_string_buffer(instructions, len(instructions))
+    licence = ctypes.create_string_buffer(b"GPL")
+    log = ctypes.create_string_buffer(1 << 16)
+    attr = _LoadAttr(
+        prog_type=prog_type,
+        insn_cnt=len(instructions) // 8,
+        insns=ctypes.addressof(code),
+        license=ctypes.addressof(licence),
+        log_level=1,
+        log_size=len(log),
+        log_buf=ctypes.addressof(log),
+        expected_attach_type=attach_type,
+    )
+    try:
+        os.close(_bpf(_PROG_LOAD, attr))
+    except OSError:
+        if not log.value:
+            raise
+    return log.value.decode(errors="replace")
 
 
 def obj_pin(fd: int, path: Path) -> None:

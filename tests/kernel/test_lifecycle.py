@@ -13,7 +13,8 @@ import pytest
 from graft import attachments
 from graft.kernel import bpf, cgroup
 from graft.lifecycle import locked, supervisors_cgroup
-from graft.loader import MAPS, PROGRAMS
+from graft.loader import MAPS
+from graft.programs import PROGRAMS
 from tests.support.installation import GRAFT, Host
 from tests.support.puppet import puppet
 from tests.support.shell import run
@@ -117,7 +118,7 @@ def test_a_data_plane_that_cannot_be_loaded_leaves_nothing(bare_host: Host, tmp_
     (broken / "bcc" / "__init__.py").write_text("class BPF:\n    def __init__(self, *_, **__): raise Exception('no')\n")
     result = run([GRAFT, "up"], environment=bare_host.environment | python_path(broken))
     assert result.returncode == 6, result.stderr
-    assert result.stderr.startswith("graft: the kernel does not take the BPF programs")
+    assert result.stderr == "graft: the BPF programs cannot be compiled: no\n"
     assert "Traceback" not in result.stderr
     assert not bare_host.settings.pin_dir.exists() and beside(bare_host) == []
     bare_host.graft("up")

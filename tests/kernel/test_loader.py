@@ -1,0 +1,177 @@
+"""Loading program by program: what is refused is left out or named, and keeps nothing else from loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from graft import attachments, compiler, doctor, lifecycle, loader
+from graft.data import bpf_source_dir
+from graft.errors import KernelError
+from graft.kernel import bpf, cgroup, helpers
+from graft.loader import ProgramsRefused
+from graft.programs import (
+    ALL_PROGRAMS,
+    EXTENSIONS,
+    MPTCP,
+    PROBE,
+    PROGRAMS,
+    RELAY_PROGRAM,
+    SPLICE_PROGRAMS,
+    Verdict,
+    refused_calls,
+)
+from tests.support.allowed_helpers import TABLE, table
+from tests.support.installation import Host
+
+pytestmark = pytest.mark.kernel
+
+Break = Callable[[str], None]
+
+# bpf_skb_store_bytes: for packets only, so that no kernel has ever allowed it in a program of Graft's.
+_FORBIDDEN = "((int (*)(void *, u32, void *, u32, u64))9)(ctx, 0, 0, 0, 0);"
+
+
+@pytest.fixture
+def spoil(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Break]:
+    """Adds to a program a call that the kernel does not allow it."""
+    sources = tmp_path / "bpf"
+    shutil.copytree(bpf_source_dir(), sources)
+    monkeypatch.setattr(compiler, "bpf_source_dir", lambda: sources)
+
+    def spoiled(function: str) -> None:
+        for file in sources.glob("*.bpf.c"):
+            text = file.read_text()
+            start = re.compile(rf"^(int graft_{function}\(.*\)\n{{\n(?:\t[^\n]*[;]\n)*?)\n", re.M)
+            changed, count = start.subn(rf"\1\n\t{_FORBIDDEN}\n", text)
+            if count:
+                file.write_text(changed)
+                return
+        raise AssertionError(f"no {function}")
+
+    yield spoiled
+
+
+def test_this_kernel_takes_every_program(root: None) -> None:
+    loaded = loader.examine()
+    assert [one.reason for one in loaded.verdicts if not one.taken] == []
+    assert set(loaded.programs) == {program.name for program in ALL_PROGRAMS}
+    assert all(helpers.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
+
+
+def test_a_program_that_is_not_needed_is_left_out_and_all_else_loads(bare_host: Host, spoil: Break) -> None:
+    spoil("splice")
+    spoil("sock_create")
+    lifecycle.up(bare_host.settings)
+    pinned = {pin.name for pin in bare_host.settings.pin_dir.glob("prog_*")}
+    assert pinned >= {f"prog_{program.name}" for program in PROGRAMS}
+    assert not pinned & {"prog_splice", "prog_sock_create"}
+    bare_host.graft("ep", "add", "web", "0.0.0.0:8080")
+    server = "import socket; s = socket.create_server(('0.0.0.0', 80)); print(s.getsockname(), flush=True); s.accept()"
+    program = bare_host.start("-i", "0.0.0.0:80=web", "--", "/usr/bin/python3", "-c", server)
+    program.says("('0.0.0.0', 80)")
+    assert bare_host.netns.listens(8080)
+
+
+def test_transport_splice_says_that_its_program_is_missing(bare_host: Host, spoil: Break) -> None:
+    spoil("getpeername6")
+    lifecycle.up(bare_host.settings)
+    folder = cgroup.v2_mount() / f"{bare_host.settings.cgroup}-other"
+    folder.mkdir()
+    try:
+        with pytest.raises(KernelError, match="did not take getpeername6") as error:
+            attachments.attach(bare_host.settings, folder, 1, splice=True)
+        assert error.value.hint == "graft doctor says why"
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            assert not any(bpf.prog_ids(fd, bpf.ATTACH_TYPES[program.attach]) for program in PROGRAMS)
+        finally:
+            os.close(fd)
+    finally:
+        folder.rmdir()
+
+
+def test_up_without_a_program_that_is_needed_is_one_line_and_a_file(bare_host: Host, spoil: Break) -> None:
+    spoil("sock_ops")
+    with pytest.raises(KernelError) as error:
+        lifecycle.up(bare_host.settings)
+    log = bare_host.settings.run_dir / "verifier.log"
+    [line] = error.value.lines()
+    assert "sock_ops: bpf helper 9 not allowed in sock_ops programs" in line
+    assert "Linux 5.15" in line and str(log) in line and "\n" not in line
+    assert log.stat().st_mode & 0o077 == 0
+    assert "sock_ops" in log.read_text() and "#9" in log.read_text()
+    assert not bare_host.settings.pin_dir.exists()
+
+
+def test_a_verifier_that_likes_no_extension_is_asked_without(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = compiler.Compiled.load
+
+    def picky(compiled: compiler.Compiled, program: object) -> int:
+        if program is PROGRAMS[0] and helpers.HELPERS["set_retval"] in helpers.calls(
+            compiled.instructions(PROGRAMS[0])
+        ):
+            raise compiler.NotLoaded("too complex")
+        return real(compiled, program)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compiler.Compiled, "load", picky)
+    assert loader.load().extensions == frozenset()
+
+
+@pytest.mark.parametrize(("helper", "dropped"), [("skc_to_mptcp_sock", MPTCP), ("get_current_task", PROBE)])
+def test_an_extension_whose_helper_is_not_allowed_is_compiled_out(
+    root: None, monkeypatch: pytest.MonkeyPatch, helper: str, dropped: object
+) -> None:
+    real, number = loader.kernel_allows, helpers.HELPERS[helper]
+    monkeypatch.setattr(
+        loader, "kernel_allows", lambda kind, attach, asked: asked != number and real(kind, attach, asked)
+    )
+    loaded = loader.load()
+    assert loaded.extensions == EXTENSIONS - {dropped}
+    assert all(number not in helpers.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
+
+
+def test_doctor_names_the_program_the_reason_and_what_is_lost(root: None, spoil: Break) -> None:
+    spoil("splice")
+    found = {feature.name: feature for feature in doctor.features()}
+    splice = found["program splice"]
+    assert (splice.present, splice.needed) == (False, False)
+    assert splice.without == "no transport splice: bpf helper 9 not allowed in sock_ops programs"
+    assert "#9" in splice.log
+    assert found["program sock_ops"].present and found["bpf_set_retval"].present
+
+
+def test_doctor_lists_every_program(host: Host) -> None:
+    told = {one["name"]: one["present"] for one in json.loads(host.graft("doctor", "--json").stdout)}
+    for program in (*ALL_PROGRAMS, RELAY_PROGRAM):
+        assert told[f"program {program.name}"] is True
+    assert host.graft("doctor", "--verbose").stdout.count("\n") == len(told)
+
+
+def test_the_error_names_the_first_needed_program() -> None:
+    error = ProgramsRefused([Verdict(SPLICE_PROGRAMS[0], "no", "log 1"), Verdict(PROGRAMS[0], "why", "log 2")])
+    assert "bind4: why" in error.message
+    assert error.log == "splice: no\nlog 1\nbind4: why\nlog 2"
+
+
+@pytest.mark.parametrize("kernel", sorted(json.loads(TABLE.read_text())))
+def test_the_programs_call_only_what_older_kernels_allow(root: None, kernel: str) -> None:
+    assert refused_by(kernel) == {}
+
+
+def test_a_helper_that_an_older_kernel_does_not_allow_is_noticed(root: None, spoil: Break) -> None:
+    spoil("sock_ops")
+    assert refused_by("6.1") == {"sock_ops": {9}}
+
+
+def refused_by(kernel: str) -> dict[str, frozenset[int]]:
+    """What a kernel of the table would refuse, once everything is compiled out that is not needed."""
+    allows = table(kernel)
+    compiled, _ = loader.compile_for(allows)
+    return refused_calls(ALL_PROGRAMS, loader.calls_of(compiled, ALL_PROGRAMS), allows)
