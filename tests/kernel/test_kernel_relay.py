@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from graft import loader
+from graft import compiler, loader
 from graft.data import bpf_source_dir
 from graft.errors import KernelError
 from graft.kernel import tcp
@@ -289,7 +289,7 @@ def test_the_self_test_finds_a_kernel_that(
     text = (sources / "relay.bpf.c").read_text()
     assert old in text
     (sources / "relay.bpf.c").write_text(text.replace(old, new))
-    monkeypatch.setattr(loader, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr(compiler, "bpf_source_dir", lambda: sources)
     monkeypatch.setattr(selftest, "_SECONDS", 2.0)
     monkeypatch.setattr(handed, "_PATIENCE", 0.2)
     trial = trial_of(loader.load_relay())
@@ -304,6 +304,6 @@ def test_a_kernel_that_does_not_take_the_program_says_so(
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
     (sources / "relay.bpf.c").write_text("int graft_flow(struct __sk_buff *skb) { return *(int *)0; }")
-    monkeypatch.setattr(loader, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr(compiler, "bpf_source_dir", lambda: sources)
     with pytest.raises(KernelError, match="relay"):
         loader.load_relay()
