@@ -7,10 +7,10 @@ PYTEST := $(PYTHON) -m pytest
 READY := $(VENV)/.graft-setup
 
 .NOTPARALLEL:
-.PHONY: help setup demo test unit kernel e2e lint format check bench wheel clean
+.PHONY: help setup demo test unit kernel e2e lint format check bench test-kernels allowed-helpers wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: Debian packages, .venv, bpffs (root; repeatable)
 	@.ci/setup
@@ -43,6 +43,17 @@ check: lint unit ## what runs before a push: lint and unit tests, under a minute
 
 bench: setup ## measure host, bridge with NAT and swap; writes build/bench.json and docs/performance.md (root)
 	$(PYTHON) -m tests.bench $(BENCH)
+
+# QUICK=1: boot and `graft up`, half a minute a kernel. KERNELS="6.1 newest" chooses.
+VM := $(PYTHON) -m tests.vm $(if $(KERNELS),--kernels "$(KERNELS)")
+
+test-kernels: ## Graft on Debian's kernels 6.1, 6.12 and its newest, in virtual machines; QUICK=1, KERNELS= (root, slow)
+	@.ci/setup vm
+	@$(VM) $(if $(QUICK),quick,whole)
+
+allowed-helpers: ## what those kernels allow BPF programs, for tests/support/allowed_helpers.json (root)
+	@.ci/setup vm
+	@$(VM) helpers
 
 # setuptools leaves a copy of the sources in build/, and would put a module that is gone since into the next wheel.
 wheel: $(READY) ## build dist/graft-*.whl

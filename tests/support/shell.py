@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.support.wait import PATIENCE
+
 Result = subprocess.CompletedProcess[str]
 Word = str | Path | int
 
@@ -28,7 +30,7 @@ def run(
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=timeout,
+        timeout=timeout * PATIENCE,
         check=False,
     )
     if status is not None and result.returncode != status:

@@ -1,0 +1,108 @@
+"""One guest: QEMU boots a kernel with the root disk, and a job's results come out.
+
+The root disk is used as a snapshot, so that every run finds it as it was made. The job, with the checkout, is a tar on
+a disk of its own, and so are the results: no network, no shared folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+_SECTOR = 512
+_RESULT_BYTES = 64 << 20
+_MEGABYTES = 3072
+_ARGUMENTS = (
+    "console=ttyS0 panic=-1 net.ifnames=0 mitigations=off nokaslr systemd.show_status=0 random.trust_cpu=on "
+    "systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A script that runs in a guest's checkout, and how many seconds it has."""
+
+    name: str
+    script: Path
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a guest boots from."""
+
+    disk: Path
+    vmlinuz: Path
+    initrd: Path
+
+
+def job_disk(script: bytes, project: Iterable[tuple[str, Path]]) -> bytes:
+    """The tar that a guest finds on its job disk: the script and, as a tar too, the project's files."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        for name, path in project:
+            tar.add(path, name, recursive=False)
+    outer = io.BytesIO()
+    with tarfile.open(fileobj=outer, mode="w") as tar:
+        for name, data in (("project.tar", inner.getvalue()), ("job", script)):
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o755
+            tar.addfile(info, io.BytesIO(data))
+    whole = outer.getvalue()
+    return whole + bytes(-len(whole) % _SECTOR)
+
+
+def run(machine: Machine, job: Job, project: Iterable[tuple[str, Path]], out: Path) -> float:
+    """Run ``job`` in a guest and unpack its results into ``out``; gives the seconds that it took.
+
+    A guest that is not done in time is ended; ``out`` then has its console and what it had printed.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    entry, results = out / "job.raw", out / "results.raw"
+    entry.write_bytes(job_disk(job.script.read_bytes(), project))
+    with results.open("wb") as file:
+        file.truncate(_RESULT_BYTES)
+    started = time.monotonic()
+    process = subprocess.Popen(
+        _command(machine, entry, results, out),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=(out / "qemu.txt").open("wb"),
+        preexec_fn=lambda: os.nice(10),
+    )
+    try:
+        process.wait(job.seconds)
+    except subprocess.TimeoutExpired:
+        (out / "timeout").write_text(f"{job.seconds:.0f}\n")
+    finally:
+        process.kill()
+        process.wait()
+        entry.unlink()
+    with contextlib.suppress(tarfile.ReadError), tarfile.open(results) as tar:  # a guest that was ended left nothing
+        tar.extractall(out, filter="data")
+    results.unlink()
+    return time.monotonic() - started
+
+
+def _command(machine: Machine, entry: Path, results: Path, out: Path) -> list[str]:
+    words = "qemu-system-x86_64 -M q35 -accel tcg,tb-size=512 -cpu max -smp 1 -nodefaults -display none -no-reboot"
+    command = [*words.split(), "-m", str(_MEGABYTES)]
+    command += ["-serial", f"file:{out / 'console.txt'}", "-serial", f"file:{out / 'stream.txt'}"]
+    command += ["-kernel", str(machine.vmlinuz), "-initrd", str(machine.initrd), "-append", _ARGUMENTS]
+    for name, file, options in (
+        ("root", machine.disk, "snapshot=on"),
+        ("job", entry, "readonly=on"),
+        ("out", results, ""),
+    ):
+        drive = f"file={file},format=raw,if=none,id={name}" + (f",{options}" if options else "")
+        command += ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}"]
+    return command
