@@ -24,6 +24,7 @@ SOL_IP, SOL_SOCKET, SOL_TCP, SOL_IPV6 = 0, 1, 6, 41
 _SNDBUF, _RCVBUF, _SNDBUFFORCE, _RCVBUFFORCE = 7, 8, 32, 33
 _PRIORITY, _ATTACH_FILTER, _LOCK_FILTER = 12, 26, 44
 _TCP_CONGESTION = 13
+_F_SETSIG, _F_GETSIG, _F_SETOWN_EX, _F_GETOWN_EX = 10, 11, 15, 16  # asm-generic/fcntl.h
 IPV6_V6ONLY = 26
 
 # Carried as they are: read here, written there. Names in the order of their numbers.
@@ -156,8 +157,7 @@ def liken(new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v
 
 def _carry_signals(old: int, new: int) -> None:
     """Who gets SIGIO (F_SETOWN_EX, F_SETSIG of fcntl(2))."""
-    setown, getown, setsig, getsig = 15, 16, 10, 11
-    owner = fcntl.fcntl(old, getown, struct.pack("=ii", 0, 0))
-    fcntl.fcntl(new, setown, owner)
-    fcntl.fcntl(new, setsig, fcntl.fcntl(old, getsig))
+    owner = fcntl.fcntl(old, _F_GETOWN_EX, struct.pack("=ii", 0, 0))
+    fcntl.fcntl(new, _F_SETOWN_EX, owner)
+    fcntl.fcntl(new, _F_SETSIG, fcntl.fcntl(old, _F_GETSIG))
     fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_ASYNC)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
+
+from graft.kernel.syscalls import MACHINE
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _CTL_ADD = 1
 
 
-class _Event(ctypes.Structure):
-    # Packed on x86-64 only (include/uapi/linux/eventpoll.h, EPOLL_PACKED).
-    _pack_ = 1 if platform.machine() == "x86_64" else 8
-    _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
+def event_type(machine: str) -> type[ctypes.Structure]:
+    """struct epoll_event: packed on x86-64 only (include/uapi/linux/eventpoll.h, EPOLL_PACKED)."""
+
+    class Event(ctypes.Structure):
+        _pack_ = 1 if machine == "x86_64" else 8
+        _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
+
+    return Event
+
+
+_Event = event_type(MACHINE)
 
 
 def epoll_add(epoll: int, fd: int, events: int, data: int) -> None:

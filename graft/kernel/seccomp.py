@@ -10,11 +10,10 @@ import ctypes
 import errno
 import fcntl
 import os
-import platform
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from graft.kernel.syscalls import syscall
+from graft.kernel.syscalls import MACHINE, syscall
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -61,21 +60,21 @@ _ARCHES: dict[str, tuple[int, dict[str, int]]] = {
 TRAPPED = ("bind", "connect", "listen")
 
 
-def architecture() -> tuple[int, dict[str, int]]:
-    """This machine's AUDIT_ARCH and the numbers of the trapped calls. Raises OSError(ENOSYS) if unknown."""
+def architecture(machine: str = MACHINE) -> tuple[int, dict[str, int]]:
+    """A machine's AUDIT_ARCH and the numbers of the trapped calls. Raises OSError(ENOSYS) if unknown."""
     try:
-        return _ARCHES[platform.machine()]
+        return _ARCHES[machine]
     except KeyError:
-        raise OSError(errno.ENOSYS, f"seccomp: {platform.machine()} is not known") from None
+        raise OSError(errno.ENOSYS, f"seccomp: {machine} is not known") from None
 
 
-def filter_program() -> bytes:
+def filter_program(machine: str = MACHINE) -> bytes:
     """The BPF filter: notify for bind, connect and listen of this architecture, allow all else.
 
     Calls of another architecture (32-bit) and x86's x32 numbers pass untouched: they act on the
     container's own sockets, and the hooks hold host-homed ones to the policy all the same.
     """
-    arch, calls = architecture()
+    arch, calls = architecture(machine)
     numbers = [calls[name] for name in TRAPPED]
     load, jeq, ret = 0x20, 0x15, 0x06
     count = len(numbers)

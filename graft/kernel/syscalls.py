@@ -7,19 +7,25 @@ unistd.h, arch/x86/entry/syscalls/syscall_64.tbl).
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
+import sys
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+
+# This process's architecture. A 32-bit Python under a 64-bit kernel is told the kernel's name, but has other numbers
+# and layouts, which Graft does not know.
+MACHINE = platform.machine() if sys.maxsize > 1 << 32 else f"32-bit {platform.machine()}"
 
 _TABLES: dict[str, dict[str, int]] = {
     "x86_64": {"bpf": 321, "seccomp": 317, "process_vm_readv": 310, "setns": 308, "unshare": 272, "prctl": 157},
     "aarch64": {"bpf": 280, "seccomp": 277, "process_vm_readv": 270, "setns": 268, "unshare": 97, "prctl": 167},
 }
 _COMMON = {"pidfd_open": 434, "pidfd_getfd": 438}
-_NUMBERS = _TABLES.get(platform.machine(), {}) | _COMMON
+_NUMBERS = _TABLES.get(MACHINE, {}) | _COMMON
 
 
 def number(name: str) -> int:
@@ -27,7 +33,7 @@ def number(name: str) -> int:
     try:
         return _NUMBERS[name]
     except KeyError:
-        raise OSError(38, f"{name}: not known on {platform.machine()}") from None
+        raise OSError(errno.ENOSYS, f"{name}: not known on {MACHINE}") from None
 
 
 def syscall(name: str, *arguments: object) -> int:

@@ -26,6 +26,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#ifndef MAP_32BIT /* x86 only, as int 0x80 is */
+#define MAP_32BIT 0
+#endif
+
 enum { BIND, CONNECT, LISTEN };
 
 static struct sockaddr_storage *address; /* below 4 GiB, for int 0x80 */

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 
-from hypothesis import given
+import pytest
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from graft.kernel import seccomp
 from graft.kernel.seccomp import Notification, architecture, filter_program
 
 ALLOW, NOTIFY = 0x7FFF0000, 0x7FC00000
+MACHINES = ("x86_64", "aarch64")
 ARCH, CALLS = architecture()
-I386, X32 = 0x40000003, 0x40000000
+X32 = 0x40000000
+I386, ARM = 0x40000003, 0x40000028  # AUDIT_ARCH_* of linux/audit.h
+# bind, connect, listen: arch/x86/entry/syscalls/syscall_32.tbl, arch/arm/tools/syscall.tbl
+COMPAT = {"x86_64": (I386, (361, 362, 363)), "aarch64": (ARM, (282, 283, 284))}
+
+every_machine = pytest.mark.parametrize("machine", MACHINES)
 
 
-def interpret(nr: int, arch: int) -> int:
+def interpret(nr: int, arch: int, machine: str) -> int:
     """What the filter returns for a call. struct seccomp_data: nr, arch, instruction pointer, arguments."""
     data = struct.pack("=iIQ6Q", nr - (1 << 32) if nr & 1 << 31 else nr, arch, 0, *[0] * 6)
-    program = list(struct.iter_unpack("=HBBI", filter_program()))
+    program = list(struct.iter_unpack("=HBBI", filter_program(machine)))
     accumulator = at = 0
     while True:
         code, true, false, k = program[at]
@@ -33,35 +41,52 @@ def interpret(nr: int, arch: int) -> int:
             raise AssertionError(f"instruction {code:#x}")
 
 
-def test_bind_connect_and_listen_are_trapped() -> None:
-    assert {name: interpret(number, ARCH) for name, number in CALLS.items()} == dict.fromkeys(
+@every_machine
+def test_bind_connect_and_listen_are_trapped(machine: str) -> None:
+    arch, calls = architecture(machine)
+    assert {name: interpret(number, arch, machine) for name, number in calls.items()} == dict.fromkeys(
         ("bind", "connect", "listen"), NOTIFY
     )
 
 
-@given(st.integers(0, 2**32 - 1))
-def test_every_other_call_runs_on_untouched(number: int) -> None:
-    assert interpret(number, ARCH) == (NOTIFY if number in CALLS.values() else ALLOW)
+@every_machine
+@given(number=st.integers(0, 2**32 - 1))
+def test_every_other_call_runs_on_untouched(machine: str, number: int) -> None:
+    arch, calls = architecture(machine)
+    assert interpret(number, arch, machine) == (NOTIFY if number in calls.values() else ALLOW)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1).filter(lambda arch: arch != ARCH))
-def test_calls_of_another_architecture_run_on_untouched(number: int, arch: int) -> None:
-    assert interpret(number, arch) == ALLOW
+@every_machine
+@given(number=st.integers(0, 2**32 - 1), other=st.integers(0, 2**32 - 1))
+def test_calls_of_another_architecture_run_on_untouched(machine: str, number: int, other: int) -> None:
+    assume(other != architecture(machine)[0])
+    assert interpret(number, other, machine) == ALLOW
 
 
-def test_numbers_of_32_bit_and_x32_programs_are_not_taken_for_ours() -> None:
-    for number in (*CALLS.values(), 361, 362, 363):
-        assert interpret(number, I386) == ALLOW
-        assert interpret(number | X32, ARCH) == ALLOW
+@every_machine
+def test_numbers_of_32_bit_and_x32_programs_are_not_taken_for_ours(machine: str) -> None:
+    arch, calls = architecture(machine)
+    other, numbers = COMPAT[machine]
+    for number in (*calls.values(), *numbers):
+        assert interpret(number, other, machine) == ALLOW
+        assert interpret(number | X32, arch, machine) == ALLOW
 
 
-def test_the_filter_ends_on_every_path_and_looks_at_nothing_but_number_and_architecture() -> None:
-    program = list(struct.iter_unpack("=HBBI", filter_program()))
+@every_machine
+def test_the_filter_ends_on_every_path_and_looks_at_nothing_but_number_and_architecture(machine: str) -> None:
+    program = list(struct.iter_unpack("=HBBI", filter_program(machine)))
     assert {k for code, _, _, k in program if code == 0x20} == {0, 4}
     for at, (code, true, false, _) in enumerate(program):
         if code == 0x15:
             assert at + 1 + max(true, false) < len(program)
     assert program[-1][0] == 0x06
+
+
+def test_a_machine_whose_numbers_are_not_known_is_refused() -> None:
+    for unknown in ("riscv64", "32-bit aarch64", "aarch64_be"):
+        with pytest.raises(OSError, match=unknown) as refused:
+            filter_program(unknown)
+        assert refused.value.errno == errno.ENOSYS
 
 
 def test_a_notification_is_read_from_its_bytes() -> None:

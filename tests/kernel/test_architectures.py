@@ -1,0 +1,51 @@
+"""The BPF programs as bcc compiles them on each architecture.
+
+It compiles for the host's ABI first, so their code differs between architectures, and the verifier has to accept
+each. ARCH tells bcc what it would find by itself on such a machine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from graft import loader
+from graft.compiler import CompileError, compile_text
+from graft.loader import Loaded
+
+pytestmark = pytest.mark.kernel
+
+ARCHITECTURES = {"x86": "__x86_64__", "arm64": "__aarch64__"}  # what bcc calls each, and its compiler
+
+
+def taken(loaded: Loaded) -> dict[str, str]:
+    return {one.program.name: one.reason for one in loaded.verdicts}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bcc_compiles_for_the_architecture_that_it_is_told(
+    root: None, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "asked.c"
+    source.write_text(f"#ifndef {ARCHITECTURES[architecture]}\n#error another one\n#endif\n")
+    for told in ARCHITECTURES:
+        monkeypatch.setenv("ARCH", told)
+        if told == architecture:
+            compile_text([str(source)], {})
+        else:
+            with pytest.raises(CompileError, match="another one"):
+                compile_text([str(source)], {})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_this_kernel_takes_the_programs_of_each_architecture(
+    root: None, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ARCH", raising=False)
+    here, relay_here = loader.examine(), loader.examine_relay()
+    monkeypatch.setenv("ARCH", architecture)
+    there, relay_there = loader.examine(), loader.examine_relay()
+    assert there.is_complete, loader.logs(there.verdicts)
+    assert (taken(there), there.extensions) == (taken(here), here.extensions)
+    assert taken(relay_there) == taken(relay_here)
