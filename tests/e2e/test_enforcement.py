@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from pathlib import Path
@@ -38,6 +39,19 @@ def accepted(listener: object) -> bool:
     return True
 
 
+def needs_the_call(way: str) -> None:
+    """Skips where io_uring has no bind and listen."""
+    if way == "u" and tuple(map(int, platform.release().split(".")[:2])) < (6, 11):
+        pytest.skip("io_uring has bind and listen from Linux 6.11 on")
+
+
+def race_is_hit(hit: bool, what: str) -> None:
+    """A race that was never hit fails the test, where it can be hit."""
+    if not hit and os.cpu_count() == 1:
+        pytest.skip(f"{what}: not in reach with one core; what was granted and refused was as it should be")
+    assert hit, what
+
+
 def flipped(host: Host, program: Program) -> tuple[int, int, int]:
     pattern = re.compile(r"succeeded (\d+) refused (\d+) failed (\d+)")
     program.until("a result", lambda: pattern.search(program.said), 60)
@@ -57,11 +71,11 @@ def test_a_sockaddr_that_flips_during_bind_never_gives_a_forbidden_port(host: Ho
     succeeded, refused, failed = flipped(host, program)
     assert succeeded + refused == 3000 and failed == 0
     granted = listening_ports(host).count(good)
-    assert granted > 100, "the flip never met the allowed address"
-    assert succeeded - granted > 100, "the flip never met the other address"
     assert bad not in listening_ports(host)
     program.tell("\n")
     assert program.wait() == 0
+    race_is_hit(granted > 100, "the flip never met the allowed address")
+    race_is_hit(succeeded - granted > 100, "the flip never met the other address")
 
 
 def test_a_flip_during_the_bind_of_a_socket_in_the_hosts_stack_is_refused(host: Host, programs: Programs) -> None:
@@ -71,11 +85,13 @@ def test_a_flip_during_the_bind_of_a_socket_in_the_hosts_stack_is_refused(host: 
     program = host.start(*rules, "--", programs["flip"], "rebind", "2000", "0.0.0.0", good, "0.0.0.0", bad, talk=True)
     succeeded, refused, failed = flipped(host, program)
     assert succeeded + refused == 2000 and failed == 0, program.complained
-    assert listening_ports(host).count(good) > 100
+    granted = listening_ports(host).count(good)
     assert bad not in listening_ports(host)
-    assert host.decisions(host.container(program).id)[Decision.REFUSED_BIND] == refused > 0
+    assert host.decisions(host.container(program).id)[Decision.REFUSED_BIND] == refused
     program.tell("\n")
     assert program.wait() == 0
+    race_is_hit(granted > 100, "the flip never met the allowed address")
+    race_is_hit(refused > 0, "no flip came between the supervisor's look and the kernel's copy")
 
 
 def test_a_sockaddr_that_flips_during_connect_never_reaches_a_forbidden_destination(
@@ -94,18 +110,20 @@ def test_a_sockaddr_that_flips_during_connect_never_reaches_a_forbidden_destinat
         except TimeoutError:
             program.until("its end", lambda: "succeeded" in program.said, 1)
     succeeded, refused, failed = flipped(host, program)
-    assert succeeded > 100 and succeeded >= reached
-    assert refused > 0, "no flip came between the supervisor's look and the kernel's copy"
+    assert succeeded >= reached
     assert succeeded + refused + failed == 4000
     assert not accepted(forbidden)
     program.tell("\n")
     assert program.wait() == 0
     allowed.close()
     forbidden.close()
+    race_is_hit(succeeded > 100, "the flip never met the allowed address")
+    race_is_hit(refused > 0, "no flip came between the supervisor's look and the kernel's copy")
 
 
 @pytest.mark.parametrize("way", UNTRAPPED)
 def test_an_untrapped_bind_stays_in_the_containers_namespace(host: Host, programs: Programs, way: str) -> None:
+    needs_the_call(way)
     port = host.port()
     rules = ["-i", f"0.0.0.0:{port}={host.endpoint(f'0.0.0.0:{port}')}"]
     program = host.start(
@@ -143,6 +161,7 @@ def test_an_untrapped_connect_goes_nowhere_but_in_the_containers_namespace(
 def test_a_socket_in_the_hosts_stack_binds_no_port_that_was_not_granted(
     host: Host, programs: Programs, way: str
 ) -> None:
+    needs_the_call(way)
     port = host.port()
     rules = ["-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}"]
     steps: list[str | int] = ["socket", 4, "connect", CLIENT4, 9, "home", f"bind{way}", "0.0.0.0", port, "home"]
@@ -186,6 +205,7 @@ def test_listen_on_a_socket_in_the_hosts_stack_with_no_endpoint_is_refused(host:
 
 @pytest.mark.parametrize("way", UNTRAPPED)
 def test_an_untrapped_listen_with_no_endpoint_hears_nobody(host: Host, programs: Programs, way: str) -> None:
+    needs_the_call(way)
     rules = ["-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}"]
     steps = ["socket", "4", "connect", CLIENT4, "9", f"listen{way}", "option", "1", "62", "name", "wait"]
     program = host.start(*rules, "--", programs["calls"], *steps, talk=True)
@@ -225,6 +245,7 @@ def policy(folder: Path, text: str) -> list[str]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_default_deny_refuses_what_no_rule_names(host: Host, programs: Programs, tmp_path: Path, way: str) -> None:
+    needs_the_call(way)
     port = host.port()
     rules = policy(
         tmp_path,
