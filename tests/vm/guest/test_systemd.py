@@ -57,7 +57,7 @@ def test_what_starts_in_an_attached_slice_is_served_on_its_endpoint_until_it_is_
     start("test-web", "--slice=test.slice")
     assert until("the server", answer, timeout=60) == "127.0.0.1"
     assert not listens(80)
-    output([graft, "detach", "test.slice"])
+    output([graft, "detach", "--cgroup", "test.slice"])
     assert answer() == "" and not listens(PORT)
 
 
@@ -70,7 +70,7 @@ def test_a_unit_with_a_network_of_its_own_is_published_while_it_runs(graft: Path
     output([graft, "attach", "--cgroup", "test-web.service", "-i", "0.0.0.0:80=web"])
     assert until("the server", answer, timeout=60) == "127.0.0.1"
     assert "splice" in output([graft, "ps"])
-    output([graft, "detach", "test-web.service"])
+    output([graft, "detach", "--cgroup", "test-web.service"])
     assert answer() == ""
 
 
@@ -82,7 +82,7 @@ def test_the_example_of_nginx_in_a_unit_serves_and_leaves_nothing(graft: Path) -
     shutil.copy(EXAMPLES / "graft-web.service", "/run/systemd/system/")
     output(["systemctl", "daemon-reload"])
     output(["systemctl", "start", "graft-web.service"])
-    assert "nginx" in until("nginx", answer, timeout=60)
+    assert "nginx" in until("nginx", answer, timeout=120)
     assert not listens(80)
     output(["systemctl", "stop", "graft-web.service"])
     assert answer() == "" and "web" not in output([graft, "ps"])
