@@ -19,7 +19,7 @@ demo: setup ## nginx in a namespace that has only lo, answering through the host
 	@examples/demo
 
 test: setup lint ## lint, then every test in one run (root)
-	$(PYTEST) tests/unit tests/kernel tests/e2e
+	$(PYTEST) tests/unit tests/kernel tests/e2e tests/hostile
 
 unit: $(READY) ## the tests that need neither root nor a kernel feature
 	$(PYTEST) tests/unit

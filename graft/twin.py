@@ -16,6 +16,7 @@ import struct
 from _socket import socket as Socket  # socket.socket's own base: a third of its cost to make and to close
 from collections.abc import Iterable, Iterator, Sequence
 
+from graft.kernel.credentials import as_user
 from graft.layout import Options
 
 AF_INET, AF_INET6, SOCK_STREAM = 2, 10, 1
@@ -24,7 +25,8 @@ SOL_IP, SOL_SOCKET, SOL_TCP, SOL_IPV6 = 0, 1, 6, 41
 _SNDBUF, _RCVBUF, _SNDBUFFORCE, _RCVBUFFORCE = 7, 8, 32, 33
 _PRIORITY, _ATTACH_FILTER, _LOCK_FILTER = 12, 26, 44
 _TCP_CONGESTION = 13
-_F_SETSIG, _F_GETSIG, _F_SETOWN_EX, _F_GETOWN_EX = 10, 11, 15, 16  # asm-generic/fcntl.h
+# asm-generic/fcntl.h, linux/fcntl.h
+_F_SETSIG, _F_GETSIG, _F_SETOWN_EX, _F_GETOWN_EX, _F_GETOWNER_UIDS = 10, 11, 15, 16, 17
 IPV6_V6ONLY = 26
 
 # Carried as they are: read here, written there. Names in the order of their numbers.
@@ -156,8 +158,17 @@ def liken(new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v
 
 
 def _carry_signals(old: int, new: int) -> None:
-    """Who gets SIGIO (F_SETOWN_EX, F_SETSIG of fcntl(2))."""
-    owner = fcntl.fcntl(old, _F_GETOWN_EX, struct.pack("=ii", 0, 0))
-    fcntl.fcntl(new, _F_SETOWN_EX, owner)
+    """Who gets SIGIO, and which signal instead (F_SETOWN_EX, F_SETSIG of fcntl(2)). Raises OSError.
+
+    The kernel asks nobody for a right then. It notes the user ids of who named the receiver, and sends nothing to a
+    process that they may not signal (sigio_perm, fs/fcntl.c). So the receiver is named with the ids that are noted
+    with the old socket (F_GETOWNER_UIDS; EINVAL, and the program's call fails, in a kernel that does not tell).
+    """
+    owner = fcntl.fcntl(old, _F_GETOWN_EX, bytes(8))
+    if struct.unpack("=ii", owner)[1]:
+        # Asked for after the receiver: ids that nobody has noted yet are zeros, which is root.
+        uid, euid = struct.unpack("=II", fcntl.fcntl(old, _F_GETOWNER_UIDS, bytes(8)))
+        with contextlib.suppress(ProcessLookupError), as_user(uid, euid):  # a receiver that is gone gets nothing
+            fcntl.fcntl(new, _F_SETOWN_EX, owner)
     fcntl.fcntl(new, _F_SETSIG, fcntl.fcntl(old, _F_GETSIG))
     fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_ASYNC)

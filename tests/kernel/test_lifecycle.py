@@ -18,7 +18,7 @@ from graft.programs import PROGRAMS
 from tests.support.installation import GRAFT, Host
 from tests.support.puppet import puppet
 from tests.support.shell import run
-from tests.support.wait import until
+from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.kernel
 
@@ -58,7 +58,7 @@ def test_commands_at_once_from_scratch_make_one_data_plane(bare_host: Host) -> N
         subprocess.Popen([GRAFT, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         for words in commands
     ]
-    said = [process.communicate(timeout=60)[1].decode() for process in started]
+    said = [process.communicate(timeout=60 * PATIENCE)[1].decode() for process in started]
     assert [process.returncode for process in started] == [0] * len(started), said
     assert {line.split()[0] for line in bare_host.graft("ep", "show").stdout.splitlines()} == {"a", "b"}
     assert beside(bare_host) == []

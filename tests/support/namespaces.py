@@ -17,6 +17,7 @@ from pathlib import Path
 
 from graft.kernel import netns
 from tests.support.shell import Word, output, run
+from tests.support.wait import PATIENCE
 
 PREFIX = "grafttest"
 _FOLDER = Path("/run/netns")
@@ -77,7 +78,7 @@ class Netns:
         """A TCP connection out of it."""
         with self.inside():
             sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-        sock.settimeout(timeout)
+        sock.settimeout(timeout * PATIENCE)
         sock.connect((address, port))
         return sock
 

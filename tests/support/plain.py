@@ -24,7 +24,7 @@ from tests.support.installation import Host
 from tests.support.namespaces import Netns, namespace
 from tests.support.program import Program, start
 from tests.support.shell import Word
-from tests.support.wait import until
+from tests.support.wait import PATIENCE, until
 
 _MAKER = """
 import socket, sys
@@ -65,7 +65,7 @@ class Plain:
         self.asked.send(str(int(family)).encode())
         _, fds, _, _ = socket.recv_fds(self.asked, 1, 1)
         made = socket.socket(fileno=fds[0])
-        made.settimeout(15)
+        made.settimeout(15 * PATIENCE)
         return made
 
     def listener(self, address: str = "0.0.0.0", port: int = 80, v6only: bool = True) -> socket.socket:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from tests.support.shell import Word
-from tests.support.wait import until
+from tests.support.wait import PATIENCE, until
 
 T = TypeVar("T")
 
@@ -73,16 +73,16 @@ class Program:
     def wait(self, timeout: float = 30) -> int:
         """Its exit status; a negative one is the signal that ended it."""
         try:
-            return self.process.wait(timeout)
+            return self.process.wait(timeout * PATIENCE)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"no end after {timeout:.0f} s\n{self.said}\n{self.complained}") from None
+            raise AssertionError(f"no end after {timeout * PATIENCE:.0f} s\n{self.said}\n{self.complained}") from None
 
     def stop(self, signum: signal.Signals = signal.SIGTERM) -> int:
         """End it, with SIGKILL where ``signum`` does not."""
         if self.process.poll() is None:
             self.process.send_signal(signum)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
+                self.process.wait(10 * PATIENCE)
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.support.namespaces import CLIENT4, HOST4
 from tests.support.plain import Plain
+from tests.support.wait import PATIENCE
 
 
 def published(container: Plain, address: str = "0.0.0.0", bound: str = "0.0.0.0:80") -> int:
@@ -26,7 +27,7 @@ def pair(container: Plain, listener: socket.socket, port: int) -> tuple[socket.s
     """A connection through the relay: the client's socket and the one that the container accepted."""
     client = container.host.client.connected(HOST4, port)
     accepted, _ = listener.accept()
-    accepted.settimeout(15)
+    accepted.settimeout(15 * PATIENCE)
     return client, accepted
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm import initrd, report
+from tests.vm import apt, initrd, qemu, report
 from tests.vm.kernels import Kernel, NoSuchKernel, choose, listed
 from tests.vm.report import Result, Suite
 
@@ -89,7 +89,7 @@ def test_a_line_has_what_a_script_wants() -> None:
     assert report.line(result) == (
         "kernel=6.1 job=whole result=fail demo=pass doctor=fail kernel_tests=1/2 skipped=1 seconds=812"
     )
-    assert report.failures(result) == ["step doctor", "t::bad"]
+    assert report.failures(result) == ["step doctor (status 6)", "t::bad"]
 
 
 def test_a_guest_that_was_ended_says_timeout() -> None:
@@ -104,4 +104,53 @@ def test_results_are_read_from_their_folder(tmp_path: Path) -> None:
     for name, text in (("status", "0\n"), ("demo.status", "0\n"), ("e2e.xml", JUNIT), ("e2e.status", "1\n")):
         (tmp_path / name).write_text(text)
     found = report.read(tmp_path, "6.1", "whole", 5)
-    assert (found.passed, dict(found.steps), found.tests["e2e"].passed) == (True, {"demo": 0}, 1)
+    assert (found.passed, dict(found.steps), found.tests["e2e"].passed) == (
+        True,
+        {"demo": 0, "e2e": 1},
+        1,
+    )
+    assert report.failures(found) == ["t::bad"]
+
+
+def test_a_run_of_pytest_that_left_no_report_is_named(tmp_path: Path) -> None:
+    (tmp_path / "e2e.status").write_text("4\n")
+    found = report.read(tmp_path, "6.1", "whole", 5)
+    assert "e2e=none" in report.line(found)
+    assert report.failures(found) == ["step e2e (status 4)"]
+
+
+def test_results_come_out_of_a_tar_that_may_be_cut_short(tmp_path: Path) -> None:
+    whole = qemu.packed(
+        [("out/status", _file(tmp_path / "a", b"0\n")), ("out/big", _file(tmp_path / "b", bytes(99_999)))]
+    )
+    for size, names in ((len(whole), {"status", "big"}), (5000, {"status"}), (0, set())):
+        out = tmp_path / f"out-{size}"
+        out.mkdir()
+        disk = _file(tmp_path / "disk", whole[:size] + bytes(0 if size == 5000 else 1 << 20))
+        qemu.unpack(disk, out)
+        assert {path.name for path in out.iterdir()} == names
+
+
+def _file(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        "Types: deb\nURIs: http://a.example/debian/\n\nURIs: http://b.example/debian-security\n",
+        "deb [arch=amd64] http://a.example/debian bookworm main\ndeb http://b.example/debian-security/ x main\n",
+    ],
+)
+def test_the_archives_are_read_from_this_machines_sources(sources: str) -> None:
+    assert apt.archive(sources, "debian") == "http://a.example/debian"
+    assert apt.archive(sources, "debian-security") == "http://b.example/debian-security"
+    assert apt.archive("# http://a.example/debian\n", "debian") is None
+
+
+def test_the_tests_for_a_guest_are_there() -> None:
+    root = Path(__file__).resolve().parents[2]
+    for line in (root / "tests/vm/core.txt").read_text().splitlines():
+        file, _, name = line.partition("::")
+        assert not file or file.startswith("#") or f"def {name}(" in (root / file).read_text() or not name, line

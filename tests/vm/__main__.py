@@ -63,7 +63,7 @@ def _job(name: str, kernel: Kernel) -> Job:
 
 
 def _run_all(name: str, kernels: Sequence[Kernel], disk: Disk) -> list[Result]:
-    project = [(file, ROOT / file) for file in project_files()]
+    project = qemu.packed((file, ROOT / file) for file in project_files())
 
     def one(kernel: Kernel) -> Result:
         job = _job(name, kernel)

@@ -27,6 +27,7 @@ _PACKAGES = "systemd systemd-sysv dbus udev kmod ca-certificates make git procps
 _SERVERS = "nginx iperf3 webhook redis-server postgresql haproxy docker.service docker.socket containerd podman.service"
 _TIMERS = "podman.socket podman-auto-update.timer podman-restart apt-daily.timer apt-daily-upgrade.timer fstrim.timer"
 _BYTES = 8 << 30
+_PROXIES = ("http_proxy", "https_proxy", "no_proxy")
 
 Say = Callable[[str], None]
 
@@ -43,7 +44,7 @@ def cache_folder() -> Path:
 
 def _key() -> str:
     """Changes with whatever the root file system is made of."""
-    made_of = [ROOT / ".ci/setup", Path(__file__), *sorted(FILES.iterdir())]
+    made_of = [ROOT / ".ci/setup", Path(__file__), Path(initrd.__file__), *sorted(FILES.iterdir())]
     dependencies = (ROOT / "pyproject.toml").read_text().partition("\n[tool.ruff")[0]  # as .ci/setup looks at it
     return hashlib.sha256(b"".join([dependencies.encode(), *(file.read_bytes() for file in made_of)])).hexdigest()[:16]
 
@@ -65,6 +66,7 @@ class Disk:
             self._forget_old()
             say("making the root file system: about three minutes")
             _make_tree(self._tree, self._folder / "build.log")
+        self.path.unlink(missing_ok=True)  # it lacks their modules: where this is interrupted, it must not serve
         for kernel in missing:
             say(f"unpacking {kernel.release}")
             self._add(kernel, apt)
@@ -110,7 +112,9 @@ class Disk:
         shutil.copyfile(image, self.vmlinuz(kernel))
         order = initrd.load_order((target / "modules.dep").read_text())
         contents = {path: _decompressed(target / path) for path in order}
-        self.initrd(kernel).write_bytes(initrd.initrd((self._tree / "bin/busybox").read_bytes(), contents))
+        aside = self.initrd(kernel).with_suffix(".new")
+        aside.write_bytes(initrd.initrd((self._tree / "bin/busybox").read_bytes(), contents))
+        aside.rename(self.initrd(kernel))  # the last step: it is what says that the kernel is here
         shutil.rmtree(unpacked)
 
 
@@ -148,7 +152,7 @@ def _environment() -> dict[str, str]:
     """Of the set-up in the root file system: pip's certificates are where they were copied, its other settings are this
     machine's own.
     """
-    kept = {name: value for name, value in os.environ.items() if name in ("http_proxy", "https_proxy", "no_proxy")}
+    kept = {name: value for name, value in os.environ.items() if name.lower() in _PROXIES}
     certificates = "/etc/ssl/certs/ca-certificates.crt"
     return {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -169,7 +173,8 @@ def _copy_project(target: Path) -> None:
 
 def project_files() -> list[str]:
     """The checkout's files, with those that are new and not ignored."""
-    words = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    # The folder is named safe: root may well not be its owner, and git refuses then.
+    words = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     return [name for name in found if name and os.path.lexists(ROOT / name)]
 

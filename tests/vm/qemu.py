@@ -48,15 +48,20 @@ class Machine:
     initrd: Path
 
 
-def job_disk(script: bytes, project: Iterable[tuple[str, Path]]) -> bytes:
-    """The tar that a guest finds on its job disk: the script and, as a tar too, the project's files."""
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w") as tar:
-        for name, path in project:
+def packed(files: Iterable[tuple[str, Path]]) -> bytes:
+    """The checkout as a tar: made once, so that every guest has the same however long the run takes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, path in files:
             tar.add(path, name, recursive=False)
+    return buffer.getvalue()
+
+
+def job_disk(script: bytes, project: bytes) -> bytes:
+    """The tar that a guest finds on its job disk: the script and the packed project."""
     outer = io.BytesIO()
     with tarfile.open(fileobj=outer, mode="w") as tar:
-        for name, data in (("project.tar", inner.getvalue()), ("job", script)):
+        for name, data in (("project.tar", project), ("job", script)):
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(data), 0o755
             tar.addfile(info, io.BytesIO(data))
@@ -64,7 +69,7 @@ def job_disk(script: bytes, project: Iterable[tuple[str, Path]]) -> bytes:
     return whole + bytes(-len(whole) % _SECTOR)
 
 
-def run(machine: Machine, job: Job, project: Iterable[tuple[str, Path]], out: Path) -> float:
+def run(machine: Machine, job: Job, project: bytes, out: Path) -> float:
     """Run ``job`` in a guest and unpack its results into ``out``; gives the seconds that it took.
 
     A guest that is not done in time is ended; ``out`` then has its console and what it had printed.
@@ -91,12 +96,12 @@ def run(machine: Machine, job: Job, project: Iterable[tuple[str, Path]], out: Pa
         process.kill()
         process.wait()
         entry.unlink()
-    _unpack(results, out)
+    unpack(results, out)
     results.unlink()
     return time.monotonic() - started
 
 
-def _unpack(results: Path, out: Path) -> None:
+def unpack(results: Path, out: Path) -> None:
     """The files that a guest left; one that was ended left none."""
     with contextlib.suppress(tarfile.ReadError), tarfile.open(results) as tar:
         for member in tar:

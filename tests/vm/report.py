@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _TESTS = {"kernel": "kernel_tests", "e2e": "e2e", "units": "units"}
-_STEPS = ("up", "down", "demo", "doctor", "helpers")
+_STEPS = ("up", "down", "demo", "doctor", "helpers", *_TESTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,10 @@ def line(result: Result) -> str:
     outcome = "pass" if result.passed else "timeout" if result.timed_out else "fail"
     words = [f"kernel={result.kernel}", f"job={result.job}", f"result={outcome}"]
     if result.job != "refusal":
-        words += [f"{name}={'fail' if status else 'pass'}" for name, status in result.steps.items()]
+        words += [
+            f"{name}={'fail' if status else 'pass'}" for name, status in result.steps.items() if name not in _TESTS
+        ]
+        words += [f"{_TESTS[name]}=none" for name in result.steps if name in _TESTS and name not in result.tests]
     words += [f"{_TESTS[name]}={one.passed}/{one.total - one.skipped}" for name, one in result.tests.items()]
     if result.tests:
         words.append(f"skipped={sum(one.skipped for one in result.tests.values())}")
@@ -85,5 +88,10 @@ def line(result: Result) -> str:
 
 def failures(result: Result) -> Sequence[str]:
     """The names of the steps and tests that failed."""
-    names = [f"step {name}" for name, status in result.steps.items() if status and name not in _TESTS]
+    # 1 is pytest's "some failed", which the tests' names tell; 124 is timeout(1)'s, anything else a run gone wrong.
+    names = [
+        f"step {name} (status {status})"
+        for name, status in result.steps.items()
+        if status and not (status == 1 and name in result.tests)
+    ]
     return [*names, *(name for one in result.tests.values() for name in one.failed)]

@@ -11,8 +11,9 @@ step() { # NAME COMMAND...
     return "$status"
 }
 
-tests() { # NAME ARGUMENTS OF PYTEST...
-    local name=$1
-    shift
-    step "$name" "$PYTHON" -m pytest -q -p no:cacheprovider --timeout 600 "--junitxml=/out/$name.xml" "$@"
+tests() { # NAME SECONDS ARGUMENTS OF PYTEST...
+    # Ended with SIGINT, pytest still writes its report: what was tested up to there is known.
+    local name=$1 seconds=$2
+    shift 2
+    step "$name" timeout --signal=INT --kill-after=60 "$seconds" "$PYTHON" -m pytest -v -p no:cacheprovider --timeout 600 "--junitxml=/out/$name.xml" "$@"
 }

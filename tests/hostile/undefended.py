@@ -1,0 +1,37 @@
+"""The command line with one of its defences left out, for controls: an attack that fails must work here.
+
+    python undefended.py DEFENCE run ...
+
+Nothing of this is in the product. What is put back here is what there was before the defence.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from graft import twin
+
+COMMAND = Path(__file__).resolve()
+
+
+def _signals() -> None:
+    def carry_signals(old: int, new: int) -> None:
+        fcntl.fcntl(new, 15, fcntl.fcntl(old, 16, struct.pack("=ii", 0, 0)))
+        fcntl.fcntl(new, 10, fcntl.fcntl(old, 11))
+        fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_ASYNC)
+
+    twin._carry_signals = carry_signals
+
+
+DEFENCES: dict[str, Callable[[], None]] = {"signals": _signals}
+
+if __name__ == "__main__":
+    from graft_cli.main import main
+
+    DEFENCES[sys.argv.pop(1)]()
+    main()
