@@ -15,6 +15,7 @@ from graft.kernel import bpf, cgroup
 from graft.lifecycle import locked, supervisors_cgroup
 from graft.loader import MAPS
 from graft.programs import PROGRAMS
+from tests.support.attached import attach_points
 from tests.support.installation import GRAFT, Host
 from tests.support.puppet import puppet
 from tests.support.shell import run
@@ -198,11 +199,7 @@ def test_attaching_is_all_or_nothing(bare_host: Host, monkeypatch: pytest.Monkey
         monkeypatch.setattr(bpf, "prog_attach", failing)
         with pytest.raises(Exception, match="cannot attach"):
             attachments.attach(bare_host.settings, folder, 1)
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            assert not any(bpf.prog_ids(fd, bpf.ATTACH_TYPES[program.attach]) for program in PROGRAMS)
-        finally:
-            os.close(fd)
+        assert attach_points(folder) == set()
     finally:
         folder.rmdir()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import pytest
 from graft import attachments, compiler, doctor, lifecycle, loader
 from graft.data import bpf_source_dir
 from graft.errors import KernelError
-from graft.kernel import bpf, cgroup, helpers
+from graft.kernel import cgroup, helpers
 from graft.loader import ProgramsRefused
 from graft.programs import (
     ALL_PROGRAMS,
@@ -28,6 +27,7 @@ from graft.programs import (
     refused_calls,
 )
 from tests.support.allowed_helpers import TABLE, table
+from tests.support.attached import attach_points
 from tests.support.installation import Host
 
 pytestmark = pytest.mark.kernel
@@ -88,11 +88,7 @@ def test_transport_splice_says_that_its_program_is_missing(bare_host: Host, spoi
         with pytest.raises(KernelError, match="did not take getpeername6") as error:
             attachments.attach(bare_host.settings, folder, 1, splice=True)
         assert error.value.hint == "graft doctor says why"
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            assert not any(bpf.prog_ids(fd, bpf.ATTACH_TYPES[program.attach]) for program in PROGRAMS)
-        finally:
-            os.close(fd)
+        assert attach_points(folder) == set()
     finally:
         folder.rmdir()
 
