@@ -7,10 +7,12 @@ not at all, and the code that needs it is left out then.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from graft.kernel.btf import Btf
 
 
+@cache  # all of the kernel's types are gone through, and the loader asks for each text that it compiles
 def socket_file() -> dict[str, int]:
     """For the desk's look at a socket's file and descriptor (bpf/desk.bpf.c); empty where the kernel does not tell."""
     try:
