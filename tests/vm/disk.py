@@ -26,6 +26,7 @@ _PACKAGES = "systemd systemd-sysv dbus udev kmod ca-certificates make git procps
 # What .ci/setup leaves stopped and disabled where systemd runs; in a chroot it cannot.
 _SERVERS = "nginx iperf3 webhook redis-server postgresql haproxy docker.service docker.socket containerd podman.service"
 _TIMERS = "podman.socket podman-auto-update.timer podman-restart apt-daily.timer apt-daily-upgrade.timer fstrim.timer"
+_AT_BOOT = "podman-auto-update.service"  # its timer is not all that starts it
 _BYTES = 8 << 30
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy")
 
@@ -194,7 +195,7 @@ def _settle(tree: Path, log: Path) -> None:
         hosts.write("127.0.1.1 graft-guest\n")
     _install(tree / "usr/local/sbin/graft-job", "graft-job")
     _install(tree / "etc/systemd/system/graft-job.service", "graft-job.service", 0o644)
-    for unit in f"{_SERVERS} {_TIMERS}".split():
+    for unit in f"{_SERVERS} {_TIMERS} {_AT_BOOT}".split():
         subprocess.run(["chroot", tree, "systemctl", "disable", "-q", unit], capture_output=True)
     _run(log, "chroot", tree, "systemctl", "mask", "-q", "e2scrub_reap.service", "e2scrub_all.timer")
     _run(log, "chroot", tree, "systemctl", "enable", "-q", "graft-job.service")

@@ -37,7 +37,7 @@ def graft() -> Iterator[Path]:
 
 
 def answer() -> str:
-    """What the endpoint answers; empty where nobody does."""
+    """What the endpoint answers; empty where nobody does. Asked once a second: the server has to start on this core."""
     done = subprocess.run(["curl", "-s", "-m", "10", f"http://127.0.0.1:{PORT}/"], capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else ""
 
@@ -55,7 +55,7 @@ def test_what_starts_in_an_attached_slice_is_served_on_its_endpoint_until_it_is_
     output([graft, "ep", "add", "web", f"0.0.0.0:{PORT}"])
     output([graft, "attach", "--cgroup", "test.slice", "-i", "0.0.0.0:80=web"])
     start("test-web", "--slice=test.slice")
-    assert until("the server", answer, timeout=60) == "127.0.0.1"
+    assert until("the server", answer, timeout=60, pause=1) == "127.0.0.1"
     assert not listens(80)
     output([graft, "detach", "--cgroup", "test.slice"])
     assert answer() == "" and not listens(PORT)
@@ -68,7 +68,7 @@ def test_a_unit_with_a_network_of_its_own_is_published_while_it_runs(graft: Path
     start("test-web", "--property=PrivateNetwork=yes")
     output([graft, "ep", "add", "web", f"0.0.0.0:{PORT}"])
     output([graft, "attach", "--cgroup", "test-web.service", "-i", "0.0.0.0:80=web"])
-    assert until("the server", answer, timeout=60) == "127.0.0.1"
+    assert until("the server", answer, timeout=60, pause=1) == "127.0.0.1"
     assert "splice" in output([graft, "ps"])
     output([graft, "detach", "--cgroup", "test-web.service"])
     assert answer() == ""
@@ -82,7 +82,7 @@ def test_the_example_of_nginx_in_a_unit_serves_and_leaves_nothing(graft: Path) -
     shutil.copy(EXAMPLES / "graft-web.service", "/run/systemd/system/")
     output(["systemctl", "daemon-reload"])
     output(["systemctl", "start", "graft-web.service"])
-    assert "nginx" in until("nginx", answer, timeout=120)
+    assert "nginx" in until("nginx", answer, timeout=120, pause=1)
     assert not listens(80)
     output(["systemctl", "stop", "graft-web.service"])
     assert answer() == "" and "web" not in output([graft, "ps"])
