@@ -9,6 +9,7 @@ static __always_inline void write_tag(struct tag *tag, u32 container, struct ask
 	tag->endpoint = endpoint;
 	tag->family = asked->family;
 	tag->port = asked->port;
+	tag->given = 0;
 	__builtin_memcpy(tag->addr, asked->addr, 16);
 }
 
@@ -21,9 +22,27 @@ static __always_inline int remember(struct bpf_sock_addr *ctx, struct owner *own
 	if (!own)
 		return 0;
 	write_tag(own, owner->id, asked, endpoint);
+	own->heard = 0;
 	if (owner->tag)
 		write_tag(owner->tag, owner->id, asked, endpoint);
 	return 1;
+}
+
+/* A bind that no endpoint is given for: what an earlier one asked for that then failed is not its address. */
+static __always_inline void forget_endpoint(struct bpf_sock_addr *ctx, struct owner *owner)
+{
+	struct tag *own = tags.sk_storage_get(ctx->sk, 0, 0);
+
+	if (own) {
+		own->container = owner->id;
+		own->home = GRAFT_HOME_HOST;
+		own->endpoint = 0;
+		own->given = 0;
+	}
+	if (owner->tag) {
+		owner->tag->endpoint = 0;
+		owner->tag->given = 0;
+	}
 }
 
 /* Decides a bind. Returns the endpoint to rewrite to, or NULL with *verdict set. */
@@ -49,11 +68,14 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}
+	if (ctx->sk->src_port) {
+		/* The kernel's own answer to a second bind, before the tag forgets the first. */
+		*verdict = refuse_with(EINVAL);
+		return 0;
+	}
 	id = ingress_rule(owner.container, asked);
-	if (!id && is_own(owner.container, owner.tag)) {
-		/* What an earlier bind asked for that then failed is not this one's address. */
-		if (owner.tag)
-			tags.sk_storage_delete(ctx->sk);
+	if (!id && binds_freely(owner.container)) {
+		forget_endpoint(ctx, &owner);
 		return 0;
 	}
 	endpoint = id ? endpoint_for(ctx, asked, id) : 0;
@@ -114,24 +136,95 @@ int graft_bind6(struct bpf_sock_addr *ctx)
 	return verdict;
 }
 
-/* Only now is the port really the socket's: a bind that failed (EADDRINUSE) must not leave a socket that
- * counts as bound to its endpoint. (From here there is no way to an MPTCP subflow's parent, whose tag the
- * supervisor marks itself.) */
-static __always_inline int mark_bound(struct bpf_sock *ctx)
+#ifdef GRAFT_V6ONLY_BYTE
+/* IPV6_V6ONLY, which no helper tells: a bit of struct sock, which is what the kernel calls these programs with. */
+static __always_inline int is_v6only(struct bpf_sock *ctx)
 {
-	struct tag *tag = tags.sk_storage_get(ctx, 0, 0);
+	u8 byte = 0;
 
-	if (tag && tag->home == GRAFT_HOME_HOST && tag->endpoint)
-		tag->flags |= GRAFT_TAG_BOUND;
+	return !bpf_probe_read_kernel(&byte, 1, (void *)ctx + GRAFT_V6ONLY_BYTE) && byte & GRAFT_V6ONLY_MASK;
+}
+#else
+static __always_inline int is_v6only(struct bpf_sock *ctx)
+{
+	return 0;
+}
+#endif
+
+/* Whether this bind took the IPv4 port along with the IPv6 one, and its endpoint does not give that. */
+static __always_inline int takes_ipv4_too(struct bpf_sock *ctx, struct place *place, struct endpoint *endpoint)
+{
+	if (place->family != GRAFT_IPV6 || place->ip[0] | place->ip[1] | place->ip[2] | place->ip[3])
+		return 0;
+	return !(endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK) && !is_v6only(ctx);
+}
+
+/* The tag of a socket of a direct container that binds where it likes. It is for a later policy, under which
+ * what hears now goes on hearing: without memory for it the socket does without. */
+static __always_inline struct tag *free_binder(struct bpf_sock *ctx)
+{
+	struct scope *scope = scopes.get_local_storage(0);
+	u32 id = scope->container;
+	struct container *container = id ? containers.lookup(&id) : 0;
+	struct tag *tag;
+
+	if (!lives_with_host(container, bpf_get_netns_cookie(ctx)) || !binds_freely(container))
+		return 0;
+	tag = tags.sk_storage_get(ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (tag) {
+		tag->container = id;
+		tag->home = GRAFT_HOME_HOST;
+	}
+	return tag;
+}
+
+/* The kernel has bound the socket, and here it can still be undone. Only now is the port really the socket's: a
+ * bind that failed (EADDRINUSE) must not leave one that counts as bound. (From here there is no way to an MPTCP
+ * subflow's parent, whose tag the supervisor completes itself.) */
+static __always_inline int confirm(struct bpf_sock *ctx, struct place *place)
+{
+	u8 protocol = ctx->type == SOCK_STREAM ? IPPROTO_TCP : IPPROTO_UDP;
+	struct tag *tag = tags.sk_storage_get(ctx, 0, 0);
+	struct container *container;
+	struct endpoint *endpoint;
+
+	if (!tag)
+		tag = free_binder(ctx);
+	if (!tag || tag->home != GRAFT_HOME_HOST)
+		return PASS;
+	container = containers.lookup(&tag->container);
+	if (!tag->endpoint) {
+		if (!container || !binds_freely(container))
+			return refuse_with(EACCES);
+		if (protocol == IPPROTO_UDP)
+			tag->heard = place->port;
+		return PASS;
+	}
+	endpoint = endpoints.lookup(&tag->endpoint);
+	if (!container || !endpoint || !is_granted(container, tag, place, protocol, bpf_get_netns_cookie(ctx)) ||
+	    takes_ipv4_too(ctx, place, endpoint)) {
+		count(tag->container, GRAFT_DECISION_REFUSED_BIND);
+		return refuse_with(EACCES);
+	}
+	tag->given = place->port;
+	if (protocol == IPPROTO_UDP)
+		tag->heard = place->port;
 	return PASS;
 }
 
 int graft_post_bind4(struct bpf_sock *ctx)
 {
-	return mark_bound(ctx);
+	struct place place;
+
+	place4(&place, ctx->src_ip4, ctx->src_port);
+	return confirm(ctx, &place);
 }
 
 int graft_post_bind6(struct bpf_sock *ctx)
 {
-	return mark_bound(ctx);
+	u32 ip[4] = { ctx->src_ip6[0], ctx->src_ip6[1], ctx->src_ip6[2], ctx->src_ip6[3] };
+	struct place place;
+
+	place6(&place, ip, ctx->src_port);
+	return confirm(ctx, &place);
 }

@@ -7,25 +7,21 @@
 static __always_inline int has_source(struct bpf_sock_addr *ctx, struct owner *owner, struct endpoint *endpoint,
 				      int sending)
 {
-	struct bpf_sock *sk = ctx->sk;
-	u32 at4 = sk->src_ip4;
-	u32 at[4] = { sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3] };
+	struct place place;
 	u32 ip[4];
 
-	/* Read here and now: the verifier takes no pointer that a compiler moved to save a load. */
-	asm volatile("" : "+r"(at4), "+r"(at[0]), "+r"(at[1]), "+r"(at[2]), "+r"(at[3]));
-	if (owner->tag && owner->tag->flags & GRAFT_TAG_BOUND)
-		return 1;
-	if (!sk->src_port)
+	place_of(&place, ctx->sk);
+	if (!place.port)
 		return 0;
-	if (is_own(owner->container, owner->tag) && (!sending || at4 || at[0] || at[1] || at[2] || at[3]))
+	if (is_bound(ctx->sk, owner->tag, owner->container, bpf_get_netns_cookie(ctx)))
 		return 1;
-	if (endpoint->port && endpoint->port != sk->src_port)
+	if (binds_freely(owner->container) && (!sending || place.ip[0] || place.ip[1] || place.ip[2] || place.ip[3]))
+		return 1;
+	if (endpoint->port && endpoint->port != place.port)
 		return 0;
 	__builtin_memcpy(ip, endpoint->addr, 16);
-	if (endpoint->family == GRAFT_IPV4)
-		return ip[0] == at4;
-	return ip[0] == at[0] && ip[1] == at[1] && ip[2] == at[2] && ip[3] == at[3];
+	/* An AF_INET6 socket that has no address yet has none of either family. */
+	return ip[0] == place.ip[0] && ip[1] == place.ip[1] && ip[2] == place.ip[2] && ip[3] == place.ip[3];
 }
 
 /* Transport splice: a granted connection goes to Graft's relay inside the container's namespace, which
@@ -38,15 +34,12 @@ static __always_inline int turn(struct bpf_sock_addr *ctx, struct owner *owner, 
 	if (!asked->relay) {
 		/* No daemon serves this container now. Let go on, the connection would take a way that the
 		 * operator did not mean. */
-#ifdef GRAFT_HAVE_SET_RETVAL
-		bpf_set_retval(-ECONNREFUSED);
-#endif
-		return REFUSE;
+		return refuse_with(ECONNREFUSED);
 	}
 	crossing = crossings.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!crossing) {
 		asked->relay = 0;
-		return REFUSE;
+		return refuse_with(EACCES);
 	}
 	__builtin_memcpy(crossing->addr, asked->addr, 16);
 	crossing->port = asked->port;
@@ -73,6 +66,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
+	name_loopback(asked, owner.home == GRAFT_HOME_HOST);
 	rule = egress_rule(owner.container, asked, &id);
 	if (rule == GRAFT_VERDICT_DENY) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
@@ -109,6 +103,20 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	return has_source(ctx, &owner, endpoint, sending) ? 0 : endpoint;
 }
 
+/* Towards loopback instead: Graft's relay, or what no address stands for. `plain`: ::1, else ::ffff:127.0.0.1. */
+static __always_inline void write_loopback4(struct bpf_sock_addr *ctx)
+{
+	ctx->user_ip4 = bpf_htonl(0x7f000001);
+}
+
+static __always_inline void write_loopback6(struct bpf_sock_addr *ctx, int plain)
+{
+	ctx->user_ip6[0] = 0;
+	ctx->user_ip6[1] = 0;
+	ctx->user_ip6[2] = plain ? 0 : bpf_htonl(0xffff);
+	ctx->user_ip6[3] = plain ? bpf_htonl(1) : bpf_htonl(0x7f000001);
+}
+
 int graft_connect4(struct bpf_sock_addr *ctx)
 {
 	struct asked asked;
@@ -124,10 +132,12 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	asked4(ctx, &asked);
 	from = decide_destination(ctx, &asked, &verdict, 0);
 	if (asked.relay) {
-		ctx->user_ip4 = bpf_htonl(0x7f000001);
+		write_loopback4(ctx);
 		ctx->user_port = bpf_htons(asked.relay->port);
 		return PASS;
 	}
+	if (asked.named)
+		write_loopback4(ctx);
 	if (!from)
 		return verdict;
 	__builtin_memcpy(&source.ip, from->addr, 4);
@@ -155,15 +165,12 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	asked6(ctx, &asked);
 	from = decide_destination(ctx, &asked, &verdict, 0);
 	if (asked.relay) {
-		int plain = !asked.mapped && asked.relay->six; /* ::1, else ::ffff:127.0.0.1 */
-
-		ctx->user_ip6[0] = 0;
-		ctx->user_ip6[1] = 0;
-		ctx->user_ip6[2] = plain ? 0 : bpf_htonl(0xffff);
-		ctx->user_ip6[3] = plain ? bpf_htonl(1) : bpf_htonl(0x7f000001);
+		write_loopback6(ctx, !asked.mapped && asked.relay->six);
 		ctx->user_port = bpf_htons(asked.relay->port);
 		return PASS;
 	}
+	if (asked.named)
+		write_loopback6(ctx, !asked.mapped);
 	if (!from)
 		return verdict;
 	if (from->family == GRAFT_IPV4) {
@@ -182,6 +189,16 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	return verdict;
 }
 
+/* Whether a send names no destination: of a connected socket that says something besides (a cmsg). The kernel then
+ * shows no address at all, and goes to the peer. */
+static __always_inline int goes_to_peer(struct bpf_sock_addr *ctx, struct asked *asked)
+{
+	u64 word[2];
+
+	__builtin_memcpy(word, asked->addr, 16);
+	return !asked->port && !(word[0] | word[1]) && ctx->sk->dst_port;
+}
+
 /* An unconnected datagram names its destination each time, and its source address can be set for it alone.
  * Its source port cannot: an endpoint with a port of its own serves sockets that are bound or connected. */
 int graft_sendmsg4(struct bpf_sock_addr *ctx)
@@ -192,7 +209,14 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 	u32 ip;
 
 	asked4(ctx, &asked);
+	if (goes_to_peer(ctx, &asked)) {
+		ip = ctx->sk->dst_ip4;
+		__builtin_memcpy(asked.addr, &ip, 4);
+		asked.port = bpf_ntohs(ctx->sk->dst_port);
+	}
 	from = decide_destination(ctx, &asked, &verdict, 1);
+	if (asked.named)
+		write_loopback4(ctx);
 	if (!from)
 		return verdict;
 	if (from->family != GRAFT_IPV4 || from->port)
@@ -211,7 +235,17 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	u32 ip[4];
 
 	asked6(ctx, &asked);
+	if (goes_to_peer(ctx, &asked)) {
+		ip[0] = ctx->sk->dst_ip6[0];
+		ip[1] = ctx->sk->dst_ip6[1];
+		ip[2] = ctx->sk->dst_ip6[2];
+		ip[3] = ctx->sk->dst_ip6[3];
+		__builtin_memcpy(asked.addr, ip, 16);
+		asked.port = bpf_ntohs(ctx->sk->dst_port);
+	}
 	from = decide_destination(ctx, &asked, &verdict, 1);
+	if (asked.named)
+		write_loopback6(ctx, !asked.mapped);
 	if (!from)
 		return verdict;
 	/* Towards a mapped destination the kernel asks graft_sendmsg4. */

@@ -3,19 +3,16 @@
 
 #define O_CLOEXEC 02000000
 
-/* The desk of the calling supervisor; NULL for everybody else. A container cannot ask: it is neither in
- * the supervisors' cgroup, nor does its process have a desk. */
+/* The desk of the calling supervisor; NULL for everybody else. A process that has got the number of a supervisor
+ * that died is not in that one's cgroup. */
 static __always_inline struct desk *desk_of_caller(void)
 {
-	int first = 0;
-	struct settings *set = settings.lookup(&first);
 	u32 pid = bpf_get_current_pid_tgid() >> 32;
-	u32 *slot;
+	struct desk_slot *slot = desk_slots.lookup(&pid);
 
-	if (!set || bpf_get_current_cgroup_id() != set->supervisors)
+	if (!slot || bpf_get_current_cgroup_id() != slot->cgroup)
 		return 0;
-	slot = desk_slots.lookup(&pid);
-	return slot ? desks.lookup(slot) : 0;
+	return desks.lookup(&slot->desk);
 }
 
 #ifdef GRAFT_PROBE
@@ -118,6 +115,7 @@ static __always_inline void answer_rule(struct desk *desk, struct container *con
 		if (id)
 			desk->verdict = GRAFT_VERDICT_GRANT;
 	} else {
+		name_loopback(&asked, 0);
 		desk->verdict = egress_rule(container, &asked, &id);
 	}
 	endpoint = id ? endpoints.lookup(&id) : 0;
@@ -129,6 +127,7 @@ static __always_inline void answer_rule(struct desk *desk, struct container *con
 	desk->endpoint = id;
 	desk->endpoint_netns = endpoint->netns;
 	desk->endpoint_family = endpoint->family;
+	desk->endpoint_flags = endpoint->flags;
 }
 
 /* A kernel that leads nowhere from a subflow to its MPTCP socket would let the hooks take a host-homed
@@ -153,6 +152,7 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 		return 0;
 	desk->answered = 0;
 	desk->endpoint = 0;
+	desk->endpoint_flags = 0;
 	desk->references = 0;
 	desk->flags = 0;
 	desk->probed = 0;
@@ -167,7 +167,7 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 	desk->bind_default = owner.container->bind_default;
 	desk->connect_default = owner.container->connect_default;
 	desk->home = owner.home;
-	desk->tag_flags = owner.tag ? owner.tag->flags : 0;
+	desk->bound = is_bound(ctx->sk, owner.tag, owner.container, desk->netns);
 	desk->socket_family = family;
 	desk->protocol = ctx->protocol;
 	desk->state = ctx->sk->state;
@@ -182,22 +182,4 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 		__builtin_memcpy(&desk->options, seen, sizeof(desk->options));
 	desk->answered = 1;
 	return 1;
-}
-
-/* A supervisor's next socket, tagged before anybody has it: a system call less than from user space. What is
- * said on the desk tells the supervisor that this was done. Refused is better than without a tag. */
-int graft_sock_create(struct bpf_sock *ctx)
-{
-	struct desk *desk = desk_of_caller();
-	struct tag *tag;
-
-	if (!desk || desk->birth == GRAFT_BIRTH_NONE)
-		return PASS;
-	tag = tags.sk_storage_get(ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!tag)
-		return REFUSE;
-	tag->container = desk->container;
-	tag->home = desk->birth - GRAFT_BIRTH_CONTAINER + GRAFT_HOME_CONTAINER;
-	desk->birth = GRAFT_BIRTH_NONE;
-	return PASS;
 }

@@ -18,8 +18,10 @@
  *   both     container-homed: the container's default (leave it alone, or refuse).
  *   direct   the container shares the host's namespace, so all its sockets there are host-homed, tagged or
  *            not, and what no rule names is the default's to decide.
- *   listen   has no hook that could refuse. A host-homed socket that listens on a port that no endpoint
- *            gave it is tied to an interface that cannot exist: it then hears nobody.
+ *   listen   has no hook that could refuse. A host-homed listener hears nobody until the hook has seen that it
+ *            stands at its endpoint; one that does not is tied to an interface that cannot exist, besides.
+ *   packets  of host-homed sockets, both ways: what comes to a listener that nobody granted, and what goes out
+ *            by a way that no system call's hook sees (packet.bpf.c).
  *
  *   Every refusal is EACCES where the kernel lets a program choose (5.18), else EPERM.
  */
@@ -39,11 +41,13 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define EACCES 13
+#define EINVAL 22
 #define ECONNREFUSED 111
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
 #define IPPROTO_MPTCP 262
 #define SOCK_STREAM 1
+#define SOCK_DGRAM 2
 
 /* ---- maps -------------------------------------------------------------------------------------- */
 
@@ -54,7 +58,7 @@ BPF_HASH(containers, u32, struct container, GRAFT_MAX_CONTAINERS);
 BPF_LPM_TRIE(ingress, struct ingress_key, struct ingress_value, GRAFT_MAX_RULES);
 BPF_LPM_TRIE(egress, struct egress_key, struct egress_value, GRAFT_MAX_RULES);
 BPF_LPM_TRIE(egress_ports, struct egress_port_key, struct egress_port_value, GRAFT_MAX_RULES);
-BPF_HASH(desk_slots, u32, u32, GRAFT_MAX_DESKS);
+BPF_HASH(desk_slots, u32, struct desk_slot, GRAFT_MAX_DESKS);
 BPF_TABLE("lru_hash", struct counter_key, u64, counters, GRAFT_MAX_COUNTERS);
 
 /* By hand: bcc's macro keys cgroup storage by (cgroup, attach type); keyed by the cgroup alone, one

@@ -19,6 +19,7 @@
 /* Bits of endpoint.flags. */
 #define GRAFT_ENDPOINT_OPEN 1 /* a container may ask for it by its environment */
 #define GRAFT_ENDPOINT_DECLARED 2 /* a policy made it, and it goes with the last rule that names it */
+#define GRAFT_ENDPOINT_DUAL_STACK 4 /* an IPv6 one that takes IPv4 clients too */
 
 /* Where a socket lives. */
 #define GRAFT_HOME_CONTAINER 0
@@ -32,6 +33,10 @@
 /* What becomes of an address that no rule names (container.bind_default, connect_default). */
 #define GRAFT_DEFAULT_CONTAINER 0
 #define GRAFT_DEFAULT_DENY 1
+
+/* Bits of container.flags. */
+#define GRAFT_CONTAINER_DENIES 1 /* some rule denies a destination, whatever the defaults are */
+#define GRAFT_CONTAINER_OTHERS 2 /* sockets of protocols that no rule can speak of are left alone */
 
 /* What an egress rule says of a destination. NONE: no rule speaks of it, the default decides. */
 #define GRAFT_VERDICT_NONE 0
@@ -121,18 +126,16 @@ struct scope {
 	__u32 zero;
 };
 
-/* Bits of tag.flags. */
-#define GRAFT_TAG_BOUND 1 /* the kernel has bound this socket to tag.endpoint */
-#define GRAFT_TAG_DEAF 2  /* it listened without an endpoint, and was made unreachable */
-
-/* `tags`: socket storage, cloned to accepted sockets. */
+/* `tags`: socket storage, cloned to accepted sockets. It notes what was, never what is allowed: a hook that
+ * wants to know whether a socket holds its endpoint looks at where the socket stands now (owner.bpf.c). */
 struct tag {
 	__u32 container;
 	__u32 endpoint;
 	__u8 home;
 	__u8 family;     /* of the address that the program asked for */
 	__u16 port;      /* the port that the program asked for */
-	__u32 flags;
+	__u16 given;     /* the port that its last bind to the endpoint got; 0: none yet */
+	__u16 heard;     /* the port at which it hears whoever comes; 0: nobody */
 	__u8 addr[16];   /* the address that the program asked for */
 };
 
@@ -150,10 +153,17 @@ struct options {
 	struct option option[GRAFT_OPTIONS_MAX];
 };
 
+/* `desk_slots`: a supervisor's process -> its desk, and the cgroup that it must be in to be believed. */
+struct desk_slot {
+	__u64 cgroup;
+	__u32 desk;
+	__u32 zero;
+};
+
 /* `desks`: where a supervisor asks about a socket, mapped into its memory. It writes the question,
  * calls getsockname() on a copy of the socket's descriptor, and reads what the hook answered: one
- * system call for all that a decision needs, from the same code that enforces it. `desk_slots` says
- * which desk a supervisor's process has; a process without one cannot ask.
+ * system call for all that a decision needs, from the same code that enforces it. A process without a desk
+ * cannot ask.
  */
 #define GRAFT_CALL_BIND 0
 #define GRAFT_CALL_CONNECT 1
@@ -189,14 +199,14 @@ struct desk {
 	__u8 home;
 	__u8 socket_family;
 	__u8 state;            /* TCP_*, include/net/tcp_states.h */
-	__u8 tag_flags;
+	__u8 bound;            /* 1: it stands at an endpoint that its container is granted now */
 	__u8 verdict;          /* of an egress rule; GRANT where an ingress rule names the address */
 	__u8 endpoint_family;
 	__u8 bind_default;
 	__u8 connect_default;
 	__u8 birth;            /* no answer: set before socket(), and NONE again once that socket has its tag */
 	__u16 protocol;        /* IPPROTO_TCP or IPPROTO_MPTCP */
-	__u16 zero2;
+	__u16 endpoint_flags;
 	/* the answer, as far as it is about the descriptor */
 	__u32 references;      /* to the socket's file: more than expected means a dup or a fork */
 	__u32 flags;           /* open flags, O_CLOEXEC among them */
@@ -252,6 +262,7 @@ struct flow {
 #define GRAFT_DECISION_REFUSED_CONNECT 4
 #define GRAFT_DECISION_REFUSED_OPTION 5
 #define GRAFT_DECISION_DEAFENED 6
+#define GRAFT_DECISION_DROPPED 7        /* a packet */
 #define GRAFT_DECISIONS 8
 
 /* `counters`: (container, decision) -> how often. */
@@ -264,8 +275,7 @@ struct counter_key {
 struct settings {
 	__u32 version;   /* of these layouts: a controller with another one refuses the pins */
 	__u32 last_id;   /* last id handed out, for endpoints, containers and rulesets */
-	__u64 supervisors; /* id of the cgroup that supervisors run in */
 };
-#define GRAFT_LAYOUT_VERSION 3
+#define GRAFT_LAYOUT_VERSION 4
 
 #endif

@@ -1,42 +1,24 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
 /* listen: a host-homed socket that nobody gave a port to hears nobody. */
 
-/* The tag of a listener in a direct container that may listen on its endpoints only, made if it has none. */
-static __always_inline struct tag *confined_listener(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+/* The tag of a listener in a direct container, made if it has none. */
+static __always_inline struct tag *direct_listener(struct bpf_sock *sk, u32 id)
 {
-	struct scope *scope = scopes.get_local_storage(0);
-	u32 id = scope->container;
-	struct container *container = id ? containers.lookup(&id) : 0;
-	struct tag *tag;
+	struct tag *tag = tags.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 
-	if (!container || container->transport != GRAFT_TRANSPORT_DIRECT ||
-	    container->bind_default != GRAFT_DEFAULT_DENY || container->netns != bpf_get_netns_cookie(ctx))
-		return 0;
-	tag = tags.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (tag) {
 		tag->container = id;
 		tag->home = GRAFT_HOME_HOST;
+		tag->endpoint = 0;
 	}
 	return tag;
 }
 
-/* No hook can refuse a listen(). The supervisor refuses it where it is asked; a call that passes the
- * filter untouched (32-bit, io_uring), or of a container that needs no supervisor, ends here: the listener
- * is tied to the last interface number there is, which no interface has, and the setsockopt hook keeps it
- * from being untied. */
-int graft_sock_ops(struct bpf_sock_ops *ctx)
+/* The tag that the packet hook will look at: of the socket itself, or of the MPTCP socket that it belongs to. */
+static __always_inline struct tag *listener_tag(struct bpf_sock *sk)
 {
-	struct bpf_sock *sk;
-	struct tag *tag;
-	struct container *container;
-	u32 nowhere = 0x7fffffff;
+	struct tag *tag = tags.sk_storage_get(sk, 0, 0);
 
-	if (ctx->op != BPF_SOCK_OPS_TCP_LISTEN_CB)
-		return 1;
-	sk = ctx->sk;
-	if (!sk)
-		return 1;
-	tag = tags.sk_storage_get(sk, 0, 0);
 #ifdef GRAFT_HAVE_MPTCP
 	if (!tag) {
 		void *parent = bpf_skc_to_mptcp_sock(sk);
@@ -45,16 +27,43 @@ int graft_sock_ops(struct bpf_sock_ops *ctx)
 			tag = tags.sk_storage_get(parent, 0, 0);
 	}
 #endif
-	if (!tag)
-		tag = confined_listener(ctx, sk);
-	if (!tag || tag->home != GRAFT_HOME_HOST)
+	return tag;
+}
+
+/* No hook can refuse a listen(). The supervisor refuses it where it is asked; a call that passes the filter
+ * untouched (32-bit, io_uring), or of a container that needs no supervisor, ends here. A listener hears nobody
+ * until this hook has written the port that it may be heard at into its tag (packet.bpf.c). One that may not is
+ * also tied to the last interface number there is, which no interface has, so that the kernel answers its
+ * clients as if there were no listener. That may fail, where the socket is tied to another one already. */
+int graft_sock_ops(struct bpf_sock_ops *ctx)
+{
+	struct scope *scope = scopes.get_local_storage(0);
+	u32 nowhere = 0x7fffffff;
+	struct bpf_sock *sk;
+	struct owner owner;
+	u64 netns;
+
+	if (ctx->op != BPF_SOCK_OPS_TCP_LISTEN_CB)
 		return 1;
-	/* A socket that its container had before it was detached may not listen again either. */
-	container = containers.lookup(&tag->container);
-	if (container && (tag->flags & GRAFT_TAG_BOUND || is_own(container, tag)))
+	sk = ctx->sk;
+	if (!sk)
 		return 1;
+	netns = bpf_get_netns_cookie(ctx);
+	whose(&owner, listener_tag(sk), scope->container);
+	if (!owner.tag && lives_with_host(owner.container, netns)) {
+		owner.home = GRAFT_HOME_HOST;
+		owner.tag = direct_listener(sk, owner.id);
+	}
+	if (owner.home != GRAFT_HOME_HOST)
+		return 1;
+	if (owner.container && (binds_freely(owner.container) || is_bound(sk, owner.tag, owner.container, netns))) {
+		if (owner.tag)
+			owner.tag->heard = sk->src_port;
+		return 1;
+	}
+	if (owner.tag)
+		owner.tag->heard = 0;
 	bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTOIFINDEX, &nowhere, sizeof(nowhere));
-	tag->flags |= GRAFT_TAG_DEAF;
-	count(tag->container, GRAFT_DECISION_DEAFENED);
+	count(owner.id, GRAFT_DECISION_DEAFENED);
 	return 1;
 }

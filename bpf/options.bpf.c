@@ -10,59 +10,89 @@
 #define IP_HDRINCL 3
 #define IP_OPTIONS 4
 #define IP_TRANSPARENT 19
+#define IP_IPSEC_POLICY 16
+#define IP_XFRM_POLICY 17
+#define IPV6_2292PKTOPTIONS 6
+#define IPV6_NEXTHOP 9
+#define IPV6_MULTICAST_IF 17
+#define IPV6_IPSEC_POLICY 34
+#define IPV6_HDRINCL 36
+#define IPV6_PKTINFO 50
+#define IPV6_HOPOPTS 54
+#define IPV6_RTHDRDSTOPTS 55
+#define IPV6_RTHDR 57
+#define IPV6_DSTOPTS 59
 #define IPV6_TRANSPARENT 75
 #define IPV6_UNICAST_IF 76
+#define SOL_TCP 6
+#define TCP_REPAIR 19
+#define TCP_REPAIR_WINDOW 29
 
 /* Options that would take a host-homed socket past its policy: to another interface, past the routing
- * table (a source route too), or into the addresses of others. Multicast (IP 32..48, IPv6 20, 21 and
- * 42..48) and anycast (IPv6 27, 28) join groups on the host's links. Numbers: linux/in.h, linux/in6.h. */
+ * table (a source route or another option of IP's too), or into the addresses of others. Multicast (IP 32..48,
+ * IPv6 17, 20, 21 and 42..48) and anycast (IPv6 27, 28) join groups on the host's links, or leave by one of
+ * them. TCP_REPAIR makes a connection that
+ * no hook has seen. Numbers: linux/in.h, linux/in6.h, linux/tcp.h. */
 static __always_inline int reaches_past_policy(int level, int name)
 {
 	if (level == SOL_SOCKET)
 		return name == SO_BINDTODEVICE || name == SO_MARK || name == SO_BINDTOIFINDEX;
 	if (level == SOL_IP)
-		return name == IP_TRANSPARENT || name == IP_HDRINCL || name == IP_OPTIONS || (name >= 32 && name <= 50);
+		return name == IP_TRANSPARENT || name == IP_HDRINCL || name == IP_OPTIONS ||
+		       name == IP_IPSEC_POLICY || name == IP_XFRM_POLICY || (name >= 32 && name <= 50);
 	if (level == SOL_IPV6)
-		return name == IPV6_TRANSPARENT || name == IPV6_UNICAST_IF || (name >= 20 && name <= 21) ||
-		       (name >= 27 && name <= 30) || (name >= 42 && name <= 48);
+		return name == IPV6_TRANSPARENT || name == IPV6_UNICAST_IF || name == IPV6_PKTINFO ||
+		       name == IPV6_2292PKTOPTIONS || name == IPV6_NEXTHOP || name == IPV6_MULTICAST_IF ||
+		       name == IPV6_HOPOPTS || name == IPV6_RTHDRDSTOPTS || name == IPV6_RTHDR ||
+		       name == IPV6_DSTOPTS || (name >= 20 && name <= 21) || (name >= 27 && name <= 30) ||
+		       (name >= IPV6_IPSEC_POLICY && name <= IPV6_HDRINCL) || (name >= 42 && name <= 48);
+	if (level == SOL_TCP)
+		return name == TCP_REPAIR || name == TCP_REPAIR_WINDOW;
 	return 0;
 }
 
-static __always_inline void remember_option(struct bpf_sock *sk, int level, int name)
+/* An option that cannot be remembered is refused: a twin without it would be another socket than the program has. */
+static __always_inline int remember_option(struct bpf_sock *sk, int level, int name)
 {
 	struct options *seen = options.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	u32 i;
 
 	if (!seen)
-		return;
+		return REFUSE;
 	if (level < 0 || level > 0xffff || name < 0 || name > 0xffff) {
 		seen->overflow = 1;
-		return;
+		return PASS;
 	}
 	for (i = 0; i < GRAFT_OPTIONS_MAX; i++)
 		if (i < seen->count && seen->option[i].level == level && seen->option[i].name == name)
-			return;
+			return PASS;
 	i = seen->count;
 	if (i < GRAFT_OPTIONS_MAX) {
 		seen->option[i].level = level;
 		seen->option[i].name = name;
 		seen->count = i + 1;
-		return;
+		return PASS;
 	}
 	seen->overflow = 1;
+	return PASS;
 }
 
-/* Whether a policy confines this untagged socket: a direct container's, in the host's namespace, where some
- * addresses are denied. */
-static __always_inline int is_confined(struct bpf_sockopt *ctx, u32 id)
+/* Whether a host-homed socket may not have what reaches past a policy. In a direct container that denies nothing
+ * only one that holds an endpoint may not. */
+static __always_inline int is_confined(struct owner *owner)
 {
-	struct container *container = id ? containers.lookup(&id) : 0;
+	if (!owner->container || owner->container->transport != GRAFT_TRANSPORT_DIRECT || denies(owner->container))
+		return 1;
+	return owner->tag && owner->tag->endpoint;
+}
 
-	if (!container || container->transport != GRAFT_TRANSPORT_DIRECT)
+/* Whether the socket may still be replaced by a twin: a swapped container's, neither bound nor connected. */
+static __always_inline int may_be_replaced(struct owner *owner, struct bpf_sock *sk)
+{
+	if (!owner->container || owner->container->transport != GRAFT_TRANSPORT_SWAP)
 		return 0;
-	if (container->bind_default != GRAFT_DEFAULT_DENY && container->connect_default != GRAFT_DEFAULT_DENY)
-		return 0;
-	return container->netns == bpf_get_netns_cookie(ctx);
+	return owner->home == GRAFT_HOME_CONTAINER ||
+	       (owner->tag && !owner->tag->given && sk->state == BPF_TCP_CLOSE);
 }
 
 int graft_setsockopt(struct bpf_sockopt *ctx)
@@ -77,22 +107,14 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 		ctx->optlen = 0;
 	if (!sk)
 		return PASS;
-	owner.tag = tags.sk_storage_get(sk, 0, 0);
-	owner.id = owner.tag ? owner.tag->container : scope->container;
-	owner.home = owner.tag ? owner.tag->home : GRAFT_HOME_CONTAINER;
-	if (!owner.tag && reaches_past_policy(ctx->level, ctx->optname) && is_confined(ctx, owner.id))
-		owner.home = GRAFT_HOME_HOST;
-	if (owner.home == GRAFT_HOME_HOST) {
-		if (!reaches_past_policy(ctx->level, ctx->optname)) {
-			/* A twin may be replaced by another one, as long as it is neither bound nor connected. */
-			if (owner.tag && !(owner.tag->flags & GRAFT_TAG_BOUND) && sk->state == BPF_TCP_CLOSE)
-				remember_option(sk, ctx->level, ctx->optname);
-			return PASS;
+	whose(&owner, tags.sk_storage_get(sk, 0, 0), scope->container);
+	if (reaches_past_policy(ctx->level, ctx->optname)) {
+		if (!owner.tag && lives_with_host(owner.container, bpf_get_netns_cookie(ctx)))
+			owner.home = GRAFT_HOME_HOST;
+		if (owner.home == GRAFT_HOME_HOST && is_confined(&owner)) {
+			count(owner.id, GRAFT_DECISION_REFUSED_OPTION);
+			return REFUSE;
 		}
-		count(owner.id, GRAFT_DECISION_REFUSED_OPTION);
-		return REFUSE;
 	}
-	if (scope->container || owner.tag)
-		remember_option(sk, ctx->level, ctx->optname);
-	return PASS;
+	return may_be_replaced(&owner, sk) ? remember_option(sk, ctx->level, ctx->optname) : PASS;
 }

@@ -8,6 +8,7 @@ struct asked {
 	u8 family;
 	u8 protocol;
 	u8 mapped;   /* the socket is AF_INET6 and the address IPv4 */
+	u8 named;    /* no address was asked for, and the one here is to be written for it */
 	struct relay *relay; /* transport splice: where a granted connection is turned to */
 };
 
@@ -36,28 +37,53 @@ static __always_inline struct tag *tag_of(struct bpf_sock_addr *ctx)
 	return tag;
 }
 
+/* Whose a socket is: its tag's container, else that of the cgroup that it was born in. A tag of a container
+ * that is no more, on a socket that was born in a container's cgroup, is from an earlier attachment of that
+ * cgroup: what it was granted then is no grant now. (A twin was born in the supervisors' cgroup, whose scope
+ * is 0, and stays the dead container's.) */
+static __always_inline void whose(struct owner *owner, struct tag *tag, u32 scope)
+{
+	struct container *born = scope ? containers.lookup(&scope) : 0;
+
+	owner->tag = tag;
+	owner->id = tag ? tag->container : scope;
+	owner->container = tag ? containers.lookup(&owner->id) : born;
+	if (tag && !owner->container && born) {
+		owner->tag = 0;
+		owner->id = scope;
+		owner->container = born;
+	}
+	owner->home = owner->tag ? owner->tag->home : GRAFT_HOME_CONTAINER;
+}
+
+/* Whether an untagged socket in the namespace `netns` is host-homed: the container's, in the namespace that it
+ * shares with the host. In another one, that a direct container made itself, it is not. */
+static __always_inline int lives_with_host(struct container *container, u64 netns)
+{
+	return container && container->transport == GRAFT_TRANSPORT_DIRECT && container->netns == netns;
+}
+
 static __always_inline void owner_of(struct bpf_sock_addr *ctx, struct owner *owner)
 {
 	struct scope *scope = scopes.get_local_storage(0);
 
-	owner->tag = tag_of(ctx);
-	owner->id = owner->tag ? owner->tag->container : scope->container;
-	owner->container = owner->id ? containers.lookup(&owner->id) : 0;
-	if (owner->tag)
-		owner->home = owner->tag->home;
-	else if (owner->container && owner->container->transport == GRAFT_TRANSPORT_DIRECT &&
-		 owner->container->netns == bpf_get_netns_cookie(ctx))
+	whose(owner, tag_of(ctx), scope->container);
+	if (!owner->tag && lives_with_host(owner->container, bpf_get_netns_cookie(ctx)))
 		owner->home = GRAFT_HOME_HOST;
-	else
-		owner->home = GRAFT_HOME_CONTAINER; /* also a namespace that a direct container made */
 }
 
-/* Whether what no rule names is left alone although the socket is host-homed: in a direct container the
- * host's namespace is the container's own, and its sockets are its own until they hold an endpoint. */
-static __always_inline int is_own(struct container *container, struct tag *tag)
+/* Whether a policy denies anything, so that what no rule can speak of must not get past it. */
+static __always_inline int denies(struct container *container)
 {
-	return container->transport == GRAFT_TRANSPORT_DIRECT && container->bind_default == GRAFT_DEFAULT_CONTAINER &&
-	       !(tag && tag->flags & GRAFT_TAG_BOUND);
+	return container->bind_default == GRAFT_DEFAULT_DENY || container->connect_default == GRAFT_DEFAULT_DENY ||
+	       container->flags & GRAFT_CONTAINER_DENIES;
+}
+
+/* Whether binds that no rule names are left alone although the socket is host-homed: in a direct container
+ * the host's namespace is the container's own. */
+static __always_inline int binds_freely(struct container *container)
+{
+	return container->transport == GRAFT_TRANSPORT_DIRECT && container->bind_default == GRAFT_DEFAULT_CONTAINER;
 }
 
 static __always_inline void asked4(struct bpf_sock_addr *ctx, struct asked *asked)
@@ -100,11 +126,16 @@ static __always_inline void count(u32 container, u32 decision)
 		counters.update(&key, &one);
 }
 
+static __always_inline int refuse_with(int error)
+{
+#ifdef GRAFT_HAVE_SET_RETVAL
+	bpf_set_retval(-error);
+#endif
+	return REFUSE;
+}
+
 static __always_inline int refuse(struct owner *owner, u32 decision)
 {
 	count(owner->id, decision);
-#ifdef GRAFT_HAVE_SET_RETVAL
-	bpf_set_retval(-EACCES);
-#endif
-	return REFUSE;
+	return refuse_with(EACCES);
 }

@@ -29,6 +29,25 @@ static __always_inline u32 ingress_rule(struct container *container, struct aske
 	return found ? found->endpoint : 0;
 }
 
+/* Towards no address at all the kernel goes to loopback, or, from a socket that has an address, to that one
+ * (tcp_v6_connect, ip_route_output_key_hash). Judged as loopback, and on the host's stack made so: what is
+ * decided here and where the kernel goes must be one address. */
+static __always_inline void name_loopback(struct asked *asked, int host)
+{
+	u64 word[2];
+
+	__builtin_memcpy(word, asked->addr, 16);
+	if (word[0] | word[1])
+		return;
+	if (asked->family == GRAFT_IPV4) {
+		asked->addr[0] = 127;
+		asked->addr[3] = 1;
+	} else {
+		asked->addr[15] = 1;
+	}
+	asked->named = host;
+}
+
 static __always_inline u32 egress_rule(struct container *container, struct asked *asked, u32 *endpoint)
 {
 	struct egress_key key = {

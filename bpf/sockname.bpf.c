@@ -16,6 +16,12 @@ static __always_inline int shows_endpoint(struct tag *tag, u8 *addr, u8 family)
 	return 1;
 }
 
+/* Whether it has the port that its bind to the endpoint got, itself or by the listener that accepted it. */
+static __always_inline int has_given_port(struct tag *tag, struct asked *actual)
+{
+	return tag->endpoint && tag->given && tag->given == actual->port;
+}
+
 static __always_inline int unconnected(struct bpf_sock_addr *ctx)
 {
 	return ctx->sk->state == BPF_TCP_LISTEN || ctx->sk->state == BPF_TCP_CLOSE;
@@ -27,9 +33,11 @@ int graft_getsockname4(struct bpf_sock_addr *ctx)
 	struct asked actual;
 	u32 ip;
 
-	if (serve_desk(ctx, GRAFT_IPV4) || !tag || !(tag->flags & GRAFT_TAG_BOUND))
+	if (serve_desk(ctx, GRAFT_IPV4) || !tag)
 		return PASS;
 	asked4(ctx, &actual);
+	if (!has_given_port(tag, &actual))
+		return PASS;
 	ctx->user_port = bpf_htons(tag->port);
 	if (tag->family == GRAFT_IPV4 && shows_endpoint(tag, actual.addr, GRAFT_IPV4)) {
 		__builtin_memcpy(&ip, tag->addr, 4);
@@ -47,9 +55,11 @@ int graft_getsockname6(struct bpf_sock_addr *ctx)
 	u32 ip[4] = {};
 	int wildcard;
 
-	if (serve_desk(ctx, GRAFT_IPV6) || !tag || !(tag->flags & GRAFT_TAG_BOUND))
+	if (serve_desk(ctx, GRAFT_IPV6) || !tag)
 		return PASS;
 	asked6(ctx, &actual);
+	if (!has_given_port(tag, &actual))
+		return PASS;
 	ctx->user_port = bpf_htons(tag->port);
 	if (!shows_endpoint(tag, actual.addr, actual.family))
 		return PASS;

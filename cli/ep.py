@@ -22,22 +22,37 @@ Spec = Annotated[
 Proto = Annotated[str, typer.Option("--proto", help="tcp, udp or any.")]
 Netns = Annotated[str | None, typer.Option("--netns", help="Namespace: a name, a pid or a path. Default: the host's.")]
 Open = Annotated[bool, typer.Option("--open", help="A container may ask for it by its environment.")]
+DualStack = Annotated[bool, typer.Option("--dual-stack", help="[::] has IPv4 clients too; else IPv6 ones only.")]
 
 
 @app.command()
 @command
-def add(name: Name, spec: Spec, proto: Proto = "any", netns: Netns = None, open_: Open = False) -> None:
+def add(
+    name: Name,
+    spec: Spec,
+    proto: Proto = "any",
+    netns: Netns = None,
+    open_: Open = False,
+    dual_stack: DualStack = False,
+) -> None:
     """Add an endpoint."""
-    endpoint = parse_endpoint(name, spec, proto, netns, open_)
+    endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack)
     lifecycle.require_root()
     store.add(Settings.from_environment(), endpoint)
 
 
 @app.command("set")
 @command
-def set_(name: Name, spec: Spec, proto: Proto = "any", netns: Netns = None, open_: Open = False) -> None:
+def set_(
+    name: Name,
+    spec: Spec,
+    proto: Proto = "any",
+    netns: Netns = None,
+    open_: Open = False,
+    dual_stack: DualStack = False,
+) -> None:
     """Change an endpoint; the next bind or connect follows."""
-    endpoint = parse_endpoint(name, spec, proto, netns, open_)
+    endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack)
     lifecycle.require_root()
     store.change(Settings.from_environment(), endpoint)
 
@@ -68,6 +83,7 @@ def show(name: Annotated[str | None, typer.Argument(help="One endpoint only.")] 
             "protocol": stored.endpoint.protocols.label,
             "netns": stored.endpoint.netns,
             "open": stored.endpoint.open,
+            "dual_stack": stored.endpoint.dual_stack,
             "declared": stored.declared,
         }
         for stored in found

@@ -173,6 +173,7 @@ def attach(
         choice.transport,
         name=target.name,
         engine=target.engine,
+        prepare=lambda number: held.mark_heard(maps, number, existing),
     )
     return Attached(target, facts, choice, container, replaced=False, existing=tuple(existing))
 

@@ -16,7 +16,7 @@ from graft import layout
 from graft.errors import KernelError
 from graft.kernel import bpf, cgroup
 from graft.maps import Maps
-from graft.programs import ALL_PROGRAMS, OWN_PROGRAMS, PROGRAMS, SPLICE_PROGRAMS, Program
+from graft.programs import ALL_PROGRAMS, PROGRAMS, SPLICE_PROGRAMS, Program
 from graft.settings import Settings
 
 
@@ -38,7 +38,7 @@ def _loaded(settings: Settings, programs: Sequence[Program]) -> list[Program]:
     return [program for program in programs if _pin(settings, program).exists()]
 
 
-def _wanted(settings: Settings, container: int, splice: bool) -> list[Program]:
+def _wanted(settings: Settings, splice: bool) -> list[Program]:
     """The programs for a cgroup. Raises KernelError where transport splice lacks one."""
     missing = [one.name for one in SPLICE_PROGRAMS if splice and not _pin(settings, one).exists()]
     if missing:
@@ -46,8 +46,7 @@ def _wanted(settings: Settings, container: int, splice: bool) -> list[Program]:
             f"transport splice does not work here: the kernel did not take {', '.join(missing)}",
             "graft doctor says why",
         )
-    own = () if container else _loaded(settings, OWN_PROGRAMS)
-    return [*PROGRAMS, *own, *(SPLICE_PROGRAMS if splice else ())]
+    return [*PROGRAMS, *(SPLICE_PROGRAMS if splice else ())]
 
 
 @contextlib.contextmanager
@@ -70,7 +69,7 @@ def attach(settings: Settings, path: Path, container: int, splice: bool = False)
     ``splice``: those of that transport too. All of them or none: what was attached before a failure is
     taken off again. Raises KernelError.
     """
-    wanted = _wanted(settings, container, splice)
+    wanted = _wanted(settings, splice)
     with _opened(path) as cgroup_fd, _opened_programs(settings, wanted) as programs:
         done: list[tuple[int, int]] = []
         try:

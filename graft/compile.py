@@ -7,8 +7,8 @@ dual-stack [::]:80 is served by an IPv4 endpoint, as a v4-mapped address.
 
 Egress. The kernel takes the longest prefix that holds the destination, and under its node the port. It does
 not come back to a shorter prefix, so every node lists all its ports: its own rules', and for the other ports
-those of the nearest shorter prefix. Loopback destinations stay the container's: where a wider rule would
-cover them, they get a prefix of their own with an empty node.
+those of the nearest shorter prefix. Loopback and link-local destinations stay the container's: where a wider rule
+would cover them, they get a prefix of their own with an empty node.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import TypeVar
 from graft.address import IPAddress, Prefix, pack16
 from graft.endpoint import IP_PROTOCOLS, Endpoint, Protocol
 from graft.errors import UsageError
+from graft.layout import CONTAINER_DENIES, CONTAINER_OTHERS
 from graft.policy import Default, Policy, PolicyError, Verdict
 from graft.policy_rules import (
     ANY4,
     ANY6,
-    LOOPBACKS,
-    UNSPECIFIED,
+    GUARDS,
     IngressClaim,
     check_endpoints_exist,
     check_rules,
@@ -89,13 +89,17 @@ class EgressPortEntry:
 
 @dataclass(frozen=True, slots=True)
 class RuleSet:
-    """A whole policy as map entries. Nodes are numbered from 1; a node may have no ports at all."""
+    """A whole policy as map entries. Nodes are numbered from 1; a node may have no ports at all.
+
+    ``flags`` are the container's (graft/layout.py).
+    """
 
     ingress: tuple[IngressEntry, ...]
     egress_prefixes: tuple[EgressPrefixEntry, ...]
     egress_ports: tuple[EgressPortEntry, ...]
     bind_default: Default
     connect_default: Default
+    flags: int = 0
 
     @property
     def entries(self) -> int:
@@ -130,7 +134,15 @@ def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet
         egress_ports=tuple(entry for entry in egress if isinstance(entry, EgressPortEntry)),
         bind_default=policy.bind_default,
         connect_default=policy.connect_default,
+        flags=_flags(policy),
     )
+
+
+def _flags(policy: Policy) -> int:
+    """What the hooks have to know of a policy besides its rules and defaults."""
+    denies = policy.other_default is Default.DENY or any(rule.verdict is Verdict.DENY for rule in policy.egress)
+    others = policy.other_default is Default.CONTAINER
+    return CONTAINER_DENIES * denies | CONTAINER_OTHERS * others
 
 
 def _at_most(limit: int, entries: Iterator[Entry]) -> list[Entry]:
@@ -230,7 +242,7 @@ def _own_layouts(
             outcome = (rule.verdict, rule.endpoint)
             layout[outcome] = layout.get(outcome, 0) | mask
     for own in tries.values():
-        for guard in (*LOOPBACKS, *UNSPECIFIED):
+        for guard in GUARDS:
             if guard not in own and any(guard.inside(prefix) for prefix in own):
                 own[guard] = {}
     return tries
@@ -238,7 +250,7 @@ def _own_layouts(
 
 def _parent(prefix: Prefix, complete: Mapping[Prefix, object], lengths: Iterable[int]) -> Prefix | None:
     """The longest of ``complete`` that holds ``prefix``; for one in loopback, only if it is in loopback too."""
-    guard = next((guard for guard in (*LOOPBACKS, *UNSPECIFIED) if prefix.inside(guard)), None)
+    guard = next((guard for guard in GUARDS if prefix.inside(guard)), None)
     shortest = 0 if guard is None else guard.length
     for length in lengths:
         if shortest <= length < prefix.length:

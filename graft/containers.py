@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -94,6 +95,7 @@ class _Installed:
     ruleset: int
     bind_default: int
     connect_default: int
+    flags: int
     superseded: dict[str, int]
 
 
@@ -109,7 +111,7 @@ def _install_locked(settings: Settings, maps: Maps, policy: Policy, replaced: in
         store.restore_locked(settings, maps, superseded)
         store.forget_unused_locked(settings, maps)
         raise
-    return _Installed(number, compiled.bind_default, compiled.connect_default, superseded)
+    return _Installed(number, compiled.bind_default, compiled.connect_default, compiled.flags, superseded)
 
 
 def _endpoint_names(policy: Policy) -> tuple[str, ...]:
@@ -150,10 +152,12 @@ def create(
     name: str | None = None,
     engine: str = "graft",
     relay: str = "splice",
+    prepare: Callable[[int], None] | None = None,
 ) -> Container:
     """Put the cgroup at ``path`` under ``policy``. ``netns``: cookie of the namespace its processes live in.
 
-    ``name`` is by default the policy's. Nothing stays behind where it fails (PolicyError, ConflictError,
+    ``name`` is by default the policy's. ``prepare`` is called with the container's id when its rules are there and
+    no hook yet is. Nothing stays behind where it fails (PolicyError, ConflictError,
     KernelError; RefusedError where a cgroup above or below is attached).
     """
     with locked(settings):
@@ -162,8 +166,12 @@ def create(
         new = _install_locked(settings, maps, policy)
         number = new_id(maps)
         try:
-            value = layout.ContainerValue(netns, new.ruleset, transport, new.bind_default, new.connect_default)
+            value = layout.ContainerValue(
+                netns, new.ruleset, transport, new.bind_default, new.connect_default, new.flags
+            )
             maps.containers.put(ctypes.c_uint32(number), value)
+            if prepare is not None:
+                prepare(number)
             attachments.attach(settings, path, number, splice=transport is Transport.SPLICE)
             container = Container(
                 id=number,
@@ -205,7 +213,8 @@ def apply(
             raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
         old = value.ruleset
         new = _install_locked(settings, maps, policy, replaced=old)
-        value.ruleset, value.bind_default, value.connect_default = new.ruleset, new.bind_default, new.connect_default
+        value.ruleset, value.flags = new.ruleset, new.flags
+        value.bind_default, value.connect_default = new.bind_default, new.connect_default
         maps.containers.put(key, value)
         rules.erase(maps, old)
         store.settle_locked(settings, maps, new.superseded)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from graft.layout import TAG_BOUND, Home
+from graft.layout import ENDPOINT_DUAL_STACK, Home
 from graft.policy import Default, Verdict
 
 TCP_CLOSE = 7  # include/net/tcp_states.h: neither connected, nor connecting, nor listening
@@ -78,7 +78,7 @@ class Facts(NamedTuple):
     """What the hooks say of the socket that a call is about, in the order of struct desk (bpf/graft.h).
 
     Namespaces are cookies. ``endpoint`` is the id of the one that a rule names, ``verdict`` that rule's.
-    ``local_port`` is 0 where the socket is not bound.
+    ``local_port`` is 0 where the socket has none; ``bound`` says that it stands at an endpoint that is granted now.
     """
 
     netns: int
@@ -90,17 +90,18 @@ class Facts(NamedTuple):
     home: int
     family: int
     state: int
-    tag_flags: int
+    bound: int
     verdict: int
     endpoint_family: int
     bind_default: int
     connect_default: int
     protocol: int
+    endpoint_flags: int
 
     @property
-    def bound(self) -> bool:
-        """Whether it holds a granted endpoint."""
-        return bool(self.tag_flags & TAG_BOUND)
+    def endpoint_is_ipv6_only(self) -> bool:
+        """Whether a socket that is bound to the endpoint may not have its IPv4 port too."""
+        return self.endpoint_family == 6 and not self.endpoint_flags & ENDPOINT_DUAL_STACK
 
 
 class Action(enum.Enum):
@@ -114,12 +115,16 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """An action; TO_HOST with an endpoint's id and its namespace's cookie, REFUSE with an errno."""
+    """An action; TO_HOST with an endpoint's id and its namespace's cookie, REFUSE with an errno.
+
+    ``v6only``: the twin takes no IPv4, whatever the socket does.
+    """
 
     action: Action
     endpoint: int = 0
     netns: int = 0
     error: int = 0
+    v6only: bool = False
 
 
 RESUME = Decision(Action.RESUME)
@@ -153,9 +158,10 @@ def _decide_bind(address: Sockaddr, facts: Facts, v6only: bool) -> Decision:
         return RESUME  # bound already: the kernel's EINVAL
     # An IPv6-only socket cannot have an IPv4 endpoint.
     if facts.endpoint and not (facts.endpoint_family == 4 and address.family == 6 and v6only):
-        if facts.home == Home.HOST and facts.endpoint_netns == facts.netns:
+        only = facts.endpoint_is_ipv6_only and facts.family == 6
+        if facts.home == Home.HOST and facts.endpoint_netns == facts.netns and (v6only or not only):
             return RESUME
-        return Decision(Action.TO_HOST, facts.endpoint, facts.endpoint_netns)
+        return Decision(Action.TO_HOST, facts.endpoint, facts.endpoint_netns, v6only=only)
     return _without_rule(facts, facts.bind_default)
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from graft import layout
 from graft.decision import Call, Facts, Sockaddr
 from graft.errors import KernelError
+from graft.kernel import cgroup
 from graft.lifecycle import locked
 from graft.maps import Maps
 from graft.settings import Settings
@@ -26,7 +27,7 @@ from graft.settings import Settings
 # struct desk up to its answer, `fdinfo` to `addr`.
 _QUESTION = struct.Struct("=iiIHBB16s")
 # From there to the first of its `options`: decision.Facts in their order, without `birth`, then Descriptor.
-_ANSWER = struct.Struct("=QQQIHBBBBBBBBBxH2x5I")
+_ANSWER = struct.Struct("=QQQIHBBBBBBBBBxHH5I")
 _FACTS = len(Facts._fields)
 _ANSWERED, _BIRTH = layout.Desk.answered.offset, layout.Desk.birth.offset
 _NO_ADDRESS = Sockaddr(0, bytes(16), 0)
@@ -109,7 +110,7 @@ def _free_slot(maps: Maps) -> int:
     taken: set[int] = set()
     for pid, slot in maps.desk_slots.items():
         if os.path.exists(f"/proc/{pid.value}"):
-            taken.add(int(slot.value))
+            taken.add(int(slot.desk))
         else:
             maps.desk_slots.delete(pid)
     for free in range(layout.MAX_DESKS):
@@ -119,10 +120,11 @@ def _free_slot(maps: Maps) -> int:
 
 
 def open_desk(settings: Settings, maps: Maps, container: int) -> Desk:
-    """A desk for the calling process. Raises KernelError where there is none left."""
+    """A desk for the calling process, in the cgroup that it is in now. Raises KernelError where there is none left."""
     with locked(settings):
         slot = _free_slot(maps)
-        maps.desk_slots.put(ctypes.c_uint32(os.getpid()), ctypes.c_uint32(slot))
+        own = cgroup.cgroup_id(cgroup.of_process(os.getpid()))
+        maps.desk_slots.put(ctypes.c_uint32(os.getpid()), layout.DeskSlot(cgroup=own, desk=slot))
     return Desk(maps, slot, container)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import IntFlag
+from ipaddress import IPv6Address
 
 from graft.address import (
     DYNAMIC,
@@ -54,7 +55,8 @@ class Endpoint:
     """A named address of a network stack, the host's unless ``netns`` names another one.
 
     ``port`` 0 is dynamic: the kernel picks. ``netns`` is a name, a pid or a path, as the operator gave
-    it. ``open`` lets a container ask for it by its environment.
+    it. ``open`` lets a container ask for it by its environment. An IPv6 one has IPv6 clients only, unless it is
+    ``dual_stack``.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Endpoint:
     protocols: Protocol = ANY_PROTOCOL
     netns: str | None = None
     open: bool = False
+    dual_stack: bool = False
 
     @property
     def family(self) -> int:
@@ -84,13 +87,21 @@ class Endpoint:
         return f"{self.name} = {self.spec}"
 
 
-def parse_endpoint(name: str, spec: str, proto: str = "any", netns: str | None = None, open_: bool = False) -> Endpoint:
+def parse_endpoint(
+    name: str,
+    spec: str,
+    proto: str = "any",
+    netns: str | None = None,
+    open_: bool = False,
+    dual_stack: bool = False,
+) -> Endpoint:
     """The endpoint ``name`` at ``spec`` (``ADDR:PORT``, ``[ADDR6]:PORT``, port also ``dynamic`` or 0).
 
-    Raises UsageError that names the field: name, address, protocol or netns.
+    Raises UsageError that names the field: name, address, protocol, netns or dual stack.
     """
     parse_name(name)
     address = parse_endpoint_address(spec)
+    check_dual_stack(dual_stack, address)
     return Endpoint(
         name=name,
         address=address.ip,
@@ -98,7 +109,14 @@ def parse_endpoint(name: str, spec: str, proto: str = "any", netns: str | None =
         protocols=parse_protocol(proto),
         netns=None if netns is None else parse_netns(netns),
         open=open_,
+        dual_stack=dual_stack,
     )
+
+
+def check_dual_stack(wanted: bool, address: SocketAddress, field: str = "dual stack") -> None:
+    """Raises UsageError where an endpoint at ``address`` cannot have IPv4 clients too."""
+    if wanted and address.ip != IPv6Address(0):
+        raise UsageError(f"{field}: only the address [::] has IPv4 beside IPv6", "[::]:PORT, or leave it out")
 
 
 def parse_name(text: str, field: str = "name", longest: int = MAX_ENDPOINT_NAME) -> str:

@@ -126,7 +126,7 @@ def _held(maps: Maps, names: dict[int, str], container: int, one: Listed, pid: i
         tag = None if sock is None else tag_of(maps, sock)
     if tag is None or tag.container != container or tag.home != Home.HOST or not tag.endpoint:
         return Held(pid, fd, one)
-    asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.flags & layout.TAG_BOUND else None
+    asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.given else None
     return Held(pid, fd, one, names.get(tag.endpoint, "(deleted)"), asked)
 
 
@@ -136,6 +136,17 @@ def in_host(settings: Settings, pids: Iterable[int]) -> list[Held]:
     with netns.entered(settings.host_netns):
         listed = list(sockets.listed())
     return [Held(*places[one.inode], one) for one in listed if one.inode in places]
+
+
+def mark_heard(maps: Maps, container: int, existing: Iterable[Held]) -> None:
+    """Let go on hearing what heard before its container, the direct one ``container``, came under a policy."""
+    for one in existing:
+        if one.listed.protocol == "udp" or one.listed.state == "listening":
+            with borrowed(one.pid, one.fd, one.listed.inode) as sock, contextlib.suppress(OSError):
+                if sock is not None:
+                    port = int(one.listed.local.rpartition(":")[2])
+                    tag = layout.Tag(container=container, home=Home.HOST, heard=port)
+                    maps.tags.put(ctypes.c_int32(sock.fileno()), tag)
 
 
 def withdraw(held: Held) -> bool:

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -43,12 +43,14 @@ class Decision(enum.IntEnum):
     REFUSED_CONNECT = 4
     REFUSED_OPTION = 5
     DEAFENED = 6
+    DROPPED = 7
 
 
 ENDPOINT_OPEN = 1
 ENDPOINT_DECLARED = 2
-TAG_BOUND = 1
-TAG_DEAF = 2
+ENDPOINT_DUAL_STACK = 4
+CONTAINER_DENIES = 1
+CONTAINER_OTHERS = 2
 PROBED = 1
 PROBED_EPOLL = 2
 PROBED_FLAGS = 4
@@ -164,7 +166,8 @@ class Tag(ctypes.Structure):
         ("home", ctypes.c_uint8),
         ("family", ctypes.c_uint8),
         ("port", ctypes.c_uint16),
-        ("flags", ctypes.c_uint32),
+        ("given", ctypes.c_uint16),
+        ("heard", ctypes.c_uint16),
         ("addr", _ADDR),
     )
 
@@ -183,6 +186,12 @@ class Options(ctypes.Structure):
         ("overflow", ctypes.c_uint32),
         ("option", Option * OPTIONS_MAX),
     )
+
+
+class DeskSlot(ctypes.Structure):
+    """`desk_slots`: a supervisor's process id -> this."""
+
+    _fields_ = (("cgroup", ctypes.c_uint64), ("desk", ctypes.c_uint32), ("zero", ctypes.c_uint32))
 
 
 class Desk(ctypes.Structure):
@@ -205,14 +214,14 @@ class Desk(ctypes.Structure):
         ("home", ctypes.c_uint8),
         ("socket_family", ctypes.c_uint8),
         ("state", ctypes.c_uint8),
-        ("tag_flags", ctypes.c_uint8),
+        ("bound", ctypes.c_uint8),
         ("verdict", ctypes.c_uint8),
         ("endpoint_family", ctypes.c_uint8),
         ("bind_default", ctypes.c_uint8),
         ("connect_default", ctypes.c_uint8),
         ("birth", ctypes.c_uint8),
         ("protocol", ctypes.c_uint16),
-        ("zero2", ctypes.c_uint16),
+        ("endpoint_flags", ctypes.c_uint16),
         ("references", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
         ("probed", ctypes.c_uint32),
@@ -282,5 +291,4 @@ class SettingsValue(ctypes.Structure):
     _fields_ = (
         ("version", ctypes.c_uint32),
         ("last_id", ctypes.c_uint32),
-        ("supervisors", ctypes.c_uint64),
     )

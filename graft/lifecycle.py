@@ -149,16 +149,10 @@ def _load(settings: Settings, folder: Path) -> Loaded:
 
 
 def _supervise(settings: Settings) -> None:
-    """The supervisors' cgroup, under the hooks, and known to them by its id."""
+    """The supervisors' cgroup, under the hooks."""
     folder = supervisors_cgroup(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    maps = Maps(settings.pin_dir)
     attachments.attach(settings, folder, 0)
-    first = ctypes.c_uint32(0)
-    value = maps.settings.get(first)
-    assert value is not None
-    value.supervisors = cgroup.cgroup_id(folder)
-    maps.settings.put(first, value)
 
 
 def new_id(maps: Maps) -> int:

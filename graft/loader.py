@@ -55,12 +55,15 @@ SOURCES = (
     "graft.bpf.c",
     "owner.bpf.c",
     "rules.bpf.c",
+    "place.bpf.c",
     "bind.bpf.c",
     "connect.bpf.c",
     "desk.bpf.c",
+    "create.bpf.c",
     "sockname.bpf.c",
     "options.bpf.c",
     "listen.bpf.c",
+    "packet.bpf.c",
     "splice.bpf.c",
 )
 
@@ -147,7 +150,7 @@ def _allows(program: Program, helper: int) -> bool:
 
 def constants(extensions: frozenset[Extension]) -> dict[str, int]:
     """What the text of the hooks is compiled with."""
-    probe = offsets.socket_file() if PROBE in extensions else {}
+    probe = offsets.structures() if PROBE in extensions else {}
     return {**SIZES, **probe, **{one.flag: 1 for one in extensions}}
 
 
@@ -161,7 +164,7 @@ def compile_for(allows: Callable[[Program, int], bool]) -> tuple[Compiled, froze
 
     Raises CompileError.
     """
-    wanted = EXTENSIONS if offsets.socket_file() else EXTENSIONS - {PROBE}
+    wanted = EXTENSIONS if offsets.structures() else EXTENSIONS - {PROBE}
     compiled = compile_text(SOURCES, constants(wanted))
     allowed = allowed_extensions(wanted, refused_calls(ALL_PROGRAMS, calls_of(compiled, ALL_PROGRAMS), allows))
     return (compiled if allowed == wanted else compile_text(SOURCES, constants(allowed))), allowed

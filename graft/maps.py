@@ -87,9 +87,9 @@ class Maps:
         return self._open("desks", ctypes.c_uint32, layout.Desk)
 
     @cached_property
-    def desk_slots(self) -> Map[ctypes.c_uint32, ctypes.c_uint32]:
-        """Process id of a supervisor -> slot."""
-        return self._open("desk_slots", ctypes.c_uint32, ctypes.c_uint32)
+    def desk_slots(self) -> Map[ctypes.c_uint32, layout.DeskSlot]:
+        """Process id of a supervisor -> its desk."""
+        return self._open("desk_slots", ctypes.c_uint32, layout.DeskSlot)
 
     @cached_property
     def relays(self) -> Map[ctypes.c_uint32, layout.RelayValue]:

@@ -13,8 +13,12 @@ from graft.kernel.btf import Btf
 
 
 @cache  # all of the kernel's types are gone through, and the loader asks for each text that it compiles
-def socket_file() -> dict[str, int]:
-    """For the desk's look at a socket's file and descriptor (bpf/desk.bpf.c); empty where the kernel does not tell."""
+def structures() -> dict[str, int]:
+    """What the hooks read of the kernel's structures; empty where the kernel does not tell.
+
+    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/bind.bpf.c) and a packet's namespace
+    (bpf/packet.bpf.c).
+    """
     try:
         btf = Btf.of_kernel()
     except (OSError, ValueError):
@@ -41,7 +45,19 @@ def socket_file() -> dict[str, int]:
         "GRAFT_INODE_UID": btf.offset("inode", "i_uid"),
         "GRAFT_INODE_GID": btf.offset("inode", "i_gid"),
     }
-    return {**_all_or_none(file), **_all_or_none(descriptor)} if _all_or_none(file) else {}
+    v6only = btf.bit_offset("sock_common", "skc_ipv6only")
+    bind = {
+        "GRAFT_V6ONLY_BYTE": None if v6only is None else v6only // 8,
+        "GRAFT_V6ONLY_MASK": None if v6only is None else 1 << v6only % 8,
+    }
+    packet = {
+        "GRAFT_SKB_SK": btf.offset("sk_buff", "sk"),
+        "GRAFT_SOCK_NET": btf.offset("sock_common", "skc_net"),
+        "GRAFT_NET_COOKIE": btf.offset("net", "net_cookie"),
+    }
+    if not _all_or_none(file):
+        return {}
+    return {name: value for group in (file, descriptor, bind, packet) for name, value in _all_or_none(group).items()}
 
 
 def write_seq() -> int | None:

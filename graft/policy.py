@@ -80,7 +80,11 @@ class EgressRule:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy whose text was right; its endpoints are those that it declares itself."""
+    """A policy whose text was right; its endpoints are those that it declares itself.
+
+    ``other_default``: of sockets that no rule can speak of (SCTP, UDP-Lite, ICMP, raw) on the host's stack; None: deny
+    where anything else is denied.
+    """
 
     name: str
     endpoints: tuple[Endpoint, ...] = ()
@@ -89,6 +93,7 @@ class Policy:
     bind_default: Default = Default.CONTAINER
     connect_default: Default = Default.CONTAINER
     open: bool = False
+    other_default: Default | None = None
 
     def resolve(self, known: Mapping[str, Endpoint]) -> dict[str, Endpoint]:
         """Endpoints by name: the ``known`` ones, and over them those that the policy declares."""

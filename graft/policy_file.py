@@ -27,6 +27,7 @@ from graft.endpoint import (
     MAX_POLICY_NAME,
     Endpoint,
     Protocol,
+    check_dual_stack,
     parse_endpoint_address,
     parse_name,
     parse_netns,
@@ -181,8 +182,9 @@ def _long_default(value: Value) -> Value:
 
 
 _Name = Annotated[str, _text(lambda text, field: parse_name(text, field, MAX_POLICY_NAME))]
-_DefaultField = Annotated[Default, _choice({"container": Default.CONTAINER, "deny": Default.DENY})]
-_Switch = Annotated[bool, _of_type(bool, "open: true, or leave it out")]
+_DEFAULTS = _choice({"container": Default.CONTAINER, "deny": Default.DENY})
+_DefaultField = Annotated[Default, _DEFAULTS]
+_Switch = Annotated[bool, _of_type(bool, "true, or leave it out")]
 _Port = Annotated[PortRange, _text(parse_port_range)]
 
 
@@ -206,6 +208,7 @@ class _EndpointModel(_Model):
     protocol: Annotated[Protocol, _text(parse_protocol)] = ANY_PROTOCOL
     netns: Annotated[str | None, _text(parse_netns)] = None
     open: _Switch = False
+    dual_stack: _Switch = False
 
 
 class _IngressModel(_Model):
@@ -225,6 +228,7 @@ class _EgressModel(_Model):
 class _DefaultModel(_Model):
     bind: _DefaultField = Default.CONTAINER
     connect: _DefaultField = Default.CONTAINER
+    other: Annotated[Default | None, _DEFAULTS] = None
 
 
 M = TypeVar("M", bound=_Model)
@@ -252,6 +256,7 @@ class _Examination:
             bind_default=default.bind,
             connect_default=default.connect,
             open=whole.open if whole else False,
+            other_default=default.other,
         )
         self.problems += [self._placed(problem) for problem in check_rules(policy, policy.resolve(self._known or {}))]
         return policy
@@ -269,8 +274,17 @@ class _Examination:
             model = self._validate(_EndpointModel, ("endpoints", name), _long_endpoint(value))
             if self._named(name) and model:
                 address, port = model.address.ip, model.address.port
-                endpoints.append(Endpoint(name, address, port, model.protocol, model.netns, model.open))
+                self._check_dual_stack(name, model)
+                endpoints.append(
+                    Endpoint(name, address, port, model.protocol, model.netns, model.open, model.dual_stack)
+                )
         return tuple(endpoints)
+
+    def _check_dual_stack(self, name: str, model: _EndpointModel) -> None:
+        try:
+            check_dual_stack(model.dual_stack, model.address, _FIELD)
+        except UsageError as error:
+            self._report(("endpoints", name, "dual_stack"), _without_field(error, _FIELD), error.hint)
 
     def _named(self, name: str) -> bool:
         try:

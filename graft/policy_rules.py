@@ -25,6 +25,12 @@ LOOPBACKS = (Prefix(IPv4Network("127.0.0.0/8")), Prefix(IPv6Network("::1/128")))
 UNSPECIFIED = (Prefix(IPv4Network("0.0.0.0/32")), Prefix(IPv6Network("::/128")))
 """Destinations that the kernel takes as loopback, so that no rule ever speaks of them."""
 
+LINK_LOCAL = (Prefix(IPv6Network("fe80::/10")),)
+"""Destinations that are told apart by an interface only, which no rule names."""
+
+GUARDS = (*LOOPBACKS, *UNSPECIFIED, *LINK_LOCAL)
+"""Destinations that a wider rule does not cover."""
+
 
 @dataclass(frozen=True, slots=True)
 class IngressClaim:

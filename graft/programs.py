@@ -46,26 +46,18 @@ def _both(name: str, purpose: str, kind: int = bpf.PROG_CGROUP_SOCK_ADDR, withou
         yield Program(f"{name}{family}", kind, f"{name}{family}", purpose, without)
 
 
-# On every container's cgroup.
+# On every container's cgroup, and on those of Graft's own processes.
 PROGRAMS = (
     *_both("bind", "only addresses of granted endpoints"),
     *_both("connect", "only granted destinations"),
     *_both("sendmsg", "only granted destinations, UDP"),
     *_both("getsockname", "tells the address that was asked for; answers supervisors"),
-    *_both("post_bind", "notes that a bind succeeded", bpf.PROG_CGROUP_SOCK),
+    *_both("post_bind", "undoes a bind that is not its endpoint's", bpf.PROG_CGROUP_SOCK),
+    Program("sock_create", bpf.PROG_CGROUP_SOCK, "sock_create", "tags sockets as they are made"),
     Program("setsockopt", bpf.PROG_CGROUP_SOCKOPT, "setsockopt", "no option that reaches past the policy"),
     Program("sock_ops", bpf.PROG_SOCK_OPS, "sock_ops", "no listener without an endpoint"),
-)
-
-# On the cgroups of Graft's own processes.
-OWN_PROGRAMS = (
-    Program(
-        "sock_create",
-        bpf.PROG_CGROUP_SOCK,
-        "sock_create",
-        "tags a supervisor's sockets",
-        "a system call more for each socket",
-    ),
+    Program("skb_ingress", bpf.PROG_CGROUP_SKB, "skb_ingress", "no packet to a listener without an endpoint"),
+    Program("skb_egress", bpf.PROG_CGROUP_SKB, "skb_egress", "no packet by a way that no rule speaks of"),
 )
 
 # Of the splice transport: on its containers' cgroups and the relays' own.
@@ -76,7 +68,7 @@ SPLICE_PROGRAMS = (
 
 RELAY_PROGRAM = Program("flow", bpf.PROG_SK_SKB, "sk_skb_stream_verdict", "the relay in the kernel", "splice(2) relays")
 
-ALL_PROGRAMS = (*PROGRAMS, *OWN_PROGRAMS, *SPLICE_PROGRAMS)
+ALL_PROGRAMS = (*PROGRAMS, *SPLICE_PROGRAMS)
 """Those that are compiled together; the relay's program is a text of its own."""
 
 

@@ -59,6 +59,7 @@ def _read(settings: Settings, maps: Maps, name: str, number: int) -> Stored | No
         protocols=Protocol(value.protocols),
         netns=label.read_text() if label.exists() else None,
         open=bool(value.flags & layout.ENDPOINT_OPEN),
+        dual_stack=bool(value.flags & layout.ENDPOINT_DUAL_STACK),
     )
     return Stored(number, endpoint, int(value.netns), bool(value.flags & layout.ENDPOINT_DECLARED))
 
@@ -100,6 +101,7 @@ def _write(settings: Settings, maps: Maps, number: int, endpoint: Endpoint, decl
         netns.keep(source, kept)
         kept.with_suffix(".name").write_text(endpoint.netns)
     flags = layout.ENDPOINT_OPEN * endpoint.open | layout.ENDPOINT_DECLARED * declared
+    flags |= layout.ENDPOINT_DUAL_STACK * endpoint.dual_stack
     value = layout.EndpointValue(
         netns=cookie, port=endpoint.port, family=endpoint.family, protocols=endpoint.protocols, flags=flags
     )

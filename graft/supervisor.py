@@ -153,7 +153,7 @@ class Supervisor:
             tag = self._tags.peek(ctypes.c_int32(held))
         finally:
             os.close(held)
-        if tag is None or not tag.flags & layout.TAG_BOUND:
+        if tag is None or not tag.given:
             return False
         return (tag.family, bytes(tag.addr), tag.port) == (address.family, address.address, address.port)
 
@@ -221,7 +221,7 @@ class Supervisor:
         error = None
         new = self._twin(decision, facts)
         try:
-            twin.liken(new, held, flags, names, v6only, bool(probed & PROBED_OWNED))
+            twin.liken(new, held, flags, names, v6only or decision.v6only, bool(probed & PROBED_OWNED))
             if swap.call is _BIND:
                 assert swap.address is not None
                 error = self._bind(new, swap.address)
@@ -254,11 +254,15 @@ class Supervisor:
         except OSError as error:
             return error.errno or errno.EIO
         if sock.proto == _IPPROTO_MPTCP:
-            tag = self._tags.get(ctypes.c_int32(sock.fileno()))
-            if tag is not None and tag.home == Home.HOST:
-                tag.flags |= layout.TAG_BOUND
-                self._tags.put(ctypes.c_int32(sock.fileno()), tag)
+            self._complete_tag(sock)
         return 0
+
+    def _complete_tag(self, sock: Socket) -> None:
+        """What the hook after a bind does, which sees only an MPTCP socket's first subflow."""
+        tag = self._tags.get(ctypes.c_int32(sock.fileno()))
+        if tag is not None and tag.home == Home.HOST:
+            tag.given = sock.getsockname()[1]  # the real one: a supervisor is told no other
+            self._tags.put(ctypes.c_int32(sock.fileno()), tag)
 
     def _replace_others(self, swap: Swap, attached: carry.Attached, new: int) -> None:
         """Put the twin wherever else the process has the old socket."""

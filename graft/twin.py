@@ -1,9 +1,10 @@
 """A twin of a socket: the same in all that its program set or can see, in another network namespace.
 
 The options that a program set are known by name from the setsockopt hook; their values are read from the
-socket itself, so that a call which the kernel refused is not replayed with root's rights. Only options of
-the table below are carried: each is one that an unprivileged program may set, or that does nothing outside
-the socket. Numbers: asm-generic/socket.h, linux/tcp.h, linux/in.h, linux/in6.h.
+socket itself, so that a call which the kernel refused is not replayed with root's rights. They are set without
+any capability, as an unprivileged program may (a congestion control that only root may choose, say, or a filter
+that is compiled without the care that is taken with other users'), and only options of the table below: each does
+nothing outside the socket. Numbers: asm-generic/socket.h, linux/tcp.h, linux/in.h, linux/in6.h.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import struct
 from _socket import socket as Socket  # socket.socket's own base: a third of its cost to make and to close
 from collections.abc import Iterable, Iterator, Sequence
 
-from graft.kernel.credentials import as_user
+from graft.kernel.credentials import as_user, without_capabilities
 from graft.layout import Options
 
 AF_INET, AF_INET6, SOCK_STREAM = 2, 10, 1
@@ -102,8 +103,8 @@ def _carry(old: Socket, new: Socket, level: int, name: int) -> None:
         plain = _SNDBUF if name in (_SNDBUF, _SNDBUFFORCE) else _RCVBUF
         new.setsockopt(SOL_SOCKET, plain, old.getsockopt(SOL_SOCKET, plain) // 2)
     elif (level, name) == (SOL_SOCKET, _PRIORITY):
-        # 0 to 6 is anybody's, more needs CAP_NET_ADMIN over the namespace (socket(7)).
-        new.setsockopt(SOL_SOCKET, _PRIORITY, min(old.getsockopt(SOL_SOCKET, _PRIORITY), 6))
+        # 0 to 6 is anybody's; more, or less than 0, needs CAP_NET_ADMIN over the namespace (socket(7)).
+        new.setsockopt(SOL_SOCKET, _PRIORITY, max(0, min(old.getsockopt(SOL_SOCKET, _PRIORITY), 6)))
     elif (level, name) == (SOL_SOCKET, _ATTACH_FILTER):
         _carry_filter(old, new)
 
@@ -145,7 +146,7 @@ def liken(new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v
     if new.family == AF_INET6:
         new.setsockopt(SOL_IPV6, IPV6_V6ONLY, v6only)
     if names:
-        with as_socket(old, 4 if new.family == AF_INET else 6, new.proto) as source:
+        with as_socket(old, 4 if new.family == AF_INET else 6, new.proto) as source, without_capabilities():
             carry_options(source, new, names)
     if flags & os.O_NONBLOCK:
         os.set_blocking(new.fileno(), False)

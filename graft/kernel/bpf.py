@@ -29,6 +29,8 @@ QUERY_EFFECTIVE = 1
 
 # enum bpf_attach_type
 ATTACH_TYPES = {
+    "skb_ingress": 0,
+    "skb_egress": 1,
     "sock_create": 2,
     "sock_ops": 3,
     "sk_skb_stream_verdict": 5,
@@ -47,6 +49,7 @@ ATTACH_TYPES = {
     "getsockname6": 32,
 }
 # enum bpf_prog_type
+PROG_CGROUP_SKB = 8
 PROG_CGROUP_SOCK, PROG_SOCK_OPS, PROG_SK_SKB, PROG_CGROUP_SOCK_ADDR, PROG_CGROUP_SOCKOPT = 9, 13, 14, 18, 25
 
 

@@ -80,13 +80,18 @@ class Btf:
 
     def offset(self, structure: str, member: str) -> int | None:
         """Bytes from the start of ``structure`` to ``member``, also inside its anonymous parts; None if absent."""
+        bits = self.bit_offset(structure, member)
+        return None if bits is None else bits // 8
+
+    def bit_offset(self, structure: str, member: str) -> int | None:
+        """The same in bits, for a bit-field; counted from the lowest bit of each byte (little-endian machines)."""
         found = self._by_name.get(structure.encode())
         return None if found is None else self._find(found, member.encode())
 
     def _find(self, aggregate: _Aggregate, member: bytes) -> int | None:
         for index in range(aggregate.members):
             name_off, type_id, bits = _MEMBER.unpack_from(self._blob, aggregate.position + index * _MEMBER.size)
-            offset = int(bits & 0xFFFFFF if aggregate.bitfields else bits) // 8
+            offset = int(bits & 0xFFFFFF if aggregate.bitfields else bits)
             if name_off and self._string(name_off) == member:
                 return offset
             inner = self._by_id.get(type_id) if not name_off else None

@@ -1,4 +1,4 @@
-"""The calling thread with fewer rights than root's, for a moment: user ids.
+"""The calling thread with fewer rights than root's, for a moment: user ids, capabilities.
 
 What a supervisor repeats for a program must not be done with root's rights where the kernel asks, or remembers, who
 did it. The system calls are made directly: they change the one thread that makes them, while libc's functions of the
@@ -8,12 +8,13 @@ The saved user id stays root's, which is the way back, and keeps other users' ha
 three ids. One thing another user's process may do meanwhile is to send a signal to this thread (kill(2) asks for the
 real or the saved id). A supervisor that is killed so is started again by its holder.
 
-Sources: setresuid(2), credentials(7); kernel/sys.c, kernel/signal.c (kill_ok_by_cred).
+Sources: setresuid(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c (kill_ok_by_cred).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -22,6 +23,25 @@ from graft.kernel.syscalls import syscall
 
 _ROOT = 0
 _UNMAPPED = 0xFFFFFFFF  # (uid_t) -1: an id that this user namespace has no number for; setresuid: "leave it as it is"
+
+
+class _Header(ctypes.Structure):
+    """struct __user_cap_header_struct of linux/capability.h; pid 0 is the calling thread."""
+
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Half(ctypes.Structure):
+    """struct __user_cap_data_struct: 32 capabilities."""
+
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+class _Capabilities(ctypes.Structure):
+    _fields_ = (("low", _Half), ("high", _Half))
+
+
+_HEADER = _Header(version=0x20080522)  # _LINUX_CAPABILITY_VERSION_3
 
 
 @contextlib.contextmanager
@@ -39,6 +59,24 @@ def as_user(uid: int, euid: int) -> Iterator[None]:
     finally:
         with _or_end():
             syscall("setresuid", _ROOT, _ROOT, _ROOT)
+
+
+@contextlib.contextmanager
+def without_capabilities() -> Iterator[None]:
+    """The calling thread without effective capabilities, then with those that it had. Its user ids stay.
+
+    Raises OSError.
+    """
+    had = _Capabilities()
+    syscall("capget", ctypes.byref(_HEADER), ctypes.byref(had))
+    none = _Capabilities.from_buffer_copy(had)
+    none.low.effective = none.high.effective = 0
+    syscall("capset", ctypes.byref(_HEADER), ctypes.byref(none))
+    try:
+        yield
+    finally:
+        with _or_end():
+            syscall("capset", ctypes.byref(_HEADER), ctypes.byref(had))
 
 
 @contextlib.contextmanager

@@ -1,13 +1,29 @@
-"""What hostile programs are tried on: victims that a test starts itself."""
+"""What hostile programs are tried on, where they run, and hosts that lack a defence."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from graft.kernel import cgroup
+from tests.conftest import installation
+from tests.hostile.undefended import COMMAND
+from tests.support.building import Programs
+from tests.support.installation import Host
+from tests.support.namespaces import Netns
+from tests.support.program import Program, start
+from tests.support.shell import Word, run
+
 Victims = Callable[[int], "subprocess.Popen[bytes]"]
+_numbers = itertools.count(1)
 
 
 @pytest.fixture
@@ -23,3 +39,100 @@ def victims() -> Iterator[Victims]:
     for one in started:
         one.kill()
         one.wait()
+
+
+Without = Callable[[str], Host]
+
+
+@pytest.fixture(scope="session")
+def _undefended(net: tuple[Netns, Netns], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Without]:
+    made: dict[str, Host] = {}
+    with ExitStack() as stack:
+
+        def get(defence: str) -> Host:
+            if defence not in made:
+                tag = f"without-{len(made)}"
+                one = stack.enter_context(installation(tmp_path_factory.mktemp("undefended"), *net, tag))
+                run([sys.executable, COMMAND, defence, "up"], environment=one.environment, status=0)
+                made[defence] = one
+            return made[defence]
+
+        yield get
+
+
+@pytest.fixture
+def without(_undefended: Without) -> Iterator[Without]:
+    """Gives a host whose hooks lack a defence of tests/hostile/undefended.py. What a test starts there ends with it."""
+    used: list[Host] = []
+
+    def get(defence: str) -> Host:
+        used.append(_undefended(defence))
+        return used[-1]
+
+    yield get
+    for host in used:
+        for program in reversed(host.started):
+            program.stop()
+        host.started.clear()
+        host.forget_endpoints()
+
+
+@dataclass(frozen=True, slots=True)
+class Confined:
+    """A program of nobody's under a policy; its steps are those of tests/programs/calls.c."""
+
+    host: Host
+    program: Program
+    cgroup: Path
+
+    def lines(self, count: int) -> list[str]:
+        """What it has said, when it has said so many lines."""
+        self.program.until(f"{count} lines", lambda: len(self.program.said.splitlines()) >= count)
+        return self.program.said.splitlines()
+
+    def goes_on(self) -> None:
+        """Let it take its next steps."""
+        self.program.tell("\n")
+
+
+Confine = Callable[..., Confined]
+TRANSPORTS = ("swap", "direct")
+
+
+@pytest.fixture
+def confine(programs: Programs, tmp_path: Path) -> Iterator[Confine]:
+    """Starts calls.c with its steps: confine(host, transport, policy, *steps). It ends with the test."""
+    with ExitStack() as stack:
+
+        def make(host: Host, transport: str, policy: str, *steps: Word) -> Confined:
+            number = next(_numbers)
+            file = tmp_path / f"policy-{number}.yaml"
+            file.write_text(policy)
+            command: list[Word] = [programs["calls"], *steps]
+            if transport == "swap":
+                program = host.start("--policy", file, "--user", "nobody", "--", *command, talk=True)
+                path = Path(program.until("the container", lambda: _cgroup_of(host, program)))
+                return Confined(host, program, path)
+            path = cgroup.v2_mount() / f"hostile-{os.getpid()}-{number}"
+            path.mkdir()
+            stack.callback(lambda: cgroup.remove(path))
+            host.graft("attach", "--cgroup", path, "--policy", file)
+            stack.callback(lambda: host.graft("detach", "--cgroup", path, status=None))
+            program = _start_direct(host, path, command)
+            stack.callback(program.stop)
+            return Confined(host, program, path)
+
+        yield make
+
+
+def _cgroup_of(host: Host, program: Program) -> str:
+    from graft import containers
+
+    return next((one.cgroup for one in containers.listing(host.settings) if one.pid == program.process.pid), "")
+
+
+def _start_direct(host: Host, path: Path, command: list[Word]) -> Program:
+    """``command`` as nobody, in that cgroup and the host's namespace."""
+    enter = f'echo 0 >{path}/cgroup.procs && exec "$@"'
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", *command]
+    return start(["sh", "-c", enter, "-", "nsenter", f"--net={host.netns.path}", *as_nobody], talk=True)

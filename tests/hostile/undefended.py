@@ -2,19 +2,24 @@
 
     python undefended.py DEFENCE run ...
 
-Nothing of this is in the product. What is put back here is what there was before the defence.
+Nothing of this is in the product. What is put back here is what there was before the defence. One that the hooks
+hold is left out of the BPF programs' text, so that it matters what `up` is run with (tests/hostile/conftest.py).
 """
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
+import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from graft import twin
+from graft import compiler, twin
+from graft.data import bpf_source_dir
 
 COMMAND = Path(__file__).resolve()
 
@@ -28,7 +33,60 @@ def _signals() -> None:
     twin._carry_signals = carry_signals
 
 
-DEFENCES: dict[str, Callable[[], None]] = {"signals": _signals}
+Change = tuple[str, str, str]
+"""A file of the BPF sources, a piece of it that stands there once, and what stands there instead."""
+
+
+def _at_once(file: str, function: str, statement: str) -> Change:
+    """The C function with that signature begins, and where ``statement`` returns ends, with ``statement``."""
+    return file, f"{function}\n{{\n", f"{function}\n{{\n\t{statement}\n"
+
+
+HOOKS: dict[str, tuple[Change, ...]] = {
+    # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
+    "bound": (("place.bpf.c", "\tif (place.port != tag->given)\n\t\treturn 0;\n", "\treturn 1;\n"),),
+    # No hook looks at what comes in, or at what goes out.
+    "packets in": (_at_once("packet.bpf.c", "int graft_skb_ingress(struct __sk_buff *skb)", "return PASS;"),),
+    "packets out": (_at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),),
+    # A listener for whose tag there is no memory goes on.
+    "memory": (
+        _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
+        ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->heard = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
+        (
+            "packet.bpf.c",
+            "\tif (!is_host_homed(skb, sk, &owner) ||",
+            "\tif (!is_host_homed(skb, sk, &owner) || !owner.tag ||",
+        ),
+    ),
+    # An IPv6 bind takes the IPv4 port along.
+    "ipv4": (_at_once("bind.bpf.c", "struct endpoint *endpoint)", "return 0;"),),
+    # Sockets of any protocol are let through.
+    "protocols": (_at_once("create.bpf.c", "int has_rules(u32 type, u32 protocol)", "return 1;"),),
+    # No address at all is judged as it stands.
+    "unspecified": (_at_once("rules.bpf.c", "void name_loopback(struct asked *asked, int host)", "return;"),),
+    # A second bind is judged, and written down, like the first.
+    "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
+}
+
+
+def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
+    def leave_out() -> None:
+        folder = Path(tempfile.mkdtemp(prefix="graft-undefended-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        shutil.copytree(bpf_source_dir(), folder, dirs_exist_ok=True)
+        for name, there, instead in changes:
+            text = (folder / name).read_text()
+            assert text.count(there) == 1, f"{name}: this stands there {text.count(there)} times: {there}"
+            (folder / name).write_text(text.replace(there, instead))
+        compiler.__dict__["bpf_source_dir"] = lambda: folder
+
+    return leave_out
+
+
+DEFENCES: dict[str, Callable[[], None]] = {
+    "signals": _signals,
+    **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
+}
 
 if __name__ == "__main__":
     from graft_cli.main import main

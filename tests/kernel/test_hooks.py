@@ -94,7 +94,7 @@ def test_a_bind_becomes_its_endpoints_and_the_program_sees_what_it_asked_for(
     assert process.say("name", fd) == [asked, 80]
     assert f"{real}:{port} " in host.netns.run("ss", "-Hltn", f"sport = :{port}")
     tag = tag_of(host, process, fd)
-    assert tag is not None and tag.flags & layout.TAG_BOUND and tag.home == Home.HOST
+    assert tag is not None and tag.given and tag.home == Home.HOST
 
 
 def test_only_a_bind_that_succeeded_marks_a_socket_as_bound(host: Host, confine: Confine) -> None:
@@ -103,7 +103,7 @@ def test_only_a_bind_that_succeeded_marks_a_socket_as_bound(host: Host, confine:
         fd = process.socket()
         assert process.say("bind", fd, "0.0.0.0", 80) == "EADDRINUSE"
         tag = tag_of(host, process, fd)
-        assert tag is not None and not tag.flags & layout.TAG_BOUND
+        assert tag is not None and not tag.given
 
 
 def test_what_no_rule_names_is_refused_by_default_deny_and_left_alone_otherwise(host: Host, confine: Confine) -> None:
@@ -174,7 +174,7 @@ def test_a_connection_leaves_from_its_endpoint(host: Host, confine: Confine) -> 
 def test_options_past_the_policy_are_refused_on_a_socket_of_the_hosts_stack(
     host: Host, confine: Confine, level: int, name: int
 ) -> None:
-    _, process = confine(rules(["*:80=" + host.endpoint("[::]:dynamic")], []))
+    _, process = confine(rules(["*:80=" + host.endpoint("[::]:dynamic", dual_stack=True)], []))
     fd = process.socket("tcp", 6)
     assert process.say("bind", fd, "::", 80) == "ok"
     assert process.say("option", fd, level, name, "lo\0\0") in ("EPERM", "EACCES")

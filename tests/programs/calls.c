@@ -8,6 +8,20 @@
  *   netns               enters a network namespace of its own, with lo up
  *   wait                until a line comes on standard input
  *
+ * and what a program does that wants more than it may:
+ *
+ *   make F T P          a socket of that family, type and protocol (numbers), the current one
+ *   unspec, shutdown    connect(AF_UNSPEC), shutdown(SHUT_RDWR)
+ *   accept              a connection is accepted and is the current socket
+ *   connect A%IF P      a link-local destination
+ *   range LOW HIGH      IP_LOCAL_PORT_RANGE
+ *   fill                TCP_MD5SIG keys until the socket has no memory left for anything
+ *   bytes LEVEL NAME H  setsockopt of bytes in hexadecimal
+ *   send A P            sendto of a datagram; `send - -` to the peer
+ *   cmsg LEVEL TYPE H A P  the same with a control message
+ *   fastopen A P        MSG_FASTOPEN with data; `cookieless` sets TCP_FASTOPEN_NO_COOKIE before
+ *   receive             what comes within a second; `receive none` where nothing does
+ *
  * The io_uring calls need a kernel with them (connect 5.5, bind and listen 6.11).
  */
 #define _GNU_SOURCE
@@ -16,6 +30,8 @@
 #include <linux/io_uring.h>
 #include <net/if.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -50,10 +66,16 @@ static void parse(const char *host, const char *port)
 	memset(address, 0, sizeof(*address));
 	if (strchr(host, ':')) {
 		struct sockaddr_in6 *six = (void *)address;
+		char *copy = strdup(host), *interface = strchr(copy, '%');
 
+		if (interface) {
+			*interface++ = 0;
+			six->sin6_scope_id = if_nametoindex(interface) ?: atoi(interface);
+		}
 		six->sin6_family = AF_INET6;
 		six->sin6_port = htons(atoi(port));
-		inet_pton(AF_INET6, host, &six->sin6_addr);
+		inet_pton(AF_INET6, copy, &six->sin6_addr);
+		free(copy);
 		length = sizeof(*six);
 	} else {
 		struct sockaddr_in *four = (void *)address;
@@ -161,6 +183,136 @@ static void own_namespace(void)
 	close(control);
 }
 
+static size_t parse_hex(const char *text, unsigned char *bytes, size_t most)
+{
+	size_t size = 0;
+
+	for (; text[0] && text[1] && size < most; text += 2)
+		sscanf(text, "%2hhx", &bytes[size++]);
+	return size;
+}
+
+/* Keys of growing number, then smaller and smaller things, until nothing of any size fits any more. */
+static void fill(void)
+{
+	struct tcp_md5sig key = { .tcpm_keylen = 16 };
+	struct sockaddr_in *peer = (void *)&key.tcpm_addr;
+	int count = 0;
+
+	peer->sin_family = AF_INET;
+	for (unsigned i = 1; i < 1000000; i++) {
+		peer->sin_addr.s_addr = htonl(0x0a000000 + i);
+		if (setsockopt(fd, IPPROTO_TCP, TCP_MD5SIG, &key, sizeof(key)))
+			break;
+		count++;
+	}
+	printf("fill %s\n", count ? "ok" : strerrorname_np(errno));
+	fflush(stdout);
+}
+
+/* One datagram, or the first bytes of a connection, to the address or (`-`) to the peer. */
+static void send_one(const char *what, const char *host, const char *port, int flags, const unsigned char *control,
+		     size_t size, int level, int type)
+{
+	char space[512] __attribute__((aligned(8))) = {};
+	struct iovec data = { "hello", 5 };
+	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1 };
+	struct cmsghdr *header;
+
+	if (strcmp(host, "-")) {
+		parse(host, port);
+		message.msg_name = address;
+		message.msg_namelen = length;
+	}
+	if (control) {
+		message.msg_control = space;
+		message.msg_controllen = CMSG_SPACE(size);
+		header = CMSG_FIRSTHDR(&message);
+		header->cmsg_level = level;
+		header->cmsg_type = type;
+		header->cmsg_len = CMSG_LEN(size);
+		memcpy(CMSG_DATA(header), control, size);
+	}
+	say(what, sendmsg(fd, &message, flags | MSG_NOSIGNAL));
+}
+
+static void receive(void)
+{
+	struct pollfd one = { .fd = fd, .events = POLLIN };
+	char data[64];
+	ssize_t got = poll(&one, 1, 1000) == 1 ? recv(fd, data, sizeof(data) - 1, MSG_DONTWAIT) : -1;
+
+	data[got < 0 ? 0 : got] = 0;
+	printf("receive %s\n", got < 0 ? "none" : data);
+	fflush(stdout);
+}
+
+/* The steps of a program that wants more than it may. How many words it took, 0: it is none of them. */
+static int hostile(char **word)
+{
+	static const struct sockaddr unspec = { .sa_family = AF_UNSPEC };
+	unsigned char bytes[256];
+	size_t size;
+
+	if (!strcmp(*word, "make")) {
+		fd = socket(atoi(word[1]), atoi(word[2]), atoi(word[3]));
+		say("make", fd < 0 ? -1 : 0);
+		return 4;
+	}
+	if (!strcmp(*word, "unspec")) {
+		say(*word, connect(fd, &unspec, sizeof(unspec)));
+		return 1;
+	}
+	if (!strcmp(*word, "shutdown")) {
+		say(*word, shutdown(fd, SHUT_RDWR));
+		return 1;
+	}
+	if (!strcmp(*word, "accept")) {
+		fd = accept(fd, 0, 0);
+		say("accept", fd < 0 ? -1 : 0);
+		return 1;
+	}
+	if (!strcmp(*word, "range")) {
+		unsigned both = atoi(word[2]) << 16 | atoi(word[1]);
+
+		say(*word, setsockopt(fd, IPPROTO_IP, 51, &both, sizeof(both)));
+		return 3;
+	}
+	if (!strcmp(*word, "fill")) {
+		fill();
+		return 1;
+	}
+	if (!strcmp(*word, "bytes")) {
+		size = parse_hex(word[3], bytes, sizeof(bytes));
+		say(*word, setsockopt(fd, atoi(word[1]), atoi(word[2]), bytes, size));
+		return 4;
+	}
+	if (!strcmp(*word, "send")) {
+		send_one(*word, word[1], word[2], 0, 0, 0, 0, 0);
+		return 3;
+	}
+	if (!strcmp(*word, "cmsg")) {
+		size = parse_hex(word[3], bytes, sizeof(bytes));
+		send_one(*word, word[4], word[5], 0, bytes, size, atoi(word[1]), atoi(word[2]));
+		return 6;
+	}
+	if (!strcmp(*word, "cookieless")) {
+		int one = 1;
+
+		say(*word, setsockopt(fd, IPPROTO_TCP, 34, &one, sizeof(one)));
+		return 1;
+	}
+	if (!strcmp(*word, "fastopen")) {
+		send_one(*word, word[1], word[2], MSG_FASTOPEN, 0, 0, 0, 0);
+		return 3;
+	}
+	if (!strcmp(*word, "receive")) {
+		receive();
+		return 1;
+	}
+	return 0;
+}
+
 static int is(const char *word, const char *name, const char *suffix)
 {
 	size_t size = strlen(name);
@@ -171,12 +323,15 @@ static int is(const char *word, const char *name, const char *suffix)
 int main(int argc, char **argv)
 {
 	static const char *const names[] = { "bind", "connect", "listen" };
-	int call, one = 1;
+	int call, took, one = 1;
 	char line[64];
 
 	address = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
 	for (char **word = argv + 1; word < argv + argc; word++) {
-		if (!strcmp(*word, "socket")) {
+		took = hostile(word);
+		if (took) {
+			word += took - 1;
+		} else if (!strcmp(*word, "socket")) {
 			fd = socket(atoi(*++word) == 6 ? AF_INET6 : AF_INET, SOCK_STREAM, 0);
 		} else if (!strcmp(*word, "option")) {
 			say(*word, setsockopt(fd, atoi(word[1]), atoi(word[2]), &one, sizeof(one)));

@@ -55,10 +55,10 @@ class Host:
         """The real command, which has to end with ``status`` (None: any)."""
         return run([GRAFT, *words], environment=self.environment, status=status, stdin=stdin, timeout=timeout)
 
-    def endpoint(self, spec: str, proto: str = "any", netns: str | None = None) -> str:
+    def endpoint(self, spec: str, proto: str = "any", netns: str | None = None, dual_stack: bool = False) -> str:
         """A new endpoint's name."""
         name = f"e{next(_names)}"
-        store.add(self.settings, parse_endpoint(name, spec, proto, netns))
+        store.add(self.settings, parse_endpoint(name, spec, proto, netns, dual_stack=dual_stack))
         return name
 
     def forget_endpoints(self) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.decision import TCP_CLOSE, Action, Call, Decision, Facts, Sockaddr, decide, parse_sockaddr
-from graft.layout import TAG_BOUND, Home
+from graft.layout import ENDPOINT_DUAL_STACK, Home
 from graft.policy import Default, Verdict
 
 OURS, HOST, OTHER = 100, 1, 7
@@ -27,12 +27,13 @@ CONTAINER_SOCKET = Facts(
     home=Home.CONTAINER,
     family=4,
     state=TCP_CLOSE,
-    tag_flags=0,
+    bound=0,
     verdict=Verdict.NONE,
     endpoint_family=0,
     bind_default=Default.CONTAINER,
     connect_default=Default.CONTAINER,
     protocol=socket.IPPROTO_TCP,
+    endpoint_flags=0,
 )
 HOST_SOCKET = CONTAINER_SOCKET._replace(home=Home.HOST, netns=HOST)
 GRANT = {"endpoint": 5, "endpoint_netns": HOST, "endpoint_family": 4, "verdict": Verdict.GRANT}
@@ -44,11 +45,12 @@ MAPPED = Sockaddr(4, bytes(16), 80, mapped=True)
 
 RESUME = Decision(Action.RESUME)
 TO_HOST = Decision(Action.TO_HOST, 5, HOST)
+ONLY_IPV6 = Decision(Action.TO_HOST, 5, HOST, v6only=True)
 BACK = Decision(Action.TO_CONTAINER)
 REFUSED = Decision(Action.REFUSE, error=errno.EACCES)
 
 BIND, CONNECT, LISTEN = Call.BIND, Call.CONNECT, Call.LISTEN
-bound = {"tag_flags": TAG_BOUND, "local_port": 8080}
+bound = {"bound": 1, "local_port": 8080}
 
 CASES = [
     # call, address, socket, changes -> decision
@@ -109,7 +111,19 @@ def test_an_ipv6_only_socket_does_not_get_an_ipv4_endpoint() -> None:
     facts = CONTAINER_SOCKET._replace(family=6, **GRANT)
     assert decide(BIND, WEB6, facts, v6only=False) == TO_HOST
     assert decide(BIND, WEB6, facts, v6only=True) == RESUME
-    assert decide(BIND, WEB6, facts._replace(endpoint_family=6), v6only=True) == TO_HOST
+    assert decide(BIND, WEB6, facts._replace(endpoint_family=6), v6only=True) == ONLY_IPV6
+
+
+def test_an_ipv6_endpoint_takes_no_ipv4_unless_it_is_dual_stack() -> None:
+    facts = CONTAINER_SOCKET._replace(family=6, **GRANT)._replace(endpoint_family=6)
+    dual = facts._replace(endpoint_flags=ENDPOINT_DUAL_STACK)
+    assert decide(BIND, WEB6, facts, v6only=False) == ONLY_IPV6
+    assert decide(BIND, WEB6, dual, v6only=False) == TO_HOST
+    # One that lives there already is replaced by one that takes no IPv4, where it would.
+    there = {"home": Home.HOST, "netns": HOST}
+    assert decide(BIND, WEB6, facts._replace(**there), v6only=False) == ONLY_IPV6
+    assert decide(BIND, WEB6, facts._replace(**there), v6only=True) == RESUME
+    assert decide(BIND, WEB6, dual._replace(**there), v6only=False) == RESUME
 
 
 FACTS = st.builds(
@@ -123,12 +137,13 @@ FACTS = st.builds(
     home=st.sampled_from(Home),
     family=st.sampled_from([4, 6]),
     state=st.sampled_from([1, 2, TCP_CLOSE, 10]),
-    tag_flags=st.sampled_from([0, TAG_BOUND]),
+    bound=st.sampled_from([0, 1]),
     verdict=st.sampled_from(Verdict),
     endpoint_family=st.sampled_from([4, 6]),
     bind_default=st.sampled_from(Default),
     connect_default=st.sampled_from(Default),
     protocol=st.just(6),
+    endpoint_flags=st.sampled_from([0, ENDPOINT_DUAL_STACK]),
 )
 ADDRESSES = st.none() | st.builds(
     Sockaddr, st.sampled_from([4, 6]), st.binary(min_size=16, max_size=16), st.integers(0, 65535)
@@ -150,7 +165,7 @@ def test_no_socket_goes_to_the_host_unless_a_rule_names_an_endpoint(
 def test_a_socket_that_holds_an_endpoint_never_loses_it(
     call: Call, address: Sockaddr | None, facts: Facts, v6only: bool
 ) -> None:
-    held = facts._replace(home=Home.HOST, tag_flags=TAG_BOUND, local_port=8080)
+    held = facts._replace(home=Home.HOST, bound=1, local_port=8080)
     assert decide(call, address, held, v6only).action in (Action.RESUME, Action.REFUSE)
 
 

@@ -27,6 +27,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "counter_key": layout.CounterKey,
     "settings": layout.SettingsValue,
     "desk": layout.Desk,
+    "desk_slot": layout.DeskSlot,
     "flow": layout.FlowValue,
 }
 
@@ -39,8 +40,9 @@ CONSTANTS = {
     "GRAFT_EGRESS_PORT_FIXED_BITS": layout.EGRESS_PORT_FIXED_BITS,
     "GRAFT_ENDPOINT_OPEN": layout.ENDPOINT_OPEN,
     "GRAFT_ENDPOINT_DECLARED": layout.ENDPOINT_DECLARED,
-    "GRAFT_TAG_BOUND": layout.TAG_BOUND,
-    "GRAFT_TAG_DEAF": layout.TAG_DEAF,
+    "GRAFT_ENDPOINT_DUAL_STACK": layout.ENDPOINT_DUAL_STACK,
+    "GRAFT_CONTAINER_DENIES": layout.CONTAINER_DENIES,
+    "GRAFT_CONTAINER_OTHERS": layout.CONTAINER_OTHERS,
     "GRAFT_PROBED": layout.PROBED,
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
     "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* socket: a socket that a policy confines has its tag before anybody has the socket. */
+
+/* A supervisor's next socket: a system call less than from user space. What is said on the desk tells the supervisor
+ * that this was done. */
+static __always_inline int create_twin(struct bpf_sock *ctx, struct desk *desk)
+{
+	struct tag *tag = tags.sk_storage_get(ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!tag)
+		return REFUSE;
+	tag->container = desk->container;
+	tag->home = desk->birth - GRAFT_BIRTH_CONTAINER + GRAFT_HOME_CONTAINER;
+	desk->birth = GRAFT_BIRTH_NONE;
+	return PASS;
+}
+
+/* Whether rules can speak of such a socket: the sock_addr hooks are called for these protocols, and no other. */
+static __always_inline int has_rules(u32 type, u32 protocol)
+{
+	if (type == SOCK_STREAM)
+		return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP;
+	return type == SOCK_DGRAM && protocol == IPPROTO_UDP;
+}
+
+/* A direct container's, where something is denied. One of another protocol (SCTP, UDP-Lite, ICMP, raw) would meet
+ * no hook on its way; and one that cannot be tagged now may not be told from others later. */
+static __always_inline int create_confined(struct bpf_sock *ctx, struct container *container, u32 id)
+{
+	struct tag *tag;
+
+	if (!has_rules(ctx->type, ctx->protocol)) {
+		if (container->flags & GRAFT_CONTAINER_OTHERS)
+			return PASS;
+		count(id, GRAFT_DECISION_REFUSED_BIND);
+		return REFUSE;
+	}
+	tag = tags.sk_storage_get(ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!tag)
+		return REFUSE;
+	tag->container = id;
+	tag->home = GRAFT_HOME_HOST;
+	return PASS;
+}
+
+int graft_sock_create(struct bpf_sock *ctx)
+{
+	struct scope *scope = scopes.get_local_storage(0);
+	u32 id = scope->container;
+	struct container *container;
+	struct desk *desk;
+
+	if (!id) {
+		desk = desk_of_caller();
+		return desk && desk->birth != GRAFT_BIRTH_NONE ? create_twin(ctx, desk) : PASS;
+	}
+	container = containers.lookup(&id);
+	if (lives_with_host(container, bpf_get_netns_cookie(ctx)) && denies(container))
+		return create_confined(ctx, container, id);
+	return PASS;
+}
