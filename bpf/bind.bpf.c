@@ -68,6 +68,8 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}
+	if (is_left_alone(owner.container, asked->protocol))
+		return 0;
 	if (ctx->sk->src_port) {
 		/* The kernel's own answer to a second bind, before the tag forgets the first. */
 		*verdict = refuse_with(EINVAL);

@@ -66,6 +66,8 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
+	if (is_left_alone(owner.container, asked->protocol))
+		return 0;
 	name_loopback(asked, owner.home == GRAFT_HOME_HOST);
 	rule = egress_rule(owner.container, asked, &id);
 	if (rule == GRAFT_VERDICT_DENY) {

@@ -6,6 +6,13 @@ static __always_inline u8 protocol_bit(u8 protocol)
 	return protocol == IPPROTO_TCP ? GRAFT_TCP : protocol == IPPROTO_UDP ? GRAFT_UDP : 0;
 }
 
+/* Whether this is a socket of a direct container's that no rule can speak of, and the policy leaves such alone. */
+static __always_inline int is_left_alone(struct container *container, u8 protocol)
+{
+	return container->transport == GRAFT_TRANSPORT_DIRECT && container->flags & GRAFT_CONTAINER_OTHERS &&
+	       !protocol_bit(protocol);
+}
+
 /* The id of the endpoint that a bind becomes, 0 where no rule names the address. The exact address
  * first, then "any". */
 static __always_inline u32 ingress_rule(struct container *container, struct asked *asked)
