@@ -12,11 +12,11 @@
  * Nearly every packet is one of an established TCP connection, and leaves after a look at one field.
  */
 
-#define IPV4_HEADER 20
-#define IPV6_HEADER 40
-#define IPV4_PLAIN 0x45 /* version 4, five words: no options */
+#define GRAFT_IPV4_HEADER 20
+#define GRAFT_IPV6_HEADER 40
+#define GRAFT_IPV4_PLAIN 0x45 /* version 4, five words: no options */
 #define IPPROTO_HOPOPTS 0
-#define JUMBO 65535
+#define GRAFT_JUMBO 65535
 
 /* An IP header with the ports behind it, as far as it is needed. */
 struct packet {
@@ -32,22 +32,22 @@ struct packet {
 /* 0 where the packet is too short for what it says it is. */
 static __always_inline int read_packet(struct __sk_buff *skb, struct packet *packet)
 {
-	u8 head[IPV6_HEADER];
+	u8 head[GRAFT_IPV6_HEADER];
 	u16 ports[2] = {};
 
 	__builtin_memset(packet, 0, sizeof(*packet));
-	if (bpf_skb_load_bytes(skb, 0, head, IPV4_HEADER))
+	if (bpf_skb_load_bytes(skb, 0, head, GRAFT_IPV4_HEADER))
 		return 0;
 	if (head[0] >> 4 == 4) {
 		packet->family = GRAFT_IPV4;
-		packet->plain = head[0] == IPV4_PLAIN;
+		packet->plain = head[0] == GRAFT_IPV4_PLAIN;
 		packet->protocol = head[9];
 		__builtin_memcpy(packet->from, head + 12, 4);
 		__builtin_memcpy(packet->to, head + 16, 4);
 		if (packet->plain)
-			bpf_skb_load_bytes(skb, IPV4_HEADER, ports, 4);
+			bpf_skb_load_bytes(skb, GRAFT_IPV4_HEADER, ports, 4);
 	} else {
-		if (bpf_skb_load_bytes(skb, 0, head, IPV6_HEADER))
+		if (bpf_skb_load_bytes(skb, 0, head, GRAFT_IPV6_HEADER))
 			return 0;
 		packet->family = GRAFT_IPV6;
 		packet->protocol = head[6];
@@ -55,7 +55,7 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 		__builtin_memcpy(packet->from, head + 8, 16);
 		__builtin_memcpy(packet->to, head + 24, 16);
 		if (packet->plain)
-			bpf_skb_load_bytes(skb, IPV6_HEADER, ports, 4);
+			bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, ports, 4);
 	}
 	packet->from_port = bpf_ntohs(ports[0]);
 	packet->to_port = bpf_ntohs(ports[1]);
@@ -181,7 +181,7 @@ int graft_skb_egress(struct __sk_buff *skb)
 	struct asked far;
 
 	if (!bpf_skb_load_bytes(skb, 0, head, sizeof(head)) &&
-	    ((head[0] == IPV4_PLAIN && head[9] == IPPROTO_TCP) || (head[0] >> 4 == 6 && head[6] == IPPROTO_TCP)))
+	    ((head[0] == GRAFT_IPV4_PLAIN && head[9] == IPPROTO_TCP) || (head[0] >> 4 == 6 && head[6] == IPPROTO_TCP)))
 		return PASS;
 	sk = skb->sk;
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
@@ -193,7 +193,7 @@ int graft_skb_egress(struct __sk_buff *skb)
 		return drop(&owner);
 	/* The kernel itself says with a header of its own that a segment is longer than its length field can (BIG TCP). */
 	if (packet.family == GRAFT_IPV6 && packet.protocol == IPPROTO_HOPOPTS && sk->protocol == IPPROTO_TCP &&
-	    skb->len > JUMBO)
+	    skb->len > GRAFT_JUMBO)
 		return PASS;
 	if (packet.protocol != IPPROTO_TCP && packet.protocol != IPPROTO_UDP && sk->protocol == packet.protocol &&
 	    owner.container && owner.container->flags & GRAFT_CONTAINER_OTHERS)

@@ -7,8 +7,8 @@ dual-stack [::]:80 is served by an IPv4 endpoint, as a v4-mapped address.
 
 Egress. The kernel takes the longest prefix that holds the destination, and under its node the port. It does
 not come back to a shorter prefix, so every node lists all its ports: its own rules', and for the other ports
-those of the nearest shorter prefix. Loopback and link-local destinations stay the container's: where a wider rule
-would cover them, they get a prefix of their own with an empty node.
+those of the nearest shorter prefix. Loopback destinations stay the container's: where a wider rule would cover
+them, they get a prefix of their own with an empty node. Link-local ones get one too, with all but the grants.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from graft.policy_rules import (
     ANY4,
     ANY6,
     GUARDS,
+    LINK_LOCAL,
+    LOOPBACKS,
+    UNSPECIFIED,
     IngressClaim,
     check_endpoints_exist,
     check_rules,
@@ -223,17 +226,30 @@ def _egress_layouts(
     """Each prefix with all that is to be said of its ports, its own rules' and inherited."""
     for (protocol, _family), own in _own_layouts(policy, endpoints).items():
         complete: dict[Prefix, Layout[Outcome]] = {}
+        without_grants: dict[Prefix, Layout[Outcome]] = {}
         lengths = sorted({prefix.length for prefix in own}, reverse=True)
         for prefix in sorted(own, key=lambda prefix: prefix.length):
             parent = _parent(prefix, complete, lengths)
-            complete[prefix] = own[prefix] if parent is None else _fill(own[prefix], complete[parent])
+            inherits = without_grants if _enters_link_local(prefix, parent) else complete
+            complete[prefix] = own[prefix] if parent is None else _fill(own[prefix], inherits[parent])
+            plain = _without_grants(own[prefix])
+            without_grants[prefix] = plain if parent is None else _fill(plain, without_grants[parent])
             yield protocol, prefix, complete[prefix]
+
+
+def _without_grants(layout: Layout[Outcome]) -> Layout[Outcome]:
+    return {outcome: mask for outcome, mask in layout.items() if outcome[0] is not Verdict.GRANT}
+
+
+def _enters_link_local(prefix: Prefix, parent: Prefix | None) -> bool:
+    """Whether a link-local prefix would inherit from one that is wider than that."""
+    return any(prefix.inside(guard) and parent is not None and not parent.inside(guard) for guard in LINK_LOCAL)
 
 
 def _own_layouts(
     policy: Policy, endpoints: Mapping[str, Endpoint]
 ) -> dict[tuple[Protocol, int], dict[Prefix, Layout[Outcome]]]:
-    """For each protocol and family: prefix -> what its own rules say, and the loopback guards."""
+    """For each protocol and family: prefix -> what its own rules say, and the guards."""
     tries: dict[tuple[Protocol, int], dict[Prefix, Layout[Outcome]]] = defaultdict(dict)
     for rule in policy.egress:
         mask = rule.port_mask
@@ -250,7 +266,7 @@ def _own_layouts(
 
 def _parent(prefix: Prefix, complete: Mapping[Prefix, object], lengths: Iterable[int]) -> Prefix | None:
     """The longest of ``complete`` that holds ``prefix``; for one in loopback, only if it is in loopback too."""
-    guard = next((guard for guard in GUARDS if prefix.inside(guard)), None)
+    guard = next((guard for guard in (*LOOPBACKS, *UNSPECIFIED) if prefix.inside(guard)), None)
     shortest = 0 if guard is None else guard.length
     for length in lengths:
         if shortest <= length < prefix.length:

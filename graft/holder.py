@@ -27,7 +27,7 @@ from graft.errors import KernelError
 from graft.kernel import cgroup, process
 from graft.kernel.pidfd import pidfd_open
 from graft.kernel.seccomp import Listener
-from graft.lifecycle import supervisors_cgroup
+from graft.limits import enter_own_cgroup
 from graft.maps import Maps
 from graft.settings import Settings
 from graft.supervisor import Supervisor, Told, serve
@@ -89,7 +89,8 @@ class Holder:
             _leave_the_terminal(self._verbose)
             process.close_all_but({self._listener, holder})
             process.allow_descriptors()
-            cgroup.enter(supervisors_cgroup(settings))
+            living = [one.id for one in containers.listing(settings)]
+            enter_own_cgroup(settings, container.id, container.cgroup_path, living)
             maps = Maps(settings.pin_dir)
             namespaces = Namespaces(settings.host_netns, lambda cookie: _namespace_path(settings, container, cookie))
             gc.freeze()  # what is loaded now stays: the collector need not look at it on the way of a call

@@ -69,6 +69,13 @@ def supervisors_cgroup(settings: Settings) -> Path:
     return cgroup.v2_mount() / settings.cgroup / "supervisors"
 
 
+def keepers_cgroup(settings: Settings) -> Path:
+    """The cgroup of those that start supervisors and hold what these need: a leaf, so that the supervisors' own cgroups
+    beside it can have limits.
+    """
+    return supervisors_cgroup(settings) / "keepers"
+
+
 def is_up(settings: Settings) -> bool:
     """Whether the data plane is pinned. Raises ConflictError for one of another version."""
     maps = Maps(settings.pin_dir)
@@ -151,7 +158,7 @@ def _load(settings: Settings, folder: Path) -> Loaded:
 def _supervise(settings: Settings) -> None:
     """The supervisors' cgroup, under the hooks."""
     folder = supervisors_cgroup(settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    keepers_cgroup(settings).mkdir(parents=True, exist_ok=True)
     attachments.attach(settings, folder, 0)
 
 

@@ -26,10 +26,10 @@ UNSPECIFIED = (Prefix(IPv4Network("0.0.0.0/32")), Prefix(IPv6Network("::/128")))
 """Destinations that the kernel takes as loopback, so that no rule ever speaks of them."""
 
 LINK_LOCAL = (Prefix(IPv6Network("fe80::/10")),)
-"""Destinations that are told apart by an interface only, which no rule names."""
+"""Destinations that are told apart by an interface only, which no rule names: a wider rule does not grant them."""
 
 GUARDS = (*LOOPBACKS, *UNSPECIFIED, *LINK_LOCAL)
-"""Destinations that a wider rule does not cover."""
+"""Destinations of which a wider rule does not, or not all, hold."""
 
 
 @dataclass(frozen=True, slots=True)

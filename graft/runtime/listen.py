@@ -18,7 +18,7 @@ from graft.compile import compile_policy
 from graft.errors import GraftError, RefusedError, UsageError
 from graft.kernel import cgroup, netns
 from graft.layout import Transport
-from graft.lifecycle import supervisors_cgroup, up
+from graft.lifecycle import keepers_cgroup, up
 from graft.runtime import shim
 from graft.runtime.bundle import has_own_users, read_config
 from graft.runtime.loop import Loop
@@ -44,7 +44,7 @@ def serve_listener_socket(settings: Settings, options: Options, path: Path, say:
     """
     up(settings)
     here = cgroup.of_process(os.getpid())
-    cgroup.enter(supervisors_cgroup(settings))
+    cgroup.enter(keepers_cgroup(settings))
     with _listening(path) as listening:
         Reception(settings, options, here, say).serve(listening)
 

@@ -29,7 +29,7 @@ from graft.errors import GraftError, RefusedError
 from graft.holder import Holder
 from graft.kernel import cgroup, netns, process
 from graft.layout import Transport
-from graft.lifecycle import supervisors_cgroup
+from graft.lifecycle import keepers_cgroup
 from graft.maps import Maps
 from graft.policy import Policy
 from graft.runtime.loop import Loop
@@ -306,7 +306,7 @@ def start(plan: Plan, folder: Path, hook: socket.socket, listeners: socket.socke
         os.setsid()
         if os.fork() == 0:
             _become_daemon({hook.fileno(), listeners.fileno(), runtime, lock})
-            cgroup.enter(supervisors_cgroup(plan.settings))
+            cgroup.enter(keepers_cgroup(plan.settings))
             Shim(plan, hook, listeners, runtime).serve()
         code = 0
     except BaseException:

@@ -153,6 +153,8 @@ def test_an_epoll_event_is_packed_where_the_kernel_packs_it(machine: str) -> Non
 
 def test_bpf_has_the_kernels_numbers_and_layouts(machine: str) -> None:
     odd_names = {
+        "skb_ingress": "BPF_CGROUP_INET_INGRESS",
+        "skb_egress": "BPF_CGROUP_INET_EGRESS",
         "sock_create": "BPF_CGROUP_INET_SOCK_CREATE",
         "sock_ops": "BPF_CGROUP_SOCK_OPS",
         "sk_skb_stream_verdict": "BPF_SK_SKB_STREAM_VERDICT",
@@ -309,7 +311,7 @@ def test_the_numbers_that_the_bpf_programs_define_themselves_are_the_kernels(mac
         if not ours.match(name)
     }
     assert {"O_CLOEXEC", "EACCES", "SO_BINDTOIFINDEX", "IPPROTO_MPTCP", "AF_INET6"} <= set(values)
-    headers = ["fcntl.h", "errno.h", "sys/socket.h", "asm/socket.h", "netinet/in.h"]
+    headers = ["fcntl.h", "errno.h", "sys/socket.h", "asm/socket.h", "netinet/in.h", "netinet/tcp.h"]
     assert not differences(machine, headers, values)
 
 

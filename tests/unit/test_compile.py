@@ -111,8 +111,17 @@ def bind_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port: i
     return None
 
 
+LINK_LOCAL = IPv6Network("fe80::/10")
+
+
+def is_link_local(network: IPv4Network | IPv6Network) -> bool:
+    return isinstance(network, IPv6Network) and network.subnet_of(LINK_LOCAL)
+
+
 def connect_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port: int) -> tuple[Verdict, str | None]:
-    """The longest prefix whose rule speaks of the port. In loopback only rules that lie in loopback speak."""
+    """The longest prefix whose rule speaks of the port. In loopback only rules that lie in loopback speak, and
+    only rules for link-local destinations grant those.
+    """
     address = unmapped(address)
     speaking = [
         rule
@@ -123,6 +132,8 @@ def connect_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port
     ]
     if address.is_loopback or address.is_unspecified:
         speaking = [rule for rule in speaking if is_loopback(rule.to.network)]
+    if address in LINK_LOCAL:
+        speaking = [rule for rule in speaking if rule.verdict is not Verdict.GRANT or is_link_local(rule.to.network)]
     if not speaking:
         return Verdict.NONE, None
     rule = max(speaking, key=lambda rule: rule.to.network.prefixlen)
@@ -436,6 +447,14 @@ def test_a_wider_rule_never_covers_loopback(address: str, prefix: str, verdict: 
 @pytest.mark.parametrize("address", ["::1", "::"])
 def test_a_wider_ipv6_rule_never_covers_loopback(address: str, prefix: str) -> None:
     assert reached(compiled(f"egress: [{{to: '{prefix}', endpoint: b6}}]"), address) == NOTHING
+
+
+def test_a_wider_rule_grants_no_link_local_destination_but_denies_it() -> None:
+    assert reached(compiled("egress: [{to: '::/0', endpoint: b6}]"), "fe80::1") == NOTHING
+    assert reached(compiled("egress: [{to: 'fe80::/10', endpoint: b6}]"), "fe80::1") == (Verdict.GRANT, "b6")
+    assert reached(compiled("egress: [{to: '::/0', action: deny}]"), "fe80::1") == (Verdict.DENY, None)
+    narrower = compiled("egress: [{to: '::/0', action: deny}, {to: 'fe00::/7', endpoint: b6}]")
+    assert reached(narrower, "fe80::1") == (Verdict.DENY, None)
 
 
 def test_a_rule_inside_loopback_speaks_of_it() -> None:

@@ -1,0 +1,29 @@
+"""What one supervisor may take of the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from graft.limits import cpu_limit
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "limit"),
+    [
+        ("max 100000", "max 100000", "max"),
+        ("200000 100000", "max 100000", "200000 100000"),
+        ("200000 100000", "10000 100000", "10000 100000"),
+        ("5000 100000", "50000 50000", "5000 100000"),  # the tighter one, wherever it stands
+        ("nonsense", "", "max"),
+    ],
+)
+def test_a_supervisor_has_the_tightest_cpu_limit_of_its_container(
+    tmp_path: Path, outer: str, inner: str, limit: str
+) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    (tmp_path / "a" / "cpu.max").write_text(outer + "\n")
+    (folder / "cpu.max").write_text(inner + "\n")
+    assert cpu_limit(folder) == limit
