@@ -37,6 +37,7 @@ class PlacedEndpoint:
     address: bytes
     port: int
     netns: int
+    dual_stack: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,11 @@ class Publication:
     address: bytes
     port: int
     v6only: bool
+
+    @property
+    def takes_no_ipv4(self) -> bool:
+        """Of the listener to have: it takes no more than the endpoint gives, nor than the container's own does."""
+        return self.v6only or (self.endpoint.family == 6 and not self.endpoint.dual_stack)
 
     @property
     def target(self) -> Target:

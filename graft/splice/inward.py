@@ -43,7 +43,7 @@ def listen(maps: Maps, container: int, wanted: Publication, where: Inside) -> so
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, wanted.v6only)
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, wanted.takes_no_ipv4)
             maps.tags.put(ctypes.c_int32(sock.fileno()), layout.Tag(container=container, home=Home.HOST))
             size = 4 if wanted.family == 4 else 16
             sock.bind((socket.inet_ntop(family, wanted.address[:size]), wanted.port))

@@ -16,6 +16,7 @@ from graft.endpoint import Protocol
 from graft.errors import GraftError
 from graft.kernel import cgroup
 from graft.kernel.sockdiag import Diagnostics, Listening
+from graft.layout import ENDPOINT_DUAL_STACK
 from graft.maps import Maps
 from graft.rules import Lookup
 from graft.splice.choice import PlacedEndpoint, Publication, publications
@@ -116,7 +117,8 @@ class Relays:
         value = self._maps.endpoints.peek(ctypes.c_uint32(number)) if number else None
         if value is None or not value.protocols & Protocol.TCP:
             return None
-        return PlacedEndpoint(number, value.family, bytes(value.addr), value.port, value.netns)
+        dual_stack = bool(value.flags & ENDPOINT_DUAL_STACK)
+        return PlacedEndpoint(number, value.family, bytes(value.addr), value.port, value.netns, dual_stack)
 
     def _publish(self, wanted: Publication) -> None:
         try:

@@ -67,11 +67,11 @@ def test_this_kernel_takes_every_program(root: None) -> None:
 
 def test_a_program_that_is_not_needed_is_left_out_and_all_else_loads(bare_host: Host, spoil: Break) -> None:
     spoil("splice")
-    spoil("sock_create")
+    spoil("getpeername4")
     lifecycle.up(bare_host.settings)
     pinned = {pin.name for pin in bare_host.settings.pin_dir.glob("prog_*")}
     assert pinned >= {f"prog_{program.name}" for program in PROGRAMS}
-    assert not pinned & {"prog_splice", "prog_sock_create"}
+    assert not pinned & {"prog_splice", "prog_getpeername4"}
     bare_host.graft("ep", "add", "web", "0.0.0.0:8080")
     server = "import socket; s = socket.create_server(('0.0.0.0', 80)); print(s.getsockname(), flush=True); s.accept()"
     program = bare_host.start("-i", "0.0.0.0:80=web", "--", "/usr/bin/python3", "-c", server)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.kernel.sockdiag import Listening, parse
-from graft.splice.choice import PlacedEndpoint, publications, target
+from graft.splice.choice import PlacedEndpoint, Publication, publications, target
 
 ANY = bytes(16)
 LOOPBACK = b"\x7f\0\0\1".ljust(16, b"\0")
@@ -18,6 +18,7 @@ MAPPED = bytes(10) + b"\xff\xff" + b"\x0a\x58\0\5"
 FIXED = PlacedEndpoint(1, 4, ANY, 8080, 1)
 DYNAMIC = PlacedEndpoint(2, 4, ANY, 0, 1)
 SIX = PlacedEndpoint(3, 6, ANY, 8080, 1)
+DUAL = PlacedEndpoint(4, 6, ANY, 8080, 1, dual_stack=True)
 
 
 def listening(family: int, address: bytes, port: int = 80, v6only: bool = False, cgroup: int = 7) -> Listening:
@@ -99,3 +100,11 @@ def test_a_message_of_the_kernel_is_read() -> None:
     v6only = b"\5\0\13\0\1\0\0\0".replace(b"\13", b"\x0b")
     group = b"\x0c\0\x15\0" + (4711).to_bytes(8, "little")
     assert parse(body + v6only + group) == Listening(6, ANY, 443, True, 4711, 0, 99)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "v6only", "none"),
+    [(SIX, False, True), (SIX, True, True), (DUAL, False, False), (DUAL, True, True), (FIXED, False, False)],
+)
+def test_an_ipv6_endpoint_takes_ipv4_only_where_it_says_so(endpoint: PlacedEndpoint, v6only: bool, none: bool) -> None:
+    assert Publication(endpoint, 6, ANY, 80, v6only).takes_no_ipv4 is none
