@@ -9,6 +9,7 @@ hold is left out of the BPF programs' text, so that it matters what `up` is run 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import os
 import shutil
@@ -31,6 +32,15 @@ def _signals() -> None:
         fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_ASYNC)
 
     twin._carry_signals = carry_signals
+
+
+def _rights() -> None:
+    def as_it_is(_least: int, value: int) -> int:
+        return value
+
+    # Names that graft/twin.py looks up when it carries an option.
+    twin.__dict__["without_capabilities"] = contextlib.nullcontext
+    twin.__dict__["max"] = as_it_is
 
 
 Change = tuple[str, str, str]
@@ -85,6 +95,7 @@ def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
 
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
+    "rights": _rights,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 
