@@ -27,7 +27,7 @@ from graft.errors import KernelError
 from graft.kernel import cgroup, process
 from graft.kernel.pidfd import pidfd_open
 from graft.kernel.seccomp import Listener
-from graft.limits import enter_own_cgroup
+from graft.allowance import enter_own_cgroup
 from graft.maps import Maps
 from graft.settings import Settings
 from graft.supervisor import Supervisor, Told, serve

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.limits import cpu_limit
+from graft.allowance import cpu_limit
 
 
 @pytest.mark.parametrize(
