@@ -16,9 +16,12 @@ from graft.kernel.btf import Btf
 def socket_file() -> dict[str, int]:
     """For the desk's look at a socket's file and descriptor (bpf/desk.bpf.c); empty where the kernel does not tell."""
     try:
-        btf = Btf.of_kernel()
+        return _socket_file(Btf.of_kernel())
     except (OSError, ValueError):
         return {}
+
+
+def _socket_file(btf: Btf) -> dict[str, int]:
     references = btf.offset("file", "f_ref")
     file = {
         "GRAFT_SK_SOCKET": btf.offset("sock", "sk_socket"),
