@@ -29,6 +29,7 @@ from graft.kernel.pidfd import pidfd_open
 from graft.kernel.seccomp import Listener
 from graft.lifecycle import supervisors_cgroup
 from graft.maps import Maps
+from graft.printable import printable
 from graft.settings import Settings
 from graft.supervisor import Supervisor, Told, serve
 
@@ -183,6 +184,6 @@ def _teller(settings: Settings):  # type: ignore[no-untyped-def]
         from graft.told import line
 
         names = {stored.id: stored.endpoint for stored in store.listing(settings)}
-        print(line(told, names), file=sys.stderr, flush=True)
+        print(printable(line(told, names)), file=sys.stderr, flush=True)
 
     return tell
