@@ -12,7 +12,7 @@ from graft.layout import Transport
 from graft.settings import Settings
 
 from .options import Egress, Ingress, PolicyFile
-from .output import command
+from .output import command, say
 
 if TYPE_CHECKING:
     from graft.attach import Attached, Detached
@@ -67,12 +67,12 @@ def attach(
     settings = Settings.from_environment()
     rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [])
     done = attaching.attach(settings, which, rules, wanted, relay)
-    print(_told(done))
+    say(*_told(done))
     if done.choice.transport is Transport.SPLICE:
-        print(_relayed(splice.describe(settings, done.container)))
+        say(*_relayed(splice.describe(settings, done.container)))
 
 
-def _told(done: Attached) -> str:
+def _told(done: Attached) -> list[str]:
     target, choice = done.target, done.choice
     lines = [f"{done.container.name}: {target.engine}, {target.cgroup}"]
     for inode, count in sorted(done.facts.namespaces.items()):
@@ -93,17 +93,19 @@ def _told(done: Attached) -> str:
     if done.existing:
         lines.append("  sockets that were there before; their addresses and connections stay as they are:")
         lines += [f"    {held}" for held in done.existing]
-    return "\n".join(lines)
+    return lines
 
 
-def _relayed(about: dict[str, Any]) -> str:
+def _relayed(about: dict[str, Any]) -> list[str]:
     lines = [f"  relay {about['relay']}, by graftd ({about['pid']})"]
     lines += [f"  {one['address']} leads to its listener {one['listener']}" for one in about["published"]]
     lines += [f"  its listener {one['listener']} has no endpoint: {one['error']}" for one in about["failed"]]
     lines += [f"  its listener {one} is named by no rule" for one in about["not_granted"]]
+    if about.get("left_out"):
+        lines.append(f"  and {about['left_out']} more")
     if not about["published"] and not about["failed"]:
         lines.append("  nothing that a rule names is listened on yet: an endpoint refuses until it is")
-    return "\n".join(lines)
+    return lines
 
 
 @command
@@ -117,10 +119,10 @@ def detach(
     from graft import attach as attaching
 
     lifecycle.require_root()
-    print(_left(attaching.detach(Settings.from_environment(), which, keep)))
+    say(*_left(attaching.detach(Settings.from_environment(), which, keep)))
 
 
-def _left(done: Detached) -> str:
+def _left(done: Detached) -> list[str]:
     lines = [f"{done.container.name}: detached"]
     if done.withdrawn:
         lines.append("  ended, because an endpoint was what let them be:")
@@ -128,4 +130,4 @@ def _left(done: Detached) -> str:
     if done.left:
         lines.append("  still open on the host's stack:")
         lines += [f"    {held}" for held in done.left]
-    return "\n".join(lines)
+    return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from graft import lifecycle
 
 from .options import Json
-from .output import command, listing
+from .output import command, listing, say, warn
 
 
 def register(app: typer.Typer) -> None:
@@ -37,10 +36,10 @@ def doctor(verbose: Verbose = False, as_json: Json = False) -> None:
         for one in found
     ]
     if not as_json:
-        print(f"kernel {kernel()}", file=sys.stderr)
+        warn(f"kernel {kernel()}")
     listing(("HAVE", "FEATURE", "WHAT FOR", "WITHOUT IT"), rows, [asdict(one) for one in found], as_json)
     for one in found:
         if verbose and one.log and not as_json:
-            print(f"\n{one.name}:\n{one.log}")
+            say("", f"{one.name}:", *one.log.splitlines())
     if any(one.needed and not one.present for one in found):
         raise SystemExit(6)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import command
+from .output import command, say
 
 if TYPE_CHECKING:
     from graft.policy_file import Examined
@@ -28,17 +28,20 @@ def check(
     from graft.store import known_endpoints
 
     examined = examine_policy(read_policy(file), known_endpoints())
-    typer.echo(_as_json(str(file), examined) if as_json else _as_text(str(file), examined))
+    if as_json:
+        typer.echo(_as_json(str(file), examined))
+    else:
+        say(*_as_text(str(file), examined))
     if examined.problems:
         raise typer.Exit(2)
 
 
-def _as_text(file: str, examined: Examined) -> str:
+def _as_text(file: str, examined: Examined) -> list[str]:
     policy, rules = examined.policy, examined.ruleset
     if policy is None or rules is None:
-        return "\n".join(problem.format(file) for problem in examined.problems)
+        return [problem.format(file) for problem in examined.problems]
     counts = f"{len(policy.ingress)} ingress, {len(policy.egress)} egress rules, {rules.entries} map entries"
-    return f"{file}: ok ({counts})"
+    return [f"{file}: ok ({counts})"]
 
 
 def _as_json(file: str, examined: Examined) -> str:
@@ -71,10 +74,10 @@ def show(
         head = {"container": found.name, "policy": found.policy, "transport": found.transport}
         typer.echo(json.dumps(head | asdict(rules), indent=2))
         return
-    typer.echo(f"{found.name}: policy {found.policy}, {found.transport}")
+    say(f"{found.name}: policy {found.policy}, {found.transport}")
     for rule in rules.rules:
-        typer.echo(f"  {rule}")
-    typer.echo(f"  else: bind {rules.bind_default}, connect {rules.connect_default}")
+        say(f"  {rule}")
+    say(f"  else: bind {rules.bind_default}, connect {rules.connect_default}")
 
 
 @app.command()
@@ -96,4 +99,4 @@ def apply(
     lifecycle.up(settings)
     policy = policy_of(settings, "", file, (), ())
     for changed in attach.apply(settings, policy, cgroup):
-        typer.echo(f"{changed.name}: policy {changed.policy}")
+        say(f"{changed.name}: policy {changed.policy}")

@@ -11,7 +11,7 @@ from graft import lifecycle
 from graft.settings import Settings
 
 from .options import Json
-from .output import command, listing
+from .output import command, listing, warn
 
 if TYPE_CHECKING:
     from graft.held import Held
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
 @command
 def ps(as_json: Json = False) -> None:
     """List the containers under Graft, with the sockets that they hold on the host's stack."""
+    from graft import containers
     from graft.overview import overview
 
     lifecycle.require_root()
@@ -74,6 +75,7 @@ def ps(as_json: Json = False) -> None:
     ]
     title = ("ID", "NAME", "ENGINE", "TRANSPORT", "SUPERVISOR", "ENDPOINTS", "SOCKETS", "CGROUP")
     listing(title, rows, records, as_json)
+    warn(*(f"graft: left out: {wrong.message}" for wrong in containers.records(settings)[1]))
 
 
 def _served_by(relay: Mapping[str, Any] | None) -> str:

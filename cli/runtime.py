@@ -11,7 +11,7 @@ import typer
 from graft import lifecycle
 from graft.settings import Settings
 
-from .output import command
+from .output import command, say
 
 Listener = Annotated[
     Path | None, typer.Option("--listener", help="The listener's socket. Default: listener, in GRAFT_RUN_DIR.")
@@ -54,4 +54,4 @@ def listen(listener: Listener = None) -> None:
     lifecycle.require_root()
     settings = Settings.from_environment()
     path = (listener or default_path(settings)).absolute()
-    serve_listener_socket(settings, options.load(os.environ), path, lambda line: print(f"graft: {line}", flush=True))
+    serve_listener_socket(settings, options.load(os.environ), path, lambda line: say(f"graft: {line}"))

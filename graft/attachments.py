@@ -103,8 +103,7 @@ def nested(path: Path) -> Path | None:
     if _carries_graft(path, effective=True):
         above = (path, *(parent for parent in path.parents if parent.is_relative_to(top)))
         return next((one for one in above if _carries_graft(one)), path)
-    below = (Path(folder) for folder, _, _ in os.walk(path) if folder != str(path))
-    return next((one for one in below if _carries_graft(one)), None)
+    return next((one for one in cgroup.tree(path) if one != path and _carries_graft(one)), None)
 
 
 def set_scope(settings: Settings, path: Path, container: int) -> None:
@@ -126,7 +125,12 @@ def detach(settings: Settings, path: Path) -> None:
 def attached_cgroups(settings: Settings) -> list[Path]:
     """Every cgroup that the programs are on, Graft's own among them."""
     ids = {int(key.value) for key in Maps(settings.pin_dir).scopes.keys()}  # noqa: SIM118
-    return [Path(folder) for folder, _, _ in os.walk(cgroup.v2_mount()) if os.stat(folder).st_ino in ids]
+    found = []
+    for folder in cgroup.tree(cgroup.v2_mount()):
+        with contextlib.suppress(FileNotFoundError):  # one that went meanwhile
+            if cgroup.cgroup_id(folder) in ids:
+                found.append(folder)
+    return found
 
 
 def detach_all(settings: Settings) -> None:

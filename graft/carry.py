@@ -21,9 +21,11 @@ from graft.kernel.epoll import epoll_add
 from graft.layout import PROBED, PROBED_EPOLL
 
 _EPOLL_LINE = re.compile(
-    rb"^tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)(?:\s+pos:\s*-?\d+\s+ino:\s*([0-9a-f]+))?", re.M
+    rb"^tfd: *([0-9]{1,10}) +events: *([0-9a-f]{1,8}) +data: *([0-9a-f]{1,16})"
+    rb"(?: +pos: *-?[0-9]{1,20} +ino: *([0-9a-f]{1,16}))?\b",
+    re.M,
 )
-_FLAGS_LINE = re.compile(rb"^flags:\s*([0-7]+)", re.M)
+_FLAGS_LINE = re.compile(rb"^flags:\t([0-7]{1,12})$", re.M)
 
 
 def descriptor_flags(folder: int, fd: int) -> int:
@@ -33,12 +35,18 @@ def descriptor_flags(folder: int, fd: int) -> int:
     """
     info = os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
     try:
-        found = _FLAGS_LINE.search(os.read(info, 256))
+        found = parse_flags(os.read(info, 256))
     finally:
         os.close(info)
     if found is None:
         raise FileNotFoundError(2, f"no flags of descriptor {fd}")
-    return int(found[1], 8)
+    return found
+
+
+def parse_flags(fdinfo: bytes) -> int | None:
+    """The open flags in a descriptor's fdinfo; None where they are not there."""
+    found = _FLAGS_LINE.search(fdinfo)
+    return int(found[1], 8) if found else None
 
 
 def must_look(probed: int, references: int, expected_references: int) -> bool:
@@ -87,7 +95,8 @@ def find(tid: int, inode: int, fd: int) -> Attached:
     watches: list[Watch] = []
     for epoll in epolls:
         with contextlib.suppress(OSError), open(f"/proc/{tid}/fdinfo/{epoll}", "rb") as info:
-            watches += parse_watches(epoll, info.read(), frozenset(numbers), inode)
+            for line in info:  # a program may watch a million descriptors
+                watches += parse_watches(epoll, line, frozenset(numbers), inode)
     return Attached(tuple(sorted(numbers - {fd})), tuple(watches))
 
 

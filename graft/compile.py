@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from itertools import islice
 from operator import or_
 from typing import TypeVar
@@ -25,6 +25,7 @@ from graft.address import IPAddress, Prefix, pack16
 from graft.endpoint import IP_PROTOCOLS, Endpoint, Protocol
 from graft.errors import UsageError
 from graft.layout import CONTAINER_DENIES, CONTAINER_OTHERS
+from graft.limits import MAX_ENTRIES, check_size
 from graft.policy import Default, Policy, PolicyError, Verdict
 from graft.policy_rules import (
     ANY4,
@@ -42,7 +43,6 @@ from graft.policy_rules import (
 from graft.ports import prefixes_of
 
 __all__ = [
-    "MAX_ENTRIES",
     "Default",
     "EgressPortEntry",
     "EgressPrefixEntry",
@@ -51,9 +51,6 @@ __all__ = [
     "Verdict",
     "compile_policy",
 ]
-
-MAX_ENTRIES = 32768
-"""Entries of one policy. The maps are finite and shared; no sane policy comes near."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +120,9 @@ def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet
     """The entries of ``policy``; ``endpoints`` are those it may name besides the ones it declares.
 
     Raises PolicyError where a rule's endpoint is missing or does not fit it, or where rules are in
-    conflict (no entry is made of such a policy), and UsageError where it would take too many entries.
+    conflict (no entry is made of such a policy), and UsageError where it is too big (graft/limits.py).
     """
+    check_size(policy)
     resolved = policy.resolve(endpoints)
     problems = check_endpoints_exist(policy, resolved) + check_rules(policy, resolved)
     if problems:
@@ -177,10 +175,11 @@ def _ingress_entries(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Itera
     layouts = {key: _smallest_first(competing) for key, competing in claims.items()}
     for protocol in IP_PROTOCOLS:
         _serve_dual_stack(layouts, protocol)
+    prefixes = cache(lambda mask: tuple(prefixes_of(mask)))  # TCP and UDP, 0.0.0.0 and [::] mostly have the same ports
     for (protocol, family, address), layout in layouts.items():
         packed = None if address is None else pack16(address)
         for endpoint, mask in layout.items():
-            for port, bits in prefixes_of(mask):
+            for port, bits in prefixes(mask):
                 yield IngressEntry(IP_PROTOCOLS[protocol], family, packed, port, bits, endpoint)
 
 

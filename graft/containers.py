@@ -9,19 +9,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from graft import attachments, layout, rules, store
-from graft.compile import compile_policy
-from graft.errors import ConflictError, NotFoundError, RefusedError
+from graft import attachments, json_text, layout, rules, store
+from graft.address import shown
+from graft.compile import RuleSet, compile_policy
+from graft.endpoint import Endpoint
+from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
 from graft.kernel import cgroup
+from graft.kernel.pidfd import MAX_PID
 from graft.layout import Transport
 from graft.lifecycle import locked, new_id
+from graft.limits import check_size
 from graft.maps import Maps
 from graft.policy import Policy
 from graft.settings import Settings
+
+_REQUIRED = {"id", "name", "cgroup", "transport", "netns", "policy", "endpoints"}
+_MAX_RECORD = 1 << 20
+_MAX_ID, _MAX_COOKIE = (1 << 32) - 1, (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +78,65 @@ def _save(settings: Settings, container: Container) -> None:
     aside.rename(folder / f"{container.id}.json")
 
 
+def parse_record(raw: bytes, name: str) -> Container:
+    """The container in a record of file name ``name``. Raises UsageError that says what is wrong with it."""
+    found = json_text.mapping(json_text.parse(raw, name, _MAX_RECORD), name)
+    if missing := _REQUIRED - found.keys():
+        raise UsageError(f"{name}: no {' and no '.join(sorted(missing))}")
+    try:
+        number = json_text.number(found["id"], "id", _MAX_ID)
+        transport = Transport[json_text.text(found["transport"], "transport").upper()]
+        container = Container(
+            id=number,
+            name=json_text.text(found["name"], "name"),
+            cgroup=json_text.path(found["cgroup"], "cgroup"),
+            transport=transport.name.lower(),
+            netns=json_text.number(found["netns"], "netns", _MAX_COOKIE),
+            policy=json_text.text(found["policy"], "policy"),
+            endpoints=tuple(json_text.texts(found["endpoints"], "endpoints")),
+            pid=json_text.number(found.get("pid"), "pid", MAX_PID),
+            cgroup_id=json_text.number(found.get("cgroup_id"), "cgroup_id", _MAX_COOKIE),
+            engine=json_text.text(found.get("engine"), "engine") or "graft",
+            relay=json_text.text(found.get("relay"), "relay") or "splice",
+        )
+    except KeyError as error:
+        raise UsageError(f"{name}: transport: {shown(error.args[0])} is none") from None
+    except UsageError as error:
+        raise UsageError(f"{name}: {error.message}") from None
+    if name != f"{number}.json" or not container.cgroup.startswith("/") or ".." in container.cgroup_path.parts:
+        raise UsageError(f"{name}: id {number} at {shown(container.cgroup)} is no container")
+    return container
+
+
+def records(settings: Settings) -> tuple[list[Container], list[UsageError]]:
+    """Every container that is attached, oldest first; and what is wrong with each record that cannot be read."""
+    found, wrong = [], []
+    for path in _folder(settings).glob("*.json"):
+        try:
+            with path.open("rb") as file:
+                found.append(parse_record(file.read(_MAX_RECORD + 1), path.name))
+        except FileNotFoundError:  # it was removed just now
+            continue
+        except OSError as error:
+            wrong.append(UsageError(f"{path}: cannot be read: {error.strerror}"))
+        except UsageError as error:
+            wrong.append(UsageError(f"{path.parent}/{error.message}"))
+    return sorted(found, key=lambda container: container.id), wrong
+
+
 def listing(settings: Settings) -> list[Container]:
-    """Every container that is attached, oldest first."""
-    found = []
-    for record in _folder(settings).glob("*.json"):
-        with contextlib.suppress(FileNotFoundError):
-            fields = json.loads(record.read_text())
-            found.append(Container(**{**fields, "endpoints": tuple(fields["endpoints"])}))
-    return sorted(found, key=lambda container: container.id)
+    """Every container that is attached, oldest first. One whose record cannot be read is left out (see `records`)."""
+    return records(settings)[0]
 
 
 def find(settings: Settings, name: str) -> Container:
-    """The container of that name, cgroup or id. Raises NotFoundError."""
-    for container in listing(settings):
+    """The container of that name, cgroup or id. Raises NotFoundError, which tells of records that cannot be read."""
+    found, wrong = records(settings)
+    for container in found:
         if name in (container.name, container.cgroup, str(container.id)):
             return container
-    raise NotFoundError(f"container: {name!r} is not attached", "graft ps")
+    hint = "; ".join(["graft ps", *(error.message for error in wrong[:1])])
+    raise NotFoundError(f"container: {shown(name)} is not attached", hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +150,35 @@ class _Installed:
     superseded: dict[str, int]
 
 
-def _install_locked(settings: Settings, maps: Maps, policy: Policy, replaced: int = 0) -> _Installed:
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A policy's entries, and the endpoints by which they were made."""
+
+    endpoints: dict[str, Endpoint]
+    rules: RuleSet
+
+
+def _compile(settings: Settings, policy: Policy) -> _Compiled:
+    """Compile ``policy`` before anybody has to wait for it. Raises PolicyError, UsageError."""
+    check_size(policy)
+    stored = {found.endpoint.name: found.endpoint for found in store.listing(settings)}
+    return _compile_for(policy, policy.resolve(stored))
+
+
+def _compile_for(policy: Policy, endpoints: Mapping[str, Endpoint], before: _Compiled | None = None) -> _Compiled:
+    """With these endpoints; what was compiled ``before``, where those that the policy names are still the same."""
+    named = {name: endpoints[name] for name in _endpoint_names(policy) if name in endpoints}
+    if before is not None and before.endpoints == named:
+        return before
+    return _Compiled(named, compile_policy(policy, endpoints))
+
+
+def _install_locked(settings: Settings, maps: Maps, policy: Policy, before: _Compiled, replaced: int = 0) -> _Installed:
     """Write a policy's rules, in the place of ruleset ``replaced`` if there is one. All of them, or nothing."""
     superseded = store.declare_locked(settings, maps, policy.endpoints, replaced)
     try:
         stored = {found.endpoint.name: found for found in store.listing(settings)}
-        compiled = compile_policy(policy, {name: found.endpoint for name, found in stored.items()})
+        compiled = _compile_for(policy, {name: found.endpoint for name, found in stored.items()}, before).rules
         number = new_id(maps)
         rules.write(maps, number, compiled, {name: found.id for name, found in stored.items()})
     except BaseException:
@@ -160,10 +234,11 @@ def create(
     no hook yet is. Nothing stays behind where it fails (PolicyError, ConflictError,
     KernelError; RefusedError where a cgroup above or below is attached).
     """
+    compiled = _compile(settings, policy)
     with locked(settings):
         reap_locked(settings, maps)
         _refuse_nesting(settings, maps, path)
-        new = _install_locked(settings, maps, policy)
+        new = _install_locked(settings, maps, policy, compiled)
         number = new_id(maps)
         try:
             value = layout.ContainerValue(
@@ -206,13 +281,14 @@ def apply(
 
     ``name``, ``relay``: what they are from now on, if that changes.
     """
+    compiled = _compile(settings, policy)
     with locked(settings):
         key = ctypes.c_uint32(container.id)
         value = maps.containers.get(key)
         if value is None:
             raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
         old = value.ruleset
-        new = _install_locked(settings, maps, policy, replaced=old)
+        new = _install_locked(settings, maps, policy, compiled, replaced=old)
         value.ruleset, value.flags = new.ruleset, new.flags
         value.bind_default, value.connect_default = new.bind_default, new.connect_default
         maps.containers.put(key, value)

@@ -20,6 +20,7 @@ from graft import attachments
 from graft.errors import ConflictError, GraftError, KernelError
 from graft.kernel import cgroup, process
 from graft.lifecycle import up
+from graft.printable import printable
 from graft.settings import Settings
 from graft.splice import control
 
@@ -149,7 +150,7 @@ def main(ready: int) -> None:
     except ConflictError:
         pass  # another one was quicker
     except GraftError as error:
-        print(f"graftd: {error.message}", file=sys.stderr)
+        print(f"graftd: {printable(error.message)}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -7,7 +7,6 @@ one argument of a command, never a part of a shell's line.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -16,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graft import json_text
 from graft.address import shown
 from graft.errors import ConflictError, KernelError, NotFoundError, UsageError
 from graft.kernel import cgroup
+from graft.kernel.pidfd import MAX_PID
 
 _TIMEOUT = 15.0
+_MAX_BYTES = 16 << 20
 _CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 _UNIT = re.compile(r"[A-Za-z0-9_:.@\\][A-Za-z0-9_:.@\\-]*", re.ASCII)
 _UNIT_KINDS = (".service", ".slice", ".scope", ".socket", ".mount")
@@ -122,10 +124,9 @@ def _first_process(path: Path) -> int:
 def parse_inspect(engine: str, text: str) -> tuple[str, str, int]:
     """(id, name, process id) of `docker|podman container inspect`. Raises NotFoundError where it does not run."""
     try:
-        (answer,) = json.loads(text)
-        number, name, pid = _identity(answer)
-    except (ValueError, KeyError, TypeError) as error:
-        raise KernelError(f"{engine}: cannot read what it says of the container ({error})") from error
+        number, name, pid = _identity(json_text.parse(text, "its answer", _MAX_BYTES))
+    except UsageError as error:
+        raise KernelError(f"{engine}: cannot read what it says of the container ({error.message})") from None
     if not re.fullmatch(r"[0-9a-f]{64}", number):
         raise KernelError(f"{engine}: {shown(number)} is no id of a container")
     if pid <= 0:
@@ -133,8 +134,18 @@ def parse_inspect(engine: str, text: str) -> tuple[str, str, int]:
     return number, name, pid
 
 
-def _identity(answer: dict[str, Any]) -> tuple[str, str, int]:
-    return str(answer["Id"]), str(answer["Name"]).lstrip("/"), int(answer["State"]["Pid"])
+def _identity(answer: Any) -> tuple[str, str, int]:
+    found = json_text.mappings(answer, "its answer")
+    if len(found) != 1:
+        raise UsageError(f"its answer: {len(found)} containers")
+    one = found[0]
+    if missing := {"Id", "Name", "State"} - one.keys():
+        raise UsageError(f"its answer: no {' and no '.join(sorted(missing))}")
+    state = json_text.mapping(one["State"], "State")
+    if "Pid" not in state:
+        raise UsageError("its answer: no State.Pid")
+    name = json_text.text(one["Name"], "Name").lstrip("/")
+    return json_text.text(one["Id"], "Id"), name, json_text.number(state["Pid"], "State.Pid", MAX_PID)
 
 
 def _from_engine(engine: str, name: str, run: Run) -> Target:
@@ -181,9 +192,9 @@ def cut_at_id(path: Path, number: str) -> Path | None:
 
 def parse_show(text: str) -> tuple[str, int]:
     """(cgroup, main process) of `systemctl show -p ControlGroup -p MainPID`; empty and 0 where there is none."""
-    fields = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    fields = dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
     pid = fields.get("MainPID", "0")
-    return fields.get("ControlGroup", ""), int(pid) if pid.isdigit() else 0
+    return fields.get("ControlGroup", ""), int(pid) if re.fullmatch(r"[0-9]{1,10}", pid, re.ASCII) else 0
 
 
 def _from_systemd(name: str, run: Run) -> Target:
@@ -199,8 +210,9 @@ def _from_systemd(name: str, run: Run) -> Target:
 def _unit_in(unit: str, path: str, pid: int) -> Target:
     if not path.startswith("/") or path == "/":
         raise NotFoundError(f"unit: {unit} is not running", f"systemctl start {unit}")
-    found = (cgroup.v2_mount() / path.lstrip("/")).resolve()
-    if found.name != unit or not found.is_dir():
+    top = cgroup.v2_mount()
+    found = top if "\0" in path else (top / path.lstrip("/")).resolve()
+    if found.name != unit or not found.is_relative_to(top) or not found.is_dir():
         raise KernelError(f"unit: systemd says that {unit} is in {path}, which is not there in the v2 tree")
     if pid and pid not in cgroup.processes(found):
         pid = 0
@@ -209,7 +221,7 @@ def _unit_in(unit: str, path: str, pid: int) -> Target:
 
 def _unit_in_tree(unit: str) -> Target:
     """Where systemd cannot be asked: a folder of the unit's name."""
-    found = [Path(folder) for folder, _, _ in os.walk(cgroup.v2_mount()) if os.path.basename(folder) == unit]
+    found = [folder for folder in cgroup.tree(cgroup.v2_mount()) if folder.name == unit]
     if not found:
         raise NotFoundError(f"unit: systemd cannot be asked, and no cgroup is called {unit}")
     if len(found) > 1:

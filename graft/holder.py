@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 
 from graft import containers, store
+from graft.allowance import enter_own_cgroup
 from graft.births import Births, Namespaces
 from graft.containers import Container
 from graft.desk import give_back, open_desk
@@ -27,8 +28,8 @@ from graft.errors import KernelError
 from graft.kernel import cgroup, process
 from graft.kernel.pidfd import pidfd_open
 from graft.kernel.seccomp import Listener
-from graft.allowance import enter_own_cgroup
 from graft.maps import Maps
+from graft.printable import printable
 from graft.settings import Settings
 from graft.supervisor import Supervisor, Told, serve
 
@@ -184,6 +185,6 @@ def _teller(settings: Settings):  # type: ignore[no-untyped-def]
         from graft.told import line
 
         names = {stored.id: stored.endpoint for stored in store.listing(settings)}
-        print(line(told, names), file=sys.stderr, flush=True)
+        print(printable(line(told, names)), file=sys.stderr, flush=True)
 
     return tell

@@ -102,7 +102,7 @@ def _child(plan: Launch, control: socket.socket, report: int) -> None:
     except BaseException as error:
         code, message = 1, str(error)
     with contextlib.suppress(OSError):
-        os.write(report, f"{code} {message}".encode())
+        os.write(report, f"{code} {message}".encode(errors="replace"))
     os._exit(code)
 
 

@@ -23,7 +23,6 @@ from graft.maps import Maps
 from graft.settings import Settings
 
 if TYPE_CHECKING:
-    from graft.containers import Container
     from graft.loader import Loaded
 
 _BPFFS = Path("/sys/fs/bpf")
@@ -190,9 +189,9 @@ def down(settings: Settings, force: bool = False) -> None:
                 f"{len(inhabited)} containers and {len(running)} processes are under Graft",
                 "detach or end them; `graft down --force` does both",
             )
-        for container in inhabited:
-            if container.transport == layout.Transport.SWAP.name.lower():
-                cgroup.kill(container.cgroup_path)
+        for path, swapped in inhabited.items():
+            if swapped:
+                cgroup.kill(path)
         if running:
             cgroup.kill(own)
         if own.exists():
@@ -204,11 +203,29 @@ def down(settings: Settings, force: bool = False) -> None:
         shutil.rmtree(settings.run_dir, ignore_errors=True)
 
 
-def _inhabited(settings: Settings) -> list[Container]:
-    """The attached containers that any process lives in."""
+def _inhabited(settings: Settings) -> dict[Path, bool]:
+    """The attached cgroups that any process lives in, and whether sockets of theirs were swapped."""
     from graft import containers
 
-    return [container for container in containers.listing(settings) if containers.is_populated(container)]
+    found, wrong = containers.records(settings)
+    swap = layout.Transport.SWAP
+    inhabited = {one.cgroup_path: one.transport == swap.name.lower() for one in found if containers.is_populated(one)}
+    if wrong and (settings.pin_dir / "scopes").exists():
+        inhabited = _unrecorded(settings) | inhabited
+    return inhabited
+
+
+def _unrecorded(settings: Settings) -> dict[Path, bool]:
+    """The same by the maps alone, for where a record cannot be read. What no map knows counts as swapped."""
+    maps = Maps(settings.pin_dir)
+    inhabited = {}
+    for path in attachments.attached_cgroups(settings):
+        scope = maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
+        if scope is None or not scope.container or not cgroup.populated(path):
+            continue  # Graft's own, or empty
+        value = maps.containers.get(ctypes.c_uint32(scope.container))
+        inhabited[path] = value is None or value.transport == layout.Transport.SWAP
+    return inhabited
 
 
 def _stop_daemon(settings: Settings, force: bool) -> None:

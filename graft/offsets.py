@@ -11,6 +11,8 @@ from functools import cache
 
 from graft.kernel.btf import Btf
 
+Offsets = Mapping[str, int | None]
+
 
 @cache  # all of the kernel's types are gone through, and the loader asks for each text that it compiles
 def structures() -> dict[str, int]:
@@ -21,16 +23,25 @@ def structures() -> dict[str, int]:
     """
     try:
         btf = Btf.of_kernel()
+        file = _all_or_none(_file(btf))
+        others = [_all_or_none(group(btf)) for group in (_descriptor, _v6only, _packet)]
     except (OSError, ValueError):
         return {}
+    return {name: value for group in (file, *others) for name, value in group.items()} if file else {}
+
+
+def _file(btf: Btf) -> Offsets:
     references = btf.offset("file", "f_ref")
-    file = {
+    return {
         "GRAFT_SK_SOCKET": btf.offset("sock", "sk_socket"),
         "GRAFT_SOCKET_FILE": btf.offset("socket", "file"),
         "GRAFT_FILE_EP": btf.offset("file", "f_ep"),
         "GRAFT_FILE_REFERENCES": btf.offset("file", "f_count") if references is None else references,
     }
-    descriptor = {
+
+
+def _descriptor(btf: Btf) -> Offsets:
+    return {
         "GRAFT_TASK_FILES": btf.offset("task_struct", "files"),
         "GRAFT_TASK_PID_LINKS": btf.offset("task_struct", "pid_links"),
         "GRAFT_PID_TASKS": btf.offset("pid", "tasks"),
@@ -45,19 +56,22 @@ def structures() -> dict[str, int]:
         "GRAFT_INODE_UID": btf.offset("inode", "i_uid"),
         "GRAFT_INODE_GID": btf.offset("inode", "i_gid"),
     }
-    v6only = btf.bit_offset("sock_common", "skc_ipv6only")
-    bind = {
-        "GRAFT_V6ONLY_BYTE": None if v6only is None else v6only // 8,
-        "GRAFT_V6ONLY_MASK": None if v6only is None else 1 << v6only % 8,
+
+
+def _v6only(btf: Btf) -> Offsets:
+    bit = btf.bit_offset("sock_common", "skc_ipv6only")
+    return {
+        "GRAFT_V6ONLY_BYTE": None if bit is None else bit // 8,
+        "GRAFT_V6ONLY_MASK": None if bit is None else 1 << bit % 8,
     }
-    packet = {
+
+
+def _packet(btf: Btf) -> Offsets:
+    return {
         "GRAFT_SKB_SK": btf.offset("sk_buff", "sk"),
         "GRAFT_SOCK_NET": btf.offset("sock_common", "skc_net"),
         "GRAFT_NET_COOKIE": btf.offset("net", "net_cookie"),
     }
-    if not _all_or_none(file):
-        return {}
-    return {name: value for group in (file, descriptor, bind, packet) for name, value in _all_or_none(group).items()}
 
 
 def write_seq() -> int | None:
@@ -68,6 +82,6 @@ def write_seq() -> int | None:
         return None
 
 
-def _all_or_none(offsets: Mapping[str, int | None]) -> dict[str, int]:
+def _all_or_none(offsets: Offsets) -> dict[str, int]:
     known = {name: value for name, value in offsets.items() if value is not None}
     return known if len(known) == len(offsets) else {}

@@ -12,7 +12,7 @@ from typing import Any
 from graft import containers, held, splice
 from graft.containers import Container
 from graft.held import Held
-from graft.kernel import cgroup
+from graft.kernel import cgroup, process
 from graft.lifecycle import supervisors_cgroup
 from graft.maps import Maps
 from graft.settings import Settings
@@ -60,8 +60,6 @@ def supervisor_of(container: Container, supervisors: Sequence[int]) -> int:
     """The process that serves a container: a child of its holder, among those of the supervisors' cgroup."""
     for pid in supervisors if container.pid else ():
         with contextlib.suppress(OSError):
-            # The fourth field, after a name in brackets that may hold anything (proc_pid_stat(5)).
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if int(fields[1]) == container.pid:
+            if process.parse_parent(Path(f"/proc/{pid}/stat").read_bytes()) == container.pid:
                 return pid
     return 0

@@ -7,7 +7,7 @@ have changed since. `check_rules` passes over rules whose endpoint is not in the
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
@@ -15,6 +15,7 @@ from graft.address import IPAddress, Prefix, shown
 from graft.endpoint import ANY_PROTOCOL, Endpoint, Protocol
 from graft.policy import EgressRule, IngressRule, Policy, Problem, Verdict
 from graft.ports import lowest_port
+from graft.rivals import Claim, Rivals
 
 ANY4 = IPv4Address("0.0.0.0")
 ANY6 = IPv6Address("::")
@@ -136,13 +137,12 @@ def _check_protocols(rule: IngressRule | EgressRule, endpoint: Endpoint) -> Iter
 
 
 def _ingress_conflicts(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
-    earlier: dict[Hashable, list[IngressRule]] = {}
+    earlier: dict[Hashable, Rivals[IngressRule]] = {}
     accused: set[int] = set()
     for claim in ingress_claims(policy, endpoints):
         rule = claim.rule
-        others = earlier.setdefault(claim.key, [])
-        other = _rival(rule, others)
-        others.append(rule)
+        rivals = earlier.setdefault(claim.key, Rivals())
+        other = rivals.add(Claim(rule.bind.ports, rule.endpoint, rule))
         if other is not None and id(rule) not in accused:
             accused.add(id(rule))
             message = (
@@ -153,37 +153,40 @@ def _ingress_conflicts(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Ite
             yield Problem(rule.line, _part(rule, "bind"), message, hint)
 
 
-def _rival(rule: IngressRule, others: Iterable[IngressRule]) -> IngressRule | None:
-    """The first of ``others`` with another endpoint whose ports are equal to ``rule``'s, or cross them.
+class _Outcomes:
+    """What the rules for one destination say of its ports, so far. (Sets of ports are numbers: graft/ports.py.)"""
 
-    Written for speed: a long policy asks for every pair.
-    """
-    first, last, endpoint = rule.bind.ports.first, rule.bind.ports.last, rule.endpoint
-    for other in others:
-        ports = other.bind.ports
-        if first < ports.first:
-            meets = ports.first <= last < ports.last
-        elif first > ports.first:
-            meets = first <= ports.last < last
-        else:
-            meets = last == ports.last
-        if meets and other.endpoint != endpoint:
-            return other
-    return None
+    def __init__(self) -> None:
+        self._rules: list[tuple[EgressRule, int]] = []
+        self._by_outcome: dict[Hashable, int] = {}
+        self._once = self._twice = 0  # ports with an outcome, and with more than one
+
+    def add(self, rule: EgressRule) -> tuple[EgressRule, int] | None:
+        """Take ``rule`` in. Gives the first one with another outcome for some of its ports, and those ports."""
+        mask, outcome = rule.port_mask, (rule.verdict, rule.endpoint)
+        own = self._by_outcome.get(outcome, 0)
+        contested = mask & (self._once & ~own | self._twice)
+        found = self._first_other(rule, mask) if contested else None
+        self._rules.append((rule, mask))
+        new = mask & ~own
+        self._twice |= self._once & new
+        self._once |= new
+        self._by_outcome[outcome] = own | mask
+        return found
+
+    def _first_other(self, rule: EgressRule, mask: int) -> tuple[EgressRule, int] | None:
+        meeting = ((other, mask & ports) for other, ports in self._rules if _differ(rule, other))
+        return next(((other, shared) for other, shared in meeting if shared), None)
 
 
 def _egress_conflicts(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
-    earlier: dict[Hashable, list[tuple[EgressRule, int]]] = {}
+    earlier: dict[Hashable, _Outcomes] = {}
     accused: set[int] = set()
     for rule in policy.egress:
         if rule.endpoint is not None and rule.endpoint not in endpoints:
             continue
-        mask = rule.port_mask
         for protocol in egress_protocols(rule, endpoints):
-            others = earlier.setdefault((protocol, rule.to), [])
-            meeting = ((other, mask & ports) for other, ports in others if _differ(rule, other))
-            found = next(((other, shared) for other, shared in meeting if shared), None)
-            others.append((rule, mask))
+            found = earlier.setdefault((protocol, rule.to), _Outcomes()).add(rule)
             if found is not None and id(rule) not in accused:
                 accused.add(id(rule))
                 yield _egress_conflict(rule, *found, protocol)
@@ -209,5 +212,5 @@ def _where(rule: IngressRule | EgressRule) -> str:
 
 
 def _part(rule: IngressRule | EgressRule, key: str) -> str:
-    """The field of ``rule`` that ``key`` names; a flag has no parts."""
-    return rule.field if rule.field.startswith("-") else f"{rule.field}.{key}"
+    """The field of ``rule`` that ``key`` names; a flag, or a pair, has no parts."""
+    return rule.field if rule.line is None else f"{rule.field}.{key}"

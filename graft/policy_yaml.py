@@ -15,11 +15,8 @@ from dataclasses import dataclass, field
 import yaml
 
 from graft.address import shown
+from graft.limits import MAX_BYTES, MAX_DEPTH, MAX_VALUES
 from graft.policy import PolicyError, Problem
-
-MAX_BYTES = 1 << 20
-MAX_DEPTH = 16
-MAX_VALUES = 50_000
 
 FieldPath = tuple[str | int, ...]
 Value = str | bool | None | list["Value"] | dict[str, "Value"]
@@ -137,9 +134,9 @@ class _Reader:
     def _admit(self, event: yaml.Event, path: FieldPath) -> None:
         self._values += 1
         if isinstance(event, yaml.AliasEvent):
-            raise self._stop(event, path, f"aliases (*{event.anchor}) are not allowed", "write the value out")
+            raise self._stop(event, path, f"aliases (*{_cut(event.anchor)}) are not allowed", "write the value out")
         if (tag := getattr(event, "tag", None)) is not None:
-            raise self._stop(event, path, f"tags ({tag}) are not allowed", "the value without it")
+            raise self._stop(event, path, f"tags ({_cut(tag)}) are not allowed", "the value without it")
         if len(path) > MAX_DEPTH:
             raise self._stop(event, path[:2], "nested too deep")
         if self._values > MAX_VALUES:
@@ -171,6 +168,11 @@ class _Reader:
 
     def _stop(self, event: yaml.Event, path: FieldPath, message: str, hint: str | None = None) -> PolicyError:
         return PolicyError("policy", [Problem(_line(event), format_path(path), message, hint)])
+
+
+def _cut(name: object) -> str:
+    """A name of YAML's own, where a message has it without quotes."""
+    return shown(str(name))[1:-1]
 
 
 def _line(event: yaml.Event) -> int:

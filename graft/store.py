@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -57,7 +58,7 @@ def _read(settings: Settings, maps: Maps, name: str, number: int) -> Stored | No
         address=ip_address(packed[:4] if value.family == 4 else packed),
         port=value.port,
         protocols=Protocol(value.protocols),
-        netns=label.read_text() if label.exists() else None,
+        netns=os.fsdecode(label.read_bytes()) if label.exists() else None,
         open=bool(value.flags & layout.ENDPOINT_OPEN),
         dual_stack=bool(value.flags & layout.ENDPOINT_DUAL_STACK),
     )
@@ -99,7 +100,7 @@ def _write(settings: Settings, maps: Maps, number: int, endpoint: Endpoint, decl
     kept.with_suffix(".name").unlink(missing_ok=True)
     if endpoint.netns is not None:
         netns.keep(source, kept)
-        kept.with_suffix(".name").write_text(endpoint.netns)
+        kept.with_suffix(".name").write_bytes(os.fsencode(endpoint.netns))
     flags = layout.ENDPOINT_OPEN * endpoint.open | layout.ENDPOINT_DECLARED * declared
     flags |= layout.ENDPOINT_DUAL_STACK * endpoint.dual_stack
     value = layout.EndpointValue(

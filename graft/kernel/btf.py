@@ -2,6 +2,9 @@
 
 Format: Documentation/bpf/btf.rst. Only what is needed to find a member by name is read; the rest is
 stepped over. Used once, when the BPF programs are compiled.
+
+A wrong offset would have the programs read something else of the kernel's. So what is not understood to the last byte
+is a ValueError, also a kind of type that is newer than this module: Graft then does without (graft/offsets.py).
 """
 
 from __future__ import annotations
@@ -12,23 +15,33 @@ from pathlib import Path
 
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 
-_MAGIC = 0xEB9F
+_MAGIC, _VERSION = 0xEB9F, 1
 _HEADER = struct.Struct("<HBBIIIII")
 _TYPE = struct.Struct("<III")
 _MEMBER = struct.Struct("<III")
+_MAX_NESTING = 32  # anonymous structs and unions inside of each other; Linux has three
 
 _STRUCT, _UNION = 4, 5
 # Bytes after a type's head: (fixed, for each of its vlen entries), by kind.
 _TRAILERS = {
     1: (4, 0),  # int
+    2: (0, 0),  # ptr
     3: (12, 0),  # array
     4: (0, 12),  # struct
     5: (0, 12),  # union
     6: (0, 8),  # enum
+    7: (0, 0),  # fwd
+    8: (0, 0),  # typedef
+    9: (0, 0),  # volatile
+    10: (0, 0),  # const
+    11: (0, 0),  # restrict
+    12: (0, 0),  # func
     13: (0, 8),  # func_proto
     14: (4, 0),  # var
     15: (0, 12),  # datasec
+    16: (0, 0),  # float
     17: (4, 0),  # decl_tag
+    18: (0, 0),  # type_tag
     19: (0, 12),  # enum64
 }
 
@@ -43,17 +56,24 @@ class _Aggregate:
 
 
 class Btf:
-    """The struct and union types of one BTF blob."""
+    """The struct and union types of one BTF blob. Raises ValueError for one that is none, or of a newer form."""
 
     def __init__(self, blob: bytes) -> None:
-        magic, _version, _flags, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(blob)
+        if len(blob) < _HEADER.size:
+            raise ValueError("too short for BTF")
+        magic, version, _flags, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(blob)
         if magic != _MAGIC:
             raise ValueError("no BTF of this machine's byte order")
+        if version != _VERSION or header < _HEADER.size:
+            raise ValueError(f"BTF of version {version}, with a head of {header} bytes")
+        types, strings = header + type_off, header + str_off
+        if types + type_len > len(blob) or strings + str_len > len(blob):
+            raise ValueError("BTF that is cut off")
         self._blob = blob
-        self._strings = blob[header + str_off : header + str_off + str_len]
+        self._strings = blob[strings : strings + str_len]
         self._by_id: dict[int, _Aggregate] = {}
         self._by_name: dict[bytes, _Aggregate] = {}
-        self._scan(header + type_off, header + type_off + type_len)
+        self._scan(types, types + type_len)
 
     @classmethod
     def of_kernel(cls, path: Path = VMLINUX) -> Btf:
@@ -63,39 +83,57 @@ class Btf:
     def _scan(self, position: int, end: int) -> None:
         number = 1
         while position < end:
+            if position + _TYPE.size > end:
+                raise ValueError(f"BTF type {number} is cut off")
             name_off, info, _size = _TYPE.unpack_from(self._blob, position)
             kind, count = (info >> 24) & 0x1F, info & 0xFFFF
+            if kind not in _TRAILERS:
+                raise ValueError(f"BTF type {number} is of kind {kind}, which is not known: its length is not either")
             position += _TYPE.size
+            fixed, each = _TRAILERS[kind]
+            if position + fixed + each * count > end:
+                raise ValueError(f"BTF type {number} is cut off")
             if kind in (_STRUCT, _UNION):
                 found = _Aggregate(position, count, bool(info >> 31))
                 self._by_id[number] = found
                 if name_off and kind == _STRUCT:
                     self._by_name.setdefault(self._string(name_off), found)
-            fixed, each = _TRAILERS.get(kind, (0, 0))
             position += fixed + each * count
             number += 1
 
     def _string(self, offset: int) -> bytes:
-        return self._strings[offset : self._strings.index(b"\0", offset)]
+        end = self._strings.find(b"\0", offset)
+        if end < 0:
+            raise ValueError(f"BTF has no string at {offset}")
+        return self._strings[offset:end]
 
     def offset(self, structure: str, member: str) -> int | None:
-        """Bytes from the start of ``structure`` to ``member``, also inside its anonymous parts; None if absent."""
+        """Bytes from the start of ``structure`` to ``member``, also inside its anonymous parts; None if absent.
+
+        Raises ValueError where types cannot be as they are given.
+        """
         bits = self.bit_offset(structure, member)
         return None if bits is None else bits // 8
 
     def bit_offset(self, structure: str, member: str) -> int | None:
         """The same in bits, for a bit-field; counted from the lowest bit of each byte (little-endian machines)."""
         found = self._by_name.get(structure.encode())
-        return None if found is None else self._find(found, member.encode())
+        return None if found is None else self._find(found, member.encode(), (), set())
 
-    def _find(self, aggregate: _Aggregate, member: bytes) -> int | None:
+    def _find(self, aggregate: _Aggregate, member: bytes, around: tuple[int, ...], in_vain: set[int]) -> int | None:
+        """``around`` is where those stand that have this one inside, ``in_vain`` where it was looked already."""
+        if aggregate.position in around or len(around) >= _MAX_NESTING:
+            raise ValueError("BTF has a struct inside itself")
         for index in range(aggregate.members):
             name_off, type_id, bits = _MEMBER.unpack_from(self._blob, aggregate.position + index * _MEMBER.size)
             offset = int(bits & 0xFFFFFF if aggregate.bitfields else bits)
             if name_off and self._string(name_off) == member:
                 return offset
             inner = self._by_id.get(type_id) if not name_off else None
-            below = self._find(inner, member) if inner else None
+            if inner is None or inner.position in in_vain:
+                continue
+            below = self._find(inner, member, (*around, aggregate.position), in_vain)
             if below is not None:
                 return offset + below
+        in_vain.add(aggregate.position)
         return None

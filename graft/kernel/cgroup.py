@@ -9,20 +9,33 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from graft.errors import KernelError
 
+_MOUNT_POINT = 4  # which field of a line of mountinfo
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")  # how the kernel writes blanks, newlines and backslashes there
 
-def v2_mount(mountinfo: str | None = None) -> Path:
+
+def v2_mount() -> Path:
     """Where cgroup v2 is mounted. Raises KernelError where it is not."""
-    text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
-    for line in text.splitlines():
-        fields, _, rest = line.partition(" - ")
-        if rest.split(" ", 1)[0] == "cgroup2":
-            return Path(fields.split()[4].encode().decode("unicode_escape"))
+    return parse_mounts(Path("/proc/self/mountinfo").read_bytes())
+
+
+def parse_mounts(mountinfo: bytes) -> Path:
+    """The mount point of cgroup v2 by proc_pid_mountinfo(5). Raises KernelError where there is none.
+
+    Bytes, and a line ends at a newline only: a user's own mounts (FUSE) are in there, with any name that is no newline.
+    """
+    for line in mountinfo.split(b"\n"):
+        fields, _, rest = line.partition(b" - ")
+        places = fields.split(b" ")
+        if rest.split(b" ", 1)[0] == b"cgroup2" and len(places) > _MOUNT_POINT:
+            return Path(os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8)]), places[_MOUNT_POINT])))
     raise KernelError("cgroup v2 is not mounted", "mount -t cgroup2 cgroup2 /sys/fs/cgroup")
 
 
@@ -33,10 +46,22 @@ def cgroup_id(path: Path) -> int:
 
 def of_process(pid: int) -> Path:
     """The v2 cgroup of a process, as a path. Raises FileNotFoundError if the process is gone."""
-    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-        if line.startswith("0::"):
-            return v2_mount() / line[3:].strip().lstrip("/")
-    raise KernelError(f"process {pid} has no cgroup of version 2")
+    found = parse_membership(Path(f"/proc/{pid}/cgroup").read_bytes())
+    if found is None:
+        raise KernelError(f"process {pid} has no cgroup of version 2")
+    return v2_mount() / found
+
+
+def parse_membership(text: bytes) -> str | None:
+    """The v2 cgroup in /proc/PID/cgroup, as a path below the mount; None where there is none.
+
+    Who may make cgroups (v1's too) may give them any name that has no slash and no newline. So a line ends at a newline
+    and nowhere else, and no part of a name is taken off.
+    """
+    for line in text.split(b"\n"):
+        if line.startswith(b"0::"):
+            return os.fsdecode(line[3:].lstrip(b"/"))
+    return None
 
 
 def enter(path: Path) -> None:
@@ -44,12 +69,29 @@ def enter(path: Path) -> None:
     (path / "cgroup.procs").write_text("0")
 
 
+def tree(path: Path) -> Iterator[Path]:
+    """A cgroup and all below it, each before those below it; nothing where it is gone.
+
+    With a list of what is left to do, and no function that calls itself (as os.walk() does): a container that may make
+    cgroups may make them a thousand deep.
+    """
+    left = [path]
+    while left:
+        folder = left.pop()
+        try:
+            with os.scandir(folder) as entries:
+                left += [folder / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:  # it is gone, or so deep that a path does not lead there any more
+            continue
+        yield folder
+
+
 def processes(path: Path) -> list[int]:
     """The processes of a cgroup and of all below it; empty where it is gone."""
     pids: list[int] = []
-    for folder, _, _ in os.walk(path):
+    for folder in tree(path):
         with contextlib.suppress(OSError):
-            pids += [int(pid) for pid in (Path(folder) / "cgroup.procs").read_text().split()]
+            pids += [int(pid) for pid in (folder / "cgroup.procs").read_bytes().split()]
     return pids
 
 
@@ -76,7 +118,7 @@ def remove(path: Path, patience: float = 5.0) -> None:
     deadline = time.monotonic() + patience
     while True:
         try:
-            for folder, _, _ in os.walk(path, topdown=False):
+            for folder in reversed(list(tree(path))):
                 os.rmdir(folder)
             return
         except FileNotFoundError:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 
+from graft.kernel.process import parse_thread_group
 from graft.kernel.syscalls import number, syscall
 
 _libc = ctypes.CDLL(None, use_errno=True)
 PIDFD_THREAD = os.O_EXCL  # since 6.9, include/uapi/linux/pidfd.h
+MAX_PID = 1 << 22  # PID_MAX_LIMIT, include/linux/threads.h
 
 
 def pidfd_open(pid: int) -> int:
@@ -35,11 +36,12 @@ def thread_group(tid: int) -> int:
     """The process id of thread ``tid``. Raises ProcessLookupError."""
     try:
         with open(f"/proc/{tid}/status", "rb") as status:
-            found = re.search(rb"^Tgid:\s+(\d+)", status.read(), re.M)
+            found = parse_thread_group(status.read())
     except FileNotFoundError:
-        raise ProcessLookupError(errno.ESRCH, f"no thread {tid}") from None
-    assert found is not None
-    return int(found[1])
+        found = 0
+    if not found:
+        raise ProcessLookupError(errno.ESRCH, f"no thread {tid}")
+    return found
 
 
 _process_vm_readv = _libc.process_vm_readv  # glibc and musl have had it for long

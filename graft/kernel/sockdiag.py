@@ -6,8 +6,11 @@ second for each container: a netlink socket belongs to the namespace that it was
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +19,7 @@ _SOCK_DIAG_BY_FAMILY = 20
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST_DUMP = 0x1 | 0x300
 _TCP_LISTEN = 10
+_THE_KERNEL = 0  # its port id (netlink(7))
 _SKV6ONLY, _CGROUP_ID = 11, 21  # INET_DIAG_*; the second since 5.9
 
 _HEADER = struct.Struct("=IHHII")
@@ -44,6 +48,9 @@ class Diagnostics:
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
         self._sock.settimeout(5)  # the kernel answers at once; a daemon must not wait for ever if it does not
+        # Who has CAP_NET_ADMIN over the namespace, such as a container's root, may send here what looks like an answer.
+        # To a socket that is connected to the kernel nobody else can (netlink_getsockbyportid, af_netlink.c).
+        self._sock.connect((_THE_KERNEL, 0))
 
     def close(self) -> None:
         """Give the socket back."""
@@ -59,28 +66,45 @@ class Diagnostics:
         self._sock.send(header + body)
         while True:
             data = self._sock.recv(1 << 16)
-            offset = 0
-            while offset + _HEADER.size <= len(data):
-                size, kind, _flags, _sequence, _port = _HEADER.unpack_from(data, offset)
-                if kind == _NLMSG_DONE:
-                    return
-                start = offset + _HEADER.size
-                if kind == _NLMSG_ERROR:
-                    raise OSError(-struct.unpack_from("=i", data, start)[0], "sock_diag")
-                yield parse(data[start : offset + size])
-                offset += size + 3 & ~3
+            try:
+                for kind, message in split(data):
+                    if kind == _NLMSG_DONE:
+                        return
+                    yield parse(message)
+            except ValueError as error:
+                raise OSError(errno.EBADMSG, f"sock_diag: {error}") from error
+
+
+def split(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The netlink messages in ``data`` (netlink(7)): kind, and what follows the header.
+
+    Raises ValueError for what are none, and the OSError that an error message tells of.
+    """
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        size, kind, _flags, _sequence, _port = _HEADER.unpack_from(data, offset)
+        if not _HEADER.size <= size <= len(data) - offset:
+            raise ValueError(f"a message of {size} bytes where {len(data) - offset} are left")
+        message = data[offset + _HEADER.size : offset + size]
+        if kind == _NLMSG_ERROR:
+            code = int.from_bytes(message[:4], sys.byteorder, signed=True)
+            raise OSError(-code, f"sock_diag: {os.strerror(-code)}")
+        yield kind, message
+        offset += size + 3 & ~3
 
 
 def parse(message: bytes) -> Listening:
-    """From struct inet_diag_msg with its attributes."""
+    """From struct inet_diag_msg with its attributes. Raises ValueError for too little of it."""
+    if len(message) < _MESSAGE.size:
+        raise ValueError(f"a socket in {len(message)} bytes")
     family, _state, _timer, _retrans, port, _peer, source, _target, device, *rest = _MESSAGE.unpack_from(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
     return Listening(
         family=4 if family == socket.AF_INET else 6,
         address=source[:4].ljust(16, b"\0") if family == socket.AF_INET else source,
         port=int.from_bytes(port, "big"),
-        v6only=attributes.get(_SKV6ONLY, b"\0")[0] != 0,
-        cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b""), "little"),
+        v6only=attributes.get(_SKV6ONLY, b"")[:1] not in (b"", b"\0"),
+        cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder),
         device=device,
         inode=rest[-1],
     )

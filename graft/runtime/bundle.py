@@ -2,6 +2,9 @@
 
 Only the file that the engine wrote is touched. A link in its place is refused: what a container can write
 never tells the runtime where to write.
+
+The engine puts an image's words into it. What cannot be read here, or is not what it has to be, is refused and not left
+to the runtime: that one may read it, and would start a container without the policy that was asked for.
 """
 
 from __future__ import annotations
@@ -10,17 +13,19 @@ import copy
 import json
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from graft import json_text
 from graft.errors import ConflictError, UsageError
+from graft.json_text import mapping, mappings, text, text_by_name, texts
 from graft.runtime import seccomp
 
 Config = dict[str, Any]
 HOOK = "graft.runtime.hook"
 _HOSTS_USERS = "/proc/1/ns/user"
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 16 << 20
 # With these crun takes its filter, or the filter's listener, from elsewhere.
 _CRUNS_OWN = ("run.oci.seccomp.receiver", "run.oci.seccomp_bpf_data")
 
@@ -44,9 +49,8 @@ class Edit:
 
 
 def notes(config: Mapping[str, Any]) -> dict[str, str]:
-    """The container's annotations."""
-    found = config.get("annotations")
-    return found if isinstance(found, dict) else {}
+    """The container's annotations. Raises UsageError, as everything here does for a part that is no such thing."""
+    return text_by_name(config.get("annotations"), "annotations")
 
 
 def edit_config(config: Mapping[str, Any], edit: Edit) -> Config:
@@ -55,9 +59,9 @@ def edit_config(config: Mapping[str, Any], edit: Edit) -> Config:
     Raises ConflictError where the container's seccomp profile leaves no room for them.
     """
     edited = copy.deepcopy(dict(config))
-    hooks = edited.get("hooks") or {}
+    hooks = mapping(edited.get("hooks"), "hooks")
     for kind in ("createRuntime", "poststop"):
-        kept = [hook for hook in hooks.get(kind) or [] if HOOK not in (hook.get("args") or [])]
+        kept = [hook for hook in mappings(hooks.get(kind), f"hooks.{kind}") if not _is_ours(hook, kind)]
         command = edit.hook if kind == "createRuntime" else edit.after
         if command is not None:
             kept.append({"path": command[0], "args": list(command), "env": list(edit.environment), "timeout": 60})
@@ -65,12 +69,16 @@ def edit_config(config: Mapping[str, Any], edit: Edit) -> Config:
             hooks[kind] = kept
     edited["hooks"] = hooks
     if edit.listener is not None:
-        linux = edited["linux"] = edited.get("linux") or {}
-        linux["seccomp"] = _edit_seccomp(config, linux.get("seccomp"), edit)
+        linux = edited["linux"] = mapping(edited.get("linux"), "linux")
+        linux["seccomp"] = _edit_seccomp(config, seccomp.check_profile(linux.get("seccomp"), "linux.seccomp"), edit)
     return edited
 
 
-def _edit_seccomp(config: Mapping[str, Any], profile: Mapping[str, Any] | None, edit: Edit) -> seccomp.Profile:
+def _is_ours(hook: Mapping[str, Any], kind: str) -> bool:
+    return HOOK in texts(hook.get("args"), f"hooks.{kind}.args")
+
+
+def _edit_seccomp(config: Mapping[str, Any], profile: Mapping[str, Any], edit: Edit) -> seccomp.Profile:
     for name in _CRUNS_OWN:
         if notes(config).get(name):
             raise ConflictError(f"annotation {name}: it takes the container's seccomp filter from elsewhere")
@@ -83,51 +91,63 @@ def _edit_seccomp(config: Mapping[str, Any], profile: Mapping[str, Any] | None, 
 
 def namespace_path(config: Mapping[str, Any], kind: str) -> str | None:
     """Path of the namespace of ``kind`` that the container joins, "" for a new one, None for the runtime's own."""
-    for namespace in (config.get("linux") or {}).get("namespaces") or []:
-        if namespace.get("type") == kind:
-            return namespace.get("path") or ""
+    linux = mapping(config.get("linux"), "linux")
+    for namespace in mappings(linux.get("namespaces"), "linux.namespaces"):
+        if text(namespace.get("type"), "linux.namespaces.type") == kind:
+            return json_text.path(namespace.get("path"), "linux.namespaces.path")
     return None
 
 
 def has_own_users(config: Mapping[str, Any]) -> bool:
     """Whether the container's user namespace is another than the host's."""
-    path = namespace_path(config, "user")
-    if not path:
-        return path == ""
+    joined = namespace_path(config, "user")
+    if not joined:
+        return joined == ""
     try:
-        return os.stat(path).st_ino != os.stat(_HOSTS_USERS).st_ino
+        return os.stat(joined).st_ino != os.stat(_HOSTS_USERS).st_ino
     except OSError:
         return False
 
 
 def capability_sets(config: Mapping[str, Any], capability: str) -> list[str]:
-    """The names of the capability sets of the container's first process that hold ``capability``."""
-    found = (config.get("process") or {}).get("capabilities") or {}
-    names = {capability, capability.removeprefix("CAP_"), capability.lower()}
-    return [name for name, held in found.items() if names & set(held or ())]
+    """The names of the capability sets of the container's first process that hold ``capability``, as CAP_NAME."""
+    process = mapping(config.get("process"), "process")
+    sets = mapping(process.get("capabilities"), "process.capabilities")
+    names = {capability, capability.removeprefix("CAP_")}  # runtimes take both, and do not mind small letters
+    held = {name: texts(found, f"process.capabilities.{name}") for name, found in sets.items()}
+    return [name for name, found in held.items() if names & {one.upper() for one in found}]
 
 
 def environment(config: Mapping[str, Any]) -> dict[str, str]:
     """The environment of the container's first process."""
-    words: Sequence[str] = (config.get("process") or {}).get("env") or []
+    words = texts(mapping(config.get("process"), "process").get("env"), "process.env")
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def read_config(path: str) -> Config | None:
-    """The configuration at ``path``; None where there is none to read: the runtime says that better itself."""
+    """The configuration at ``path``; None where there is no file: the runtime says that better itself.
+
+    Raises UsageError for one that is no configuration.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
         return None
     with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return None
-        data = file.read(_MAX_BYTES + 1)
-    try:
-        found = json.loads(data)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+        return parse_config(file.read(_MAX_BYTES + 1), path)
+
+
+def parse_config(raw: bytes, source: str) -> Config:
+    """The configuration in ``raw``. Raises UsageError that names ``source`` for what is none.
+
+    Bytes that are not UTF-8 are read as runtimes written in Go read them: as U+FFFD.
+    """
+    return mapping(json_text.parse(raw.decode(errors="replace"), source, _MAX_BYTES), source)
 
 
 def write_config(path: str, config: Mapping[str, Any]) -> None:

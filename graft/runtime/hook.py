@@ -11,6 +11,7 @@ import socket
 import sys
 
 _PATIENCE = 50.0
+_MAX_BYTES = 1 << 20  # what the shim takes (graft/runtime/state.py)
 
 
 def attach(path: str, state: bytes) -> str:
@@ -45,10 +46,12 @@ def reap() -> None:
 
 def say(text: str) -> None:
     """A line for the operator. crun gives its hooks no standard error: then the line goes to crun's own."""
+    from graft.printable import printable
+
     nowhere = os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev
     try:
-        with open(f"/proc/{os.getppid()}/fd/2" if nowhere else 2, "a", closefd=nowhere) as where:
-            print(text, file=where)
+        with open(f"/proc/{os.getppid()}/fd/2" if nowhere else 2, "a", errors="replace", closefd=nowhere) as where:
+            print(printable(text), file=where)
     except OSError:
         pass
 
@@ -58,7 +61,8 @@ def main() -> int:
     if sys.argv[1:2] == ["reap"]:
         reap()
         return 0
-    wrong = attach(sys.argv[2], sys.stdin.buffer.read())
+    state = sys.stdin.buffer.read(_MAX_BYTES + 1)
+    wrong = "the container's state is too big" if len(state) > _MAX_BYTES else attach(sys.argv[2], state)
     if wrong:
         say(f"graft: {wrong}")
     return 1 if wrong else 0

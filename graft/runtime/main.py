@@ -43,7 +43,9 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
 
 def _fail(invocation: Invocation, reason: str) -> NoReturn:
     """Say why on standard error, and where the engine looks for a runtime's errors."""
-    print(f"graft: {reason}", file=sys.stderr)
+    from graft.printable import printable
+
+    print(f"graft: {printable(reason)}", file=sys.stderr)
     if invocation.log is not None:
         log(invocation, f"graft: {reason}")
     raise SystemExit(1)

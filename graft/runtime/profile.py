@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from graft import json_text
 from graft.errors import NotFoundError, UsageError
-from graft.runtime.seccomp import Profile, with_notifications
+from graft.runtime.seccomp import Profile, check_profile, with_notifications
 
+_MAX_BYTES = 16 << 20
 _DEFAULTS = (Path("/etc/containers/seccomp.json"), Path("/usr/share/containers/seccomp.json"))
 
 
@@ -18,14 +20,20 @@ def read_base(file: Path | None, defaults: Sequence[Path] = _DEFAULTS) -> Profil
     if path is None:
         raise NotFoundError("--base: podman's own profile is not here", "--base FILE")
     try:
-        found = json.loads(path.read_bytes())
+        with path.open("rb") as opened:
+            return parse_base(opened.read(_MAX_BYTES + 1), f"--base: {path}")
     except FileNotFoundError:
         raise NotFoundError(f"--base: there is no file {path}") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--base: {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise UsageError(f"--base: {path} cannot be read: {error.strerror}") from error
+
+
+def parse_base(raw: bytes, source: str) -> Profile:
+    """The profile in ``raw``. Raises UsageError that names ``source`` for what is none."""
+    found = json_text.parse(raw, source, _MAX_BYTES)
     if not isinstance(found, dict) or "defaultAction" not in found:
-        raise UsageError(f"--base: {path} is no seccomp profile", "an object with defaultAction and syscalls")
-    return found
+        raise UsageError(f"{source} is no seccomp profile", "an object with defaultAction and syscalls")
+    return check_profile(found, source)
 
 
 def profile_text(base: Profile, listener: Path) -> str:

@@ -119,7 +119,7 @@ def choose_policy(
     from graft.policy_file import read_policy
 
     path = find_policy(settings, request.source, request.value)
-    policy = load_policy(read_policy(path), str(path), known)
+    policy = load_policy(read_policy(path, plain_only=True), str(path), known)
     trusted = request.source is Source.ANNOTATION and annotations_are_the_operators(config, options)
     if not policy.open and not trusted:
         why = "podman hands on an image's annotations" if request.source is Source.ANNOTATION else "an image can set it"
@@ -134,13 +134,18 @@ def choose_policy(
 def policy_from_pairs(text: str, known: Mapping[str, Endpoint]) -> Policy:
     """The policy of GRAFT_CONV_PAIRS: ``ADDR:PORT[-PORT]=ENDPOINT``, several with spaces or commas between them.
 
-    Raises UsageError, and NotFoundError or RefusedError for an endpoint that is not there or not open.
+    An image can set it, so it is held to what a policy file is held to (graft/limits.py) before it is read. Raises
+    UsageError, and NotFoundError or RefusedError for an endpoint that is not there or not open.
     """
     from graft.endpoint import parse_ingress_flag
+    from graft.limits import check_count, check_text
     from graft.policy import IngressRule, Policy
 
+    check_text(text, PAIRS_VARIABLE)
+    pairs = text.replace(",", " ").split()
+    check_count(len(pairs), PAIRS_VARIABLE)
     rules = []
-    for pair in text.replace(",", " ").split():
+    for pair in pairs:
         bind, endpoint = parse_ingress_flag(pair, PAIRS_VARIABLE)
         _require_open(known, endpoint)
         rules.append(IngressRule(bind, endpoint, field=f"{PAIRS_VARIABLE} {pair}"))

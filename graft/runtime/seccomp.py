@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from graft.errors import ConflictError
+from graft.json_text import mapping, mappings, text, texts
 
 TRAPPED = ("bind", "connect", "listen")
 NOTIFY = "SCMP_ACT_NOTIFY"
@@ -39,8 +40,22 @@ def open_profile(machine: str | None = None) -> Profile:
     return {"defaultAction": _ALLOW, "architectures": list(_ARCHITECTURES.get(name, []))}
 
 
+def check_profile(profile: Any, field: str) -> Profile:
+    """``profile`` itself, where all that is read of it here has the form that it should. Raises UsageError."""
+    found = mapping(profile, field)
+    for key in ("defaultAction", "listenerPath"):
+        text(found.get(key), f"{field}.{key}")
+    texts(found.get("flags"), f"{field}.flags")
+    for index, rule in enumerate(mappings(found.get("syscalls"), f"{field}.syscalls")):
+        here = f"{field}.syscalls[{index}]"
+        texts(rule.get("names"), f"{here}.names")
+        for key in ("name", "action"):
+            text(rule.get(key), f"{here}.{key}")
+    return found
+
+
 def with_notifications(profile: Mapping[str, Any], listener: str, metadata: str, ours: str | None = None) -> Profile:
-    """A copy of ``profile`` that has bind, connect and listen notified at the socket ``listener``.
+    """A copy of ``profile`` (see `check_profile`) that has bind, connect and listen notified at ``listener``.
 
     ``ours`` is how a listener of Graft's begins: a profile that was edited before is edited anew. Raises
     ConflictError where somebody else has the listener, or where a rule could only be weakened.

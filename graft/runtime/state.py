@@ -7,14 +7,19 @@ descriptors that come with a message.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import struct
 from dataclasses import dataclass, field
 from typing import Any
 
+from graft import json_text
+from graft.errors import UsageError
+from graft.json_text import mapping, number, text, text_by_name, texts
+from graft.kernel.pidfd import MAX_PID
+
 _MAX_BYTES = 1 << 20
+_MAX_PIECES = 256  # that a message may come in: after each one it is looked at whether it is whole
 _MAX_DESCRIPTORS = 16
 _SECCOMP = "seccompFd"
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid (unix(7))
@@ -36,20 +41,25 @@ class State:
 
 def parse(raw: bytes) -> State:
     """The state in ``raw``, in either form. Raises ValueError for what is neither, or not complete."""
-    whole = json.loads(raw)
-    if not isinstance(whole, dict):
-        raise ValueError("no state of a container")
-    state: dict[str, Any] = whole.get("state") or whole
-    pid = whole.get("pid") or state.get("pid") or 0
-    if not isinstance(pid, int) or pid < 0 or not isinstance(state.get("id"), str):
+    try:
+        return _state(json_text.parse(raw, "state", _MAX_BYTES))
+    except UsageError as error:
+        raise ValueError(error.message) from None
+
+
+def _state(value: Any) -> State:
+    whole = mapping(value, "state")
+    state = mapping(whole.get("state"), "state.state") or whole
+    identity = text(state.get("id"), "state.id")
+    if not identity:
         raise ValueError("a state without an id")
-    notes = state.get("annotations") or {}
+    pid = number(whole.get("pid"), "state.pid", MAX_PID) or number(state.get("pid"), "state.state.pid", MAX_PID)
     return State(
-        state["id"],
+        identity,
         pid,
-        str(state.get("bundle") or ""),
-        {str(key): str(value) for key, value in notes.items()},
-        tuple(whole.get("fds") or ()),
+        json_text.path(state.get("bundle"), "state.bundle"),
+        text_by_name(state.get("annotations"), "state.annotations"),
+        tuple(texts(whole.get("fds"), "state.fds")),
     )
 
 
@@ -60,6 +70,7 @@ class Message:
         connection.setblocking(False)
         self.connection = connection
         self._raw = b""
+        self._pieces = 0
         self._held: list[int] = []
         self.ended = False
 
@@ -77,7 +88,10 @@ class Message:
             data, fds = b"", []
         self._held += fds
         self._raw += data
-        self.ended = not data or len(self._raw) > _MAX_BYTES
+        self._pieces += 1
+        self.ended = not data or len(self._raw) > _MAX_BYTES or self._pieces >= _MAX_PIECES
+        if not self._raw.rstrip().endswith(b"}"):
+            return None
         try:
             return parse(self._raw)
         except ValueError:

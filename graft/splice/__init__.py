@@ -80,7 +80,8 @@ def describe(settings: Settings, container: Container) -> dict[str, Any]:
 
     pid, serves, problem, relay (how new connections are moved);
     published: [{endpoint (id), address, listener, dials, connections, served}];
-    failed: [{endpoint, listener, error}]; not_granted: [listener]; out: {port, served}; connections.
+    failed: [{endpoint, listener, error}]; not_granted: [listener]; left_out (how many of these three, where they are
+    very many); out: {port, served}; connections.
     """
     found = control.ask(settings, {"do": "describe", "container": container.id})
     return {"serves": False, "problem": "the daemon does not run"} if found is None else found

@@ -9,11 +9,15 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+from graft import json_text
 from graft.errors import GraftError
+from graft.json_text import mapping, number, text
+from graft.printable import printable
 from graft.settings import Settings
 
 NAME = "graftd.sock"
 MAX_BYTES = 1 << 20
+MAX_NUMBER = (1 << 32) - 1
 _PATIENCE_SECONDS = 30.0
 
 
@@ -56,7 +60,20 @@ def ask(settings: Settings, request: dict[str, Any]) -> dict[str, Any] | None:
             raise GraftError("the daemon does not answer", f"see {settings.run_dir}/graftd.log") from None
     if not answer:
         return None
-    found: dict[str, Any] = json.loads(answer)
+    return parse_answer(answer)
+
+
+def parse_answer(raw: bytes) -> dict[str, Any]:
+    """The daemon's answer. Raises GraftError with what it could not do, UsageError for what is no answer."""
+    found = mapping(json_text.parse(raw, "the daemon's answer", MAX_BYTES), "the daemon's answer")
     if "error" in found:
-        raise GraftError(str(found["error"]), found.get("hint"))
+        problem = printable(text(found["error"], "error"))
+        raise GraftError(problem or "the daemon failed", text(found.get("hint"), "hint") or None)
     return found
+
+
+def parse_request(raw: bytes) -> dict[str, Any]:
+    """What a command asks of the daemon. Raises UsageError."""
+    found = mapping(json_text.parse(raw, "request", MAX_BYTES), "request")
+    known = {name: number(found.get(name), name, MAX_NUMBER) for name in ("container", "pid")}
+    return found | known | {"do": text(found.get("do"), "do")}

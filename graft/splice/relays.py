@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import os
 import socket
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,8 @@ from graft.splice.loop import Loop
 from graft.splice.namespaces import Namespaces
 from graft.splice.outward import Turned
 from graft.splice.sockmap import Sockmap
+
+_SHOWN = 256  # listeners of a kind, in a description
 
 
 class Relays:
@@ -200,11 +201,12 @@ class Relays:
                 if (found.family, found.address, found.port) not in served
             }
         )
+        # How many there are is the container's doing, and an answer has to fit into one message.
+        lists: dict[str, list[Any]] = {"published": published, "failed": failed, "not_granted": others}
         return {
             "relay": self.relay,
-            "published": published,
-            "failed": failed,
-            "not_granted": others,
+            **{name: found[:_SHOWN] for name, found in lists.items()},
+            "left_out": sum(max(0, len(found) - _SHOWN) for found in lists.values()),
             "out": {"port": self._turned.port, "served": self._turned.served},
             "connections": len(self.connections()),
         }
@@ -219,7 +221,7 @@ def _text(family: int, address: bytes, port: int) -> str:
 def _cgroup_ids(path: Path) -> set[int]:
     """The ids of a cgroup and of all below it: sockets tell which one they were made in."""
     found = set()
-    for folder, _, _ in os.walk(path):
+    for folder in cgroup.tree(path):
         with contextlib.suppress(OSError):
-            found.add(cgroup.cgroup_id(Path(folder)))
+            found.add(cgroup.cgroup_id(folder))
     return found

@@ -24,7 +24,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from graft.errors import GraftError
+from graft import json_text
+from graft.errors import GraftError, UsageError
+from graft.json_text import mapping, text
 from graft.kernel import tcp
 from graft.settings import Settings
 from graft.splice.connection import Connection, prepare
@@ -36,6 +38,7 @@ _SECONDS = 10.0  # for each check; all of them take about one
 _ALL_SECONDS = 60.0
 _UNREAD_BYTES = 64 << 20  # more than any buffers on the way hold
 _QUEUED_BYTES = 200_000
+_MAX_BYTES = 1 << 16
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -46,10 +49,10 @@ def verdict(settings: Settings) -> str:
     """
     kept = settings.run_dir / "kernel-relay.json"
     boot = _BOOT_ID.read_text().strip()
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(kept.read_text())
-        if found["boot"] == boot:
-            return str(found["problem"])
+    with contextlib.suppress(OSError, UsageError):
+        known = parse_verdict(kept.read_bytes(), boot)
+        if known is not None:
+            return known
     problem = test()
     kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     aside = kept.with_suffix(f".{os.getpid()}")
@@ -57,6 +60,13 @@ def verdict(settings: Settings) -> str:
     aside.write_text(json.dumps({"boot": boot, "problem": problem}))
     aside.rename(kept)
     return problem
+
+
+def parse_verdict(raw: bytes, boot: str) -> str | None:
+    """What was written down for the machine's start ``boot``; None where it is of another. Raises UsageError."""
+    found = mapping(json_text.parse(raw, "kernel-relay.json", _MAX_BYTES), "kernel-relay.json")
+    problem = text(found.get("problem"), "problem")
+    return problem if text(found.get("boot"), "boot") == boot and "problem" in found else None
 
 
 def test() -> str:

@@ -24,6 +24,7 @@ from graft.containers import Container
 from graft.errors import GraftError
 from graft.lifecycle import locked
 from graft.maps import Maps
+from graft.printable import printable
 from graft.settings import Settings
 from graft.splice import control, selftest
 from graft.splice.loop import Loop
@@ -37,7 +38,7 @@ _IDLE_SECONDS = 3.0
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}", file=sys.stderr, flush=True)
 
 
 class Service:
@@ -184,18 +185,18 @@ class Service:
         try:
             raw = sock.recv(control.MAX_BYTES)
             if raw:
-                sock.send(json.dumps(self._do(json.loads(raw))).encode())
-        except (OSError, ValueError) as error:
+                sock.send(json.dumps(self._do(control.parse_request(raw))).encode())
+        except (OSError, ValueError, GraftError) as error:
             _say(f"a command failed: {error}")
         finally:
             self._loop.close(sock)
 
     def _do(self, request: dict[str, Any]) -> dict[str, Any]:
-        number = int(request.get("container", 0))
+        number = int(request["container"])
         try:
-            match request.get("do"):
+            match request["do"]:
                 case "attach":
-                    return self._attach(number, int(request.get("pid", 0)))
+                    return self._attach(number, int(request["pid"]))
                 case "detach":
                     self._drop(number)
                     return {}
@@ -214,7 +215,7 @@ class Service:
             return {"error": error.message, "hint": error.hint}
         except OSError as error:
             return {"error": str(error)}
-        return {"error": f"the daemon knows no command {request.get('do')!r}"}
+        return {"error": f"the daemon knows no command {request['do']!r}"}
 
     def _attach(self, number: int, pid: int) -> dict[str, Any]:
         container = next((one for one in containers.listing(self._settings) if one.id == number), None)

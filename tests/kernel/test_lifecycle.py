@@ -113,6 +113,33 @@ def test_down_asks_before_it_frees_a_container_that_only_attach_brought(bare_hos
         cgroup.remove(path)
 
 
+def test_a_bad_record_keeps_no_command_from_working_and_hides_nothing_from_down(bare_host: Host) -> None:
+    path = cgroup.v2_mount() / f"{bare_host.settings.cgroup}-attached"
+    path.mkdir()
+    try:
+        with puppet(path, bare_host.netns.path, 0):
+            bare_host.graft("ep", "add", "web", "0.0.0.0:8080")
+            bare_host.graft("attach", "--cgroup", path, "-i", "0.0.0.0:80=web")
+            program = bare_host.start("--", "sh", "-c", "echo up; sleep 1000")
+            program.says("up")
+            records = list((bare_host.settings.run_dir / "containers").glob("*.json"))
+            assert len(records) == 2
+            for record in records:
+                record.write_text("{")
+            shown = bare_host.graft("ps")
+            assert shown.stdout == ""
+            assert all(f"graft: left out: {record}: not JSON" in shown.stderr for record in records)
+            bare_host.graft("run", "-i", "0.0.0.0:80=web", "--", "true")
+            assert "2 containers" in bare_host.graft("down", status=4).stderr
+            bare_host.graft("down", "--force")
+            assert program.wait() != 0
+            assert cgroup.populated(path)  # it shared the host's namespace from the start
+            assert not bare_host.settings.pin_dir.exists()
+    finally:
+        cgroup.kill(path)
+        cgroup.remove(path)
+
+
 def test_a_data_plane_that_cannot_be_loaded_leaves_nothing(bare_host: Host, tmp_path: Path) -> None:
     broken = tmp_path / "python"
     (broken / "bcc").mkdir(parents=True)

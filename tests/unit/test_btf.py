@@ -6,34 +6,9 @@ import struct
 
 import pytest
 
+from graft import offsets
 from graft.kernel.btf import VMLINUX, Btf
-
-
-class Blob:
-    """A BTF blob in the making (Documentation/bpf/btf.rst)."""
-
-    def __init__(self) -> None:
-        self.strings, self.types = b"\0", b""
-
-    def name(self, text: str) -> int:
-        if not text:
-            return 0
-        at = len(self.strings)
-        self.strings += text.encode() + b"\0"
-        return at
-
-    def type(
-        self, kind: int, name: str, size: int, entries: list[bytes], flag: bool = False, fixed: bytes = b""
-    ) -> None:
-        info = kind << 24 | len(entries) | flag << 31
-        self.types += struct.pack("<III", self.name(name), info, size) + fixed + b"".join(entries)
-
-    def member(self, name: str, type_id: int, bits: int) -> bytes:
-        return struct.pack("<III", self.name(name), type_id, bits)
-
-    def build(self) -> bytes:
-        header = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(self.types), len(self.types), len(self.strings))
-        return header + self.types + self.strings
+from tests.support.btf import Blob
 
 
 @pytest.fixture
@@ -70,6 +45,75 @@ def test_what_is_not_there_is_none(btf: Btf) -> None:
 def test_another_byte_order_is_refused() -> None:
     with pytest.raises(ValueError, match="byte order"):
         Btf(b"\xeb\x9f" + bytes(30))
+
+
+def test_every_kind_that_is_known_is_stepped_over() -> None:
+    blob = Blob()
+    for kind in (2, 7, 8, 9, 10, 11, 12, 16, 18):  # nothing but a head
+        blob.type(kind, "x", 1, [])
+    blob.type(4, "thing", 8, [blob.member("first", 1, 32)])
+    assert Btf(blob.build()).offset("thing", "first") == 4
+
+
+@pytest.mark.parametrize("kind", [0, 20, 31])
+def test_a_kind_that_is_newer_is_refused_because_nobody_knows_how_long_it_is(kind: int) -> None:
+    blob = Blob()
+    blob.type(kind, "new", 0, [])
+    blob.type(4, "thing", 8, [blob.member("first", 1, 0)])
+    with pytest.raises(ValueError, match=f"type 1 is of kind {kind}"):
+        Btf(blob.build())
+
+
+def test_a_struct_inside_itself_is_refused() -> None:
+    blob = Blob()
+    blob.type(4, "thing", 8, [blob.member("", 2, 0)])  # 1
+    blob.type(5, "", 8, [blob.member("", 1, 0)])  # 2
+    with pytest.raises(ValueError, match="inside itself"):
+        Btf(blob.build()).offset("thing", "first")
+
+
+def test_structs_inside_of_each_other_without_end_are_refused() -> None:
+    blob = Blob()
+    for number in range(1, 2000):
+        blob.type(4, "thing" if number == 1 else "", 8, [blob.member("", number + 1, 0)])
+    with pytest.raises(ValueError, match="inside itself"):
+        Btf(blob.build()).offset("thing", "first")
+
+
+def test_a_part_that_is_there_twice_is_looked_at_once() -> None:
+    blob = Blob()
+    for number in range(1, 31):  # two of the next in each: a thousand million places
+        blob.type(4, "thing" if number == 1 else "", 8, [blob.member("", number + 1, 0)] * 2)
+    assert Btf(blob.build()).offset("thing", "nothing") is None
+
+
+def test_a_blob_that_is_cut_off_anywhere_is_refused() -> None:
+    blob = Blob()
+    blob.type(1, "int", 4, [], fixed=struct.pack("<I", 32))
+    blob.type(4, "thing", 8, [blob.member("first", 1, 0)])
+    whole = blob.build()
+    for size in range(len(whole)):
+        with pytest.raises(ValueError):
+            Btf(whole[:size])
+
+
+def test_types_that_end_too_late_are_refused() -> None:
+    blob = Blob()
+    blob.type(4, "thing", 8, [blob.member("first", 1, 0)] * 3)
+    blob.types = blob.types[:-4]
+    with pytest.raises(ValueError, match="cut off"):
+        Btf(blob.build())
+
+
+def test_a_kernel_that_is_not_understood_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = Blob()
+    blob.type(4, "file", 8, [blob.member("", 1, 0)])
+    monkeypatch.setattr(Btf, "of_kernel", classmethod(lambda cls: cls(blob.build())))
+    offsets.structures.cache_clear()
+    try:
+        assert offsets.structures() == {}
+    finally:
+        offsets.structures.cache_clear()
 
 
 def test_the_running_kernel_has_a_socket_with_a_file() -> None:

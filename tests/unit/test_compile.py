@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from random import Random
@@ -20,6 +21,8 @@ from hypothesis import strategies as st
 from graft.address import BindPattern, IPAddress, Prefix, pack16, unmapped
 from graft.compile import Default, EgressPortEntry, EgressPrefixEntry, RuleSet, Verdict, compile_policy
 from graft.endpoint import IP_PROTOCOLS, Endpoint, Protocol, parse_endpoint
+from graft.errors import UsageError
+from graft.limits import MAX_RULES
 from graft.policy import EgressRule, IngressRule, Policy, PolicyError, load_policy, policy_from_flags
 from graft.policy_rules import check_rules
 from graft.ports import PortRange
@@ -333,6 +336,24 @@ def test_two_destinations_are_refused_exactly_where_they_meet(one: EgressRule, o
     assert bool(check_rules(Policy("p", egress=(one, other)), ENDPOINTS)) == destinations_meet(one, other)
 
 
+@given(st.lists(INGRESS_RULES, max_size=6), st.lists(EGRESS_RULES, max_size=6))
+@settings(deadline=None)
+def test_of_many_rules_those_are_refused_that_meet_an_earlier_one(
+    ingress: list[IngressRule], egress: list[EgressRule]
+) -> None:
+    binds = [replace(rule, field=f"in {n}") for n, rule in enumerate(ingress) if is_sound_alone(ingress=(rule,))]
+    outs = [replace(rule, field=f"out {n}") for n, rule in enumerate(egress) if is_sound_alone(egress=(rule,))]
+    accused = {rule.field for n, rule in enumerate(binds) if any(binds_meet(rule, other) for other in binds[:n])}
+    accused |= {rule.field for n, rule in enumerate(outs) if any(destinations_meet(rule, other) for other in outs[:n])}
+    problems = check_rules(Policy("p", ingress=tuple(binds), egress=tuple(outs)), ENDPOINTS)
+    assert {problem.field for problem in problems} == accused
+    assert len(problems) == len(accused)
+
+
+def is_sound_alone(ingress: tuple[IngressRule, ...] = (), egress: tuple[EgressRule, ...] = ()) -> bool:
+    return not check_rules(Policy("p", ingress=ingress, egress=egress), ENDPOINTS)
+
+
 # Cases that a reader can follow.
 
 
@@ -509,6 +530,14 @@ def test_flags_that_are_in_conflict_name_each_other() -> None:
         compile_policy(policy, ENDPOINTS)
     assert "-i 0.0.0.0:80=b4: " in caught.value.message
     assert "-i 0.0.0.0:80=a4 makes a4" in caught.value.message
+
+
+@pytest.mark.parametrize("flag", ["-i", "-e"])
+def test_more_flags_than_a_policy_may_have_rules_are_refused(flag: str) -> None:
+    ingress, egress = ["0.0.0.0:80=a4"], ["10.0.0.0/8=a4"]
+    several = policy_from_flags("p", ingress * (MAX_RULES + (flag == "-i")), egress * (MAX_RULES + (flag == "-e")))
+    with pytest.raises(UsageError, match=f"more than {MAX_RULES} of them"):
+        compile_policy(several, ENDPOINTS)
 
 
 def test_what_a_policy_declares_is_compiled_with_it() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from graft.address import parse_bind_pattern, parse_prefix
 from graft.endpoint import Endpoint, Protocol, parse_endpoint
 from graft.errors import NotFoundError, UsageError
+from graft.limits import MAX_BYTES, MAX_RULES
 from graft.policy import (
     Default,
     EgressRule,
@@ -28,8 +29,7 @@ from graft.policy import (
     load_policy,
     policy_from_flags,
 )
-from graft.policy_file import MAX_RULES, examine_policy, read_policy
-from graft.policy_yaml import MAX_BYTES
+from graft.policy_file import examine_policy, read_policy
 from graft.ports import PortRange
 
 KNOWN = {
@@ -332,6 +332,12 @@ def test_a_tag_is_refused(tag: str) -> None:
     assert "tags" in problem.message
 
 
+@pytest.mark.parametrize("text", ["name: !<%0A%1b> a", "name: !%0A a", f"name: *{'a' * 5000}", f"{'x' * 5000}: 1"])
+def test_what_yaml_allows_in_names_of_its_own_makes_no_second_line(text: str) -> None:
+    for problem in check_policy(text, {}):
+        assert problem.format("f").isprintable() and len(problem.format("f")) < 200
+
+
 def test_a_text_of_more_than_a_mebibyte_is_refused() -> None:
     text = "name: a\n#" + "x" * MAX_BYTES
     (problem,) = check_policy(text, {})
@@ -495,6 +501,15 @@ def test_two_outcomes_for_one_destination_are_a_conflict(one: str, other: str, m
 )
 def test_destinations_that_can_be_told_apart_are_no_conflict(one: str, other: str) -> None:
     assert check_policy(egress(one, other), KNOWN) == []
+
+
+@pytest.mark.parametrize("kind", ["egress", "ingress"])
+def test_every_rule_that_meets_an_earlier_one_is_named(kind: str) -> None:
+    if kind == "egress":
+        text = egress(*(f"to: 10.0.0.0/8, endpoint: {name}" for name in ("nx4", "other4", "nx4", "other4")))
+    else:
+        text = ingress(*(("0.0.0.0:80-90", name) for name in ("nx4", "other4", "nx4", "other4")))
+    assert [problem.line for problem in check_policy(text, KNOWN)] == [4, 5, 6]
 
 
 def test_a_problem_is_one_line_with_its_place_and_hint() -> None:

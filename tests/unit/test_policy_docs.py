@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from graft import limits
 from graft.policy import check_policy
 
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
@@ -16,6 +17,13 @@ POLICIES = re.findall(r"^```yaml\n(.*?)^```\n(?:```text\n(.*?)^```)?", PAGE, re.
 @pytest.mark.parametrize(("text", "errors"), POLICIES)
 def test_a_policy_of_the_page_gets_the_errors_below_it_or_none(text: str, errors: str) -> None:
     assert [problem.format("policy.yaml") for problem in check_policy(text, {})] == errors.splitlines()
+
+
+def test_the_page_has_the_limits_that_hold() -> None:
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("| more than")]
+    assert f"{limits.MAX_BYTES >> 20} MiB of text" in row
+    assert f"{limits.MAX_RULES} rules of a kind, {limits.MAX_ENTRIES} map entries" in row
+    assert f"{limits.MAX_VALUES} values, or more than {limits.MAX_DEPTH} inside of each other" in row
 
 
 def test_the_page_has_policies_that_are_good_and_others_that_are_not() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graft.compile import compile_policy
 from graft.endpoint import Endpoint, parse_endpoint
 from graft.errors import ConflictError, GraftError, NotFoundError, RefusedError, UsageError
-from graft.runtime import arguments, options, request, seccomp, state
+from graft.limits import MAX_BYTES, MAX_RULES
+from graft.policy import PolicyError
+from graft.runtime import arguments, bundle, options, request, seccomp, state
 from graft.runtime.bundle import HOOK, Edit, edit_config, read_config, write_config
 from graft.runtime.options import Options
 from graft.runtime.request import Request, Source, requested
@@ -226,11 +230,38 @@ def test_a_link_in_the_place_of_a_configuration_is_not_written_through(tmp_path:
     assert (tmp_path / "elsewhere").read_text() == "{}"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
-def test_a_configuration_that_is_none_is_left_to_the_runtime(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 10_000, '{"a": ' + "[" * 100 + "]" * 100 + "}"])
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    assert read_config(str(tmp_path / "config.json")) is None
-    assert read_config(str(tmp_path / "missing")) is None
+    with pytest.raises(UsageError, match=r"config\.json: "):
+        read_config(str(tmp_path / "config.json"))
+
+
+def test_a_configuration_that_is_not_there_is_left_to_the_runtime(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for missing in (tmp_path / "missing", tmp_path / "pipe" / "below", tmp_path, tmp_path / "pipe"):
+        assert read_config(str(missing)) is None
+
+
+def test_a_configuration_that_is_very_big_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "_MAX_BYTES", 100)
+    (tmp_path / "config.json").write_text("{}" + " " * 98)
+    assert read_config(str(tmp_path / "config.json")) == {}
+    (tmp_path / "config.json").write_text("{}" + " " * 99)
+    with pytest.raises(UsageError, match="too big"):
+        read_config(str(tmp_path / "config.json"))
+
+
+def test_bytes_that_are_not_utf8_hide_nothing_from_graft(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'{"annotations": {"graft.policy": "web", "other": "\xff"}}')
+    found = read_config(str(tmp_path / "config.json"))
+    assert found is not None and requested(found) == Request(Source.ANNOTATION, "web")
+
+
+@pytest.mark.parametrize("name", ["CAP_NET_ADMIN", "NET_ADMIN", "cap_net_admin", "Cap_Net_Admin"])
+def test_a_capability_is_found_however_it_is_written(name: str) -> None:
+    config = {"process": {"capabilities": {"bounding": ["CAP_CHOWN", name]}}}
+    assert bundle.capability_sets(config, "CAP_NET_ADMIN") == ["bounding"]
 
 
 def asking(*variables: str, **annotations: str) -> dict[str, Any]:
@@ -280,6 +311,59 @@ def test_several_pairs_make_several_rules(between: str) -> None:
 def test_a_pair_that_may_not_be_names_the_variable(pairs: str, error: type[GraftError]) -> None:
     with pytest.raises(error, match=r"^GRAFT_CONV_PAIRS: "):
         request.policy_from_pairs(pairs, KNOWN)
+
+
+def test_as_many_pairs_as_a_policy_file_may_have_rules_are_taken() -> None:
+    policy = request.policy_from_pairs(" ".join(["0.0.0.0:80=open"] * MAX_RULES), KNOWN)
+    assert len(policy.ingress) == MAX_RULES
+    assert compile_policy(policy, KNOWN).entries == 4  # for TCP and UDP, for 0.0.0.0 and [::]
+
+
+def test_more_pairs_than_that_are_refused_before_any_is_read() -> None:
+    with pytest.raises(UsageError, match=f"^GRAFT_CONV_PAIRS: more than {MAX_RULES} of them") as refused:
+        request.policy_from_pairs(" ".join(["nonsense"] * (MAX_RULES + 1)), KNOWN)
+    assert refused.value.hint
+
+
+def test_pairs_longer_than_a_policy_file_are_refused_before_they_are_split() -> None:
+    with pytest.raises(UsageError, match=f"^GRAFT_CONV_PAIRS: it has {MAX_BYTES + 1} bytes"):
+        request.policy_from_pairs(" " * (MAX_BYTES + 1), KNOWN)
+
+
+def test_pairs_that_would_take_very_many_map_entries_are_refused() -> None:
+    pairs = [f"127.0.{number // 256}.{number % 256}:1-65534=open" for number in range(600)]
+    policy = request.policy_from_pairs(" ".join(pairs), KNOWN)
+    with pytest.raises(UsageError, match="more than 32768 map entries"):
+        compile_policy(policy, KNOWN)
+
+
+def test_pairs_in_conflict_name_each_other() -> None:
+    known = {**KNOWN, "other": parse_endpoint("other", "0.0.0.0:8082", open_=True)}
+    policy = request.policy_from_pairs("0.0.0.0:80-90=open 0.0.0.0:85-95=other", known)
+    with pytest.raises(PolicyError) as refused:
+        compile_policy(policy, known)
+    (line,) = refused.value.lines()
+    assert line.startswith("graft: GRAFT_CONV_PAIRS 0.0.0.0:85-95=other: ")
+    assert "GRAFT_CONV_PAIRS 0.0.0.0:80-90=open makes open" in line
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_path_that_an_image_may_have_named_is_opened_only_if_it_is_a_file(settings: Settings, kind: str) -> None:
+    path = settings.state_dir / kind
+    if kind == "pipe":
+        os.mkfifo(path)  # whoever opens it for reading waits for a writer
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(UsageError, match="is no plain file"):
+        request.choose_policy(settings, Request(Source.ANNOTATION, str(path)), {}, Options(), KNOWN)
+
+
+@pytest.mark.parametrize("value", ["/etc/\0", "/\ud800"])
+def test_a_path_that_is_none_is_refused(settings: Settings, value: str) -> None:
+    with pytest.raises(UsageError, match="is no path"):
+        request.choose_policy(settings, Request(Source.ANNOTATION, value), {}, Options(), KNOWN)
 
 
 @pytest.fixture
@@ -408,3 +492,44 @@ def test_the_state_of_a_hook_and_that_of_a_listener_are_both_understood() -> Non
     wrapped = {"fds": ["other", "seccompFd"], "pid": 9, "metadata": "m", "state": plain}
     found = state.parse(json.dumps(wrapped).encode())
     assert (found.id, found.pid, found.descriptors) == ("c", 9, ("other", "seccompFd"))
+
+
+class Sender:
+    """A runtime's end of a connection, and the message at ours."""
+
+    def __init__(self) -> None:
+        self.end, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.message = state.Message(ours)
+
+    def __enter__(self) -> Sender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end.close()
+        self.message.close()
+
+
+def test_a_message_that_comes_in_parts_is_read_when_it_is_whole() -> None:
+    with Sender() as sender:
+        for part in (b'{"id": "c", "annotations": {"a": "}"', b'}, "pid"', b": 7"):
+            sender.end.send(part)
+            assert sender.message.read() is None and not sender.message.ended
+        sender.end.send(b"}")
+        assert sender.message.read() == state.State("c", 7, "", {"a": "}"})
+
+
+def test_a_message_that_never_gets_whole_is_ended() -> None:
+    with Sender() as sender:
+        pieces = 0
+        while not sender.message.ended:
+            sender.end.send(b"{}" if pieces else b"[")
+            assert sender.message.read() is None
+            pieces += 1
+        assert pieces == 256
+
+
+def test_a_message_that_grows_and_grows_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_MAX_BYTES", 1000)
+    with Sender() as sender:
+        sender.end.send(b'{"id": "' + b"x" * 1000)
+        assert sender.message.read() is None and sender.message.ended

@@ -1,0 +1,42 @@
+"""Answers about sockets come from the kernel, and from nobody else in the namespace."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+
+import pytest
+
+from graft.kernel import netns as namespaces
+from graft.kernel.sockdiag import NETLINK_SOCK_DIAG, Diagnostics
+from tests.support.namespaces import Netns
+
+pytestmark = pytest.mark.kernel
+
+FORGED = struct.pack("=IHHII", 0, 20, 2, 0, 0) + bytes(72)  # of no size, so that who goes on behind it never ends
+
+
+def netlink() -> socket.socket:
+    """A socket as a container's root can make it."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+    sock.settimeout(5)
+    return sock
+
+
+def test_nobody_but_the_kernel_can_answer(netns: Callable[[], Netns]) -> None:
+    with namespaces.entered(netns().path), netlink() as forger, socket.create_server(("127.0.0.1", 0)) as server:
+        diagnostics = Diagnostics()
+        try:
+            with pytest.raises(ConnectionRefusedError):
+                forger.sendto(FORGED, diagnostics._sock.getsockname())
+            assert [found.port for found in diagnostics.listening()] == [server.getsockname()[1]]
+        finally:
+            diagnostics.close()
+
+
+def test_control_a_socket_that_is_not_connected_takes_what_is_forged(netns: Callable[[], Netns]) -> None:
+    with namespaces.entered(netns().path), netlink() as forger, netlink() as asking:
+        asking.bind((0, 0))
+        forger.sendto(FORGED, asking.getsockname())
+        assert asking.recv(1 << 16) == FORGED
