@@ -75,7 +75,7 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		*verdict = refuse_with(EINVAL);
 		return 0;
 	}
-	id = ingress_rule(owner.container, asked);
+	id = is_diverted(ctx->sk) ? 0 : ingress_rule(owner.container, asked);
 	if (!id && binds_freely(owner.container)) {
 		forget_endpoint(ctx, &owner);
 		return 0;

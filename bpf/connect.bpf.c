@@ -5,17 +5,22 @@
  * endpoint, or an address of its own where it may, or it left from this endpoint before. (A socket that
  * sends has a port at least: the kernel gave it one before it asked us.) */
 static __always_inline int has_source(struct bpf_sock_addr *ctx, struct owner *owner, struct endpoint *endpoint,
-				      int sending)
+				      int sending, int bound)
 {
 	struct place place;
 	u32 ip[4];
+	int somewhere;
 
 	place_of(&place, ctx->sk);
 	if (!place.port)
 		return 0;
-	if (is_bound(ctx->sk, owner->tag, owner->container, bpf_get_netns_cookie(ctx)))
+	/* An IPv6 address is no source towards IPv4. */
+	somewhere = place.ip[0] | place.ip[1] | place.ip[2] | place.ip[3] ? 1 : 0;
+	if (somewhere && place.family != endpoint->family)
+		return 0;
+	if (bound)
 		return 1;
-	if (binds_freely(owner->container) && (!sending || place.ip[0] || place.ip[1] || place.ip[2] || place.ip[3]))
+	if (binds_freely(owner->container) && (!sending || somewhere))
 		return 1;
 	if (endpoint->port && endpoint->port != place.port)
 		return 0;
@@ -49,6 +54,12 @@ static __always_inline int turn(struct bpf_sock_addr *ctx, struct owner *owner, 
 	return PASS;
 }
 
+/* Whether a destination is told apart by the interface that the socket is tied to for it. */
+static __always_inline int is_link_local(struct asked *asked)
+{
+	return asked->family == GRAFT_IPV6 && asked->addr[0] == 0xfe && (asked->addr[1] & 0xc0) == 0x80;
+}
+
 /* Decides a destination. Returns the endpoint to leave from, or NULL with *verdict set. */
 static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr *ctx, struct asked *asked, int *verdict,
 							   int sending)
@@ -56,6 +67,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	struct owner owner;
 	struct endpoint *endpoint;
 	u32 rule, id = 0;
+	int bound;
 
 	*verdict = PASS;
 	owner_of(ctx, &owner);
@@ -97,12 +109,13 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		return 0;
 	}
 	endpoint = endpoint_for(ctx, asked, id);
-	if (!endpoint) {
+	bound = is_bound(ctx->sk, owner.tag, owner.container, bpf_get_netns_cookie(ctx));
+	if (!endpoint || has_lost(ctx->sk, owner.tag, bound) || (is_diverted(ctx->sk) && !is_link_local(asked))) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
 	count(owner.id, GRAFT_DECISION_CONNECTED);
-	return has_source(ctx, &owner, endpoint, sending) ? 0 : endpoint;
+	return has_source(ctx, &owner, endpoint, sending, bound) ? 0 : endpoint;
 }
 
 /* Towards loopback instead: Graft's relay, or what no address stands for. `plain`: ::1, else ::ffff:127.0.0.1. */

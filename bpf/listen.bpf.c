@@ -56,7 +56,8 @@ int graft_sock_ops(struct bpf_sock_ops *ctx)
 	}
 	if (owner.home != GRAFT_HOME_HOST)
 		return 1;
-	if (owner.container && (binds_freely(owner.container) || is_bound(sk, owner.tag, owner.container, netns))) {
+	if (owner.container && (binds_freely(owner.container) ||
+				(!is_diverted(sk) && is_bound(sk, owner.tag, owner.container, netns)))) {
 		if (owner.tag)
 			owner.tag->heard = sk->src_port;
 		return 1;

@@ -2,12 +2,12 @@
 /* Packets of host-homed sockets: a second line, behind the hooks on system calls.
  *
  * in    A listener hears nobody but at the port that the listen hook wrote into its tag, and a datagram socket
- *       that holds no endpoint hears only whom it may speak to. So a listener that slipped past the other
+ *       that stands at no endpoint hears only whom it may speak to. So a listener that slipped past the other
  *       hooks, whichever way, has no clients; and it is deaf from the first packet on, not from the moment when
  *       a hook got to it.
  * out   What can be said besides an address, where no hook sees it (a cmsg, options that were set before the
- *       policy): source routes and other options of IP's, a source address that is not the socket's, protocols
- *       without hooks.
+ *       policy, or by a 32-bit caller): source routes and other options of IP's, a source address that is not the
+ *       socket's, another interface, protocols without hooks; and a connection that begins when its rule is gone.
  *
  * Nearly every packet is one of an established TCP connection, and leaves after a look at one field.
  */
@@ -17,6 +17,7 @@
 #define GRAFT_IPV4_PLAIN 0x45 /* version 4, five words: no options */
 #define IPPROTO_HOPOPTS 0
 #define GRAFT_JUMBO 65535
+#define ETH_P_IP 0x0800
 
 /* An IP header with the ports behind it, as far as it is needed. */
 struct packet {
@@ -131,75 +132,136 @@ static __always_inline int drop(struct owner *owner)
 	return REFUSE;
 }
 
+/* Whether a packet comes to an IPv6 endpoint over IPv4, which that does not have. */
+static __always_inline int is_of_other_family(struct __sk_buff *skb, struct tag *tag)
+{
+	struct endpoint *endpoint = endpoints.lookup(&tag->endpoint);
+
+	return endpoint && endpoint->family == GRAFT_IPV6 && !(endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK) &&
+	       skb->protocol == bpf_htons(ETH_P_IP);
+}
+
+/* Whether whoever comes may be heard: a listener at the port that the listen hook wrote down, a datagram socket at the
+ * endpoint that it is granted now (or at a port that it had before there was a policy). */
+static __always_inline int hears_everybody(struct bpf_sock *sk, struct owner *owner)
+{
+	struct tag *tag = owner->tag;
+	struct place place;
+
+	if (!tag || !tag->heard || tag->heard != sk->src_port)
+		return 0;
+	if (sk->protocol == IPPROTO_TCP || !tag->endpoint)
+		return 1;
+	place_of(&place, sk);
+	return is_granted(owner->container, tag, &place, IPPROTO_UDP, ANY_NETNS);
+}
+
+/* Groups are joined by an option that the hook refuses, but 32-bit callers do not meet the hook. */
+static __always_inline int is_for_a_group(struct packet *packet)
+{
+	u8 first = packet->to[0] & 0xff;
+
+	return packet->family == GRAFT_IPV4 ? first >= 224 && first < 240 : first == 0xff;
+}
+
 int graft_skb_ingress(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk;
 	struct packet packet;
 	struct owner owner;
 	struct asked far;
-	u32 protocol;
+	u32 type, protocol;
+	int heard;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
 	if (!sk)
 		return PASS;
+	type = sk->type;
 	protocol = sk->protocol;
-	if (protocol == IPPROTO_TCP && sk->state != BPF_TCP_LISTEN)
+	if (type == SOCK_STREAM && sk->state != BPF_TCP_LISTEN)
 		return PASS;
-	if (!is_host_homed(skb, sk, &owner) || (owner.container && binds_freely(owner.container)))
+	if (!is_host_homed(skb, sk, &owner))
 		return PASS;
-	if (owner.tag && owner.tag->heard && owner.tag->heard == sk->src_port)
-		return PASS;
-	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && owner.container &&
-	    owner.container->flags & GRAFT_CONTAINER_OTHERS)
-		return PASS;
-	if (protocol != IPPROTO_UDP || !owner.container || !read_packet(skb, &packet))
+	/* A container that is no more has no listeners, whoever has a copy of one. */
+	if (!owner.container)
 		return drop(&owner);
+	if (binds_freely(owner.container))
+		return PASS;
+	if (owner.tag && owner.tag->endpoint && is_of_other_family(skb, owner.tag))
+		return drop(&owner);
+	heard = hears_everybody(sk, &owner);
+	if (type == SOCK_STREAM)
+		return heard ? PASS : drop(&owner);
+	if (!has_rules(type, protocol))
+		return owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
+	if (!read_packet(skb, &packet))
+		return drop(&owner);
+	if (heard)
+		return owner.tag && owner.tag->endpoint && is_for_a_group(&packet) ? drop(&owner) : PASS;
 	asked_of(&far, &packet, packet.from, packet.from_port);
-	return may_speak_with(owner.container, &far) ? PASS : drop(&owner);
+	return packet.plain && may_speak_with(owner.container, &far) ? PASS : drop(&owner);
 }
 
 /* Whether a datagram leaves from another address than its socket's. One that has none gets it from the hook. */
 static __always_inline int has_other_source(struct bpf_sock *sk, struct packet *packet)
 {
 	struct place place;
-	int same;
 
 	place_of(&place, sk);
-	if (!(place.ip[0] | place.ip[1] | place.ip[2] | place.ip[3]) || place.family != packet->family)
+	if (!(place.ip[0] | place.ip[1] | place.ip[2] | place.ip[3]))
 		return 0;
-	same = place.ip[0] == packet->from[0] && place.ip[1] == packet->from[1] && place.ip[2] == packet->from[2] &&
-	       place.ip[3] == packet->from[3];
-	return !same;
+	return place.family != packet->family || place.ip[0] != packet->from[0] || place.ip[1] != packet->from[1] ||
+	       place.ip[2] != packet->from[2] || place.ip[3] != packet->from[3];
+}
+
+/* Whether a packet may go where it goes: a datagram, or the first packet of a connection. The connect hook judged a
+ * connection when it was asked for; it may begin later (TCP_FASTOPEN_CONNECT), or towards an address that the far
+ * end named (a further subflow of MPTCP). */
+static __always_inline int may_leave(struct bpf_sock *sk, struct owner *owner, struct packet *packet)
+{
+	struct asked far;
+
+	if (!packet->plain || !owner->container)
+		return 0;
+	asked_of(&far, packet, packet->to, packet->to_port);
+	if (is_diverted(sk) && !is_link_local(&far))
+		return 0;
+	if (packet->protocol == IPPROTO_UDP && has_other_source(sk, packet))
+		return 0;
+	return may_speak_with(owner->container, &far);
 }
 
 int graft_skb_egress(struct __sk_buff *skb)
 {
 	u8 head[12] = {};
-	struct bpf_sock *sk;
+	struct bpf_sock *sk = skb->sk;
 	struct packet packet;
 	struct owner owner;
-	struct asked far;
+	u32 type, protocol, state;
 
-	if (!bpf_skb_load_bytes(skb, 0, head, sizeof(head)) &&
-	    ((head[0] == GRAFT_IPV4_PLAIN && head[9] == IPPROTO_TCP) || (head[0] >> 4 == 6 && head[6] == IPPROTO_TCP)))
-		return PASS;
-	sk = skb->sk;
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
-	if (!sk || !is_host_homed(skb, sk, &owner))
+	if (!sk)
+		return PASS;
+	type = sk->type;
+	protocol = sk->protocol;
+	state = sk->state;
+	if (type == SOCK_STREAM && state != BPF_TCP_SYN_SENT && !bpf_skb_load_bytes(skb, 0, head, sizeof(head)) &&
+	    (head[0] == GRAFT_IPV4_PLAIN || (head[0] >> 4 == 6 && head[6] == IPPROTO_TCP)))
+		return PASS;
+	if (!is_host_homed(skb, sk, &owner))
 		return PASS;
 	if (owner.container && owner.container->transport == GRAFT_TRANSPORT_DIRECT && !denies(owner.container))
 		return PASS;
+	if (!has_rules(type, protocol))
+		return owner.container && owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
 	if (!read_packet(skb, &packet))
 		return drop(&owner);
-	/* The kernel itself says with a header of its own that a segment is longer than its length field can (BIG TCP). */
-	if (packet.family == GRAFT_IPV6 && packet.protocol == IPPROTO_HOPOPTS && sk->protocol == IPPROTO_TCP &&
-	    skb->len > GRAFT_JUMBO)
-		return PASS;
-	if (packet.protocol != IPPROTO_TCP && packet.protocol != IPPROTO_UDP && sk->protocol == packet.protocol &&
-	    owner.container && owner.container->flags & GRAFT_CONTAINER_OTHERS)
-		return PASS;
-	if (!packet.plain || packet.protocol != IPPROTO_UDP || !owner.container || has_other_source(sk, &packet))
-		return drop(&owner);
-	asked_of(&far, &packet, packet.to, packet.to_port);
-	return may_speak_with(owner.container, &far) ? PASS : drop(&owner);
+	if (type == SOCK_STREAM && state != BPF_TCP_SYN_SENT) {
+		/* Options, or a header that the kernel itself puts before a segment that is longer than its length
+		 * field can say (BIG TCP). */
+		return packet.family == GRAFT_IPV6 && packet.protocol == IPPROTO_HOPOPTS && skb->len > GRAFT_JUMBO
+			       ? PASS
+			       : drop(&owner);
+	}
+	return may_leave(sk, &owner, &packet) ? PASS : drop(&owner);
 }

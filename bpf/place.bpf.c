@@ -56,6 +56,8 @@ static __always_inline int stands_at(struct place *place, struct endpoint *endpo
 	return ip[0] == place->ip[0] && ip[1] == place->ip[1] && ip[2] == place->ip[2] && ip[3] == place->ip[3];
 }
 
+#define ANY_NETNS 0 /* no cookie is 0 */
+
 /* Whether the rules of now make of what the program asked for the endpoint that its tag names, and the socket,
  * in the namespace `netns`, stands there. */
 static __always_inline int is_granted(struct container *container, struct tag *tag, struct place *place, u8 protocol,
@@ -64,8 +66,8 @@ static __always_inline int is_granted(struct container *container, struct tag *t
 	struct endpoint *endpoint = endpoints.lookup(&tag->endpoint);
 	struct asked asked;
 
-	if (!endpoint || endpoint->netns != netns || !(endpoint->protocols & protocol_bit(protocol)) ||
-	    !stands_at(place, endpoint))
+	if (!endpoint || (netns != ANY_NETNS && endpoint->netns != netns) ||
+	    !(endpoint->protocols & protocol_bit(protocol)) || !stands_at(place, endpoint))
 		return 0;
 	__builtin_memset(&asked, 0, sizeof(asked));
 	__builtin_memcpy(asked.addr, tag->addr, 16);
@@ -73,6 +75,19 @@ static __always_inline int is_granted(struct container *container, struct tag *t
 	asked.family = tag->family;
 	asked.protocol = protocol;
 	return ingress_rule(container, &asked) == tag->endpoint;
+}
+
+/* Whether a socket stands at the port of an endpoint that it was given, and is granted no more. */
+static __always_inline int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)
+{
+	return tag && tag->endpoint && tag->given && tag->given == sk->src_port && !bound;
+}
+
+/* Whether a socket is tied to an interface, or its packets are marked for another routing table. The setsockopt hook
+ * refuses what does that, but the kernel does not call it for 32-bit callers. */
+static __always_inline int is_diverted(struct bpf_sock *sk)
+{
+	return sk->bound_dev_if || sk->mark;
 }
 
 /* Whether a socket holds its endpoint. A port that it was given once, let go of, and got another for, is not

@@ -6,8 +6,9 @@ Theory of operation
                                            ├── REFUSE: the call ends with an errno
                                            └── twin ── tag ── (bind) ── ADDFD ── the call runs, or has run
 
-A bind is made here, on the twin, before the program has it: if it fails, the program gets the kernel's errno
-and keeps the socket that it had. A connect runs in the program's own thread, where it may block, be
+A bind that becomes an endpoint's is made here, on the twin, before the program has it: if it fails, the program gets
+the kernel's errno and keeps the socket that it had. One in the container runs with the program's own rights. A
+connect runs in the program's own thread, where it may block, be
 interrupted or be left to finish in the background as the program likes. Both meet the hooks, which decide
 on the kernel's copy of the address; nothing here can widen what a container may do.
 
@@ -222,7 +223,7 @@ class Supervisor:
         new = self._twin(decision, facts)
         try:
             twin.liken(new, held, flags, names, v6only or decision.v6only, bool(probed & PROBED_OWNED))
-            if swap.call is _BIND:
+            if swap.call is _BIND and decision.action is _TO_HOST:
                 assert swap.address is not None
                 error = self._bind(new, swap.address)
             if not error:
