@@ -1,7 +1,7 @@
 """What one supervisor may take of the machine: a container decides how much work it makes its supervisor do.
 
-Each supervisor has a cgroup of its own below that of all of them, with a limit on memory, and on CPU time the limit
-of its container. Where the kernel gives these controllers to cgroup v1, or to nobody, there are none of these limits
+Each supervisor has a cgroup of its own below that of all of them, with the limits of its container: the buffers of
+twins that the container's programs connect are charged there too. Where the kernel gives these controllers to cgroup v1, or to nobody, there are none of these limits
 (`graft doctor` says so), and the address space is limited instead (setrlimit(2)).
 
 Sources: Documentation/admin-guide/cgroup-v2.rst (memory.max, cpu.max, "No Internal Process Constraint").
@@ -18,8 +18,11 @@ from graft.kernel import cgroup
 from graft.lifecycle import supervisors_cgroup
 from graft.settings import Settings
 
-MEMORY_BYTES = 256 << 20
-"""Ten times what a supervisor needs (docs/performance.md)."""
+LEAST_BYTES = 128 << 20
+"""Five times what a supervisor itself needs (docs/performance.md), however little its container may have."""
+
+MOST_BYTES = 1 << 30
+"""Where the container has no limit."""
 
 ADDRESS_SPACE_BYTES = 2 << 30
 """Python and its libraries map much that they never touch."""
@@ -38,7 +41,7 @@ def enter_own_cgroup(settings: Settings, container: int, path: Path, living: Col
     own.mkdir(exist_ok=True)
     available = enable(above)
     if "memory" in available:
-        _write(own / "memory.max", str(MEMORY_BYTES))
+        _write(own / "memory.max", str(memory_limit(path)))
         _write(own / "memory.swap.max", "0")
     if "cpu" in available:
         _write(own / "cpu.max", cpu_limit(path))
@@ -65,6 +68,12 @@ def cpu_limit(path: Path) -> str:
         if quota.isdecimal() and period.isdecimal() and int(quota) / int(period) < share:
             found, share = f"{quota} {period}", int(quota) / int(period)
     return found
+
+
+def memory_limit(path: Path) -> int:
+    """Bytes: the smallest memory.max of the cgroup at ``path`` and those above it, within reason."""
+    found = [_text(folder / "memory.max") for folder in (path, *path.parents)]
+    return max(LEAST_BYTES, min([MOST_BYTES, *(int(text) for text in found if text.isdecimal())]))
 
 
 def _own(above: Path, container: int) -> Path:

@@ -16,6 +16,7 @@ import os
 import struct
 from _socket import socket as Socket  # socket.socket's own base: a third of its cost to make and to close
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from graft.kernel.credentials import as_user, without_capabilities
 from graft.layout import Options
@@ -76,50 +77,78 @@ def options_set(recorded: Options) -> Sequence[tuple[int, int]]:
     return [(option.level, option.name) for option in recorded.option[: recorded.count]]
 
 
+class _Value(NamedTuple):
+    """An option to set. Of a packet filter its code."""
+
+    level: int
+    name: int
+    value: int | bytes
+
+
 def carry_options(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> None:
     """Give ``new`` the values that ``old`` has of those options. What one of them does not know is left."""
-    late: list[tuple[int, int]] = []
-    for level, name in names:
-        if (level, name) == (SOL_SOCKET, _LOCK_FILTER):
-            late.append((level, name))
-            continue
+    values = list(_values(old, new, names))
+    with without_capabilities():
+        for level, name, value in values:
+            with contextlib.suppress(OSError):
+                if (level, name) == (SOL_SOCKET, _ATTACH_FILTER):
+                    _attach_filter(new, value)
+                else:
+                    new.setsockopt(level, name, value)
+
+
+def _values(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> Iterator[_Value]:
+    """In the order of ``names``; what locks a filter comes last."""
+    for level, name in sorted(names, key=lambda one: one == (SOL_SOCKET, _LOCK_FILTER)):
         with contextlib.suppress(OSError):
             # What was not set is not written: a zero of one of its other names would undo a time stamp.
             if names is not _EVERY or old.getsockopt(level, name, _MAX_VALUE) != new.getsockopt(
                 level, name, _MAX_VALUE
             ):
-                _carry(old, new, level, name)
-    for level, name in late:
-        with contextlib.suppress(OSError):
-            new.setsockopt(level, name, old.getsockopt(level, name))
+                value = _value(old, level, name)
+                if value is not None:
+                    yield value
 
 
-def _carry(old: Socket, new: Socket, level: int, name: int) -> None:
+def _value(old: Socket, level: int, name: int) -> _Value | None:
     if name in _PLAIN.get(level, frozenset()):
         value = old.getsockopt(level, name, _MAX_VALUE)
-        new.setsockopt(level, name, value.rstrip(b"\0") if (level, name) == (SOL_TCP, _TCP_CONGESTION) else value)
-    elif level == SOL_SOCKET and name in (_SNDBUF, _SNDBUFFORCE, _RCVBUF, _RCVBUFFORCE):
+        return _Value(level, name, value.rstrip(b"\0") if (level, name) == (SOL_TCP, _TCP_CONGESTION) else value)
+    if level != SOL_SOCKET:
+        return None
+    if name in (_SNDBUF, _SNDBUFFORCE, _RCVBUF, _RCVBUFFORCE):
         # The kernel tells twice what was asked (socket(7)). Never by FORCE: a limit of the host holds.
         plain = _SNDBUF if name in (_SNDBUF, _SNDBUFFORCE) else _RCVBUF
-        new.setsockopt(SOL_SOCKET, plain, old.getsockopt(SOL_SOCKET, plain) // 2)
-    elif (level, name) == (SOL_SOCKET, _PRIORITY):
+        return _Value(SOL_SOCKET, plain, old.getsockopt(SOL_SOCKET, plain) // 2)
+    if name == _PRIORITY:
         # 0 to 6 is anybody's; more, or less than 0, needs CAP_NET_ADMIN over the namespace (socket(7)).
-        new.setsockopt(SOL_SOCKET, _PRIORITY, max(0, min(old.getsockopt(SOL_SOCKET, _PRIORITY), 6)))
-    elif (level, name) == (SOL_SOCKET, _ATTACH_FILTER):
-        _carry_filter(old, new)
+        return _Value(SOL_SOCKET, _PRIORITY, max(0, min(old.getsockopt(SOL_SOCKET, _PRIORITY), 6)))
+    if name == _ATTACH_FILTER:
+        return _Value(SOL_SOCKET, _ATTACH_FILTER, _filter(old))
+    return _Value(SOL_SOCKET, name, old.getsockopt(SOL_SOCKET, name)) if name == _LOCK_FILTER else None
 
 
-def _carry_filter(old: Socket, new: Socket) -> None:
-    """A classic BPF filter: read as a list of 8-byte instructions (SO_GET_FILTER, counted in instructions)."""
+def _filter(sock: Socket) -> bytes:
+    """A classic BPF filter's code, which only CAP_NET_ADMIN may read; counted in instructions of 8 bytes.
+
+    (SO_GET_FILTER is read under SO_ATTACH_FILTER's number.)
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     count = ctypes.c_uint32(0)
-    libc.getsockopt(old.fileno(), SOL_SOCKET, _ATTACH_FILTER, None, ctypes.byref(count))
-    if not count.value:
+    libc.getsockopt(sock.fileno(), SOL_SOCKET, _ATTACH_FILTER, None, ctypes.byref(count))
+    code = ctypes.create_string_buffer(count.value * 8)
+    if count.value:
+        libc.getsockopt(sock.fileno(), SOL_SOCKET, _ATTACH_FILTER, code, ctypes.byref(count))
+    return code.raw
+
+
+def _attach_filter(sock: Socket, code: int | bytes) -> None:
+    if not code or isinstance(code, int):
         return
-    held = ctypes.create_string_buffer(count.value * 8)
-    libc.getsockopt(old.fileno(), SOL_SOCKET, _ATTACH_FILTER, held, ctypes.byref(count))
-    program = _SockFprog(count.value, ctypes.addressof(held))
-    libc.setsockopt(new.fileno(), SOL_SOCKET, _ATTACH_FILTER, ctypes.byref(program), ctypes.sizeof(program))
+    libc = ctypes.CDLL(None, use_errno=True)
+    held = ctypes.create_string_buffer(code, len(code))
+    program = _SockFprog(len(code) // 8, ctypes.addressof(held))
+    libc.setsockopt(sock.fileno(), SOL_SOCKET, _ATTACH_FILTER, ctypes.byref(program), ctypes.sizeof(program))
 
 
 @contextlib.contextmanager
@@ -146,7 +175,7 @@ def liken(new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v
     if new.family == AF_INET6:
         new.setsockopt(SOL_IPV6, IPV6_V6ONLY, v6only)
     if names:
-        with as_socket(old, 4 if new.family == AF_INET else 6, new.proto) as source, without_capabilities():
+        with as_socket(old, 4 if new.family == AF_INET else 6, new.proto) as source:
             carry_options(source, new, names)
     if flags & os.O_NONBLOCK:
         os.set_blocking(new.fileno(), False)

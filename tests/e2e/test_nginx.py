@@ -45,7 +45,7 @@ def test_a_dual_stack_listener_is_served_by_an_ipv4_endpoint(host: Host, tmp_pat
 
 def test_a_dual_stack_listener_on_an_ipv6_endpoint_serves_both_families(host: Host, tmp_path: Path) -> None:
     port = host.port()
-    nginx(host, tmp_path, ["-i", f"*:80={host.endpoint(f'[::]:{port}')}"], "[::]:80 ipv6only=off")
+    nginx(host, tmp_path, ["-i", f"*:80={host.endpoint(f'[::]:{port}', dual_stack=True)}"], "[::]:80 ipv6only=off")
     assert get(host, HOST4, port).split()[2] == f"::ffff:{CLIENT4}"
     assert get(host, f"[{HOST6}]", port).split() == ["80", HOST6, CLIENT6]
 

@@ -69,7 +69,7 @@ def test_a_bound_listener_has_the_options_that_it_has_without_graft(
     address, spec = ("0.0.0.0", "0.0.0.0") if family == 4 else ("::", "[::]")
     port = host.port()
     arguments = ("bind", family, address, 8080, sets, *mode.split())
-    rules = ["-i", f"{spec}:8080={host.endpoint(f'{spec}:{port}')}"]
+    rules = ["-i", f"{spec}:8080={host.endpoint(f'{spec}:{port}', dual_stack=spec == '[::]')}"]
     grafted = host.run(rules, *PYTHON, SCRIPT, *map(str, arguments)).stdout
     # Bare: as root without the capability that `graft run` takes away, in a namespace of its own.
     bare = run(["unshare", "-n", "--", *drop_net_admin(), *PYTHON, SCRIPT, *map(str, arguments)], status=0).stdout

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.allowance import cpu_limit
+from graft.allowance import LEAST_BYTES, MOST_BYTES, cpu_limit, memory_limit
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,20 @@ def test_a_supervisor_has_the_tightest_cpu_limit_of_its_container(
     (tmp_path / "a" / "cpu.max").write_text(outer + "\n")
     (folder / "cpu.max").write_text(inner + "\n")
     assert cpu_limit(folder) == limit
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "limit"),
+    [
+        ("max", "max", MOST_BYTES),
+        ("300000000", "max", 300000000),
+        ("300000000", "200000000", 200000000),
+        ("max", "4096", LEAST_BYTES),  # a supervisor has to live
+    ],
+)
+def test_a_supervisor_has_the_memory_limit_of_its_container(tmp_path: Path, outer: str, inner: str, limit: int) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    (tmp_path / "a" / "memory.max").write_text(outer + "\n")
+    (folder / "memory.max").write_text(inner + "\n")
+    assert memory_limit(folder) == limit
