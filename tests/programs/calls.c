@@ -150,6 +150,7 @@ static long option_by_int80(int level, int name, size_t size)
 #else
 static long option_by_int80(int level, int name, size_t size)
 {
+	(void)level, (void)name, (void)size;
 	return -ENOSYS;
 }
 #endif
