@@ -14,9 +14,11 @@
  *   unspec, shutdown    connect(AF_UNSPEC), shutdown(SHUT_RDWR)
  *   accept              a connection is accepted and is the current socket
  *   connect A%IF P      a link-local destination
- *   range LOW HIGH      IP_LOCAL_PORT_RANGE
+ *   range LOW HIGH      IP_LOCAL_PORT_RANGE; `range - -`: of the one port that a line on standard input names
  *   fill                TCP_MD5SIG keys until the socket has no memory left for anything
  *   bytes LEVEL NAME H  setsockopt of bytes in hexadecimal
+ *   bytes32 LEVEL NAME H the same by int 0x80
+ *   hide, unhide        the socket waits in the queue of a unix socket, and comes back
  *   send A P            sendto of a datagram; `send - -` to the peer
  *   cmsg LEVEL TYPE H A P  the same with a control message
  *   fastopen A P        MSG_FASTOPEN with data; `cookieless` sets TCP_FASTOPEN_NO_COOKIE before
@@ -133,6 +135,26 @@ static long by_int80(int call)
 }
 #endif
 
+#ifdef __x86_64__
+static long option_by_int80(int level, int name, size_t size)
+{
+	register long fifth asm("rdi") = size;
+	long result;
+
+	asm volatile("int $0x80"
+		     : "=a"(result)
+		     : "a"(366L), "b"((long)fd), "c"((long)level), "d"((long)name), "S"((long)address), "r"(fifth)
+		     : "memory", "r8", "r9", "r10", "r11");
+	return (int)result;
+}
+#else
+static long option_by_int80(int level, int name, size_t size)
+{
+	(void)level, (void)name, (void)size;
+	return -ENOSYS;
+}
+#endif
+
 static long by_io_uring(int call)
 {
 	struct io_uring_params p = {};
@@ -236,6 +258,35 @@ static void send_one(const char *what, const char *host, const char *port, int f
 	say(what, sendmsg(fd, &message, flags | MSG_NOSIGNAL));
 }
 
+/* The socket goes into the queue of a unix socket, or comes out of it again. */
+static long hide_or_find(int hide)
+{
+	static int pair[2];
+	char space[CMSG_SPACE(sizeof(int))] __attribute__((aligned(8))) = {};
+	struct iovec data = { "x", 1 };
+	char got;
+	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof(space) };
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+
+	if (hide) {
+		socketpair(AF_UNIX, SOCK_DGRAM, 0, pair);
+		header->cmsg_level = SOL_SOCKET;
+		header->cmsg_type = SCM_RIGHTS;
+		header->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(header), &fd, sizeof(int));
+		if (sendmsg(pair[0], &message, 0) < 0)
+			return -1;
+		close(fd);
+		fd = -1;
+		return 0;
+	}
+	data.iov_base = &got;
+	if (recvmsg(pair[1], &message, 0) < 0)
+		return -1;
+	memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof(int));
+	return 0;
+}
+
 static void receive(void)
 {
 	struct pollfd one = { .fd = fd, .events = POLLIN };
@@ -274,6 +325,10 @@ static int hostile(char **word)
 	}
 	if (!strcmp(*word, "range")) {
 		unsigned both = atoi(word[2]) << 16 | atoi(word[1]);
+		char line[16] = "";
+
+		if (!strcmp(word[1], "-") && fgets(line, sizeof(line), stdin))
+			both = atoi(line) << 16 | atoi(line);
 
 		say(*word, setsockopt(fd, IPPROTO_IP, 51, &both, sizeof(both)));
 		return 3;
@@ -286,6 +341,15 @@ static int hostile(char **word)
 		size = parse_hex(word[3], bytes, sizeof(bytes));
 		say(*word, setsockopt(fd, atoi(word[1]), atoi(word[2]), bytes, size));
 		return 4;
+	}
+	if (!strcmp(*word, "bytes32")) {
+		size = parse_hex(word[3], (void *)address, sizeof(*address));
+		say(*word, option_by_int80(atoi(word[1]), atoi(word[2]), size));
+		return 4;
+	}
+	if (!strcmp(*word, "hide") || !strcmp(*word, "unhide")) {
+		say(*word, hide_or_find(!strcmp(*word, "hide")));
+		return 1;
 	}
 	if (!strcmp(*word, "send")) {
 		send_one(*word, word[1], word[2], 0, 0, 0, 0, 0);

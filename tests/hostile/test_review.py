@@ -1,0 +1,271 @@
+"""Ways onto the host's stack that a review found. Each of these shows a hole: it passes when the hole is closed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from graft.kernel import cgroup
+from graft.kernel.pidfd import pidfd_getfd, pidfd_open
+from tests.hostile.conftest import TRANSPORTS, Confine, Confined
+from tests.hostile.test_datagrams import came, datagrams
+from tests.support.installation import Host
+from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
+from tests.support.wait import PATIENCE
+
+pytestmark = pytest.mark.e2e
+
+OTHER4 = "10.98.0.79"
+LISTEN = {"swap": "listen32", "direct": "listen"}
+SOL_IP, SOL_SOCKET, SOL_TCP, SOL_IPV6 = 0, 1, 6, 41
+
+
+def reaches(host: Host, address: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        host.client.connected(address, port, timeout=1).close()
+        return True
+    return False
+
+
+def apply(host: Host, one: Confined, folder: Path, text: str) -> None:
+    (folder / "next.yaml").write_text(text)
+    host.graft("policy", "apply", folder / "next.yaml", "--cgroup", one.cgroup)
+
+
+EGRESS = "name: t\nendpoints: {{out: '{out}:dynamic'}}\negress: [{{to: {to}, endpoint: out}}]\ndefault: {default}\n"
+
+
+# ---- options by 32-bit calls -----------------------------------------------------------------------------------
+
+OPTIONS = {
+    "SO_BINDTODEVICE": (SOL_SOCKET, 25, b"lo".hex()),
+    "SO_BINDTOIFINDEX": (SOL_SOCKET, 62, struct.pack("=i", 1).hex()),
+    "IP_UNICAST_IF": (SOL_IP, 50, struct.pack("!i", 1).hex()),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_32_bit_call_sets_no_option_that_reaches_past_the_policy(
+    host: Host, confine: Confine, transport: str, option: str
+) -> None:
+    level, name, value = OPTIONS[option]
+    text = EGRESS.format(out="0.0.0.0", to=CLIENT4, default="deny")
+    # Refused connection: the socket is the host's, and free.
+    steps = ["make", 2, 1, 0, "connect", CLIENT4, 9, "bytes", level, name, value, "bytes32", level, name, value, "wait"]
+    lines = confine(host, transport, text, *steps).lines(4)
+    assert lines[1:3] == ["connect ECONNREFUSED", "bytes EPERM"]
+    assert lines[3] != "bytes32 ok"
+
+
+def test_a_32_bit_call_joins_no_group_of_the_hosts_links(host: Host, confine: Confine) -> None:
+    port = host.port()
+    text = f"name: t\nendpoints: {{dns: 0.0.0.0:{port}}}\ningress: [{{bind: '*:53', endpoint: dns}}]\ndefault: deny\n"
+    join = (socket.inet_aton("239.1.2.3") + socket.inet_aton(HOST4)).hex()
+    steps = ["make", 2, 2, 0, "bind", "0.0.0.0", 53, "bytes32", SOL_IP, 35, join, "wait", "receive", "wait"]
+    one = confine(host, "direct", text, *steps)
+    one.lines(3)
+    with datagrams(host) as client:
+        client.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(CLIENT4))
+        client.sendto(b"stranger", ("239.1.2.3", port))
+    one.goes_on()
+    assert one.lines(4)[-1] == "receive none"
+
+
+# ---- what the supervisor does with root's rights -----------------------------------------------------------------
+
+
+def test_the_supervisor_binds_no_privileged_port_for_who_may_not(host: Host, confine: Confine) -> None:
+    text = EGRESS.format(out="0.0.0.0", to=CLIENT4, default="container")
+    steps = ["make", 2, 1, 0, "bind", "0.0.0.0", 81]
+    steps += ["make", 2, 1, 0, "connect", CLIENT4, 9, "bind", "0.0.0.0", 81, "listen", "home", "wait"]
+    lines = confine(host, "swap", text, *steps).lines(7)
+    assert lines[1] == "bind EACCES"  # directly, as nobody
+    assert lines[4] == "bind EACCES"
+
+
+# ---- a connection that begins after its rule is gone ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_connection_put_off_does_not_begin_when_its_rule_is_gone(
+    host: Host, confine: Confine, tmp_path: Path, transport: str
+) -> None:
+    far = host.client.listener()
+    with contextlib.closing(far):
+        steps = ["make", 2, 1, 0, "cookieless", "option", SOL_TCP, 30]
+        steps += ["connect", CLIENT4, far.getsockname()[1], "wait", "send", "-", "-", "wait"]
+        one = confine(host, transport, EGRESS.format(out="0.0.0.0", to=CLIENT4, default="deny"), *steps)
+        assert one.lines(4)[-1] == "connect ok"
+        apply(host, one, tmp_path, EGRESS.format(out="0.0.0.0", to="192.0.2.1", default="deny"))
+        one.goes_on()
+        one.lines(5)
+        far.settimeout(2 * PATIENCE)
+        with pytest.raises(TimeoutError):
+            far.accept()
+
+
+# ---- an IPv6 endpoint, and the IPv4 port of its number --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_dynamic_ipv6_endpoint_serves_no_ipv4_after_a_disconnect(
+    host: Host, confine: Confine, transport: str
+) -> None:
+    text = "name: t\nendpoints: {six: '[::]:dynamic'}\ningress: [{bind: '*:80', endpoint: six}]\ndefault: deny\n"
+    steps = ["make", 10, 1, 0, "option", SOL_IPV6, 26, "bind", "::", 80, "listen", "wait"]
+    steps += ["unspec", "bytes", SOL_IPV6, 26, "00000000", "range", "-", "-", LISTEN[transport], "wait"]
+    one = confine(host, transport, text, *steps)
+    one.lines(4)
+    [port] = re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hltn"))[-1:]
+    one.goes_on()
+    one.program.tell(f"{port}\n")
+    assert one.lines(8)[-1] == f"{LISTEN[transport]} ok"
+    assert not reaches(host, HOST4, int(port))
+
+
+# ---- datagrams' sources -------------------------------------------------------------------------------------------
+
+
+def test_an_ipv6_socket_sends_ipv4_from_the_rules_endpoint_only(host: Host, confine: Confine) -> None:
+    host.netns.run("ip", "address", "replace", f"{OTHER4}/32", "dev", "lo")
+    text = (
+        f"name: t\nendpoints: {{six: '[{HOST6}]:dynamic', out: '{HOST4}:dynamic'}}\n"
+        f"ingress: [{{bind: '*:80', endpoint: six}}]\negress: [{{to: {CLIENT4}, endpoint: out}}]\ndefault: deny\n"
+    )
+    where = struct.pack("=i4s4s", 0, socket.inet_aton(OTHER4), bytes(4)).hex()
+    with datagrams(host) as far:
+        steps = ["make", 10, 2, 0, "bind", "::", 80, "wait", "unspec", "bytes", SOL_IPV6, 26, "00000000"]
+        steps += ["range", "-", "-", "cmsg", SOL_IP, 8, where, f"::ffff:{CLIENT4}", far.getsockname()[1], "wait"]
+        one = confine(host, "direct", text, *steps)
+        assert one.lines(2)[-1] == "bind ok"
+        port = re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hlun"))[-1]
+        one.goes_on()
+        one.program.tell(f"{port}\n")
+        said = one.lines(6)
+        assert came(far) in (None, HOST4), said
+
+
+def test_an_interface_is_not_chosen_by_a_control_message(host: Host, confine: Confine) -> None:
+    host.netns.run("ip", "link", "add", "odd0", "type", "veth", "peer", "name", "odd1")
+    try:
+        host.netns.run("ip", "link", "set", "odd0", "up")
+        host.netns.run("ip", "link", "set", "odd1", "up")
+        with host.netns.inside():
+            index = socket.if_nametoindex("odd0")
+            tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+            tap.bind(("odd1", 0))
+        where = struct.pack("=i4s4s", index, bytes(4), bytes(4)).hex()
+        text = EGRESS.format(out="0.0.0.0", to=CLIENT4, default="deny")
+        steps = ["make", 2, 2, 0, "cmsg", SOL_IP, 8, where, CLIENT4, 9, "wait"]
+        one = confine(host, "direct", text, *steps)
+        said = one.lines(2)[-1]
+        heard: list[bytes] = []
+        tap.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            while len(heard) < 20:
+                heard.append(tap.recvfrom(100)[0])
+        tap.close()
+        assert said != "cmsg ok" or not any(socket.inet_aton(CLIENT4) in frame for frame in heard)
+    finally:
+        host.netns.run("ip", "link", "del", "odd0")
+
+
+# ---- what is bound keeps a port that is nobody's any more ---------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_socket_bound_to_an_endpoint_that_is_gone_connects_from_it_no_more(
+    host: Host, confine: Confine, tmp_path: Path, transport: str
+) -> None:
+    port = host.port()
+    ends = f"endpoints: {{web: '{HOST4}:{port}', out: '0.0.0.0:dynamic'}}\n"
+    rules = f"egress: [{{to: {CLIENT4}, endpoint: out}}]\ndefault: deny\n"
+    with contextlib.closing(host.client.listener()) as far:
+        steps = ["make", 2, 1, 0, "bind", "0.0.0.0", 80, "wait", "connect", CLIENT4, far.getsockname()[1], "wait"]
+        one = confine(host, transport, f"name: t\n{ends}ingress: [{{bind: '*:80', endpoint: web}}]\n{rules}", *steps)
+        assert one.lines(2)[-1] == "bind ok"
+        apply(host, one, tmp_path, f"name: t\n{ends}{rules}")
+        one.goes_on()
+        assert one.lines(3)[-1] == "connect EACCES"
+
+
+def test_a_datagram_socket_does_not_get_a_port_back_that_it_let_go(
+    host: Host, confine: Confine, tmp_path: Path
+) -> None:
+    text = "name: t\nendpoints: {{dns: '0.0.0.0:dynamic'}}\ningress: [{}]\ndefault: deny\n"
+    steps = ["make", 2, 2, 0, "bind", "0.0.0.0", 53, "wait", "unspec", "range", "-", "-", "send", CLIENT4, 9]
+    one = confine(host, "direct", text.format("{bind: '*:53', endpoint: dns}"), *steps, "wait", "receive", "wait")
+    one.lines(2)
+    port = int(re.findall(r":(\d+) ", host.netns.run("ss", "-Hlun"))[-1])
+    apply(host, one, tmp_path, text.format(""))
+    one.goes_on()
+    one.lines(3)
+    assert str(port) not in host.netns.run("ss", "-Haun")  # it has let go
+    one.program.tell(f"{port}\n")
+    assert one.lines(5)[-1] == "send EACCES"
+    with datagrams(host) as client:
+        client.sendto(b"stranger", (HOST4, port))
+    one.goes_on()
+    assert one.lines(6)[-1] == "receive none"
+
+
+# ---- after the container ---------------------------------------------------------------------------------------------
+
+
+def test_a_listener_that_was_out_of_sight_hears_nobody_after_detach(host: Host, confine: Confine) -> None:
+    port = host.port()
+    text = f"name: t\nendpoints: {{web: 0.0.0.0:{port}}}\ningress: [{{bind: '*:80', endpoint: web}}]\ndefault: deny\n"
+    one = confine(
+        host, "swap", text, "make", 2, 1, 0, "bind", "0.0.0.0", 80, "listen", "hide", "wait", "unhide", "wait"
+    )
+    assert one.lines(4)[-1] == "hide ok"
+    host.graft("detach", "--cgroup", one.cgroup)
+    assert not reaches(host, HOST4, port)
+
+
+def test_a_datagram_socket_of_an_ipv6_endpoint_hears_no_ipv4_after_a_disconnect(host: Host, confine: Confine) -> None:
+    text = "name: t\nendpoints: {six: '[::]:dynamic'}\ningress: [{bind: '*:53', endpoint: six}]\ndefault: deny\n"
+    steps = ["make", 10, 2, 0, "option", SOL_IPV6, 26, "bind", "::", 53, "wait", "unspec"]
+    steps += ["bytes", SOL_IPV6, 26, "00000000", "range", "-", "-", "send", CLIENT6, 9, "wait", "receive", "wait"]
+    one = confine(host, "direct", text, *steps)
+    assert one.lines(3)[-1] == "bind ok"
+    port = int(re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hlun"))[-1])
+    one.goes_on()
+    one.program.tell(f"{port}\n")
+    assert one.lines(7)[-1] == "send EACCES"
+    with datagrams(host) as client:
+        client.sendto(b"stranger", (HOST4, port))
+    one.goes_on()
+    assert one.lines(8)[-1] == "receive none"
+
+
+@contextlib.contextmanager
+def held_socket(one: Confined) -> Iterator[socket.socket]:
+    """A copy of the one socket of its program."""
+    [pid] = cgroup.processes(one.cgroup)
+    [fd] = [int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir() if "socket:" in str(link.readlink())]
+    process = pidfd_open(pid)
+    sock = socket.socket(fileno=pidfd_getfd(process, fd))
+    os.close(process)
+    with contextlib.closing(sock):
+        yield sock
+
+
+def test_who_was_handed_a_listener_hears_nobody_when_its_container_has_ended(host: Host, confine: Confine) -> None:
+    port = host.port()
+    text = f"name: t\nendpoints: {{web: 0.0.0.0:{port}}}\ningress: [{{bind: '*:80', endpoint: web}}]\ndefault: deny\n"
+    one = confine(host, "swap", text, "make", 2, 1, 0, "bind", "0.0.0.0", 80, "listen", "wait")
+    one.lines(3)
+    # As a process outside that the program hands its socket to.
+    with held_socket(one) as sock:
+        one.program.stop()
+        assert not reaches(host, HOST4, port)
+        sock.close()
