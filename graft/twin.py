@@ -18,7 +18,7 @@ from _socket import socket as Socket  # socket.socket's own base: a third of its
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from graft.kernel.credentials import as_user, without_capabilities
+from graft.kernel.credentials import as_user, with_capabilities
 from graft.layout import Options
 
 AF_INET, AF_INET6, SOCK_STREAM = 2, 10, 1
@@ -27,6 +27,7 @@ SOL_IP, SOL_SOCKET, SOL_TCP, SOL_IPV6 = 0, 1, 6, 41
 _SNDBUF, _RCVBUF, _SNDBUFFORCE, _RCVBUFFORCE = 7, 8, 32, 33
 _PRIORITY, _ATTACH_FILTER, _LOCK_FILTER = 12, 26, 44
 _TCP_CONGESTION = 13
+_CAP_NET_ADMIN = 12  # linux/capability.h
 # asm-generic/fcntl.h, linux/fcntl.h
 _F_SETSIG, _F_GETSIG, _F_SETOWN_EX, _F_GETOWN_EX, _F_GETOWNER_UIDS = 10, 11, 15, 16, 17
 IPV6_V6ONLY = 26
@@ -88,13 +89,13 @@ class _Value(NamedTuple):
 def carry_options(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> None:
     """Give ``new`` the values that ``old`` has of those options. What one of them does not know is left."""
     values = list(_values(old, new, names))
-    with without_capabilities():
+    with with_capabilities():
         for level, name, value in values:
             with contextlib.suppress(OSError):
-                if (level, name) == (SOL_SOCKET, _ATTACH_FILTER):
-                    _attach_filter(new, value)
-                else:
+                if (level, name) != (SOL_SOCKET, _ATTACH_FILTER):
                     new.setsockopt(level, name, value)
+                elif isinstance(value, bytes):
+                    _attach_filter(new, value)
 
 
 def _values(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> Iterator[_Value]:
@@ -142,13 +143,16 @@ def _filter(sock: Socket) -> bytes:
     return code.raw
 
 
-def _attach_filter(sock: Socket, code: int | bytes) -> None:
-    if not code or isinstance(code, int):
-        return
+def _attach_filter(sock: Socket, code: bytes) -> None:
+    """Newer kernels want CAP_NET_ADMIN for it, which the program had. With more, other users' filters would be compiled
+    without the care that is taken with them (net.core.bpf_jit_harden).
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     held = ctypes.create_string_buffer(code, len(code))
     program = _SockFprog(len(code) // 8, ctypes.addressof(held))
-    libc.setsockopt(sock.fileno(), SOL_SOCKET, _ATTACH_FILTER, ctypes.byref(program), ctypes.sizeof(program))
+    if code:
+        with with_capabilities(_CAP_NET_ADMIN):
+            libc.setsockopt(sock.fileno(), SOL_SOCKET, _ATTACH_FILTER, ctypes.byref(program), ctypes.sizeof(program))
 
 
 @contextlib.contextmanager

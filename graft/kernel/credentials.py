@@ -62,16 +62,18 @@ def as_user(uid: int, euid: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_capabilities() -> Iterator[None]:
-    """The calling thread without effective capabilities, then with those that it had. Its user ids stay.
+def with_capabilities(*wanted: int) -> Iterator[None]:
+    """The calling thread with no effective capabilities but ``wanted``, of those it is permitted, then as it was.
 
-    Raises OSError.
+    Its user ids stay. Raises OSError.
     """
     had = _Capabilities()
     syscall("capget", ctypes.byref(_HEADER), ctypes.byref(had))
-    none = _Capabilities.from_buffer_copy(had)
-    none.low.effective = none.high.effective = 0
-    syscall("capset", ctypes.byref(_HEADER), ctypes.byref(none))
+    fewer = _Capabilities.from_buffer_copy(had)
+    mask = sum(1 << one for one in wanted)
+    fewer.low.effective = had.low.permitted & mask
+    fewer.high.effective = had.high.permitted & mask >> 32
+    syscall("capset", ctypes.byref(_HEADER), ctypes.byref(fewer))
     try:
         yield
     finally:

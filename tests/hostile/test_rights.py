@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from graft.kernel.credentials import without_capabilities
+from graft.kernel.credentials import with_capabilities
 from tests.hostile.undefended import COMMAND
 from tests.support.installation import Host
 from tests.support.shell import run
@@ -39,8 +39,8 @@ def test_control_with_roots_rights_it_is(host: Host) -> None:
     assert run(command, environment=host.environment, status=0).stdout == "-1\n"
 
 
-def test_without_capabilities_root_is_a_user_like_others_and_then_root_again(root: None) -> None:
+def test_with_no_capability_root_is_a_user_like_others_and_then_root_again(root: None) -> None:
     with socket.socket() as sock:
-        with without_capabilities(), pytest.raises(PermissionError):
+        with with_capabilities(), pytest.raises(PermissionError):
             sock.setsockopt(socket.SOL_SOCKET, SO_MARK, 1)
         sock.setsockopt(socket.SOL_SOCKET, SO_MARK, 1)

@@ -39,7 +39,7 @@ def _rights() -> None:
         return value
 
     # Names that graft/twin.py looks up when it carries an option.
-    twin.__dict__["without_capabilities"] = contextlib.nullcontext
+    twin.__dict__["with_capabilities"] = lambda *_: contextlib.nullcontext()
     twin.__dict__["max"] = as_it_is
 
 
@@ -74,6 +74,17 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "protocols": (_at_once("create.bpf.c", "int has_rules(u32 type, u32 protocol)", "return 1;"),),
     # No address at all is judged as it stands.
     "unspecified": (_at_once("rules.bpf.c", "void name_loopback(struct asked *asked, int host)", "return;"),),
+    # Nobody looks at whether a socket is tied to an interface, or bound to what it is granted no more.
+    "diverted": (_at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),),
+    "lost": (_at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),),
+    # What a container listened with goes on without it.
+    "dead": (
+        (
+            "packet.bpf.c",
+            "\tif (!owner.container)\n\t\treturn drop",
+            "\tif (!owner.container)\n\t\treturn PASS + 0 * drop",
+        ),
+    ),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
 }
