@@ -78,13 +78,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "diverted": (_at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),),
     "lost": (_at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),),
     # What a container listened with goes on without it.
-    "dead": (
-        (
-            "packet.bpf.c",
-            "\tif (!owner.container)\n\t\treturn drop",
-            "\tif (!owner.container)\n\t\treturn PASS + 0 * drop",
-        ),
-    ),
+    "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
 }
