@@ -56,12 +56,13 @@ class Container:
         return False
 
 
-def _folder(settings: Settings) -> Path:
+def records_folder(settings: Settings) -> Path:
+    """Where the records lie, a file for each container."""
     return settings.run_dir / "containers"
 
 
 def _save(settings: Settings, container: Container) -> None:
-    folder = _folder(settings)
+    folder = records_folder(settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     aside = folder / f".{container.id}"
     aside.touch(mode=0o600)
@@ -72,7 +73,7 @@ def _save(settings: Settings, container: Container) -> None:
 def listing(settings: Settings) -> list[Container]:
     """Every container that is attached, oldest first."""
     found = []
-    for record in _folder(settings).glob("*.json"):
+    for record in records_folder(settings).glob("*.json"):
         with contextlib.suppress(FileNotFoundError):
             fields = json.loads(record.read_text())
             found.append(Container(**{**fields, "endpoints": tuple(fields["endpoints"])}))
@@ -240,7 +241,7 @@ def _forget_locked(settings: Settings, maps: Maps, number: int) -> None:
         if counter.container == number:
             maps.counters.delete(counter)
     store.forget_unused_locked(settings, maps)
-    (_folder(settings) / f"{number}.json").unlink(missing_ok=True)
+    (records_folder(settings) / f"{number}.json").unlink(missing_ok=True)
 
 
 def reap(settings: Settings, maps: Maps) -> None:

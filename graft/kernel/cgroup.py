@@ -11,6 +11,8 @@ import errno
 import os
 import signal
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from graft.errors import KernelError
@@ -44,13 +46,31 @@ def enter(path: Path) -> None:
     (path / "cgroup.procs").write_text("0")
 
 
+def tree(path: Path) -> Iterator[Path]:
+    """A cgroup and all below it, looked for as they are asked for; empty where it is gone."""
+    if not path.exists():
+        return
+    yield path
+    folders = deque([path])
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.popleft()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield Path(entry.path)
+                    folders.append(Path(entry.path))
+
+
+def each_process(path: Path) -> Iterator[int]:
+    """The processes of a cgroup and of all below it, one after the other."""
+    for folder in tree(path):
+        with contextlib.suppress(OSError), (folder / "cgroup.procs").open() as listed:
+            for line in listed:
+                yield int(line)
+
+
 def processes(path: Path) -> list[int]:
     """The processes of a cgroup and of all below it; empty where it is gone."""
-    pids: list[int] = []
-    for folder, _, _ in os.walk(path):
-        with contextlib.suppress(OSError):
-            pids += [int(pid) for pid in (Path(folder) / "cgroup.procs").read_text().split()]
-    return pids
+    return list(each_process(path))
 
 
 def populated(path: Path) -> bool:
