@@ -101,8 +101,10 @@ def _relayed(about: dict[str, Any]) -> list[str]:
     lines += [f"  {one['address']} leads to its listener {one['listener']}" for one in about["published"]]
     lines += [f"  its listener {one['listener']} has no endpoint: {one['error']}" for one in about["failed"]]
     lines += [f"  its listener {one} is named by no rule" for one in about["not_granted"]]
-    if about.get("left_out"):
-        lines.append(f"  and {about['left_out']} more")
+    if about["more_not_granted"]:
+        lines.append(f"  and {about['more_not_granted']} others")
+    if about["too_many"]:
+        lines.append(f"  {about['too_many']} of these are named by a rule, but are too many for one container")
     if not about["published"] and not about["failed"]:
         lines.append("  nothing that a rule names is listened on yet: an endpoint refuses until it is")
     return lines

@@ -21,6 +21,7 @@ _REQUEST_DUMP = 0x1 | 0x300
 _TCP_LISTEN = 10
 _THE_KERNEL = 0  # its port id (netlink(7))
 _SKV6ONLY, _CGROUP_ID = 11, 21  # INET_DIAG_*; the second since 5.9
+_PIECE_BYTES = 8192  # the least that holds a message whatever the size of a page (NLMSG_GOODSIZE): 65 listeners
 
 _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBBI48x")
@@ -43,11 +44,11 @@ class Listening:
 
 
 class Diagnostics:
-    """A netlink socket of one namespace; it has to be made there."""
+    """A netlink socket of one namespace; it has to be made there. After an OSError it is of no more use."""
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
-        self._sock.settimeout(5)  # the kernel answers at once; a daemon must not wait for ever if it does not
+        self._sock.setblocking(False)  # the kernel fetches each piece while the one before it is taken
         # Who has CAP_NET_ADMIN over the namespace, such as a container's root, may send here what looks like an answer.
         # To a socket that is connected to the kernel nobody else can (netlink_getsockbyportid, af_netlink.c).
         self._sock.connect((_THE_KERNEL, 0))
@@ -56,23 +57,29 @@ class Diagnostics:
         """Give the socket back."""
         self._sock.close()
 
-    def listening(self) -> list[Listening]:
-        """Every listening TCP socket of the namespace. Raises OSError."""
-        return [found for family in (socket.AF_INET, socket.AF_INET6) for found in self._dump(family)]
+    def listening(self) -> Iterator[list[Listening]]:
+        """Every listening TCP socket of the namespace, some at a time, to be asked for to the end. Raises OSError."""
+        for family in (socket.AF_INET, socket.AF_INET6):
+            body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _TCP_LISTEN)
+            header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 0, 0)
+            self._sock.send(header + body)
+            is_last = False
+            while not is_last:
+                found, is_last = _piece(self._sock.recv(_PIECE_BYTES))
+                yield found
 
-    def _dump(self, family: int) -> Iterator[Listening]:
-        body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _TCP_LISTEN)
-        header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 0, 0)
-        self._sock.send(header + body)
-        while True:
-            data = self._sock.recv(1 << 16)
-            try:
-                for kind, message in split(data):
-                    if kind == _NLMSG_DONE:
-                        return
-                    yield parse(message)
-            except ValueError as error:
-                raise OSError(errno.EBADMSG, f"sock_diag: {error}") from error
+
+def _piece(data: bytes) -> tuple[list[Listening], bool]:
+    """The listeners of one message, and whether it is the last one. Raises OSError."""
+    found: list[Listening] = []
+    try:
+        for kind, message in split(data):
+            if kind == _NLMSG_DONE:
+                return found, True
+            found.append(parse(message))
+    except ValueError as error:
+        raise OSError(errno.EBADMSG, f"sock_diag: {error}") from error
+    return found, False
 
 
 def split(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -29,7 +29,7 @@ from graft.runtime import arguments, bundle, features, options, profile, request
 from graft.runtime.bundle import Edit
 from graft.runtime.options import Options
 from graft.settings import Settings
-from graft.splice import control, selftest
+from graft.splice import control, verdict
 from tests.support.btf import Blob
 
 ID = "0123456789abcdef" * 4
@@ -144,6 +144,7 @@ _RECORD = {
 RECORD = _dump(_RECORD)
 _FEATURES = {"linux": {"seccomp": {"supportedFlags": ["SECCOMP_FILTER_FLAG_LOG"]}}}
 _INSPECTED = [{"Id": ID, "Name": "/web", "State": {"Pid": 42}}]
+_VERDICT = _dump({"depends_on": {"boot": "b"}, "problem": ""})
 _EPOLL = b"tfd:        5 events:       19 data:                7  pos:0 ino:1 sdev:9\n"
 
 _POLICY = b"""name: web
@@ -195,9 +196,7 @@ READERS = [
     Reader("systemctl show", lambda raw: parse_show(_replaced(raw)), (), (b"ControlGroup=/a.service\nMainPID=7\n",)),
     Reader("daemon's answer", control.parse_answer, (GraftError,), (_dump({"serves": True}), _dump({"error": "x"}))),
     Reader("daemon's request", control.parse_request, (GraftError,), (_dump({"do": "attach", "container": 1}),)),
-    Reader(
-        "self-test", lambda raw: selftest.parse_verdict(raw, "b"), (GraftError,), (_dump({"boot": "b", "problem": ""}),)
-    ),
+    Reader("self-test", lambda raw: verdict.parse(raw, {"boot": "b"}), (GraftError,), (_VERDICT,)),
     Reader("sockaddr", parse_sockaddr, (), (struct.pack("=H14x", 2), struct.pack("=H26x", 10))),
     Reader("notification", Notification.unpack, (struct.error,), (bytes(80),)),
     Reader("BTF", _btf, (ValueError,), (_btf_seed(),)),
