@@ -1,6 +1,6 @@
-"""What a process does to itself before it becomes another program: capabilities, ids, signals, limits.
+"""What a process does to itself before it becomes another program: ids, signals, limits.
 
-Sources: capabilities(7), prctl(2), execve(2), signal(7).
+Sources: prctl(2), execve(2), signal(7). Capabilities: graft/kernel/capabilities.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from graft.errors import NotFoundError
 from graft.kernel.syscalls import syscall
 
 _PR_SET_NAME = 15
-_PR_CAPBSET_DROP = 24
-_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_LOWER = 47, 3
-CAP_NET_ADMIN = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +55,6 @@ def become(user: User) -> None:
     os.setgroups(user.groups)
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)
-
-
-def give_up_capability(capability: int) -> None:
-    """Make sure that no program executed from here, also one of root's, ever has ``capability`` again."""
-    syscall("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
-    with contextlib.suppress(OSError):
-        syscall("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_LOWER, capability, 0, 0)
 
 
 def default_signals(mask: Iterable[signal.Signals]) -> None:

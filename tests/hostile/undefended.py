@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from graft import twin
+from graft.kernel import capabilities, keyring, terminal
+from graft.kernel.syscalls import syscall
 
 COMMAND = Path(__file__).resolve()
 
@@ -28,7 +30,27 @@ def _signals() -> None:
     twin._carry_signals = carry_signals
 
 
-DEFENCES: dict[str, Callable[[], None]] = {"signals": _signals}
+def _terminal() -> None:
+    terminal.refuse_typing = lambda: None
+
+
+def _keyring() -> None:
+    keyring.leave_session_keyring = lambda: None
+
+
+def _capabilities() -> None:
+    def give_up(capability: int) -> None:
+        syscall("prctl", 24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, and no other set
+
+    capabilities.give_up = give_up
+
+
+DEFENCES: dict[str, Callable[[], None]] = {
+    "signals": _signals,
+    "terminal": _terminal,
+    "keyring": _keyring,
+    "capabilities": _capabilities,
+}
 
 if __name__ == "__main__":
     from graft_cli.main import main

@@ -1,0 +1,81 @@
+"""Capabilities of the calling thread: given up for good, or for a moment.
+
+Sources: capabilities(7), capget(2), prctl(2). What a program of root's has after execve(2) is what is in the
+bounding set or the inheritable one, whatever was permitted before: to give a capability up is to take it out of
+every set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+
+from graft.kernel.syscalls import syscall
+
+_VERSION_3 = 0x20080522
+_PR_CAPBSET_DROP = 24
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_LOWER, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 3, 4
+CAP_NET_ADMIN = 12
+
+
+class _Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Sets(ctypes.Structure):
+    """The lower or the upper 32 capabilities."""
+
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+Halves = ctypes.Array[_Sets]
+
+
+def _get() -> Halves:
+    halves = (_Sets * 2)()
+    syscall("capget", ctypes.byref(_Header(_VERSION_3, 0)), halves)
+    return halves
+
+
+def _set(halves: Halves) -> None:
+    syscall("capset", ctypes.byref(_Header(_VERSION_3, 0)), halves)
+
+
+def _without(capability: int, *sets: str) -> Callable[[Halves], None]:
+    def clear(halves: Halves) -> None:
+        half = halves[capability // 32]
+        for name in sets:
+            setattr(half, name, getattr(half, name) & ~(1 << capability % 32))
+
+    return clear
+
+
+def give_up(capability: int) -> None:
+    """Make sure that no program executed from here, also one of root's, ever has ``capability`` again.
+
+    Raises OSError (EPERM without CAP_SETPCAP).
+    """
+    syscall("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
+    syscall("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_LOWER, capability, 0, 0)
+    halves = _get()
+    _without(capability, "effective", "permitted", "inheritable")(halves)
+    _set(halves)
+
+
+def give_up_all() -> None:
+    """Have none any more, and hand none on. The bounding set stays: a set-user-id program is as it ever was."""
+    syscall("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    _set((_Sets * 2)())
+
+
+@contextlib.contextmanager
+def without(capability: int) -> Iterator[None]:
+    """The calling thread as one that has not ``capability``, and as before again."""
+    before, halves = _get(), _get()
+    _without(capability, "effective")(halves)
+    _set(halves)
+    try:
+        yield
+    finally:
+        _set(before)
