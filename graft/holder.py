@@ -12,7 +12,6 @@ import contextlib
 import gc
 import mmap
 import os
-import select
 import signal
 import sys
 import time
@@ -25,8 +24,8 @@ from graft.containers import Container
 from graft.desk import give_back, open_desk
 from graft.errors import KernelError
 from graft.kernel import cgroup, process
-from graft.kernel.pidfd import pidfd_open
-from graft.kernel.seccomp import Listener
+from graft.kernel.pidfd import is_over, pidfd_open
+from graft.kernel.seccomp import Listener, hung_up
 from graft.lifecycle import supervisors_cgroup
 from graft.maps import Maps
 from graft.settings import Settings
@@ -70,9 +69,7 @@ class Holder:
 
     def hung_up(self) -> bool:
         """Whether every process under the listener's filter is gone."""
-        poll = select.poll()
-        poll.register(self._listener, 0)
-        return bool(poll.poll(0))
+        return hung_up(self._listener)
 
     def reap(self) -> bool:
         """Whether the supervisor has died; its process is then waited for."""
@@ -98,7 +95,7 @@ class Holder:
             births = Births(maps.tags, desk, container.id, namespaces)
             supervisor = Supervisor(maps.tags, desk, births, listener, tell)
             serve(supervisor, listener, self._journal, holder)
-            if _is_gone(holder):
+            if is_over(holder):
                 self._survive(maps, supervisor, listener)
             give_back(maps)
             code = 0
@@ -126,13 +123,6 @@ class Holder:
             self.pid = 0
         with contextlib.suppress(OSError):
             os.close(self._listener)
-
-
-def _is_gone(pidfd: int) -> bool:
-    """Whether that process has ended, waited for or not."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def end(settings: Settings, maps: Maps, container: Container) -> None:

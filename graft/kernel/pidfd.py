@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import re
+import select
 
 from graft.kernel.syscalls import number, syscall
 
@@ -54,6 +55,13 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
         code = ctypes.get_errno()
         raise OSError(code, f"pidfd_getfd: {os.strerror(code)}")
     return copy
+
+
+def is_over(pidfd: int) -> bool:
+    """Whether that process has ended, waited for or not."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class _Iovec(ctypes.Structure):

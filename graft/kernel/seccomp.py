@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import select
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -110,6 +111,13 @@ def install(text: bytes, flags: int = 0) -> int:
     held = ctypes.create_string_buffer(text, len(text))
     program = _FilterProgram(len(text) // 8, ctypes.addressof(held))
     return syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(program))
+
+
+def hung_up(listener: int) -> bool:
+    """Whether every process under the filter of that notification descriptor is gone (5.9)."""
+    poll = select.poll()
+    poll.register(listener, 0)
+    return bool(poll.poll(0))
 
 
 class Notification(NamedTuple):

@@ -17,6 +17,8 @@ from pathlib import Path
 from graft import twin
 from graft.kernel import capabilities, keyring, terminal
 from graft.kernel.syscalls import syscall
+from graft.runtime import listen
+from graft.runtime.state import State
 
 COMMAND = Path(__file__).resolve()
 
@@ -45,11 +47,20 @@ def _capabilities() -> None:
     capabilities.give_up = give_up
 
 
+def _listener() -> None:
+    def refuse(self: listen.Reception, state: State, error: Exception, first: int | None) -> None:
+        self._say(f"{state.id}: refused, and ended: {error}")
+        os.kill(state.pid, 9)
+
+    listen.Reception._refuse = refuse  # type: ignore[method-assign]
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,
+    "listener": _listener,
 }
 
 if __name__ == "__main__":
