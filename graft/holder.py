@@ -32,6 +32,8 @@ from graft.settings import Settings
 from graft.supervisor import Supervisor, Told, serve
 
 _MAX_RESTARTS, _IN_SECONDS = 10, 5.0
+_DYING_SECONDS = 5.0
+_dying: list[int] = []  # supervisors of this process that were killed, and that have not been waited for
 
 
 class Holder:
@@ -115,14 +117,31 @@ class Holder:
         self._outlive(maps)
 
     def stop(self) -> None:
-        """End the supervisor. The container's processes must be gone: their calls would fail from here on."""
-        if self.pid:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-            self.pid = 0
+        """End the supervisor. The container's processes must be gone: their calls would fail from here on.
+
+        One that waits in the kernel for what another container keeps from it (a socket that the two share) is left to
+        die when it can: whoever has this object has other containers too.
+        """
+        pid, self.pid = self.pid, 0
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            _dying.append(pid)
+        deadline = time.monotonic() + _DYING_SECONDS
+        while pid in _still_dying() and time.monotonic() < deadline:
+            time.sleep(0.002)
         with contextlib.suppress(OSError):
             os.close(self._listener)
+
+
+def _still_dying() -> list[int]:
+    """The supervisors that were killed and are not dead yet. Those that are have been waited for."""
+    for pid in list(_dying):
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                continue
+        _dying.remove(pid)
+    return _dying
 
 
 def end(settings: Settings, maps: Maps, container: Container) -> None:

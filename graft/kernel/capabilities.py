@@ -1,4 +1,4 @@
-"""Capabilities of the calling thread: given up for good, or for a moment.
+"""Capabilities of the calling thread: given up, for good.
 
 Sources: capabilities(7), capget(2), prctl(2). What a program of root's has after execve(2) is what is in the
 bounding set or the inheritable one, whatever was permitted before: to give a capability up is to take it out of
@@ -7,9 +7,7 @@ every set.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
 
 from graft.kernel.syscalls import syscall
 
@@ -42,15 +40,6 @@ def _set(halves: Halves) -> None:
     syscall("capset", ctypes.byref(_Header(_VERSION_3, 0)), halves)
 
 
-def _without(capability: int, *sets: str) -> Callable[[Halves], None]:
-    def clear(halves: Halves) -> None:
-        half = halves[capability // 32]
-        for name in sets:
-            setattr(half, name, getattr(half, name) & ~(1 << capability % 32))
-
-    return clear
-
-
 def give_up(capability: int) -> None:
     """Make sure that no program executed from here, also one of root's, ever has ``capability`` again.
 
@@ -59,7 +48,10 @@ def give_up(capability: int) -> None:
     syscall("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
     syscall("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_LOWER, capability, 0, 0)
     halves = _get()
-    _without(capability, "effective", "permitted", "inheritable")(halves)
+    half, bit = halves[capability // 32], 1 << capability % 32
+    half.effective &= ~bit
+    half.permitted &= ~bit
+    half.inheritable &= ~bit
     _set(halves)
 
 
@@ -67,15 +59,3 @@ def give_up_all() -> None:
     """Have none any more, and hand none on. The bounding set stays: a set-user-id program is as it ever was."""
     syscall("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     _set((_Sets * 2)())
-
-
-@contextlib.contextmanager
-def without(capability: int) -> Iterator[None]:
-    """The calling thread as one that has not ``capability``, and as before again."""
-    before, halves = _get(), _get()
-    _without(capability, "effective")(halves)
-    _set(halves)
-    try:
-        yield
-    finally:
-        _set(before)

@@ -31,6 +31,15 @@ def cgroup_id(path: Path) -> int:
     return path.stat().st_ino
 
 
+def ids(path: Path) -> frozenset[int]:
+    """The kernel's ids of a cgroup and of all below it; empty where it is gone."""
+    found: set[int] = set()
+    for folder, _, _ in os.walk(path):
+        with contextlib.suppress(OSError):
+            found.add(os.stat(folder).st_ino)
+    return frozenset(found)
+
+
 def of_process(pid: int) -> Path:
     """The v2 cgroup of a process, as a path. Raises FileNotFoundError if the process is gone."""
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():

@@ -31,6 +31,7 @@ from graft.settings import Settings
 from graft.splice import control
 
 RELAYS = ("splice", "kernel")
+_LOOK_SECONDS = 10.0  # that a daemon may take to say how it is
 
 
 def check_relay(settings: Settings, name: str) -> None:
@@ -82,7 +83,7 @@ def describe(settings: Settings, container: Container) -> dict[str, Any]:
     published: [{endpoint (id), address, listener, dials, connections, served}];
     failed: [{endpoint, listener, error}]; not_granted: [listener]; out: {port, served}; connections.
     """
-    found = control.ask(settings, {"do": "describe", "container": container.id})
+    found = control.ask(settings, {"do": "describe", "container": container.id}, _LOOK_SECONDS)
     return {"serves": False, "problem": "the daemon does not run"} if found is None else found
 
 

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from graft import twin
-from graft.kernel import capabilities, keyring, terminal
+from graft import descriptors, expendable, held, liveness, twin
+from graft.containers import Container
+from graft.kernel import capabilities, cgroup, keyring, terminal
+from graft.kernel.pidfd import pidfd_getfd
 from graft.kernel.syscalls import syscall
 from graft.runtime import listen
 from graft.runtime.state import State
+from graft.settings import Settings
 
 COMMAND = Path(__file__).resolve()
 
@@ -55,12 +60,57 @@ def _listener() -> None:
     listen.Reception._refuse = refuse  # type: ignore[method-assign]
 
 
+def _asking() -> None:
+    """What was asked of a container's sockets was asked by the command itself, of a copy of each."""
+
+    def each(work: Callable[[Any], Any], items: Sequence[Any], patience: float = 0, finish: bool = False) -> Any:
+        return expendable.Done({number: work(item) for number, item in enumerate(items)}, 0)
+
+    def one(work: Callable[[], Any], patience: float = 0) -> Any:
+        return work()
+
+    def find(pids: Iterable[int], inodes: frozenset[int]) -> descriptors.Places:
+        found = looked_up(pids, inodes)
+        for place in (place for places in found.values() for place in places):
+            with socket.socket(fileno=pidfd_getfd(os.pidfd_open(place.pid), place.fd)):
+                pass  # which asks it for its family and its name
+        return found
+
+    looked_up = descriptors.find
+    expendable.each, expendable.one, descriptors.find = each, one, find
+
+
+def _tags() -> None:
+    """A container's sockets were those of its processes, and of a process those of its first thread."""
+
+    def of(settings: Settings, listed: Sequence[Container], stack: held.HostStack) -> Any:
+        found = by_tags(settings, listed, stack)
+        for container in listed:
+            inside = cgroup.processes(container.cgroup_path)
+            found[container.id] = [
+                one
+                for one in found[container.id]
+                if any(place.pid in inside and place.tid == place.pid for place in one.places)
+            ]
+        return found
+
+    by_tags: Any = held.of
+    held.of = of  # type: ignore[assignment]
+
+
+def _liveness() -> None:
+    liveness.stuck = lambda pids, seconds=0: frozenset()
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,
     "listener": _listener,
+    "asking": _asking,
+    "tags": _tags,
+    "liveness": _liveness,
 }
 
 if __name__ == "__main__":

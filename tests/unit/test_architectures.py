@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from graft import desk, held, layout, lifecycle, supervisor, twin
+from graft import desk, layout, lifecycle, supervisor, twin
 from graft.data import bpf_source_dir
 from graft.kernel import (
     bpf,
@@ -32,7 +32,9 @@ from graft.kernel import (
     process,
     seccomp,
     sockdiag,
+    sockets,
     syscalls,
+    tasks,
     tcp,
     terminal,
 )
@@ -267,6 +269,7 @@ def test_namespaces_processes_and_mounts_have_the_kernels_numbers(machine: str) 
         "_LINUX_CAPABILITY_VERSION_3": capabilities._VERSION_3,
         "_LINUX_CAPABILITY_U32S_3": 2,
         "KEYCTL_JOIN_SESSION_KEYRING": keyring._JOIN_SESSION_KEYRING,
+        "KCMP_FILES": tasks._KCMP_FILES,
         "F_SETSIG": twin._F_SETSIG,
         "F_GETSIG": twin._F_GETSIG,
         "F_SETOWN_EX": twin._F_SETOWN_EX,
@@ -276,8 +279,9 @@ def test_namespaces_processes_and_mounts_have_the_kernels_numbers(machine: str) 
         **members("struct __user_cap_header_struct", capabilities._Header),
         **members("struct __user_cap_data_struct", capabilities._Sets),
     }
-    headers = ["sched.h", "sys/socket.h", "sys/mount.h", "fcntl.h", "sys/uio.h", "sys/prctl.h", "linux/keyctl.h"]
-    assert not differences(machine, [*headers, "linux/capability.h"], values)
+    headers = ["sched.h", "sys/socket.h", "sys/mount.h", "fcntl.h", "sys/uio.h", "sys/prctl.h"]
+    more = ["linux/capability.h", "linux/keyctl.h", "linux/kcmp.h"]
+    assert not differences(machine, [*headers, *more], values)
 
 
 def test_the_socket_options_that_a_twin_is_given_are_those_that_are_meant(machine: str) -> None:
@@ -302,7 +306,7 @@ def test_the_socket_options_that_a_twin_is_given_are_those_that_are_meant(machin
         "SIOCOUTQ": termios.TIOCOUTQ,
         **members("struct sock_fprog", twin._SockFprog),
     }
-    assert (held._SO_ATTACH_FILTER, held._SO_LOCK_FILTER) == (twin._ATTACH_FILTER, twin._LOCK_FILTER)
+    assert (sockets._SO_ATTACH_FILTER, sockets._SO_LOCK_FILTER) == (twin._ATTACH_FILTER, twin._LOCK_FILTER)
     assert not differences(machine, ["asm/socket.h", "linux/filter.h", "asm/ioctls.h", "linux/sockios.h"], values)
 
 
@@ -319,6 +323,7 @@ def test_protocols_and_their_structures_are_the_kernels(machine: str) -> None:
         "TCP_CONGESTION": twin._TCP_CONGESTION,
         "IPV6_V6ONLY": twin.IPV6_V6ONLY,
         "IPPROTO_MPTCP": supervisor._IPPROTO_MPTCP,
+        "IPPROTO_MPTCP + 0": sockdiag.IPPROTO_MPTCP,
         "IPPROTO_TCP": socket.IPPROTO_TCP,
         "IP_BIND_ADDRESS_NO_PORT": inward.IP_BIND_ADDRESS_NO_PORT,
         "sizeof(struct sockaddr_in6)": desk._NAME_SIZE,
@@ -327,12 +332,24 @@ def test_protocols_and_their_structures_are_the_kernels(machine: str) -> None:
         "__builtin_offsetof(struct tcp_info, tcpi_bytes_received)": received,
         "NETLINK_SOCK_DIAG": sockdiag.NETLINK_SOCK_DIAG,
         "SOCK_DIAG_BY_FAMILY": sockdiag._SOCK_DIAG_BY_FAMILY,
+        "SOCK_DESTROY": sockdiag._SOCK_DESTROY,
         "NLMSG_ERROR": sockdiag._NLMSG_ERROR,
         "NLMSG_DONE": sockdiag._NLMSG_DONE,
         "NLM_F_REQUEST | NLM_F_DUMP": sockdiag._REQUEST_DUMP,
+        "NLM_F_REQUEST | NLM_F_ACK": sockdiag._REQUEST_ACK,
+        "NLA_F_NESTED": sockdiag._NESTED,
         "INET_DIAG_SKV6ONLY": sockdiag._SKV6ONLY,
+        "INET_DIAG_SK_BPF_STORAGES": sockdiag._SK_BPF_STORAGES,
+        "INET_DIAG_REQ_SK_BPF_STORAGES": sockdiag._REQUEST_STORAGES,
+        "INET_DIAG_REQ_PROTOCOL": sockdiag._REQUEST_PROTOCOL,
+        "SK_DIAG_BPF_STORAGE_REQ_MAP_FD": sockdiag._STORAGE_MAP,
+        "SK_DIAG_BPF_STORAGE_MAP_VALUE": sockdiag._STORAGE_VALUE,
         "INET_DIAG_CGROUP_ID": sockdiag._CGROUP_ID,
         "sizeof(struct inet_diag_req_v2)": sockdiag._REQUEST.size,
+        "__builtin_offsetof(struct inet_diag_msg, id)": sockdiag._IDENTITY.start,
+        "sizeof(struct inet_diag_sockid)": sockdiag._IDENTITY.stop - sockdiag._IDENTITY.start,
+        "__builtin_offsetof(struct inet_diag_sockid, idiag_dport)": sockdiag._REMOTE_PORT.start,
+        "__builtin_offsetof(struct inet_diag_sockid, idiag_cookie)": 40,
         "sizeof(struct inet_diag_msg)": sockdiag._MESSAGE.size,
         "BPF_TCP_LISTEN": sockdiag._TCP_LISTEN,
         **packed_members("struct nlmsghdr", sockdiag._HEADER, netlink),

@@ -1,0 +1,79 @@
+"""Other processes and their threads, as /proc shows them. Nothing here waits for a lock that one of them can keep.
+
+(/proc/PID/cmdline, environ and maps, and fdinfo of some descriptors, do: they are not for what a container runs.)
+
+Sources: proc_pid_stat(5), proc_pid_status(5), proc_pid_fd(5), kcmp(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from graft.kernel.syscalls import syscall
+
+_KCMP_FILES = 2
+_SOCKET = re.compile(r"socket:\[(\d+)\]")
+_SLEEPS_FOR_GOOD = frozenset("DTt")
+
+
+def threads(pid: int) -> list[int]:
+    """The threads of a process, its first one first, be that still there or not; empty where the process is gone."""
+    with contextlib.suppress(OSError):
+        return sorted((int(tid) for tid in os.listdir(f"/proc/{pid}/task")), key=lambda tid: (tid != pid, tid))
+    return []
+
+
+def share_descriptors(one: int, other: int) -> bool:
+    """Whether two threads have one table of descriptors; False where the kernel does not say (CONFIG_KCMP)."""
+    try:
+        return syscall("kcmp", one, other, _KCMP_FILES, 0, 0) == 0
+    except OSError:
+        return False
+
+
+def tables(pid: int) -> list[int]:
+    """A thread of a process for each table of descriptors that its threads have (nearly always there is one)."""
+    found: list[int] = []
+    for tid in threads(pid):
+        if not any(share_descriptors(tid, other) for other in found):
+            found.append(tid)
+    return found
+
+
+def sockets(tid: int) -> Iterator[tuple[int, int]]:
+    """(inode, descriptor) of each socket in the table of thread ``tid``."""
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{tid}/fd") as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                match = _SOCKET.fullmatch(os.readlink(entry.path))
+                if match:
+                    yield int(match[1]), int(entry.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a thread does: its state (a letter), its parent, and how often it has left a processor."""
+
+    state: str
+    parent: int
+    switches: int
+
+    @property
+    def may_be_stuck(self) -> bool:
+        """Whether it sleeps so that nothing but what it waits for wakes it, or is stopped."""
+        return self.state in _SLEEPS_FOR_GOOD
+
+
+def activity(pid: int) -> Activity | None:
+    """What the first thread of a process does now; None where it is gone."""
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            fields = dict(re.findall(r"^(\w+):\s+(\S+)", status.read(), re.M))
+    except OSError:
+        return None
+    switches = int(fields["voluntary_ctxt_switches"]) + int(fields["nonvoluntary_ctxt_switches"])
+    return Activity(fields["State"], int(fields["PPid"]), switches)
