@@ -6,8 +6,8 @@ To end a socket takes its lock, and whoever has that (a send() that waits for a 
 keep it. So it is done in a child, which goes on with those that hang when everybody else has gone on (expendable.py).
 
 A TCP socket is ended by the kernel on request (SOCK_DESTROY). On a kernel where that could keep others waiting, or that
-cannot do it, and for UDP, of which a request would end the current call only, it takes a descriptor: a copy is
-shut down.
+cannot do it, and for MPTCP and UDP, of which a request would end a part only, it takes a descriptor: a copy is shut
+down.
 """
 
 from __future__ import annotations
@@ -46,20 +46,24 @@ def withdraw(settings: Settings, container: Container, stack: HostStack, keep_co
     ``stack`` is what there was with them.
     """
     done = Withdrawn()
-    tried: dict[bytes, Held] = {}
-    for _ in range(_ROUNDS):
+    tried: set[bytes] = set()
+    for left in reversed(range(_ROUNDS)):
         found = held.of(settings, [container], stack)
         if found is None:
             done.known = False
             break
         present = found[container.id]
         ended = {one.listed.identity.cookie for one in done.ended}
-        done.left = [one for one in present if one.listed.identity.cookie not in (ended | tried.keys())]
         done.unended = [one for one in present if one.listed.identity.cookie in tried]
+        done.left = [one for one in present if one.listed.identity.cookie not in ended | tried]
         due = [one for one in done.left if _is_due(one, keep_connections)]
         if not due:
             break
-        _end(due, done, tried)
+        if not left:
+            done.unended += due
+            done.left = [one for one in done.left if one not in due]
+            break
+        tried |= _end(due, done)
     return done
 
 
@@ -67,15 +71,12 @@ def _is_due(one: Held, keep_connections: bool) -> bool:
     return one.granted and one.listed.state != _HARMLESS and not (keep_connections and one.listed.is_connection)
 
 
-def _end(due: Sequence[Held], done: Withdrawn, tried: dict[bytes, Held]) -> None:
-    """End what is due; ``tried`` are those that it did not work for."""
+def _end(due: Sequence[Held], done: Withdrawn) -> set[bytes]:
+    """End what is due; gives the cookies of those that it did not work for."""
     outcome = expendable.each(end, due, finish=True)
     done.helper = outcome.left_behind or done.helper
-    for number, one in enumerate(due):
-        if outcome.results.get(number):
-            done.ended.append(one)
-        else:
-            tried[one.listed.identity.cookie] = one
+    done.ended += [one for number, one in enumerate(due) if outcome.results.get(number)]
+    return {one.listed.identity.cookie for number, one in enumerate(due) if not outcome.results.get(number)}
 
 
 def end(one: Held) -> bool:
@@ -83,6 +84,8 @@ def end(one: Held) -> bool:
 
     False where it cannot be done, be it that it is gone already. May never return.
     """
+    if one.listed.is_mptcp:
+        return _shut_down(one) or _destroy(one)
     if one.listed.protocol == "tcp":
         return _destroy(one) or _shut_down(one)
     deaf = _shut_down(one)

@@ -59,6 +59,7 @@ class Listed:
     identity: Identity
     cgroup: int = 0
     stored: bytes | None = None
+    is_mptcp: bool = False
 
     @property
     def is_connection(self) -> bool:
@@ -80,7 +81,14 @@ def listed(storage: int) -> list[Listed]:
             for one in diagnostics.every(number, storage)
             if one.inode
         ]
-    return [one if parents.get(one.inode) is None else replace(one, stored=parents[one.inode]) for one in found]
+    return [_with_parent(one, parents) for one in found]
+
+
+def _with_parent(one: Listed, parents: dict[int, bytes | None]) -> Listed:
+    """What an MPTCP socket stores is its own; to its program it is one with the TCP sockets below it."""
+    if one.protocol != "tcp" or one.inode not in parents:
+        return one
+    return replace(one, stored=parents[one.inode] or one.stored, is_mptcp=True)
 
 
 def _read(protocol: str, found: Found) -> Listed:
@@ -109,7 +117,7 @@ def _format(address: bytes, port: int) -> str:
 def destroy(one: Listed) -> None:
     """End a socket of the calling thread's namespace, wherever its descriptor is. Raises OSError (sockdiag.destroy).
 
-    Waits for whoever holds the socket's lock.
+    Of an MPTCP socket it ends the connections below it only, and no listener (EINVAL). Waits for who holds its lock.
     """
     with closing(Diagnostics()) as diagnostics:
         diagnostics.destroy(one.identity, shared=not one.is_connection)

@@ -172,7 +172,7 @@ def test_control_without_the_defence_a_command_waits(
 HIDING = ("thread", "leader", "message")
 
 
-def hidden(host: Host, programs: Programs, way: str, command: Sequence[Word]) -> tuple[str, str]:
+def hidden(host: Host, programs: Programs, way: str, command: Sequence[Word], status: int = 0) -> tuple[str, str]:
     """What detaching a container says, and what becomes of the listener that it hid."""
     port = host.port()
     rules: list[Word] = ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}", "--"]
@@ -181,8 +181,8 @@ def hidden(host: Host, programs: Programs, way: str, command: Sequence[Word]) ->
     host.started.append(program)
     program.says("listening")
     detached = start([*command, "detach", "--cgroup", host.container(program).name], {**os.environ, **host.environment})
-    assert detached.wait() == 0
-    said = detached.said
+    assert detached.wait() == status
+    said = detached.said + detached.complained
     detached.stop()
     program.tell("go on\n")
     program.until("it looks at its listener", lambda: len(program.said.splitlines()) == 2)
@@ -199,6 +199,15 @@ def test_detach_ends_a_listener_wherever_its_descriptor_is(host: Host, programs:
 @pytest.mark.parametrize("way", HIDING)
 def test_control_without_the_defence_it_listens_on(host: Host, programs: Programs, way: str) -> None:
     assert hidden(host, programs, way, [sys.executable, COMMAND, "tags"])[1] == "still listens"
+
+
+@pytest.mark.parametrize("way", HIDING)
+def test_where_the_kernel_cannot_be_asked_it_takes_a_descriptor(host: Host, programs: Programs, way: str) -> None:
+    lost = way == "message"
+    command: list[Word] = [sys.executable, COMMAND, "destroy"]
+    said, state = hidden(host, programs, way, command, UNFINISHED if lost else 0)
+    assert state == ("still listens" if lost else "ended")
+    assert ("1 socket of hiding could not be ended" in said) == lost
 
 
 # --- a supervisor that is held up -------------------------------------------------------------------

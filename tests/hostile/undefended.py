@@ -18,7 +18,7 @@ from typing import Any
 
 from graft import descriptors, expendable, held, liveness, twin
 from graft.containers import Container
-from graft.kernel import capabilities, cgroup, keyring, terminal
+from graft.kernel import capabilities, cgroup, keyring, sockets, terminal
 from graft.kernel.pidfd import pidfd_getfd
 from graft.kernel.syscalls import syscall
 from graft.runtime import listen
@@ -98,6 +98,11 @@ def _tags() -> None:
     held.of = of  # type: ignore[assignment]
 
 
+def _destroy() -> None:
+    """A kernel that is not to be asked to end a socket."""
+    sockets.can_destroy = lambda release=None: False
+
+
 def _liveness() -> None:
     liveness.stuck = lambda pids, seconds=0: frozenset()
 
@@ -110,6 +115,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "listener": _listener,
     "asking": _asking,
     "tags": _tags,
+    "destroy": _destroy,
     "liveness": _liveness,
 }
 
