@@ -19,7 +19,7 @@ from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import HOST4
 from tests.support.program import Program, start
 from tests.support.puppet import puppet
-from tests.support.shell import Word
+from tests.support.shell import Word, run
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
@@ -90,8 +90,8 @@ def waits_for_good(pid: int) -> bool:
     return activity is not None and activity.state == "D"
 
 
-def attach(host: Host, folder: Path, port: int, how: str = "") -> str:
-    """A policy for the container in ``folder``: port 80 becomes ``port`` of the host, and all may be connected to."""
+def attach(host: Host, folder: Path, port: int) -> str:
+    """Attach the container in ``folder``: its port 80 becomes ``port`` of the host. Gives the endpoint's name."""
     endpoint = host.endpoint(f"0.0.0.0:{port}")
     host.graft("attach", "--cgroup", folder, "-i", f"0.0.0.0:80={endpoint}")
     return endpoint
@@ -136,23 +136,25 @@ def child(program: Program) -> int:
 def test_detach_ends_all_the_others_and_says_which_it_could_not(
     host: Host, folder: Path, holder: Callable[..., Program], how: str
 ) -> None:
-    port = host.port()
+    port, free = host.port(), host.port()
     attach(host, folder, port)
-    kind = "udp unconnected" if how == "udp" else "tcp listening"
-    with puppet(folder, host.netns.path) as other:
-        if how == "udp":
-            listener = other.listener("0.0.0.0", 80)
-        program = holder(how, "0.0.0.0", 80)
-        said = asked(host, program, [GRAFT], "detach", "--cgroup", folder, status=UNFINISHED)
-        assert f"{kind} 0.0.0.0:{port} (process {child(program)}" in said.partition("not ended")[2]
-        assert "1 socket of" in said and "could not be ended (process" in said, said
-        assert json.loads(host.graft("ps", "--json").stdout) == [], "it is still attached"
-        if how == "udp":
-            assert other.say("name", listener) == ["0.0.0.0", port], "its rules still hold"
-            assert not host.netns.listens(port), "another socket of it was not ended"
+    held_one = f"{'udp unconnected' if how == 'udp' else 'tcp listening'} 0.0.0.0:{port}"
+    other = "tcp" if how == "udp" else "udp"  # on the same endpoint
+    with puppet(folder, host.netns.path) as program:
+        sock = program.socket(other)
+        assert program.say("bind", sock, "0.0.0.0", 80) == "ok"
+        if other == "tcp":
+            assert program.say("listen", sock) == "ok"
+        attacker = holder(how, "0.0.0.0", 80)
+        said = asked(host, attacker, [GRAFT], "detach", "--cgroup", folder, status=UNFINISHED)
+        ended, _, unended = said.partition("not ended")
+        assert f"{other} " in ended and f"{held_one} (process {child(attacker)}" in unended
+        assert "1 socket of" in said and "could not be ended (process" in said
+        assert program.bind("0.0.0.0", free) == "ok" and json.loads(host.graft("ps", "--json").stdout) == []
+        assert how == "listen" or not host.netns.listens(port)
         # What goes on trying has done it as soon as it can.
         helper = int(said.rpartition("(process ")[2].split()[0])
-        let_go(program)
+        let_go(attacker)
         until("the helper ends", lambda: (tasks.activity(helper) or tasks.Activity("Z", 0, 0)).state == "Z")
         assert not host.netns.listens(port)
 
@@ -165,6 +167,19 @@ def test_control_without_the_defence_a_command_waits(
     attach(host, folder, host.port())
     program = holder(how, "0.0.0.0", 80)
     hangs(host, program, "asking", *words, *([folder] if words[-1] == "--cgroup" else []))
+
+
+def test_where_the_kernel_does_not_answer_commands_say_so_and_go_on(host: Host, folder: Path) -> None:
+    attach(host, folder, host.port())
+    command: list[Word] = [sys.executable, COMMAND, "listing"]
+    with puppet(folder, host.netns.path) as program:
+        program.listener("0.0.0.0", 80)
+        (seen,) = json.loads(run([*command, "ps", "--json"], environment=host.environment, status=0).stdout)
+        assert (seen["processes"], seen["sockets"]) == (1, None)
+        detached = run([*command, "detach", "--cgroup", folder], environment=host.environment, status=UNFINISHED)
+        assert detached.stdout == f"{folder.name}: detached\n"
+        assert "does not answer which sockets" in detached.stderr
+        assert json.loads(host.graft("ps", "--json").stdout) == []
 
 
 # --- a descriptor that is out of sight --------------------------------------------------------------

@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ def _destroy() -> None:
     sockets.can_destroy = lambda release=None: False
 
 
+def _listing() -> None:
+    """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
+    sockets.listed = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
+
+
 def _liveness() -> None:
     liveness.stuck = lambda pids, seconds=0: frozenset()
 
@@ -116,6 +122,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "asking": _asking,
     "tags": _tags,
     "destroy": _destroy,
+    "listing": _listing,
     "liveness": _liveness,
 }
 
