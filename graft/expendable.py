@@ -86,7 +86,7 @@ def _receive(reader: int, count: int, patience: float, results: dict[int, Result
     """Take answers until there are ``count``, or the child ends, or none comes for ``patience`` seconds."""
     poll = select.poll()
     poll.register(reader, select.POLLIN)
-    raw = b""
+    raw = bytearray()
     while len(results) < count and poll.poll(patience * 1000):
         data = os.read(reader, 1 << 16)
         if not data:
@@ -94,7 +94,7 @@ def _receive(reader: int, count: int, patience: float, results: dict[int, Result
         raw += data
         while len(raw) >= _LENGTH.size and len(raw) >= (end := _LENGTH.size + _LENGTH.unpack_from(raw)[0]):
             index, result, error = pickle.loads(raw[_LENGTH.size : end])
-            raw = raw[end:]
+            del raw[:end]
             if error is not None:
                 raise error
             results[index] = result

@@ -89,21 +89,27 @@ def of(settings: Settings, containers: Sequence[Container], stack: HostStack) ->
     there = _listed(settings, stack)
     if there is None:
         return None
-    found: dict[int, list[Held]] = {}
     known = expendable.each(lambda one: _look(settings, cgroup.processes(one.cgroup_path), there), containers).results
+    found: dict[int, list[Held]] = {}
     for number, container in enumerate(containers):
         born, places = cgroup.ids(container.cgroup_path), known.get(number, _NOWHERE)
         its_own = [one for one in there if places.has(one) or one.listed.cgroup in born or _is_tagged(container, one)]
         found[container.id] = [_read(container, stack, places.complete(one)) for one in its_own]
-    lost = [one for held in found.values() for one in held if not one.places]
-    if lost:
-        everybody = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        places = expendable.one(lambda: _look(settings, everybody, lost)) or _NOWHERE
-        for container in containers:
-            found[container.id] = [
-                one if one.places else _read(container, stack, places.complete(one)) for one in found[container.id]
-            ]
-    return found
+    others = _others(settings, [one for held in found.values() for one in held if not one.places])
+    return {
+        one.id: [held if held.places else _read(one, stack, others.complete(held)) for held in found[one.id]]
+        for one in containers
+    }
+
+
+def _others(settings: Settings, lost: Sequence[Held]) -> _Whereabouts:
+    """Where any process of the machine has sockets that none of the containers' own has any more."""
+    if not lost:
+        return _NOWHERE
+    everybody = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    known = expendable.each(lambda pid: _look(settings, [pid], lost), everybody).results.values()
+    places = {inode: where for one in known for inode, where in one.places.items()}
+    return _Whereabouts(places, {inode: tag for one in known for inode, tag in one.tags.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +127,7 @@ class _Whereabouts:
         """The same socket with what is known of it."""
         inode = one.listed.inode
         stored = self.tags.get(inode, one.listed.stored)
-        return replace(one, listed=replace(one.listed, stored=stored), places=self.places.get(inode, ()))
+        return Held(replace(one.listed, stored=stored), one.namespace, self.places.get(inode, ()))
 
 
 _NOWHERE = _Whereabouts({}, {})
@@ -130,15 +136,15 @@ _NOWHERE = _Whereabouts({}, {})
 def _look(settings: Settings, pids: Iterable[int], there: Sequence[Held]) -> _Whereabouts:
     """Where processes have these sockets. (A look into a socket's storage does not take its lock.)"""
     places = descriptors.find(pids, frozenset(one.listed.inode for one in there))
-    tags, found = Maps(settings.pin_dir).tags, {}
+    maps, tags = Maps(settings.pin_dir), {}
     without = [one.listed.inode for one in there if one.listed.protocol == "udp" or one.listed.state == "bound"]
     for inode in without:
         for place in places.get(inode, ()):
             with descriptors.copied(place, inode) as copy:
-                tag = None if copy is None else tags.get(ctypes.c_int32(copy))
+                tag = None if copy is None else maps.tags.get(ctypes.c_int32(copy))
                 if tag is not None:
-                    found[inode] = bytes(tag)
-    return _Whereabouts(places, found)
+                    tags[inode] = bytes(tag)
+    return _Whereabouts(places, tags)
 
 
 def _is_tagged(container: Container, one: Held) -> bool:

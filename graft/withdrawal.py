@@ -47,7 +47,7 @@ def withdraw(settings: Settings, container: Container, stack: HostStack, keep_co
     """
     done = Withdrawn()
     tried: set[bytes] = set()
-    for left in reversed(range(_ROUNDS)):
+    for rounds_left in reversed(range(_ROUNDS)):
         found = held.of(settings, [container], stack)
         if found is None:
             done.known = False
@@ -59,7 +59,7 @@ def withdraw(settings: Settings, container: Container, stack: HostStack, keep_co
         due = [one for one in done.left if _is_due(one, keep_connections)]
         if not due:
             break
-        if not left:
+        if not rounds_left:
             done.unended += due
             done.left = [one for one in done.left if one not in due]
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -50,3 +51,29 @@ def test_what_a_process_does_is_read_with_its_parent(sleeper: int) -> None:
 def test_threads_that_share_their_descriptors_are_looked_at_once() -> None:
     assert tasks.tables(os.getpid()) == [os.getpid()]
     assert tasks.threads(os.getpid())[0] == os.getpid()
+
+
+def test_threads_with_descriptors_of_their_own_are_each_looked_at() -> None:
+    """A thread that leaves the table that it shared (unshare(CLONE_FILES)) shows in a child that does just that."""
+    script = """
+import ctypes, threading
+libc, ready = ctypes.CDLL(None), threading.Barrier(5)
+def run(own):
+    if own: libc.unshare(0x400)
+    ready.wait()
+    threading.Event().wait()
+for number in range(4):
+    threading.Thread(target=run, args=(number % 2,), daemon=True).start()
+ready.wait()
+print("ready", flush=True)
+threading.Event().wait()
+"""
+    process = subprocess.Popen([sys.executable, "-ISc", script], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        assert len(tasks.threads(process.pid)) == 5
+        found = tasks.tables(process.pid)
+        assert len(found) == 3 and process.pid in found
+    finally:
+        process.kill()
+        process.communicate()
