@@ -19,6 +19,7 @@ from tests.hostile.undefended import COMMAND
 from tests.support.building import Programs
 from tests.support.installation import GRAFT, Host
 from tests.support.shell import Word, run
+from tests.support.wait import PATIENCE
 
 pytestmark = pytest.mark.e2e
 
@@ -51,7 +52,7 @@ class Terminal:
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
             text=True,
-            timeout=60,
+            timeout=60 * PATIENCE,
             check=False,
         ).stdout
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from graft.kernel import cgroup, tasks
+from graft.kernel import cgroup, sockets, tasks
+from graft.kernel.pidfd import threads_have_pidfds
 from tests.hostile.undefended import COMMAND
 from tests.support.building import Programs
 from tests.support.installation import GRAFT, Host
@@ -25,7 +26,9 @@ from tests.support.wait import until
 pytestmark = pytest.mark.e2e
 
 UNFINISHED = 8
-HOWS = ("listen", "connect", "udp", "fastopen")
+can_destroy = sockets.can_destroy()
+before_6_9 = pytest.mark.skipif(not can_destroy, reason="no MPTCP socket connects with data")
+HOWS = ("listen", "connect", "udp", pytest.param("fastopen", marks=before_6_9))
 
 
 @pytest.fixture
@@ -206,8 +209,8 @@ def hidden(host: Host, programs: Programs, way: str, command: Sequence[Word], st
 
 @pytest.mark.parametrize("way", HIDING)
 def test_detach_ends_a_listener_wherever_its_descriptor_is(host: Host, programs: Programs, way: str) -> None:
-    said, state = hidden(host, programs, way, [GRAFT])
-    assert state == "ended"
+    said, state = hidden(host, programs, way, [GRAFT], 0 if can_destroy else UNFINISHED)
+    assert state == ("ended" if can_destroy else "still listens")
     assert "in no process" in said if way == "message" else "(process" in said
 
 
@@ -218,7 +221,7 @@ def test_control_without_the_defence_it_listens_on(host: Host, programs: Program
 
 @pytest.mark.parametrize("way", HIDING)
 def test_where_the_kernel_cannot_be_asked_it_takes_a_descriptor(host: Host, programs: Programs, way: str) -> None:
-    lost = way == "message"
+    lost = way == "message" or not threads_have_pidfds()
     command: list[Word] = [sys.executable, COMMAND, "destroy"]
     said, state = hidden(host, programs, way, command, UNFINISHED if lost else 0)
     assert state == ("still listens" if lost else "ended")
