@@ -46,6 +46,15 @@ def cgroup_id(path: Path) -> int:
     return path.stat().st_ino
 
 
+def ids(path: Path) -> frozenset[int]:
+    """The kernel's ids of a cgroup and of all below it; empty where it is gone."""
+    found: set[int] = set()
+    for folder in tree(path):
+        with contextlib.suppress(OSError):
+            found.add(os.stat(folder).st_ino)
+    return frozenset(found)
+
+
 def of_process(pid: int) -> Path:
     """The v2 cgroup of a process, as a path. Raises FileNotFoundError if the process is gone."""
     found = parse_membership(Path(f"/proc/{pid}/cgroup").read_bytes())

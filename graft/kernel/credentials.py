@@ -14,34 +14,15 @@ Sources: setresuid(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 from collections.abc import Iterator
 
+from graft.kernel import capabilities
 from graft.kernel.syscalls import syscall
 
 _ROOT = 0
 _UNMAPPED = 0xFFFFFFFF  # (uid_t) -1: an id that this user namespace has no number for; setresuid: "leave it as it is"
-
-
-class _Header(ctypes.Structure):
-    """struct __user_cap_header_struct of linux/capability.h; pid 0 is the calling thread."""
-
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Half(ctypes.Structure):
-    """struct __user_cap_data_struct: 32 capabilities."""
-
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
-
-
-class _Capabilities(ctypes.Structure):
-    _fields_ = (("low", _Half), ("high", _Half))
-
-
-_HEADER = _Header(version=0x20080522)  # _LINUX_CAPABILITY_VERSION_3
 
 
 @contextlib.contextmanager
@@ -67,16 +48,16 @@ def without_capabilities() -> Iterator[None]:
 
     Raises OSError.
     """
-    had = _Capabilities()
-    syscall("capget", ctypes.byref(_HEADER), ctypes.byref(had))
-    none = _Capabilities.from_buffer_copy(had)
-    none.low.effective = none.high.effective = 0
-    syscall("capset", ctypes.byref(_HEADER), ctypes.byref(none))
+    had = capabilities.current()
+    none = type(had).from_buffer_copy(had)
+    for half in none:
+        half.effective = 0
+    capabilities.change(none)
     try:
         yield
     finally:
         with _or_end():
-            syscall("capset", ctypes.byref(_HEADER), ctypes.byref(had))
+            capabilities.change(had)
 
 
 @contextlib.contextmanager

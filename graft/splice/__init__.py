@@ -45,6 +45,7 @@ from graft.settings import Settings
 from graft.splice import control
 
 RELAYS = ("splice", "kernel")
+_LOOK_SECONDS = 10.0  # that a daemon may take to say how it is
 
 
 def check_relay(settings: Settings, name: str) -> None:
@@ -98,7 +99,7 @@ def describe(settings: Settings, container: Container) -> dict[str, Any]:
     others; too_many: listeners that a rule names, beyond what one container may have published; out: {port, served};
     connections.
     """
-    found = control.ask(settings, {"do": "describe", "container": container.id})
+    found = control.ask(settings, {"do": "describe", "container": container.id}, _LOOK_SECONDS)
     return {"serves": False, "problem": "the daemon does not run"} if found is None else found
 
 
