@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graft import lifecycle
-from graft.errors import UsageError
+from graft.errors import UnfinishedError, UsageError
 from graft.layout import Transport
 from graft.settings import Settings
 
@@ -90,7 +90,9 @@ def _told(done: Attached) -> list[str]:
         f"  {field} has no effect: it is for UDP, and transport {choice.transport.name.lower()} carries TCP"
         for field in done.without_effect
     ]
-    if done.existing:
+    if done.existing is None:
+        lines.append("  the kernel does not answer which sockets it had before: they may hear nobody any more")
+    elif done.existing:
         lines.append("  sockets that were there before; their addresses and connections stay as they are:")
         lines += [f"    {held}" for held in done.existing]
     return lines
@@ -101,8 +103,10 @@ def _relayed(about: dict[str, Any]) -> list[str]:
     lines += [f"  {one['address']} leads to its listener {one['listener']}" for one in about["published"]]
     lines += [f"  its listener {one['listener']} has no endpoint: {one['error']}" for one in about["failed"]]
     lines += [f"  its listener {one} is named by no rule" for one in about["not_granted"]]
-    if about.get("left_out"):
-        lines.append(f"  and {about['left_out']} more")
+    if about["more_not_granted"]:
+        lines.append(f"  and {about['more_not_granted']} others")
+    if about["too_many"]:
+        lines.append(f"  {about['too_many']} of these are named by a rule, but are too many for one container")
     if not about["published"] and not about["failed"]:
         lines.append("  nothing that a rule names is listened on yet: an endpoint refuses until it is")
     return lines
@@ -119,15 +123,36 @@ def detach(
     from graft import attach as attaching
 
     lifecycle.require_root()
-    say(*_left(attaching.detach(Settings.from_environment(), which, keep)))
+    done = attaching.detach(Settings.from_environment(), which, keep)
+    say(*_left(done))
+    _complain(done)
 
 
 def _left(done: Detached) -> list[str]:
-    lines = [f"{done.container.name}: detached"]
-    if done.withdrawn:
-        lines.append("  ended, because an endpoint was what let them be:")
-        lines += [f"    {held}" for held in done.withdrawn]
-    if done.left:
-        lines.append("  still open on the host's stack:")
-        lines += [f"    {held}" for held in done.left]
+    sockets, lines = done.sockets, [f"{done.container.name}: detached"]
+    for heading, found in (
+        ("ended, because an endpoint was what let them be", sockets.ended),
+        ("not ended, though an endpoint was what let them be", sockets.unended),
+        ("still open on the host's stack", sockets.left),
+    ):
+        if found:
+            lines.append(f"  {heading}:")
+            lines += [f"    {held}" for held in found]
     return lines
+
+
+def _complain(done: Detached) -> None:
+    """Raises UnfinishedError where something that should end has not."""
+    sockets = done.sockets
+    if not sockets.known:
+        raise UnfinishedError(
+            f"the kernel does not answer which sockets {done.container.name} has: some may not have ended",
+            "end the container to be sure",
+        )
+    if sockets.unended:
+        count = len(sockets.unended)
+        later = f"process {sockets.helper} goes on trying; " if sockets.helper else ""
+        raise UnfinishedError(
+            f"{count} socket{'' if count == 1 else 's'} of {done.container.name} could not be ended",
+            f"{later}end the container to be sure",
+        )

@@ -15,6 +15,7 @@ from .output import command, listing, warn
 
 if TYPE_CHECKING:
     from graft.held import Held
+    from graft.overview import Seen
 
 
 def register(app: typer.Typer) -> None:
@@ -43,9 +44,12 @@ def ps(as_json: Json = False) -> None:
             "endpoints": list(one.container.endpoints),
             "processes": one.processes,
             "namespaces": list(one.namespaces),
-            "supervisor": one.supervisor or None,
+            "supervisor": one.supervisors[0] if one.supervisors else None,
+            "stuck": sorted(one.stuck),
             "relay": None if one.relay is None else dict(one.relay),
-            "sockets": [
+            "sockets": None
+            if one.sockets is None
+            else [
                 {
                     "protocol": held.listed.protocol,
                     "state": held.listed.state,
@@ -53,7 +57,7 @@ def ps(as_json: Json = False) -> None:
                     "remote": held.listed.remote,
                     "endpoint": held.endpoint,
                     "asked": held.asked,
-                    "pid": held.pid,
+                    "pid": held.pid or None,
                 }
                 for held in one.sockets
             ],
@@ -66,7 +70,7 @@ def ps(as_json: Json = False) -> None:
             one.container.name,
             one.container.engine,
             one.container.transport,
-            one.supervisor or _served_by(one.relay),
+            _served_by(one),
             ",".join(one.container.endpoints) or "-",
             _in_short(one.sockets) if one.relay is None else _relayed(one.relay),
             one.container.cgroup,
@@ -78,8 +82,13 @@ def ps(as_json: Json = False) -> None:
     warn(*(f"graft: left out: {wrong.message}" for wrong in containers.records(settings)[1]))
 
 
-def _served_by(relay: Mapping[str, Any] | None) -> str:
-    """graftd and how it moves bytes; "-" where nobody serves."""
+def _served_by(one: Seen) -> str:
+    """Its supervisor, or graftd and how it moves bytes; "-" where nobody serves."""
+    if one.stuck:
+        return ", ".join(f"{pid} does not answer" for pid in sorted(one.stuck))
+    if one.supervisors:
+        return str(one.supervisors[0])
+    relay = one.relay
     return f"graftd {relay['pid']}, {relay['relay']}" if relay is not None and relay["serves"] else "-"
 
 
@@ -93,11 +102,13 @@ def _relayed(relay: Mapping[str, Any]) -> str:
     return ", ".join(words) or "-"
 
 
-def _in_short(sockets: Sequence[Held]) -> str:
+def _in_short(sockets: Sequence[Held] | None) -> str:
     """Where it listens, and how many connections it has."""
+    if sockets is None:
+        return "not known: the kernel does not answer"
     words = [f"{one.listed.protocol} {one.listed.local}" for one in sockets if one.listed.state == "listening"]
     words += [f"{one.listed.protocol} {one.listed.local}" for one in sockets if one.listed.state == "unconnected"]
-    others = len(sockets) - len(words)
-    if others:
-        words.append(f"{others} connection{'' if others == 1 else 's'}")
+    connections = sum(one.listed.is_connection for one in sockets)
+    if connections:
+        words.append(f"{connections} connection{'' if connections == 1 else 's'}")
     return ", ".join(dict.fromkeys(words)) or "-"

@@ -24,6 +24,7 @@ from graft.maps import Maps
 from graft.policy import Policy
 from graft.policy_rules import grants_without_tcp
 from graft.settings import Settings
+from graft.withdrawal import Withdrawn, withdraw
 
 _NO_BETTER = "direct needs the host's namespace; swap needs a supervisor, and it was started without Graft"
 _RESTART = "start it with `graft run` or the OCI runtime for the swap transport"
@@ -115,7 +116,7 @@ def look(settings: Settings, path: Path, attached: Container | None) -> Facts:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """What `attach` found and did; ``existing`` are the sockets that were there before the policy.
+    """What `attach` found and did; ``existing`` are the sockets that were there before the policy (None: not known).
 
     ``without_effect`` are fields of rules that this transport does not serve.
     """
@@ -125,7 +126,7 @@ class Attached:
     choice: Choice
     container: Container
     replaced: bool
-    existing: tuple[Held, ...] = ()
+    existing: tuple[Held, ...] | None = ()
     without_effect: tuple[str, ...] = ()
 
 
@@ -173,9 +174,11 @@ def attach(
         choice.transport,
         name=target.name,
         engine=target.engine,
-        prepare=lambda number: held.mark_heard(maps, number, existing),
+        prepare=lambda number: held.mark_heard(settings, number, existing or ()),
     )
-    return Attached(target, facts, choice, container, replaced=False, existing=tuple(existing))
+    return Attached(
+        target, facts, choice, container, replaced=False, existing=None if existing is None else tuple(existing)
+    )
 
 
 def _is_attached_name(settings: Settings, text: str) -> bool:
@@ -252,11 +255,10 @@ def apply(settings: Settings, policy: Policy, text: str | None = None) -> list[C
 
 @dataclass(frozen=True, slots=True)
 class Detached:
-    """What `detach` did: sockets taken out of use, and those that are left as they are."""
+    """What `detach` did: the container, and what became of its sockets."""
 
     container: Container
-    withdrawn: tuple[Held, ...]
-    left: tuple[Held, ...]
+    sockets: Withdrawn
 
 
 def find(settings: Settings, text: str) -> Container:
@@ -282,11 +284,8 @@ def detach(settings: Settings, text: str, keep_connections: bool = False) -> Det
     maps = up(settings)
     containers.reap(settings, maps)
     container = find(settings, text)
-    before = held.of(settings, maps, [container])[container.id]
-    containers.remove(settings, maps, container)
-    if container.transport == Transport.SPLICE.name.lower():
-        splice.detach(settings, container)
-    granted = [one for one in before if one.endpoint is not None]
-    kept = [one for one in granted if keep_connections and one.listed.state not in ("listening", "unconnected")]
-    withdrawn = [one for one in granted if one not in kept and held.withdraw(one)]
-    return Detached(container, tuple(withdrawn), tuple(one for one in before if one not in withdrawn))
+    with held.host_stack(settings) as stack:  # some endpoints may go with the container
+        containers.remove(settings, maps, container)
+        if container.transport == Transport.SPLICE.name.lower():
+            splice.detach(settings, container)
+        return Detached(container, withdraw(settings, container, stack, keep_connections))

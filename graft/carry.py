@@ -109,8 +109,11 @@ def watch_again(watches: tuple[Watch, ...], twin: int, get_fd: Callable[[int], i
     """
     for watch in watches:
         with contextlib.suppress(OSError):
-            epoll = fcntl.fcntl(held := get_fd(watch.epoll), fcntl.F_DUPFD_CLOEXEC, watch.fd + 1)
-            os.close(held)
+            held = get_fd(watch.epoll)
+            try:
+                epoll = fcntl.fcntl(held, fcntl.F_DUPFD_CLOEXEC, watch.fd + 1)
+            finally:
+                os.close(held)
             try:
                 with _standing_at(twin, watch.fd):
                     epoll_add(epoll, watch.fd, watch.events, watch.data)

@@ -65,12 +65,13 @@ class Container:
         return False
 
 
-def _folder(settings: Settings) -> Path:
+def records_folder(settings: Settings) -> Path:
+    """Where the records lie, a file for each container."""
     return settings.run_dir / "containers"
 
 
 def _save(settings: Settings, container: Container) -> None:
-    folder = _folder(settings)
+    folder = records_folder(settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     aside = folder / f".{container.id}"
     aside.touch(mode=0o600)
@@ -111,7 +112,7 @@ def parse_record(raw: bytes, name: str) -> Container:
 def records(settings: Settings) -> tuple[list[Container], list[UsageError]]:
     """Every container that is attached, oldest first; and what is wrong with each record that cannot be read."""
     found, wrong = [], []
-    for path in _folder(settings).glob("*.json"):
+    for path in records_folder(settings).glob("*.json"):
         try:
             with path.open("rb") as file:
                 found.append(parse_record(file.read(_MAX_RECORD + 1), path.name))
@@ -325,7 +326,7 @@ def _forget_locked(settings: Settings, maps: Maps, number: int) -> None:
         if counter.container == number:
             maps.counters.delete(counter)
     store.forget_unused_locked(settings, maps)
-    (_folder(settings) / f"{number}.json").unlink(missing_ok=True)
+    (records_folder(settings) / f"{number}.json").unlink(missing_ok=True)
 
 
 def reap(settings: Settings, maps: Maps) -> None:

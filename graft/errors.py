@@ -56,3 +56,9 @@ class RefusedError(GraftError):
     """Graft itself refuses, for safety; the operator may insist."""
 
     exit_code = 7
+
+
+class UnfinishedError(GraftError):
+    """What was asked for is done, but for something that others keep from being done."""
+
+    exit_code = 8

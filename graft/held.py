@@ -1,7 +1,12 @@
-"""The sockets that a container holds on the host's stack, found through its own processes.
+"""The sockets that a container holds on the host's stack, as the kernel knows them.
 
-A socket belongs to a container if one of its processes has a descriptor of it (/proc/PID/fd) and the kernel
-lists it in the host's namespace, or in one that an endpoint names. Its tag says what it was granted.
+Whose a TCP socket is, says its tag: a listing of every socket of the namespace comes with it (socket storage), wherever
+the descriptor is, in a process of the container's, in one that got it from there, or on its way between two. A
+socket that no rule granted has no tag; it is a container's if it was born in its cgroup, or a process of its has it.
+/proc tells which process that is. The tag of a UDP socket, or of a TCP socket that is bound and does nothing, is not
+listed: it takes a copy of the descriptor to read.
+
+All of it is asked in a child that a container can hold up, and that is not waited for then (graft/expendable.py).
 """
 
 from __future__ import annotations
@@ -9,165 +14,216 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
-import socket
-import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from graft import layout, store
+from graft import descriptors, expendable, layout, store
 from graft.containers import Container
 from graft.decision import Sockaddr
-from graft.kernel import cgroup, netns, sockets
-from graft.kernel.pidfd import pidfd_getfd, pidfd_open
+from graft.descriptors import Place
+from graft.endpoint import Endpoint
+from graft.kernel import bpf, cgroup, netns, sockets
 from graft.kernel.sockets import Listed
-from graft.layout import Home
+from graft.layout import Home, Transport
 from graft.maps import Maps
 from graft.settings import Settings
 
-_SO_ATTACH_FILTER, _SO_LOCK_FILTER = 26, 44
-_DROP_ALL = struct.pack("=HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K of linux/filter.h: keep 0 bytes
+
+@dataclass(frozen=True, slots=True)
+class HostStack:
+    """Where containers may have sockets: the namespaces of the host and of endpoints; and these, by their ids."""
+
+    endpoints: Mapping[int, Endpoint]
+    namespaces: tuple[Path, ...]
+
+
+@contextlib.contextmanager
+def host_stack(settings: Settings) -> Iterator[HostStack]:
+    """What there is now; while this lasts, a namespace can be entered also if its endpoint goes."""
+    stored = store.listing(settings)
+    with contextlib.ExitStack() as opened:
+        paths = [settings.host_netns]
+        for one in stored:
+            with contextlib.suppress(OSError):
+                if one.endpoint.netns is not None:
+                    fd = os.open(store.netns_path(settings, one), os.O_RDONLY | os.O_CLOEXEC)
+                    opened.callback(os.close, fd)
+                    paths.append(Path(f"/proc/{os.getpid()}/fd/{fd}"))
+        yield HostStack({one.id: one.endpoint for one in stored}, tuple(paths))
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A socket of a container on the host's stack, and one place where the container has it.
+    """A socket of a container on the host's stack, and the places where processes have it, as far as they were found.
 
-    ``endpoint`` names what it was granted, ``asked`` is the address that the program bound; both None for a
-    socket that no rule gave it.
+    ``namespace`` is where its namespace can be entered. ``granted``: a rule let it be. ``endpoint`` names what it was
+    bound to by one, ``asked`` is the address that the program bound; both None for any other.
     """
 
-    pid: int
-    fd: int
     listed: Listed
+    namespace: Path
+    places: tuple[Place, ...] = ()
+    granted: bool = False
     endpoint: str | None = None
     asked: str | None = None
 
+    @property
+    def pid(self) -> int:
+        """A process that has it, 0 where none was found."""
+        return self.places[0].pid if self.places else 0
+
     def __str__(self) -> str:
         one = self.listed
-        peer = f" with {one.remote}" if one.state not in ("listening", "unconnected") else ""
+        peer = f" with {one.remote}" if one.is_connection else ""
+        where = f"process {self.pid}" if self.pid else "in no process"
         grant = f", bound as {self.asked} to {self.endpoint}" if self.endpoint and self.asked else ""
-        return f"{one.protocol} {one.state} {one.local}{peer} (process {self.pid}{grant})"
+        return f"{one.protocol} {one.state} {one.local}{peer} ({where}{grant})"
 
 
-def descriptors(pids: Iterable[int]) -> dict[int, tuple[int, int]]:
-    """Inode of every socket of these processes -> (process, descriptor), the first that has it."""
-    found: dict[int, tuple[int, int]] = {}
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(OSError):
-                    match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry.path))
-                    if match:
-                        found.setdefault(int(match[1]), (pid, int(entry.name)))
-    return found
+def of(settings: Settings, containers: Sequence[Container], stack: HostStack) -> dict[int, list[Held]] | None:
+    """The sockets of each of ``containers``, by its id. The kernel is asked once for all of them.
 
-
-def _namespaces(settings: Settings) -> Iterator[Path]:
-    """Where sockets of containers may live: the host's namespace, and those of endpoints."""
-    yield settings.host_netns
-    for stored in store.listing(settings):
-        if stored.endpoint.netns is not None:
-            yield store.netns_path(settings, stored)
-
-
-def _listed(settings: Settings) -> Iterator[Listed]:
-    seen: set[int] = set()
-    for path in _namespaces(settings):
-        with contextlib.suppress(OSError), netns.entered(path):
-            cookie = netns.cookie()
-            if cookie not in seen:
-                seen.add(cookie)
-                yield from list(sockets.listed())
-
-
-@contextlib.contextmanager
-def borrowed(pid: int, fd: int, inode: int) -> Iterator[socket.socket | None]:
-    """A copy of a process's socket; None where it is not that socket any more."""
-    sock: socket.socket | None = None
-    with contextlib.suppress(OSError):
-        process = pidfd_open(pid)
-        try:
-            sock = socket.socket(fileno=pidfd_getfd(process, fd))
-        finally:
-            os.close(process)
-    if sock is not None and os.fstat(sock.fileno()).st_ino != inode:
-        sock.close()
-        sock = None
-    try:
-        yield sock
-    finally:
-        if sock is not None:
-            sock.close()
-
-
-def tag_of(maps: Maps, sock: socket.socket) -> layout.Tag | None:
-    """What the hooks know of a socket."""
-    return maps.tags.get(ctypes.c_int32(sock.fileno()))
-
-
-def of(settings: Settings, maps: Maps, containers: Iterable[Container]) -> dict[int, list[Held]]:
-    """The sockets of each of ``containers``, by its id. The kernel is asked once for all of them."""
-    names = {stored.id: stored.endpoint.name for stored in store.listing(settings)}
-    listed = [one for one in _listed(settings) if one.inode]
-    found: dict[int, list[Held]] = {}
-    for container in containers:
-        places = descriptors(cgroup.processes(container.cgroup_path))
-        here = found.setdefault(container.id, [])
-        for one in listed:
-            if one.inode in places:
-                here.append(_held(maps, names, container.id, one, *places[one.inode]))
-    return found
-
-
-def _held(maps: Maps, names: dict[int, str], container: int, one: Listed, pid: int, fd: int) -> Held:
-    with borrowed(pid, fd, one.inode) as sock:
-        tag = None if sock is None else tag_of(maps, sock)
-    if tag is None or tag.container != container or tag.home != Home.HOST or not tag.endpoint:
-        return Held(pid, fd, one)
-    asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.given else None
-    return Held(pid, fd, one, names.get(tag.endpoint, "(deleted)"), asked)
-
-
-def in_host(settings: Settings, pids: Iterable[int]) -> list[Held]:
-    """The sockets of processes that are not attached yet, in the host's namespace only."""
-    places = descriptors(pids)
-    with netns.entered(settings.host_netns):
-        listed = list(sockets.listed())
-    return [Held(*places[one.inode], one) for one in listed if one.inode in places]
-
-
-def mark_heard(maps: Maps, container: int, existing: Iterable[Held]) -> None:
-    """Let go on hearing what heard before its container, the direct one ``container``, came under a policy."""
-    for one in existing:
-        if one.listed.protocol == "udp" or one.listed.state == "listening":
-            with borrowed(one.pid, one.fd, one.listed.inode) as sock, contextlib.suppress(OSError):
-                if sock is not None:
-                    port = int(one.listed.local.rpartition(":")[2])
-                    tag = layout.Tag(container=container, home=Home.HOST, heard=port)
-                    maps.tags.put(ctypes.c_int32(sock.fileno()), tag)
-
-
-def withdraw(held: Held) -> bool:
-    """Take a granted socket out of use: a listener stops listening, a connection ends, datagrams stop coming.
-
-    False where the container does not have it any more.
+    None where it does not answer. Raises OSError.
     """
-    with borrowed(held.pid, held.fd, held.listed.inode) as sock:
-        if sock is None:
-            return False
-        if held.listed.protocol == "udp":
-            _deafen(sock)
-        with contextlib.suppress(OSError):  # ENOTCONN of an unconnected UDP socket, which it wakes all the same
-            sock.shutdown(socket.SHUT_RDWR)
-    return True
+    there = _listed(settings, stack)
+    if there is None:
+        return None
+    known = expendable.each(lambda one: _look(settings, cgroup.processes(one.cgroup_path), there), containers).results
+    found: dict[int, list[Held]] = {}
+    for number, container in enumerate(containers):
+        born, places = cgroup.ids(container.cgroup_path), known.get(number, _NOWHERE)
+        its_own = [one for one in there if places.has(one) or one.listed.cgroup in born or _is_tagged(container, one)]
+        found[container.id] = [_read(container, stack, places.complete(one)) for one in its_own]
+    others = _others(settings, [one for held in found.values() for one in held if not one.places])
+    return {
+        one.id: [held if held.places else _read(one, stack, others.complete(held)) for held in found[one.id]]
+        for one in containers
+    }
 
 
-def _deafen(sock: socket.socket) -> None:
-    """Let nothing reach a socket any more: a filter that drops all, and that cannot be taken off (socket(7))."""
-    instructions = ctypes.create_string_buffer(_DROP_ALL, len(_DROP_ALL))
-    program = struct.pack("@HP", len(_DROP_ALL) // 8, ctypes.addressof(instructions))
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-        sock.setsockopt(socket.SOL_SOCKET, _SO_LOCK_FILTER, 1)
+def _others(settings: Settings, lost: Sequence[Held]) -> _Whereabouts:
+    """Where any process of the machine has sockets that none of the containers' own has any more."""
+    if not lost:
+        return _NOWHERE
+    everybody = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    known = expendable.each(lambda pid: _look(settings, [pid], lost), everybody).results.values()
+    places = {inode: where for one in known for inode, where in one.places.items()}
+    return _Whereabouts(places, {inode: tag for one in known for inode, tag in one.tags.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Whereabouts:
+    """Where some processes have which sockets, and the tags of those that are listed without; by inode."""
+
+    places: descriptors.Places
+    tags: Mapping[int, bytes]
+
+    def has(self, one: Held) -> bool:
+        """Whether one of the processes has it."""
+        return one.listed.inode in self.places
+
+    def complete(self, one: Held) -> Held:
+        """The same socket with what is known of it."""
+        inode = one.listed.inode
+        stored = self.tags.get(inode, one.listed.stored)
+        return Held(replace(one.listed, stored=stored), one.namespace, self.places.get(inode, ()))
+
+
+_NOWHERE = _Whereabouts({}, {})
+
+
+def _look(settings: Settings, pids: Iterable[int], there: Sequence[Held]) -> _Whereabouts:
+    """Where processes have these sockets. (A look into a socket's storage does not take its lock.)"""
+    places = descriptors.find(pids, frozenset(one.listed.inode for one in there))
+    maps, tags = Maps(settings.pin_dir), {}
+    without = [one.listed.inode for one in there if one.listed.protocol == "udp" or one.listed.state == "bound"]
+    for inode in without:
+        for place in places.get(inode, ()):
+            with descriptors.copied(place, inode) as copy:
+                tag = None if copy is None else maps.tags.get(ctypes.c_int32(copy))
+                if tag is not None:
+                    tags[inode] = bytes(tag)
+    return _Whereabouts(places, tags)
+
+
+def _is_tagged(container: Container, one: Held) -> bool:
+    """Whether it is on the host's stack for that container. (graftd's, for transport splice, are its own.)"""
+    tag = _tag(one)
+    if tag is None or container.transport == Transport.SPLICE.name.lower():
+        return False
+    return bool(tag.container == container.id and tag.home == Home.HOST)
+
+
+def _tag(one: Held) -> layout.Tag | None:
+    return None if one.listed.stored is None else layout.Tag.from_buffer_copy(one.listed.stored)
+
+
+def _read(container: Container, stack: HostStack, one: Held) -> Held:
+    """The same socket with what its tag says of it."""
+    tag = _tag(one)
+    if tag is None or not _is_tagged(container, one):
+        return _guessed(container, stack, one)
+    if not tag.endpoint:
+        # A swapped socket is on the host's stack by a rule only; one of a direct container's is there anyway.
+        return replace(one, granted=container.transport == Transport.SWAP.name.lower())
+    endpoint = stack.endpoints.get(tag.endpoint)
+    asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.given else None
+    return replace(one, granted=True, endpoint=endpoint.name if endpoint else "(deleted)", asked=asked)
+
+
+def _guessed(container: Container, stack: HostStack, one: Held) -> Held:
+    """A UDP socket whose tag nobody's descriptor leads to: granted if it is where an endpoint of its container is."""
+    if one.listed.protocol != "udp" or one.places:
+        return one
+    for endpoint in stack.endpoints.values():
+        if endpoint.name in container.endpoints and endpoint.spec == one.listed.local:
+            return replace(one, granted=True, endpoint=endpoint.name)
+    return one
+
+
+def in_host(settings: Settings, pids: Iterable[int]) -> list[Held] | None:
+    """The sockets of processes that are not attached yet, in the host's namespace only. None where nobody answers."""
+    there = expendable.one(lambda: _ask(settings, settings.host_netns)[1])
+    if there is None:
+        return None
+    places = expendable.one(lambda: _look(settings, pids, there)) or _NOWHERE
+    return [places.complete(one) for one in there if places.has(one)]
+
+
+def mark_heard(settings: Settings, container: int, existing: Sequence[Held]) -> None:
+    """Let go on hearing what heard before its container, the direct one ``container``, came under a policy."""
+    listeners = [one for one in existing if one.listed.protocol == "udp" or one.listed.state == "listening"]
+    expendable.each(lambda one: _mark_heard(settings, container, one), listeners)
+
+
+def _mark_heard(settings: Settings, container: int, one: Held) -> None:
+    """By a descriptor of one of the processes that have it. (A tag is written without the socket's lock.)"""
+    tag = layout.Tag(container=container, home=Home.HOST, heard=int(one.listed.local.rpartition(":")[2]))
+    for place in one.places:
+        with descriptors.copied(place, one.listed.inode) as copy, contextlib.suppress(OSError):
+            if copy is not None:
+                Maps(settings.pin_dir).tags.put(ctypes.c_int32(copy), tag)
+                return
+
+
+def _listed(settings: Settings, stack: HostStack) -> list[Held] | None:
+    """The sockets on the host's stack, of whomever they are."""
+    answers = expendable.each(lambda path: _ask(settings, path), stack.namespaces).results
+    if len(answers) < len(stack.namespaces):
+        return None
+    by_namespace: dict[int, list[Held]] = {}
+    for number in range(len(answers)):
+        by_namespace.setdefault(*answers[number])
+    return [one for held in by_namespace.values() for one in held]
+
+
+def _ask(settings: Settings, path: Path) -> tuple[int, list[Held]]:
+    """The cookie of the namespace at ``path``, and its sockets; none of one that is gone. Raises OSError."""
+    storage = bpf.obj_get(settings.pin_dir / "tags")
+    try:
+        with contextlib.suppress(FileNotFoundError), netns.entered(path):
+            return netns.cookie(), [Held(one, path) for one in sockets.listed(storage)]
+    finally:
+        os.close(storage)
+    return 0, []

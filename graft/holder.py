@@ -12,7 +12,6 @@ import contextlib
 import gc
 import mmap
 import os
-import select
 import signal
 import sys
 import time
@@ -26,14 +25,16 @@ from graft.containers import Container
 from graft.desk import give_back, open_desk
 from graft.errors import KernelError
 from graft.kernel import cgroup, process
-from graft.kernel.pidfd import pidfd_open
-from graft.kernel.seccomp import Listener
+from graft.kernel.pidfd import is_over, pidfd_open
+from graft.kernel.seccomp import Listener, hung_up
 from graft.maps import Maps
 from graft.printable import printable
 from graft.settings import Settings
 from graft.supervisor import Supervisor, Told, serve
 
 _MAX_RESTARTS, _IN_SECONDS = 10, 5.0
+_DYING_SECONDS = 5.0
+_dying: list[int] = []  # supervisors of this process that were killed, and that have not been waited for
 
 
 class Holder:
@@ -71,9 +72,7 @@ class Holder:
 
     def hung_up(self) -> bool:
         """Whether every process under the listener's filter is gone."""
-        poll = select.poll()
-        poll.register(self._listener, 0)
-        return bool(poll.poll(0))
+        return hung_up(self._listener)
 
     def reap(self) -> bool:
         """Whether the supervisor has died; its process is then waited for."""
@@ -100,7 +99,7 @@ class Holder:
             births = Births(maps.tags, desk, container.id, namespaces)
             supervisor = Supervisor(maps.tags, desk, births, listener, tell)
             serve(supervisor, listener, self._journal, holder)
-            if _is_gone(holder):
+            if is_over(holder):
                 self._survive(maps, supervisor, listener)
             give_back(maps)
             code = 0
@@ -120,21 +119,31 @@ class Holder:
         self._outlive(maps)
 
     def stop(self) -> None:
-        """End the supervisor. The container's processes must be gone: their calls would fail from here on."""
-        if self.pid:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-            self.pid = 0
+        """End the supervisor. The container's processes must be gone: their calls would fail from here on.
+
+        One that waits in the kernel for what another container keeps from it (a socket that the two share) is left to
+        die when it can: whoever has this object has other containers too.
+        """
+        pid, self.pid = self.pid, 0
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            _dying.append(pid)
+        deadline = time.monotonic() + _DYING_SECONDS
+        while pid in _still_dying() and time.monotonic() < deadline:
+            time.sleep(0.002)
         with contextlib.suppress(OSError):
             os.close(self._listener)
 
 
-def _is_gone(pidfd: int) -> bool:
-    """Whether that process has ended, waited for or not."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+def _still_dying() -> list[int]:
+    """The supervisors that were killed and are not dead yet. Those that are have been waited for."""
+    for pid in list(_dying):
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                continue
+        _dying.remove(pid)
+    return _dying
 
 
 def end(settings: Settings, maps: Maps, container: Container) -> None:

@@ -1,6 +1,6 @@
 """The program's side of `graft run`: what a fresh process does to itself before it becomes the program.
 
-    fork ── cgroup ── namespace ── filter ── (listener to the parent, wait for go) ── ids ── exec
+    fork ── cgroup ── namespace ── filter ── (listener to the parent, wait for go) ── rights, ids ── exec
 
 Runs in the child of a single-threaded parent. The filter goes on while the process is still root's, so that
 no_new_privs is not needed and set-user-id programs work as ever.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graft.errors import GraftError, KernelError
-from graft.kernel import cgroup, netns, process, seccomp
+from graft.kernel import capabilities, cgroup, keyring, netns, process, seccomp, terminal
 
 _HELLO = struct.Struct("=QB")
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as a shell ends for a command it cannot start
@@ -125,9 +125,28 @@ def _prepare(plan: Launch, control: socket.socket) -> None:
 
 
 def _become(plan: Launch) -> None:
+    """Give up what the program is not to have, and become it.
+
+    Root's program keeps what root has, but for the one capability by which a *socket* would undo its confinement:
+    with CAP_NET_ADMIN a socket of the host's stack changes the host's network, or opens its namespace
+    (docs/security.md). Other ways out that root has (CAP_SYS_ADMIN and setns(2), CAP_SYS_PTRACE, the files of the
+    host) are root's without any socket: taking capabilities away would close none of them to a program that owns
+    every file, and break those that need them. What is not to be trusted runs as another user, with nothing of root's.
+    """
     if not plan.keep_net_admin:
-        process.give_up_capability(process.CAP_NET_ADMIN)
+        capabilities.give_up(capabilities.CAP_NET_ADMIN)
     if plan.user is not None:
-        process.become(plan.user)
+        _leave_root(plan.user)
     process.default_signals(plan.signal_mask)
     os.execvp(plan.command[0], plan.command)
+
+
+def _leave_root(user: process.User) -> None:
+    """Become ``user``, in the terminal of root's that started this, but with no way back through it or root's keys."""
+    terminal.refuse_typing()
+    keyring.leave_session_keyring()  # while root: the new one is counted as root's, so that no user's quota refuses it
+    process.become(user)
+    if user.uid != 0:
+        # The change of ids takes away what is permitted, unless the caller's securebits say otherwise, and leaves what
+        # is inheritable, which a file's capabilities would make permitted again.
+        capabilities.give_up_all()

@@ -6,13 +6,13 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from graft import containers, held, splice
+from graft import containers, held, liveness, splice
 from graft.containers import Container
+from graft.errors import GraftError
 from graft.held import Held
-from graft.kernel import cgroup, process
+from graft.kernel import cgroup, tasks
 from graft.lifecycle import supervisors_cgroup
 from graft.maps import Maps
 from graft.settings import Settings
@@ -20,13 +20,17 @@ from graft.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A container as it is now. ``namespaces`` are inodes; ``supervisor`` is 0 where none is needed."""
+    """A container as it is now. ``namespaces`` are inodes; ``supervisors`` is empty where none is needed.
+
+    ``stuck`` are those of the supervisors that do not answer; ``sockets`` is None where the kernel did not tell.
+    """
 
     container: Container
     processes: int
     namespaces: tuple[int, ...]
-    supervisor: int
-    sockets: tuple[Held, ...]
+    supervisors: tuple[int, ...]
+    stuck: frozenset[int]
+    sockets: tuple[Held, ...] | None
     relay: Mapping[str, Any] | None = None
     """Transport splice: what graft.splice.describe tells."""
 
@@ -36,15 +40,46 @@ def overview(settings: Settings) -> list[Seen]:
     maps = Maps(settings.pin_dir)
     containers.reap(settings, maps)
     listed = containers.listing(settings)
-    sockets = held.of(settings, maps, listed)
+    with held.host_stack(settings) as stack:
+        sockets = held.of(settings, listed, stack)
     supervisors = cgroup.processes(supervisors_cgroup(settings))
+    stuck = liveness.stuck(supervisors)
+    relays = _relays(settings, listed)
     found = []
     for container in listed:
         pids = cgroup.processes(container.cgroup_path)
-        supervisor = supervisor_of(container, supervisors)
-        relay = splice.describe(settings, container) if container.transport == "splice" else None
-        found.append(Seen(container, len(pids), namespaces_of(pids), supervisor, tuple(sockets[container.id]), relay))
+        serving = supervisors_of(container, supervisors)
+        found.append(
+            Seen(
+                container=container,
+                processes=len(pids),
+                namespaces=namespaces_of(pids),
+                supervisors=serving,
+                stuck=stuck.intersection(serving),
+                sockets=None if sockets is None else tuple(sockets[container.id]),
+                relay=relays.get(container.id),
+            )
+        )
     return found
+
+
+def _relays(settings: Settings, listed: Sequence[Container]) -> dict[int, Mapping[str, Any]]:
+    """What graftd tells of the containers that it serves. One that does not answer is not asked again."""
+    found: dict[int, Mapping[str, Any]] = {}
+    problem = None
+    for container in listed:
+        if container.transport != "splice":
+            continue
+        try:
+            found[container.id] = _silent(problem) if problem else splice.describe(settings, container)
+        except GraftError as error:
+            problem = error.message
+            found[container.id] = _silent(problem)
+    return found
+
+
+def _silent(problem: str) -> Mapping[str, Any]:
+    return {"serves": False, "problem": problem}
 
 
 def namespaces_of(pids: Sequence[int]) -> tuple[int, ...]:
@@ -56,10 +91,9 @@ def namespaces_of(pids: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(seen))
 
 
-def supervisor_of(container: Container, supervisors: Sequence[int]) -> int:
-    """The process that serves a container: a child of its holder, among those of the supervisors' cgroup."""
-    for pid in supervisors if container.pid else ():
-        with contextlib.suppress(OSError):
-            if process.parse_parent(Path(f"/proc/{pid}/stat").read_bytes()) == container.pid:
-                return pid
-    return 0
+def supervisors_of(container: Container, supervisors: Sequence[int]) -> tuple[int, ...]:
+    """The processes that serve a container: children of its holder, among those of the supervisors' cgroup."""
+    if not container.pid:
+        return ()
+    known = ((pid, tasks.activity(pid)) for pid in supervisors)
+    return tuple(pid for pid, found in known if found is not None and found.parent == container.pid)

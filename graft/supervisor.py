@@ -44,6 +44,7 @@ from graft.kernel.pidfd import MemoryReader
 from graft.kernel.seccomp import Listener, Notification, architecture
 from graft.layout import PROBED_FLAGS, PROBED_OWNED, Home
 from graft.processes import Process, Processes
+from graft.unheard import Unheard
 
 _IPPROTO_MPTCP = 262
 _SOCKADDR_SIZE = 28  # sizeof(struct sockaddr_in6)
@@ -92,7 +93,7 @@ class Supervisor:
         self._architecture, numbers = architecture()
         self._calls = {number: Call[name.upper()] for name, number in numbers.items()}
         self._references = 0
-        self._unheard: set[tuple[int, int]] = set()
+        self._unheard = Unheard()
         self._replaced: list[int] = []
 
     def calibrate(self) -> None:
@@ -138,11 +139,7 @@ class Supervisor:
 
     def _was_unheard(self, notification: Notification) -> bool:
         """Whether this may be the restart of a bind that was done, but that a signal kept from hearing so."""
-        caller = (notification.pid, notification.fd)
-        if caller not in self._unheard:
-            return False
-        self._unheard.discard(caller)
-        return True
+        return self._unheard.take(notification.pid, notification.fd)
 
     def _bound_already(self, notification: Notification, call: Call) -> bool:
         """Whether the descriptor of this bind is the bound twin of just this address already."""
@@ -178,7 +175,7 @@ class Supervisor:
         if error is None:
             self._listener.resume(unique)
         elif not self._listener.answer(unique, error) and not error:
-            self._unheard.add((notification.pid, fd))
+            self._unheard.add(notification.pid, fd)
         self._tidy()
 
     def _tidy(self) -> None:

@@ -18,6 +18,7 @@ from _socket import socket as Socket  # socket.socket's own base: a third of its
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from graft.kernel.capabilities import CAP_NET_ADMIN
 from graft.kernel.credentials import as_user, with_capabilities
 from graft.layout import Options
 
@@ -27,7 +28,7 @@ SOL_IP, SOL_SOCKET, SOL_TCP, SOL_IPV6 = 0, 1, 6, 41
 _SNDBUF, _RCVBUF, _SNDBUFFORCE, _RCVBUFFORCE = 7, 8, 32, 33
 _PRIORITY, _ATTACH_FILTER, _LOCK_FILTER = 12, 26, 44
 _TCP_CONGESTION = 13
-_CAP_NET_ADMIN = 12  # linux/capability.h
+
 # asm-generic/fcntl.h, linux/fcntl.h
 _F_SETSIG, _F_GETSIG, _F_SETOWN_EX, _F_GETOWN_EX, _F_GETOWNER_UIDS = 10, 11, 15, 16, 17
 IPV6_V6ONLY = 26
@@ -151,7 +152,7 @@ def _attach_filter(sock: Socket, code: bytes) -> None:
     held = ctypes.create_string_buffer(code, len(code))
     program = _SockFprog(len(code) // 8, ctypes.addressof(held))
     if code:
-        with with_capabilities(_CAP_NET_ADMIN):
+        with with_capabilities(CAP_NET_ADMIN):
             libc.setsockopt(sock.fileno(), SOL_SOCKET, _ATTACH_FILTER, ctypes.byref(program), ctypes.sizeof(program))
 
 

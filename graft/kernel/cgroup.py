@@ -12,11 +12,13 @@ import os
 import re
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from graft.errors import KernelError
 
+_PATH_MAX = 4096  # bytes, with the one behind it (linux/limits.h)
 _MOUNT_POINT = 4  # which field of a line of mountinfo
 _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")  # how the kernel writes blanks, newlines and backslashes there
 
@@ -42,6 +44,15 @@ def parse_mounts(mountinfo: bytes) -> Path:
 def cgroup_id(path: Path) -> int:
     """The kernel's id of a cgroup: the inode number of its folder (bpf_get_current_cgroup_id(2))."""
     return path.stat().st_ino
+
+
+def ids(path: Path) -> frozenset[int]:
+    """The kernel's ids of a cgroup and of all below it; empty where it is gone."""
+    found: set[int] = set()
+    for folder in tree(path):
+        with contextlib.suppress(OSError):
+            found.add(os.stat(folder).st_ino)
+    return frozenset(found)
 
 
 def of_process(pid: int) -> Path:
@@ -70,29 +81,34 @@ def enter(path: Path) -> None:
 
 
 def tree(path: Path) -> Iterator[Path]:
-    """A cgroup and all below it, each before those below it; nothing where it is gone.
+    """A cgroup and all below it, each before those below it, looked for as they are asked for; none where it is gone.
 
     With a list of what is left to do, and no function that calls itself (as os.walk() does): a container that may make
-    cgroups may make them a thousand deep.
+    cgroups may make them a thousand deep. Those that are too deep for a path to lead there are left out.
     """
-    left = [path]
-    while left:
-        folder = left.pop()
-        try:
-            with os.scandir(folder) as entries:
-                left += [folder / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        except OSError:  # it is gone, or so deep that a path does not lead there any more
-            continue
-        yield folder
+    if not os.path.exists(path):
+        return
+    yield path
+    folders = deque([path])
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.popleft()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) and len(os.fsencode(entry.path)) < _PATH_MAX:
+                    yield Path(entry.path)
+                    folders.append(Path(entry.path))
+
+
+def each_process(path: Path) -> Iterator[int]:
+    """The processes of a cgroup and of all below it, one after the other."""
+    for folder in tree(path):
+        with contextlib.suppress(OSError), (folder / "cgroup.procs").open("rb") as listed:
+            for line in listed:
+                yield int(line)
 
 
 def processes(path: Path) -> list[int]:
     """The processes of a cgroup and of all below it; empty where it is gone."""
-    pids: list[int] = []
-    for folder in tree(path):
-        with contextlib.suppress(OSError):
-            pids += [int(pid) for pid in (folder / "cgroup.procs").read_bytes().split()]
-    return pids
+    return list(each_process(path))
 
 
 def populated(path: Path) -> bool:

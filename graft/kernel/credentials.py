@@ -14,34 +14,15 @@ Sources: setresuid(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 from collections.abc import Iterator
 
+from graft.kernel import capabilities
 from graft.kernel.syscalls import syscall
 
 _ROOT = 0
 _UNMAPPED = 0xFFFFFFFF  # (uid_t) -1: an id that this user namespace has no number for; setresuid: "leave it as it is"
-
-
-class _Header(ctypes.Structure):
-    """struct __user_cap_header_struct of linux/capability.h; pid 0 is the calling thread."""
-
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Half(ctypes.Structure):
-    """struct __user_cap_data_struct: 32 capabilities."""
-
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
-
-
-class _Capabilities(ctypes.Structure):
-    _fields_ = (("low", _Half), ("high", _Half))
-
-
-_HEADER = _Header(version=0x20080522)  # _LINUX_CAPABILITY_VERSION_3
 
 
 @contextlib.contextmanager
@@ -67,18 +48,17 @@ def with_capabilities(*wanted: int) -> Iterator[None]:
 
     Its user ids stay. Raises OSError.
     """
-    had = _Capabilities()
-    syscall("capget", ctypes.byref(_HEADER), ctypes.byref(had))
-    fewer = _Capabilities.from_buffer_copy(had)
+    had = capabilities.current()
+    fewer = type(had).from_buffer_copy(had)
     mask = sum(1 << one for one in wanted)
-    fewer.low.effective = had.low.permitted & mask
-    fewer.high.effective = had.high.permitted & mask >> 32
-    syscall("capset", ctypes.byref(_HEADER), ctypes.byref(fewer))
+    for half, allowed in zip(fewer, (mask & 0xFFFFFFFF, mask >> 32), strict=True):
+        half.effective = half.permitted & allowed
+    capabilities.change(fewer)
     try:
         yield
     finally:
         with _or_end():
-            syscall("capset", ctypes.byref(_HEADER), ctypes.byref(had))
+            capabilities.change(had)
 
 
 @contextlib.contextmanager

@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
 
-from graft.kernel.process import parse_thread_group
 from graft.kernel.syscalls import number, syscall
+from graft.kernel.tasks import parse_thread_group
 
 _libc = ctypes.CDLL(None, use_errno=True)
 PIDFD_THREAD = os.O_EXCL  # since 6.9, include/uapi/linux/pidfd.h
@@ -56,6 +57,13 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
         code = ctypes.get_errno()
         raise OSError(code, f"pidfd_getfd: {os.strerror(code)}")
     return copy
+
+
+def is_over(pidfd: int) -> bool:
+    """Whether that process has ended, waited for or not."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class _Iovec(ctypes.Structure):

@@ -1,7 +1,6 @@
-"""What a process does to itself before it becomes another program: capabilities, ids, signals, limits. And what /proc
-says of another one.
+"""What a process does to itself before it becomes another program: ids, signals, limits.
 
-Sources: capabilities(7), prctl(2), execve(2), signal(7), proc_pid_stat(5), proc_pid_status(5).
+Sources: prctl(2), execve(2), signal(7). Capabilities: graft/kernel/capabilities.py.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import ctypes
 import grp
 import os
 import pwd
-import re
 import resource
 import signal
 from collections.abc import Iterable
@@ -21,11 +19,6 @@ from graft.errors import NotFoundError
 from graft.kernel.syscalls import syscall
 
 _PR_SET_NAME = 15
-_PR_CAPBSET_DROP = 24
-_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_LOWER = 47, 3
-CAP_NET_ADMIN = 12
-_NUMBER = re.compile(rb"[0-9]{1,10}")
-_TGID = re.compile(rb"^Tgid:\t([0-9]{1,10})$", re.M)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +57,6 @@ def become(user: User) -> None:
     os.setresuid(user.uid, user.uid, user.uid)
 
 
-def give_up_capability(capability: int) -> None:
-    """Make sure that no program executed from here, also one of root's, ever has ``capability`` again."""
-    syscall("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
-    with contextlib.suppress(OSError):
-        syscall("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_LOWER, capability, 0, 0)
-
-
 def default_signals(mask: Iterable[signal.Signals]) -> None:
     """Undo what Python did to signals at its start, and take back the mask of before."""
     for name in ("SIGPIPE", "SIGXFSZ"):
@@ -100,24 +86,6 @@ def close_all_but(keep: Iterable[int]) -> None:
         os.closerange(first, fd)
         first = max(first, fd + 1)
     os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-
-
-def parse_parent(stat: bytes) -> int:
-    """The parent in /proc/PID/stat; 0 where that is no such text.
-
-    It is the fourth field, after a name in brackets that may hold anything, brackets and newlines too.
-    """
-    fields = stat.rpartition(b")")[2].split()
-    return int(fields[1]) if len(fields) > 1 and _NUMBER.fullmatch(fields[1]) else 0
-
-
-def parse_thread_group(status: bytes) -> int:
-    """The process id of a thread in /proc/TID/status; 0 where it is not there.
-
-    The name, which the program chooses, stands before it; the kernel writes a newline in it as two characters.
-    """
-    found = _TGID.search(status)
-    return int(found[1]) if found else 0
 
 
 def call_oneself(name: str) -> None:

@@ -1,4 +1,4 @@
-"""seccomp user notification: the filter, the listener, and its ioctls.
+"""seccomp user notification: the filter, the listener, and its ioctls. (Another filter: graft/kernel/terminal.py.)
 
 Sources: seccomp(2), seccomp_unotify(2), include/uapi/linux/seccomp.h, include/uapi/linux/audit.h. The
 filter looks at the system call's number and architecture only: it cannot see the memory behind a pointer.
@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import select
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -97,15 +98,26 @@ def install_listener() -> tuple[int, bool]:
     sends all the time, from restarting a call that a supervisor is at work on.
     """
     text = filter_program()
-    held = ctypes.create_string_buffer(text, len(text))
-    program = _FilterProgram(len(text) // 8, ctypes.addressof(held))
     try:
-        flags = _FLAG_NEW_LISTENER | _FLAG_WAIT_KILLABLE_RECV
-        return syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(program)), True
+        return install(text, _FLAG_NEW_LISTENER | _FLAG_WAIT_KILLABLE_RECV), True
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    return syscall("seccomp", _SET_MODE_FILTER, _FLAG_NEW_LISTENER, ctypes.byref(program)), False
+    return install(text, _FLAG_NEW_LISTENER), False
+
+
+def install(text: bytes, flags: int = 0) -> int:
+    """Put a filter on the calling process, for ever. Needs CAP_SYS_ADMIN (or no_new_privs). Raises OSError."""
+    held = ctypes.create_string_buffer(text, len(text))
+    program = _FilterProgram(len(text) // 8, ctypes.addressof(held))
+    return syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(program))
+
+
+def hung_up(listener: int) -> bool:
+    """Whether every process under the filter of that notification descriptor is gone (5.9)."""
+    poll = select.poll()
+    poll.register(listener, 0)
+    return bool(poll.poll(0))
 
 
 class Notification(NamedTuple):

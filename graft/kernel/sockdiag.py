@@ -1,11 +1,16 @@
-"""Listening TCP sockets of a network namespace, from the kernel's socket diagnostics.
+"""Sockets of a network namespace, from the kernel's socket diagnostics: listed, and ended.
 
-Sources: sock_diag(7), include/uapi/linux/inet_diag.h, netlink(7). By hand, because this is asked several times a
-second for each container: a netlink socket belongs to the namespace that it was made in, and is kept.
+Sources: sock_diag(7), netlink(7), include/uapi/linux/inet_diag.h and sock_diag.h; net/ipv4/inet_diag.c. By hand,
+because listeners are asked for several times a second for each container: a netlink socket belongs to the namespace
+that it was made in, and is kept.
+
+A listing takes the lock of no socket, as long as it does not ask for tcp_info. To end a socket takes its lock, and may
+never return (graft/expendable.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -13,20 +18,35 @@ import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
+_SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_REQUEST_DUMP = 0x1 | 0x300
+_REQUEST_DUMP, _REQUEST_ACK = 0x1 | 0x300, 0x1 | 0x4
 _TCP_LISTEN = 10
 _THE_KERNEL = 0  # its port id (netlink(7))
-_SKV6ONLY, _CGROUP_ID = 11, 21  # INET_DIAG_*; the second since 5.9
+_PIECE_BYTES = 8192  # the least that holds a message whatever the size of a page (NLMSG_GOODSIZE): 65 listeners
+_LARGE_BYTES = 1 << 16
+_EVERY_STATE = 0xFFFFFFFF
+IPPROTO_MPTCP = 262
+# INET_DIAG_* of what is told; the last since 5.9
+_SKV6ONLY, _SK_BPF_STORAGES, _CGROUP_ID = 11, 20, 21
+# INET_DIAG_REQ_* and SK_DIAG_BPF_STORAGE_*: which socket storage to tell of (5.7), a protocol beyond 255 (5.10)
+_REQUEST_STORAGES, _REQUEST_PROTOCOL = 2, 3
+_STORAGE_MAP, _STORAGE_VALUE = 1, 3
+_NESTED = 0x8000
 
 _HEADER = struct.Struct("=IHHII")
-_REQUEST = struct.Struct("=BBBBI48x")
+# struct inet_diag_req_v2: family, protocol, extensions, -, states; struct inet_diag_sockid
+_REQUEST = struct.Struct("=BBBBI48s")
 # struct inet_diag_msg: family, state, timer, retrans; ports in network order; addresses; interface; cookie; ...
 _MESSAGE = struct.Struct("=BBBB2s2s16s16sIII5I")
+_IDENTITY = slice(4, 52)  # the struct inet_diag_sockid in it, as a request names a socket
+_REMOTE_PORT = slice(2, 4)  # in that
 _ATTRIBUTE = struct.Struct("=HH")
+_NUMBER = struct.Struct("=I")
+_TRIES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +62,43 @@ class Listening:
     inode: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What names a socket to the kernel, in its namespace: ``sockid`` is a struct inet_diag_sockid."""
+
+    family: int
+    protocol: int
+    sockid: bytes
+
+    @property
+    def cookie(self) -> bytes:
+        """The socket's own number, never given to another one while the machine is up."""
+        return self.sockid[-8:]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A socket of any state; ``stored`` is its value in the socket storage that was asked for, None without one.
+
+    (Of a UDP socket no storage is told, see inet_sk_diag_fill().) Addresses and ports are (packed address, port);
+    ``cgroup`` is the id of the one that it was born in.
+    """
+
+    identity: Identity
+    state: int
+    local: tuple[bytes, int]
+    remote: tuple[bytes, int]
+    inode: int
+    cgroup: int
+    stored: bytes | None
+
+
 class Diagnostics:
-    """A netlink socket of one namespace; it has to be made there."""
+    """A netlink socket of one namespace; it has to be made there. After an OSError it is of no more use."""
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
-        self._sock.settimeout(5)  # the kernel answers at once; a daemon must not wait for ever if it does not
+        self._sock.setblocking(False)  # the kernel fetches each piece while the one before it is taken
         # Who has CAP_NET_ADMIN over the namespace, such as a container's root, may send here what looks like an answer.
         # To a socket that is connected to the kernel nobody else can (netlink_getsockbyportid, af_netlink.c).
         self._sock.connect((_THE_KERNEL, 0))
@@ -56,29 +107,92 @@ class Diagnostics:
         """Give the socket back."""
         self._sock.close()
 
-    def listening(self) -> list[Listening]:
-        """Every listening TCP socket of the namespace. Raises OSError."""
-        return [found for family in (socket.AF_INET, socket.AF_INET6) for found in self._dump(family)]
+    def listening(self) -> Iterator[list[Listening]]:
+        """Every listening TCP socket of the namespace, some at a time, to be asked for to the end. Raises OSError."""
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for piece in self._dump(family, socket.IPPROTO_TCP, 1 << _TCP_LISTEN, _PIECE_BYTES):
+                with _refusing():
+                    found = [parse(message) for message in piece]
+                yield found
 
-    def _dump(self, family: int) -> Iterator[Listening]:
-        body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _TCP_LISTEN)
-        header = _HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 0, 0)
-        self._sock.send(header + body)
-        while True:
-            data = self._sock.recv(1 << 16)
+    def every(self, protocol: int, storage: int) -> list[Found]:
+        """Every socket of a protocol, with what it has in the socket storage map ``storage`` (a descriptor).
+
+        None of a protocol that the kernel knows no diagnostics for. Raises OSError.
+        """
+        found: list[Found] = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(FileNotFoundError), _refusing():
+                for piece in self._dump(family, protocol, _EVERY_STATE, _LARGE_BYTES, storage):
+                    found += [parse_found(protocol, message) for message in piece]
+        return found
+
+    def destroy(self, one: Identity, shared: bool = False) -> None:
+        """End a socket: its connection is reset, a listener listens no more. Needs CAP_NET_ADMIN, takes its lock.
+
+        ``shared``: others may have the same address (SO_REUSEPORT). The kernel chooses among them by the remote end, so
+        one after the other is named until it comes to this socket. Raises OSError: ENOENT where there is no such
+        socket, EOPNOTSUPP for a kernel that ends none (CONFIG_INET_DIAG_DESTROY).
+        """
+        for port in range(_TRIES if shared else 1):
+            sockid = bytearray(one.sockid)
+            if port:
+                sockid[_REMOTE_PORT] = port.to_bytes(2, "big")
             try:
-                for kind, message in split(data):
-                    if kind == _NLMSG_DONE:
-                        return
-                    yield parse(message)
-            except ValueError as error:
-                raise OSError(errno.EBADMSG, f"sock_diag: {error}") from error
+                return self._destroy(one, bytes(sockid))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    def _destroy(self, one: Identity, sockid: bytes) -> None:
+        body = _REQUEST.pack(one.family, one.protocol, 0, 0, _EVERY_STATE, sockid)
+        self._send(_SOCK_DESTROY, _REQUEST_ACK, body)
+        _answered(self._sock.recv(_LARGE_BYTES))
+
+    def _dump(
+        self, family: int, protocol: int, states: int, at_once: int, storage: int | None = None
+    ) -> Iterator[list[bytes]]:
+        """The messages of a listing, ``at_once`` bytes of them at a time. Nothing else may be asked until its end."""
+        body = _REQUEST.pack(family, min(protocol, 255), 0, 0, states, bytes(48))
+        if protocol > 255:
+            body += _attribute(_REQUEST_PROTOCOL, _NUMBER.pack(protocol))
+        if storage is not None:
+            body += _attribute(_REQUEST_STORAGES | _NESTED, _attribute(_STORAGE_MAP, _NUMBER.pack(storage)))
+        self._send(_SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, body)
+        is_last = False
+        while not is_last:
+            piece, is_last = _answered(self._sock.recv(at_once))
+            yield piece
+
+    def _send(self, kind: int, flags: int, body: bytes) -> None:
+        self._sock.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, 0, 0) + body)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What is no answer of the kernel's is an OSError."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(errno.EBADMSG, f"sock_diag: {error}") from error
+
+
+def _answered(data: bytes) -> tuple[list[bytes], bool]:
+    """The sockets in what was received, and whether that is the last of it. Raises OSError."""
+    found: list[bytes] = []
+    with _refusing():
+        for kind, message in split(data):
+            if kind in (_NLMSG_DONE, _NLMSG_ERROR):
+                return found, True
+            found.append(message)
+    return found, False
 
 
 def split(data: bytes) -> Iterator[tuple[int, bytes]]:
     """The netlink messages in ``data`` (netlink(7)): kind, and what follows the header.
 
-    Raises ValueError for what are none, and the OSError that an error message tells of.
+    Raises ValueError for what are none, and the OSError that an error message tells of, unless it tells of success.
     """
     offset = 0
     while offset + _HEADER.size <= len(data):
@@ -86,8 +200,8 @@ def split(data: bytes) -> Iterator[tuple[int, bytes]]:
         if not _HEADER.size <= size <= len(data) - offset:
             raise ValueError(f"a message of {size} bytes where {len(data) - offset} are left")
         message = data[offset + _HEADER.size : offset + size]
-        if kind == _NLMSG_ERROR:
-            code = int.from_bytes(message[:4], sys.byteorder, signed=True)
+        code = int.from_bytes(message[:4], sys.byteorder, signed=True) if kind == _NLMSG_ERROR else 0
+        if code:
             raise OSError(-code, f"sock_diag: {os.strerror(-code)}")
         yield kind, message
         offset += size + 3 & ~3
@@ -95,9 +209,7 @@ def split(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 def parse(message: bytes) -> Listening:
     """From struct inet_diag_msg with its attributes. Raises ValueError for too little of it."""
-    if len(message) < _MESSAGE.size:
-        raise ValueError(f"a socket in {len(message)} bytes")
-    family, _state, _timer, _retrans, port, _peer, source, _target, device, *rest = _MESSAGE.unpack_from(message)
+    family, _state, _timer, _retrans, port, _peer, source, _target, device, *rest = _fields(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
     return Listening(
         family=4 if family == socket.AF_INET else 6,
@@ -110,10 +222,39 @@ def parse(message: bytes) -> Listening:
     )
 
 
+def parse_found(protocol: int, message: bytes) -> Found:
+    """The same for a socket of any state. Raises ValueError."""
+    family, state, _timer, _retrans, port, peer, source, target, _device, *rest = _fields(message)
+    attributes = dict(_attributes(message, _MESSAGE.size))
+    size = 4 if family == socket.AF_INET else 16
+    stored = None
+    for _, one in _attributes(attributes.get(_SK_BPF_STORAGES, b""), 0):
+        stored = dict(_attributes(one, 0)).get(_STORAGE_VALUE, stored)
+    return Found(
+        identity=Identity(family, protocol, message[_IDENTITY]),
+        state=state,
+        local=(source[:size], int.from_bytes(port, "big")),
+        remote=(target[:size], int.from_bytes(peer, "big")),
+        inode=rest[-1],
+        cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder),
+        stored=stored,
+    )
+
+
+def _fields(message: bytes) -> tuple[Any, ...]:
+    if len(message) < _MESSAGE.size:
+        raise ValueError(f"a socket in {len(message)} bytes")
+    return _MESSAGE.unpack_from(message)
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
+
+
 def _attributes(message: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
     while offset + _ATTRIBUTE.size <= len(message):
         size, kind = _ATTRIBUTE.unpack_from(message, offset)
         if size < _ATTRIBUTE.size:
             return
-        yield kind, message[offset + _ATTRIBUTE.size : offset + size]
+        yield kind & ~_NESTED, message[offset + _ATTRIBUTE.size : offset + size]
         offset += size + 3 & ~3

@@ -11,12 +11,13 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from graft.compile import compile_policy
 from graft.errors import GraftError, RefusedError, UsageError
 from graft.kernel import cgroup, netns
+from graft.kernel.seccomp import hung_up
 from graft.layout import Transport
 from graft.lifecycle import keepers_cgroup, up
 from graft.runtime import shim
@@ -66,6 +67,25 @@ def _listening(path: Path):  # type: ignore[no-untyped-def]
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _pinned(pid: int, listener: int) -> Iterator[int | None]:
+    """A pidfd of the process that a message is about; None where the message does not say which, or it has ended.
+
+    For as long as the container likes to draw out what follows, it names that process and no other that is given its
+    number. Only a process that the listener's filter is on sends one: where it has gone from all, the number may be
+    anybody's by now.
+    """
+    try:
+        process = os.pidfd_open(pid) if pid else None
+    except OSError:
+        process = None
+    try:
+        yield None if hung_up(listener) else process
+    finally:
+        if process is not None:
+            os.close(process)
+
+
 class Reception:
     """Takes listeners of any container, and has each container attached when the first one comes."""
 
@@ -100,18 +120,23 @@ class Reception:
         listener = message.take_listener(state)
         if listener is None:
             return
+        with _pinned(state.pid, listener) as first:
+            try:
+                self._attach(state, listener, first)
+            except (GraftError, OSError) as error:
+                self._refuse(state, error, first)
+
+    def _attach(self, state: State, listener: int, first: int | None) -> None:
+        """Attach a container, or give one that is attached another supervisor. ``listener`` is not ours afterwards."""
         known = self._attachments.get(state.id)
         try:
+            if known is None and first is None:
+                raise RefusedError("the container's first process has ended")
             attachment = known or shim.Attachment(self._plan(state))
-        except (GraftError, OSError) as error:
+        except BaseException:
             os.close(listener)
-            self._refuse(state, error)
-            return
-        try:
-            attachment.take(state, listener)
-        except (GraftError, OSError) as error:
-            self._refuse(state, error)
-            return
+            raise
+        attachment.take(state, listener, first)
         if known is None:
             self._attachments[state.id] = attachment
             attachment.watch(self._loop)
@@ -131,11 +156,9 @@ class Reception:
         compile_policy(policy, policy.resolve(known))
         return shim.Plan(self._settings, policy, Transport.SWAP, state.id, None, self._here)
 
-    def _refuse(self, state: State, error: GraftError | OSError) -> None:
+    def _refuse(self, state: State, error: GraftError | OSError, first: int | None) -> None:
         self._say(f"{state.id[:12]}: refused, and ended: {shim.told(error)}")
-        if state.id in self._attachments or not state.pid:
+        if state.id in self._attachments or first is None:
             return  # a process that came later: without a listener its calls fail, and its container goes on
         with contextlib.suppress(OSError):
-            pidfd = os.pidfd_open(state.pid)
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.close(pidfd)
+            signal.pidfd_send_signal(first, signal.SIGKILL)

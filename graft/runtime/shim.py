@@ -28,6 +28,7 @@ from graft.containers import Container
 from graft.errors import GraftError, RefusedError
 from graft.holder import Holder
 from graft.kernel import cgroup, netns, process
+from graft.kernel.pidfd import is_over
 from graft.layout import Transport
 from graft.lifecycle import keepers_cgroup
 from graft.maps import Maps
@@ -64,14 +65,20 @@ class Attachment:
         self._events: int | None = None
         self.container: Container | None = None
 
-    def attach(self, state: State) -> None:
-        """Put the container that ``state`` tells of under its policy, if it is not yet. Raises GraftError."""
+    def attach(self, state: State, first: int | None = None) -> None:
+        """Put the container that ``state`` tells of under its policy, if it is not yet. Raises GraftError.
+
+        ``first`` is a pidfd of its first process, where that process does not wait for the answer.
+        """
         plan = self._plan
         if state.id != plan.id:
             raise RefusedError(f"the container {state.id!r} is not the one that this supervisor waits for")
         if self.container is not None:
             return
         path, cookie = _look(state.pid, plan)
+        if first is not None and is_over(first):
+            # Its number may be another process's by now, and what was found by it not the container's.
+            raise RefusedError("the container's first process has ended")
         maps = Maps(plan.settings.pin_dir)
         shim = 0 if plan.transport is Transport.DIRECT else os.getpid()
         # A listening Graft that was started anew finds containers that it attached before.
@@ -81,13 +88,13 @@ class Attachment:
         )
         self._events = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
 
-    def take(self, state: State, listener: int) -> None:
+    def take(self, state: State, listener: int, first: int | None = None) -> None:
         """Start a supervisor for a listener, which is this object's from here on, whatever happens.
 
-        Raises GraftError where it is not of this container.
+        ``first``: as for `attach`. Raises GraftError where the listener is not of this container.
         """
         try:
-            self.attach(state)
+            self.attach(state, first)
             self._check(state.pid)
         except BaseException:
             os.close(listener)

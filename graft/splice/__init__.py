@@ -5,15 +5,29 @@
     handed.py       a flow that the kernel moves: catching up, and its end
     sockmap.py      the maps by which it does
     selftest.py     whether this kernel does it right
+    verdict.py      how long what that found holds
+    kernel_relay.py the relay in the kernel for whoever is to have it, once it has passed
+
     loop.py         the event loop
+    turns.py        whose turn it is in the loop (pure)
+    jobs.py         work that takes more than one turn
+    aside.py        calls that wait, made in threads
+    shares.py       who may have one more of what is scarce (pure)
+    room.py         a container's turns, descriptors and pipes
+
     inside.py       sockets made in a container's namespace
+    namespaces.py   the namespaces that they are made in
     choice.py       which listeners are published, and what is dialled for them (pure)
-    door.py         listeners, and accepting while there is room
+    survey.py       what a container listens on, in steps
+    door.py         a listener: accepting while there is room
     inward.py       a listener on an endpoint
     outward.py      the relay inside, to which the connect hook turns granted connections
     relays.py       both, for one container
+    records.py      which containers there are
+    served.py       one container's course in the daemon
     service.py      all containers: what graft/daemon.py runs
     control.py      how commands talk to the daemon
+    commands.py     the daemon's end of that
 
 The hooks behind it are in bpf/splice.bpf.c, the relay in the kernel in bpf/relay.bpf.c. This module is what `graft
 attach`, `detach` and `ps` call.
@@ -31,6 +45,7 @@ from graft.settings import Settings
 from graft.splice import control
 
 RELAYS = ("splice", "kernel")
+_LOOK_SECONDS = 10.0  # that a daemon may take to say how it is
 
 
 def check_relay(settings: Settings, name: str) -> None:
@@ -40,9 +55,9 @@ def check_relay(settings: Settings, name: str) -> None:
     """
     if name != "kernel":
         return
-    from graft.splice import selftest
+    from graft.splice import verdict
 
-    problem = selftest.verdict(settings)
+    problem = verdict.verdict(settings).problem
     if not problem and not (settings.pin_dir / "flows").exists():
         problem = "it was not loaded when Graft came up"
     if problem:
@@ -80,10 +95,11 @@ def describe(settings: Settings, container: Container) -> dict[str, Any]:
 
     pid, serves, problem, relay (how new connections are moved);
     published: [{endpoint (id), address, listener, dials, connections, served}];
-    failed: [{endpoint, listener, error}]; not_granted: [listener]; left_out (how many of these three, where they are
-    very many); out: {port, served}; connections.
+    failed: [{endpoint, listener, error}]; not_granted: [listener], the first of them, and more_not_granted, how many
+    others; too_many: listeners that a rule names, beyond what one container may have published; out: {port, served};
+    connections.
     """
-    found = control.ask(settings, {"do": "describe", "container": container.id})
+    found = control.ask(settings, {"do": "describe", "container": container.id}, _LOOK_SECONDS)
     return {"serves": False, "problem": "the daemon does not run"} if found is None else found
 
 

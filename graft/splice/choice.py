@@ -8,11 +8,12 @@ not by one for 0.0.0.0: who binds the loopback address means not to be reached.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from graft.kernel.sockdiag import Listening
 
+MOST_OTHERS = 64
 _ANY = bytes(16)
 _LOOPBACK4 = "127.0.0.1"
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -78,34 +79,92 @@ def target(family: int, address: bytes, port: int, v6only: bool) -> Target:
     return Target(socket.AF_INET6, text, port, None if text == "::1" else "::1")
 
 
-def _preference(listener: Listening) -> tuple[int, int, int, bytes]:
-    """Where several listeners are granted one endpoint: the widest, and then always the same one."""
-    scope = 0 if listener.address == _ANY else 2 if listener.address[0] == 127 else 1
-    return scope, listener.family, listener.port, listener.address
+class Choice:
+    """Which of a namespace's listeners to publish: those of the container's own ``cgroups``, told one after the other.
 
-
-def publications(
-    listeners: Iterable[Listening],
-    cgroups: Collection[int],
-    lookup: Callable[[int, bytes, int], PlacedEndpoint | None],
-) -> list[Publication]:
-    """What to publish of a namespace's ``listeners``: those of the container's own ``cgroups``.
-
-    ``lookup`` gives the endpoint that a bind of (family, address, port) becomes. An endpoint with a port
-    of its own serves one listener; one with a dynamic port serves each on a port of the kernel's choice.
+    ``lookup`` gives the endpoint that a bind of (family, address, port) becomes. An endpoint with a port of its own
+    serves one listener; one with a dynamic port serves each on a port of the kernel's choice. ``most`` are published,
+    and those that are (``published``) before any others.
     """
-    wanted: dict[tuple[object, ...], Publication] = {}
-    for listener in sorted(listeners, key=_preference):
-        if listener.device or (listener.cgroup and listener.cgroup not in cgroups):
-            continue
+
+    def __init__(
+        self,
+        cgroups: Collection[int],
+        lookup: Callable[[int, bytes, int], PlacedEndpoint | None],
+        most: int,
+        published: Collection[Publication] = (),
+    ) -> None:
+        self._cgroups, self._lookup = cgroups, lookup
+        self._published = published
+        self._new_ones = max(0, most - len(published))
+        self._wanted: dict[tuple[object, ...], Publication] = {}
+        self.others: dict[tuple[int, bytes, int], None] = {}
+        """(family, address, port) of what is not published: the first `MOST_OTHERS` of them."""
+        self.more_others = self.too_many = 0
+        """How many others there are besides; how many of them were granted, but beyond ``most``."""
+
+    def consider(self, listener: Listening) -> None:
+        """Take note of one listener."""
+        if listener.cgroup and listener.cgroup not in self._cgroups:
+            return
+        found = self._publication(listener)
+        if found is None:
+            self._note_other((listener.family, listener.address, listener.port))
+            return
+        before = self._wanted.get(_key(found))
+        if before is None:
+            self._add(found)
+        elif before != found:
+            kept, other = sorted((before, found), key=_preference)
+            self._wanted[_key(found)] = kept
+            self._note_other(_place(other))
+
+    def _publication(self, listener: Listening) -> Publication | None:
+        if listener.device:
+            return None
         family, address = listener.family, listener.address
-        mapped = family == 6 and address.startswith(_MAPPED)
-        endpoint = (
-            lookup(4, address[12:] + bytes(12), listener.port) if mapped else lookup(family, address, listener.port)
-        )
+        if family == 6 and address.startswith(_MAPPED):
+            endpoint = self._lookup(4, address[12:] + bytes(12), listener.port)
+        else:
+            endpoint = self._lookup(family, address, listener.port)
         if endpoint is None or (endpoint.family == 4 and family == 6 and listener.v6only):
-            continue
-        found = Publication(endpoint, family, address, listener.port, listener.v6only)
-        key = (endpoint.id,) if endpoint.port else (endpoint.id, family, address, listener.port)
-        wanted.setdefault(key, found)
-    return list(wanted.values())
+            return None
+        return Publication(endpoint, family, address, listener.port, listener.v6only)
+
+    def _add(self, found: Publication) -> None:
+        if found not in self._published:
+            if not self._new_ones:
+                self.too_many += 1
+                self._note_other(_place(found))
+                return
+            self._new_ones -= 1
+        self._wanted[_key(found)] = found
+
+    def _note_other(self, place: tuple[int, bytes, int]) -> None:
+        if len(self.others) < MOST_OTHERS:
+            self.others[place] = None
+        elif place not in self.others:
+            self.more_others += 1
+
+    @property
+    def publications(self) -> list[Publication]:
+        """What to publish of all that was told so far."""
+        return list(self._wanted.values())
+
+    def wants(self, published: Publication) -> bool:
+        """Whether that is one of `publications`."""
+        return self._wanted.get(_key(published)) == published
+
+
+def _key(found: Publication) -> tuple[object, ...]:
+    return (found.endpoint.id,) if found.endpoint.port else (found.endpoint.id, *_place(found))
+
+
+def _place(found: Publication) -> tuple[int, bytes, int]:
+    return found.family, found.address, found.port
+
+
+def _preference(found: Publication) -> tuple[int, int, int, bytes, bool]:
+    """Where several listeners are granted one endpoint: the widest, and then always the same one."""
+    scope = 0 if found.address == _ANY else 2 if found.address[0] == 127 else 1
+    return scope, found.family, found.port, found.address, found.v6only

@@ -35,7 +35,7 @@ from graft.splice.handed import Handed
 from graft.splice.pipes import PIPE_BYTES, Pipe
 
 if TYPE_CHECKING:
-    from graft.splice.loop import Loop
+    from graft.splice.room import Account
     from graft.splice.sockmap import Sockmap
 
 _ENDED = select.EPOLLRDHUP | select.EPOLLHUP
@@ -45,7 +45,8 @@ _COMES_IN = select.EPOLLIN | select.EPOLLPRI  # each packet wakes who watches fo
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _CLOSE_GENTLY = struct.pack("ii", 0, 0)
-_BUDGET = 8  # pipes full, before others have their turn
+_BUDGET = 2  # pipes full, before others have their turn
+_LAST_PUMPS = 4  # for what a side sent before its error: more than its queue holds (tcp_rmem)
 _COPY_BYTES = 65536
 _SMALL = 16384  # bytes at once: no bulk
 
@@ -183,7 +184,7 @@ class Flow:
                 if not (self._empty() and self._fill()):
                     self.offer()
                     return
-            self.connection.loop.later(self.pump)
+            self.connection.account.later(self.pump)
         except OSError:
             self.connection.reset()
 
@@ -236,7 +237,7 @@ class Flow:
             return False
         pipe = self.pipe
         if pipe is None and not self.copies:
-            pipe = self.pipe = self.connection.loop.pipes.take()
+            pipe = self.pipe = self.connection.account.take_pipe()
         if pipe is None or self.copies:
             self._give_back()
             return self._copy()
@@ -299,7 +300,7 @@ class Flow:
 
     def _give_back(self) -> None:
         if self.pipe is not None:
-            self.connection.loop.pipes.give(self.pipe)
+            self.connection.account.give_pipe(self.pipe)
             self.pipe = None
 
     def abandon(self) -> None:
@@ -309,20 +310,23 @@ class Flow:
         if self.pipe is None:
             return
         if self.held:
-            self.connection.loop.pipes.drop(self.pipe)
+            self.connection.account.drop_pipe(self.pipe)
             self.pipe = None
         else:
             self._give_back()
 
 
 class Connection:
-    """Two sockets that are one connection to their peers. ``owner`` keeps it in ``connections`` while it lives."""
+    """Two sockets that are one connection to their peers.
 
-    __slots__ = ("closed", "failing", "far", "loop", "near", "owner", "sockmap")
+    ``owner`` keeps it in ``connections`` while it lives, and ``account``, which admitted it, until it is closed.
+    """
+
+    __slots__ = ("account", "closed", "failing", "far", "loop", "near", "owner", "sockmap")
 
     def __init__(
         self,
-        loop: Loop,
+        account: Account,
         owner: set[Connection],
         near: socket.socket,
         far: socket.socket,
@@ -332,16 +336,16 @@ class Connection:
 
         ``sockmap`` is the relay in the kernel, None to have splice(2).
         """
-        self.loop, self.owner, self.sockmap = loop, owner, sockmap
+        self.account, self.loop, self.owner, self.sockmap = account, account.loop, owner, sockmap
         self.closed = self.failing = False
         self.near, self.far = Side(self, near, True), Side(self, far, False)
         self.near.outward = self.far.inward = Flow(self, self.near, self.far)
         self.far.outward = self.near.inward = Flow(self, self.far, self.near)
         owner.add(self)
-        loop.carried += 1
+        account.connections[self] = None
         try:
             for side in (self.far, self.near):
-                loop.watch(side.fd, side.watched, side.on_event)
+                account.watch(side.fd, side.watched, side.on_event)
         except OSError:  # more than one user may watch (epoll(7), max_user_watches)
             self.reset()
 
@@ -352,7 +356,7 @@ class Connection:
         if flow.handed is not None and not flow.shut:
             flow.handed.fail()
             return
-        if side.established:
+        for _ in range(_LAST_PUMPS if side.established else 0):
             flow.pump()
         self.reset()
 
@@ -374,9 +378,8 @@ class Connection:
         self.near.outward.abandon()
         self.near.inward.abandon()
         self.owner.discard(self)
-        if self.loop.full:
-            self.loop.look_soon()  # somebody waits
-        self.loop.carried -= 1
+        del self.account.connections[self]
+        self.account.dismiss()
         for side in (self.near, self.far):
             self.loop.close(side.sock)
             del side.outward, side.inward  # a ring of references would wait for the garbage collector

@@ -45,10 +45,13 @@ def listener(settings: Settings) -> socket.socket:
     return sock
 
 
-def ask(settings: Settings, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The daemon's answer; None where no daemon runs. Raises GraftError with what the daemon could not do."""
+def ask(settings: Settings, request: dict[str, Any], patience: float = _PATIENCE_SECONDS) -> dict[str, Any] | None:
+    """The daemon's answer; None where no daemon runs. Raises GraftError with what the daemon could not do.
+
+    ``patience``: seconds that it may take.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(_PATIENCE_SECONDS)
+        sock.settimeout(patience)
         try:
             with address(settings) as path:
                 sock.connect(path)

@@ -29,7 +29,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05  # seconds between two looks
 _PATIENCE = 5.0  # seconds in which a queue that no peer holds up must have moved
 _ONE_WAIT = 1.0  # seconds: two looks further apart belong to two waits
 _LAST_WORDS = 1.0  # seconds for what a source sent before it was reset
-_BUDGET = 16  # pieces by hand, before others have their turn
+_BUDGET = 4  # pieces by hand, before others have their turn
 _COPY_BYTES = 1 << 18
 _WINDOW_BYTES = 1 << 20
 
@@ -83,7 +83,7 @@ class Handed:
         """The kernel left bytes with the source."""
         if not self._behind:
             self._behind = True
-            self._flow.pump()
+            self._flow.connection.account.later(self._flow.pump)
 
     def fail(self) -> None:
         """The source was reset: what it sent before is still brought over, then the target is reset too."""
@@ -141,7 +141,7 @@ class Handed:
                 return False
             self._taken += sent
             self._rest = self._rest[sent:]
-        self._flow.connection.loop.later(self._flow.pump)
+        self._flow.connection.account.later(self._flow.pump)
         return False
 
     def _all_is_carried(self) -> bool:
@@ -177,7 +177,7 @@ class Handed:
             return
         self._mind_progress()
         self._armed = True
-        self._flow.connection.loop.after(self._pause, self._again)
+        self._flow.connection.account.after(self._pause, self._again)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _again(self) -> None:

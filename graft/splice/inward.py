@@ -8,21 +8,19 @@ decided where it always is, and the daemon cannot get it wrong.
 from __future__ import annotations
 
 import ctypes
-import os
+import errno
 import socket
 from ipaddress import ip_address
-from typing import Any
 
 from graft import layout
 from graft.address import SocketAddress, unmapped
-from graft.kernel.sockdiag import Diagnostics
 from graft.layout import Crossing, Home
 from graft.maps import Maps
 from graft.splice.choice import Publication
-from graft.splice.connection import Connection, prepare
-from graft.splice.door import Door
+from graft.splice.connection import prepare
+from graft.splice.door import Door, Peer
 from graft.splice.inside import Inside
-from graft.splice.loop import Loop
+from graft.splice.room import Account
 from graft.splice.sockmap import Sockmap
 
 _BACKLOG = 4096
@@ -30,11 +28,11 @@ IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 _KEEPALIVE_SECONDS = 600
 
 
-def listen(maps: Maps, container: int, wanted: Publication, where: Inside) -> socket.socket:
-    """A listening socket on the endpoint. Raises OSError: the kernel's, or the hook's refusal."""
+def listen(maps: Maps, container: int, wanted: Publication, where: Inside) -> tuple[socket.socket, int]:
+    """A listening socket on the endpoint, and its port. Raises OSError: the kernel's, or the hook's refusal."""
     family = socket.AF_INET if wanted.family == 4 else socket.AF_INET6
 
-    def make() -> socket.socket:
+    def make() -> tuple[socket.socket, int]:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             prepare(sock)
@@ -47,32 +45,29 @@ def listen(maps: Maps, container: int, wanted: Publication, where: Inside) -> so
             maps.tags.put(ctypes.c_int32(sock.fileno()), layout.Tag(container=container, home=Home.HOST))
             size = 4 if wanted.family == 4 else 16
             sock.bind((socket.inet_ntop(family, wanted.address[:size]), wanted.port))
+            port = wanted.endpoint.port or _true_port(maps, sock)
             sock.listen(_BACKLOG)
         except BaseException:
             sock.close()
             raise
-        return sock
+        return sock, port
 
     return where.do(make)
 
 
-def true_port(wanted: Publication, sock: socket.socket, where: Inside) -> int:
-    """The port of a listener. Its own getsockname() tells what the container asked for."""
-    if wanted.endpoint.port:
-        return wanted.endpoint.port
-    inode = os.fstat(sock.fileno()).st_ino
-
-    def look() -> int:
-        diagnostics = Diagnostics()
-        try:
-            return next((found.port for found in diagnostics.listening() if found.inode == inode), 0)
-        finally:
-            diagnostics.close()
-
-    return where.do(look)
+def _true_port(maps: Maps, sock: socket.socket) -> int:
+    """The port of a bound socket. With its tag, getsockname() would tell what the container asked for."""
+    key = ctypes.c_int32(sock.fileno())
+    tag = maps.tags.get(key)
+    if tag is None:
+        raise OSError(errno.ENOENT, "a listener has no tag")
+    maps.tags.delete(key)
+    port = int(sock.getsockname()[1])
+    maps.tags.put(key, tag)
+    return port
 
 
-def crossing(container: int, peer: tuple[Any, ...]) -> layout.CrossingValue:
+def crossing(container: int, peer: Peer) -> layout.CrossingValue:
     """What the container's accepted socket is to be told of its client."""
     text = peer[0]
     if ":" in text:
@@ -90,9 +85,8 @@ class Published:
 
     def __init__(
         self,
-        loop: Loop,
+        account: Account,
         maps: Maps,
-        container: int,
         wanted: Publication,
         sock: socket.socket,
         port: int,
@@ -102,24 +96,16 @@ class Published:
         """``sock`` listens on ``port`` already; ``inside`` is where the container is."""
         endpoint = wanted.endpoint
         packed = endpoint.address[: 4 if endpoint.family == 4 else 16]
-        self.wanted = wanted
         self._target = wanted.target
         self._destination = (self._target.address, self._target.port)
-        self._loop, self._crossings, self._container, self._inside = loop, maps.crossings, container, inside
-        self.sockmap = sockmap
-        self.connections: set[Connection] = set()
-        self.served = 0
+        self._crossings, self._container, self._inside = maps.crossings, account.number, inside
         self.address = str(SocketAddress(ip_address(packed), port))
-        self.door = Door(loop, [sock], self._dial)
+        self.door = Door(account, sock, self._dial, sockmap)
 
-    def _dial(self, near: socket.socket, peer: tuple[Any, ...]) -> None:
-        """Join an accepted connection with a new one to the container's listener; reset it where that fails."""
+    def _dial(self, _near: socket.socket, peer: Peer) -> socket.socket:
+        """A socket on its way to the container's listener."""
         target = self._target
-        try:
-            far = self._inside.take(target.family)
-        except OSError:
-            near.close()
-            return
+        far = self._inside.take(target.family)
         try:
             if target.source is not None:
                 if target.family == socket.AF_INET:
@@ -127,9 +113,7 @@ class Published:
                 far.bind((target.source, 0))
             self._crossings.put(ctypes.c_int32(far.fileno()), crossing(self._container, peer))
             far.connect_ex(self._destination)  # what becomes of it comes as an event
-        except OSError:
-            near.close()
+        except BaseException:
             far.close()
-            return
-        self.served += 1
-        Connection(self._loop, self.connections, near, far, self.sockmap)
+            raise
+        return far

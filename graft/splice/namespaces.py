@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
 
 from graft import store
 from graft.containers import Container
 from graft.errors import GraftError, NotFoundError
 from graft.kernel import cgroup, netns
+from graft.maps import Maps
 from graft.settings import Settings
 from graft.splice.inside import Inside
+from graft.splice.jobs import Steps
 
 
 class Namespaces:
@@ -36,20 +39,29 @@ class Namespaces:
         raise NotFoundError("no endpoint has this network namespace any more")
 
     @staticmethod
-    def of_container(container: Container, pid: int = 0) -> Inside:
-        """A container's, by one of its processes. The caller closes it. Raises NotFoundError."""
-        for candidate in [*([pid] if pid else []), *cgroup.processes(container.cgroup_path)]:
-            with contextlib.suppress(GraftError):
-                return Inside(Path(f"/proc/{candidate}/ns/net"), container.netns, at_home=True)
+    def of_container(container: Container, pid: int = 0) -> Steps[Inside]:
+        """A container's, by one of its processes, ``pid`` if that is one. The caller closes it. Raises NotFoundError.
+
+        In steps: a container may have any number of processes, in any number of namespaces.
+        """
+        seen: set[int] = set()
+        for candidate in itertools.chain([pid] if pid else [], cgroup.each_process(container.cgroup_path)):
+            path = Path(f"/proc/{candidate}/ns/net")
+            with contextlib.suppress(GraftError, OSError):
+                inode = path.stat().st_ino
+                if inode not in seen:
+                    seen.add(inode)
+                    return Inside(path, container.netns, at_home=True)
+            yield
         raise NotFoundError(f"container: no process of {container.name!r} is left in its network namespace")
 
-    def tidy(self, used: set[int]) -> None:
-        """Let go of what no endpoint uses, and of sockets that nobody has asked for in a while."""
-        for cookie, inside in list(self._open.items()):
-            inside.trim()
-            if cookie != self._host and cookie not in used:
-                del self._open[cookie]
-                inside.close()
+    def tidy(self, maps: Maps) -> None:
+        """Let go of what no endpoint uses."""
+        if len(self._open) == 1:
+            return
+        used = {self._host, *(value.netns for _, value in maps.endpoints.items())}
+        for cookie in [cookie for cookie in self._open if cookie not in used]:
+            self._open.pop(cookie).close()
 
     def close(self) -> None:
         """Let go of all."""

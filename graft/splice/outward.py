@@ -7,24 +7,20 @@ so that the connect hook decides it again, on the kernel's own copy of the addre
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import socket
-from typing import Any
 
 from graft import layout
-from graft.containers import Container
-from graft.errors import GraftError
 from graft.layout import Crossing, Home
 from graft.maps import Maps
 from graft.policy import Verdict
 from graft.rules import Lookup
-from graft.splice.connection import Connection, prepare
-from graft.splice.door import Door
+from graft.splice.connection import prepare
+from graft.splice.door import Door, Peer
 from graft.splice.inside import Inside
-from graft.splice.loop import Loop
 from graft.splice.namespaces import Namespaces
+from graft.splice.room import Account
 from graft.splice.sockmap import Sockmap
 
 _BACKLOG = 4096
@@ -62,41 +58,21 @@ class Turned:
     """The relay of one container's outgoing connections."""
 
     def __init__(
-        self,
-        loop: Loop,
-        maps: Maps,
-        container: Container,
-        inside: Inside,
-        spaces: Namespaces,
-        sockmap: Sockmap | None,
+        self, account: Account, maps: Maps, inside: Inside, spaces: Namespaces, sockmap: Sockmap | None
     ) -> None:
         """Listens at once, and says where in `relays`. Raises OSError."""
-        self._loop, self._maps, self._container, self._spaces = loop, maps, container, spaces
+        self._maps, self._container, self._spaces = maps, account.number, spaces
         self._lookup = Lookup(maps)
-        self._key = ctypes.c_uint32(container.id)
+        self._key = ctypes.c_uint32(account.number)
         socks = inside.do(listeners)
         self.port = int(socks[0].getsockname()[1])
-        self.sockmap = sockmap
-        self.connections: set[Connection] = set()
-        self.served = 0
-        self.door = Door(loop, socks, self._carry)
+        self.doors = [Door(account, sock, self._reach, sockmap) for sock in socks]
         maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(socks) > 1))
 
-    def _carry(self, near: socket.socket, _peer: tuple[Any, ...]) -> None:
-        """Join a program's connection with a new one to where it wanted; reset it where that fails."""
-        far = None
-        with contextlib.suppress(OSError, GraftError):
-            far = self._reach(near)
-        if far is None:
-            near.close()
-            return
-        self.served += 1
-        Connection(self._loop, self.connections, near, far, self.sockmap)
-
-    def _reach(self, near: socket.socket) -> socket.socket | None:
+    def _reach(self, near: socket.socket, _peer: Peer) -> socket.socket | None:
         """A socket on its way to where the program wanted; None where it may not go there."""
         asked = self._maps.crossings.get(ctypes.c_int32(near.fileno()))
-        if asked is None or asked.role != Crossing.CARRIED or asked.container != self._container.id:
+        if asked is None or asked.role != Crossing.CARRIED or asked.container != self._container:
             return None
         container = self._maps.containers.peek(self._key)
         if container is None:
@@ -113,7 +89,7 @@ class Turned:
             if port:
                 far.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             far.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            tag = layout.Tag(container=self._container.id, endpoint=number, home=Home.HOST)
+            tag = layout.Tag(container=self._container, endpoint=number, home=Home.HOST)
             self._maps.tags.put(ctypes.c_int32(far.fileno()), tag)
             text = socket.inet_ntop(family, address[: 4 if asked.family == 4 else 16])
             error = far.connect_ex((text, asked.port))
@@ -127,4 +103,5 @@ class Turned:
     def stop(self) -> None:
         """Listen no more, and say so; connections go on."""
         self._maps.relays.delete(self._key)
-        self.door.close()
+        for door in self.doors:
+            door.close()

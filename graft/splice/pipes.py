@@ -32,39 +32,27 @@ class Pipe:
 
 
 class Pipes:
-    """At most ``limit`` pipes at once, of which ``kept`` wait for the next use."""
+    """Pipes, of which up to ``kept`` wait for their next use."""
 
-    def __init__(self, limit: int, kept: int = 32) -> None:
-        self._limit, self._kept = limit, kept
+    def __init__(self, kept: int = 32) -> None:
+        self._kept = kept
         self._free: list[Pipe] = []
-        self.lent = 0
 
     def take(self) -> Pipe | None:
-        """An empty pipe; None where there are no more, and the caller has to do without."""
+        """An empty pipe; None where the kernel has none."""
         if self._free:
-            self.lent += 1
             return self._free.pop()
-        if self.lent >= self._limit:
-            return None
         try:
-            pipe = Pipe()
+            return Pipe()
         except OSError:
             return None
-        self.lent += 1
-        return pipe
 
     def give(self, pipe: Pipe) -> None:
         """Take back an empty pipe."""
-        self.lent -= 1
         if len(self._free) < self._kept:
             self._free.append(pipe)
         else:
             pipe.close()
-
-    def drop(self, pipe: Pipe) -> None:
-        """Take back a pipe that still holds data of a connection that was reset."""
-        self.lent -= 1
-        pipe.close()
 
     def close(self) -> None:
         """Close the pipes that wait."""

@@ -2,112 +2,110 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
+import itertools
 import socket
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from graft.containers import Container
 from graft.endpoint import Protocol
 from graft.errors import GraftError
-from graft.kernel import cgroup
-from graft.kernel.sockdiag import Diagnostics, Listening
+from graft.kernel.sockdiag import Diagnostics
 from graft.layout import ENDPOINT_DUAL_STACK
 from graft.maps import Maps
 from graft.rules import Lookup
-from graft.splice.choice import PlacedEndpoint, Publication, publications
-from graft.splice.connection import Connection
+from graft.splice.choice import Choice, PlacedEndpoint, Publication
 from graft.splice.inside import Inside
-from graft.splice.inward import Published, listen, true_port
-from graft.splice.loop import Loop
+from graft.splice.inward import Published, listen
+from graft.splice.jobs import Steps
 from graft.splice.namespaces import Namespaces
 from graft.splice.outward import Turned
+from graft.splice.room import Account
 from graft.splice.sockmap import Sockmap
+from graft.splice.survey import cgroup_ids, survey
 
-_SHOWN = 256  # listeners of a kind, in a description
+_AT_ONCE = 64  # of what is quick, before others have their turn
+_RESETS = 16
 
 
 class Relays:
-    """Serves one container until `stop`."""
+    """Serves one container until `stop`. What may take long is done in steps, in the container's turns."""
 
     def __init__(
         self,
-        loop: Loop,
+        account: Account,
         maps: Maps,
         container: Container,
         spaces: Namespaces,
+        inside: Inside,
         sockmap: Sockmap | None,
-        pid: int = 0,
     ) -> None:
-        """``sockmap`` is the relay in the kernel, None to have splice(2).
-
-        Raises GraftError, OSError where the container's namespace cannot be entered.
+        """``inside`` is the container's namespace, closed with this object; ``sockmap`` the relay in the kernel, None
+        to have splice(2). Raises OSError.
         """
         self.container = container
+        self._account, self._maps, self._spaces, self._inside = account, maps, spaces, inside
         self._sockmap = sockmap
-        self._loop, self._maps, self._spaces = loop, maps, spaces
         self._lookup = Lookup(maps)
         self._published: dict[Publication, Published] = {}
-        self._retired: list[set[Connection]] = []
         self._errors: dict[Publication, str] = {}
-        self._listening: list[Listening] = []
-        self._own: set[int] = set()
-        self._paused = False
-        self._inside = spaces.of_container(container, pid)
+        self._choice: Choice | None = None
         try:
-            self._diagnostics = self._inside.do(Diagnostics)
+            self._diagnostics = inside.do(Diagnostics)
             try:
-                self._turned = Turned(loop, maps, container, self._inside, spaces, sockmap)
+                self._turned = Turned(account, maps, inside, spaces, sockmap)
             except BaseException:
                 self._diagnostics.close()
                 raise
         except BaseException:
-            self._inside.close()
+            inside.close()
             raise
 
     def use(self, sockmap: Sockmap | None) -> None:
         """Relay new connections that way from now on."""
-        self._sockmap = self._turned.sockmap = sockmap
-        for published in self._published.values():
-            published.sockmap = sockmap
+        self._sockmap = sockmap
+        for door in (*self._turned.doors, *(published.door for published in self._published.values())):
+            door.sockmap = sockmap
 
     @property
     def relay(self) -> str:
         """How new connections are relayed."""
         return "splice(2)" if self._sockmap is None else "kernel (sockmap)"
 
-    def look(self) -> None:
-        """See what the container listens on now, and publish that. Raises OSError."""
-        wanted = self._wanted()
-        for gone in [key for key in self._published if key not in wanted]:
-            # An endpoint that moved within its port needs the old listener gone before the new one can be.
-            if not any(key.endpoint.id == gone.endpoint.id for key in wanted):
-                self._withdraw(gone)
-        for publication in wanted:
+    def look(self) -> Steps[None]:
+        """See what the container listens on now, and publish that. Raises OSError, NotFoundError."""
+        choice = self._choice = yield from self._survey()
+        wanted = choice.publications
+        endpoints = {key.endpoint.id for key in wanted}
+        # One of an endpoint that moved stays until the new one listens.
+        yield from self._withdraw(lambda key: key.endpoint.id not in endpoints)
+        for number, publication in enumerate(wanted, 1):
             if publication not in self._published:
                 self._publish(publication)
-        for gone in [key for key in self._published if key not in wanted]:
-            self._withdraw(gone)
-        self._errors = {key: error for key, error in self._errors.items() if key in wanted}
-        self._retired = [connections for connections in self._retired if connections]
-        self._inside.trim()
+                yield
+            elif number % _AT_ONCE == 0:
+                yield
+        yield from self._withdraw(lambda key: not choice.wants(key))
+        self._errors = {key: error for key, error in self._errors.items() if choice.wants(key)}
 
-    def _wanted(self) -> list[Publication]:
+    def _survey(self) -> Steps[Choice]:
         """What the policy makes of the container's listeners. Asked again where the policy was replaced meanwhile."""
-        self._own = _cgroup_ids(self.container.cgroup_path)
-        self._listening = [found for found in self._diagnostics.listening() if self._is_own(found)]
-        for _ in range(10):
+        while True:
             before = self._ruleset()
-            found = publications(self._listening, self._own, partial(self._endpoint, before))
+            own = yield from cgroup_ids(self.container.cgroup_path, self.container.cgroup_id)
+            lookup = partial(self._endpoint, before)
+            choice = Choice(own, lookup, self._account.most_listeners, self._published.keys())
+            try:
+                yield from survey(self._diagnostics, choice, {self._turned.port})
+            except OSError:
+                self._diagnostics.close()
+                self._diagnostics = self._inside.do(Diagnostics)
+                raise
             if self._ruleset() == before:
-                return found
-        return list(self._published)
-
-    def _is_own(self, found: Listening) -> bool:
-        return found.port != self._turned.port and (not found.cgroup or found.cgroup in self._own)
+                return choice
 
     def _ruleset(self) -> int:
         value = self._maps.containers.peek(ctypes.c_uint32(self.container.id))
@@ -124,55 +122,46 @@ class Relays:
     def _publish(self, wanted: Publication) -> None:
         try:
             where = self._spaces.of_endpoint(wanted.endpoint.netns)
-            sock = self._listen(wanted, where)
-            port = true_port(wanted, sock, where)
+            sock, port = self._listen(wanted, where)
         except (OSError, GraftError) as error:
             self._errors[wanted] = error.strerror or str(error) if isinstance(error, OSError) else error.message
             return
         self._errors.pop(wanted, None)
-        published = Published(
-            self._loop, self._maps, self.container.id, wanted, sock, port, self._inside, self._sockmap
-        )
-        self._published[wanted] = published
-        if self._paused:
-            published.door.pause(True)
+        self._account.descriptors.take()
+        self._published[wanted] = Published(self._account, self._maps, wanted, sock, port, self._inside, self._sockmap)
 
-    def _listen(self, wanted: Publication, where: Inside) -> socket.socket:
+    def _listen(self, wanted: Publication, where: Inside) -> tuple[socket.socket, int]:
         try:
             return listen(self._maps, self.container.id, wanted, where)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
+            if error.errno != errno.EADDRINUSE or not wanted.endpoint.port:
                 raise
         # Perhaps in use by our own, for an address that the endpoint had or a listener that is gone.
         for key in [key for key in self._published if key.endpoint.id == wanted.endpoint.id]:
-            self._withdraw(key)
+            self._take_back(key)
         return listen(self._maps, self.container.id, wanted, where)
 
-    def _withdraw(self, gone: Publication) -> None:
-        published = self._published.pop(gone)
-        published.door.close()
-        if published.connections:
-            self._retired.append(published.connections)
+    def _take_back(self, gone: Publication) -> None:
+        self._published.pop(gone).door.close()
+        self._account.descriptors.give()
 
-    def connections(self) -> list[Connection]:
-        """Every connection that is being relayed."""
-        sets = [published.connections for published in self._published.values()]
-        return [one for each in (*sets, *self._retired, self._turned.connections) for one in each]
+    def _withdraw(self, is_gone: Callable[[Publication], bool]) -> Steps[None]:
+        for number, key in enumerate(list(self._published), 1):
+            if is_gone(key) and key in self._published:
+                self._take_back(key)
+                yield
+            elif number % _AT_ONCE == 0:
+                yield
 
-    def pause(self, paused: bool) -> None:
-        """Take no new connections for a while, or take them again: descriptors are scarce."""
-        self._paused = paused
-        for published in self._published.values():
-            published.door.pause(paused)
-        self._turned.door.pause(paused)
-
-    def stop(self) -> None:
+    def stop(self) -> Steps[None]:
         """Withdraw everything, and reset what is connected."""
-        for key in list(self._published):
-            self._withdraw(key)
         self._turned.stop()
-        for connection in self.connections():
-            connection.reset()
+        yield
+        yield from self._withdraw(lambda _: True)
+        while self._account.connections:
+            for connection in list(itertools.islice(self._account.connections, _RESETS)):
+                connection.reset()
+            yield
         self._diagnostics.close()
         self._inside.close()
 
@@ -184,8 +173,8 @@ class Relays:
                 "address": one.address,
                 "listener": _text(key.family, key.address, key.port),
                 "dials": f"{key.target.address}:{key.target.port}",
-                "connections": len(one.connections),
-                "served": one.served,
+                "connections": len(one.door.connections),
+                "served": one.door.served,
             }
             for key, one in self._published.items()
         ]
@@ -193,22 +182,16 @@ class Relays:
             {"endpoint": key.endpoint.id, "listener": _text(key.family, key.address, key.port), "error": error}
             for key, error in self._errors.items()
         ]
-        served = {(key.family, key.address, key.port) for key in (*self._published, *self._errors)}
-        others = sorted(
-            {
-                _text(found.family, found.address, found.port)
-                for found in self._listening
-                if (found.family, found.address, found.port) not in served
-            }
-        )
-        # How many there are is the container's doing, and an answer has to fit into one message.
-        lists: dict[str, list[Any]] = {"published": published, "failed": failed, "not_granted": others}
+        choice = self._choice
         return {
             "relay": self.relay,
-            **{name: found[:_SHOWN] for name, found in lists.items()},
-            "left_out": sum(max(0, len(found) - _SHOWN) for found in lists.values()),
-            "out": {"port": self._turned.port, "served": self._turned.served},
-            "connections": len(self.connections()),
+            "published": published,
+            "failed": failed,
+            "not_granted": sorted(_text(*place) for place in choice.others) if choice else [],
+            "more_not_granted": choice.more_others if choice else 0,
+            "too_many": choice.too_many if choice else 0,
+            "out": {"port": self._turned.port, "served": sum(door.served for door in self._turned.doors)},
+            "connections": len(self._account.connections),
         }
 
 
@@ -216,12 +199,3 @@ def _text(family: int, address: bytes, port: int) -> str:
     kind, size = (socket.AF_INET, 4) if family == 4 else (socket.AF_INET6, 16)
     text = socket.inet_ntop(kind, address[:size])
     return f"{text}:{port}" if family == 4 else f"[{text}]:{port}"
-
-
-def _cgroup_ids(path: Path) -> set[int]:
-    """The ids of a cgroup and of all below it: sockets tell which one they were made in."""
-    found = set()
-    for folder in cgroup.tree(path):
-        with contextlib.suppress(OSError):
-            found.add(cgroup.cgroup_id(folder))
-    return found

@@ -2,89 +2,47 @@
 
 What can go wrong is known (others gave such a relay up over it), and differs from kernel to kernel, so a version number
 says nothing. A process of its own, in a network namespace of its own, hands connections to the kernel and looks at
-each thing that has been seen to go wrong. Its verdict holds until the machine is started again.
+each thing that has been seen to go wrong (verdict.py says how long its answer holds).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import json
 import os
 import random
 import select
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-from graft import json_text
-from graft.errors import GraftError, UsageError
-from graft.json_text import mapping, text
+from graft.errors import GraftError
 from graft.kernel import tcp
-from graft.settings import Settings
 from graft.splice.connection import Connection, prepare
 from graft.splice.loop import Loop
-from graft.splice.pipes import Pipes
+from graft.splice.room import Room
 from graft.splice.sockmap import Sockmap
+from graft.splice.verdict import FAILED, INCONCLUSIVE
 
 _SECONDS = 10.0  # for each check; all of them take about one
-_ALL_SECONDS = 60.0
 _UNREAD_BYTES = 64 << 20  # more than any buffers on the way hold
 _QUEUED_BYTES = 200_000
-_MAX_BYTES = 1 << 16
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-def verdict(settings: Settings) -> str:
-    """What is wrong with the relay in the kernel here, in one line; empty where nothing is.
-
-    Tested once after each start of the machine; needs root.
-    """
-    kept = settings.run_dir / "kernel-relay.json"
-    boot = _BOOT_ID.read_text().strip()
-    with contextlib.suppress(OSError, UsageError):
-        known = parse_verdict(kept.read_bytes(), boot)
-        if known is not None:
-            return known
-    problem = test()
-    kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = kept.with_suffix(f".{os.getpid()}")
-    aside.touch(mode=0o600)
-    aside.write_text(json.dumps({"boot": boot, "problem": problem}))
-    aside.rename(kept)
-    return problem
-
-
-def parse_verdict(raw: bytes, boot: str) -> str | None:
-    """What was written down for the machine's start ``boot``; None where it is of another. Raises UsageError."""
-    found = mapping(json_text.parse(raw, "kernel-relay.json", _MAX_BYTES), "kernel-relay.json")
-    problem = text(found.get("problem"), "problem")
-    return problem if text(found.get("boot"), "boot") == boot and "problem" in found else None
-
-
-def test() -> str:
-    """Test now, in a process of its own: what is wrong, in one line, or nothing."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "graft.splice.selftest"], capture_output=True, text=True, timeout=_ALL_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return "its self-test does not end"
-    if done.returncode == 0:
-        return ""
-    lines = (done.stdout.strip() or done.stderr.strip() or "its self-test failed").splitlines()
-    return lines[0] if done.stdout.strip() else lines[-1]
+_DESCRIPTORS = 1024
+_SCARCE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETIMEDOUT)
 
 
 class Wrong(Exception):
     """What the kernel did not do right."""
+
+
+class Inconclusive(Wrong):
+    """What failed because of time, or for want of memory or descriptors: on a calmer machine it might pass."""
 
 
 class Trial:
@@ -92,7 +50,9 @@ class Trial:
 
     def __init__(self, sockmap: Sockmap) -> None:
         self.sockmap = sockmap
-        self._loop = Loop(Pipes(8), lambda: None, interval=0.002)
+        self._loop = Loop(lambda: None, interval=0.002)
+        self._room = Room(self._loop, _DESCRIPTORS)
+        self._account = self._room.account(1)
         self._loop.watch(sockmap.events, select.EPOLLIN, sockmap.on_events)
         self.connections: set[Connection] = set()
 
@@ -110,11 +70,12 @@ class Trial:
             server, _ = back.accept()
         for end in (client, server):
             end.settimeout(_SECONDS)
-        Connection(self._loop, self.connections, near, far, self.sockmap)
+        self._account.admit()
+        Connection(self._account, self.connections, near, far, self.sockmap)
         return client, server
 
     def while_relayed(self, *work: Callable[[], object]) -> None:
-        """Do ``work``, each in a thread, while the relay runs. Raises what one of them raises, Wrong for a hang."""
+        """Do ``work``, each in a thread, while the relay runs. Raises what they raise, or Inconclusive."""
         errors: list[BaseException] = []
 
         def guarded(one: Callable[[], object]) -> None:
@@ -130,23 +91,26 @@ class Trial:
         while any(thread.is_alive() for thread in threads):
             self._loop.turn()
             if time.monotonic() > deadline:
-                raise Wrong("a transfer hangs")
+                raise Inconclusive("a transfer hangs")
         for error in errors:
             raise error
 
     def until(self, condition: Callable[[], bool], otherwise: str) -> None:
-        """Let the relay run until ``condition``. Raises Wrong with ``otherwise`` where that does not come."""
+        """Let the relay run until ``condition``. Raises Inconclusive with ``otherwise`` where that does not
+        come.
+        """
         deadline = time.monotonic() + _SECONDS
         while not condition():
             self._loop.turn()
             if time.monotonic() > deadline:
-                raise Wrong(otherwise)
+                raise Inconclusive(otherwise)
 
     def close(self) -> None:
         """Let go of everything but the maps."""
         for connection in list(self.connections):
             connection.reset()
         self._loop.unwatch(self.sockmap.events)
+        self._room.close()
         self._loop.shut_down()
 
 
@@ -341,11 +305,12 @@ def _try(trial: Trial, one: Callable[[Trial], None], name: str = "") -> None:
     try:
         one(trial)
     except OSError as error:
-        raise Wrong(f"{name or getattr(one, '__name__', '').replace('_', ' ')}: {error.strerror or error}") from error
+        kind = Inconclusive if isinstance(error, TimeoutError) or error.errno in _SCARCE else Wrong
+        raise kind(f"{name or getattr(one, '__name__', '').replace('_', ' ')}: {error.strerror or error}") from error
 
 
 def main() -> int:
-    """What `test` runs: says what is wrong in one line, and ends with 1 where something is."""
+    """What verdict.test runs: says what is wrong in one line; FAILED or INCONCLUSIVE where something is."""
     from graft import loader
     from graft.kernel import netns
 
@@ -360,7 +325,7 @@ def main() -> int:
     except (Wrong, GraftError, OSError) as error:
         traceback.print_exc()
         print(str(error).splitlines()[0])
-        return 1
+        return INCONCLUSIVE if isinstance(error, Inconclusive | OSError) else FAILED
     return 0
 
 

@@ -1,44 +1,42 @@
 """All relays of one installation, in one process and one event loop.
 
 What is to be served stands in the records of the attached containers (run_dir/containers): nothing is kept here that a
-daemon which is started again would miss. Records and endpoints are looked at a few times a second; `graft attach` and
-`graft detach` do not wait for that, they ask.
+daemon which is started again would miss. Records are looked at a few times a second, and so is each container, in
+turns of its own (served.py); `graft attach` and `graft detach` do not wait for that, they ask.
+
+Nothing here waits: not for the installation's lock, which any command may hold for long, nor for another process. What
+has to be waited for is done aside.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from graft import containers
 from graft.containers import Container
-from graft.errors import GraftError
 from graft.lifecycle import locked
 from graft.maps import Maps
-from graft.printable import printable
 from graft.settings import Settings
-from graft.splice import control, selftest
+from graft.splice.aside import Aside
+from graft.splice.commands import Answer, Commands, failure
+from graft.splice.kernel_relay import KernelRelay
 from graft.splice.loop import Loop
 from graft.splice.namespaces import Namespaces
-from graft.splice.pipes import Pipes
-from graft.splice.relays import Relays
+from graft.splice.records import Records
+from graft.splice.room import Room
+from graft.splice.served import LOOK_SECONDS, Context, Served, say
 from graft.splice.sockmap import Sockmap
 
-_RESERVED = 512  # descriptors for all that is no connection
 _IDLE_SECONDS = 3.0
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}", file=sys.stderr, flush=True)
+_REAP_AGAIN_SECONDS = 10.0
 
 
 class Service:
@@ -46,20 +44,18 @@ class Service:
 
     def __init__(self, settings: Settings, keep: bool) -> None:
         self._settings, self._keep = settings, keep
-        self._maps = Maps(settings.pin_dir)
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        # A connection has two descriptors; of what is left, pipes get a share, and where they run out bytes
-        # are copied instead.
-        pipes = max(8, min(1024, descriptors // 16))
-        most = max(16, (descriptors - _RESERVED - 2 * pipes) // 2)
-        self._loop = Loop(Pipes(pipes), self._look, most=most)
-        self._spaces = Namespaces(settings)
-        self._sockmap: Sockmap | None = None
-        self._relays: dict[int, Relays] = {}
-        self._failed: dict[int, str] = {}
+        self._loop = Loop(self._look, LOOK_SECONDS)
+        self._aside = Aside(self._loop)
+        room = Room(self._loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._context = Context(self._loop, Maps(settings.pin_dir), Namespaces(settings), room)
+        self._kernel_relay = KernelRelay(settings, self._loop, self._aside, self._use_again)
+        self._served: dict[int, Served] = {}
+        self._ending: dict[int, Served] = {}
+        self._after_ending: list[Callable[[], None]] = []
+        self._records = Records(settings)
+        self._reaping = False
         self._empty_since = time.monotonic()
-        self._listener = control.listener(settings)
-        self._loop.watch(self._listener.fileno(), select.EPOLLIN, self._on_command)
+        self._commands = Commands(settings, self._loop, self._do)
 
     def run(self, ready: Callable[[], None]) -> None:
         """Serve until SIGTERM or SIGINT, or, without ``keep``, until nothing is left to do."""
@@ -69,14 +65,13 @@ class Service:
             ready()
             self._loop.run()
         finally:
-            for relays in self._relays.values():
+            for served in (*self._served.values(), *self._ending.values()):
                 with contextlib.suppress(OSError):
-                    relays.stop()
-            (self._settings.run_dir / control.NAME).unlink(missing_ok=True)
-            self._listener.close()
-            self._spaces.close()
-            if self._sockmap is not None:
-                self._sockmap.close()
+                    served.abandon()
+            self._commands.close()
+            self._context.spaces.close()
+            self._kernel_relay.close()
+            self._context.room.close()
             self._loop.shut_down()
             wakeup.close()
 
@@ -99,139 +94,138 @@ class Service:
 
     def _look(self) -> None:
         """Bring what is served in line with the records, and let each container look at its listeners."""
-        records = {one.id: one for one in containers.listing(self._settings) if one.transport == "splice"}
-        for number in [number for number in self._relays if number not in records]:
-            self._drop(number)
-        gone = False
+        records = self._records.current()
+        self._drop_gone(records)
         for container in records.values():
-            if not container.cgroup_path.exists():
-                self._drop(container.id)
-                gone = True
-            elif container.id not in self._relays:
-                with contextlib.suppress(GraftError, OSError):
-                    self._take(container, 0)
-            else:
+            if container.id in self._served:
                 self._renew(container)
-        if gone:
-            with contextlib.suppress(GraftError), locked(self._settings):
-                containers.reap_locked(self._settings, self._maps)
-        for relays in self._relays.values():
-            try:
-                relays.look()
-            except OSError as error:  # what is published stays; the next look may do better
-                _say(f"{relays.container.name}: {error}")
-        self._spaces.tidy({value.netns for _, value in self._maps.endpoints.items()})
-        for relays in self._relays.values():
-            relays.pause(self._loop.full)  # new connections wait in the kernel until others end
+            elif container.is_there:
+                self._take(container)
+        for served in self._served.values():
+            served.look_if_due()
+        self._context.spaces.tidy(self._context.maps)
         self._mind_idleness(bool(records))
 
-    def _take(self, container: Container, pid: int) -> Relays:
-        try:
-            sockmap = self._sockmap_for(container)
-            relays = Relays(self._loop, self._maps, container, self._spaces, sockmap, pid)
-        except (GraftError, OSError) as error:
-            if self._failed.get(container.id) != str(error):
-                self._failed[container.id] = str(error)
-                _say(f"{container.name}: {error}")
-            raise
-        self._failed.pop(container.id, None)
-        self._relays[container.id] = relays
-        _say(f"{container.name}: served, container {container.id}")
-        return relays
+    def _drop_gone(self, records: dict[int, Container]) -> None:
+        """Serve no more what has no record, or whose cgroup is gone, though another may be at the same path."""
+        for number in [number for number in self._served if number not in records]:
+            self._drop(number)
+        gone = [container for container in records.values() if not container.is_there]
+        for container in gone:
+            self._drop(container.id)
+        if gone and not self._reaping:
+            self._reaping = True
+            self._aside.run(self._reap, self._reaped)
+
+    def _reap(self) -> None:
+        """Have the rules of what is gone forgotten. In a thread: with maps of its own, and time for the lock."""
+        with locked(self._settings):
+            containers.reap_locked(self._settings, Maps(self._settings.pin_dir))
+
+    def _reaped(self, _result: None, error: Exception | None) -> None:
+        if error is None:
+            self._may_reap()
+            return
+        say(f"the rules of containers that are gone are still there: {error}")
+        self._loop.after(_REAP_AGAIN_SECONDS, self._may_reap)
+
+    def _may_reap(self) -> None:
+        self._reaping = False
+
+    def _take(self, container: Container) -> bool:
+        """Begin to serve. False where what was served at its cgroup's path before, and may have its endpoints, has not
+        ended yet.
+        """
+        if any(container.cgroup == one.container.cgroup for one in self._ending.values()):
+            return False
+        self._served[container.id] = Served(self._context, container, self._sockmap_for(container))
+        return True
 
     def _renew(self, container: Container) -> None:
         """Take note of what has changed in a record."""
-        relays = self._relays[container.id]
-        if container != relays.container:
-            relays.use(self._sockmap_for(container))
-            relays.container = container
+        served = self._served[container.id]
+        if container != served.container:
+            served.use(container, self._sockmap_for(container))
+
+    def _use_again(self) -> None:
+        """The relay in the kernel can serve now, or cannot any more."""
+        for served in self._served.values():
+            served.use(served.container, self._sockmap_for(served.container))
 
     def _sockmap_for(self, container: Container) -> Sockmap | None:
         """The relay in the kernel, for a container that is to have it. Where it cannot be had, splice(2) serves."""
         if container.relay != "kernel":
             return None
-        if self._sockmap is None:
-            problem = selftest.verdict(self._settings)
-            if problem:
-                _say(f"{container.name}: splice(2) serves, because the relay in the kernel fails here: {problem}")
-                return None
-            self._sockmap = Sockmap.pinned(self._settings.pin_dir)
-            self._loop.watch(self._sockmap.events, select.EPOLLIN, self._sockmap.on_events)
-        return self._sockmap
+        found = self._kernel_relay.sockmap()
+        if self._kernel_relay.problem:
+            say(
+                f"{container.name}: splice(2) serves, because the relay in the kernel fails here: "
+                f"{self._kernel_relay.problem}"
+            )
+        return found
 
-    def _drop(self, number: int) -> None:
-        relays = self._relays.pop(number, None)
-        self._failed.pop(number, None)
-        if relays is not None:
-            relays.stop()
-            _say(f"{relays.container.name}: no longer served")
+    def _drop(self, number: int, done: Callable[[], None] = lambda: None) -> None:
+        served = self._served.pop(number, None)
+        if served is None:
+            done()
+            return
+        self._ending[number] = served
+
+        def ended() -> None:
+            del self._ending[number]
+            waiting, self._after_ending = self._after_ending, []
+            for call in (done, *waiting, self._loop.look_soon):
+                call()
+
+        served.end(ended)
 
     def _mind_idleness(self, busy: bool) -> None:
         if busy or self._keep:
             self._empty_since = time.monotonic()
         elif time.monotonic() - self._empty_since > _IDLE_SECONDS:
-            _say("nothing left to serve")
+            say("nothing left to serve")
             self._loop.stopping = True
 
     # ---- commands -------------------------------------------------------------------------------
 
-    def _on_command(self, _mask: int) -> None:
-        with contextlib.suppress(OSError):
-            sock, _ = self._listener.accept()
-            sock.setblocking(False)
-            self._loop.watch(sock.fileno(), select.EPOLLIN, lambda _mask: self._answer(sock))
-
-    def _answer(self, sock: socket.socket) -> None:
-        try:
-            raw = sock.recv(control.MAX_BYTES)
-            if raw:
-                sock.send(json.dumps(self._do(control.parse_request(raw))).encode())
-        except (OSError, ValueError, GraftError) as error:
-            _say(f"a command failed: {error}")
-        finally:
-            self._loop.close(sock)
-
-    def _do(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _do(self, request: dict[str, Any], answer: Answer) -> None:
         number = int(request["container"])
-        try:
-            match request["do"]:
-                case "attach":
-                    return self._attach(number, int(request["pid"]))
-                case "detach":
-                    self._drop(number)
-                    return {}
-                case "describe":
-                    return self._describe(number)
-                case "look":
-                    self._loop.look_soon()
-                    return {}
-                case "stop":
-                    self._loop.stopping = True
-                    return {"pid": os.getpid()}
-                case "ping":
-                    self._empty_since = time.monotonic()
-                    return {"pid": os.getpid(), "containers": sorted(self._relays)}
-        except GraftError as error:
-            return {"error": error.message, "hint": error.hint}
-        except OSError as error:
-            return {"error": str(error)}
-        return {"error": f"the daemon knows no command {request['do']!r}"}
+        match request["do"]:
+            case "attach":
+                self._attach(number, int(request["pid"]), answer)
+            case "detach":
+                self._drop(number, lambda: answer({}))
+            case "describe":
+                answer(self._describe(number))
+            case "look":
+                self._loop.look_soon()
+                answer({})
+            case "stop":
+                self._loop.stopping = True
+                answer({"pid": os.getpid()})
+            case "ping":
+                self._empty_since = time.monotonic()
+                served = sorted(number for number, one in self._served.items() if one.serves)
+                answer({"pid": os.getpid(), "containers": served})
+            case other:
+                answer({"error": f"the daemon knows no command {other!r}"})
 
-    def _attach(self, number: int, pid: int) -> dict[str, Any]:
-        container = next((one for one in containers.listing(self._settings) if one.id == number), None)
-        if container is None:
-            return {"error": f"container {number} has no record"}
-        if number in self._relays:
+    def _attach(self, number: int, pid: int, answer: Answer) -> None:
+        records = self._records.current()
+        self._drop_gone(records)
+        container = records.get(number)
+        if container is None or not container.is_there:
+            answer({"error": f"container {number} has no record, or its cgroup is gone"})
+            return
+        if number in self._served:
             self._renew(container)
-        else:
-            self._take(container, pid)
-        self._relays[number].look()
-        return self._describe(number)
+        elif not self._take(container):
+            self._after_ending.append(lambda: self._attach(number, pid, answer))
+            return
+        self._served[number].look(
+            pid, lambda error: answer(self._describe(number) if error is None else failure(error))
+        )
 
     def _describe(self, number: int) -> dict[str, Any]:
-        about: dict[str, Any] = {"pid": os.getpid(), "serves": number in self._relays}
-        if number in self._relays:
-            about |= self._relays[number].describe()
-        elif number in self._failed:
-            about["problem"] = self._failed[number]
-        return about
+        served = self._served.get(number)
+        return {"pid": os.getpid(), **(served.describe() if served else {"serves": False})}

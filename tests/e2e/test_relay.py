@@ -14,7 +14,8 @@ from graft import containers, splice
 from graft.kernel import cgroup
 from graft.kernel.bpf import Map
 from graft.layout import FlowValue
-from graft.splice import selftest
+from graft.splice import verdict
+from graft.splice.verdict import Verdict
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4
 from tests.support.plain import Plain, plain
@@ -35,7 +36,7 @@ def kernel(host: Host) -> Iterator[Plain]:
 @pytest.fixture
 def failing(host: Host) -> Iterator[None]:
     """A machine whose kernel failed the self-test."""
-    selftest.verdict(host.settings)
+    verdict.verdict(host.settings)
     kept = host.settings.run_dir / "kernel-relay.json"
     before = kept.read_text()
     kept.write_text(json.dumps({**json.loads(before), "problem": "bytes are lost"}))
@@ -119,6 +120,25 @@ def test_where_it_served_and_fails_now_splice_takes_its_place_and_says_so(kernel
     finally:
         program.stop()
         kept.write_text(before)
+
+
+def test_a_daemon_that_finds_no_verdict_serves_by_splice_while_the_kernel_is_tested(kernel: Plain, host: Host) -> None:
+    with kernel.listener() as listener:
+        port = published(kernel)
+        splice.stop(host.settings)
+        (host.settings.run_dir / "kernel-relay.json").unlink()
+        program = start([GRAFT, "daemon"], {**os.environ, **host.environment})
+        try:
+            program.until("it serves", lambda: (host.settings.run_dir / "graftd.sock").exists())
+            until("served", lambda: kernel.described()["serves"])
+            assert kernel.described()["relay"] == "splice(2)"
+            kernel.until_published(port)
+            for one in pair(kernel, listener, port):
+                one.close()
+            until("tested", lambda: kernel.described()["relay"] == "kernel (sockmap)", 60)
+            assert verdict.kept(host.settings) == Verdict("")
+        finally:
+            program.stop()
 
 
 def test_a_container_that_shares_the_hosts_namespace_has_no_relay(host: Host, tmp_path: Path) -> None:

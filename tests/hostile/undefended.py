@@ -13,14 +13,25 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import struct
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from graft import compiler, twin
+from graft import compiler, descriptors, expendable, held, liveness, twin
+from graft.containers import Container
 from graft.data import bpf_source_dir
+from graft.kernel import capabilities, cgroup, keyring, sockets, terminal
+from graft.kernel.pidfd import pidfd_getfd
+from graft.kernel.syscalls import syscall
+from graft.runtime import listen
+from graft.runtime.state import State
+from graft.settings import Settings
 
 COMMAND = Path(__file__).resolve()
 
@@ -62,18 +73,20 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "memory": (
         _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
         ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->heard = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
-        (
-            "packet.bpf.c",
-            "\tif (!is_host_homed(skb, sk, &owner) ||",
-            "\tif (!is_host_homed(skb, sk, &owner) || !owner.tag ||",
-        ),
+        ("packet.bpf.c", "heard = hears_everybody(sk, &owner);", "heard = !owner.tag || hears_everybody(sk, &owner);"),
     ),
     # An IPv6 bind takes the IPv4 port along.
-    "ipv4": (_at_once("bind.bpf.c", "struct endpoint *endpoint)", "return 0;"),),
+    "ipv4": (
+        _at_once("bind.bpf.c", "struct endpoint *endpoint)", "return 0;"),
+        _at_once("packet.bpf.c", "int is_of_other_family(struct __sk_buff *skb, struct tag *tag)", "return 0;"),
+    ),
     # Sockets of any protocol are let through.
     "protocols": (_at_once("create.bpf.c", "int has_rules(u32 type, u32 protocol)", "return 1;"),),
     # No address at all is judged as it stands.
-    "unspecified": (_at_once("rules.bpf.c", "void name_loopback(struct asked *asked, int host)", "return;"),),
+    "unspecified": (
+        _at_once("rules.bpf.c", "void name_loopback(struct asked *asked, int host)", "return;"),
+        _at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
+    ),
     # Nobody looks at whether a socket is tied to an interface, or bound to what it is granted no more.
     "diverted": (_at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),),
     "lost": (_at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),),
@@ -98,9 +111,143 @@ def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
     return leave_out
 
 
+def _shares() -> None:
+    """One limit for the connections of all containers."""
+    from graft.splice import room, shares
+
+    def may(self: shares.Share, count: int = 1) -> bool:
+        return self._of.free >= count
+
+    shares.Share.may = may  # type: ignore[method-assign]
+    room.Room.recall = lambda self, count: None  # type: ignore[method-assign]
+
+
+def _turns() -> None:
+    """What the daemon has begun it brings to its end, whoever else waits."""
+    from graft.splice import jobs
+
+    def step(self: jobs.Job) -> None:
+        error: Exception | None = None
+        try:
+            for _ in self._steps:
+                pass
+        except Exception as raised:
+            error = raised
+        self._end(time.monotonic(), error)
+
+    jobs.Job._step = step  # type: ignore[method-assign]
+
+
+def _aside() -> None:
+    """The daemon waits for the installation's lock in its event loop."""
+    from graft.splice import aside
+
+    def run(_self: aside.Aside, call: Callable[[], object], done: Callable[[object, Exception | None], None]) -> None:
+        done(call(), None)
+
+    aside.Aside.run = run  # type: ignore[method-assign,assignment]
+
+
+def _cgroup_id() -> None:
+    """A cgroup is known by its path."""
+    from graft import containers
+    from graft.splice import relays, survey
+
+    containers.Container.is_there = property(lambda self: self.cgroup_path.exists())  # type: ignore[assignment]
+    vars(relays)["cgroup_ids"] = lambda path, _root: survey.cgroup_ids(path, 0)
+
+
+def _terminal() -> None:
+    terminal.refuse_typing = lambda: None
+
+
+def _keyring() -> None:
+    keyring.leave_session_keyring = lambda: None
+
+
+def _capabilities() -> None:
+    def give_up(capability: int) -> None:
+        syscall("prctl", 24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, and no other set
+
+    capabilities.give_up = give_up
+
+
+def _listener() -> None:
+    def refuse(self: listen.Reception, state: State, error: Exception, first: int | None) -> None:
+        self._say(f"{state.id}: refused, and ended: {error}")
+        os.kill(state.pid, 9)
+
+    listen.Reception._refuse = refuse  # type: ignore[method-assign]
+
+
+def _asking() -> None:
+    """What was asked of a container's sockets was asked by the command itself, of a copy of each."""
+
+    def each(work: Callable[[Any], Any], items: Sequence[Any], patience: float = 0, finish: bool = False) -> Any:
+        return expendable.Done({number: work(item) for number, item in enumerate(items)}, 0)
+
+    def one(work: Callable[[], Any], patience: float = 0) -> Any:
+        return work()
+
+    def find(pids: Iterable[int], inodes: frozenset[int]) -> descriptors.Places:
+        found = looked_up(pids, inodes)
+        for place in (place for places in found.values() for place in places):
+            with socket.socket(fileno=pidfd_getfd(os.pidfd_open(place.pid), place.fd)):
+                pass  # which asks it for its family and its name
+        return found
+
+    looked_up = descriptors.find
+    expendable.each, expendable.one, descriptors.find = each, one, find
+
+
+def _tags() -> None:
+    """A container's sockets were those of its processes, and of a process those of its first thread."""
+
+    def of(settings: Settings, listed: Sequence[Container], stack: held.HostStack) -> Any:
+        found = by_tags(settings, listed, stack)
+        for container in listed:
+            inside = cgroup.processes(container.cgroup_path)
+            found[container.id] = [
+                one
+                for one in found[container.id]
+                if any(place.pid in inside and place.tid == place.pid for place in one.places)
+            ]
+        return found
+
+    by_tags: Any = held.of
+    held.of = of  # type: ignore[assignment]
+
+
+def _destroy() -> None:
+    """A kernel that is not to be asked to end a socket."""
+    sockets.can_destroy = lambda release=None: False
+
+
+def _listing() -> None:
+    """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
+    sockets.listed = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
+
+
+def _liveness() -> None:
+    liveness.stuck = lambda pids, seconds=0: frozenset()
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
+    "shares": _shares,
+    "turns": _turns,
+    "aside": _aside,
+    "cgroup id": _cgroup_id,
+    "terminal": _terminal,
+    "keyring": _keyring,
+    "capabilities": _capabilities,
+    "listener": _listener,
+    "asking": _asking,
+    "tags": _tags,
+    "destroy": _destroy,
+    "listing": _listing,
+    "liveness": _liveness,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 

@@ -16,9 +16,10 @@ from graft import compiler, loader
 from graft.data import bpf_source_dir
 from graft.errors import KernelError
 from graft.kernel import tcp
-from graft.splice import handed, selftest
+from graft.splice import handed, selftest, verdict
 from graft.splice.selftest import Trial, Wrong
 from graft.splice.sockmap import Sockmap
+from graft.splice.verdict import Verdict
 
 pytestmark = pytest.mark.kernel
 
@@ -266,7 +267,7 @@ def test_what_a_killed_daemon_left_is_forgotten(loaded: loader.Loaded) -> None:
 
 
 def test_this_kernel_passes_the_self_test(root: None) -> None:
-    assert selftest.test() == ""
+    assert verdict.test() == Verdict("")
 
 
 # What a kernel (or a mistake in the program) may do, and the self-test has to find.

@@ -18,7 +18,7 @@ from graft.decision import parse_sockaddr
 from graft.endpoint import parse_egress_flag, parse_endpoint, parse_ingress_flag
 from graft.engines import parse_inspect, parse_show
 from graft.errors import GraftError
-from graft.kernel import cgroup, process, sockdiag
+from graft.kernel import cgroup, sockdiag, tasks
 from graft.kernel.btf import Btf
 from graft.kernel.seccomp import Notification
 from graft.policy import load_policy
@@ -29,7 +29,7 @@ from graft.runtime import arguments, bundle, features, options, profile, request
 from graft.runtime.bundle import Edit
 from graft.runtime.options import Options
 from graft.settings import Settings
-from graft.splice import control, selftest
+from graft.splice import control, verdict
 from tests.support.btf import Blob
 
 ID = "0123456789abcdef" * 4
@@ -144,6 +144,7 @@ _RECORD = {
 RECORD = _dump(_RECORD)
 _FEATURES = {"linux": {"seccomp": {"supportedFlags": ["SECCOMP_FILTER_FLAG_LOG"]}}}
 _INSPECTED = [{"Id": ID, "Name": "/web", "State": {"Pid": 42}}]
+_VERDICT = _dump({"depends_on": {"boot": "b"}, "problem": ""})
 _EPOLL = b"tfd:        5 events:       19 data:                7  pos:0 ino:1 sdev:9\n"
 
 _POLICY = b"""name: web
@@ -174,6 +175,9 @@ def _netlink(kind: int, body: bytes) -> bytes:
 _FAILED = _netlink(2, struct.pack("=i", -2))
 _SOCKET = struct.pack("=BBBB2s2s16s16sIII5I", 2, 10, 0, 0, b"\0\x50", b"\0\0", bytes(16), bytes(16), *[0] * 7, 77)
 _SOCKET += struct.pack("=HHB3x", 5, 11, 1) + struct.pack("=HHQ", 12, 21, 4711)
+_STORED = struct.pack("=HHHHHHIHHI", 24, 20, 20, 1, 8, 1, 8, 8, 3, 7)
+_STATUS = b"Name:\ta\nState:\tS (sleeping)\nTgid:\t42\nPPid:\t7\nvoluntary_ctxt_switches:\t3\n"
+_STATUS += b"nonvoluntary_ctxt_switches:\t4\n"
 
 READERS = [
     Reader("policy", lambda raw: load_policy(decode_policy(raw, "p"), "p", KNOWN), (GraftError,), (_POLICY,)),
@@ -195,16 +199,15 @@ READERS = [
     Reader("systemctl show", lambda raw: parse_show(_replaced(raw)), (), (b"ControlGroup=/a.service\nMainPID=7\n",)),
     Reader("daemon's answer", control.parse_answer, (GraftError,), (_dump({"serves": True}), _dump({"error": "x"}))),
     Reader("daemon's request", control.parse_request, (GraftError,), (_dump({"do": "attach", "container": 1}),)),
-    Reader(
-        "self-test", lambda raw: selftest.parse_verdict(raw, "b"), (GraftError,), (_dump({"boot": "b", "problem": ""}),)
-    ),
+    Reader("self-test", lambda raw: verdict.parse(raw, {"boot": "b"}), (GraftError,), (_VERDICT,)),
     Reader("sockaddr", parse_sockaddr, (), (struct.pack("=H14x", 2), struct.pack("=H26x", 10))),
     Reader("notification", Notification.unpack, (struct.error,), (bytes(80),)),
     Reader("BTF", _btf, (ValueError,), (_btf_seed(),)),
     Reader("sock_diag", _sockets, (ValueError, OSError), (_netlink(20, _SOCKET) + _netlink(3, bytes(4)), _FAILED)),
-    Reader("socket of sock_diag", sockdiag.parse, (ValueError,), (_SOCKET,)),
-    Reader("/proc/PID/stat", process.parse_parent, (), (b"42 (a) b) S 7 42 42 0",)),
-    Reader("/proc/PID/status", process.parse_thread_group, (), (b"Name:\ta\nTgid:\t42\n",)),
+    Reader("listener of sock_diag", sockdiag.parse, (ValueError,), (_SOCKET,)),
+    Reader("socket of sock_diag", lambda raw: sockdiag.parse_found(6, raw), (ValueError,), (_SOCKET + _STORED,)),
+    Reader("/proc/PID/status", tasks.parse_activity, (), (_STATUS,)),
+    Reader("/proc/TID/status", tasks.parse_thread_group, (), (_STATUS,)),
     Reader("/proc/PID/cgroup", cgroup.parse_membership, (), (b"1:memory:/a\n0::/b/c\n",)),
     Reader("mountinfo", cgroup.parse_mounts, (GraftError,), (b"28 21 0:24 / /sys/fs/cgroup rw - cgroup2 none rw\n",)),
     Reader("epoll's fdinfo", lambda raw: carry.parse_watches(9, raw, frozenset({5}), 1), (), (_EPOLL,)),

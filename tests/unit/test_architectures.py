@@ -19,9 +19,25 @@ from pathlib import Path
 
 import pytest
 
-from graft import desk, held, layout, lifecycle, supervisor, twin
+from graft import desk, layout, lifecycle, supervisor, twin
 from graft.data import bpf_source_dir
-from graft.kernel import bpf, epoll, helpers, netns, pidfd, process, seccomp, sockdiag, syscalls, tcp
+from graft.kernel import (
+    bpf,
+    capabilities,
+    epoll,
+    helpers,
+    keyring,
+    netns,
+    pidfd,
+    process,
+    seccomp,
+    sockdiag,
+    sockets,
+    syscalls,
+    tasks,
+    tcp,
+    terminal,
+)
 from graft.runtime import state
 from graft.splice import inward
 from tests.support.building import SOURCES
@@ -65,7 +81,7 @@ def test_headers_are_those_of_the_architecture(machine: str) -> None:
 
 
 def test_the_architectures_are_those_that_graft_has_numbers_for() -> None:
-    assert set(COMPILERS) == set(syscalls._TABLES) == set(seccomp._ARCHES)
+    assert set(COMPILERS) == set(syscalls._TABLES) == set(seccomp._ARCHES) == set(terminal.IOCTLS)
 
 
 def test_system_calls_have_their_numbers(machine: str) -> None:
@@ -106,6 +122,30 @@ def test_the_seccomp_filter_is_written_as_the_kernel_reads_it(machine: str) -> N
         **members("struct sock_fprog", seccomp._FilterProgram),
     }
     assert not differences(machine, ["linux/seccomp.h", "linux/filter.h", "linux/audit.h"], values)
+
+
+def test_the_filter_for_terminals_is_written_as_the_kernel_reads_it(machine: str) -> None:
+    native, compat = terminal.IOCTLS[machine].items()
+    values = {
+        AUDIT_ARCHES[machine]: native[0],
+        "__NR_ioctl": native[1][0],
+        {"x86_64": "AUDIT_ARCH_I386", "aarch64": "AUDIT_ARCH_ARM"}[machine]: compat[0],
+        "TIOCSTI": terminal.TIOCSTI,
+        "TIOCLINUX": terminal.TIOCLINUX,
+        "__builtin_offsetof(struct seccomp_data, nr)": terminal._NR,
+        "__builtin_offsetof(struct seccomp_data, arch)": terminal._ARCH,
+        "__builtin_offsetof(struct seccomp_data, args[1])": terminal._REQUEST,
+        "BPF_LD | BPF_W | BPF_ABS": terminal._LOAD,
+        "BPF_JMP | BPF_JEQ | BPF_K": terminal._JUMP_IF_EQUAL,
+        "BPF_RET | BPF_K": terminal._RETURN,
+        "SECCOMP_RET_ALLOW": terminal._RET_ALLOW,
+        "SECCOMP_RET_ERRNO": terminal._RET_ERRNO,
+        "EPERM": errno.EPERM,
+    }
+    if machine == "x86_64":
+        values["__X32_SYSCALL_BIT"] = terminal._X32
+    headers = ["asm/unistd.h", "asm/ioctls.h", "errno.h", "linux/seccomp.h", "linux/filter.h", "linux/audit.h"]
+    assert not differences(machine, headers, values)
 
 
 def test_seccomp_notifications_are_read_and_answered_as_the_kernel_lays_them_out(machine: str) -> None:
@@ -223,19 +263,27 @@ def test_namespaces_processes_and_mounts_have_the_kernels_numbers(machine: str) 
         "sizeof(struct iovec)": 16,
         "__builtin_offsetof(struct iovec, iov_len)": pidfd._Iovec.len.offset,
         "PR_SET_NAME": process._PR_SET_NAME,
-        "PR_CAPBSET_DROP": process._PR_CAPBSET_DROP,
-        "PR_CAP_AMBIENT": process._PR_CAP_AMBIENT,
-        "PR_CAP_AMBIENT_LOWER": process._PR_CAP_AMBIENT_LOWER,
-        "CAP_NET_ADMIN": process.CAP_NET_ADMIN,
+        "PR_CAPBSET_DROP": capabilities._PR_CAPBSET_DROP,
+        "PR_CAP_AMBIENT": capabilities._PR_CAP_AMBIENT,
+        "PR_CAP_AMBIENT_LOWER": capabilities._PR_CAP_AMBIENT_LOWER,
+        "PR_CAP_AMBIENT_CLEAR_ALL": capabilities._PR_CAP_AMBIENT_CLEAR_ALL,
+        "CAP_NET_ADMIN": capabilities.CAP_NET_ADMIN,
+        "_LINUX_CAPABILITY_VERSION_3": capabilities._VERSION_3,
+        "_LINUX_CAPABILITY_U32S_3": 2,
+        "KEYCTL_JOIN_SESSION_KEYRING": keyring._JOIN_SESSION_KEYRING,
+        "KCMP_FILES": tasks._KCMP_FILES,
         "F_SETSIG": twin._F_SETSIG,
         "F_GETSIG": twin._F_GETSIG,
         "F_SETOWN_EX": twin._F_SETOWN_EX,
         "F_GETOWN_EX": twin._F_GETOWN_EX,
         "sizeof(struct f_owner_ex)": 8,
         **packed_members("struct ucred", state._UCRED, ("pid", "uid", "gid")),
+        **members("struct __user_cap_header_struct", capabilities._Header),
+        **members("struct __user_cap_data_struct", capabilities._Sets),
     }
-    headers = ["sched.h", "sys/socket.h", "sys/mount.h", "fcntl.h", "sys/uio.h", "sys/prctl.h", "linux/capability.h"]
-    assert not differences(machine, headers, values)
+    headers = ["sched.h", "sys/socket.h", "sys/mount.h", "fcntl.h", "sys/uio.h", "sys/prctl.h"]
+    more = ["linux/capability.h", "linux/keyctl.h", "linux/kcmp.h"]
+    assert not differences(machine, [*headers, *more], values)
 
 
 def test_the_socket_options_that_a_twin_is_given_are_those_that_are_meant(machine: str) -> None:
@@ -260,7 +308,7 @@ def test_the_socket_options_that_a_twin_is_given_are_those_that_are_meant(machin
         "SIOCOUTQ": termios.TIOCOUTQ,
         **members("struct sock_fprog", twin._SockFprog),
     }
-    assert (held._SO_ATTACH_FILTER, held._SO_LOCK_FILTER) == (twin._ATTACH_FILTER, twin._LOCK_FILTER)
+    assert (sockets._SO_ATTACH_FILTER, sockets._SO_LOCK_FILTER) == (twin._ATTACH_FILTER, twin._LOCK_FILTER)
     assert not differences(machine, ["asm/socket.h", "linux/filter.h", "asm/ioctls.h", "linux/sockios.h"], values)
 
 
@@ -277,6 +325,7 @@ def test_protocols_and_their_structures_are_the_kernels(machine: str) -> None:
         "TCP_CONGESTION": twin._TCP_CONGESTION,
         "IPV6_V6ONLY": twin.IPV6_V6ONLY,
         "IPPROTO_MPTCP": supervisor._IPPROTO_MPTCP,
+        "IPPROTO_MPTCP + 0": sockdiag.IPPROTO_MPTCP,
         "IPPROTO_TCP": socket.IPPROTO_TCP,
         "IP_BIND_ADDRESS_NO_PORT": inward.IP_BIND_ADDRESS_NO_PORT,
         "sizeof(struct sockaddr_in6)": desk._NAME_SIZE,
@@ -285,12 +334,24 @@ def test_protocols_and_their_structures_are_the_kernels(machine: str) -> None:
         "__builtin_offsetof(struct tcp_info, tcpi_bytes_received)": received,
         "NETLINK_SOCK_DIAG": sockdiag.NETLINK_SOCK_DIAG,
         "SOCK_DIAG_BY_FAMILY": sockdiag._SOCK_DIAG_BY_FAMILY,
+        "SOCK_DESTROY": sockdiag._SOCK_DESTROY,
         "NLMSG_ERROR": sockdiag._NLMSG_ERROR,
         "NLMSG_DONE": sockdiag._NLMSG_DONE,
         "NLM_F_REQUEST | NLM_F_DUMP": sockdiag._REQUEST_DUMP,
+        "NLM_F_REQUEST | NLM_F_ACK": sockdiag._REQUEST_ACK,
+        "NLA_F_NESTED": sockdiag._NESTED,
         "INET_DIAG_SKV6ONLY": sockdiag._SKV6ONLY,
+        "INET_DIAG_SK_BPF_STORAGES": sockdiag._SK_BPF_STORAGES,
+        "INET_DIAG_REQ_SK_BPF_STORAGES": sockdiag._REQUEST_STORAGES,
+        "INET_DIAG_REQ_PROTOCOL": sockdiag._REQUEST_PROTOCOL,
+        "SK_DIAG_BPF_STORAGE_REQ_MAP_FD": sockdiag._STORAGE_MAP,
+        "SK_DIAG_BPF_STORAGE_MAP_VALUE": sockdiag._STORAGE_VALUE,
         "INET_DIAG_CGROUP_ID": sockdiag._CGROUP_ID,
         "sizeof(struct inet_diag_req_v2)": sockdiag._REQUEST.size,
+        "__builtin_offsetof(struct inet_diag_msg, id)": sockdiag._IDENTITY.start,
+        "sizeof(struct inet_diag_sockid)": sockdiag._IDENTITY.stop - sockdiag._IDENTITY.start,
+        "__builtin_offsetof(struct inet_diag_sockid, idiag_dport)": sockdiag._REMOTE_PORT.start,
+        "__builtin_offsetof(struct inet_diag_sockid, idiag_cookie)": 40,
         "sizeof(struct inet_diag_msg)": sockdiag._MESSAGE.size,
         "BPF_TCP_LISTEN": sockdiag._TCP_LISTEN,
         **packed_members("struct nlmsghdr", sockdiag._HEADER, netlink),

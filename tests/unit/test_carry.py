@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import socket
 from pathlib import Path
@@ -62,6 +63,14 @@ def test_a_twin_is_watched_like_the_socket_whose_place_it_takes() -> None:
         # Registered under the program's number for the socket, whatever number it has here.
         found = parse_watches(epoll.fileno(), lines, frozenset({number}), inode)
         assert [(watch.fd, watch.data) for watch in found] == [(number, 0x42)]
+
+
+def test_a_number_that_cannot_be_had_here_leaves_no_descriptor_behind() -> None:
+    last = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1  # there is none after it: F_DUPFD ends with EINVAL
+    with socket.socket() as twin, select.epoll() as epoll:
+        before = sorted(os.listdir("/proc/self/fd"))
+        carry.watch_again((Watch(epoll.fileno(), last, select.EPOLLOUT, 0),), twin.fileno(), os.dup)
+        assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_flags_of_a_descriptor_are_read_with_close_on_exec() -> None:

@@ -10,34 +10,41 @@ from pathlib import Path
 import pytest
 
 from graft import carry
-from graft.kernel import pidfd, process
+from graft.kernel import pidfd, process, tasks
 
 NAMES = [b"nginx", b"a b", b") R 1 1", b"(", b")", b"x\nPPid:\t1", b"\xff\xfe", b"", b"1) S 99 (2"]
 
 
+REST = b"State:\tD (disk sleep)\nPPid:\t7\nvoluntary_ctxt_switches:\t3\nnonvoluntary_ctxt_switches:\t4\n"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_parent_is_found_behind_any_name(name: bytes) -> None:
-    assert process.parse_parent(b"42 (" + name + b") S 7 42 42 0 -1 4194304") == 7
+    status = b"Name:\t" + name.replace(b"\n", b"\\n") + b"\n" + REST
+    assert tasks.parse_activity(status) == tasks.Activity("D", 7, 7)
 
 
-@pytest.mark.parametrize("stat", [b"", b"42 (a", b"42 (a) S", b"42 (a) S x", b"42 (a) S " + b"9" * 5000, b"\0" * 99])
-def test_where_there_is_no_parent_it_is_0(stat: bytes) -> None:
-    assert process.parse_parent(stat) == 0
+@pytest.mark.parametrize(
+    "status", [b"", b"Name:\ta\n", REST[:-4], REST.replace(b"7", b"x"), REST.replace(b"7", b"9" * 5000), b"\0" * 99]
+)
+def test_where_there_is_no_parent_nothing_is_told(status: bytes) -> None:
+    assert tasks.parse_activity(status) is None
 
 
 def test_the_running_kernel_writes_it_so() -> None:
     before = Path("/proc/self/comm").read_bytes().rstrip(b"\n")
     try:
         process.call_oneself("a) R 1\nTgid:\t1")
-        assert process.parse_parent(Path("/proc/self/stat").read_bytes()) == os.getppid()
-        assert process.parse_thread_group(Path("/proc/self/status").read_bytes()) == os.getpid()
+        activity = tasks.activity(os.getpid())
+        assert activity is not None and activity.parent == os.getppid()
+        assert tasks.parse_thread_group(Path("/proc/self/status").read_bytes()) == os.getpid()
     finally:
         process.call_oneself(before.decode())
 
 
 @pytest.mark.parametrize("status", [b"", b"Name:\ta\n", b"Name:\tTgid:\t5\n", b"Tgid:\t" + b"9" * 5000 + b"\n"])
 def test_where_there_is_no_thread_group_it_is_0(status: bytes) -> None:
-    assert process.parse_thread_group(status) == 0
+    assert tasks.parse_thread_group(status) == 0
 
 
 def test_a_thread_that_is_gone_has_no_thread_group() -> None:

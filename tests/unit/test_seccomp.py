@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from graft.kernel import seccomp
 from graft.kernel.seccomp import Notification, architecture, filter_program
+from tests.support import classic_bpf
 
 ALLOW, NOTIFY = 0x7FFF0000, 0x7FC00000
 MACHINES = ("x86_64", "aarch64")
@@ -24,21 +25,8 @@ every_machine = pytest.mark.parametrize("machine", MACHINES)
 
 
 def interpret(nr: int, arch: int, machine: str) -> int:
-    """What the filter returns for a call. struct seccomp_data: nr, arch, instruction pointer, arguments."""
-    data = struct.pack("=iIQ6Q", nr - (1 << 32) if nr & 1 << 31 else nr, arch, 0, *[0] * 6)
-    program = list(struct.iter_unpack("=HBBI", filter_program(machine)))
-    accumulator = at = 0
-    while True:
-        code, true, false, k = program[at]
-        at += 1
-        if code == 0x20:  # ld [k]
-            accumulator = struct.unpack_from("=I", data, k)[0]
-        elif code == 0x15:  # jeq #k
-            at += true if accumulator == k else false
-        elif code == 0x06:  # ret #k
-            return int(k)
-        else:
-            raise AssertionError(f"instruction {code:#x}")
+    """What the filter returns for a call."""
+    return classic_bpf.interpret(filter_program(machine), classic_bpf.seccomp_data(nr, arch))
 
 
 @every_machine

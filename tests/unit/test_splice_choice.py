@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.kernel.sockdiag import Listening, parse
-from graft.splice.choice import PlacedEndpoint, Publication, publications, target
+from graft.splice.choice import MOST_OTHERS, Choice, PlacedEndpoint, Publication, target
+
+Lookup = Callable[[int, bytes, int], PlacedEndpoint | None]
 
 ANY = bytes(16)
 LOOPBACK = b"\x7f\0\0\1".ljust(16, b"\0")
@@ -23,6 +26,19 @@ DUAL = PlacedEndpoint(4, 6, ANY, 8080, 1, dual_stack=True)
 
 def listening(family: int, address: bytes, port: int = 80, v6only: bool = False, cgroup: int = 7) -> Listening:
     return Listening(family, address, port, v6only, cgroup, 0)
+
+
+def choice(
+    found: Iterable[Listening], lookup: Lookup, most: int = 100, published: Sequence[Publication] = ()
+) -> Choice:
+    made = Choice({7}, lookup, most, published)
+    for one in found:
+        made.consider(one)
+    return made
+
+
+def publications(found: Iterable[Listening], lookup: Lookup) -> list[Publication]:
+    return choice(found, lookup).publications
 
 
 @pytest.mark.parametrize(
@@ -47,30 +63,30 @@ def test_a_listener_is_dialled_where_it_listens(
 
 
 def test_a_listener_that_no_rule_names_is_not_published() -> None:
-    assert publications([listening(4, ANY)], {7}, lambda *_: None) == []
+    assert publications([listening(4, ANY)], lambda *_: None) == []
 
 
 def test_a_listener_of_another_cgroup_is_not_published() -> None:
-    assert publications([listening(4, ANY, cgroup=8)], {7}, lambda *_: FIXED) == []
+    assert publications([listening(4, ANY, cgroup=8)], lambda *_: FIXED) == []
 
 
 def test_a_kernel_that_does_not_tell_the_cgroup_counts_as_the_containers_own() -> None:
-    assert len(publications([listening(4, ANY, cgroup=0)], {7}, lambda *_: FIXED)) == 1
+    assert len(publications([listening(4, ANY, cgroup=0)], lambda *_: FIXED)) == 1
 
 
 def test_of_several_listeners_on_one_endpoint_the_widest_is_taken() -> None:
-    found = publications([listening(4, LOOPBACK), listening(4, OWN), listening(4, ANY)], {7}, lambda *_: FIXED)
+    found = publications([listening(4, LOOPBACK), listening(4, OWN), listening(4, ANY)], lambda *_: FIXED)
     assert [one.address for one in found] == [ANY]
 
 
 def test_each_listener_on_a_dynamic_endpoint_has_a_port_of_its_own() -> None:
-    found = publications([listening(4, ANY, 80), listening(4, ANY, 81)], {7}, lambda *_: DYNAMIC)
+    found = publications([listening(4, ANY, 80), listening(4, ANY, 81)], lambda *_: DYNAMIC)
     assert sorted(one.port for one in found) == [80, 81]
 
 
 def test_a_listener_of_ipv6_alone_cannot_have_an_ipv4_endpoint() -> None:
-    assert publications([listening(6, ANY, v6only=True)], {7}, lambda *_: FIXED) == []
-    assert len(publications([listening(6, ANY, v6only=True)], {7}, lambda *_: SIX)) == 1
+    assert publications([listening(6, ANY, v6only=True)], lambda *_: FIXED) == []
+    assert len(publications([listening(6, ANY, v6only=True)], lambda *_: SIX)) == 1
 
 
 def test_a_mapped_address_is_looked_up_as_ipv4() -> None:
@@ -80,7 +96,7 @@ def test_a_mapped_address_is_looked_up_as_ipv4() -> None:
         asked.append((family, address, port))
         return FIXED
 
-    publications([listening(6, MAPPED)], {7}, lookup)
+    publications([listening(6, MAPPED)], lookup)
     assert asked == [(4, OWN, 80)]
 
 
@@ -91,7 +107,27 @@ addresses = st.sampled_from([ANY, LOOPBACK, OWN])
 def test_the_order_of_the_kernels_answer_makes_no_difference(found: list[Listening], chance: object) -> None:
     shuffled = list(found)
     chance.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert set(publications(found, {7}, lambda *_: FIXED)) == set(publications(shuffled, {7}, lambda *_: FIXED))
+    assert set(publications(found, lambda *_: FIXED)) == set(publications(shuffled, lambda *_: FIXED))
+
+
+def test_no_more_are_published_than_may_be_and_those_that_are_stay() -> None:
+    found = [listening(4, ANY, port) for port in range(1, 10)]
+    published = choice(found[6:8], lambda *_: DYNAMIC).publications
+    chosen = choice(found, lambda *_: DYNAMIC, 4, published)
+    assert [one.port for one in chosen.publications] == [1, 2, 7, 8]
+    assert chosen.too_many == 5
+
+
+def test_what_is_told_of_the_others_is_bounded() -> None:
+    found = [listening(4, ANY, port) for port in range(1, 1000)]
+    chosen = choice([*found, *found], lambda *_: None)
+    assert list(chosen.others) == [(4, ANY, port) for port in range(1, MOST_OTHERS + 1)]
+    assert chosen.more_others >= 999 - MOST_OTHERS
+    assert not chosen.publications
+
+
+def test_of_several_listeners_on_one_endpoint_those_that_are_not_taken_are_told() -> None:
+    assert list(choice([listening(4, ANY), listening(4, OWN)], lambda *_: FIXED).others) == [(4, OWN, 80)]
 
 
 def test_a_message_of_the_kernel_is_read() -> None:

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 
 from graft.splice.connection import Connection, prepare
 from graft.splice.loop import Loop
-from graft.splice.pipes import Pipes
+from graft.splice.room import Room
 
 
 class Relay:
     """A loop with one connection in it, and the two ends of the world: ``left`` and ``right``."""
 
     def __init__(self, pipes: int = 8) -> None:
-        self.loop = Loop(Pipes(pipes), lambda: None, interval=0.005)
+        self.loop = Loop(lambda: None, interval=0.005)
+        self.room = Room(self.loop, 1024, pipes)
+        self.account = self.room.account(1)
+        assert self.account.admit()
         self.connections: set[Connection] = set()
         with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as back:
             self.left = socket.create_connection(front.getsockname())
@@ -34,7 +37,7 @@ class Relay:
             self.right, _ = back.accept()
         for sock in (self.left, self.right):
             sock.setblocking(False)
-        self.connection = Connection(self.loop, self.connections, near, far)
+        self.connection = Connection(self.account, self.connections, near, far)
 
     def turn(self, times: int = 5) -> None:
         for _ in range(times):
@@ -57,6 +60,7 @@ class Relay:
 
     def close(self) -> None:
         self.connection.reset()
+        self.room.close()
         self.loop.shut_down()
         self.left.close()
         self.right.close()
@@ -79,7 +83,7 @@ def test_bytes_pass_both_ways(relay: Relay) -> None:
 def test_an_idle_connection_has_no_pipe(relay: Relay) -> None:
     relay.left.send(b"x")
     relay.turn()
-    assert relay.loop.pipes.lent == 0
+    assert relay.account.pipes.taken == 0
 
 
 def test_one_end_passes_and_the_other_direction_goes_on(relay: Relay) -> None:
@@ -134,10 +138,10 @@ def test_a_reader_that_does_not_read_stops_the_writer(relay: Relay) -> None:
         except BlockingIOError:
             relay.turn()
     assert sent < 64 << 20  # of 200: what the buffers of four sockets grow to, and a pipe
-    assert relay.loop.pipes.lent == 1
+    assert relay.account.pipes.taken == 1
     relay.left.shutdown(socket.SHUT_WR)
     assert len(relay.read(relay.right)) == sent
-    assert relay.loop.pipes.lent == 0
+    assert relay.account.pipes.taken == 0
 
 
 def test_a_reset_with_data_on_the_way_gives_the_pipe_back(relay: Relay) -> None:
@@ -146,9 +150,9 @@ def test_a_reset_with_data_on_the_way_gives_the_pipe_back(relay: Relay) -> None:
             relay.left.send(bytes(1 << 20))
         except BlockingIOError:
             relay.turn()
-    assert relay.loop.pipes.lent == 1
+    assert relay.account.pipes.taken == 1
     relay.connection.reset()
-    assert relay.loop.pipes.lent == 0
+    assert relay.account.pipes.taken == 0
 
 
 @pytest.mark.parametrize("pipes", [8, 0])
@@ -192,11 +196,16 @@ def test_every_byte_arrives_with_pipes_and_without(
 
 
 def test_pipes_that_ran_out_are_refused_until_one_is_given_back() -> None:
-    pipes = Pipes(1)
-    first = pipes.take()
-    assert first is not None
-    assert pipes.take() is None
-    pipes.give(first)
-    assert pipes.take() is first
-    pipes.drop(first)
-    pipes.close()
+    loop = Loop(lambda: None)
+    room = Room(loop, 1024, 4)
+    account = room.account(1)
+    first, *others = lent = [pipe for _ in range(3) if (pipe := account.take_pipe()) is not None]
+    assert len(lent) == 3
+    assert account.take_pipe() is None  # the last one is for whoever comes next
+    account.give_pipe(first)
+    assert account.take_pipe() is first
+    for pipe in (first, *others):
+        account.drop_pipe(pipe)
+    assert account.pipes.taken == 0
+    room.close()
+    loop.shut_down()

@@ -1,0 +1,63 @@
+"""Capabilities of the calling thread: read, written, and given up for good.
+
+Sources: capabilities(7), capget(2), prctl(2). What a program of root's has after execve(2) is what is in the
+bounding set or the inheritable one, whatever was permitted before: to give a capability up is to take it out of
+every set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from graft.kernel.syscalls import syscall
+
+_VERSION_3 = 0x20080522
+_PR_CAPBSET_DROP = 24
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_LOWER, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 3, 4
+CAP_NET_ADMIN = 12
+
+
+class _Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Sets(ctypes.Structure):
+    """The lower or the upper 32 capabilities."""
+
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+Halves = ctypes.Array[_Sets]
+
+
+def current() -> Halves:
+    """The thread's three sets. Raises OSError."""
+    halves = (_Sets * 2)()
+    syscall("capget", ctypes.byref(_Header(_VERSION_3, 0)), halves)
+    return halves
+
+
+def change(halves: Halves) -> None:
+    """Give the thread these sets. Raises OSError (EPERM for more than is permitted)."""
+    syscall("capset", ctypes.byref(_Header(_VERSION_3, 0)), halves)
+
+
+def give_up(capability: int) -> None:
+    """Make sure that no program executed from here, also one of root's, ever has ``capability`` again.
+
+    Raises OSError (EPERM without CAP_SETPCAP).
+    """
+    syscall("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
+    syscall("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_LOWER, capability, 0, 0)
+    halves = current()
+    half, bit = halves[capability // 32], 1 << capability % 32
+    half.effective &= ~bit
+    half.permitted &= ~bit
+    half.inheritable &= ~bit
+    change(halves)
+
+
+def give_up_all() -> None:
+    """Have none any more, and hand none on. The bounding set stays: a set-user-id program is as it ever was."""
+    syscall("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    change((_Sets * 2)())

@@ -1,0 +1,111 @@
+"""Other processes and their threads, as /proc shows them. Nothing here waits for a lock that one of them can keep.
+
+(/proc/PID/cmdline, environ and maps, and fdinfo of some descriptors, do: they are not for what a container runs.)
+
+Sources: proc_pid_stat(5), proc_pid_status(5), proc_pid_fd(5), kcmp(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from graft.kernel.syscalls import syscall
+
+_KCMP_FILES = 2
+_EQUAL, _LESS, _GREATER = 0, 1, 2
+_SOCKET = re.compile(r"socket:\[(\d+)\]")
+_STATE = re.compile(rb"^State:\t([A-Za-z])", re.M)
+_NUMBERS = re.compile(rb"^(PPid|voluntary_ctxt_switches|nonvoluntary_ctxt_switches):\t([0-9]{1,20})$", re.M)
+_THREAD_GROUP = re.compile(rb"^Tgid:\t([0-9]{1,10})$", re.M)
+_SLEEPS_FOR_GOOD = frozenset("DTt")
+
+
+def threads(pid: int) -> list[int]:
+    """The threads of a process, its first one first, be that still there or not; empty where the process is gone."""
+    with contextlib.suppress(OSError):
+        return sorted((int(tid) for tid in os.listdir(f"/proc/{pid}/task")), key=lambda tid: (tid != pid, tid))
+    return []
+
+
+def tables(pid: int) -> list[int]:
+    """A thread of a process for each table of descriptors that its threads have (nearly always there is one).
+
+    The kernel orders them, so that a thousand threads with a thousand tables are told apart quickly. Where it does not
+    say (CONFIG_KCMP), every thread counts.
+    """
+    found: list[int] = []
+    for tid in threads(pid):
+        low, high = 0, len(found)
+        while low < high:
+            middle = (low + high) // 2
+            order = _compare_tables(tid, found[middle])
+            if order == _EQUAL:
+                break
+            low, high = (low, middle) if order == _LESS else (middle + 1, high)
+        else:
+            found.insert(low, tid)
+    return found
+
+
+def _compare_tables(one: int, other: int) -> int:
+    try:
+        return syscall("kcmp", one, other, _KCMP_FILES, 0, 0)
+    except OSError:
+        return _GREATER
+
+
+def sockets(tid: int) -> Iterator[tuple[int, int]]:
+    """(inode, descriptor) of each socket in the table of thread ``tid``."""
+    with contextlib.suppress(OSError), os.scandir(f"/proc/{tid}/fd") as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                match = _SOCKET.fullmatch(os.readlink(entry.path))
+                if match:
+                    yield int(match[1]), int(entry.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a thread does: its state (a letter), its parent, and how often it has left a processor."""
+
+    state: str
+    parent: int
+    switches: int
+
+    @property
+    def may_be_stuck(self) -> bool:
+        """Whether it sleeps so that nothing but what it waits for wakes it, or is stopped."""
+        return self.state in _SLEEPS_FOR_GOOD
+
+
+def activity(pid: int) -> Activity | None:
+    """What the first thread of a process does now; None where it is gone."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as status:
+            return parse_activity(status.read())
+    except OSError:
+        return None
+
+
+# In /proc/PID/status the name, which the program chooses, stands first; the kernel writes a newline in it as two
+# characters.
+
+
+def parse_activity(status: bytes) -> Activity | None:
+    """What a thread does, of its /proc/TID/status; None where that does not say so."""
+    state = _STATE.search(status)
+    numbers = {found[1]: int(found[2]) for found in _NUMBERS.finditer(status)}
+    if state is None or len(numbers) < 3:
+        return None
+    switches = numbers[b"voluntary_ctxt_switches"] + numbers[b"nonvoluntary_ctxt_switches"]
+    return Activity(state[1].decode(), numbers[b"PPid"], switches)
+
+
+def parse_thread_group(status: bytes) -> int:
+    """The process id of a thread, of its /proc/TID/status; 0 where it is not there."""
+    found = _THREAD_GROUP.search(status)
+    return int(found[1]) if found else 0

@@ -1,0 +1,75 @@
+"""The daemon's end of its control socket (control.py): requests in, answers out, each when it is ready."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import select
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from graft.errors import GraftError
+from graft.settings import Settings
+from graft.splice import control
+from graft.splice.loop import Loop
+
+Answer = Callable[[dict[str, Any]], None]
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """What `control.ask` raises at the other end."""
+    if isinstance(error, GraftError):
+        return {"error": error.message, "hint": error.hint}
+    return {"error": str(error)}
+
+
+def _send(sock: socket.socket, found: dict[str, Any]) -> None:
+    try:
+        sock.send(json.dumps(found).encode())
+    except OSError as error:
+        if error.errno != errno.EMSGSIZE:
+            raise
+        sock.send(json.dumps({"error": "the daemon's answer is too long", "hint": "net.core.wmem_max"}).encode())
+
+
+class Commands:
+    """Calls ``do`` with each request, and with what answers it, now or later, once."""
+
+    def __init__(self, settings: Settings, loop: Loop, do: Callable[[dict[str, Any], Answer], None]) -> None:
+        self._settings, self._loop, self._do = settings, loop, do
+        self._listener = control.listener(settings)
+        loop.watch(self._listener.fileno(), select.EPOLLIN, self._on_command)
+
+    def _on_command(self, _mask: int) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = self._listener.accept()
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, control.MAX_BYTES)
+            self._loop.watch(sock.fileno(), select.EPOLLIN, lambda _mask: self._on_request(sock))
+
+    def _on_request(self, sock: socket.socket) -> None:
+        self._loop.unwatch(sock.fileno())
+        try:
+            raw = sock.recv(control.MAX_BYTES)
+        except OSError:
+            raw = b""
+        if not raw:  # who connected has gone
+            self._loop.close(sock)
+            return
+
+        def answer(found: dict[str, Any]) -> None:
+            with contextlib.suppress(OSError):  # who asked has gone
+                _send(sock, found)
+            self._loop.close(sock)
+
+        try:
+            self._do(control.parse_request(raw), answer)
+        except (GraftError, OSError, ValueError) as error:
+            answer(failure(error))
+
+    def close(self) -> None:
+        """Answer no more."""
+        (self._settings.run_dir / control.NAME).unlink(missing_ok=True)
+        self._listener.close()

@@ -1,0 +1,356 @@
+"""The relays' daemon serves every container, whatever one of them does."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from graft import splice
+from graft.kernel import cgroup
+from graft.splice import control
+from tests.hostile.undefended import COMMAND
+from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import CLIENT4, HOST4
+from tests.support.plain import Plain, plain
+from tests.support.program import Program, start
+from tests.support.relayed import pair, published, refused, talk
+from tests.support.wait import PATIENCE, until
+
+pytestmark = pytest.mark.e2e
+
+FEW = 1000
+"""Descriptors of a daemon that is to run short of them: for about a hundred connections of one container."""
+KNOCKS = 300
+LISTENERS = 15_000
+CHANGING = 1000
+
+Daemon = Callable[..., Program]
+
+
+@pytest.fixture
+def daemon(host: Host) -> Iterator[Daemon]:
+    """Starts the daemon, with a defence left out where one is named. It ends with the test."""
+    started: list[Program] = []
+
+    def begin(without: str = "", descriptors: int | None = None) -> Program:
+        splice.stop(host.settings)
+        limits = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
+        command = [sys.executable, COMMAND, without, "daemon"] if without else [GRAFT, "daemon"]
+        program = start([*limits, *map(str, command)], {**os.environ, **host.environment})
+        started.append(program)
+        program.until("it answers", lambda: control.ask(host.settings, {"do": "ping"}))
+        return program
+
+    yield begin
+    for program in started:
+        assert program.stop() == 0, program.complained
+
+
+@pytest.fixture
+def hostile(host: Host, daemon: Daemon) -> Iterator[Plain]:
+    """A container that takes all it can. (It is detached before the daemon ends.)"""
+    with plain(host) as made:
+        yield made
+
+
+@pytest.fixture
+def other(host: Host, daemon: Daemon) -> Iterator[Plain]:
+    """A container that wants to be served."""
+    with plain(host) as made:
+        yield made
+
+
+def served(container: Plain, listener: socket.socket, port: int, within: float) -> bool:
+    """Whether a new connection to a container is joined with its listener, and carries bytes both ways."""
+    listener.settimeout(within)
+    with container.host.client.connected(HOST4, port) as client, contextlib.suppress(TimeoutError):
+        accepted, whose = listener.accept()
+        while whose != client.getsockname():  # of one that has given up
+            accepted.close()
+            accepted, whose = listener.accept()
+        with accepted:
+            for sock in (client, accepted):
+                sock.settimeout(within)
+            talk(client, accepted)
+            return True
+    return False
+
+
+# ---- connections ----------------------------------------------------------------------------------
+
+
+def through_its_endpoint(hostile: Plain, stack: contextlib.ExitStack, backlog: int) -> None:
+    """Clients without end, for a listener with room for ``backlog`` of them that accepts none."""
+    listener = stack.enter_context(hostile.listener())
+    listener.listen(backlog)
+    port = published(hostile)
+    with hostile.host.client.inside():
+        clients = [stack.enter_context(socket.socket()) for _ in range(KNOCKS)]
+    for client in clients:
+        client.setblocking(False)
+        client.connect_ex((HOST4, port))
+
+
+def to_the_world(hostile: Plain, stack: contextlib.ExitStack) -> None:
+    """Connections out without end."""
+    world = stack.enter_context(hostile.host.client.listener(CLIENT4))
+    world.listen(KNOCKS)
+    published(hostile)
+    for _ in range(KNOCKS):
+        program = stack.enter_context(hostile.tcp())
+        program.setblocking(False)
+        program.connect_ex(world.getsockname())
+
+
+WAYS: dict[str, Callable[[Plain, contextlib.ExitStack], None]] = {
+    "in": lambda hostile, stack: through_its_endpoint(hostile, stack, 4096),
+    "to a listener that never accepts": lambda hostile, stack: through_its_endpoint(hostile, stack, 1),
+    "out": to_the_world,
+}
+
+
+def take_all(hostile: Plain, stack: contextlib.ExitStack, way: str) -> int:
+    """Have a container take all the connections that it can get; gives how many those are."""
+    WAYS[way](hostile, stack)
+    seen = [-1, -1]
+
+    def settled() -> bool:
+        seen.append(hostile.described()["connections"])
+        return seen[-1] > 0 and seen[-1] == seen[-2] == seen[-3]
+
+    until("it has all that it gets", settled, pause=0.1)
+    assert seen[-1] < KNOCKS
+    return seen[-1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_container_that_takes_all_the_connections_leaves_the_others_theirs(
+    daemon: Daemon, hostile: Plain, other: Plain, way: str
+) -> None:
+    daemon(descriptors=FEW)
+    with contextlib.ExitStack() as stack, other.listener() as listener:
+        port = published(other)
+        take_all(hostile, stack, way)
+        assert all(served(other, listener, port, 15 * PATIENCE) for _ in range(5))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_control_with_one_limit_for_all_it_leaves_them_none(
+    daemon: Daemon, hostile: Plain, other: Plain, way: str
+) -> None:
+    daemon("shares", FEW)
+    with contextlib.ExitStack() as stack, other.listener() as listener:
+        port = published(other)
+        take_all(hostile, stack, way)
+        assert not served(other, listener, port, 1.0)
+        stack.close()  # it was the connections: when they end, whoever waits is served
+        assert until("served", lambda: served(other, listener, port, 1.0))
+
+
+def test_a_container_that_comes_when_all_is_taken_is_served(daemon: Daemon, hostile: Plain, other: Plain) -> None:
+    daemon(descriptors=FEW)
+    with contextlib.ExitStack() as stack, other.listener() as listener:
+        take_all(hostile, stack, "in")
+        port = published(other)
+        assert all(served(other, listener, port, 15 * PATIENCE) for _ in range(5))
+
+
+# ---- listeners ------------------------------------------------------------------------------------
+
+MANY = f"""
+import resource, socket, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+held = []
+for number in range({LISTENERS}):
+    held.append(socket.socket())
+    held[-1].bind(("127.0.0.1", 20000 + number))
+    held[-1].listen(1)
+print("ready", flush=True)
+time.sleep(1000)
+"""
+CHANGE = f"""
+import resource, socket, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+ready = "ready"
+while True:
+    for first in (20000, 30000):
+        held = [socket.socket() for _ in range({CHANGING})]
+        for number, sock in enumerate(held):
+            sock.bind(("0.0.0.0", first + number))
+            sock.listen(1)
+        print(ready, end="", flush=True)
+        ready = ""
+        time.sleep(0.05)
+        for sock in held:
+            sock.close()
+"""
+STORMS = {"many": MANY, "changing": CHANGE}
+
+
+class Pings:
+    """Counts how often a container is served meanwhile: a new connection, with a message there and back."""
+
+    def __init__(self, container: Plain, listener: socket.socket, port: int) -> None:
+        self._container, self._listener, self._port = container, listener, port
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._ping)
+        self.count = 0
+
+    def _ping(self) -> None:
+        while not self._stop.is_set():
+            client, accepted = pair(self._container, self._listener, self._port)
+            with client, accepted:
+                client.sendall(b"?")
+                accepted.sendall(accepted.recv(1))
+                self.count += client.recv(1) == b"?"
+
+    def __enter__(self) -> Pings:
+        self._thread.start()
+        until("the first one", lambda: self.count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def served_in_a_storm(daemon: Daemon, hostile: Plain, other: Plain, storm: str, without: str = "") -> float:
+    """How often one container is served while another one's listeners are looked at once."""
+    daemon(without)
+    looks = 4
+    dynamic = hostile.host.endpoint("0.0.0.0:dynamic")
+    hostile.start(sys.executable, "-c", STORMS[storm]).says("ready", 60)
+    hostile.attach("-i", f"0.0.0.0:20000-40000={dynamic}")
+    with other.listener() as listener:
+        listener.settimeout(30 * PATIENCE)
+        with Pings(other, listener, published(other)) as pings:
+            before = pings.count
+            for _ in range(looks):
+                control.ask(hostile.host.settings, {"do": "attach", "container": hostile.container.id})
+            return (pings.count - before) / looks
+
+
+@pytest.mark.parametrize("storm", STORMS)
+def test_a_storm_of_listeners_holds_up_nobody_else(daemon: Daemon, hostile: Plain, other: Plain, storm: str) -> None:
+    assert served_in_a_storm(daemon, hostile, other, storm) > 8
+
+
+@pytest.mark.parametrize("storm", STORMS)
+def test_control_without_turns_it_holds_up_everybody(daemon: Daemon, hostile: Plain, other: Plain, storm: str) -> None:
+    assert served_in_a_storm(daemon, hostile, other, storm, "turns") < 4
+
+
+def test_what_is_told_of_a_storm_fits_into_an_answer(daemon: Daemon, hostile: Plain) -> None:
+    daemon()
+    hostile.start(sys.executable, "-c", MANY).says("ready", 60)
+    said = hostile.host.graft("attach", "--cgroup", hostile.cgroup).stdout
+    assert said.count("is named by no rule") == 64
+    assert f"and {LISTENERS - 64} others" in said
+
+
+# ---- the installation's lock ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked_while_one_ends(host: Host) -> Iterator[None]:
+    """Somebody holds the installation's lock, and a container has ended, whose rules are to be forgotten."""
+    with plain(host) as third, open(host.settings.run_dir / "lock") as lock:
+        published(third)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cgroup.kill(third.cgroup)
+        third.resident.wait()
+        cgroup.remove(third.cgroup)
+        number = third.container.id
+        yield
+        assert third.container.id == number  # its record waits for the lock
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        third.cgroup.mkdir()
+
+
+def test_who_holds_the_installations_lock_holds_up_no_relay(daemon: Daemon, other: Plain, host: Host) -> None:
+    program = daemon()
+    with other.listener() as listener:
+        port = published(other)
+        with locked_while_one_ends(host):
+            program.until("it has seen it", lambda: "no longer served" in program.complained)
+            assert served(other, listener, port, 15 * PATIENCE)
+
+
+def test_control_that_waits_in_its_loop_serves_nobody(daemon: Daemon, other: Plain, host: Host) -> None:
+    daemon("aside")
+    with other.listener() as listener:
+        port = published(other)
+        with locked_while_one_ends(host):
+            until("it waits", lambda: not served(other, listener, port, 1.0))
+        assert until("served", lambda: served(other, listener, port, 1.0))
+
+
+# ---- a cgroup of the same path ----------------------------------------------------------------------
+
+HELLO = """
+import socket
+listener = socket.create_server(("0.0.0.0", 80))
+print("ready", flush=True)
+while True:
+    accepted, _ = listener.accept()
+    accepted.sendall(b"hello")
+    accepted.close()
+"""
+
+
+def begun_anew(container: Plain, running: Program) -> None:
+    """End all that is in a container, and start it in a new cgroup of the same path, before the daemon can look."""
+    os.kill(running.process.pid, signal.SIGSTOP)
+    try:
+        cgroup.kill(container.cgroup)
+        container.resident.wait()
+        cgroup.remove(container.cgroup)
+        container.cgroup.mkdir()
+        container.start(sys.executable, "-c", HELLO).says("ready")
+    finally:
+        os.kill(running.process.pid, signal.SIGCONT)
+
+
+def hello(container: Plain, port: int) -> bool:
+    """Whether what listens in a container is reached at an endpoint's port."""
+    with contextlib.suppress(ConnectionError), container.host.client.connected(HOST4, port) as client:
+        return client.recv(10) == b"hello"
+    return False
+
+
+def test_a_new_cgroup_at_the_same_path_does_not_get_the_old_ones_relay(daemon: Daemon, hostile: Plain) -> None:
+    running = daemon()
+    with hostile.listener():
+        port = published(hostile)
+    begun_anew(hostile, running)
+    until("the old rules are gone", lambda: not hostile.host.maps.containers.keys())
+    assert refused(hostile, port)
+    assert hello(hostile, published(hostile))
+    assert refused(hostile, port)
+
+
+def test_a_new_cgroup_that_is_attached_at_once_gets_a_relay_of_its_own(daemon: Daemon, hostile: Plain) -> None:
+    running = daemon()
+    port = hostile.host.port()
+    rule = f"0.0.0.0:80={hostile.host.endpoint(f'0.0.0.0:{port}')}"
+    with hostile.listener():
+        before = hostile.attach("-i", rule).id
+    begun_anew(hostile, running)
+    assert hostile.attach("-i", rule).id != before
+    assert hello(hostile, port)
+
+
+def test_control_by_its_path_it_gets_it(daemon: Daemon, hostile: Plain) -> None:
+    running = daemon("cgroup id")
+    with hostile.listener():
+        port = published(hostile)
+    begun_anew(hostile, running)
+    assert until("reached by the old rules", lambda: hello(hostile, port))

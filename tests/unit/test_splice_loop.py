@@ -1,0 +1,208 @@
+"""The event loop: what one container has to do keeps no other waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from graft.errors import NotFoundError
+from graft.splice.aside import Aside
+from graft.splice.jobs import Job, Steps
+from graft.splice.loop import Loop
+
+BUSY, QUIET = 1, 2
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop(lambda: None)
+    yield made
+    made.shut_down()
+
+
+def take_a_millisecond() -> None:
+    until = time.monotonic() + 0.001
+    while time.monotonic() < until:
+        pass
+
+
+class Worker:
+    """Work without end, of a millisecond a turn."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop, self.turns = loop, 0
+        loop.later(self.work, BUSY)
+
+    def work(self) -> None:
+        take_a_millisecond()
+        self.turns += 1
+        self.loop.later(self.work, BUSY)
+
+
+def test_an_event_waits_for_few_of_anothers_thousand_calls(loop: Loop) -> None:
+    workers = [Worker(loop) for _ in range(1000)]
+    served: list[int] = []
+    reader, writer = os.pipe()
+    loop.watch(reader, select.EPOLLIN | select.EPOLLET, served.append, QUIET)
+    loop.turn()
+    before = sum(worker.turns for worker in workers)
+    os.write(writer, b"x")
+    while not served:
+        loop.turn()
+    assert sum(worker.turns for worker in workers) - before <= 3
+    os.close(reader)
+    os.close(writer)
+
+
+def test_of_a_thousand_events_at_once_another_ones_is_not_the_last(loop: Loop) -> None:
+    count, served = 0, 0
+
+    def busy(_mask: int) -> None:
+        nonlocal count
+        count += 1
+        take_a_millisecond()
+
+    def quiet(_mask: int) -> None:
+        nonlocal served
+        served = count + 1
+
+    pipes = [os.pipe() for _ in range(301)]
+    for reader, writer in pipes:
+        os.write(writer, b"x")
+        is_last = reader == pipes[-1][0]
+        loop.watch(reader, select.EPOLLIN | select.EPOLLET, quiet if is_last else busy, QUIET if is_last else BUSY)
+    while not served:
+        loop.turn()
+    assert served <= 10
+    while count < 300:
+        loop.turn()
+    for fds in pipes:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_a_call_that_is_asked_for_again_before_it_is_made_is_made_once(loop: Loop) -> None:
+    made: list[int] = []
+
+    def call() -> None:
+        made.append(1)
+
+    for _ in range(5):
+        loop.later(call, BUSY)
+    loop.turn()
+    assert made == [1]
+
+
+def test_a_call_that_fails_stops_no_other(loop: Loop, capsys: pytest.CaptureFixture[str]) -> None:
+    made: list[int] = []
+    loop.later(lambda: [][0], BUSY)
+    loop.later(lambda: made.append(1), BUSY)
+    loop.turn()
+    loop.turn()
+    assert made == [1]
+    assert "IndexError" in capsys.readouterr().err
+
+
+def test_what_is_due_is_called_in_its_owners_turns(loop: Loop) -> None:
+    made: list[float] = []
+    start = time.monotonic()
+    loop.after(0.02, lambda: made.append(time.monotonic() - start), QUIET)
+    while not made:
+        loop.turn()
+    assert made[0] >= 0.02
+
+
+def test_an_event_that_waits_is_not_served_when_its_descriptor_is_closed(loop: Loop) -> None:
+    served: list[int] = []
+    reader, writer = os.pipe()
+    loop.watch(reader, select.EPOLLIN, served.append, QUIET)
+    os.write(writer, b"x")
+    loop.later(lambda: loop.unwatch(reader), BUSY)
+    loop._put_off([(reader, select.EPOLLIN)])
+    loop.unwatch(reader)
+    loop.turn()
+    assert not served
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_job_makes_one_step_a_turn_and_says_how_it_ended(loop: Loop) -> None:
+    steps: list[int] = []
+    ended: list[BaseException | None] = []
+
+    def work() -> Steps[None]:
+        for number in range(3):
+            steps.append(number)
+            take_a_millisecond()
+            yield
+
+    job = Job(loop, BUSY, work(), ended.append)
+    loop.turn()
+    assert steps == [0]
+    while not ended:
+        loop.turn()
+    assert (steps, ended) == ([0, 1, 2], [None])
+    assert job.spent >= 0.003
+
+
+def test_a_job_that_fails_says_so(loop: Loop) -> None:
+    ended: list[BaseException | None] = []
+
+    def work() -> Steps[None]:
+        yield
+        raise NotFoundError("gone")
+
+    Job(loop, BUSY, work(), ended.append)
+    while not ended:
+        loop.turn()
+    assert isinstance(ended[0], NotFoundError)
+
+
+def test_a_job_that_is_stopped_tidies_up_and_says_nothing(loop: Loop) -> None:
+    ended: list[BaseException | None] = []
+    tidied: list[int] = []
+
+    def work() -> Steps[None]:
+        try:
+            while True:
+                yield
+        finally:
+            tidied.append(1)
+
+    job = Job(loop, BUSY, work(), ended.append)
+    loop.turn()
+    job.stop()
+    loop.turn()
+    assert (tidied, ended) == ([1], [])
+
+
+def test_what_waits_aside_does_not_hold_up_the_loop(loop: Loop) -> None:
+    aside = Aside(loop)
+    gate = threading.Event()
+    results: list[object] = []
+    aside.run(gate.wait, lambda result, error: results.append((result, error)))
+    turned: list[int] = []
+    loop.later(lambda: turned.append(1), QUIET)
+    loop.turn()
+    assert turned == [1]
+    assert not results
+    gate.set()
+    while not results:
+        loop.turn()
+    assert results == [(True, None)]
+
+
+def test_what_fails_aside_is_told_in_the_loop(loop: Loop) -> None:
+    aside = Aside(loop)
+    results: list[BaseException | None] = []
+    aside.run(lambda: os.stat("/nowhere"), lambda _, error: results.append(error))
+    with contextlib.suppress(IndexError):
+        while not results:
+            loop.turn()
+    assert isinstance(results[0], FileNotFoundError)

@@ -1,0 +1,129 @@
+"""The self-test's verdict: kept with what it depends on, and only where it says something of the kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from graft.data import bpf_source_dir
+from graft.settings import Settings
+from graft.splice import selftest, verdict
+from graft.splice.verdict import FAILED, INCONCLUSIVE, Verdict
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(Path("/proc/self/ns/net"), tmp_path / "pins", tmp_path / "run", tmp_path / "state", "graft-x")
+
+
+def test_a_verdict_is_kept(settings: Settings) -> None:
+    assert verdict.kept(settings) is None
+    for problem in ("", "bytes are lost"):
+        verdict.keep(settings, Verdict(problem))
+        assert verdict.kept(settings) == Verdict(problem)
+
+
+def test_one_that_says_nothing_of_the_kernel_is_not_kept(settings: Settings) -> None:
+    verdict.keep(settings, Verdict("its self-test does not end", lasting=False))
+    assert verdict.kept(settings) is None
+
+
+@pytest.mark.parametrize("what", ["boot", "kernel", "version", "relay"])
+def test_it_holds_no_longer_than_what_it_depends_on(settings: Settings, what: str) -> None:
+    verdict.keep(settings, Verdict(""))
+    file = settings.run_dir / "kernel-relay.json"
+    found = json.loads(file.read_text())
+    found["depends_on"][what] = "another"
+    file.write_text(json.dumps(found))
+    assert verdict.kept(settings) is None
+
+
+def test_one_of_a_graft_that_kept_only_the_boot_is_not_believed(settings: Settings) -> None:
+    settings.run_dir.mkdir()
+    boot = verdict.depends_on()["boot"]
+    (settings.run_dir / "kernel-relay.json").write_text(json.dumps({"boot": boot, "problem": ""}))
+    assert verdict.kept(settings) is None
+
+
+def test_a_change_in_the_relays_text_is_another_relay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = verdict.depends_on()
+    sources = tmp_path / "bpf"
+    shutil.copytree(bpf_source_dir(), sources)
+    monkeypatch.setattr(verdict, "bpf_source_dir", lambda: sources)
+    assert verdict.depends_on() == before
+    text = (sources / "relay.bpf.c").read_text()
+    (sources / "relay.bpf.c").write_text(text + "\n")
+    assert verdict.depends_on() != before
+
+
+def test_of_the_same_it_is_tested_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    tested: list[int] = []
+
+    def test() -> Verdict:
+        tested.append(1)
+        return Verdict("bytes are lost")
+
+    monkeypatch.setattr(verdict, "test", test)
+    assert [verdict.verdict(settings).problem for _ in range(3)] == ["bytes are lost"] * 3
+    assert tested == [1]
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("exit 0", Verdict("")),
+        (f"echo bytes are lost; exit {FAILED}", Verdict("bytes are lost")),
+        (f"echo a transfer hangs; exit {INCONCLUSIVE}", Verdict("a transfer hangs", lasting=False)),
+        ("kill -9 $$", Verdict("its self-test failed", lasting=False)),
+        ("exec sleep 60", Verdict("its self-test does not end", lasting=False)),
+    ],
+)
+def test_how_the_self_test_ends_says_whether_its_verdict_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: Verdict
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(verdict, "_ALL_SECONDS", 5.0 if "sleep" not in script else 0.2)
+    assert verdict.test() == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (selftest.Wrong("bytes are lost"), FAILED),
+        (selftest.Inconclusive("a transfer hangs"), INCONCLUSIVE),
+        (OSError(12, os.strerror(12)), INCONCLUSIVE),
+    ],
+)
+def test_the_self_test_tells_a_wrong_kernel_from_a_lack_of_time(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("graft.kernel.netns.unshare_netns", fail)
+    assert selftest.main() == status
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (TimeoutError("timed out"), selftest.Inconclusive),
+        (OSError(24, os.strerror(24)), selftest.Inconclusive),
+        (ConnectionResetError(104, os.strerror(104)), selftest.Wrong),
+    ],
+)
+def test_a_check_that_ran_out_of_time_is_inconclusive(error: OSError, kind: type[Exception]) -> None:
+    def check(_trial: selftest.Trial) -> None:
+        raise error
+
+    with pytest.raises(selftest.Wrong) as raised:
+        selftest._try(None, check)  # type: ignore[arg-type]
+    assert type(raised.value) is kind
