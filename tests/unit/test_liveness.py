@@ -44,8 +44,12 @@ def test_one_that_is_gone_is_not_stuck() -> None:
 
 
 def test_what_a_process_does_is_read_with_its_parent(sleeper: int) -> None:
-    activity = tasks.activity(sleeper)
-    assert activity is not None and activity.parent == os.getpid() and activity.switches > 0
+    def asleep() -> tasks.Activity | None:
+        activity = tasks.activity(sleeper)
+        return activity if activity is not None and activity.switches else None
+
+    activity = until("it has gone to sleep", asleep)
+    assert activity is not None and activity.parent == os.getpid()
 
 
 def test_threads_that_share_their_descriptors_are_looked_at_once() -> None:
