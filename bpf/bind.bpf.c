@@ -64,7 +64,9 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		return 0;
 	}
 	if (owner.home == GRAFT_HOME_CONTAINER) {
-		if (owner.container->bind_default == GRAFT_DEFAULT_DENY)
+		/* In transport splice a granted bind stays where it is, and is published. */
+		if (owner.container->bind_default == GRAFT_DEFAULT_DENY &&
+		    !(owner.container->transport == GRAFT_TRANSPORT_SPLICE && ingress_rule(owner.container, asked)))
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}

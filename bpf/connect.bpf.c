@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
 /* connect and send: only what an egress rule grants, from that rule's endpoint. */
 
+/* Whether the socket has got its source from another endpoint than the one that it is to leave from now. */
+static __always_inline int is_lent_by_another(struct asked *asked)
+{
+	return asked->tag && asked->tag->source && asked->tag->source != asked->endpoint;
+}
+
 /* Whether the source of this socket stands already, so that it is not given the endpoint's: it holds an
  * endpoint, or an address of its own where it may, or it left from this endpoint before. (A socket that
  * sends has a port at least: the kernel gave it one before it asked us.) */
-static __always_inline int has_source(struct bpf_sock_addr *ctx, struct owner *owner, struct endpoint *endpoint,
-				      int sending, int bound)
+static __always_inline int has_source(struct bpf_sock_addr *ctx, struct asked *asked, struct owner *owner,
+				      struct endpoint *endpoint, int sending, int bound)
 {
 	struct place place;
 	u32 ip[4];
@@ -16,12 +22,14 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct owner *o
 		return 0;
 	/* An IPv6 address is no source towards IPv4. */
 	somewhere = place.ip[0] | place.ip[1] | place.ip[2] | place.ip[3] ? 1 : 0;
-	if (somewhere && place.family != endpoint->family)
+	if ((somewhere || bound) && place.family != endpoint->family)
 		return 0;
 	if (bound)
 		return 1;
 	if (binds_freely(owner->container) && (!sending || somewhere))
 		return 1;
+	if (is_lent_by_another(asked))
+		return 0;
 	if (endpoint->port && endpoint->port != place.port)
 		return 0;
 	__builtin_memcpy(ip, endpoint->addr, 16);
@@ -58,6 +66,13 @@ static __always_inline int turn(struct bpf_sock_addr *ctx, struct owner *owner, 
 static __always_inline int is_link_local(struct asked *asked)
 {
 	return asked->family == GRAFT_IPV6 && asked->addr[0] == 0xfe && (asked->addr[1] & 0xc0) == 0x80;
+}
+
+/* Remembers from which endpoint a socket has got its source. */
+static __always_inline void note_source(struct asked *asked)
+{
+	if (asked->tag)
+		asked->tag->source = asked->endpoint;
 }
 
 /* Decides a destination. Returns the endpoint to leave from, or NULL with *verdict set. */
@@ -115,7 +130,9 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		return 0;
 	}
 	count(owner.id, GRAFT_DECISION_CONNECTED);
-	return has_source(ctx, &owner, endpoint, sending, bound) ? 0 : endpoint;
+	asked->tag = owner.tag;
+	asked->endpoint = id;
+	return has_source(ctx, asked, &owner, endpoint, sending, bound) ? 0 : endpoint;
 }
 
 /* Towards loopback instead: Graft's relay, or what no address stands for. `plain`: ::1, else ::ffff:127.0.0.1. */
@@ -159,8 +176,12 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	source.port_be = bpf_htons(from->port);
 	if (from->family != GRAFT_IPV4)
 		return REFUSE;
-	if ((source.ip || source.port_be) && bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
+	/* To no address at all where it has another endpoint's: the kernel does that, or says that it is too late. */
+	if (!source.ip && !source.port_be && !is_lent_by_another(&asked))
+		return verdict;
+	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
 		return REFUSE;
+	note_source(&asked);
 	return verdict;
 }
 
@@ -197,10 +218,11 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	source.port_be = bpf_htons(from->port);
 	if ((from->family == GRAFT_IPV4) != (asked.family == GRAFT_IPV4))
 		return REFUSE;
-	if (!source.ip[0] && !source.ip[1] && !source.ip[3] && !source.port_be)
+	if (!source.ip[0] && !source.ip[1] && !source.ip[3] && !source.port_be && !is_lent_by_another(&asked))
 		return verdict;
 	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
 		return REFUSE;
+	note_source(&asked);
 	return verdict;
 }
 
@@ -234,8 +256,8 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 		write_loopback4(ctx);
 	if (!from)
 		return verdict;
-	if (from->family != GRAFT_IPV4 || from->port)
-		return REFUSE;
+	if (from->family != GRAFT_IPV4 || from->port || is_lent_by_another(&asked))
+		return refuse_with(EACCES);
 	__builtin_memcpy(&ip, from->addr, 4);
 	if (ip)
 		ctx->msg_src_ip4 = ip;
@@ -264,8 +286,8 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	if (!from)
 		return verdict;
 	/* Towards a mapped destination the kernel asks graft_sendmsg4. */
-	if (from->family != GRAFT_IPV6 || from->port)
-		return REFUSE;
+	if (from->family != GRAFT_IPV6 || from->port || is_lent_by_another(&asked))
+		return refuse_with(EACCES);
 	__builtin_memcpy(ip, from->addr, 16);
 	if (ip[0] | ip[1] | ip[2] | ip[3]) {
 		ctx->msg_src_ip6[0] = ip[0];

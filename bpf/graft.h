@@ -137,6 +137,7 @@ struct tag {
 	__u16 given;     /* the port that its last bind to the endpoint got; 0: none yet */
 	__u16 heard;     /* the port at which it hears whoever comes; 0: nobody */
 	__u8 addr[16];   /* the address that the program asked for */
+	__u32 source;    /* the endpoint that a connect took its own address or port from; 0: none */
 };
 
 /* `options`: socket storage, which options a program set before its socket was swapped. Only their

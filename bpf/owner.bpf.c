@@ -10,6 +10,8 @@ struct asked {
 	u8 mapped;   /* the socket is AF_INET6 and the address IPv4 */
 	u8 named;    /* no address was asked for, and the one here is to be written for it */
 	struct relay *relay; /* transport splice: where a granted connection is turned to */
+	struct tag *tag;     /* of a socket that is to leave from an endpoint */
+	u32 endpoint;        /* its id */
 };
 
 /* The container that a socket belongs to, and where the socket lives. */

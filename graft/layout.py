@@ -169,6 +169,7 @@ class Tag(ctypes.Structure):
         ("given", ctypes.c_uint16),
         ("heard", ctypes.c_uint16),
         ("addr", _ADDR),
+        ("source", ctypes.c_uint32),
     )
 
 
