@@ -147,9 +147,9 @@ def test_a_policy_counts_from_the_begin_of_the_call_to_its_end() -> None:
     gone = replace(WORLD, policy=Policy())
     during = Timeline([(WORLD, 0, 12), (gone, 11, None)])
     before = Timeline([(WORLD, 0, 9), (gone, 8, None)])
-    what = {"packets": (syn(),), "events": (call(f"connect 0 {CLIENT4} 9001", result=-115),)}
-    assert judge(seen(timeline=during, **what)) == []
-    assert len(judge(seen(timeline=before, **what))) == 1
+    one = seen(packets=(syn(),), events=(call(f"connect 0 {CLIENT4} 9001", result=-115),))
+    assert judge(replace(one, timeline=during)) == []
+    assert len(judge(replace(one, timeline=before))) == 1
 
 
 def answer(address: str = HOST4, port: int = 25001, time: int = 50) -> Packet:
@@ -202,9 +202,10 @@ def test_a_strangers_datagram_is_for_who_holds_an_endpoint() -> None:
 
 def test_in_direct_what_no_rule_names_is_the_defaults() -> None:
     free = replace(WORLD, policy=Policy(bind="container", connect="container"))
-    what = {"packets": (replace(syn(port=9), odd=True), answer(port=8080)), "groups": ("eth0 224.0.0.251",)}
-    assert judge(seen(free, "direct", **what)) == []
-    assert {one.rule for one in judge(seen(free, "swap", **what))} == {"packets", "answers", "groups"}
+    packets = replace(syn(port=9), odd=True), answer(port=8080)
+    one = seen(free, "direct", packets=packets, groups=("eth0 224.0.0.251",))
+    assert judge(one) == []
+    assert {one.rule for one in judge(replace(one, transport="swap"))} == {"packets", "answers", "groups"}
 
 
 # ---- packets, answers
@@ -260,6 +261,11 @@ def test_what_matters_is_left() -> None:
 
 
 def test_it_asks_no_more_often_than_it_may() -> None:
-    asked = []
-    shrink(generate(1, "direct"), lambda one: bool(asked.append(one)), tries=5)
+    asked: list[Sequence] = []
+
+    def fails(one: Sequence) -> bool:
+        asked.append(one)
+        return False
+
+    shrink(generate(1, "direct"), fails, tries=5)
     assert len(asked) == 5
