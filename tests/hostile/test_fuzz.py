@@ -1,0 +1,58 @@
+"""Sequences of socket calls out of a seed, with a judge that shares no code with Graft (tests/fuzz)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.__main__ import fuzz, replay
+from tests.fuzz.arena import arena
+from tests.fuzz.generate import generate
+from tests.fuzz.model import TRANSPORTS, Sequence, Transport
+from tests.fuzz.run import runner
+from tests.hostile.conftest import Without
+from tests.support.building import Programs
+from tests.support.installation import Host
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "40"))
+FOLDER = Path(__file__).resolve().parents[1] / "fuzz/kept"
+KEPT = {file.stem: Sequence.from_json(file.read_text()) for file in sorted(FOLDER.glob("*.json"))}
+CONTROLS = [name for name, one in KEPT.items() if one.defence]
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(SECONDS + 260)]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_what_nobody_granted_does_not_happen(
+    host: Host, programs: Programs, tmp_path: Path, transport: Transport
+) -> None:
+    tally = fuzz(host, programs, tmp_path, transport, SECONDS, seed=1)
+    assert not tally.failed, f"build/fuzz has what failed: {tally}"
+    needed = {"bind", "listen", "connect"} | ({"send"} if transport == "direct" else set())
+    assert not [name for name in needed if not tally.granted[name]], f"not granted at all: {tally}"
+    assert tally.refused["bind"] and tally.refused["connect"] and tally.changes, f"nothing was refused: {tally}"
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_kept_sequence_shows_nothing(
+    host: Host, programs: Programs, tmp_path: Path, name: str, request: pytest.FixtureRequest
+) -> None:
+    if KEPT[name].known:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=KEPT[name].known))
+    assert replay(host, programs, tmp_path, KEPT[name]) == []
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_without_its_defence_the_judge_sees_it(
+    without: Without, programs: Programs, tmp_path: Path, name: str
+) -> None:
+    assert replay(without(KEPT[name].defence), programs, tmp_path, KEPT[name])
+
+
+def test_control_sequences_out_of_a_seed_find_a_hole(without: Without, programs: Programs, tmp_path: Path) -> None:
+    host = without("packets in")
+    first = generate(1, "direct")
+    with arena(host, "direct", first.world, programs, tmp_path) as made, runner(made) as running:
+        assert any(running.run(generate(seed, "direct")) for seed in range(1, 61))
