@@ -48,8 +48,8 @@ fuzz: setup ## socket calls out of a seed, by a program under random policies, w
 bench: setup ## measure host, bridge with NAT and swap; writes build/bench.json and docs/performance.md (root)
 	$(PYTHON) -m tests.bench $(BENCH)
 
-# QUICK=1: boot and `graft up`, half a minute a kernel. KERNELS="6.1 newest" chooses.
-VM := $(PYTHON) -m tests.vm $(if $(KERNELS),--kernels "$(KERNELS)")
+# QUICK=1: boot and `graft up`, half a minute a kernel. KERNELS="6.1 newest" chooses. GUESTS=3: at a time.
+VM := $(PYTHON) -m tests.vm $(if $(KERNELS),--kernels "$(KERNELS)") $(if $(GUESTS),--guests $(GUESTS))
 
 test-kernels: ## Graft on Debian's kernels 6.1, 6.12 and its newest, in virtual machines; QUICK=1, KERNELS= (root, slow)
 	@.ci/setup vm
