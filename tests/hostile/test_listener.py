@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -52,24 +53,46 @@ def end(pid: int) -> None:
             os.waitpid(pid, 0)
 
 
+class Leased:
+    """A file that whoever opens it has to wait for, until it is closed (fcntl(2), "Leases": 45 seconds at most)."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR)
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
+        fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+    def wait(self) -> None:
+        """Until somebody opens it."""
+        assert signal.sigtimedwait({signal.SIGIO}, 30) is not None, "nobody opens it"
+
+    def close(self) -> None:
+        """Let those who wait have it. Safe to repeat."""
+        if self._fd >= 0:
+            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            os.close(self._fd)
+            self._fd = -1
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+
 def taken_over(host: Host, programs: Programs, folder: Path, command: Sequence[Word]) -> Program:
     """A process that got the number of a container's first one, while `graft listen` looked whether it may stay."""
     serving = start([*command, "listen"], {**os.environ, **host.environment})
     host.started.append(serving)
     path = host.settings.run_dir / "listener"
     serving.until("graft listen listens", path.is_socket)
-    os.mkfifo(folder / "policy.yaml")  # what takes its time here
+    (folder / "policy.yaml").write_text("no policy")
     (folder / "config.json").write_text(json.dumps({"annotations": {"graft.policy": str(folder / "policy.yaml")}}))
-    with container() as (pid, listener), socket.socket(socket.AF_UNIX) as runtime:
+    policy = Leased(folder / "policy.yaml")  # what takes its time here
+    with contextlib.closing(policy), container() as (pid, listener), socket.socket(socket.AF_UNIX) as runtime:
         runtime.connect(str(path))
         state = {"id": "hostile", "pid": pid, "bundle": str(folder), "fds": ["seccompFd"]}
         socket.send_fds(runtime, [json.dumps(state).encode()], [listener])
-        with open(folder / "policy.yaml", "w") as policy:  # opened when it is read there
-            end(pid)
-            victim = start([programs["reborn"], pid, "sleep", "600"])
-            host.started.append(victim)
-            victim.says("started")
-            policy.write("no policy")
+        policy.wait()  # it is opened when it is read there
+        end(pid)
+        victim = start([programs["reborn"], pid, "sleep", "600"])
+        host.started.append(victim)
+        victim.says("started")
+        policy.close()
         serving.says("hostile: refused, and ended: ")
     serving.process.terminate()
     assert serving.wait() == 0  # whatever it was to kill, it has killed by now
