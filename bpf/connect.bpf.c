@@ -62,6 +62,19 @@ static __always_inline int turn(struct bpf_sock_addr *ctx, struct owner *owner, 
 	return PASS;
 }
 
+/* Whether an address that the socket was given by an endpoint is to be taken off it, because the one that it leaves from
+ * now has none of its own. (What the kernel picked for it by its routes, or what it had before there was a policy, it
+ * may keep.) */
+static __always_inline int has_address_to_lose(struct bpf_sock *sk, struct asked *asked)
+{
+	struct place place;
+
+	if (!asked->tag || !(asked->tag->endpoint || asked->tag->source))
+		return 0;
+	place_of(&place, sk);
+	return place.ip[0] | place.ip[1] | place.ip[2] | place.ip[3] ? 1 : 0;
+}
+
 /* Whether a destination is told apart by the interface that the socket is tied to for it. */
 static __always_inline int is_link_local(struct asked *asked)
 {
@@ -115,6 +128,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
+	asked->confined = !binds_freely(owner.container);
 	if (rule != GRAFT_VERDICT_GRANT) {
 		/* direct: the host's namespace is the container's own, so its default applies. A swapped
 		 * socket has left the container's namespace, and has no right of its own out here. */
@@ -176,8 +190,8 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	source.port_be = bpf_htons(from->port);
 	if (from->family != GRAFT_IPV4)
 		return REFUSE;
-	/* To no address at all where it has another endpoint's: the kernel does that, or says that it is too late. */
-	if (!source.ip && !source.port_be && !is_lent_by_another(&asked))
+	/* To no address at all where it has another one's: the kernel does that, or says that it is too late. */
+	if (!source.ip && !source.port_be && !is_lent_by_another(&asked) && !has_address_to_lose(ctx->sk, &asked))
 		return verdict;
 	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
 		return REFUSE;
@@ -218,7 +232,8 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	source.port_be = bpf_htons(from->port);
 	if ((from->family == GRAFT_IPV4) != (asked.family == GRAFT_IPV4))
 		return REFUSE;
-	if (!source.ip[0] && !source.ip[1] && !source.ip[3] && !source.port_be && !is_lent_by_another(&asked))
+	if (!source.ip[0] && !source.ip[1] && !source.ip[3] && !source.port_be && !is_lent_by_another(&asked) &&
+	    !has_address_to_lose(ctx->sk, &asked))
 		return verdict;
 	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
 		return REFUSE;
@@ -236,8 +251,20 @@ static __always_inline int goes_to_peer(struct bpf_sock_addr *ctx, struct asked 
 	return !asked->port && !(word[0] | word[1]) && ctx->sk->dst_port;
 }
 
-/* An unconnected datagram names its destination each time, and its source address can be set for it alone.
- * Its source port cannot: an endpoint with a port of its own serves sockets that are bound or connected. */
+/* Whether a datagram may not leave from the endpoint that its destination's rule names: from a port of it, or from no
+ * address where the socket has another one's. */
+static __always_inline int cannot_leave_from(struct bpf_sock *sk, struct asked *asked, struct endpoint *from)
+{
+	u32 ip[4];
+
+	__builtin_memcpy(ip, from->addr, 16);
+	return from->port || is_lent_by_another(asked) ||
+	       (!(ip[0] | ip[1] | ip[2] | ip[3]) && has_address_to_lose(sk, asked));
+}
+
+/* The source address of a datagram can be set for it alone, and is: a control message may have named another one, of a
+ * connected socket too. Its source port cannot: an endpoint with a port of its own serves sockets that are bound or
+ * connected. */
 int graft_sendmsg4(struct bpf_sock_addr *ctx)
 {
 	struct asked asked;
@@ -254,9 +281,13 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 	from = decide_destination(ctx, &asked, &verdict, 1);
 	if (asked.named)
 		write_loopback4(ctx);
-	if (!from)
+	if (!from) {
+		ip = ctx->sk->src_ip4;
+		if (verdict == PASS && asked.confined && ip)
+			ctx->msg_src_ip4 = ip;
 		return verdict;
-	if (from->family != GRAFT_IPV4 || from->port || is_lent_by_another(&asked))
+	}
+	if (from->family != GRAFT_IPV4 || cannot_leave_from(ctx->sk, &asked, from))
 		return refuse_with(EACCES);
 	__builtin_memcpy(&ip, from->addr, 4);
 	if (ip)
@@ -268,6 +299,7 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 {
 	struct asked asked;
 	struct endpoint *from;
+	struct place place;
 	int verdict;
 	u32 ip[4];
 
@@ -283,12 +315,17 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	from = decide_destination(ctx, &asked, &verdict, 1);
 	if (asked.named)
 		write_loopback6(ctx, !asked.mapped);
-	if (!from)
-		return verdict;
-	/* Towards a mapped destination the kernel asks graft_sendmsg4. */
-	if (from->family != GRAFT_IPV6 || from->port || is_lent_by_another(&asked))
-		return refuse_with(EACCES);
-	__builtin_memcpy(ip, from->addr, 16);
+	if (!from) {
+		place_of(&place, ctx->sk);
+		if (verdict != PASS || !asked.confined || place.family != GRAFT_IPV6)
+			return verdict;
+		__builtin_memcpy(ip, place.ip, 16);
+	} else {
+		/* Towards a mapped destination the kernel asks graft_sendmsg4. */
+		if (from->family != GRAFT_IPV6 || cannot_leave_from(ctx->sk, &asked, from))
+			return refuse_with(EACCES);
+		__builtin_memcpy(ip, from->addr, 16);
+	}
 	if (ip[0] | ip[1] | ip[2] | ip[3]) {
 		ctx->msg_src_ip6[0] = ip[0];
 		ctx->msg_src_ip6[1] = ip[1];

@@ -32,14 +32,14 @@
  * table (a source route or another option of IP's too), or into the addresses of others. Multicast (IP 32..48,
  * IPv6 17, 20, 21 and 42..48) and anycast (IPv6 27, 28) join groups on the host's links, or leave by one of
  * them. TCP_REPAIR makes a connection that
- * no hook has seen. Numbers: linux/in.h, linux/in6.h, linux/tcp.h. */
+ * no hook has seen; IP_LOCAL_PORT_RANGE (51) chooses a port where the kernel is to choose one. Numbers: linux/in.h, linux/in6.h, linux/tcp.h. */
 static __always_inline int reaches_past_policy(int level, int name)
 {
 	if (level == SOL_SOCKET)
 		return name == SO_BINDTODEVICE || name == SO_MARK || name == SO_BINDTOIFINDEX;
 	if (level == SOL_IP)
 		return name == IP_TRANSPARENT || name == IP_HDRINCL || name == IP_OPTIONS ||
-		       name == IP_IPSEC_POLICY || name == IP_XFRM_POLICY || (name >= 32 && name <= 50);
+		       name == IP_IPSEC_POLICY || name == IP_XFRM_POLICY || (name >= 32 && name <= 51);
 	if (level == SOL_IPV6)
 		return name == IPV6_TRANSPARENT || name == IPV6_UNICAST_IF || name == IPV6_PKTINFO ||
 		       name == IPV6_2292PKTOPTIONS || name == IPV6_NEXTHOP || name == IPV6_MULTICAST_IF ||

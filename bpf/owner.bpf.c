@@ -12,6 +12,7 @@ struct asked {
 	struct relay *relay; /* transport splice: where a granted connection is turned to */
 	struct tag *tag;     /* of a socket that is to leave from an endpoint */
 	u32 endpoint;        /* its id */
+	u8 confined;         /* a source of its own is not for the socket to choose */
 };
 
 /* The container that a socket belongs to, and where the socket lives. */

@@ -6,8 +6,8 @@
  *       hooks, whichever way, has no clients; and it is deaf from the first packet on, not from the moment when
  *       a hook got to it.
  * out   What can be said besides an address, where no hook sees it (a cmsg, options that were set before the
- *       policy, or by a 32-bit caller): source routes and other options of IP's, a source address that is not the
- *       socket's, another interface, protocols without hooks; and a connection that begins when its rule is gone.
+ *       policy, or by a 32-bit caller): source routes and other options of IP's, another interface, protocols
+ *       without hooks; and a connection that begins when its rule is gone.
  *
  * Nearly every packet is one of an established TCP connection, and leaves after a look at one field.
  */
@@ -19,12 +19,11 @@
 #define GRAFT_JUMBO 65535
 #define ETH_P_IP 0x0800
 
-/* An IP header with the ports behind it, as far as it is needed. */
+/* An IP header with the source port behind it, as far as it is needed. */
 struct packet {
 	u32 from[4];
 	u32 to[4];
 	u16 from_port;
-	u16 to_port;
 	u8 family;
 	u8 plain;    /* no options, no extension headers */
 	u8 protocol; /* IPv6: the first next header */
@@ -34,7 +33,7 @@ struct packet {
 static __always_inline int read_packet(struct __sk_buff *skb, struct packet *packet)
 {
 	u8 head[GRAFT_IPV6_HEADER];
-	u16 ports[2] = {};
+	u16 port = 0;
 
 	__builtin_memset(packet, 0, sizeof(*packet));
 	if (bpf_skb_load_bytes(skb, 0, head, GRAFT_IPV4_HEADER))
@@ -46,7 +45,7 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 		__builtin_memcpy(packet->from, head + 12, 4);
 		__builtin_memcpy(packet->to, head + 16, 4);
 		if (packet->plain)
-			bpf_skb_load_bytes(skb, GRAFT_IPV4_HEADER, ports, 4);
+			bpf_skb_load_bytes(skb, GRAFT_IPV4_HEADER, &port, 2);
 	} else {
 		if (bpf_skb_load_bytes(skb, 0, head, GRAFT_IPV6_HEADER))
 			return 0;
@@ -56,38 +55,38 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 		__builtin_memcpy(packet->from, head + 8, 16);
 		__builtin_memcpy(packet->to, head + 24, 16);
 		if (packet->plain)
-			bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, ports, 4);
+			bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, &port, 2);
 	}
-	packet->from_port = bpf_ntohs(ports[0]);
-	packet->to_port = bpf_ntohs(ports[1]);
+	packet->from_port = bpf_ntohs(port);
 	return 1;
 }
 
 #ifdef GRAFT_SKB_SK
-/* The cookie of the namespace that the packet's socket is in; 0 where it cannot be found. */
+/* The cookie of the namespace that the packet's socket is in; ANY_NETNS where it cannot be found. */
 static __always_inline u64 netns_of(struct __sk_buff *skb)
 {
 	void *sk = follow((void *)skb + GRAFT_SKB_SK); /* what this program runs with is the kernel's sk_buff */
 	void *net = sk ? follow(sk + GRAFT_SOCK_NET) : 0;
-	u64 cookie = 0;
+	u64 cookie = ANY_NETNS;
 
 	if (!net || bpf_probe_read_kernel(&cookie, sizeof(cookie), net + GRAFT_NET_COOKIE))
-		return 0;
+		return ANY_NETNS;
 	return cookie;
 }
+
+#else
+static __always_inline u64 netns_of(struct __sk_buff *skb)
+{
+	return ANY_NETNS;
+}
+#endif
 
 static __always_inline int is_elsewhere(struct __sk_buff *skb, struct container *container)
 {
 	u64 netns = netns_of(skb);
 
-	return netns && netns != container->netns;
+	return netns != ANY_NETNS && netns != container->netns;
 }
-#else
-static __always_inline int is_elsewhere(struct __sk_buff *skb, struct container *container)
-{
-	return 0;
-}
-#endif
 
 /* Whether a packet's socket is host-homed, and whose. An untagged one of a direct container is taken for one
  * unless it is known to be in another namespace. */
@@ -101,29 +100,34 @@ static __always_inline int is_host_homed(struct __sk_buff *skb, struct bpf_sock 
 	return owner->container->transport == GRAFT_TRANSPORT_DIRECT && !is_elsewhere(skb, owner->container);
 }
 
-static __always_inline void asked_of(struct asked *asked, struct packet *packet, u32 *addr, u16 port)
+/* Whoever a packet comes from, as a destination that rules speak of. */
+static __always_inline void sender_of(struct asked *asked, struct packet *packet)
 {
 	__builtin_memset(asked, 0, sizeof(*asked));
-	__builtin_memcpy(asked->addr, addr, 16);
-	asked->port = port;
+	__builtin_memcpy(asked->addr, packet->from, 16);
+	asked->port = packet->from_port;
 	asked->family = packet->family;
 	asked->protocol = packet->protocol;
-	if (packet->family == GRAFT_IPV6 && !addr[0] && !addr[1] && addr[2] == bpf_htonl(0xffff)) {
-		__builtin_memset(asked->addr, 0, 16);
-		__builtin_memcpy(asked->addr, &addr[3], 4);
-		asked->family = GRAFT_IPV4;
-	}
 }
 
-/* Whether a datagram may go between this container and that far end. */
-static __always_inline int may_speak_with(struct container *container, struct asked *far)
+/* Whether packets may go between this container, in the namespace `netns`, and that far end. */
+static __always_inline int may_speak_with(struct container *container, struct asked *far, u64 netns)
 {
-	u32 endpoint, rule = egress_rule(container, far, &endpoint);
+	u32 id = 0, rule = egress_rule(container, far, &id);
+	struct endpoint *endpoint;
 
-	if (rule == GRAFT_VERDICT_GRANT)
-		return 1;
+	if (rule == GRAFT_VERDICT_GRANT) {
+		endpoint = endpoints.lookup(&id);
+		return endpoint && (netns == ANY_NETNS || endpoint->netns == netns);
+	}
 	return container->transport == GRAFT_TRANSPORT_DIRECT && rule != GRAFT_VERDICT_DENY &&
 	       (rule == GRAFT_VERDICT_CONTAINER || container->connect_default == GRAFT_DEFAULT_CONTAINER);
+}
+
+/* Of the sockets that rules speak of (has_rules). An SCTP socket may be a stream too. */
+static __always_inline int is_tcp(u32 type, u32 protocol)
+{
+	return type == SOCK_STREAM && (protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP);
 }
 
 static __always_inline int drop(struct owner *owner)
@@ -153,7 +157,8 @@ static __always_inline int hears_everybody(struct bpf_sock *sk, struct owner *ow
 	if (sk->protocol == IPPROTO_TCP || !tag->endpoint)
 		return 1;
 	place_of(&place, sk);
-	return is_granted(owner->container, tag, &place, IPPROTO_UDP, ANY_NETNS);
+	/* Only a direct container's can be host-homed: no transport has twins for datagrams. */
+	return is_granted(owner->container, tag, &place, IPPROTO_UDP, owner->container->netns);
 }
 
 /* Groups are joined by an option that the hook refuses, but 32-bit callers do not meet the hook. */
@@ -178,66 +183,86 @@ int graft_skb_ingress(struct __sk_buff *skb)
 		return PASS;
 	type = sk->type;
 	protocol = sk->protocol;
-	if (type == SOCK_STREAM && sk->state != BPF_TCP_LISTEN)
+	if (is_tcp(type, protocol) && sk->state != BPF_TCP_LISTEN)
 		return PASS;
 	if (!is_host_homed(skb, sk, &owner))
 		return PASS;
 	/* A container that is no more has no listeners, whoever has a copy of one. */
 	if (!owner.container)
 		return drop(&owner);
-	if (binds_freely(owner.container))
+	if (binds_freely(owner.container) && !denies(owner.container))
 		return PASS;
+	if (!has_rules(type, protocol))
+		return binds_freely(owner.container) || owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
+	heard = binds_freely(owner.container) || hears_everybody(sk, &owner);
 	if (owner.tag && owner.tag->endpoint && is_of_other_family(skb, owner.tag))
 		return drop(&owner);
-	heard = hears_everybody(sk, &owner);
-	if (type == SOCK_STREAM)
+	if (is_tcp(type, protocol))
 		return heard ? PASS : drop(&owner);
-	if (!has_rules(type, protocol))
-		return owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
 	if (!read_packet(skb, &packet))
 		return drop(&owner);
+	/* What was bound before there was a policy goes on as it was. */
+	if (is_for_a_group(&packet) && !(owner.tag && owner.tag->heard && !owner.tag->endpoint))
+		return drop(&owner);
 	if (heard)
-		return owner.tag && owner.tag->endpoint && is_for_a_group(&packet) ? drop(&owner) : PASS;
-	asked_of(&far, &packet, packet.from, packet.from_port);
-	return packet.plain && may_speak_with(owner.container, &far) ? PASS : drop(&owner);
+		return PASS;
+	/* At an endpoint that it has lost it hears not even those. */
+	if (has_lost(sk, owner.tag, 0) || !packet.plain)
+		return drop(&owner);
+	sender_of(&far, &packet);
+	return may_speak_with(owner.container, &far, ANY_NETNS) ? PASS : drop(&owner);
 }
 
-/* Whether a datagram leaves from another address than its socket's. One that has none gets it from the hook. */
-static __always_inline int has_other_source(struct bpf_sock *sk, struct packet *packet)
+/* Where a socket's packets of that family go, by the socket: what stands in the packet may be what the host's own NAT made
+ * of it. A datagram socket that is not connected goes where its sends name, which the sendmsg hook has judged. */
+static __always_inline void far_end(struct asked *far, struct bpf_sock *sk, u8 family, u8 protocol)
 {
-	struct place place;
+	u32 ip4 = sk->dst_ip4, port = sk->dst_port;
+	u32 ip[4] = { sk->dst_ip6[0], sk->dst_ip6[1], sk->dst_ip6[2], sk->dst_ip6[3] };
 
-	place_of(&place, sk);
-	if (!(place.ip[0] | place.ip[1] | place.ip[2] | place.ip[3]))
-		return 0;
-	return place.family != packet->family || place.ip[0] != packet->from[0] || place.ip[1] != packet->from[1] ||
-	       place.ip[2] != packet->from[2] || place.ip[3] != packet->from[3];
+	asm volatile("" : "+r"(port), "+r"(ip4), "+r"(ip[0]), "+r"(ip[1]), "+r"(ip[2]), "+r"(ip[3]));
+	__builtin_memset(far, 0, sizeof(*far));
+	far->port = bpf_ntohs((u16)port);
+	far->family = family;
+	far->protocol = protocol;
+	if (family == GRAFT_IPV4)
+		__builtin_memcpy(far->addr, &ip4, 4);
+	else
+		__builtin_memcpy(far->addr, ip, 16);
 }
 
-/* Whether a packet may go where it goes: a datagram, or the first packet of a connection. The connect hook judged a
- * connection when it was asked for; it may begin later (TCP_FASTOPEN_CONNECT), or towards an address that the far
- * end named (a further subflow of MPTCP). */
-static __always_inline int may_leave(struct bpf_sock *sk, struct owner *owner, struct packet *packet)
+/* Whether the host itself has wrapped the packet (IPsec): ESP, AH, IPComp. No option of a program's does that. */
+static __always_inline int is_wrapped(u8 protocol)
 {
+	return protocol == 50 || protocol == 51 || protocol == 108;
+}
+
+/* Whether a datagram, or the first packet of a connection, may go where it goes. The connect hook judged a connection
+ * when it was asked for; it may begin later (TCP_FASTOPEN_CONNECT), elsewhere (an IPv6 socket that the kernel takes for
+ * the IPv4 one that it was once), or at an address that the far end named (a further subflow of MPTCP). */
+static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner, u8 family,
+				     u8 protocol)
+{
+	u64 netns = netns_of(skb);
 	struct asked far;
 
-	if (!packet->plain || !owner->container)
+	if (has_lost(sk, owner->tag, is_bound(sk, owner->tag, owner->container, netns)))
 		return 0;
-	asked_of(&far, packet, packet->to, packet->to_port);
+	far_end(&far, sk, family, protocol);
 	if (is_diverted(sk) && !is_link_local(&far))
 		return 0;
-	if (packet->protocol == IPPROTO_UDP && has_other_source(sk, packet))
-		return 0;
-	return may_speak_with(owner->container, &far);
+	if (protocol == IPPROTO_UDP && !far.port)
+		return 1;
+	return may_speak_with(owner->container, &far, netns);
 }
 
 int graft_skb_egress(struct __sk_buff *skb)
 {
 	u8 head[12] = {};
 	struct bpf_sock *sk = skb->sk;
-	struct packet packet;
-	struct owner owner;
 	u32 type, protocol, state;
+	struct owner owner;
+	int tcp, six;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
 	if (!sk)
@@ -245,8 +270,11 @@ int graft_skb_egress(struct __sk_buff *skb)
 	type = sk->type;
 	protocol = sk->protocol;
 	state = sk->state;
-	if (type == SOCK_STREAM && state != BPF_TCP_SYN_SENT && !bpf_skb_load_bytes(skb, 0, head, sizeof(head)) &&
-	    (head[0] == GRAFT_IPV4_PLAIN || (head[0] >> 4 == 6 && head[6] == IPPROTO_TCP)))
+	tcp = is_tcp(type, protocol);
+	if (bpf_skb_load_bytes(skb, 0, head, sizeof(head)))
+		return tcp ? REFUSE : PASS; /* no header of IP's: a raw socket's affair */
+	six = head[0] >> 4 == 6;
+	if (tcp && state != BPF_TCP_SYN_SENT && (head[0] == GRAFT_IPV4_PLAIN || (six && head[6] == IPPROTO_TCP)))
 		return PASS;
 	if (!is_host_homed(skb, sk, &owner))
 		return PASS;
@@ -254,14 +282,16 @@ int graft_skb_egress(struct __sk_buff *skb)
 		return PASS;
 	if (!has_rules(type, protocol))
 		return owner.container && owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
-	if (!read_packet(skb, &packet))
+	/* Options, or extension headers. Before a segment that is longer than its length field can say the kernel itself
+	 * puts one (BIG TCP). */
+	if (six ? head[6] != (tcp ? IPPROTO_TCP : IPPROTO_UDP) && !is_wrapped(head[6]) &&
+			  !(tcp && head[6] == IPPROTO_HOPOPTS && skb->len > GRAFT_JUMBO) :
+		  head[0] != GRAFT_IPV4_PLAIN)
 		return drop(&owner);
-	if (type == SOCK_STREAM && state != BPF_TCP_SYN_SENT) {
-		/* Options, or a header that the kernel itself puts before a segment that is longer than its length
-		 * field can say (BIG TCP). */
-		return packet.family == GRAFT_IPV6 && packet.protocol == IPPROTO_HOPOPTS && skb->len > GRAFT_JUMBO
-			       ? PASS
-			       : drop(&owner);
-	}
-	return may_leave(sk, &owner, &packet) ? PASS : drop(&owner);
+	if (tcp && state != BPF_TCP_SYN_SENT)
+		return PASS;
+	if (!owner.container ||
+	    !may_leave(skb, sk, &owner, six ? GRAFT_IPV6 : GRAFT_IPV4, tcp ? IPPROTO_TCP : IPPROTO_UDP))
+		return drop(&owner);
+	return PASS;
 }

@@ -56,7 +56,7 @@ static __always_inline int stands_at(struct place *place, struct endpoint *endpo
 	return ip[0] == place->ip[0] && ip[1] == place->ip[1] && ip[2] == place->ip[2] && ip[3] == place->ip[3];
 }
 
-#define ANY_NETNS 0 /* no cookie is 0 */
+#define ANY_NETNS 0 /* no cookie is 0: where it cannot be told */
 
 /* Whether the rules of now make of what the program asked for the endpoint that its tag names, and the socket,
  * in the namespace `netns`, stands there. */

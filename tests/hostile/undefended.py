@@ -87,6 +87,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("rules.bpf.c", "void name_loopback(struct asked *asked, int host)", "return;"),
         _at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
     ),
+    # A datagram leaves from the address that it names.
+    "source": (("connect.bpf.c", "if (verdict == PASS && asked.confined && ip)", "if (0)"),),
     # Nobody looks at whether a socket is tied to an interface, or bound to what it is granted no more.
     "diverted": (_at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),),
     "lost": (_at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),),

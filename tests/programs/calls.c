@@ -330,7 +330,8 @@ static int hostile(char **word)
 		if (!strcmp(word[1], "-") && fgets(line, sizeof(line), stdin))
 			both = atoi(line) << 16 | atoi(line);
 
-		say(*word, setsockopt(fd, IPPROTO_IP, 51, &both, sizeof(both)));
+		memcpy(address, &both, sizeof(both));
+		say(*word, option_by_int80(IPPROTO_IP, 51, sizeof(both)));
 		return 3;
 	}
 	if (!strcmp(*word, "fill")) {
