@@ -11,6 +11,7 @@ Sources: proc_pid_fd(5), proc_pid_fdinfo(5), epoll_ctl(2).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -125,8 +126,11 @@ def watch_again(watches: tuple[Watch, ...], twin: int, get_fd: Callable[[int], i
 def _standing_at(fd: int, number: int):  # type: ignore[no-untyped-def]
     """``fd`` also at ``number``, whatever of ours was there put aside."""
     aside = None
-    with contextlib.suppress(OSError):
+    try:
         aside = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, number + 1)
+    except OSError as error:
+        if error.errno != errno.EBADF:  # it is in use, and cannot be put aside
+            raise
     if fd != number:
         os.dup2(fd, number, inheritable=False)
     try:
