@@ -85,7 +85,7 @@ def test_a_container_that_ends_takes_everything_along(host: Host) -> None:
 def test_a_replaced_policy_refuses_no_client(container: Plain) -> None:
     with container.listener() as listener:
         port = published(container)
-        stop = threading.Event()
+        enough, stop = threading.Event(), threading.Event()  # who asks ends first: its last question is answered
 
         def serve() -> None:
             listener.settimeout(0.2)
@@ -98,22 +98,23 @@ def test_a_replaced_policy_refuses_no_client(container: Plain) -> None:
         failures: list[Exception] = []
 
         def ask() -> None:
-            while not stop.is_set():
+            while not enough.is_set():
                 try:
                     with container.host.client.connected(HOST4, port) as client:
                         assert read_all(client) == b"ok"
                 except Exception as error:
                     failures.append(error)
 
-        threads = [threading.Thread(target=serve), threading.Thread(target=ask)]
-        for thread in threads:
-            thread.start()
+        server, client = threading.Thread(target=serve), threading.Thread(target=ask)
+        server.start()
+        client.start()
         endpoint = container.container.endpoints[0]
         for _ in range(5):
             container.attach("-i", f"0.0.0.0:80={endpoint}")
+        enough.set()
+        client.join()
         stop.set()
-        for thread in threads:
-            thread.join()
+        server.join()
         assert not failures
 
 
