@@ -73,7 +73,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "memory": (
         _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
         ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->heard = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
-        ("packet.bpf.c", "heard = hears_everybody(sk, &owner);", "heard = !owner.tag || hears_everybody(sk, &owner);"),
+        ("packet.bpf.c", "|| hears_everybody(sk, &owner);", "|| !owner.tag || hears_everybody(sk, &owner);"),
     ),
     # An IPv6 bind takes the IPv4 port along.
     "ipv4": (
@@ -91,7 +91,10 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "source": (("connect.bpf.c", "if (verdict == PASS && asked.confined && ip)", "if (0)"),),
     # Nobody looks at whether a socket is tied to an interface, or bound to what it is granted no more.
     "diverted": (_at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),),
-    "lost": (_at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),),
+    "lost": (
+        _at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),
+        _at_once("connect.bpf.c", "int has_address_to_lose(struct bpf_sock *sk, struct asked *asked)", "return 0;"),
+    ),
     # What a container listened with goes on without it.
     "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
     # A second bind is judged, and written down, like the first.
