@@ -16,7 +16,7 @@ from graft import containers
 from graft.kernel import cgroup
 from graft.kernel.pidfd import pidfd_getfd, pidfd_open
 from tests.hostile.conftest import TRANSPORTS, Confine, Confined, Without
-from tests.hostile.test_datagrams import came, datagrams
+from tests.hostile.test_datagrams import GROUP4, came, datagrams, send_to_group
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
 from tests.support.wait import PATIENCE
@@ -83,13 +83,11 @@ def test_control_where_nobody_looks_at_that_it_goes_by_its_interface(
 def test_a_32_bit_call_joins_no_group_of_the_hosts_links(host: Host, confine: Confine) -> None:
     port = host.port()
     text = f"name: t\nendpoints: {{dns: 0.0.0.0:{port}}}\ningress: [{{bind: '*:53', endpoint: dns}}]\ndefault: deny\n"
-    join = (socket.inet_aton("239.1.2.3") + socket.inet_aton(HOST4)).hex()
+    join = (socket.inet_aton(GROUP4) + socket.inet_aton(HOST4)).hex()
     steps = ["make", 2, 2, 0, "bind", "0.0.0.0", 53, "bytes32", SOL_IP, 35, join, "wait", "receive", "wait"]
     one = confine(host, "direct", text, *steps)
     one.lines(3)
-    with datagrams(host) as client:
-        client.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(CLIENT4))
-        client.sendto(b"stranger", ("239.1.2.3", port))
+    send_to_group(host, port)
     one.goes_on()
     assert one.lines(4)[-1] == "receive none"
 

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.e2e
 OTHER4 = "10.98.0.78"
 """An address of the host's that no endpoint names."""
 
+GROUP4 = "239.1.2.3"
+
 IP_RETOPTS, IP_PKTINFO, IPV6_PKTINFO, IPV6_RTHDR = 7, 8, 50, 57
 INET, INET6, STREAM, DGRAM, RAW = 2, 10, 1, 2, 3
 SCTP, UDPLITE, ICMP = 132, 136, 1
@@ -46,6 +48,13 @@ def datagrams(host: Host, address: str = CLIENT4) -> Iterator[socket.socket]:
     sock.bind((address, 0))
     with closing(sock):
         yield sock
+
+
+def send_to_group(host: Host, port: int) -> None:
+    """A stranger's datagram to everybody in the group."""
+    with datagrams(host) as client:
+        client.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(CLIENT4))
+        client.sendto(b"stranger", (GROUP4, port))
 
 
 def came(sock: socket.socket, within: float = 0.5) -> str | None:

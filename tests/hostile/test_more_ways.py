@@ -12,7 +12,7 @@ import pytest
 
 from tests.hostile.conftest import TRANSPORTS, Confine
 from tests.hostile.test_afterwards import OTHER4, SOL_IP, SOL_SOCKET, SOL_TCP, apply
-from tests.hostile.test_datagrams import came, datagrams
+from tests.hostile.test_datagrams import GROUP4, came, datagrams, send_to_group
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, HOST4
 from tests.support.wait import PATIENCE
@@ -208,14 +208,12 @@ def test_bind_deny_leaves_no_choice_of_a_port_to_be_heard_at(host: Host, confine
 def test_a_32_bit_call_joins_no_group_without_an_endpoint_either(host: Host, confine: Confine, default: str) -> None:
     port = 40839
     text = f"name: t\nendpoints: {{out: '0.0.0.0:dynamic'}}\negress: [{{to: {CLIENT4}, endpoint: out}}]\n"
-    join = (socket.inet_aton("239.1.2.3") + socket.inet_aton(HOST4)).hex()
+    join = (socket.inet_aton(GROUP4) + socket.inet_aton(HOST4)).hex()
     steps = ["make", 2, 2, 0, "range", port, port, "bytes", SOL_IP, 35, join, "bytes32", SOL_IP, 35, join]
     steps += ["send", CLIENT4, 9, "wait", "receive", "wait"]
     one = confine(host, "direct", f"{text}default: {default}\n", *steps)
     assert one.lines(5)[2:4] == ["bytes EPERM", "bytes32 ok"]
-    with datagrams(host) as client:
-        client.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(CLIENT4))
-        client.sendto(b"to the group", ("239.1.2.3", port))
+    send_to_group(host, port)
     one.goes_on()
     assert one.lines(6)[-1] == "receive none"
 
