@@ -74,13 +74,23 @@ def smallest(made: Runner, sequence: Sequence, found: Several[Finding], seconds:
     return shrink(sequence, fails)
 
 
-def fuzz(host: Host, programs: Programs, folder: Path, transport: Transport, seconds: float, seed: int) -> Tally:
-    """Sequences of that transport, from ``seed`` on, for that time. Those that fail are shrunk and saved."""
+def fuzz(
+    host: Host,
+    programs: Programs,
+    folder: Path,
+    transport: Transport,
+    seconds: float,
+    seed: int,
+    most: int = sys.maxsize,
+) -> Tally:
+    """Sequences of that transport, from ``seed`` on: for that time, ``most`` of them. Those that fail are shrunk and
+    saved.
+    """
     progress, end = Progress(), time.monotonic() + seconds
     first = generate(seed, transport)
     with arena(host, transport, first.world, programs, folder) as made, runner(made) as running:
         tally = running.tally
-        while time.monotonic() < end:
+        while time.monotonic() < end and tally.sequences < most:
             sequence = generate(seed, transport)
             found = running.run(sequence)
             if found:

@@ -30,6 +30,8 @@ from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6, Netns, namespace
 from tests.support.wait import PATIENCE, until
 
+LOOPBACK4_IPV6 = "127.0.0.6"
+"""Whence a connected IPv6 socket sends to an IPv4-mapped address (include/net/ipv6.h)."""
 _numbers = itertools.count(1)
 
 
@@ -208,9 +210,9 @@ def prepare(host: Host) -> None:
 
 
 def addresses(netns: Netns) -> frozenset[str]:
-    """All that a namespace has, its link-local ones too."""
+    """All that a namespace has, its link-local ones too, and the one that the kernel takes by itself."""
     lines = netns.run("ip", "-o", "address", "show").splitlines()
-    return frozenset(line.split()[3].partition("/")[0] for line in lines)
+    return frozenset(line.split()[3].partition("/")[0] for line in lines) | {LOOPBACK4_IPV6}
 
 
 @contextmanager

@@ -89,8 +89,9 @@ def hangs(host: Host, holder: Program, defence: str, *words: Word) -> None:
 
 
 def waits_for_good(pid: int) -> bool:
+    """Whether it waits for a socket's lock. (Any process may be in state D for a moment, for a page of a file.)"""
     activity = tasks.activity(pid)
-    return activity is not None and activity.state == "D"
+    return activity is not None and activity.state == "D" and "lock_sock" in Path(f"/proc/{pid}/stack").read_text()
 
 
 def attach(host: Host, folder: Path, port: int) -> str:
