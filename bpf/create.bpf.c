@@ -15,14 +15,6 @@ static __always_inline int create_twin(struct bpf_sock *ctx, struct desk *desk)
 	return PASS;
 }
 
-/* Whether rules can speak of such a socket: the sock_addr hooks are called for these protocols, and no other. */
-static __always_inline int has_rules(u32 type, u32 protocol)
-{
-	if (type == SOCK_STREAM)
-		return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP;
-	return type == SOCK_DGRAM && protocol == IPPROTO_UDP;
-}
-
 /* A direct container's, where something is denied. One of another protocol (SCTP, UDP-Lite, ICMP, raw) would meet
  * no hook on its way; and one that cannot be tagged now may not be told from others later. */
 static __always_inline int create_confined(struct bpf_sock *ctx, struct container *container, u32 id)

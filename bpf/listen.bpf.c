@@ -14,22 +14,6 @@ static __always_inline struct tag *direct_listener(struct bpf_sock *sk, u32 id)
 	return tag;
 }
 
-/* The tag that the packet hook will look at: of the socket itself, or of the MPTCP socket that it belongs to. */
-static __always_inline struct tag *listener_tag(struct bpf_sock *sk)
-{
-	struct tag *tag = tags.sk_storage_get(sk, 0, 0);
-
-#ifdef GRAFT_HAVE_MPTCP
-	if (!tag) {
-		void *parent = bpf_skc_to_mptcp_sock(sk);
-
-		if (parent)
-			tag = tags.sk_storage_get(parent, 0, 0);
-	}
-#endif
-	return tag;
-}
-
 /* No hook can refuse a listen(). The supervisor refuses it where it is asked; a call that passes the filter
  * untouched (32-bit, io_uring), or of a container that needs no supervisor, ends here. A listener hears nobody
  * until this hook has written the port that it may be heard at into its tag (packet.bpf.c). One that may not is
@@ -49,7 +33,7 @@ int graft_sock_ops(struct bpf_sock_ops *ctx)
 	if (!sk)
 		return 1;
 	netns = bpf_get_netns_cookie(ctx);
-	whose(&owner, listener_tag(sk), scope->container);
+	whose(&owner, tag_of(sk), scope->container);
 	if (!owner.tag && lives_with_host(owner.container, netns)) {
 		owner.home = GRAFT_HOME_HOST;
 		owner.tag = direct_listener(sk, owner.id);

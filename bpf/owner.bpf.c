@@ -23,15 +23,15 @@ struct owner {
 	u8 home;
 };
 
-static __always_inline struct tag *tag_of(struct bpf_sock_addr *ctx)
+/* The tag of a socket. Of an MPTCP one bind, connect, listen and packets reach the hooks through its subflows; the tag
+ * is where user space could put it, on the socket that the program holds. */
+static __always_inline struct tag *tag_of(struct bpf_sock *sk)
 {
-	struct tag *tag = tags.sk_storage_get(ctx->sk, 0, 0);
+	struct tag *tag = tags.sk_storage_get(sk, 0, 0);
 
 #ifdef GRAFT_HAVE_MPTCP
-	/* bind and connect of an MPTCP socket reach the hooks through its first subflow; the tag is
-	 * where user space could put it, on the socket that the program holds. */
 	if (!tag) {
-		void *parent = bpf_skc_to_mptcp_sock(ctx->sk);
+		void *parent = bpf_skc_to_mptcp_sock(sk);
 
 		if (parent)
 			tag = tags.sk_storage_get(parent, 0, 0);
@@ -46,15 +46,15 @@ static __always_inline struct tag *tag_of(struct bpf_sock_addr *ctx)
  * is 0, and stays the dead container's.) */
 static __always_inline void whose(struct owner *owner, struct tag *tag, u32 scope)
 {
-	struct container *born = scope ? containers.lookup(&scope) : 0;
-
 	owner->tag = tag;
 	owner->id = tag ? tag->container : scope;
-	owner->container = tag ? containers.lookup(&owner->id) : born;
-	if (tag && !owner->container && born) {
-		owner->tag = 0;
-		owner->id = scope;
-		owner->container = born;
+	owner->container = owner->id ? containers.lookup(&owner->id) : 0;
+	if (tag && !owner->container && scope) {
+		owner->container = containers.lookup(&scope);
+		if (owner->container) {
+			owner->tag = 0;
+			owner->id = scope;
+		}
 	}
 	owner->home = owner->tag ? owner->tag->home : GRAFT_HOME_CONTAINER;
 }
@@ -70,9 +70,21 @@ static __always_inline void owner_of(struct bpf_sock_addr *ctx, struct owner *ow
 {
 	struct scope *scope = scopes.get_local_storage(0);
 
-	whose(owner, tag_of(ctx), scope->container);
+	whose(owner, tag_of(ctx->sk), scope->container);
 	if (!owner->tag && lives_with_host(owner->container, bpf_get_netns_cookie(ctx)))
 		owner->home = GRAFT_HOME_HOST;
+}
+
+/* Whether a socket is of TCP. An SCTP socket may be a stream too. */
+static __always_inline int is_tcp(u32 type, u32 protocol)
+{
+	return type == SOCK_STREAM && (protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP);
+}
+
+/* Whether rules can speak of such a socket: the sock_addr hooks are called for these protocols, and no other. */
+static __always_inline int has_rules(u32 type, u32 protocol)
+{
+	return is_tcp(type, protocol) || (type == SOCK_DGRAM && protocol == IPPROTO_UDP);
 }
 
 /* Whether a policy denies anything, so that what no rule can speak of must not get past it. */

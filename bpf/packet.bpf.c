@@ -7,7 +7,7 @@
  *       a hook got to it.
  * out   What can be said besides an address, where no hook sees it (a cmsg, options that were set before the
  *       policy, or by a 32-bit caller): source routes and other options of IP's, another interface, protocols
- *       without hooks; and a connection that begins when its rule is gone.
+ *       without hooks; a connection that begins, or a datagram that ends, when its rule is gone.
  *
  * Nearly every packet is one of an established TCP connection, and leaves after a look at one field.
  */
@@ -94,7 +94,7 @@ static __always_inline int is_host_homed(struct __sk_buff *skb, struct bpf_sock 
 {
 	struct scope *scope = scopes.get_local_storage(0);
 
-	whose(owner, listener_tag(sk), scope->container);
+	whose(owner, tag_of(sk), scope->container);
 	if (owner->tag || !owner->container)
 		return owner->home == GRAFT_HOME_HOST;
 	return owner->container->transport == GRAFT_TRANSPORT_DIRECT && !is_elsewhere(skb, owner->container);
@@ -122,12 +122,6 @@ static __always_inline int may_speak_with(struct container *container, struct as
 	}
 	return container->transport == GRAFT_TRANSPORT_DIRECT && rule != GRAFT_VERDICT_DENY &&
 	       (rule == GRAFT_VERDICT_CONTAINER || container->connect_default == GRAFT_DEFAULT_CONTAINER);
-}
-
-/* Of the sockets that rules speak of (has_rules). An SCTP socket may be a stream too. */
-static __always_inline int is_tcp(u32 type, u32 protocol)
-{
-	return type == SOCK_STREAM && (protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP);
 }
 
 static __always_inline int drop(struct owner *owner)
@@ -231,6 +225,38 @@ static __always_inline void far_end(struct asked *far, struct bpf_sock *sk, u8 f
 		__builtin_memcpy(far->addr, ip, 16);
 }
 
+#ifdef GRAFT_UDP_PENDING
+/* Where a datagram goes that one send began and another one ends (MSG_MORE, UDP_CORK): only the first meets the sendmsg
+ * hook, and the rule of then may be gone. The kernel keeps the flow until the datagram has left. 0: none is begun. */
+static __always_inline int far_end_of_begun(struct __sk_buff *skb, struct asked *far, u8 family)
+{
+	void *sk = follow((void *)skb + GRAFT_SKB_SK), *flow = sk + GRAFT_CORK_FLOW;
+	u32 pending = 0;
+	u16 port = 0;
+
+	if (!sk || bpf_probe_read_kernel(&pending, sizeof(pending), sk + GRAFT_UDP_PENDING) || !pending)
+		return 0;
+	__builtin_memset(far, 0, sizeof(*far));
+	far->family = family;
+	far->protocol = IPPROTO_UDP;
+	if (family == GRAFT_IPV4) {
+		bpf_probe_read_kernel(far->addr, 4, flow + GRAFT_FLOW4_DADDR);
+		bpf_probe_read_kernel(&port, sizeof(port), flow + GRAFT_FLOW4_PORTS);
+	} else {
+		bpf_probe_read_kernel(far->addr, 16, flow + GRAFT_FLOW6_DADDR);
+		bpf_probe_read_kernel(&port, sizeof(port), flow + GRAFT_FLOW6_PORTS);
+	}
+	far->port = bpf_ntohs(port);
+	return 1;
+}
+
+#else
+static __always_inline int far_end_of_begun(struct __sk_buff *skb, struct asked *far, u8 family)
+{
+	return 0;
+}
+#endif
+
 /* Whether the host itself has wrapped the packet (IPsec): ESP, AH, IPComp. No option of a program's does that. */
 static __always_inline int is_wrapped(u8 protocol)
 {
@@ -248,7 +274,8 @@ static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk,
 
 	if (has_lost(sk, owner->tag, is_bound(sk, owner->tag, owner->container, netns)))
 		return 0;
-	far_end(&far, sk, family, protocol);
+	if (protocol != IPPROTO_UDP || !far_end_of_begun(skb, &far, family))
+		far_end(&far, sk, family, protocol);
 	if (is_diverted(sk) && !is_link_local(&far))
 		return 0;
 	if (protocol == IPPROTO_UDP && !far.port)

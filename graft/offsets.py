@@ -18,13 +18,13 @@ Offsets = Mapping[str, int | None]
 def structures() -> dict[str, int]:
     """What the hooks read of the kernel's structures; empty where the kernel does not tell.
 
-    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/bind.bpf.c) and a packet's namespace
-    (bpf/packet.bpf.c).
+    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/bind.bpf.c), a packet's namespace and a
+    datagram that is not complete yet (bpf/packet.bpf.c).
     """
     try:
         btf = Btf.of_kernel()
         file = _all_or_none(_file(btf))
-        others = [_all_or_none(group(btf)) for group in (_descriptor, _v6only, _packet)]
+        others = [_all_or_none(group(btf)) for group in (_descriptor, _v6only, _packet, _datagram)]
     except (OSError, ValueError):
         return {}
     return {name: value for group in (file, *others) for name, value in group.items()} if file else {}
@@ -71,6 +71,18 @@ def _packet(btf: Btf) -> Offsets:
         "GRAFT_SKB_SK": btf.offset("sk_buff", "sk"),
         "GRAFT_SOCK_NET": btf.offset("sock_common", "skc_net"),
         "GRAFT_NET_COOKIE": btf.offset("net", "net_cookie"),
+    }
+
+
+def _datagram(btf: Btf) -> Offsets:
+    cork, flow = btf.offset("inet_sock", "cork"), btf.offset("inet_cork_full", "fl")
+    return {
+        "GRAFT_UDP_PENDING": btf.offset("udp_sock", "pending"),
+        "GRAFT_CORK_FLOW": None if cork is None or flow is None else cork + flow,
+        "GRAFT_FLOW4_DADDR": btf.offset("flowi4", "daddr"),
+        "GRAFT_FLOW4_PORTS": btf.offset("flowi4", "uli"),
+        "GRAFT_FLOW6_DADDR": btf.offset("flowi6", "daddr"),
+        "GRAFT_FLOW6_PORTS": btf.offset("flowi6", "uli"),
     }
 
 

@@ -81,7 +81,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("packet.bpf.c", "int is_of_other_family(struct __sk_buff *skb, struct tag *tag)", "return 0;"),
     ),
     # Sockets of any protocol are let through.
-    "protocols": (_at_once("create.bpf.c", "int has_rules(u32 type, u32 protocol)", "return 1;"),),
+    "protocols": (_at_once("owner.bpf.c", "int has_rules(u32 type, u32 protocol)", "return 1;"),),
     # No address at all is judged as it stands.
     "unspecified": (
         _at_once("rules.bpf.c", "void name_loopback(struct asked *asked, int host)", "return;"),
@@ -95,6 +95,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),
         _at_once("connect.bpf.c", "int has_address_to_lose(struct bpf_sock *sk, struct asked *asked)", "return 0;"),
     ),
+    # A datagram that was begun goes where its begin was judged to go, whatever the rules say when it ends.
+    "begun": (("packet.bpf.c", "protocol != IPPROTO_UDP || !far_end_of_begun(skb, &far, family)", "protocol || 1"),),
     # What a container listened with goes on without it.
     "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
     # A second bind is judged, and written down, like the first.
