@@ -22,7 +22,7 @@ static __always_inline int remember(struct bpf_sock_addr *ctx, struct owner *own
 	if (!own)
 		return 0;
 	write_tag(own, owner->id, asked, endpoint);
-	own->heard = 0;
+	own->open_port = 0;
 	if (owner->tag)
 		write_tag(owner->tag, owner->id, asked, endpoint);
 	return 1;
@@ -201,7 +201,7 @@ static __always_inline int confirm(struct bpf_sock *ctx, struct place *place)
 		if (!container || !binds_freely(container))
 			return refuse_with(EACCES);
 		if (protocol == IPPROTO_UDP)
-			tag->heard = place->port;
+			tag->open_port = place->port;
 		return PASS;
 	}
 	endpoint = endpoints.lookup(&tag->endpoint);
@@ -212,7 +212,7 @@ static __always_inline int confirm(struct bpf_sock *ctx, struct place *place)
 	}
 	tag->given = place->port;
 	if (protocol == IPPROTO_UDP)
-		tag->heard = place->port;
+		tag->open_port = place->port;
 	return PASS;
 }
 

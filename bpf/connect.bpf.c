@@ -39,7 +39,7 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct asked *a
 
 /* Transport splice: a granted connection goes to Graft's relay inside the container's namespace, which
  * makes it from the endpoint; what was asked for is remembered with the socket. */
-static __always_inline int turn(struct bpf_sock_addr *ctx, struct owner *owner, struct asked *asked)
+static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *owner, struct asked *asked)
 {
 	struct crossing *crossing;
 
@@ -57,7 +57,7 @@ static __always_inline int turn(struct bpf_sock_addr *ctx, struct owner *owner, 
 	__builtin_memcpy(crossing->addr, asked->addr, 16);
 	crossing->port = asked->port;
 	crossing->family = asked->family;
-	crossing->role = GRAFT_CROSSING_TURNED;
+	crossing->role = GRAFT_CROSSING_REDIRECTED;
 	crossing->container = owner->id;
 	return PASS;
 }
@@ -117,7 +117,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	if (owner.home == GRAFT_HOME_CONTAINER) {
 		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && asked->protocol == IPPROTO_TCP) {
 			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns) {
-				*verdict = turn(ctx, &owner, asked);
+				*verdict = redirect(ctx, &owner, asked);
 				return 0;
 			}
 			crossings.sk_storage_delete(ctx->sk); /* of a connect before that failed */

@@ -10,8 +10,8 @@ static __always_inline int create_twin(struct bpf_sock *ctx, struct desk *desk)
 	if (!tag)
 		return REFUSE;
 	tag->container = desk->container;
-	tag->home = desk->birth - GRAFT_BIRTH_CONTAINER + GRAFT_HOME_CONTAINER;
-	desk->birth = GRAFT_BIRTH_NONE;
+	tag->home = desk->next_home - GRAFT_NEXT_HOME_CONTAINER + GRAFT_HOME_CONTAINER;
+	desk->next_home = GRAFT_NEXT_HOME_NONE;
 	return PASS;
 }
 
@@ -44,7 +44,7 @@ int graft_sock_create(struct bpf_sock *ctx)
 
 	if (!id) {
 		desk = desk_of_caller();
-		return desk && desk->birth != GRAFT_BIRTH_NONE ? create_twin(ctx, desk) : PASS;
+		return desk && desk->next_home != GRAFT_NEXT_HOME_NONE ? create_twin(ctx, desk) : PASS;
 	}
 	container = containers.lookup(&id);
 	if (lives_with_host(container, bpf_get_netns_cookie(ctx)) && denies(container))

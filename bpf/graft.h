@@ -1,6 +1,6 @@
 /* The structures that Graft's BPF programs and its Python controller share.
  *
- * graft/layout.py holds the same layouts for Python; tests/kernel/test_layout.py compares the two.
+ * graft/datapath/layout.py holds the same layouts for Python; tests/kernel/test_layout.py compares the two.
  * Ports are in host order unless a name ends in _be; addresses are always in network order, and an
  * IPv4 address fills the first four bytes of its field.
  */
@@ -135,7 +135,7 @@ struct tag {
 	__u8 family;     /* of the address that the program asked for */
 	__u16 port;      /* the port that the program asked for */
 	__u16 given;     /* the port that its last bind to the endpoint got; 0: none yet */
-	__u16 heard;     /* the port at which it hears whoever comes; 0: nobody */
+	__u16 open_port; /* the port at which anybody may reach it; 0: none */
 	__u8 addr[16];   /* the address that the program asked for */
 	__u32 source;    /* the endpoint that a connect took its own address or port from; 0: none */
 };
@@ -170,10 +170,10 @@ struct desk_slot {
 #define GRAFT_CALL_CONNECT 1
 #define GRAFT_CALL_LISTEN 2
 
-/* desk.birth: how the hook is to tag the next socket that the supervisor makes. */
-#define GRAFT_BIRTH_NONE 0
-#define GRAFT_BIRTH_CONTAINER 1 /* its home + 1 */
-#define GRAFT_BIRTH_HOST 2
+/* desk.next_home: how the hook is to tag the next socket that the supervisor makes. */
+#define GRAFT_NEXT_HOME_NONE 0
+#define GRAFT_NEXT_HOME_CONTAINER 1 /* its home + 1 */
+#define GRAFT_NEXT_HOME_HOST 2
 
 /* Bits of desk.probed. */
 #define GRAFT_PROBED 1       /* references holds what the kernel had */
@@ -205,7 +205,7 @@ struct desk {
 	__u8 endpoint_family;
 	__u8 bind_default;
 	__u8 connect_default;
-	__u8 birth;            /* no answer: set before socket(), and NONE again once that socket has its tag */
+	__u8 next_home;        /* no answer: set before socket(), and NONE again once that socket has its tag */
 	__u16 protocol;        /* IPPROTO_TCP or IPPROTO_MPTCP */
 	__u16 endpoint_flags;
 	/* the answer, as far as it is about the descriptor */
@@ -223,10 +223,10 @@ struct relay {
 };
 
 /* What a crossing says of the socket that it is stored with. */
-#define GRAFT_CROSSING_DIALS 1   /* a relay's, on its way to a container's listener: whom it dials for */
-#define GRAFT_CROSSING_CAME 2    /* a container's, accepted from a relay: its client */
-#define GRAFT_CROSSING_TURNED 3  /* a container's, turned to the relay: the destination that was asked for */
-#define GRAFT_CROSSING_CARRIED 4 /* a relay's, accepted from a container: the destination that was asked for */
+#define GRAFT_CROSSING_DIALING 1   /* a relay's, on its way to a container's listener: whom it dials for */
+#define GRAFT_CROSSING_ACCEPTED 2    /* a container's, accepted from a relay: its client */
+#define GRAFT_CROSSING_REDIRECTED 3  /* a container's, turned to the relay: the destination that was asked for */
+#define GRAFT_CROSSING_RELAYED 4 /* a relay's, accepted from a container: the destination that was asked for */
 
 /* `crossings`: socket storage, the far end of a connection that a relay carries. */
 struct crossing {
@@ -262,7 +262,7 @@ struct flow {
 #define GRAFT_DECISION_REFUSED_BIND 3
 #define GRAFT_DECISION_REFUSED_CONNECT 4
 #define GRAFT_DECISION_REFUSED_OPTION 5
-#define GRAFT_DECISION_DEAFENED 6
+#define GRAFT_DECISION_CLOSED_LISTENER 6
 #define GRAFT_DECISION_DROPPED 7        /* a packet */
 #define GRAFT_DECISIONS 8
 

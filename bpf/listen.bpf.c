@@ -43,12 +43,12 @@ int graft_sock_ops(struct bpf_sock_ops *ctx)
 	if (owner.container && (binds_freely(owner.container) ||
 				(!is_diverted(sk) && is_bound(sk, owner.tag, owner.container, netns)))) {
 		if (owner.tag)
-			owner.tag->heard = sk->src_port;
+			owner.tag->open_port = sk->src_port;
 		return 1;
 	}
 	if (owner.tag)
-		owner.tag->heard = 0;
+		owner.tag->open_port = 0;
 	bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTOIFINDEX, &nowhere, sizeof(nowhere));
-	count(owner.id, GRAFT_DECISION_DEAFENED);
+	count(owner.id, GRAFT_DECISION_CLOSED_LISTENER);
 	return 1;
 }

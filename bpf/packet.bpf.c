@@ -141,12 +141,12 @@ static __always_inline int is_of_other_family(struct __sk_buff *skb, struct tag 
 
 /* Whether whoever comes may be heard: a listener at the port that the listen hook wrote down, a datagram socket at the
  * endpoint that it is granted now (or at a port that it had before there was a policy). */
-static __always_inline int hears_everybody(struct bpf_sock *sk, struct owner *owner)
+static __always_inline int is_open(struct bpf_sock *sk, struct owner *owner)
 {
 	struct tag *tag = owner->tag;
 	struct place place;
 
-	if (!tag || !tag->heard || tag->heard != sk->src_port)
+	if (!tag || !tag->open_port || tag->open_port != sk->src_port)
 		return 0;
 	if (sk->protocol == IPPROTO_TCP || !tag->endpoint)
 		return 1;
@@ -170,7 +170,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	struct owner owner;
 	struct asked far;
 	u32 type, protocol;
-	int heard;
+	int open;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
 	if (!sk)
@@ -188,17 +188,17 @@ int graft_skb_ingress(struct __sk_buff *skb)
 		return PASS;
 	if (!has_rules(type, protocol))
 		return binds_freely(owner.container) || owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
-	heard = binds_freely(owner.container) || hears_everybody(sk, &owner);
+	open = binds_freely(owner.container) || is_open(sk, &owner);
 	if (owner.tag && owner.tag->endpoint && is_of_other_family(skb, owner.tag))
 		return drop(&owner);
 	if (is_tcp(type, protocol))
-		return heard ? PASS : drop(&owner);
+		return open ? PASS : drop(&owner);
 	if (!read_packet(skb, &packet))
 		return drop(&owner);
 	/* What was bound before there was a policy goes on as it was. */
-	if (is_for_a_group(&packet) && !(owner.tag && owner.tag->heard && !owner.tag->endpoint))
+	if (is_for_a_group(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint))
 		return drop(&owner);
-	if (heard)
+	if (open)
 		return PASS;
 	/* At an endpoint that it has lost it hears not even those. */
 	if (has_lost(sk, owner.tag, 0) || !packet.plain)

@@ -20,7 +20,7 @@
  *   left, and says in `flow_taken` how much that was. When that is all of it, and not before, the kernel
  *   goes on: the order of bytes depends on nothing but these counts, which change under the source's lock.
  *
- *   Loaded on its own (graft/loader.py): a kernel that does not take it has the other transports all the same.
+ *   Loaded on its own (graft/datapath/loader.py): a kernel that does not take it has the other transports all the same.
  */
 #include <linux/types.h>
 #include "graft.h"

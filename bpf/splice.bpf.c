@@ -53,7 +53,7 @@ static __always_inline struct crossing *outgoing(struct bpf_sock *sk)
 
 	if (!crossing)
 		return 0;
-	return crossing->role == GRAFT_CROSSING_DIALS || crossing->role == GRAFT_CROSSING_TURNED ? crossing : 0;
+	return crossing->role == GRAFT_CROSSING_DIALING || crossing->role == GRAFT_CROSSING_REDIRECTED ? crossing : 0;
 }
 
 static __always_inline void depart(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
@@ -80,7 +80,7 @@ static __always_inline void arrive(struct bpf_sock_ops *ctx, struct bpf_sock *sk
 	mine = crossings.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (mine) {
 		*mine = *found;
-		mine->role = found->role == GRAFT_CROSSING_DIALS ? GRAFT_CROSSING_CAME : GRAFT_CROSSING_CARRIED;
+		mine->role = found->role == GRAFT_CROSSING_DIALING ? GRAFT_CROSSING_ACCEPTED : GRAFT_CROSSING_RELAYED;
 	}
 	arrivals.delete(&key);
 }
@@ -110,7 +110,7 @@ static __always_inline struct crossing *shown_peer(struct bpf_sock_addr *ctx)
 
 	if (!crossing)
 		return 0;
-	return crossing->role == GRAFT_CROSSING_CAME || crossing->role == GRAFT_CROSSING_TURNED ? crossing : 0;
+	return crossing->role == GRAFT_CROSSING_ACCEPTED || crossing->role == GRAFT_CROSSING_REDIRECTED ? crossing : 0;
 }
 
 int graft_getpeername4(struct bpf_sock_addr *ctx)

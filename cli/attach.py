@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graft import lifecycle
 from graft.errors import UnfinishedError, UsageError
-from graft.layout import Transport
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.state.installation import Installation
 
 from .options import Egress, Ingress, PolicyFile
 from .output import command, say
 
 if TYPE_CHECKING:
-    from graft.attach import Attached, Detached
+    from graft.commands.attach import Attached
+    from graft.commands.detach import Detached
 
 Which = Annotated[
     str,
@@ -34,15 +36,6 @@ def register(app: typer.Typer) -> None:
     app.command()(detach)
 
 
-def _transport(text: str) -> Transport | None:
-    if text == "auto":
-        return None
-    try:
-        return Transport[text.upper()]
-    except KeyError:
-        raise UsageError(f"--transport: {text!r} is no transport", "auto, direct, swap or splice") from None
-
-
 @command
 def attach(
     which: Which,
@@ -56,38 +49,38 @@ def attach(
     ] = None,
 ) -> None:
     """Put a running container under a policy, or replace the policy that it has."""
-    from graft import attach as attaching
-    from graft import splice
-    from graft.sources import policy_of
+    from graft.commands.attach import attach as attach_container
+    from graft.commands.policy_source import policy_of
+    from graft.splice import client as splice
 
-    wanted = _transport(transport)
+    wanted = None if transport == "auto" else Transport.parse(transport, "--transport")
     if relay not in (None, *splice.RELAYS):
         raise UsageError(f"--relay: {relay!r} is no relay", "splice or kernel")
-    lifecycle.require_root()
+    require_root()
     settings = Settings.from_environment()
     rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [])
-    done = attaching.attach(settings, which, rules, wanted, relay)
-    say(*_told(done))
+    done = attach_container(Installation.open(settings), which, rules, wanted, relay)
+    say(*_found(done))
     if done.choice.transport is Transport.SPLICE:
         say(*_relayed(splice.describe(settings, done.container)))
 
 
-def _told(done: Attached) -> list[str]:
+def _found(done: Attached) -> list[str]:
     target, choice = done.target, done.choice
     lines = [f"{done.container.name}: {target.engine}, {target.cgroup}"]
-    for inode, count in sorted(done.facts.namespaces.items()):
-        whose = "the host's network namespace" if inode == done.facts.host else "a network namespace of its own,"
+    for inode, count in sorted(done.observed.namespaces.items()):
+        whose = "the host's network namespace" if inode == done.observed.host else "a network namespace of its own,"
         lines.append(f"  {count} process{'' if count == 1 else 'es'} in {whose} net:[{inode}]")
-    if not done.facts.namespaces:
+    if not done.observed.namespaces:
         lines.append("  no process yet")
-    lines.append(f"  transport {choice.transport.name.lower()}: {choice.why}")
+    lines.append(f"  transport {choice.transport}: {choice.why}")
     if choice.why_not_better:
         lines.append(f"  no better one: {choice.why_not_better}")
-    if done.facts.outside and choice.transport is Transport.DIRECT:
-        lines.append(f"  {done.facts.outside} of them are in namespaces of their own, where nothing is granted")
+    if done.observed.outside and choice.transport is Transport.DIRECT:
+        lines.append(f"  {done.observed.outside} of them are in namespaces of their own, where nothing is granted")
     lines.append(f"  policy {done.container.policy}" + (": in the place of the old one" if done.replaced else ""))
     lines += [
-        f"  {field} has no effect: it is for UDP, and transport {choice.transport.name.lower()} carries TCP"
+        f"  {field} has no effect: it is for UDP, and transport {choice.transport} carries TCP"
         for field in done.without_effect
     ]
     if done.existing is None:
@@ -120,10 +113,10 @@ def detach(
     ] = False,
 ) -> None:
     """Take a container's policy away. What it was granted ends with it."""
-    from graft import attach as attaching
+    from graft.commands.detach import detach as detach_container
 
-    lifecycle.require_root()
-    done = attaching.detach(Settings.from_environment(), which, keep)
+    require_root()
+    done = detach_container(Installation.open(Settings.from_environment()), which, keep)
     say(*_left(done))
     _complain(done)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from graft import lifecycle
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.settings import Settings
 
 from .output import command
 
@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 @command
 def daemon() -> None:
     """Run the relays of containers that ran before Graft, in the foreground. `graft attach` starts one by itself."""
-    from graft import daemon as graftd
+    from graft.splice import daemon as graftd
 
-    lifecycle.require_root()
+    require_root()
     graftd.run(Settings.from_environment())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graft import lifecycle
+from graft.kernel.credentials import require_root
 
 from .options import Json
 from .output import command, listing, say, warn
@@ -27,9 +27,9 @@ def doctor(verbose: Verbose = False, as_json: Json = False) -> None:
 
     Exit 6 if one is missing that Graft cannot do without.
     """
-    from graft.doctor import features, kernel
+    from graft.commands.doctor import features, kernel
 
-    lifecycle.require_root()
+    require_root()
     found = features()
     rows = [
         ("yes" if one.present else "MISSING" if one.needed else "no", one.name, one.purpose, one.without)

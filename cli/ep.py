@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from graft import lifecycle, store
-from graft.endpoint import parse_endpoint
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.endpoint import parse_endpoint
+from graft.model.settings import Settings
+from graft.state.installation import Installation, Transaction
 
 from .options import Json
 from .output import command, listing
@@ -25,6 +28,13 @@ Open = Annotated[bool, typer.Option("--open", help="A container may ask for it b
 DualStack = Annotated[bool, typer.Option("--dual-stack", help="[::] has IPv4 clients too; else IPv6 ones only.")]
 
 
+@contextlib.contextmanager
+def _change() -> Iterator[Transaction]:
+    require_root()
+    with Installation.open(Settings.from_environment()) as graft, graft.transaction() as change:
+        yield change
+
+
 @app.command()
 @command
 def add(
@@ -37,8 +47,8 @@ def add(
 ) -> None:
     """Add an endpoint."""
     endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack)
-    lifecycle.require_root()
-    store.add(Settings.from_environment(), endpoint)
+    with _change() as change:
+        change.endpoints.add(endpoint)
 
 
 @app.command("set")
@@ -53,8 +63,8 @@ def set_(
 ) -> None:
     """Change an endpoint; the next bind or connect follows."""
     endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack)
-    lifecycle.require_root()
-    store.change(Settings.from_environment(), endpoint)
+    with _change() as change:
+        change.endpoints.change(endpoint)
 
 
 @app.command("del")
@@ -63,18 +73,17 @@ def del_(
     name: Name, force: Annotated[bool, typer.Option("--force", help="Also if a container uses it.")] = False
 ) -> None:
     """Delete an endpoint."""
-    lifecycle.require_root()
-    store.delete(Settings.from_environment(), name, force)
+    with _change() as change:
+        change.endpoints.delete(name, force)
 
 
 @app.command()
 @command
 def show(name: Annotated[str | None, typer.Argument(help="One endpoint only.")] = None, as_json: Json = False) -> None:
     """List the endpoints, or one of them."""
-    lifecycle.require_root()
-    settings = Settings.from_environment()
-    lifecycle.up(settings)
-    found = [store.find(settings, name)] if name else store.listing(settings)
+    require_root()
+    with Installation.open(Settings.from_environment()) as graft:
+        found = [graft.endpoints.find(name)] if name else graft.endpoints.listing()
     records = [
         {
             "name": stored.endpoint.name,

@@ -1,7 +1,7 @@
 """How commands speak: tables and colour to a terminal, plain text to a pipe, JSON when asked.
 
-Whatever is shown goes through here, because part of it was chosen by a container (graft/printable.py). JSON escapes on
-its own.
+Whatever is shown goes through here, because part of it was chosen by a container (graft/model/printable.py).
+JSON escapes on its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import wraps
 from typing import Any, NoReturn, ParamSpec, TextIO, TypeVar
 
 from graft.errors import GraftError
-from graft.printable import printable
+from graft.model.printable import printable
 
 P = ParamSpec("P")
 R = TypeVar("R")

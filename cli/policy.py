@@ -12,7 +12,7 @@ import typer
 from .output import command, say
 
 if TYPE_CHECKING:
-    from graft.policy_file import Examined
+    from graft.policy.reader import Examined
 
 app = typer.Typer(help="Policies: what a container may do on the host's stack.", no_args_is_help=True)
 
@@ -24,8 +24,8 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Say whether FILE can be applied, and if not, every reason with its line and field."""
-    from graft.policy_file import examine_policy, read_policy  # slow to import: pydantic and yaml
-    from graft.store import known_endpoints
+    from graft.policy.reader import examine_policy, read_policy  # slow to import: pydantic and yaml
+    from graft.state.installation import known_endpoints
 
     examined = examine_policy(read_policy(file), known_endpoints())
     if as_json:
@@ -61,17 +61,18 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rules as JSON.")] = False,
 ) -> None:
     """Print the rules that hold for CONTAINER now, as the hooks have them."""
-    from graft import attach, inforce, lifecycle
-    from graft.maps import Maps
-    from graft.settings import Settings
+    from graft.commands.find import find
+    from graft.commands.policy_show import rules_in_force
+    from graft.kernel.credentials import require_root
+    from graft.model.settings import Settings
+    from graft.state.installation import Installation
 
-    lifecycle.require_root()
-    settings = Settings.from_environment()
-    lifecycle.up(settings)
-    found = attach.find(settings, container)
-    rules = inforce.in_force(settings, Maps(settings.pin_dir), found)
+    require_root()
+    graft = Installation.open(Settings.from_environment())
+    found = find(graft, container)
+    rules = rules_in_force(graft, found)
     if as_json:
-        head = {"container": found.name, "policy": found.policy, "transport": found.transport}
+        head = {"container": found.name, "policy": found.policy, "transport": str(found.transport)}
         typer.echo(json.dumps(head | asdict(rules), indent=2))
         return
     say(f"{found.name}: policy {found.policy}, {found.transport}")
@@ -90,13 +91,14 @@ def apply(
     ] = None,
 ) -> None:
     """Put FILE in the place of the policy that containers have, in one step for each."""
-    from graft import attach, lifecycle
-    from graft.settings import Settings
-    from graft.sources import policy_of
+    from graft.commands.policy_apply import apply as apply_policy
+    from graft.commands.policy_source import policy_of
+    from graft.kernel.credentials import require_root
+    from graft.model.settings import Settings
+    from graft.state.installation import Installation
 
-    lifecycle.require_root()
-    settings = Settings.from_environment()
-    lifecycle.up(settings)
-    policy = policy_of(settings, "", file, (), ())
-    for changed in attach.apply(settings, policy, cgroup):
+    require_root()
+    graft = Installation.open(Settings.from_environment())
+    policy = policy_of(graft.settings, "", file, (), ())
+    for changed in apply_policy(graft, policy, cgroup):
         say(f"{changed.name}: policy {changed.policy}")

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from graft import lifecycle
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.settings import Settings
 
 from .options import Json
 from .output import command, listing, warn
 
 if TYPE_CHECKING:
-    from graft.held import Held
-    from graft.overview import Seen
+    from graft.commands.ps import ContainerOverview
+    from graft.state.inventory import ContainerSocket
 
 
 def register(app: typer.Typer) -> None:
@@ -26,19 +26,20 @@ def register(app: typer.Typer) -> None:
 @command
 def ps(as_json: Json = False) -> None:
     """List the containers under Graft, with the sockets that they hold on the host's stack."""
-    from graft import containers
-    from graft.overview import overview
+    from graft.commands.ps import overview
+    from graft.datapath.dataplane import is_up
+    from graft.state.installation import Installation
 
-    lifecycle.require_root()
-    settings = Settings.from_environment()
-    seen = overview(settings) if lifecycle.is_up(settings) else []
+    require_root()
+    graft = Installation(Settings.from_environment())
+    seen = overview(graft) if is_up(graft.settings) else []
     records = [
         {
             "id": one.container.id,
             "name": one.container.name,
             "engine": one.container.engine,
             "cgroup": one.container.cgroup,
-            "transport": one.container.transport,
+            "transport": str(one.container.transport),
             "netns": one.container.netns,
             "policy": one.container.policy,
             "endpoints": list(one.container.endpoints),
@@ -79,10 +80,10 @@ def ps(as_json: Json = False) -> None:
     ]
     title = ("ID", "NAME", "ENGINE", "TRANSPORT", "SUPERVISOR", "ENDPOINTS", "SOCKETS", "CGROUP")
     listing(title, rows, records, as_json)
-    warn(*(f"graft: left out: {wrong.message}" for wrong in containers.records(settings)[1]))
+    warn(*(f"graft: left out: {wrong.message}" for wrong in graft.containers.read_all()[1]))
 
 
-def _served_by(one: Seen) -> str:
+def _served_by(one: ContainerOverview) -> str:
     """Its supervisor, or graftd and how it moves bytes; "-" where nobody serves."""
     if one.stuck:
         return ", ".join(f"{pid} does not answer" for pid in sorted(one.stuck))
@@ -102,7 +103,7 @@ def _relayed(relay: Mapping[str, Any]) -> str:
     return ", ".join(words) or "-"
 
 
-def _in_short(sockets: Sequence[Held] | None) -> str:
+def _in_short(sockets: Sequence[ContainerSocket] | None) -> str:
     """Where it listens, and how many connections it has."""
     if sockets is None:
         return "not known: the kernel does not answer"

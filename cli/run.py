@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from graft import lifecycle
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.settings import Settings
 
 from .options import Egress, Ingress, PolicyFile
 from .output import command
@@ -33,12 +33,13 @@ def run(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print what becomes of each call.")] = False,
 ) -> None:
     """Run a program in a namespace of its own, with the sockets that are granted on the host's stack."""
+    from graft.commands.policy_source import network, policy_of
+    from graft.commands.run import RunPlan
+    from graft.commands.run import run as run_program
     from graft.kernel import process
-    from graft.run import RunPlan
-    from graft.run import run as run_program
-    from graft.sources import network, policy_of
+    from graft.state.installation import Installation
 
-    lifecycle.require_root()
+    require_root()
     settings = Settings.from_environment()
     plan = RunPlan(
         command=tuple(program),
@@ -48,7 +49,7 @@ def run(
         keep_net_admin=keep_net_admin,
         verbose=verbose,
     )
-    status = run_program(settings, plan)
+    status = run_program(Installation.open(settings), plan)
     if status < 0:
         process.end_by(-status)
     raise SystemExit(status)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from graft import lifecycle
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.settings import Settings
 
 from .output import command, say
 
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 def runtime(context: typer.Context) -> None:
     """Be the OCI runtime runc or crun, with Graft's policies. Engines call it as graft-runtime."""
-    from graft.runtime import main
+    from graft.oci import main
 
     main.main(context.args)
 
@@ -39,8 +39,8 @@ def seccomp_profile(
     listener: Listener = None,
 ) -> None:
     """Print a seccomp profile for podman's --security-opt seccomp=, for use with `graft listen`."""
-    from graft.runtime.listen import default_path
-    from graft.runtime.profile import profile_text, read_base
+    from graft.oci.listener import default_path
+    from graft.oci.profile_text import profile_text, read_base
 
     print(profile_text(read_base(base), (listener or default_path(Settings.from_environment())).absolute()))
 
@@ -48,10 +48,10 @@ def seccomp_profile(
 @command
 def listen(listener: Listener = None) -> None:
     """Serve containers whose seccomp profile is that of `graft seccomp-profile`, in the foreground."""
-    from graft.runtime import options
-    from graft.runtime.listen import default_path, serve_listener_socket
+    from graft.oci import options
+    from graft.oci.listener import default_path, serve_listener_socket
 
-    lifecycle.require_root()
+    require_root()
     settings = Settings.from_environment()
     path = (listener or default_path(settings)).absolute()
     serve_listener_socket(settings, options.load(os.environ), path, lambda line: say(f"graft: {line}"))

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from graft import lifecycle
-from graft.settings import Settings
+from graft.datapath import dataplane
+from graft.model.settings import Settings
 
 from .output import command
 
@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 @command
 def up() -> None:
     """Load the BPF programs and pin them. Every other command does so first."""
-    lifecycle.up(Settings.from_environment())
+    dataplane.up(Settings.from_environment())
 
 
 @command
@@ -29,4 +29,6 @@ def down(
     force: Annotated[bool, typer.Option("--force", help="End the programs that still run under Graft.")] = False,
 ) -> None:
     """Remove every pin, attachment and cgroup of Graft's."""
-    lifecycle.down(Settings.from_environment(), force)
+    from graft.commands.down import down as take_down
+
+    take_down(Settings.from_environment(), force)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from graft.datapath.dataplane import is_up
 from graft.kernel import cgroup
-from graft.lifecycle import is_up
 from tests.support import namespaces
 from tests.support.building import Programs
 from tests.support.installation import GRAFT, Host

@@ -1,1 +1,12 @@
-"""The only place where Graft talks to the kernel by number: a module for each kind of call."""
+"""System calls, one module for each thing of the kernel's: numbers, structures, thin functions that raise OSError.
+
+    syscalls.py            calls that no library has, by number
+    bpf.py btf.py helpers.py ringbuf.py       maps and programs; types; which helpers are allowed; ring buffers
+    cgroup.py netns.py mounts.py              v2 folders, network namespaces, bpffs
+    pidfd.py process.py tasks.py              processes and their descriptors, memory and threads
+    credentials.py capabilities.py keyring.py terminal.py   rights, and giving them up
+    seccomp.py                                filters, notifications, ADDFD
+    sockets.py sockdiag.py tcp.py epoll.py    sockets of a namespace, and what can be asked of one
+
+It may import model and errors.
+"""

@@ -4,7 +4,8 @@ Format: Documentation/bpf/btf.rst. Only what is needed to find a member by name 
 stepped over. Used once, when the BPF programs are compiled.
 
 A wrong offset would have the programs read something else of the kernel's. So what is not understood to the last byte
-is a ValueError, also a kind of type that is newer than this module: Graft then does without (graft/offsets.py).
+is a ValueError, also a kind of type that is newer than this module: Graft then does without
+(graft/datapath/offsets.py).
 """
 
 from __future__ import annotations

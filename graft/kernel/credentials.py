@@ -18,11 +18,18 @@ import errno
 import os
 from collections.abc import Iterator
 
+from graft.errors import PrivilegeError
 from graft.kernel import capabilities
 from graft.kernel.syscalls import syscall
 
 _ROOT = 0
 _UNMAPPED = 0xFFFFFFFF  # (uid_t) -1: an id that this user namespace has no number for; setresuid: "leave it as it is"
+
+
+def require_root() -> None:
+    """Raises PrivilegeError, at once, for anybody but root."""
+    if os.geteuid() != 0:
+        raise PrivilegeError("this needs root", "run it with sudo")
 
 
 @contextlib.contextmanager

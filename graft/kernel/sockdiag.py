@@ -5,7 +5,7 @@ because listeners are asked for several times a second for each container: a net
 that it was made in, and is kept.
 
 A listing takes the lock of no socket, as long as it does not ask for tcp_info. To end a socket takes its lock, and may
-never return (graft/expendable.py).
+never return (graft/state/helper_process.py).
 """
 
 from __future__ import annotations

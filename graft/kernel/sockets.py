@@ -15,8 +15,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
-from graft.address import format_ip, unmapped
 from graft.kernel.sockdiag import IPPROTO_MPTCP, Diagnostics, Found, Identity
+from graft.model.address import format_ip, unmapped
 
 # include/net/tcp_states.h; a UDP socket is CLOSE until it is connected. One of TCP that is listed as CLOSE (6.8) is
 # bound, and does nothing.

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from graft.errors import GraftError
-from graft.settings import Settings
+from graft.model.settings import Settings
 from graft.splice import control
-from graft.splice.loop import Loop
+from graft.splice.event_loop import EventLoop
 
-Answer = Callable[[dict[str, Any]], None]
+Reply = Callable[[dict[str, Any]], None]
 
 
 def failure(error: BaseException) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def _send(sock: socket.socket, found: dict[str, Any]) -> None:
 class Commands:
     """Calls ``do`` with each request, and with what answers it, now or later, once."""
 
-    def __init__(self, settings: Settings, loop: Loop, do: Callable[[dict[str, Any], Answer], None]) -> None:
+    def __init__(self, settings: Settings, loop: EventLoop, do: Callable[[dict[str, Any], Reply], None]) -> None:
         self._settings, self._loop, self._do = settings, loop, do
         self._listener = control.listener(settings)
         loop.watch(self._listener.fileno(), select.EPOLLIN, self._on_command)
@@ -70,6 +70,6 @@ class Commands:
             answer(failure(error))
 
     def close(self) -> None:
-        """Answer no more."""
+        """Reply no more."""
         (self._settings.run_dir / control.NAME).unlink(missing_ok=True)
         self._listener.close()

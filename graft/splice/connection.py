@@ -18,8 +18,8 @@ Sockets are watched edge-triggered, once, for everything: `readable` and `writab
 a call says otherwise. Every socket has SO_LINGER with no time from the start: if this process is killed, or gives up,
 the peers see a reset, never an end of file in the middle. Only a connection that ended well both ways is closed gently.
 
-With the relay in the kernel, a flow is handed over (handed.py) when it has brought a few small messages and there is
-nothing more to read: short connections are not worth it, and splice(2) is better at bulk. One that the kernel does
+With the relay in the kernel, a flow is handed over (kernel_flow.py) when it has brought a few small messages and there
+is nothing more to read: short connections are not worth it, and splice(2) is better at bulk. One that the kernel does
 not take goes on as above. A side is then watched for what still concerns us.
 """
 
@@ -29,14 +29,11 @@ import os
 import select
 import socket
 import struct
-from typing import TYPE_CHECKING
 
-from graft.splice.handed import Handed
+from graft.splice.kernel_flow import KernelFlow
 from graft.splice.pipes import PIPE_BYTES, Pipe
-
-if TYPE_CHECKING:
-    from graft.splice.room import Account
-    from graft.splice.sockmap import Sockmap
+from graft.splice.resources import Account
+from graft.splice.sockmap import Sockmap
 
 _ENDED = select.EPOLLRDHUP | select.EPOLLHUP
 _INPUT = select.EPOLLIN | select.EPOLLPRI | _ENDED
@@ -154,7 +151,7 @@ class Flow:
         self.pipe: Pipe | None = None
         self.held = self.passed = self.calm = 0
         self.copies = self.eof = self.shut = self.refused = False
-        self.handed: Handed | None = None
+        self.handed: KernelFlow | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -200,7 +197,7 @@ class Flow:
             return
         self._give_back()
         try:
-            self.handed = Handed(sockmap, self)
+            self.handed = KernelFlow(sockmap, self)
         except OSError:
             self.refused = True
             return

@@ -9,11 +9,11 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from graft import json_text
 from graft.errors import GraftError
-from graft.json_text import mapping, number, text
-from graft.printable import printable
-from graft.settings import Settings
+from graft.model import json_text
+from graft.model.json_text import mapping, number, text
+from graft.model.printable import printable
+from graft.model.settings import Settings
 
 NAME = "graftd.sock"
 MAX_BYTES = 1 << 20

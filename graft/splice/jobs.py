@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from typing import TypeVar
 
 from graft.errors import GraftError
-from graft.splice.loop import Loop
+from graft.splice.event_loop import EventLoop
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
@@ -18,7 +18,9 @@ Steps = Generator[None, None, T]
 class Job:
     """``steps`` made in the turns of ``who``, from now on; then ``done`` is called with what went wrong, or None."""
 
-    def __init__(self, loop: Loop, who: int, steps: Steps[None], done: Callable[[BaseException | None], None]) -> None:
+    def __init__(
+        self, loop: EventLoop, who: int, steps: Steps[None], done: Callable[[BaseException | None], None]
+    ) -> None:
         self._loop, self._who, self._steps, self._done = loop, who, steps, done
         self._stopped = False
         self.spent = 0.0

@@ -11,12 +11,12 @@ import subprocess
 from collections.abc import Callable
 from functools import partial
 
-from graft.settings import Settings
-from graft.splice import verdict
-from graft.splice.aside import Aside
-from graft.splice.loop import Loop
+from graft.model.settings import Settings
+from graft.splice import selftest_result
+from graft.splice.background import Background
+from graft.splice.event_loop import EventLoop
+from graft.splice.selftest_result import SelftestResult
 from graft.splice.sockmap import Sockmap
-from graft.splice.verdict import Verdict
 
 _RETRY_SECONDS = 60.0
 
@@ -24,10 +24,10 @@ _RETRY_SECONDS = 60.0
 class KernelRelay:
     """``changed`` is called when `sockmap` may have another answer than before."""
 
-    def __init__(self, settings: Settings, loop: Loop, aside: Aside, changed: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, loop: EventLoop, aside: Background, changed: Callable[[], None]) -> None:
         self._settings, self._loop, self._aside, self._changed = settings, loop, aside, changed
         self._sockmap: Sockmap | None = None
-        self._verdict: Verdict | None = None
+        self._verdict: SelftestResult | None = None
         self._testing = False
         self._started: list[subprocess.Popen[str]] = []
 
@@ -39,10 +39,10 @@ class KernelRelay:
     def sockmap(self) -> Sockmap | None:
         """The relay; None where splice(2) has to serve, perhaps only until the test has ended, which then runs."""
         if self._sockmap is None and not self._testing:
-            self._verdict = self._verdict or verdict.kept(self._settings)
+            self._verdict = self._verdict or selftest_result.kept(self._settings)
             if self._verdict is None:
                 self._testing = True
-                self._aside.run(partial(verdict.test, self._started.append), self._tested)
+                self._aside.run(partial(selftest_result.test, self._started.append), self._tested)
             elif not self._verdict.problem:
                 self._open()
         return self._sockmap
@@ -51,18 +51,18 @@ class KernelRelay:
         try:
             self._sockmap = Sockmap.pinned(self._settings.pin_dir)
         except OSError as error:
-            self._verdict = Verdict(f"it was not loaded when Graft came up ({error.strerror})")
+            self._verdict = SelftestResult(f"it was not loaded when Graft came up ({error.strerror})")
             return
         self._loop.watch(self._sockmap.events, select.EPOLLIN, self._sockmap.on_events)
 
-    def _tested(self, found: Verdict | None, error: Exception | None) -> None:
+    def _tested(self, found: SelftestResult | None, error: Exception | None) -> None:
         self._testing = False
         self._started.clear()
-        self._verdict = found or Verdict(f"its self-test cannot run: {error}", lasting=False)
+        self._verdict = found or SelftestResult(f"its self-test cannot run: {error}", lasting=False)
         if not self._verdict.lasting:
             self._loop.after(_RETRY_SECONDS, self._forget)
         with contextlib.suppress(OSError):
-            verdict.keep(self._settings, self._verdict)
+            selftest_result.keep(self._settings, self._verdict)
         self._changed()
 
     def _forget(self) -> None:

@@ -6,40 +6,40 @@ import contextlib
 import itertools
 from pathlib import Path
 
-from graft import store
-from graft.containers import Container
+from graft.datapath.maps import Maps
 from graft.errors import GraftError, NotFoundError
 from graft.kernel import cgroup, netns
-from graft.maps import Maps
-from graft.settings import Settings
-from graft.splice.inside import Inside
+from graft.model.settings import Settings
 from graft.splice.jobs import Steps
+from graft.splice.namespace_sockets import NamespaceSockets
+from graft.state.endpoints import Endpoints
+from graft.state.records import Container
 
 
 class Namespaces:
     """Inside-views of the host's namespace, of endpoints' and of containers'."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._open: dict[int, Inside] = {}
+    def __init__(self, settings: Settings, endpoints: Endpoints) -> None:
+        self._endpoints = endpoints
+        self._open: dict[int, NamespaceSockets] = {}
         host = netns.cookie(settings.host_netns)
-        self._open[host] = Inside(settings.host_netns, host)
+        self._open[host] = NamespaceSockets(settings.host_netns, host)
         self._host = host
 
-    def of_endpoint(self, cookie: int) -> Inside:
+    def of_endpoint(self, cookie: int) -> NamespaceSockets:
         """The one that an endpoint belongs to. Raises NotFoundError."""
         found = self._open.get(cookie)
         if found is not None:
             return found
-        for stored in store.listing(self._settings):
+        for stored in self._endpoints.listing():
             if stored.cookie == cookie:
-                inside = Inside(store.netns_path(self._settings, stored), cookie)
+                inside = NamespaceSockets(self._endpoints.netns_path(stored), cookie)
                 self._open[cookie] = inside
                 return inside
         raise NotFoundError("no endpoint has this network namespace any more")
 
     @staticmethod
-    def of_container(container: Container, pid: int = 0) -> Steps[Inside]:
+    def of_container(container: Container, pid: int = 0) -> Steps[NamespaceSockets]:
         """A container's, by one of its processes, ``pid`` if that is one. The caller closes it. Raises NotFoundError.
 
         In steps: a container may have any number of processes, in any number of namespaces.
@@ -51,7 +51,7 @@ class Namespaces:
                 inode = path.stat().st_ino
                 if inode not in seen:
                     seen.add(inode)
-                    return Inside(path, container.netns, at_home=True)
+                    return NamespaceSockets(path, container.netns, at_home=True)
             yield
         raise NotFoundError(f"container: no process of {container.name!r} is left in its network namespace")
 

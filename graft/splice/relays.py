@@ -10,22 +10,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from graft.containers import Container
-from graft.endpoint import Protocol
+from graft.datapath.layout import ENDPOINT_DUAL_STACK
+from graft.datapath.maps import Maps
+from graft.datapath.rulesets import Lookup
 from graft.errors import GraftError
 from graft.kernel.sockdiag import Diagnostics
-from graft.layout import ENDPOINT_DUAL_STACK
-from graft.maps import Maps
-from graft.rules import Lookup
-from graft.splice.choice import Choice, PlacedEndpoint, Publication
-from graft.splice.inside import Inside
-from graft.splice.inward import Published, listen
+from graft.model.endpoint import Protocol
+from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Steps
+from graft.splice.listeners import cgroup_ids, survey
+from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
-from graft.splice.outward import Turned
-from graft.splice.room import Account
+from graft.splice.outbound import OutboundRelay
+from graft.splice.publication import PlacedEndpoint, Publication, Publications
+from graft.splice.resources import Account
 from graft.splice.sockmap import Sockmap
-from graft.splice.survey import cgroup_ids, survey
+from graft.state.records import Container
 
 _AT_ONCE = 64  # of what is quick, before others have their turn
 _RESETS = 16
@@ -40,7 +40,7 @@ class Relays:
         maps: Maps,
         container: Container,
         spaces: Namespaces,
-        inside: Inside,
+        inside: NamespaceSockets,
         sockmap: Sockmap | None,
     ) -> None:
         """``inside`` is the container's namespace, closed with this object; ``sockmap`` the relay in the kernel, None
@@ -50,13 +50,13 @@ class Relays:
         self._account, self._maps, self._spaces, self._inside = account, maps, spaces, inside
         self._sockmap = sockmap
         self._lookup = Lookup(maps)
-        self._published: dict[Publication, Published] = {}
+        self._published: dict[Publication, InboundRelay] = {}
         self._errors: dict[Publication, str] = {}
-        self._choice: Choice | None = None
+        self._choice: Publications | None = None
         try:
             self._diagnostics = inside.do(Diagnostics)
             try:
-                self._turned = Turned(account, maps, inside, spaces, sockmap)
+                self._turned = OutboundRelay(account, maps, inside, spaces, sockmap)
             except BaseException:
                 self._diagnostics.close()
                 raise
@@ -67,8 +67,8 @@ class Relays:
     def use(self, sockmap: Sockmap | None) -> None:
         """Relay new connections that way from now on."""
         self._sockmap = sockmap
-        for door in (*self._turned.doors, *(published.door for published in self._published.values())):
-            door.sockmap = sockmap
+        for acceptor in (*self._turned.acceptors, *(published.acceptor for published in self._published.values())):
+            acceptor.sockmap = sockmap
 
     @property
     def relay(self) -> str:
@@ -91,13 +91,13 @@ class Relays:
         yield from self._withdraw(lambda key: not choice.wants(key))
         self._errors = {key: error for key, error in self._errors.items() if choice.wants(key)}
 
-    def _survey(self) -> Steps[Choice]:
+    def _survey(self) -> Steps[Publications]:
         """What the policy makes of the container's listeners. Asked again where the policy was replaced meanwhile."""
         while True:
             before = self._ruleset()
             own = yield from cgroup_ids(self.container.cgroup_path, self.container.cgroup_id)
             lookup = partial(self._endpoint, before)
-            choice = Choice(own, lookup, self._account.most_listeners, self._published.keys())
+            choice = Publications(own, lookup, self._account.most_listeners, self._published.keys())
             try:
                 yield from survey(self._diagnostics, choice, {self._turned.port})
             except OSError:
@@ -128,9 +128,11 @@ class Relays:
             return
         self._errors.pop(wanted, None)
         self._account.descriptors.take()
-        self._published[wanted] = Published(self._account, self._maps, wanted, sock, port, self._inside, self._sockmap)
+        self._published[wanted] = InboundRelay(
+            self._account, self._maps, wanted, sock, port, self._inside, self._sockmap
+        )
 
-    def _listen(self, wanted: Publication, where: Inside) -> tuple[socket.socket, int]:
+    def _listen(self, wanted: Publication, where: NamespaceSockets) -> tuple[socket.socket, int]:
         try:
             return listen(self._maps, self.container.id, wanted, where)
         except OSError as error:
@@ -142,7 +144,7 @@ class Relays:
         return listen(self._maps, self.container.id, wanted, where)
 
     def _take_back(self, gone: Publication) -> None:
-        self._published.pop(gone).door.close()
+        self._published.pop(gone).acceptor.close()
         self._account.descriptors.give()
 
     def _withdraw(self, is_gone: Callable[[Publication], bool]) -> Steps[None]:
@@ -173,8 +175,8 @@ class Relays:
                 "address": one.address,
                 "listener": _text(key.family, key.address, key.port),
                 "dials": f"{key.target.address}:{key.target.port}",
-                "connections": len(one.door.connections),
-                "served": one.door.served,
+                "connections": len(one.acceptor.connections),
+                "served": one.acceptor.served,
             }
             for key, one in self._published.items()
         ]
@@ -190,7 +192,7 @@ class Relays:
             "not_granted": sorted(_text(*place) for place in choice.others) if choice else [],
             "more_not_granted": choice.more_others if choice else 0,
             "too_many": choice.too_many if choice else 0,
-            "out": {"port": self._turned.port, "served": sum(door.served for door in self._turned.doors)},
+            "out": {"port": self._turned.port, "served": sum(acceptor.served for acceptor in self._turned.acceptors)},
             "connections": len(self._account.connections),
         }
 

@@ -25,10 +25,10 @@ from functools import partial
 from graft.errors import GraftError
 from graft.kernel import tcp
 from graft.splice.connection import Connection, prepare
-from graft.splice.loop import Loop
-from graft.splice.room import Room
+from graft.splice.event_loop import EventLoop
+from graft.splice.resources import Resources
+from graft.splice.selftest_result import FAILED, INCONCLUSIVE
 from graft.splice.sockmap import Sockmap
-from graft.splice.verdict import FAILED, INCONCLUSIVE
 
 _SECONDS = 10.0  # for each check; all of them take about one
 _UNREAD_BYTES = 64 << 20  # more than any buffers on the way hold
@@ -50,8 +50,8 @@ class Trial:
 
     def __init__(self, sockmap: Sockmap) -> None:
         self.sockmap = sockmap
-        self._loop = Loop(lambda: None, interval=0.002)
-        self._room = Room(self._loop, _DESCRIPTORS)
+        self._loop = EventLoop(lambda: None, interval=0.002)
+        self._room = Resources(self._loop, _DESCRIPTORS)
         self._account = self._room.account(1)
         self._loop.watch(sockmap.events, select.EPOLLIN, sockmap.on_events)
         self.connections: set[Connection] = set()
@@ -311,7 +311,7 @@ def _try(trial: Trial, one: Callable[[Trial], None], name: str = "") -> None:
 
 def main() -> int:
     """What verdict.test runs: says what is wrong in one line; FAILED or INCONCLUSIVE where something is."""
-    from graft import loader
+    from graft.datapath import loader
     from graft.kernel import netns
 
     try:

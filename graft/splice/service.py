@@ -1,7 +1,7 @@
 """All relays of one installation, in one process and one event loop.
 
 What is to be served stands in the records of the attached containers (run_dir/containers): nothing is kept here that a
-daemon which is started again would miss. Records are looked at a few times a second, and so is each container, in
+daemon which is started again would miss. ContainerList are looked at a few times a second, and so is each container, in
 turns of its own (served.py); `graft attach` and `graft detach` do not wait for that, they ask.
 
 Nothing here waits: not for the installation's lock, which any command may hold for long, nor for another process. What
@@ -20,20 +20,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from graft import containers
-from graft.containers import Container
-from graft.lifecycle import locked
-from graft.maps import Maps
-from graft.settings import Settings
-from graft.splice.aside import Aside
-from graft.splice.commands import Answer, Commands, failure
+from graft.model.settings import Settings
+from graft.splice.background import Background
+from graft.splice.commands import Commands, Reply, failure
+from graft.splice.container_list import ContainerList
+from graft.splice.container_service import LOOK_SECONDS, ContainerService, Context, say
+from graft.splice.event_loop import EventLoop
 from graft.splice.kernel_relay import KernelRelay
-from graft.splice.loop import Loop
 from graft.splice.namespaces import Namespaces
-from graft.splice.records import Records
-from graft.splice.room import Room
-from graft.splice.served import LOOK_SECONDS, Context, Served, say
+from graft.splice.resources import Resources
 from graft.splice.sockmap import Sockmap
+from graft.state.installation import Installation
+from graft.state.records import Container
 
 _IDLE_SECONDS = 3.0
 _REAP_AGAIN_SECONDS = 10.0
@@ -44,15 +42,16 @@ class Service:
 
     def __init__(self, settings: Settings, keep: bool) -> None:
         self._settings, self._keep = settings, keep
-        self._loop = Loop(self._look, LOOK_SECONDS)
-        self._aside = Aside(self._loop)
-        room = Room(self._loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        self._context = Context(self._loop, Maps(settings.pin_dir), Namespaces(settings), room)
+        self._loop = EventLoop(self._look, LOOK_SECONDS)
+        self._aside = Background(self._loop)
+        graft = Installation(settings)
+        room = Resources(self._loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._context = Context(self._loop, graft.maps, Namespaces(settings, graft.endpoints), room)
         self._kernel_relay = KernelRelay(settings, self._loop, self._aside, self._use_again)
-        self._served: dict[int, Served] = {}
-        self._ending: dict[int, Served] = {}
+        self._served: dict[int, ContainerService] = {}
+        self._ending: dict[int, ContainerService] = {}
         self._after_ending: list[Callable[[], None]] = []
-        self._records = Records(settings)
+        self._records = ContainerList(settings)
         self._reaping = False
         self._empty_since = time.monotonic()
         self._commands = Commands(settings, self._loop, self._do)
@@ -119,8 +118,8 @@ class Service:
 
     def _reap(self) -> None:
         """Have the rules of what is gone forgotten. In a thread: with maps of its own, and time for the lock."""
-        with locked(self._settings):
-            containers.reap_locked(self._settings, Maps(self._settings.pin_dir))
+        with Installation(self._settings) as graft:
+            graft.reap()
 
     def _reaped(self, _result: None, error: Exception | None) -> None:
         if error is None:
@@ -138,7 +137,7 @@ class Service:
         """
         if any(container.cgroup == one.container.cgroup for one in self._ending.values()):
             return False
-        self._served[container.id] = Served(self._context, container, self._sockmap_for(container))
+        self._served[container.id] = ContainerService(self._context, container, self._sockmap_for(container))
         return True
 
     def _renew(self, container: Container) -> None:
@@ -188,7 +187,7 @@ class Service:
 
     # ---- commands -------------------------------------------------------------------------------
 
-    def _do(self, request: dict[str, Any], answer: Answer) -> None:
+    def _do(self, request: dict[str, Any], answer: Reply) -> None:
         number = int(request["container"])
         match request["do"]:
             case "attach":
@@ -210,7 +209,7 @@ class Service:
             case other:
                 answer({"error": f"the daemon knows no command {other!r}"})
 
-    def _attach(self, number: int, pid: int, answer: Answer) -> None:
+    def _attach(self, number: int, pid: int, answer: Reply) -> None:
         records = self._records.current()
         self._drop_gone(records)
         container = records.get(number)

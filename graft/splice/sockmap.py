@@ -14,17 +14,12 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from graft.datapath.layout import FlowValue
+from graft.datapath.loader import FLOW_EVENT_PAGES, RELAY_MAPS
 from graft.kernel import bpf, tcp
 from graft.kernel.bpf import Map
 from graft.kernel.ringbuf import RingBuffer
-from graft.layout import FlowValue
-from graft.loader import FLOW_EVENT_PAGES, RELAY_MAPS
-
-if TYPE_CHECKING:
-    from graft.splice.handed import Handed
-
 
 _MESSAGES = 4
 
@@ -39,15 +34,20 @@ class Sockmap:
         """
         self.after = after
         fds = {name: descriptor(name) for name in RELAY_MAPS}
-        self._targets = Map(fds["flow_targets"], ctypes.c_uint64, ctypes.c_int32)
+        self.targets = Map(fds["flow_targets"], ctypes.c_uint64, ctypes.c_int32)
         self._sources = Map(fds["flow_sources"], ctypes.c_uint64, ctypes.c_int32)
         self._flows = Map(fds["flows"], ctypes.c_uint64, FlowValue)
         self._taken = Map(fds["flow_taken"], ctypes.c_uint64, ctypes.c_uint64)
         self._fds = tuple(fds.values())
         self.events = fds["flow_events"]
         self._ring = RingBuffer(self.events, FLOW_EVENT_PAGES * mmap.PAGESIZE)
-        self.flows: dict[int, Handed] = {}
+        self._fell_behind: dict[int, Callable[[], None]] = {}
         self._forget_others()
+
+    @property
+    def flows(self) -> tuple[int, ...]:
+        """The names of those that are in the kernel's hands."""
+        return tuple(self._fell_behind)
 
     @classmethod
     def pinned(cls, pin_dir: Path) -> Sockmap:
@@ -62,21 +62,24 @@ class Sockmap:
         for key in self._taken.keys():  # noqa: SIM118
             self._taken.delete(key)
 
-    def join(self, source: socket.socket, target: socket.socket) -> int:
+    def join(self, source: socket.socket, target: socket.socket, fell_behind: Callable[[], None]) -> int:
         """Have the kernel move what comes in at ``source`` out at ``target``; gives the flow's name.
+
+        ``fell_behind`` is called when the kernel has left bytes with the source.
 
         Raises OSError where it does not take it (the source has ended already), and nothing is changed then.
         """
         number = tcp.cookie(source)
         key = ctypes.c_uint64(number)
-        self._targets.put(key, ctypes.c_int32(target.fileno()))
+        self.targets.put(key, ctypes.c_int32(target.fileno()))
         try:
             self._flows.put(key, FlowValue())
             self._sources.put(key, ctypes.c_int32(source.fileno()))
         except OSError:
             self._flows.delete(key)
-            self._targets.delete(key)
+            self.targets.delete(key)
             raise
+        self._fell_behind[number] = fell_behind
         return number
 
     def counts(self, number: int) -> tuple[int, int]:
@@ -90,7 +93,7 @@ class Sockmap:
 
     def forget(self, number: int) -> None:
         """Give up a flow whose sockets are about to be closed."""
-        self.flows.pop(number, None)
+        self._fell_behind.pop(number, None)
         key = ctypes.c_uint64(number)
         self._flows.delete(key)
         self._taken.delete(key)
@@ -98,9 +101,9 @@ class Sockmap:
     def on_events(self, _mask: int) -> None:
         """Tell the flows that the kernel gave back."""
         for record in self._ring.records():
-            flow = self.flows.get(int.from_bytes(record, sys.byteorder))
-            if flow is not None:
-                flow.fell_behind()
+            fell_behind = self._fell_behind.get(int.from_bytes(record, sys.byteorder))
+            if fell_behind is not None:
+                fell_behind()
 
     def close(self) -> None:
         """Let go of the maps."""

@@ -10,14 +10,14 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 
-Call = Callable[[], None]
+Work = Callable[[], None]
 
 
 class Turns:
     """Calls that wait, of members known by number. One is taken at a time, and charged before the next."""
 
     def __init__(self) -> None:
-        self._waiting: dict[int, deque[Call]] = {}
+        self._waiting: dict[int, deque[Work]] = {}
         self._used: dict[int, float] = {}
         self._next: list[tuple[float, int]] = []
         self._gone: set[int] = set()
@@ -26,7 +26,7 @@ class Turns:
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def put(self, who: int, call: Call) -> None:
+    def put(self, who: int, call: Work) -> None:
         """Add one to a member's work."""
         waiting = self._waiting.get(who)
         if waiting is not None:
@@ -36,7 +36,7 @@ class Turns:
         used = self._used[who] = max(self._used.get(who, 0.0), self._level)
         heapq.heappush(self._next, (used, who))
 
-    def take(self) -> tuple[int, Call]:
+    def take(self) -> tuple[int, Work]:
         """The next call, with whose it is. There has to be one."""
         self._level, who = heapq.heappop(self._next)
         return who, self._waiting[who].popleft()

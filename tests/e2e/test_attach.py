@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from graft.datapath.layout import HookDecision
 from graft.kernel import cgroup
-from graft.layout import Decision
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6, Netns
 from tests.support.puppet import Puppet, puppet
@@ -181,7 +181,7 @@ def test_with_deny_a_container_binds_and_connects_nowhere_else(
     if protocol == "udp":
         assert server.sendto(beside, 53) == server.sendto(loopback, 53) == "EACCES"
     assert server.bind(anywhere, 80, protocol) == "ok"
-    assert host.decisions(ps(host, path)["id"])[Decision.REFUSED_BIND] >= 5
+    assert host.decisions(ps(host, path)["id"])[HookDecision.REFUSED_BIND] >= 5
     there.close()
     here.close()
 
@@ -627,7 +627,7 @@ http {{ access_log off; client_body_temp_path {tmp_path}/body; {scratch}
     assert replaced >= 3
     assert "[200]" in said and "[502]" not in said and "Error distribution" not in said, said
     decisions = host.decisions(ps(host, path)["id"])
-    assert decisions[Decision.CONNECTED] > 100 and Decision.REFUSED_CONNECT not in decisions
+    assert decisions[HookDecision.CONNECTED] > 100 and HookDecision.REFUSED_CONNECT not in decisions
 
 
 def test_a_container_in_a_namespace_of_its_own_is_not_taken_for_a_direct_one(

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from graft import store
-from graft.endpoint import parse_endpoint
 from graft.kernel import cgroup
+from graft.model.endpoint import parse_endpoint
 from tests.support.installation import Host
 from tests.support.namespaces import HOST4
 from tests.support.oci import IMAGE, Engine, leftovers
@@ -25,7 +24,8 @@ GRAFT = ["--runtime", "graft"]
 
 
 def add(host: Host, name: str, port: int, open_: bool = True) -> None:
-    store.add(host.settings, parse_endpoint(name, f"0.0.0.0:{port}", open_=open_))
+    with host.installation.transaction() as change:
+        change.endpoints.add(parse_endpoint(name, f"0.0.0.0:{port}", open_=open_))
 
 
 def pairs(port: int, endpoint: str) -> list[str]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from graft import containers
-from graft.layout import Decision
+from graft.datapath.layout import HookDecision
 from tests.support.building import Programs
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
@@ -88,7 +87,7 @@ def test_a_flip_during_the_bind_of_a_socket_in_the_hosts_stack_is_refused(host: 
     assert succeeded + refused == 2000 and failed == 0, program.complained
     granted = listening_ports(host).count(good)
     assert bad not in listening_ports(host)
-    assert host.decisions(host.container(program).id)[Decision.REFUSED_BIND] == refused
+    assert host.decisions(host.container(program).id)[HookDecision.REFUSED_BIND] == refused
     program.tell("\n")
     assert program.wait() == 0
     race_is_hit(granted > 100, "the flip never met the allowed address")
@@ -351,7 +350,7 @@ def test_detaching_takes_effect_at_the_next_call(host: Host, programs: Programs)
     steps = ["socket", "4", "connect", CLIENT4, "9", "wait", "connect", CLIENT4, listener.getsockname()[1]]
     program = host.start(*rules, "--", programs["calls"], *steps, talk=True)
     program.says("connect")
-    containers.remove(host.settings, host.maps, host.container(program))
+    host.remove(host.container(program))
     program.tell("\n")
     assert program.wait() == 0
     assert program.said.splitlines()[1] == "connect EACCES"

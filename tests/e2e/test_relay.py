@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from graft import containers, splice
+from graft.datapath.layout import FlowValue
 from graft.kernel import cgroup
 from graft.kernel.bpf import Map
-from graft.layout import FlowValue
-from graft.splice import verdict
-from graft.splice.verdict import Verdict
+from graft.splice import client as splice
+from graft.splice import selftest_result
+from graft.splice.selftest_result import SelftestResult
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4
 from tests.support.plain import Plain, plain
@@ -36,7 +36,7 @@ def kernel(host: Host) -> Iterator[Plain]:
 @pytest.fixture
 def failing(host: Host) -> Iterator[None]:
     """A machine whose kernel failed the self-test."""
-    verdict.verdict(host.settings)
+    selftest_result.verdict(host.settings)
     kept = host.settings.run_dir / "kernel-relay.json"
     before = kept.read_text()
     kept.write_text(json.dumps({**json.loads(before), "problem": "bytes are lost"}))
@@ -102,7 +102,7 @@ def test_a_kernel_that_failed_the_self_test_is_not_used(kernel: Plain, failing: 
     assert refused.stderr.strip() == (
         "graft: --relay: the kernel's relay does not serve on this machine: bytes are lost (--relay splice)"
     )
-    assert not containers.listing(host.settings)
+    assert not host.installation.containers.listing()
 
 
 def test_where_it_served_and_fails_now_splice_takes_its_place_and_says_so(kernel: Plain, host: Host) -> None:
@@ -136,7 +136,7 @@ def test_a_daemon_that_finds_no_verdict_serves_by_splice_while_the_kernel_is_tes
             for one in pair(kernel, listener, port):
                 one.close()
             until("tested", lambda: kernel.described()["relay"] == "kernel (sockmap)", 60)
-            assert verdict.kept(host.settings) == Verdict("")
+            assert selftest_result.kept(host.settings) == SelftestResult("")
         finally:
             program.stop()
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from graft import splice
 from graft.kernel import cgroup
+from graft.splice import client as splice
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, HOST4
 from tests.support.plain import Plain, plain

@@ -18,10 +18,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from graft import attach, containers, sources, store
-from graft.endpoint import parse_endpoint
+from graft.commands.policy_apply import apply
+from graft.commands.policy_source import policy_of
 from graft.errors import GraftError
 from graft.kernel import cgroup
+from graft.model.endpoint import parse_endpoint
 from tests.fuzz.generate import FOREIGN, OTHER4, OTHER6, SERVED
 from tests.fuzz.model import Change, Policy, Transport, World
 from tests.fuzz.seen import Timeline
@@ -148,32 +149,31 @@ class Operator:
     def _make_endpoints_of(self, world: World) -> None:
         for one in self.world.endpoints:
             if world.endpoint(one.name) is None:
-                store.delete(self.host.settings, one.name, force=True)
+                self._do(Change("delete", name=one.name))
         for one in world.endpoints:
             there = self.world.endpoint(one.name)
             if there != one:
                 kind = "move" if there is not None and (":" in there.address) == (":" in one.address) else "add"
                 if there is not None and kind == "add":
-                    store.delete(self.host.settings, one.name, force=True)
+                    self._do(Change("delete", name=one.name))
                 self._do(Change(kind, endpoint=one))  # type: ignore[arg-type]
 
     def _do(self, change: Change) -> None:
-        settings = self.host.settings
         if change.kind == "apply":
             self._apply(change.policy or Policy())
-        elif change.kind == "delete":
-            store.delete(settings, change.name, force=True)
-        elif change.endpoint is not None:
-            one = change.endpoint
-            made = parse_endpoint(one.name, one.spec, one.protocol, dual_stack=one.dual_stack)
-            if change.kind == "add":
-                store.add(settings, made)
-            else:
-                store.change(settings, made)
+            return
+        with self.host.installation as graft, graft.transaction() as under_lock:
+            if change.kind == "delete":
+                under_lock.endpoints.delete(change.name, force=True)
+            elif change.endpoint is not None:
+                one = change.endpoint
+                made = parse_endpoint(one.name, one.spec, one.protocol, dual_stack=one.dual_stack)
+                (under_lock.endpoints.add if change.kind == "add" else under_lock.endpoints.change)(made)
 
     def _apply(self, policy: Policy) -> None:
         file = write_policy(self.folder, policy)
-        attach.apply(self.host.settings, sources.policy_of(self.host.settings, "", file, (), ()), str(self.cgroup))
+        with self.host.installation as graft:
+            apply(graft, policy_of(graft.settings, "", file, (), ()), str(self.cgroup))
 
 
 def write_policy(folder: Path, policy: Policy) -> Path:
@@ -224,8 +224,9 @@ def arena(host: Host, transport: Transport, world: World, programs: Programs, fo
         stack.callback(far.close)
         host.forget_endpoints()
         stack.callback(host.forget_endpoints)
-        for one in world.endpoints:
-            store.add(host.settings, parse_endpoint(one.name, one.spec, one.protocol, dual_stack=one.dual_stack))
+        with host.installation.transaction() as change:
+            for one in world.endpoints:
+                change.endpoints.add(parse_endpoint(one.name, one.spec, one.protocol, dual_stack=one.dual_stack))
         policy = write_policy(folder, world.policy)
         program = programs["fuzzing"]
         if transport == "swap":
@@ -255,7 +256,7 @@ def _swapped(host: Host, policy: Path, program: Path, folder: Path, stack: ExitS
     stack.callback(player.stop)
 
     def found() -> str:
-        return next((one.cgroup for one in containers.listing(host.settings) if one.pid == player.process.pid), "")
+        return next((one.cgroup for one in host.installation.containers.listing() if one.pid == player.process.pid), "")
 
     return player, Path(until("the container", found))
 

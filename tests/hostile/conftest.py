@@ -126,9 +126,7 @@ def confine(programs: Programs, tmp_path: Path) -> Iterator[Confine]:
 
 
 def _cgroup_of(host: Host, program: Program) -> str:
-    from graft import containers
-
-    return next((one.cgroup for one in containers.listing(host.settings) if one.pid == program.process.pid), "")
+    return next((one.cgroup for one in host.installation.containers.listing() if one.pid == program.process.pid), "")
 
 
 def _start_direct(host: Host, path: Path, command: list[Word]) -> Program:

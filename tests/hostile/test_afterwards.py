@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from graft import containers
 from graft.kernel import cgroup
 from graft.kernel.pidfd import pidfd_getfd, pidfd_open
 from tests.hostile.conftest import TRANSPORTS, Confine, Confined, Without
@@ -237,7 +236,7 @@ def is_heard_when_it_comes_out(host: Host, confine: Confine) -> bool:
     steps = ["make", 2, 1, 0, "bind", "0.0.0.0", 80, "listen", "hide", "wait", "unhide", "wait"]
     one = confine(host, "swap", text, *steps)
     assert one.lines(4)[-1] == "hide ok"
-    containers.remove(host.settings, host.maps, host.container(one.program))  # the rules, and no look for sockets
+    host.remove(host.container(one.program))  # the rules, and no look for sockets
     return reaches(host, HOST4, port)
 
 

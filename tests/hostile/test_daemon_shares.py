@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from graft import splice
 from graft.kernel import cgroup
+from graft.splice import client as splice
 from graft.splice import control
 from tests.hostile.undefended import COMMAND
 from tests.support.installation import GRAFT, Host

@@ -23,15 +23,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft import compiler, descriptors, expendable, held, liveness, twin
-from graft.containers import Container
-from graft.data import bpf_source_dir
+from graft.datapath import bcc_compiler
+from graft.datapath.sources import bpf_source_dir
 from graft.kernel import capabilities, cgroup, keyring, sockets, terminal
 from graft.kernel.pidfd import pidfd_getfd
 from graft.kernel.syscalls import syscall
-from graft.runtime import listen
-from graft.runtime.state import State
-from graft.settings import Settings
+from graft.model.settings import Settings
+from graft.oci import listener
+from graft.oci.state import State
+from graft.state import descriptors, helper_process, inventory, liveness
+from graft.state.records import Container
+from graft.swap import socket_copy
 
 COMMAND = Path(__file__).resolve()
 
@@ -42,16 +44,16 @@ def _signals() -> None:
         fcntl.fcntl(new, 10, fcntl.fcntl(old, 11))
         fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_ASYNC)
 
-    twin._carry_signals = carry_signals
+    socket_copy._carry_signals = carry_signals
 
 
 def _rights() -> None:
     def as_it_is(_least: int, value: int) -> int:
         return value
 
-    # Names that graft/twin.py looks up when it carries an option.
-    twin.__dict__["with_capabilities"] = lambda *_: contextlib.nullcontext()
-    twin.__dict__["max"] = as_it_is
+    # Names that graft/swap/socket_copy.py looks up when it carries an option.
+    socket_copy.__dict__["with_capabilities"] = lambda *_: contextlib.nullcontext()
+    socket_copy.__dict__["max"] = as_it_is
 
 
 Change = tuple[str, str, str]
@@ -72,8 +74,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # A listener for whose tag there is no memory goes on.
     "memory": (
         _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
-        ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->heard = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
-        ("packet.bpf.c", "|| hears_everybody(sk, &owner);", "|| !owner.tag || hears_everybody(sk, &owner);"),
+        ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->open_port = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
+        ("packet.bpf.c", "|| is_open(sk, &owner);", "|| !owner.tag || is_open(sk, &owner);"),
     ),
     # An IPv6 bind takes the IPv4 port along.
     "ipv4": (
@@ -113,20 +115,20 @@ def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
             text = (folder / name).read_text()
             assert text.count(there) == 1, f"{name}: this stands there {text.count(there)} times: {there}"
             (folder / name).write_text(text.replace(there, instead))
-        compiler.__dict__["bpf_source_dir"] = lambda: folder
+        bcc_compiler.__dict__["bpf_source_dir"] = lambda: folder
 
     return leave_out
 
 
 def _shares() -> None:
     """One limit for the connections of all containers."""
-    from graft.splice import room, shares
+    from graft.splice import resources, shares
 
     def may(self: shares.Share, count: int = 1) -> bool:
         return self._of.free >= count
 
     shares.Share.may = may  # type: ignore[method-assign]
-    room.Room.recall = lambda self, count: None  # type: ignore[method-assign]
+    resources.Resources.recall = lambda self, count: None  # type: ignore[method-assign]
 
 
 def _turns() -> None:
@@ -147,21 +149,22 @@ def _turns() -> None:
 
 def _aside() -> None:
     """The daemon waits for the installation's lock in its event loop."""
-    from graft.splice import aside
+    from graft.splice import background
 
-    def run(_self: aside.Aside, call: Callable[[], object], done: Callable[[object, Exception | None], None]) -> None:
+    def run(
+        _self: background.Background, call: Callable[[], object], done: Callable[[object, Exception | None], None]
+    ) -> None:
         done(call(), None)
 
-    aside.Aside.run = run  # type: ignore[method-assign,assignment]
+    background.Background.run = run  # type: ignore[method-assign,assignment]
 
 
 def _cgroup_id() -> None:
     """A cgroup is known by its path."""
-    from graft import containers
-    from graft.splice import relays, survey
+    from graft.splice import listeners, relays
 
-    containers.Container.is_there = property(lambda self: self.cgroup_path.exists())  # type: ignore[assignment]
-    vars(relays)["cgroup_ids"] = lambda path, _root: survey.cgroup_ids(path, 0)
+    Container.is_there = property(lambda self: self.cgroup_path.exists())  # type: ignore[assignment]
+    vars(relays)["cgroup_ids"] = lambda path, _root: listeners.cgroup_ids(path, 0)
 
 
 def _terminal() -> None:
@@ -180,18 +183,18 @@ def _capabilities() -> None:
 
 
 def _listener() -> None:
-    def refuse(self: listen.Reception, state: State, error: Exception, first: int | None) -> None:
+    def refuse(self: listener.Reception, state: State, error: Exception, first: int | None) -> None:
         self._say(f"{state.id}: refused, and ended: {error}")
         os.kill(state.pid, 9)
 
-    listen.Reception._refuse = refuse  # type: ignore[method-assign]
+    listener.Reception._refuse = refuse  # type: ignore[method-assign]
 
 
 def _asking() -> None:
     """What was asked of a container's sockets was asked by the command itself, of a copy of each."""
 
     def each(work: Callable[[Any], Any], items: Sequence[Any], patience: float = 0, finish: bool = False) -> Any:
-        return expendable.Done({number: work(item) for number, item in enumerate(items)}, 0)
+        return helper_process.HelperResult({number: work(item) for number, item in enumerate(items)}, 0)
 
     def one(work: Callable[[], Any], patience: float = 0) -> Any:
         return work()
@@ -204,13 +207,13 @@ def _asking() -> None:
         return found
 
     looked_up = descriptors.find
-    expendable.each, expendable.one, descriptors.find = each, one, find
+    helper_process.each, helper_process.one, descriptors.find = each, one, find
 
 
 def _tags() -> None:
     """A container's sockets were those of its processes, and of a process those of its first thread."""
 
-    def of(settings: Settings, listed: Sequence[Container], stack: held.HostStack) -> Any:
+    def of(settings: Settings, listed: Sequence[Container], stack: inventory.HostStack) -> Any:
         found = by_tags(settings, listed, stack)
         for container in listed:
             inside = cgroup.processes(container.cgroup_path)
@@ -221,8 +224,8 @@ def _tags() -> None:
             ]
         return found
 
-    by_tags: Any = held.of
-    held.of = of  # type: ignore[assignment]
+    by_tags: Any = inventory.of
+    inventory.of = of  # type: ignore[assignment]
 
 
 def _destroy() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from graft import loader
-from graft.compiler import CompileError, compile_text
-from graft.loader import Loaded
+from graft.datapath import loader
+from graft.datapath.bcc_compiler import CompileError, compile_text
+from graft.datapath.loader import Loaded
 
 pytestmark = pytest.mark.kernel
 

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from graft import store
-from graft.endpoint import parse_endpoint
+from graft.model.endpoint import parse_endpoint
 from tests.support.installation import Host
 
 pytestmark = pytest.mark.kernel
@@ -79,13 +78,14 @@ def test_json_has_every_field(host: Host) -> None:
 def test_what_is_wrong_is_one_clear_line_and_changes_nothing(
     host: Host, words: list[str], status: int, field: str
 ) -> None:
-    store.add(host.settings, parse_endpoint("web", "0.0.0.0:8080"))
-    before = store.listing(host.settings)
+    with host.installation.transaction() as change:
+        change.endpoints.add(parse_endpoint("web", "0.0.0.0:8080"))
+    before = host.installation.endpoints.listing()
     refused = host.graft("ep", *words, status=status)
     assert field in refused.stderr and "Traceback" not in refused.stderr
     if not words[1].startswith("-"):  # an unknown option is typer's own affair
         assert refused.stderr.startswith("graft: ") and refused.stderr.count("\n") == 1
-    assert store.listing(host.settings) == before
+    assert host.installation.endpoints.listing() == before
 
 
 def test_set_changes_an_endpoint_in_its_place(host: Host) -> None:

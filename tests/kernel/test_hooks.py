@@ -17,18 +17,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graft import attachments, containers, layout
-from graft.address import BindPattern, Prefix, pack16
-from graft.compile import compile_policy
-from graft.containers import Container
-from graft.endpoint import Endpoint
+from graft.datapath import attachments, layout
+from graft.datapath.layout import HookDecision
+from graft.datapath.rulesets import Lookup
 from graft.kernel import cgroup
 from graft.kernel.pidfd import pidfd_getfd, pidfd_open
-from graft.layout import Decision, Home, Transport
-from graft.policy import Default, EgressRule, IngressRule, Policy, Verdict, policy_from_flags
-from graft.ports import PortRange
-from graft.rules import Lookup
-from graft.store import find
+from graft.model.address import BindPattern, Prefix, pack16
+from graft.model.endpoint import Endpoint
+from graft.model.ports import PortRange
+from graft.model.transport import Home, Transport
+from graft.policy.compiler import compile_policy
+from graft.policy.model import Default, EgressRule, IngressRule, Policy, Verdict, policy_from_flags
+from graft.state.records import Container
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
 from tests.support.puppet import Puppet, puppet
@@ -51,8 +51,11 @@ def confine(host: Host) -> Iterator[Confine]:
             stack.callback(lambda: cgroup.remove(path) if path.exists() else None)
             one = stack.enter_context(puppet(path, netns or host.netns.path))
             cookie = host.netns.cookie if netns is None else 0
-            container = containers.create(host.settings, host.maps, policy, path, cookie, transport)
-            stack.callback(lambda: containers.remove(host.settings, host.maps, container))
+            graft = host.installation
+            compiled = graft.compile(policy)
+            with graft.transaction() as change:
+                container = change.containers.create(compiled, path, cookie, transport)
+            stack.callback(lambda: host.remove(container))
             return container, one
 
         yield make
@@ -117,7 +120,7 @@ def test_what_no_rule_names_is_refused_by_default_deny_and_left_alone_otherwise(
     assert outside.bind("0.0.0.0", port) == "ok"
     assert outside.connect(CLIENT4, 9) == outside.connect(CLIENT6, 9) == "ECONNREFUSED"
     counted = host.decisions(denied.id)
-    assert counted == {Decision.REFUSED_BIND: 4, Decision.REFUSED_CONNECT: 7}
+    assert counted == {HookDecision.REFUSED_BIND: 4, HookDecision.REFUSED_CONNECT: 7}
 
 
 def test_a_process_of_no_container_is_untouched_whatever_others_may_not(host: Host, confine: Confine) -> None:
@@ -139,7 +142,7 @@ def test_detaching_takes_effect_at_the_next_call(host: Host, confine: Confine) -
     container, process = confine(rules([f"*:80={host.endpoint('0.0.0.0:dynamic')}"], []))
     first, second = process.socket(), process.socket()
     assert process.say("bind", first, "0.0.0.0", 80) == "ok"
-    containers.remove(host.settings, host.maps, replace(container, cgroup_id=1))  # but for the attachment
+    host.remove(replace(container, cgroup_id=1))  # but for the attachment
     # The cgroup is no container's any more; what was of the host's stack by a grant may not be used again.
     assert process.say("connect", first, CLIENT4, 9) == "EACCES"
     attachments.detach(host.settings, container.cgroup_path)
@@ -189,7 +192,7 @@ def test_a_listener_on_no_endpoint_hears_nobody(host: Host, confine: Confine) ->
     for one, address in ((host.client, HOST4), (host.netns, "127.0.0.1")):
         with pytest.raises(ConnectionRefusedError):
             one.connected(address, port)
-    assert host.decisions(container.id)[Decision.DEAFENED] == 1
+    assert host.decisions(container.id)[HookDecision.CLOSED_LISTENER] == 1
 
 
 def test_an_accepted_connection_has_its_listeners_tag_and_the_port_that_was_asked_for(
@@ -272,7 +275,7 @@ def bind_entry(entries: tuple[Any, ...], address: str, port: int) -> str | None:
 
 def test_random_policies_mean_the_same_to_the_compiler_the_lookups_and_the_hooks(host: Host, confine: Confine) -> None:
     names = {name: host.endpoint(spec, dual_stack=name == "a6") for name, spec in _SPECS.items()}
-    stored = {mine: find(host.settings, name) for mine, name in names.items()}
+    stored = {mine: host.installation.endpoints.find(name) for mine, name in names.items()}
     endpoints: dict[str, Endpoint] = {name: one.endpoint for name, one in stored.items()}
     ids = {name: one.id for name, one in stored.items()}
     container, process = confine(rules([], []))
@@ -291,7 +294,9 @@ def test_random_policies_mean_the_same_to_the_compiler_the_lookups_and_the_hooks
             ingress=tuple(replace(rule, endpoint=names[rule.endpoint]) for rule in policy.ingress),
             egress=tuple(replace(rule, endpoint=rule.endpoint and names[rule.endpoint]) for rule in policy.egress),
         )
-        containers.apply(host.settings, host.maps, container, renamed)
+        compiled = host.installation.compile(renamed)
+        with host.installation.transaction() as change:
+            change.containers.apply(container, compiled)
         value = host.maps.containers.get(ctypes.c_uint32(container.id))
         assert value is not None
         for address, port in binds:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from graft import compiler, loader
-from graft.data import bpf_source_dir
+from graft.datapath import bcc_compiler, loader
+from graft.datapath.sources import bpf_source_dir
 from graft.errors import KernelError
 from graft.kernel import tcp
-from graft.splice import handed, selftest, verdict
+from graft.splice import kernel_flow, selftest, selftest_result
 from graft.splice.selftest import Trial, Wrong
+from graft.splice.selftest_result import SelftestResult
 from graft.splice.sockmap import Sockmap
-from graft.splice.verdict import Verdict
 
 pytestmark = pytest.mark.kernel
 
@@ -46,6 +46,10 @@ def trial(loaded: loader.Loaded) -> Iterator[Trial]:
 def moved_and_left(trial: Trial) -> list[tuple[int, int]]:
     """Of each flow, the client's first."""
     return [trial.sockmap.counts(number) for number in trial.sockmap.flows]
+
+
+def carries_by_hand(trial: Trial) -> bool:
+    return any(side.outward.is_ours for one in trial.connections for side in (one.near, one.far))
 
 
 def exactly(sock: socket.socket, count: int) -> bytes:
@@ -95,7 +99,7 @@ def test_bytes_for_a_target_that_is_not_listed_are_kept_and_carried_by_hand(tria
     with client, server:
         trial.while_relayed(lambda: client.sendall(b"1"), lambda: exactly(server, 1))
         number = next(iter(trial.sockmap.flows))
-        trial.sockmap._targets.delete(ctypes.c_uint64(number))
+        trial.sockmap.targets.delete(ctypes.c_uint64(number))
         trial.while_relayed(lambda: client.sendall(b"23"), lambda: exactly(server, 2))
         assert moved_and_left(trial)[0] == (1, 2)
 
@@ -119,7 +123,7 @@ def test_a_target_that_is_behind_stops_the_sender_and_the_kernel_goes_on_afterwa
         [(_, left), _] = moved_and_left(trial)
         assert left > 0
         trial.while_relayed(lambda: exactly(server, total))
-        trial.until(lambda: all(flow.by_hand is False for flow in trial.sockmap.flows.values()), "still by hand")
+        trial.until(lambda: not carries_by_hand(trial), "still by hand")
         before = moved_and_left(trial)[0]
         trial.while_relayed(lambda: client.sendall(b"again"), lambda: exactly(server, 5))
         assert moved_and_left(trial)[0] == (before[0] + 5, before[1])
@@ -134,21 +138,21 @@ def test_bytes_that_come_while_the_last_are_carried_are_carried_too(
         number = next(iter(trial.sockmap.flows))
         key = ctypes.c_uint64(number)
         [connection] = trial.connections
-        trial.sockmap._targets.delete(key)
+        trial.sockmap.targets.delete(key)
         real = trial.sockmap.take
         late = [b"late"]
 
         def take(flow: int, taken: int) -> None:
             if late:
                 client.sendall(late.pop())
-                trial.sockmap._targets.put(key, ctypes.c_int32(connection.far.fd))
+                trial.sockmap.targets.put(key, ctypes.c_int32(connection.far.fd))
             real(flow, taken)
 
         monkeypatch.setattr(trial.sockmap, "take", take)
         found: list[bytes] = []
         trial.while_relayed(lambda: client.sendall(b"23"), lambda: found.append(exactly(server, 6)))
         assert found == [b"23late"]
-        trial.until(lambda: not trial.sockmap.flows[number].by_hand, "still by hand")
+        trial.until(lambda: not carries_by_hand(trial), "still by hand")
 
 
 def test_what_the_kernel_moved_meanwhile_goes_before_what_it_left_again(
@@ -160,27 +164,27 @@ def test_what_the_kernel_moved_meanwhile_goes_before_what_it_left_again(
         number = next(iter(trial.sockmap.flows))
         key = ctypes.c_uint64(number)
         [connection] = trial.connections
-        trial.sockmap._targets.delete(key)
-        real, asked = trial.sockmap.take, handed.Handed._queue_is_out
+        trial.sockmap.targets.delete(key)
+        real, asked = trial.sockmap.take, kernel_flow.KernelFlow._queue_is_out
         said: list[str] = []
 
         def take(flow: int, taken: int) -> None:
             if "taken" in said:
                 return real(flow, taken)
             said.append("taken")
-            trial.sockmap._targets.put(key, ctypes.c_int32(connection.far.fd))
+            trial.sockmap.targets.put(key, ctypes.c_int32(connection.far.fd))
             real(flow, taken)  # from here on the kernel moves
             client.sendall(b"moved ")
-            trial.sockmap._targets.delete(key)
+            trial.sockmap.targets.delete(key)
             client.sendall(b"left")
             return None
 
-        def queue_is_out(flow: handed.Handed) -> bool:
+        def queue_is_out(flow: kernel_flow.KernelFlow) -> bool:
             said.append("queue")
             return asked(flow)
 
         monkeypatch.setattr(trial.sockmap, "take", take)
-        monkeypatch.setattr(handed.Handed, "_queue_is_out", queue_is_out)
+        monkeypatch.setattr(kernel_flow.KernelFlow, "_queue_is_out", queue_is_out)
         found: list[bytes] = []
         trial.while_relayed(lambda: client.sendall(b"23 "), lambda: found.append(exactly(server, 13)))
         assert found == [b"23 moved left"]
@@ -194,7 +198,7 @@ def test_a_handover_in_the_middle_does_not_depend_on_what_is_acknowledged_just_t
     real, short = tcp.written, [3] * 4
     # Bytes that are acknowledged between the two questions are missing from the answer.
     monkeypatch.setattr(tcp, "written", lambda sock: real(sock) - (short.pop() if short else 0))
-    monkeypatch.setattr(handed, "_PATIENCE", 0.2)
+    monkeypatch.setattr(kernel_flow, "_PATIENCE", 0.2)
     client, server = trial.connected()
     with client, server:
 
@@ -230,7 +234,7 @@ def test_a_flow_that_ended_before_its_handover_goes_by_splice(trial: Trial) -> N
 def test_a_flow_whose_kernel_keeps_bytes_back_is_reset_and_not_left_hanging(
     trial: Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handed, "_PATIENCE", 0.2)
+    monkeypatch.setattr(kernel_flow, "_PATIENCE", 0.2)
     real = tcp.received
     monkeypatch.setattr(tcp, "received", lambda sock: real(sock) + 1)  # as if a byte had been lost
     client, server = trial.connected()
@@ -254,7 +258,7 @@ def test_nothing_is_left_of_connections_that_ended(trial: Trial) -> None:
     assert not trial.sockmap._flows.keys()
     assert not trial.sockmap._taken.keys()
     assert not trial.sockmap._sources.keys()
-    assert not trial.sockmap._targets.keys()
+    assert not trial.sockmap.targets.keys()
 
 
 def test_what_a_killed_daemon_left_is_forgotten(loaded: loader.Loaded) -> None:
@@ -267,7 +271,7 @@ def test_what_a_killed_daemon_left_is_forgotten(loaded: loader.Loaded) -> None:
 
 
 def test_this_kernel_passes_the_self_test(root: None) -> None:
-    assert verdict.test() == Verdict("")
+    assert selftest_result.test() == SelftestResult("")
 
 
 # What a kernel (or a mistake in the program) may do, and the self-test has to find.
@@ -290,9 +294,9 @@ def test_the_self_test_finds_a_kernel_that(
     text = (sources / "relay.bpf.c").read_text()
     assert old in text
     (sources / "relay.bpf.c").write_text(text.replace(old, new))
-    monkeypatch.setattr(compiler, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
     monkeypatch.setattr(selftest, "_SECONDS", 2.0)
-    monkeypatch.setattr(handed, "_PATIENCE", 0.2)
+    monkeypatch.setattr(kernel_flow, "_PATIENCE", 0.2)
     trial = trial_of(loader.load_relay())
     with pytest.raises((Wrong, OSError)):
         selftest.check(trial)
@@ -305,6 +309,6 @@ def test_a_kernel_that_does_not_take_the_program_says_so(
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
     (sources / "relay.bpf.c").write_text("int graft_flow(struct __sk_buff *skb) { return *(int *)0; }")
-    monkeypatch.setattr(compiler, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
     with pytest.raises(KernelError, match="relay"):
         loader.load_relay()

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from graft import attachments
+from graft.datapath import attachments
+from graft.datapath.dataplane import locked, supervisors_cgroup
+from graft.datapath.loader import MAPS
+from graft.datapath.programs import PROGRAMS
 from graft.kernel import bpf, cgroup
-from graft.lifecycle import locked, supervisors_cgroup
-from graft.loader import MAPS
-from graft.programs import PROGRAMS
 from tests.support.attached import attach_points
 from tests.support.installation import GRAFT, Host
 from tests.support.puppet import puppet
@@ -232,10 +232,9 @@ def test_attaching_is_all_or_nothing(bare_host: Host, monkeypatch: pytest.Monkey
 
 
 def test_maps_that_nobody_holds_any_more_cost_no_descriptors(host: Host) -> None:
-    from graft import store
 
-    store.listing(host.settings)
+    host.installation.endpoints.listing()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        store.listing(host.settings)
+        host.installation.endpoints.listing()
     assert len(os.listdir("/proc/self/fd")) == before

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from graft import attachments, compiler, doctor, lifecycle, loader
-from graft.data import bpf_source_dir
-from graft.errors import KernelError
-from graft.kernel import cgroup, helpers
-from graft.loader import ProgramsRefused
-from graft.programs import (
+from graft.commands import doctor
+from graft.datapath import attachments, bcc_compiler, dataplane, loader
+from graft.datapath.loader import ProgramsRefused
+from graft.datapath.programs import (
     ALL_PROGRAMS,
     EXTENSIONS,
     MPTCP,
@@ -23,9 +21,12 @@ from graft.programs import (
     PROGRAMS,
     RELAY_PROGRAM,
     SPLICE_PROGRAMS,
-    Verdict,
+    ProgramCheck,
     refused_calls,
 )
+from graft.datapath.sources import bpf_source_dir
+from graft.errors import KernelError
+from graft.kernel import cgroup, helpers
 from tests.support.allowed_helpers import TABLE, table
 from tests.support.attached import attach_points
 from tests.support.installation import Host
@@ -43,7 +44,7 @@ def spoil(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """Adds to a program a call that the kernel does not allow it."""
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
-    monkeypatch.setattr(compiler, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
 
     def spoiled(function: str) -> None:
         for file in sources.glob("*.bpf.c"):
@@ -68,7 +69,7 @@ def test_this_kernel_takes_every_program(root: None) -> None:
 def test_a_program_that_is_not_needed_is_left_out_and_all_else_loads(bare_host: Host, spoil: Break) -> None:
     spoil("splice")
     spoil("getpeername4")
-    lifecycle.up(bare_host.settings)
+    dataplane.up(bare_host.settings)
     pinned = {pin.name for pin in bare_host.settings.pin_dir.glob("prog_*")}
     assert pinned >= {f"prog_{program.name}" for program in PROGRAMS}
     assert not pinned & {"prog_splice", "prog_getpeername4"}
@@ -81,7 +82,7 @@ def test_a_program_that_is_not_needed_is_left_out_and_all_else_loads(bare_host: 
 
 def test_transport_splice_says_that_its_program_is_missing(bare_host: Host, spoil: Break) -> None:
     spoil("getpeername6")
-    lifecycle.up(bare_host.settings)
+    dataplane.up(bare_host.settings)
     folder = cgroup.v2_mount() / f"{bare_host.settings.cgroup}-other"
     folder.mkdir()
     try:
@@ -96,7 +97,7 @@ def test_transport_splice_says_that_its_program_is_missing(bare_host: Host, spoi
 def test_up_without_a_program_that_is_needed_is_one_line_and_a_file(bare_host: Host, spoil: Break) -> None:
     spoil("sock_ops")
     with pytest.raises(KernelError) as error:
-        lifecycle.up(bare_host.settings)
+        dataplane.up(bare_host.settings)
     log = bare_host.settings.run_dir / "verifier.log"
     [line] = error.value.lines()
     assert "sock_ops: bpf helper 9 not allowed in sock_ops programs" in line
@@ -107,16 +108,16 @@ def test_up_without_a_program_that_is_needed_is_one_line_and_a_file(bare_host: H
 
 
 def test_a_verifier_that_likes_no_extension_is_asked_without(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = compiler.Compiled.load
+    real = bcc_compiler.Compiled.load
 
-    def picky(compiled: compiler.Compiled, program: object) -> int:
+    def picky(compiled: bcc_compiler.Compiled, program: object) -> int:
         if program is PROGRAMS[0] and helpers.HELPERS["set_retval"] in helpers.calls(
             compiled.instructions(PROGRAMS[0])
         ):
-            raise compiler.NotLoaded("too complex")
+            raise bcc_compiler.NotLoaded("too complex")
         return real(compiled, program)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(compiler.Compiled, "load", picky)
+    monkeypatch.setattr(bcc_compiler.Compiled, "load", picky)
     assert loader.load().extensions == frozenset()
 
 
@@ -151,7 +152,9 @@ def test_doctor_lists_every_program(host: Host) -> None:
 
 
 def test_the_error_names_the_first_needed_program() -> None:
-    error = ProgramsRefused([Verdict(SPLICE_PROGRAMS[0], "no", "log 1"), Verdict(PROGRAMS[0], "why", "log 2")])
+    error = ProgramsRefused(
+        [ProgramCheck(SPLICE_PROGRAMS[0], "no", "log 1"), ProgramCheck(PROGRAMS[0], "why", "log 2")]
+    )
     assert "bind4: why" in error.message
     assert error.log == "splice: no\nlog 1\nbind4: why\nlog 2"
 

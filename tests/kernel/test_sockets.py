@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from graft import layout
+from graft.datapath import layout
 from graft.kernel import cgroup, sockets
 from graft.kernel.sockets import Listed
 from tests.support.installation import Host

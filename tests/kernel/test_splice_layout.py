@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from graft import layout, loader
+from graft.datapath import layout, loader
 
 pytestmark = pytest.mark.kernel
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from graft.datapath.programs import PROGRAMS
 from graft.kernel import bpf
-from graft.programs import PROGRAMS
 
 
 def attach_points(cgroup: Path) -> set[str]:

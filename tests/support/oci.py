@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.containers import listing as containers_of
 from graft.kernel import cgroup
 from tests.support.hostnet import v1_controllers
 from tests.support.installation import Host
@@ -65,7 +64,7 @@ def runtime_script(host: Host, folder: Path, runtime: str) -> Path:
 
 def leftovers(host: Host) -> list[str]:
     """What is there of containers that an engine started; empty when none runs."""
-    found = [f"record of {one.name}" for one in containers_of(host.settings) if one.engine == "oci"]
+    found = [f"record of {one.name}" for one in host.installation.containers.listing() if one.engine == "oci"]
     found += [f"process {pid}" for pid in cgroup.processes(host.cgroup / "supervisors")]
     found += [str(path) for path in (host.settings.run_dir / "oci").glob("*/")]
     return found

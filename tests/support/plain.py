@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft import containers, splice
-from graft.containers import Container
 from graft.kernel import cgroup
+from graft.splice import client as splice
+from graft.state.records import Container
 from tests.support.installation import Host
 from tests.support.namespaces import Netns, namespace
 from tests.support.program import Program, start
@@ -86,7 +86,7 @@ class Plain:
     @property
     def container(self) -> Container:
         """Its record."""
-        return containers.find(self.host.settings, str(self.cgroup))
+        return self.host.installation.containers.find(str(self.cgroup))
 
     def detach(self) -> None:
         """`graft detach`."""

@@ -12,24 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from graft import carry, containers
-from graft.compile import compile_policy
-from graft.decision import parse_sockaddr
-from graft.endpoint import parse_egress_flag, parse_endpoint, parse_ingress_flag
-from graft.engines import parse_inspect, parse_show
 from graft.errors import GraftError
 from graft.kernel import cgroup, sockdiag, tasks
 from graft.kernel.btf import Btf
 from graft.kernel.seccomp import Notification
-from graft.policy import load_policy
-from graft.policy_file import decode_policy
-from graft.policy_yaml import read_document
-from graft.printable import printable
-from graft.runtime import arguments, bundle, features, options, profile, request, state
-from graft.runtime.bundle import Edit
-from graft.runtime.options import Options
-from graft.settings import Settings
-from graft.splice import control, verdict
+from graft.model.endpoint import parse_egress_flag, parse_endpoint, parse_ingress_flag
+from graft.model.printable import printable
+from graft.model.settings import Settings
+from graft.model.sockaddr import parse_sockaddr
+from graft.oci import arguments, bundle, features, options, profile_text, request, state
+from graft.oci.bundle import Edit
+from graft.oci.options import Options
+from graft.policy.compiler import compile_policy
+from graft.policy.document import read_document
+from graft.policy.reader import decode_policy, load_policy
+from graft.splice import control, selftest_result
+from graft.state import records
+from graft.state.engines import parse_inspect, parse_show
+from graft.swap import descriptors
 from tests.support.btf import Blob
 
 ID = "0123456789abcdef" * 4
@@ -83,7 +83,7 @@ def _config(raw: bytes) -> None:
 
 
 def _profile(raw: bytes) -> None:
-    profile.profile_text(profile.parse_base(raw, "--base"), Path("/run/graft/listener"))
+    profile_text.profile_text(profile_text.parse_base(raw, "--base"), Path("/run/graft/listener"))
 
 
 def _sockets(raw: bytes) -> None:
@@ -194,12 +194,12 @@ READERS = [
     ),
     Reader("runtime features", features.supported_flags, (GraftError,), (_dump(_FEATURES),)),
     Reader("remembered features", features.parse_answers, (GraftError,), (_dump({"/bin/runc 1 2": True}),)),
-    Reader("record", lambda raw: containers.parse_record(raw, "7.json"), (GraftError,), (RECORD,)),
+    Reader("record", lambda raw: records.parse_record(raw, "7.json"), (GraftError,), (RECORD,)),
     Reader("docker inspect", lambda raw: parse_inspect("docker", _replaced(raw)), (GraftError,), (_dump(_INSPECTED),)),
     Reader("systemctl show", lambda raw: parse_show(_replaced(raw)), (), (b"ControlGroup=/a.service\nMainPID=7\n",)),
     Reader("daemon's answer", control.parse_answer, (GraftError,), (_dump({"serves": True}), _dump({"error": "x"}))),
     Reader("daemon's request", control.parse_request, (GraftError,), (_dump({"do": "attach", "container": 1}),)),
-    Reader("self-test", lambda raw: verdict.parse(raw, {"boot": "b"}), (GraftError,), (_VERDICT,)),
+    Reader("self-test", lambda raw: selftest_result.parse(raw, {"boot": "b"}), (GraftError,), (_VERDICT,)),
     Reader("sockaddr", parse_sockaddr, (), (struct.pack("=H14x", 2), struct.pack("=H26x", 10))),
     Reader("notification", Notification.unpack, (struct.error,), (bytes(80),)),
     Reader("BTF", _btf, (ValueError,), (_btf_seed(),)),
@@ -210,7 +210,7 @@ READERS = [
     Reader("/proc/TID/status", tasks.parse_thread_group, (), (_STATUS,)),
     Reader("/proc/PID/cgroup", cgroup.parse_membership, (), (b"1:memory:/a\n0::/b/c\n",)),
     Reader("mountinfo", cgroup.parse_mounts, (GraftError,), (b"28 21 0:24 / /sys/fs/cgroup rw - cgroup2 none rw\n",)),
-    Reader("epoll's fdinfo", lambda raw: carry.parse_watches(9, raw, frozenset({5}), 1), (), (_EPOLL,)),
-    Reader("fdinfo", carry.parse_flags, (), (b"pos:\t0\nflags:\t02000002\n",)),
+    Reader("epoll's fdinfo", lambda raw: descriptors.parse_registrations(9, raw, frozenset({5}), 1), (), (_EPOLL,)),
+    Reader("fdinfo", descriptors.parse_flags, (), (b"pos:\t0\nflags:\t02000002\n",)),
     Reader("terminal", _shown, (), (b"\x1b[2J\xe2\x80\xae",)),
 ]

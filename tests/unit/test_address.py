@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.address import (
+from graft.errors import UsageError
+from graft.model.address import (
     BindPattern,
     Prefix,
     SocketAddress,
@@ -18,8 +19,7 @@ from graft.address import (
     parse_prefix,
     parse_socket_address,
 )
-from graft.errors import UsageError
-from graft.ports import EVERY_PORT, MAX_PORT, PortRange, mask_of, prefixes_of, ranges_of, split_range
+from graft.model.ports import EVERY_PORT, MAX_PORT, PortRange, mask_of, prefixes_of, ranges_of, split_range
 
 PORTS = st.integers(1, MAX_PORT)
 RANGES = st.tuples(st.integers(0, MAX_PORT), st.integers(0, MAX_PORT)).map(lambda pair: PortRange(*sorted(pair)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.allowance import LEAST_BYTES, MOST_BYTES, cpu_limit, memory_limit
+from graft.swap.resource_limits import LEAST_BYTES, MOST_BYTES, cpu_limit, memory_limit
 
 
 @pytest.mark.parametrize(

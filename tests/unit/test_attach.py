@@ -8,25 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from graft.attach import Facts, choose_transport
-from graft.engines import Answer, Target, cut_at_id, parse_inspect, parse_show, resolve
+from graft.commands.transport_choice import Observed, choose_transport
 from graft.errors import ConflictError, KernelError, NotFoundError, RefusedError, UsageError
 from graft.kernel import cgroup
-from graft.layout import Transport
+from graft.model.transport import Transport
+from graft.state.engines import EngineAnswer, FoundContainer, cut_at_id, parse_inspect, parse_show, resolve
 
 DIRECT, SWAP, SPLICE = Transport.DIRECT, Transport.SWAP, Transport.SPLICE
 HOST, OTHER, THIRD = 1, 2, 3
 ID = "0123456789abcdef" * 4
 
 CASES = {
-    "empty": Facts(HOST),
-    "in the host": Facts(HOST, {HOST: 3}),
-    "in the host and elsewhere": Facts(HOST, {HOST: 1, OTHER: 2}),
-    "of its own": Facts(HOST, {OTHER: 3}),
-    "supervised": Facts(HOST, {OTHER: 3}, SWAP),
-    "attached": Facts(HOST, {HOST: 3}, DIRECT),
-    "relayed": Facts(HOST, {OTHER: 3}, SPLICE),
-    "relayed and empty": Facts(HOST, {}, SPLICE),
+    "empty": Observed(HOST),
+    "in the host": Observed(HOST, {HOST: 3}),
+    "in the host and elsewhere": Observed(HOST, {HOST: 1, OTHER: 2}),
+    "of its own": Observed(HOST, {OTHER: 3}),
+    "supervised": Observed(HOST, {OTHER: 3}, SWAP),
+    "attached": Observed(HOST, {HOST: 3}, DIRECT),
+    "relayed": Observed(HOST, {OTHER: 3}, SPLICE),
+    "relayed and empty": Observed(HOST, {}, SPLICE),
 }
 
 
@@ -51,7 +51,7 @@ def test_the_best_transport_that_is_possible_is_taken(case: str, best: Transport
 @pytest.mark.parametrize("case", CASES)
 def test_a_transport_that_is_impossible_is_refused_with_the_reason(case: str) -> None:
     for wanted in set(Transport) - {choose_transport(CASES[case]).transport}:
-        with pytest.raises(RefusedError, match=f"{wanted.name.lower()} is impossible: .+"):
+        with pytest.raises(RefusedError, match=f"{wanted} is impossible: .+"):
             choose_transport(CASES[case], wanted)
 
 
@@ -64,11 +64,11 @@ def test_what_is_not_direct_says_why_not(case: str) -> None:
 
 def test_several_namespaces_with_none_of_them_the_hosts_are_refused() -> None:
     with pytest.raises(RefusedError, match="2 network namespaces"):
-        choose_transport(Facts(HOST, {OTHER: 1, THIRD: 1}))
+        choose_transport(Observed(HOST, {OTHER: 1, THIRD: 1}))
 
 
 def test_processes_outside_the_hosts_namespace_are_counted() -> None:
-    assert Facts(HOST, {HOST: 1, OTHER: 2, THIRD: 3}).outside == 5
+    assert Observed(HOST, {HOST: 1, OTHER: 2, THIRD: 3}).outside == 5
 
 
 def inspected(**changes: object) -> str:
@@ -138,16 +138,16 @@ def make(tree: Path, path: str) -> Path:
     return made
 
 
-def engine(answers: dict[str, str], seen: list[Sequence[str]] | None = None) -> Callable[[Sequence[str]], Answer]:
+def engine(answers: dict[str, str], seen: list[Sequence[str]] | None = None) -> Callable[[Sequence[str]], EngineAnswer]:
     """Commands that are there say what ``answers`` has for them, or fail; others are not installed."""
 
-    def run(command: Sequence[str]) -> Answer:
+    def run(command: Sequence[str]) -> EngineAnswer:
         if seen is not None:
             seen.append(command)
         if command[0] not in answers:
-            return Answer(None)
+            return EngineAnswer(None)
         text = answers[command[0]]
-        return Answer(0, text) if text else Answer(1, "", f"Error: no such thing as {command[-1]}\n")
+        return EngineAnswer(0, text) if text else EngineAnswer(1, "", f"Error: no such thing as {command[-1]}\n")
 
     return run
 
@@ -175,7 +175,7 @@ def test_a_name_of_two_engines_is_a_conflict_until_one_is_chosen(tree: Path, mon
     run = engine({"docker": inspected(State={"Pid": 1}), "podman": inspected(Id=other, Name="web", State={"Pid": 2})})
     with pytest.raises(ConflictError, match="docker:web, podman:web"):
         resolve("web", run)
-    assert resolve("podman:web", run) == Target(places[2], "podman", "web", other, 2)
+    assert resolve("podman:web", run) == FoundContainer(places[2], "podman", "web", other, 2)
 
 
 def test_one_container_by_two_commands_is_one(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_nothing_found_says_what_was_tried(tree: Path) -> None:
 def test_a_unit_is_found_by_systemctl(tree: Path) -> None:
     path = make(tree, "system.slice/web.service")
     run = engine({"systemctl": "ControlGroup=/system.slice/web.service\nMainPID=0\n"})
-    assert resolve("web", run) == Target(path, "systemd", "web.service")
+    assert resolve("web", run) == FoundContainer(path, "systemd", "web.service")
     assert resolve("unit:web.service", run).cgroup == path
 
 

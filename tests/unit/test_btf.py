@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from graft import offsets
+from graft.datapath import offsets
 from graft.kernel.btf import VMLINUX, Btf
 from tests.support.btf import Blob
 

@@ -18,14 +18,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from graft.address import BindPattern, IPAddress, Prefix, pack16, unmapped
-from graft.compile import Default, EgressPortEntry, EgressPrefixEntry, RuleSet, Verdict, compile_policy
-from graft.endpoint import IP_PROTOCOLS, Endpoint, Protocol, parse_endpoint
 from graft.errors import UsageError
-from graft.limits import MAX_RULES
-from graft.policy import EgressRule, IngressRule, Policy, PolicyError, load_policy, policy_from_flags
-from graft.policy_rules import check_rules
-from graft.ports import PortRange
+from graft.model.address import BindPattern, IPAddress, Prefix, pack16, unmapped
+from graft.model.endpoint import IP_PROTOCOLS, Endpoint, Protocol, parse_endpoint
+from graft.model.ports import PortRange
+from graft.policy.compiler import Default, EgressPortEntry, EgressPrefixEntry, RuleSet, Verdict, compile_policy
+from graft.policy.limits import MAX_RULES
+from graft.policy.model import EgressRule, IngressRule, Policy, PolicyError, policy_from_flags
+from graft.policy.reader import load_policy
+from graft.policy.validator import check_rules
 
 HEADER = Path(__file__).parents[2] / "bpf" / "graft.h"
 

@@ -11,19 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.decision import TCP_CLOSE, Action, Call, Decision, Facts, Sockaddr, decide, parse_sockaddr
-from graft.layout import ENDPOINT_DUAL_STACK, Home
-from graft.policy import Default, Verdict
+from graft.datapath.layout import ENDPOINT_DUAL_STACK
+from graft.model.sockaddr import Sockaddr, parse_sockaddr
+from graft.model.transport import Home
+from graft.policy.model import Default, Verdict
+from graft.swap.decision import TCP_CLOSE, Action, Call, Decision, SocketFacts, decide
 
 OURS, HOST, OTHER = 100, 1, 7
 
-CONTAINER_SOCKET = Facts(
+CONTAINER_SOCKET = SocketFacts(
     netns=OURS,
     container_netns=OURS,
     endpoint_netns=0,
     endpoint=0,
     local_port=0,
-    answered=1,
     home=Home.CONTAINER,
     family=4,
     state=TCP_CLOSE,
@@ -102,7 +103,7 @@ CASES = [
 
 @pytest.mark.parametrize("call, address, start, changes, wanted", CASES)
 def test_a_call_gets_the_decision_of_the_table(
-    call: Call, address: Sockaddr | None, start: Facts, changes: dict[str, int], wanted: Decision
+    call: Call, address: Sockaddr | None, start: SocketFacts, changes: dict[str, int], wanted: Decision
 ) -> None:
     assert decide(call, address, start._replace(**changes)) == wanted
 
@@ -127,13 +128,12 @@ def test_an_ipv6_endpoint_takes_no_ipv4_unless_it_is_dual_stack() -> None:
 
 
 FACTS = st.builds(
-    Facts,
+    SocketFacts,
     netns=st.sampled_from([OURS, HOST, OTHER]),
     container_netns=st.just(OURS),
     endpoint_netns=st.sampled_from([HOST, OTHER]),
     endpoint=st.sampled_from([0, 5]),
     local_port=st.sampled_from([0, 8080]),
-    answered=st.just(1),
     home=st.sampled_from(Home),
     family=st.sampled_from([4, 6]),
     state=st.sampled_from([1, 2, TCP_CLOSE, 10]),
@@ -152,7 +152,7 @@ ADDRESSES = st.none() | st.builds(
 
 @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
 def test_no_socket_goes_to_the_host_unless_a_rule_names_an_endpoint(
-    call: Call, address: Sockaddr | None, facts: Facts, v6only: bool
+    call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool
 ) -> None:
     decision = decide(call, address, facts, v6only)
     if decision.action is Action.TO_HOST:
@@ -163,7 +163,7 @@ def test_no_socket_goes_to_the_host_unless_a_rule_names_an_endpoint(
 
 @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
 def test_a_socket_that_holds_an_endpoint_never_loses_it(
-    call: Call, address: Sockaddr | None, facts: Facts, v6only: bool
+    call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool
 ) -> None:
     held = facts._replace(home=Home.HOST, bound=1, local_port=8080)
     assert decide(call, address, held, v6only).action in (Action.RESUME, Action.REFUSE)
@@ -171,7 +171,7 @@ def test_a_socket_that_holds_an_endpoint_never_loses_it(
 
 @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
 def test_a_refusal_has_an_errno_and_nothing_else_has_one(
-    call: Call, address: Sockaddr | None, facts: Facts, v6only: bool
+    call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool
 ) -> None:
     decision = decide(call, address, facts, v6only)
     assert (decision.action is Action.REFUSE) == bool(decision.error)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from graft.address import parse_bind_pattern, parse_prefix
-from graft.endpoint import (
+from graft.errors import UsageError
+from graft.model.address import parse_bind_pattern, parse_prefix
+from graft.model.endpoint import (
     ANY_PROTOCOL,
     MAX_ENDPOINT_NAME,
     Endpoint,
@@ -18,7 +19,6 @@ from graft.endpoint import (
     parse_endpoint,
     parse_ingress_flag,
 )
-from graft.errors import UsageError
 
 HEADER = Path(__file__).parents[2] / "bpf" / "graft.h"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from graft import expendable
+from graft.state import helper_process
 from tests.support.wait import PATIENCE, until
 
 
@@ -23,7 +23,7 @@ def work(item: int) -> tuple[int, int]:
 
 
 def test_every_item_is_done_in_another_process() -> None:
-    done = expendable.each(work, range(1000))
+    done = helper_process.each(work, range(1000))
     assert {number: result for number, (result, _) in done.results.items()} == {n: 2 * n for n in range(1000)}
     assert {pid for _, pid in done.results.values()} != {os.getpid()}
     assert done.left_behind == 0
@@ -31,12 +31,12 @@ def test_every_item_is_done_in_another_process() -> None:
 
 def test_items_that_hang_keep_no_other_from_being_done() -> None:
     items = [*range(-40, 0), *range(40)]
-    done = expendable.each(work, items, patience=5 * PATIENCE)
+    done = helper_process.each(work, items, patience=5 * PATIENCE)
     assert {items[number] for number in done.results} == set(range(40))
 
 
 def test_nothing_is_done_for_nothing() -> None:
-    assert expendable.each(work, ()).results == {}
+    assert helper_process.each(work, ()).results == {}
 
 
 def test_an_error_is_the_callers() -> None:
@@ -44,7 +44,7 @@ def test_an_error_is_the_callers() -> None:
         raise FileNotFoundError(2, "no such item")
 
     with pytest.raises(FileNotFoundError, match="no such item"):
-        expendable.each(fail, [1])
+        helper_process.each(fail, [1])
 
 
 def test_an_error_that_cannot_travel_is_told_in_words() -> None:
@@ -55,12 +55,12 @@ def test_an_error_that_cannot_travel_is_told_in_words() -> None:
         raise Odd(item)
 
     with pytest.raises(RuntimeError, match="Odd"):
-        expendable.each(fail, [1])
+        helper_process.each(fail, [1])
 
 
 def test_one_that_hangs_gives_none() -> None:
-    assert expendable.one(lambda: "answer") == "answer"
-    assert expendable.one(lambda: work(-1), patience=0.2) is None
+    assert helper_process.one(lambda: "answer") == "answer"
+    assert helper_process.one(lambda: work(-1), patience=0.2) is None
 
 
 def test_what_is_to_be_finished_is_gone_on_with(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_what_is_to_be_finished_is_gone_on_with(tmp_path: Path) -> None:
             time.sleep(0.01)
         path.with_name("done").touch()
 
-    done = expendable.each(wait, [tmp_path / "go"], patience=0.1, finish=True)
+    done = helper_process.each(wait, [tmp_path / "go"], patience=0.1, finish=True)
     assert not done.results and done.left_behind
     try:
         assert Path(f"/proc/{done.left_behind}/comm").read_text() == "graft-asks\n"
@@ -87,4 +87,4 @@ def test_the_child_keeps_nothing_of_the_callers_open() -> None:
         return [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)]
 
     with open(os.devnull):
-        assert expendable.each(open_ones, [1]).results == {0: ["/dev/null"] * 3}
+        assert helper_process.each(open_ones, [1]).results == {0: ["/dev/null"] * 3}

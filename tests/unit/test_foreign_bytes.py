@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graft.errors import GraftError
-from graft.printable import printable
+from graft.model.printable import printable
 from tests.support.readers import ID, READERS, RECORD, Reader
 
 _MORE = os.environ.get("FOREIGN_BYTES_EXAMPLES")
@@ -181,7 +181,7 @@ REFUSED = [
     ("state", b'{"state": [1]}', "state.state: must be a mapping"),
     ("record", b"{}", "7.json: no cgroup and no endpoints and no id"),
     ("record", record(endpoints=None) + b"}", "7.json: not JSON"),
-    ("record", record(transport="teleport"), "7.json: transport: 'TELEPORT' is none"),
+    ("record", record(transport="teleport"), "7.json: transport: 'teleport' is no transport"),
     ("record", record(netns="12"), "7.json: netns: must be a number"),
     ("record", record(id=8), "7.json: id 8 at "),
     ("record", record(cgroup="relative"), "7.json: id 7 at 'relative' is no container"),

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from graft.endpoint import parse_endpoint
-from graft.policy_file import examine_policy
+from graft.model.endpoint import parse_endpoint
+from graft.policy.reader import examine_policy
 from tests.fuzz import rules
 from tests.fuzz.generate import generate
 from tests.fuzz.judge import judge

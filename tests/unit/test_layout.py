@@ -1,4 +1,4 @@
-"""graft/layout.py against the C compiler's own idea of bpf/graft.h: every size, every offset, every constant."""
+"""graft/datapath/layout.py against the C compiler's own idea of bpf/graft.h: sizes, offsets, constants."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import subprocess
 
 import pytest
 
-from graft import decision, desk, layout
-from graft.data import bpf_source_dir
+from graft.datapath import layout
+from graft.datapath.sources import bpf_source_dir
+from graft.model.transport import Home, Transport
+from graft.swap import decision, desk
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "endpoint": layout.EndpointValue,
@@ -47,11 +49,11 @@ CONSTANTS = {
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
     "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,
     "GRAFT_PROBED_OWNED": layout.PROBED_OWNED,
-    **{f"GRAFT_BIRTH_{one.name}": one.value + 1 for one in layout.Home},
+    **{f"GRAFT_NEXT_HOME_{one.name}": one.value + 1 for one in Home},
     **{f"GRAFT_CALL_{one.name}": one.value for one in decision.Call},
-    **{f"GRAFT_HOME_{one.name}": one.value for one in layout.Home},
-    **{f"GRAFT_TRANSPORT_{one.name}": one.value for one in layout.Transport},
-    **{f"GRAFT_DECISION_{one.name}": one.value for one in layout.Decision},
+    **{f"GRAFT_HOME_{one.name}": one.value for one in Home},
+    **{f"GRAFT_TRANSPORT_{one.name}": one.value for one in Transport},
+    **{f"GRAFT_DECISION_{one.name}": one.value for one in layout.HookDecision},
 }
 
 
@@ -96,17 +98,14 @@ def test_every_structure_of_the_header_is_compared_or_the_kernels_alone() -> Non
     assert named - set(STRUCTS) <= kernels_own
 
 
-def test_the_answer_of_a_desk_is_read_as_it_is_laid_out() -> None:
-    fields = [name for name, *_ in layout.Desk._fields_]
-    answer = fields[fields.index("netns") : fields.index("options")]
-    answer = [name for name in answer if name != "birth" and not name.startswith("zero")]
-    facts = [{"family": "socket_family"}.get(name, name) for name in decision.Facts._fields]
-    assert [*answer, "options", "overflow"] == [*facts, *desk.Descriptor._fields]
-    assert desk._QUESTION.size == layout.Desk.netns.offset
-    assert desk._ANSWER.size == layout.Desk.options.offset + layout.Options.option.offset - layout.Desk.netns.offset
-
-
-def test_map_keys_have_no_padding_that_a_lookup_could_miss() -> None:
-    for name in ("ingress_key", "egress_key", "egress_port_key", "counter_key", "endpoint_name"):
-        python = STRUCTS[name]
-        assert sum(ctypes.sizeof(kind) for _, kind, *_ in python._fields_) == ctypes.sizeof(python)
+def test_an_answer_of_a_desk_is_read_by_the_names_of_its_fields() -> None:
+    written = layout.Desk(netns=1, endpoint=2, socket_family=6, verdict=3, protocol=262)
+    written.references, written.flags, written.probed = 4, 5, 6
+    written.options.count, written.options.overflow = 7, 1
+    first = layout.Desk.netns.offset
+    answer = desk._read(bytes(written)[first : first + desk._ANSWER.size])
+    facts = answer.facts
+    assert (facts.netns, facts.endpoint, facts.family, facts.verdict, facts.protocol) == (1, 2, 6, 3, 262)
+    assert answer.descriptor == desk.Descriptor(references=4, flags=5, probed=6, options=7, overflow=1)
+    assert desk._QUESTION.size == first
+    assert desk._QUESTION.size + desk._ANSWER.size == layout.Desk.options.offset + layout.Options.option.offset

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from graft import liveness
 from graft.kernel import tasks
+from graft.state import liveness
 from tests.support.wait import until
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.errors import GraftError
-from graft.printable import printable
+from graft.model.printable import printable
 from graft_cli import attach, output
 
 NASTY = "web\x1b[2J\x9b31m\r\ngraft: all is well\u202e\u2028\x7f\udcff\t"

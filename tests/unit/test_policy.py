@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.address import parse_bind_pattern, parse_prefix
-from graft.endpoint import Endpoint, Protocol, parse_endpoint
 from graft.errors import NotFoundError, UsageError
-from graft.limits import MAX_BYTES, MAX_RULES
-from graft.policy import (
+from graft.model.address import parse_bind_pattern, parse_prefix
+from graft.model.endpoint import Endpoint, Protocol, parse_endpoint
+from graft.model.ports import PortRange
+from graft.policy.limits import MAX_BYTES, MAX_RULES
+from graft.policy.model import (
     Default,
     EgressRule,
     IngressRule,
@@ -25,12 +26,9 @@ from graft.policy import (
     PolicyError,
     Problem,
     Verdict,
-    check_policy,
-    load_policy,
     policy_from_flags,
 )
-from graft.policy_file import examine_policy, read_policy
-from graft.ports import PortRange
+from graft.policy.reader import check_policy, examine_policy, load_policy, read_policy
 
 KNOWN = {
     "nx4": parse_endpoint("nx4", "0.0.0.0:8080"),
@@ -554,9 +552,9 @@ def test_a_wrong_flag_is_refused(ingress_flags: list[str], egress_flags: list[st
 def test_flags_need_neither_pydantic_nor_yaml() -> None:
     code = """
 import sys
-from graft.compile import compile_policy
-from graft.endpoint import parse_endpoint
-from graft.policy import policy_from_flags
+from graft.policy.compiler import compile_policy
+from graft.model.endpoint import parse_endpoint
+from graft.policy.model import policy_from_flags
 compile_policy(policy_from_flags("a", ["*:80=e"], []), {"e": parse_endpoint("e", "0.0.0.0:1")})
 assert not {"pydantic", "yaml"} & set(sys.modules)
 """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from graft import limits
-from graft.policy import check_policy
+from graft.policy import limits
+from graft.policy.reader import check_policy
 
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
 POLICIES = re.findall(r"^```yaml\n(.*?)^```\n(?:```text\n(.*?)^```)?", PAGE, re.MULTILINE | re.DOTALL)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from graft import carry
 from graft.kernel import pidfd, process, tasks
+from graft.swap import descriptors
 
 NAMES = [b"nginx", b"a b", b") R 1 1", b"(", b")", b"x\nPPid:\t1", b"\xff\xfe", b"", b"1) S 99 (2"]
 
@@ -54,15 +54,15 @@ def test_a_thread_that_is_gone_has_no_thread_group() -> None:
 
 @pytest.mark.parametrize("fdinfo", [b"", b"flags:\t9\n", b"flags:\t" + b"7" * 5000 + b"\n", b"pos:\t0"])
 def test_where_there_are_no_flags_there_are_none(fdinfo: bytes) -> None:
-    assert carry.parse_flags(fdinfo) is None
+    assert descriptors.parse_flags(fdinfo) is None
 
 
 @pytest.mark.parametrize("number", [b"9" * 5000, b"-5", b"0x5", b"5 5"])
 def test_a_line_of_epolls_that_is_none_is_passed_over(number: bytes) -> None:
     good = b"tfd:        5 events:       19 data:                7  pos:0 ino:1 sdev:9\n"
     bad = b"tfd: " + number + b" events:       19 data:                7  pos:0 ino:1 sdev:9\n"
-    assert carry.parse_watches(9, bad, frozenset({5}), 1) == []
-    assert len(carry.parse_watches(9, bad + good, frozenset({5}), 1)) == 1
+    assert descriptors.parse_registrations(9, bad, frozenset({5}), 1) == []
+    assert len(descriptors.parse_registrations(9, bad + good, frozenset({5}), 1)) == 1
 
 
 def test_an_epoll_instance_of_very_many_is_looked_through() -> None:
@@ -72,7 +72,7 @@ def test_an_epoll_instance_of_very_many_is_looked_through() -> None:
             for fd in others:
                 epoll.register(fd, select.EPOLLIN)
             epoll.register(sock.fileno(), select.EPOLLIN)
-            found = carry.find(os.getpid(), os.fstat(sock.fileno()).st_ino, sock.fileno())
+            found = descriptors.find(os.getpid(), os.fstat(sock.fileno()).st_ino, sock.fileno())
             assert [(watch.epoll, watch.fd) for watch in found.watches] == [(epoll.fileno(), sock.fileno())]
         finally:
             for fd in others:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from graft.kernel import bpf, helpers
-from graft.programs import (
+from graft.datapath.programs import (
     ALL_PROGRAMS,
     EXTENSIONS,
     MPTCP,
@@ -17,6 +16,7 @@ from graft.programs import (
     reason,
     refused_calls,
 )
+from graft.kernel import bpf, helpers
 
 LISTEN = Program("sock_ops", bpf.PROG_SOCK_OPS, "sock_ops", "listen")
 CREATE = Program("sock_create", bpf.PROG_CGROUP_SOCK, "sock_create", "tags", "slower")

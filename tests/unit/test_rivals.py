@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.limits import MAX_RULES
-from graft.ports import MAX_PORT, PortRange
-from graft.rivals import Claim, Rivals
+from graft.model.ports import MAX_PORT, PortRange
+from graft.policy.conflicts import Claim, Rivals
+from graft.policy.limits import MAX_RULES
 
 EDGES = st.one_of(st.integers(1, 12), st.sampled_from([0, 80, 1023, 1024, 32767, 32768, 65534, MAX_PORT]))
 RANGES = st.tuples(EDGES, EDGES).map(lambda edges: PortRange(*sorted(edges)))

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.compile import compile_policy
-from graft.endpoint import Endpoint, parse_endpoint
 from graft.errors import ConflictError, GraftError, NotFoundError, RefusedError, UsageError
-from graft.limits import MAX_BYTES, MAX_RULES
-from graft.policy import PolicyError
-from graft.runtime import arguments, bundle, options, request, seccomp, state
-from graft.runtime.bundle import HOOK, Edit, edit_config, read_config, write_config
-from graft.runtime.options import Options
-from graft.runtime.request import Request, Source, requested
-from graft.settings import Settings
+from graft.model.endpoint import Endpoint, parse_endpoint
+from graft.model.settings import Settings
+from graft.oci import arguments, bundle, options, request, seccomp_profile, state
+from graft.oci.bundle import HOOK, Edit, edit_config, read_config, write_config
+from graft.oci.options import Options
+from graft.oci.request import Request, Source, requested
+from graft.policy.compiler import compile_policy
+from graft.policy.limits import MAX_BYTES, MAX_RULES
+from graft.policy.model import PolicyError
 
 LISTENER = "/run/graft/oci/abc/seccomp"
 ACTIONS = [
@@ -35,7 +35,7 @@ ACTIONS = [
 ]
 PASSING = {"SCMP_ACT_ALLOW", "SCMP_ACT_LOG"}
 NOTIFY = "SCMP_ACT_NOTIFY"
-CALLS = ["read", "write", "socket", "socketcall", "mount", *seccomp.TRAPPED]
+CALLS = ["read", "write", "socket", "socketcall", "mount", *seccomp_profile.TRAPPED]
 
 conditions = st.lists(
     st.fixed_dictionaries(
@@ -79,7 +79,7 @@ def outcomes(profile: dict[str, Any], call: str, values: tuple[int, ...]) -> set
 
 
 def notified(profile: dict[str, Any]) -> dict[str, Any]:
-    return seccomp.with_notifications(profile, LISTENER, "abc", "/run/graft/oci")
+    return seccomp_profile.with_notifications(profile, LISTENER, "abc", "/run/graft/oci")
 
 
 @given(profiles, st.sampled_from(CALLS), st.tuples(*[st.integers(0, 4)] * 3))
@@ -95,7 +95,7 @@ def test_what_passed_is_notified_and_everything_else_stays_as_it_was(
         return
     assert profile == before
     was, now = outcomes(profile, call, values), outcomes(edited, call, values)
-    if call not in seccomp.TRAPPED:
+    if call not in seccomp_profile.TRAPPED:
         assert now == was
         return
     assert {one for one in now if one[0] != NOTIFY} == {one for one in was if one[0] not in PASSING}
@@ -114,7 +114,7 @@ def test_rules_for_other_calls_are_the_same_rules_in_the_same_order(profile: dic
             (name, rule["action"], json.dumps([rule.get("args"), rule.get("errnoRet")]))
             for rule in rules
             for name in rule["names"]
-            if name not in seccomp.TRAPPED
+            if name not in seccomp_profile.TRAPPED
         ]
 
     assert others(edited["syscalls"]) == others(profile["syscalls"])
@@ -165,10 +165,10 @@ def test_somebody_elses_listener_is_left_to_them(profile: dict[str, Any]) -> Non
 
 
 def test_a_container_without_a_profile_gets_one_that_allows_all_and_32_bit_too() -> None:
-    edited = notified(seccomp.open_profile("x86_64"))
+    edited = notified(seccomp_profile.open_profile("x86_64"))
     assert edited["defaultAction"] == "SCMP_ACT_ALLOW"
     assert set(edited["architectures"]) == {"SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"}
-    assert {name for rule in edited["syscalls"] for name in rule["names"]} == set(seccomp.TRAPPED)
+    assert {name for rule in edited["syscalls"] for name in rule["names"]} == set(seccomp_profile.TRAPPED)
 
 
 CONFIG: dict[str, Any] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from graft.errors import UsageError
-from graft.settings import Settings
+from graft.model.settings import Settings
 
 
 def test_an_empty_environment_means_the_machines_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.kernel.sockdiag import Listening, parse
-from graft.splice.choice import MOST_OTHERS, Choice, PlacedEndpoint, Publication, target
+from graft.splice.publication import MOST_OTHERS, PlacedEndpoint, Publication, Publications, target
 
 Lookup = Callable[[int, bytes, int], PlacedEndpoint | None]
 
@@ -30,8 +30,8 @@ def listening(family: int, address: bytes, port: int = 80, v6only: bool = False,
 
 def choice(
     found: Iterable[Listening], lookup: Lookup, most: int = 100, published: Sequence[Publication] = ()
-) -> Choice:
-    made = Choice({7}, lookup, most, published)
+) -> Publications:
+    made = Publications({7}, lookup, most, published)
     for one in found:
         made.consider(one)
     return made

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.splice.connection import Connection, prepare
-from graft.splice.loop import Loop
-from graft.splice.room import Room
+from graft.splice.event_loop import EventLoop
+from graft.splice.resources import Resources
 
 
 class Relay:
     """A loop with one connection in it, and the two ends of the world: ``left`` and ``right``."""
 
     def __init__(self, pipes: int = 8) -> None:
-        self.loop = Loop(lambda: None, interval=0.005)
-        self.room = Room(self.loop, 1024, pipes)
+        self.loop = EventLoop(lambda: None, interval=0.005)
+        self.room = Resources(self.loop, 1024, pipes)
         self.account = self.room.account(1)
         assert self.account.admit()
         self.connections: set[Connection] = set()
@@ -196,8 +196,8 @@ def test_every_byte_arrives_with_pipes_and_without(
 
 
 def test_pipes_that_ran_out_are_refused_until_one_is_given_back() -> None:
-    loop = Loop(lambda: None)
-    room = Room(loop, 1024, 4)
+    loop = EventLoop(lambda: None)
+    room = Resources(loop, 1024, 4)
     account = room.account(1)
     first, *others = lent = [pipe for _ in range(3) if (pipe := account.take_pipe()) is not None]
     assert len(lent) == 3

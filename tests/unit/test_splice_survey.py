@@ -10,16 +10,16 @@ from typing import TypeVar
 
 import pytest
 
-from graft import containers
-from graft.containers import Container
 from graft.errors import NotFoundError
 from graft.kernel import cgroup
 from graft.kernel.sockdiag import Listening
-from graft.settings import Settings
-from graft.splice.choice import Choice
+from graft.model.settings import Settings
+from graft.splice.container_list import ContainerList
+from graft.splice.listeners import cgroup_ids, survey
 from graft.splice.namespaces import Namespaces
-from graft.splice.records import Records
-from graft.splice.survey import cgroup_ids, survey
+from graft.splice.publication import Publications
+from graft.state import records
+from graft.state.records import Container
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ def test_few_listeners_are_considered_in_a_step() -> None:
     def lookup(_family: int, _address: bytes, port: int) -> None:
         asked.append(port)
 
-    steps, before = survey(Storm(10), Choice({7}, lookup, 10), {80}), 0  # type: ignore[arg-type]
+    steps, before = survey(Storm(10), Publications({7}, lookup, 10), {80}), 0  # type: ignore[arg-type]
     for _ in steps:
         assert len(asked) - before <= 16
         before = len(asked)
@@ -118,17 +118,17 @@ def test_a_namespace_is_looked_for_in_steps_and_each_one_is_tried_once(tmp_path:
 
 def test_records_are_read_again_only_when_one_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(Path("/proc/self/ns/net"), tmp_path / "pins", tmp_path, tmp_path / "state", "graft-x")
-    records = Records(settings)
-    assert records.current() == {}
-    containers._save(settings, container(tmp_path))
-    assert list(records.current()) == [1]
-    folder = containers.records_folder(settings)
+    listed = ContainerList(settings)
+    assert listed.current() == {}
+    records.save(settings, container(tmp_path))
+    assert list(listed.current()) == [1]
+    folder = records.folder_of(settings)
     os.utime(folder, (1, 1))
-    assert list(records.current()) == [1]
-    monkeypatch.setattr(containers, "listing", lambda _: pytest.fail("read again"))
-    assert list(records.current()) == [1]
+    assert list(listed.current()) == [1]
+    monkeypatch.setattr(records, "read_all", lambda _: pytest.fail("read again"))
+    assert list(listed.current()) == [1]
     monkeypatch.undo()
-    containers._save(settings, container(tmp_path, 2))
-    assert list(records.current()) == [1, 2]
-    containers._save(settings, container(tmp_path, 3))  # within the same tick of the clock, perhaps
-    assert list(records.current()) == [1, 2, 3]
+    records.save(settings, container(tmp_path, 2))
+    assert list(listed.current()) == [1, 2]
+    records.save(settings, container(tmp_path, 3))  # within the same tick of the clock, perhaps
+    assert list(listed.current()) == [1, 2, 3]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from graft.data import bpf_source_dir
-from graft.settings import Settings
-from graft.splice import selftest, verdict
-from graft.splice.verdict import FAILED, INCONCLUSIVE, Verdict
+from graft.datapath.sources import bpf_source_dir
+from graft.model.settings import Settings
+from graft.splice import selftest, selftest_result
+from graft.splice.selftest_result import FAILED, INCONCLUSIVE, SelftestResult
 
 
 @pytest.fixture
@@ -22,76 +22,76 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def test_a_verdict_is_kept(settings: Settings) -> None:
-    assert verdict.kept(settings) is None
+    assert selftest_result.kept(settings) is None
     for problem in ("", "bytes are lost"):
-        verdict.keep(settings, Verdict(problem))
-        assert verdict.kept(settings) == Verdict(problem)
+        selftest_result.keep(settings, SelftestResult(problem))
+        assert selftest_result.kept(settings) == SelftestResult(problem)
 
 
 def test_one_that_says_nothing_of_the_kernel_is_not_kept(settings: Settings) -> None:
-    verdict.keep(settings, Verdict("its self-test does not end", lasting=False))
-    assert verdict.kept(settings) is None
+    selftest_result.keep(settings, SelftestResult("its self-test does not end", lasting=False))
+    assert selftest_result.kept(settings) is None
 
 
 @pytest.mark.parametrize("what", ["boot", "kernel", "version", "relay"])
 def test_it_holds_no_longer_than_what_it_depends_on(settings: Settings, what: str) -> None:
-    verdict.keep(settings, Verdict(""))
+    selftest_result.keep(settings, SelftestResult(""))
     file = settings.run_dir / "kernel-relay.json"
     found = json.loads(file.read_text())
     found["depends_on"][what] = "another"
     file.write_text(json.dumps(found))
-    assert verdict.kept(settings) is None
+    assert selftest_result.kept(settings) is None
 
 
 def test_one_of_a_graft_that_kept_only_the_boot_is_not_believed(settings: Settings) -> None:
     settings.run_dir.mkdir()
-    boot = verdict.depends_on()["boot"]
+    boot = selftest_result.depends_on()["boot"]
     (settings.run_dir / "kernel-relay.json").write_text(json.dumps({"boot": boot, "problem": ""}))
-    assert verdict.kept(settings) is None
+    assert selftest_result.kept(settings) is None
 
 
 def test_a_change_in_the_relays_text_is_another_relay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = verdict.depends_on()
+    before = selftest_result.depends_on()
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
-    monkeypatch.setattr(verdict, "bpf_source_dir", lambda: sources)
-    assert verdict.depends_on() == before
+    monkeypatch.setattr(selftest_result, "bpf_source_dir", lambda: sources)
+    assert selftest_result.depends_on() == before
     text = (sources / "relay.bpf.c").read_text()
     (sources / "relay.bpf.c").write_text(text + "\n")
-    assert verdict.depends_on() != before
+    assert selftest_result.depends_on() != before
 
 
 def test_of_the_same_it_is_tested_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     tested: list[int] = []
 
-    def test() -> Verdict:
+    def test() -> SelftestResult:
         tested.append(1)
-        return Verdict("bytes are lost")
+        return SelftestResult("bytes are lost")
 
-    monkeypatch.setattr(verdict, "test", test)
-    assert [verdict.verdict(settings).problem for _ in range(3)] == ["bytes are lost"] * 3
+    monkeypatch.setattr(selftest_result, "test", test)
+    assert [selftest_result.verdict(settings).problem for _ in range(3)] == ["bytes are lost"] * 3
     assert tested == [1]
 
 
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
-        ("exit 0", Verdict("")),
-        (f"echo bytes are lost; exit {FAILED}", Verdict("bytes are lost")),
-        (f"echo a transfer hangs; exit {INCONCLUSIVE}", Verdict("a transfer hangs", lasting=False)),
-        ("kill -9 $$", Verdict("its self-test failed", lasting=False)),
-        ("exec sleep 60", Verdict("its self-test does not end", lasting=False)),
+        ("exit 0", SelftestResult("")),
+        (f"echo bytes are lost; exit {FAILED}", SelftestResult("bytes are lost")),
+        (f"echo a transfer hangs; exit {INCONCLUSIVE}", SelftestResult("a transfer hangs", lasting=False)),
+        ("kill -9 $$", SelftestResult("its self-test failed", lasting=False)),
+        ("exec sleep 60", SelftestResult("its self-test does not end", lasting=False)),
     ],
 )
 def test_how_the_self_test_ends_says_whether_its_verdict_lasts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: Verdict
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: SelftestResult
 ) -> None:
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(verdict, "_ALL_SECONDS", 5.0 if "sleep" not in script else 0.2)
-    assert verdict.test() == expected
+    monkeypatch.setattr(selftest_result, "_ALL_SECONDS", 5.0 if "sleep" not in script else 0.2)
+    assert selftest_result.test() == expected
 
 
 @pytest.mark.parametrize(

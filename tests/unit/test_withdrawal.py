@@ -8,24 +8,25 @@ from typing import Any
 
 import pytest
 
-from graft import expendable, held, withdrawal
-from graft.containers import Container
-from graft.descriptors import Place
-from graft.expendable import Done
-from graft.held import Held, HostStack
 from graft.kernel.sockdiag import Identity
 from graft.kernel.sockets import Listed
-from graft.settings import Settings
-from graft.withdrawal import Withdrawn
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.state import helper_process, inventory, withdrawal
+from graft.state.descriptors import Place
+from graft.state.helper_process import HelperResult
+from graft.state.inventory import ContainerSocket, HostStack
+from graft.state.records import Container
+from graft.state.withdrawal import Withdrawn
 
-CONTAINER = Container(7, "web", "/none", "direct", 1, "web", ())
+CONTAINER = Container(7, "web", "/none", Transport.DIRECT, 1, "web", ())
 SETTINGS, STACK = Settings.from_environment({}), HostStack({}, ())
 
 
-def socket(cookie: int, state: str = "listening", granted: bool = True, protocol: str = "tcp") -> Held:
+def socket(cookie: int, state: str = "listening", granted: bool = True, protocol: str = "tcp") -> ContainerSocket:
     identity = Identity(2, 6, bytes(40) + cookie.to_bytes(8, "little"))
     listed = Listed(cookie, protocol, state, "0.0.0.0:80", "0.0.0.0:0", identity)
-    return Held(listed, Path("/none"), (Place(1, 1, 3),), granted)
+    return ContainerSocket(listed, Path("/none"), (Place(1, 1, 3),), granted)
 
 
 Play = Callable[..., Withdrawn]
@@ -36,21 +37,26 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
     """Withdraws what there is, listing after listing (None: no answer); ``hang`` and ``fail`` are cookies."""
 
     def run(
-        *listings: Iterable[Held] | None, keep: bool = False, hang: Sequence[int] = (), fail: Sequence[int] = ()
+        *listings: Iterable[ContainerSocket] | None,
+        keep: bool = False,
+        hang: Sequence[int] = (),
+        fail: Sequence[int] = (),
     ) -> Withdrawn:
         left = list(listings)
 
-        def of(settings: Settings, containers: Sequence[Container], stack: HostStack) -> dict[int, list[Held]] | None:
+        def of(
+            settings: Settings, containers: Sequence[Container], stack: HostStack
+        ) -> dict[int, list[ContainerSocket]] | None:
             found = left.pop(0) if len(left) > 1 else left[0]
             return None if found is None else {CONTAINER.id: list(found)}
 
-        def each(work: Any, items: Sequence[Held], finish: bool = False) -> Done[bool]:
+        def each(work: Any, items: Sequence[ContainerSocket], finish: bool = False) -> HelperResult[bool]:
             numbers = {number: one.listed.inode for number, one in enumerate(items)}
             results = {number: inode not in fail for number, inode in numbers.items() if inode not in hang}
-            return Done(results, 0 if len(results) == len(items) else 99)
+            return HelperResult(results, 0 if len(results) == len(items) else 99)
 
-        monkeypatch.setattr(held, "of", of)
-        monkeypatch.setattr(expendable, "each", each)
+        monkeypatch.setattr(inventory, "of", of)
+        monkeypatch.setattr(helper_process, "each", each)
         return withdrawal.withdraw(SETTINGS, CONTAINER, STACK, keep)
 
     return run

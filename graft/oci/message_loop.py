@@ -1,0 +1,85 @@
+"""One thread that waits for many things: messages at sockets, cgroups that empty, supervisors that die."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable
+
+from graft.oci.state import Message, State, comes_from_root
+
+Act = Callable[[Message, State], None]
+
+
+class MessageLoop:
+    """Calls what was asked for when a descriptor is ready."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._messages: dict[int, Message] = {}
+
+    def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever ``fd`` has one of ``events``."""
+        self._callbacks[fd] = callback
+        self._poll.register(fd, events)
+
+    def forget(self, fd: int) -> None:
+        """Watch ``fd`` no more."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def receive(self, listening: socket.socket, act: Act) -> None:
+        """Call ``act`` for each message of the host's root that comes whole at ``listening``."""
+        self.watch(listening.fileno(), select.POLLIN, lambda: self._accept(listening, act))
+
+    def _accept(self, listening: socket.socket, act: Act) -> None:
+        try:
+            connection, _ = listening.accept()
+        except OSError:
+            return
+        if not comes_from_root(connection):
+            connection.close()
+            return
+        message = Message(connection)
+        self._messages[message.fileno()] = message
+        self.watch(message.fileno(), select.POLLIN, lambda: self._read(message, act))
+
+    def _read(self, message: Message, act: Act) -> None:
+        state = message.read()
+        if state is None and not message.ended:
+            return
+        self.forget(message.fileno())
+        del self._messages[message.fileno()]
+        if state is not None:
+            act(message, state)
+        message.close()
+
+    def serve(self, turn: Callable[[], bool]) -> None:
+        """Wait and call, and after each time ``turn``, until that says True. Children that die count as a time."""
+        wakeups = _wake_for_children()
+        self.watch(wakeups, select.POLLIN, lambda: _drain(wakeups))
+        while not turn():
+            for fd, _ in self._poll.poll():
+                callback = self._callbacks.get(fd)
+                if callback is not None:
+                    callback()
+
+    def close(self) -> None:
+        """End the connections that are open."""
+        for message in self._messages.values():
+            message.close()
+
+
+def _wake_for_children() -> int:
+    """A descriptor that poll() finds ready when a child has died."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader
+
+
+def _drain(fd: int) -> None:
+    os.read(fd, 4096)

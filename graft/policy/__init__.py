@@ -1,0 +1,13 @@
+"""What a container may do: from text to map entries. Pure but for reading a file.
+
+    model.py        rules and defaults, as values
+    reader.py       a policy's text, with every error at its line and field
+    document.py     the YAML under it
+    validator.py    whether rules fit their endpoints and each other
+    conflicts.py    which rules claim the same
+    compiler.py     map entries
+    limits.py       how big a policy may be
+
+`reader.load_policy`, `model.policy_from_flags` and `compiler.compile_policy` are its face. It may import model and
+errors.
+"""

@@ -1,0 +1,98 @@
+"""graftd as a process: started where none runs, asked, stopped. One for all containers, by a lock that the kernel gives
+back whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from graft.errors import ConflictError, GraftError, KernelError
+from graft.model.settings import Settings
+from graft.splice import control
+
+_START_SECONDS = 20.0
+_INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "LANG")
+
+
+@contextlib.contextmanager
+def only_one(settings: Settings) -> Iterator[None]:
+    """Be the only daemon. Raises ConflictError where another one is."""
+    fd = os.open(settings.run_dir / "graftd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ConflictError("a daemon runs already", f"its log is {settings.run_dir}/graftd.log") from None
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def ensure(settings: Settings) -> None:
+    """Start a daemon where none runs, and wait until it answers. Raises KernelError where it does not come up."""
+    if control.ask(settings, {"do": "ping"}) is None:
+        _start(settings)
+
+
+def request(settings: Settings, command: dict[str, Any]) -> dict[str, Any]:
+    """The answer of the daemon, which is started where it is not there. Raises GraftError."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        ensure(settings)
+        answer = control.ask(settings, command)
+        if answer is not None:
+            return answer
+        if time.monotonic() > deadline:
+            raise KernelError("the daemon ended while it was asked", f"see {settings.run_dir}/graftd.log")
+
+
+def _start(settings: Settings) -> None:
+    """A daemon on its own: it outlives the caller, and keeps nothing of the caller's but the settings."""
+    reader, writer = os.pipe()
+    log = os.open(settings.run_dir / "graftd.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
+    try:
+        starter = subprocess.Popen(
+            [sys.executable, "-m", "graft.splice.daemon", str(writer)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[writer],
+            env={**inherited, **settings.environment},
+            start_new_session=True,
+            cwd="/",
+        )
+    finally:
+        os.close(log)
+        os.close(writer)
+    with open(reader, "rb") as said:
+        answered = said.read()
+    starter.wait()
+    deadline = time.monotonic() + (0 if answered else 2)  # another one may be starting, which was quicker
+    while control.ask(settings, {"do": "ping"}) is None:
+        if time.monotonic() > deadline:
+            raise KernelError("the daemon did not start", f"see {settings.run_dir}/graftd.log")
+        time.sleep(0.02)
+
+
+def stop(settings: Settings) -> None:
+    """End the daemon and wait until it is gone. Safe to repeat."""
+    with contextlib.suppress(GraftError):
+        if control.ask(settings, {"do": "stop"}) is None:
+            return
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with only_one(settings):
+                return
+        except ConflictError:
+            time.sleep(0.01)
+    raise KernelError("the daemon does not end", f"see {settings.run_dir}/graftd.log")

@@ -1,0 +1,243 @@
+"""Containers: a cgroup, a namespace, a policy in the maps, and a record of what an operator calls it.
+
+The maps hold what the hooks need; the record (graft/state/records.py) holds the rest. A policy is replaced in one
+step: its rules are written under a new number, then one entry names that number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from graft.datapath import attachments, layout, rulesets
+from graft.datapath.maps import Maps
+from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
+from graft.kernel import cgroup
+from graft.model.address import shown
+from graft.model.endpoint import Endpoint
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.policy.compiler import RuleSet, compile_policy
+from graft.policy.limits import check_size
+from graft.policy.model import Policy
+from graft.state import records
+from graft.state.endpoints import EndpointChanges
+from graft.state.records import Container
+
+
+class Containers:
+    """What there is. Everybody may read it, without the lock."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def read_all(self) -> tuple[list[Container], list[UsageError]]:
+        """Every container that is attached, oldest first; and what is wrong with each record that cannot be read."""
+        return records.read_all(self._settings)
+
+    def listing(self) -> list[Container]:
+        """Every container that is attached, oldest first, whose record can be read."""
+        return self.read_all()[0]
+
+    def find(self, name: str) -> Container:
+        """The container of that name, cgroup or id. Raises NotFoundError, which names a record that cannot be read."""
+        found, wrong = self.read_all()
+        for container in found:
+            if name in (container.name, container.cgroup, str(container.id)):
+                return container
+        hint = "; ".join(["graft ps", *(error.message for error in wrong[:1])])
+        raise NotFoundError(f"container: {shown(name)} is not attached", hint)
+
+    def at(self, path: Path) -> Container | None:
+        """The container of the cgroup at ``path``, None where none is attached there."""
+        return next((one for one in self.listing() if one.cgroup == str(path) and one.is_there), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A policy's entries, and the endpoints by which they were made."""
+
+    policy: Policy
+    endpoints: dict[str, Endpoint]
+    rules: RuleSet
+
+
+def compile_for(policy: Policy, endpoints: Mapping[str, Endpoint], before: Compiled | None = None) -> Compiled:
+    """``policy`` with these endpoints; ``before``, where those that the policy names are still the same.
+
+    Raises PolicyError, UsageError.
+    """
+    check_size(policy)
+    named = {name: endpoints[name] for name in endpoint_names(policy) if name in endpoints}
+    if before is not None and before.endpoints == named:
+        return before
+    return Compiled(policy, named, compile_policy(policy, endpoints))
+
+
+def endpoint_names(policy: Policy) -> tuple[str, ...]:
+    """The endpoints that its rules name, each once."""
+    named = [rule.endpoint for rule in policy.ingress]
+    named += [rule.endpoint for rule in policy.egress if rule.endpoint]
+    return tuple(dict.fromkeys(named))
+
+
+@dataclass(frozen=True, slots=True)
+class _Installed:
+    """A policy's rules in the maps: their number, the defaults, and the endpoints that gave up their names to it."""
+
+    ruleset: int
+    bind_default: int
+    connect_default: int
+    flags: int
+    superseded: dict[str, int]
+
+
+class ContainerChanges(Containers):
+    """The same for who holds the lock (graft/state/installation.py), and so may change it."""
+
+    def __init__(self, settings: Settings, maps: Maps, endpoints: EndpointChanges, new_id: Callable[[], int]) -> None:
+        super().__init__(settings)
+        self._maps, self._endpoints, self._new_id = maps, endpoints, new_id
+
+    def create(
+        self,
+        compiled: Compiled,
+        path: Path,
+        netns: int,
+        transport: Transport,
+        pid: int = 0,
+        *,
+        name: str | None = None,
+        engine: str = "graft",
+        relay: str = "splice",
+        prepare: Callable[[int], None] | None = None,
+    ) -> Container:
+        """Put the cgroup at ``path`` under a policy. ``netns``: cookie of the namespace its processes live in.
+
+        ``name`` is by default the policy's. ``prepare`` is called with the container's id when its rules are there and
+        no hook yet is. Nothing stays behind where it fails (PolicyError, ConflictError, KernelError; RefusedError where
+        a cgroup above or below is attached).
+        """
+        policy = compiled.policy
+        self.reap()
+        self._refuse_nesting(path)
+        new = self._install(compiled)
+        number = self._new_id()
+        try:
+            value = layout.ContainerValue(
+                netns, new.ruleset, transport, new.bind_default, new.connect_default, new.flags
+            )
+            self._maps.containers.put(ctypes.c_uint32(number), value)
+            if prepare is not None:
+                prepare(number)
+            attachments.attach(self._settings, path, number, splice=transport is Transport.SPLICE)
+            container = Container(
+                id=number,
+                name=name or policy.name,
+                cgroup=str(path),
+                transport=transport,
+                netns=netns,
+                policy=policy.name,
+                endpoints=endpoint_names(policy),
+                pid=pid,
+                cgroup_id=cgroup.cgroup_id(path),
+                engine=engine,
+                relay=relay,
+            )
+            records.save(self._settings, container)
+        except BaseException:
+            attachments.detach(self._settings, path)
+            self._forget(number)
+            raise
+        return container
+
+    def apply(
+        self, container: Container, compiled: Compiled, name: str | None = None, relay: str | None = None
+    ) -> Container:
+        """Replace a container's policy in one step: no call is decided by neither, or by half of both.
+
+        ``name``, ``relay``: what they are from now on, if that changes. Raises NotFoundError where the container is not
+        attached any more, and what `create` raises.
+        """
+        key = ctypes.c_uint32(container.id)
+        value = self._maps.containers.get(key)
+        if value is None:
+            raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
+        old = value.ruleset
+        new = self._install(compiled, replaced=old)
+        value.ruleset, value.flags = new.ruleset, new.flags
+        value.bind_default, value.connect_default = new.bind_default, new.connect_default
+        self._maps.containers.put(key, value)
+        rulesets.erase(self._maps, old)
+        self._endpoints.settle(new.superseded)
+        self._endpoints.forget_unused()
+        changed = replace(
+            container,
+            name=name or container.name,
+            policy=compiled.policy.name,
+            endpoints=endpoint_names(compiled.policy),
+            relay=relay or container.relay,
+        )
+        records.save(self._settings, changed)
+        return changed
+
+    def remove(self, container: Container) -> None:
+        """Take a container's rules and attachments away. Safe to repeat."""
+        if container.is_there:
+            attachments.detach(self._settings, container.cgroup_path)
+        self._forget(container.id)
+
+    def reap(self) -> None:
+        """Forget the containers whose cgroup is gone: it took its sockets with it, and its rules go too."""
+        for container in self.listing():
+            if not container.is_there:
+                self._forget(container.id)
+
+    def _install(self, before: Compiled, replaced: int = 0) -> _Installed:
+        """Write a policy's rules, in the place of ruleset ``replaced`` if there is one. All of them, or nothing."""
+        policy = before.policy
+        superseded = self._endpoints.declare(policy.endpoints, replaced)
+        try:
+            stored = {found.endpoint.name: found for found in self._endpoints.listing()}
+            known = {name: found.endpoint for name, found in stored.items()}
+            rules = compile_for(policy, known, before).rules
+            number = self._new_id()
+            rulesets.write(self._maps, number, rules, {name: found.id for name, found in stored.items()})
+        except BaseException:
+            self._endpoints.restore(superseded)
+            self._endpoints.forget_unused()
+            raise
+        flags = layout.container_flags(rules.denies, rules.leaves_others)
+        return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded)
+
+    def _refuse_nesting(self, path: Path) -> None:
+        scope = self._maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
+        if (
+            scope is not None
+            and scope.container
+            and self._maps.containers.get(ctypes.c_uint32(scope.container)) is None
+        ):
+            attachments.detach(self._settings, path)  # what a command that was killed left on it
+        other = attachments.nested(path)
+        if other == path:
+            raise ConflictError(f"cgroup: {path} is attached already", "graft ps")
+        if other is not None:
+            where = "below" if path.is_relative_to(other) else "above"
+            raise RefusedError(
+                f"cgroup: {path} lies {where} {other}, which is attached: each call would be decided twice",
+                "graft detach the other one first",
+            )
+
+    def _forget(self, number: int) -> None:
+        key = ctypes.c_uint32(number)
+        value = self._maps.containers.get(key)
+        self._maps.containers.delete(key)
+        if value is not None:
+            rulesets.erase(self._maps, value.ruleset)
+        for counter in self._maps.counters.keys():  # noqa: SIM118
+            if counter.container == number:
+                self._maps.counters.delete(counter)
+        self._endpoints.forget_unused()
+        records.forget(self._settings, number)
