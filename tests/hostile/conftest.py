@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from graft.kernel import cgroup
 from tests.conftest import installation
 from tests.hostile.undefended import COMMAND
 from tests.support.building import Programs
-from tests.support.installation import Host
+from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import Netns
 from tests.support.program import Program, start
 from tests.support.shell import Word, run
@@ -77,6 +77,12 @@ def without(_undefended: Without) -> Iterator[Without]:
         host.forget_endpoints()
 
 
+def lines_of(program: Program, count: int) -> list[str]:
+    """What a program has said, when it has said so many lines."""
+    program.until(f"{count} lines", lambda: len(program.said.splitlines()) >= count)
+    return program.said.splitlines()
+
+
 @dataclass(frozen=True, slots=True)
 class Confined:
     """A program of nobody's under a policy; its steps are those of tests/programs/calls.c."""
@@ -87,8 +93,7 @@ class Confined:
 
     def lines(self, count: int) -> list[str]:
         """What it has said, when it has said so many lines."""
-        self.program.until(f"{count} lines", lambda: len(self.program.said.splitlines()) >= count)
-        return self.program.said.splitlines()
+        return lines_of(self.program, count)
 
     def goes_on(self) -> None:
         """Let it take its next steps."""
@@ -101,16 +106,22 @@ TRANSPORTS = ("swap", "direct")
 
 @pytest.fixture
 def confine(programs: Programs, tmp_path: Path) -> Iterator[Confine]:
-    """Starts calls.c with its steps: confine(host, transport, policy, *steps). It ends with the test."""
+    """Starts calls.c with its steps: confine(host, transport, policy, *steps). It ends with the test.
+
+    ``within``: what is to run it (unshare, say). ``defence``: `graft run` lacks it.
+    """
     with ExitStack() as stack:
 
-        def make(host: Host, transport: str, policy: str, *steps: Word) -> Confined:
+        def make(
+            host: Host, transport: str, policy: str, *steps: Word, within: Sequence[Word] = (), defence: str = ""
+        ) -> Confined:
             number = next(_numbers)
             file = tmp_path / f"policy-{number}.yaml"
             file.write_text(policy)
-            command: list[Word] = [programs["calls"], *steps]
+            command: list[Word] = [*within, programs["calls"], *steps]
             if transport == "swap":
-                program = host.start("--policy", file, "--user", "nobody", "--", *command, talk=True)
+                rules: list[Word] = ["--policy", file, "--user", "nobody", "--"]
+                program = started(host, defence, *rules, *command, talk=True)
                 path = Path(program.until("the container", lambda: _cgroup_of(host, program)))
                 return Confined(host, program, path)
             path = cgroup.v2_mount() / f"hostile-{os.getpid()}-{number}"
@@ -123,6 +134,17 @@ def confine(programs: Programs, tmp_path: Path) -> Iterator[Confine]:
             return Confined(host, program, path)
 
         yield make
+
+
+def undefended(defence: str, command: str = "run") -> list[Word]:
+    """`graft run`, or another command, without that defence of tests/hostile/undefended.py; "": with all of them."""
+    return [sys.executable, COMMAND, defence, command] if defence else [GRAFT, command]
+
+
+def started(host: Host, defence: str, *words: Word, talk: bool = False) -> Program:
+    """The same in the background, with these words; it ends with the test."""
+    host.started.append(start([*undefended(defence), *words], {**os.environ, **host.environment}, talk))
+    return host.started[-1]
 
 
 def _cgroup_of(host: Host, program: Program) -> str:

@@ -1,6 +1,7 @@
-"""The command line with one of its defences left out, for controls: an attack that fails must work here.
+"""A command line with one of its defences left out, for controls: an attack that fails must work here.
 
     python undefended.py DEFENCE run ...
+    python undefended.py DEFENCE runtime ...    the OCI runtime
 
 Nothing of this is in the product. What is put back here is what there was before the defence. One that the hooks
 hold is left out of the BPF programs' text, so that it matters what `up` is run with (tests/hostile/conftest.py).
@@ -29,11 +30,13 @@ from graft.kernel import capabilities, cgroup, keyring, sockets, terminal
 from graft.kernel.pidfd import pidfd_getfd
 from graft.kernel.syscalls import syscall
 from graft.model.settings import Settings
+from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
 from graft.state import descriptors, helper_process, inventory, liveness
 from graft.state.records import Container
-from graft.swap import socket_copy
+from graft.swap import socket_copy, supervisor
+from graft.swap.decision import Action, Decision, SocketFacts
 
 COMMAND = Path(__file__).resolve()
 
@@ -90,9 +93,16 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
     ),
     # A datagram leaves from the address that it names.
-    "source": (("connect.bpf.c", "if (verdict == PASS && asked.confined && ip)", "if (0)"),),
-    # Nobody looks at whether a socket is tied to an interface, or bound to what it is granted no more.
-    "diverted": (_at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),),
+    "source": (
+        ("connect.bpf.c", "if (verdict == PASS && asked.confined && ip)", "if (0)"),
+        ("connect.bpf.c", "if ((somewhere || bound) && place.family != endpoint->family)", "if (0)"),
+    ),
+    # Any option may be set, and nobody looks at whether a socket is tied to an interface.
+    "options": (
+        _at_once("options.bpf.c", "int reaches_past_policy(int level, int name)", "return 0;"),
+        _at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),
+    ),
+    # Nobody looks at whether a socket is bound to what it is granted no more.
     "lost": (
         _at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),
         _at_once("connect.bpf.c", "int has_address_to_lose(struct bpf_sock *sk, struct asked *asked)", "return 0;"),
@@ -103,7 +113,35 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
+    # No hook refuses anything.
+    "hooks": tuple(
+        _at_once(f"{file}.bpf.c", f"int graft_{hook}(struct {context})", "return PASS;")
+        for file, hook, context in (
+            ("bind", "bind4", "bpf_sock_addr *ctx"),
+            ("bind", "bind6", "bpf_sock_addr *ctx"),
+            ("bind", "post_bind4", "bpf_sock *ctx"),
+            ("bind", "post_bind6", "bpf_sock *ctx"),
+            ("connect", "connect4", "bpf_sock_addr *ctx"),
+            ("connect", "connect6", "bpf_sock_addr *ctx"),
+            ("options", "setsockopt", "bpf_sockopt *ctx"),
+            ("listen", "sock_ops", "bpf_sock_ops *ctx"),
+            ("packet", "skb_ingress", "__sk_buff *skb"),
+            ("packet", "skb_egress", "__sk_buff *skb"),
+        )
+    ),
 }
+
+
+def _own_binds() -> None:
+    """A bind that no rule grants is made by the supervisor too, in the container's namespace, with its rights."""
+
+    def twin_for(self: supervisor.Supervisor, decision: Decision, facts: SocketFacts) -> Any:
+        home = Home.HOST if decision.action is Action.TO_HOST else Home.CONTAINER
+        where = decision.netns if home is Home.HOST else facts.container_netns
+        return self._pool.take(home, where, facts.family, facts.protocol)
+
+    supervisor.Supervisor._twin = twin_for  # type: ignore[method-assign]
+    vars(supervisor)["_TO_HOST"] = Action.TO_CONTAINER  # what `_swap` asks before it binds
 
 
 def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
@@ -245,6 +283,7 @@ def _liveness() -> None:
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
+    "own binds": _own_binds,
     "shares": _shares,
     "turns": _turns,
     "aside": _aside,
@@ -262,7 +301,10 @@ DEFENCES: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    from graft_cli.main import main
+    from graft.oci.main import main as runtime
+    from graft_cli.main import main as command
 
     DEFENCES[sys.argv.pop(1)]()
-    main()
+    if sys.argv[1] == "runtime":
+        runtime(sys.argv[2:])
+    command()

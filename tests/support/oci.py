@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -52,12 +53,13 @@ def make_root(folder: Path) -> Path:
     return folder
 
 
-def runtime_script(host: Host, folder: Path, runtime: str) -> Path:
-    """A program that is `graft-runtime` over ``runtime``, for this host's Graft."""
+def runtime_script(host: Host, folder: Path, runtime: str, command: Sequence[Word] | None = None) -> Path:
+    """A program that is `graft-runtime`, or that ``command``, over ``runtime``, for this host's Graft."""
+    words = command or [Path(sys.executable).with_name("graft-runtime")]
     settings = {**host.environment, "GRAFT_RUNTIME": runtime, "GRAFT_RUNTIME_CONFIG": str(folder / "none")}
     script = folder / f"graft-{runtime}"
     exports = "\n".join(f"export {name}='{value}'" for name, value in settings.items())
-    script.write_text(f'#!/bin/sh\n{exports}\nexec {Path(sys.executable).with_name("graft-runtime")} "$@"\n')
+    script.write_text(f'#!/bin/sh\n{exports}\nexec {shlex.join(map(str, words))} "$@"\n')
     script.chmod(0o755)
     return script
 

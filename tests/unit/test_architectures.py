@@ -397,4 +397,4 @@ def test_the_structures_of_the_bpf_programs_are_laid_out_as_python_has_them(mach
 
 @pytest.mark.parametrize("file", C_PROGRAMS, ids=lambda file: file.stem)
 def test_the_c_programs_of_tests_and_benchmark_compile(machine: str, file: Path) -> None:
-    assert not complaints(machine, file.read_text(), "-pthread")
+    assert not complaints(machine, file.read_text(), "-pthread", "-I", file.parent)
