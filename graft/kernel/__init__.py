@@ -6,7 +6,8 @@
     pidfd.py process.py tasks.py              processes and their descriptors, memory and threads
     credentials.py capabilities.py keyring.py terminal.py   rights, and giving them up
     seccomp.py                                filters, notifications, ADDFD
-    sockets.py sockdiag.py tcp.py epoll.py    sockets of a namespace, and what can be asked of one
+    sockets.py sockdiag.py                    sockets of a namespace
+    socket_calls.py tcp.py epoll.py           what can be asked of one socket, and done with it
 
 It may import model and errors.
 """

@@ -11,11 +11,12 @@ import os
 import re
 import socket
 import struct
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
 from graft.kernel.sockdiag import IPPROTO_MPTCP, Diagnostics, Found, Identity
+from graft.kernel.socket_calls import attach_filter, lock_filter
 from graft.model.address import format_ip, unmapped
 
 # include/net/tcp_states.h; a UDP socket is CLOSE until it is connected. One of TCP that is listed as CLOSE (6.8) is
@@ -34,7 +35,6 @@ STATES = {
     11: "closing",
     12: "syn-recv",
 }
-_SO_ATTACH_FILTER, _SO_LOCK_FILTER = 26, 44
 _DROP_ALL = struct.pack("=HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K of linux/filter.h: keep 0 bytes
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -137,10 +137,10 @@ def deafen(fd: int) -> None:
 
     Waits for whoever holds its lock.
     """
-    instructions = ctypes.create_string_buffer(_DROP_ALL, len(_DROP_ALL))
-    program = struct.pack("@HP", len(_DROP_ALL) // 8, ctypes.addressof(instructions))
-    _libc.setsockopt(fd, socket.SOL_SOCKET, _SO_ATTACH_FILTER, program, len(program))
-    _libc.setsockopt(fd, socket.SOL_SOCKET, _SO_LOCK_FILTER, ctypes.byref(ctypes.c_int(1)), 4)
+    with suppress(OSError):
+        attach_filter(fd, _DROP_ALL)
+    with suppress(OSError):
+        lock_filter(fd)
 
 
 def can_destroy(release: str | None = None) -> bool:

@@ -21,6 +21,7 @@ from graft.datapath import layout
 from graft.datapath.maps import Maps
 from graft.errors import KernelError
 from graft.kernel import cgroup
+from graft.kernel.socket_calls import getsockname, name_buffer
 from graft.model.sockaddr import Sockaddr
 from graft.state.installation import Installation
 from graft.swap.decision import Call, SocketFacts
@@ -47,9 +48,6 @@ _ANSWER = _struct_of(layout.Desk._fields_[_FIRST_OF_ANSWER:])
 _ANSWER_NAMES = (*(name for name, _ in layout.Desk._fields_[_FIRST_OF_ANSWER:-1]), "options", "overflow")
 _ANSWERED, _NEXT_HOME = layout.Desk.answered.offset, layout.Desk.next_home.offset
 _NO_ADDRESS = Sockaddr(0, bytes(16), 0)
-_NAME_SIZE = 28  # sizeof(struct sockaddr_in6)
-
-_getsockname = ctypes.CDLL(None).getsockname
 
 
 class Descriptor(NamedTuple):
@@ -94,9 +92,7 @@ class Desk:
         layout.Desk.from_buffer(self._view).container = self._container = container
         self._answer = self._view[_QUESTION.size : _QUESTION.size + _ANSWER.size]
         self._options = layout.Options.from_buffer(self._view, layout.Desk.options.offset)
-        self._name = ctypes.create_string_buffer(_NAME_SIZE)
-        self._size = ctypes.c_uint32(_NAME_SIZE)
-        self._where = ctypes.byref(self._name), ctypes.byref(self._size)
+        self._name = name_buffer()
         # One byte. A home + 1 written there: the hook is to tag the next socket that this process makes with the
         # container and that home. It writes 0 when it has done so.
         self.next_home = self._view[_NEXT_HOME : _NEXT_HOME + 1]
@@ -112,13 +108,13 @@ class Desk:
         family, asked, port, _ = address or _NO_ADDRESS
         _QUESTION.pack_into(view, 0, fdinfo, number, self._container, port, family, call, asked)
         view[_ANSWERED] = 0
-        _getsockname(fd, *self._where)
+        getsockname(fd, *self._name)
         return _read(self._answer.tobytes()) if view[_ANSWERED] else None
 
     def count_references(self, fd: int) -> int:
         """References to the file of any TCP socket that we made ourselves, 0 where the kernel does not tell."""
         self._view[layout.Desk.probed.offset] = 0
-        _getsockname(fd, *self._where)
+        getsockname(fd, *self._name)
         descriptor = _read(self._answer.tobytes()).descriptor
         return descriptor.references if descriptor.probed & layout.PROBED else 0
 

@@ -10,7 +10,6 @@ nothing outside the socket. Numbers: asm-generic/socket.h, linux/tcp.h, linux/in
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import struct
@@ -21,12 +20,13 @@ from typing import NamedTuple
 from graft.datapath.layout import Options
 from graft.kernel.capabilities import CAP_NET_ADMIN
 from graft.kernel.credentials import as_user, with_capabilities
+from graft.kernel.socket_calls import SO_ATTACH_FILTER, SO_LOCK_FILTER, attach_filter, read_filter
 
 AF_INET, AF_INET6, SOCK_STREAM = 2, 10, 1
 SOL_IP, SOL_SOCKET, SOL_TCP, SOL_IPV6 = 0, 1, 6, 41
 
 _SNDBUF, _RCVBUF, _SNDBUFFORCE, _RCVBUFFORCE = 7, 8, 32, 33
-_PRIORITY, _ATTACH_FILTER, _LOCK_FILTER = 12, 26, 44
+_PRIORITY = 12
 _TCP_CONGESTION = 13
 
 # asm-generic/fcntl.h, linux/fcntl.h
@@ -66,10 +66,6 @@ _EVERY = (
 _MAX_VALUE = 128
 
 
-class _SockFprog(ctypes.Structure):
-    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
-
-
 def options_set(recorded: Options) -> Sequence[tuple[int, int]]:
     """(level, name) of the options that a program set, in its order; of every known one where it set too many."""
     if recorded.overflow:
@@ -93,7 +89,7 @@ def copy_options(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> 
     with with_capabilities():
         for level, name, value in values:
             with contextlib.suppress(OSError):
-                if (level, name) != (SOL_SOCKET, _ATTACH_FILTER):
+                if (level, name) != (SOL_SOCKET, SO_ATTACH_FILTER):
                     new.setsockopt(level, name, value)
                 elif isinstance(value, bytes):
                     _attach_filter(new, value)
@@ -101,7 +97,7 @@ def copy_options(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> 
 
 def _values(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> Iterator[_Value]:
     """In the order of ``names``; what locks a filter comes last."""
-    for level, name in sorted(names, key=lambda one: one == (SOL_SOCKET, _LOCK_FILTER)):
+    for level, name in sorted(names, key=lambda one: one == (SOL_SOCKET, SO_LOCK_FILTER)):
         with contextlib.suppress(OSError):
             # What was not set is not written: a zero of one of its other names would undo a time stamp.
             if names is not _EVERY or old.getsockopt(level, name, _MAX_VALUE) != new.getsockopt(
@@ -125,35 +121,18 @@ def _value(old: Socket, level: int, name: int) -> _Value | None:
     if name == _PRIORITY:
         # 0 to 6 is anybody's; more, or less than 0, needs CAP_NET_ADMIN over the namespace (socket(7)).
         return _Value(SOL_SOCKET, _PRIORITY, max(0, min(old.getsockopt(SOL_SOCKET, _PRIORITY), 6)))
-    if name == _ATTACH_FILTER:
-        return _Value(SOL_SOCKET, _ATTACH_FILTER, _filter(old))
-    return _Value(SOL_SOCKET, name, old.getsockopt(SOL_SOCKET, name)) if name == _LOCK_FILTER else None
-
-
-def _filter(sock: Socket) -> bytes:
-    """A classic BPF filter's code, which only CAP_NET_ADMIN may read; counted in instructions of 8 bytes.
-
-    (SO_GET_FILTER is read under SO_ATTACH_FILTER's number.)
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    count = ctypes.c_uint32(0)
-    libc.getsockopt(sock.fileno(), SOL_SOCKET, _ATTACH_FILTER, None, ctypes.byref(count))
-    code = ctypes.create_string_buffer(count.value * 8)
-    if count.value:
-        libc.getsockopt(sock.fileno(), SOL_SOCKET, _ATTACH_FILTER, code, ctypes.byref(count))
-    return code.raw
+    if name == SO_ATTACH_FILTER:
+        return _Value(SOL_SOCKET, SO_ATTACH_FILTER, read_filter(old.fileno()))
+    return _Value(SOL_SOCKET, name, old.getsockopt(SOL_SOCKET, name)) if name == SO_LOCK_FILTER else None
 
 
 def _attach_filter(sock: Socket, code: bytes) -> None:
     """Newer kernels want CAP_NET_ADMIN for it, which the program had. With more, other users' filters would be compiled
     without the care that is taken with them (net.core.bpf_jit_harden).
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    held = ctypes.create_string_buffer(code, len(code))
-    program = _SockFprog(len(code) // 8, ctypes.addressof(held))
     if code:
         with with_capabilities(CAP_NET_ADMIN):
-            libc.setsockopt(sock.fileno(), SOL_SOCKET, _ATTACH_FILTER, ctypes.byref(program), ctypes.sizeof(program))
+            attach_filter(sock.fileno(), code)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from graft.datapath.layout import PROBED_FLAGS, PROBED_OWNED
 from graft.kernel.bpf import Map
 from graft.kernel.pidfd import MemoryReader
 from graft.kernel.seccomp import Listener, Notification, architecture
+from graft.kernel.socket_calls import SOCKADDR_SIZE
 from graft.model.sockaddr import Sockaddr, parse_sockaddr
 from graft.model.transport import Home
 from graft.swap import descriptors, socket_copy
@@ -50,7 +51,6 @@ from graft.swap.socket_pool import SocketPool
 from graft.swap.unreported import UnreportedBinds
 
 _IPPROTO_MPTCP = 262
-_SOCKADDR_SIZE = 28  # sizeof(struct sockaddr_in6)
 _AT_ONCE = 8  # replaced sockets that wait to be closed
 _BIND, _LISTEN = Call.BIND, Call.LISTEN  # an attribute of an enum is no cheap thing to look up
 _REFUSE, _RESUME, _TO_HOST = Action.REFUSE, Action.RESUME, Action.TO_HOST
@@ -90,7 +90,7 @@ class Supervisor:
     ) -> None:
         self._tags, self._desk, self._pool = tags, desk, pool
         self._listener = listener
-        self._memory = MemoryReader(_SOCKADDR_SIZE)
+        self._memory = MemoryReader(SOCKADDR_SIZE)
         self._processes = Processes()
         self._tell = tell
         self._architecture, numbers = architecture()

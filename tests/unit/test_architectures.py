@@ -33,7 +33,7 @@ from graft.kernel import (
     process,
     seccomp,
     sockdiag,
-    sockets,
+    socket_calls,
     syscalls,
     tasks,
     tcp,
@@ -41,7 +41,7 @@ from graft.kernel import (
 )
 from graft.oci import state
 from graft.splice import inbound
-from graft.swap import desk, socket_copy, supervisor
+from graft.swap import socket_copy, supervisor
 from tests.support.building import SOURCES
 from tests.support.cross import COMPILERS, complaints, differences, members, packed_members, places
 from tests.unit.test_layout import CONSTANTS, STRUCTS
@@ -303,17 +303,15 @@ def test_the_socket_options_that_a_twin_is_given_are_those_that_are_meant(machin
         "SO_SNDBUFFORCE": socket_copy._SNDBUFFORCE,
         "SO_RCVBUFFORCE": socket_copy._RCVBUFFORCE,
         "SO_PRIORITY": socket_copy._PRIORITY,
-        "SO_ATTACH_FILTER": socket_copy._ATTACH_FILTER,
-        "SO_LOCK_FILTER": socket_copy._LOCK_FILTER,
+        "SO_ATTACH_FILTER": socket_calls.SO_ATTACH_FILTER,
+        "SO_LOCK_FILTER": socket_calls.SO_LOCK_FILTER,
+        "SO_GET_FILTER": socket_calls._SO_GET_FILTER,
+        "sizeof(struct sock_filter)": socket_calls._INSTRUCTION_SIZE,
         "SO_COOKIE": tcp.SO_COOKIE,
         "TIOCOUTQ": termios.TIOCOUTQ,
         "SIOCOUTQ": termios.TIOCOUTQ,
-        **members("struct sock_fprog", socket_copy._SockFprog),
+        **members("struct sock_fprog", socket_calls.FilterProgram),
     }
-    assert (sockets._SO_ATTACH_FILTER, sockets._SO_LOCK_FILTER) == (
-        socket_copy._ATTACH_FILTER,
-        socket_copy._LOCK_FILTER,
-    )
     assert not differences(machine, ["asm/socket.h", "linux/filter.h", "asm/ioctls.h", "linux/sockios.h"], values)
 
 
@@ -333,7 +331,7 @@ def test_protocols_and_their_structures_are_the_kernels(machine: str) -> None:
         "IPPROTO_MPTCP + 0": sockdiag.IPPROTO_MPTCP,
         "IPPROTO_TCP": socket.IPPROTO_TCP,
         "IP_BIND_ADDRESS_NO_PORT": inbound.IP_BIND_ADDRESS_NO_PORT,
-        "sizeof(struct sockaddr_in6)": desk._NAME_SIZE,
+        "sizeof(struct sockaddr_in6)": socket_calls.SOCKADDR_SIZE,
         "__builtin_offsetof(struct sockaddr_in6, sin6_addr)": 8,
         "__builtin_offsetof(struct tcp_info, tcpi_bytes_acked)": acked,
         "__builtin_offsetof(struct tcp_info, tcpi_bytes_received)": received,
