@@ -1,13 +1,13 @@
-"""Where should this socket live? A pure function from a trapped call to what is to be done.
+"""In which network namespace should this socket live? A pure function from a trapped call to an action.
 
-    bind      rule, in the container         -> a twin in the host's stack, bound there, takes its place
-    connect   rule, in the container         -> a twin takes its place, and the call goes on with it
-    either    no rule, in the host's stack   -> back to the container, if it is not bound
-    listen    in the host's stack, unbound   -> refused: a port would be picked that nobody granted
-    all else                                 -> the call goes on; the hooks decide
+    bind      rule, in the container         -> replaced by a socket of the host's stack that is bound already
+    connect   rule, in the container         -> replaced by a socket of the host's stack; the call runs on that
+    either    no rule, in the host's stack   -> replaced by a socket of the container, if it is not bound
+    listen    in the host's stack, unbound   -> refused: the kernel would pick a port that no rule grants
+    all else                                 -> the call runs; the hooks decide
 
 What was read from the program's memory is a hint: the program may change it until the kernel copies it. A
-wrong guess here leads to a refusal by the hooks, never to an address that was not granted.
+wrong decision here leads to a refusal by the hooks, never to an address that was not granted.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class Call(enum.IntEnum):
 
 
 class SocketFacts(NamedTuple):
-    """What the hooks say of the socket that a call is about (struct desk, bpf/graft.h).
+    """What the hooks know about the socket of a trapped call (struct desk, bpf/graft.h).
 
-    Namespaces are cookies. ``endpoint`` is the id of the one that a rule names, ``verdict`` that rule's.
-    ``local_port`` is 0 where the socket has none; ``bound`` says that it stands at an endpoint that is granted now.
+    Namespaces are cookies. ``endpoint`` is the id of the endpoint in the rule that matches, ``verdict`` that rule's
+    verdict. ``local_port`` is 0 where the socket has none; ``bound``: its address is that of an endpoint which is
+    granted now.
     """
 
     netns: int
@@ -59,12 +60,12 @@ class SocketFacts(NamedTuple):
 
     @property
     def endpoint_is_ipv6_only(self) -> bool:
-        """Whether a socket that is bound to the endpoint may not have its IPv4 port too."""
+        """Whether a socket that is bound to the endpoint must not take the IPv4 port too."""
         return self.endpoint_family == 6 and not self.endpoint_flags & ENDPOINT_DUAL_STACK
 
 
 class Action(enum.Enum):
-    """What is to be done with a trapped call."""
+    """What to do with a trapped call."""
 
     RESUME = "resume"
     TO_HOST = "to host"
@@ -76,7 +77,7 @@ class Action(enum.Enum):
 class Decision:
     """An action; TO_HOST with an endpoint's id and its namespace's cookie, REFUSE with an errno.
 
-    ``v6only``: the twin takes no IPv4, whatever the socket does.
+    ``v6only``: the replacement socket is IPv6-only, also where the socket is not.
     """
 
     action: Action
@@ -93,22 +94,22 @@ _REFUSED = Decision(Action.REFUSE, error=errno.EACCES)
 
 @lru_cache(maxsize=1024)
 def decide(call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool = False) -> Decision:
-    """What to do with ``call``. ``v6only``: the socket is an IPv6 one that takes no IPv4."""
+    """What to do with ``call``. ``v6only``: the socket is an IPv6-only one."""
     if facts.state != TCP_CLOSE:
         return RESUME
     if facts.home == Home.CONTAINER and facts.netns != facts.container_netns:
-        return RESUME  # of a namespace that the program made itself, or was handed
+        return RESUME  # in a namespace that the program made itself, or a socket that it received
     if call is Call.LISTEN:
         return _REFUSED if facts.home == Home.HOST and not facts.bound else RESUME
-    if address is None or not _fits(address, facts.family):
+    if address is None or not _matches_family(address, facts.family):
         return RESUME
     if call is Call.BIND:
         return _decide_bind(address, facts, v6only)
     return _decide_connect(facts)
 
 
-def _fits(address: Sockaddr, family: int) -> bool:
-    """Whether a socket of ``family`` can have the address at all; if not, the kernel says so."""
+def _matches_family(address: Sockaddr, family: int) -> bool:
+    """Whether a socket of ``family`` can have the address at all; if not, the kernel reports it."""
     return (address.family == 6 or address.mapped) == (family == 6)
 
 
@@ -121,7 +122,7 @@ def _decide_bind(address: Sockaddr, facts: SocketFacts, v6only: bool) -> Decisio
         if facts.home == Home.HOST and facts.endpoint_netns == facts.netns and (v6only or not only):
             return RESUME
         return Decision(Action.TO_HOST, facts.endpoint, facts.endpoint_netns, v6only=only)
-    return _without_rule(facts, facts.bind_default)
+    return _decide_without_rule(facts, facts.bind_default)
 
 
 def _decide_connect(facts: SocketFacts) -> Decision:
@@ -131,12 +132,13 @@ def _decide_connect(facts: SocketFacts) -> Decision:
         if facts.home == Home.HOST and (facts.endpoint_netns == facts.netns or facts.bound):
             return RESUME
         return Decision(Action.TO_HOST, facts.endpoint, facts.endpoint_netns)
-    return _without_rule(facts, Default.CONTAINER if facts.verdict == Verdict.CONTAINER else facts.connect_default)
+    to_container = facts.verdict == Verdict.CONTAINER
+    return _decide_without_rule(facts, Default.CONTAINER if to_container else facts.connect_default)
 
 
-def _without_rule(facts: SocketFacts, default: int) -> Decision:
+def _decide_without_rule(facts: SocketFacts, default: int) -> Decision:
     if facts.home == Home.CONTAINER:
-        return RESUME  # it stays where it is, and the hooks know the default
+        return RESUME  # it stays in the container, and the hooks apply the default
     if facts.bound or default == Default.DENY:
         return _REFUSED
     return _TO_CONTAINER

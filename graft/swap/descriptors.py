@@ -1,9 +1,9 @@
-"""What else hangs on a descriptor when its socket is replaced: dup'ed copies and epoll registrations.
+"""What else refers to a socket that is replaced: duplicates of its descriptor, and epoll registrations.
 
-ADDFD puts the twin at one number. Another number of the same process that meant the old socket has to be
-given the twin too, and an epoll instance that watched the old one has to watch the twin with the same events
-and the same data. Both are rare before a bind or connect, and finding them costs a walk through
-/proc/PID/fd, so the caller asks the kernel first whether there can be any (`must_look`).
+ADDFD puts the replacement socket at one descriptor number. Other numbers of the same process that refer to the old
+socket need the replacement too, and an epoll instance in which the old socket is registered needs a registration of
+the replacement, with the same events and data. Both are rare before a bind or connect, and to find them is a walk
+through /proc/PID/fd, so the caller asks the kernel first whether there can be any (`needs_search`).
 
 Sources: proc_pid_fd(5), proc_pid_fdinfo(5), epoll_ctl(2).
 """
@@ -30,9 +30,9 @@ _FLAGS_LINE = re.compile(rb"^flags:\t([0-7]{1,12})$", re.M)
 
 
 def descriptor_flags(folder: int, fd: int) -> int:
-    """The open flags of descriptor ``fd``, O_CLOEXEC among them. ``folder``: its process's /proc/PID/fdinfo, open.
+    """The open flags of descriptor ``fd``, with O_CLOEXEC. ``folder``: its process's open /proc/PID/fdinfo.
 
-    Raises OSError where it is gone.
+    Raises OSError where the descriptor is closed.
     """
     info = os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
     try:
@@ -40,24 +40,24 @@ def descriptor_flags(folder: int, fd: int) -> int:
     finally:
         os.close(info)
     if found is None:
-        raise FileNotFoundError(2, f"no flags of descriptor {fd}")
+        raise FileNotFoundError(2, f"flags of descriptor {fd} not found")
     return found
 
 
 def parse_flags(fdinfo: bytes) -> int | None:
-    """The open flags in a descriptor's fdinfo; None where they are not there."""
+    """The open flags in a descriptor's fdinfo; None where there are none."""
     found = _FLAGS_LINE.search(fdinfo)
     return int(found[1], 8) if found else None
 
 
-def must_look(probed: int, references: int, expected_references: int) -> bool:
-    """Whether the kernel's probe leaves room for a copy or a registration. Without a probe: always."""
+def needs_search(probed: int, references: int, expected_references: int) -> bool:
+    """Whether a socket can have duplicates or registrations. Always true where the hook could not see its file."""
     return probed & (PROBED | PROBED_EPOLL) != PROBED or references > expected_references
 
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """One registration: epoll descriptor, the number it is registered under, events and data."""
+    """A registration: the epoll descriptor, the number that the socket is registered under, events and data."""
 
     epoll: int
     fd: int
@@ -67,10 +67,10 @@ class Registration:
 
 @dataclass(frozen=True, slots=True)
 class SocketReferences:
-    """What hangs on a socket in one process."""
+    """What else refers to a socket in one process."""
 
-    copies: tuple[int, ...]
-    watches: tuple[Registration, ...]
+    duplicates: tuple[int, ...]
+    registrations: tuple[Registration, ...]
 
 
 def parse_registrations(epoll: int, fdinfo: bytes, numbers: frozenset[int], inode: int) -> list[Registration]:
@@ -82,8 +82,8 @@ def parse_registrations(epoll: int, fdinfo: bytes, numbers: frozenset[int], inod
     return found
 
 
-def find(tid: int, inode: int, fd: int) -> SocketReferences:
-    """All that hangs on the socket ``inode``, which the process knows as ``fd``, in the process of ``tid``."""
+def find_references(tid: int, inode: int, fd: int) -> SocketReferences:
+    """What else refers to the socket ``inode``, which is descriptor ``fd``, in the process of thread ``tid``."""
     numbers, epolls = {fd}, []
     folder = f"/proc/{tid}/fd"
     for name in os.listdir(folder):
@@ -93,51 +93,53 @@ def find(tid: int, inode: int, fd: int) -> SocketReferences:
                 numbers.add(int(name))
             elif target == "anon_inode:[eventpoll]":
                 epolls.append(int(name))
-    watches: list[Registration] = []
+    registrations: list[Registration] = []
     for epoll in epolls:
         with contextlib.suppress(OSError), open(f"/proc/{tid}/fdinfo/{epoll}", "rb") as info:
-            for line in info:  # a program may watch a million descriptors
-                watches += parse_registrations(epoll, line, frozenset(numbers), inode)
-    return SocketReferences(tuple(sorted(numbers - {fd})), tuple(watches))
+            for line in info:  # one epoll instance may have a million registrations
+                registrations += parse_registrations(epoll, line, frozenset(numbers), inode)
+    return SocketReferences(tuple(sorted(numbers - {fd})), tuple(registrations))
 
 
-def register_again(watches: tuple[Registration, ...], twin: int, get_fd: Callable[[int], int]) -> None:
-    """Register ``twin`` with every epoll instance that watched the old socket.
+def copy_registrations(
+    registrations: tuple[Registration, ...], replacement: int, duplicate_fd: Callable[[int], int]
+) -> None:
+    """Register ``replacement`` with every epoll instance in which the old socket is registered.
 
-    An epoll instance knows a registration by (file, number), and the program will change it by its own
-    number: so the twin stands at that number of ours for the time of the call. ``get_fd`` gives a copy of a
+    An epoll instance identifies a registration by (file, number), and the program uses its own number to change it:
+    so ``replacement`` is duplicated to that number in this process during the call. ``duplicate_fd`` duplicates a
     descriptor of the program. Not for a process with several threads.
     """
-    for watch in watches:
+    for registration in registrations:
         with contextlib.suppress(OSError):
-            held = get_fd(watch.epoll)
+            duplicate = duplicate_fd(registration.epoll)
             try:
-                epoll = fcntl.fcntl(held, fcntl.F_DUPFD_CLOEXEC, watch.fd + 1)
+                epoll = fcntl.fcntl(duplicate, fcntl.F_DUPFD_CLOEXEC, registration.fd + 1)
             finally:
-                os.close(held)
+                os.close(duplicate)
             try:
-                with _standing_at(twin, watch.fd):
-                    epoll_add(epoll, watch.fd, watch.events, watch.data)
+                with _duplicated_to(replacement, registration.fd):
+                    epoll_add(epoll, registration.fd, registration.events, registration.data)
             finally:
                 os.close(epoll)
 
 
 @contextlib.contextmanager
-def _standing_at(fd: int, number: int):  # type: ignore[no-untyped-def]
-    """``fd`` also at ``number``, whatever of ours was there put aside."""
-    aside = None
+def _duplicated_to(fd: int, number: int):  # type: ignore[no-untyped-def]
+    """A duplicate of ``fd`` at ``number``; what this process has at that number is moved, and moved back."""
+    moved = None
     try:
-        aside = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, number + 1)
+        moved = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, number + 1)
     except OSError as error:
-        if error.errno != errno.EBADF:  # it is in use, and cannot be put aside
+        if error.errno != errno.EBADF:  # it is in use, and cannot be moved
             raise
     if fd != number:
         os.dup2(fd, number, inheritable=False)
     try:
         yield
     finally:
-        if aside is None:
+        if moved is None:
             os.close(number)
         else:
-            os.dup2(aside, number, inheritable=False)
-            os.close(aside)
+            os.dup2(moved, number, inheritable=False)
+            os.close(moved)

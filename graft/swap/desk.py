@@ -1,9 +1,9 @@
 """The desk: a supervisor's question about a socket, answered by the hooks in one system call.
 
-A desk is a slot of the pinned array `desks`, mapped into this process's memory. The question is written
-there, getsockname() on a copy of the socket's descriptor runs the hook, and the hook, seeing that the caller
-has a desk, leaves what it knows: the socket's state, the container's defaults, and the rule for the address,
-found by the code that will enforce it. There is no second reading of the rules in user space.
+A desk is a slot of the pinned array `desks`, mapped into this process's memory. The supervisor writes the question
+there and calls getsockname() on a duplicate of the socket's descriptor. That runs the hook, which sees that its caller
+has a desk and writes the answer there: the socket's state, the container's defaults, and the rule for the address,
+found by the code that will enforce it. User space does not look up rules itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FORMATS = {
     ctypes.c_uint16: "H",
     ctypes.c_uint8: "B",
     layout.Desk.ADDRESS: "16s",
-    layout.Options: "2I",  # how many there are; which, is read where they stand
+    layout.Options: "2I",  # their number; the options themselves are read in place
 }
 
 
@@ -51,9 +51,9 @@ _NO_ADDRESS = Sockaddr(0, bytes(16), 0)
 
 
 class Descriptor(NamedTuple):
-    """What the kernel's own structures tell of the socket's descriptor, as far as ``probed`` (PROBED_*) says so.
+    """What the hook read of the socket's descriptor in the kernel's structures; ``probed`` (PROBED_*) says which part.
 
-    And how many ``options`` its program set, with ``overflow`` more than are known by name.
+    Its program set ``options`` options, or more than can be recorded where ``overflow`` is set.
     """
 
     references: int
@@ -64,15 +64,15 @@ class Descriptor(NamedTuple):
 
 
 class DeskAnswer(NamedTuple):
-    """What the hooks know of a socket, and of the descriptor that it was asked about by."""
+    """What the hooks know about a socket, and about the descriptor in the question."""
 
     facts: SocketFacts
     descriptor: Descriptor
 
 
 @lru_cache(maxsize=256)
-def _read(raw: bytes) -> DeskAnswer:
-    """An answer from its bytes. Nearly every socket of a program gets one that another got before."""
+def _parse_answer(raw: bytes) -> DeskAnswer:
+    """An answer from its bytes. Cached: most sockets of a program get the same answer."""
     values = dict(zip(_ANSWER_NAMES, _ANSWER.unpack(raw), strict=True))
     values["family"] = values["socket_family"]
     return DeskAnswer(
@@ -82,7 +82,7 @@ def _read(raw: bytes) -> DeskAnswer:
 
 
 class Desk:
-    """One supervisor's desk. ``container`` is the only one that it may ask about."""
+    """One supervisor's desk, for questions about the sockets of ``container``."""
 
     def __init__(self, maps: Maps, slot: int, container: int) -> None:
         size = ctypes.sizeof(layout.Desk)
@@ -93,52 +93,52 @@ class Desk:
         self._answer = self._view[_QUESTION.size : _QUESTION.size + _ANSWER.size]
         self._options = layout.Options.from_buffer(self._view, layout.Desk.options.offset)
         self._name = name_buffer()
-        # One byte. A home + 1 written there: the hook is to tag the next socket that this process makes with the
-        # container and that home. It writes 0 when it has done so.
+        # One byte. Where it is a home + 1, the hook tags the next socket that this process makes with the container
+        # and that home, and writes 0.
         self.next_home = self._view[_NEXT_HOME : _NEXT_HOME + 1]
 
     def ask(
         self, fd: int, call: Call, address: Sockaddr | None, fdinfo: int = -1, number: int = -1
     ) -> DeskAnswer | None:
-        """What the hooks know of the socket ``fd``; None where it is no TCP socket of the container's.
+        """What the hooks know about the socket ``fd``; None where it is not a TCP socket of the container.
 
-        ``fdinfo`` is the open /proc/TID/fdinfo of the process that has it as ``number``.
+        ``fdinfo`` is the open /proc/TID/fdinfo of the process in which it is descriptor ``number``.
         """
         view = self._view
         family, asked, port, _ = address or _NO_ADDRESS
         _QUESTION.pack_into(view, 0, fdinfo, number, self._container, port, family, call, asked)
         view[_ANSWERED] = 0
         getsockname(fd, *self._name)
-        return _read(self._answer.tobytes()) if view[_ANSWERED] else None
+        return _parse_answer(self._answer.tobytes()) if view[_ANSWERED] else None
 
     def count_references(self, fd: int) -> int:
-        """References to the file of any TCP socket that we made ourselves, 0 where the kernel does not tell."""
+        """References to the file of a TCP socket of this process, 0 where the hook cannot read them."""
         self._view[layout.Desk.probed.offset] = 0
         getsockname(fd, *self._name)
-        descriptor = _read(self._answer.tobytes()).descriptor
+        descriptor = _parse_answer(self._answer.tobytes()).descriptor
         return descriptor.references if descriptor.probed & layout.PROBED else 0
 
     @property
     def options(self) -> layout.Options:
-        """Which options the program set on the socket last asked about; the next question overwrites it."""
+        """The options that the program set on the socket of the last question; the next question overwrites them."""
         return self._options
 
 
 def _free_slot(maps: Maps) -> int:
-    taken: set[int] = set()
-    for pid, slot in maps.desk_slots.items():
+    used: set[int] = set()
+    for pid, entry in maps.desk_slots.items():
         if os.path.exists(f"/proc/{pid.value}"):
-            taken.add(int(slot.desk))
+            used.add(int(entry.desk))
         else:
             maps.desk_slots.delete(pid)
-    for free in range(layout.MAX_DESKS):
-        if free not in taken:
-            return free
-    raise KernelError(f"{layout.MAX_DESKS} supervisors run already")
+    for slot in range(layout.MAX_DESKS):
+        if slot not in used:
+            return slot
+    raise KernelError(f"cannot start a supervisor: {layout.MAX_DESKS} are running already")
 
 
 def open_desk(graft: Installation, container: int) -> Desk:
-    """A desk for the calling process, in the cgroup that it is in now. Raises KernelError where there is none left."""
+    """A desk for the calling process, in its current cgroup. Raises KernelError where none is free."""
     maps = graft.maps
     with graft.transaction():
         slot = _free_slot(maps)
@@ -147,7 +147,7 @@ def open_desk(graft: Installation, container: int) -> Desk:
     return Desk(maps, slot, container)
 
 
-def give_back(maps: Maps) -> None:
-    """The calling process needs its desk no more."""
+def release_desk(maps: Maps) -> None:
+    """Release the calling process's desk."""
     with contextlib.suppress(OSError):
         maps.desk_slots.delete(ctypes.c_uint32(os.getpid()))

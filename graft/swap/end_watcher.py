@@ -1,8 +1,9 @@
-"""Tells a supervisor that waits for a notification that there will be none, or that its holder is gone.
+"""Stops a supervisor that waits for a notification: its container's last process is gone, or its keeper's process is.
 
-The notification descriptor could be polled together with the holder's pidfd, at the cost of a system call for every
-trapped one. Instead the supervisor waits in SECCOMP_IOCTL_NOTIF_RECV itself, and a thread of its own, which otherwise
-sleeps, gets it out of there with a signal. A kernel before 6.11 would leave it waiting when its container is gone.
+The notification descriptor could be polled together with a pidfd of the keeper's process, at the cost of a system call
+for each trapped call. Instead the supervisor's main thread waits in SECCOMP_IOCTL_NOTIF_RECV itself, and a second
+thread, which sleeps until then, interrupts it with a signal. (Before 6.11 the kernel does not wake it when the last
+process is gone.)
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ import signal
 import threading
 from collections.abc import Iterator
 
-_WAKE = signal.SIGUSR1
-_AGAIN = 0.01  # seconds
+_SIGNAL = signal.SIGUSR1
+_RESEND_SECONDS = 0.01
 
 
 class EndWatcher:
-    """Whether to stop."""
+    """Watches a listener and a pidfd of the keeper's process. ``should_stop``: one of them has ended."""
 
-    def __init__(self, listener: int, holder: int) -> None:
-        self.has_come = False
+    def __init__(self, listener: int, keeper: int) -> None:
+        self.should_stop = False
         self._poll = select.poll()
         self._poll.register(listener, 0)
-        self._poll.register(holder, select.POLLIN)
-        self._left = threading.Event()
-        self._waits = threading.get_ident()
+        self._poll.register(keeper, select.POLLIN)
+        self._stopped = threading.Event()
+        self._main_thread = threading.get_ident()
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """While this lasts, the calling thread, the main one, is signalled when the end comes."""
-        before = signal.signal(_WAKE, lambda signum, frame: None)
+    def running(self) -> Iterator[None]:
+        """Watch inside of the block, and signal the calling thread, the main one, when it should stop."""
+        before = signal.signal(_SIGNAL, lambda signum, frame: None)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()  # with every signal blocked: they are the main thread's
@@ -39,15 +40,15 @@ class EndWatcher:
         try:
             yield
         finally:
-            self._left.set()
-            if self.has_come:
+            self._stopped.set()
+            if self.should_stop:
                 thread.join()
-            signal.signal(_WAKE, before)
+            signal.signal(_SIGNAL, before)
 
     def _watch(self) -> None:
         self._poll.poll()
-        self.has_come = True
-        # A signal that comes just before the other thread waits is lost: so again, until it has left.
-        while not self._left.is_set():
-            signal.pthread_kill(self._waits, _WAKE)
-            self._left.wait(_AGAIN)
+        self.should_stop = True
+        # A signal just before the main thread waits interrupts nothing, so it is sent until that thread has stopped.
+        while not self._stopped.is_set():
+            signal.pthread_kill(self._main_thread, _SIGNAL)
+            self._stopped.wait(_RESEND_SECONDS)

@@ -1,9 +1,9 @@
-"""The keeper of one container's listener: sees to it that a supervisor serves it.
+"""The keeper of one container's listener: starts its supervisor, and restarts one that has died.
 
-A notification descriptor that nobody holds turns every trapped call into ENOSYS. So there are always two
-that hold it: the supervisor, and whoever has this object. A supervisor that dies is started again with the
-same listener and the same journal. One that outlives its holder ends the container and cleans up, or, where
-Graft did not start the container, carries on and cleans up at the end.
+When the last descriptor of a listener is closed, every trapped call fails with ENOSYS. So two processes have it open:
+the supervisor and the one with the `Keeper`. A supervisor that dies is replaced by another one, with the same listener
+and the same journal. When the keeper's process dies, the supervisor ends the container and cleans up, or, where Graft
+did not start the container, serves it to its end and cleans up then.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from graft.model.settings import Settings
 from graft.state.endpoints import Endpoints
 from graft.state.installation import Installation
 from graft.state.records import Container
-from graft.swap.call_log import line
-from graft.swap.desk import give_back, open_desk
+from graft.swap.call_log import format_entry
+from graft.swap.desk import open_desk, release_desk
 from graft.swap.resource_limits import enter_own_cgroup
 from graft.swap.socket_pool import NamespaceSwitch, SocketPool
 from graft.swap.supervisor import LogEntry, Supervisor, serve
 
 _MAX_RESTARTS, _IN_SECONDS = 10, 5.0
-_DYING_SECONDS = 5.0
-_dying: list[int] = []  # supervisors of this process that were killed, and that have not been waited for
+_KILL_TIMEOUT = 5.0
+_killed: list[int] = []  # supervisors of this process that were killed, and not reaped yet
 
 
 class Keeper:
     """A container's listener and its supervisor's process.
 
-    ``outlive`` is what a supervisor whose holder died does at its own end, after it has served on. Without
-    it, it ends the container at once.
+    ``clean_up`` is called by a supervisor whose keeper's process has died, when it has served the container to its
+    end. Without it, such a supervisor ends the container at once.
     """
 
     def __init__(
@@ -52,58 +52,58 @@ class Keeper:
         container: Container,
         listener: int,
         verbose: bool,
-        outlive: Callable[[Installation], None] | None = None,
+        clean_up: Callable[[Installation], None] | None = None,
     ) -> None:
-        self._settings, self._container, self._verbose, self._outlive = settings, container, verbose, outlive
+        self._settings, self._container, self._verbose, self._clean_up = settings, container, verbose, clean_up
         self._listener = listener
         self._journal = mmap.mmap(-1, mmap.PAGESIZE)
-        self._started: list[float] = []
+        self._starts: list[float] = []
         self.pid = 0
 
     def start(self) -> None:
-        """Start a supervisor, the first or the next one. Raises KernelError if they die one after the other."""
+        """Start a supervisor, the first or the next one. Raises KernelError if too many died within a short time."""
         now = time.monotonic()
-        self._started = [moment for moment in self._started if now - moment < _IN_SECONDS] + [now]
-        if len(self._started) > _MAX_RESTARTS:
+        self._starts = [start for start in self._starts if now - start < _IN_SECONDS] + [now]
+        if len(self._starts) > _MAX_RESTARTS:
             raise KernelError(f"the supervisor of {self._container.name} died {_MAX_RESTARTS} times in a row")
-        holder = pidfd_open(os.getpid())
+        keeper = pidfd_open(os.getpid())
         self.pid = os.fork()
         if self.pid == 0:
-            self._supervise(holder)
-        os.close(holder)
+            self._supervise(keeper)
+        os.close(keeper)
 
     def hung_up(self) -> bool:
         """Whether every process under the listener's filter is gone."""
         return hung_up(self._listener)
 
     def reap(self) -> bool:
-        """Whether the supervisor has died; its process is then waited for."""
+        """Whether the supervisor has died; it is reaped then."""
         if not self.pid or os.waitpid(self.pid, os.WNOHANG)[0] != self.pid:
             return False
         self.pid = 0
         return True
 
-    def _supervise(self, holder: int) -> None:
-        """The supervisor's process. Never returns."""
+    def _supervise(self, keeper: int) -> None:
+        """What the supervisor's process does. Never returns."""
         settings, container, listener = self._settings, self._container, Listener(self._listener)
         code = 1
         try:
-            _leave_the_terminal(self._verbose)
-            process.close_all_but({self._listener, holder})
+            _detach_from_terminal(self._verbose)
+            process.close_all_but({self._listener, keeper})
             process.allow_descriptors()
             graft = Installation(settings)
-            living = [one.id for one in graft.containers.listing()]
-            enter_own_cgroup(settings, container.id, container.cgroup_path, living)
+            containers = [one.id for one in graft.containers.listing()]
+            enter_own_cgroup(settings, container.id, container.cgroup_path, containers)
             namespaces = NamespaceSwitch(settings.host_netns, lambda cookie: _namespace_path(graft, container, cookie))
-            gc.freeze()  # what is loaded now stays: the collector need not look at it on the way of a call
-            tell = _teller(graft.endpoints) if self._verbose else None
+            gc.freeze()  # the collector then skips what is loaded now when it runs during a call
+            log = _call_logger(graft.endpoints) if self._verbose else None
             desk = open_desk(graft, container.id)
             pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
-            supervisor = Supervisor(graft.maps.tags, desk, pool, listener, tell)
-            serve(supervisor, listener, self._journal, holder)
-            if is_over(holder):
-                self._survive(graft, supervisor, listener)
-            give_back(graft.maps)
+            supervisor = Supervisor(graft.maps.tags, desk, pool, listener, log)
+            serve(supervisor, listener, self._journal, keeper)
+            if is_over(keeper):
+                self._continue_without_keeper(graft, supervisor, listener)
+            release_desk(graft.maps)
             code = 0
         except BaseException:
             if os.environ.get("GRAFT_DEBUG"):
@@ -111,45 +111,45 @@ class Keeper:
         finally:
             os._exit(code)
 
-    def _survive(self, graft: Installation, supervisor: Supervisor, listener: Listener) -> None:
-        """What is left to do without a holder."""
-        if self._outlive is None:
+    def _continue_without_keeper(self, graft: Installation, supervisor: Supervisor, listener: Listener) -> None:
+        """End the container, or serve it to its end and clean up."""
+        if self._clean_up is None:
             end_container(graft, self._container)
             return
-        never = os.eventfd(0, os.EFD_CLOEXEC)
-        serve(supervisor, listener, self._journal, never)
-        self._outlive(graft)
+        never_ready = os.eventfd(0, os.EFD_CLOEXEC)
+        serve(supervisor, listener, self._journal, never_ready)
+        self._clean_up(graft)
 
     def stop(self) -> None:
         """End the supervisor. The container's processes must be gone: their calls would fail from here on.
 
-        One that waits in the kernel for what another container keeps from it (a socket that the two share) is left to
-        die when it can: whoever has this object has other containers too.
+        One that waits in the kernel for another container (for the lock of a socket that the two share) is not waited
+        for longer than a few seconds: the keeper's process may serve other containers too.
         """
         pid, self.pid = self.pid, 0
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            _dying.append(pid)
-        deadline = time.monotonic() + _DYING_SECONDS
-        while pid in _still_dying() and time.monotonic() < deadline:
+            _killed.append(pid)
+        deadline = time.monotonic() + _KILL_TIMEOUT
+        while pid in _reap_killed() and time.monotonic() < deadline:
             time.sleep(0.002)
         with contextlib.suppress(OSError):
             os.close(self._listener)
 
 
-def _still_dying() -> list[int]:
-    """The supervisors that were killed and are not dead yet. Those that are have been waited for."""
-    for pid in list(_dying):
+def _reap_killed() -> list[int]:
+    """Reap the supervisors that were killed; gives those that have not died yet."""
+    for pid in list(_killed):
         with contextlib.suppress(ChildProcessError):
             if os.waitpid(pid, os.WNOHANG) == (0, 0):
                 continue
-        _dying.remove(pid)
-    return _dying
+        _killed.remove(pid)
+    return _killed
 
 
 def end_container(graft: Installation, container: Container) -> None:
-    """End every process of a container that Graft started, and leave nothing of it behind."""
+    """End every process of a container that Graft started, and remove its rules, record and cgroup."""
     path = container.cgroup_path
     if path.exists():
         cgroup.kill(path)
@@ -159,8 +159,8 @@ def end_container(graft: Installation, container: Container) -> None:
         cgroup.remove(path)
 
 
-def _leave_the_terminal(verbose: bool) -> None:
-    """A session of its own: no ^C, no hang-up, and no pipe of the user's kept open."""
+def _detach_from_terminal(verbose: bool) -> None:
+    """Start a session of its own, ignore the terminal's signals, and close the user's standard streams."""
     os.setsid()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
@@ -172,7 +172,7 @@ def _leave_the_terminal(verbose: bool) -> None:
 
 
 def _namespace_path(graft: Installation, container: Container, cookie: int) -> Path | None:
-    """Where a namespace that is not the host's can be entered: the container's own, or an endpoint's."""
+    """The path of a namespace that is not the host's: the container's own, or an endpoint's."""
     if cookie == container.netns:
         for pid in cgroup.processes(container.cgroup_path):
             path = Path(f"/proc/{pid}/ns/net")
@@ -186,10 +186,10 @@ def _namespace_path(graft: Installation, container: Container, cookie: int) -> P
     return None
 
 
-def _teller(endpoints: Endpoints) -> Callable[[LogEntry], None]:
-    """Prints a line for each call, in the words that AF_GRAFT's users watched for."""
+def _call_logger(endpoints: Endpoints) -> Callable[[LogEntry], None]:
+    """A function that prints a line for each call."""
 
-    def tell(told: LogEntry) -> None:
-        print(printable(line(told, endpoints.by_id())), file=sys.stderr, flush=True)
+    def log(entry: LogEntry) -> None:
+        print(printable(format_entry(entry, endpoints.by_id())), file=sys.stderr, flush=True)
 
-    return tell
+    return log

@@ -1,9 +1,9 @@
-"""The program's side of `graft run`: what a fresh process does to itself before it becomes the program.
+"""The program's side of `graft run`: what a new process does before it executes the program.
 
     fork ── cgroup ── namespace ── filter ── (listener to the parent, wait for go) ── rights, ids ── exec
 
-Runs in the child of a single-threaded parent. The filter goes on while the process is still root's, so that
-no_new_privs is not needed and set-user-id programs work as ever.
+Runs in the child of a single-threaded parent. The filter is installed while the process is still root's, so that
+no_new_privs is not needed and set-user-id programs work as usual.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from graft.errors import GraftError, KernelError
 from graft.kernel import capabilities, cgroup, keyring, netns, process, seccomp, terminal
 
 _HELLO = struct.Struct("=QB")
-NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as a shell ends for a command it cannot start
+NOT_FOUND, NOT_EXECUTABLE = 127, 126  # a shell's exit statuses for a command that it cannot start
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A process that waits for `go`. ``listener`` is None where it shares the host's namespace."""
+    """A process that waits for `go`. ``listener`` is None in the host's namespace; ``failures`` is a pipe's end."""
 
     pid: int
     netns: int
@@ -47,14 +47,14 @@ class Launched:
     failures: int
 
     def go(self) -> None:
-        """Let it become the program. Raises GraftError if it could not."""
+        """Let it execute the program. Raises StartError if it cannot."""
         self.control.send(b"go")
         self.control.close()
         with open(self.failures, "rb") as failures:
-            said = failures.read().decode(errors="replace")
-        if said:
+            report = failures.read().decode(errors="replace")
+        if report:
             os.waitpid(self.pid, 0)
-            code, _, message = said.partition(" ")
+            code, _, message = report.partition(" ")
             raise StartError(message, int(code))
 
 
@@ -67,7 +67,7 @@ class StartError(GraftError):
 
 
 def launch(plan: Launch) -> Launched:
-    """Fork, and wait until the child stands at the door. Raises KernelError with what it said if it fell."""
+    """Fork, and wait until the child is ready to execute the program. Raises KernelError with the child's message."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     failures, report = os.pipe()
     pid = os.fork()
@@ -79,10 +79,10 @@ def launch(plan: Launch) -> Launched:
     os.close(report)
     hello, fds, _, _ = socket.recv_fds(ours, _HELLO.size, 1)
     if not hello:
-        with open(failures, "rb") as said:
-            message = said.read().decode(errors="replace").partition(" ")[2]
+        with open(failures, "rb") as reader:
+            message = reader.read().decode(errors="replace").partition(" ")[2]
         os.waitpid(pid, 0)
-        raise KernelError(message or "the program's process ended before it began")
+        raise KernelError(message or "the program's process ended before it executed the program")
     cookie, trapped = _HELLO.unpack(hello)
     return Launched(pid, cookie, fds[0] if trapped else None, ours, failures)
 
@@ -94,7 +94,7 @@ def _child(plan: Launch, control: socket.socket, report: int) -> None:
         _prepare(plan, control)
         if control.recv(8) == b"go":
             control.close()
-            _become(plan)
+            _execute(plan)
     except FileNotFoundError as error:
         code, message = NOT_FOUND, f"{plan.command[0]}: {error.strerror}"
     except PermissionError as error:
@@ -124,29 +124,29 @@ def _prepare(plan: Launch, control: socket.socket) -> None:
     os.close(listener)
 
 
-def _become(plan: Launch) -> None:
-    """Give up what the program is not to have, and become it.
+def _execute(plan: Launch) -> None:
+    """Give up the rights that the program must not have, and execute it.
 
-    Root's program keeps what root has, but for the one capability by which a *socket* would undo its confinement:
+    Root's program keeps root's rights, except for the one capability by which a *socket* would undo its confinement:
     with CAP_NET_ADMIN a socket of the host's stack changes the host's network, or opens its namespace
-    (docs/security.md). Other ways out that root has (CAP_SYS_ADMIN and setns(2), CAP_SYS_PTRACE, the files of the
-    host) are root's without any socket: taking capabilities away would close none of them to a program that owns
-    every file, and break those that need them. What is not to be trusted runs as another user, with nothing of root's.
+    (docs/security.md). Root has other ways out (CAP_SYS_ADMIN and setns(2), CAP_SYS_PTRACE, the files of the host),
+    and needs no socket for them: to take capabilities away would close none of them to a program that owns every
+    file, and would break programs that need them. An untrusted program runs as another user, without root's rights.
     """
     if not plan.keep_net_admin:
         capabilities.give_up(capabilities.CAP_NET_ADMIN)
     if plan.user is not None:
-        _leave_root(plan.user)
+        _switch_user(plan.user)
     process.default_signals(plan.signal_mask)
     os.execvp(plan.command[0], plan.command)
 
 
-def _leave_root(user: process.User) -> None:
-    """Become ``user``, in the terminal of root's that started this, but with no way back through it or root's keys."""
+def _switch_user(user: process.User) -> None:
+    """Become ``user`` in root's terminal, without access to root by way of the terminal or of root's keys."""
     terminal.refuse_typing()
-    keyring.leave_session_keyring()  # while root: the new one is counted as root's, so that no user's quota refuses it
+    keyring.leave_session_keyring()  # while root: the new one counts towards root's quota
     process.become(user)
     if user.uid != 0:
-        # The change of ids takes away what is permitted, unless the caller's securebits say otherwise, and leaves what
-        # is inheritable, which a file's capabilities would make permitted again.
+        # The change of ids clears the permitted set, unless the caller's securebits say otherwise. It leaves the
+        # inheritable set, which a file's capabilities would make permitted again.
         capabilities.give_up_all()

@@ -1,8 +1,8 @@
-"""The processes of a container, by the thread ids that notifications name, each asked for once.
+"""The processes of a container, by the thread ids in notifications, with a cache of their pidfds.
 
-A kept pidfd names one thread for ever: when its number is given to another, the kept one answers ESRCH, and
-the number is looked up anew. Kernels before 6.9 have pidfds of processes only, where a dead thread's number
-could come back in another process of the same container; there nothing is kept.
+A cached pidfd refers to one thread for ever: when its id is given to another thread, the cached pidfd fails with
+ESRCH, and a new one is opened. Kernels before 6.9 have pidfds of processes only, where a dead thread's id could be
+given to a thread in another process of the same container; there nothing is cached.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from dataclasses import dataclass
 
 from graft.kernel.pidfd import pidfd_getfd, pidfd_open_thread, threads_have_pidfds
 
-_KEPT = 256
+_CACHE_SIZE = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process as a notification found it: its pidfd, and its /proc/PID/fdinfo, which is as steadfast."""
+    """A process: its pidfd and its open /proc/PID/fdinfo. Both keep referring to it when its id is given to another."""
 
     pidfd: int
     fdinfo: int
 
-    def get_fd(self, fd: int) -> int:
-        """A copy of its descriptor ``fd``. Raises OSError (EBADF, ESRCH)."""
+    def duplicate_fd(self, fd: int) -> int:
+        """A duplicate of its descriptor ``fd``. Raises OSError (EBADF, ESRCH)."""
         return pidfd_getfd(self.pidfd, fd)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close both descriptors."""
         os.close(self.pidfd)
         os.close(self.fdinfo)
 
 
 class Processes:
-    """The processes that were met, the last ones kept."""
+    """The processes of the last notifications."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[int, Process] = OrderedDict()
-        self._most = _KEPT if threads_have_pidfds() else 1
+        self._cache: OrderedDict[int, Process] = OrderedDict()
+        self._cache_size = _CACHE_SIZE if threads_have_pidfds() else 1
 
-    def copy_of(self, tid: int, fd: int) -> tuple[Process, int]:
-        """The process of thread ``tid``, and a copy of its descriptor ``fd``. Raises OSError (EBADF, ESRCH).
+    def duplicate_fd(self, tid: int, fd: int) -> tuple[Process, int]:
+        """The process of thread ``tid``, and a duplicate of its descriptor ``fd``. Raises OSError (EBADF, ESRCH).
 
-        The process is good until the next call.
+        The process may be closed by the next call.
         """
-        process = self._kept.get(tid) if self._most > 1 else None
+        process = self._cache.get(tid) if self._cache_size > 1 else None
         if process is not None:
             try:
                 return process, pidfd_getfd(process.pidfd, fd)
             except OSError as error:
                 if error.errno != errno.ESRCH:
                     raise
-                self._kept.pop(tid).close()
+                self._cache.pop(tid).close()
         process = self._open(tid)
-        return process, process.get_fd(fd)
+        return process, process.duplicate_fd(fd)
 
     def _open(self, tid: int) -> Process:
         pidfd = pidfd_open_thread(tid)
@@ -64,7 +64,7 @@ class Processes:
         except OSError:
             os.close(pidfd)
             raise
-        while len(self._kept) >= self._most:
-            self._kept.popitem(last=False)[1].close()
-        process = self._kept[tid] = Process(pidfd, folder)
+        while len(self._cache) >= self._cache_size:
+            self._cache.popitem(last=False)[1].close()
+        process = self._cache[tid] = Process(pidfd, folder)
         return process

@@ -1,8 +1,8 @@
-"""What one supervisor may take of the machine: a container decides how much work it makes its supervisor do.
+"""Limits of one supervisor's memory and CPU time: a container decides how much work its supervisor has.
 
-Each supervisor has a cgroup of its own below that of all of them, with the limits of its container: the buffers of
-twins that the container's programs connect are charged there too. Where the kernel gives these controllers to cgroup
-v1, or to nobody, there are none of these limits, and the address space alone is limited (setrlimit(2)).
+Each supervisor has a cgroup of its own below Graft's cgroup of supervisors, with the limits of its container. The
+buffers of the container's replacement sockets are charged there too. Where the memory and cpu controllers are not in
+cgroup v2, only the address space is limited (setrlimit(2)).
 
 Sources: Documentation/admin-guide/cgroup-v2.rst (memory.max, cpu.max, "No Internal Process Constraint").
 """
@@ -18,28 +18,28 @@ from graft.datapath.dataplane import supervisors_cgroup
 from graft.kernel import cgroup
 from graft.model.settings import Settings
 
-LEAST_BYTES = 128 << 20
-"""Five times what a supervisor itself needs (docs/performance.md), however little its container may have."""
+MIN_BYTES = 128 << 20
+"""Five times what a supervisor itself needs (docs/performance.md), also where its container has a lower limit."""
 
-MOST_BYTES = 1 << 30
-"""Where the container has no limit."""
+MAX_BYTES = 1 << 30
+"""The limit where the container has none, or a higher one."""
 
 ADDRESS_SPACE_BYTES = 2 << 30
-"""Python and its libraries map much that they never touch."""
+"""Python and its libraries map much more than they use."""
 
-_WANTED = ("memory", "cpu")
+_CONTROLLERS = ("memory", "cpu")
 
 
-def enter_own_cgroup(settings: Settings, container: int, path: Path, living: Collection[int]) -> None:
+def enter_own_cgroup(settings: Settings, container: int, path: Path, containers: Collection[int]) -> None:
     """Move the calling process, the supervisor of ``container`` at ``path``, to a cgroup of its own, with its limits.
 
-    Those of containers that are not among the ``living`` go. Raises OSError.
+    Cgroups of supervisors whose containers are not among ``containers`` are removed. Raises OSError.
     """
-    above = supervisors_cgroup(settings)
-    _forget_others(above, {container, *living})
-    own = _own(above, container)
+    parent = supervisors_cgroup(settings)
+    _remove_others(parent, {container, *containers})
+    own = _own(parent, container)
     own.mkdir(exist_ok=True)
-    available = enable(above)
+    available = enable_controllers(parent)
     if "memory" in available:
         _write(own / "memory.max", str(memory_limit(path)))
         _write(own / "memory.swap.max", "0")
@@ -49,18 +49,18 @@ def enter_own_cgroup(settings: Settings, container: int, path: Path, living: Col
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
 
 
-def enable(folder: Path) -> set[str]:
-    """Pass on to the cgroups below ``folder`` what there is of the controllers; gives those that they have."""
+def enable_controllers(folder: Path) -> set[str]:
+    """Enable the controllers for the cgroups below ``folder``, where there are any; gives those that are enabled."""
     for one in (folder.parent, folder):
-        offered = _words(one / "cgroup.controllers")
-        for name in _WANTED:
-            if name in offered:
+        available = _words(one / "cgroup.controllers")
+        for name in _CONTROLLERS:
+            if name in available:
                 _write(one / "cgroup.subtree_control", f"+{name}")
-    return _words(folder / "cgroup.subtree_control") & set(_WANTED)
+    return _words(folder / "cgroup.subtree_control") & set(_CONTROLLERS)
 
 
 def cpu_limit(path: Path) -> str:
-    """The tightest CPU limit of the cgroup at ``path`` and those above it, in the words of cpu.max."""
+    """The lowest CPU limit of the cgroup at ``path`` and those above it, in the format of cpu.max."""
     found = "max"
     share = float("inf")
     for folder in (path, *path.parents):
@@ -71,18 +71,18 @@ def cpu_limit(path: Path) -> str:
 
 
 def memory_limit(path: Path) -> int:
-    """Bytes: the smallest memory.max of the cgroup at ``path`` and those above it, within reason."""
+    """The lowest memory.max of the cgroup at ``path`` and those above it, in bytes, from MIN_BYTES to MAX_BYTES."""
     found = [_text(folder / "memory.max") for folder in (path, *path.parents)]
-    return max(LEAST_BYTES, min([MOST_BYTES, *(int(text) for text in found if text.isdecimal())]))
+    return max(MIN_BYTES, min([MAX_BYTES, *(int(text) for text in found if text.isdecimal())]))
 
 
-def _own(above: Path, container: int) -> Path:
-    return above / f"container-{container}"
+def _own(parent: Path, container: int) -> Path:
+    return parent / f"container-{container}"
 
 
-def _forget_others(above: Path, living: Collection[int]) -> None:
-    for folder in set(above.glob("container-*")) - {_own(above, container) for container in living}:
-        with contextlib.suppress(OSError):  # a supervisor is at its end there
+def _remove_others(parent: Path, containers: Collection[int]) -> None:
+    for folder in set(parent.glob("container-*")) - {_own(parent, container) for container in containers}:
+        with contextlib.suppress(OSError):  # a supervisor is still there, and about to end
             folder.rmdir()
 
 

@@ -1,10 +1,10 @@
-"""A twin of a socket: the same in all that its program set or can see, in another network namespace.
+"""Copies a socket's state to its replacement in another network namespace: all that its program set or can see.
 
-The options that a program set are known by name from the setsockopt hook; their values are read from the
-socket itself, so that a call which the kernel refused is not replayed with root's rights. They are set without
-any capability, as an unprivileged program may (a congestion control that only root may choose, say, or a filter
-that is compiled without the care that is taken with other users'), and only options of the table below: each does
-nothing outside the socket. Numbers: asm-generic/socket.h, linux/tcp.h, linux/in.h, linux/in6.h.
+The setsockopt hook records which options a program set; their values are read from the socket itself, so that a call
+which the kernel refused is not repeated with root's rights. They are set without any capability, so that nothing is
+set that an unprivileged program may not set (a congestion control that is reserved for root, a filter that is compiled
+without the hardening for other users), and only options of the table below: each has an effect on the socket alone.
+Numbers: asm-generic/socket.h, linux/tcp.h, linux/in.h, linux/in6.h.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _TCP_CONGESTION = 13
 _F_SETSIG, _F_GETSIG, _F_SETOWN_EX, _F_GETOWN_EX, _F_GETOWNER_UIDS = 10, 11, 15, 16, 17
 IPV6_V6ONLY = 26
 
-# Carried as they are: read here, written there. Names in the order of their numbers.
-_PLAIN: dict[int, frozenset[int]] = {
+# Copied unchanged. Names in the order of their numbers.
+_UNCHANGED: dict[int, frozenset[int]] = {
     # REUSEADDR DONTROUTE BROADCAST KEEPALIVE OOBINLINE NO_CHECK LINGER REUSEPORT RCVLOWAT RCVTIMEO SNDTIMEO
     # TIMESTAMP TIMESTAMPNS TIMESTAMPING RXQ_OVFL PEEK_OFF SELECT_ERR_QUEUE MAX_PACING_RATE INCOMING_CPU
     # ZEROCOPY, the _NEW forms of the times, BUF_LOCK TXREHASH
@@ -56,8 +56,8 @@ _PLAIN: dict[int, frozenset[int]] = {
 }
 
 # Asked of every socket where the hook could not tell which options were set.
-_EVERY = (
-    *((level, name) for level, names in _PLAIN.items() for name in sorted(names)),
+_ALL_OPTIONS = (
+    *((level, name) for level, names in _UNCHANGED.items() for name in sorted(names)),
     (SOL_SOCKET, _SNDBUF),
     (SOL_SOCKET, _RCVBUF),
     (SOL_SOCKET, _PRIORITY),
@@ -66,17 +66,17 @@ _EVERY = (
 _MAX_VALUE = 128
 
 
-def options_set(recorded: Options) -> Sequence[tuple[int, int]]:
-    """(level, name) of the options that a program set, in its order; of every known one where it set too many."""
+def recorded_options(recorded: Options) -> Sequence[tuple[int, int]]:
+    """(level, name) of the options that a program set, in its order; all known ones where it set too many."""
     if recorded.overflow:
-        return _EVERY
+        return _ALL_OPTIONS
     if not recorded.count:
         return ()
     return [(option.level, option.name) for option in recorded.option[: recorded.count]]
 
 
 class _Value(NamedTuple):
-    """An option to set. Of a packet filter its code."""
+    """An option to set. The value of a packet filter is its code."""
 
     level: int
     name: int
@@ -84,7 +84,7 @@ class _Value(NamedTuple):
 
 
 def copy_options(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> None:
-    """Give ``new`` the values that ``old`` has of those options. What one of them does not know is left."""
+    """Copy the values of those options from ``old`` to ``new``, except for those that one of them does not have."""
     values = list(_values(old, new, names))
     with with_capabilities():
         for level, name, value in values:
@@ -96,11 +96,11 @@ def copy_options(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> 
 
 
 def _values(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> Iterator[_Value]:
-    """In the order of ``names``; what locks a filter comes last."""
+    """In the order of ``names``, except that the option which locks a filter comes last."""
     for level, name in sorted(names, key=lambda one: one == (SOL_SOCKET, SO_LOCK_FILTER)):
         with contextlib.suppress(OSError):
-            # What was not set is not written: a zero of one of its other names would undo a time stamp.
-            if names is not _EVERY or old.getsockopt(level, name, _MAX_VALUE) != new.getsockopt(
+            # A default is not written: a zero by another name of a time stamp's option would switch the time stamp off.
+            if names is not _ALL_OPTIONS or old.getsockopt(level, name, _MAX_VALUE) != new.getsockopt(
                 level, name, _MAX_VALUE
             ):
                 value = _value(old, level, name)
@@ -109,17 +109,17 @@ def _values(old: Socket, new: Socket, names: Iterable[tuple[int, int]]) -> Itera
 
 
 def _value(old: Socket, level: int, name: int) -> _Value | None:
-    if name in _PLAIN.get(level, frozenset()):
+    if name in _UNCHANGED.get(level, frozenset()):
         value = old.getsockopt(level, name, _MAX_VALUE)
         return _Value(level, name, value.rstrip(b"\0") if (level, name) == (SOL_TCP, _TCP_CONGESTION) else value)
     if level != SOL_SOCKET:
         return None
     if name in (_SNDBUF, _SNDBUFFORCE, _RCVBUF, _RCVBUFFORCE):
-        # The kernel tells twice what was asked (socket(7)). Never by FORCE: a limit of the host holds.
+        # The kernel reports twice the value that was set (socket(7)). Never by FORCE: the host's limit applies.
         plain = _SNDBUF if name in (_SNDBUF, _SNDBUFFORCE) else _RCVBUF
         return _Value(SOL_SOCKET, plain, old.getsockopt(SOL_SOCKET, plain) // 2)
     if name == _PRIORITY:
-        # 0 to 6 is anybody's; more, or less than 0, needs CAP_NET_ADMIN over the namespace (socket(7)).
+        # A priority outside of 0 to 6 needs CAP_NET_ADMIN over the namespace (socket(7)).
         return _Value(SOL_SOCKET, _PRIORITY, max(0, min(old.getsockopt(SOL_SOCKET, _PRIORITY), 6)))
     if name == SO_ATTACH_FILTER:
         return _Value(SOL_SOCKET, SO_ATTACH_FILTER, read_filter(old.fileno()))
@@ -127,8 +127,8 @@ def _value(old: Socket, level: int, name: int) -> _Value | None:
 
 
 def _attach_filter(sock: Socket, code: bytes) -> None:
-    """Newer kernels want CAP_NET_ADMIN for it, which the program had. With more, other users' filters would be compiled
-    without the care that is taken with them (net.core.bpf_jit_harden).
+    """With CAP_NET_ADMIN, which newer kernels require, and which the program had; with no other capability, so that
+    the filter is compiled with the hardening for other users (net.core.bpf_jit_harden).
     """
     if code:
         with with_capabilities(CAP_NET_ADMIN):
@@ -137,7 +137,7 @@ def _attach_filter(sock: Socket, code: bytes) -> None:
 
 @contextlib.contextmanager
 def as_socket(fd: int, family: int, protocol: int) -> Iterator[Socket]:
-    """The stream socket ``fd`` as an object; the descriptor stays the caller's."""
+    """The stream socket ``fd`` as an object, which does not close the descriptor."""
     sock = Socket(AF_INET if family == 4 else AF_INET6, SOCK_STREAM, protocol, fileno=fd)
     try:
         yield sock
@@ -146,7 +146,7 @@ def as_socket(fd: int, family: int, protocol: int) -> Iterator[Socket]:
 
 
 def is_v6only(fd: int, protocol: int) -> bool:
-    """Whether the AF_INET6 socket ``fd`` takes no IPv4."""
+    """Whether the AF_INET6 socket ``fd`` is IPv6-only."""
     with as_socket(fd, 6, protocol) as sock:
         return bool(sock.getsockopt(SOL_IPV6, IPV6_V6ONLY))
 
@@ -154,9 +154,10 @@ def is_v6only(fd: int, protocol: int) -> bool:
 def copy_socket_state(
     new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v6only: bool, owned: bool
 ) -> None:
-    """Give ``new`` what ``old`` has: the options ``names``, the owner, and what of the open ``flags`` a file keeps.
+    """Copy the state of ``old`` to ``new``: the options ``names``, O_NONBLOCK and O_ASYNC of ``flags``, the owner.
 
-    IPV6_V6ONLY always: its default differs between namespaces. Not ``owned``: by nobody but root. Raises OSError.
+    IPV6_V6ONLY is always set: its default differs between namespaces. ``owned`` is false where root is known to be
+    the owner. Raises OSError.
     """
     if new.family == AF_INET6:
         new.setsockopt(SOL_IPV6, IPV6_V6ONLY, v6only)
@@ -166,25 +167,26 @@ def copy_socket_state(
     if flags & os.O_NONBLOCK:
         os.set_blocking(new.fileno(), False)
     if flags & os.O_ASYNC:
-        _carry_signals(old, new.fileno())
+        _copy_signal_owner(old, new.fileno())
     if owned:
         status = os.fstat(old)
         if status.st_uid or status.st_gid:
             os.fchown(new.fileno(), status.st_uid, status.st_gid)
 
 
-def _carry_signals(old: int, new: int) -> None:
-    """Who gets SIGIO, and which signal instead (F_SETOWN_EX, F_SETSIG of fcntl(2)). Raises OSError.
+def _copy_signal_owner(old: int, new: int) -> None:
+    """Copy O_ASYNC with the process that gets SIGIO, or another signal (F_SETOWN_EX, F_SETSIG of fcntl(2)).
 
-    The kernel asks nobody for a right then. It notes the user ids of who named the receiver, and sends nothing to a
-    process that they may not signal (sigio_perm, fs/fcntl.c). So the receiver is named with the ids that are noted
-    with the old socket (F_GETOWNER_UIDS; EINVAL, and the program's call fails, in a kernel that does not tell).
+    The kernel checks no permission in these calls. It records the user ids of the caller of F_SETOWN_EX, and sends no
+    signal to a process that these users may not signal (sigio_perm, fs/fcntl.c). So F_SETOWN_EX is called with the
+    ids that are recorded with the old socket (F_GETOWNER_UIDS; on a kernel without it, EINVAL, and the program's call
+    fails). Raises OSError.
     """
     owner = fcntl.fcntl(old, _F_GETOWN_EX, bytes(8))
     if struct.unpack("=ii", owner)[1]:
-        # Asked for after the receiver: ids that nobody has noted yet are zeros, which is root.
+        # Read after the receiver: ids that are not recorded yet are zeros, which is root.
         uid, euid = struct.unpack("=II", fcntl.fcntl(old, _F_GETOWNER_UIDS, bytes(8)))
-        with contextlib.suppress(ProcessLookupError), as_user(uid, euid):  # a receiver that is gone gets nothing
+        with contextlib.suppress(ProcessLookupError), as_user(uid, euid):  # the receiver is gone
             fcntl.fcntl(new, _F_SETOWN_EX, owner)
     fcntl.fcntl(new, _F_SETSIG, fcntl.fcntl(old, _F_GETSIG))
     fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_ASYNC)

@@ -1,7 +1,7 @@
-"""Where twins come from: made in the namespace where they are to live, tagged, and a few of them ahead of time.
+"""Replacement sockets: made in the namespace where they will live, tagged, and some of them ahead of time.
 
-A socket that a supervisor makes is nobody's to the hooks until it has its tag, so none leaves here without. Several
-at once cost a third of what they cost one by one: between two calls of a program the caches are the program's.
+To the hooks a supervisor's socket belongs to no container until it has a tag, so every socket is tagged here. Several
+at once cost a third of what they cost one by one: between two calls the program evicts this code from the CPU's caches.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from graft.model.transport import Home
 from graft.swap.desk import Desk
 from graft.swap.socket_copy import AF_INET, AF_INET6, SOCK_STREAM
 
-_AHEAD = 8
+_SPARES = 8
 
 
 class NamespaceSwitch:
-    """Puts the calling thread where a twin is to be made. Its home is the host's namespace."""
+    """Moves the calling thread between namespaces. Outside of `inside` it is in the host's."""
 
-    def __init__(self, home: Path, paths: Callable[[int], Path | None]) -> None:
-        self._home = os.open(home, os.O_RDONLY | os.O_CLOEXEC)
-        netns.setns(self._home)
-        self.home_cookie = netns.cookie()
+    def __init__(self, host: Path, paths: Callable[[int], Path | None]) -> None:
+        self._host = os.open(host, os.O_RDONLY | os.O_CLOEXEC)
+        netns.setns(self._host)
+        self.host_cookie = netns.cookie()
         self._paths = paths
 
     @contextlib.contextmanager
     def inside(self, cookie: int) -> Iterator[None]:
-        """In the namespace of that cookie. Raises OSError(ENONET) where it cannot be found any more."""
-        if cookie == self.home_cookie:
+        """In the namespace of that cookie. Raises OSError(ENONET) where it is not found."""
+        if cookie == self.host_cookie:
             yield
             return
         path = self._paths(cookie)
@@ -52,38 +52,38 @@ class NamespaceSwitch:
                 raise OSError(errno.ENONET, os.strerror(errno.ENONET))
             yield
         finally:
-            netns.setns(self._home)
+            netns.setns(self._host)
 
 
 class SocketPool:
-    """Makes the twins of one container."""
+    """Makes the replacement sockets of one container."""
 
     def __init__(
         self, tags: Map[ctypes.c_int32, layout.Tag], desk: Desk, container: int, namespaces: NamespaceSwitch
     ) -> None:
         self._tags, self._next_home, self._container, self._namespaces = tags, desk.next_home, container, namespaces
-        self._ahead: dict[tuple[int, int], list[Socket]] = {}
-        self._taken: tuple[int, int] | None = None
+        self._spares: dict[tuple[int, int], list[Socket]] = {}
+        self._missing: tuple[int, int] | None = None
 
-    def take(self, home: Home, cookie: int, family: int, protocol: int) -> Socket:
-        """A twin to live in the namespace of that cookie. Raises OSError."""
-        if home is not Home.HOST or cookie != self._namespaces.home_cookie:
+    def get(self, home: Home, cookie: int, family: int, protocol: int) -> Socket:
+        """A new socket in the namespace of that cookie. Raises OSError."""
+        if home is not Home.HOST or cookie != self._namespaces.host_cookie:
             with self._namespaces.inside(cookie):
                 return self._make(home, family, protocol)
-        spares = self._ahead.get((family, protocol))
+        spares = self._spares.get((family, protocol))
         if spares:
             return spares.pop()
-        self._taken = (family, protocol)
+        self._missing = (family, protocol)
         return self._make(home, family, protocol)
 
     def refill(self) -> None:
-        """Where there was no spare of the kind that was taken, make some. To be called while the program runs on."""
-        if self._taken is not None:
-            spares = self._ahead.setdefault(self._taken, [])
+        """Make spare sockets of the kind of which `get` found none. To be called when the program does not wait."""
+        if self._missing is not None:
+            spares = self._spares.setdefault(self._missing, [])
             with contextlib.suppress(OSError):
-                while len(spares) < _AHEAD:
-                    spares.append(self._make(Home.HOST, *self._taken))
-            self._taken = None
+                while len(spares) < _SPARES:
+                    spares.append(self._make(Home.HOST, *self._missing))
+            self._missing = None
 
     def _make(self, home: Home, family: int, protocol: int) -> Socket:
         next_home = self._next_home
@@ -93,7 +93,7 @@ class SocketPool:
         except OSError:
             next_home[0] = 0
             raise
-        if next_home[0]:  # the hook did not see it
+        if next_home[0]:  # the hook did not run
             next_home[0] = 0
             try:
                 self._tags.put(ctypes.c_int32(new.fileno()), layout.Tag(container=self._container, home=home))

@@ -1,25 +1,23 @@
-"""The supervisor of one container: takes its trapped calls, and puts twins in the place of its sockets.
+"""The supervisor of one container: serves its trapped calls, and replaces its sockets where a rule says so.
 
 Theory of operation
 
-    RECV ── look at the socket ── decide ──┬── RESUME: the call runs on the socket as it is
-                                           ├── REFUSE: the call ends with an errno
-                                           └── twin ── tag ── (bind) ── ADDFD ── the call runs, or has run
+    RECV ── ask about the socket ── decide ──┬── RESUME: the call runs on the socket as it is
+                                             ├── REFUSE: the call fails with an errno
+                                             └── replacement ── tag ── (bind) ── ADDFD ── the call runs, or succeeds
 
-A bind that becomes an endpoint's is made here, on the twin, before the program has it: if it fails, the program gets
-the kernel's errno and keeps the socket that it had. One in the container runs with the program's own rights. A
-connect runs in the program's own thread, where it may block, be
-interrupted or be left to finish in the background as the program likes. Both meet the hooks, which decide
-on the kernel's copy of the address; nothing here can widen what a container may do.
+A bind to an endpoint is made here, on the replacement socket, before the program has it: if it fails, the program gets
+the kernel's errno and keeps its socket. A bind in the container runs with the program's own rights. A connect runs in
+the program's own thread, where it may block, be interrupted, or finish in the background. The hooks see both, and
+decide on the kernel's copy of the address; nothing here can extend what a container may do.
 
-One call at a time, and never a call that blocks; a second thread does nothing but wait for the end
+It serves one call at a time, and makes no call that blocks; a second thread only waits for the end
 (graft/swap/end_watcher.py). The program's thread sleeps meanwhile, and the kernel gives its core to this process and
-back: what counts is how much is done between RECV and the answer, and how many system calls that takes. So the hooks
-tell at once what can be told (graft/swap/desk.py), and what can wait is done later, for several at once.
+back: what costs time is the work between RECV and the answer, and its system calls. So one question to the hooks gets
+all that they know (graft/swap/desk.py), and what can wait is done after the answer, for several calls at once.
 
-The notification being worked on lies in a memory shared with the holder of the listener (`graft run`): a
-supervisor that dies is started again, takes up the call that its forerunner left, and the container's calls wait
-instead of failing.
+The notification being served is in memory that is shared with the keeper's process (graft/swap/keeper.py): when a
+supervisor dies, the next one serves that call, and the container's calls wait instead of failing.
 """
 
 from __future__ import annotations
@@ -51,14 +49,14 @@ from graft.swap.socket_pool import SocketPool
 from graft.swap.unreported import UnreportedBinds
 
 _IPPROTO_MPTCP = 262
-_AT_ONCE = 8  # replaced sockets that wait to be closed
-_BIND, _LISTEN = Call.BIND, Call.LISTEN  # an attribute of an enum is no cheap thing to look up
+_CLOSE_TOGETHER = 8  # replaced sockets, of which this process has the last descriptor
+_BIND, _LISTEN = Call.BIND, Call.LISTEN  # constants, because an enum's attributes are slow to look up
 _REFUSE, _RESUME, _TO_HOST = Action.REFUSE, Action.RESUME, Action.TO_HOST
 
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One line for whoever watches: what was asked, and what became of it."""
+    """A trapped call, and the decision about it, for `graft run -v`. ``error``: the errno that it failed with here."""
 
     call: Call
     address: Sockaddr | None
@@ -67,12 +65,12 @@ class LogEntry:
 
 
 class TrappedCall(NamedTuple):
-    """A trapped call and all that is known about it. ``held`` is our copy of its socket."""
+    """A trapped call and all that is known about it. ``duplicate`` is this process's descriptor of its socket."""
 
     notification: Notification
     call: Call
     process: Process
-    held: int
+    duplicate: int
     address: Sockaddr | None
     answer: DeskAnswer
 
@@ -86,45 +84,45 @@ class Supervisor:
         desk: Desk,
         pool: SocketPool,
         listener: Listener,
-        tell: Callable[[LogEntry], None] | None = None,
+        log: Callable[[LogEntry], None] | None = None,
     ) -> None:
         self._tags, self._desk, self._pool = tags, desk, pool
         self._listener = listener
         self._memory = MemoryReader(SOCKADDR_SIZE)
         self._processes = Processes()
-        self._tell = tell
+        self._log = log
         self._architecture, numbers = architecture()
         self._calls = {number: Call[name.upper()] for name, number in numbers.items()}
-        self._references = 0
+        self._expected_references = 0
         self._unreported = UnreportedBinds()
         self._replaced: list[int] = []
 
     def calibrate(self) -> None:
-        """Learn what the probe counts for a socket that one process has once and we have a copy of.
+        """Count the references to a socket with one descriptor in its program and a duplicate here.
 
-        One more where this process has a second thread: a system call holds its descriptors then.
+        There is one more where this process has a second thread: system calls take references to descriptors then.
         """
         sock = Socket()
-        copy = os.dup(sock.fileno())
+        duplicate = os.dup(sock.fileno())
         try:
-            self._references = self._desk.count_references(copy)
+            self._expected_references = self._desk.count_references(duplicate)
         finally:
-            os.close(copy)
+            os.close(duplicate)
             sock.close()
 
-    def handle(self, raw: bytes | bytearray, again: bool = False) -> None:
-        """Serve one notification. An error of ours ends the program's call with an errno, never Graft.
+    def handle(self, raw: bytes | bytearray, taken_over: bool = False) -> None:
+        """Serve one notification. Where that fails, the program's call fails with an errno.
 
-        ``again``: an earlier supervisor may have got anywhere with it.
+        ``taken_over``: a previous supervisor died while it served the notification.
         """
         notification = Notification.unpack(raw)
         call = self._calls.get(notification.nr)
         if call is None or notification.arch != self._architecture:
-            # A container's own profile (graft/oci/seccomp_profile.py) notifies 32-bit calls too: they stay at home.
+            # A container's own profile (graft/oci/seccomp_profile.py) notifies 32-bit calls too: they run unchanged.
             self._listener.resume(notification.id)
             return
         try:
-            if (again or (self._unreported and self._was_unreported(notification))) and self._bound_already(
+            if (taken_over or (self._unreported and self._was_unreported(notification))) and self._is_bound_already(
                 notification, call
             ):
                 self._listener.answer(notification.id)
@@ -132,7 +130,7 @@ class Supervisor:
                 self._serve(notification, call)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESRCH):
-                # The caller is gone, or its descriptor is: then the kernel itself has the right answer.
+                # The caller or its descriptor is gone: the kernel then has the right errno.
                 self._listener.resume(notification.id)
             else:
                 self._listener.answer(notification.id, error.errno or errno.EIO)
@@ -141,19 +139,19 @@ class Supervisor:
             raise
 
     def _was_unreported(self, notification: Notification) -> bool:
-        """Whether this may be the restart of a bind that was done, but that a signal kept from hearing so."""
-        return self._unreported.take(notification.pid, notification.fd)
+        """Whether this may be the restart of a bind that succeeded, but was interrupted by a signal."""
+        return self._unreported.remove(notification.pid, notification.fd)
 
-    def _bound_already(self, notification: Notification, call: Call) -> bool:
-        """Whether the descriptor of this bind is the bound twin of just this address already."""
+    def _is_bound_already(self, notification: Notification, call: Call) -> bool:
+        """Whether the descriptor of this bind is a replacement socket that is bound for this address already."""
         address = self._address(notification)
         if call is not Call.BIND or address is None:
             return False
-        _, held = self._processes.copy_of(notification.pid, notification.fd)
+        _, duplicate = self._processes.duplicate_fd(notification.pid, notification.fd)
         try:
-            tag = self._tags.peek(ctypes.c_int32(held))
+            tag = self._tags.peek(ctypes.c_int32(duplicate))
         finally:
-            os.close(held)
+            os.close(duplicate)
         if tag is None or not tag.given:
             return False
         return (tag.family, bytes(tag.addr), tag.port) == (address.family, address.address, address.port)
@@ -161,32 +159,32 @@ class Supervisor:
     def _serve(self, notification: Notification, call: Call) -> None:
         unique, fd = notification.id, notification.fd
         try:
-            process, held = self._processes.copy_of(notification.pid, fd)
+            process, duplicate = self._processes.duplicate_fd(notification.pid, fd)
         except OSError:
-            self._listener.resume(unique)  # EBADF and the like: the kernel says it better
+            self._listener.resume(unique)  # EBADF, for example: the kernel reports it
             return
         error = None
         try:
             address = None if call is _LISTEN else self._address(notification)
-            answer = self._desk.ask(held, call, address, process.fdinfo, fd)
+            answer = self._desk.ask(duplicate, call, address, process.fdinfo, fd)
             if answer is not None:
-                error = self._act(TrappedCall(notification, call, process, held, address, answer))
+                error = self._decide_and_apply(TrappedCall(notification, call, process, duplicate, address, answer))
         finally:
-            # Before the call goes on: while we have the old socket, the program's epoll instances still see it.
-            if held not in self._replaced:
-                os.close(held)
+            # Before the call runs: the program's epoll instances report the old socket as long as it is open here.
+            if duplicate not in self._replaced:
+                os.close(duplicate)
         if error is None:
             self._listener.resume(unique)
         elif not self._listener.answer(unique, error) and not error:
             self._unreported.add(notification.pid, fd)
-        self._tidy()
+        self._do_deferred_work()
 
-    def _tidy(self) -> None:
-        """What can wait until the program runs on, and is cheaper for several at once."""
+    def _do_deferred_work(self) -> None:
+        """What can be done after the answer, and is cheaper for several sockets at once."""
         self._pool.refill()
-        if len(self._replaced) >= _AT_ONCE:
-            for old in self._replaced:
-                os.close(old)
+        if len(self._replaced) >= _CLOSE_TOGETHER:
+            for fd in self._replaced:
+                os.close(fd)
             self._replaced.clear()
 
     def _address(self, notification: Notification) -> Sockaddr | None:
@@ -195,60 +193,58 @@ class Supervisor:
         except OSError:
             return None  # a bad pointer: the kernel's EFAULT
 
-    def _act(self, swap: TrappedCall) -> int | None:
-        """Decide, and carry it out. Gives the errno that the call ends with here (0: it has succeeded), None where
-        it has to run.
-        """
-        facts = swap.answer.facts
-        v6only = facts.family == 6 and socket_copy.is_v6only(swap.held, facts.protocol)
-        decision = decide(swap.call, swap.address, facts, v6only)
+    def _decide_and_apply(self, trapped: TrappedCall) -> int | None:
+        """Decide, and apply the decision. Gives the errno to answer with (0: success), None where the call must run."""
+        facts = trapped.answer.facts
+        v6only = facts.family == 6 and socket_copy.is_v6only(trapped.duplicate, facts.protocol)
+        decision = decide(trapped.call, trapped.address, facts, v6only)
         error: int | None = None
         if decision.action is _REFUSE:
             error = decision.error
         elif decision.action is not _RESUME:
-            error = self._swap(swap, decision, v6only)
-        if self._tell is not None:
-            self._tell(LogEntry(swap.call, swap.address, decision, error or 0))
+            error = self._replace(trapped, decision, v6only)
+        if self._log is not None:
+            self._log(LogEntry(trapped.call, trapped.address, decision, error or 0))
         return error
 
-    def _swap(self, swap: TrappedCall, decision: Decision, v6only: bool) -> int | None:
-        """Put a twin in the socket's place; give what `_act` does."""
-        facts, (references, flags, probed, options, overflow) = swap.answer
-        notification, held = swap.notification, swap.held
+    def _replace(self, trapped: TrappedCall, decision: Decision, v6only: bool) -> int | None:
+        """Replace the socket. Gives what `_decide_and_apply` gives."""
+        facts, (references, flags, probed, options, overflow) = trapped.answer
+        notification, duplicate = trapped.notification, trapped.duplicate
         if not probed & PROBED_FLAGS:
-            flags = descriptors.descriptor_flags(swap.process.fdinfo, notification.fd)
+            flags = descriptors.descriptor_flags(trapped.process.fdinfo, notification.fd)
             probed |= PROBED_OWNED
-        names = socket_copy.options_set(self._desk.options) if options or overflow else ()
+        names = socket_copy.recorded_options(self._desk.options) if options or overflow else ()
         error = None
-        new = self._twin(decision, facts)
+        replacement = self._get_replacement(decision, facts)
         try:
             socket_copy.copy_socket_state(
-                new, held, flags, names, v6only or decision.v6only, bool(probed & PROBED_OWNED)
+                replacement, duplicate, flags, names, v6only or decision.v6only, bool(probed & PROBED_OWNED)
             )
-            if swap.call is _BIND and decision.action is _TO_HOST:
-                assert swap.address is not None
-                error = self._bind(new, swap.address)
+            if trapped.call is _BIND and decision.action is _TO_HOST:
+                assert trapped.address is not None
+                error = self._bind(replacement, trapped.address)
             if not error:
-                number, attached = new.fileno(), None
-                if descriptors.must_look(probed, references, self._references):
-                    attached = descriptors.find(notification.pid, os.fstat(held).st_ino, notification.fd)
-                self._listener.replace(notification.id, number, notification.fd, bool(flags & os.O_CLOEXEC))
-                if attached is not None:
-                    self._replace_others(swap, attached, number)
+                fd, others = replacement.fileno(), None
+                if descriptors.needs_search(probed, references, self._expected_references):
+                    others = descriptors.find_references(notification.pid, os.fstat(duplicate).st_ino, notification.fd)
+                self._listener.replace(notification.id, fd, notification.fd, bool(flags & os.O_CLOEXEC))
+                if others is not None:
+                    self._replace_references(trapped, others, fd)
                 elif not facts.local_port:
-                    # Nobody has it now but us, nothing watches it, and it keeps no port: it can go later.
-                    self._replaced.append(held)
+                    # The old socket is open here only, is registered nowhere, and has no port: it can be closed later.
+                    self._replaced.append(duplicate)
         finally:
-            new.close()
+            replacement.close()
         return error
 
-    def _twin(self, decision: Decision, facts: SocketFacts) -> Socket:
+    def _get_replacement(self, decision: Decision, facts: SocketFacts) -> Socket:
         if decision.action is _TO_HOST:
-            return self._pool.take(Home.HOST, decision.netns, facts.family, facts.protocol)
-        return self._pool.take(Home.CONTAINER, facts.container_netns, facts.family, facts.protocol)
+            return self._pool.get(Home.HOST, decision.netns, facts.family, facts.protocol)
+        return self._pool.get(Home.CONTAINER, facts.container_netns, facts.family, facts.protocol)
 
     def _bind(self, sock: Socket, address: Sockaddr) -> int:
-        """Bind the twin to what the program asked for; the hook makes it the endpoint. Gives an errno."""
+        """Bind a replacement to the program's address, which the hook rewrites to the endpoint. Gives an errno."""
         text = str(address.ip)
         if sock.family == socket_copy.AF_INET6 and address.family == 4:
             text = f"::ffff:{text}"
@@ -261,37 +257,37 @@ class Supervisor:
         return 0
 
     def _complete_tag(self, sock: Socket) -> None:
-        """What the hook after a bind does, which sees only an MPTCP socket's first subflow."""
+        """Write the port to the tag, as the hook after a bind does, which sees only an MPTCP socket's first subflow."""
         tag = self._tags.get(ctypes.c_int32(sock.fileno()))
         if tag is not None and tag.home == Home.HOST:
-            tag.given = sock.getsockname()[1]  # the real one: a supervisor is told no other
+            tag.given = sock.getsockname()[1]  # the real port: the hook shows a supervisor no other
             self._tags.put(ctypes.c_int32(sock.fileno()), tag)
 
-    def _replace_others(self, swap: TrappedCall, attached: descriptors.SocketReferences, new: int) -> None:
-        """Put the twin wherever else the process has the old socket."""
-        for copy in attached.copies:
+    def _replace_references(self, trapped: TrappedCall, others: descriptors.SocketReferences, replacement: int) -> None:
+        """Replace the socket's duplicates in the process, and register the replacement where the socket is."""
+        for fd in others.duplicates:
             with contextlib.suppress(OSError):
-                cloexec = bool(descriptors.descriptor_flags(swap.process.fdinfo, copy) & os.O_CLOEXEC)
-                self._listener.replace(swap.notification.id, new, copy, cloexec)
-        descriptors.register_again(attached.watches, new, swap.process.get_fd)
+                cloexec = bool(descriptors.descriptor_flags(trapped.process.fdinfo, fd) & os.O_CLOEXEC)
+                self._listener.replace(trapped.notification.id, replacement, fd, cloexec)
+        descriptors.copy_registrations(others.registrations, replacement, trapped.process.duplicate_fd)
 
 
-def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, holder: int) -> None:
-    """Serve until the last process of the container is gone, or the holder (a pidfd) is.
+def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, keeper: int) -> None:
+    """Serve until the container's last process has ended, or the keeper's process (``keeper`` is its pidfd).
 
-    ``journal`` is shared with the holder: the notification at work, zero where there is none.
+    ``journal``, shared with the keeper's process, has the notification being served, or zeros.
     """
     listener.wake_on_this_core()
     page = (ctypes.c_char * Listener.SIZE).from_buffer(journal)
     blank = bytes(Listener.SIZE)
-    left = page.raw
-    ending = EndWatcher(listener.fd, holder)
-    with ending.watched():
+    unfinished = page.raw
+    watcher = EndWatcher(listener.fd, keeper)
+    with watcher.running():
         supervisor.calibrate()
-        if left != blank and listener.is_valid(Notification.unpack(left).id):
-            supervisor.handle(left, again=True)
+        if unfinished != blank and listener.is_valid(Notification.unpack(unfinished).id):
+            supervisor.handle(unfinished, taken_over=True)
         page.raw = blank
-        while not ending.has_come:
+        while not watcher.should_stop:
             if listener.receive(page):
                 supervisor.handle(page.raw)
                 page.raw = blank

@@ -1,23 +1,24 @@
-"""Binds that were done, but whose callers a signal kept from hearing so: they come again, and must not be done twice.
+"""Binds that succeeded, but whose callers did not get the result, because a signal interrupted their calls.
 
-Not every one comes again (its caller may have died), and how many there are is up to a container. So the oldest are
-forgotten: if one of those comes again after all, it gets the kernel's own errno. Pure.
+The kernel restarts such a call, and the second bind of the same address must succeed without being made again. Not
+every one is restarted (its caller may have died), and a container decides how many there are. So the oldest are
+dropped: if one of those is restarted after all, it gets the kernel's own errno. Pure.
 """
 
 from __future__ import annotations
 
-MOST = 256
+MAX_CALLERS = 256
 
 Caller = tuple[int, int]
-"""A thread's id, and the number of the descriptor that its call is about."""
+"""A thread's id, and the number of the descriptor in its call."""
 
 
 class UnreportedBinds:
-    """The last ``most`` callers that did not hear."""
+    """The last ``limit`` callers that did not get the result of their bind."""
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, limit: int = MAX_CALLERS) -> None:
         self._callers: dict[Caller, None] = {}
-        self._most = most
+        self._limit = limit
 
     def __bool__(self) -> bool:
         return bool(self._callers)
@@ -26,14 +27,14 @@ class UnreportedBinds:
         return len(self._callers)
 
     def add(self, thread: int, fd: int) -> None:
-        """Remember a caller, the newest now."""
-        self.take(thread, fd)
-        while len(self._callers) >= self._most:
+        """Add a caller, as the newest."""
+        self.remove(thread, fd)
+        while len(self._callers) >= self._limit:
             del self._callers[next(iter(self._callers))]
         self._callers[thread, fd] = None
 
-    def take(self, thread: int, fd: int) -> bool:
-        """Whether that caller is among them. It is not any more then."""
+    def remove(self, thread: int, fd: int) -> bool:
+        """Remove a caller; whether it was there."""
         if (thread, fd) not in self._callers:
             return False
         del self._callers[thread, fd]

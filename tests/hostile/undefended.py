@@ -42,19 +42,19 @@ COMMAND = Path(__file__).resolve()
 
 
 def _signals() -> None:
-    def carry_signals(old: int, new: int) -> None:
+    def copy_signal_owner(old: int, new: int) -> None:
         fcntl.fcntl(new, 15, fcntl.fcntl(old, 16, struct.pack("=ii", 0, 0)))
         fcntl.fcntl(new, 10, fcntl.fcntl(old, 11))
         fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_ASYNC)
 
-    socket_copy._carry_signals = carry_signals
+    socket_copy._copy_signal_owner = copy_signal_owner
 
 
 def _rights() -> None:
     def as_it_is(_least: int, value: int) -> int:
         return value
 
-    # Names that graft/swap/socket_copy.py looks up when it carries an option.
+    # Names that graft/swap/socket_copy.py looks up when it copies an option.
     socket_copy.__dict__["with_capabilities"] = lambda *_: contextlib.nullcontext()
     socket_copy.__dict__["max"] = as_it_is
 

@@ -1,4 +1,4 @@
-"""A supervisor that waits where it cannot look around is told that the end has come."""
+"""A supervisor that waits in a system call is stopped when its container or its keeper has ended."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ import pytest
 from graft.swap.end_watcher import EndWatcher
 
 
-def _wait_like_a_supervisor(ending: EndWatcher, pause: float) -> None:
-    while not ending.has_come:
-        time.sleep(pause)  # a signal's handler runs, and the rest of the pause follows: only the flag ends the loop
+def _wait_until_stopped(watcher: EndWatcher, pause: float) -> None:
+    while not watcher.should_stop:
+        time.sleep(pause)  # continues after the signal's handler: only the flag ends the loop
 
 
-@pytest.mark.parametrize("end", ["listener", "holder"])
-def test_the_end_comes_by_a_listener_without_processes_and_by_a_holder_that_is_gone(end: str) -> None:
+@pytest.mark.parametrize("end", ["listener", "keeper"])
+def test_it_stops_when_the_last_process_is_gone_and_when_the_keeper_is(end: str) -> None:
     listener, container = os.pipe()
-    holder, other = os.pipe()
-    ending = EndWatcher(listener, holder)
+    keeper, other = os.pipe()
+    watcher = EndWatcher(listener, keeper)
     threads = threading.active_count()
-    with ending.watched():
-        assert not ending.has_come
+    with watcher.running():
+        assert not watcher.should_stop
         os.close(container if end == "listener" else other)
-        _wait_like_a_supervisor(ending, 0.01)
+        _wait_until_stopped(watcher, 0.01)
     assert threading.active_count() == threads
-    for fd in (listener, holder, other if end == "listener" else container):
+    for fd in (listener, keeper, other if end == "listener" else container):
         os.close(fd)
 
 
-def test_a_call_that_never_returns_by_itself_is_interrupted_again_and_again() -> None:
-    holder, other = os.pipe()
-    never, kept = os.pipe()
-    heard = []
-    ending = EndWatcher(never, holder)
-    with ending.watched():
-        signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+def test_a_call_that_does_not_return_is_interrupted_repeatedly() -> None:
+    keeper, other = os.pipe()
+    silent, open_end = os.pipe()
+    signals = []
+    watcher = EndWatcher(silent, keeper)
+    with watcher.running():
+        signal.signal(signal.SIGUSR1, lambda *_: signals.append(1))
         os.close(other)
-        while len(heard) < 3:
+        while len(signals) < 3:
             time.sleep(0.01)
-    for fd in (holder, never, kept):
+    for fd in (keeper, silent, open_end):
         os.close(fd)
 
 
-def test_a_notification_that_waits_does_not_end_anything() -> None:
+def test_a_pending_notification_stops_nothing() -> None:
     listener, container = os.pipe()
-    holder, other = os.pipe()
-    ending = EndWatcher(listener, holder)
-    with ending.watched():
+    keeper, other = os.pipe()
+    watcher = EndWatcher(listener, keeper)
+    with watcher.running():
         os.write(container, b"x")
         time.sleep(0.05)
-        assert not ending.has_come
+        assert not watcher.should_stop
         os.close(other)
-        _wait_like_a_supervisor(ending, 0.01)
-    for fd in (listener, holder, container):
+        _wait_until_stopped(watcher, 0.01)
+    for fd in (listener, keeper, container):
         os.close(fd)

@@ -103,7 +103,7 @@ def test_an_answer_of_a_desk_is_read_by_the_names_of_its_fields() -> None:
     written.references, written.flags, written.probed = 4, 5, 6
     written.options.count, written.options.overflow = 7, 1
     first = layout.Desk.netns.offset
-    answer = desk._read(bytes(written)[first : first + desk._ANSWER.size])
+    answer = desk._parse_answer(bytes(written)[first : first + desk._ANSWER.size])
     facts = answer.facts
     assert (facts.netns, facts.endpoint, facts.family, facts.verdict, facts.protocol) == (1, 2, 6, 3, 262)
     assert answer.descriptor == desk.Descriptor(references=4, flags=5, probed=6, options=7, overflow=1)

@@ -72,8 +72,8 @@ def test_an_epoll_instance_of_very_many_is_looked_through() -> None:
             for fd in others:
                 epoll.register(fd, select.EPOLLIN)
             epoll.register(sock.fileno(), select.EPOLLIN)
-            found = descriptors.find(os.getpid(), os.fstat(sock.fileno()).st_ino, sock.fileno())
-            assert [(watch.epoll, watch.fd) for watch in found.watches] == [(epoll.fileno(), sock.fileno())]
+            found = descriptors.find_references(os.getpid(), os.fstat(sock.fileno()).st_ino, sock.fileno())
+            assert [(one.epoll, one.fd) for one in found.registrations] == [(epoll.fileno(), sock.fileno())]
         finally:
             for fd in others:
                 os.close(fd)

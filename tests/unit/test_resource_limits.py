@@ -1,4 +1,4 @@
-"""What one supervisor may take of the machine."""
+"""Limits of a supervisor's memory and CPU time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.swap.resource_limits import LEAST_BYTES, MOST_BYTES, cpu_limit, memory_limit
+from graft.swap.resource_limits import MAX_BYTES, MIN_BYTES, cpu_limit, memory_limit
 
 
 @pytest.mark.parametrize(
@@ -15,11 +15,11 @@ from graft.swap.resource_limits import LEAST_BYTES, MOST_BYTES, cpu_limit, memor
         ("max 100000", "max 100000", "max"),
         ("200000 100000", "max 100000", "200000 100000"),
         ("200000 100000", "10000 100000", "10000 100000"),
-        ("5000 100000", "50000 50000", "5000 100000"),  # the tighter one, wherever it stands
+        ("5000 100000", "50000 50000", "5000 100000"),  # the lower one, of the outer cgroup
         ("nonsense", "", "max"),
     ],
 )
-def test_a_supervisor_has_the_tightest_cpu_limit_of_its_container(
+def test_a_supervisor_has_the_lowest_cpu_limit_of_its_container(
     tmp_path: Path, outer: str, inner: str, limit: str
 ) -> None:
     folder = tmp_path / "a" / "b"
@@ -32,10 +32,10 @@ def test_a_supervisor_has_the_tightest_cpu_limit_of_its_container(
 @pytest.mark.parametrize(
     ("outer", "inner", "limit"),
     [
-        ("max", "max", MOST_BYTES),
+        ("max", "max", MAX_BYTES),
         ("300000000", "max", 300000000),
         ("300000000", "200000000", 200000000),
-        ("max", "4096", LEAST_BYTES),  # a supervisor has to live
+        ("max", "4096", MIN_BYTES),  # a supervisor needs that much
     ],
 )
 def test_a_supervisor_has_the_memory_limit_of_its_container(tmp_path: Path, outer: str, inner: str, limit: int) -> None:
