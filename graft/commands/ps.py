@@ -94,7 +94,7 @@ def namespaces_of(pids: Sequence[int]) -> tuple[int, ...]:
 
 
 def supervisors_of(container: Container, supervisors: Sequence[int]) -> tuple[int, ...]:
-    """The processes that serve a container: children of its holder, among those of the supervisors' cgroup."""
+    """The processes that serve a container: children of its keeper's process, in the supervisors' cgroup."""
     if not container.pid:
         return ()
     known = ((pid, tasks.activity(pid)) for pid in supervisors)

@@ -6,7 +6,7 @@ same names change every thread of the process (setresuid(2), "C library/kernel d
 
 The saved user id stays root's, which is the way back, and keeps other users' hands off: ptrace and /proc ask for all
 three ids. One thing another user's process may do meanwhile is to send a signal to this thread (kill(2) asks for the
-real or the saved id). A supervisor that is killed so is started again by its holder.
+real or the saved id). A supervisor that is killed so is started again by its keeper.
 
 Sources: setresuid(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c (kill_ok_by_cred).
 """

@@ -1,1 +1,1 @@
-"""The OCI runtime wrapper: has a container attached before its first program runs, and is runc or crun otherwise."""
+"""The OCI runtime wrapper: runc or crun, with each container attached before its first program runs."""

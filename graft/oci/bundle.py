@@ -1,10 +1,10 @@
 """A bundle's config.json: read, edited (pure), and written back in one step.
 
-Only the file that the engine wrote is touched. A link in its place is refused: what a container can write
-never tells the runtime where to write.
+Only the file that the engine wrote is changed. A symbolic link in its place is refused, so that a container cannot
+make this process, which is root's, write elsewhere.
 
-The engine puts an image's words into it. What cannot be read here, or is not what it has to be, is refused and not left
-to the runtime: that one may read it, and would start a container without the policy that was asked for.
+Some of its values come from an image. A file that is invalid here is refused, and not left to the runtime, which
+might accept it and start the container without the policy that it asks for.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from graft.oci import seccomp_profile
 
 Config = dict[str, Any]
 HOOK = "graft.oci.hook"
-_HOSTS_USERS = "/proc/1/ns/user"
+_HOST_USER_NAMESPACE = "/proc/1/ns/user"
 _MAX_BYTES = 16 << 20
-# With these crun takes its filter, or the filter's listener, from elsewhere.
-_CRUNS_OWN = ("run.oci.seccomp.receiver", "run.oci.seccomp_bpf_data")
+# Annotations by which crun takes its filter, or the filter's listener, from elsewhere.
+_CRUN_ANNOTATIONS = ("run.oci.seccomp.receiver", "run.oci.seccomp_bpf_data")
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What is to be put into a configuration.
+    """What to add to a configuration.
 
-    ``hook`` is the command that has the container attached before its program starts, ``after`` the one
-    for when it is gone; ``listener`` None leaves the seccomp profile as it is. ``listeners`` is how the
-    path of any listener of Graft's begins.
+    ``create_runtime`` is the hook's command that attaches the container before its program starts, ``poststop`` the
+    one that removes its rules. ``listener`` None leaves the seccomp profile unchanged. ``own_listeners`` is the prefix
+    of the paths of Graft's own listeners.
     """
 
-    hook: tuple[str, ...]
-    after: tuple[str, ...] | None = None
+    create_runtime: tuple[str, ...]
+    poststop: tuple[str, ...] | None = None
     environment: tuple[str, ...] = ()
     listener: str | None = None
-    listeners: str | None = None
+    own_listeners: str | None = None
     metadata: str = ""
     wait_killable: bool = False
 
 
-def notes(config: Mapping[str, Any]) -> dict[str, str]:
-    """The container's annotations. Raises UsageError, as everything here does for a part that is no such thing."""
+def container_annotations(config: Mapping[str, Any]) -> dict[str, str]:
+    """The container's annotations. Raises UsageError, as every function here does for a value of another type."""
     return text_by_name(config.get("annotations"), "annotations")
 
 
 def edit_config(config: Mapping[str, Any], edit: Edit) -> Config:
-    """A copy of ``config`` with the hooks, and the notifications, of ``edit``. Editing twice is editing once.
+    """A copy of ``config`` with the hooks and the notifications of ``edit``. A second edit changes nothing more.
 
-    Raises ConflictError where the container's seccomp profile leaves no room for them.
+    Raises ConflictError where the container's seccomp profile conflicts with them.
     """
     edited = copy.deepcopy(dict(config))
     hooks = mapping(edited.get("hooks"), "hooks")
     for kind in ("createRuntime", "poststop"):
         kept = [hook for hook in mappings(hooks.get(kind), f"hooks.{kind}") if not _is_ours(hook, kind)]
-        command = edit.hook if kind == "createRuntime" else edit.after
+        command = edit.create_runtime if kind == "createRuntime" else edit.poststop
         if command is not None:
             kept.append({"path": command[0], "args": list(command), "env": list(edit.environment), "timeout": 60})
         if kept or kind in hooks:
@@ -81,12 +81,12 @@ def _is_ours(hook: Mapping[str, Any], kind: str) -> bool:
 
 
 def _edit_seccomp(config: Mapping[str, Any], profile: Mapping[str, Any], edit: Edit) -> seccomp_profile.Profile:
-    for name in _CRUNS_OWN:
-        if notes(config).get(name):
-            raise ConflictError(f"annotation {name}: it takes the container's seccomp filter from elsewhere")
+    for name in _CRUN_ANNOTATIONS:
+        if container_annotations(config).get(name):
+            raise ConflictError(f"annotation {name}: the container's seccomp filter comes from elsewhere")
     assert edit.listener is not None
     edited = seccomp_profile.with_notifications(
-        profile or seccomp_profile.open_profile(), edit.listener, edit.metadata, edit.listeners
+        profile or seccomp_profile.allow_all_profile(), edit.listener, edit.metadata, edit.own_listeners
     )
     if edit.wait_killable and seccomp_profile.WAIT_KILLABLE not in (edited.get("flags") or []):
         edited["flags"] = [*(edited.get("flags") or []), seccomp_profile.WAIT_KILLABLE]
@@ -94,7 +94,7 @@ def _edit_seccomp(config: Mapping[str, Any], profile: Mapping[str, Any], edit: E
 
 
 def namespace_path(config: Mapping[str, Any], kind: str) -> str | None:
-    """Path of the namespace of ``kind`` that the container joins, "" for a new one, None for the runtime's own."""
+    """The path of the namespace of ``kind`` that the container joins, "" for a new one, None for the runtime's."""
     linux = mapping(config.get("linux"), "linux")
     for namespace in mappings(linux.get("namespaces"), "linux.namespaces"):
         if text(namespace.get("type"), "linux.namespaces.type") == kind:
@@ -102,24 +102,24 @@ def namespace_path(config: Mapping[str, Any], kind: str) -> str | None:
     return None
 
 
-def has_own_users(config: Mapping[str, Any]) -> bool:
-    """Whether the container's user namespace is another than the host's."""
+def has_own_user_namespace(config: Mapping[str, Any]) -> bool:
+    """Whether the container's user namespace is not the host's."""
     joined = namespace_path(config, "user")
     if not joined:
         return joined == ""
     try:
-        return os.stat(joined).st_ino != os.stat(_HOSTS_USERS).st_ino
+        return os.stat(joined).st_ino != os.stat(_HOST_USER_NAMESPACE).st_ino
     except OSError:
         return False
 
 
 def capability_sets(config: Mapping[str, Any], capability: str) -> list[str]:
-    """The names of the capability sets of the container's first process that hold ``capability``, as CAP_NAME."""
+    """The names of the capability sets of the container's first process with ``capability``, as CAP_NAME."""
     process = mapping(config.get("process"), "process")
     sets = mapping(process.get("capabilities"), "process.capabilities")
-    names = {capability, capability.removeprefix("CAP_")}  # runtimes take both, and do not mind small letters
-    held = {name: texts(found, f"process.capabilities.{name}") for name, found in sets.items()}
-    return [name for name, found in held.items() if names & {one.upper() for one in found}]
+    names = {capability, capability.removeprefix("CAP_")}  # runtimes accept both, in lower case too
+    members = {name: texts(listed, f"process.capabilities.{name}") for name, listed in sets.items()}
+    return [name for name, listed in members.items() if names & {one.upper() for one in listed}]
 
 
 def environment(config: Mapping[str, Any]) -> dict[str, str]:
@@ -129,16 +129,16 @@ def environment(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_config(path: str) -> Config | None:
-    """The configuration at ``path``; None where there is no file: the runtime says that better itself.
+    """The configuration at ``path``; None where there is no such file, which is left to the runtime to report.
 
-    Raises UsageError for one that is no configuration.
+    Raises UsageError for an invalid one.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
+        raise UsageError(f"cannot read {path}: {error}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         return None
@@ -147,7 +147,7 @@ def read_config(path: str) -> Config | None:
 
 
 def parse_config(raw: bytes, source: str) -> Config:
-    """The configuration in ``raw``. Raises UsageError that names ``source`` for what is none.
+    """The configuration in ``raw``, which comes from ``source``. Raises UsageError for an invalid one.
 
     Bytes that are not UTF-8 are read as runtimes written in Go read them: as U+FFFD.
     """
@@ -155,24 +155,24 @@ def parse_config(raw: bytes, source: str) -> Config:
 
 
 def write_config(path: str, config: Mapping[str, Any]) -> None:
-    """Put ``config`` in the place of the file at ``path``, in one step, with its mode and owner.
+    """Replace the file at ``path`` by ``config``, in one step, with the same mode and owner.
 
-    Raises UsageError where that is no plain file.
+    Raises UsageError where that is not a regular file.
     """
     try:
         old = os.lstat(path)
         if not stat.S_ISREG(old.st_mode):
-            raise UsageError(f"{path}: it is no plain file, so it is not written to")
-        aside = f"{path}.graft-{os.getpid()}"
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            raise UsageError(f"cannot write {path}: not a regular file")
+        temporary = f"{path}.graft-{os.getpid()}"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "w") as file:
                 json.dump(config, file)
                 os.fchown(fd, old.st_uid, old.st_gid)
                 os.fchmod(fd, stat.S_IMODE(old.st_mode))
-            os.rename(aside, path)
+            os.rename(temporary, path)
         except BaseException:
-            os.unlink(aside)
+            os.unlink(temporary)
             raise
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error

@@ -1,7 +1,7 @@
-"""Whether a runtime can be told SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, which keeps a program's own signals
-from restarting a call that a supervisor is at work on (Go's runtime sends them all the time).
+"""Whether a runtime supports SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, with which a program's own signals do not
+restart a call that a supervisor is serving (Go's runtime sends them all the time).
 
-Asked once for each runtime and remembered: an unknown flag would keep a container from starting.
+A container would not start with a flag that its runtime does not know. Each runtime is asked once.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ _SINCE = (5, 19)
 _MAX_BYTES = 1 << 20
 
 
-def knows_wait_killable(runtime: str, remembered: Path) -> bool:
-    """Whether both the kernel and ``runtime`` know it; ``remembered`` is a file for the answer."""
+def supports_wait_killable(runtime: str, cache: Path) -> bool:
+    """Whether both the kernel and ``runtime`` support it; ``cache`` is a file for the answer."""
     major, minor = os.uname().release.split(".")[:2]
     if (int(major), int("".join(filter(str.isdigit, minor)) or 0)) < _SINCE:
         return False
     status = os.stat(runtime)
     key = f"{os.path.realpath(runtime)} {status.st_mtime_ns} {status.st_size}"
     try:
-        answers = parse_answers(remembered.read_bytes())
+        answers = parse_cache(cache.read_bytes())
     except (OSError, UsageError):
         answers = {}
     if key not in answers:
-        answers = {key: _ask(runtime)}
-        aside = remembered.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(answers))
-        aside.rename(remembered)
+        answers = {key: _runtime_supports(runtime)}
+        temporary = cache.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(answers))
+        temporary.rename(cache)
     return answers[key]
 
 
-def _ask(runtime: str) -> bool:
-    """`features` of the runtime-spec (runc 1.1, crun 1.9); an older crun is asked by looking into its text."""
+def _runtime_supports(runtime: str) -> bool:
+    """By the sub-command `features` (runc 1.1, crun 1.9); in an older crun's file the flag's name is looked for."""
     try:
-        said = subprocess.run([runtime, "features"], capture_output=True, timeout=10, check=True).stdout
-        return WAIT_KILLABLE in supported_flags(said)
+        output = subprocess.run([runtime, "features"], capture_output=True, timeout=10, check=True).stdout
+        return WAIT_KILLABLE in supported_flags(output)
     except (OSError, subprocess.SubprocessError, UsageError):
         return os.path.basename(runtime) == "crun" and WAIT_KILLABLE.encode() in Path(runtime).read_bytes()
 
 
-def supported_flags(said: bytes) -> list[str]:
-    """Which flags of a seccomp filter a runtime knows, by its `features`. Raises UsageError."""
-    features = mapping(json_text.parse(said, "features", _MAX_BYTES), "features")
+def supported_flags(output: bytes) -> list[str]:
+    """The flags of a seccomp filter in the output of a runtime's `features`. Raises UsageError."""
+    features = mapping(json_text.parse(output, "features", _MAX_BYTES), "features")
     seccomp = mapping(mapping(features.get("linux"), "linux").get("seccomp"), "linux.seccomp")
     return texts(seccomp.get("supportedFlags"), "linux.seccomp.supportedFlags")
 
 
-def parse_answers(raw: bytes) -> dict[str, bool]:
-    """What was remembered. Raises UsageError."""
+def parse_cache(raw: bytes) -> dict[str, bool]:
+    """The answers in the cache. Raises UsageError."""
     found = mapping(json_text.parse(raw, "features.json", _MAX_BYTES), "features.json")
     return {key: answer for key, answer in found.items() if isinstance(answer, bool)}

@@ -1,7 +1,7 @@
-"""The commands that a runtime runs as hooks of a container. Quick to start: it imports next to nothing.
+"""The commands that a runtime runs as hooks of a container. Quick to start: few imports.
 
-python -m graft.oci.hook attach SOCKET     createRuntime: the shim has the container attached, or it fails
-python -m graft.oci.hook reap              poststop: rules of containers that are gone are taken away
+python -m graft.oci.hook attach SOCKET     createRuntime: have the shim attach the container, or fail
+python -m graft.oci.hook reap              poststop: remove the rules of containers that have ended
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ import os
 import socket
 import sys
 
-_PATIENCE = 50.0
-_MAX_BYTES = 1 << 20  # what the shim takes (graft/oci/state.py)
+_TIMEOUT = 50.0
+_MAX_BYTES = 1 << 20  # the shim's limit (graft/oci/state.py)
 
 
 def attach(path: str, state: bytes) -> str:
-    """Have the container that ``state`` (of the runtime's) tells of attached; what went wrong, "" for nothing."""
+    """Have the shim attach the container in ``state``, which the runtime gave; the error, "" for none."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as shim:
-        shim.settimeout(_PATIENCE)
+        shim.settimeout(_TIMEOUT)
         try:
             shim.connect(path)
             shim.sendall(state)
             shim.shutdown(socket.SHUT_WR)
-            said = b""
+            answer = b""
             while chunk := shim.recv(65536):
-                said += chunk
+                answer += chunk
         except OSError as error:
             return f"the container's supervisor does not answer: {error.strerror or error}"
-    if said == b"ok":
+    if answer == b"ok":
         return ""
-    return said.decode(errors="replace") or "the container's supervisor ended before the container was attached"
+    return answer.decode(errors="replace") or "the container's supervisor ended before the container was attached"
 
 
 def reap() -> None:
-    """Forget the containers whose cgroup is gone."""
+    """Remove the rules and records of containers whose cgroup is gone."""
     from graft.datapath.dataplane import is_up
     from graft.model.settings import Settings
     from graft.state.installation import Installation
@@ -43,28 +43,28 @@ def reap() -> None:
         Installation(settings).reap()
 
 
-def say(text: str) -> None:
-    """A line for the operator. crun gives its hooks no standard error: then the line goes to crun's own."""
+def report(text: str) -> None:
+    """Print a line for the operator. crun's hooks have no standard error: there it goes to that of crun itself."""
     from graft.model.printable import printable
 
-    nowhere = os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev
+    is_null = os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev
     try:
-        with open(f"/proc/{os.getppid()}/fd/2" if nowhere else 2, "a", errors="replace", closefd=nowhere) as where:
-            print(printable(text), file=where)
+        with open(f"/proc/{os.getppid()}/fd/2" if is_null else 2, "a", errors="replace", closefd=is_null) as output:
+            print(printable(text), file=output)
     except OSError:
         pass
 
 
 def main() -> int:
-    """The entry point; the exit status that a runtime takes as the hook's."""
+    """The entry point; gives the hook's exit status."""
     if sys.argv[1:2] == ["reap"]:
         reap()
         return 0
     state = sys.stdin.buffer.read(_MAX_BYTES + 1)
-    wrong = "the container's state is too big" if len(state) > _MAX_BYTES else attach(sys.argv[2], state)
-    if wrong:
-        say(f"graft: {wrong}")
-    return 1 if wrong else 0
+    error = "the container's state is too big" if len(state) > _MAX_BYTES else attach(sys.argv[2], state)
+    if error:
+        report(f"graft: {error}")
+    return 1 if error else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""`graft-runtime`: hands every command on to runc or crun, and looks at those that start a container.
+"""`graft-runtime`: executes runc or crun for every command, and prepares those that start a container.
 
-Engines call this a dozen times for each container, so it imports next to nothing until it has to.
+Engines call this a dozen times for each container, so it imports modules only where it needs them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail(invocation: Invocation, reason: str) -> NoReturn:
-    """Say why on standard error, and where the engine looks for a runtime's errors."""
+    """Report an error on standard error, and in the log where the engine looks for a runtime's errors."""
     from graft.model.printable import printable
 
     print(f"graft: {printable(reason)}", file=sys.stderr)
@@ -52,7 +52,7 @@ def _fail(invocation: Invocation, reason: str) -> NoReturn:
 
 
 def log(invocation: Invocation, message: str) -> None:
-    """A line in the log that the engine asked for, in the form that runc gives it."""
+    """Write a line to the log that the engine asked for, in runc's format."""
     import json
 
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,4 +1,4 @@
-"""One thread that waits for many things: messages at sockets, cgroups that empty, supervisors that die."""
+"""An event loop: messages at sockets, cgroups that become empty, supervisors that die."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from graft.oci.state import Message, State, comes_from_root
 
-Act = Callable[[Message, State], None]
+Handler = Callable[[Message, State], None]
 
 
 class MessageLoop:
-    """Calls what was asked for when a descriptor is ready."""
+    """Calls a descriptor's callback when it is ready."""
 
     def __init__(self) -> None:
         self._poll = select.poll()
@@ -26,16 +26,16 @@ class MessageLoop:
         self._callbacks[fd] = callback
         self._poll.register(fd, events)
 
-    def forget(self, fd: int) -> None:
-        """Watch ``fd`` no more."""
+    def unwatch(self, fd: int) -> None:
+        """Stop watching ``fd``."""
         if self._callbacks.pop(fd, None) is not None:
             self._poll.unregister(fd)
 
-    def receive(self, listening: socket.socket, act: Act) -> None:
-        """Call ``act`` for each message of the host's root that comes whole at ``listening``."""
-        self.watch(listening.fileno(), select.POLLIN, lambda: self._accept(listening, act))
+    def receive(self, listening: socket.socket, handler: Handler) -> None:
+        """Call ``handler`` for each complete message that the host's root sends to ``listening``."""
+        self.watch(listening.fileno(), select.POLLIN, lambda: self._accept(listening, handler))
 
-    def _accept(self, listening: socket.socket, act: Act) -> None:
+    def _accept(self, listening: socket.socket, handler: Handler) -> None:
         try:
             connection, _ = listening.accept()
         except OSError:
@@ -45,36 +45,36 @@ class MessageLoop:
             return
         message = Message(connection)
         self._messages[message.fileno()] = message
-        self.watch(message.fileno(), select.POLLIN, lambda: self._read(message, act))
+        self.watch(message.fileno(), select.POLLIN, lambda: self._read(message, handler))
 
-    def _read(self, message: Message, act: Act) -> None:
+    def _read(self, message: Message, handler: Handler) -> None:
         state = message.read()
         if state is None and not message.ended:
             return
-        self.forget(message.fileno())
+        self.unwatch(message.fileno())
         del self._messages[message.fileno()]
         if state is not None:
-            act(message, state)
+            handler(message, state)
         message.close()
 
-    def serve(self, turn: Callable[[], bool]) -> None:
-        """Wait and call, and after each time ``turn``, until that says True. Children that die count as a time."""
+    def serve(self, check: Callable[[], bool]) -> None:
+        """Serve until ``check`` gives True; it is called after each wake-up, also when a child has died."""
         wakeups = _wake_for_children()
         self.watch(wakeups, select.POLLIN, lambda: _drain(wakeups))
-        while not turn():
+        while not check():
             for fd, _ in self._poll.poll():
                 callback = self._callbacks.get(fd)
                 if callback is not None:
                     callback()
 
     def close(self) -> None:
-        """End the connections that are open."""
+        """Close the open connections."""
         for message in self._messages.values():
             message.close()
 
 
 def _wake_for_children() -> int:
-    """A descriptor that poll() finds ready when a child has died."""
+    """A descriptor that becomes readable when a child has died."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

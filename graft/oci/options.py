@@ -1,7 +1,7 @@
-"""What the machine's operator says to the wrapper: /etc/graft/runtime.yaml, or the environment of the engine.
+"""The operator's options for the wrapper: /etc/graft/runtime.yaml, or the environment of the engine.
 
-Read for every command of every container, so a file of ``key: value`` lines is all that it may be: no YAML
-library is loaded for it, and nothing else that takes long to import.
+They are read for every command of every container, so the file has only lines of ``key: value``: no YAML library is
+loaded for it, and nothing else that takes long to import.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from graft.errors import NotFoundError, UsageError
 
 FILE = "/etc/graft/runtime.yaml"
 _RUNTIMES = ("crun", "runc")
+_KEYS = ("runtime", "trust-annotations", "allow-net-admin")
 _SWITCH = {"true": True, "false": False}
 
 
 class Options(NamedTuple):
-    """``runtime``: the real one, by name or path. ``trust_annotations`` None: where the engine keeps images out."""
+    """``runtime``: the real one, by name or path. ``trust_annotations`` None: it depends on the engine."""
 
     runtime: str | None = None
     trust_annotations: bool | None = None
@@ -34,8 +35,8 @@ def parse(text: str, source: str) -> Options:
             continue
         key, colon, value = line.partition(":")
         key, value = key.strip(), value.strip().strip("\"'")
-        if not colon or key not in ("runtime", "trust-annotations", "allow-net-admin"):
-            raise UsageError(f"{source}:{number}: unknown: {line!r}", "runtime, trust-annotations, allow-net-admin")
+        if not colon or key not in _KEYS:
+            raise UsageError(f"{source}:{number}: unknown option: {line!r}", ", ".join(_KEYS))
         if key != "runtime" and value not in _SWITCH:
             raise UsageError(f"{source}:{number}: {key}: {value!r} is neither true nor false")
         found[key] = value
@@ -48,7 +49,7 @@ def parse(text: str, source: str) -> Options:
 
 
 def load(environment: Mapping[str, str]) -> Options:
-    """The file's options, and over them GRAFT_RUNTIME. GRAFT_RUNTIME_CONFIG names another file. Raises UsageError."""
+    """The options in the file (GRAFT_RUNTIME_CONFIG names another one), and GRAFT_RUNTIME. Raises UsageError."""
     path = environment.get("GRAFT_RUNTIME_CONFIG", FILE)
     try:
         with open(path) as file:
@@ -56,7 +57,7 @@ def load(environment: Mapping[str, str]) -> Options:
     except FileNotFoundError:
         options = Options()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
+        raise UsageError(f"cannot read {path}: {error}") from error
     named = environment.get("GRAFT_RUNTIME")
     if not named:
         return options
@@ -64,7 +65,7 @@ def load(environment: Mapping[str, str]) -> Options:
 
 
 def _which(name: str) -> str | None:
-    """Path of the program ``name``. (shutil knows that too, and takes longer to import than all of this.)"""
+    """Path of the program ``name``. (shutil.which takes longer to import than this whole module.)"""
     folders = [""] if "/" in name else os.environ.get("PATH", os.defpath).split(":")
     for path in (os.path.join(folder, name) for folder in folders):
         if os.path.isfile(path) and os.access(path, os.X_OK):
@@ -73,7 +74,7 @@ def _which(name: str) -> str | None:
 
 
 def find_runtime(options: Options) -> str:
-    """Path of the real runtime. Raises NotFoundError, also where it would be the wrapper itself."""
+    """Path of the real runtime. Raises NotFoundError, also where it is the wrapper itself."""
     for name in [options.runtime] if options.runtime else _RUNTIMES:
         path = _which(name)
         if path is None:
@@ -82,4 +83,4 @@ def find_runtime(options: Options) -> str:
             raise NotFoundError(f"runtime: {name!r} is the wrapper itself", "runc or crun")
         return path
     wanted = options.runtime or " or ".join(_RUNTIMES)
-    raise NotFoundError(f"runtime: there is no {wanted} here", "install runc or crun, or set GRAFT_RUNTIME")
+    raise NotFoundError(f"runtime: {wanted} not found", "install runc or crun, or set GRAFT_RUNTIME")

@@ -1,5 +1,5 @@
-"""What happens between an engine's `create` and the real runtime's: everything that can be wrong is found here,
-before there is a container, and the shim stands ready when the runtime starts.
+"""What the wrapper does before it executes the real runtime for `create` or `run`: it finds every error in the
+container's request, edits the bundle, and starts the shim.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.oci import shim
 from graft.oci.arguments import Invocation
-from graft.oci.bundle import HOOK, Edit, edit_config, has_own_users, namespace_path, write_config
-from graft.oci.features import knows_wait_killable
+from graft.oci.bundle import HOOK, Edit, edit_config, has_own_user_namespace, namespace_path, write_config
+from graft.oci.features import supports_wait_killable
 from graft.oci.options import Options
 from graft.oci.request import check_capabilities, choose_policy, requested
 from graft.policy.compiler import compile_policy
 from graft.state.installation import known_endpoints
 
-_NEW = 60.0
+_MIN_AGE_SECONDS = 60.0
 
 
 def prepare(invocation: Invocation, config: Mapping[str, Any], options: Options, runtime: str) -> None:
-    """Make the bundle ready for ``runtime``, with a shim beside it. Raises GraftError, and nothing is left then."""
+    """Edit the bundle for ``runtime``, and start a shim. Raises GraftError, and leaves nothing behind then."""
     settings = Settings.from_environment()
     request = requested(config)
     assert request is not None
-    check_capabilities(config, options, has_own_users(config))
+    check_capabilities(config, options, has_own_user_namespace(config))
     dataplane.up(settings)
     known = known_endpoints(settings)
     policy = choose_policy(settings, request, config, options, known)
     compile_policy(policy, policy.resolve(known))
-    sweep(settings)
+    remove_stale_folders(settings)
     folder, lock = _make_folder(settings)
     try:
-        transport = _transport(config, settings)
-        edited = edit_config(config, _edit(settings, folder, transport, runtime))
+        transport = _choose_transport(config, settings)
+        edited = edit_config(config, _plan_edit(settings, folder, transport, runtime))
         plan = shim.Plan(settings, policy, transport, invocation.id, folder, cgroup.of_process(os.getpid()))
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
             shim.start(plan, folder, hook, listeners, lock)
@@ -56,25 +56,25 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: Options,
         raise
 
 
-def folders(settings: Settings) -> Path:
-    """Where the shims' folders are."""
+def shims_folder(settings: Settings) -> Path:
+    """The folder with a folder of each shim."""
     return settings.run_dir / "oci"
 
 
 def _make_folder(settings: Settings) -> tuple[Path, int]:
-    """A shim's folder, and a descriptor of it with the lock that says that it is in use."""
-    folder = folders(settings) / secrets.token_hex(6)
+    """A shim's folder, and a descriptor of it with the lock that marks it as in use."""
+    folder = shims_folder(settings) / secrets.token_hex(6)
     folder.mkdir(mode=0o700, parents=True)
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     fcntl.flock(lock, fcntl.LOCK_EX)
     return folder, lock
 
 
-def sweep(settings: Settings) -> None:
-    """Remove the folders of shims that were killed. New ones are left alone: they may not be locked yet."""
-    for folder in folders(settings).glob("*/"):
+def remove_stale_folders(settings: Settings) -> None:
+    """Remove the folders of shims that were killed. New ones stay: they may not be locked yet."""
+    for folder in shims_folder(settings).glob("*/"):
         with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime < _NEW:
+            if time.time() - folder.stat().st_mtime < _MIN_AGE_SECONDS:
                 continue
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -84,7 +84,7 @@ def sweep(settings: Settings) -> None:
                 os.close(lock)
 
 
-def _transport(config: Mapping[str, Any], settings: Settings) -> Transport:
+def _choose_transport(config: Mapping[str, Any], settings: Settings) -> Transport:
     path = namespace_path(config, "network")
     if path == "":
         return Transport.SWAP
@@ -95,16 +95,16 @@ def _transport(config: Mapping[str, Any], settings: Settings) -> Transport:
     return Transport.DIRECT if joined == netns.cookie(settings.host_netns) else Transport.SWAP
 
 
-def _edit(settings: Settings, folder: Path, transport: Transport, runtime: str) -> Edit:
-    command = (sys.executable, "-I", "-m", HOOK)  # -I: nothing is imported from the folder it is started in
+def _plan_edit(settings: Settings, folder: Path, transport: Transport, runtime: str) -> Edit:
+    command = (sys.executable, "-I", "-m", HOOK)  # -I: nothing is imported from the working directory
     variables = {**settings.environment, "PATH": os.environ.get("PATH", os.defpath)}
     swap = transport is Transport.SWAP
     return Edit(
-        hook=(*command, "attach", str(folder / shim.HOOK_SOCKET)),
-        after=None if swap else (*command, "reap"),
+        create_runtime=(*command, "attach", str(folder / shim.HOOK_SOCKET)),
+        poststop=None if swap else (*command, "reap"),
         environment=tuple(f"{name}={value}" for name, value in variables.items()),
         listener=str(folder / shim.LISTENER_SOCKET) if swap else None,
-        listeners=str(folders(settings)),
+        own_listeners=str(shims_folder(settings)),
         metadata=folder.name,
-        wait_killable=swap and knows_wait_killable(runtime, folders(settings) / "features.json"),
+        wait_killable=swap and supports_wait_killable(runtime, shims_folder(settings) / "features.json"),
     )

@@ -18,24 +18,24 @@ def read_base(file: Path | None, defaults: Sequence[Path] = _DEFAULTS) -> Profil
     """The profile in ``file``, by default podman's own. Raises NotFoundError, UsageError."""
     path = file or next((path for path in defaults if path.exists()), None)
     if path is None:
-        raise NotFoundError("--base: podman's own profile is not here", "--base FILE")
+        raise NotFoundError("--base: podman's own profile not found", "--base FILE")
     try:
         with path.open("rb") as opened:
             return parse_base(opened.read(_MAX_BYTES + 1), f"--base: {path}")
     except FileNotFoundError:
-        raise NotFoundError(f"--base: there is no file {path}") from None
+        raise NotFoundError(f"--base: {path} not found") from None
     except OSError as error:
-        raise UsageError(f"--base: {path} cannot be read: {error.strerror}") from error
+        raise UsageError(f"--base: cannot read {path}: {error.strerror}") from error
 
 
 def parse_base(raw: bytes, source: str) -> Profile:
-    """The profile in ``raw``. Raises UsageError that names ``source`` for what is none."""
+    """The profile in ``raw``, which comes from ``source``. Raises UsageError for an invalid one."""
     found = json_text.parse(raw, source, _MAX_BYTES)
     if not isinstance(found, dict) or "defaultAction" not in found:
-        raise UsageError(f"{source} is no seccomp profile", "an object with defaultAction and syscalls")
+        raise UsageError(f"{source} is not a seccomp profile", "an object with defaultAction and syscalls")
     return check_profile(found, source)
 
 
 def profile_text(base: Profile, listener: Path) -> str:
     """``base`` with bind, connect and listen notified at ``listener``, as JSON. Raises ConflictError."""
-    return json.dumps(with_notifications(base, str(listener), "graft", ours=str(listener)), indent=2)
+    return json.dumps(with_notifications(base, str(listener), "graft", own_listeners=str(listener)), indent=2)

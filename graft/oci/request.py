@@ -1,9 +1,9 @@
-"""Which policy a container asks for, and who asked.
+"""Which policy a container asks for, and whether the request can come from its image.
 
-An annotation is the operator's word; the environment may be the image's. So the environment reaches only
-what was opened to it: policies with ``open: true``, endpoints added with ``--open``. podman (4.3, for one) copies
-an image's annotations to the container, and there an annotation counts as the image's, unless the operator
-says that images are trusted (docs/runtime.md).
+An annotation comes from the operator; the environment may come from the image. So the environment reaches only
+policies with ``open: true``, and endpoints added with ``--open``. podman (4.3, for example) copies an image's
+annotations to the container: there an annotation counts as the image's, unless the operator trusts images
+(docs/runtime.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
-from graft.oci.bundle import capability_sets, environment, notes
+from graft.oci.bundle import capability_sets, container_annotations, environment
 from graft.oci.options import FILE, Options
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _ETC = Path("/etc/graft/policies")
 
 
 class Source(enum.Enum):
-    """Where a request stands, as messages call it."""
+    """Where a request comes from, as messages name it."""
 
     ANNOTATION = f"annotation {POLICY_ANNOTATION}"
     POLICY = POLICY_VARIABLE
@@ -47,10 +47,10 @@ class Request:
 
 
 def requested(config: Mapping[str, Any]) -> Request | None:
-    """What ``config`` asks for, None where it has nothing to do with Graft. Raises UsageError, ConflictError."""
-    noted = notes(config).get(POLICY_ANNOTATION)
-    if noted is not None:
-        return _request(Source.ANNOTATION, noted)
+    """The request in ``config``, None where there is none. Raises UsageError, ConflictError."""
+    annotated = container_annotations(config).get(POLICY_ANNOTATION)
+    if annotated is not None:
+        return _request(Source.ANNOTATION, annotated)
     variables = environment(config)
     named, pairs = variables.get(POLICY_VARIABLE), variables.get(PAIRS_VARIABLE)
     if named and pairs:
@@ -62,28 +62,28 @@ def requested(config: Mapping[str, Any]) -> Request | None:
 
 def _request(source: Source, value: str) -> Request:
     if not value.strip():
-        raise UsageError(f"{source.value}: it is empty", "the name of a policy")
+        raise UsageError(f"{source.value}: empty", "the name of a policy")
     return Request(source, value.strip())
 
 
-def annotations_are_the_operators(config: Mapping[str, Any], options: Options) -> bool:
-    """Whether no image can have set them."""
+def annotations_are_trusted(config: Mapping[str, Any], options: Options) -> bool:
+    """Whether the operator set the annotations: no image can have set them, or the operator trusts images."""
     if options.trust_annotations is not None:
         return options.trust_annotations
-    found = notes(config)
+    found = container_annotations(config)
     return found.get("io.container.manager") != "libpod" and not any(key.startswith("io.podman.") for key in found)
 
 
-def check_capabilities(config: Mapping[str, Any], options: Options, own_users: bool) -> None:
-    """Raises RefusedError for a container that holds CAP_NET_ADMIN over the host's own namespaces.
+def check_capabilities(config: Mapping[str, Any], options: Options, own_user_namespace: bool) -> None:
+    """Raises RefusedError for a container with CAP_NET_ADMIN over the host's own namespaces.
 
-    ``own_users``: its user namespace is not the host's, so that the capability is none over the host's.
+    ``own_user_namespace``: its user namespace is not the host's, so that the capability does not apply to the host.
     """
     sets = capability_sets(config, "CAP_NET_ADMIN")
-    if not sets or own_users or options.allow_net_admin:
+    if not sets or own_user_namespace or options.allow_net_admin:
         return
-    allowed = notes(config).get(NET_ADMIN_ANNOTATION) == "true"
-    if allowed and annotations_are_the_operators(config, options):
+    allowed = container_annotations(config).get(NET_ADMIN_ANNOTATION) == "true"
+    if allowed and annotations_are_trusted(config, options):
         return
     raise RefusedError(
         f"the container has CAP_NET_ADMIN ({', '.join(sets)}): with a socket of the host's stack it could change"
@@ -98,7 +98,7 @@ def find_policy(settings: Settings, source: Source, value: str) -> Path:
 
     if value.startswith("/"):
         if source is not Source.ANNOTATION:
-            raise RefusedError(f"{source.value}: a container's environment names a policy, no path", "its name")
+            raise RefusedError(f"{source.value}: a container's environment can name a policy, not a path", "its name")
         return Path(value)
     parse_name(value, source.value, longest=MAX_POLICY_NAME)
     folders = (settings.state_dir / "policies", _ETC)
@@ -106,22 +106,22 @@ def find_policy(settings: Settings, source: Source, value: str) -> Path:
         if (folder / f"{value}.yaml").exists():
             return folder / f"{value}.yaml"
     places = " or ".join(str(folder) for folder in folders)
-    raise NotFoundError(f"{source.value}: there is no policy {value!r}", f"a file {value}.yaml in {places}")
+    raise NotFoundError(f"{source.value}: policy {value!r} not found", f"a file {value}.yaml in {places}")
 
 
 def choose_policy(
     settings: Settings, request: Request, config: Mapping[str, Any], options: Options, known: Mapping[str, Endpoint]
 ) -> Policy:
-    """The policy that a container is to have. Raises GraftError for one it may not have, or that is wrong."""
+    """The policy that a container asks for. Raises GraftError for one that it may not have, or that is invalid."""
     if request.source is Source.PAIRS:
         return policy_from_pairs(request.value, known)
     from graft.policy.reader import load_policy, read_policy
 
     path = find_policy(settings, request.source, request.value)
     policy = load_policy(read_policy(path, plain_only=True), str(path), known)
-    trusted = request.source is Source.ANNOTATION and annotations_are_the_operators(config, options)
+    trusted = request.source is Source.ANNOTATION and annotations_are_trusted(config, options)
     if not policy.open and not trusted:
-        why = "podman hands on an image's annotations" if request.source is Source.ANNOTATION else "an image can set it"
+        why = "podman copies an image's annotations" if request.source is Source.ANNOTATION else "an image can set it"
         more = f", or trust-annotations: true in {FILE}" if request.source is Source.ANNOTATION else ""
         raise RefusedError(
             f"{request.source.value}: the policy {request.value!r} is not open to containers that ask for it ({why})",
@@ -133,8 +133,8 @@ def choose_policy(
 def policy_from_pairs(text: str, known: Mapping[str, Endpoint]) -> Policy:
     """The policy of GRAFT_CONV_PAIRS: ``ADDR:PORT[-PORT]=ENDPOINT``, several with spaces or commas between them.
 
-    An image can set it, so it is held to what a policy file is held to (graft/policy/limits.py) before it is read.
-    Raises UsageError, and NotFoundError or RefusedError for an endpoint that is not there or not open.
+    An image can set it, so the limits of a policy file (graft/policy/limits.py) are checked before it is parsed.
+    Raises UsageError, and NotFoundError or RefusedError for an endpoint that does not exist or is not open.
     """
     from graft.model.endpoint import parse_ingress_flag
     from graft.policy.limits import check_count, check_text
@@ -155,7 +155,7 @@ def _require_open(known: Mapping[str, Endpoint], name: str) -> None:
     endpoint = known.get(name)
     if endpoint is None:
         raise NotFoundError(
-            f"{PAIRS_VARIABLE}: there is no endpoint {name!r}", f"graft ep add {name} ADDR:PORT --open, and start again"
+            f"{PAIRS_VARIABLE}: endpoint {name!r} not found", f"graft ep add {name} ADDR:PORT --open, and start again"
         )
     if not endpoint.open:
         raise RefusedError(

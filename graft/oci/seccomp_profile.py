@@ -1,11 +1,11 @@
 """A container's own seccomp profile, with notifications for bind, connect and listen. Pure.
 
-The profile keeps its meaning: a call that it lets through is notified instead, a call that it denies stays
-denied, and no rule for any other call is touched. A rule holds for every architecture of the profile, so
-32-bit calls are notified too; the supervisor lets them go on as they are.
+The profile keeps its meaning: a call that it allows is notified instead, a call that it denies stays denied, and
+rules for other calls do not change. A rule applies to every architecture of the profile, so 32-bit calls are notified
+too; the supervisor lets them run unchanged.
 
-The form is that of `linux.seccomp` of an OCI configuration (runtime-spec, config-linux.md), which the
-profiles of podman and docker (`--security-opt seccomp=`) share as far as it matters here.
+The format is that of `linux.seccomp` in an OCI configuration (runtime-spec, config-linux.md). In what is read here,
+that of the profiles of podman and docker (`--security-opt seccomp=`) is the same.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from graft.model.json_text import mapping, mappings, text, texts
 TRAPPED = ("bind", "connect", "listen")
 NOTIFY = "SCMP_ACT_NOTIFY"
 _ALLOW = "SCMP_ACT_ALLOW"
-_PASSING = frozenset({_ALLOW, "SCMP_ACT_LOG"})  # libseccomp's actions after which the call runs with nobody asked
+_PASSING = frozenset({_ALLOW, "SCMP_ACT_LOG"})  # libseccomp's actions after which the call runs
 WAIT_KILLABLE = "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"
 
-# With its 32-bit companions: libseccomp kills what is of an architecture that is not listed.
+# With the 32-bit ones: libseccomp kills a process for a call of an architecture that is not listed.
 _ARCHITECTURES = {
     "x86_64": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
     "aarch64": ["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"],
@@ -34,14 +34,14 @@ Profile = dict[str, Any]
 Rule = dict[str, Any]
 
 
-def open_profile(machine: str | None = None) -> Profile:
-    """What a container without any profile has: everything is allowed."""
+def allow_all_profile(machine: str | None = None) -> Profile:
+    """A profile that allows every call, for a container without a profile."""
     name = machine or platform.machine()
     return {"defaultAction": _ALLOW, "architectures": list(_ARCHITECTURES.get(name, []))}
 
 
 def check_profile(profile: Any, field: str) -> Profile:
-    """``profile`` itself, where all that is read of it here has the form that it should. Raises UsageError."""
+    """``profile`` itself, after a check of the parts that are read here. Raises UsageError."""
     found = mapping(profile, field)
     for key in ("defaultAction", "listenerPath"):
         text(found.get(key), f"{field}.{key}")
@@ -54,25 +54,27 @@ def check_profile(profile: Any, field: str) -> Profile:
     return found
 
 
-def with_notifications(profile: Mapping[str, Any], listener: str, metadata: str, ours: str | None = None) -> Profile:
-    """A copy of ``profile`` (see `check_profile`) that has bind, connect and listen notified at ``listener``.
+def with_notifications(
+    profile: Mapping[str, Any], listener: str, metadata: str, own_listeners: str | None = None
+) -> Profile:
+    """A copy of ``profile`` (see `check_profile`) that notifies bind, connect and listen at ``listener``.
 
-    ``ours`` is how a listener of Graft's begins: a profile that was edited before is edited anew. Raises
-    ConflictError where somebody else has the listener, or where a rule could only be weakened.
+    ``own_listeners`` is the prefix of the paths of Graft's listeners: a profile that was edited before is edited again.
+    Raises ConflictError where the profile has another listener, or where a notification would weaken a rule.
     """
     edited = copy.deepcopy(dict(profile))
     before = edited.get("listenerPath")
-    again = bool(before and ours and str(before).startswith(ours))
-    if before and not again:
+    edited_before = bool(before and own_listeners and str(before).startswith(own_listeners))
+    if before and not edited_before:
         raise ConflictError(
-            f"linux.seccomp.listenerPath: the profile has a listener already, {before}",
-            "a container can have one: leave Graft's runtime out, or the other listener",
+            f"linux.seccomp.listenerPath: the profile has another listener, {before}",
+            "a container can have only one: remove that one, or do not use Graft's runtime",
         )
     rules: list[Rule] = edited.get("syscalls") or []
-    if not again:
+    if not edited_before:
         _refuse_foreign_notifications(edited, rules)
     for name in TRAPPED:
-        rules = _notified(name, rules, str(edited.get("defaultAction")))
+        rules = _notify(name, rules, str(edited.get("defaultAction")))
     edited["syscalls"] = rules
     edited["listenerPath"] = listener
     edited["listenerMetadata"] = metadata
@@ -80,32 +82,32 @@ def with_notifications(profile: Mapping[str, Any], listener: str, metadata: str,
 
 
 def _refuse_foreign_notifications(profile: Profile, rules: list[Rule]) -> None:
-    """A notification that meant nothing without a listener would be answered by ours."""
+    """Raises ConflictError for other notifications: without a listener they fail, but Graft's would answer them."""
     notified = [name for rule in rules if rule.get("action") == NOTIFY for name in rule.get("names") or ["?"]]
     if profile.get("defaultAction") == NOTIFY:
         notified.append("defaultAction")
     if notified:
-        raise ConflictError(f"linux.seccomp: {notified[0]} is notified already, to nobody", "take that rule out")
+        raise ConflictError(f"linux.seccomp: {notified[0]} has {NOTIFY} without a listener", "remove that action")
 
 
-def _notified(name: str, rules: list[Rule], default: str) -> list[Rule]:
+def _notify(name: str, rules: list[Rule], default: str) -> list[Rule]:
     if default not in _PASSING:
-        return list(_swapped(name, rules, _PASSING))
-    # Where everything passes, rules that let pass say nothing, and one that denies decides alone.
+        return list(_replace_actions(name, rules, _PASSING))
+    # Where the default allows, rules that allow change nothing, and a rule that denies decides alone.
     denying = [rule for rule in rules if name in _names(rule) and rule.get("action") not in {*_PASSING, NOTIFY}]
     if any(not _has_condition(rule) for rule in denying):
-        return list(_swapped(name, rules, _PASSING - {default}))
+        return list(_replace_actions(name, rules, _PASSING - {default}))
     if denying:
         raise ConflictError(
-            f"linux.seccomp: {name} is denied for some arguments and let through for the others",
+            f"linux.seccomp: {name} is denied for some arguments and allowed for the others",
             "a profile whose default denies, with a rule that allows the others",
         )
     without = [kept for rule in rules if (kept := _without(name, rule)) is not None]
     return [*without, {"names": [name], "action": NOTIFY}]
 
 
-def _swapped(name: str, rules: list[Rule], passing: frozenset[str]) -> Iterator[Rule]:
-    """Each rule that lets ``name`` pass by one of these actions, under the same conditions, as one that notifies."""
+def _replace_actions(name: str, rules: list[Rule], passing: frozenset[str]) -> Iterator[Rule]:
+    """The rules, with NOTIFY under the same conditions where one allows ``name`` by an action in ``passing``."""
     for rule in rules:
         if name not in _names(rule) or rule.get("action") not in passing:
             yield rule
@@ -118,12 +120,12 @@ def _swapped(name: str, rules: list[Rule], passing: frozenset[str]) -> Iterator[
 
 
 def _names(rule: Rule) -> list[str]:
-    """The calls that a rule is for; old profiles of docker's have one ``name``."""
+    """The calls of a rule; in docker's old profiles it has one ``name``."""
     return list(rule.get("names") or ([rule["name"]] if rule.get("name") else []))
 
 
 def _without(name: str, rule: Rule) -> Rule | None:
-    """``rule`` for the other calls that it is for; None where there is none."""
+    """``rule`` without the call ``name``; None where no call is left."""
     names = _names(rule)
     if name not in names:
         return rule
@@ -132,5 +134,5 @@ def _without(name: str, rule: Rule) -> Rule | None:
 
 
 def _has_condition(rule: Rule) -> bool:
-    """Whether it holds for some arguments only, or (in an engine's profile) for some containers."""
+    """Whether a rule applies to some arguments only, or (in an engine's profile) to some containers."""
     return bool(rule.get("args") or rule.get("includes") or rule.get("excludes"))

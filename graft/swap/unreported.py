@@ -20,9 +20,6 @@ class UnreportedBinds:
         self._callers: dict[Caller, None] = {}
         self._limit = limit
 
-    def __bool__(self) -> bool:
-        return bool(self._callers)
-
     def __len__(self) -> int:
         return len(self._callers)
 

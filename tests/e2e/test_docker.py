@@ -86,7 +86,7 @@ def test_a_container_does_not_start_before_its_endpoint_exists_and_does_after(ho
     port = host.port()
     docker("create", "--name", "early", *docker.run_flags, *GRAFT, *pairs(80, "later"), IMAGE, *says("hello"))
     refused = docker("start", "early", status=1)
-    assert "GRAFT_CONV_PAIRS: there is no endpoint 'later'" in refused.stderr
+    assert "GRAFT_CONV_PAIRS: endpoint 'later' not found" in refused.stderr
     assert not leftovers(host)
     add(host, "later", port)
     docker("start", "early")
@@ -134,8 +134,8 @@ def test_an_environment_reaches_only_policies_that_are_open(host: Host, docker: 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["-e", "GRAFT_POLICY=nowhere"], "there is no policy 'nowhere'"),
-        (["-e", "GRAFT_POLICY=/etc/passwd"], "a container's environment names a policy, no path"),
+        (["-e", "GRAFT_POLICY=nowhere"], "policy 'nowhere' not found"),
+        (["-e", "GRAFT_POLICY=/etc/passwd"], "a container's environment can name a policy, not a path"),
         (["-e", "GRAFT_CONV_PAIRS=0.0.0.0=ok"], "GRAFT_CONV_PAIRS: "),
         (["-e", "GRAFT_CONV_PAIRS=0.0.0.0:80=ok", "--cap-add", "NET_ADMIN"], "the container has CAP_NET_ADMIN"),
         (["-e", "GRAFT_CONV_PAIRS=0.0.0.0:80=ok", "--privileged"], "the container has CAP_NET_ADMIN"),

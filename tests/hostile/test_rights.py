@@ -16,7 +16,7 @@ pytestmark = pytest.mark.e2e
 
 SO_MARK, SO_PRIORITY = 36, 12
 
-# Root's program, which may set any priority in its own namespace (CAP_NET_RAW), and has a twin on the host's stack.
+# Root's program: it may set any priority in its own namespace (CAP_NET_RAW), and its socket is replaced by the host's.
 PROGRAM = f"""
 import socket
 s = socket.socket()

@@ -221,11 +221,11 @@ def _capabilities() -> None:
 
 
 def _listener() -> None:
-    def refuse(self: listener.Reception, state: State, error: Exception, first: int | None) -> None:
-        self._say(f"{state.id}: refused, and ended: {error}")
+    def refuse(self: listener.ListenerServer, state: State, error: Exception, first: int | None) -> None:
+        self._report(f"{state.id}: refused, and ended: {error}")
         os.kill(state.pid, 9)
 
-    listener.Reception._refuse = refuse  # type: ignore[method-assign]
+    listener.ListenerServer._refuse = refuse  # type: ignore[method-assign]
 
 
 def _asking() -> None:

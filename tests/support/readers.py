@@ -39,7 +39,12 @@ KNOWN = {
     "shut": parse_endpoint("shut", "0.0.0.0:8081"),
 }
 _NOWHERE = Settings.from_environment({"GRAFT_STATE_DIR": "/nonexistent/graft"})
-_EDIT = Edit(hook=("/bin/true",), after=("/bin/true",), listener="/run/graft/oci/a/seccomp", listeners="/run/graft/oci")
+_EDIT = Edit(
+    create_runtime=("/bin/true",),
+    poststop=("/bin/true",),
+    listener="/run/graft/oci/a/seccomp",
+    own_listeners="/run/graft/oci",
+)
 
 
 class Reader(NamedTuple):
@@ -72,7 +77,7 @@ def _config(raw: bytes) -> None:
     """All that is done with an engine's configuration before a runtime sees it."""
     config = bundle.parse_config(raw, "config.json")
     asked = request.requested(config)
-    request.check_capabilities(config, Options(), own_users=False)
+    request.check_capabilities(config, Options(), own_user_namespace=False)
     for kind in ("network", "user"):
         bundle.namespace_path(config, kind)
     json.dumps(bundle.edit_config(config, _EDIT))
@@ -193,7 +198,7 @@ READERS = [
         "runtime arguments", lambda raw: arguments.parse(text_of(raw).split(" ")), (), (b"--log x create -b /b id",)
     ),
     Reader("runtime features", features.supported_flags, (GraftError,), (_dump(_FEATURES),)),
-    Reader("remembered features", features.parse_answers, (GraftError,), (_dump({"/bin/runc 1 2": True}),)),
+    Reader("remembered features", features.parse_cache, (GraftError,), (_dump({"/bin/runc 1 2": True}),)),
     Reader("record", lambda raw: records.parse_record(raw, "7.json"), (GraftError,), (RECORD,)),
     Reader("docker inspect", lambda raw: parse_inspect("docker", _replaced(raw)), (GraftError,), (_dump(_INSPECTED),)),
     Reader("systemctl show", lambda raw: parse_show(_replaced(raw)), (), (b"ControlGroup=/a.service\nMainPID=7\n",)),

@@ -1,4 +1,4 @@
-"""What the OCI wrapper makes of a container's configuration: nothing is weakened, nothing else is changed."""
+"""The OCI wrapper's edits of a container's configuration: no rule is weakened, nothing else is changed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def matches(rule: dict[str, Any], call: str, values: tuple[int, ...]) -> bool:
 
 
 def outcomes(profile: dict[str, Any], call: str, values: tuple[int, ...]) -> set[tuple[str, int | None]]:
-    """Every action that a rule has for this call, the default's where none has: an order is not relied on."""
+    """The actions of all rules that match this call, or the default: no order of rules is assumed."""
     found = {(rule["action"], rule.get("errnoRet")) for rule in profile["syscalls"] if matches(rule, call, values)}
     default = profile["defaultAction"]
     # Rules with the default's own action are left out by libseccomp's users.
@@ -83,7 +83,7 @@ def notified(profile: dict[str, Any]) -> dict[str, Any]:
 
 
 @given(profiles, st.sampled_from(CALLS), st.tuples(*[st.integers(0, 4)] * 3))
-def test_what_passed_is_notified_and_everything_else_stays_as_it_was(
+def test_allowed_calls_are_notified_and_everything_else_is_unchanged(
     profile: dict[str, Any], call: str, values: tuple[int, int, int]
 ) -> None:
     before = copy.deepcopy(profile)
@@ -103,7 +103,7 @@ def test_what_passed_is_notified_and_everything_else_stays_as_it_was(
 
 
 @given(profiles)
-def test_rules_for_other_calls_are_the_same_rules_in_the_same_order(profile: dict[str, Any]) -> None:
+def test_rules_for_other_calls_keep_their_actions_and_order(profile: dict[str, Any]) -> None:
     try:
         edited = notified(profile)
     except ConflictError:
@@ -123,7 +123,7 @@ def test_rules_for_other_calls_are_the_same_rules_in_the_same_order(profile: dic
 
 
 @given(profiles)
-def test_a_profile_that_is_edited_twice_is_as_if_edited_once(profile: dict[str, Any]) -> None:
+def test_a_second_edit_of_a_profile_changes_nothing(profile: dict[str, Any]) -> None:
     try:
         once = notified(profile)
     except ConflictError:
@@ -138,14 +138,14 @@ def test_a_rule_for_some_arguments_is_notified_for_those_only() -> None:
     assert notified(profile)["syscalls"] == [{"names": ["connect"], "action": NOTIFY, "args": only}]
 
 
-def test_a_denied_call_stays_denied_where_all_else_passes() -> None:
+def test_a_denied_call_stays_denied_where_the_default_allows() -> None:
     denied = {"names": ["bind", "mount"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}
     edited = notified({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [denied]})
     assert edited["syscalls"][0] == denied
     assert [rule["names"] for rule in edited["syscalls"][1:]] == [["connect"], ["listen"]]
 
 
-def test_a_call_that_is_denied_for_some_arguments_only_is_no_guesswork() -> None:
+def test_a_call_that_is_denied_for_some_arguments_only_is_refused() -> None:
     rule = {"names": ["connect"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}]}
     with pytest.raises(ConflictError, match="connect is denied for some arguments"):
         notified({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]})
@@ -159,13 +159,13 @@ def test_a_call_that_is_denied_for_some_arguments_only_is_no_guesswork() -> None
         {"defaultAction": NOTIFY},
     ],
 )
-def test_somebody_elses_listener_is_left_to_them(profile: dict[str, Any]) -> None:
+def test_a_profile_with_another_listener_or_notifications_is_refused(profile: dict[str, Any]) -> None:
     with pytest.raises(ConflictError):
         notified(profile)
 
 
 def test_a_container_without_a_profile_gets_one_that_allows_all_and_32_bit_too() -> None:
-    edited = notified(seccomp_profile.open_profile("x86_64"))
+    edited = notified(seccomp_profile.allow_all_profile("x86_64"))
     assert edited["defaultAction"] == "SCMP_ACT_ALLOW"
     assert set(edited["architectures"]) == {"SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"}
     assert {name for rule in edited["syscalls"] for name in rule["names"]} == set(seccomp_profile.TRAPPED)
@@ -177,10 +177,12 @@ CONFIG: dict[str, Any] = {
     "linux": {"namespaces": [{"type": "network"}], "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": []}},
     "hooks": {"prestart": [{"path": "/usr/bin/theirs"}], "createRuntime": [{"path": "/bin/x", "args": ["x"]}]},
 }
-EDIT = Edit(hook=("/usr/bin/python3", "-m", HOOK, "attach", "/s"), listener=LISTENER, listeners="/run/graft/oci")
+EDIT = Edit(
+    create_runtime=("/usr/bin/python3", "-m", HOOK, "attach", "/s"), listener=LISTENER, own_listeners="/run/graft/oci"
+)
 
 
-def test_an_edit_adds_its_hook_behind_others_and_changes_nothing_else() -> None:
+def test_an_edit_adds_its_hook_after_others_and_changes_nothing_else() -> None:
     before = copy.deepcopy(CONFIG)
     edited = edit_config(CONFIG, EDIT)
     assert before == CONFIG
@@ -193,15 +195,17 @@ def test_an_edit_adds_its_hook_behind_others_and_changes_nothing_else() -> None:
 
 
 def test_a_bundle_that_is_started_again_has_one_hook_and_the_new_listener() -> None:
-    again = Edit(hook=("/usr/bin/python3", "-m", HOOK, "attach", "/t"), listener="/run/graft/oci/def/seccomp")
-    again = Edit(**{name: getattr(again, name) for name in again.__slots__} | {"listeners": "/run/graft/oci"})
+    again = Edit(create_runtime=("/usr/bin/python3", "-m", HOOK, "attach", "/t"), listener="/run/graft/oci/def/seccomp")
+    again = Edit(**{name: getattr(again, name) for name in again.__slots__} | {"own_listeners": "/run/graft/oci"})
     edited = edit_config(edit_config(CONFIG, EDIT), again)
     assert [hook["args"][-1] for hook in edited["hooks"]["createRuntime"]] == ["x", "/t"]
     assert edited["linux"]["seccomp"]["listenerPath"] == "/run/graft/oci/def/seccomp"
 
 
 def test_without_a_listener_the_seccomp_profile_is_not_touched() -> None:
-    edited = edit_config(CONFIG, Edit(hook=EDIT.hook, after=("/usr/bin/python3", "-m", HOOK, "reap")))
+    edited = edit_config(
+        CONFIG, Edit(create_runtime=EDIT.create_runtime, poststop=("/usr/bin/python3", "-m", HOOK, "reap"))
+    )
     assert edited["linux"] == CONFIG["linux"]
     assert [hook["args"][-1] for hook in edited["hooks"]["poststop"]] == ["reap"]
 
@@ -222,7 +226,7 @@ def test_a_configuration_is_replaced_in_one_step_with_its_mode(tmp_path: Path) -
     assert os.listdir(tmp_path) == ["config.json"]
 
 
-def test_a_link_in_the_place_of_a_configuration_is_not_written_through(tmp_path: Path) -> None:
+def test_a_symbolic_link_is_not_followed_when_a_configuration_is_written(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text("{}")
     (tmp_path / "config.json").symlink_to("elsewhere")
     with pytest.raises(UsageError):
@@ -231,13 +235,13 @@ def test_a_link_in_the_place_of_a_configuration_is_not_written_through(tmp_path:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 10_000, '{"a": ' + "[" * 100 + "]" * 100 + "}"])
-def test_a_configuration_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_configuration_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match=r"config\.json: "):
         read_config(str(tmp_path / "config.json"))
 
 
-def test_a_configuration_that_is_not_there_is_left_to_the_runtime(tmp_path: Path) -> None:
+def test_a_missing_configuration_is_left_to_the_runtime(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for missing in (tmp_path / "missing", tmp_path / "pipe" / "below", tmp_path, tmp_path / "pipe"):
         assert read_config(str(missing)) is None
@@ -252,7 +256,7 @@ def test_a_configuration_that_is_very_big_is_refused(tmp_path: Path, monkeypatch
         read_config(str(tmp_path / "config.json"))
 
 
-def test_bytes_that_are_not_utf8_hide_nothing_from_graft(tmp_path: Path) -> None:
+def test_a_request_beside_bytes_that_are_not_utf8_is_found(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b'{"annotations": {"graft.policy": "web", "other": "\xff"}}')
     found = read_config(str(tmp_path / "config.json"))
     assert found is not None and requested(found) == Request(Source.ANNOTATION, "web")
@@ -280,11 +284,11 @@ def asking(*variables: str, **annotations: str) -> dict[str, Any]:
         (asking("GRAFT_POLICY=web", graft_policy="other"), Request(Source.ANNOTATION, "other")),
     ],
 )
-def test_what_a_container_asks_for(config: dict[str, Any], expected: Request | None) -> None:
+def test_the_request_of_a_container(config: dict[str, Any], expected: Request | None) -> None:
     assert requested(config) == expected
 
 
-def test_two_ways_of_asking_at_once_are_refused() -> None:
+def test_two_requests_at_once_are_refused() -> None:
     with pytest.raises(ConflictError):
         requested(asking("GRAFT_POLICY=web", "GRAFT_CONV_PAIRS=0.0.0.0:80=a"))
 
@@ -308,18 +312,18 @@ def test_several_pairs_make_several_rules(between: str) -> None:
     ("pairs", "error"),
     [("0.0.0.0:80=shut", RefusedError), ("0.0.0.0:80=none", NotFoundError), ("0.0.0.0:x=open", UsageError)],
 )
-def test_a_pair_that_may_not_be_names_the_variable(pairs: str, error: type[GraftError]) -> None:
+def test_the_error_for_an_invalid_pair_names_the_variable(pairs: str, error: type[GraftError]) -> None:
     with pytest.raises(error, match=r"^GRAFT_CONV_PAIRS: "):
         request.policy_from_pairs(pairs, KNOWN)
 
 
-def test_as_many_pairs_as_a_policy_file_may_have_rules_are_taken() -> None:
+def test_as_many_pairs_as_a_policy_file_may_have_rules_are_accepted() -> None:
     policy = request.policy_from_pairs(" ".join(["0.0.0.0:80=open"] * MAX_RULES), KNOWN)
     assert len(policy.ingress) == MAX_RULES
     assert compile_policy(policy, KNOWN).entries == 4  # for TCP and UDP, for 0.0.0.0 and [::]
 
 
-def test_more_pairs_than_that_are_refused_before_any_is_read() -> None:
+def test_more_pairs_than_that_are_refused_before_any_is_parsed() -> None:
     with pytest.raises(UsageError, match=f"^GRAFT_CONV_PAIRS: more than {MAX_RULES} of them") as refused:
         request.policy_from_pairs(" ".join(["nonsense"] * (MAX_RULES + 1)), KNOWN)
     assert refused.value.hint
@@ -337,7 +341,7 @@ def test_pairs_that_would_take_very_many_map_entries_are_refused() -> None:
         compile_policy(policy, KNOWN)
 
 
-def test_pairs_in_conflict_name_each_other() -> None:
+def test_the_error_for_conflicting_pairs_names_both() -> None:
     known = {**KNOWN, "other": parse_endpoint("other", "0.0.0.0:8082", open_=True)}
     policy = request.policy_from_pairs("0.0.0.0:80-90=open 0.0.0.0:85-95=other", known)
     with pytest.raises(PolicyError) as refused:
@@ -348,10 +352,10 @@ def test_pairs_in_conflict_name_each_other() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_a_path_that_an_image_may_have_named_is_opened_only_if_it_is_a_file(settings: Settings, kind: str) -> None:
+def test_a_policys_path_is_opened_only_if_it_is_a_regular_file(settings: Settings, kind: str) -> None:
     path = settings.state_dir / kind
     if kind == "pipe":
-        os.mkfifo(path)  # whoever opens it for reading waits for a writer
+        os.mkfifo(path)  # a reader that opens it waits for a writer
     elif kind == "device":
         path.symlink_to("/dev/zero")
     else:
@@ -361,7 +365,7 @@ def test_a_path_that_an_image_may_have_named_is_opened_only_if_it_is_a_file(sett
 
 
 @pytest.mark.parametrize("value", ["/etc/\0", "/\ud800"])
-def test_a_path_that_is_none_is_refused(settings: Settings, value: str) -> None:
+def test_an_invalid_path_is_refused(settings: Settings, value: str) -> None:
     with pytest.raises(UsageError, match="is no path"):
         request.choose_policy(settings, Request(Source.ANNOTATION, value), {}, Options(), KNOWN)
 
@@ -390,7 +394,7 @@ PODMAN = {"io.container.manager": "libpod"}
         (Source.POLICY, "ours", {}, Options(), True),
     ],
 )
-def test_what_an_image_could_have_said_reaches_open_policies_only(
+def test_a_request_that_an_image_could_make_reaches_open_policies_only(
     settings: Settings, source: Source, name: str, notes: dict[str, str], chosen: Options, allowed: bool
 ) -> None:
     config = {"annotations": notes}
@@ -402,12 +406,12 @@ def test_what_an_image_could_have_said_reaches_open_policies_only(
 
 
 @pytest.mark.parametrize("name", ["../mine", "a/b", ".", "", "x" * 64])
-def test_a_policys_name_is_no_way_out_of_its_folder(settings: Settings, name: str) -> None:
+def test_a_policys_name_cannot_leave_its_folder(settings: Settings, name: str) -> None:
     with pytest.raises(UsageError):
         request.find_policy(settings, Source.POLICY, name)
 
 
-def holding(*sets: str, namespaces: list[dict[str, str]] | None = None, **notes: str) -> dict[str, Any]:
+def with_net_admin(*sets: str, namespaces: list[dict[str, str]] | None = None, **notes: str) -> dict[str, Any]:
     config = asking(**notes)
     config["process"]["capabilities"] = {name: ["CAP_NET_ADMIN"] for name in sets}
     config["linux"] = {"namespaces": namespaces or []}
@@ -417,21 +421,23 @@ def holding(*sets: str, namespaces: list[dict[str, str]] | None = None, **notes:
 @pytest.mark.parametrize("name", ["bounding", "effective", "permitted", "inheritable", "ambient"])
 def test_net_admin_in_any_set_is_refused(name: str) -> None:
     with pytest.raises(RefusedError, match=f"CAP_NET_ADMIN \\({name}\\)"):
-        request.check_capabilities(holding(name), Options(), own_users=False)
+        request.check_capabilities(with_net_admin(name), Options(), own_user_namespace=False)
 
 
-def test_net_admin_is_allowed_by_the_operator_or_over_users_of_its_own() -> None:
-    request.check_capabilities(holding("bounding"), Options(allow_net_admin=True), own_users=False)
-    request.check_capabilities(holding("bounding"), Options(), own_users=True)
-    request.check_capabilities(holding("bounding", graft_allow_net_admin="true"), Options(), own_users=False)
-    request.check_capabilities(holding(), Options(), own_users=False)
+def test_net_admin_is_allowed_by_the_operator_or_in_a_user_namespace() -> None:
+    request.check_capabilities(with_net_admin("bounding"), Options(allow_net_admin=True), own_user_namespace=False)
+    request.check_capabilities(with_net_admin("bounding"), Options(), own_user_namespace=True)
+    request.check_capabilities(
+        with_net_admin("bounding", graft_allow_net_admin="true"), Options(), own_user_namespace=False
+    )
+    request.check_capabilities(with_net_admin(), Options(), own_user_namespace=False)
 
 
-def test_an_annotation_of_podmans_does_not_allow_net_admin() -> None:
-    config = holding("bounding", graft_allow_net_admin="true")
+def test_an_annotation_in_podman_does_not_allow_net_admin() -> None:
+    config = with_net_admin("bounding", graft_allow_net_admin="true")
     config["annotations"] |= PODMAN
     with pytest.raises(RefusedError):
-        request.check_capabilities(config, Options(), own_users=False)
+        request.check_capabilities(config, Options(), own_user_namespace=False)
 
 
 @pytest.mark.parametrize(
@@ -453,9 +459,7 @@ def test_an_annotation_of_podmans_does_not_allow_net_admin() -> None:
         ("--log /l kill x 9", "kill", "config.json", "", "/l"),
     ],
 )
-def test_an_engines_command_line_is_understood(
-    line: str, command: str, config: str, name: str, log: str | None
-) -> None:
+def test_an_engines_command_line_is_parsed(line: str, command: str, config: str, name: str, log: str | None) -> None:
     found = arguments.parse(line.split())
     assert (found.command, found.config, found.id, found.log) == (command, config, name, log)
 
@@ -465,7 +469,7 @@ def test_an_engines_command_line_is_understood(
         st.sampled_from(["create", "run", "-b", "--bundle", "--log", "--", "-", "", "=", "x", "--a=b"]), max_size=8
     )
 )
-def test_no_command_line_is_too_strange(words: list[str]) -> None:
+def test_any_command_line_is_parsed_without_an_error(words: list[str]) -> None:
     arguments.parse(words)
 
 
@@ -475,7 +479,7 @@ def test_options_of_the_operator_are_read_line_by_line() -> None:
 
 
 @pytest.mark.parametrize("text", ["runtmie: crun", "allow-net-admin: yes", "crun"])
-def test_an_option_that_is_wrong_names_its_line(text: str) -> None:
+def test_the_error_for_an_invalid_option_names_its_line(text: str) -> None:
     with pytest.raises(UsageError, match=r"^f:2: "):
         options.parse(f"\n{text}\n", "f")
 
@@ -486,7 +490,7 @@ def test_a_message_that_is_no_state_is_a_value_error(raw: bytes) -> None:
         state.parse(raw)
 
 
-def test_the_state_of_a_hook_and_that_of_a_listener_are_both_understood() -> None:
+def test_the_state_of_a_hook_and_that_of_a_listener_are_parsed() -> None:
     plain = {"ociVersion": "1.0", "id": "c", "pid": 7, "bundle": "/b", "annotations": {"a": "b"}}
     assert state.parse(json.dumps(plain).encode()) == state.State("c", 7, "/b", {"a": "b"})
     wrapped = {"fds": ["other", "seccompFd"], "pid": 9, "metadata": "m", "state": plain}
@@ -495,11 +499,11 @@ def test_the_state_of_a_hook_and_that_of_a_listener_are_both_understood() -> Non
 
 
 class Sender:
-    """A runtime's end of a connection, and the message at ours."""
+    """A runtime's end of a connection, and the message at the other end."""
 
     def __init__(self) -> None:
-        self.end, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.message = state.Message(ours)
+        self.end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.message = state.Message(other)
 
     def __enter__(self) -> Sender:
         return self
@@ -509,7 +513,7 @@ class Sender:
         self.message.close()
 
 
-def test_a_message_that_comes_in_parts_is_read_when_it_is_whole() -> None:
+def test_a_message_in_several_parts_is_parsed_when_it_is_complete() -> None:
     with Sender() as sender:
         for part in (b'{"id": "c", "annotations": {"a": "}"', b'}, "pid"', b": 7"):
             sender.end.send(part)
@@ -518,7 +522,7 @@ def test_a_message_that_comes_in_parts_is_read_when_it_is_whole() -> None:
         assert sender.message.read() == state.State("c", 7, "", {"a": "}"})
 
 
-def test_a_message_that_never_gets_whole_is_ended() -> None:
+def test_a_message_that_is_never_complete_is_ended() -> None:
     with Sender() as sender:
         pieces = 0
         while not sender.message.ended:
@@ -528,7 +532,7 @@ def test_a_message_that_never_gets_whole_is_ended() -> None:
         assert pieces == 256
 
 
-def test_a_message_that_grows_and_grows_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_that_is_too_big_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "_MAX_BYTES", 1000)
     with Sender() as sender:
         sender.end.send(b'{"id": "' + b"x" * 1000)
