@@ -68,7 +68,7 @@ def test_stop_and_restart_leave_nothing_of_before(host: Host, podman: Engine) ->
 def test_an_annotation_reaches_only_open_policies_because_podman_copies_an_images(host: Host, podman: Engine) -> None:
     note = f"graft.policy={web_policy(host, host.port(), 'shut', '')}"
     refused = podman.container(["--annotation", note], "true", status=126)
-    assert "podman hands on an image's annotations" in refused.stderr
+    assert "podman copies an image's annotations" in refused.stderr
 
 
 def test_net_admin_is_refused_with_the_reason(host: Host, podman: Engine) -> None:
