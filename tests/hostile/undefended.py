@@ -135,13 +135,13 @@ HOOKS: dict[str, tuple[Change, ...]] = {
 def _own_binds() -> None:
     """A bind that no rule grants is made by the supervisor too, in the container's namespace, with its rights."""
 
-    def twin_for(self: supervisor.Supervisor, decision: Decision, facts: SocketFacts) -> Any:
+    def get_replacement(self: supervisor.Supervisor, decision: Decision, facts: SocketFacts) -> Any:
         home = Home.HOST if decision.action is Action.TO_HOST else Home.CONTAINER
         where = decision.netns if home is Home.HOST else facts.container_netns
-        return self._pool.take(home, where, facts.family, facts.protocol)
+        return self._pool.get(home, where, facts.family, facts.protocol)
 
-    supervisor.Supervisor._twin = twin_for  # type: ignore[method-assign]
-    vars(supervisor)["_TO_HOST"] = Action.TO_CONTAINER  # what `_swap` asks before it binds
+    supervisor.Supervisor._get_replacement = get_replacement  # type: ignore[method-assign]
+    vars(supervisor)["_TO_HOST"] = Action.TO_CONTAINER  # what `_replace` compares with before it binds
 
 
 def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
