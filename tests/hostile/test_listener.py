@@ -79,12 +79,12 @@ def taken_over(host: Host, programs: Programs, folder: Path, command: Sequence[W
     serving = start([*command, "listen"], {**os.environ, **host.environment})
     host.started.append(serving)
     path = host.settings.run_dir / "listener"
-    serving.until("graft listen listens", path.is_socket)
     (folder / "policy.yaml").write_text("no policy")
     (folder / "config.json").write_text(json.dumps({"annotations": {"graft.policy": str(folder / "policy.yaml")}}))
     policy = Leased(folder / "policy.yaml")  # what takes its time here
     with contextlib.closing(policy), container() as (pid, listener), socket.socket(socket.AF_UNIX) as runtime:
-        runtime.connect(str(path))
+        # Its path is there a moment before it listens.
+        serving.until("graft listen listens", lambda: runtime.connect_ex(str(path)) == 0)
         state = {"id": "hostile", "pid": pid, "bundle": str(folder), "fds": ["seccompFd"]}
         socket.send_fds(runtime, [json.dumps(state).encode()], [listener])
         policy.wait()  # it is opened when it is read there
