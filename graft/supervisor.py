@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from graft import carry, layout, twin
-from graft.births import Births
+from graft.births import ROOT, Births, Owner
 from graft.decision import Action, Call, Decision, Facts, Sockaddr, decide, parse_sockaddr
 from graft.desk import Answer, Desk
 from graft.ending import Ending
@@ -217,9 +217,9 @@ class Supervisor:
             probed |= PROBED_OWNED
         names = twin.options_set(self._desk.options) if options or overflow else ()
         error = None
-        new = self._twin(decision, facts)
+        new = self._twin(decision, facts, twin.owner_of(held) if probed & PROBED_OWNED else ROOT)
         try:
-            twin.liken(new, held, flags, names, v6only or decision.v6only, bool(probed & PROBED_OWNED))
+            twin.liken(new, held, flags, names, v6only or decision.v6only)
             if swap.call is _BIND and decision.action is _TO_HOST:
                 assert swap.address is not None
                 error = self._bind(new, swap.address)
@@ -237,10 +237,10 @@ class Supervisor:
             new.close()
         return error
 
-    def _twin(self, decision: Decision, facts: Facts) -> Socket:
+    def _twin(self, decision: Decision, facts: Facts, owner: Owner) -> Socket:
         if decision.action is _TO_HOST:
-            return self._births.take(Home.HOST, decision.netns, facts.family, facts.protocol)
-        return self._births.take(Home.CONTAINER, facts.container_netns, facts.family, facts.protocol)
+            return self._births.take(Home.HOST, decision.netns, facts.family, facts.protocol, owner)
+        return self._births.take(Home.CONTAINER, facts.container_netns, facts.family, facts.protocol, owner)
 
     def _bind(self, sock: Socket, address: Sockaddr) -> int:
         """Bind the twin to what the program asked for; the hook makes it the endpoint. Gives an errno."""

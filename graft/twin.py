@@ -172,10 +172,16 @@ def is_v6only(fd: int, protocol: int) -> bool:
         return bool(sock.getsockopt(SOL_IPV6, IPV6_V6ONLY))
 
 
-def liken(new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v6only: bool, owned: bool) -> None:
-    """Give ``new`` what ``old`` has: the options ``names``, the owner, and what of the open ``flags`` a file keeps.
+def owner_of(fd: int) -> tuple[int, int]:
+    """The user and the group that have a socket. Raises OSError."""
+    status = os.fstat(fd)
+    return status.st_uid, status.st_gid
 
-    IPV6_V6ONLY always: its default differs between namespaces. Not ``owned``: by nobody but root. Raises OSError.
+
+def liken(new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v6only: bool) -> None:
+    """Give ``new`` what ``old`` has: the options ``names``, and what of the open ``flags`` a file keeps.
+
+    IPV6_V6ONLY always: its default differs between namespaces. Its owner it has from its birth. Raises OSError.
     """
     if new.family == AF_INET6:
         new.setsockopt(SOL_IPV6, IPV6_V6ONLY, v6only)
@@ -186,10 +192,6 @@ def liken(new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v
         os.set_blocking(new.fileno(), False)
     if flags & os.O_ASYNC:
         _carry_signals(old, new.fileno())
-    if owned:
-        status = os.fstat(old)
-        if status.st_uid or status.st_gid:
-            os.fchown(new.fileno(), status.st_uid, status.st_gid)
 
 
 def _carry_signals(old: int, new: int) -> None:
