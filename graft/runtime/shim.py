@@ -39,6 +39,10 @@ from graft.settings import Settings
 
 HOOK_SOCKET, LISTENER_SOCKET = "hook", "seccomp"
 _PATIENCE_MS = 2000
+_MOST_SUPERVISORS = 64
+"""Of one container. Each is a process of the host's, for as long as what an engine's `exec` started, or left behind, is
+there: an image may have a health check do so every second.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +95,12 @@ class Attachment:
     def take(self, state: State, listener: int, first: int | None = None) -> None:
         """Start a supervisor for a listener, which is this object's from here on, whatever happens.
 
-        ``first``: as for `attach`. Raises GraftError where the listener is not of this container.
+        ``first``: as for `attach`. Raises GraftError where the listener is not of this container, or one too many.
         """
         try:
             self.attach(state, first)
             self._check(state.pid)
+            self._make_room()
         except BaseException:
             os.close(listener)
             raise
@@ -120,6 +125,15 @@ class Attachment:
         path = cgroup.of_process(pid) if pid else self.container.cgroup_path
         if not path.is_relative_to(self.container.cgroup_path):
             raise RefusedError(f"process {pid} is in the cgroup {path}, not in the container's")
+
+    def _make_room(self) -> None:
+        """Raises RefusedError where the container has as many supervisors as one may have."""
+        if len(self._holders) >= _MOST_SUPERVISORS:
+            self.look_after()
+        if len(self._holders) >= _MOST_SUPERVISORS:
+            raise RefusedError(
+                f"the container has {_MOST_SUPERVISORS} supervisors already", "ends of what exec started"
+            )
 
     def watch(self, loop: Loop) -> None:
         """Have ``loop`` wake when the cgroup fills or empties."""
