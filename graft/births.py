@@ -1,8 +1,9 @@
 """Where twins come from: made in the namespace where they are to live, tagged, and a few of them ahead of time.
 
 A socket that a supervisor makes is nobody's to the hooks until it has its tag, so none leaves here without. It is made
-as the program's user: firewalls ask who opened a socket's file (``meta skuid`` of nft(8), ``-m owner``), and nothing
-changes that afterwards. Several at once cost a third of what they cost one by one: between two calls of a program the caches are the program's.
+as the program's user: firewalls ask who opened a socket's file (``meta skuid`` of nft(8), ``-m owner`` of iptables(8)),
+and nothing changes that afterwards. Several at once cost a third of what they cost one by one: between two calls of a
+program the caches are the program's.
 """
 
 from __future__ import annotations

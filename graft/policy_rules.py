@@ -27,7 +27,7 @@ UNSPECIFIED = (Prefix(IPv4Network("0.0.0.0/32")), Prefix(IPv6Network("::/128")))
 """Destinations that the kernel takes as loopback, so that no rule ever speaks of them."""
 
 LINK_LOCAL = (Prefix(IPv6Network("fe80::/10")), Prefix(IPv6Network("ff00::/8")))
-"""Destinations that are told apart by an interface, which no rule names (of multicast, those of a link are): a wider rule
+"""Destinations that are told apart by an interface, which no rule names (of multicast, those of a link): a wider rule
 does not grant them."""
 
 GUARDS = (*LOOPBACKS, *UNSPECIFIED, *LINK_LOCAL)

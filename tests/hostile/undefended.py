@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft import compiler, descriptors, expendable, held, liveness, twin
+from graft import births, compiler, descriptors, expendable, held, liveness, twin
 from graft.containers import Container
 from graft.data import bpf_source_dir
 from graft.kernel import capabilities, cgroup, keyring, sockets, terminal
@@ -52,6 +52,11 @@ def _rights() -> None:
     # Names that graft/twin.py looks up when it carries an option.
     twin.__dict__["with_capabilities"] = lambda *_: contextlib.nullcontext()
     twin.__dict__["max"] = as_it_is
+
+
+def _opener() -> None:
+    """A twin's file is opened as root."""
+    births.__dict__["owning_files_as"] = lambda *_: contextlib.nullcontext()
 
 
 Change = tuple[str, str, str]
@@ -88,7 +93,12 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
     ),
     # A datagram leaves from the address that it names.
-    "source": (("connect.bpf.c", "if (verdict == PASS && asked.confined && ip)", "if (0)"),),
+    "source": (
+        ("connect.bpf.c", "\tif (ip || leaves_source_to_kernel(&asked))\n", "\tif (0)\n"),
+        ("connect.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&asked)", "0"),
+    ),
+    # Flow labels are leased by whoever likes.
+    "flow labels": (("options.bpf.c", "name == IPV6_FLOWLABEL_MGR || ", ""),),
     # Nobody looks at whether a socket is tied to an interface, or bound to what it is granted no more.
     "diverted": (_at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),),
     "lost": (
@@ -242,6 +252,7 @@ def _liveness() -> None:
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
+    "opener": _opener,
     "shares": _shares,
     "turns": _turns,
     "aside": _aside,

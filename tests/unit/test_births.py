@@ -102,3 +102,38 @@ def test_some_are_made_ahead_like_the_one_that_was_missing(monkeypatch: pytest.M
     assert len(told) == made + 1
     for twin in taken:
         twin.close()
+
+
+def test_a_twin_is_made_as_its_programs_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    maker, _, _, _ = born(monkeypatch, hook=True)
+    now: list[births.Owner] = [births.ROOT]
+    made: list[births.Owner] = []
+
+    @contextlib.contextmanager
+    def owning(uid: int, gid: int) -> Iterator[None]:
+        now.append((uid, gid))
+        yield
+        now.pop()
+
+    def make(*_: object) -> Any:
+        made.append(now[-1])
+        return SimpleNamespace(owner=now[-1], close=lambda: None)
+
+    monkeypatch.setattr(births, "owning_files_as", owning)
+    monkeypatch.setattr(maker, "_make", make)
+    for user in (5, 6, 5, 5, 0, 6):
+        twin: Any = maker.take(Home.HOST, HERE, 4, 6, (user, 7))
+        assert twin.owner == (user, 7)
+        maker.refill()
+    twin = maker.take(Home.CONTAINER, ELSEWHERE, 4, 6, (8, 9))
+    assert twin.owner == (8, 9)
+
+
+def test_a_container_of_many_users_has_few_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    maker, _, _, _ = born(monkeypatch, hook=True)
+    monkeypatch.setattr(births, "owning_files_as", lambda *_: contextlib.nullcontext())
+    before = len(os.listdir("/proc/self/fd"))
+    for user in range(200):
+        maker.take(Home.HOST, HERE, 4, 6, (user, 0)).close()
+        maker.refill()
+    assert len(os.listdir("/proc/self/fd")) < before + 100
