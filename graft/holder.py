@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from graft import containers, store
 from graft.allowance import enter_own_cgroup
@@ -119,21 +119,34 @@ class Holder:
         self._outlive(maps)
 
     def stop(self) -> None:
-        """End the supervisor. The container's processes must be gone: their calls would fail from here on.
+        """`stop_all` of this one."""
+        stop_all([self])
 
-        One that waits in the kernel for what another container keeps from it (a socket that the two share) is left to
-        die when it can: whoever has this object has other containers too.
-        """
+    def _kill(self) -> int:
         pid, self.pid = self.pid, 0
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             _dying.append(pid)
-        deadline = time.monotonic() + _DYING_SECONDS
-        while pid in _still_dying() and time.monotonic() < deadline:
-            time.sleep(0.002)
+        return pid
+
+    def _let_go(self) -> None:
         with contextlib.suppress(OSError):
             os.close(self._listener)
+
+
+def stop_all(holders: Sequence[Holder]) -> None:
+    """End their supervisors. The container's processes must be gone: their calls would fail from here on.
+
+    Those that wait in the kernel for what another container keeps from them (a socket that the two share) are left to
+    die when they can, however many there are: whoever has these objects has other containers too.
+    """
+    killed = {one._kill() for one in holders}
+    deadline = time.monotonic() + _DYING_SECONDS
+    while not killed.isdisjoint(_still_dying()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    for one in holders:
+        one._let_go()
 
 
 def _still_dying() -> list[int]:

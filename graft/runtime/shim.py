@@ -26,7 +26,7 @@ from pathlib import Path
 from graft import containers
 from graft.containers import Container
 from graft.errors import GraftError, RefusedError
-from graft.holder import Holder
+from graft.holder import Holder, stop_all
 from graft.kernel import cgroup, netns, process
 from graft.kernel.pidfd import is_over
 from graft.layout import Transport
@@ -165,8 +165,7 @@ class Attachment:
 
     def close(self) -> None:
         """Take everything back."""
-        for holder in self._holders:
-            holder.stop()
+        stop_all(self._holders)
         if self._events is not None:
             os.close(self._events)
             self._events = None

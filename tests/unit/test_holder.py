@@ -46,3 +46,15 @@ def test_one_that_cannot_die_yet_is_left_and_waited_for_later(monkeypatch: pytes
     assert not Path(f"/proc/{stuck.pid}").exists() and not Path(f"/proc/{other.pid}").exists()
     for process in (stuck, other):
         process.wait()
+
+
+def test_many_that_cannot_die_yet_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holder, "_DYING_SECONDS", 0.5)
+    dying: list[int] = []
+    monkeypatch.setattr(holder, "_dying", dying)
+    monkeypatch.setattr(holder, "_still_dying", lambda: dying)
+    monkeypatch.setattr(os, "kill", lambda pid, signum: None)
+    began = time.monotonic()
+    holder.stop_all([held(pid) for pid in range(1, 65)])
+    assert len(dying) == 64
+    assert time.monotonic() - began < 10
