@@ -129,6 +129,8 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		return 0;
 	}
 	asked->confined = !binds_freely(owner.container);
+	bound = is_bound(ctx->sk, owner.tag, owner.container, bpf_get_netns_cookie(ctx));
+	asked->anywhere = bound || has_port_from_before(ctx->sk, owner.tag);
 	if (rule != GRAFT_VERDICT_GRANT) {
 		/* direct: the host's namespace is the container's own, so its default applies. A swapped
 		 * socket has left the container's namespace, and has no right of its own out here. */
@@ -138,7 +140,6 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		return 0;
 	}
 	endpoint = endpoint_for(ctx, asked, id);
-	bound = is_bound(ctx->sk, owner.tag, owner.container, bpf_get_netns_cookie(ctx));
 	if (!endpoint || has_lost(ctx->sk, owner.tag, bound) || (is_diverted(ctx->sk) && !is_link_local(asked))) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
@@ -262,6 +263,12 @@ static __always_inline int cannot_leave_from(struct bpf_sock *sk, struct asked *
 	       (!(ip[0] | ip[1] | ip[2] | ip[3]) && has_address_to_lose(sk, asked));
 }
 
+/* Whether the kernel picks the source of a datagram, where neither the socket nor its endpoint has an address. */
+static __always_inline int leaves_source_to_kernel(struct asked *asked)
+{
+	return asked->confined && !asked->anywhere;
+}
+
 /* The source address of a datagram can be set for it alone, and is: a control message may have named another one, of a
  * connected socket too. Its source port cannot: an endpoint with a port of its own serves sockets that are bound or
  * connected. */
@@ -270,27 +277,29 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 	struct asked asked;
 	struct endpoint *from;
 	int verdict;
-	u32 ip;
+	u32 ip = 0;
 
 	asked4(ctx, &asked);
 	if (goes_to_peer(ctx, &asked)) {
-		ip = ctx->sk->dst_ip4;
-		__builtin_memcpy(asked.addr, &ip, 4);
+		u32 peer = ctx->sk->dst_ip4;
+
+		__builtin_memcpy(asked.addr, &peer, 4);
 		asked.port = bpf_ntohs(ctx->sk->dst_port);
 	}
 	from = decide_destination(ctx, &asked, &verdict, 1);
 	if (asked.named)
 		write_loopback4(ctx);
 	if (!from) {
-		ip = ctx->sk->src_ip4;
-		if (verdict == PASS && asked.confined && ip)
-			ctx->msg_src_ip4 = ip;
-		return verdict;
+		if (verdict != PASS || !asked.confined)
+			return verdict;
+	} else {
+		if (from->family != GRAFT_IPV4 || cannot_leave_from(ctx->sk, &asked, from))
+			return refuse_with(EACCES);
+		__builtin_memcpy(&ip, from->addr, 4);
 	}
-	if (from->family != GRAFT_IPV4 || cannot_leave_from(ctx->sk, &asked, from))
-		return refuse_with(EACCES);
-	__builtin_memcpy(&ip, from->addr, 4);
-	if (ip)
+	if (!ip && asked.confined)
+		ip = ctx->sk->src_ip4;
+	if (ip || leaves_source_to_kernel(&asked))
 		ctx->msg_src_ip4 = ip;
 	return verdict;
 }
@@ -301,7 +310,7 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	struct endpoint *from;
 	struct place place;
 	int verdict;
-	u32 ip[4];
+	u32 ip[4] = {};
 
 	asked6(ctx, &asked);
 	if (goes_to_peer(ctx, &asked)) {
@@ -316,17 +325,19 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	if (asked.named)
 		write_loopback6(ctx, !asked.mapped);
 	if (!from) {
-		place_of(&place, ctx->sk);
-		if (verdict != PASS || !asked.confined || place.family != GRAFT_IPV6)
+		if (verdict != PASS || !asked.confined)
 			return verdict;
-		__builtin_memcpy(ip, place.ip, 16);
+		__builtin_memset(ip, 0, sizeof(ip)); /* a peer's, perhaps */
 	} else {
 		/* Towards a mapped destination the kernel asks graft_sendmsg4. */
 		if (from->family != GRAFT_IPV6 || cannot_leave_from(ctx->sk, &asked, from))
 			return refuse_with(EACCES);
 		__builtin_memcpy(ip, from->addr, 16);
 	}
-	if (ip[0] | ip[1] | ip[2] | ip[3]) {
+	place_of(&place, ctx->sk);
+	if (!(ip[0] | ip[1] | ip[2] | ip[3]) && asked.confined && place.family == GRAFT_IPV6)
+		__builtin_memcpy(ip, place.ip, 16);
+	if (ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&asked)) {
 		ctx->msg_src_ip6[0] = ip[0];
 		ctx->msg_src_ip6[1] = ip[1];
 		ctx->msg_src_ip6[2] = ip[2];

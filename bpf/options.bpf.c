@@ -15,6 +15,7 @@
 #define IPV6_2292PKTOPTIONS 6
 #define IPV6_NEXTHOP 9
 #define IPV6_MULTICAST_IF 17
+#define IPV6_FLOWLABEL_MGR 32
 #define IPV6_IPSEC_POLICY 34
 #define IPV6_HDRINCL 36
 #define IPV6_PKTINFO 50
@@ -32,7 +33,9 @@
  * table (a source route or another option of IP's too), or into the addresses of others. Multicast (IP 32..48,
  * IPv6 17, 20, 21 and 42..48) and anycast (IPv6 27, 28) join groups on the host's links, or leave by one of
  * them. TCP_REPAIR makes a connection that
- * no hook has seen; IP_LOCAL_PORT_RANGE (51) chooses a port where the kernel is to choose one. Numbers: linux/in.h, linux/in6.h, linux/tcp.h. */
+ * no hook has seen; IP_LOCAL_PORT_RANGE (51) chooses a port where the kernel is to choose one. A flow label that one
+ * socket leases for itself alone takes every label that is not leased from all others of the namespace
+ * (IPV6_FLOWLABEL_MGR). Numbers: linux/in.h, linux/in6.h, linux/tcp.h. */
 static __always_inline int reaches_past_policy(int level, int name)
 {
 	if (level == SOL_SOCKET)
@@ -44,7 +47,7 @@ static __always_inline int reaches_past_policy(int level, int name)
 		return name == IPV6_TRANSPARENT || name == IPV6_UNICAST_IF || name == IPV6_PKTINFO ||
 		       name == IPV6_2292PKTOPTIONS || name == IPV6_NEXTHOP || name == IPV6_MULTICAST_IF ||
 		       name == IPV6_HOPOPTS || name == IPV6_RTHDRDSTOPTS || name == IPV6_RTHDR ||
-		       name == IPV6_DSTOPTS || (name >= 20 && name <= 21) || (name >= 27 && name <= 30) ||
+		       name == IPV6_DSTOPTS || name == IPV6_FLOWLABEL_MGR || (name >= 20 && name <= 21) || (name >= 27 && name <= 30) ||
 		       (name >= IPV6_IPSEC_POLICY && name <= IPV6_HDRINCL) || (name >= 42 && name <= 48);
 	if (level == SOL_TCP)
 		return name == TCP_REPAIR || name == TCP_REPAIR_WINDOW;

@@ -13,6 +13,7 @@ struct asked {
 	struct tag *tag;     /* of a socket that is to leave from an endpoint */
 	u32 endpoint;        /* its id */
 	u8 confined;         /* a source of its own is not for the socket to choose */
+	u8 anywhere;         /* but where the socket has no address, it may speak from any of the host's */
 };
 
 /* The container that a socket belongs to, and where the socket lives. */

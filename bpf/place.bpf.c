@@ -83,6 +83,12 @@ static __always_inline int has_lost(struct bpf_sock *sk, struct tag *tag, int bo
 	return tag && tag->endpoint && tag->given && tag->given == sk->src_port && !bound;
 }
 
+/* Whether a datagram socket has the port that it bound before there was a policy that would not let it. */
+static __always_inline int has_port_from_before(struct bpf_sock *sk, struct tag *tag)
+{
+	return tag && !tag->endpoint && tag->open_port && tag->open_port == sk->src_port;
+}
+
 /* Whether a socket is tied to an interface, or its packets are marked for another routing table. The setsockopt hook
  * refuses what does that, but the kernel does not call it for 32-bit callers. */
 static __always_inline int is_diverted(struct bpf_sock *sk)

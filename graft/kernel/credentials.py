@@ -8,7 +8,7 @@ The saved user id stays root's, which is the way back, and keeps other users' ha
 three ids. One thing another user's process may do meanwhile is to send a signal to this thread (kill(2) asks for the
 real or the saved id). A supervisor that is killed so is started again by its keeper.
 
-Sources: setresuid(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c (kill_ok_by_cred).
+Sources: setresuid(2), setfsuid(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c (kill_ok_by_cred).
 """
 
 from __future__ import annotations
@@ -47,6 +47,31 @@ def as_user(uid: int, euid: int) -> Iterator[None]:
     finally:
         with _or_end():
             syscall("setresuid", _ROOT, _ROOT, _ROOT)
+
+
+@contextlib.contextmanager
+def owning_files_as(uid: int, gid: int) -> Iterator[None]:
+    """The calling thread, root's, with those file-system ids, then root's again.
+
+    A file that is made meanwhile is theirs: its inode, and who is noted as having opened it. Raises OSError.
+    """
+    if uid == _ROOT and gid == _ROOT:
+        yield
+        return
+    try:
+        _set_file_ids(uid, gid)
+        yield
+    finally:
+        with _or_end():
+            _set_file_ids(_ROOT, _ROOT)
+
+
+def _set_file_ids(uid: int, gid: int) -> None:
+    """setfsuid(2) says nothing where it fails (no memory): it tells what there was, and that is asked for again."""
+    for call, wanted in (("setfsgid", gid), ("setfsuid", uid)):
+        syscall(call, wanted)
+        if syscall(call, -1) & _UNMAPPED != wanted:
+            raise OSError(errno.ENOMEM, f"{call}: {os.strerror(errno.ENOMEM)}")
 
 
 @contextlib.contextmanager

@@ -34,10 +34,14 @@ from graft.oci.state import Message, State
 from graft.policy.model import Policy
 from graft.state.installation import Installation
 from graft.state.records import Container
-from graft.swap.keeper import Keeper
+from graft.swap.keeper import Keeper, stop_all
 
 HOOK_SOCKET, LISTENER_SOCKET = "hook", "seccomp"
 _EMPTY_TIMEOUT_MS = 2000
+_MAX_SUPERVISORS = 64
+"""Of one container. Each is a process of the host's, for as long as what an engine's `exec` started, or left behind, is
+there: an image may have a health check do so every second.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +100,12 @@ class Attachment:
     def start_supervisor(self, state: State, listener: int, first: int | None = None) -> None:
         """Start a supervisor for ``listener``, which this object closes, also where that fails.
 
-        ``first``: as for `attach`. Raises GraftError where the listener is not of this container.
+        ``first``: as for `attach`. Raises GraftError where the listener is not of this container, or one too many.
         """
         try:
             self.attach(state, first)
             self._check_cgroup(state.pid)
+            self._check_count()
         except BaseException:
             os.close(listener)
             raise
@@ -125,6 +130,15 @@ class Attachment:
         path = cgroup.of_process(pid) if pid else self.container.cgroup_path
         if not path.is_relative_to(self.container.cgroup_path):
             raise RefusedError(f"process {pid} is in the cgroup {path}, not in the container's")
+
+    def _check_count(self) -> None:
+        """Raises RefusedError where the container has as many supervisors as one may have."""
+        if len(self._keepers) >= _MAX_SUPERVISORS:
+            self.check_supervisors()
+        if len(self._keepers) >= _MAX_SUPERVISORS:
+            raise RefusedError(
+                f"the container has {_MAX_SUPERVISORS} supervisors already", "end what `exec` has started in it"
+            )
 
     def watch(self, loop: MessageLoop) -> None:
         """Have ``loop`` wake up when the cgroup becomes empty or populated."""
@@ -156,8 +170,7 @@ class Attachment:
 
     def close(self) -> None:
         """Stop the supervisors, and remove the container's rules, record and files."""
-        for keeper in self._keepers:
-            keeper.stop()
+        stop_all(self._keepers)
         if self._events is not None:
             os.close(self._events)
             self._events = None

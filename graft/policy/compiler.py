@@ -8,7 +8,8 @@ dual-stack [::]:80 is served by an IPv4 endpoint, as a v4-mapped address.
 Egress. The kernel takes the longest prefix that holds the destination, and under its node the port. It does
 not come back to a shorter prefix, so every node lists all its ports: its own rules', and for the other ports
 those of the nearest shorter prefix. Loopback destinations stay the container's: where a wider rule would cover
-them, they get a prefix of their own with an empty node. Link-local ones get one too, with all but the grants.
+them, they get a prefix of their own with an empty node. Link-local ones and IPv6 multicast get one too, with all but
+the grants.
 """
 
 from __future__ import annotations

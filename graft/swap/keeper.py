@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from graft.errors import KernelError
@@ -121,21 +121,35 @@ class Keeper:
         self._clean_up(graft)
 
     def stop(self) -> None:
-        """End the supervisor. The container's processes must be gone: their calls would fail from here on.
+        """`stop_all` of this one."""
+        stop_all([self])
 
-        One that waits in the kernel for another container (for the lock of a socket that the two share) is not waited
-        for longer than a few seconds: the keeper's process may serve other containers too.
-        """
+    def _kill(self) -> int:
+        """Kill the supervisor; gives its process id, 0 where there is none."""
         pid, self.pid = self.pid, 0
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             _killed.append(pid)
-        deadline = time.monotonic() + _KILL_TIMEOUT
-        while pid in _reap_killed() and time.monotonic() < deadline:
-            time.sleep(0.002)
+        return pid
+
+    def _close(self) -> None:
         with contextlib.suppress(OSError):
             os.close(self._listener)
+
+
+def stop_all(keepers: Sequence[Keeper]) -> None:
+    """End their supervisors. The container's processes must be gone: their calls would fail from here on.
+
+    Those that wait in the kernel for another container (for the lock of a socket that the two share) are waited for
+    together, and not longer than a few seconds: the keepers' process may serve other containers too.
+    """
+    killed = {one._kill() for one in keepers}
+    deadline = time.monotonic() + _KILL_TIMEOUT
+    while not killed.isdisjoint(_reap_killed()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    for one in keepers:
+        one._close()
 
 
 def _reap_killed() -> list[int]:

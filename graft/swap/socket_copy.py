@@ -151,13 +151,17 @@ def is_v6only(fd: int, protocol: int) -> bool:
         return bool(sock.getsockopt(SOL_IPV6, IPV6_V6ONLY))
 
 
-def copy_socket_state(
-    new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v6only: bool, owned: bool
-) -> None:
-    """Copy the state of ``old`` to ``new``: the options ``names``, O_NONBLOCK and O_ASYNC of ``flags``, the owner.
+def owner_of(fd: int) -> tuple[int, int]:
+    """User and group of a socket's file. Raises OSError."""
+    status = os.fstat(fd)
+    return status.st_uid, status.st_gid
 
-    IPV6_V6ONLY is always set: its default differs between namespaces. ``owned`` is false where root is known to be
-    the owner. Raises OSError.
+
+def copy_socket_state(new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v6only: bool) -> None:
+    """Copy the state of ``old`` to ``new``: the options ``names``, O_NONBLOCK and O_ASYNC of ``flags``.
+
+    IPV6_V6ONLY is always set: its default differs between namespaces. ``new`` has its owner since it was made
+    (socket_pool.py). Raises OSError.
     """
     if new.family == AF_INET6:
         new.setsockopt(SOL_IPV6, IPV6_V6ONLY, v6only)
@@ -168,10 +172,6 @@ def copy_socket_state(
         os.set_blocking(new.fileno(), False)
     if flags & os.O_ASYNC:
         _copy_signal_owner(old, new.fileno())
-    if owned:
-        status = os.fstat(old)
-        if status.st_uid or status.st_gid:
-            os.fchown(new.fileno(), status.st_uid, status.st_gid)
 
 
 def _copy_signal_owner(old: int, new: int) -> None:

@@ -1,7 +1,9 @@
 """Replacement sockets: made in the namespace where they will live, tagged, and some of them ahead of time.
 
-To the hooks a supervisor's socket belongs to no container until it has a tag, so every socket is tagged here. Several
-at once cost a third of what they cost one by one: between two calls the program evicts this code from the CPU's caches.
+To the hooks a supervisor's socket belongs to no container until it has a tag, so every socket is tagged here. It is
+made as the program's user: firewalls ask who opened a socket's file (``meta skuid`` of nft(8), ``-m owner`` of
+iptables(8)), and nothing changes that afterwards. Several at once cost a third of what they cost one by one: between
+two calls the program evicts this code from the CPU's caches.
 """
 
 from __future__ import annotations
@@ -17,11 +19,19 @@ from pathlib import Path
 from graft.datapath import layout
 from graft.kernel import netns
 from graft.kernel.bpf import Map
+from graft.kernel.credentials import owning_files_as
 from graft.model.transport import Home
 from graft.swap.desk import Desk
 from graft.swap.socket_copy import AF_INET, AF_INET6, SOCK_STREAM
 
 _SPARES = 8
+_MAX_KINDS = 8  # with spares: a container may have any number of users
+
+Owner = tuple[int, int]
+"""User and group."""
+ROOT: Owner = (0, 0)
+_Kind = tuple[int, int, Owner]
+"""Family, protocol, owner."""
 
 
 class NamespaceSwitch:
@@ -62,27 +72,34 @@ class SocketPool:
         self, tags: Map[ctypes.c_int32, layout.Tag], desk: Desk, container: int, namespaces: NamespaceSwitch
     ) -> None:
         self._tags, self._next_home, self._container, self._namespaces = tags, desk.next_home, container, namespaces
-        self._spares: dict[tuple[int, int], list[Socket]] = {}
-        self._missing: tuple[int, int] | None = None
+        self._spares: dict[_Kind, list[Socket]] = {}
+        self._missing: _Kind | None = None
 
-    def get(self, home: Home, cookie: int, family: int, protocol: int) -> Socket:
-        """A new socket in the namespace of that cookie. Raises OSError."""
+    def get(self, home: Home, cookie: int, family: int, protocol: int, owner: Owner = ROOT) -> Socket:
+        """A new socket of ``owner`` in the namespace of that cookie. Raises OSError."""
         if home is not Home.HOST or cookie != self._namespaces.host_cookie:
-            with self._namespaces.inside(cookie):
+            with self._namespaces.inside(cookie), owning_files_as(*owner):
                 return self._make(home, family, protocol)
-        spares = self._spares.get((family, protocol))
+        kind = family, protocol, owner
+        spares = self._spares.get(kind)
         if spares:
             return spares.pop()
-        self._missing = (family, protocol)
-        return self._make(home, family, protocol)
+        self._missing = kind
+        with owning_files_as(*owner):
+            return self._make(home, family, protocol)
 
     def refill(self) -> None:
         """Make spare sockets of the kind of which `get` found none. To be called when the program does not wait."""
         if self._missing is not None:
-            spares = self._spares.setdefault(self._missing, [])
-            with contextlib.suppress(OSError):
+            family, protocol, owner = self._missing
+            spares = self._spares.pop(self._missing, [])
+            while len(self._spares) >= _MAX_KINDS:
+                for oldest in self._spares.pop(next(iter(self._spares))):
+                    oldest.close()
+            self._spares[self._missing] = spares  # the newest now
+            with contextlib.suppress(OSError), owning_files_as(*owner):
                 while len(spares) < _SPARES:
-                    spares.append(self._make(Home.HOST, *self._missing))
+                    spares.append(self._make(Home.HOST, family, protocol))
             self._missing = None
 
     def _make(self, home: Home, family: int, protocol: int) -> Socket:

@@ -45,7 +45,7 @@ from graft.swap.decision import Action, Call, Decision, SocketFacts, decide
 from graft.swap.desk import Desk, DeskAnswer
 from graft.swap.end_watcher import EndWatcher
 from graft.swap.processes import Process, Processes
-from graft.swap.socket_pool import SocketPool
+from graft.swap.socket_pool import ROOT, Owner, SocketPool
 from graft.swap.unreported import UnreportedBinds
 
 _IPPROTO_MPTCP = 262
@@ -216,11 +216,10 @@ class Supervisor:
             probed |= PROBED_OWNED
         names = socket_copy.recorded_options(self._desk.options) if options or overflow else ()
         error = None
-        replacement = self._get_replacement(decision, facts)
+        owner = socket_copy.owner_of(duplicate) if probed & PROBED_OWNED else ROOT
+        replacement = self._get_replacement(decision, facts, owner)
         try:
-            socket_copy.copy_socket_state(
-                replacement, duplicate, flags, names, v6only or decision.v6only, bool(probed & PROBED_OWNED)
-            )
+            socket_copy.copy_socket_state(replacement, duplicate, flags, names, v6only or decision.v6only)
             if trapped.call is _BIND and decision.action is _TO_HOST:
                 assert trapped.address is not None
                 error = self._bind(replacement, trapped.address)
@@ -238,10 +237,10 @@ class Supervisor:
             replacement.close()
         return error
 
-    def _get_replacement(self, decision: Decision, facts: SocketFacts) -> Socket:
+    def _get_replacement(self, decision: Decision, facts: SocketFacts, owner: Owner) -> Socket:
         if decision.action is _TO_HOST:
-            return self._pool.get(Home.HOST, decision.netns, facts.family, facts.protocol)
-        return self._pool.get(Home.CONTAINER, facts.container_netns, facts.family, facts.protocol)
+            return self._pool.get(Home.HOST, decision.netns, facts.family, facts.protocol, owner)
+        return self._pool.get(Home.CONTAINER, facts.container_netns, facts.family, facts.protocol, owner)
 
     def _bind(self, sock: Socket, address: Sockaddr) -> int:
         """Bind a replacement to the program's address, which the hook rewrites to the endpoint. Gives an errno."""

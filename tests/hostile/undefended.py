@@ -35,7 +35,7 @@ from graft.oci import listener
 from graft.oci.state import State
 from graft.state import descriptors, helper_process, inventory, liveness
 from graft.state.records import Container
-from graft.swap import socket_copy, supervisor
+from graft.swap import socket_copy, socket_pool, supervisor
 from graft.swap.decision import Action, Decision, SocketFacts
 
 COMMAND = Path(__file__).resolve()
@@ -57,6 +57,11 @@ def _rights() -> None:
     # Names that graft/swap/socket_copy.py looks up when it copies an option.
     socket_copy.__dict__["with_capabilities"] = lambda *_: contextlib.nullcontext()
     socket_copy.__dict__["max"] = as_it_is
+
+
+def _opener() -> None:
+    """A twin's file is opened as root."""
+    socket_pool.__dict__["owning_files_as"] = lambda *_: contextlib.nullcontext()
 
 
 Change = tuple[str, str, str]
@@ -94,7 +99,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A datagram leaves from the address that it names.
     "source": (
-        ("connect.bpf.c", "if (verdict == PASS && asked.confined && ip)", "if (0)"),
+        ("connect.bpf.c", "\tif (ip || leaves_source_to_kernel(&asked))\n", "\tif (0)\n"),
+        ("connect.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&asked)", "0"),
         ("connect.bpf.c", "if ((somewhere || bound) && place.family != endpoint->family)", "if (0)"),
     ),
     # Any option may be set, and nobody looks at whether a socket is tied to an interface.
@@ -102,6 +108,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("options.bpf.c", "int reaches_past_policy(int level, int name)", "return 0;"),
         _at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),
     ),
+    # Flow labels are leased by whoever likes.
+    "flow labels": (("options.bpf.c", "name == IPV6_FLOWLABEL_MGR || ", ""),),
     # Nobody looks at whether a socket is bound to what it is granted no more.
     "lost": (
         _at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),
@@ -135,10 +143,12 @@ HOOKS: dict[str, tuple[Change, ...]] = {
 def _own_binds() -> None:
     """A bind that no rule grants is made by the supervisor too, in the container's namespace, with its rights."""
 
-    def get_replacement(self: supervisor.Supervisor, decision: Decision, facts: SocketFacts) -> Any:
+    def get_replacement(
+        self: supervisor.Supervisor, decision: Decision, facts: SocketFacts, owner: socket_pool.Owner
+    ) -> Any:
         home = Home.HOST if decision.action is Action.TO_HOST else Home.CONTAINER
         where = decision.netns if home is Home.HOST else facts.container_netns
-        return self._pool.get(home, where, facts.family, facts.protocol)
+        return self._pool.get(home, where, facts.family, facts.protocol, owner)
 
     supervisor.Supervisor._get_replacement = get_replacement  # type: ignore[method-assign]
     vars(supervisor)["_TO_HOST"] = Action.TO_CONTAINER  # what `_replace` compares with before it binds
@@ -284,6 +294,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
     "own binds": _own_binds,
+    "opener": _opener,
     "shares": _shares,
     "turns": _turns,
     "aside": _aside,

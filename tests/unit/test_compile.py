@@ -115,11 +115,11 @@ def bind_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port: i
     return None
 
 
-LINK_LOCAL = IPv6Network("fe80::/10")
+LINK_LOCAL = IPv6Network("fe80::/10"), IPv6Network("ff00::/8")
 
 
 def is_link_local(network: IPv4Network | IPv6Network) -> bool:
-    return isinstance(network, IPv6Network) and network.subnet_of(LINK_LOCAL)
+    return isinstance(network, IPv6Network) and any(network.subnet_of(one) for one in LINK_LOCAL)
 
 
 def connect_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port: int) -> tuple[Verdict, str | None]:
@@ -136,7 +136,7 @@ def connect_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port
     ]
     if address.is_loopback or address.is_unspecified:
         speaking = [rule for rule in speaking if is_loopback(rule.to.network)]
-    if address in LINK_LOCAL:
+    if any(address in one for one in LINK_LOCAL):
         speaking = [rule for rule in speaking if rule.verdict is not Verdict.GRANT or is_link_local(rule.to.network)]
     if not speaking:
         return Verdict.NONE, None
@@ -477,6 +477,12 @@ def test_a_wider_rule_grants_no_link_local_destination_but_denies_it() -> None:
     assert reached(compiled("egress: [{to: '::/0', action: deny}]"), "fe80::1") == (Verdict.DENY, None)
     narrower = compiled("egress: [{to: '::/0', action: deny}, {to: 'fe00::/7', endpoint: b6}]")
     assert reached(narrower, "fe80::1") == (Verdict.DENY, None)
+
+
+def test_a_wider_rule_grants_no_multicast_destination_of_ipv6_but_denies_it() -> None:
+    assert reached(compiled("egress: [{to: '::/0', endpoint: b6}]"), "ff02::1") == NOTHING
+    assert reached(compiled("egress: [{to: 'ff02::1', endpoint: b6}]"), "ff02::1") == (Verdict.GRANT, "b6")
+    assert reached(compiled("egress: [{to: '::/0', action: deny}]"), "ff02::1") == (Verdict.DENY, None)
 
 
 def test_a_rule_inside_loopback_speaks_of_it() -> None:

@@ -47,3 +47,15 @@ def test_one_that_does_not_die_within_the_timeout_is_reaped_later(monkeypatch: p
     assert not Path(f"/proc/{stuck.pid}").exists() and not Path(f"/proc/{other.pid}").exists()
     for process in (stuck, other):
         process.wait()
+
+
+def test_many_that_cannot_die_yet_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "_KILL_TIMEOUT", 0.5)
+    dying: list[int] = []
+    monkeypatch.setattr(keeper, "_killed", dying)
+    monkeypatch.setattr(keeper, "_reap_killed", lambda: dying)
+    monkeypatch.setattr(os, "kill", lambda pid, signum: None)
+    began = time.monotonic()
+    keeper.stop_all([keeper_of(pid) for pid in range(1, 65)])
+    assert len(dying) == 64
+    assert time.monotonic() - began < 10

@@ -103,3 +103,36 @@ def test_spares_are_made_of_the_kind_that_was_missing(monkeypatch: pytest.Monkey
     assert len(seen) == made + 1
     for sock in taken:
         sock.close()
+
+
+def test_a_socket_is_made_as_its_programs_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, _, _, _ = make_pool(monkeypatch, hook=True)
+    now: list[socket_pool.Owner] = [socket_pool.ROOT]
+
+    @contextlib.contextmanager
+    def owning(uid: int, gid: int) -> Iterator[None]:
+        now.append((uid, gid))
+        yield
+        now.pop()
+
+    def make(*_: object) -> Any:
+        return SimpleNamespace(owner=now[-1], close=lambda: None)
+
+    monkeypatch.setattr(socket_pool, "owning_files_as", owning)
+    monkeypatch.setattr(pool, "_make", make)
+    for user in (5, 6, 5, 5, 0, 6):
+        made: Any = pool.get(Home.HOST, HERE, 4, 6, (user, 7))
+        assert made.owner == (user, 7)
+        pool.refill()
+    made = pool.get(Home.CONTAINER, ELSEWHERE, 4, 6, (8, 9))
+    assert made.owner == (8, 9)
+
+
+def test_a_container_of_many_users_has_few_spares(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, _, _, _ = make_pool(monkeypatch, hook=True)
+    monkeypatch.setattr(socket_pool, "owning_files_as", lambda *_: contextlib.nullcontext())
+    before = len(os.listdir("/proc/self/fd"))
+    for user in range(200):
+        pool.get(Home.HOST, HERE, 4, 6, (user, 0)).close()
+        pool.refill()
+    assert len(os.listdir("/proc/self/fd")) < before + 100
