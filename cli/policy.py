@@ -24,7 +24,8 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Say whether FILE can be applied, and if not, every reason with its line and field."""
-    from graft.policy.reader import examine_policy, read_policy  # slow to import: pydantic and yaml
+    from graft.policy.files import read_policy
+    from graft.policy.reader import examine_policy  # slow to import: pydantic and yaml
     from graft.state.installation import known_endpoints
 
     examined = examine_policy(read_policy(file), known_endpoints())

@@ -1,6 +1,7 @@
 """What a container may do: from text to map entries. Pure but for reading a file.
 
     model.py        rules and defaults, as values
+    files.py        the text of a file
     reader.py       a policy's text, with every error at its line and field
     document.py     the YAML under it
     validator.py    whether rules fit their endpoints and each other

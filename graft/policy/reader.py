@@ -10,19 +10,16 @@ Only this module imports pydantic: it takes long, and `graft run` with flags nee
 from __future__ import annotations
 
 import difflib
-import os
-import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
 from pydantic import ValidationInfo as Info
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from graft.errors import NotFoundError, UsageError
+from graft.errors import UsageError
 from graft.model.address import (
     BindPattern,
     Prefix,
@@ -46,7 +43,7 @@ from graft.model.endpoint import (
 from graft.model.ports import PortRange
 from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.document import Document, FieldPath, Value, format_path, read_document
-from graft.policy.limits import FEWER_RULES, MAX_BYTES, MAX_RULES
+from graft.policy.limits import FEWER_RULES, MAX_RULES
 from graft.policy.model import Default, EgressRule, IngressRule, Policy, PolicyError, Problem, Verdict
 from graft.policy.validator import check_rules, no_endpoint
 
@@ -65,44 +62,6 @@ class Examined:
     policy: Policy | None
     ruleset: RuleSet | None
     problems: tuple[Problem, ...]
-
-
-def read_policy(path: Path, plain_only: bool = False) -> str:
-    """The text of a policy file. Raises NotFoundError or UsageError, also for what is too big or not UTF-8.
-
-    ``plain_only``: not of a pipe or a device, for a path that an image may have named.
-    """
-    try:
-        with _open_plain(path) if plain_only else path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise NotFoundError(f"policy: there is no file {path}") from None
-    except OSError as error:
-        raise UsageError(f"policy: {path} cannot be read: {error.strerror}") from error
-    except ValueError:
-        raise UsageError(f"policy: {shown(str(path))} is no path") from None
-    return decode_policy(data, str(path))
-
-
-def _open_plain(path: Path) -> BinaryIO:
-    """``path``, opened for reading only once it is known to be a file: to open a device may do something already."""
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UsageError(f"policy: {path} is no plain file")
-        return open(f"/proc/self/fd/{fd}", "rb")
-    finally:
-        os.close(fd)
-
-
-def decode_policy(data: bytes, source: str) -> str:
-    """The text in ``data``, what was read of ``source``. Raises UsageError for what is too big or not UTF-8."""
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"policy: {source} is too big", f"at most {MAX_BYTES} bytes")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"policy: {source} is not UTF-8 text") from None
 
 
 def examine_policy(text: str, known_endpoints: Mapping[str, Endpoint] | None) -> Examined:

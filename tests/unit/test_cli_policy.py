@@ -83,4 +83,4 @@ def test_json_has_the_problems_of_a_bad_policy(policy: Path) -> None:
 def test_a_file_that_is_not_there_is_one_line_and_exit_3(tmp_path: Path) -> None:
     done = check(tmp_path / "nothing.yaml")
     assert done.returncode == 3
-    assert done.stderr == f"graft: policy: there is no file {tmp_path / 'nothing.yaml'}\n"
+    assert done.stderr == f"graft: policy: {tmp_path / 'nothing.yaml'} not found\n"

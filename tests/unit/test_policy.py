@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from graft.errors import NotFoundError, UsageError
 from graft.model.address import parse_bind_pattern, parse_prefix
 from graft.model.endpoint import Endpoint, Protocol, parse_endpoint
 from graft.model.ports import PortRange
+from graft.policy.files import read_policy
 from graft.policy.limits import MAX_BYTES, MAX_RULES
 from graft.policy.model import (
     Default,
@@ -28,7 +31,7 @@ from graft.policy.model import (
     Verdict,
     policy_from_flags,
 )
-from graft.policy.reader import check_policy, examine_policy, load_policy, read_policy
+from graft.policy.reader import check_policy, examine_policy, load_policy
 
 KNOWN = {
     "nx4": parse_endpoint("nx4", "0.0.0.0:8080"),
@@ -561,14 +564,28 @@ assert not {"pydantic", "yaml"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_a_file_is_read_as_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("regular_only", [False, True])
+def test_a_file_is_read_as_text(tmp_path: Path, regular_only: bool) -> None:
     file = tmp_path / "p.yaml"
     file.write_bytes(b"\xef\xbb\xbfname: a\n")
-    assert read_policy(file) == "name: a\n"
+    assert read_policy(file, regular_only) == "name: a\n"
+
+
+def test_a_leased_file_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text("name: a\n")
+    previous = signal.signal(signal.SIGIO, signal.SIG_IGN)  # what the kernel sends to the holder of a lease
+    try:
+        with file.open("rb") as leased:
+            fcntl.fcntl(leased, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            with pytest.raises(UsageError, match=r"^policy: .*p.yaml is leased by another process$"):
+                read_policy(file, regular_only=True)
+    finally:
+        signal.signal(signal.SIGIO, previous)
 
 
 def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match=r"^policy: there is no file"):
+    with pytest.raises(NotFoundError, match=r"^policy: .*p.yaml not found$"):
         read_policy(tmp_path / "p.yaml")
 
 
@@ -581,7 +598,7 @@ def test_a_file_that_is_no_text_or_too_big_is_refused(tmp_path: Path, content: b
 
 
 def test_a_directory_is_no_policy(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match=r"policy: cannot read .*: Is a directory"):
         read_policy(tmp_path)
 
 
