@@ -25,7 +25,7 @@ def policy_of(
     if file is None:
         return policy_from_flags(policy_name(program), ingress, egress)
     from graft.policy.files import read_policy
-    from graft.policy.reader import load_policy  # slow to import: pydantic and yaml
+    from graft.policy.reader import load_policy  # import time: yaml
 
     if ingress or egress:
         raise UsageError("--policy: -i and -e are for use without it", "put the rules into the policy")

@@ -27,20 +27,20 @@ _UNQUOTED = re.compile(r"[:,{-]\s+(\*|\[|::)")
 
 @dataclass(slots=True)
 class Document:
-    """The values of a text, the line of each by its path, and the problems of the YAML itself."""
+    """The values of a text, the line of each by its path, and what is wrong with it."""
 
     value: Value = None
     lines: dict[FieldPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def problem(self, path: FieldPath, message: str, hint: str | None = None) -> Problem:
-        """A problem of the value at ``path``, or of the one nearest to it that was written."""
+    def report(self, path: FieldPath, message: str, hint: str | None = None) -> None:
+        """Add a problem of the value at ``path``, or of the one nearest to it that was written."""
         known = path
         while known and known not in self.lines:
             known = known[:-1]
         if not isinstance(self.at(known), dict):  # a short form: its parts have no place of their own
             path = known
-        return Problem(self.lines.get(known, 1), format_path(path), message, hint)
+        self.problems.append(Problem(self.lines.get(known, 1), format_path(path), message, hint))
 
     def at(self, path: FieldPath) -> Value:
         """The value at ``path``, None where there is none."""
