@@ -1,4 +1,4 @@
-"""What a container may do: from text to map entries. Pure but for reading a file.
+"""What a container may do: from text to map entries. Pure, except for files.py.
 
     model.py        rules and defaults, as values
     files.py        the text of a file
@@ -10,6 +10,6 @@
     compiler.py     map entries
     limits.py       how big a policy may be
 
-`reader.load_policy`, `model.policy_from_flags` and `compiler.compile_policy` are its face. It may import model and
-errors.
+Other packages call `reader.load_policy`, `model.policy_from_flags` and `compiler.compile_policy`. It imports only
+graft.model and graft.errors.
 """

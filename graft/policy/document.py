@@ -1,8 +1,8 @@
-"""YAML as policies use it: mappings, lists, text, true and false, and the line of everything.
+"""YAML as policies use it: mappings, lists, text, true and false, and the line of each value.
 
-A hostile text is refused before it costs anything: no aliases (a few lines of them can stand for gigabytes), no tags,
-no duplicate keys, and limits on size, depth and number of values, checked while the nodes are composed. Numbers stay
-text: `0.0.0.0:80`, `8000-8099` and `1:30` mean what they say here, not what YAML makes of them.
+A hostile text is refused before it costs much: no aliases (a few lines of them can stand for gigabytes), no tags, no
+duplicate keys, and limits on size, depth and number of values, checked while the nodes are composed. Numbers stay text:
+YAML would convert `1:30` to 90.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
     def report(self, path: FieldPath, message: str, hint: str | None = None) -> None:
-        """Add a problem of the value at ``path``, or of the one nearest to it that was written."""
+        """Add a problem of the value at ``path``; for one that is not written out, of the nearest value around it."""
         known = path
         while known and known not in self.lines:
             known = known[:-1]
-        if not isinstance(self.at(known), dict):  # a short form: its parts have no place of their own
+        if not isinstance(self.at(known), dict):  # a short form, which has no parts in the text
             path = known
         self.problems.append(Problem(self.lines.get(known, 1), format_path(path), message, hint))
 
@@ -67,7 +67,7 @@ def format_path(path: FieldPath) -> str:
 
 
 def read_document(text: str) -> Document:
-    """The document in ``text``, with what is wrong in ``problems``. After an error of syntax the value is None."""
+    """The document in ``text`` and its problems. After a syntax error the value is None."""
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -91,10 +91,10 @@ def _refused(line: int, message: str, hint: str | None = None) -> Document:
 
 
 def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str, str | None]:
-    """Line, message and hint of what the parser could not read."""
+    """Line, message and hint of an error of the parser."""
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        return line, f"character {error.character:#04x} may not stand in YAML", None
+        return line, f"character {error.character:#04x} is not allowed in YAML", None
     assert isinstance(error, yaml.MarkedYAMLError)
     mark = error.problem_mark or error.context_mark
     line = mark.line + 1 if mark else 1
@@ -117,7 +117,7 @@ class _Loader(yaml.BaseLoader):
             raise self._refusal((), "the policy is empty", "at least a name: and rules")
         root = self.get_node()
         if self.check_node():
-            raise self._refusal((), "a second document follows", "one policy a file, no ---")
+            raise self._refusal((), "a second document follows", "one policy per file, without ---")
         return root
 
     def compose_node(self, parent: yaml.Node | None, index: int | yaml.Node | None) -> yaml.Node | None:
@@ -127,7 +127,7 @@ class _Loader(yaml.BaseLoader):
             self._path = (*outer, index.value if isinstance(index, yaml.Node) else index)
         self._check_next()
         if index is None and parent is not None and not self.check_event(yaml.ScalarEvent):
-            raise self._refusal(outer, "a key has to be text")
+            raise self._refusal(outer, "a key must be text")
         node = super().compose_node(parent, index)  # type: ignore[arg-type]  # the stub knows no mappings
         self._path = outer
         return node
@@ -151,7 +151,7 @@ class _Loader(yaml.BaseLoader):
 
 
 def _cut(name: object) -> str:
-    """A name of YAML's own, where a message has it without quotes."""
+    """An anchor or a tag, shortened, as a message shows it: without quotes."""
     return shown(str(name))[1:-1]
 
 
@@ -172,7 +172,7 @@ def _read_node(node: yaml.Node, path: FieldPath, document: Document) -> Value:
         here = (*path, key.value)
         if key.value in values:
             hint = f"the first is on line {document.lines[here]}"
-            document.problems.append(Problem(_line(key), format_path(here), "the key is there twice", hint))
+            document.problems.append(Problem(_line(key), format_path(here), "duplicate key", hint))
         else:
             document.lines[here] = _line(key)
         values.setdefault(key.value, _read_node(item, here, document))

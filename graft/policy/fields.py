@@ -27,9 +27,9 @@ _EXAMPLES = {
 
 
 class Fields:
-    """The fields of the mapping ``value``, which stands at ``path`` and may have ``keys`` and no others.
+    """The fields of the mapping ``value`` at ``path``, which may have ``keys`` and no others.
 
-    Each method gives None for a key that is missing, and for one whose value is wrong: ``valid`` is False then.
+    Each method returns None for a missing key, and for an invalid value. ``valid`` is False once an error is reported.
     """
 
     def __init__(self, document: Document, path: FieldPath, value: Value, keys: tuple[str, ...]) -> None:
@@ -67,7 +67,7 @@ class Fields:
         return self._field(key, _of_type, kind, hint)
 
     def check(self, path: FieldPath, function: Callable[..., T], *arguments: object) -> T | None:
-        """What ``function(*arguments, field)`` gives. Its UsageError is reported at ``path`` below this mapping."""
+        """The result of ``function(*arguments, field)``. Its UsageError is reported at ``path`` below this mapping."""
         try:
             return function(*arguments, _FIELD)
         except UsageError as error:
@@ -86,7 +86,7 @@ class Fields:
 
 
 def choice(choices: Mapping[str, T]) -> Parser[T]:
-    """A parser of the words in ``choices``, which gives what each stands for."""
+    """A parser of the words in ``choices``: it returns the value of each."""
 
     def parse(text: str, field: str) -> T:
         if text not in choices:

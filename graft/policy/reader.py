@@ -29,7 +29,7 @@ from graft.policy.document import Document, Value, format_path, read_document
 from graft.policy.fields import Fields, choice
 from graft.policy.limits import FEWER_RULES, MAX_RULES
 from graft.policy.model import Default, EgressRule, IngressRule, Policy, PolicyError, Problem, Verdict
-from graft.policy.validator import check_rules, no_endpoint
+from graft.policy.validator import check_rules, endpoint_not_found
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ class _PolicyReader:
     def _parse_endpoint_name(self, text: str, field: str) -> str:
         name = parse_name(text, field)
         if self._names is not None and name not in self._names:
-            message, hint = no_endpoint(name)
+            message, hint = endpoint_not_found(name)
             raise UsageError(f"{field}: {message}", hint)
         return name
 

@@ -326,7 +326,7 @@ def test_more_pairs_than_that_are_refused_before_any_is_read() -> None:
 
 
 def test_pairs_longer_than_a_policy_file_are_refused_before_they_are_split() -> None:
-    with pytest.raises(UsageError, match=f"^GRAFT_CONV_PAIRS: it has {MAX_BYTES + 1} bytes"):
+    with pytest.raises(UsageError, match=f"^GRAFT_CONV_PAIRS: the text has {MAX_BYTES + 1} bytes"):
         request.policy_from_pairs(" " * (MAX_BYTES + 1), KNOWN)
 
 
@@ -344,7 +344,7 @@ def test_pairs_in_conflict_name_each_other() -> None:
         compile_policy(policy, known)
     (line,) = refused.value.lines()
     assert line.startswith("graft: GRAFT_CONV_PAIRS 0.0.0.0:85-95=other: ")
-    assert "GRAFT_CONV_PAIRS 0.0.0.0:80-90=open makes open" in line
+    assert "GRAFT_CONV_PAIRS 0.0.0.0:80-90=open redirects 0.0.0.0:80-90 to open" in line
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
