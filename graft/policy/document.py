@@ -143,7 +143,7 @@ class _Loader(yaml.BaseLoader):
             raise self._refusal(self._path[:2], "nested too deep")
         if self._values > MAX_VALUES:
             raise self._refusal((), f"more than {MAX_VALUES} values", "fewer rules")
-        event.anchor = None  # without aliases it means nothing, and may be there twice
+        event.anchor = None  # without aliases it has no meaning; a duplicate is no error
 
     def _refusal(self, path: FieldPath, message: str, hint: str | None = None) -> PolicyError:
         line = _line(self.peek_event())  # type: ignore[no-untyped-call]

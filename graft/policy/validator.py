@@ -160,26 +160,28 @@ class _PortOutcomes:
     """The outcomes at each port of one destination so far, as sets of ports (graft/model/ports.py)."""
 
     def __init__(self) -> None:
-        self._rules: list[tuple[EgressRule, int]] = []
+        self._rules: list[tuple[EgressRule, Outcome, int]] = []
         self._by_outcome: dict[Outcome, int] = {}
         self._with_any = self._with_several = 0  # ports with an outcome, and with more than one
 
     def add(self, rule: EgressRule) -> tuple[EgressRule, int] | None:
         """Add ``rule``. Gives the first one with another outcome at some of its ports, and those ports."""
-        mask = rule.port_mask
-        own = self._by_outcome.get(rule.outcome, 0)
+        outcome, mask = rule.outcome, rule.port_mask
+        own = self._by_outcome.get(outcome, 0)
         has_conflict = mask & (self._with_any & ~own | self._with_several)
-        found = self._first_conflict(rule, mask) if has_conflict else None
-        self._rules.append((rule, mask))
+        found = self._first_conflict(outcome, mask) if has_conflict else None
+        self._rules.append((rule, outcome, mask))
         new = mask & ~own
         self._with_several |= self._with_any & new
         self._with_any |= new
-        self._by_outcome[rule.outcome] = own | mask
+        self._by_outcome[outcome] = own | mask
         return found
 
-    def _first_conflict(self, rule: EgressRule, mask: int) -> tuple[EgressRule, int] | None:
-        shared = ((other, mask & ports) for other, ports in self._rules if other.outcome != rule.outcome)
-        return next(((other, ports) for other, ports in shared if ports), None)
+    def _first_conflict(self, outcome: Outcome, mask: int) -> tuple[EgressRule, int] | None:
+        for rule, other, ports in self._rules:
+            if other != outcome and mask & ports:
+                return rule, mask & ports
+        return None
 
 
 def _egress_conflicts(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
