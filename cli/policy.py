@@ -12,7 +12,7 @@ import typer
 from .output import command, say
 
 if TYPE_CHECKING:
-    from graft.policy.reader import Examined
+    from graft.policy.reader import CheckResult
 
 app = typer.Typer(help="Policies: what a container may do on the host's stack.", no_args_is_help=True)
 
@@ -24,10 +24,11 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Say whether FILE can be applied, and if not, every reason with its line and field."""
-    from graft.policy.reader import examine_policy, read_policy  # slow to import: pydantic and yaml
+    from graft.policy.files import read_policy
+    from graft.policy.reader import check_policy  # import time: yaml
     from graft.state.installation import known_endpoints
 
-    examined = examine_policy(read_policy(file), known_endpoints())
+    examined = check_policy(read_policy(file), known_endpoints())
     if as_json:
         typer.echo(_as_json(str(file), examined))
     else:
@@ -36,7 +37,7 @@ def check(
         raise typer.Exit(2)
 
 
-def _as_text(file: str, examined: Examined) -> list[str]:
+def _as_text(file: str, examined: CheckResult) -> list[str]:
     policy, rules = examined.policy, examined.ruleset
     if policy is None or rules is None:
         return [problem.format(file) for problem in examined.problems]
@@ -44,7 +45,7 @@ def _as_text(file: str, examined: Examined) -> list[str]:
     return [f"{file}: ok ({counts})"]
 
 
-def _as_json(file: str, examined: Examined) -> str:
+def _as_json(file: str, examined: CheckResult) -> str:
     policy, rules = examined.policy, examined.ruleset
     result: dict[str, object] = {"file": file, "ok": policy is not None}
     if policy is not None and rules is not None:

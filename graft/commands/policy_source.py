@@ -24,7 +24,8 @@ def policy_of(
     """The policy of a file, or of `-i` and `-e`. Raises UsageError, NotFoundError."""
     if file is None:
         return policy_from_flags(policy_name(program), ingress, egress)
-    from graft.policy.reader import load_policy, read_policy  # slow to import: pydantic and yaml
+    from graft.policy.files import read_policy
+    from graft.policy.reader import load_policy  # import time: yaml
 
     if ingress or egress:
         raise UsageError("--policy: -i and -e are for use without it", "put the rules into the policy")

@@ -115,10 +115,11 @@ def choose_policy(
     """The policy that a container asks for. Raises GraftError for one that it may not have, or that is invalid."""
     if request.source is Source.PAIRS:
         return policy_from_pairs(request.value, known)
-    from graft.policy.reader import load_policy, read_policy
+    from graft.policy.files import read_policy
+    from graft.policy.reader import load_policy
 
     path = find_policy(settings, request.source, request.value)
-    policy = load_policy(read_policy(path, plain_only=True), str(path), known)
+    policy = load_policy(read_policy(path, regular_only=True), str(path), known)
     trusted = request.source is Source.ANNOTATION and annotations_are_trusted(config, options)
     if not policy.open and not trusted:
         why = "podman copies an image's annotations" if request.source is Source.ANNOTATION else "an image can set it"

@@ -1,15 +1,15 @@
 """From a policy and its endpoints to map entries: pure data, nothing here touches the kernel.
 
 Ingress. For each protocol and each (family, address or any) the rules are laid out port by port, the smallest
-range on top, so that the entries of one address never overlap. The kernel asks for the exact address first,
-then for "any". What no IPv6 rule grants to [::] gets what a bind of 0.0.0.0 gets: a program that binds a
+range on top, so that the entries of one address never overlap. The hooks look up the exact address first, then "any".
+At ports where no IPv6 rule applies to [::], a bind of [::] gets what a bind of 0.0.0.0 gets: a program that binds a
 dual-stack [::]:80 is served by an IPv4 endpoint, as a v4-mapped address.
 
-Egress. The kernel takes the longest prefix that holds the destination, and under its node the port. It does
-not come back to a shorter prefix, so every node lists all its ports: its own rules', and for the other ports
-those of the nearest shorter prefix. Loopback destinations stay the container's: where a wider rule would cover
-them, they get a prefix of their own with an empty node. Link-local ones and IPv6 multicast get one too, with all but
-the grants.
+Egress. The hooks look up the longest prefix that contains the destination, and then the port in that prefix's node.
+They do not fall back to a shorter prefix, so every node lists all ports: those of its own rules, and for the others
+the outcomes of the nearest shorter prefix. Loopback destinations stay the container's: where a wider rule would cover
+them, they get a prefix of their own with an empty node. Link-local ones and IPv6 multicast get one too, with
+everything but the grants.
 """
 
 from __future__ import annotations
@@ -23,39 +23,35 @@ from operator import or_
 from typing import TypeVar
 
 from graft.errors import UsageError
-from graft.model.address import IPAddress, Prefix, pack16
+from graft.model.address import Prefix, pack16
 from graft.model.endpoint import IP_PROTOCOLS, Endpoint, Protocol
 from graft.model.ports import prefixes_of
 from graft.policy.limits import MAX_ENTRIES, check_size
-from graft.policy.model import Default, Policy, PolicyError, Verdict
+from graft.policy.model import Default, Outcome, Policy, PolicyError, Verdict
 from graft.policy.validator import (
     ANY4,
     ANY6,
-    GUARDS,
     LINK_LOCAL,
     LOOPBACKS,
+    SPECIAL_PREFIXES,
     UNSPECIFIED,
     IngressClaim,
+    IngressKey,
     check_endpoints_exist,
     check_rules,
     egress_protocols,
     ingress_claims,
 )
 
-__all__ = [
-    "Default",
-    "EgressPortEntry",
-    "EgressPrefixEntry",
-    "IngressEntry",
-    "RuleSet",
-    "Verdict",
-    "compile_policy",
-]
+T = TypeVar("T")
+Owner = TypeVar("Owner")
+PortLayout = dict[Owner, int]
+"""Which ports each owner (an endpoint, or an outcome) has: disjoint sets of ports (graft/model/ports.py)."""
 
 
 @dataclass(frozen=True, slots=True)
 class IngressEntry:
-    """(protocol, family, address, leading ``port_bits`` of port) -> endpoint. ``address`` None is "any"."""
+    """(protocol, family, address, leading ``port_bits`` of port) -> endpoint. ``address`` None means any."""
 
     protocol: int
     family: int
@@ -91,8 +87,8 @@ class EgressPortEntry:
 class RuleSet:
     """A whole policy as map entries. Nodes are numbered from 1; a node may have no ports at all.
 
-    ``denies``: some rule denies, whatever the defaults are. ``leaves_others``: sockets that no rule can speak of are
-    left alone.
+    ``denies``: some rule denies, whatever the defaults are. ``leaves_others``: sockets that no rule can match are left
+    alone.
     """
 
     ingress: tuple[IngressEntry, ...]
@@ -109,20 +105,11 @@ class RuleSet:
         return len(self.ingress) + len(self.egress_prefixes) + len(self.egress_ports)
 
 
-Outcome = tuple[Verdict, str | None]
-Key = TypeVar("Key")
-PortClaims = dict[Key, int]
-"""Who or what has which ports: sets of ports (graft/model/ports.py) that are disjoint."""
-Claimed = tuple[Protocol, int, IPAddress | None]
-"""What ingress entries are looked up by, besides the port: protocol, family, address or any."""
-Entry = TypeVar("Entry", bound=IngressEntry | EgressPrefixEntry | EgressPortEntry)
-
-
 def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet:
     """The entries of ``policy``; ``endpoints`` are those it may name besides the ones it declares.
 
-    Raises PolicyError where a rule's endpoint is missing or does not fit it, or where rules are in
-    conflict (no entry is made of such a policy), and UsageError where it is too big (graft/policy/limits.py).
+    Raises PolicyError where a rule's endpoint is missing or does not fit it, or where rules are in conflict, and
+    UsageError where the policy is too big (graft/policy/limits.py).
     """
     check_size(policy)
     resolved = policy.resolve(endpoints)
@@ -142,30 +129,30 @@ def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet
     )
 
 
-def _at_most(limit: int, entries: Iterator[Entry]) -> list[Entry]:
-    """All of ``entries``; stops making them where they are too many."""
+def _at_most(limit: int, entries: Iterator[T]) -> list[T]:
+    """All of ``entries``. Raises UsageError as soon as there are more than ``limit``."""
     kept = list(islice(entries, limit + 1))
     if len(kept) > limit:
-        raise UsageError(f"policy: it takes more than {MAX_ENTRIES} map entries", "fewer rules, prefixes or ports")
+        raise UsageError(f"policy: it needs more than {MAX_ENTRIES} map entries", "fewer rules, prefixes or ports")
     return kept
 
 
-def _fill(top: PortClaims[Key], under: PortClaims[Key]) -> PortClaims[Key]:
-    """``top``, and for the ports that it leaves free, ``under``."""
+def _overlay(top: PortLayout[Owner], bottom: PortLayout[Owner]) -> PortLayout[Owner]:
+    """``top``, and ``bottom`` at the ports that ``top`` leaves free."""
     taken = _union(top)
-    filled = dict(top)
-    for key, mask in under.items():
+    layout = dict(top)
+    for owner, mask in bottom.items():
         if free := mask & ~taken:
-            filled[key] = filled.get(key, 0) | free
-    return filled
+            layout[owner] = layout.get(owner, 0) | free
+    return layout
 
 
-def _union(layout: PortClaims[Key]) -> int:
+def _union(layout: PortLayout[Owner]) -> int:
     return reduce(or_, layout.values(), 0)
 
 
 def _ingress_entries(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[IngressEntry]:
-    claims: dict[Claimed, list[IngressClaim]] = defaultdict(list)
+    claims: dict[IngressKey, list[IngressClaim]] = defaultdict(list)
     for claim in ingress_claims(policy, endpoints):
         claims[claim.key].append(claim)
     layouts = {key: _smallest_first(competing) for key, competing in claims.items()}
@@ -179,9 +166,9 @@ def _ingress_entries(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Itera
                 yield IngressEntry(IP_PROTOCOLS[protocol], family, packed, port, bits, endpoint)
 
 
-def _smallest_first(claims: Iterable[IngressClaim]) -> PortClaims[str]:
-    """Endpoint -> ports: each port goes to the smallest range that holds it."""
-    layout: PortClaims[str] = {}
+def _smallest_first(claims: Iterable[IngressClaim]) -> PortLayout[str]:
+    """Endpoint -> ports: each port goes to the smallest range that contains it."""
+    layout: PortLayout[str] = {}
     taken = 0
     for claim in sorted(claims, key=lambda claim: len(claim.rule.bind.ports)):
         mask = claim.rule.bind.ports.mask
@@ -191,18 +178,18 @@ def _smallest_first(claims: Iterable[IngressClaim]) -> PortClaims[str]:
     return layout
 
 
-def _serve_dual_stack(layouts: dict[Claimed, PortClaims[str]], protocol: Protocol) -> None:
-    """Give [::] what 0.0.0.0 has, at the ports where no IPv6 rule, exact or any, speaks of [::]."""
-    ipv4 = _fill(layouts.get((protocol, 4, ANY4), {}), layouts.get((protocol, 4, None), {}))
+def _serve_dual_stack(layouts: dict[IngressKey, PortLayout[str]], protocol: Protocol) -> None:
+    """Give [::] what 0.0.0.0 has, at the ports where no IPv6 rule, exact or any, applies to [::]."""
+    ipv4 = _overlay(layouts.get((protocol, 4, ANY4), {}), layouts.get((protocol, 4, None), {}))
     exact = layouts.get((protocol, 6, ANY6), {})
     granted = _union(exact) | _union(layouts.get((protocol, 6, None), {}))
     derived = {endpoint: mask & ~granted for endpoint, mask in ipv4.items() if mask & ~granted}
     if derived:
-        layouts[protocol, 6, ANY6] = _fill(exact, derived)
+        layouts[protocol, 6, ANY6] = _overlay(exact, derived)
 
 
 def _egress_entries(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[EgressPrefixEntry | EgressPortEntry]:
-    """Prefixes, and before the first prefix of a node the node's ports. Equal layouts share a node."""
+    """Prefixes, and before the first prefix of a node the ports of that node. Equal layouts share a node."""
     nodes: dict[frozenset[tuple[Outcome, int]], int] = {}
     for protocol, prefix, layout in _egress_layouts(policy, endpoints):
         content = frozenset(layout.items())
@@ -217,52 +204,50 @@ def _egress_entries(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterat
 
 def _egress_layouts(
     policy: Policy, endpoints: Mapping[str, Endpoint]
-) -> Iterator[tuple[Protocol, Prefix, PortClaims[Outcome]]]:
-    """Each prefix with all that is to be said of its ports, its own rules' and inherited."""
+) -> Iterator[tuple[Protocol, Prefix, PortLayout[Outcome]]]:
+    """Each prefix with the outcomes at all its ports: those of its own rules, and inherited ones."""
     for (protocol, _family), own in _own_layouts(policy, endpoints).items():
-        complete: dict[Prefix, PortClaims[Outcome]] = {}
-        without_grants: dict[Prefix, PortClaims[Outcome]] = {}
+        complete: dict[Prefix, PortLayout[Outcome]] = {}
+        without_grants: dict[Prefix, PortLayout[Outcome]] = {}
         lengths = sorted({prefix.length for prefix in own}, reverse=True)
         for prefix in sorted(own, key=lambda prefix: prefix.length):
             parent = _parent(prefix, complete, lengths)
             inherits = without_grants if _enters_link_local(prefix, parent) else complete
-            complete[prefix] = own[prefix] if parent is None else _fill(own[prefix], inherits[parent])
-            plain = _without_grants(own[prefix])
-            without_grants[prefix] = plain if parent is None else _fill(plain, without_grants[parent])
+            complete[prefix] = own[prefix] if parent is None else _overlay(own[prefix], inherits[parent])
+            own_without = _without_grants(own[prefix])
+            without_grants[prefix] = own_without if parent is None else _overlay(own_without, without_grants[parent])
             yield protocol, prefix, complete[prefix]
 
 
-def _without_grants(layout: PortClaims[Outcome]) -> PortClaims[Outcome]:
-    return {outcome: mask for outcome, mask in layout.items() if outcome[0] is not Verdict.GRANT}
+def _without_grants(layout: PortLayout[Outcome]) -> PortLayout[Outcome]:
+    return {outcome: mask for outcome, mask in layout.items() if outcome.verdict is not Verdict.GRANT}
 
 
 def _enters_link_local(prefix: Prefix, parent: Prefix | None) -> bool:
-    """Whether a link-local prefix would inherit from one that is wider than that."""
-    return any(prefix.inside(guard) and parent is not None and not parent.inside(guard) for guard in LINK_LOCAL)
+    """Whether ``prefix`` is link-local and ``parent`` is wider than link-local."""
+    return parent is not None and any(prefix.inside(local) and not parent.inside(local) for local in LINK_LOCAL)
 
 
 def _own_layouts(
     policy: Policy, endpoints: Mapping[str, Endpoint]
-) -> dict[tuple[Protocol, int], dict[Prefix, PortClaims[Outcome]]]:
-    """For each protocol and family: prefix -> what its own rules say, and the guards."""
-    tries: dict[tuple[Protocol, int], dict[Prefix, PortClaims[Outcome]]] = defaultdict(dict)
+) -> dict[tuple[Protocol, int], dict[Prefix, PortLayout[Outcome]]]:
+    """For each protocol and family: prefix -> outcomes of its own rules. Special prefixes inside one are there too."""
+    layouts: dict[tuple[Protocol, int], dict[Prefix, PortLayout[Outcome]]] = defaultdict(dict)
     for rule in policy.egress:
         mask = rule.port_mask
         for protocol in egress_protocols(rule, endpoints):
-            layout = tries[protocol, rule.to.family].setdefault(rule.to, {})
-            outcome = (rule.verdict, rule.endpoint)
-            layout[outcome] = layout.get(outcome, 0) | mask
-    for own in tries.values():
-        for guard in GUARDS:
-            if guard not in own and any(guard.inside(prefix) for prefix in own):
-                own[guard] = {}
-    return tries
+            layout = layouts[protocol, rule.to.family].setdefault(rule.to, {})
+            layout[rule.outcome] = layout.get(rule.outcome, 0) | mask
+    for own in layouts.values():
+        for special in SPECIAL_PREFIXES:
+            if special not in own and any(special.inside(prefix) for prefix in own):
+                own[special] = {}
+    return layouts
 
 
 def _parent(prefix: Prefix, complete: Mapping[Prefix, object], lengths: Iterable[int]) -> Prefix | None:
-    """The longest of ``complete`` that holds ``prefix``; for one in loopback, only if it is in loopback too."""
-    guard = next((guard for guard in (*LOOPBACKS, *UNSPECIFIED) if prefix.inside(guard)), None)
-    shortest = 0 if guard is None else guard.length
+    """The longest of ``complete`` that contains ``prefix``; for a loopback prefix, only if that one is loopback too."""
+    shortest = next((special.length for special in (*LOOPBACKS, *UNSPECIFIED) if prefix.inside(special)), 0)
     for length in lengths:
         if shortest <= length < prefix.length:
             wider = Prefix(prefix.network.supernet(new_prefix=length))

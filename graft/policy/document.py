@@ -1,15 +1,13 @@
-"""YAML as policies use it: mappings, lists, text, true and false, and the line of everything.
+"""YAML as policies use it: mappings, lists, text, true and false, and the line of each value.
 
-The parser's events are read one by one, so that a hostile text is refused before it costs anything: no
-aliases (a few lines of them can stand for gigabytes), no tags, no key twice, and limits on size, depth and
-number of values. Numbers stay text: `0.0.0.0:80`, `8000-8099` and `1:30` mean what they say here, not what
-YAML makes of them.
+A hostile text is refused before it costs much: no aliases (a few lines of them can stand for gigabytes), no tags, no
+duplicate keys, and limits on size, depth and number of values, checked while the nodes are composed. Numbers stay text:
+YAML would convert `1:30` to 90.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import yaml
@@ -27,22 +25,22 @@ _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _UNQUOTED = re.compile(r"[:,{-]\s+(\*|\[|::)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Document:
-    """The values of a text, the line of each by its path, and what was wrong with the YAML itself."""
+    """The values of a text, the line of each by its path, and what is wrong with it."""
 
     value: Value = None
     lines: dict[FieldPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def problem(self, path: FieldPath, message: str, hint: str | None = None) -> Problem:
-        """A problem of the value at ``path``, or of the one nearest to it that was written."""
+    def report(self, path: FieldPath, message: str, hint: str | None = None) -> None:
+        """Add a problem of the value at ``path``; for one that is not written out, of the nearest value around it."""
         known = path
         while known and known not in self.lines:
             known = known[:-1]
-        if not isinstance(self.at(known), dict):  # a short form: its parts have no place of their own
+        if not isinstance(self.at(known), dict):  # a short form, which has no parts in the text
             path = known
-        return Problem(self.lines.get(known, 1), format_path(path), message, hint)
+        self.problems.append(Problem(self.lines.get(known, 1), format_path(path), message, hint))
 
     def at(self, path: FieldPath) -> Value:
         """The value at ``path``, None where there is none."""
@@ -69,7 +67,7 @@ def format_path(path: FieldPath) -> str:
 
 
 def read_document(text: str) -> Document:
-    """The document in ``text``, with what is wrong in ``problems``. After an error of syntax the value is None."""
+    """The document in ``text`` and its problems. After a syntax error the value is None."""
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -77,11 +75,15 @@ def read_document(text: str) -> Document:
     if size > MAX_BYTES:
         return _refused(1, f"the text has {size} bytes", f"at most {MAX_BYTES}")
     try:
-        return _Reader(text).read()
+        root = yaml.compose(text, _Loader)
     except PolicyError as error:
         return Document(problems=list(error.problems))
     except yaml.YAMLError as error:
         return _refused(*_syntax_error(error, text))
+    assert root is not None  # the loader refuses an empty document
+    document = Document()
+    document.value = _read_node(root, (), document)
+    return document
 
 
 def _refused(line: int, message: str, hint: str | None = None) -> Document:
@@ -89,10 +91,10 @@ def _refused(line: int, message: str, hint: str | None = None) -> Document:
 
 
 def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str, str | None]:
-    """Line, message and hint of what the parser could not read."""
+    """Line, message and hint of an error of the parser."""
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        return line, f"character {error.character:#04x} may not stand in YAML", None
+        return line, f"character {error.character:#04x} is not allowed in YAML", None
     assert isinstance(error, yaml.MarkedYAMLError)
     mark = error.problem_mark or error.context_mark
     line = mark.line + 1 if mark else 1
@@ -102,88 +104,83 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str, str | Non
     return line, f"not YAML: {error.problem or error.context}", hint
 
 
-class _Reader:
-    """Builds one document from the parser's events."""
+class _Loader(yaml.BaseLoader):
+    """Composes the nodes of one document, and stops at the first event that a policy may not have."""
 
     def __init__(self, text: str) -> None:
-        self._events: Iterator[yaml.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
-        self._document = Document()
+        super().__init__(text)
+        self._path: FieldPath = ()
         self._values = 0
 
-    def read(self) -> Document:
-        next(self._events)  # the stream's start
-        first = next(self._events)
-        if isinstance(first, yaml.StreamEndEvent):
-            raise self._stop(first, (), "the policy is empty", "at least a name: and rules")
-        value = self._value(next(self._events), ())
-        next(self._events)  # the document's end
-        after = next(self._events)
-        if isinstance(after, yaml.DocumentStartEvent):
-            raise self._stop(after, (), "a second document follows", "one policy a file, no ---")
-        return Document(value, self._document.lines, self._document.problems)
+    def get_single_node(self) -> yaml.Node | None:
+        if not self.check_node():
+            raise self._refusal((), "the policy is empty", "at least a name: and rules")
+        root = self.get_node()
+        if self.check_node():
+            raise self._refusal((), "a second document follows", "one policy per file, without ---")
+        return root
 
-    def _value(self, event: yaml.Event, path: FieldPath) -> Value:
-        self._admit(event, path)
-        self._document.lines.setdefault(path, _line(event))
-        if isinstance(event, yaml.ScalarEvent):
-            return _scalar(event)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return self._list(path)
-        return self._mapping(path)
+    def compose_node(self, parent: yaml.Node | None, index: int | yaml.Node | None) -> yaml.Node | None:
+        """A key has the ``index`` None, and its value the key's node."""
+        outer = self._path
+        if index is not None:
+            self._path = (*outer, index.value if isinstance(index, yaml.Node) else index)
+        self._check_next()
+        if index is None and parent is not None and not self.check_event(yaml.ScalarEvent):
+            raise self._refusal(outer, "a key must be text")
+        node = super().compose_node(parent, index)  # type: ignore[arg-type]  # the stub knows no mappings
+        self._path = outer
+        return node
 
-    def _admit(self, event: yaml.Event, path: FieldPath) -> None:
+    def _check_next(self) -> None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         self._values += 1
         if isinstance(event, yaml.AliasEvent):
-            raise self._stop(event, path, f"aliases (*{_cut(event.anchor)}) are not allowed", "write the value out")
-        if (tag := getattr(event, "tag", None)) is not None:
-            raise self._stop(event, path, f"tags ({_cut(tag)}) are not allowed", "the value without it")
-        if len(path) > MAX_DEPTH:
-            raise self._stop(event, path[:2], "nested too deep")
+            raise self._refusal(self._path, f"aliases (*{_cut(event.anchor)}) are not allowed", "write the value out")
+        if event.tag is not None:
+            raise self._refusal(self._path, f"tags ({_cut(event.tag)}) are not allowed", "the value without it")
+        if len(self._path) > MAX_DEPTH:
+            raise self._refusal(self._path[:2], "nested too deep")
         if self._values > MAX_VALUES:
-            raise self._stop(event, (), f"more than {MAX_VALUES} values", "fewer rules")
+            raise self._refusal((), f"more than {MAX_VALUES} values", "fewer rules")
+        event.anchor = None  # without aliases it has no meaning; a duplicate is no error
 
-    def _list(self, path: FieldPath) -> Value:
-        items: list[Value] = []
-        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
-            items.append(self._value(event, (*path, len(items))))
-        return items
-
-    def _mapping(self, path: FieldPath) -> Value:
-        items: dict[str, Value] = {}
-        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
-            self._admit(event, path)
-            if not isinstance(event, yaml.ScalarEvent):
-                raise self._stop(event, path, "a key has to be text")
-            here = (*path, str(event.value))
-            line = _line(event)
-            if event.value in items:
-                first = self._document.lines[here]
-                hint = f"the first is on line {first}"
-                self._document.problems.append(Problem(line, format_path(here), "the key is there twice", hint))
-                self._value(next(self._events), here)
-            else:
-                self._document.lines[here] = line
-                items[event.value] = self._value(next(self._events), here)
-        return items
-
-    def _stop(self, event: yaml.Event, path: FieldPath, message: str, hint: str | None = None) -> PolicyError:
-        return PolicyError("policy", [Problem(_line(event), format_path(path), message, hint)])
+    def _refusal(self, path: FieldPath, message: str, hint: str | None = None) -> PolicyError:
+        line = _line(self.peek_event())  # type: ignore[no-untyped-call]
+        return PolicyError("policy", [Problem(line, format_path(path), message, hint)])
 
 
 def _cut(name: object) -> str:
-    """A name of YAML's own, where a message has it without quotes."""
+    """An anchor or a tag, shortened, as a message shows it: without quotes."""
     return shown(str(name))[1:-1]
 
 
-def _line(event: yaml.Event) -> int:
-    assert event.start_mark is not None  # only events that a program makes itself have none
-    return event.start_mark.line + 1
+def _line(item: yaml.Event | yaml.Node) -> int:
+    assert item.start_mark is not None  # what the parser makes has one
+    return item.start_mark.line + 1
 
 
-def _scalar(event: yaml.ScalarEvent) -> Value:
-    text = str(event.value)
-    if event.style is None and text in _NULLS:
-        return None
-    if event.style is None and text in _SWITCHES:
-        return _SWITCHES[text]
-    return text
+def _read_node(node: yaml.Node, path: FieldPath, document: Document) -> Value:
+    """The value of ``node``. The lines of its parts, and its duplicate keys, are added to ``document``."""
+    document.lines.setdefault(path, _line(node))
+    if isinstance(node, yaml.ScalarNode):
+        return _read_scalar(node)
+    if isinstance(node, yaml.SequenceNode):
+        return [_read_node(item, (*path, index), document) for index, item in enumerate(node.value)]
+    values: dict[str, Value] = {}
+    for key, item in node.value:
+        here = (*path, key.value)
+        if key.value in values:
+            hint = f"the first is on line {document.lines[here]}"
+            document.problems.append(Problem(_line(key), format_path(here), "duplicate key", hint))
+        else:
+            document.lines[here] = _line(key)
+        values.setdefault(key.value, _read_node(item, here, document))
+    return values
+
+
+def _read_scalar(node: yaml.ScalarNode) -> Value:
+    text = str(node.value)
+    if node.style is not None:  # in quotes, or a block of text
+        return text
+    return None if text in _NULLS else _SWITCHES.get(text, text)

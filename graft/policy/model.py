@@ -1,8 +1,8 @@
 """What a container may do on the host's stack, as values: rules of ingress, rules of egress, defaults.
 
-A policy comes from a file (`load_policy`, through graft/policy/reader.py) or from the flags of `graft run`
-(`policy_from_flags`). Whether its rules fit their endpoints and each other is asked by
-graft/policy/validator.py; graft/policy/compiler.py makes map entries of it. docs/policy.md is the reference.
+A policy comes from a file (graft/policy/reader.py) or from the flags of `graft run` (`policy_from_flags`).
+graft/policy/validator.py checks whether its rules fit their endpoints and each other, and graft/policy/compiler.py
+makes map entries of it. docs/policy.md is the reference.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from graft.errors import UsageError
 from graft.model.address import BindPattern, Prefix
@@ -26,14 +27,14 @@ from graft.model.ports import EVERY_PORT, PortRange, mask_of
 
 
 class Default(IntEnum):
-    """What becomes of an address that no rule names: GRAFT_DEFAULT_* of bpf/graft.h."""
+    """What happens to a call that no rule matches: GRAFT_DEFAULT_* of bpf/graft.h."""
 
     CONTAINER = 0
     DENY = 1
 
 
 class Verdict(IntEnum):
-    """What an egress rule says of a destination: GRAFT_VERDICT_* of bpf/graft.h."""
+    """What happens to a destination that an egress rule matches: GRAFT_VERDICT_* of bpf/graft.h."""
 
     NONE = 0
     GRANT = 1
@@ -43,10 +44,10 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class IngressRule:
-    """A bind that ``bind`` matches becomes ``endpoint``'s.
+    """A bind that ``bind`` matches is redirected to ``endpoint``.
 
-    ``protocols`` None means all that the endpoint has. ``field`` and ``line`` are where the rule was
-    written, for messages.
+    ``protocols`` None means all that the endpoint has. ``field`` and ``line`` are where the rule is written, for
+    messages.
     """
 
     bind: BindPattern
@@ -54,6 +55,13 @@ class IngressRule:
     protocols: Protocol | None = None
     field: str = dataclasses.field(default="ingress", compare=False)
     line: int | None = dataclasses.field(default=None, compare=False)
+
+
+class Outcome(NamedTuple):
+    """A verdict, and the endpoint that is the source where it is GRANT."""
+
+    verdict: Verdict
+    endpoint: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,11 @@ class EgressRule:
     line: int | None = dataclasses.field(default=None, compare=False)
 
     @property
+    def outcome(self) -> Outcome:
+        """What happens to a destination that the rule matches."""
+        return Outcome(self.verdict, self.endpoint)
+
+    @property
     def port_mask(self) -> int:
         """The rule's ports as a set (graft/model/ports.py)."""
         return EVERY_PORT if self.ports is None else mask_of(self.ports)
@@ -80,10 +93,10 @@ class EgressRule:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy whose text was right; its endpoints are those that it declares itself.
+    """A policy; its endpoints are those that it declares itself.
 
-    ``other_default``: of sockets that no rule can speak of (SCTP, UDP-Lite, ICMP, raw) on the host's stack; None: deny
-    where anything else is denied.
+    ``other_default`` is for sockets on the host's stack that no rule can match (SCTP, UDP-Lite, ICMP, raw); None: deny
+    them where anything else is denied.
     """
 
     name: str
@@ -102,7 +115,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with a policy: where, what, and what would be right."""
+    """One error in a policy: where, what, and what would be right."""
 
     line: int | None
     field: str
@@ -117,7 +130,7 @@ class Problem:
 
 
 class PolicyError(UsageError):
-    """A policy that is wrong; ``problems`` has every reason, the message only the first."""
+    """An invalid policy; ``problems`` has every error, the message only the first."""
 
     def __init__(self, source: str, problems: Iterable[Problem]) -> None:
         self.source = source
@@ -127,7 +140,7 @@ class PolicyError(UsageError):
         super().__init__(f"{text} (and {more} more)" if more else text, first.hint)
 
     def lines(self) -> list[str]:
-        """A line for each problem: with its place in a file, or with the flag that it stands in."""
+        """A line for each problem: with its line in a file, or with the flag that it is in."""
         return [problem.format("graft" if problem.line is None else self.source) for problem in self.problems]
 
 

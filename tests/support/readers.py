@@ -25,7 +25,8 @@ from graft.oci.bundle import Edit
 from graft.oci.options import Options
 from graft.policy.compiler import compile_policy
 from graft.policy.document import read_document
-from graft.policy.reader import decode_policy, load_policy
+from graft.policy.files import decode_policy
+from graft.policy.reader import load_policy
 from graft.splice import control, selftest_result
 from graft.state import records
 from graft.state.engines import parse_inspect, parse_show

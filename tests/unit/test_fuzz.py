@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from graft.model.endpoint import parse_endpoint
-from graft.policy.reader import examine_policy
+from graft.policy.reader import check_policy
 from tests.fuzz import rules
 from tests.fuzz.generate import generate
 from tests.fuzz.judge import judge
@@ -48,7 +48,7 @@ def test_graft_takes_every_policy_that_is_made() -> None:
         policies = [sequence.world.policy, *(one.policy for one in changes if one.policy)]
         known = {one.name: parse_endpoint(one.name, one.spec, one.protocol) for one in sequence.world.endpoints}
         for policy in policies:
-            assert examine_policy(policy.text(), known).problems == ()
+            assert check_policy(policy.text(), known).problems == ()
 
 
 # ---- what a policy says

@@ -330,7 +330,7 @@ def test_more_pairs_than_that_are_refused_before_any_is_parsed() -> None:
 
 
 def test_pairs_longer_than_a_policy_file_are_refused_before_they_are_split() -> None:
-    with pytest.raises(UsageError, match=f"^GRAFT_CONV_PAIRS: it has {MAX_BYTES + 1} bytes"):
+    with pytest.raises(UsageError, match=f"^GRAFT_CONV_PAIRS: the text has {MAX_BYTES + 1} bytes"):
         request.policy_from_pairs(" " * (MAX_BYTES + 1), KNOWN)
 
 
@@ -348,7 +348,7 @@ def test_the_error_for_conflicting_pairs_names_both() -> None:
         compile_policy(policy, known)
     (line,) = refused.value.lines()
     assert line.startswith("graft: GRAFT_CONV_PAIRS 0.0.0.0:85-95=other: ")
-    assert "GRAFT_CONV_PAIRS 0.0.0.0:80-90=open makes open" in line
+    assert "GRAFT_CONV_PAIRS 0.0.0.0:80-90=open redirects 0.0.0.0:80-90 to open" in line
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
@@ -360,13 +360,13 @@ def test_a_policys_path_is_opened_only_if_it_is_a_regular_file(settings: Setting
         path.symlink_to("/dev/zero")
     else:
         path.mkdir()
-    with pytest.raises(UsageError, match="is no plain file"):
+    with pytest.raises(UsageError, match="is not a regular file"):
         request.choose_policy(settings, Request(Source.ANNOTATION, str(path)), {}, Options(), KNOWN)
 
 
 @pytest.mark.parametrize("value", ["/etc/\0", "/\ud800"])
 def test_an_invalid_path_is_refused(settings: Settings, value: str) -> None:
-    with pytest.raises(UsageError, match="is no path"):
+    with pytest.raises(UsageError, match="is not a path"):
         request.choose_policy(settings, Request(Source.ANNOTATION, value), {}, Options(), KNOWN)
 
 

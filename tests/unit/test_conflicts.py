@@ -1,4 +1,4 @@
-"""Which rules want the same ports, held against a look at every pair."""
+"""Port ranges in conflict: the result is compared with that of checking every pair."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.model.ports import MAX_PORT, PortRange
-from graft.policy.conflicts import Claim, Rivals
+from graft.policy.conflicts import ConflictFinder, PortClaim
 from graft.policy.limits import MAX_RULES
 
 EDGES = st.one_of(st.integers(1, 12), st.sampled_from([0, 80, 1023, 1024, 32767, 32768, 65534, MAX_PORT]))
@@ -17,8 +17,8 @@ RANGES = st.tuples(EDGES, EDGES).map(lambda edges: PortRange(*sorted(edges)))
 CLAIMS = st.lists(st.tuples(RANGES, st.sampled_from("abc")), max_size=30)
 
 
-def are_rivals(one: tuple[PortRange, str], other: tuple[PortRange, str]) -> bool:
-    """Port by port: they meet, and neither has all that the other has, and more."""
+def in_conflict(one: tuple[PortRange, str], other: tuple[PortRange, str]) -> bool:
+    """Port by port: they overlap, and neither contains the other and more."""
     (ports, endpoint), (others, another) = one, other
     mine, yours = ports.mask, others.mask
     inside = mine != yours and mine & yours in (mine, yours)
@@ -27,11 +27,11 @@ def are_rivals(one: tuple[PortRange, str], other: tuple[PortRange, str]) -> bool
 
 @given(CLAIMS)
 @settings(max_examples=200, deadline=None)
-def test_a_claim_has_a_rival_exactly_where_an_earlier_one_is_one(claims: list[tuple[PortRange, str]]) -> None:
-    rivals: Rivals[int] = Rivals()
+def test_a_conflict_is_found_exactly_where_an_earlier_claim_is_in_conflict(claims: list[tuple[PortRange, str]]) -> None:
+    finder: ConflictFinder[int] = ConflictFinder()
     for index, claim in enumerate(claims):
-        found = rivals.add(Claim(*claim, index))
-        expected = [earlier for earlier in range(index) if are_rivals(claim, claims[earlier])]
+        found = finder.add(PortClaim(*claim, index))
+        expected = [earlier for earlier in range(index) if in_conflict(claim, claims[earlier])]
         assert found in expected if expected else found is None
 
 
@@ -49,23 +49,23 @@ class Counted(str):
 
 SHAPES: dict[str, Any] = {
     "equal": lambda index: (80, 80, "a"),
-    "crossing, of one endpoint": lambda index: (1 + index, 3000 + index, "a"),
-    "inside of each other": lambda index: (1 + index, 65000 - index, str(index)),
-    "side by side": lambda index: (1 + 20 * index, 15 + 20 * index, str(index)),
-    "crossing, and rivals": lambda index: (1 + index, 3000 + index, str(index)),
+    "overlapping, of one endpoint": lambda index: (1 + index, 3000 + index, "a"),
+    "nested": lambda index: (1 + index, 65000 - index, str(index)),
+    "disjoint": lambda index: (1 + 20 * index, 15 + 20 * index, str(index)),
+    "overlapping, in conflict": lambda index: (1 + index, 3000 + index, str(index)),
 }
 
 
 def comparisons(shape: str, count: int) -> int:
     Counted.comparisons = 0
-    rivals: Rivals[int] = Rivals()
+    finder: ConflictFinder[int] = ConflictFinder()
     for index in range(count):
         first, last, endpoint = SHAPES[shape](index)
-        rivals.add(Claim(PortRange(first, last), Counted(endpoint), index))
+        finder.add(PortClaim(PortRange(first, last), Counted(endpoint), index))
     return Counted.comparisons
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_four_times_the_claims_take_about_four_times_the_work(shape: str) -> None:
     small, big = comparisons(shape, MAX_RULES // 4), comparisons(shape, MAX_RULES)
-    assert big < 6 * small  # a look at every pair would be 16 times as much
+    assert big < 6 * small  # checking every pair would take 16 times as much
