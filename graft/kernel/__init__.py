@@ -7,6 +7,7 @@
     credentials.py capabilities.py keyring.py terminal.py   rights, and giving them up
     seccomp.py                                filters, notifications, ADDFD
     sockets.py sockdiag.py tcp.py epoll.py    sockets of a namespace, and what can be asked of one
+    files.py                                  files that are replaced in one step
 
 It may import model and errors.
 """

@@ -21,6 +21,7 @@ from graft import __version__
 from graft.datapath.loader import RELAY_SIZES, RELAY_SOURCES
 from graft.datapath.sources import bpf_source_dir
 from graft.errors import UsageError
+from graft.kernel.files import write_atomically
 from graft.model import json_text
 from graft.model.json_text import mapping, text, text_by_name
 from graft.model.settings import Settings
@@ -85,10 +86,7 @@ def keep(settings: Settings, verdict: SelftestResult) -> None:
         return
     file = settings.run_dir / _NAME
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}")
-    aside.touch(mode=0o600)
-    aside.write_text(json.dumps({"depends_on": depends_on(), "problem": verdict.problem}))
-    aside.rename(file)
+    write_atomically(file, json.dumps({"depends_on": depends_on(), "problem": verdict.problem}).encode())
 
 
 def verdict(settings: Settings) -> SelftestResult:
