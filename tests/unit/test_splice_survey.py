@@ -15,9 +15,9 @@ from graft.kernel import cgroup
 from graft.kernel.sockdiag import Listening
 from graft.model.settings import Settings
 from graft.splice.container_list import ContainerList
-from graft.splice.listeners import cgroup_ids, survey
+from graft.splice.listeners import cgroup_ids, collect_listeners
 from graft.splice.namespaces import Namespaces
-from graft.splice.publication import Publications
+from graft.splice.publication import PublicationPlan
 from graft.state import records
 from graft.state.records import Container
 
@@ -55,7 +55,7 @@ def test_few_listeners_are_considered_in_a_step() -> None:
     def lookup(_family: int, _address: bytes, port: int) -> None:
         asked.append(port)
 
-    steps, before = survey(Storm(10), Publications({7}, lookup, 10), {80}), 0  # type: ignore[arg-type]
+    steps, before = collect_listeners(Storm(10), PublicationPlan({7}, lookup, 10), {80}), 0  # type: ignore[arg-type]
     for _ in steps:
         assert len(asked) - before <= 16
         before = len(asked)
