@@ -76,19 +76,22 @@ class Service:
             wakeup.close()
 
     def _handle_signals(self) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        signal.set_wakeup_fd(theirs.fileno())
-        self._wakeup = theirs
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
+        self._wakeup = writer  # stays open
+
+        def wake_up(_mask: int) -> None:
+            reader.recv(64)
 
         def stop(_signum: int, _frame: object) -> None:
             self._loop.stopping = True
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-        self._loop.watch(ours.fileno(), select.EPOLLIN, lambda _mask: [ours.recv(64)].clear())
-        return ours
+        self._loop.watch(reader.fileno(), select.EPOLLIN, wake_up)
+        return reader
 
     # ---- containers ----------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from graft.splice.resources import DaemonResources
 
 
 class Relay:
-    """A loop with one connection in it, and the two ends of the world: ``left`` and ``right``."""
+    """A loop with one connection in it, and its two peers, ``left`` and ``right``."""
 
     def __init__(self, pipes: int = 8) -> None:
         self.loop = EventLoop(lambda: None, interval=0.005)
@@ -86,7 +86,7 @@ def test_an_idle_connection_has_no_pipe(relay: Relay) -> None:
     assert relay.resources.pipes.taken == 0
 
 
-def test_one_end_passes_and_the_other_direction_goes_on(relay: Relay) -> None:
+def test_an_end_is_forwarded_and_the_other_direction_continues(relay: Relay) -> None:
     relay.left.send(b"question")
     relay.left.shutdown(socket.SHUT_WR)
     assert relay.read(relay.right) == b"question"
@@ -119,7 +119,7 @@ def test_what_was_sent_before_a_reset_still_arrives(relay: Relay) -> None:
         relay.right.recv(1)
 
 
-def test_a_reset_right_behind_data_is_no_end(relay: Relay) -> None:
+def test_a_reset_right_behind_data_does_not_arrive_as_an_end(relay: Relay) -> None:
     relay.turn()
     relay.left.send(b"last words")
     relay.left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -201,7 +201,7 @@ def test_pipes_that_ran_out_are_refused_until_one_is_given_back() -> None:
     resources = daemon_resources.add_container(1)
     first, *others = lent = [pipe for _ in range(3) if (pipe := resources.take_pipe()) is not None]
     assert len(lent) == 3
-    assert resources.take_pipe() is None  # the last one is for whoever comes next
+    assert resources.take_pipe() is None  # the last one is reserved for the next container
     resources.return_pipe(first)
     assert resources.take_pipe() is first
     for pipe in (first, *others):

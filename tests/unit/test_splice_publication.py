@@ -28,7 +28,7 @@ def listening(family: int, address: bytes, port: int = 80, v6only: bool = False,
     return Listening(family, address, port, v6only, cgroup, 0)
 
 
-def choice(
+def plan(
     found: Iterable[Listening], lookup: Lookup, most: int = 100, published: Sequence[Publication] = ()
 ) -> PublicationPlan:
     made = PublicationPlan({7}, lookup, most, published)
@@ -38,7 +38,7 @@ def choice(
 
 
 def publications(found: Iterable[Listening], lookup: Lookup) -> list[Publication]:
-    return choice(found, lookup).publications
+    return plan(found, lookup).publications
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_listener_of_another_cgroup_is_not_published() -> None:
     assert publications([listening(4, ANY, cgroup=8)], lambda *_: FIXED) == []
 
 
-def test_a_kernel_that_does_not_tell_the_cgroup_counts_as_the_containers_own() -> None:
+def test_a_listener_without_a_cgroup_id_counts_as_the_containers_own() -> None:
     assert len(publications([listening(4, ANY, cgroup=0)], lambda *_: FIXED)) == 1
 
 
@@ -110,24 +110,24 @@ def test_the_order_of_the_kernels_answer_makes_no_difference(found: list[Listeni
     assert set(publications(found, lambda *_: FIXED)) == set(publications(shuffled, lambda *_: FIXED))
 
 
-def test_no_more_are_published_than_may_be_and_those_that_are_stay() -> None:
+def test_no_more_are_published_than_the_limit_and_published_ones_stay() -> None:
     found = [listening(4, ANY, port) for port in range(1, 10)]
-    published = choice(found[6:8], lambda *_: DYNAMIC).publications
-    chosen = choice(found, lambda *_: DYNAMIC, 4, published)
-    assert [one.port for one in chosen.publications] == [1, 2, 7, 8]
-    assert chosen.too_many == 5
+    published = plan(found[6:8], lambda *_: DYNAMIC).publications
+    planned = plan(found, lambda *_: DYNAMIC, 4, published)
+    assert [one.port for one in planned.publications] == [1, 2, 7, 8]
+    assert planned.too_many == 5
 
 
-def test_what_is_told_of_the_others_is_bounded() -> None:
+def test_the_list_of_unpublished_listeners_is_limited() -> None:
     found = [listening(4, ANY, port) for port in range(1, 1000)]
-    chosen = choice([*found, *found], lambda *_: None)
-    assert list(chosen.unpublished) == [(4, ANY, port) for port in range(1, MAX_UNPUBLISHED + 1)]
-    assert chosen.more_unpublished >= 999 - MAX_UNPUBLISHED
-    assert not chosen.publications
+    planned = plan([*found, *found], lambda *_: None)
+    assert list(planned.unpublished) == [(4, ANY, port) for port in range(1, MAX_UNPUBLISHED + 1)]
+    assert planned.more_unpublished >= 999 - MAX_UNPUBLISHED
+    assert not planned.publications
 
 
-def test_of_several_listeners_on_one_endpoint_those_that_are_not_taken_are_told() -> None:
-    assert list(choice([listening(4, ANY), listening(4, OWN)], lambda *_: FIXED).unpublished) == [(4, OWN, 80)]
+def test_of_several_listeners_on_one_endpoint_those_that_are_not_published_are_listed() -> None:
+    assert list(plan([listening(4, ANY), listening(4, OWN)], lambda *_: FIXED).unpublished) == [(4, OWN, 80)]
 
 
 def test_a_message_of_the_kernel_is_read() -> None:

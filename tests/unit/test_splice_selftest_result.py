@@ -1,4 +1,4 @@
-"""The self-test's verdict: kept with what it depends on, and only where it says something of the kernel."""
+"""The self-test's result: stored with what it depends on, and only if it says something about the kernel."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(Path("/proc/self/ns/net"), tmp_path / "pins", tmp_path / "run", tmp_path / "state", "graft-x")
 
 
-def test_a_verdict_is_kept(settings: Settings) -> None:
+def test_a_result_is_stored(settings: Settings) -> None:
     assert selftest_result.stored(settings) is None
     for problem in ("", "bytes are lost"):
         selftest_result.store(settings, SelftestResult(problem))
         assert selftest_result.stored(settings) == SelftestResult(problem)
 
 
-def test_one_that_says_nothing_of_the_kernel_is_not_kept(settings: Settings) -> None:
+def test_an_inconclusive_result_is_not_stored(settings: Settings) -> None:
     selftest_result.store(settings, SelftestResult("its self-test does not end", conclusive=False))
     assert selftest_result.stored(settings) is None
 
 
 @pytest.mark.parametrize("what", ["boot", "kernel", "version", "relay"])
-def test_it_holds_no_longer_than_what_it_depends_on(settings: Settings, what: str) -> None:
+def test_a_result_is_not_valid_when_something_that_it_depends_on_changes(settings: Settings, what: str) -> None:
     selftest_result.store(settings, SelftestResult(""))
     file = settings.run_dir / "kernel-relay.json"
     found = json.loads(file.read_text())
@@ -43,14 +43,14 @@ def test_it_holds_no_longer_than_what_it_depends_on(settings: Settings, what: st
     assert selftest_result.stored(settings) is None
 
 
-def test_one_of_a_graft_that_kept_only_the_boot_is_not_believed(settings: Settings) -> None:
+def test_a_result_of_an_old_version_with_the_boot_only_is_not_valid(settings: Settings) -> None:
     settings.run_dir.mkdir()
     boot = selftest_result.depends_on()["boot"]
     (settings.run_dir / "kernel-relay.json").write_text(json.dumps({"boot": boot, "problem": ""}))
     assert selftest_result.stored(settings) is None
 
 
-def test_a_change_in_the_relays_text_is_another_relay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_in_the_relays_source_is_another_relay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = selftest_result.depends_on()
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
@@ -61,7 +61,7 @@ def test_a_change_in_the_relays_text_is_another_relay(tmp_path: Path, monkeypatc
     assert selftest_result.depends_on() != before
 
 
-def test_of_the_same_it_is_tested_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_test_runs_once_while_its_result_is_valid(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     tested: list[int] = []
 
     def test() -> SelftestResult:
@@ -83,7 +83,7 @@ def test_of_the_same_it_is_tested_once(settings: Settings, monkeypatch: pytest.M
         ("exec sleep 60", SelftestResult("its self-test does not end", conclusive=False)),
     ],
 )
-def test_how_the_self_test_ends_says_whether_its_verdict_lasts(
+def test_the_self_tests_exit_status_says_whether_its_result_is_conclusive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: SelftestResult
 ) -> None:
     python = tmp_path / "python"
@@ -102,7 +102,7 @@ def test_how_the_self_test_ends_says_whether_its_verdict_lasts(
         (OSError(12, os.strerror(12)), INCONCLUSIVE),
     ],
 )
-def test_the_self_test_tells_a_wrong_kernel_from_a_lack_of_time(
+def test_the_self_test_distinguishes_a_wrong_kernel_from_a_lack_of_time(
     monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
 ) -> None:
     def fail() -> None:
