@@ -39,6 +39,7 @@ from graft.datapath.layout import PROBED_FLAGS, PROBED_OWNED
 from graft.kernel.bpf import Map
 from graft.kernel.pidfd import MemoryReader
 from graft.kernel.seccomp import Listener, Notification, architecture
+from graft.model.address import mapped_text
 from graft.model.sockaddr import Sockaddr, parse_sockaddr
 from graft.model.transport import Home
 from graft.swap import descriptors, socket_copy
@@ -251,7 +252,7 @@ class Supervisor:
         """Bind the twin to what the program asked for; the hook makes it the endpoint. Gives an errno."""
         text = str(address.ip)
         if sock.family == socket_copy.AF_INET6 and address.family == 4:
-            text = f"::ffff:{text}"
+            text = mapped_text(text)
         try:
             sock.bind((text, address.port))
         except OSError as error:
