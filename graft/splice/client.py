@@ -24,9 +24,11 @@ def check_relay(settings: Settings, name: str) -> None:
         return
     problem = selftest_result.get(settings).problem
     if not problem and not (settings.pin_dir / "flows").exists():
-        problem = "it was not loaded when Graft came up"
+        problem = "it was not loaded by graft up"
     if problem:
-        raise KernelError(f"--relay: the kernel's relay does not serve on this machine: {problem}", "--relay splice")
+        raise KernelError(
+            f"--relay: the relay in the kernel cannot be used on this machine: {problem}", "--relay splice"
+        )
 
 
 def ensure_daemon(settings: Settings) -> None:

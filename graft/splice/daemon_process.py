@@ -51,7 +51,7 @@ def request(settings: Settings, command: dict[str, Any]) -> dict[str, Any]:
         if answer is not None:
             return answer
         if time.monotonic() > deadline:
-            raise KernelError("the daemon ended while it was asked", f"see {settings.run_dir}/graftd.log")
+            raise KernelError("the daemon ended before it answered", f"see {settings.run_dir}/graftd.log")
 
 
 def _start(settings: Settings) -> None:
@@ -95,4 +95,4 @@ def stop(settings: Settings) -> None:
                 return
         except ConflictError:
             time.sleep(0.01)
-    raise KernelError("the daemon does not end", f"see {settings.run_dir}/graftd.log")
+    raise KernelError("the daemon did not stop", f"see {settings.run_dir}/graftd.log")

@@ -53,7 +53,7 @@ class KernelRelay:
         try:
             self._sockmap = Sockmap.pinned(self._settings.pin_dir)
         except OSError as error:
-            self._result = SelftestResult(f"it was not loaded when Graft came up ({error.strerror})")
+            self._result = SelftestResult(f"it was not loaded by graft up ({error.strerror})")
             return
         self._loop.watch(self._sockmap.events, select.EPOLLIN, self._sockmap.on_events)
 

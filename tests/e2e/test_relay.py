@@ -100,7 +100,7 @@ def test_a_kernel_that_failed_the_self_test_is_not_used(kernel: Plain, failing: 
     rule = f"0.0.0.0:80={host.endpoint('0.0.0.0:dynamic')}"
     refused = host.graft("attach", "--cgroup", kernel.cgroup, "--relay", "kernel", "-i", rule, status=6)
     assert refused.stderr.strip() == (
-        "graft: --relay: the kernel's relay does not serve on this machine: bytes are lost (--relay splice)"
+        "graft: --relay: the relay in the kernel cannot be used on this machine: bytes are lost (--relay splice)"
     )
     assert not host.installation.containers.listing()
 
