@@ -141,7 +141,7 @@ def _confine(
 
 def _relay(graft: Installation, target: FoundContainer, policy: Policy, relay: str) -> Container:
     """Transport splice: its hooks, and a daemon that serves it. Nothing is left of it where that fails."""
-    splice.prepare(graft.settings)
+    splice.ensure_daemon(graft.settings)
     pid = next(iter(cgroup.processes(target.cgroup)), target.pid)
     try:
         cookie = netns.cookie(Path(f"/proc/{pid}/ns/net"))

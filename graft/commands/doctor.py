@@ -63,7 +63,7 @@ def _wished() -> Iterator[Feature]:
         "thread pidfds", pidfd.threads_have_pidfds(), False, "kept between calls (6.9)", "looked up each time"
     )
     yield Feature("relay splice(2)", _works(_splices), True, "transport splice: how its relays move bytes", "none")
-    problem = selftest_result.test().problem
+    problem = selftest_result.run_selftest().problem
     without = f"splice(2) serves{': ' if problem else ''}{problem}"
     yield Feature("relay in the kernel", not problem, False, "transport splice, shorter round trips", without)
 

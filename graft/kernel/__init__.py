@@ -8,6 +8,7 @@
     seccomp.py                                filters, notifications, ADDFD
     sockets.py sockdiag.py                    sockets of a namespace
     socket_calls.py tcp.py epoll.py           what can be asked of one socket, and done with it
+    files.py                                  files that are replaced in one step
 
 It may import model and errors.
 """

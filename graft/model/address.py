@@ -110,6 +110,11 @@ def unmapped_bytes(address: bytes) -> tuple[int, bytes]:
     return (4, address[12:] + bytes(12)) if address.startswith(_MAPPED) else (6, address)
 
 
+def mapped_text(ipv4: str) -> str:
+    """The IPv4-mapped IPv6 address of ``ipv4``, as an IPv6 socket takes it."""
+    return f"::ffff:{ipv4}"
+
+
 def shown(text: str) -> str:
     """``text`` as an error quotes it: escaped, and cut where it is long."""
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")

@@ -15,9 +15,11 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from graft.errors import ConflictError, UsageError
+from graft.kernel.files import write_atomically
 from graft.model import json_text
 from graft.model.json_text import mapping, mappings, text, text_by_name, texts
 from graft.oci import seccomp_profile
@@ -163,16 +165,7 @@ def write_config(path: str, config: Mapping[str, Any]) -> None:
         old = os.lstat(path)
         if not stat.S_ISREG(old.st_mode):
             raise UsageError(f"cannot write {path}: not a regular file")
-        temporary = f"{path}.graft-{os.getpid()}"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            with open(fd, "w") as file:
-                json.dump(config, file)
-                os.fchown(fd, old.st_uid, old.st_gid)
-                os.fchmod(fd, stat.S_IMODE(old.st_mode))
-            os.rename(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        data = json.dumps(config).encode()
+        write_atomically(Path(path), data, stat.S_IMODE(old.st_mode), (old.st_uid, old.st_gid))
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error

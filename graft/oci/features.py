@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 from graft.errors import UsageError
+from graft.kernel.files import write_atomically
 from graft.model import json_text
 from graft.model.json_text import mapping, texts
 from graft.oci.seccomp_profile import WAIT_KILLABLE
@@ -33,9 +34,7 @@ def supports_wait_killable(runtime: str, cache: Path) -> bool:
         answers = {}
     if key not in answers:
         answers = {key: _runtime_supports(runtime)}
-        temporary = cache.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(answers))
-        temporary.rename(cache)
+        write_atomically(cache, json.dumps(answers).encode())
     return answers[key]
 
 

@@ -1,38 +1,39 @@
 """The splice transport: containers that already run, served by relays in the daemon `graftd`.
 
-    connection.py   two sockets and the bytes between them: the state machine
-    pipes.py        what bytes travel through
-    kernel_flow.py  a flow that the kernel moves: catching up, and its end
-    sockmap.py      the maps by which it does
-    selftest.py     whether this kernel does it right
-    selftest_result.py  how long what that found holds
-    kernel_relay.py the relay in the kernel for whoever is to have it, once it has passed
+    connection.py   a relayed connection, two sockets and the bytes between them: the state machine
+    pipes.py        the pipes that bytes are spliced through
+    kernel_flow.py  one direction that the kernel moves: copying what it leaves, forwarding the end
+    sockmap.py      the BPF maps by which the kernel moves it
+    selftest.py     tests the relay in the kernel on this kernel
+    selftest_result.py  its result, stored while it is valid
+    kernel_relay.py the relay in the kernel, for containers that are to have it, once the self-test has passed
 
     event_loop.py   the event loop
-    turns.py        whose turn it is in the loop (pure)
+    turns.py        which owner's call is made next (pure)
     jobs.py         work that takes more than one turn
-    background.py   calls that wait, made in threads
-    shares.py       who may have one more of what is scarce (pure)
+    background.py   calls that block, made in threads
+    shares.py       how much of something limited each container may have (pure)
     resources.py    a container's turns, descriptors and pipes
 
-    namespace_sockets.py  sockets made in a container's namespace
-    namespaces.py   the namespaces that they are made in
-    publication.py  which listeners are published, and what is dialled for them (pure)
-    listeners.py    what a container listens on, in steps
-    acceptor.py     a listener of ours: accepting while there is room
+    namespace_sockets.py  sockets made in another network namespace
+    namespaces.py   the namespaces that sockets are made in
+    publication.py  which listeners are published, and which address is dialled for each (pure)
+    listeners.py    what a container listens on, found in steps
+    acceptor.py     a listener of the daemon, which accepts while there is room
     inbound.py      a listener on an endpoint
-    outbound.py     the relay inside, to which the connect hook redirects granted connections
+    outbound.py     the listener to which the connect hook redirects granted connections
     relays.py       both, for one container
-    container_list.py     which containers there are
-    container_service.py  one container's course in the daemon
+    container_list.py     the containers to serve
+    container_service.py  how one container is served
     service.py      all containers: what the daemon runs
-    daemon.py       graftd, the process of all that
+    log.py          the daemon's log
+    daemon.py       graftd, the process
     control.py      how commands talk to the daemon
     commands.py     the daemon's end of that
 
-    daemon_process.py  starting and stopping graftd
-    client.py       what `graft attach`, `detach` and `ps` ask of it: the package's face
+    daemon_process.py  starts, asks and stops graftd
+    client.py       what `graft attach`, `detach` and `ps` use: the interface of this package
 
-It may import state, datapath, policy, kernel and model. The hooks behind it are in bpf/splice.bpf.c, the relay in the
-kernel in bpf/relay.bpf.c.
+It may import state, datapath, policy, kernel and model. Its hooks are in bpf/splice.bpf.c, the relay in the kernel in
+bpf/relay.bpf.c.
 """

@@ -1,4 +1,4 @@
-"""What commands ask of the splice transport: to serve a container, to say how it is, to stop."""
+"""What commands ask of the splice transport: serve a container, describe it, stop."""
 
 from __future__ import annotations
 
@@ -12,55 +12,57 @@ from graft.state.installation import Installation
 from graft.state.records import Container
 
 RELAYS = ("splice", "kernel")
-_LOOK_SECONDS = 10.0  # that a daemon may take to say how it is
+_DESCRIBE_SECONDS = 10.0
 
 
 def check_relay(settings: Settings, name: str) -> None:
-    """See to it that relay ``name`` can serve here: splice always, kernel where its self-test passes.
+    """Check that relay ``name`` can serve here: splice always, kernel where its self-test passes.
 
-    Raises KernelError with what is wrong. Graft is up.
+    Graft must be up. Raises KernelError that says what is wrong.
     """
     if name != "kernel":
         return
-    problem = selftest_result.verdict(settings).problem
+    problem = selftest_result.get(settings).problem
     if not problem and not (settings.pin_dir / "flows").exists():
-        problem = "it was not loaded when Graft came up"
+        problem = "it was not loaded by graft up"
     if problem:
-        raise KernelError(f"--relay: the kernel's relay does not serve on this machine: {problem}", "--relay splice")
+        raise KernelError(
+            f"--relay: the relay in the kernel cannot be used on this machine: {problem}", "--relay splice"
+        )
 
 
-def prepare(settings: Settings) -> None:
-    """See to it that a daemon runs, before hooks that need it are attached. Raises GraftError."""
-    daemon_process.ensure(settings)
+def ensure_daemon(settings: Settings) -> None:
+    """Start the daemon where none runs, before hooks that need it are attached. Raises GraftError."""
+    daemon_process.ensure_running(settings)
 
 
 def attach(settings: Settings, container: Container, pid: int = 0) -> None:
-    """Have ``container`` (recorded with transport splice) served. When this returns, it is.
+    """Have the daemon serve ``container``, which is recorded with transport splice. When this returns, it does.
 
-    ``pid`` is a process in its network namespace, 0 to have one found. Raises GraftError.
+    ``pid`` is a process in its network namespace, 0 to let the daemon find one. Raises GraftError.
     """
     daemon_process.request(settings, {"do": "attach", "container": container.id, "pid": pid})
 
 
 def detach(graft: Installation, container: Container) -> None:
-    """Stop serving ``container``: its listeners go, its connections are reset.
+    """Stop serving ``container``: its listeners are closed, its connections are reset.
 
-    To be called when its record is removed, lest the daemon take it up again. Safe to repeat, and where no daemon runs.
+    Remove its record first: the daemon serves every recorded container. Safe to repeat, and where no daemon runs.
     """
     if control.ask(graft.settings, {"do": "detach", "container": container.id}) is None:
         graft.maps.relays.delete(ctypes.c_uint32(container.id))
 
 
 def describe(settings: Settings, container: Container) -> dict[str, Any]:
-    """What is published for ``container`` and what is not; ``serves`` is False where no daemon runs.
+    """What is published for ``container`` and what is not. Where no daemon runs, ``serves`` is False.
 
     pid, serves, problem, relay (how new connections are moved);
     published: [{endpoint (id), address, listener, dials, connections, served}];
-    failed: [{endpoint, listener, error}]; not_granted: [listener], the first of them, and more_not_granted, how many
-    others; too_many: listeners that a rule names, beyond what one container may have published; out: {port, served};
-    connections.
+    failed: [{endpoint, listener, error}]; not_granted: [listener], the first of them;
+    more_not_granted: how many others; too_many: how many listeners a rule names beyond the limit of one container;
+    out: {port, served}; connections.
     """
-    found = control.ask(settings, {"do": "describe", "container": container.id}, _LOOK_SECONDS)
+    found = control.ask(settings, {"do": "describe", "container": container.id}, _DESCRIBE_SECONDS)
     return {"serves": False, "problem": "the daemon does not run"} if found is None else found
 
 

@@ -1,4 +1,4 @@
-"""The records of the containers that are served by relays, read only when one of them has changed."""
+"""The containers to be served by relays, from their records, which are read only when one has changed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from graft.state import records
 from graft.state.records import Container
 
 _SETTLED_SECONDS = 1.0
-"""Two changes that follow each other more closely than the clock of the file system ticks leave the same time."""
+"""Two changes within one tick of the file system's clock leave the same time."""
 
 
 class ContainerList:
-    """What stands in run_dir/containers. Each change of a record is a change of the folder: it is renamed into it."""
+    """Reads run_dir/containers. Each change of a record changes the folder too: the record is renamed into it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -1,7 +1,7 @@
-"""graftd: the process of the relays, in the foreground or on its own.
+"""graftd: the process that relays, in the foreground or in the background.
 
-One for all containers, by a lock that the kernel gives back whatever happens. It lives in a cgroup of Graft's own,
-where the hooks treat its sockets as what their tags say.
+There is one for all containers (daemon_process.py has its lock). It runs in a cgroup of Graft's own, where the hooks
+treat its sockets as their tags say.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from graft.errors import ConflictError, GraftError
 from graft.kernel import cgroup, process
 from graft.model.printable import printable
 from graft.model.settings import Settings
-from graft.splice.daemon_process import only_one
+from graft.splice.daemon_process import daemon_lock
 from graft.splice.service import Service
 
 
@@ -26,13 +26,13 @@ def relays_cgroup(settings: Settings) -> Path:
 
 
 def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None:
-    """Be the daemon, until a signal ends it, or (without ``keep``) nothing is left to serve.
+    """Run the daemon, until a signal ends it, or (without ``keep``) nothing is left to serve.
 
-    ``ready`` is a descriptor that is written to when commands are answered. Raises ConflictError where another one
-    runs.
+    ``ready`` is a descriptor to write to as soon as commands are answered. Raises ConflictError where a daemon runs
+    already.
     """
     dataplane.up(settings)
-    with only_one(settings):
+    with daemon_lock(settings):
         folder = relays_cgroup(settings)
         folder.mkdir(parents=True, exist_ok=True)
         attachments.attach(settings, folder, 0, splice=True)
@@ -40,23 +40,23 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
         process.allow_descriptors()
         service = Service(settings, keep)
         gc.freeze()
-        service.run(lambda: _say_ready(ready))
+        service.run(lambda: _signal_ready(ready))
 
 
-def _say_ready(fd: int | None) -> None:
+def _signal_ready(fd: int | None) -> None:
     if fd is not None:
         os.write(fd, b"ready")
         os.close(fd)
 
 
 def main(ready: int) -> None:
-    """What `_start` runs: a process of its own, whose parent is nobody that would have to wait for it."""
+    """The daemon in the background: a child that nobody has to wait for. `daemon_process` starts it."""
     if os.fork():
         os._exit(0)
     try:
         run(Settings.from_environment(), keep=False, ready=ready)
     except ConflictError:
-        pass  # another one was quicker
+        pass  # another command started one first
     except GraftError as error:
         print(f"graftd: {printable(error.message)}", file=sys.stderr)
         sys.exit(error.exit_code)

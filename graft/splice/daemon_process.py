@@ -1,5 +1,5 @@
-"""graftd as a process: started where none runs, asked, stopped. One for all containers, by a lock that the kernel gives
-back whatever happens.
+"""Starts, asks and stops graftd. There is one for all containers: it has a lock, which the kernel releases however the
+daemon ends.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "LANG")
 
 
 @contextlib.contextmanager
-def only_one(settings: Settings) -> Iterator[None]:
-    """Be the only daemon. Raises ConflictError where another one is."""
+def daemon_lock(settings: Settings) -> Iterator[None]:
+    """Have the lock of the only daemon. Raises ConflictError where a daemon has it."""
     fd = os.open(settings.run_dir / "graftd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,26 +36,26 @@ def only_one(settings: Settings) -> Iterator[None]:
         os.close(fd)
 
 
-def ensure(settings: Settings) -> None:
-    """Start a daemon where none runs, and wait until it answers. Raises KernelError where it does not come up."""
+def ensure_running(settings: Settings) -> None:
+    """Start a daemon where none runs, and wait until it answers. Raises KernelError where it does not start."""
     if control.ask(settings, {"do": "ping"}) is None:
         _start(settings)
 
 
 def request(settings: Settings, command: dict[str, Any]) -> dict[str, Any]:
-    """The answer of the daemon, which is started where it is not there. Raises GraftError."""
+    """The daemon's answer; the daemon is started where none runs. Raises GraftError."""
     deadline = time.monotonic() + _START_SECONDS
     while True:
-        ensure(settings)
+        ensure_running(settings)
         answer = control.ask(settings, command)
         if answer is not None:
             return answer
         if time.monotonic() > deadline:
-            raise KernelError("the daemon ended while it was asked", f"see {settings.run_dir}/graftd.log")
+            raise KernelError("the daemon ended before it answered", f"see {settings.run_dir}/graftd.log")
 
 
 def _start(settings: Settings) -> None:
-    """A daemon on its own: it outlives the caller, and keeps nothing of the caller's but the settings."""
+    """Start a daemon that outlives the caller, and gets nothing from it but the settings."""
     reader, writer = os.pipe()
     log = os.open(settings.run_dir / "graftd.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
@@ -73,10 +73,10 @@ def _start(settings: Settings) -> None:
     finally:
         os.close(log)
         os.close(writer)
-    with open(reader, "rb") as said:
-        answered = said.read()
+    with open(reader, "rb") as file:
+        is_ready = bool(file.read())
     starter.wait()
-    deadline = time.monotonic() + (0 if answered else 2)  # another one may be starting, which was quicker
+    deadline = time.monotonic() + (0 if is_ready else 2)  # another command may have started one first
     while control.ask(settings, {"do": "ping"}) is None:
         if time.monotonic() > deadline:
             raise KernelError("the daemon did not start", f"see {settings.run_dir}/graftd.log")
@@ -84,15 +84,15 @@ def _start(settings: Settings) -> None:
 
 
 def stop(settings: Settings) -> None:
-    """End the daemon and wait until it is gone. Safe to repeat."""
+    """Stop the daemon and wait until it has ended. Safe to repeat."""
     with contextlib.suppress(GraftError):
         if control.ask(settings, {"do": "stop"}) is None:
             return
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         try:
-            with only_one(settings):
+            with daemon_lock(settings):
                 return
         except ConflictError:
             time.sleep(0.01)
-    raise KernelError("the daemon does not end", f"see {settings.run_dir}/graftd.log")
+    raise KernelError("the daemon did not stop", f"see {settings.run_dir}/graftd.log")

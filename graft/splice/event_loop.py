@@ -1,10 +1,10 @@
 """The event loop of the relays: one epoll instance, and what is done between its events.
 
-Whatever is done is done for somebody: a container, by its number, or the daemon itself. While little happens, events
-are served in the order in which they come. What has not been served within a slice of time waits in turns.py, where
-who has used the least time goes first, and epoll is asked again after each slice. So an event of somebody who has
-little to do waits for a slice or two, however much others have to do; for that, no call may take long, and longer work
-is a job, in steps (jobs.py).
+Every call has an owner: a container, by its number, or the daemon itself. While little happens, events are served in
+the order in which they come. What has not been served within a slice of time waits in turns.py, where the owner that
+has used the least time goes first, and epoll is asked again after each slice. So an event of an owner that has little
+to do waits for a slice or two, however much others have to do. For that no call may take long: longer work is a job, in
+steps (jobs.py).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from graft.splice.turns import Turns, Work
 
 Handler = Callable[[int], None]
 DAEMON = 0
-"""Whose the work is that is no container's."""
+"""The owner of work that is not for a container."""
 _BATCH, _LARGE_BATCH = 256, 4096
 _SLICE_SECONDS = 0.0005
-_WAKEFUL_SECONDS = 0.0001
+_BUSY_POLL_SECONDS = 0.0001
 
 
 class EventLoop:
@@ -40,20 +40,20 @@ class EventLoop:
         self._events: dict[int, int] = {}
         self._turns = Turns()
         self._waiting: set[Work] = set()
-        self._timed: list[tuple[float, int, Work, int]] = []
-        self._numbers = itertools.count()
-        self._dying: list[socket.socket] = []
+        self._timers: list[tuple[float, int, Work, int]] = []
+        self._sequence = itertools.count()
+        self._to_close: list[socket.socket] = []
         self._tick, self._interval = tick, interval
         self._due = 0.0
-        self._brisk = False
+        self._busy_polling = False
         self.bulk = False
-        """Set by who moved a lot in this turn: then there is better use for the processor than to wait with it."""
-        self._spares_a_processor = len(os.sched_getaffinity(0)) > 1
+        """Set by a connection that moved a lot in this turn: then the processor is not used for busy polling."""
+        self._several_processors = len(os.sched_getaffinity(0)) > 1
         self.stopping = False
 
-    def watch(self, fd: int, events: int, handler: Handler, who: int = DAEMON) -> None:
-        """Call ``handler`` with the mask of what happens, in the turns of ``who``, until `close` or `unwatch`."""
-        self._handlers[fd] = handler, who
+    def watch(self, fd: int, events: int, handler: Handler, owner: int = DAEMON) -> None:
+        """Call ``handler`` with the mask of each event, in the turns of ``owner``, until `close` or `unwatch`."""
+        self._handlers[fd] = handler, owner
         self._epoll.register(fd, events)
 
     def change(self, fd: int, events: int) -> None:
@@ -61,19 +61,19 @@ class EventLoop:
         self._epoll.modify(fd, events)
 
     def unwatch(self, fd: int) -> None:
-        """Forget a descriptor that stays open."""
+        """Stop watching a descriptor that stays open."""
         self._forget(fd)
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
 
     def close(self, sock: socket.socket) -> None:
-        """Close a socket, after the events that have been fetched: no other gets its number before."""
+        """Close a socket once the fetched events are served: its descriptor number is not used again before that."""
         self._forget(sock.fileno())
-        self._dying.append(sock)
+        self._to_close.append(sock)
 
     def close_listener(self, sock: socket.socket) -> None:
-        """Close at once: its address is free when this returns. All that may be late for it says "readable",
-        which does no harm to whoever gets its number.
+        """Close at once: its address is free when this returns. A fetched event for it may still be served to the
+        next socket with its descriptor number; it says "readable", which does no harm.
         """
         self._forget(sock.fileno())
         sock.close()
@@ -82,71 +82,71 @@ class EventLoop:
         self._handlers.pop(fd, None)
         self._events.pop(fd, None)
 
-    def later(self, call: Work, who: int = DAEMON) -> None:
-        """Call it in the turns of ``who``, once, however often this is asked before."""
+    def later(self, call: Work, owner: int = DAEMON) -> None:
+        """Make ``call`` in the turns of ``owner``, once, however often it is asked for before that."""
         if call not in self._waiting:
             self._waiting.add(call)
-            self._turns.put(who, call)
+            self._turns.put(owner, call)
 
-    def after(self, seconds: float, call: Work, who: int = DAEMON) -> None:
-        """Call it that much later, in the turns of ``who``."""
-        heapq.heappush(self._timed, (time.monotonic() + seconds, next(self._numbers), call, who))
+    def after(self, seconds: float, call: Work, owner: int = DAEMON) -> None:
+        """Make ``call`` after that time, in the turns of ``owner``."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._sequence), call, owner))
 
-    def forget(self, who: int) -> None:
-        """Nobody of that number comes any more."""
-        self._turns.forget(who)
+    def forget(self, owner: int) -> None:
+        """``owner`` has no more work."""
+        self._turns.forget(owner)
 
-    def look_soon(self) -> None:
-        """Let `tick` come next."""
+    def tick_soon(self) -> None:
+        """Make the call of ``tick`` the next one."""
         self._due = 0.0
 
     def run(self) -> None:
-        """Until ``stopping`` is set."""
+        """Serve events until ``stopping`` is set."""
         while not self.stopping:
             self.turn()
 
     def turn(self) -> None:
-        """Wait for events and serve them, or as much of what waits as a slice of time allows."""
+        """Wait for events and serve them, or make waiting calls for a slice of time."""
         now = time.monotonic()
         if now >= self._due:
             self._guarded(self._tick)
             now = time.monotonic()
             self._due = now + self._interval
         if self._turns:
-            self._put_off(self._epoll.poll(0, _LARGE_BATCH))
+            self._defer(self._epoll.poll(0, _LARGE_BATCH))
         else:
-            self._serve(self._wait(max(0.0, self._next_date() - now)))
-        if self._timed:
-            self._put_off_timed()
+            self._serve(self._wait(max(0.0, self._next_deadline() - now)))
+        if self._timers:
+            self._defer_due_timers()
         if self._turns:
             self._work()
-        if self._dying:
-            self.bury()
+        if self._to_close:
+            self._close_pending()
 
-    def _next_date(self) -> float:
-        return min(self._due, self._timed[0][0]) if self._timed else self._due
+    def _next_deadline(self) -> float:
+        return min(self._due, self._timers[0][0]) if self._timers else self._due
 
     def _wait(self, seconds: float) -> list[tuple[int, int]]:
-        """What epoll has, or gets within that time.
+        """The events that are there, or come within that time.
 
-        While one event follows the other closely, it is looked for again and again before this process sleeps: to be
-        woken takes longer than to relay a message, above all where the processor went idle meanwhile.
+        While events follow each other closely, this polls for a while before it sleeps: to be woken takes longer than
+        to relay a message, above all where the processor went idle meanwhile.
         """
         poll, start = self._epoll.poll, time.monotonic()
-        if self._brisk and seconds and not self.bulk:
-            until = start + _WAKEFUL_SECONDS
+        if self._busy_polling and seconds and not self.bulk:
+            until = start + _BUSY_POLL_SECONDS
             while time.monotonic() < until:
                 events = poll(0, _BATCH)
                 if events:
                     return events
-                os.sched_yield()  # whoever waits for this processor goes first
+                os.sched_yield()  # a process that waits for this processor goes first
         events = poll(seconds, _BATCH)
         self.bulk = False
-        self._brisk = self._spares_a_processor and time.monotonic() - start < 2 * _WAKEFUL_SECONDS
+        self._busy_polling = self._several_processors and time.monotonic() - start < 2 * _BUSY_POLL_SECONDS
         return events
 
     def _serve(self, fetched: Sequence[tuple[int, int]]) -> None:
-        """Serve events as they came; those that are left when the slice is over wait for their owners' turns."""
+        """Serve events in order; those that are left when the slice is over wait for their owners' turns."""
         handlers = self._handlers
         until = time.monotonic() + _SLICE_SECONDS if len(fetched) > 1 else 0.0
         for number, (fd, mask) in enumerate(fetched, 1):
@@ -155,13 +155,13 @@ class EventLoop:
                 continue
             try:
                 found[0](mask)
-            except Exception:  # one connection must not end all others
+            except Exception:  # a failure of one connection must not end the others
                 traceback.print_exc()
             if until and time.monotonic() > until:
-                self._put_off(fetched[number:])
+                self._defer(fetched[number:])
                 return
 
-    def _put_off(self, fetched: Sequence[tuple[int, int]]) -> None:
+    def _defer(self, fetched: Sequence[tuple[int, int]]) -> None:
         events = self._events
         for fd, mask in fetched:
             if fd in events:
@@ -170,29 +170,29 @@ class EventLoop:
             found = self._handlers.get(fd)
             if found is not None:
                 events[fd] = mask
-                self._turns.put(found[1], partial(self._serve_late, fd))
+                self._turns.put(found[1], partial(self._serve_deferred, fd))
 
-    def _serve_late(self, fd: int) -> None:
+    def _serve_deferred(self, fd: int) -> None:
         mask = self._events.pop(fd, None)
         if mask is not None:
             self._handlers[fd][0](mask)
 
-    def _put_off_timed(self) -> None:
+    def _defer_due_timers(self) -> None:
         now = time.monotonic()
-        while self._timed and self._timed[0][0] <= now:
-            _, _, call, who = heapq.heappop(self._timed)
-            self.later(call, who)
+        while self._timers and self._timers[0][0] <= now:
+            _, _, call, owner = heapq.heappop(self._timers)
+            self.later(call, owner)
 
     def _work(self) -> None:
-        """Make calls that wait, at least one, for a slice of time."""
+        """Make waiting calls, at least one, for a slice of time."""
         turns, start = self._turns, time.monotonic()
         until = start + _SLICE_SECONDS
         while turns:
-            who, call = turns.take()
+            owner, call = turns.pop()
             self._waiting.discard(call)
             self._guarded(call)
             end = time.monotonic()
-            turns.charge(who, end - start)
+            turns.charge(owner, end - start)
             if end > until:
                 return
             start = end
@@ -204,13 +204,13 @@ class EventLoop:
         except Exception:
             traceback.print_exc()
 
-    def bury(self) -> None:
-        """Close what `close` was asked to."""
-        dying, self._dying = self._dying, []
-        for sock in dying:
+    def _close_pending(self) -> None:
+        """Close the sockets of `close`."""
+        to_close, self._to_close = self._to_close, []
+        for sock in to_close:
             sock.close()
 
     def shut_down(self) -> None:
-        """Give back what the loop itself has."""
-        self.bury()
+        """Close what the loop itself has open."""
+        self._close_pending()
         self._epoll.close()

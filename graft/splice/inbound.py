@@ -1,8 +1,8 @@
-"""In: a listener on an endpoint, and behind it the container's own.
+"""Incoming connections: a listener on an endpoint, whose connections are relayed to the container's own listener.
 
-The listener is a socket like the container's own, made in the endpoint's namespace, tagged as the container's, and
-bound to what the container bound: the bind hook makes the endpoint of it, or refuses. So what may be listened on is
-decided where it always is, and the daemon cannot get it wrong.
+The listener is made in the endpoint's namespace, tagged as the container's, and bound to the address that the container
+bound: the bind hook rewrites that to the endpoint, or refuses. So the hook decides what may be listened on, as for any
+other transport, and a mistake of the daemon cannot widen it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from graft.datapath.layout import Crossing
 from graft.datapath.maps import Maps
 from graft.model.address import SocketAddress, unmapped
 from graft.model.transport import Home
-from graft.splice.acceptor import Acceptor, Peer
-from graft.splice.connection import prepare
+from graft.splice.acceptor import Acceptor, PeerAddress
+from graft.splice.connection import set_relay_options
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
-from graft.splice.resources import Account
+from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
 
 _BACKLOG = 4096
@@ -29,15 +29,17 @@ IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
 _KEEPALIVE_SECONDS = 600
 
 
-def listen(maps: Maps, container: int, wanted: Publication, where: NamespaceSockets) -> tuple[socket.socket, int]:
-    """A listening socket on the endpoint, and its port. Raises OSError: the kernel's, or the hook's refusal."""
+def listen(
+    maps: Maps, container: int, wanted: Publication, endpoint_netns: NamespaceSockets
+) -> tuple[socket.socket, int]:
+    """A listening socket on the endpoint, and its port. Raises OSError where the kernel or the hook refuses."""
     family = socket.AF_INET if wanted.family == 4 else socket.AF_INET6
 
     def make() -> tuple[socket.socket, int]:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
-            prepare(sock)
-            # A client that vanished must not hold its connection for ever: the program cannot see it.
+            set_relay_options(sock)
+            # A client that vanished must not keep its connection: the program's own keepalive probes end at the relay.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -46,18 +48,18 @@ def listen(maps: Maps, container: int, wanted: Publication, where: NamespaceSock
             maps.tags.put(ctypes.c_int32(sock.fileno()), layout.Tag(container=container, home=Home.HOST))
             size = 4 if wanted.family == 4 else 16
             sock.bind((socket.inet_ntop(family, wanted.address[:size]), wanted.port))
-            port = wanted.endpoint.port or _true_port(maps, sock)
+            port = wanted.endpoint.port or _bound_port(maps, sock)
             sock.listen(_BACKLOG)
         except BaseException:
             sock.close()
             raise
         return sock, port
 
-    return where.do(make)
+    return endpoint_netns.run(make)
 
 
-def _true_port(maps: Maps, sock: socket.socket) -> int:
-    """The port of a bound socket. With its tag, getsockname() would tell what the container asked for."""
+def _bound_port(maps: Maps, sock: socket.socket) -> int:
+    """The port of a bound socket. While it has its tag, getsockname() returns the port that the container bound."""
     key = ctypes.c_int32(sock.fileno())
     tag = maps.tags.get(key)
     if tag is None:
@@ -68,8 +70,8 @@ def _true_port(maps: Maps, sock: socket.socket) -> int:
     return port
 
 
-def crossing(container: int, peer: Peer) -> layout.CrossingValue:
-    """What the container's accepted socket is to be told of its client."""
+def crossing(container: int, peer: PeerAddress) -> layout.CrossingValue:
+    """The client's address, for getpeername() of the container's accepted socket."""
     text = peer[0]
     if ":" in text:
         ip = unmapped(ip_address(text.partition("%")[0]))
@@ -82,38 +84,38 @@ def crossing(container: int, peer: Peer) -> layout.CrossingValue:
 
 
 class InboundRelay:
-    """One endpoint that is listened on for a container."""
+    """The relay of one listener of a container, on one endpoint."""
 
     def __init__(
         self,
-        account: Account,
+        resources: ContainerResources,
         maps: Maps,
         wanted: Publication,
         sock: socket.socket,
         port: int,
-        inside: NamespaceSockets,
+        container_netns: NamespaceSockets,
         sockmap: Sockmap | None,
     ) -> None:
-        """``sock`` listens on ``port`` already; ``inside`` is where the container is."""
+        """``sock`` listens on ``port`` already; ``container_netns`` is the container's namespace."""
         endpoint = wanted.endpoint
         packed = endpoint.address[: 4 if endpoint.family == 4 else 16]
         self._target = wanted.target
         self._destination = (self._target.address, self._target.port)
-        self._crossings, self._container, self._inside = maps.crossings, account.number, inside
+        self._crossings, self._container, self._container_netns = maps.crossings, resources.number, container_netns
         self.address = str(SocketAddress(ip_address(packed), port))
-        self.acceptor = Acceptor(account, sock, self._dial, sockmap)
+        self.acceptor = Acceptor(resources, sock, self._connect_far, sockmap)
 
-    def _dial(self, _near: socket.socket, peer: Peer) -> socket.socket:
-        """A socket on its way to the container's listener."""
+    def _connect_far(self, _near: socket.socket, peer: PeerAddress) -> socket.socket:
+        """A socket that connects to the container's listener."""
         target = self._target
-        far = self._inside.take(target.family)
+        far = self._container_netns.tcp_socket(target.family)
         try:
             if target.source is not None:
                 if target.family == socket.AF_INET:
                     far.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
                 far.bind((target.source, 0))
             self._crossings.put(ctypes.c_int32(far.fileno()), crossing(self._container, peer))
-            far.connect_ex(self._destination)  # what becomes of it comes as an event
+            far.connect_ex(self._destination)  # its result comes as an event
         except BaseException:
             far.close()
             raise

@@ -1,4 +1,4 @@
-"""What a container listens on now, and what of it to publish: found in steps, however much there is to look at."""
+"""What a container listens on now. In steps: it may have any number of cgroups and listeners."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from pathlib import Path
 from graft.errors import NotFoundError
 from graft.kernel import cgroup
 from graft.kernel.sockdiag import Diagnostics
-from graft.splice.jobs import Steps
-from graft.splice.publication import Publications
+from graft.splice.jobs import Stepwise
+from graft.splice.publication import PublicationPlan
 
-_AT_ONCE = 16
+_STEP_ITEMS = 16
 
 
-def cgroup_ids(path: Path, root: int) -> Steps[set[int]]:
-    """The ids of a cgroup and of all below it: sockets tell which one they were made in.
+def cgroup_ids(path: Path, root: int) -> Stepwise[set[int]]:
+    """The ids of a cgroup and of all below it. (The kernel lists a socket with the id of the cgroup it was made in.)
 
-    Raises NotFoundError where the cgroup at ``path`` is not the one whose id is ``root`` (0: any).
+    Raises NotFoundError where the cgroup at ``path`` has another id than ``root`` (0: any).
     """
     found: set[int] = set()
     for folder in cgroup.tree(path):
         try:
             number = cgroup.cgroup_id(folder)
-        except OSError:  # gone meanwhile
+        except OSError:  # removed meanwhile
             continue
         if not found and root not in (0, number):
             break
         found.add(number)
-        if len(found) % _AT_ONCE == 0:
+        if len(found) % _STEP_ITEMS == 0:
             yield
     if not found:
         raise NotFoundError(f"the cgroup {path} is gone")
     return found
 
 
-def survey(diagnostics: Diagnostics, choice: Publications, besides: Collection[int]) -> Steps[None]:
-    """Tell ``choice`` of every listener but those on the ports ``besides``. Raises OSError."""
+def collect_listeners(diagnostics: Diagnostics, plan: PublicationPlan, skip_ports: Collection[int]) -> Stepwise[None]:
+    """Add every listener to ``plan``, but those on ``skip_ports``. Raises OSError."""
     for piece in diagnostics.listening():
         yield
         for number, listener in enumerate(piece, 1):
-            if listener.port not in besides:
-                choice.consider(listener)
-            if number % _AT_ONCE == 0:
+            if listener.port not in skip_ports:
+                plan.add(listener)
+            if number % _STEP_ITEMS == 0:
                 yield

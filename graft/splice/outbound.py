@@ -1,8 +1,8 @@
-"""Out: a listener inside the container's namespace, to which the connect hook turns granted connections.
+"""Outgoing connections: a listener in the container's namespace, to which the connect hook redirects granted ones.
 
-What the program asked for comes with the accepted socket, put there by the hooks; a connection that has nothing with it
-was not turned by them, and is reset. The connection to the world is made by a socket that is tagged as the container's,
-so that the connect hook decides it again, on the kernel's own copy of the address, and binds it to the endpoint.
+The hooks store the destination that the program asked for with the accepted socket. A connection without one was not
+redirected by them, and is reset. The connection to the destination is made by a socket that is tagged as the
+container's: the connect hook decides again, on the kernel's own copy of the address, and binds it to the endpoint.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from graft.datapath.maps import Maps
 from graft.datapath.rulesets import Lookup
 from graft.model.transport import Home
 from graft.policy.model import Verdict
-from graft.splice.acceptor import Acceptor, Peer
-from graft.splice.connection import prepare
+from graft.splice.acceptor import Acceptor, PeerAddress
+from graft.splice.connection import set_relay_options
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
-from graft.splice.resources import Account
+from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
 
 _BACKLOG = 4096
-_TRIES = 16
+_PORT_TRIES = 16
 
 
 def _listener(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        prepare(sock)
+        set_relay_options(sock)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((address, port))
@@ -42,15 +42,15 @@ def _listener(family: socket.AddressFamily, address: str, port: int) -> socket.s
     return sock
 
 
-def listeners() -> list[socket.socket]:
-    """Listeners on 127.0.0.1 and, where there is one, on ::1, at the same port. Called inside. Raises OSError."""
-    for attempt in range(_TRIES):
+def make_listeners() -> list[socket.socket]:
+    """Listeners in this namespace on 127.0.0.1 and, where there is IPv6, on ::1, at the same port. Raises OSError."""
+    for attempt in range(_PORT_TRIES):
         four = _listener(socket.AF_INET, "127.0.0.1", 0)
         try:
             return [four, _listener(socket.AF_INET6, "::1", four.getsockname()[1])]
         except OSError as error:
-            if error.errno != errno.EADDRINUSE or attempt == _TRIES - 1:
-                return [four]  # no IPv6 here
+            if error.errno != errno.EADDRINUSE or attempt == _PORT_TRIES - 1:
+                return [four]  # there is no IPv6
             four.close()
     raise AssertionError("not reached")
 
@@ -59,19 +59,24 @@ class OutboundRelay:
     """The relay of one container's outgoing connections."""
 
     def __init__(
-        self, account: Account, maps: Maps, inside: NamespaceSockets, spaces: Namespaces, sockmap: Sockmap | None
+        self,
+        resources: ContainerResources,
+        maps: Maps,
+        container_netns: NamespaceSockets,
+        namespaces: Namespaces,
+        sockmap: Sockmap | None,
     ) -> None:
-        """Listens at once, and says where in `relays`. Raises OSError."""
-        self._maps, self._container, self._spaces = maps, account.number, spaces
+        """Listens at once, and writes its port to the map `relays`. Raises OSError."""
+        self._maps, self._container, self._namespaces = maps, resources.number, namespaces
         self._lookup = Lookup(maps)
-        self._key = ctypes.c_uint32(account.number)
-        socks = inside.do(listeners)
+        self._key = ctypes.c_uint32(resources.number)
+        socks = container_netns.run(make_listeners)
         self.port = int(socks[0].getsockname()[1])
-        self.acceptors = [Acceptor(account, sock, self._reach, sockmap) for sock in socks]
+        self.acceptors = [Acceptor(resources, sock, self._connect_far, sockmap) for sock in socks]
         maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(socks) > 1))
 
-    def _reach(self, near: socket.socket, _peer: Peer) -> socket.socket | None:
-        """A socket on its way to where the program wanted; None where it may not go there."""
+    def _connect_far(self, near: socket.socket, _peer: PeerAddress) -> socket.socket | None:
+        """A socket that connects to the program's destination; None where that is not granted."""
         asked = self._maps.crossings.get(ctypes.c_int32(near.fileno()))
         if asked is None or asked.role != Crossing.RELAYED or asked.container != self._container:
             return None
@@ -85,7 +90,7 @@ class OutboundRelay:
             return None
         port = endpoint.port
         family = socket.AF_INET if asked.family == 4 else socket.AF_INET6
-        far = self._spaces.of_endpoint(endpoint.netns).take(family)
+        far = self._namespaces.of_endpoint(endpoint.netns).tcp_socket(family)
         try:
             if port:
                 far.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -102,7 +107,7 @@ class OutboundRelay:
         return far
 
     def stop(self) -> None:
-        """Listen no more, and say so; connections go on."""
+        """Stop listening, and remove the entry in `relays`. Connections stay."""
         self._maps.relays.delete(self._key)
         for acceptor in self.acceptors:
             acceptor.close()

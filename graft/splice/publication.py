@@ -1,8 +1,8 @@
 """Which listeners of a container are published, and which address is dialled for each. Pure.
 
-The rules speak of what a program binds, so what it bound decides: the lookup is the one that the bind hook would have
-made, had the program started under Graft. A listener on 127.0.0.1 is published by a rule that names 127.0.0.1 (or "*"),
-not by one for 0.0.0.0: who binds the loopback address means not to be reached.
+A rule names what a program binds, so the listener's own address is looked up, as the bind hook would have done if the
+program had started under Graft. A listener on 127.0.0.1 is published by a rule that names 127.0.0.1 (or "*"), not by
+one for 0.0.0.0: a program that binds the loopback address is not meant to be reached from outside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from graft.kernel.sockdiag import Listening
 from graft.model.address import unmapped_bytes
 
-MOST_OTHERS = 64
+MAX_UNPUBLISHED = 64
 _ANY = bytes(16)
 _LOOPBACK4 = "127.0.0.1"
 
@@ -30,8 +30,8 @@ class DialTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedEndpoint:
-    """An endpoint as it stands now: what a listener on it is told apart by."""
+class ResolvedEndpoint:
+    """An endpoint with what it has now: where something of this changes, its listener is replaced."""
 
     id: int
     family: int
@@ -43,9 +43,9 @@ class PlacedEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A listener to have on an endpoint. ``address`` and ``port`` are what the container bound."""
+    """A listener to make on an endpoint; all but ``endpoint`` is of the container's own listener."""
 
-    endpoint: PlacedEndpoint
+    endpoint: ResolvedEndpoint
     family: int
     address: bytes
     port: int
@@ -53,18 +53,18 @@ class Publication:
 
     @property
     def takes_no_ipv4(self) -> bool:
-        """Of the listener to have: it takes no more than the endpoint gives, nor than the container's own does."""
+        """Whether the listener on the endpoint is for IPv6 only: if the endpoint is, or the container's listener."""
         return self.v6only or (self.endpoint.family == 6 and not self.endpoint.dual_stack)
 
     @property
     def target(self) -> DialTarget:
-        """Where its connections go."""
+        """The container's listener, to dial for each connection."""
         return target(self.family, self.address, self.port, self.v6only)
 
 
 def target(family: int, address: bytes, port: int, v6only: bool) -> DialTarget:
-    """Where to dial for a listener. From 127.0.0.1 also to the container's own addresses: a closed connection then
-    blocks its port for a second at most (tcp_tw_reuse, which by default holds for loopback), not for a minute.
+    """Where to dial for a listener. The container's own addresses are dialled from 127.0.0.1 too: a closed connection
+    then blocks its port for a second at most (tcp_tw_reuse, by default for loopback only), not for a minute.
     """
     if family == 6:
         family, address = unmapped_bytes(address)
@@ -79,45 +79,45 @@ def target(family: int, address: bytes, port: int, v6only: bool) -> DialTarget:
     return DialTarget(socket.AF_INET6, text, port, None if text == "::1" else "::1")
 
 
-class Publications:
-    """Which of a namespace's listeners to publish: those of the container's own ``cgroups``, told one after the other.
+class PublicationPlan:
+    """Which of a namespace's listeners to publish: those of the container's own ``cgroups`` that a rule names.
 
-    ``lookup`` gives the endpoint that a bind of (family, address, port) becomes. An endpoint with a port of its own
-    serves one listener; one with a dynamic port serves each on a port of the kernel's choice. ``most`` are published,
-    and those that are (``published``) before any others.
+    ``lookup`` gives the endpoint that a bind of (family, address, port) becomes. An endpoint with a fixed port is for
+    one listener; one with a dynamic port is for any number, each on a port that the kernel picks. At most ``limit``
+    are published, and first those that are already (``published``).
     """
 
     def __init__(
         self,
         cgroups: Collection[int],
-        lookup: Callable[[int, bytes, int], PlacedEndpoint | None],
-        most: int,
+        lookup: Callable[[int, bytes, int], ResolvedEndpoint | None],
+        limit: int,
         published: Collection[Publication] = (),
     ) -> None:
         self._cgroups, self._lookup = cgroups, lookup
         self._published = published
-        self._new_ones = max(0, most - len(published))
+        self._new_left = max(0, limit - len(published))
         self._wanted: dict[tuple[object, ...], Publication] = {}
-        self.others: dict[tuple[int, bytes, int], None] = {}
-        """(family, address, port) of what is not published: the first `MOST_OTHERS` of them."""
-        self.more_others = self.too_many = 0
-        """How many others there are besides; how many of them were granted, but beyond ``most``."""
+        self.unpublished: dict[tuple[int, bytes, int], None] = {}
+        """(family, address, port) of listeners that are not published: the first `MAX_UNPUBLISHED` of them."""
+        self.more_unpublished = self.too_many = 0
+        """How many more are not published; how many of all these are beyond ``limit``, though a rule names them."""
 
-    def consider(self, listener: Listening) -> None:
-        """Take note of one listener."""
+    def add(self, listener: Listening) -> None:
+        """Add one listener of the namespace."""
         if listener.cgroup and listener.cgroup not in self._cgroups:
             return
         found = self._publication(listener)
         if found is None:
-            self._note_other((listener.family, listener.address, listener.port))
+            self._note_unpublished((listener.family, listener.address, listener.port))
             return
         before = self._wanted.get(_key(found))
         if before is None:
-            self._add(found)
+            self._add_publication(found)
         elif before != found:
             kept, other = sorted((before, found), key=_preference)
             self._wanted[_key(found)] = kept
-            self._note_other(_place(other))
+            self._note_unpublished(_place(other))
 
     def _publication(self, listener: Listening) -> Publication | None:
         if listener.device:
@@ -129,28 +129,28 @@ class Publications:
             return None
         return Publication(endpoint, family, address, listener.port, listener.v6only)
 
-    def _add(self, found: Publication) -> None:
+    def _add_publication(self, found: Publication) -> None:
         if found not in self._published:
-            if not self._new_ones:
+            if not self._new_left:
                 self.too_many += 1
-                self._note_other(_place(found))
+                self._note_unpublished(_place(found))
                 return
-            self._new_ones -= 1
+            self._new_left -= 1
         self._wanted[_key(found)] = found
 
-    def _note_other(self, place: tuple[int, bytes, int]) -> None:
-        if len(self.others) < MOST_OTHERS:
-            self.others[place] = None
-        elif place not in self.others:
-            self.more_others += 1
+    def _note_unpublished(self, place: tuple[int, bytes, int]) -> None:
+        if len(self.unpublished) < MAX_UNPUBLISHED:
+            self.unpublished[place] = None
+        elif place not in self.unpublished:
+            self.more_unpublished += 1
 
     @property
     def publications(self) -> list[Publication]:
-        """What to publish of all that was told so far."""
+        """What to publish of the listeners that were added."""
         return list(self._wanted.values())
 
     def wants(self, published: Publication) -> bool:
-        """Whether that is one of `publications`."""
+        """Whether ``published`` is one of `publications`."""
         return self._wanted.get(_key(published)) == published
 
 
@@ -163,6 +163,6 @@ def _place(found: Publication) -> tuple[int, bytes, int]:
 
 
 def _preference(found: Publication) -> tuple[int, int, int, bytes, bool]:
-    """Where several listeners are granted one endpoint: the widest, and then always the same one."""
+    """Sort key of listeners for one endpoint: the widest address first, the rest only to be deterministic."""
     scope = 0 if found.address == _ANY else 2 if found.address[0] == 127 else 1
     return scope, found.family, found.port, found.address, found.v6only

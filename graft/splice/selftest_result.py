@@ -1,8 +1,8 @@
-"""Whether the relay in the kernel may serve on this machine: what the self-test said of it, and how long that holds.
+"""Whether the relay in the kernel may be used on this machine: the self-test's result, stored while it is valid.
 
-A verdict is kept with all that it depends on: the kernel, since its start, and what of Graft relays. Where one of these
-changes, the test is made anew. A test that found nothing out, because there was no time or no memory, is no verdict on
-the kernel: the relay does not serve, and the next one who asks tests again.
+A result is stored with everything that it depends on: the kernel, its boot, and the parts of Graft that relay. When one
+of these changes, the test runs again. A test that ran out of time or memory is inconclusive: its result is not stored,
+the relay is not used, and the next caller tests again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from graft import __version__
 from graft.datapath.loader import RELAY_SIZES, RELAY_SOURCES
 from graft.datapath.sources import bpf_source_dir
 from graft.errors import UsageError
+from graft.kernel.files import write_atomically
 from graft.model import json_text
 from graft.model.json_text import mapping, text, text_by_name
 from graft.model.settings import Settings
 
 _NAME = "kernel-relay.json"
 _MAX_BYTES = 1 << 16
-_ALL_SECONDS = 60.0  # for the whole test; it takes about one
+TIMEOUT_SECONDS = 60.0  # of the whole test; it takes about one second
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RELAY_MODULES = ("connection.py", "kernel_flow.py", "sockmap.py", "selftest.py")
 FAILED, INCONCLUSIVE = 1, 2
@@ -36,14 +37,17 @@ FAILED, INCONCLUSIVE = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class SelftestResult:
-    """What is wrong with the relay in the kernel, in one line; empty where nothing is. ``lasting``: it may be kept."""
+    """``problem`` says in one line what is wrong with the relay in the kernel; empty where it may be used.
+
+    ``conclusive``: it says something about the kernel, so it may be stored.
+    """
 
     problem: str
-    lasting: bool = True
+    conclusive: bool = True
 
 
 def depends_on() -> dict[str, str]:
-    """What a verdict holds for: another kernel, another start of it or another relay needs another one."""
+    """What a result depends on: it is not valid for another kernel, another boot or another relay."""
     return {
         "boot": _BOOT_ID.read_text().strip(),
         "kernel": os.uname().release,
@@ -61,15 +65,15 @@ def _relay_hash() -> str:
     return found.hexdigest()
 
 
-def kept(settings: Settings) -> SelftestResult | None:
-    """The verdict that is kept and still holds, None where there is none. Reads a few files, and tests nothing."""
+def stored(settings: Settings) -> SelftestResult | None:
+    """The stored result, if it is still valid; None where there is none. Only reads a few files."""
     with contextlib.suppress(OSError, UsageError):
         return parse((settings.run_dir / _NAME).read_bytes(), depends_on())
     return None
 
 
 def parse(raw: bytes, wanted: dict[str, str]) -> SelftestResult | None:
-    """The verdict that was kept, None where it depends on anything else than ``wanted``. Raises UsageError."""
+    """The stored result in ``raw``; None where it depends on anything else than ``wanted``. Raises UsageError."""
     found = mapping(json_text.parse(raw, _NAME, _MAX_BYTES), _NAME)
     problem = text(found.get("problem"), "problem")
     return (
@@ -79,38 +83,35 @@ def parse(raw: bytes, wanted: dict[str, str]) -> SelftestResult | None:
     )
 
 
-def keep(settings: Settings, verdict: SelftestResult) -> None:
-    """Keep a verdict, if it is a lasting one. Raises OSError."""
-    if not verdict.lasting:
+def store(settings: Settings, result: SelftestResult) -> None:
+    """Store ``result`` if it is conclusive. Raises OSError."""
+    if not result.conclusive:
         return
     file = settings.run_dir / _NAME
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}")
-    aside.touch(mode=0o600)
-    aside.write_text(json.dumps({"depends_on": depends_on(), "problem": verdict.problem}))
-    aside.rename(file)
+    write_atomically(file, json.dumps({"depends_on": depends_on(), "problem": result.problem}).encode())
 
 
-def verdict(settings: Settings) -> SelftestResult:
-    """The verdict that is kept, or that of a test which is made now. Needs root."""
-    found = kept(settings)
-    if found is None:
-        found = test()
-        keep(settings, found)
-    return found
+def get(settings: Settings) -> SelftestResult:
+    """The stored result, or that of a test that runs now. Needs root."""
+    result = stored(settings)
+    if result is None:
+        result = run_selftest()
+        store(settings, result)
+    return result
 
 
-def test(started: Callable[[subprocess.Popen[str]], None] = lambda _: None) -> SelftestResult:
-    """Test now, in a process of its own, of which ``started`` is told."""
+def run_selftest(started: Callable[[subprocess.Popen[str]], None] = lambda _: None) -> SelftestResult:
+    """Test now, in another process; ``started`` is called with it."""
     command = [sys.executable, "-m", "graft.splice.selftest"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         started(process)
         try:
-            said, complained = process.communicate(timeout=_ALL_SECONDS)
+            output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            return SelftestResult("its self-test does not end", lasting=False)
+            return SelftestResult("its self-test does not end", conclusive=False)
     if process.returncode == 0:
         return SelftestResult("")
-    lines = (said.strip() or complained.strip() or "its self-test failed").splitlines()
-    return SelftestResult(lines[0] if said.strip() else lines[-1], lasting=process.returncode == FAILED)
+    lines = (output.strip() or errors.strip() or "its self-test failed").splitlines()
+    return SelftestResult(lines[0] if output.strip() else lines[-1], conclusive=process.returncode == FAILED)

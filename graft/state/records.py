@@ -9,6 +9,7 @@ from pathlib import Path
 
 from graft.errors import UsageError
 from graft.kernel import cgroup
+from graft.kernel.files import write_atomically
 from graft.kernel.pidfd import MAX_PID
 from graft.model import json_text
 from graft.model.address import shown
@@ -67,10 +68,8 @@ def save(settings: Settings, container: Container) -> None:
     """Write a container's record, in one step."""
     folder = folder_of(settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = folder / f".{container.id}"
-    aside.touch(mode=0o600)
-    aside.write_text(json.dumps({**asdict(container), "transport": str(container.transport)}))
-    aside.rename(folder / f"{container.id}.json")
+    record = {**asdict(container), "transport": str(container.transport)}
+    write_atomically(folder / f"{container.id}.json", json.dumps(record).encode())
 
 
 def parse_record(raw: bytes, name: str) -> Container:

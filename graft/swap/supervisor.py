@@ -38,6 +38,7 @@ from graft.kernel.bpf import Map
 from graft.kernel.pidfd import MemoryReader
 from graft.kernel.seccomp import Listener, Notification, architecture
 from graft.kernel.socket_calls import SOCKADDR_SIZE
+from graft.model.address import mapped_text
 from graft.model.sockaddr import Sockaddr, parse_sockaddr
 from graft.model.transport import Home
 from graft.swap import descriptors, socket_copy
@@ -246,7 +247,7 @@ class Supervisor:
         """Bind a replacement to the program's address, which the hook rewrites to the endpoint. Gives an errno."""
         text = str(address.ip)
         if sock.family == socket_copy.AF_INET6 and address.family == 4:
-            text = f"::ffff:{text}"
+            text = mapped_text(text)
         try:
             sock.bind((text, address.port))
         except OSError as error:

@@ -36,7 +36,7 @@ def kernel(host: Host) -> Iterator[Plain]:
 @pytest.fixture
 def failing(host: Host) -> Iterator[None]:
     """A machine whose kernel failed the self-test."""
-    selftest_result.verdict(host.settings)
+    selftest_result.get(host.settings)
     kept = host.settings.run_dir / "kernel-relay.json"
     before = kept.read_text()
     kept.write_text(json.dumps({**json.loads(before), "problem": "bytes are lost"}))
@@ -100,7 +100,7 @@ def test_a_kernel_that_failed_the_self_test_is_not_used(kernel: Plain, failing: 
     rule = f"0.0.0.0:80={host.endpoint('0.0.0.0:dynamic')}"
     refused = host.graft("attach", "--cgroup", kernel.cgroup, "--relay", "kernel", "-i", rule, status=6)
     assert refused.stderr.strip() == (
-        "graft: --relay: the kernel's relay does not serve on this machine: bytes are lost (--relay splice)"
+        "graft: --relay: the relay in the kernel cannot be used on this machine: bytes are lost (--relay splice)"
     )
     assert not host.installation.containers.listing()
 
@@ -136,7 +136,7 @@ def test_a_daemon_that_finds_no_verdict_serves_by_splice_while_the_kernel_is_tes
             for one in pair(kernel, listener, port):
                 one.close()
             until("tested", lambda: kernel.described()["relay"] == "kernel (sockmap)", 60)
-            assert selftest_result.kept(host.settings) == SelftestResult("")
+            assert selftest_result.stored(host.settings) == SelftestResult("")
         finally:
             program.stop()
 

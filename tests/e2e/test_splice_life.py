@@ -1,4 +1,4 @@
-"""The relays' daemon: killed, ended, crowded, and what it leaves behind."""
+"""The relays' daemon: killed, stopped, short of descriptors; and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, HOST4
 from tests.support.plain import Plain, plain
 from tests.support.program import start
-from tests.support.relayed import descriptors, pair, published, read_all, refused, reset, resident, talk, transfer
+from tests.support.relayed import descriptors, pair, published, read_all, refused, reset, resident_bytes, talk, transfer
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
@@ -75,7 +76,7 @@ def test_a_container_that_ends_takes_everything_along(host: Host) -> None:
         port = published(container)
         listener.close()
         cgroup.kill(container.cgroup)
-        container.resident.wait()
+        container.process.wait()
         cgroup.remove(container.cgroup)
         container.until_published(port, False)
         until("its rules are gone", lambda: not host.maps.containers.keys())
@@ -85,7 +86,7 @@ def test_a_container_that_ends_takes_everything_along(host: Host) -> None:
 def test_a_replaced_policy_refuses_no_client(container: Plain) -> None:
     with container.listener() as listener:
         port = published(container)
-        enough, stop = threading.Event(), threading.Event()  # who asks ends first: its last question is answered
+        enough, stop = threading.Event(), threading.Event()  # the client stops first: its last request is answered
 
         def serve() -> None:
             listener.settimeout(0.2)
@@ -96,33 +97,42 @@ def test_a_replaced_policy_refuses_no_client(container: Plain) -> None:
                     accepted.close()
 
         failures: list[Exception] = []
+        answers = 0
 
         def ask() -> None:
+            nonlocal answers
             while not enough.is_set():
                 try:
                     with container.host.client.connected(HOST4, port) as client:
                         assert read_all(client) == b"ok"
+                    answers += 1
                 except Exception as error:
                     failures.append(error)
+
+        def asked_since(before: int) -> bool:
+            return answers > before or bool(failures)
 
         server, client = threading.Thread(target=serve), threading.Thread(target=ask)
         server.start()
         client.start()
         endpoint = container.container.endpoints[0]
         for _ in range(5):
+            asked_again = partial(asked_since, answers)
             container.attach("-i", f"0.0.0.0:80={endpoint}")
+            until("a client is served, or fails", asked_again)
         enough.set()
         client.join()
         stop.set()
         server.join()
         assert not failures
+        assert answers >= 5
 
 
-def test_thousands_of_connections_at_once_are_carried_and_idle_ones_need_no_pipe(container: Plain) -> None:
+def test_thousands_of_connections_at_once_are_relayed_and_idle_ones_need_no_pipe(container: Plain) -> None:
     count = 5000
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    held: list[tuple[socket.socket, socket.socket]] = []
+    connections: list[tuple[socket.socket, socket.socket]] = []
     try:
         with container.listener() as listener:
             port = published(container)
@@ -131,16 +141,16 @@ def test_thousands_of_connections_at_once_are_carried_and_idle_ones_need_no_pipe
                 clients = [socket.socket() for _ in range(count)]
             for client in clients:
                 client.connect((HOST4, port))
-                held.append((client, listener.accept()[0]))
+                connections.append((client, listener.accept()[0]))
             until("all of them", lambda: container.described()["connections"] == count)
             assert descriptors(daemon) < 2 * count + 500
-            names = {client.getsockname(): client for client, _ in held}
-            for _, accepted in held:
+            names = {client.getsockname(): client for client, _ in connections}
+            for _, accepted in connections:
                 accepted.sendall(repr(accepted.getpeername()).encode())
             for name, client in names.items():
                 assert client.recv(100) == repr(name).encode()
     finally:
-        for one in held:
+        for one in connections:
             for sock in one:
                 sock.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -164,12 +174,12 @@ def test_many_short_connections_leave_no_descriptor_no_map_entry_and_no_memory(c
 
         some(200)
         until("settled", lambda: container.described()["connections"] == 0)
-        before, memory = descriptors(daemon), resident(daemon)
+        before, memory = descriptors(daemon), resident_bytes(daemon)
         some(4000)
         until("none left", lambda: container.described()["connections"] == 0)
         until("descriptors given back", lambda: descriptors(daemon) <= before + 80)
         assert not container.host.maps.arrivals.keys()
-        assert resident(daemon) - memory < 8 << 20
+        assert resident_bytes(daemon) - memory < 8 << 20
 
 
 @pytest.fixture
@@ -193,19 +203,19 @@ def test_connections_beyond_the_descriptors_wait_and_none_is_lost(frugal: Plain)
             client.settimeout(15)
             client.connect((HOST4, port))
         assert descriptors(frugal.daemon()) < FEW
-        for client in clients:  # each that ends makes room for one that waits
+        for client in clients:  # each one that ends makes room for one that waits
             listener.accept()[0].close()
             with client:
                 assert client.recv(1) == b""
 
 
-def test_a_daemon_out_of_pipes_still_carries_every_byte(frugal: Plain) -> None:
-    # Slow readers hold a pipe each. More of them than pipes, and a transfer beside them.
+def test_a_daemon_without_free_pipes_still_relays_every_byte(frugal: Plain) -> None:
+    # Each slow reader has a pipe. There are more of them than pipes, and one transfer beside them.
     container = frugal
     with container.listener() as listener:
         port = published(container)
-        held = [pair(container, listener, port) for _ in range(FEW // 16 + 10)]
-        for client, _ in held:
+        connections = [pair(container, listener, port) for _ in range(FEW // 16 + 10)]
+        for client, _ in connections:
             client.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 while True:
@@ -213,6 +223,6 @@ def test_a_daemon_out_of_pipes_still_carries_every_byte(frugal: Plain) -> None:
         client, accepted = pair(container, listener, port)
         with client, accepted:
             transfer(client, accepted, 2_000_000, 2_000_000, False, 1)
-        for one in held:
+        for one in connections:
             for sock in one:
                 sock.close()

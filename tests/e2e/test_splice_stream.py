@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.support.namespaces import CLIENT4
 from tests.support.plain import Plain
-from tests.support.relayed import pair, published, read_all, reset, resident, talk, transfer
+from tests.support.relayed import pair, published, read_all, reset, resident_bytes, talk, transfer
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
@@ -121,7 +121,7 @@ def test_a_slow_reader_stops_its_sender_and_memory_stays_bounded(container: Plai
     with container.listener() as listener:
         port = published(container)
         daemon = container.daemon()
-        before = resident(daemon)
+        before = resident_bytes(daemon)
         pairs = [pair(container, listener, port) for _ in range(8)]
         sent = 0
         for client, accepted in pairs:
@@ -135,7 +135,7 @@ def test_a_slow_reader_stops_its_sender_and_memory_stays_bounded(container: Plai
         # The most that the buffers of four sockets may take, two of them receiving and two sending, and a pipe.
         receiving, sending = (int(Path(f"/proc/sys/net/ipv4/tcp_{one}mem").read_text().split()[2]) for one in "rw")
         assert sent < 8 * (2 * (receiving + sending) + (1 << 20))
-        assert resident(daemon) - before < 20 << 20
+        assert resident_bytes(daemon) - before < 20 << 20
         for client, accepted in pairs:
             client.close()
             accepted.close()

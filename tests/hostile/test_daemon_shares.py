@@ -266,7 +266,7 @@ def locked_while_one_ends(host: Host) -> Iterator[None]:
         published(third)
         fcntl.flock(lock, fcntl.LOCK_EX)
         cgroup.kill(third.cgroup)
-        third.resident.wait()
+        third.process.wait()
         cgroup.remove(third.cgroup)
         number = third.container.id
         yield
@@ -311,7 +311,7 @@ def begun_anew(container: Plain, running: Program) -> None:
     os.kill(running.process.pid, signal.SIGSTOP)
     try:
         cgroup.kill(container.cgroup)
-        container.resident.wait()
+        container.process.wait()
         cgroup.remove(container.cgroup)
         container.cgroup.mkdir()
         container.start(sys.executable, "-c", HELLO).says("ready")

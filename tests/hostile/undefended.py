@@ -19,7 +19,6 @@ import struct
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,27 +171,29 @@ def _shares() -> None:
     """One limit for the connections of all containers."""
     from graft.splice import resources, shares
 
-    def may(self: shares.Share, count: int = 1) -> bool:
-        return self._of.free >= count
+    def can_take(self: shares.Share, count: int = 1) -> bool:
+        return self.shares.free >= count
 
-    shares.Share.may = may  # type: ignore[method-assign]
-    resources.Resources.recall = lambda self, count: None  # type: ignore[method-assign]
+    shares.Share.can_take = can_take  # type: ignore[method-assign]
+    resources.DaemonResources.reclaim = lambda self, count: None  # type: ignore[method-assign]
 
 
 def _turns() -> None:
-    """What the daemon has begun it brings to its end, whoever else waits."""
-    from graft.splice import jobs
+    """The daemon runs all steps of a job in one turn, whoever else waits."""
+    from graft.splice import container_service, jobs
+    from graft.splice.event_loop import EventLoop
 
-    def step(self: jobs.Job) -> None:
-        error: Exception | None = None
-        try:
-            for _ in self._steps:
-                pass
-        except Exception as raised:
-            error = raised
-        self._end(time.monotonic(), error)
+    def in_one_step(steps: jobs.Stepwise[None]) -> jobs.Stepwise[None]:
+        for _ in steps:
+            pass
+        yield from ()
 
-    jobs.Job._step = step  # type: ignore[method-assign]
+    def job(
+        loop: EventLoop, owner: int, steps: jobs.Stepwise[None], done: Callable[[BaseException | None], None]
+    ) -> jobs.Job:
+        return jobs.Job(loop, owner, in_one_step(steps), done)
+
+    vars(container_service)["Job"] = job
 
 
 def _aside() -> None:

@@ -1,4 +1,4 @@
-"""The event loop: what one container has to do keeps no other waiting."""
+"""The event loop: the work of one container keeps no other waiting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from graft.errors import NotFoundError
 from graft.splice.background import Background
 from graft.splice.event_loop import EventLoop
-from graft.splice.jobs import Job, Steps
+from graft.splice.jobs import Job, Stepwise
 
 BUSY, QUIET = 1, 2
 
@@ -45,7 +45,7 @@ class Worker:
         self.loop.later(self.work, BUSY)
 
 
-def test_an_event_waits_for_few_of_anothers_thousand_calls(loop: EventLoop) -> None:
+def test_an_event_waits_for_few_of_another_owners_thousand_calls(loop: EventLoop) -> None:
     workers = [Worker(loop) for _ in range(1000)]
     served: list[int] = []
     reader, writer = os.pipe()
@@ -60,7 +60,7 @@ def test_an_event_waits_for_few_of_anothers_thousand_calls(loop: EventLoop) -> N
     os.close(writer)
 
 
-def test_of_a_thousand_events_at_once_another_ones_is_not_the_last(loop: EventLoop) -> None:
+def test_of_many_events_at_once_another_owners_is_not_served_last(loop: EventLoop) -> None:
     count, served = 0, 0
 
     def busy(_mask: int) -> None:
@@ -123,9 +123,8 @@ def test_an_event_that_waits_is_not_served_when_its_descriptor_is_closed(loop: E
     reader, writer = os.pipe()
     loop.watch(reader, select.EPOLLIN, served.append, QUIET)
     os.write(writer, b"x")
-    loop.later(lambda: loop.unwatch(reader), BUSY)
-    loop._put_off([(reader, select.EPOLLIN)])
-    loop.unwatch(reader)
+    loop.later(lambda: loop.unwatch(reader), BUSY)  # in the turn in which the event is fetched, and before it
+    loop.turn()
     loop.turn()
     assert not served
     os.close(reader)
@@ -136,7 +135,7 @@ def test_a_job_makes_one_step_a_turn_and_says_how_it_ended(loop: EventLoop) -> N
     steps: list[int] = []
     ended: list[BaseException | None] = []
 
-    def work() -> Steps[None]:
+    def work() -> Stepwise[None]:
         for number in range(3):
             steps.append(number)
             take_a_millisecond()
@@ -154,7 +153,7 @@ def test_a_job_makes_one_step_a_turn_and_says_how_it_ended(loop: EventLoop) -> N
 def test_a_job_that_fails_says_so(loop: EventLoop) -> None:
     ended: list[BaseException | None] = []
 
-    def work() -> Steps[None]:
+    def work() -> Stepwise[None]:
         yield
         raise NotFoundError("gone")
 
@@ -168,7 +167,7 @@ def test_a_job_that_is_stopped_tidies_up_and_says_nothing(loop: EventLoop) -> No
     ended: list[BaseException | None] = []
     tidied: list[int] = []
 
-    def work() -> Steps[None]:
+    def work() -> Stepwise[None]:
         try:
             while True:
                 yield
@@ -182,11 +181,11 @@ def test_a_job_that_is_stopped_tidies_up_and_says_nothing(loop: EventLoop) -> No
     assert (tidied, ended) == ([1], [])
 
 
-def test_what_waits_aside_does_not_hold_up_the_loop(loop: EventLoop) -> None:
-    aside = Background(loop)
+def test_a_call_that_blocks_in_the_background_does_not_hold_up_the_loop(loop: EventLoop) -> None:
+    background = Background(loop)
     gate = threading.Event()
     results: list[object] = []
-    aside.run(gate.wait, lambda result, error: results.append((result, error)))
+    background.run(gate.wait, lambda result, error: results.append((result, error)))
     turned: list[int] = []
     loop.later(lambda: turned.append(1), QUIET)
     loop.turn()
@@ -198,10 +197,10 @@ def test_what_waits_aside_does_not_hold_up_the_loop(loop: EventLoop) -> None:
     assert results == [(True, None)]
 
 
-def test_what_fails_aside_is_told_in_the_loop(loop: EventLoop) -> None:
-    aside = Background(loop)
+def test_an_error_in_the_background_is_reported_in_the_loop(loop: EventLoop) -> None:
+    background = Background(loop)
     results: list[BaseException | None] = []
-    aside.run(lambda: os.stat("/nowhere"), lambda _, error: results.append(error))
+    background.run(lambda: os.stat("/nowhere"), lambda _, error: results.append(error))
     with contextlib.suppress(IndexError):
         while not results:
             loop.turn()

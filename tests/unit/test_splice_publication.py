@@ -10,35 +10,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.kernel.sockdiag import Listening, parse
-from graft.splice.publication import MOST_OTHERS, PlacedEndpoint, Publication, Publications, target
+from graft.splice.publication import MAX_UNPUBLISHED, Publication, PublicationPlan, ResolvedEndpoint, target
 
-Lookup = Callable[[int, bytes, int], PlacedEndpoint | None]
+Lookup = Callable[[int, bytes, int], ResolvedEndpoint | None]
 
 ANY = bytes(16)
 LOOPBACK = b"\x7f\0\0\1".ljust(16, b"\0")
 OWN = b"\x0a\x58\0\5".ljust(16, b"\0")
 MAPPED = bytes(10) + b"\xff\xff" + b"\x0a\x58\0\5"
-FIXED = PlacedEndpoint(1, 4, ANY, 8080, 1)
-DYNAMIC = PlacedEndpoint(2, 4, ANY, 0, 1)
-SIX = PlacedEndpoint(3, 6, ANY, 8080, 1)
-DUAL = PlacedEndpoint(4, 6, ANY, 8080, 1, dual_stack=True)
+FIXED = ResolvedEndpoint(1, 4, ANY, 8080, 1)
+DYNAMIC = ResolvedEndpoint(2, 4, ANY, 0, 1)
+SIX = ResolvedEndpoint(3, 6, ANY, 8080, 1)
+DUAL = ResolvedEndpoint(4, 6, ANY, 8080, 1, dual_stack=True)
 
 
 def listening(family: int, address: bytes, port: int = 80, v6only: bool = False, cgroup: int = 7) -> Listening:
     return Listening(family, address, port, v6only, cgroup, 0)
 
 
-def choice(
+def plan(
     found: Iterable[Listening], lookup: Lookup, most: int = 100, published: Sequence[Publication] = ()
-) -> Publications:
-    made = Publications({7}, lookup, most, published)
+) -> PublicationPlan:
+    made = PublicationPlan({7}, lookup, most, published)
     for one in found:
-        made.consider(one)
+        made.add(one)
     return made
 
 
 def publications(found: Iterable[Listening], lookup: Lookup) -> list[Publication]:
-    return choice(found, lookup).publications
+    return plan(found, lookup).publications
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_listener_of_another_cgroup_is_not_published() -> None:
     assert publications([listening(4, ANY, cgroup=8)], lambda *_: FIXED) == []
 
 
-def test_a_kernel_that_does_not_tell_the_cgroup_counts_as_the_containers_own() -> None:
+def test_a_listener_without_a_cgroup_id_counts_as_the_containers_own() -> None:
     assert len(publications([listening(4, ANY, cgroup=0)], lambda *_: FIXED)) == 1
 
 
@@ -92,7 +92,7 @@ def test_a_listener_of_ipv6_alone_cannot_have_an_ipv4_endpoint() -> None:
 def test_a_mapped_address_is_looked_up_as_ipv4() -> None:
     asked = []
 
-    def lookup(family: int, address: bytes, port: int) -> PlacedEndpoint:
+    def lookup(family: int, address: bytes, port: int) -> ResolvedEndpoint:
         asked.append((family, address, port))
         return FIXED
 
@@ -110,24 +110,24 @@ def test_the_order_of_the_kernels_answer_makes_no_difference(found: list[Listeni
     assert set(publications(found, lambda *_: FIXED)) == set(publications(shuffled, lambda *_: FIXED))
 
 
-def test_no_more_are_published_than_may_be_and_those_that_are_stay() -> None:
+def test_no_more_are_published_than_the_limit_and_published_ones_stay() -> None:
     found = [listening(4, ANY, port) for port in range(1, 10)]
-    published = choice(found[6:8], lambda *_: DYNAMIC).publications
-    chosen = choice(found, lambda *_: DYNAMIC, 4, published)
-    assert [one.port for one in chosen.publications] == [1, 2, 7, 8]
-    assert chosen.too_many == 5
+    published = plan(found[6:8], lambda *_: DYNAMIC).publications
+    planned = plan(found, lambda *_: DYNAMIC, 4, published)
+    assert [one.port for one in planned.publications] == [1, 2, 7, 8]
+    assert planned.too_many == 5
 
 
-def test_what_is_told_of_the_others_is_bounded() -> None:
+def test_the_list_of_unpublished_listeners_is_limited() -> None:
     found = [listening(4, ANY, port) for port in range(1, 1000)]
-    chosen = choice([*found, *found], lambda *_: None)
-    assert list(chosen.others) == [(4, ANY, port) for port in range(1, MOST_OTHERS + 1)]
-    assert chosen.more_others >= 999 - MOST_OTHERS
-    assert not chosen.publications
+    planned = plan([*found, *found], lambda *_: None)
+    assert list(planned.unpublished) == [(4, ANY, port) for port in range(1, MAX_UNPUBLISHED + 1)]
+    assert planned.more_unpublished >= 999 - MAX_UNPUBLISHED
+    assert not planned.publications
 
 
-def test_of_several_listeners_on_one_endpoint_those_that_are_not_taken_are_told() -> None:
-    assert list(choice([listening(4, ANY), listening(4, OWN)], lambda *_: FIXED).others) == [(4, OWN, 80)]
+def test_of_several_listeners_on_one_endpoint_those_that_are_not_published_are_listed() -> None:
+    assert list(plan([listening(4, ANY), listening(4, OWN)], lambda *_: FIXED).unpublished) == [(4, OWN, 80)]
 
 
 def test_a_message_of_the_kernel_is_read() -> None:
@@ -142,5 +142,7 @@ def test_a_message_of_the_kernel_is_read() -> None:
     ("endpoint", "v6only", "none"),
     [(SIX, False, True), (SIX, True, True), (DUAL, False, False), (DUAL, True, True), (FIXED, False, False)],
 )
-def test_an_ipv6_endpoint_takes_ipv4_only_where_it_says_so(endpoint: PlacedEndpoint, v6only: bool, none: bool) -> None:
+def test_an_ipv6_endpoint_takes_ipv4_only_where_it_says_so(
+    endpoint: ResolvedEndpoint, v6only: bool, none: bool
+) -> None:
     assert Publication(endpoint, 6, ANY, 80, v6only).takes_no_ipv4 is none

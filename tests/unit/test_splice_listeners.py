@@ -1,4 +1,4 @@
-"""Looking at a container, in steps: however much it has to show, little is done at once."""
+"""A container's cgroups and listeners are found in steps: however many there are, one step is short."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from graft.kernel import cgroup
 from graft.kernel.sockdiag import Listening
 from graft.model.settings import Settings
 from graft.splice.container_list import ContainerList
-from graft.splice.listeners import cgroup_ids, survey
+from graft.splice.listeners import cgroup_ids, collect_listeners
 from graft.splice.namespaces import Namespaces
-from graft.splice.publication import Publications
+from graft.splice.publication import PublicationPlan
 from graft.state import records
 from graft.state.records import Container
 
@@ -35,7 +35,7 @@ def finished(steps: Generator[None, None, T]) -> tuple[T, int]:
 
 
 class Storm:
-    """A namespace with listeners without end, as the kernel tells of them."""
+    """A namespace with very many listeners, as the kernel lists them."""
 
     def __init__(self, pieces: int) -> None:
         self.pieces = pieces
@@ -49,13 +49,13 @@ def container(path: Path, number: int = 1, **more: object) -> Container:
     return Container(number, "c", str(path), "splice", 1, "p", (), **more)  # type: ignore[arg-type]
 
 
-def test_few_listeners_are_considered_in_a_step() -> None:
+def test_few_listeners_are_added_in_a_step() -> None:
     asked: list[int] = []
 
     def lookup(_family: int, _address: bytes, port: int) -> None:
         asked.append(port)
 
-    steps, before = survey(Storm(10), Publications({7}, lookup, 10), {80}), 0  # type: ignore[arg-type]
+    steps, before = collect_listeners(Storm(10), PublicationPlan({7}, lookup, 10), {80}), 0  # type: ignore[arg-type]
     for _ in steps:
         assert len(asked) - before <= 16
         before = len(asked)
@@ -70,14 +70,14 @@ def test_the_ids_of_a_tree_of_cgroups_are_found_in_steps(tmp_path: Path) -> None
     assert steps == 31 // 16
 
 
-def test_another_cgroup_at_the_same_path_is_not_taken_for_the_one_that_was_there(tmp_path: Path) -> None:
+def test_another_cgroup_at_the_same_path_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         finished(cgroup_ids(tmp_path, tmp_path.stat().st_ino + 1))
     with pytest.raises(NotFoundError):
         finished(cgroup_ids(tmp_path / "gone", 0))
 
 
-def test_a_tree_is_looked_at_no_further_than_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tree_is_read_no_further_than_its_caller_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         (tmp_path / f"{number}" / "below").mkdir(parents=True)
     looked: list[object] = []
@@ -106,7 +106,7 @@ def test_a_tree_deeper_than_recursion_goes_is_walked(tmp_path: Path) -> None:
         deep = deep.parent
 
 
-def test_a_namespace_is_looked_for_in_steps_and_each_one_is_tried_once(tmp_path: Path) -> None:
+def test_a_namespace_is_searched_for_in_steps_and_each_one_is_tried_once(tmp_path: Path) -> None:
     (tmp_path / "cgroup.procs").write_text(f"{os.getpid()}\n" * 1000)
     tried: list[int] = []
     steps = Namespaces.of_container(container(tmp_path))
