@@ -80,7 +80,7 @@ def observe(settings: Settings, path: Path, attached: Container | None) -> Obser
 
 
 def _is_attached_name(graft: Installation, text: str) -> bool:
-    return any(text == one.name and one.engine == "graft" and one.is_there for one in graft.containers.listing())
+    return any(text == one.name and one.engine == "graft" and one.exists for one in graft.containers.listing())
 
 
 def _known(graft: Installation, text: str) -> FoundContainer:
@@ -134,7 +134,7 @@ def _confine(
             choice.transport,
             name=target.name,
             engine=target.engine,
-            prepare=lambda number: inventory.mark_open(settings, number, existing or ()),
+            prepare=lambda number: inventory.keep_reachable(settings, number, existing or ()),
         )
     return container, None if existing is None else tuple(existing)
 

@@ -43,7 +43,7 @@ def overview(graft: Installation) -> list[ContainerOverview]:
     graft.reap()
     listed = graft.containers.listing()
     with inventory.host_stack(graft) as stack:
-        sockets = inventory.of(settings, listed, stack)
+        sockets = inventory.sockets_by_container(settings, listed, stack)
     supervisors = cgroup.processes(supervisors_cgroup(settings))
     stuck = liveness.stuck(supervisors)
     relays = _relays(settings, listed)

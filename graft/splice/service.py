@@ -98,7 +98,7 @@ class Service:
         for container in records.values():
             if container.id in self._served:
                 self._renew(container)
-            elif container.is_there:
+            elif container.exists:
                 self._take(container)
         for served in self._served.values():
             served.look_if_due()
@@ -109,7 +109,7 @@ class Service:
         """Serve no more what has no record, or whose cgroup is gone, though another may be at the same path."""
         for number in [number for number in self._served if number not in records]:
             self._drop(number)
-        gone = [container for container in records.values() if not container.is_there]
+        gone = [container for container in records.values() if not container.exists]
         for container in gone:
             self._drop(container.id)
         if gone and not self._reaping:
@@ -213,7 +213,7 @@ class Service:
         records = self._records.current()
         self._drop_gone(records)
         container = records.get(number)
-        if container is None or not container.is_there:
+        if container is None or not container.exists:
             answer({"error": f"container {number} has no record, or its cgroup is gone"})
             return
         if number in self._served:

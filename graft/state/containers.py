@@ -52,7 +52,7 @@ class Containers:
 
     def at(self, path: Path) -> Container | None:
         """The container of the cgroup at ``path``, None where none is attached there."""
-        return next((one for one in self.listing() if one.cgroup == str(path) and one.is_there), None)
+        return next((one for one in self.listing() if one.cgroup == str(path) and one.exists), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,14 +185,14 @@ class ContainerChanges(Containers):
 
     def remove(self, container: Container) -> None:
         """Take a container's rules and attachments away. Safe to repeat."""
-        if container.is_there:
+        if container.exists:
             attachments.detach(self._settings, container.cgroup_path)
         self._forget(container.id)
 
     def reap(self) -> None:
         """Forget the containers whose cgroup is gone: it took its sockets with it, and its rules go too."""
         for container in self.listing():
-            if not container.is_there:
+            if not container.exists:
                 self._forget(container.id)
 
     def _install(self, before: Compiled, replaced: int = 0) -> _Installed:

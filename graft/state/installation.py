@@ -60,7 +60,7 @@ class Installation:
 
     def reap(self) -> None:
         """Forget the containers whose cgroup is gone; quick where there is nothing to do."""
-        if not all(container.is_there for container in self.containers.listing()):
+        if not all(container.exists for container in self.containers.listing()):
             with self.transaction() as change:
                 change.containers.reap()
 

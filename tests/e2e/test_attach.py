@@ -300,7 +300,7 @@ def test_sockets_of_before_are_listed_and_stay_as_they_are(
     listener = program.listener("0.0.0.0", port)
     said = host.graft("attach", "--cgroup", path, "--policy", policy(DENY_ALL)).stdout
     assert f"tcp listening 0.0.0.0:{port} (process {program.pid})" in said
-    assert "stay as they are" in said
+    assert "which keep their addresses" in said
     with host.client.connected(HOST4, port) as connection:
         program.say("answer", listener, "as before")
         assert connection.recv(100) == b"as before"
@@ -355,9 +355,9 @@ def test_detach_ends_what_was_granted_and_says_what_is_left(host: Host, folder: 
     connection = host.client.connected(HOST4, port)
     program.say("accept", granted)
     said = host.graft("detach", "--cgroup", path).stdout
-    ended, _, left = said.partition("still open")
-    assert f"tcp listening 0.0.0.0:{port} (process {program.pid}, bound as 0.0.0.0:80 to {endpoint})" in ended
-    assert f"tcp listening 0.0.0.0:{own}" in left
+    closed, _, kept = said.partition("still open")
+    assert f"tcp listening 0.0.0.0:{port} (process {program.pid}, bound as 0.0.0.0:80 to {endpoint})" in closed
+    assert f"tcp listening 0.0.0.0:{own}" in kept
     assert is_over(connection), "the connection goes on"
     with pytest.raises(ConnectionRefusedError):
         host.client.connected(HOST4, port)
@@ -618,7 +618,7 @@ http {{ access_log off; client_body_temp_path {tmp_path}/body; {scratch}
         replaced = 0
         while load.poll() is None:
             assert (
-                "in the place of"
+                "replaces the old one"
                 in host.graft("attach", "--cgroup", path, "--policy", policies[replaced % 2 - 1]).stdout
             )
             replaced += 1
