@@ -484,7 +484,7 @@ def test_a_program_of_graft_run_gets_another_policy_by_attach(host: Host, tmp_pa
     said = host.graft(
         "attach", "--cgroup", host.container(program).cgroup, "-i", f"*:80={host.endpoint(f'0.0.0.0:{second}')}"
     )
-    assert "transport swap: its supervisor serves it" in said.stdout
+    assert "transport swap: it has a supervisor" in said.stdout
     host.client.connected(HOST4, first).close()
     program.until("it listens on the other endpoint", lambda: host.netns.listens(second))
 
@@ -495,7 +495,7 @@ def test_attach_says_what_it_found_and_which_transport_serves(host: Host, folder
     said = host.graft("attach", "--cgroup", path.name, "-i", f"*:80={host.endpoint('0.0.0.0:dynamic')}").stdout
     assert f"1 process in the host's network namespace net:[{os.stat(host.netns.path).st_ino}]\n" in said
     assert "transport direct: it shares the host's network namespace" in said
-    for impossible, reason in (("swap", "on the host's stack already"), ("splice", "on the host's stack already")):
+    for impossible, reason in (("swap", "already on the host's stack"), ("splice", "already on the host's stack")):
         refused = host.graft("attach", "--cgroup", path, "--transport", impossible, "-i", "*:80=x", status=7).stderr
         assert f"{impossible} is impossible" in refused and reason in refused
 
@@ -636,6 +636,6 @@ def test_a_container_in_a_namespace_of_its_own_is_not_taken_for_a_direct_one(
     path = folder()
     start(path, netns().path)
     said = host.graft("attach", "--cgroup", path, "--transport", "direct", "-i", "*:80=x", status=7).stderr
-    assert "direct is impossible: it lives in a network namespace of its own" in said
+    assert "direct is impossible: it is in a network namespace of its own" in said
     said = host.graft("attach", "--cgroup", path, "--transport", "swap", "-i", "*:80=x", status=7).stderr
     assert "started without Graft" in said and "graft run" in said

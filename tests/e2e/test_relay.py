@@ -146,7 +146,7 @@ def test_a_container_that_shares_the_hosts_namespace_has_no_relay(host: Host, tm
     path.mkdir()
     try:
         said = host.graft("attach", "--cgroup", path, "--relay", "kernel", status=7).stderr
-        assert "transport direct has none" in said
+        assert "transport direct has no relay" in said
     finally:
         path.rmdir()
 
