@@ -199,7 +199,7 @@ def test_nothing_found_says_what_was_tried(tree: Path) -> None:
         "no cgroup 'web'",
         "docker is not installed",
         "no such thing as web",
-        "no cgroup is called web.service",
+        "no cgroup is named web.service",
     ):
         assert said in raised.value.message
 
