@@ -132,7 +132,7 @@ def detach(
 def _detached_lines(done: Detached) -> list[str]:
     withdrawal, lines = done.withdrawal, [f"{done.container.name}: detached"]
     for heading, found in (
-        ("closed: they depended on an endpoint", withdrawal.closed),
+        ("closed, because they depended on an endpoint", withdrawal.closed),
         ("not closed, though they depended on an endpoint", withdrawal.still_open),
         ("still open on the host's stack", withdrawal.kept),
     ):
