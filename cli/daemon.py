@@ -1,4 +1,4 @@
-"""`graft daemon`: the process of the splice transport's relays."""
+"""`graft daemon`: runs graftd, the daemon of transport splice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def register(app: typer.Typer) -> None:
 
 @command
 def daemon() -> None:
-    """Run the relays of containers that ran before Graft, in the foreground. `graft attach` starts one by itself."""
+    """Run graftd, which relays for attached containers (transport splice), in the foreground.
+
+    `graft attach` starts one in the background if none is running.
+    """
     from graft.splice import daemon as graftd
 
     require_root()

@@ -1,4 +1,4 @@
-"""`graft policy`: check a policy, see what holds, put another in its place."""
+"""`graft policy`: checks a policy, shows the policy in force, replaces it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .output import command, say
 if TYPE_CHECKING:
     from graft.policy.reader import CheckResult
 
-app = typer.Typer(help="Policies: what a container may do on the host's stack.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.command()
 @command
 def check(
-    file: Annotated[Path, typer.Argument(help="The policy.", metavar="FILE")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    file: Annotated[Path, typer.Argument(help="The policy file.", metavar="FILE")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say whether FILE can be applied, and if not, every reason with its line and field."""
+    """Check FILE, and print every error with its line and field."""
     from graft.policy.files import read_policy
     from graft.policy.reader import check_policy  # import time: yaml
     from graft.state.installation import known_endpoints
@@ -58,12 +58,12 @@ def _as_json(file: str, examined: CheckResult) -> str:
 @app.command()
 @command
 def show(
-    container: Annotated[str, typer.Argument(metavar="CONTAINER", help="A name or id of `graft ps`, or a cgroup.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rules as JSON.")] = False,
+    container: Annotated[str, typer.Argument(metavar="CONTAINER", help="A name or id from `graft ps`, or a cgroup.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the rules that hold for CONTAINER now, as the hooks have them."""
+    """Print the policy in force for CONTAINER, read from the maps."""
     from graft.commands.find import find
-    from graft.commands.policy_show import rules_in_force
+    from graft.commands.policy_show import policy_in_force
     from graft.kernel.credentials import require_root
     from graft.model.settings import Settings
     from graft.state.installation import Installation
@@ -71,27 +71,29 @@ def show(
     require_root()
     graft = Installation.open(Settings.from_environment())
     found = find(graft, container)
-    rules = rules_in_force(graft, found)
+    in_force = policy_in_force(graft, found)
     if as_json:
         head = {"container": found.name, "policy": found.policy, "transport": str(found.transport)}
-        typer.echo(json.dumps(head | asdict(rules), indent=2))
+        typer.echo(json.dumps(head | asdict(in_force), indent=2))
         return
     say(f"{found.name}: policy {found.policy}, {found.transport}")
-    for rule in rules.rules:
+    for rule in in_force.rules:
         say(f"  {rule}")
-    say(f"  else: bind {rules.bind_default}, connect {rules.connect_default}")
+    say(f"  else: bind {in_force.bind_default}, connect {in_force.connect_default}")
 
 
 @app.command()
 @command
 def apply(
-    file: Annotated[Path, typer.Argument(help="The policy.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="The policy file.", metavar="FILE")],
     cgroup: Annotated[
         str | None,
-        typer.Option("--cgroup", metavar="CONTAINER", help="One container. Default: all whose policy has that name."),
+        typer.Option(
+            "--cgroup", metavar="CONTAINER", help="This container only. Default: all whose policy has the same name."
+        ),
     ] = None,
 ) -> None:
-    """Put FILE in the place of the policy that containers have, in one step for each."""
+    """Replace the policy of containers by FILE, in one step for each."""
     from graft.commands.policy_apply import apply as apply_policy
     from graft.commands.policy_source import policy_of
     from graft.kernel.credentials import require_root

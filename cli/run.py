@@ -1,4 +1,4 @@
-"""`graft run`: a program under Graft."""
+"""`graft run`: runs a program under Graft."""
 
 from __future__ import annotations
 
@@ -25,14 +25,19 @@ def run(
     ingress: Ingress = None,
     egress: Egress = None,
     policy: PolicyFile = None,
-    net: Annotated[str, typer.Option("--net", metavar="new|PATH", help="The program's own namespace.")] = "new",
-    user: Annotated[str | None, typer.Option("--user", metavar="USER[:GROUP]", help="Whom it runs as.")] = None,
+    net: Annotated[
+        str, typer.Option("--net", metavar="new|PATH", help="Its network namespace: a new one, or that of PATH.")
+    ] = "new",
+    user: Annotated[str | None, typer.Option("--user", metavar="USER[:GROUP]", help="Run it as this user.")] = None,
     keep_net_admin: Annotated[
-        bool, typer.Option("--allow-net-admin", help="Let root's program keep CAP_NET_ADMIN (docs/security.md).")
+        bool,
+        typer.Option(
+            "--allow-net-admin", help="Do not remove CAP_NET_ADMIN from a program of root (docs/security.md)."
+        ),
     ] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print what becomes of each call.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log each intercepted call.")] = False,
 ) -> None:
-    """Run a program in a namespace of its own, with the sockets that are granted on the host's stack."""
+    """Run a program in a network namespace of its own, with the granted sockets on the host's stack."""
     from graft.commands.policy_source import network, policy_of
     from graft.commands.run import RunPlan
     from graft.commands.run import run as run_program

@@ -1,7 +1,6 @@
-"""`graft attach`: a container that runs already comes under a policy.
+"""`graft attach`: puts a running container under a policy.
 
-What there is decides which transport can serve it (transport_choice.py). Here is what is around that choice: finding
-the container, and handing its policy over.
+Finds the container, observes what decides its transport (transport_choice.py), and attaches it or replaces its policy.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from graft.state.records import Container
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """What `attach` found and did; ``existing`` are the sockets that were there before the policy (None: not known).
+    """What `attach` found and did. ``existing`` are the sockets from before the policy (None: could not be listed).
 
-    ``without_effect`` are fields of rules that this transport does not serve.
+    ``without_effect`` are the fields of rules that this transport does not support.
     """
 
     target: FoundContainer
@@ -46,45 +45,45 @@ class Attached:
 def attach(
     graft: Installation, text: str, policy: Policy, wanted: Transport | None = None, relay: str | None = None
 ) -> Attached:
-    """Put the container that ``text`` names under ``policy``, or replace the policy that it has.
+    """Put the container that ``text`` names under ``policy``, or replace its policy.
 
-    ``relay`` (splice, kernel) is how transport splice moves bytes; None leaves it as it is, or to splice.
+    ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice.
     Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
     """
-    target = _known(graft, text) if _is_attached_name(graft, text) else resolve(text)
+    target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
     graft.reap()
-    known = graft.containers.at(target.cgroup)
-    observed = observe(graft.settings, target.cgroup, known)
+    attached = graft.containers.at(target.cgroup)
+    observed = observe(graft.settings, target.cgroup, attached)
     choice = choose_transport(observed, wanted)
     if relay is not None:
         _check_relay(graft.settings, choice, relay)
     existing: tuple[ContainerSocket, ...] | None = ()
-    if known is not None:
-        container = _replace(graft, target, known, choice, policy, relay)
+    if attached is not None:
+        container = _replace_policy(graft, target, attached, choice, policy, relay)
     elif choice.transport is Transport.SPLICE:
-        container = _relay(graft, target, policy, relay or "splice")
+        container = _attach_splice(graft, target, policy, relay or "splice")
     else:
-        container, existing = _confine(graft, target, policy, choice)
-    without_effect = _unserved(graft, choice, policy)
-    return Attached(target, observed, choice, container, known is not None, existing, without_effect)
+        container, existing = _attach_direct(graft, target, policy, choice)
+    without_effect = _without_effect(graft, choice, policy)
+    return Attached(target, observed, choice, container, attached is not None, existing, without_effect)
 
 
 def observe(settings: Settings, path: Path, attached: Container | None) -> Observed:
-    """What decides the transport of the cgroup at ``path``."""
+    """What decides the transport of the container at ``path``."""
     counted: Counter[int] = Counter()
     for pid in cgroup.processes(path):
-        with contextlib.suppress(OSError):  # one that ended meanwhile
+        with contextlib.suppress(OSError):  # it has exited meanwhile
             counted[os.stat(f"/proc/{pid}/ns/net").st_ino] += 1
     transport = None if attached is None else attached.transport
     return Observed(os.stat(settings.host_netns).st_ino, dict(counted), transport)
 
 
 def _is_attached_name(graft: Installation, text: str) -> bool:
-    return any(text == one.name and one.engine == "graft" and one.is_there for one in graft.containers.listing())
+    return any(text == one.name and one.engine == "graft" and one.exists for one in graft.containers.listing())
 
 
-def _known(graft: Installation, text: str) -> FoundContainer:
-    """A container that Graft started is found by the name that `graft ps` shows."""
+def _started_by_graft(graft: Installation, text: str) -> FoundContainer:
+    """A container that Graft started, by the name that `graft ps` shows."""
     container = graft.containers.find(text)
     pid = next(iter(cgroup.processes(container.cgroup_path)), 0)
     return FoundContainer(container.cgroup_path, container.engine, container.name, str(container.id), pid)
@@ -92,37 +91,37 @@ def _known(graft: Installation, text: str) -> FoundContainer:
 
 def _check_relay(settings: Settings, choice: TransportChoice, relay: str) -> None:
     if choice.transport is not Transport.SPLICE:
-        raise RefusedError(f"--relay: transport {choice.transport} has none: {choice.why}", "leave --relay out")
+        raise RefusedError(f"--relay: transport {choice.transport} has no relay: {choice.why}", "leave --relay out")
     splice.check_relay(settings, relay)
 
 
-def _replace(
+def _replace_policy(
     graft: Installation,
     target: FoundContainer,
-    known: Container,
+    attached: Container,
     choice: TransportChoice,
     policy: Policy,
     relay: str | None,
 ) -> Container:
-    """Another policy for a container that has one."""
-    if known.transport is not choice.transport:
+    """Replace the policy of a container that is attached."""
+    if attached.transport is not choice.transport:
         raise RefusedError(
-            f"cgroup: it is attached by {known.transport}, and {choice.transport} is what serves now",
-            "graft detach it first",
+            f"cgroup: it is attached with transport {attached.transport}, but now needs {choice.transport}",
+            "detach it first: graft detach",
         )
     name = target.name if target.engine in ("docker", "podman", "systemd") else None
     compiled = graft.compile(policy)
     with graft.transaction() as change:
-        changed = change.containers.apply(known, compiled, name, relay)
+        changed = change.containers.apply(attached, compiled, name, relay)
     if choice.transport is Transport.SPLICE:
         splice.attach(graft.settings, changed)
     return changed
 
 
-def _confine(
+def _attach_direct(
     graft: Installation, target: FoundContainer, policy: Policy, choice: TransportChoice
 ) -> tuple[Container, tuple[ContainerSocket, ...] | None]:
-    """Transport direct: the hooks. Gives the container, and the sockets that it had before."""
+    """Attach the hooks, for transport direct. Returns the container, and the sockets that it had before."""
     settings = graft.settings
     existing = inventory.host_sockets_of(settings, cgroup.processes(target.cgroup))
     compiled = graft.compile(policy)
@@ -134,13 +133,13 @@ def _confine(
             choice.transport,
             name=target.name,
             engine=target.engine,
-            prepare=lambda number: inventory.mark_open(settings, number, existing or ()),
+            prepare=lambda number: inventory.keep_reachable(settings, number, existing or ()),
         )
     return container, None if existing is None else tuple(existing)
 
 
-def _relay(graft: Installation, target: FoundContainer, policy: Policy, relay: str) -> Container:
-    """Transport splice: its hooks, and a daemon that serves it. Nothing is left of it where that fails."""
+def _attach_splice(graft: Installation, target: FoundContainer, policy: Policy, relay: str) -> Container:
+    """Attach the hooks of transport splice, and have graftd relay for it. Undone if that fails."""
     splice.ensure_daemon(graft.settings)
     pid = next(iter(cgroup.processes(target.cgroup)), target.pid)
     try:
@@ -161,7 +160,7 @@ def _relay(graft: Installation, target: FoundContainer, policy: Policy, relay: s
     return container
 
 
-def _unserved(graft: Installation, choice: TransportChoice, policy: Policy) -> tuple[str, ...]:
+def _without_effect(graft: Installation, choice: TransportChoice, policy: Policy) -> tuple[str, ...]:
     if choice.transport is Transport.DIRECT:
         return ()
     return grants_without_tcp(policy, policy.resolve(graft.endpoints.by_name()))

@@ -1,4 +1,4 @@
-"""`graft detach`: a container leaves its policy, and what it was granted ends."""
+"""`graft detach`: removes a container's policy, and closes the sockets that it was granted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from graft.splice import client as splice
 from graft.state import inventory
 from graft.state.installation import Installation
 from graft.state.records import Container
-from graft.state.withdrawal import Withdrawn, withdraw
+from graft.state.withdrawal import Withdrawal, withdraw
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,18 +18,18 @@ class Detached:
     """What `detach` did: the container, and what was done to its sockets."""
 
     container: Container
-    sockets: Withdrawn
+    withdrawal: Withdrawal
 
 
 def detach(graft: Installation, text: str, keep_connections: bool = False) -> Detached:
-    """Take a container's policy away: no rule holds from the next call on, and what it was granted ends.
+    """Remove a container's policy: no rule is in force from the next call on, and what it was granted is closed.
 
-    Its listeners stop listening, and its connections through endpoints end, unless ``keep_connections``.
+    Its listeners stop listening; its connections through endpoints are reset, unless ``keep_connections``.
     Raises NotFoundError.
     """
     graft.reap()
     container = find(graft, text)
-    with inventory.host_stack(graft) as stack:  # some endpoints may go with the container
+    with inventory.host_stack(graft) as stack:  # removing the container may remove endpoints
         with graft.transaction() as change:
             change.containers.remove(container)
         if container.transport is Transport.SPLICE:

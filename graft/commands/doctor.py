@@ -1,7 +1,7 @@
-"""`graft doctor`: which kernel features there are, what each is for, and what is done without it.
+"""`graft doctor`: which kernel features this machine has, what each is for, and what happens without it.
 
-Each is tried, not inferred from a version: distributions carry features back. The BPF programs are loaded as `graft up`
-loads them, and pinned nowhere.
+Each is tried, not inferred from a version: distributions backport features. The BPF programs are loaded as `graft up`
+loads them, but not pinned.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from graft.splice import selftest_result
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One thing that a machine has or lacks. ``needed``: Graft does not work without it.
+    """A feature that a machine has or lacks. ``needed``: Graft does not work without it.
 
-    ``without`` says what is lost without it, and why it is missing where that is known; ``log`` is the verifier's, of a
-    program that this kernel does not take.
+    ``without`` says what happens without it, and why it is missing if that is known; ``log`` is the verifier's log of a
+    program that this kernel does not accept.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Feature:
 
 
 def features() -> list[Feature]:
-    """Every feature, asked of this machine. Needs root."""
-    return [*_needed(), *_wished(), *_programs()]
+    """Every feature, tried on this machine. Needs root."""
+    return [*_basic(), *_splice_and_pidfds(), *_programs()]
 
 
-def _needed() -> Iterator[Feature]:
+def _basic() -> Iterator[Feature]:
     yield Feature("bcc", importlib.util.find_spec("bcc") is not None, True, "compiles the hooks", "python3-bpfcc")
-    yield Feature("cgroup v2", _works(cgroup.v2_mount), True, "says whose a socket is", "mount it")
+    yield Feature("cgroup v2", _works(cgroup.v2_mount), True, "tells which container a socket is of", "mount it")
     yield Feature("bpffs", os.path.ismount("/sys/fs/bpf"), False, "keeps maps and programs", "`graft up` mounts it")
     yield Feature("namespace cookies", _works(netns.cookie), True, "name a network namespace", "5.14 or later")
     listener, sync, killable = _seccomp()
@@ -58,7 +58,7 @@ def _needed() -> Iterator[Feature]:
     )
 
 
-def _wished() -> Iterator[Feature]:
+def _splice_and_pidfds() -> Iterator[Feature]:
     yield Feature(
         "thread pidfds", pidfd.threads_have_pidfds(), False, "kept between calls (6.9)", "looked up each time"
     )
@@ -69,7 +69,7 @@ def _wished() -> Iterator[Feature]:
 
 
 def _programs() -> Iterator[Feature]:
-    """What is compiled in as far as the kernel allows it, then each program."""
+    """The optional parts of the BPF programs, then each program."""
     from graft.datapath import loader
 
     try:
@@ -82,7 +82,7 @@ def _programs() -> Iterator[Feature]:
     has_retval = programs.SET_RETVAL in loaded.extensions
     yield Feature("bpf_set_retval", has_retval, False, "refusals are EACCES (5.18)", "they are EPERM")
     has_mptcp = programs.MPTCP in loaded.extensions
-    yield Feature("bpf_skc_to_mptcp_sock", has_mptcp, False, "MPTCP sockets (5.19)", "they stay at home")
+    yield Feature("bpf_skc_to_mptcp_sock", has_mptcp, False, "MPTCP sockets (5.19)", "they stay in the container")
     yield from map(_feature, loaded.verdicts)
     try:
         yield from map(_feature, loader.examine_relay().verdicts)
@@ -127,7 +127,7 @@ def _works(attempt: Callable[[], object]) -> bool:
 
 
 def _seccomp() -> tuple[bool, bool, bool]:
-    """(notification, synchronous wake-up, killable wait), tried in a child: a filter stays for ever."""
+    """(notification, synchronous wake-up, killable wait), tried in a child: a filter cannot be removed."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:

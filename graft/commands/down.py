@@ -1,4 +1,4 @@
-"""`graft down`: everything of Graft's is taken away, and the machine is as it was."""
+"""`graft down`: removes everything of Graft, so that the machine is as it was before."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ from graft.state.installation import Installation
 
 
 def down(settings: Settings, force: bool = False) -> None:
-    """Remove every pin, attachment, cgroup and file of Graft's. Repeatable.
+    """Remove every pin, attachment, cgroup and file of Graft. Safe to repeat.
 
-    Raises ConflictError while containers run, unless ``force``. Then the programs of containers whose
-    sockets were swapped end too, whoever started them: what they have in the host's stack must not
-    outlive the hooks that confine it. Other containers are detached, and run on.
+    Raises ConflictError while containers are running, unless ``force``. Then it also kills the processes of containers
+    with transport swap: their sockets on the host's stack must not outlive the hooks that confine them. Other
+    containers are detached, and continue to run.
     """
     require_root()
-    own = cgroup.v2_mount() / settings.cgroup
+    graft_cgroup = cgroup.v2_mount() / settings.cgroup
     if force or not any(records.folder_of(settings).glob("*.json")):
         splice.stop(settings)
     with dataplane.locked(settings):
-        running = cgroup.processes(own)
-        inhabited = _inhabited(settings)
-        if (running or inhabited) and not force:
+        running = cgroup.processes(graft_cgroup)
+        populated = _populated(settings)
+        if (running or populated) and not force:
             raise ConflictError(
-                f"{len(inhabited)} containers and {len(running)} processes are under Graft",
-                "detach or end them; `graft down --force` does both",
+                f"{len(populated)} containers and {len(running)} processes are under Graft",
+                "detach or end them, or use `graft down --force`",
             )
-        for path, swapped in inhabited.items():
+        for path, swapped in populated.items():
             if swapped:
                 cgroup.kill(path)
         if running:
-            cgroup.kill(own)
-        if own.exists():
-            cgroup.remove(own)
+            cgroup.kill(graft_cgroup)
+        if graft_cgroup.exists():
+            cgroup.remove(graft_cgroup)
         attachments.detach_all(settings)
         dataplane.unpin(settings.pin_dir)
-        for kept in (settings.run_dir / "netns").glob("*"):
-            netns.release(kept)
+        for pin in (settings.run_dir / "netns").glob("*"):
+            netns.release(pin)
         shutil.rmtree(settings.run_dir, ignore_errors=True)
 
 
-def _inhabited(settings: Settings) -> dict[Path, bool]:
-    """The attached cgroups that any process lives in, and whether sockets of theirs were swapped."""
-    found, wrong = records.read_all(settings)
-    inhabited = {one.cgroup_path: one.transport is Transport.SWAP for one in found if one.is_populated}
-    if wrong and (settings.pin_dir / "scopes").exists():
-        inhabited = _unrecorded(settings) | inhabited
-    return inhabited
+def _populated(settings: Settings) -> dict[Path, bool]:
+    """The attached cgroups that have processes, and whether their transport is swap."""
+    found, unreadable = records.read_all(settings)
+    populated = {one.cgroup_path: one.transport is Transport.SWAP for one in found if one.is_populated}
+    if unreadable and (settings.pin_dir / "scopes").exists():
+        populated = _unrecorded(settings) | populated
+    return populated
 
 
 def _unrecorded(settings: Settings) -> dict[Path, bool]:
-    """The same by the maps alone, for where a record cannot be read. What no map knows counts as swapped."""
+    """The same from the maps alone, for records that cannot be read. A container that no map has counts as swap."""
     with Installation(settings) as graft:
-        inhabited = {}
+        populated = {}
         for path in attachments.attached_cgroups(settings):
             scope = graft.maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
             if scope is None or not scope.container or not cgroup.populated(path):
-                continue  # Graft's own, or empty
+                continue  # it is Graft's own, or has no process
             value = graft.maps.containers.get(ctypes.c_uint32(scope.container))
-            inhabited[path] = value is None or value.transport == Transport.SWAP
-        return inhabited
+            populated[path] = value is None or value.transport == Transport.SWAP
+        return populated

@@ -1,4 +1,4 @@
-"""The attached container that an operator means."""
+"""Finds an attached container by what an operator wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graft.state.records import Container
 
 
 def find(graft: Installation, text: str) -> Container:
-    """The attached container that ``text`` means: a name or id of `graft ps`, or what `graft attach` takes.
+    """The attached container that ``text`` names: a name or id from `graft ps`, or what `graft attach` accepts.
 
     Raises NotFoundError.
     """

@@ -1,4 +1,4 @@
-"""`graft policy apply`: another policy for containers that have one."""
+"""`graft policy apply`: replaces the policy of attached containers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from graft.state.records import Container
 
 
 def apply(graft: Installation, policy: Policy, text: str | None = None) -> list[Container]:
-    """Replace the policy of the container ``text``, or of every one whose policy has the same name.
+    """Replace the policy of the container ``text``, or of every container whose policy has the same name.
 
-    Raises NotFoundError where there is none, PolicyError, ConflictError.
+    Raises NotFoundError if there is none, PolicyError, ConflictError.
     """
     graft.reap()
     if text is not None:
@@ -22,7 +22,9 @@ def apply(graft: Installation, policy: Policy, text: str | None = None) -> list[
     else:
         chosen = [one for one in graft.containers.listing() if one.policy == policy.name]
     if not chosen:
-        raise NotFoundError(f"no container has a policy of the name {policy.name!r}", "graft ps; --cgroup names one")
+        raise NotFoundError(
+            f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
+        )
     changed = [_apply(graft, container, policy) for container in chosen]
     for container in changed:
         if container.transport is Transport.SPLICE:

@@ -1,4 +1,4 @@
-"""The rules that hold for a container now, read back from the maps: what `graft policy show` shows."""
+"""`graft policy show`: the policy in force for a container, read from the maps."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _PROTOCOLS = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
 
 @dataclass(frozen=True, slots=True, order=True)
 class ActiveRule:
-    """One line: what a program asks for, over which protocol, at which ports, and what becomes of it."""
+    """A rule: for which addresses, protocol and ports, and its outcome (an endpoint, deny or container)."""
 
     direction: str
     protocol: str
-    what: str
+    address: str
     first: int
     last: int
     outcome: str
 
     def __str__(self) -> str:
         arrow = "->" if self.direction == "ingress" or self.outcome in ("deny", "container") else "from"
-        return f"{self.direction} {self.protocol} {self.what}{self.ports} {arrow} {self.outcome}"
+        return f"{self.direction} {self.protocol} {self.address}{self.ports} {arrow} {self.outcome}"
 
     @property
     def ports(self) -> str:
@@ -43,24 +43,24 @@ class ActiveRule:
 
 
 @dataclass(frozen=True, slots=True)
-class RulesInForce:
-    """All that decides for a container."""
+class PolicyInForce:
+    """The rules and defaults by which the hooks decide for a container."""
 
     rules: tuple[ActiveRule, ...]
     bind_default: str
     connect_default: str
 
 
-def rules_in_force(graft: Installation, container: Container) -> RulesInForce:
-    """What the hooks decide by. Raises NotFoundError where the container is not attached any more."""
+def policy_in_force(graft: Installation, container: Container) -> PolicyInForce:
+    """The policy in force for ``container``. Raises NotFoundError if it is not attached any more."""
     maps = graft.maps
     value = maps.containers.get(ctypes.c_uint32(container.id))
     if value is None:
         raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
     names = {stored.id: stored.endpoint.format() for stored in graft.endpoints.listing()}
     rules = [*_ingress(maps, value.ruleset, names), *_egress(maps, value.ruleset, names)]
-    return RulesInForce(
-        tuple(_joined(rules)), Default(value.bind_default).name.lower(), Default(value.connect_default).name.lower()
+    return PolicyInForce(
+        tuple(_merge(rules)), Default(value.bind_default).name.lower(), Default(value.connect_default).name.lower()
     )
 
 
@@ -80,9 +80,9 @@ def _ingress(maps: Maps, ruleset: int, names: dict[int, str]) -> list[ActiveRule
     for key, value in maps.ingress.items():
         if key.ruleset == ruleset:
             first, last = _ports(key.port_be, key.prefixlen - INGRESS_FIXED_BITS)
-            what = f"* (IPv{key.family})" if key.any else _address(key.addr, key.family)
+            address = f"* (IPv{key.family})" if key.any else _address(key.addr, key.family)
             outcome = names.get(value.endpoint, "a deleted endpoint")
-            found.append(ActiveRule("ingress", _PROTOCOLS[key.protocol], what, first, last, outcome))
+            found.append(ActiveRule("ingress", _PROTOCOLS[key.protocol], address, first, last, outcome))
     return found
 
 
@@ -99,33 +99,33 @@ def _egress(maps: Maps, ruleset: int, names: dict[int, str]) -> list[ActiveRule]
     found = []
     for prefix, node in maps.egress.items():
         if prefix.ruleset == ruleset:
-            what = f"{_address(prefix.addr, prefix.family)}/{prefix.prefixlen - EGRESS_FIXED_BITS}"
+            address = f"{_address(prefix.addr, prefix.family)}/{prefix.prefixlen - EGRESS_FIXED_BITS}"
             for first, last, outcome in nodes.get(node.node, []):
-                found.append(ActiveRule("egress", _PROTOCOLS[prefix.protocol], what, first, last, outcome))
+                found.append(ActiveRule("egress", _PROTOCOLS[prefix.protocol], address, first, last, outcome))
     return found
 
 
-def _joined(rules: list[ActiveRule]) -> list[ActiveRule]:
-    """Neighbouring ranges of ports as one, and what holds for both protocols as `any`."""
-    joined: list[ActiveRule] = []
+def _merge(rules: list[ActiveRule]) -> list[ActiveRule]:
+    """Merge adjacent port ranges, and rules that are the same for both protocols (`any`)."""
+    merged: list[ActiveRule] = []
     for rule in sorted(rules):
-        before = joined[-1] if joined else None
-        same = before and (before.direction, before.protocol, before.what, before.outcome, before.last + 1) == (
+        before = merged[-1] if merged else None
+        same = before and (before.direction, before.protocol, before.address, before.outcome, before.last + 1) == (
             rule.direction,
             rule.protocol,
-            rule.what,
+            rule.address,
             rule.outcome,
             rule.first,
         )
         if before and same:
-            joined[-1] = ActiveRule(rule.direction, rule.protocol, rule.what, before.first, rule.last, rule.outcome)
+            merged[-1] = ActiveRule(rule.direction, rule.protocol, rule.address, before.first, rule.last, rule.outcome)
         else:
-            joined.append(rule)
+            merged.append(rule)
     by_rest: dict[tuple[str, str, int, int, str], set[str]] = {}
-    for rule in joined:
-        key = (rule.direction, rule.what, rule.first, rule.last, rule.outcome)
+    for rule in merged:
+        key = (rule.direction, rule.address, rule.first, rule.last, rule.outcome)
         by_rest.setdefault(key, set()).add(rule.protocol)
     return [
-        ActiveRule(direction, "any" if len(protocols) == 2 else next(iter(protocols)), what, first, last, outcome)
-        for (direction, what, first, last, outcome), protocols in by_rest.items()
+        ActiveRule(direction, "any" if len(protocols) == 2 else next(iter(protocols)), address, first, last, outcome)
+        for (direction, address, first, last, outcome), protocols in by_rest.items()
     ]

@@ -1,4 +1,4 @@
-"""What `graft ps` shows: every container with its processes, supervisor and sockets."""
+"""`graft ps`: every attached container with its processes, supervisors and sockets."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from graft.state.records import Container
 
 @dataclass(frozen=True, slots=True)
 class ContainerOverview:
-    """A container as it is now. ``namespaces`` are inodes; ``supervisors`` is empty where none is needed.
+    """A container as it is now. ``namespaces`` are inodes; ``supervisors`` is empty if it needs none.
 
-    ``stuck`` are those of the supervisors that do not answer; ``sockets`` is None where the kernel did not tell.
+    ``stuck`` are those of the supervisors that are stuck; ``sockets`` is None if the kernel did not list them in time.
     """
 
     container: Container
@@ -34,30 +34,30 @@ class ContainerOverview:
     stuck: frozenset[int]
     sockets: tuple[ContainerSocket, ...] | None
     relay: Mapping[str, Any] | None = None
-    """Transport splice: what graft.splice.client.describe tells."""
+    """For transport splice: the result of graft.splice.client.describe."""
 
 
 def overview(graft: Installation) -> list[ContainerOverview]:
-    """Every attached container, oldest first; those whose cgroup is gone are forgotten."""
+    """Every attached container, oldest first; removes those whose cgroup is gone."""
     settings = graft.settings
     graft.reap()
     listed = graft.containers.listing()
     with inventory.host_stack(graft) as stack:
-        sockets = inventory.of(settings, listed, stack)
+        sockets = inventory.sockets_by_container(settings, listed, stack)
     supervisors = cgroup.processes(supervisors_cgroup(settings))
     stuck = liveness.stuck(supervisors)
     relays = _relays(settings, listed)
     found = []
     for container in listed:
         pids = cgroup.processes(container.cgroup_path)
-        serving = supervisors_of(container, supervisors)
+        its_supervisors = supervisors_of(container, supervisors)
         found.append(
             ContainerOverview(
                 container=container,
                 processes=len(pids),
                 namespaces=namespaces_of(pids),
-                supervisors=serving,
-                stuck=stuck.intersection(serving),
+                supervisors=its_supervisors,
+                stuck=stuck.intersection(its_supervisors),
                 sockets=None if sockets is None else tuple(sockets[container.id]),
                 relay=relays.get(container.id),
             )
@@ -66,36 +66,36 @@ def overview(graft: Installation) -> list[ContainerOverview]:
 
 
 def _relays(settings: Settings, listed: Sequence[Container]) -> dict[int, Mapping[str, Any]]:
-    """What graftd tells of the containers that it serves. One that does not answer is not asked again."""
+    """graftd's description of each container that it serves. After one failed request no other is sent."""
     found: dict[int, Mapping[str, Any]] = {}
     problem = None
     for container in listed:
         if container.transport is not Transport.SPLICE:
             continue
         try:
-            found[container.id] = _silent(problem) if problem else splice.describe(settings, container)
+            found[container.id] = _not_served(problem) if problem else splice.describe(settings, container)
         except GraftError as error:
             problem = error.message
-            found[container.id] = _silent(problem)
+            found[container.id] = _not_served(problem)
     return found
 
 
-def _silent(problem: str) -> Mapping[str, Any]:
+def _not_served(problem: str) -> Mapping[str, Any]:
     return {"serves": False, "problem": problem}
 
 
 def namespaces_of(pids: Sequence[int]) -> tuple[int, ...]:
     """Inodes of the network namespaces of these processes."""
-    seen = set()
+    inodes = set()
     for pid in pids:
-        with contextlib.suppress(OSError):  # one that ended meanwhile
-            seen.add(os.stat(f"/proc/{pid}/ns/net").st_ino)
-    return tuple(sorted(seen))
+        with contextlib.suppress(OSError):  # it has exited meanwhile
+            inodes.add(os.stat(f"/proc/{pid}/ns/net").st_ino)
+    return tuple(sorted(inodes))
 
 
 def supervisors_of(container: Container, supervisors: Sequence[int]) -> tuple[int, ...]:
     """The processes that serve a container: children of its keeper's process, in the supervisors' cgroup."""
     if not container.pid:
         return ()
-    known = ((pid, tasks.activity(pid)) for pid in supervisors)
-    return tuple(pid for pid, found in known if found is not None and found.parent == container.pid)
+    activities = ((pid, tasks.activity(pid)) for pid in supervisors)
+    return tuple(pid for pid, activity in activities if activity is not None and activity.parent == container.pid)

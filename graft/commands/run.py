@@ -1,9 +1,9 @@
-"""`graft run`: a program under Graft, as if it had been started directly.
+"""`graft run`: runs a program under Graft, as if it had been started directly.
 
-Three processes: this one, which the user's shell knows, waits for the program and passes signals on; the
-program; and its supervisor (graft/swap/keeper.py). This one holds the listener too, so that either of Graft's two
-can die: a supervisor is started again, and if this one is killed, the supervisor ends the program and cleans
-up, because what a shell started must not run on when the shell's child is gone.
+Three processes: this one, the shell's child, waits for the program and passes signals on; the program; and its
+supervisor (graft/swap/keeper.py). This process has the seccomp listener too, so that either of Graft's two may die: it
+starts another supervisor; and if this process is killed, the supervisor kills the program and cleans up, because a
+shell's command must not continue after the shell's child has gone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from graft.state.records import Container
 from graft.swap.keeper import Keeper, end_container
 from graft.swap.launch import Launch, Launched, launch
 
-_SI_KERNEL = 0x80  # include/uapi/asm-generic/siginfo.h: here, from the terminal
-_NOT_OURS = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+_SI_KERNEL = 0x80  # include/uapi/asm-generic/siginfo.h; from the terminal here
+_NOT_FORWARDED = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What to run. ``net`` None: a new namespace with lo. ``user`` None: as the caller is."""
+    """What to run. ``net`` None: in a new namespace with lo. ``user`` None: as the caller."""
 
     command: tuple[str, ...]
     policy: Policy
@@ -40,14 +40,14 @@ class RunPlan:
 
 
 def run(graft: Installation, plan: RunPlan) -> int:
-    """Run a program to its end, and give its exit status; a negative one is the signal that ended it.
+    """Run a program until it exits, and return its exit status; a negative one is the signal that killed it.
 
-    Raises GraftError where it cannot be started; nothing is left behind then either.
+    Raises GraftError if it cannot be started. Leaves nothing behind in either case.
     """
     path = cgroup.v2_mount() / graft.settings.cgroup / f"run-{os.getpid()}"
     path.mkdir(parents=True, exist_ok=True)
     try:
-        with _signals_held() as mask:
+        with _signals_blocked() as mask:
             return _run_in(graft, plan, path, mask)
     finally:
         if path.exists():
@@ -56,10 +56,10 @@ def run(graft: Installation, plan: RunPlan) -> int:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[frozenset[signal.Signals]]:
-    """Every signal that can be passed on, held back to be waited for; gives the mask of before."""
-    held = set(signal.valid_signals()) - _NOT_OURS
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+def _signals_blocked() -> Iterator[frozenset[signal.Signals]]:
+    """Block every signal that is forwarded, to wait for it; yields the signal mask from before."""
+    blocked = set(signal.valid_signals()) - _NOT_FORWARDED
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         yield frozenset(signal.Signals(one) for one in before if one in list(signal.Signals))
     finally:
@@ -92,25 +92,25 @@ def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[sign
 
 
 def _wait(launched: Launched, keeper: Keeper | None) -> int:
-    """Until the program ends: pass signals on, stop when it stops, keep a supervisor alive."""
-    held = set(signal.valid_signals()) - _NOT_OURS
+    """Until the program exits: forward signals, stop when it stops, keep a supervisor running."""
+    blocked = set(signal.valid_signals()) - _NOT_FORWARDED
     while True:
-        info = signal.sigwaitinfo(held)
+        info = signal.sigwaitinfo(blocked)
         if info.si_signo != signal.SIGCHLD:
-            # What a terminal sends, it sends to the whole foreground group: the program has it already.
+            # A terminal sends a signal to the whole foreground group: the program has received it.
             if info.si_code != _SI_KERNEL:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(launched.pid, info.si_signo)
             continue
-        status = _look(launched.pid)
+        status = _exit_status(launched.pid)
         if status is not None:
             return status
         if keeper is not None and keeper.reap():
             keeper.start()
 
 
-def _look(pid: int) -> int | None:
-    """The program's exit status, if it has ended. If it has stopped, so do we, until somebody goes on."""
+def _exit_status(pid: int) -> int | None:
+    """The program's exit status, if it has exited. If it is stopped, this process stops too, until SIGCONT."""
     while True:
         found, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
         if found == 0:

@@ -102,7 +102,7 @@ class Service:
         for container in records.values():
             if container.id in self._services:
                 self._update(container)
-            elif container.is_there:
+            elif container.exists:
                 self._start_serving(container)
         for service in self._services.values():
             service.scan_if_due()
@@ -113,7 +113,7 @@ class Service:
         """Stop services without a record, or whose cgroup is gone, though another may be at the same path."""
         for number in [number for number in self._services if number not in records]:
             self._stop_serving(number)
-        gone = [container for container in records.values() if not container.is_there]
+        gone = [container for container in records.values() if not container.exists]
         for container in gone:
             self._stop_serving(container.id)
         if gone and not self._reaping:
@@ -214,7 +214,7 @@ class Service:
         records = self._records.current()
         self._stop_removed(records)
         container = records.get(number)
-        if container is None or not container.is_there:
+        if container is None or not container.exists:
             reply({"error": f"container {number} has no record, or its cgroup is gone"})
             return
         if number in self._services:

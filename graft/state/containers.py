@@ -1,7 +1,7 @@
-"""Containers: a cgroup, a namespace, a policy in the maps, and a record of what an operator calls it.
+"""Containers: a cgroup, a network namespace, a policy in the maps, and a record with its name.
 
-The maps hold what the hooks need; the record (graft/state/records.py) holds the rest. A policy is replaced in one
-step: its rules are written under a new number, then one entry names that number.
+The maps contain what the hooks need, the record (graft/state/records.py) the rest. A policy is replaced in one step:
+its rules are written under a new ruleset number, then one update of the container's entry switches to that number.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from graft.state.records import Container
 
 
 class Containers:
-    """What there is. Everybody may read it, without the lock."""
+    """Reads containers. Needs no lock."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def read_all(self) -> tuple[list[Container], list[UsageError]]:
-        """Every container that is attached, oldest first; and what is wrong with each record that cannot be read."""
+        """Every attached container, oldest first; and an error for each record that cannot be read."""
         return records.read_all(self._settings)
 
     def listing(self) -> list[Container]:
-        """Every container that is attached, oldest first, whose record can be read."""
+        """Every attached container whose record can be read, oldest first."""
         return self.read_all()[0]
 
     def find(self, name: str) -> Container:
-        """The container of that name, cgroup or id. Raises NotFoundError, which names a record that cannot be read."""
-        found, wrong = self.read_all()
+        """The container of that name, cgroup or id. Raises NotFoundError, which also names an unreadable record."""
+        found, unreadable = self.read_all()
         for container in found:
             if name in (container.name, container.cgroup, str(container.id)):
                 return container
-        hint = "; ".join(["graft ps", *(error.message for error in wrong[:1])])
+        hint = "; ".join(["graft ps", *(error.message for error in unreadable[:1])])
         raise NotFoundError(f"container: {shown(name)} is not attached", hint)
 
     def at(self, path: Path) -> Container | None:
-        """The container of the cgroup at ``path``, None where none is attached there."""
-        return next((one for one in self.listing() if one.cgroup == str(path) and one.is_there), None)
+        """The container whose cgroup is at ``path``, None if none is attached there."""
+        return next((found for found in self.listing() if found.cgroup == str(path) and found.exists), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A policy's entries, and the endpoints by which they were made."""
+    """A policy's map entries, and the endpoints that they were compiled with."""
 
     policy: Policy
     endpoints: dict[str, Endpoint]
@@ -65,7 +65,7 @@ class Compiled:
 
 
 def compile_for(policy: Policy, endpoints: Mapping[str, Endpoint], before: Compiled | None = None) -> Compiled:
-    """``policy`` with these endpoints; ``before``, where those that the policy names are still the same.
+    """Compile ``policy`` with these endpoints, or return ``before`` if the endpoints that it names have not changed.
 
     Raises PolicyError, UsageError.
     """
@@ -77,7 +77,7 @@ def compile_for(policy: Policy, endpoints: Mapping[str, Endpoint], before: Compi
 
 
 def endpoint_names(policy: Policy) -> tuple[str, ...]:
-    """The endpoints that its rules name, each once."""
+    """The names of the endpoints in a policy's rules, each once."""
     named = [rule.endpoint for rule in policy.ingress]
     named += [rule.endpoint for rule in policy.egress if rule.endpoint]
     return tuple(dict.fromkeys(named))
@@ -85,7 +85,7 @@ def endpoint_names(policy: Policy) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Installed:
-    """A policy's rules in the maps: their number, the defaults, and the endpoints that gave up their names to it."""
+    """A policy's rules in the maps: their ruleset number, the defaults, and the endpoints that it superseded."""
 
     ruleset: int
     bind_default: int
@@ -95,7 +95,7 @@ class _Installed:
 
 
 class ContainerChanges(Containers):
-    """The same for who holds the lock (graft/state/installation.py), and so may change it."""
+    """Changes containers, under the installation's lock (graft/state/installation.py)."""
 
     def __init__(self, settings: Settings, maps: Maps, endpoints: EndpointChanges, new_id: Callable[[], int]) -> None:
         super().__init__(settings)
@@ -114,11 +114,11 @@ class ContainerChanges(Containers):
         relay: str = "splice",
         prepare: Callable[[int], None] | None = None,
     ) -> Container:
-        """Put the cgroup at ``path`` under a policy. ``netns``: cookie of the namespace its processes live in.
+        """Put the cgroup at ``path`` under a policy. ``netns``: cookie of the namespace that its processes are in.
 
-        ``name`` is by default the policy's. ``prepare`` is called with the container's id when its rules are there and
-        no hook yet is. Nothing stays behind where it fails (PolicyError, ConflictError, KernelError; RefusedError where
-        a cgroup above or below is attached).
+        ``name`` is by default the policy's. ``prepare`` is called with the container's id, after its rules are written
+        and before any hook is attached. Changes nothing if it fails (PolicyError, ConflictError, KernelError;
+        RefusedError if a cgroup above or below is attached).
         """
         policy = compiled.policy
         self.reap()
@@ -156,10 +156,10 @@ class ContainerChanges(Containers):
     def apply(
         self, container: Container, compiled: Compiled, name: str | None = None, relay: str | None = None
     ) -> Container:
-        """Replace a container's policy in one step: no call is decided by neither, or by half of both.
+        """Replace a container's policy in one step: each call is decided by the old rules or by the new ones.
 
-        ``name``, ``relay``: what they are from now on, if that changes. Raises NotFoundError where the container is not
-        attached any more, and what `create` raises.
+        ``name``, ``relay``: their new values, if they change. Raises NotFoundError if the container is not attached any
+        more, and what `create` raises.
         """
         key = ctypes.c_uint32(container.id)
         value = self._maps.containers.get(key)
@@ -171,8 +171,8 @@ class ContainerChanges(Containers):
         value.bind_default, value.connect_default = new.bind_default, new.connect_default
         self._maps.containers.put(key, value)
         rulesets.erase(self._maps, old)
-        self._endpoints.settle(new.superseded)
-        self._endpoints.forget_unused()
+        self._endpoints.delete_superseded(new.superseded)
+        self._endpoints.delete_unused()
         changed = replace(
             container,
             name=name or container.name,
@@ -184,30 +184,30 @@ class ContainerChanges(Containers):
         return changed
 
     def remove(self, container: Container) -> None:
-        """Take a container's rules and attachments away. Safe to repeat."""
-        if container.is_there:
+        """Remove a container's rules and attachments. Safe to repeat."""
+        if container.exists:
             attachments.detach(self._settings, container.cgroup_path)
         self._forget(container.id)
 
     def reap(self) -> None:
-        """Forget the containers whose cgroup is gone: it took its sockets with it, and its rules go too."""
+        """Remove the rules and records of containers whose cgroup is gone."""
         for container in self.listing():
-            if not container.is_there:
+            if not container.exists:
                 self._forget(container.id)
 
-    def _install(self, before: Compiled, replaced: int = 0) -> _Installed:
-        """Write a policy's rules, in the place of ruleset ``replaced`` if there is one. All of them, or nothing."""
-        policy = before.policy
+    def _install(self, compiled: Compiled, replaced: int = 0) -> _Installed:
+        """Write a policy's rules, all or none. ``replaced`` is the ruleset that they are to replace (0: none)."""
+        policy = compiled.policy
         superseded = self._endpoints.declare(policy.endpoints, replaced)
         try:
             stored = {found.endpoint.name: found for found in self._endpoints.listing()}
             known = {name: found.endpoint for name, found in stored.items()}
-            rules = compile_for(policy, known, before).rules
+            rules = compile_for(policy, known, compiled).rules
             number = self._new_id()
             rulesets.write(self._maps, number, rules, {name: found.id for name, found in stored.items()})
         except BaseException:
-            self._endpoints.restore(superseded)
-            self._endpoints.forget_unused()
+            self._endpoints.restore_superseded(superseded)
+            self._endpoints.delete_unused()
             raise
         flags = layout.container_flags(rules.denies, rules.leaves_others)
         return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded)
@@ -219,15 +219,15 @@ class ContainerChanges(Containers):
             and scope.container
             and self._maps.containers.get(ctypes.c_uint32(scope.container)) is None
         ):
-            attachments.detach(self._settings, path)  # what a command that was killed left on it
+            attachments.detach(self._settings, path)  # left on it by a command that was killed
         other = attachments.nested(path)
         if other == path:
-            raise ConflictError(f"cgroup: {path} is attached already", "graft ps")
+            raise ConflictError(f"cgroup: {path} is already attached", "graft ps")
         if other is not None:
             where = "below" if path.is_relative_to(other) else "above"
             raise RefusedError(
                 f"cgroup: {path} lies {where} {other}, which is attached: each call would be decided twice",
-                "graft detach the other one first",
+                "detach the other one first: graft detach",
             )
 
     def _forget(self, number: int) -> None:
@@ -239,5 +239,5 @@ class ContainerChanges(Containers):
         for counter in self._maps.counters.keys():  # noqa: SIM118
             if counter.container == number:
                 self._maps.counters.delete(counter)
-        self._endpoints.forget_unused()
+        self._endpoints.delete_unused()
         records.forget(self._settings, number)

@@ -1,5 +1,7 @@
-"""Which processes have a descriptor of a socket, and copies of it. (A descriptor may be on its way in a unix socket,
-where no process has it: which sockets there are, the kernel is asked, graft/state/inventory.py.)
+"""Which processes have a descriptor of a socket, and copies of it.
+
+A descriptor may be in a message of a unix socket, where no process has it. So this does not tell which sockets exist:
+graft/state/inventory.py does.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ from dataclasses import dataclass
 from graft.kernel import tasks
 from graft.kernel.pidfd import pidfd_getfd, pidfd_open_thread
 
-_MOST = 8  # of one socket
+_MAX_PER_SOCKET = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A descriptor of a socket, in the table that thread ``tid`` of process ``pid`` has."""
+    """A descriptor, in the descriptor table of thread ``tid`` of process ``pid``."""
 
     pid: int
     tid: int
@@ -25,23 +27,23 @@ class Place:
 
 
 Places = dict[int, tuple[Place, ...]]
-"""Inode of a socket -> where it is."""
+"""Inode of a socket -> its descriptors."""
 
 
 def find(pids: Iterable[int], inodes: frozenset[int]) -> Places:
-    """Where these processes have the sockets of those inodes."""
+    """The descriptors that these processes have of the sockets of those inodes."""
     found: dict[int, list[Place]] = {}
     for pid in pids:
         for tid in tasks.tables(pid):
             for inode, fd in tasks.sockets(tid):
-                if inode in inodes and len(found.setdefault(inode, [])) < _MOST:
+                if inode in inodes and len(found.setdefault(inode, [])) < _MAX_PER_SOCKET:
                     found[inode].append(Place(pid, tid, fd))
     return {inode: tuple(places) for inode, places in found.items()}
 
 
 @contextlib.contextmanager
 def copied(place: Place, inode: int) -> Iterator[int | None]:
-    """A copy of a descriptor; None where it is not that socket's any more."""
+    """A copy of a descriptor; None if it is not a descriptor of that socket any more."""
     copy: int | None = None
     with contextlib.suppress(OSError):
         process = pidfd_open_thread(place.tid)

@@ -1,8 +1,8 @@
-"""Finds the container that an operator means: a cgroup, a container of docker or podman, a systemd unit.
+"""Finds the cgroup of a container by its name: of a docker or podman container, of a systemd unit, or a cgroup path.
 
-Engines are asked by their own commands, and what they answer is checked against the kernel: the process
-that an engine names has to be in a cgroup that carries the container's id. Names of containers are data:
-one argument of a command, never a part of a shell's line.
+Runs the engines' own commands, and checks their output against the kernel: the process that an engine names must be in
+a cgroup whose name contains the container's id. A container's name is one argument of a command, never part of a shell
+command line.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from graft.model.address import shown
 
 _TIMEOUT = 15.0
 _MAX_BYTES = 16 << 20
-_CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
-_UNIT = re.compile(r"[A-Za-z0-9_:.@\\][A-Za-z0-9_:.@\\-]*", re.ASCII)
+_CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
+_UNIT_NAME = re.compile(r"[A-Za-z0-9_:.@\\][A-Za-z0-9_:.@\\-]*", re.ASCII)
 _UNIT_KINDS = (".service", ".slice", ".scope", ".socket", ".mount")
 
 Run = Callable[[Sequence[str]], "EngineAnswer"]
@@ -32,7 +32,7 @@ Run = Callable[[Sequence[str]], "EngineAnswer"]
 
 @dataclass(frozen=True, slots=True)
 class FoundContainer:
-    """A cgroup that can be attached. ``pid`` is its first process, 0 where it has none."""
+    """A cgroup that can be attached. ``pid`` is its first process, 0 if it has none."""
 
     cgroup: Path
     engine: str
@@ -43,7 +43,7 @@ class FoundContainer:
 
 @dataclass(frozen=True, slots=True)
 class EngineAnswer:
-    """How a command of an engine ended; ``status`` None: there is no such command."""
+    """Exit status and output of an engine's command; ``status`` None: there is no such command."""
 
     status: int | None
     out: str = ""
@@ -51,7 +51,7 @@ class EngineAnswer:
 
 
 def run(command: Sequence[str]) -> EngineAnswer:
-    """Run a command of an engine, with a limit of time. Raises KernelError where it is exceeded."""
+    """Run an engine's command, with a time limit. Raises KernelError if it is exceeded."""
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": ""}
     try:
         done = subprocess.run(
@@ -60,20 +60,20 @@ def run(command: Sequence[str]) -> EngineAnswer:
     except (FileNotFoundError, PermissionError):
         return EngineAnswer(None)
     except subprocess.TimeoutExpired:
-        raise KernelError(f"{command[0]} gave no answer within {_TIMEOUT:.0f} s", "is its daemon well?") from None
+        raise KernelError(f"{command[0]} did not answer within {_TIMEOUT:.0f} s", "check its daemon") from None
     return EngineAnswer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
 
 def resolve(text: str, run: Run = run) -> FoundContainer:
-    """The one container that ``text`` means.
+    """The container that ``text`` names.
 
     ``text``: a path (absolute, or below the v2 mount), a name or id of docker or podman, or a systemd unit;
-    ``cgroup:``, ``docker:``, ``podman:`` and ``unit:`` before it choose. Raises NotFoundError with what was
-    tried, ConflictError where several match, KernelError where an engine's answer cannot be true.
+    with ``cgroup:``, ``docker:``, ``podman:`` or ``unit:`` before it, only that kind. Raises NotFoundError with what
+    was tried, ConflictError if several match, KernelError if an engine's answer contradicts the kernel.
     """
-    kind, chosen, name = text.partition(":")
+    kind, separator, name = text.partition(":")
     finders = _finders(run)
-    if chosen and kind in finders:
+    if separator and kind in finders:
         return finders[kind](name)
     if "/" in text:
         return _from_path(text)
@@ -87,9 +87,11 @@ def resolve(text: str, run: Run = run) -> FoundContainer:
             tried.append(error.message.partition(": ")[2] or error.message)
     if len(found) > 1:
         several = ", ".join(f"{target.engine}:{target.name}" for target in found.values())
-        raise ConflictError(f"cgroup: {shown(text)} is more than one: {several}", "put docker:, podman:, unit: first")
+        raise ConflictError(
+            f"cgroup: {shown(text)} is ambiguous: {several}", "write docker:, podman:, unit: or cgroup: before it"
+        )
     if not found:
-        raise NotFoundError(f"cgroup: {shown(text)} is not to be found: {'; '.join(tried)}", "docker ps, podman ps")
+        raise NotFoundError(f"cgroup: {shown(text)} not found: {'; '.join(tried)}", "docker ps, podman ps")
     return next(iter(found.values()))
 
 
@@ -111,7 +113,7 @@ def _from_path(text: str) -> FoundContainer:
         real = path.resolve()
         if real.is_relative_to(top) and real != top and (real / "cgroup.procs").exists():
             return FoundContainer(real, "cgroup", str(real.relative_to(top)), pid=_first_process(real))
-    raise NotFoundError(f"cgroup: there is no cgroup {shown(text)} below {top}", "a folder of the v2 tree")
+    raise NotFoundError(f"cgroup: no cgroup {shown(text)} below {top}", "give a folder of the v2 tree")
 
 
 def _first_process(path: Path) -> int:
@@ -122,67 +124,67 @@ def _first_process(path: Path) -> int:
 
 
 def parse_inspect(engine: str, text: str) -> tuple[str, str, int]:
-    """(id, name, process id) of `docker|podman container inspect`. Raises NotFoundError where it does not run."""
+    """(id, name, process id) from `docker|podman container inspect`. Raises NotFoundError if it is not running."""
     try:
-        number, name, pid = _identity(json_text.parse(text, "its answer", _MAX_BYTES))
+        container_id, name, pid = _identity(json_text.parse(text, "output", _MAX_BYTES))
     except UsageError as error:
-        raise KernelError(f"{engine}: cannot read what it says of the container ({error.message})") from None
-    if not re.fullmatch(r"[0-9a-f]{64}", number):
-        raise KernelError(f"{engine}: {shown(number)} is no id of a container")
+        raise KernelError(f"{engine}: cannot read the output of `container inspect` ({error.message})") from None
+    if not re.fullmatch(r"[0-9a-f]{64}", container_id):
+        raise KernelError(f"{engine}: {shown(container_id)} is not a container id")
     if pid <= 0:
         raise NotFoundError(f"{engine}: the container {shown(name)} is not running", f"{engine} start")
-    return number, name, pid
+    return container_id, name, pid
 
 
 def _identity(answer: Any) -> tuple[str, str, int]:
-    found = json_text.mappings(answer, "its answer")
+    found = json_text.mappings(answer, "output")
     if len(found) != 1:
-        raise UsageError(f"its answer: {len(found)} containers")
+        raise UsageError(f"output: {len(found)} containers")
     one = found[0]
     if missing := {"Id", "Name", "State"} - one.keys():
-        raise UsageError(f"its answer: no {' and no '.join(sorted(missing))}")
+        raise UsageError(f"output: no {' and no '.join(sorted(missing))}")
     state = json_text.mapping(one["State"], "State")
     if "Pid" not in state:
-        raise UsageError("its answer: no State.Pid")
+        raise UsageError("output: no State.Pid")
     name = json_text.text(one["Name"], "Name").lstrip("/")
     return json_text.text(one["Id"], "Id"), name, json_text.number(state["Pid"], "State.Pid", MAX_PID)
 
 
 def _from_engine(engine: str, name: str, run: Run) -> FoundContainer:
-    if not _CONTAINER.fullmatch(name):
-        raise UsageError(f"{engine}: {shown(name)} is no name of a container")
+    if not _CONTAINER_NAME.fullmatch(name):
+        raise UsageError(f"{engine}: {shown(name)} is not a container name")
     answer = run([engine, "container", "inspect", name])
     if answer.status is None:
         raise NotFoundError(f"{engine}: {engine} is not installed")
     if answer.status != 0:
-        raise NotFoundError(f"{engine}: {engine} says {shown(_last_line(answer.err))}")
-    number, called, pid = parse_inspect(engine, answer.out)
-    return FoundContainer(_cgroup_of(engine, number, pid), engine, called, number, pid)
+        raise NotFoundError(f"{engine}: {engine} reports {shown(_last_line(answer.err))}")
+    container_id, full_name, pid = parse_inspect(engine, answer.out)
+    return FoundContainer(_cgroup_of(engine, container_id, pid), engine, full_name, container_id, pid)
 
 
 def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "nothing")
 
 
-def _cgroup_of(engine: str, number: str, pid: int) -> Path:
-    """The cgroup of a container, by a process of it: the part of the process's cgroup that carries the id."""
+def _cgroup_of(engine: str, container_id: str, pid: int) -> Path:
+    """The cgroup of a container, from one of its processes: the part of the path up to the folder with the id."""
     try:
         path = cgroup.of_process(pid)
     except FileNotFoundError:
         raise NotFoundError(f"{engine}: its process {pid} is gone") from None
-    found = cut_at_id(path, number)
+    found = cut_at_id(path, container_id)
     if found is None:
         raise KernelError(
-            f"{engine}: its process {pid} is in the cgroup {path}, which carries no id of the container",
-            "name the cgroup itself",
+            f"{engine}: its process {pid} is in the cgroup {path}, whose name does not contain the container's id",
+            "give the path of the cgroup",
         )
     return found
 
 
-def cut_at_id(path: Path, number: str) -> Path | None:
-    """``path`` up to the folder whose name has the id: a container may have cgroups of its own below it."""
+def cut_at_id(path: Path, container_id: str) -> Path | None:
+    """``path`` up to the folder whose name contains the id: a container may have cgroups of its own below it."""
     for above in (*reversed(path.parents), path):
-        if re.search(rf"(^|[^0-9a-f]){number}([^0-9a-f]|$)", above.name):
+        if re.search(rf"(^|[^0-9a-f]){container_id}([^0-9a-f]|$)", above.name):
             return above
     return None
 
@@ -191,39 +193,39 @@ def cut_at_id(path: Path, number: str) -> Path | None:
 
 
 def parse_show(text: str) -> tuple[str, int]:
-    """(cgroup, main process) of `systemctl show -p ControlGroup -p MainPID`; empty and 0 where there is none."""
+    """(cgroup, main process) from `systemctl show -p ControlGroup -p MainPID`; empty and 0 if there is none."""
     fields = dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
     pid = fields.get("MainPID", "0")
     return fields.get("ControlGroup", ""), int(pid) if re.fullmatch(r"[0-9]{1,10}", pid, re.ASCII) else 0
 
 
 def _from_systemd(name: str, run: Run) -> FoundContainer:
-    if not _UNIT.fullmatch(name):
-        raise UsageError(f"unit: {shown(name)} is no name of a unit")
+    if not _UNIT_NAME.fullmatch(name):
+        raise UsageError(f"unit: {shown(name)} is not a unit name")
     unit = name if name.endswith(_UNIT_KINDS) else f"{name}.service"
     answer = run(["systemctl", "show", "-p", "ControlGroup", "-p", "MainPID", "--", unit])
     if answer.status == 0:
-        return _unit_in(unit, *parse_show(answer.out))
+        return _unit_at(unit, *parse_show(answer.out))
     return _unit_in_tree(unit)
 
 
-def _unit_in(unit: str, path: str, pid: int) -> FoundContainer:
+def _unit_at(unit: str, path: str, pid: int) -> FoundContainer:
     if not path.startswith("/") or path == "/":
         raise NotFoundError(f"unit: {unit} is not running", f"systemctl start {unit}")
     top = cgroup.v2_mount()
     found = top if "\0" in path else (top / path.lstrip("/")).resolve()
     if found.name != unit or not found.is_relative_to(top) or not found.is_dir():
-        raise KernelError(f"unit: systemd says that {unit} is in {path}, which is not there in the v2 tree")
+        raise KernelError(f"unit: systemd reports that {unit} is in {path}, which does not exist in the v2 tree")
     if pid and pid not in cgroup.processes(found):
         pid = 0
     return FoundContainer(found, "systemd", unit, pid=pid or _first_process(found))
 
 
 def _unit_in_tree(unit: str) -> FoundContainer:
-    """Where systemd cannot be asked: a folder of the unit's name."""
+    """If systemd does not answer: a cgroup with the unit's name."""
     found = [folder for folder in cgroup.tree(cgroup.v2_mount()) if folder.name == unit]
     if not found:
-        raise NotFoundError(f"unit: systemd cannot be asked, and no cgroup is called {unit}")
+        raise NotFoundError(f"unit: systemd does not answer, and no cgroup is named {unit}")
     if len(found) > 1:
-        raise ConflictError(f"unit: {len(found)} cgroups are called {unit}", f"one of {', '.join(map(str, found))}")
+        raise ConflictError(f"unit: {len(found)} cgroups are named {unit}", f"give one of {', '.join(map(str, found))}")
     return FoundContainer(found[0], "systemd", unit, pid=_first_process(found[0]))

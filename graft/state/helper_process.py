@@ -1,15 +1,15 @@
-"""Work that may never return, in a process that can be left behind.
+"""Runs calls that may never return in a child process, which can be left behind.
 
-A system call that waits for a lock which some container's process holds as long as it likes (lock_sock() while it
-waits for a page of memory) cannot be interrupted, nor the process be killed that makes it. So commands make such
-calls in a child, and go on without it when there is no answer.
+A system call that waits for a socket's lock cannot be interrupted, and its process cannot be killed. A process of a
+container can keep such a lock for as long as it likes (by waiting for a page of memory under lock_sock()). So commands
+make such calls in a child, and continue without it when there is no answer in time.
 
-    command ── fork ──> child ── threads, each of which takes the next item: one, and more of them while none gets done
-       answers <── pipe ───┘
+    command ── fork ──> child ── threads, each of which takes the next item: one at first, more while none finishes
+      results <── pipe ───┘
 
-Several items that cost nothing are done by one thread, one after the other; a thousand that hang take a thousand
-threads, and keep nobody from the next. (As long as they hang where the interpreter lets its other threads run:
-ctypes sees to that, the methods of socket.socket do not all.) For processes with a single thread.
+One thread does many quick items one after the other; a thousand items that hang take a thousand threads, and do not
+block the next item. (Only where the hanging call releases the interpreter's lock: ctypes does, the methods of
+socket.socket do not all.) For commands that have a single thread.
 """
 
 from __future__ import annotations
@@ -32,62 +32,64 @@ from graft.kernel import process
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
-Answer = tuple[int, object, "BaseException | None"]
+Outcome = tuple[int, object, "BaseException | None"]
 
-PATIENCE = 5.0
-"""Seconds without any answer after which there will be none."""
-_STALL = 0.05  # seconds without any answer after which more threads are tried
-_MOST_THREADS = 2048
-_STACK = 512 << 10
+TIMEOUT = 5.0
+"""Seconds without a new result after which no more are expected."""
+_STALL_TIME = 0.05  # seconds without a new result after which more threads are started
+_MAX_THREADS = 2048
+_STACK_SIZE = 512 << 10
 _LENGTH = struct.Struct("=I")
-_DYING = 1.0  # seconds that a process may take to end after it was killed
+_EXIT_TIMEOUT = 1.0  # seconds that the child may take to exit after it was killed
 
 
 @dataclass(frozen=True, slots=True)
 class HelperResult(Generic[ResultT]):
-    """Results by the numbers of their items, and the process that is still at work on the others (0: none)."""
+    """Results by the index of their items, and the process that still works on the other items (0: none)."""
 
     results: dict[int, ResultT]
-    left_behind: int
+    helper_pid: int
 
 
-def each(
-    work: Callable[[ItemT], ResultT], items: Sequence[ItemT], patience: float = PATIENCE, finish: bool = False
+def run_each(
+    work: Callable[[ItemT], ResultT], items: Sequence[ItemT], timeout: float = TIMEOUT, keep_running: bool = False
 ) -> HelperResult[ResultT]:
-    """``work`` on each item, in a child that has no descriptor of ours; results have to be picklable.
+    """Run ``work`` on each item, in a child that has no descriptor of ours; results must be picklable.
 
-    An item without a result in what is returned is one that hung. With ``finish`` the child goes on with those, for as
-    long as it takes; else it is killed, which ends it when the kernel lets go of it. Raises what ``work`` raised.
+    An item without a result hung. With ``keep_running`` the child continues with those, for as long as it takes;
+    otherwise it is killed, and exits when the kernel releases it. Raises what ``work`` raised.
     """
     if not items:
         return HelperResult({}, 0)
     reader, writer = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
-        _work(work, items, writer)
+        _run_child(work, items, writer)
     os.close(writer)
     results: dict[int, ResultT] = {}
-    kept = False
+    leave_running = False
     try:
-        _receive(reader, len(items), patience, results)
-        kept = finish and len(results) < len(items)
+        _receive(reader, len(items), timeout, results)
+        leave_running = keep_running and len(results) < len(items)
     finally:
         os.close(reader)
-        left = 0 if _has_ended(child, 0 if kept else _DYING, kill=not kept) else child
-    return HelperResult(results, left)
+        if not leave_running:
+            os.kill(child, signal.SIGKILL)
+        has_exited = _wait_for_exit(child, 0 if leave_running else _EXIT_TIMEOUT)
+    return HelperResult(results, 0 if has_exited else child)
 
 
-def one(work: Callable[[], ResultT], patience: float = PATIENCE) -> ResultT | None:
-    """What ``work`` gives, None where it hung. Raises what it raised."""
-    return each(lambda _: work(), (None,), patience).results.get(0)
+def run_one(work: Callable[[], ResultT], timeout: float = TIMEOUT) -> ResultT | None:
+    """The result of ``work``, None if it hung. Raises what it raised."""
+    return run_each(lambda _: work(), (None,), timeout).results.get(0)
 
 
-def _receive(reader: int, count: int, patience: float, results: dict[int, ResultT]) -> None:
-    """Take answers until there are ``count``, or the child ends, or none comes for ``patience`` seconds."""
+def _receive(reader: int, count: int, timeout: float, results: dict[int, ResultT]) -> None:
+    """Read results until there are ``count``, or the child exits, or none arrives for ``timeout`` seconds."""
     poll = select.poll()
     poll.register(reader, select.POLLIN)
     raw = bytearray()
-    while len(results) < count and poll.poll(patience * 1000):
+    while len(results) < count and poll.poll(timeout * 1000):
         data = os.read(reader, 1 << 16)
         if not data:
             return
@@ -100,10 +102,8 @@ def _receive(reader: int, count: int, patience: float, results: dict[int, Result
             results[index] = result
 
 
-def _has_ended(child: int, patience: float, kill: bool) -> bool:
-    if kill:
-        os.kill(child, signal.SIGKILL)
-    deadline = time.monotonic() + patience
+def _wait_for_exit(child: int, timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         if time.monotonic() >= deadline:
             return False
@@ -111,48 +111,48 @@ def _has_ended(child: int, patience: float, kill: bool) -> bool:
     return True
 
 
-def _work(work: Callable[[ItemT], ResultT], items: Sequence[ItemT], writer: int) -> NoReturn:
+def _run_child(work: Callable[[ItemT], ResultT], items: Sequence[ItemT], writer: int) -> NoReturn:
     """The child's side."""
     with contextlib.suppress(BaseException):
-        os.setsid()  # no ^C of the command's terminal
+        os.setsid()  # no ^C from the command's terminal
         process.close_all_but({writer})
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         process.call_oneself("graft-asks")
-        for answer in _answers(work, items):
-            raw = pickle.dumps(answer)
+        for outcome in _run_items(work, items):
+            raw = pickle.dumps(outcome)
             with contextlib.suppress(BrokenPipeError), open(writer, "wb", closefd=False) as pipe:
                 pipe.write(_LENGTH.pack(len(raw)) + raw)
     os._exit(0)
 
 
-def _answers(work: Callable[[ItemT], object], items: Sequence[ItemT]) -> Iterator[Answer]:
-    """(number, result, error) of each item, as they get done."""
-    numbers = itertools.count()
-    answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+def _run_items(work: Callable[[ItemT], object], items: Sequence[ItemT]) -> Iterator[Outcome]:
+    """(index, result, error) of each item, in the order in which they finish."""
+    indexes = itertools.count()
+    outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
 
-    def serve() -> None:
-        while (number := next(numbers)) < len(items):
+    def run_next_items() -> None:
+        while (index := next(indexes)) < len(items):
             try:
-                answers.put((number, work(items[number]), None))
+                outcomes.put((index, work(items[index]), None))
             except BaseException as error:
-                answers.put((number, None, _portable(error)))
+                outcomes.put((index, None, _picklable(error)))
 
-    threading.stack_size(_STACK)
+    threading.stack_size(_STACK_SIZE)
     threads = done = 0
     while done < len(items):
-        with contextlib.suppress(RuntimeError):  # no more threads to be had
-            for _ in range(min(max(threads, 1), _MOST_THREADS - threads, len(items) - done - threads)):
-                threading.Thread(target=serve, daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # no more threads can be started
+            for _ in range(min(max(threads, 1), _MAX_THREADS - threads, len(items) - done - threads)):
+                threading.Thread(target=run_next_items, daemon=True).start()
                 threads += 1
         with contextlib.suppress(queue.Empty):
             while done < len(items):
-                yield answers.get(timeout=_STALL)
+                yield outcomes.get(timeout=_STALL_TIME)
                 done += 1
 
 
-def _portable(error: BaseException) -> BaseException:
+def _picklable(error: BaseException) -> BaseException:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,10 +1,10 @@
-"""One installation of Graft on one host: where it lives, its maps, and what is in them.
+"""One installation of Graft on one host: its settings, its maps, and what is in them.
 
     with Installation.open(settings) as graft, graft.transaction() as change:
         change.endpoints.add(endpoint)
 
-What needs the lock is a method of what exists only under the lock. Reading needs none: each change of a map is one
-step for whoever reads it.
+What needs the lock is a method of `Transaction`, which exists only while the lock is held. Reading needs no lock: each
+change of a map is one step for a reader.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from graft.state.endpoints import EndpointChanges, Endpoints
 
 
 class Installation:
-    """What everybody may read; `transaction` to change it. Opens a map when it is first asked for."""
+    """Reads an installation; `transaction` changes it. Opens each map when it is first used."""
 
     def __init__(self, settings: Settings) -> None:
-        """Of what is up, or will be: a map that is not there is a NotUpError when it is asked for."""
+        """Does not bring Graft up: a map that does not exist is a NotUpError when it is used."""
         self.settings = settings
         self.maps = Maps(settings.pin_dir)
         self.endpoints = Endpoints(settings, self.maps)
@@ -35,7 +35,7 @@ class Installation:
 
     @classmethod
     def open(cls, settings: Settings) -> Installation:
-        """The installation, brought up if it is not. Raises PrivilegeError, KernelError, ConflictError."""
+        """The installation; brings Graft up if necessary. Raises PrivilegeError, KernelError, ConflictError."""
         dataplane.up(settings)
         return cls(settings)
 
@@ -47,26 +47,26 @@ class Installation:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Alone among all that change this installation, until the block ends or the process dies."""
+        """Hold the installation's lock until the block ends or the process exits."""
         with dataplane.locked(self.settings):
             yield Transaction(self.settings, self.maps)
 
     def compile(self, policy: Policy) -> Compiled:
-        """``policy`` with the endpoints that there are, before anybody has to wait for it.
+        """Compile ``policy`` with the existing endpoints, before the lock is taken, so that nothing waits for it.
 
         Raises PolicyError, UsageError.
         """
         return compile_for(policy, policy.resolve(self.endpoints.by_name()))
 
     def reap(self) -> None:
-        """Forget the containers whose cgroup is gone; quick where there is nothing to do."""
-        if not all(container.is_there for container in self.containers.listing()):
+        """Remove the rules and records of containers whose cgroup is gone. Quick if there are none."""
+        if not all(container.exists for container in self.containers.listing()):
             with self.transaction() as change:
                 change.containers.reap()
 
 
 class Transaction:
-    """What may be done under the lock."""
+    """Changes an installation, under its lock."""
 
     def __init__(self, settings: Settings, maps: Maps) -> None:
         self._maps = maps
@@ -74,7 +74,7 @@ class Transaction:
         self.containers = ContainerChanges(settings, maps, self.endpoints, self._new_id)
 
     def _new_id(self) -> int:
-        """A number for an endpoint, a container or a ruleset, never given out before."""
+        """A new id for an endpoint, a container or a ruleset, never used before."""
         first = ctypes.c_uint32(0)
         value = self._maps.settings.get(first)
         assert value is not None
@@ -84,7 +84,7 @@ class Transaction:
 
 
 def known_endpoints(settings: Settings | None = None) -> dict[str, Endpoint]:
-    """The endpoints that a policy may name; none where Graft is not up, or may not be asked."""
+    """The endpoints that a policy may name; none if Graft is not up, or without root."""
     settings = settings or Settings.from_environment()
     try:
         return Installation(settings).endpoints.by_name() if dataplane.is_up(settings) else {}

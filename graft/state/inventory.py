@@ -1,13 +1,12 @@
-"""The sockets that a container holds on the host's stack, as the kernel knows them.
+"""The sockets that containers have on the host's stack, as the kernel lists them.
 
-Whose a TCP socket is, says its tag: a listing of every socket of the namespace comes with it (socket storage), wherever
-the descriptor is, in a process of the container's, in one that got it from there, or on its way between two. A
-socket that no rule granted has no tag; it is a container's if it was born in its cgroup, or a process of its has it.
-/proc tells which process that is. The tag of a UDP socket, or of a TCP socket that is bound and does nothing, is not
-listed: it takes a copy of the descriptor to read.
+A TCP socket belongs to the container that its tag names: a listing of the namespace's sockets includes the tags (socket
+storage), wherever the descriptor is, in a process of the container, in one that received it, or in a message between
+two. A socket that no rule granted has no tag; it belongs to a container if it was made in the container's cgroup, or if
+a process of the container has it. /proc tells which process has it. The tag of a UDP socket, or of a TCP socket that is
+only bound, is not listed: reading it takes a copy of the descriptor.
 
-All of it is asked in a child that a container can hold up, and that is not waited for then
-(graft/state/helper_process.py).
+All of this runs in a child process with a timeout, because a container can delay it (graft/state/helper_process.py).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from graft.state.records import Container
 
 @dataclass(frozen=True, slots=True)
 class HostStack:
-    """Where containers may have sockets: the namespaces of the host and of endpoints; and these, by their ids."""
+    """Where containers may have sockets: the namespaces of the host and of endpoints; and the endpoints, by id."""
 
     endpoints: Mapping[int, Endpoint]
     namespaces: tuple[Path, ...]
@@ -43,7 +42,7 @@ class HostStack:
 
 @contextlib.contextmanager
 def host_stack(graft: Installation) -> Iterator[HostStack]:
-    """What there is now; while this lasts, a namespace can be entered also if its endpoint goes."""
+    """The host stack of now. Inside the block a namespace can be entered even if its endpoint is deleted."""
     stored = graft.endpoints.listing()
     with contextlib.ExitStack() as opened:
         paths = [graft.settings.host_netns]
@@ -58,10 +57,10 @@ def host_stack(graft: Installation) -> Iterator[HostStack]:
 
 @dataclass(frozen=True, slots=True)
 class ContainerSocket:
-    """A socket of a container on the host's stack, and the places where processes have it, as far as they were found.
+    """A socket of a container on the host's stack, and the descriptors of it that were found in processes.
 
-    ``namespace`` is where its namespace can be entered. ``granted``: a rule let it be. ``endpoint`` names what it was
-    bound to by one, ``asked`` is the address that the program bound; both None for any other.
+    ``namespace`` is a path by which its namespace can be entered. ``granted``: a rule allowed it. ``endpoint`` is the
+    name of the endpoint that it was bound to, ``asked`` the address that the program passed to bind; None for others.
     """
 
     listed: Listed
@@ -73,164 +72,178 @@ class ContainerSocket:
 
     @property
     def pid(self) -> int:
-        """A process that has it, 0 where none was found."""
+        """A process that has it, 0 if none was found."""
         return self.places[0].pid if self.places else 0
 
     def __str__(self) -> str:
-        one = self.listed
-        peer = f" with {one.remote}" if one.is_connection else ""
+        listed = self.listed
+        peer = f" with {listed.remote}" if listed.is_connection else ""
         where = f"process {self.pid}" if self.pid else "in no process"
         grant = f", bound as {self.asked} to {self.endpoint}" if self.endpoint and self.asked else ""
-        return f"{one.protocol} {one.state} {one.local}{peer} ({where}{grant})"
+        return f"{listed.protocol} {listed.state} {listed.local}{peer} ({where}{grant})"
 
 
-def of(
+def sockets_by_container(
     settings: Settings, containers: Sequence[Container], stack: HostStack
 ) -> dict[int, list[ContainerSocket]] | None:
-    """The sockets of each of ``containers``, by its id. The kernel is asked once for all of them.
+    """The sockets of each of ``containers``, by its id. Each namespace is listed once for all of them.
 
-    None where it does not answer. Raises OSError.
+    None if the kernel does not answer in time. Raises OSError.
     """
-    there = _listed(settings, stack)
-    if there is None:
+    on_host = _list_stack(settings, stack)
+    if on_host is None:
         return None
-    known = helper_process.each(
-        lambda one: _look(settings, cgroup.processes(one.cgroup_path), there), containers
+    searches = helper_process.run_each(
+        lambda container: _find_descriptors(settings, cgroup.processes(container.cgroup_path), on_host), containers
     ).results
-    found: dict[int, list[ContainerSocket]] = {}
-    for number, container in enumerate(containers):
-        born, places = cgroup.ids(container.cgroup_path), known.get(number, _NOWHERE)
-        its_own = [one for one in there if places.has(one) or one.listed.cgroup in born or _is_tagged(container, one)]
-        found[container.id] = [_read(container, stack, places.complete(one)) for one in its_own]
-    others = _others(settings, [one for held in found.values() for one in held if not one.places])
+    by_container: dict[int, list[ContainerSocket]] = {}
+    for index, container in enumerate(containers):
+        cgroup_ids, search = cgroup.ids(container.cgroup_path), searches.get(index, _NONE_FOUND)
+        by_container[container.id] = [
+            _with_grant(container, stack, search.add_to(sock))
+            for sock in on_host
+            if search.found(sock) or sock.listed.cgroup in cgroup_ids or _is_tagged_for(container, sock)
+        ]
+    unlocated = [sock for found in by_container.values() for sock in found if not sock.places]
+    anywhere = _find_in_all_processes(settings, unlocated)
     return {
-        one.id: [held if held.places else _read(one, stack, others.complete(held)) for held in found[one.id]]
-        for one in containers
+        container.id: [
+            sock if sock.places else _with_grant(container, stack, anywhere.add_to(sock))
+            for sock in by_container[container.id]
+        ]
+        for container in containers
     }
 
 
-def _others(settings: Settings, lost: Sequence[ContainerSocket]) -> _Whereabouts:
-    """Where any process of the machine has sockets that none of the containers' own has any more."""
-    if not lost:
-        return _NOWHERE
-    everybody = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    known = helper_process.each(lambda pid: _look(settings, [pid], lost), everybody).results.values()
-    places = {inode: where for one in known for inode, where in one.places.items()}
-    return _Whereabouts(places, {inode: tag for one in known for inode, tag in one.tags.items()})
-
-
 @dataclass(frozen=True, slots=True)
-class _Whereabouts:
-    """Where some processes have which sockets, and the tags of those that are listed without; by inode."""
+class _Search:
+    """What a search of processes found, by inode: descriptors, and the tags that the kernel's listing lacks."""
 
     places: descriptors.Places
     tags: Mapping[int, bytes]
 
-    def has(self, one: ContainerSocket) -> bool:
-        """Whether one of the processes has it."""
-        return one.listed.inode in self.places
+    def found(self, sock: ContainerSocket) -> bool:
+        """Whether one of the processes has the socket."""
+        return sock.listed.inode in self.places
 
-    def complete(self, one: ContainerSocket) -> ContainerSocket:
-        """The same socket with what is known of it."""
-        inode = one.listed.inode
-        stored = self.tags.get(inode, one.listed.stored)
-        return ContainerSocket(replace(one.listed, stored=stored), one.namespace, self.places.get(inode, ()))
-
-
-_NOWHERE = _Whereabouts({}, {})
+    def add_to(self, sock: ContainerSocket) -> ContainerSocket:
+        """The same socket with its descriptors, and its tag if it was read."""
+        inode = sock.listed.inode
+        stored = self.tags.get(inode, sock.listed.stored)
+        return ContainerSocket(replace(sock.listed, stored=stored), sock.namespace, self.places.get(inode, ()))
 
 
-def _look(settings: Settings, pids: Iterable[int], there: Sequence[ContainerSocket]) -> _Whereabouts:
-    """Where processes have these sockets. (A look into a socket's storage does not take its lock.)"""
-    places = descriptors.find(pids, frozenset(one.listed.inode for one in there))
+_NONE_FOUND = _Search({}, {})
+
+
+def _find_descriptors(settings: Settings, pids: Iterable[int], candidates: Sequence[ContainerSocket]) -> _Search:
+    """Search processes for descriptors of the candidates. (Reading a socket's storage does not take its lock.)"""
+    places = descriptors.find(pids, frozenset(sock.listed.inode for sock in candidates))
     maps, tags = Maps(settings.pin_dir), {}
-    without = [one.listed.inode for one in there if one.listed.protocol == "udp" or one.listed.state == "bound"]
-    for inode in without:
+    for sock in candidates:
+        if sock.listed.protocol != "udp" and sock.listed.state != "bound":
+            continue  # its tag comes with the listing
+        inode = sock.listed.inode
         for place in places.get(inode, ()):
             with descriptors.copied(place, inode) as copy:
                 tag = None if copy is None else maps.tags.get(ctypes.c_int32(copy))
                 if tag is not None:
                     tags[inode] = bytes(tag)
-    return _Whereabouts(places, tags)
+    return _Search(places, tags)
 
 
-def _is_tagged(container: Container, one: ContainerSocket) -> bool:
-    """Whether it is on the host's stack for that container. (graftd's, for transport splice, are its own.)"""
-    tag = _tag(one)
+def _find_in_all_processes(settings: Settings, unlocated: Sequence[ContainerSocket]) -> _Search:
+    """Search every process of the machine for sockets that no process of a container has."""
+    if not unlocated:
+        return _NONE_FOUND
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    searches = helper_process.run_each(lambda pid: _find_descriptors(settings, [pid], unlocated), pids).results.values()
+    places = {inode: found for search in searches for inode, found in search.places.items()}
+    return _Search(places, {inode: tag for search in searches for inode, tag in search.tags.items()})
+
+
+def _tag_of(sock: ContainerSocket) -> layout.Tag | None:
+    return None if sock.listed.stored is None else layout.Tag.from_buffer_copy(sock.listed.stored)
+
+
+def _is_tagged_for(container: Container, sock: ContainerSocket) -> bool:
+    """Whether it is the container's own on the host's stack. (With transport splice, tagged sockets are graftd's.)"""
+    tag = _tag_of(sock)
     if tag is None or container.transport is Transport.SPLICE:
         return False
     return bool(tag.container == container.id and tag.home == Home.HOST)
 
 
-def _tag(one: ContainerSocket) -> layout.Tag | None:
-    return None if one.listed.stored is None else layout.Tag.from_buffer_copy(one.listed.stored)
-
-
-def _read(container: Container, stack: HostStack, one: ContainerSocket) -> ContainerSocket:
-    """The same socket with what its tag says of it."""
-    tag = _tag(one)
-    if tag is None or not _is_tagged(container, one):
-        return _guessed(container, stack, one)
+def _with_grant(container: Container, stack: HostStack, sock: ContainerSocket) -> ContainerSocket:
+    """The same socket with whether a rule granted it, and at which endpoint: by its tag."""
+    tag = _tag_of(sock)
+    if tag is None or not _is_tagged_for(container, sock):
+        return _with_grant_by_address(container, stack, sock)
     if not tag.endpoint:
-        # A swapped socket is on the host's stack by a rule only; one of a direct container's is there anyway.
-        return replace(one, granted=container.transport is Transport.SWAP)
+        # A swapped socket is on the host's stack only by a rule; a direct container's sockets always are.
+        return replace(sock, granted=container.transport is Transport.SWAP)
     endpoint = stack.endpoints.get(tag.endpoint)
     asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.given else None
-    return replace(one, granted=True, endpoint=endpoint.name if endpoint else "(deleted)", asked=asked)
+    return replace(sock, granted=True, endpoint=endpoint.name if endpoint else "(deleted)", asked=asked)
 
 
-def _guessed(container: Container, stack: HostStack, one: ContainerSocket) -> ContainerSocket:
-    """A UDP socket whose tag nobody's descriptor leads to: granted if it is where an endpoint of its container is."""
-    if one.listed.protocol != "udp" or one.places:
-        return one
+def _with_grant_by_address(container: Container, stack: HostStack, sock: ContainerSocket) -> ContainerSocket:
+    """For UDP sockets that no process has, so that no tag can be read: granted if at an endpoint of the container."""
+    if sock.listed.protocol != "udp" or sock.places:
+        return sock
     for endpoint in stack.endpoints.values():
-        if endpoint.name in container.endpoints and endpoint.spec == one.listed.local:
-            return replace(one, granted=True, endpoint=endpoint.name)
-    return one
+        if endpoint.name in container.endpoints and endpoint.spec == sock.listed.local:
+            return replace(sock, granted=True, endpoint=endpoint.name)
+    return sock
 
 
 def host_sockets_of(settings: Settings, pids: Iterable[int]) -> list[ContainerSocket] | None:
-    """The sockets of processes that are not attached yet, in the host's namespace only. None where nobody answers."""
-    there = helper_process.one(lambda: _ask(settings, settings.host_netns)[1])
-    if there is None:
+    """The sockets of processes that are not attached yet, in the host's namespace only.
+
+    None if the kernel does not answer in time.
+    """
+    on_host = helper_process.run_one(lambda: _list_namespace(settings, settings.host_netns)[1])
+    if on_host is None:
         return None
-    places = helper_process.one(lambda: _look(settings, pids, there)) or _NOWHERE
-    return [places.complete(one) for one in there if places.has(one)]
+    search = helper_process.run_one(lambda: _find_descriptors(settings, pids, on_host)) or _NONE_FOUND
+    return [search.add_to(sock) for sock in on_host if search.found(sock)]
 
 
-def mark_open(settings: Settings, container: int, existing: Sequence[ContainerSocket]) -> None:
-    """Let go on hearing what heard before its container, the direct one ``container``, came under a policy."""
-    listeners = [one for one in existing if one.listed.protocol == "udp" or one.listed.state == "listening"]
-    helper_process.each(lambda one: _mark_open(settings, container, one), listeners)
+def keep_reachable(settings: Settings, container: int, existing: Sequence[ContainerSocket]) -> None:
+    """Tag listeners that were there before the direct container ``container`` was attached, so that the packet hooks
+    continue to let packets reach them.
+    """
+    listeners = [sock for sock in existing if sock.listed.protocol == "udp" or sock.listed.state == "listening"]
+    helper_process.run_each(lambda sock: _tag_open_port(settings, container, sock), listeners)
 
 
-def _mark_open(settings: Settings, container: int, one: ContainerSocket) -> None:
-    """By a descriptor of one of the processes that have it. (A tag is written without the socket's lock.)"""
-    tag = layout.Tag(container=container, home=Home.HOST, open_port=int(one.listed.local.rpartition(":")[2]))
-    for place in one.places:
-        with descriptors.copied(place, one.listed.inode) as copy, contextlib.suppress(OSError):
+def _tag_open_port(settings: Settings, container: int, sock: ContainerSocket) -> None:
+    """Through a copy of a process's descriptor. (Writing a tag does not take the socket's lock.)"""
+    tag = layout.Tag(container=container, home=Home.HOST, open_port=int(sock.listed.local.rpartition(":")[2]))
+    for place in sock.places:
+        with descriptors.copied(place, sock.listed.inode) as copy, contextlib.suppress(OSError):
             if copy is not None:
                 Maps(settings.pin_dir).tags.put(ctypes.c_int32(copy), tag)
                 return
 
 
-def _listed(settings: Settings, stack: HostStack) -> list[ContainerSocket] | None:
-    """The sockets on the host's stack, of whomever they are."""
-    answers = helper_process.each(lambda path: _ask(settings, path), stack.namespaces).results
+def _list_stack(settings: Settings, stack: HostStack) -> list[ContainerSocket] | None:
+    """Every socket on the host's stack, of containers or not. None if the kernel does not answer in time."""
+    answers = helper_process.run_each(lambda path: _list_namespace(settings, path), stack.namespaces).results
     if len(answers) < len(stack.namespaces):
         return None
     by_namespace: dict[int, list[ContainerSocket]] = {}
-    for number in range(len(answers)):
-        by_namespace.setdefault(*answers[number])
-    return [one for held in by_namespace.values() for one in held]
+    for index in range(len(answers)):
+        by_namespace.setdefault(*answers[index])
+    return [sock for listed in by_namespace.values() for sock in listed]
 
 
-def _ask(settings: Settings, path: Path) -> tuple[int, list[ContainerSocket]]:
-    """The cookie of the namespace at ``path``, and its sockets; none of one that is gone. Raises OSError."""
+def _list_namespace(settings: Settings, path: Path) -> tuple[int, list[ContainerSocket]]:
+    """The cookie of the namespace at ``path``, and its sockets; (0, []) if it is gone. Raises OSError."""
     storage = bpf.obj_get(settings.pin_dir / "tags")
     try:
         with contextlib.suppress(FileNotFoundError), netns.entered(path):
-            return netns.cookie(), [ContainerSocket(one, path) for one in sockets.listed(storage)]
+            return netns.cookie(), [ContainerSocket(listed, path) for listed in sockets.listed(storage)]
     finally:
         os.close(storage)
     return 0, []

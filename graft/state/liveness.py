@@ -1,7 +1,7 @@
-"""Whether a supervisor is at work or stuck, by what the kernel says of it: it is asked nothing, and need not answer.
+"""Whether a supervisor is stuck, by its state in /proc: no request is sent to it, so that no answer can be missing.
 
-A container can keep its own supervisor waiting, in a call that takes the lock of one of its sockets or reads its
-memory. Such a process sleeps uninterruptibly, and does not run at all.
+A container can block its own supervisor, in a call that takes the lock of one of the container's sockets or reads the
+container's memory. Such a process sleeps uninterruptibly, and uses no CPU time.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Iterable
 
 from graft.kernel import tasks
 
-_SECONDS, _PAUSE = 1.0, 0.05
+_DURATION, _INTERVAL = 1.0, 0.05
 
 
-def stuck(pids: Iterable[int], seconds: float = _SECONDS) -> frozenset[int]:
-    """Those of ``pids`` that sleep uninterruptibly, or are stopped, and have not run for as many seconds.
+def stuck(pids: Iterable[int], seconds: float = _DURATION) -> frozenset[int]:
+    """Those of ``pids`` that sleep uninterruptibly, or are stopped, and have not run for ``seconds``.
 
-    Waits so long only if there is any that may be.
+    Returns at once if none of them may be stuck.
     """
     first = {pid: tasks.activity(pid) for pid in pids}
-    left = {pid: activity for pid, activity in first.items() if activity is not None and activity.may_be_stuck}
+    suspects = {pid: activity for pid, activity in first.items() if activity is not None and activity.may_be_stuck}
     deadline = time.monotonic() + seconds
-    while left and time.monotonic() < deadline:
-        time.sleep(_PAUSE)
-        left = {pid: activity for pid, activity in left.items() if tasks.activity(pid) == activity}
-    return frozenset(left)
+    while suspects and time.monotonic() < deadline:
+        time.sleep(_INTERVAL)
+        suspects = {pid: activity for pid, activity in suspects.items() if tasks.activity(pid) == activity}
+    return frozenset(suspects)

@@ -1,4 +1,4 @@
-"""The record of a container: what an operator calls it, and what no map holds. A file of run_dir, root's only."""
+"""The record of a container: its name, and what is in no map. A file in run_dir that only root can read."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _MAX_ID, _MAX_COOKIE = (1 << 32) - 1, (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What is known of an attached container. ``pid`` is the process that holds it (0: none is needed).
+    """An attached container. ``pid`` is the process that keeps its supervisors running (0: none is needed).
 
-    ``cgroup_id`` tells its cgroup from a later one of the same path; ``engine`` is whose container it is; ``relay``
+    ``cgroup_id`` distinguishes its cgroup from a later one at the same path; ``engine`` is what started it; ``relay``
     (splice, kernel) is how transport splice moves its bytes.
     """
 
@@ -43,24 +43,24 @@ class Container:
 
     @property
     def cgroup_path(self) -> Path:
-        """Its folder in the v2 tree."""
+        """The folder of its cgroup in the v2 tree."""
         return Path(self.cgroup)
 
     @property
     def is_populated(self) -> bool:
-        """Whether any process lives in it."""
+        """Whether there is any process in it."""
         return cgroup.populated(self.cgroup_path)
 
     @property
-    def is_there(self) -> bool:
-        """Whether its cgroup still is: the same one, not another that was made at that path."""
+    def exists(self) -> bool:
+        """Whether its cgroup still exists: the same one, not a later one at that path."""
         with contextlib.suppress(OSError):
             return self.cgroup_id in (0, cgroup.cgroup_id(self.cgroup_path))
         return False
 
 
 def folder_of(settings: Settings) -> Path:
-    """Where the records lie, a file for each container."""
+    """The folder of the records, one file for each container."""
     return settings.run_dir / "containers"
 
 
@@ -73,7 +73,7 @@ def save(settings: Settings, container: Container) -> None:
 
 
 def parse_record(raw: bytes, name: str) -> Container:
-    """The container in a record of file name ``name``. Raises UsageError that says what is wrong with it."""
+    """The container in a record with the file name ``name``. Raises UsageError if the record is not valid."""
     found = json_text.mapping(json_text.parse(raw, name, _MAX_RECORD), name)
     if missing := _REQUIRED - found.keys():
         raise UsageError(f"{name}: no {' and no '.join(sorted(missing))}")
@@ -95,12 +95,12 @@ def parse_record(raw: bytes, name: str) -> Container:
     except UsageError as error:
         raise UsageError(f"{name}: {error.message}") from None
     if name != f"{number}.json" or not container.cgroup.startswith("/") or ".." in container.cgroup_path.parts:
-        raise UsageError(f"{name}: id {number} at {shown(container.cgroup)} is no container")
+        raise UsageError(f"{name}: id {number} at {shown(container.cgroup)} is not a container")
     return container
 
 
 def read_all(settings: Settings) -> tuple[list[Container], list[UsageError]]:
-    """Every container that is attached, oldest first; and what is wrong with each record that cannot be read."""
+    """Every attached container, oldest first; and an error for each record that cannot be read."""
     found, wrong = [], []
     for path in folder_of(settings).glob("*.json"):
         try:

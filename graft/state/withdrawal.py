@@ -1,13 +1,13 @@
-"""Takes from a container what it was granted: its sockets on the host's stack end.
+"""Withdraws what a container was granted: closes its sockets on the host's stack.
 
-    list ── end each that a rule granted, wherever its descriptor is ── list again, for what came meanwhile ...
+    list ── close each that a rule granted, wherever its descriptor is ── list again, for new ones ...
 
-To end a socket takes its lock, and whoever has that (a send() that waits for a page of memory which never comes) can
-keep it. So it is done in a child, which goes on with those that hang when everybody else has gone on (expendable.py).
+Closing takes the socket's lock, and a process that has the lock can keep it (in a send() that waits for a page of
+memory which never arrives). So this runs in a child process, which continues with the sockets that hang after all
+others are done (graft/state/helper_process.py).
 
-A TCP socket is ended by the kernel on request (SOCK_DESTROY). On a kernel where that could keep others waiting, or that
-cannot do it, and for MPTCP and UDP, of which a request would end a part only, it takes a descriptor: a copy is shut
-down.
+The kernel closes a TCP socket on request (SOCK_DESTROY). On a kernel where the request could block others or is not
+supported, and for MPTCP and UDP, of which a request would close only a part, a copy of the descriptor is shut down.
 """
 
 from __future__ import annotations
@@ -22,94 +22,94 @@ from graft.state.inventory import ContainerSocket, HostStack
 from graft.state.records import Container
 
 _ROUNDS = 4
-_HARMLESS = "bound"  # to end it is to close it; the hooks let it neither listen nor connect
+_HARMLESS = "bound"  # it can only be closed by its program; the hooks let it neither listen nor connect
 
 
 @dataclass(slots=True)
-class Withdrawn:
-    """What became of a container's sockets: ended; not ended, though it should be; left as they are.
+class Withdrawal:
+    """What was done with a container's sockets: closed; still open, though they should be closed; kept on purpose.
 
-    ``known`` is False where the kernel did not tell which there are. ``helper`` is the process that still tries to end
-    those that are not ended (0: none does).
+    ``all_listed`` is False if the kernel did not list the sockets in time. ``helper_pid`` is the process that still
+    tries to close those that are open (0: none does).
     """
 
-    ended: list[ContainerSocket] = field(default_factory=list)
-    unended: list[ContainerSocket] = field(default_factory=list)
-    left: list[ContainerSocket] = field(default_factory=list)
-    known: bool = True
-    helper: int = 0
+    closed: list[ContainerSocket] = field(default_factory=list)
+    still_open: list[ContainerSocket] = field(default_factory=list)
+    kept: list[ContainerSocket] = field(default_factory=list)
+    all_listed: bool = True
+    helper_pid: int = 0
 
 
-def withdraw(settings: Settings, container: Container, stack: HostStack, keep_connections: bool) -> Withdrawn:
-    """End the sockets that ``container`` was granted. Its rules have to be gone, so that no more are granted.
+def withdraw(settings: Settings, container: Container, stack: HostStack, keep_connections: bool) -> Withdrawal:
+    """Close the sockets that ``container`` was granted. Its rules must be gone, so that no more are granted.
 
-    ``stack`` is what there was with them.
+    ``stack`` is the host stack from before the rules went.
     """
-    done = Withdrawn()
+    done = Withdrawal()
     tried: set[bytes] = set()
     for rounds_left in reversed(range(_ROUNDS)):
-        found = inventory.of(settings, [container], stack)
+        found = inventory.sockets_by_container(settings, [container], stack)
         if found is None:
-            done.known = False
+            done.all_listed = False
             break
         present = found[container.id]
-        ended = {one.listed.identity.cookie for one in done.ended}
-        done.unended = [one for one in present if one.listed.identity.cookie in tried]
-        done.left = [one for one in present if one.listed.identity.cookie not in ended | tried]
-        due = [one for one in done.left if _is_due(one, keep_connections)]
-        if not due:
+        closed = {sock.listed.identity.cookie for sock in done.closed}
+        done.still_open = [sock for sock in present if sock.listed.identity.cookie in tried]
+        done.kept = [sock for sock in present if sock.listed.identity.cookie not in closed | tried]
+        to_close = [sock for sock in done.kept if _must_close(sock, keep_connections)]
+        if not to_close:
             break
         if not rounds_left:
-            done.unended += due
-            done.left = [one for one in done.left if one not in due]
+            done.still_open += to_close
+            done.kept = [sock for sock in done.kept if sock not in to_close]
             break
-        tried |= _end(due, done)
+        tried |= _close_all(to_close, done)
     return done
 
 
-def _is_due(one: ContainerSocket, keep_connections: bool) -> bool:
-    return one.granted and one.listed.state != _HARMLESS and not (keep_connections and one.listed.is_connection)
+def _must_close(sock: ContainerSocket, keep_connections: bool) -> bool:
+    return sock.granted and sock.listed.state != _HARMLESS and not (keep_connections and sock.listed.is_connection)
 
 
-def _end(due: Sequence[ContainerSocket], done: Withdrawn) -> set[bytes]:
-    """End what is due; gives the cookies of those that it did not work for."""
-    outcome = helper_process.each(end, due, finish=True)
-    done.helper = outcome.left_behind or done.helper
-    done.ended += [one for number, one in enumerate(due) if outcome.results.get(number)]
-    return {one.listed.identity.cookie for number, one in enumerate(due) if not outcome.results.get(number)}
+def _close_all(to_close: Sequence[ContainerSocket], done: Withdrawal) -> set[bytes]:
+    """Close them; returns the cookies of those for which it failed or hung."""
+    outcome = helper_process.run_each(close, to_close, keep_running=True)
+    done.helper_pid = outcome.helper_pid or done.helper_pid
+    done.closed += [sock for index, sock in enumerate(to_close) if outcome.results.get(index)]
+    return {sock.listed.identity.cookie for index, sock in enumerate(to_close) if not outcome.results.get(index)}
 
 
-def end(one: ContainerSocket) -> bool:
-    """Take a socket out of use: a listener stops listening, a connection ends, datagrams stop coming.
+def close(sock: ContainerSocket) -> bool:
+    """Take a socket out of use: a listener stops listening, a connection is reset, a UDP socket receives no more.
 
-    False where it cannot be done, be it that it is gone already. May never return.
+    False if that failed, also because it is gone already. May never return.
     """
-    if one.listed.is_mptcp:
-        return _shut_down(one) or _destroy(one)
-    if one.listed.protocol == "tcp":
-        return _destroy(one) or _shut_down(one)
-    deaf = _shut_down(one)
-    _destroy(one)
-    return deaf
+    if sock.listed.is_mptcp:
+        return _shut_down(sock) or _destroy(sock)
+    if sock.listed.protocol == "tcp":
+        return _destroy(sock) or _shut_down(sock)
+    was_shut_down = _shut_down(sock)
+    _destroy(sock)
+    return was_shut_down
 
 
-def _destroy(one: ContainerSocket) -> bool:
+def _destroy(sock: ContainerSocket) -> bool:
     if not sockets.can_destroy():
         return False
     try:
-        with netns.entered(one.namespace):
-            sockets.destroy(one.listed)
+        with netns.entered(sock.namespace):
+            sockets.destroy(sock.listed)
     except OSError:
         return False
     return True
 
 
-def _shut_down(one: ContainerSocket) -> bool:
-    """By a descriptor of one of the processes that have it."""
-    for place in one.places:
-        with descriptors.copied(place, one.listed.inode) as copy:
+def _shut_down(sock: ContainerSocket) -> bool:
+    """Through a copy of the descriptor of a process that has it."""
+    for place in sock.places:
+        with descriptors.copied(place, sock.listed.inode) as copy:
             if copy is not None:
-                if one.listed.protocol == "udp":
+                if sock.listed.protocol == "udp":
                     sockets.deafen(copy)
                 sockets.shut_down(copy)
                 return True

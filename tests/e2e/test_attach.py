@@ -300,7 +300,7 @@ def test_sockets_of_before_are_listed_and_stay_as_they_are(
     listener = program.listener("0.0.0.0", port)
     said = host.graft("attach", "--cgroup", path, "--policy", policy(DENY_ALL)).stdout
     assert f"tcp listening 0.0.0.0:{port} (process {program.pid})" in said
-    assert "stay as they are" in said
+    assert "which keep their addresses" in said
     with host.client.connected(HOST4, port) as connection:
         program.say("answer", listener, "as before")
         assert connection.recv(100) == b"as before"
@@ -355,9 +355,9 @@ def test_detach_ends_what_was_granted_and_says_what_is_left(host: Host, folder: 
     connection = host.client.connected(HOST4, port)
     program.say("accept", granted)
     said = host.graft("detach", "--cgroup", path).stdout
-    ended, _, left = said.partition("still open")
-    assert f"tcp listening 0.0.0.0:{port} (process {program.pid}, bound as 0.0.0.0:80 to {endpoint})" in ended
-    assert f"tcp listening 0.0.0.0:{own}" in left
+    closed, _, kept = said.partition("still open")
+    assert f"tcp listening 0.0.0.0:{port} (process {program.pid}, bound as 0.0.0.0:80 to {endpoint})" in closed
+    assert f"tcp listening 0.0.0.0:{own}" in kept
     assert is_over(connection), "the connection goes on"
     with pytest.raises(ConnectionRefusedError):
         host.client.connected(HOST4, port)
@@ -484,7 +484,7 @@ def test_a_program_of_graft_run_gets_another_policy_by_attach(host: Host, tmp_pa
     said = host.graft(
         "attach", "--cgroup", host.container(program).cgroup, "-i", f"*:80={host.endpoint(f'0.0.0.0:{second}')}"
     )
-    assert "transport swap: its supervisor serves it" in said.stdout
+    assert "transport swap: it has a supervisor" in said.stdout
     host.client.connected(HOST4, first).close()
     program.until("it listens on the other endpoint", lambda: host.netns.listens(second))
 
@@ -495,7 +495,7 @@ def test_attach_says_what_it_found_and_which_transport_serves(host: Host, folder
     said = host.graft("attach", "--cgroup", path.name, "-i", f"*:80={host.endpoint('0.0.0.0:dynamic')}").stdout
     assert f"1 process in the host's network namespace net:[{os.stat(host.netns.path).st_ino}]\n" in said
     assert "transport direct: it shares the host's network namespace" in said
-    for impossible, reason in (("swap", "on the host's stack already"), ("splice", "on the host's stack already")):
+    for impossible, reason in (("swap", "already on the host's stack"), ("splice", "already on the host's stack")):
         refused = host.graft("attach", "--cgroup", path, "--transport", impossible, "-i", "*:80=x", status=7).stderr
         assert f"{impossible} is impossible" in refused and reason in refused
 
@@ -618,7 +618,7 @@ http {{ access_log off; client_body_temp_path {tmp_path}/body; {scratch}
         replaced = 0
         while load.poll() is None:
             assert (
-                "in the place of"
+                "replaces the old one"
                 in host.graft("attach", "--cgroup", path, "--policy", policies[replaced % 2 - 1]).stdout
             )
             replaced += 1
@@ -636,6 +636,6 @@ def test_a_container_in_a_namespace_of_its_own_is_not_taken_for_a_direct_one(
     path = folder()
     start(path, netns().path)
     said = host.graft("attach", "--cgroup", path, "--transport", "direct", "-i", "*:80=x", status=7).stderr
-    assert "direct is impossible: it lives in a network namespace of its own" in said
+    assert "direct is impossible: it is in a network namespace of its own" in said
     said = host.graft("attach", "--cgroup", path, "--transport", "swap", "-i", "*:80=x", status=7).stderr
     assert "started without Graft" in said and "graft run" in said

@@ -89,4 +89,4 @@ def test_a_container_that_does_not_run_is_not_attached(host: Host, engine: Engin
 def test_a_container_without_the_hosts_network_is_no_direct_one(host: Host, engine: Engine) -> None:
     engine.start("alone", "--network", "none")
     said = host.graft("attach", "--cgroup", "alone", "--transport", "direct", "-i", "*:80=x", status=7).stderr
-    assert "direct is impossible: it lives in a network namespace of its own" in said
+    assert "direct is impossible: it is in a network namespace of its own" in said

@@ -146,7 +146,7 @@ def test_a_container_that_shares_the_hosts_namespace_has_no_relay(host: Host, tm
     path.mkdir()
     try:
         said = host.graft("attach", "--cgroup", path, "--relay", "kernel", status=7).stderr
-        assert "transport direct has none" in said
+        assert "transport direct has no relay" in said
     finally:
         path.rmdir()
 
@@ -157,13 +157,13 @@ def test_a_rule_for_udp_is_said_to_have_no_effect(kernel: Plain) -> None:
         f"0.0.0.0:{port}={host.endpoint('0.0.0.0:dynamic', proto)}" for port, proto in ((53, "tcp"), (54, "udp"))
     )
     said = host.graft("attach", "--cgroup", kernel.cgroup, "-i", tcp, "-i", udp).stdout
-    assert f"-i {udp} has no effect: it is for UDP, and transport splice carries TCP" in said
+    assert f"-i {udp} has no effect: it is for UDP, and transport splice supports only TCP" in said
     assert f"-i {tcp} has" not in said
 
 
 def test_an_unknown_relay_is_a_usage_error(host: Host) -> None:
     assert (
-        "--relay: 'sendfile' is no relay"
+        "--relay: 'sendfile' is not a relay"
         in host.graft("attach", "--cgroup", "x", "--relay", "sendfile", status=2).stderr
     )
 

@@ -58,7 +58,7 @@ def test_nginx_of_podman_is_published_and_sees_its_clients_own_address(host: Hos
         "attach", "--cgroup", nginx, "--relay", relay, "-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"
     ).stdout
     assert "transport splice" in told
-    assert f"0.0.0.0:{port} leads to its listener 0.0.0.0:80" in told
+    assert f"0.0.0.0:{port} is relayed to its listener 0.0.0.0:80" in told
     assert get(host, port) == f"port 80, from {CLIENT4}"
 
 

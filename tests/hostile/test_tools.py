@@ -151,12 +151,12 @@ def test_detach_ends_all_the_others_and_says_which_it_could_not(
             assert program.say("listen", sock) == "ok"
         attacker = holder(how, "0.0.0.0", 80)
         said = asked(host, attacker, [GRAFT], "detach", "--cgroup", folder, status=UNFINISHED)
-        ended, _, unended = said.partition("not ended")
-        assert f"{other} " in ended and f"{held_one} (process {child(attacker)}" in unended
-        assert "1 socket of" in said and "could not be ended (process" in said
+        closed, _, still_open = said.partition("not closed")
+        assert f"{other} " in closed and f"{held_one} (process {child(attacker)}" in still_open
+        assert "cannot close 1 socket of" in said and "(process" in said.rpartition("cannot close")[2]
         assert program.bind("0.0.0.0", free) == "ok" and json.loads(host.graft("ps", "--json").stdout) == []
         assert how == "listen" or not host.netns.listens(port)
-        # What goes on trying has done it as soon as it can.
+        # The helper closes it as soon as it can.
         helper = int(said.rpartition("(process ")[2].split()[0])
         let_go(attacker)
         until("the helper ends", lambda: (tasks.activity(helper) or tasks.Activity("Z", 0, 0)).state == "Z")
@@ -182,7 +182,7 @@ def test_where_the_kernel_does_not_answer_commands_say_so_and_go_on(host: Host, 
         assert (seen["processes"], seen["sockets"]) == (1, None)
         detached = run([*command, "detach", "--cgroup", folder], environment=host.environment, status=UNFINISHED)
         assert detached.stdout == f"{folder.name}: detached\n"
-        assert "does not answer which sockets" in detached.stderr
+        assert "cannot list the sockets of" in detached.stderr
         assert json.loads(host.graft("ps", "--json").stdout) == []
 
 
@@ -226,7 +226,7 @@ def test_where_the_kernel_cannot_be_asked_it_takes_a_descriptor(host: Host, prog
     command: list[Word] = [sys.executable, COMMAND, "destroy"]
     said, state = hidden(host, programs, way, command, UNFINISHED if lost else 0)
     assert state == ("still listens" if lost else "ended")
-    assert ("1 socket of hiding could not be ended" in said) == lost
+    assert ("cannot close 1 socket of hiding" in said) == lost
 
 
 # --- a supervisor that is held up -------------------------------------------------------------------

@@ -212,7 +212,7 @@ def _cgroup_id() -> None:
     """A cgroup is known by its path."""
     from graft.splice import listeners, relays
 
-    Container.is_there = property(lambda self: self.cgroup_path.exists())  # type: ignore[assignment]
+    Container.exists = property(lambda self: self.cgroup_path.exists())  # type: ignore[assignment]
     vars(relays)["cgroup_ids"] = lambda path, _root: listeners.cgroup_ids(path, 0)
 
 
@@ -242,10 +242,12 @@ def _listener() -> None:
 def _asking() -> None:
     """What was asked of a container's sockets was asked by the command itself, of a copy of each."""
 
-    def each(work: Callable[[Any], Any], items: Sequence[Any], patience: float = 0, finish: bool = False) -> Any:
+    def run_each(
+        work: Callable[[Any], Any], items: Sequence[Any], timeout: float = 0, keep_running: bool = False
+    ) -> Any:
         return helper_process.HelperResult({number: work(item) for number, item in enumerate(items)}, 0)
 
-    def one(work: Callable[[], Any], patience: float = 0) -> Any:
+    def run_one(work: Callable[[], Any], timeout: float = 0) -> Any:
         return work()
 
     def find(pids: Iterable[int], inodes: frozenset[int]) -> descriptors.Places:
@@ -256,13 +258,13 @@ def _asking() -> None:
         return found
 
     looked_up = descriptors.find
-    helper_process.each, helper_process.one, descriptors.find = each, one, find
+    helper_process.run_each, helper_process.run_one, descriptors.find = run_each, run_one, find
 
 
 def _tags() -> None:
     """A container's sockets were those of its processes, and of a process those of its first thread."""
 
-    def of(settings: Settings, listed: Sequence[Container], stack: inventory.HostStack) -> Any:
+    def sockets_by_container(settings: Settings, listed: Sequence[Container], stack: inventory.HostStack) -> Any:
         found = by_tags(settings, listed, stack)
         for container in listed:
             inside = cgroup.processes(container.cgroup_path)
@@ -273,8 +275,8 @@ def _tags() -> None:
             ]
         return found
 
-    by_tags: Any = inventory.of
-    inventory.of = of  # type: ignore[assignment]
+    by_tags: Any = inventory.sockets_by_container
+    inventory.sockets_by_container = sockets_by_container  # type: ignore[assignment]
 
 
 def _destroy() -> None:

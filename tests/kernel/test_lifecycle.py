@@ -128,7 +128,7 @@ def test_a_bad_record_keeps_no_command_from_working_and_hides_nothing_from_down(
                 record.write_text("{")
             shown = bare_host.graft("ps")
             assert shown.stdout == ""
-            assert all(f"graft: left out: {record}: not JSON" in shown.stderr for record in records)
+            assert all(f"graft: cannot show a container: {record}: not JSON" in shown.stderr for record in records)
             bare_host.graft("run", "-i", "0.0.0.0:80=web", "--", "true")
             assert "2 containers" in bare_host.graft("down", status=4).stderr
             bare_host.graft("down", "--force")

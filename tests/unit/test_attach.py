@@ -86,7 +86,7 @@ def test_what_cannot_be_read_of_a_container_is_an_error(text: str) -> None:
 
 
 def test_an_id_that_is_none_is_an_error() -> None:
-    with pytest.raises(KernelError, match="no id of a container"):
+    with pytest.raises(KernelError, match="not a container id"):
         parse_inspect("docker", inspected(Id="../../etc"))
 
 
@@ -188,7 +188,7 @@ def test_a_process_that_is_not_in_the_containers_cgroup_is_not_believed(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cgroup, "of_process", lambda pid: tree / "somebody-else")
-    with pytest.raises(KernelError, match="carries no id of the container"):
+    with pytest.raises(KernelError, match="does not contain the container's id"):
         resolve("web", engine({"docker": inspected()}))
 
 
@@ -199,7 +199,7 @@ def test_nothing_found_says_what_was_tried(tree: Path) -> None:
         "no cgroup 'web'",
         "docker is not installed",
         "no such thing as web",
-        "no cgroup is called web.service",
+        "no cgroup is named web.service",
     ):
         assert said in raised.value.message
 
@@ -219,7 +219,7 @@ def test_a_unit_that_does_not_run_is_not_found(tree: Path) -> None:
 def test_two_cgroups_of_one_units_name_are_a_conflict(tree: Path) -> None:
     make(tree, "a/web.service")
     make(tree, "b/web.service")
-    with pytest.raises(ConflictError, match=r"2 cgroups are called web\.service"):
+    with pytest.raises(ConflictError, match=r"2 cgroups are named web\.service"):
         resolve("unit:web", NOTHING)
 
 

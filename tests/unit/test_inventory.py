@@ -41,32 +41,32 @@ def socket(stored: bytes | None = None, protocol: str = "tcp", places: tuple[Pla
 
 
 def test_a_bound_socket_is_told_with_its_endpoint_and_what_was_asked_for() -> None:
-    found = inventory._read(container(), STACK, socket(tag(endpoint=5, bound=True)))
+    found = inventory._with_grant(container(), STACK, socket(tag(endpoint=5, bound=True)))
     assert (found.granted, found.endpoint, found.asked) == (True, "nx4", "0.0.0.0:80")
     assert str(found) == "tcp listening 0.0.0.0:8080 (process 100, bound as 0.0.0.0:80 to nx4)"
 
 
 def test_one_whose_endpoint_is_gone_was_granted_all_the_same() -> None:
-    found = inventory._read(container(), STACK, socket(tag(endpoint=99)))
+    found = inventory._with_grant(container(), STACK, socket(tag(endpoint=99)))
     assert (found.granted, found.endpoint, found.asked) == (True, "(deleted)", None)
 
 
 @pytest.mark.parametrize(("transport", "granted"), [(Transport.SWAP, True), (Transport.DIRECT, False)])
 def test_without_an_endpoint_only_a_swapped_socket_is_there_by_a_rule(transport: Transport, granted: bool) -> None:
-    assert inventory._read(container(transport), STACK, socket(tag())).granted == granted
+    assert inventory._with_grant(container(transport), STACK, socket(tag())).granted == granted
 
 
 def test_the_tag_of_another_container_or_of_a_relay_grants_nothing() -> None:
-    assert not inventory._read(container(), STACK, socket(tag(owner=8, endpoint=5))).granted
-    assert not inventory._read(container(Transport.SPLICE), STACK, socket(tag(endpoint=5))).granted
+    assert not inventory._with_grant(container(), STACK, socket(tag(owner=8, endpoint=5))).granted
+    assert not inventory._with_grant(container(Transport.SPLICE), STACK, socket(tag(endpoint=5))).granted
 
 
 def test_a_datagram_socket_that_nobody_has_is_judged_by_its_address() -> None:
-    assert inventory._read(container(), STACK, socket(protocol="udp", places=())).endpoint == "nx4"
-    assert not inventory._read(container(), STACK, socket(protocol="udp")).granted, (
+    assert inventory._with_grant(container(), STACK, socket(protocol="udp", places=())).endpoint == "nx4"
+    assert not inventory._with_grant(container(), STACK, socket(protocol="udp")).granted, (
         "its tag could be read, and there is none"
     )
-    assert not inventory._read(container(), STACK, socket(places=())).granted, (
+    assert not inventory._with_grant(container(), STACK, socket(places=())).granted, (
         "the tag of a TCP socket comes with the list"
     )
 

@@ -109,6 +109,6 @@ def test_a_terminal_of_another_character_set_gets_escapes(monkeypatch: pytest.Mo
 
 def test_a_container_with_very_many_listeners_is_described_in_short() -> None:
     about = {"relay": "splice", "pid": 1, "published": [], "failed": [], "not_granted": ["[::]:1"]}
-    lines = attach._relayed({**about, "more_not_granted": 70_000, "too_many": 300})
-    assert "  and 70000 others" in lines
-    assert "  300 of these are named by a rule, but are too many for one container" in lines
+    lines = attach._relay_lines({**about, "more_not_granted": 70_000, "too_many": 300})
+    assert "  and for 70000 more" in lines
+    assert "  300 of these have a rule, but are too many for one container" in lines

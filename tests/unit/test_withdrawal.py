@@ -1,4 +1,4 @@
-"""What becomes of a container's sockets when its rules are gone, with a kernel that is played."""
+"""Which sockets of a container are closed when its rules are gone, with a simulated kernel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graft.state.descriptors import Place
 from graft.state.helper_process import HelperResult
 from graft.state.inventory import ContainerSocket, HostStack
 from graft.state.records import Container
-from graft.state.withdrawal import Withdrawn
+from graft.state.withdrawal import Withdrawal
 
 CONTAINER = Container(7, "web", "/none", Transport.DIRECT, 1, "web", ())
 SETTINGS, STACK = Settings.from_environment({}), HostStack({}, ())
@@ -29,7 +29,7 @@ def socket(cookie: int, state: str = "listening", granted: bool = True, protocol
     return ContainerSocket(listed, Path("/none"), (Place(1, 1, 3),), granted)
 
 
-Play = Callable[..., Withdrawn]
+Play = Callable[..., Withdrawal]
 
 
 @pytest.fixture
@@ -41,77 +41,77 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
         keep: bool = False,
         hang: Sequence[int] = (),
         fail: Sequence[int] = (),
-    ) -> Withdrawn:
+    ) -> Withdrawal:
         left = list(listings)
 
-        def of(
+        def sockets_by_container(
             settings: Settings, containers: Sequence[Container], stack: HostStack
         ) -> dict[int, list[ContainerSocket]] | None:
             found = left.pop(0) if len(left) > 1 else left[0]
             return None if found is None else {CONTAINER.id: list(found)}
 
-        def each(work: Any, items: Sequence[ContainerSocket], finish: bool = False) -> HelperResult[bool]:
+        def run_each(work: Any, items: Sequence[ContainerSocket], keep_running: bool = False) -> HelperResult[bool]:
             numbers = {number: one.listed.inode for number, one in enumerate(items)}
             results = {number: inode not in fail for number, inode in numbers.items() if inode not in hang}
             return HelperResult(results, 0 if len(results) == len(items) else 99)
 
-        monkeypatch.setattr(inventory, "of", of)
-        monkeypatch.setattr(helper_process, "each", each)
+        monkeypatch.setattr(inventory, "sockets_by_container", sockets_by_container)
+        monkeypatch.setattr(helper_process, "run_each", run_each)
         return withdrawal.withdraw(SETTINGS, CONTAINER, STACK, keep)
 
     return run
 
 
-def test_what_was_granted_ends_and_the_rest_is_left(play: Play) -> None:
+def test_what_was_granted_is_closed_and_the_rest_is_kept(play: Play) -> None:
     mine, other = socket(1), socket(2, granted=False)
     done = play([mine, other], [other])
-    assert (done.ended, done.unended, done.left) == ([mine], [], [other])
-    assert done.known and not done.helper
+    assert (done.closed, done.still_open, done.kept) == ([mine], [], [other])
+    assert done.all_listed and not done.helper_pid
 
 
-def test_what_is_still_listed_after_its_end_is_not_told_again(play: Play) -> None:
-    assert play([socket(1)], [socket(1, "fin-wait-2")]).left == []
+def test_one_that_is_still_listed_after_it_was_closed_is_not_reported_again(play: Play) -> None:
+    assert play([socket(1)], [socket(1, "fin-wait-2")]).kept == []
 
 
 def test_connections_can_be_kept(play: Play) -> None:
     listener, connection = socket(1), socket(2, "established")
     done = play([listener, connection], [connection], keep=True)
-    assert (done.ended, done.left) == ([listener], [connection])
+    assert (done.closed, done.kept) == ([listener], [connection])
 
 
-def test_a_connection_that_was_accepted_meanwhile_ends_too(play: Play) -> None:
+def test_a_connection_that_was_accepted_meanwhile_is_closed_too(play: Play) -> None:
     listener, late = socket(1), socket(2, "established")
-    assert play([listener], [late], []).ended == [listener, late]
+    assert play([listener], [late], []).closed == [listener, late]
 
 
-def test_one_that_hangs_is_told_with_who_goes_on(play: Play) -> None:
+def test_one_that_hangs_is_reported_with_the_helper_that_continues(play: Play) -> None:
     stuck, other = socket(1), socket(2)
     done = play([stuck, other], [stuck], hang=[1])
-    assert (done.ended, done.unended, done.left, done.helper) == ([other], [stuck], [], 99)
+    assert (done.closed, done.still_open, done.kept, done.helper_pid) == ([other], [stuck], [], 99)
 
 
 def test_one_that_failed_because_it_was_gone_is_no_failure(play: Play) -> None:
     done = play([socket(1)], [], fail=[1])
-    assert (done.ended, done.unended) == ([], [])
+    assert (done.closed, done.still_open) == ([], [])
 
 
 def test_one_that_failed_and_is_still_there_is(play: Play) -> None:
-    assert play([socket(1)], [socket(1)], fail=[1]).unended == [socket(1)]
+    assert play([socket(1)], [socket(1)], fail=[1]).still_open == [socket(1)]
 
 
-def test_a_bound_socket_is_left(play: Play) -> None:
+def test_a_bound_socket_is_kept(play: Play) -> None:
     bound = socket(1, "bound")
     done = play([bound])
-    assert (done.ended, done.left) == ([], [bound])
+    assert (done.closed, done.kept) == ([], [bound])
 
 
-def test_a_kernel_that_does_not_answer_is_told(play: Play) -> None:
-    assert not play(None).known
+def test_a_kernel_that_does_not_answer_is_reported(play: Play) -> None:
+    assert not play(None).all_listed
     done = play([socket(1)], None)
-    assert not done.known and done.ended == [socket(1)]
+    assert not done.all_listed and done.closed == [socket(1)]
 
 
 def test_new_sockets_without_end_do_not_keep_it_busy_for_ever(play: Play) -> None:
     done = play(*([socket(number)] for number in range(1, 40)))
-    assert len(done.ended) < 10
-    assert done.unended == [socket(len(done.ended) + 1)] and done.left == []
+    assert len(done.closed) < 10
+    assert done.still_open == [socket(len(done.closed) + 1)] and done.kept == []

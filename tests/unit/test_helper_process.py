@@ -1,4 +1,4 @@
-"""Work that may hang: what is answered is had, what hangs is told, and nothing waits for it."""
+"""Work that may hang: results arrive, items that hang have none, and nothing waits for them."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ def work(item: int) -> tuple[int, int]:
 
 
 def test_every_item_is_done_in_another_process() -> None:
-    done = helper_process.each(work, range(1000))
+    done = helper_process.run_each(work, range(1000))
     assert {number: result for number, (result, _) in done.results.items()} == {n: 2 * n for n in range(1000)}
     assert {pid for _, pid in done.results.values()} != {os.getpid()}
-    assert done.left_behind == 0
+    assert done.helper_pid == 0
 
 
 def test_items_that_hang_keep_no_other_from_being_done() -> None:
     items = [*range(-40, 0), *range(40)]
-    done = helper_process.each(work, items, patience=5 * PATIENCE)
+    done = helper_process.run_each(work, items, timeout=5 * PATIENCE)
     assert {items[number] for number in done.results} == set(range(40))
 
 
 def test_nothing_is_done_for_nothing() -> None:
-    assert helper_process.each(work, ()).results == {}
+    assert helper_process.run_each(work, ()).results == {}
 
 
-def test_an_error_is_the_callers() -> None:
+def test_an_error_is_raised_in_the_caller() -> None:
     def fail(item: int) -> None:
         raise FileNotFoundError(2, "no such item")
 
     with pytest.raises(FileNotFoundError, match="no such item"):
-        helper_process.each(fail, [1])
+        helper_process.run_each(fail, [1])
 
 
-def test_an_error_that_cannot_travel_is_told_in_words() -> None:
+def test_an_error_that_cannot_be_pickled_arrives_as_its_text() -> None:
     class Odd(Exception):
         pass
 
@@ -55,31 +55,31 @@ def test_an_error_that_cannot_travel_is_told_in_words() -> None:
         raise Odd(item)
 
     with pytest.raises(RuntimeError, match="Odd"):
-        helper_process.each(fail, [1])
+        helper_process.run_each(fail, [1])
 
 
 def test_one_that_hangs_gives_none() -> None:
-    assert helper_process.one(lambda: "answer") == "answer"
-    assert helper_process.one(lambda: work(-1), patience=0.2) is None
+    assert helper_process.run_one(lambda: "answer") == "answer"
+    assert helper_process.run_one(lambda: work(-1), timeout=0.2) is None
 
 
-def test_what_is_to_be_finished_is_gone_on_with(tmp_path: Path) -> None:
+def test_with_keep_running_the_child_continues(tmp_path: Path) -> None:
     def wait(path: Path) -> None:
         while not path.exists():
             time.sleep(0.01)
         path.with_name("done").touch()
 
-    done = helper_process.each(wait, [tmp_path / "go"], patience=0.1, finish=True)
-    assert not done.results and done.left_behind
+    done = helper_process.run_each(wait, [tmp_path / "go"], timeout=0.1, keep_running=True)
+    assert not done.results and done.helper_pid
     try:
-        assert Path(f"/proc/{done.left_behind}/comm").read_text() == "graft-asks\n"
-        assert os.waitpid(done.left_behind, os.WNOHANG) == (0, 0)
+        assert Path(f"/proc/{done.helper_pid}/comm").read_text() == "graft-asks\n"
+        assert os.waitpid(done.helper_pid, os.WNOHANG) == (0, 0)
         (tmp_path / "go").touch()
         until("it is done", (tmp_path / "done").exists)
-        until("the process ends", lambda: os.waitpid(done.left_behind, os.WNOHANG)[0] == done.left_behind)
+        until("the process ends", lambda: os.waitpid(done.helper_pid, os.WNOHANG)[0] == done.helper_pid)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(done.left_behind, signal.SIGKILL)
+            os.kill(done.helper_pid, signal.SIGKILL)
 
 
 def test_the_child_keeps_nothing_of_the_callers_open() -> None:
@@ -87,4 +87,4 @@ def test_the_child_keeps_nothing_of_the_callers_open() -> None:
         return [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)]
 
     with open(os.devnull):
-        assert helper_process.each(open_ones, [1]).results == {0: ["/dev/null"] * 3}
+        assert helper_process.run_each(open_ones, [1]).results == {0: ["/dev/null"] * 3}
