@@ -23,7 +23,6 @@ class HookDecision(enum.IntEnum):
 
     REWRITTEN = 0
     CONNECTED = 1
-    LEFT = 2
     REFUSED_BIND = 3
     REFUSED_CONNECT = 4
     REFUSED_OPTION = 5
@@ -156,7 +155,7 @@ class Tag(ctypes.Structure):
         ("home", ctypes.c_uint8),
         ("family", ctypes.c_uint8),
         ("port", ctypes.c_uint16),
-        ("given", ctypes.c_uint16),
+        ("bound_port", ctypes.c_uint16),
         ("open_port", ctypes.c_uint16),
         ("addr", _ADDR),
         ("source", ctypes.c_uint32),

@@ -55,7 +55,7 @@ SOURCES = (
     "graft.bpf.c",
     "owner.bpf.c",
     "rules.bpf.c",
-    "place.bpf.c",
+    "local_address.bpf.c",
     "bind.bpf.c",
     "connect.bpf.c",
     "desk.bpf.c",

@@ -175,7 +175,7 @@ def _read(container: Container, stack: HostStack, one: ContainerSocket) -> Conta
         # A swapped socket is on the host's stack by a rule only; one of a direct container's is there anyway.
         return replace(one, granted=container.transport is Transport.SWAP)
     endpoint = stack.endpoints.get(tag.endpoint)
-    asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.given else None
+    asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.bound_port else None
     return replace(one, granted=True, endpoint=endpoint.name if endpoint else "(deleted)", asked=asked)
 
 

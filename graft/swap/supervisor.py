@@ -154,7 +154,7 @@ class Supervisor:
             tag = self._tags.peek(ctypes.c_int32(held))
         finally:
             os.close(held)
-        if tag is None or not tag.given:
+        if tag is None or not tag.bound_port:
             return False
         return (tag.family, bytes(tag.addr), tag.port) == (address.family, address.address, address.port)
 
@@ -264,7 +264,7 @@ class Supervisor:
         """What the hook after a bind does, which sees only an MPTCP socket's first subflow."""
         tag = self._tags.get(ctypes.c_int32(sock.fileno()))
         if tag is not None and tag.home == Home.HOST:
-            tag.given = sock.getsockname()[1]  # the real one: a supervisor is told no other
+            tag.bound_port = sock.getsockname()[1]  # the real one: a supervisor is told no other
             self._tags.put(ctypes.c_int32(sock.fileno()), tag)
 
     def _replace_others(self, swap: TrappedCall, attached: descriptors.SocketReferences, new: int) -> None:

@@ -97,7 +97,7 @@ def test_a_bind_becomes_its_endpoints_and_the_program_sees_what_it_asked_for(
     assert process.say("name", fd) == [asked, 80]
     assert f"{real}:{port} " in host.netns.run("ss", "-Hltn", f"sport = :{port}")
     tag = tag_of(host, process, fd)
-    assert tag is not None and tag.given and tag.home == Home.HOST
+    assert tag is not None and tag.bound_port and tag.home == Home.HOST
 
 
 def test_only_a_bind_that_succeeded_marks_a_socket_as_bound(host: Host, confine: Confine) -> None:
@@ -106,7 +106,7 @@ def test_only_a_bind_that_succeeded_marks_a_socket_as_bound(host: Host, confine:
         fd = process.socket()
         assert process.say("bind", fd, "0.0.0.0", 80) == "EADDRINUSE"
         tag = tag_of(host, process, fd)
-        assert tag is not None and not tag.given
+        assert tag is not None and not tag.bound_port
 
 
 def test_what_no_rule_names_is_refused_by_default_deny_and_left_alone_otherwise(host: Host, confine: Confine) -> None:

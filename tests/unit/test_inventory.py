@@ -30,7 +30,7 @@ def container(transport: Transport = Transport.DIRECT, number: int = 7) -> Conta
 
 def tag(owner: int = 7, endpoint: int = 0, bound: bool = False) -> bytes:
     made = layout.Tag(container=owner, endpoint=endpoint, home=Home.HOST, family=4, port=80)
-    made.given = 8080 if bound else 0
+    made.bound_port = 8080 if bound else 0
     return bytes(made)
 
 
