@@ -26,7 +26,7 @@ _TABLES: dict[str, dict[str, int]] = {
     "aarch64": {"bpf": 280, "seccomp": 277, "process_vm_readv": 270, "setns": 268, "unshare": 97, "prctl": 167}
     | {"setresuid": 147, "capget": 90, "capset": 91, "keyctl": 219, "kcmp": 272},
 }
-_COMMON = {"pidfd_open": 434, "pidfd_getfd": 438}
+_COMMON = {"pidfd_getfd": 438}
 _NUMBERS = _TABLES.get(MACHINE, {}) | _COMMON
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from graft.errors import KernelError
 from graft.kernel import cgroup, netns, process
-from graft.kernel.pidfd import is_over, pidfd_open
+from graft.kernel.pidfd import is_over
 from graft.kernel.seccomp import Listener, hung_up
 from graft.model.printable import printable
 from graft.model.settings import Settings
@@ -66,7 +66,7 @@ class Keeper:
         self._started = [moment for moment in self._started if now - moment < _IN_SECONDS] + [now]
         if len(self._started) > _MAX_RESTARTS:
             raise KernelError(f"the supervisor of {self._container.name} died {_MAX_RESTARTS} times in a row")
-        holder = pidfd_open(os.getpid())
+        holder = os.pidfd_open(os.getpid())
         self.pid = os.fork()
         if self.pid == 0:
             self._supervise(holder)

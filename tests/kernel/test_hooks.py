@@ -21,7 +21,7 @@ from graft.datapath import attachments, layout
 from graft.datapath.layout import HookDecision
 from graft.datapath.rulesets import Lookup
 from graft.kernel import cgroup
-from graft.kernel.pidfd import pidfd_getfd, pidfd_open
+from graft.kernel.pidfd import pidfd_getfd
 from graft.model.address import BindPattern, Prefix, pack16
 from graft.model.endpoint import Endpoint
 from graft.model.ports import PortRange
@@ -67,7 +67,7 @@ def rules(ingress: list[str], egress: list[str], default: Default = Default.DENY
 
 def tag_of(host: Host, process: Puppet, fd: int) -> layout.Tag | None:
     """What the hooks have written to a socket of a process."""
-    held = pidfd_open(process.pid)
+    held = os.pidfd_open(process.pid)
     copy = pidfd_getfd(held, fd)
     os.close(held)
     try:
