@@ -60,6 +60,10 @@ def supervisors_cgroup(settings: Settings) -> Path:
     return cgroup.v2_mount() / settings.cgroup / "supervisors"
 
 
+SUPERVISOR_CONTROLLERS = ("memory", "cpu")
+"""The cgroup controllers that limit a supervisor (graft/swap/resource_limits.py)."""
+
+
 def keepers_cgroup(settings: Settings) -> Path:
     """The cgroup of those that start supervisors and hold what these need: a leaf, so that the supervisors' own cgroups
     beside it can have limits.
@@ -91,7 +95,7 @@ def up(settings: Settings) -> None:
         with locked(settings):
             if not is_up(settings):
                 _make(settings)
-            _supervise(settings)
+            _make_supervisors_cgroup(settings)
 
 
 def _make(settings: Settings) -> None:
@@ -137,10 +141,11 @@ def _load(settings: Settings, folder: Path) -> Loaded:
     return loaded
 
 
-def _supervise(settings: Settings) -> None:
-    """The supervisors' cgroup, under the hooks."""
+def _make_supervisors_cgroup(settings: Settings) -> None:
+    """Make the supervisors' cgroup, attach the programs to it, and enable what limits each supervisor in it."""
     folder = supervisors_cgroup(settings)
     keepers_cgroup(settings).mkdir(parents=True, exist_ok=True)
+    cgroup.enable_controllers(folder, SUPERVISOR_CONTROLLERS)
     attachments.attach(settings, folder, 0)
 
 

@@ -13,7 +13,7 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from graft.errors import KernelError
@@ -73,6 +73,16 @@ def parse_membership(text: bytes) -> str | None:
         if line.startswith(b"0::"):
             return os.fsdecode(line[3:].lstrip(b"/"))
     return None
+
+
+def enable_controllers(path: Path, names: Iterable[str]) -> None:
+    """Give the cgroups below ``path`` the controllers ``names``, those of them that its parent has."""
+    for folder in (path.parent, path):
+        available = (folder / "cgroup.controllers").read_text().split()
+        for name in names:
+            if name in available:
+                with contextlib.suppress(OSError):  # EBUSY: a process is in the cgroup itself
+                    (folder / "cgroup.subtree_control").write_text(f"+{name}")
 
 
 def enter(path: Path) -> None:

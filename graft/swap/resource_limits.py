@@ -27,8 +27,6 @@ MOST_BYTES = 1 << 30
 ADDRESS_SPACE_BYTES = 2 << 30
 """Python and its libraries map much that they never touch."""
 
-_WANTED = ("memory", "cpu")
-
 
 def enter_own_cgroup(settings: Settings, container: int, path: Path, living: Collection[int]) -> None:
     """Move the calling process, the supervisor of ``container`` at ``path``, to a cgroup of its own, with its limits.
@@ -39,24 +37,11 @@ def enter_own_cgroup(settings: Settings, container: int, path: Path, living: Col
     _forget_others(above, {container, *living})
     own = _own(above, container)
     own.mkdir(exist_ok=True)
-    available = enable(above)
-    if "memory" in available:
-        _write(own / "memory.max", str(memory_limit(path)))
-        _write(own / "memory.swap.max", "0")
-    if "cpu" in available:
-        _write(own / "cpu.max", cpu_limit(path))
+    _limit(own / "memory.max", str(memory_limit(path)))
+    _limit(own / "memory.swap.max", "0")
+    _limit(own / "cpu.max", cpu_limit(path))
     cgroup.enter(own)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
-
-
-def enable(folder: Path) -> set[str]:
-    """Pass on to the cgroups below ``folder`` what there is of the controllers; gives those that they have."""
-    for one in (folder.parent, folder):
-        offered = _words(one / "cgroup.controllers")
-        for name in _WANTED:
-            if name in offered:
-                _write(one / "cgroup.subtree_control", f"+{name}")
-    return _words(folder / "cgroup.subtree_control") & set(_WANTED)
 
 
 def cpu_limit(path: Path) -> str:
@@ -86,16 +71,12 @@ def _forget_others(above: Path, living: Collection[int]) -> None:
             folder.rmdir()
 
 
-def _words(file: Path) -> set[str]:
-    return set(_text(file).split())
-
-
 def _text(file: Path) -> str:
     with contextlib.suppress(OSError):
         return file.read_text().strip()
     return ""
 
 
-def _write(file: Path, text: str) -> None:
-    with contextlib.suppress(OSError):
+def _limit(file: Path, text: str) -> None:
+    with contextlib.suppress(OSError):  # the cgroup does not have that controller (graft/datapath/dataplane.py)
         file.write_text(text)
