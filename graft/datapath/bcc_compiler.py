@@ -78,11 +78,6 @@ class Compiled:
 
         return int(lib.bpf_table_fd(self._module.module, name.encode()))
 
-    def layout(self, name: str) -> tuple[type[ctypes.Structure], type[ctypes.Structure]]:
-        """The key and value types that bcc made of a map's C structures."""
-        table = self._module[name.encode()]
-        return table.Key, table.Leaf
-
 
 def compile_text(sources: Sequence[str], constants: Mapping[str, int]) -> Compiled:
     """Compile ``sources``, files of the BPF source folder, as one text, and make their maps.

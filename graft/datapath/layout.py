@@ -1,4 +1,4 @@
-"""The structures of bpf/graft.h, for Python. tests/kernel/test_layout.py compares the two.
+"""The structures of bpf/graft.h, for Python. tests/unit/test_layout.py compares the two.
 
 Ports are in host order unless a name ends in ``_be``; addresses are in network order, an IPv4 one in the
 first four bytes of its field.

@@ -7,7 +7,6 @@ is left out, with a verdict that `graft doctor` shows.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from graft.datapath import offsets
 from graft.datapath.bcc_compiler import Compiled, NotLoaded, compile_text
+from graft.datapath.layout import MAX_DESKS
 from graft.datapath.programs import (
     ALL_PROGRAMS,
     EXTENSIONS,
@@ -83,7 +83,7 @@ SIZES = {
     "GRAFT_MAX_RULES": 262144,
     "GRAFT_MAX_COUNTERS": 65536,
     "GRAFT_MAX_ARRIVALS": 65536,
-    "GRAFT_MAX_DESKS": 8192,
+    "GRAFT_MAX_DESKS": MAX_DESKS,
 }
 
 _OLDEST = "Graft needs Linux 5.15 or later"
@@ -230,9 +230,3 @@ def load_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
     except OSError as error:
         raise KernelError(f"the relay's program cannot be attached to its map: {error.strerror}") from error
     return loaded
-
-
-def layouts(loaded: Loaded) -> dict[str, tuple[type[ctypes.Structure], type[ctypes.Structure]]]:
-    """The key and value types that bcc made of the C structures, for the test that compares layouts."""
-    names = ("endpoints", "endpoint_names", "containers", "ingress", "egress", "egress_ports", "counters")
-    return {name: loaded.compiled.layout(name) for name in (*names, "relays", "arrivals")}

@@ -23,7 +23,6 @@ _OBJ_PIN, _OBJ_GET, _PROG_ATTACH, _PROG_DETACH = 6, 7, 8, 9
 _PROG_LOAD = 5
 _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
 
-ANY, NOEXIST, EXIST = 0, 1, 2
 ALLOW_MULTI = 2
 QUERY_EFFECTIVE = 1
 
@@ -278,10 +277,10 @@ class Map(Generic[KeyT, ValueT]):
         found = self.peek(key)
         return None if found is None else cast(ValueT, self._value.from_buffer_copy(found))
 
-    def put(self, key: KeyT, value: ValueT, flags: int = ANY) -> None:
-        """Write. With NOEXIST raises FileExistsError where there is an entry already."""
+    def put(self, key: KeyT, value: ValueT) -> None:
+        """Write, over an entry that is there already."""
         attr = self._written
-        attr.key, attr.value, attr.flags = ctypes.addressof(key), ctypes.addressof(value), flags
+        attr.key, attr.value = ctypes.addressof(key), ctypes.addressof(value)
         if _libc.syscall(*self._update, self._attr_size) != 0:
             code = ctypes.get_errno()
             raise OSError(code, f"bpf(BPF_MAP_UPDATE_ELEM): {os.strerror(code)}")
