@@ -76,13 +76,13 @@ def resolve(spec: str) -> Path:
     else:
         path = Path("/run/netns") / spec
         if "/" in spec or spec in (".", ".."):
-            raise NotFoundError(f"netns: {spec!r} is no name of a network namespace", "ip netns list")
+            raise NotFoundError(f"netns: {spec!r} is not a name of a network namespace", "ip netns list")
     if not path.exists():
-        raise NotFoundError(f"netns: there is no network namespace {spec!r}", "a name of `ip netns`, a pid, or a path")
+        raise NotFoundError(f"netns: network namespace {spec!r} not found", "a name of `ip netns`, a pid, or a path")
     try:
         cookie(path)
     except OSError as error:
-        raise NotFoundError(f"netns: {spec!r} is no network namespace ({error.strerror})") from error
+        raise NotFoundError(f"netns: {spec!r} is not a network namespace ({error.strerror})") from error
     return path
 
 

@@ -46,7 +46,7 @@ def parse_user(text: str) -> User:
         if group:
             gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
     except KeyError:
-        raise NotFoundError(f"--user: there is no {text!r}", "a name or a number, with :GROUP if wanted") from None
+        raise NotFoundError(f"--user: {text!r} not found", "a name or a number, with :GROUP if wanted") from None
     return User(uid, gid, groups or (gid,))
 
 

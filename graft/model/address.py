@@ -122,13 +122,13 @@ def parse_ip(text: str, field: str = "address") -> IPAddress:
     try:
         return unmapped(IPv6Address(text)) if ":" in text else IPv4Address(text)
     except AddressValueError:
-        raise UsageError(f"{field}: {shown(text)} is no IP address", _ADDRESS_HINT) from None
+        raise UsageError(f"{field}: {shown(text)} is not an IP address", _ADDRESS_HINT) from None
 
 
 def parse_port(text: str, field: str = "port") -> int:
     """A port that can be named: 1 to 65535, in plain decimal digits."""
     if not (text.isascii() and text.isdigit()) or (text.startswith("0") and text != "0"):
-        raise UsageError(f"{field}: {shown(text)} is no port", f"a number from 1 to {MAX_PORT}")
+        raise UsageError(f"{field}: {shown(text)} is not a port", f"a number from 1 to {MAX_PORT}")
     if len(text) > len(str(MAX_PORT)) or not 1 <= int(text) <= MAX_PORT:
         raise UsageError(f"{field}: port {shown(text)[1:-1]} is out of range", f"a number from 1 to {MAX_PORT}")
     return int(text)
@@ -138,7 +138,7 @@ def parse_port_range(text: str, field: str = "ports") -> PortRange:
     """``PORT`` or ``FIRST-LAST``."""
     first_text, dash, last_text = text.partition("-")
     if dash and not (first_text and last_text):
-        raise UsageError(f"{field}: {shown(text)} is no range of ports", "FIRST-LAST, such as 8000-8099")
+        raise UsageError(f"{field}: {shown(text)} is not a range of ports", "FIRST-LAST, such as 8000-8099")
     first = parse_port(first_text, field)
     last = parse_port(last_text, field) if dash else first
     if first > last:
@@ -170,7 +170,7 @@ def parse_prefix(text: str, field: str = "to") -> Prefix:
     try:
         ip = IPv6Address(address) if ":" in address else IPv4Address(address)
     except AddressValueError:
-        raise UsageError(f"{field}: {shown(text)} is no prefix", "such as 10.0.0.0/8, ::/0 or 192.0.2.1") from None
+        raise UsageError(f"{field}: {shown(text)} is not a prefix", "such as 10.0.0.0/8, ::/0 or 192.0.2.1") from None
     length = _parse_length(length_text, ip.max_prefixlen, field) if slash else ip.max_prefixlen
     network = _strict_network(ip, length, text, field)
     return Prefix(_unmapped_network(network))
@@ -190,13 +190,13 @@ def _parse_bracketed(text: str, field: str) -> IPAddress:
         return parse_ip(text, field)
     inside = text[1:-1]
     if not text.endswith("]") or ":" not in inside:
-        raise UsageError(f"{field}: {shown(text)} is no IPv6 address in brackets", "such as [::1]")
+        raise UsageError(f"{field}: {shown(text)} is not an IPv6 address in brackets", "such as [::1]")
     return parse_ip(inside, field)
 
 
 def _parse_length(text: str, longest: int, field: str) -> int:
     if text not in map(str, range(longest + 1)):
-        raise UsageError(f"{field}: /{shown(text)[1:-1]} is no prefix length", f"a number from 0 to {longest}")
+        raise UsageError(f"{field}: /{shown(text)[1:-1]} is not a prefix length", f"a number from 0 to {longest}")
     return int(text)
 
 

@@ -127,7 +127,7 @@ def parse_name(text: str, field: str = "name", longest: int = MAX_ENDPOINT_NAME)
     if len(text.encode(errors="replace")) > longest:
         raise UsageError(f"{field}: {shown(text)} is longer than {longest} bytes", hint)
     if not _NAME.fullmatch(text):
-        raise UsageError(f"{field}: {shown(text)} is no name", hint)
+        raise UsageError(f"{field}: {shown(text)} is not a valid name", hint)
     return text
 
 
@@ -140,7 +140,7 @@ def parse_protocol(text: str, field: str = "protocol") -> Protocol:
     """tcp, udp, or any for both."""
     protocols = {"tcp": Protocol.TCP, "udp": Protocol.UDP, "any": ANY_PROTOCOL}
     if text not in protocols:
-        raise UsageError(f"{field}: {shown(text)} is no protocol", "tcp, udp or any")
+        raise UsageError(f"{field}: {shown(text)} is not a protocol", "tcp, udp or any")
     return protocols[text]
 
 
@@ -149,7 +149,7 @@ def parse_netns(text: str, field: str = "netns") -> str:
     is_path = text.startswith("/") and "\0" not in text and len(text.encode(errors="replace")) <= _PATH_MAX
     is_name = _NETNS_NAME.fullmatch(text) and text not in (".", "..")
     if not (is_path or is_name):
-        raise UsageError(f"{field}: {shown(text)} is no network namespace", "a name, a pid, or an absolute path")
+        raise UsageError(f"{field}: {shown(text)} is not a network namespace", "a name, a pid, or an absolute path")
     return text
 
 
@@ -168,5 +168,5 @@ def parse_egress_flag(text: str, field: str = "-e") -> tuple[Prefix, str]:
 def _split_flag(text: str, field: str, hint: str) -> tuple[str, str]:
     left, equals, right = text.partition("=")
     if not (left and equals and right):
-        raise UsageError(f"{field}: {shown(text)} is no rule", hint)
+        raise UsageError(f"{field}: {shown(text)} is not a rule", hint)
     return left, right

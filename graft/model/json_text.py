@@ -37,7 +37,7 @@ def parse(raw: bytes | str, source: str, most: int) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _is_deeper(value: Any, most: int) -> bool:
@@ -88,7 +88,7 @@ def path(value: Any, field: str) -> str:
     """A text that the kernel would take as a path; empty where there is none."""
     found = text(value, field)
     if "\0" in found or not _is_utf8(found):
-        raise UsageError(f"{field}: {shown(found)} is no path")
+        raise UsageError(f"{field}: {shown(found)} is not a path")
     return found
 
 

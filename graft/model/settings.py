@@ -30,7 +30,7 @@ class Settings:
         env = os.environ if environment is None else environment
         cgroup = env.get("GRAFT_CGROUP", "graft").strip("/")
         if not re.fullmatch(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*", cgroup) or ".." in cgroup:
-            raise UsageError(f"GRAFT_CGROUP: {cgroup!r} is no name of a cgroup", "a name such as graft")
+            raise UsageError(f"GRAFT_CGROUP: {cgroup!r} is not a cgroup name", "a name such as graft")
         return cls(
             host_netns=_host_netns(env.get("GRAFT_HOST_NETNS")),
             pin_dir=Path(env.get("GRAFT_PIN_DIR", "/sys/fs/bpf/graft")),

@@ -23,7 +23,7 @@ class Transport(enum.IntEnum):
         try:
             return cls[text.upper()]
         except KeyError:
-            raise UsageError(f"{field}: {text!r} is no transport", "direct, swap or splice") from None
+            raise UsageError(f"{field}: {text!r} is not a transport", "direct, swap or splice") from None
 
 
 class Home(enum.IntEnum):

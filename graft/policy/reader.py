@@ -80,7 +80,7 @@ def read_policy(path: Path, plain_only: bool = False) -> str:
     except OSError as error:
         raise UsageError(f"policy: {path} cannot be read: {error.strerror}") from error
     except ValueError:
-        raise UsageError(f"policy: {shown(str(path))} is no path") from None
+        raise UsageError(f"policy: {shown(str(path))} is not a path") from None
     return decode_policy(data, str(path))
 
 

@@ -150,7 +150,7 @@ def _identity(answer: Any) -> tuple[str, str, int]:
 
 def _from_engine(engine: str, name: str, run: Run) -> FoundContainer:
     if not _CONTAINER.fullmatch(name):
-        raise UsageError(f"{engine}: {shown(name)} is no name of a container")
+        raise UsageError(f"{engine}: {shown(name)} is not a container name")
     answer = run([engine, "container", "inspect", name])
     if answer.status is None:
         raise NotFoundError(f"{engine}: {engine} is not installed")
@@ -199,7 +199,7 @@ def parse_show(text: str) -> tuple[str, int]:
 
 def _from_systemd(name: str, run: Run) -> FoundContainer:
     if not _UNIT.fullmatch(name):
-        raise UsageError(f"unit: {shown(name)} is no name of a unit")
+        raise UsageError(f"unit: {shown(name)} is not a unit name")
     unit = name if name.endswith(_UNIT_KINDS) else f"{name}.service"
     answer = run(["systemctl", "show", "-p", "ControlGroup", "-p", "MainPID", "--", unit])
     if answer.status == 0:

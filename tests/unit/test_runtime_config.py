@@ -362,7 +362,7 @@ def test_a_path_that_an_image_may_have_named_is_opened_only_if_it_is_a_file(sett
 
 @pytest.mark.parametrize("value", ["/etc/\0", "/\ud800"])
 def test_a_path_that_is_none_is_refused(settings: Settings, value: str) -> None:
-    with pytest.raises(UsageError, match="is no path"):
+    with pytest.raises(UsageError, match="is not a path"):
         request.choose_policy(settings, Request(Source.ANNOTATION, value), {}, Options(), KNOWN)
 
 
