@@ -84,7 +84,7 @@ def attach(settings: Settings, path: Path, container: int, splice: bool = False)
             raise KernelError(f"cannot attach to the cgroup {path}: {error}") from error
 
 
-def _carries_graft(path: Path, effective: bool = False) -> bool:
+def _has_programs(path: Path, effective: bool = False) -> bool:
     """Whether programs of Graft's, of any installation, are on a cgroup or (``effective``) run for it."""
     with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd:
         return any(
@@ -94,16 +94,16 @@ def _carries_graft(path: Path, effective: bool = False) -> bool:
     return False
 
 
-def nested(path: Path) -> Path | None:
+def find_nested(path: Path) -> Path | None:
     """A cgroup above or below ``path`` (or ``path`` itself) that Graft's programs are on already, if any.
 
     There the kernel would run them twice for one call, and the second would decide on what the first wrote.
     """
     top = cgroup.v2_mount()
-    if _carries_graft(path, effective=True):
+    if _has_programs(path, effective=True):
         above = (path, *(parent for parent in path.parents if parent.is_relative_to(top)))
-        return next((one for one in above if _carries_graft(one)), path)
-    return next((one for one in cgroup.tree(path) if one != path and _carries_graft(one)), None)
+        return next((one for one in above if _has_programs(one)), path)
+    return next((one for one in cgroup.tree(path) if one != path and _has_programs(one)), None)
 
 
 def set_scope(settings: Settings, path: Path, container: int) -> None:

@@ -2,7 +2,7 @@
 
 What a kernel lacks is found here and nowhere else: helper by helper before anything is loaded, so that code which is
 not needed is compiled out, then program by program. A program that is needed and refused ends it; one that is not
-is left out, with a verdict that `graft doctor` shows.
+is left out, with a check that `graft doctor` shows.
 """
 
 from __future__ import annotations
@@ -90,22 +90,22 @@ _OLDEST = "Graft needs Linux 5.15 or later"
 
 
 class ProgramsRefused(KernelError):
-    """The kernel does not take a program that Graft needs. ``verdicts``: of every program that was tried."""
+    """The kernel does not take a program that Graft needs. ``checks``: of every program that was tried."""
 
-    def __init__(self, verdicts: Sequence[ProgramCheck]) -> None:
-        first = next(one for one in verdicts if not one.taken and one.program.needed)
+    def __init__(self, checks: Sequence[ProgramCheck]) -> None:
+        first = next(one for one in checks if not one.accepted and one.program.needed)
         super().__init__(f"the kernel does not take the BPF programs: {first.program.name}: {first.reason}", _OLDEST)
-        self.verdicts = verdicts
+        self.checks = checks
 
     @property
     def log(self) -> str:
         """The verifier's logs, of all programs that were refused."""
-        return logs(self.verdicts)
+        return logs(self.checks)
 
 
-def logs(verdicts: Sequence[ProgramCheck]) -> str:
+def logs(checks: Sequence[ProgramCheck]) -> str:
     """The verifier's logs of the programs that were refused, each below a line with the name and the reason."""
-    return "\n".join(f"{one.program.name}: {one.reason}\n{one.log}" for one in verdicts if not one.taken)
+    return "\n".join(f"{one.program.name}: {one.reason}\n{one.log}" for one in checks if not one.accepted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +116,12 @@ class Loaded:
     programs: Mapping[str, int]
     maps: Sequence[str]
     extensions: frozenset[Extension] = frozenset()
-    verdicts: Sequence[ProgramCheck] = field(default=())
+    checks: Sequence[ProgramCheck] = field(default=())
 
     @property
     def is_complete(self) -> bool:
         """Whether every needed program is among them."""
-        return all(one.taken or not one.program.needed for one in self.verdicts)
+        return all(one.accepted or not one.program.needed for one in self.checks)
 
     def map_fd(self, name: str) -> int:
         """The descriptor of a map; it stays bcc's."""
@@ -150,7 +150,7 @@ def _allows(program: Program, helper: int) -> bool:
 
 def constants(extensions: frozenset[Extension]) -> dict[str, int]:
     """What the text of the hooks is compiled with."""
-    probe = offsets.structures() if PROBE in extensions else {}
+    probe = offsets.structure_offsets() if PROBE in extensions else {}
     return {**SIZES, **probe, **{one.flag: 1 for one in extensions}}
 
 
@@ -164,14 +164,14 @@ def compile_for(allows: Callable[[Program, int], bool]) -> tuple[Compiled, froze
 
     Raises CompileError.
     """
-    wanted = EXTENSIONS if offsets.structures() else EXTENSIONS - {PROBE}
+    wanted = EXTENSIONS if offsets.structure_offsets() else EXTENSIONS - {PROBE}
     compiled = compile_text(SOURCES, constants(wanted))
     allowed = allowed_extensions(wanted, refused_calls(ALL_PROGRAMS, calls_of(compiled, ALL_PROGRAMS), allows))
     return (compiled if allowed == wanted else compile_text(SOURCES, constants(allowed))), allowed
 
 
 def examine() -> Loaded:
-    """Compile and load as much as this kernel takes, with a verdict on each program. Raises CompileError."""
+    """Compile and load as much as this kernel takes, with a check on each program. Raises CompileError."""
     compiled, extensions = compile_for(_allows)
     loaded = _load_each(compiled, ALL_PROGRAMS, MAPS, extensions)
     if loaded.is_complete or not extensions:
@@ -186,32 +186,32 @@ def _load_each(
 ) -> Loaded:
     refused = refused_calls(programs, calls_of(compiled, programs), _allows)
     fds: dict[str, int] = {}
-    verdicts = []
+    checks = []
     for program in programs:
         try:
             fds[program.name] = compiled.load(program)
-            verdicts.append(ProgramCheck(program))
+            checks.append(ProgramCheck(program))
         except NotLoaded as error:
             log = str(error)
-            verdicts.append(ProgramCheck(program, reason(program, refused.get(program.name, frozenset()), log), log))
-    return Loaded(compiled, fds, maps, extensions, tuple(verdicts))
+            checks.append(ProgramCheck(program, reason(program, refused.get(program.name, frozenset()), log), log))
+    return Loaded(compiled, fds, maps, extensions, tuple(checks))
 
 
 def load() -> Loaded:
     """Compile and load what this kernel takes. Raises CompileError, and ProgramsRefused where that is not enough."""
     loaded = examine()
     if not loaded.is_complete:
-        raise ProgramsRefused(loaded.verdicts)
+        raise ProgramsRefused(loaded.checks)
     return loaded
 
 
 def examine_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
-    """Compile and load the relay in the kernel, with a verdict on its program.
+    """Compile and load the relay in the kernel, with a check on its program.
 
     Raises CompileError where this kernel has no sockmap, KernelError where it does not tell where it keeps what is to
     be counted.
     """
-    write_seq = offsets.write_seq()
+    write_seq = offsets.write_seq_offset()
     if write_seq is None:
         raise KernelError("the kernel has no type information for struct tcp_sock")
     compiled = compile_text(RELAY_SOURCES, {**sizes, "GRAFT_TCP_WRITE_SEQ": write_seq})
@@ -221,9 +221,9 @@ def examine_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
 def load_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
     """The relay in the kernel, its program attached to its map. Raises KernelError where that cannot be."""
     loaded = examine_relay(sizes)
-    [verdict] = loaded.verdicts
-    if not verdict.taken:
-        raise KernelError(f"the kernel does not take the relay's program: {verdict.reason}")
+    [check] = loaded.checks
+    if not check.accepted:
+        raise KernelError(f"the kernel does not take the relay's program: {check.reason}")
     attach_type = bpf.ATTACH_TYPES[RELAY_PROGRAM.attach]
     try:
         bpf.prog_attach_map(loaded.map_fd("flow_sources"), loaded.programs[RELAY_PROGRAM.name], attach_type)

@@ -15,7 +15,7 @@ Offsets = Mapping[str, int | None]
 
 
 @cache  # all of the kernel's types are gone through, and the loader asks for each text that it compiles
-def structures() -> dict[str, int]:
+def structure_offsets() -> dict[str, int]:
     """What the hooks read of the kernel's structures; empty where the kernel does not tell.
 
     Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/bind.bpf.c), a packet's namespace and a
@@ -86,7 +86,7 @@ def _datagram(btf: Btf) -> Offsets:
     }
 
 
-def write_seq() -> int | None:
+def write_seq_offset() -> int | None:
     """Of what a TCP socket was given to send (bpf/relay.bpf.c); None where the kernel does not tell."""
     try:
         return Btf.of_kernel().offset("tcp_sock", "write_seq")

@@ -98,7 +98,7 @@ class ProgramCheck:
     log: str = ""
 
     @property
-    def taken(self) -> bool:
+    def accepted(self) -> bool:
         """Whether the kernel takes it."""
         return not self.reason
 

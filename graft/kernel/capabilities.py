@@ -37,12 +37,12 @@ def current() -> Halves:
     return halves
 
 
-def change(halves: Halves) -> None:
+def set_current(halves: Halves) -> None:
     """Give the thread these sets. Raises OSError (EPERM for more than is permitted)."""
     syscall("capset", ctypes.byref(_Header(_VERSION_3, 0)), halves)
 
 
-def give_up(capability: int) -> None:
+def drop(capability: int) -> None:
     """Make sure that no program executed from here, also one of root's, ever has ``capability`` again.
 
     Raises OSError (EPERM without CAP_SETPCAP).
@@ -54,10 +54,10 @@ def give_up(capability: int) -> None:
     half.effective &= ~bit
     half.permitted &= ~bit
     half.inheritable &= ~bit
-    change(halves)
+    set_current(halves)
 
 
-def give_up_all() -> None:
+def drop_all() -> None:
     """Have none any more, and hand none on. The bounding set stays: a set-user-id program is as it ever was."""
     syscall("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    change((_Sets * 2)())
+    set_current((_Sets * 2)())

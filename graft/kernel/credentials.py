@@ -60,12 +60,12 @@ def with_capabilities(*wanted: int) -> Iterator[None]:
     mask = sum(1 << one for one in wanted)
     for half, allowed in zip(fewer, (mask & 0xFFFFFFFF, mask >> 32), strict=True):
         half.effective = half.permitted & allowed
-    capabilities.change(fewer)
+    capabilities.set_current(fewer)
     try:
         yield
     finally:
         with _or_end():
-            capabilities.change(had)
+            capabilities.set_current(had)
 
 
 @contextlib.contextmanager

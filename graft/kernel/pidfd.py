@@ -55,7 +55,7 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     return copy
 
 
-def is_over(pidfd: int) -> bool:
+def has_ended(pidfd: int) -> bool:
     """Whether that process has ended, waited for or not."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)

@@ -50,21 +50,21 @@ def parse_user(text: str) -> User:
     return User(uid, gid, groups or (gid,))
 
 
-def become(user: User) -> None:
+def switch_user(user: User) -> None:
     """Take on the ids of ``user``, for good."""
     os.setgroups(user.groups)
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)
 
 
-def default_signals(mask: Iterable[signal.Signals]) -> None:
+def restore_signals(mask: Iterable[signal.Signals]) -> None:
     """Undo what Python did to signals at its start, and take back the mask of before."""
     for name in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def end_by(signum: int) -> None:
+def die_by_signal(signum: int) -> None:
     """End the calling process by a signal, so that its parent sees what a program's parent would have seen."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with contextlib.suppress(OSError, ValueError):
@@ -73,7 +73,7 @@ def end_by(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
 
-def allow_descriptors() -> None:
+def raise_descriptor_limit() -> None:
     """Raise the limit of open descriptors to the most that this process may have."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -88,7 +88,7 @@ def close_all_but(keep: Iterable[int]) -> None:
     os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
-def call_oneself(name: str) -> None:
+def set_process_name(name: str) -> None:
     """The calling process's name as `ps -o comm` shows it, up to 15 bytes."""
     held = ctypes.create_string_buffer(name.encode()[:15])
     syscall("prctl", _PR_SET_NAME, ctypes.byref(held), 0, 0, 0)

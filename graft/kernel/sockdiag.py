@@ -50,7 +50,7 @@ _TRIES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Listening:
+class ListeningSocket:
     """A listening TCP socket. ``address`` as the maps have it; ``cgroup`` 0 where the kernel does not tell."""
 
     family: int
@@ -77,7 +77,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundSocket:
     """A socket of any state; ``stored`` is its value in the socket storage that was asked for, None without one.
 
     (Of a UDP socket no storage is told, see inet_sk_diag_fill().) Addresses and ports are (packed address, port);
@@ -107,24 +107,24 @@ class Diagnostics:
         """Give the socket back."""
         self._sock.close()
 
-    def listening(self) -> Iterator[list[Listening]]:
+    def listeners(self) -> Iterator[list[ListeningSocket]]:
         """Every listening TCP socket of the namespace, some at a time, to be asked for to the end. Raises OSError."""
         for family in (socket.AF_INET, socket.AF_INET6):
             for piece in self._dump(family, socket.IPPROTO_TCP, 1 << _TCP_LISTEN, _PIECE_BYTES):
                 with _refusing():
-                    found = [parse(message) for message in piece]
+                    found = [parse_listener(message) for message in piece]
                 yield found
 
-    def every(self, protocol: int, storage: int) -> list[Found]:
+    def sockets(self, protocol: int, storage: int) -> list[FoundSocket]:
         """Every socket of a protocol, with what it has in the socket storage map ``storage`` (a descriptor).
 
         None of a protocol that the kernel knows no diagnostics for. Raises OSError.
         """
-        found: list[Found] = []
+        found: list[FoundSocket] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(FileNotFoundError), _refusing():
                 for piece in self._dump(family, protocol, _EVERY_STATE, _LARGE_BYTES, storage):
-                    found += [parse_found(protocol, message) for message in piece]
+                    found += [parse_socket(protocol, message) for message in piece]
         return found
 
     def destroy(self, one: Identity, shared: bool = False) -> None:
@@ -182,14 +182,14 @@ def _answered(data: bytes) -> tuple[list[bytes], bool]:
     """The sockets in what was received, and whether that is the last of it. Raises OSError."""
     found: list[bytes] = []
     with _refusing():
-        for kind, message in split(data):
+        for kind, message in split_messages(data):
             if kind in (_NLMSG_DONE, _NLMSG_ERROR):
                 return found, True
             found.append(message)
     return found, False
 
 
-def split(data: bytes) -> Iterator[tuple[int, bytes]]:
+def split_messages(data: bytes) -> Iterator[tuple[int, bytes]]:
     """The netlink messages in ``data`` (netlink(7)): kind, and what follows the header.
 
     Raises ValueError for what are none, and the OSError that an error message tells of, unless it tells of success.
@@ -207,11 +207,11 @@ def split(data: bytes) -> Iterator[tuple[int, bytes]]:
         offset += size + 3 & ~3
 
 
-def parse(message: bytes) -> Listening:
+def parse_listener(message: bytes) -> ListeningSocket:
     """From struct inet_diag_msg with its attributes. Raises ValueError for too little of it."""
     family, _state, _timer, _retrans, port, _peer, source, _target, device, *rest = _fields(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
-    return Listening(
+    return ListeningSocket(
         family=4 if family == socket.AF_INET else 6,
         address=source[:4].ljust(16, b"\0") if family == socket.AF_INET else source,
         port=int.from_bytes(port, "big"),
@@ -222,7 +222,7 @@ def parse(message: bytes) -> Listening:
     )
 
 
-def parse_found(protocol: int, message: bytes) -> Found:
+def parse_socket(protocol: int, message: bytes) -> FoundSocket:
     """The same for a socket of any state. Raises ValueError."""
     family, state, _timer, _retrans, port, peer, source, target, _device, *rest = _fields(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
@@ -230,7 +230,7 @@ def parse_found(protocol: int, message: bytes) -> Found:
     stored = None
     for _, one in _attributes(attributes.get(_SK_BPF_STORAGES, b""), 0):
         stored = dict(_attributes(one, 0)).get(_STORAGE_VALUE, stored)
-    return Found(
+    return FoundSocket(
         identity=Identity(family, protocol, message[_IDENTITY]),
         state=state,
         local=(source[:size], int.from_bytes(port, "big")),

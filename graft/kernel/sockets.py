@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
-from graft.kernel.sockdiag import IPPROTO_MPTCP, Diagnostics, Found, Identity
+from graft.kernel.sockdiag import IPPROTO_MPTCP, Diagnostics, FoundSocket, Identity
 from graft.model.address import format_ip, unmapped
 
 # include/net/tcp_states.h; a UDP socket is CLOSE until it is connected. One of TCP that is listed as CLOSE (6.8) is
@@ -44,7 +44,7 @@ WITHOUT_PEER = ("listening", "unconnected", "bound")
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedSocket:
     """One socket; addresses as ``1.2.3.4:80`` or ``[::1]:80``.
 
     ``cgroup`` is the id of the one that it was born in, ``stored`` its value in the socket storage that was asked for
@@ -67,32 +67,32 @@ class Listed:
         return self.state not in WITHOUT_PEER
 
 
-def listed(storage: int) -> list[Listed]:
+def list_sockets(storage: int) -> list[ListedSocket]:
     """Every TCP and UDP socket of the calling thread's namespace that has an address, and that some program has.
 
     ``storage`` is a descriptor of a socket storage map. An MPTCP socket is listed as the TCP socket that it listens or
     connects by. Takes no socket's lock. Raises OSError.
     """
     with closing(Diagnostics()) as diagnostics:
-        parents = {one.inode: one.stored for one in diagnostics.every(IPPROTO_MPTCP, storage)}
+        parents = {one.inode: one.stored for one in diagnostics.sockets(IPPROTO_MPTCP, storage)}
         found = [
             _read(protocol, one)
             for protocol, number in PROTOCOLS.items()
-            for one in diagnostics.every(number, storage)
+            for one in diagnostics.sockets(number, storage)
             if one.inode
         ]
     return [_with_parent(one, parents) for one in found]
 
 
-def _with_parent(one: Listed, parents: dict[int, bytes | None]) -> Listed:
+def _with_parent(one: ListedSocket, parents: dict[int, bytes | None]) -> ListedSocket:
     """What an MPTCP socket stores is its own; to its program it is one with the TCP sockets below it."""
     if one.protocol != "tcp" or one.inode not in parents:
         return one
     return replace(one, stored=parents[one.inode] or one.stored, is_mptcp=True)
 
 
-def _read(protocol: str, found: Found) -> Listed:
-    return Listed(
+def _read(protocol: str, found: FoundSocket) -> ListedSocket:
+    return ListedSocket(
         inode=found.inode,
         protocol=protocol,
         state=_state(protocol, found.state),
@@ -114,7 +114,7 @@ def _format(address: bytes, port: int) -> str:
     return f"{format_ip(unmapped(ip_address(address)))}:{port}"
 
 
-def destroy(one: Listed) -> None:
+def destroy(one: ListedSocket) -> None:
     """End a socket of the calling thread's namespace, wherever its descriptor is. Raises OSError (sockdiag.destroy).
 
     Of an MPTCP socket it ends the connections below it only, and no listener (EINVAL). Waits for who holds its lock.
@@ -132,7 +132,7 @@ def shut_down(fd: int) -> None:
     _libc.shutdown(fd, socket.SHUT_RDWR)  # ENOTCONN where it is not connected, done all the same
 
 
-def deafen(fd: int) -> None:
+def drop_incoming(fd: int) -> None:
     """Let nothing reach a socket any more: a filter that drops all, and that cannot be taken off (socket(7)).
 
     Waits for whoever holds its lock.

@@ -31,7 +31,7 @@ def threads(pid: int) -> list[int]:
     return []
 
 
-def tables(pid: int) -> list[int]:
+def descriptor_tables(pid: int) -> list[int]:
     """A thread of a process for each table of descriptors that its threads have (nearly always there is one).
 
     The kernel orders them, so that a thousand threads with a thousand tables are told apart quickly. Where it does not
@@ -58,7 +58,7 @@ def _compare_tables(one: int, other: int) -> int:
         return _GREATER
 
 
-def sockets(tid: int) -> Iterator[tuple[int, int]]:
+def open_sockets(tid: int) -> Iterator[tuple[int, int]]:
     """(inode, descriptor) of each socket in the table of thread ``tid``."""
     with contextlib.suppress(OSError), os.scandir(f"/proc/{tid}/fd") as entries:
         for entry in entries:

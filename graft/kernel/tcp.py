@@ -45,7 +45,7 @@ def written(sock: socket.socket) -> int:
     return int(acked) + unsent(sock)
 
 
-def widen(sock: socket.socket, size: int) -> None:
+def enlarge_receive_buffer(sock: socket.socket, size: int) -> None:
     """Let the receive buffer hold ``size`` bytes at least, and grow by itself from there as before (which it would
     not after SO_RCVBUF): what tcp_set_rcvlowat does for a reader that asks for so much.
     """
@@ -53,6 +53,6 @@ def widen(sock: socket.socket, size: int) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
-def look_again(sock: socket.socket) -> None:
+def reprocess_received(sock: socket.socket) -> None:
     """Have the kernel do once more what it does when data arrives (tcp_set_rcvlowat)."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)

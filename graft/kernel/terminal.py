@@ -50,6 +50,6 @@ def filter_program(machine: str = MACHINE) -> bytes:
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in (*program, allow, refuse))
 
 
-def refuse_typing() -> None:
+def refuse_terminal_injection() -> None:
     """Let the calling process, and all that come of it, type on no terminal. Needs CAP_SYS_ADMIN. Raises OSError."""
     seccomp.install(filter_program())

@@ -28,7 +28,9 @@ class PortRange:
 
     def __post_init__(self) -> None:
         if not 0 <= self.first <= self.last <= MAX_PORT:
-            raise UsageError(f"ports: {self.first}-{self.last} is not a range of ports", "FIRST-LAST, such as 8000-8099")
+            raise UsageError(
+                f"ports: {self.first}-{self.last} is not a range of ports", "FIRST-LAST, such as 8000-8099"
+            )
 
     def __contains__(self, port: int) -> bool:
         return self.first <= port <= self.last

@@ -118,7 +118,7 @@ class KernelFlow:
         that comes while the kernel has the socket locked to send counts twice for a moment, and in a small buffer
         closes the window, which opens only when the sender asks, after 200 ms.
         """
-        tcp.widen(self._flow.source.sock, _WINDOW_BYTES)
+        tcp.enlarge_receive_buffer(self._flow.source.sock, _WINDOW_BYTES)
 
     def forget(self) -> None:
         """The sockets are about to be closed."""
@@ -207,7 +207,7 @@ class KernelFlow:
         if tcp.received(source) - 1 == self._given():
             self._flow.end()
         else:
-            tcp.look_again(source)
+            tcp.reprocess_received(source)
             self._behind = self._sockmap.counts(self._number)[1] != self._taken  # with or without an event
             self._look_later()
 

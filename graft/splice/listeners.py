@@ -37,7 +37,7 @@ def cgroup_ids(path: Path, root: int) -> Steps[set[int]]:
 
 def survey(diagnostics: Diagnostics, choice: Publications, besides: Collection[int]) -> Steps[None]:
     """Tell ``choice`` of every listener but those on the ports ``besides``. Raises OSError."""
-    for piece in diagnostics.listening():
+    for piece in diagnostics.listeners():
         yield
         for number, listener in enumerate(piece, 1):
             if listener.port not in besides:

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from graft.kernel.sockdiag import Listening
+from graft.kernel.sockdiag import ListeningSocket
 from graft.model.address import unmapped_bytes
 
 MOST_OTHERS = 64
@@ -103,7 +103,7 @@ class Publications:
         self.more_others = self.too_many = 0
         """How many others there are besides; how many of them were granted, but beyond ``most``."""
 
-    def consider(self, listener: Listening) -> None:
+    def consider(self, listener: ListeningSocket) -> None:
         """Take note of one listener."""
         if listener.cgroup and listener.cgroup not in self._cgroups:
             return
@@ -119,7 +119,7 @@ class Publications:
             self._wanted[_key(found)] = kept
             self._note_other(_place(other))
 
-    def _publication(self, listener: Listening) -> Publication | None:
+    def _publication(self, listener: ListeningSocket) -> Publication | None:
         if listener.device:
             return None
         family, address = listener.family, listener.address

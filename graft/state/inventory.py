@@ -22,7 +22,7 @@ from pathlib import Path
 from graft.datapath import layout
 from graft.datapath.maps import Maps
 from graft.kernel import bpf, cgroup, netns, sockets
-from graft.kernel.sockets import Listed
+from graft.kernel.sockets import ListedSocket
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.sockaddr import Sockaddr
@@ -64,7 +64,7 @@ class ContainerSocket:
     bound to by one, ``asked`` is the address that the program bound; both None for any other.
     """
 
-    listed: Listed
+    listed: ListedSocket
     namespace: Path
     places: tuple[Place, ...] = ()
     granted: bool = False
@@ -230,7 +230,7 @@ def _ask(settings: Settings, path: Path) -> tuple[int, list[ContainerSocket]]:
     storage = bpf.obj_get(settings.pin_dir / "tags")
     try:
         with contextlib.suppress(FileNotFoundError), netns.entered(path):
-            return netns.cookie(), [ContainerSocket(one, path) for one in sockets.listed(storage)]
+            return netns.cookie(), [ContainerSocket(one, path) for one in sockets.list_sockets(storage)]
     finally:
         os.close(storage)
     return 0, []

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from graft.errors import KernelError
 from graft.kernel import cgroup, netns, process
-from graft.kernel.pidfd import is_over
+from graft.kernel.pidfd import has_ended
 from graft.kernel.seccomp import Listener, hung_up
 from graft.model.printable import printable
 from graft.model.settings import Settings
@@ -90,7 +90,7 @@ class Keeper:
         try:
             _leave_the_terminal(self._verbose)
             process.close_all_but({self._listener, holder})
-            process.allow_descriptors()
+            process.raise_descriptor_limit()
             graft = Installation(settings)
             living = [one.id for one in graft.containers.listing()]
             enter_own_cgroup(settings, container.id, container.cgroup_path, living)
@@ -101,7 +101,7 @@ class Keeper:
             pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
             supervisor = Supervisor(graft.maps.tags, desk, pool, listener, tell)
             serve(supervisor, listener, self._journal, holder)
-            if is_over(holder):
+            if has_ended(holder):
                 self._survive(graft, supervisor, listener)
             give_back(graft.maps)
             code = 0

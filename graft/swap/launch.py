@@ -134,19 +134,19 @@ def _become(plan: Launch) -> None:
     every file, and break those that need them. What is not to be trusted runs as another user, with nothing of root's.
     """
     if not plan.keep_net_admin:
-        capabilities.give_up(capabilities.CAP_NET_ADMIN)
+        capabilities.drop(capabilities.CAP_NET_ADMIN)
     if plan.user is not None:
         _leave_root(plan.user)
-    process.default_signals(plan.signal_mask)
+    process.restore_signals(plan.signal_mask)
     os.execvp(plan.command[0], plan.command)
 
 
 def _leave_root(user: process.User) -> None:
     """Become ``user``, in the terminal of root's that started this, but with no way back through it or root's keys."""
-    terminal.refuse_typing()
+    terminal.refuse_terminal_injection()
     keyring.leave_session_keyring()  # while root: the new one is counted as root's, so that no user's quota refuses it
-    process.become(user)
+    process.switch_user(user)
     if user.uid != 0:
         # The change of ids takes away what is permitted, unless the caller's securebits say otherwise, and leaves what
         # is inheritable, which a file's capabilities would make permitted again.
-        capabilities.give_up_all()
+        capabilities.drop_all()

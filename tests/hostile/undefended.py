@@ -174,7 +174,7 @@ def _cgroup_id() -> None:
 
 
 def _terminal() -> None:
-    terminal.refuse_typing = lambda: None
+    terminal.refuse_terminal_injection = lambda: None
 
 
 def _keyring() -> None:
@@ -182,10 +182,10 @@ def _keyring() -> None:
 
 
 def _capabilities() -> None:
-    def give_up(capability: int) -> None:
+    def drop(capability: int) -> None:
         syscall("prctl", 24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, and no other set
 
-    capabilities.give_up = give_up
+    capabilities.drop = drop
 
 
 def _listener() -> None:
@@ -241,7 +241,7 @@ def _destroy() -> None:
 
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
-    sockets.listed = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
+    sockets.list_sockets = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
 
 
 def _liveness() -> None:

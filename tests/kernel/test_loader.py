@@ -61,7 +61,7 @@ def spoil(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def test_this_kernel_takes_every_program(root: None) -> None:
     loaded = loader.examine()
-    assert [one.reason for one in loaded.verdicts if not one.taken] == []
+    assert [one.reason for one in loaded.checks if not one.accepted] == []
     assert set(loaded.programs) == {program.name for program in ALL_PROGRAMS}
     assert all(helpers.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
 

@@ -109,11 +109,11 @@ def test_a_kernel_that_is_not_understood_is_done_without(monkeypatch: pytest.Mon
     blob = Blob()
     blob.type(4, "file", 8, [blob.member("", 1, 0)])
     monkeypatch.setattr(Btf, "of_kernel", classmethod(lambda cls: cls(blob.build())))
-    offsets.structures.cache_clear()
+    offsets.structure_offsets.cache_clear()
     try:
-        assert offsets.structures() == {}
+        assert offsets.structure_offsets() == {}
     finally:
-        offsets.structures.cache_clear()
+        offsets.structure_offsets.cache_clear()
 
 
 def test_the_running_kernel_has_a_socket_with_a_file() -> None:

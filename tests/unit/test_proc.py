@@ -34,12 +34,12 @@ def test_where_there_is_no_parent_nothing_is_told(status: bytes) -> None:
 def test_the_running_kernel_writes_it_so() -> None:
     before = Path("/proc/self/comm").read_bytes().rstrip(b"\n")
     try:
-        process.call_oneself("a) R 1\nTgid:\t1")
+        process.set_process_name("a) R 1\nTgid:\t1")
         activity = tasks.activity(os.getpid())
         assert activity is not None and activity.parent == os.getppid()
         assert tasks.parse_thread_group(Path("/proc/self/status").read_bytes()) == os.getpid()
     finally:
-        process.call_oneself(before.decode())
+        process.set_process_name(before.decode())
 
 
 @pytest.mark.parametrize("status", [b"", b"Name:\ta\n", b"Name:\tTgid:\t5\n", b"Tgid:\t" + b"9" * 5000 + b"\n"])
