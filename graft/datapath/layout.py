@@ -19,7 +19,7 @@ EGRESS_PORT_FIXED_BITS = 8 * (4 + 4)
 
 
 class HookDecision(enum.IntEnum):
-    """What a hook decided, as counters name it."""
+    """What a hook decided (CounterKey.decision)."""
 
     REWRITTEN = 0
     CONNECTED = 1
@@ -185,7 +185,7 @@ class DeskSlot(ctypes.Structure):
 
 
 class Desk(ctypes.Structure):
-    """`desks`: a supervisor's question about a socket, and the hook's answer."""
+    """`desks`: a supervisor's question about a socket, and a hook's answer."""
 
     ADDRESS = _ADDR
     _fields_ = (
@@ -221,7 +221,7 @@ class Desk(ctypes.Structure):
 
 
 class Crossing(enum.IntEnum):
-    """What a crossing says of the socket that it is stored with."""
+    """Which socket a crossing is stored with (CrossingValue.role)."""
 
     DIALING = 1
     ACCEPTED = 2
@@ -236,7 +236,7 @@ class RelayValue(ctypes.Structure):
 
 
 class CrossingValue(ctypes.Structure):
-    """`crossings`: socket -> the far end of the connection that a relay carries."""
+    """`crossings`: socket -> the remote end of the relayed connection."""
 
     _fields_ = (
         ("addr", _ADDR),
@@ -248,7 +248,7 @@ class CrossingValue(ctypes.Structure):
 
 
 class ArrivalKey(ctypes.Structure):
-    """`arrivals`: where a connection comes from -> CrossingValue."""
+    """`arrivals`: source address of a connection -> CrossingValue."""
 
     _fields_ = (
         ("netns", ctypes.c_uint64),

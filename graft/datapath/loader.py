@@ -1,8 +1,8 @@
-"""Load the BPF programs, each on its own, as far as this kernel takes them, and pin them with their maps.
+"""Load the BPF programs that this kernel accepts, each on its own, and pin them with their maps.
 
-What a kernel lacks is found here and nowhere else: helper by helper before anything is loaded, so that code which is
-not needed is compiled out, then program by program. A program that is needed and refused ends it; one that is not
-is left out, with a check that `graft doctor` shows.
+What a kernel lacks is found here and nowhere else: helper by helper before anything is loaded, so that optional code
+is compiled out, then program by program. If the kernel refuses a program that is needed, loading fails; one that is
+optional is left out, and `graft doctor` shows the reason.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MAPS = (
     "desk_slots",
 )
 
-# One text in this order: what it is about and the maps first, then a file for each kind of hook.
+# Compiled as one text in this order: the overview and the maps first, then a file for each kind of hook.
 SOURCES = (
     "graft.bpf.c",
     "owner.bpf.c",
@@ -90,11 +90,11 @@ _OLDEST = "Graft needs Linux 5.15 or later"
 
 
 class ProgramsRefused(KernelError):
-    """The kernel does not take a program that Graft needs. ``checks``: of every program that was tried."""
+    """The kernel refuses a program that Graft needs. ``checks``: of every program that was tried."""
 
     def __init__(self, checks: Sequence[ProgramCheck]) -> None:
         first = next(one for one in checks if not one.accepted and one.program.needed)
-        super().__init__(f"the kernel does not take the BPF programs: {first.program.name}: {first.reason}", _OLDEST)
+        super().__init__(f"the kernel refuses the BPF programs: {first.program.name}: {first.reason}", _OLDEST)
         self.checks = checks
 
     @property
@@ -110,7 +110,7 @@ def logs(checks: Sequence[ProgramCheck]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The programs that the kernel took, by name and descriptor, and their maps; alive as long as this object."""
+    """The programs that the kernel accepted, by name and descriptor, and their maps; valid as long as this object."""
 
     compiled: Compiled
     programs: Mapping[str, int]
@@ -124,7 +124,7 @@ class Loaded:
         return all(one.accepted or not one.program.needed for one in self.checks)
 
     def map_fd(self, name: str) -> int:
-        """The descriptor of a map; it stays bcc's."""
+        """The descriptor of a map, which bcc closes."""
         return self.compiled.map_fd(name)
 
     def pin(self, folder: Path) -> None:
@@ -137,7 +137,7 @@ class Loaded:
 
 @cache
 def kernel_allows(prog_type: int, attach_type: int, helper: int) -> bool:
-    """Whether this kernel lets such programs call a helper; not where it does not know such programs."""
+    """Whether this kernel lets such programs call a helper; False where it does not know such programs."""
     try:
         return helpers.allows(prog_type, attach_type, helper)
     except OSError:
@@ -149,7 +149,7 @@ def _allows(program: Program, helper: int) -> bool:
 
 
 def constants(extensions: frozenset[Extension]) -> dict[str, int]:
-    """What the text of the hooks is compiled with."""
+    """The constants that the text of the hooks is compiled with."""
     probe = offsets.structure_offsets() if PROBE in extensions else {}
     return {**SIZES, **probe, **{one.flag: 1 for one in extensions}}
 
@@ -160,7 +160,7 @@ def calls_of(compiled: Compiled, programs: Sequence[Program]) -> Calls:
 
 
 def compile_for(allows: Callable[[Program, int], bool]) -> tuple[Compiled, frozenset[Extension]]:
-    """The hooks with every extension whose helpers ``allows`` lets them call, and which extensions these are.
+    """The hooks, compiled with every extension whose helpers they may call by ``allows``, and these extensions.
 
     Raises CompileError.
     """
@@ -171,12 +171,12 @@ def compile_for(allows: Callable[[Program, int], bool]) -> tuple[Compiled, froze
 
 
 def examine() -> Loaded:
-    """Compile and load as much as this kernel takes, with a check on each program. Raises CompileError."""
+    """Compile the hooks and load the programs that this kernel accepts. Raises CompileError."""
     compiled, extensions = compile_for(_allows)
     loaded = _load_each(compiled, ALL_PROGRAMS, MAPS, extensions)
     if loaded.is_complete or not extensions:
         return loaded
-    # The helpers are allowed, and still the verifier does not like what is done with them.
+    # The helpers are allowed, but the verifier refuses how they are used.
     plain = _load_each(compile_text(SOURCES, constants(frozenset())), ALL_PROGRAMS, MAPS)
     return plain if plain.is_complete else loaded
 
@@ -198,7 +198,7 @@ def _load_each(
 
 
 def load() -> Loaded:
-    """Compile and load what this kernel takes. Raises CompileError, and ProgramsRefused where that is not enough."""
+    """Compile and load what this kernel accepts. Raises CompileError, and ProgramsRefused for one that is needed."""
     loaded = examine()
     if not loaded.is_complete:
         raise ProgramsRefused(loaded.checks)
@@ -206,10 +206,9 @@ def load() -> Loaded:
 
 
 def examine_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
-    """Compile and load the relay in the kernel, with a check on its program.
+    """Compile the relay in the kernel, and load its program if this kernel accepts it.
 
-    Raises CompileError where this kernel has no sockmap, KernelError where it does not tell where it keeps what is to
-    be counted.
+    Raises CompileError where this kernel has no sockmap, KernelError where it has no type information.
     """
     write_seq = offsets.write_seq_offset()
     if write_seq is None:
@@ -219,14 +218,14 @@ def examine_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
 
 
 def load_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
-    """The relay in the kernel, its program attached to its map. Raises KernelError where that cannot be."""
+    """The relay in the kernel, its program attached to its map. Raises KernelError where that is not possible."""
     loaded = examine_relay(sizes)
     [check] = loaded.checks
     if not check.accepted:
-        raise KernelError(f"the kernel does not take the relay's program: {check.reason}")
+        raise KernelError(f"the kernel refuses the relay's program: {check.reason}")
     attach_type = bpf.ATTACH_TYPES[RELAY_PROGRAM.attach]
     try:
         bpf.prog_attach_map(loaded.map_fd("flow_sources"), loaded.programs[RELAY_PROGRAM.name], attach_type)
     except OSError as error:
-        raise KernelError(f"the relay's program cannot be attached to its map: {error.strerror}") from error
+        raise KernelError(f"cannot attach the relay's program to its map: {error.strerror}") from error
     return loaded

@@ -47,7 +47,7 @@ _zero = ctypes.c_uint(0)
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:
-    """A copy of descriptor ``fd`` of that process, close-on-exec. Raises OSError (EBADF, ESRCH)."""
+    """A duplicate of descriptor ``fd`` of that process, close-on-exec. Raises OSError (EBADF, ESRCH)."""
     copy = int(_libc.syscall(_getfd_number, pidfd, fd, _zero))
     if copy < 0:
         code = ctypes.get_errno()
@@ -56,7 +56,7 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
 
 
 def has_ended(pidfd: int) -> bool:
-    """Whether that process has ended, waited for or not."""
+    """Whether that process has ended, even if its parent has not waited for it."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
@@ -69,7 +69,7 @@ class _Iovec(ctypes.Structure):
 class MemoryReader:
     """Reads up to ``size`` bytes of another process's memory, with one system call and no allocation.
 
-    What is read is a hint and nothing more: the process may write there at any time.
+    What is read is only a hint: the process may change it at any time.
     """
 
     def __init__(self, size: int = 128) -> None:

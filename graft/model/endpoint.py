@@ -54,9 +54,9 @@ IP_PROTOCOLS: dict[Protocol, int] = {Protocol.TCP: 6, Protocol.UDP: 17}
 class Endpoint:
     """A named address of a network stack, the host's unless ``netns`` names another one.
 
-    ``port`` 0 is dynamic: the kernel picks. ``netns`` is a name, a pid or a path, as the operator gave
-    it. ``open`` lets a container ask for it by its environment. An IPv6 one has IPv6 clients only, unless it is
-    ``dual_stack``.
+    ``port`` 0 is dynamic: the kernel picks. ``netns`` is a name, a pid or a path, as the operator wrote
+    it. ``open`` lets a container request it through its environment. An IPv6 endpoint accepts IPv6 clients only, unless
+    it is ``dual_stack``.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Endpoint:
 
     @property
     def packed16(self) -> bytes:
-        """The address in 16 bytes, as the maps hold it."""
+        """The address in 16 bytes, as in the maps."""
         return pack16(self.address)
 
     @property
@@ -114,7 +114,7 @@ def parse_endpoint(
 
 
 def check_dual_stack(wanted: bool, address: SocketAddress, field: str = "dual stack") -> None:
-    """Raises UsageError where an endpoint at ``address`` cannot have IPv4 clients too."""
+    """Raises UsageError where an endpoint at ``address`` cannot accept IPv4 clients too."""
     if wanted and address.ip != IPv6Address(0):
         raise UsageError(f"{field}: only the address [::] has IPv4 beside IPv6", "[::]:PORT, or leave it out")
 

@@ -233,7 +233,12 @@ WRONG_FIELDS = [
     ("egress:\n  - to: ::/0\n    action: deny\n    ports: []", 5, "egress[0].ports", "the list is empty"),
     ("egress:\n  - to: ::/0\n    action: deny\n    ports: [1, 0]", 5, "egress[0].ports[1]", "port 0 is out of range"),
     ("egress:\n  - to: ::/0\n    action: deny\n    ports: [5-]", 5, "egress[0].ports[0]", "'5-' is not a range"),
-    ("egress:\n  - to: ::/0\n    action: deny\n    ports:\n      - 1\n      - x", 7, "egress[0].ports[1]", "not a port"),
+    (
+        "egress:\n  - to: ::/0\n    action: deny\n    ports:\n      - 1\n      - x",
+        7,
+        "egress[0].ports[1]",
+        "not a port",
+    ),
     ("egress:\n  - to: ::/0\n    action: deny\n    protocol: icmp", 5, "egress[0].protocol", "is not a protocol"),
     ("name: b", 2, "name", "the key is there twice"),
     ("endpoints:\n  e: 1.1.1.1:1\n  e: 1.1.1.1:2", 4, "endpoints.e", "the key is there twice"),

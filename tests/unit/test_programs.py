@@ -72,7 +72,7 @@ def test_the_reason_is_one_line() -> None:
     )
     log = "bpf: Failed to load program: Permission denied\n0: (79) r1\nR1 invalid mem access\nprocessed 9 insns\n\n"
     assert reason(LISTEN, frozenset(), log) == "R1 invalid mem access"
-    assert reason(LISTEN, frozenset(), "") == "the kernel does not say why"
+    assert reason(LISTEN, frozenset(), "") == "the kernel gives no reason"
 
 
 def test_every_program_says_what_it_is_for_and_names_an_attach_point() -> None:
