@@ -116,7 +116,7 @@ def parse_endpoint(
 def check_dual_stack(wanted: bool, address: SocketAddress, field: str = "dual stack") -> None:
     """Raises UsageError where an endpoint at ``address`` cannot accept IPv4 clients too."""
     if wanted and address.ip != IPv6Address(0):
-        raise UsageError(f"{field}: only the address [::] has IPv4 beside IPv6", "[::]:PORT, or leave it out")
+        raise UsageError(f"{field}: only the address [::] can accept IPv4 clients too", "[::]:PORT, or leave it out")
 
 
 def parse_name(text: str, field: str = "name", longest: int = MAX_ENDPOINT_NAME) -> str:

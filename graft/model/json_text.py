@@ -24,7 +24,7 @@ _KINDS = {dict: "a mapping", list: "a list", str: "text", bool: "true or false",
 def parse(raw: bytes | str, source: str, most: int) -> Any:
     """The value in ``raw``, of at most ``most`` bytes. Raises UsageError that names ``source``."""
     if len(raw) > most:
-        raise UsageError(f"{source}: it is too big", f"at most {most} bytes")
+        raise UsageError(f"{source}: too big", f"at most {most} bytes")
     try:
         value = json.loads(raw, parse_constant=_refuse_constant)
     except RecursionError:

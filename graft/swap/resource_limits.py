@@ -1,8 +1,8 @@
 """What one supervisor may take of the machine: a container decides how much work it makes its supervisor do.
 
 Each supervisor has a cgroup of its own below that of all of them, with the limits of its container: the buffers of
-twins that the container's programs connect are charged there too. Where the kernel gives these controllers to cgroup
-v1, or to nobody, there are none of these limits, and the address space alone is limited (setrlimit(2)).
+twins that the container's programs connect are charged there too. Where these controllers belong to cgroup
+v1, or are disabled, only the address space is limited (setrlimit(2)).
 
 Sources: Documentation/admin-guide/cgroup-v2.rst (memory.max, cpu.max, "No Internal Process Constraint").
 """

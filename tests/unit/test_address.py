@@ -144,7 +144,7 @@ def test_a_wrong_prefix_is_refused(text: str, reason: str) -> None:
         parse_prefix(text)
 
 
-def test_the_error_for_bits_after_the_prefix_says_which_prefix_was_meant() -> None:
+def test_the_error_for_bits_after_the_prefix_suggests_a_prefix() -> None:
     with pytest.raises(UsageError) as caught:
         parse_prefix("10.1.2.3/8")
     assert caught.value.hint is not None

@@ -284,7 +284,7 @@ def test_namespaces_processes_and_mounts_have_the_kernels_numbers(machine: str) 
     assert not differences(machine, [*headers, *more], values)
 
 
-def test_the_socket_options_that_a_twin_is_given_are_those_that_are_meant(machine: str) -> None:
+def test_the_options_copied_to_a_replacement_socket_have_the_kernels_numbers(machine: str) -> None:
     names = (
         "REUSEADDR DONTROUTE BROADCAST KEEPALIVE OOBINLINE NO_CHECK LINGER REUSEPORT RCVLOWAT RCVTIMEO_OLD "
         "SNDTIMEO_OLD TIMESTAMP_OLD TIMESTAMPNS_OLD TIMESTAMPING_OLD RXQ_OVFL PEEK_OFF SELECT_ERR_QUEUE "
