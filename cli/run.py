@@ -56,5 +56,5 @@ def run(
     )
     status = run_program(Installation.open(settings), plan)
     if status < 0:
-        process.end_by(-status)
+        process.die_by_signal(-status)
     raise SystemExit(status)

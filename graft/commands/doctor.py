@@ -83,18 +83,18 @@ def _programs() -> Iterator[Feature]:
     yield Feature("bpf_set_retval", has_retval, False, "refusals are EACCES (5.18)", "they are EPERM")
     has_mptcp = programs.MPTCP in loaded.extensions
     yield Feature("bpf_skc_to_mptcp_sock", has_mptcp, False, "MPTCP sockets (5.19)", "they stay in the container")
-    yield from map(_feature, loaded.verdicts)
+    yield from map(_feature, loaded.checks)
     try:
-        yield from map(_feature, loader.examine_relay().verdicts)
+        yield from map(_feature, loader.examine_relay().checks)
     except KernelError as error:
         yield _feature(ProgramCheck(programs.RELAY_PROGRAM, error.message, getattr(error, "log", "")))
 
 
-def _feature(verdict: ProgramCheck) -> Feature:
-    program = verdict.program
+def _feature(check: ProgramCheck) -> Feature:
+    program = check.program
     lost = program.without or "Graft does not work"
-    without = lost if verdict.taken else f"{lost}: {verdict.reason}"
-    return Feature(f"program {program.name}", verdict.taken, program.needed, program.purpose, without, verdict.log)
+    without = lost if check.accepted else f"{lost}: {check.reason}"
+    return Feature(f"program {program.name}", check.accepted, program.needed, program.purpose, without, check.log)
 
 
 def _sentence(message: str) -> str:

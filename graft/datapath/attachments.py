@@ -1,7 +1,7 @@
 """Which cgroups the programs are attached to, and for which container.
 
-A socket's cgroup says whose it is; the cgroup storage `scopes`, made by the attachment, names the
-container. An attachment lives as long as its cgroup.
+A socket belongs to the container of the cgroup that it was created in; the cgroup storage `scopes`, made by the
+attachment, names that container. An attachment lasts as long as its cgroup.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _pin(settings: Settings, program: Program) -> Path:
 
 
 def _loaded(settings: Settings, programs: Sequence[Program]) -> list[Program]:
-    """Those that this kernel took; what it did not take is not pinned."""
+    """Those that this kernel accepted: the others are not pinned."""
     return [program for program in programs if _pin(settings, program).exists()]
 
 
@@ -43,8 +43,8 @@ def _wanted(settings: Settings, splice: bool) -> list[Program]:
     missing = [one.name for one in SPLICE_PROGRAMS if splice and not _pin(settings, one).exists()]
     if missing:
         raise KernelError(
-            f"transport splice does not work here: the kernel did not take {', '.join(missing)}",
-            "graft doctor says why",
+            f"transport splice does not work here: the kernel refused {', '.join(missing)}",
+            "graft doctor shows the reason",
         )
     return [*PROGRAMS, *(SPLICE_PROGRAMS if splice else ())]
 
@@ -64,10 +64,10 @@ def _opened_programs(settings: Settings, programs: Sequence[Program]) -> Iterato
 
 
 def attach(settings: Settings, path: Path, container: int, splice: bool = False) -> None:
-    """Put the programs on the cgroup at ``path``, for ``container`` (0: Graft's own). Repeatable.
+    """Attach the programs to the cgroup at ``path``, for ``container`` (0: Graft's own). Repeatable.
 
     ``splice``: those of that transport too. All of them or none: what was attached before a failure is
-    taken off again. Raises KernelError.
+    detached again. Raises KernelError.
     """
     wanted = _wanted(settings, splice)
     with _opened(path) as cgroup_fd, _opened_programs(settings, wanted) as programs:
@@ -84,8 +84,8 @@ def attach(settings: Settings, path: Path, container: int, splice: bool = False)
             raise KernelError(f"cannot attach to the cgroup {path}: {error}") from error
 
 
-def _carries_graft(path: Path, effective: bool = False) -> bool:
-    """Whether programs of Graft's, of any installation, are on a cgroup or (``effective``) run for it."""
+def _has_programs(path: Path, effective: bool = False) -> bool:
+    """Whether Graft's programs, of any installation, are attached to a cgroup or (``effective``) run for it."""
     with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd:
         return any(
             bpf.prog_name(number) == "graft_bind4"
@@ -94,27 +94,27 @@ def _carries_graft(path: Path, effective: bool = False) -> bool:
     return False
 
 
-def nested(path: Path) -> Path | None:
-    """A cgroup above or below ``path`` (or ``path`` itself) that Graft's programs are on already, if any.
+def find_nested(path: Path) -> Path | None:
+    """A cgroup above or below ``path`` (or ``path`` itself) that Graft's programs are attached to already, if any.
 
-    There the kernel would run them twice for one call, and the second would decide on what the first wrote.
+    There the kernel would run them twice for one call, and the second run would judge the address that the first wrote.
     """
     top = cgroup.v2_mount()
-    if _carries_graft(path, effective=True):
+    if _has_programs(path, effective=True):
         above = (path, *(parent for parent in path.parents if parent.is_relative_to(top)))
-        return next((one for one in above if _carries_graft(one)), path)
-    return next((one for one in cgroup.tree(path) if one != path and _carries_graft(one)), None)
+        return next((one for one in above if _has_programs(one)), path)
+    return next((one for one in cgroup.tree(path) if one != path and _has_programs(one)), None)
 
 
 def set_scope(settings: Settings, path: Path, container: int) -> None:
-    """Say whose the sockets of an attached cgroup are."""
+    """Set which container the sockets of an attached cgroup belong to."""
     scopes = Maps(settings.pin_dir).scopes
     scopes.put(ctypes.c_uint64(cgroup.cgroup_id(path)), layout.Scope(container=container))
     scopes.close()
 
 
 def detach(settings: Settings, path: Path) -> None:
-    """Take the programs off a cgroup. Safe to repeat, and where the cgroup is gone."""
+    """Detach the programs from a cgroup. Safe to repeat, and for a cgroup that was removed."""
     every = _loaded(settings, ALL_PROGRAMS)
     with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _opened_programs(settings, every) as fds:
         for fd, kind in fds:
@@ -123,18 +123,18 @@ def detach(settings: Settings, path: Path) -> None:
 
 
 def attached_cgroups(settings: Settings) -> list[Path]:
-    """Every cgroup that the programs are on, Graft's own among them."""
+    """Every cgroup that the programs are attached to, Graft's own among them."""
     ids = {int(key.value) for key in Maps(settings.pin_dir).scopes.keys()}  # noqa: SIM118
     found = []
     for folder in cgroup.tree(cgroup.v2_mount()):
-        with contextlib.suppress(FileNotFoundError):  # one that went meanwhile
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             if cgroup.cgroup_id(folder) in ids:
                 found.append(folder)
     return found
 
 
 def detach_all(settings: Settings) -> None:
-    """Take the programs off every cgroup."""
+    """Detach the programs from every cgroup."""
     if not (settings.pin_dir / "scopes").exists():
         return
     for path in attached_cgroups(settings):

@@ -1,7 +1,7 @@
-"""bcc: the BPF programs' C compiled, their instructions, and each program loaded on its own.
+"""Compiles the BPF programs with bcc, gives their instructions, and loads each program on its own.
 
 The only module that imports bcc. It runs once, in `graft up` and in `graft doctor`; every later command opens the pins.
-bcc finds no kernel headers and needs none: BCC_KERNEL_SOURCE names our own tree, bpf/include.
+bcc needs no kernel headers: BCC_KERNEL_SOURCE names our own tree, bpf/include.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from graft.kernel import bpf
 
 
 class CompileError(KernelError):
-    """The sources do not compile here, or their maps cannot be made. ``log``: what the compiler said."""
+    """The sources do not compile here, or their maps cannot be made. ``log``: the compiler's output."""
 
     def __init__(self, message: str, hint: str | None = None, log: str = "") -> None:
         super().__init__(message, hint)
@@ -28,12 +28,12 @@ class CompileError(KernelError):
 
 
 class NotLoaded(Exception):
-    """The kernel does not take a program. The text is the verifier's log."""
+    """The kernel refuses a program. The text is the verifier's log."""
 
 
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[list[str]]:
-    """What the compiler and the verifier, which are C++ and write to descriptor 2, have to say."""
+    """The output of the compiler and the verifier, which are C++ and write to descriptor 2."""
     captured: list[str] = []
     sys.stderr.flush()
     saved = os.dup(2)
@@ -49,7 +49,7 @@ def _captured_stderr() -> Iterator[list[str]]:
 
 
 class Compiled:
-    """The programs and maps of one compilation, alive as long as this object."""
+    """The programs and maps of one compilation, valid as long as this object."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -63,7 +63,7 @@ class Compiled:
         return ctypes.string_at(start, lib.bpf_function_size(self._module.module, function))
 
     def load(self, program: Program) -> int:
-        """A descriptor, which stays bcc's. Raises NotLoaded."""
+        """A descriptor, which bcc closes. Raises NotLoaded."""
         attach_type = bpf.ATTACH_TYPES[program.attach]
         try:
             with _captured_stderr() as log:
@@ -73,15 +73,10 @@ class Compiled:
         return int(loaded.fd)
 
     def map_fd(self, name: str) -> int:
-        """The descriptor of a map, which stays bcc's."""
+        """The descriptor of a map, which bcc closes."""
         from bcc import lib
 
         return int(lib.bpf_table_fd(self._module.module, name.encode()))
-
-    def layout(self, name: str) -> tuple[type[ctypes.Structure], type[ctypes.Structure]]:
-        """The key and value types that bcc made of a map's C structures."""
-        table = self._module[name.encode()]
-        return table.Key, table.Leaf
 
 
 def compile_text(sources: Sequence[str], constants: Mapping[str, int]) -> Compiled:
@@ -96,15 +91,17 @@ def compile_text(sources: Sequence[str], constants: Mapping[str, int]) -> Compil
     except ImportError as error:
         raise CompileError("bcc is not installed for this Python", "apt-get install python3-bpfcc") from error
     flags = [*(f"-D{name}={value}" for name, value in constants.items()), f"-I{folder}", "-Wno-unused-value"]
-    # One text: bcc rewrites map accesses only in the file that it was given, not in what that includes.
+    # One text: bcc rewrites map accesses only in the file that it compiles, not in what that includes.
     text = "\n".join(f'#line 1 "{name}"\n{(folder / name).read_text()}' for name in sources)
     try:
         with _captured_stderr() as log:
             return Compiled(BPF(text=text.encode(), cflags=flags))
     except Exception as error:
-        said = "".join(log)
-        raise CompileError(f"the BPF programs cannot be compiled: {_first_error(said) or error}", log=said) from error
+        output = "".join(log)
+        raise CompileError(
+            f"the BPF programs cannot be compiled: {_first_error(output) or error}", log=output
+        ) from error
 
 
-def _first_error(said: str) -> str:
-    return next((line for line in said.splitlines() if "rror:" in line), "")
+def _first_error(output: str) -> str:
+    return next((line for line in output.splitlines() if "rror:" in line), "")

@@ -1,7 +1,7 @@
-"""The data plane: made aside and switched in under one lock, which every change takes.
+"""The data plane: made in a staging folder and renamed into place under one lock, which every change takes.
 
-Half a data plane is never seen: maps and programs are pinned in a folder of their own, which is renamed
-into place when all of it is there. What was made before a failure goes with that folder.
+No command sees half a data plane: maps and programs are pinned in a folder of their own, which is renamed
+into place when it is complete. After a failure that folder is removed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def locked(settings: Settings) -> Iterator[None]:
-    """Alone among Graft's commands of this installation, until the block ends or the process dies."""
+    """Hold the installation's lock, until the block ends or the process dies."""
     with _lock_file(settings.run_dir):
         yield
 
 
 def _lock_file(folder: Path) -> TextIO:
-    """The lock, held. `graft down` removes it: who waited for that one then starts over with the next."""
+    """The lock file, locked. `graft down` removes the file: a command that waited for it then tries the next one."""
     path = folder / "lock"
     while True:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -56,19 +56,24 @@ def _lock_file(folder: Path) -> TextIO:
 
 
 def supervisors_cgroup(settings: Settings) -> Path:
-    """The cgroup that supervisors run in, so that the sockets they make are born under the hooks."""
+    """The cgroup that supervisors run in, so that the hooks apply to the sockets that they make."""
     return cgroup.v2_mount() / settings.cgroup / "supervisors"
 
 
+SUPERVISOR_CONTROLLERS = ("memory", "cpu")
+"""The cgroup controllers that limit a supervisor (graft/swap/resource_limits.py)."""
+
+
 def keepers_cgroup(settings: Settings) -> Path:
-    """The cgroup of those that start supervisors and hold what these need: a leaf, so that the supervisors' own cgroups
-    beside it can have limits.
+    """The cgroup of the keepers, which start supervisors.
+
+    A leaf, so that the supervisors' own cgroups beside it can have limits.
     """
     return supervisors_cgroup(settings) / "keepers"
 
 
 def is_up(settings: Settings) -> bool:
-    """Whether the data plane is pinned. Raises ConflictError for one of another version."""
+    """Whether the data plane is pinned. Raises ConflictError for another version's."""
     maps = Maps(settings.pin_dir)
     if not (settings.pin_dir / "settings").exists():
         return False
@@ -76,13 +81,13 @@ def is_up(settings: Settings) -> bool:
     maps.settings.close()
     if found is None or found.version != layout.LAYOUT_VERSION:
         raise ConflictError(
-            f"{settings.pin_dir} was made by another version of Graft", "end its containers, then `graft down`"
+            f"{settings.pin_dir} was made by another version of Graft", "stop its containers, then `graft down`"
         )
     return True
 
 
 def up(settings: Settings) -> None:
-    """Make sure that the data plane is there. Repeatable, and quick when it is.
+    """Make the data plane, if it is not there. Repeatable, and quick when it is there.
 
     Raises PrivilegeError, KernelError, ConflictError.
     """
@@ -91,34 +96,34 @@ def up(settings: Settings) -> None:
         with locked(settings):
             if not is_up(settings):
                 _make(settings)
-            _supervise(settings)
+            _make_supervisors_cgroup(settings)
 
 
 def _make(settings: Settings) -> None:
     mount_bpffs(settings.pin_dir)
-    aside = settings.pin_dir.with_name(f"{settings.pin_dir.name}-new")
-    unpin(aside)
+    staging = settings.pin_dir.with_name(f"{settings.pin_dir.name}-new")
+    unpin(staging)
     try:
-        aside.mkdir(mode=0o700, parents=True)
-        loaded = _load(settings, aside)
+        staging.mkdir(mode=0o700, parents=True)
+        loaded = _load(settings, staging)
         Map(loaded.map_fd("settings"), ctypes.c_uint32, layout.SettingsValue).put(
             ctypes.c_uint32(0), layout.SettingsValue(version=layout.LAYOUT_VERSION)
         )
         if settings.pin_dir.exists():
             settings.pin_dir.rmdir()
-        aside.rename(settings.pin_dir)
+        staging.rename(settings.pin_dir)
     except OSError as error:
-        unpin(aside)
+        unpin(staging)
         raise KernelError(
-            f"cannot pin to {settings.pin_dir}: {error.strerror}", "GRAFT_PIN_DIR must lie on a bpffs"
+            f"cannot pin to {settings.pin_dir}: {error.strerror}", "GRAFT_PIN_DIR must be on a bpffs"
         ) from error
     except BaseException:
-        unpin(aside)
+        unpin(staging)
         raise
 
 
 def _load(settings: Settings, folder: Path) -> Loaded:
-    """Load the programs and pin them in ``folder``. Raises KernelError; what the verifier said is in a file then."""
+    """Load the programs and pin them in ``folder``. Raises KernelError; the verifier's log is in a file then."""
     from graft.datapath import loader
     from graft.datapath.bcc_compiler import CompileError
 
@@ -132,15 +137,16 @@ def _load(settings: Settings, folder: Path) -> Loaded:
         log.write_text(error.log)
         raise KernelError(error.message, "; ".join(filter(None, [error.hint, f"see {log}"]))) from error
     loaded.pin(folder)
-    with contextlib.suppress(KernelError):  # transport splice does without: splice(2) is its relay then
+    with contextlib.suppress(KernelError):  # transport splice works without it: it relays with splice(2) then
         loader.load_relay().pin(folder)
     return loaded
 
 
-def _supervise(settings: Settings) -> None:
-    """The supervisors' cgroup, under the hooks."""
+def _make_supervisors_cgroup(settings: Settings) -> None:
+    """Make the supervisors' cgroup, attach the programs to it, and enable what limits each supervisor in it."""
     folder = supervisors_cgroup(settings)
     keepers_cgroup(settings).mkdir(parents=True, exist_ok=True)
+    cgroup.enable_controllers(folder, SUPERVISOR_CONTROLLERS)
     attachments.attach(settings, folder, 0)
 
 

@@ -1,4 +1,4 @@
-"""The structures of bpf/graft.h, for Python. tests/kernel/test_layout.py compares the two.
+"""The structures of bpf/graft.h, for Python. tests/unit/test_layout.py compares the two.
 
 Ports are in host order unless a name ends in ``_be``; addresses are in network order, an IPv4 one in the
 first four bytes of its field.
@@ -19,11 +19,10 @@ EGRESS_PORT_FIXED_BITS = 8 * (4 + 4)
 
 
 class HookDecision(enum.IntEnum):
-    """What a hook decided, as counters name it."""
+    """What a hook decided (CounterKey.decision)."""
 
     REWRITTEN = 0
     CONNECTED = 1
-    LEFT = 2
     REFUSED_BIND = 3
     REFUSED_CONNECT = 4
     REFUSED_OPTION = 5
@@ -156,7 +155,7 @@ class Tag(ctypes.Structure):
         ("home", ctypes.c_uint8),
         ("family", ctypes.c_uint8),
         ("port", ctypes.c_uint16),
-        ("given", ctypes.c_uint16),
+        ("bound_port", ctypes.c_uint16),
         ("open_port", ctypes.c_uint16),
         ("addr", _ADDR),
         ("source", ctypes.c_uint32),
@@ -186,7 +185,7 @@ class DeskSlot(ctypes.Structure):
 
 
 class Desk(ctypes.Structure):
-    """`desks`: a supervisor's question about a socket, and the hook's answer."""
+    """`desks`: a supervisor's question about a socket, and a hook's answer."""
 
     ADDRESS = _ADDR
     _fields_ = (
@@ -222,7 +221,7 @@ class Desk(ctypes.Structure):
 
 
 class Crossing(enum.IntEnum):
-    """What a crossing says of the socket that it is stored with."""
+    """Which socket a crossing is stored with (CrossingValue.role)."""
 
     DIALING = 1
     ACCEPTED = 2
@@ -237,7 +236,7 @@ class RelayValue(ctypes.Structure):
 
 
 class CrossingValue(ctypes.Structure):
-    """`crossings`: socket -> the far end of the connection that a relay carries."""
+    """`crossings`: socket -> the remote end of the relayed connection."""
 
     _fields_ = (
         ("addr", _ADDR),
@@ -249,7 +248,7 @@ class CrossingValue(ctypes.Structure):
 
 
 class ArrivalKey(ctypes.Structure):
-    """`arrivals`: where a connection comes from -> CrossingValue."""
+    """`arrivals`: source address of a connection -> CrossingValue."""
 
     _fields_ = (
         ("netns", ctypes.c_uint64),

@@ -1,13 +1,12 @@
-"""Load the BPF programs, each on its own, as far as this kernel takes them, and pin them with their maps.
+"""Load the BPF programs that this kernel accepts, each on its own, and pin them with their maps.
 
-What a kernel lacks is found here and nowhere else: helper by helper before anything is loaded, so that code which is
-not needed is compiled out, then program by program. A program that is needed and refused ends it; one that is not
-is left out, with a verdict that `graft doctor` shows.
+What a kernel lacks is found here and nowhere else: helper by helper before anything is loaded, so that optional code
+is compiled out, then program by program. If the kernel refuses a program that is needed, loading fails; one that is
+optional is left out, and `graft doctor` shows the reason.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from graft.datapath import offsets
 from graft.datapath.bcc_compiler import Compiled, NotLoaded, compile_text
+from graft.datapath.layout import MAX_DESKS
 from graft.datapath.programs import (
     ALL_PROGRAMS,
     EXTENSIONS,
@@ -50,12 +50,12 @@ MAPS = (
     "desk_slots",
 )
 
-# One text in this order: what it is about and the maps first, then a file for each kind of hook.
+# Compiled as one text in this order: the overview and the maps first, then a file for each kind of hook.
 SOURCES = (
     "graft.bpf.c",
     "owner.bpf.c",
     "rules.bpf.c",
-    "place.bpf.c",
+    "local_address.bpf.c",
     "bind.bpf.c",
     "connect.bpf.c",
     "desk.bpf.c",
@@ -83,48 +83,48 @@ SIZES = {
     "GRAFT_MAX_RULES": 262144,
     "GRAFT_MAX_COUNTERS": 65536,
     "GRAFT_MAX_ARRIVALS": 65536,
-    "GRAFT_MAX_DESKS": 8192,
+    "GRAFT_MAX_DESKS": MAX_DESKS,
 }
 
 _OLDEST = "Graft needs Linux 5.15 or later"
 
 
 class ProgramsRefused(KernelError):
-    """The kernel does not take a program that Graft needs. ``verdicts``: of every program that was tried."""
+    """The kernel refuses a program that Graft needs. ``checks``: of every program that was tried."""
 
-    def __init__(self, verdicts: Sequence[ProgramCheck]) -> None:
-        first = next(one for one in verdicts if not one.taken and one.program.needed)
-        super().__init__(f"the kernel does not take the BPF programs: {first.program.name}: {first.reason}", _OLDEST)
-        self.verdicts = verdicts
+    def __init__(self, checks: Sequence[ProgramCheck]) -> None:
+        first = next(one for one in checks if not one.accepted and one.program.needed)
+        super().__init__(f"the kernel refuses the BPF programs: {first.program.name}: {first.reason}", _OLDEST)
+        self.checks = checks
 
     @property
     def log(self) -> str:
         """The verifier's logs, of all programs that were refused."""
-        return logs(self.verdicts)
+        return logs(self.checks)
 
 
-def logs(verdicts: Sequence[ProgramCheck]) -> str:
+def logs(checks: Sequence[ProgramCheck]) -> str:
     """The verifier's logs of the programs that were refused, each below a line with the name and the reason."""
-    return "\n".join(f"{one.program.name}: {one.reason}\n{one.log}" for one in verdicts if not one.taken)
+    return "\n".join(f"{one.program.name}: {one.reason}\n{one.log}" for one in checks if not one.accepted)
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The programs that the kernel took, by name and descriptor, and their maps; alive as long as this object."""
+    """The programs that the kernel accepted, by name and descriptor, and their maps; valid as long as this object."""
 
     compiled: Compiled
     programs: Mapping[str, int]
     maps: Sequence[str]
     extensions: frozenset[Extension] = frozenset()
-    verdicts: Sequence[ProgramCheck] = field(default=())
+    checks: Sequence[ProgramCheck] = field(default=())
 
     @property
     def is_complete(self) -> bool:
         """Whether every needed program is among them."""
-        return all(one.taken or not one.program.needed for one in self.verdicts)
+        return all(one.accepted or not one.program.needed for one in self.checks)
 
     def map_fd(self, name: str) -> int:
-        """The descriptor of a map; it stays bcc's."""
+        """The descriptor of a map, which bcc closes."""
         return self.compiled.map_fd(name)
 
     def pin(self, folder: Path) -> None:
@@ -137,7 +137,7 @@ class Loaded:
 
 @cache
 def kernel_allows(prog_type: int, attach_type: int, helper: int) -> bool:
-    """Whether this kernel lets such programs call a helper; not where it does not know such programs."""
+    """Whether this kernel lets such programs call a helper; False where it does not know such programs."""
     try:
         return helpers.allows(prog_type, attach_type, helper)
     except OSError:
@@ -149,8 +149,8 @@ def _allows(program: Program, helper: int) -> bool:
 
 
 def constants(extensions: frozenset[Extension]) -> dict[str, int]:
-    """What the text of the hooks is compiled with."""
-    probe = offsets.structures() if PROBE in extensions else {}
+    """The constants that the text of the hooks is compiled with."""
+    probe = offsets.structure_offsets() if PROBE in extensions else {}
     return {**SIZES, **probe, **{one.flag: 1 for one in extensions}}
 
 
@@ -160,23 +160,23 @@ def calls_of(compiled: Compiled, programs: Sequence[Program]) -> Calls:
 
 
 def compile_for(allows: Callable[[Program, int], bool]) -> tuple[Compiled, frozenset[Extension]]:
-    """The hooks with every extension whose helpers ``allows`` lets them call, and which extensions these are.
+    """The hooks, compiled with every extension whose helpers they may call by ``allows``, and these extensions.
 
     Raises CompileError.
     """
-    wanted = EXTENSIONS if offsets.structures() else EXTENSIONS - {PROBE}
+    wanted = EXTENSIONS if offsets.structure_offsets() else EXTENSIONS - {PROBE}
     compiled = compile_text(SOURCES, constants(wanted))
     allowed = allowed_extensions(wanted, refused_calls(ALL_PROGRAMS, calls_of(compiled, ALL_PROGRAMS), allows))
     return (compiled if allowed == wanted else compile_text(SOURCES, constants(allowed))), allowed
 
 
 def examine() -> Loaded:
-    """Compile and load as much as this kernel takes, with a verdict on each program. Raises CompileError."""
+    """Compile the hooks and load the programs that this kernel accepts. Raises CompileError."""
     compiled, extensions = compile_for(_allows)
     loaded = _load_each(compiled, ALL_PROGRAMS, MAPS, extensions)
     if loaded.is_complete or not extensions:
         return loaded
-    # The helpers are allowed, and still the verifier does not like what is done with them.
+    # The helpers are allowed, but the verifier refuses how they are used.
     plain = _load_each(compile_text(SOURCES, constants(frozenset())), ALL_PROGRAMS, MAPS)
     return plain if plain.is_complete else loaded
 
@@ -186,32 +186,31 @@ def _load_each(
 ) -> Loaded:
     refused = refused_calls(programs, calls_of(compiled, programs), _allows)
     fds: dict[str, int] = {}
-    verdicts = []
+    checks = []
     for program in programs:
         try:
             fds[program.name] = compiled.load(program)
-            verdicts.append(ProgramCheck(program))
+            checks.append(ProgramCheck(program))
         except NotLoaded as error:
             log = str(error)
-            verdicts.append(ProgramCheck(program, reason(program, refused.get(program.name, frozenset()), log), log))
-    return Loaded(compiled, fds, maps, extensions, tuple(verdicts))
+            checks.append(ProgramCheck(program, reason(program, refused.get(program.name, frozenset()), log), log))
+    return Loaded(compiled, fds, maps, extensions, tuple(checks))
 
 
 def load() -> Loaded:
-    """Compile and load what this kernel takes. Raises CompileError, and ProgramsRefused where that is not enough."""
+    """Compile and load what this kernel accepts. Raises CompileError, and ProgramsRefused for one that is needed."""
     loaded = examine()
     if not loaded.is_complete:
-        raise ProgramsRefused(loaded.verdicts)
+        raise ProgramsRefused(loaded.checks)
     return loaded
 
 
 def examine_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
-    """Compile and load the relay in the kernel, with a verdict on its program.
+    """Compile the relay in the kernel, and load its program if this kernel accepts it.
 
-    Raises CompileError where this kernel has no sockmap, KernelError where it does not tell where it keeps what is to
-    be counted.
+    Raises CompileError where this kernel has no sockmap, KernelError where it has no type information.
     """
-    write_seq = offsets.write_seq()
+    write_seq = offsets.write_seq_offset()
     if write_seq is None:
         raise KernelError("the kernel has no type information for struct tcp_sock")
     compiled = compile_text(RELAY_SOURCES, {**sizes, "GRAFT_TCP_WRITE_SEQ": write_seq})
@@ -219,20 +218,14 @@ def examine_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
 
 
 def load_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
-    """The relay in the kernel, its program attached to its map. Raises KernelError where that cannot be."""
+    """The relay in the kernel, its program attached to its map. Raises KernelError where that is not possible."""
     loaded = examine_relay(sizes)
-    [verdict] = loaded.verdicts
-    if not verdict.taken:
-        raise KernelError(f"the kernel does not take the relay's program: {verdict.reason}")
+    [check] = loaded.checks
+    if not check.accepted:
+        raise KernelError(f"the kernel refuses the relay's program: {check.reason}")
     attach_type = bpf.ATTACH_TYPES[RELAY_PROGRAM.attach]
     try:
         bpf.prog_attach_map(loaded.map_fd("flow_sources"), loaded.programs[RELAY_PROGRAM.name], attach_type)
     except OSError as error:
-        raise KernelError(f"the relay's program cannot be attached to its map: {error.strerror}") from error
+        raise KernelError(f"cannot attach the relay's program to its map: {error.strerror}") from error
     return loaded
-
-
-def layouts(loaded: Loaded) -> dict[str, tuple[type[ctypes.Structure], type[ctypes.Structure]]]:
-    """The key and value types that bcc made of the C structures, for the test that compares layouts."""
-    names = ("endpoints", "endpoint_names", "containers", "ingress", "egress", "egress_ports", "counters")
-    return {name: loaded.compiled.layout(name) for name in (*names, "relays", "arrivals")}

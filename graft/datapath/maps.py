@@ -1,4 +1,4 @@
-"""The pinned maps, opened when they are first asked for, with their types."""
+"""The pinned maps, opened at their first use, with their types."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graft.kernel.bpf import Map
 
 
 class NotUpError(GraftError):
-    """Graft's maps are not there."""
+    """Graft's maps are not pinned."""
 
     exit_code = 3
 
@@ -24,7 +24,7 @@ class Maps:
         self.pin_dir = pin_dir
 
     def close(self) -> None:
-        """Give back the descriptors of those that were opened. One that is asked for afterwards is opened again."""
+        """Close the maps that were opened. One that is used afterwards is opened again."""
         for name, value in list(vars(self).items()):
             if isinstance(value, Map):
                 value.close()
@@ -85,7 +85,7 @@ class Maps:
 
     @cached_property
     def options(self) -> Map[ctypes.c_int32, layout.Options]:
-        """Descriptor of a socket -> what was set on it before its swap."""
+        """Descriptor of a socket -> the options that were set on it before its swap."""
         return self._open("options", ctypes.c_int32, layout.Options)
 
     @cached_property
@@ -105,12 +105,12 @@ class Maps:
 
     @cached_property
     def crossings(self) -> Map[ctypes.c_int32, layout.CrossingValue]:
-        """Descriptor of a socket -> the far end of the connection that a relay carries."""
+        """Descriptor of a socket -> the remote end of the relayed connection."""
         return self._open("crossings", ctypes.c_int32, layout.CrossingValue)
 
     @cached_property
     def arrivals(self) -> Map[layout.ArrivalKey, layout.CrossingValue]:
-        """Where a connection between a relay and a container comes from -> its far end."""
+        """Source address of a connection between a relay and a container -> its remote end."""
         return self._open("arrivals", layout.ArrivalKey, layout.CrossingValue)
 
     @cached_property

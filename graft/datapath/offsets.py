@@ -1,7 +1,7 @@
-"""Where this kernel keeps what the BPF programs read of it: offsets that become constants when they are compiled.
+"""Offsets of the members of kernel structures that the BPF programs read: constants for the compiler.
 
-From the kernel's own type information, so that one source fits every kernel. A group of them is known as a whole or
-not at all, and the code that needs it is left out then.
+They come from the kernel's own type information, so that one source fits every kernel. If one offset of a group is not
+found, the whole group is left out, and with it the code that needs it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from graft.kernel.btf import Btf
 Offsets = Mapping[str, int | None]
 
 
-@cache  # all of the kernel's types are gone through, and the loader asks for each text that it compiles
-def structures() -> dict[str, int]:
-    """What the hooks read of the kernel's structures; empty where the kernel does not tell.
+@cache  # reads all of the kernel's types, and the loader calls it for each text that it compiles
+def structure_offsets() -> dict[str, int]:
+    """The offsets that the hooks need; empty where the kernel has no type information.
 
     Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/bind.bpf.c), a packet's namespace and a
-    datagram that is not complete yet (bpf/packet.bpf.c).
+    pending datagram (bpf/packet.bpf.c).
     """
     try:
         btf = Btf.of_kernel()
@@ -86,8 +86,8 @@ def _datagram(btf: Btf) -> Offsets:
     }
 
 
-def write_seq() -> int | None:
-    """Of what a TCP socket was given to send (bpf/relay.bpf.c); None where the kernel does not tell."""
+def write_seq_offset() -> int | None:
+    """The offset of tcp_sock.write_seq (bpf/relay.bpf.c); None where the kernel has no type information."""
     try:
         return Btf.of_kernel().offset("tcp_sock", "write_seq")
     except (OSError, ValueError):

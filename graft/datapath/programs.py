@@ -1,7 +1,7 @@
-"""The BPF programs as a list: where each goes, which helpers of the kernel's it may call, what is lost without it.
+"""The list of BPF programs: where each is attached, which of the kernel's helpers it may call, what is lost without it.
 
-Pure: what this kernel allows comes in as data (graft/kernel/helpers.py asks it), so that the same decisions can be
-held against a table of other kernels in a test.
+Pure: what this kernel allows is passed in (graft/kernel/helpers.py asks the kernel), so that a test can check the same
+decisions for a table of other kernels.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _NO_SPLICE = "no transport splice"
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A function of the BPF sources and where it goes.
+    """A function of the BPF sources and where it is attached.
 
-    ``without``: what is lost where the kernel does not take it; empty where Graft does not work without.
+    ``without``: what is lost where the kernel refuses it; empty where Graft does not work without it.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Program:
 
     @property
     def needed(self) -> bool:
-        """Whether nothing works without it."""
+        """Whether Graft does not work without it."""
         return not self.without
 
 
@@ -51,30 +51,30 @@ PROGRAMS = (
     *_both("bind", "only addresses of granted endpoints"),
     *_both("connect", "only granted destinations"),
     *_both("sendmsg", "only granted destinations, UDP"),
-    *_both("getsockname", "tells the address that was asked for; answers supervisors"),
+    *_both("getsockname", "shows the requested address; answers supervisors"),
     *_both("post_bind", "undoes a bind that is not its endpoint's", bpf.PROG_CGROUP_SOCK),
     Program("sock_create", bpf.PROG_CGROUP_SOCK, "sock_create", "tags sockets as they are made"),
-    Program("setsockopt", bpf.PROG_CGROUP_SOCKOPT, "setsockopt", "no option that reaches past the policy"),
+    Program("setsockopt", bpf.PROG_CGROUP_SOCKOPT, "setsockopt", "no option that bypasses the policy"),
     Program("sock_ops", bpf.PROG_SOCK_OPS, "sock_ops", "no listener without an endpoint"),
     Program("skb_ingress", bpf.PROG_CGROUP_SKB, "skb_ingress", "no packet to a listener without an endpoint"),
-    Program("skb_egress", bpf.PROG_CGROUP_SKB, "skb_egress", "no packet by a way that no rule speaks of"),
+    Program("skb_egress", bpf.PROG_CGROUP_SKB, "skb_egress", "only packets that the policy permits"),
 )
 
 # Of the splice transport: on its containers' cgroups and the relays' own.
 SPLICE_PROGRAMS = (
-    Program("splice", bpf.PROG_SOCK_OPS, "sock_ops", "tells the two ends of a relay of each other", _NO_SPLICE),
-    *_both("getpeername", "tells a server who its client is", without=_NO_SPLICE),
+    Program("splice", bpf.PROG_SOCK_OPS, "sock_ops", "passes a client's address through a relay", _NO_SPLICE),
+    *_both("getpeername", "shows a server its client's address", without=_NO_SPLICE),
 )
 
 RELAY_PROGRAM = Program("flow", bpf.PROG_SK_SKB, "sk_skb_stream_verdict", "the relay in the kernel", "splice(2) relays")
 
 ALL_PROGRAMS = (*PROGRAMS, *SPLICE_PROGRAMS)
-"""Those that are compiled together; the relay's program is a text of its own."""
+"""Those that are compiled together; the relay's program is compiled on its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """Code that is compiled in only where the kernel allows the helpers that it calls, wherever it calls them."""
+    """Optional code: compiled in only where the kernel allows its helpers in every program that calls them."""
 
     flag: str
     helpers: frozenset[int]
@@ -91,22 +91,22 @@ EXTENSIONS = frozenset({MPTCP, SET_RETVAL, PROBE})
 
 @dataclass(frozen=True, slots=True)
 class ProgramCheck:
-    """Whether a kernel takes a program: ``reason`` in one line where it does not, and the verifier's ``log``."""
+    """Whether a kernel accepts a program: if not, ``reason`` in one line, and the verifier's ``log``."""
 
     program: Program
     reason: str = ""
     log: str = ""
 
     @property
-    def taken(self) -> bool:
-        """Whether the kernel takes it."""
+    def accepted(self) -> bool:
+        """Whether the kernel accepts it."""
         return not self.reason
 
 
 def refused_calls(
     programs: Iterable[Program], calls: Calls, allows: Callable[[Program, int], bool]
 ) -> dict[str, frozenset[int]]:
-    """Of each program that has any, the helpers that it calls and may not."""
+    """For each program that calls any, the helpers that it may not call."""
     refused = {
         program.name: frozenset(helper for helper in calls[program.name] if not allows(program, helper))
         for program in programs
@@ -115,16 +115,16 @@ def refused_calls(
 
 
 def allowed_extensions(extensions: frozenset[Extension], refused: Calls) -> frozenset[Extension]:
-    """Those extensions none of whose helpers was refused to any program."""
+    """The extensions of which no helper was refused to any program."""
     every = frozenset().union(*refused.values())
     return frozenset(one for one in extensions if not one.helpers & every)
 
 
 def reason(program: Program, refused: frozenset[int], log: str) -> str:
-    """Why a kernel does not take ``program``, in one line: the helper that it may not call, or the log's last word."""
+    """Why a kernel refuses ``program``, in one line: the helpers that it may not call, or the log's last line."""
     if refused:
         names = ", ".join(helpers.name(number) for number in sorted(refused))
         return f"{names} not allowed in {program.attach} programs"
     lines = [line.strip() for line in log.splitlines()]
-    told = [line for line in lines if line and not line.startswith(("processed ", "HINT:", "bpf: "))]
-    return told[-1] if told else "the kernel does not say why"
+    log_lines = [line for line in lines if line and not line.startswith(("processed ", "HINT:", "bpf: "))]
+    return log_lines[-1] if log_lines else "the kernel gives no reason"

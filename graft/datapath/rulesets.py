@@ -1,7 +1,7 @@
 """Compiled rules in the maps: written under a number of their own, erased by it, and looked up.
 
-Writing is dull on purpose: graft/policy/compiler.py has decided everything. The lookups ask what the hooks ask, of
-the same maps, so that there is one set of rules; theirs is the answer that counts.
+Writing only copies: graft/policy/compiler.py has decided everything. The lookups read the same maps in the same way as
+the hooks, so that there is one set of rules; the hooks enforce it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def endpoints_in_use(maps: Maps) -> set[int]:
 
 
 class Lookup:
-    """Asks the rules of any container. Keeps its keys: it is on the path of every swapped socket."""
+    """Looks up the rules of any container. Reuses its keys: it is on the path of every swapped socket."""
 
     def __init__(self, maps: Maps) -> None:
         self._ingress, self._egress, self._ports = maps.ingress, maps.egress, maps.egress_ports
@@ -100,7 +100,7 @@ class Lookup:
         return found.endpoint if found is not None else 0
 
     def egress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> tuple[int, int]:
-        """(verdict, id of the source endpoint) of a destination; NONE where no rule speaks of it."""
+        """(verdict, id of the source endpoint) of a destination; NONE where no rule covers it."""
         key = self._to
         key.prefixlen = layout.EGRESS_FIXED_BITS + (32 if family == 4 else 128)
         key.ruleset, key.protocol, key.family = ruleset, protocol, family

@@ -1,11 +1,11 @@
-"""The calling thread with fewer rights than root's, for a moment: user ids, capabilities.
+"""The calling thread with fewer rights than root's, temporarily: user ids, capabilities.
 
-What a supervisor repeats for a program must not be done with root's rights where the kernel asks, or remembers, who
-did it. The system calls are made directly: they change the one thread that makes them, while libc's functions of the
+What a supervisor repeats for a program must not be done with root's rights where the kernel checks, or records, who
+did it. The system calls are made directly: they change only the calling thread, while libc's functions of the
 same names change every thread of the process (setresuid(2), "C library/kernel differences").
 
-The saved user id stays root's, which is the way back, and keeps other users' hands off: ptrace and /proc ask for all
-three ids. One thing another user's process may do meanwhile is to send a signal to this thread (kill(2) asks for the
+The saved user id stays root's, so that the thread can switch back, and so that other users have no access: ptrace and
+/proc check all three ids. Another user's process can only send a signal to this thread meanwhile (kill(2) checks the
 real or the saved id). A supervisor that is killed so is started again by its keeper.
 
 Sources: setresuid(2), setfsuid(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c (kill_ok_by_cred).
@@ -27,17 +27,17 @@ _UNMAPPED = 0xFFFFFFFF  # (uid_t) -1: an id that this user namespace has no numb
 
 
 def require_root() -> None:
-    """Raises PrivilegeError, at once, for anybody but root."""
+    """Raises PrivilegeError for any other user than root."""
     if os.geteuid() != 0:
         raise PrivilegeError("this needs root", "run it with sudo")
 
 
 @contextlib.contextmanager
 def as_user(uid: int, euid: int) -> Iterator[None]:
-    """The calling thread, root's, with the real id ``uid`` and the effective one ``euid``, then root's again.
+    """Run the block with the real user id ``uid`` and the effective one ``euid``; the calling thread is root's.
 
-    Unless ``euid`` is root's too it has no effective capability meanwhile. Raises OSError: EPERM for an id of another
-    user namespace that this one has no number for.
+    Unless ``euid`` is root's too the thread has no effective capability meanwhile. Raises OSError: EPERM for an id of
+    another user namespace that is not mapped in this one.
     """
     if _UNMAPPED in (uid, euid):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -45,7 +45,7 @@ def as_user(uid: int, euid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        with _or_end():
+        with _or_exit():
             syscall("setresuid", _ROOT, _ROOT, _ROOT)
 
 
@@ -62,7 +62,7 @@ def owning_files_as(uid: int, gid: int) -> Iterator[None]:
         _set_file_ids(uid, gid)
         yield
     finally:
-        with _or_end():
+        with _or_exit():
             _set_file_ids(_ROOT, _ROOT)
 
 
@@ -76,26 +76,26 @@ def _set_file_ids(uid: int, gid: int) -> None:
 
 @contextlib.contextmanager
 def with_capabilities(*wanted: int) -> Iterator[None]:
-    """The calling thread with no effective capabilities but ``wanted``, of those it is permitted, then as it was.
+    """Run the block with no effective capabilities but ``wanted``, as far as the calling thread is permitted them.
 
     Its user ids stay. Raises OSError.
     """
-    had = capabilities.current()
-    fewer = type(had).from_buffer_copy(had)
+    before = capabilities.current()
+    fewer = type(before).from_buffer_copy(before)
     mask = sum(1 << one for one in wanted)
     for half, allowed in zip(fewer, (mask & 0xFFFFFFFF, mask >> 32), strict=True):
         half.effective = half.permitted & allowed
-    capabilities.change(fewer)
+    capabilities.set_current(fewer)
     try:
         yield
     finally:
-        with _or_end():
-            capabilities.change(had)
+        with _or_exit():
+            capabilities.set_current(before)
 
 
 @contextlib.contextmanager
-def _or_end() -> Iterator[None]:
-    """A way back that fails ends the process: one with the wrong rights must not go on."""
+def _or_exit() -> Iterator[None]:
+    """Exit the process if the block fails: a process with the wrong rights must not continue."""
     try:
         yield
     except BaseException:

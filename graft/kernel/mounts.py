@@ -13,7 +13,7 @@ _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8  # linux/mount.h
 
 
 def mount_bpffs(path: Path) -> None:
-    """Mount bpffs where it always is, if ``path`` lies there and nothing is mounted yet. Raises KernelError."""
+    """Mount bpffs at its usual place, if ``path`` is below it and nothing is mounted yet. Raises KernelError."""
     if not path.is_relative_to(BPFFS) or os.path.ismount(BPFFS):
         return
     libc = ctypes.CDLL(None, use_errno=True)

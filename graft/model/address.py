@@ -1,9 +1,9 @@
 """Addresses, ports and prefixes as an operator writes them, and back.
 
-Every parser takes the text and the name of the field that it stands in, and raises UsageError with one
-line that names the field. An IPv4-mapped IPv6 address (``::ffff:1.2.3.4``) is the IPv4 address in it,
+Every parser takes the text and the name of its field, and raises UsageError with one
+line that names the field. An IPv4-mapped IPv6 address (``::ffff:1.2.3.4``) is treated as the IPv4 address in it,
 everywhere: the kernel sends and receives plain IPv4 for it. Zones (``fe80::1%eth0``) are refused: the
-maps have no place for an interface.
+maps have no field for an interface.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ADDRESS_HINT = "an IPv4 address, or an IPv6 address in brackets, such as [::1]"
 
 @dataclass(frozen=True, slots=True)
 class SocketAddress:
-    """An IP address and a port; port 0 is the kernel's choice."""
+    """An IP address and a port; port 0: the kernel picks one."""
 
     ip: IPAddress
     port: int
@@ -40,7 +40,7 @@ class SocketAddress:
 
     @property
     def packed16(self) -> bytes:
-        """The address in 16 bytes, as the maps hold it."""
+        """The address in 16 bytes, as in the maps."""
         return pack16(self.ip)
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class SocketAddress:
 
 @dataclass(frozen=True, slots=True)
 class BindPattern:
-    """Which binds a rule speaks of: an address, or None for any, and a range of ports."""
+    """The binds that a rule matches: an address, or None for any, and a range of ports."""
 
     address: IPAddress | None
     ports: PortRange
@@ -71,7 +71,7 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """How many leading bits of an address the prefix fixes."""
+        """The number of leading bits that the prefix fixes."""
         return self.network.prefixlen
 
     @property
@@ -83,7 +83,7 @@ class Prefix:
         return ip in self.network
 
     def inside(self, other: Prefix) -> bool:
-        """Whether all of it lies in ``other`` (or is the same)."""
+        """Whether ``other`` contains all of it."""
         return self.family == other.family and self.length >= other.length and self.network[0] in other
 
     def __str__(self) -> str:
@@ -96,17 +96,17 @@ def pack16(ip: IPAddress) -> bytes:
 
 
 def format_ip(ip: IPAddress) -> str:
-    """``ip`` as it stands before a colon and a port."""
+    """``ip`` as written before a colon and a port."""
     return str(ip) if ip.version == 4 else f"[{ip}]"
 
 
 def unmapped(ip: IPAddress) -> IPAddress:
-    """``ip``, or the IPv4 address in it where it is an IPv4-mapped one."""
+    """``ip``, or the IPv4 address in it if it is an IPv4-mapped one."""
     return ip.ipv4_mapped or ip if isinstance(ip, IPv6Address) else ip
 
 
 def unmapped_bytes(address: bytes) -> tuple[int, bytes]:
-    """Family (4 or 6) and the 16 bytes that maps have, of the 16 bytes of an IPv6 address."""
+    """Family (4 or 6) and the 16 bytes for the maps, from the 16 bytes of an IPv6 address."""
     return (4, address[12:] + bytes(12)) if address.startswith(_MAPPED) else (6, address)
 
 
@@ -116,7 +116,7 @@ def mapped_text(ipv4: str) -> str:
 
 
 def shown(text: str) -> str:
-    """``text`` as an error quotes it: escaped, and cut where it is long."""
+    """``text`` quoted for an error message: escaped, and cut if it is long."""
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
@@ -127,13 +127,13 @@ def parse_ip(text: str, field: str = "address") -> IPAddress:
     try:
         return unmapped(IPv6Address(text)) if ":" in text else IPv4Address(text)
     except AddressValueError:
-        raise UsageError(f"{field}: {shown(text)} is no IP address", _ADDRESS_HINT) from None
+        raise UsageError(f"{field}: {shown(text)} is not an IP address", _ADDRESS_HINT) from None
 
 
 def parse_port(text: str, field: str = "port") -> int:
-    """A port that can be named: 1 to 65535, in plain decimal digits."""
+    """A port from 1 to 65535, in plain decimal digits."""
     if not (text.isascii() and text.isdigit()) or (text.startswith("0") and text != "0"):
-        raise UsageError(f"{field}: {shown(text)} is no port", f"a number from 1 to {MAX_PORT}")
+        raise UsageError(f"{field}: {shown(text)} is not a port", f"a number from 1 to {MAX_PORT}")
     if len(text) > len(str(MAX_PORT)) or not 1 <= int(text) <= MAX_PORT:
         raise UsageError(f"{field}: port {shown(text)[1:-1]} is out of range", f"a number from 1 to {MAX_PORT}")
     return int(text)
@@ -143,7 +143,7 @@ def parse_port_range(text: str, field: str = "ports") -> PortRange:
     """``PORT`` or ``FIRST-LAST``."""
     first_text, dash, last_text = text.partition("-")
     if dash and not (first_text and last_text):
-        raise UsageError(f"{field}: {shown(text)} is no range of ports", "FIRST-LAST, such as 8000-8099")
+        raise UsageError(f"{field}: {shown(text)} is not a range of ports", "FIRST-LAST, such as 8000-8099")
     first = parse_port(first_text, field)
     last = parse_port(last_text, field) if dash else first
     if first > last:
@@ -168,14 +168,14 @@ def parse_bind_pattern(text: str, field: str = "bind") -> BindPattern:
 
 
 def parse_prefix(text: str, field: str = "to") -> Prefix:
-    """``10.0.0.0/8`` or ``2001:db8::/32``; an address alone is a prefix that holds only itself."""
+    """``10.0.0.0/8`` or ``2001:db8::/32``; an address alone is a prefix of full length."""
     address, slash, length_text = text.partition("/")
     if "%" in text:
         raise UsageError(f"{field}: {shown(text)} has a zone", "leave out % and what follows it")
     try:
         ip = IPv6Address(address) if ":" in address else IPv4Address(address)
     except AddressValueError:
-        raise UsageError(f"{field}: {shown(text)} is no prefix", "such as 10.0.0.0/8, ::/0 or 192.0.2.1") from None
+        raise UsageError(f"{field}: {shown(text)} is not a prefix", "such as 10.0.0.0/8, ::/0 or 192.0.2.1") from None
     length = _parse_length(length_text, ip.max_prefixlen, field) if slash else ip.max_prefixlen
     network = _strict_network(ip, length, text, field)
     return Prefix(_unmapped_network(network))
@@ -195,13 +195,13 @@ def _parse_bracketed(text: str, field: str) -> IPAddress:
         return parse_ip(text, field)
     inside = text[1:-1]
     if not text.endswith("]") or ":" not in inside:
-        raise UsageError(f"{field}: {shown(text)} is no IPv6 address in brackets", "such as [::1]")
+        raise UsageError(f"{field}: {shown(text)} is not an IPv6 address in brackets", "such as [::1]")
     return parse_ip(inside, field)
 
 
 def _parse_length(text: str, longest: int, field: str) -> int:
     if text not in map(str, range(longest + 1)):
-        raise UsageError(f"{field}: /{shown(text)[1:-1]} is no prefix length", f"a number from 0 to {longest}")
+        raise UsageError(f"{field}: /{shown(text)[1:-1]} is not a prefix length", f"a number from 0 to {longest}")
     return int(text)
 
 

@@ -54,9 +54,9 @@ IP_PROTOCOLS: dict[Protocol, int] = {Protocol.TCP: 6, Protocol.UDP: 17}
 class Endpoint:
     """A named address of a network stack, the host's unless ``netns`` names another one.
 
-    ``port`` 0 is dynamic: the kernel picks. ``netns`` is a name, a pid or a path, as the operator gave
-    it. ``open`` lets a container ask for it by its environment. An IPv6 one has IPv6 clients only, unless it is
-    ``dual_stack``.
+    ``port`` 0 is dynamic: the kernel picks. ``netns`` is a name, a pid or a path, as the operator wrote
+    it. ``open`` lets a container request it through its environment. An IPv6 endpoint accepts IPv6 clients only, unless
+    it is ``dual_stack``.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Endpoint:
 
     @property
     def packed16(self) -> bytes:
-        """The address in 16 bytes, as the maps hold it."""
+        """The address in 16 bytes, as in the maps."""
         return pack16(self.address)
 
     @property
@@ -114,9 +114,9 @@ def parse_endpoint(
 
 
 def check_dual_stack(wanted: bool, address: SocketAddress, field: str = "dual stack") -> None:
-    """Raises UsageError where an endpoint at ``address`` cannot have IPv4 clients too."""
+    """Raises UsageError where an endpoint at ``address`` cannot accept IPv4 clients too."""
     if wanted and address.ip != IPv6Address(0):
-        raise UsageError(f"{field}: only the address [::] has IPv4 beside IPv6", "[::]:PORT, or leave it out")
+        raise UsageError(f"{field}: only the address [::] can accept IPv4 clients too", "[::]:PORT, or leave it out")
 
 
 def parse_name(text: str, field: str = "name", longest: int = MAX_ENDPOINT_NAME) -> str:
@@ -127,7 +127,7 @@ def parse_name(text: str, field: str = "name", longest: int = MAX_ENDPOINT_NAME)
     if len(text.encode(errors="replace")) > longest:
         raise UsageError(f"{field}: {shown(text)} is longer than {longest} bytes", hint)
     if not _NAME.fullmatch(text):
-        raise UsageError(f"{field}: {shown(text)} is no name", hint)
+        raise UsageError(f"{field}: {shown(text)} is not a valid name", hint)
     return text
 
 
@@ -140,7 +140,7 @@ def parse_protocol(text: str, field: str = "protocol") -> Protocol:
     """tcp, udp, or any for both."""
     protocols = {"tcp": Protocol.TCP, "udp": Protocol.UDP, "any": ANY_PROTOCOL}
     if text not in protocols:
-        raise UsageError(f"{field}: {shown(text)} is no protocol", "tcp, udp or any")
+        raise UsageError(f"{field}: {shown(text)} is not a protocol", "tcp, udp or any")
     return protocols[text]
 
 
@@ -149,7 +149,7 @@ def parse_netns(text: str, field: str = "netns") -> str:
     is_path = text.startswith("/") and "\0" not in text and len(text.encode(errors="replace")) <= _PATH_MAX
     is_name = _NETNS_NAME.fullmatch(text) and text not in (".", "..")
     if not (is_path or is_name):
-        raise UsageError(f"{field}: {shown(text)} is no network namespace", "a name, a pid, or an absolute path")
+        raise UsageError(f"{field}: {shown(text)} is not a network namespace", "a name, a pid, or an absolute path")
     return text
 
 
@@ -168,5 +168,5 @@ def parse_egress_flag(text: str, field: str = "-e") -> tuple[Prefix, str]:
 def _split_flag(text: str, field: str, hint: str) -> tuple[str, str]:
     left, equals, right = text.partition("=")
     if not (left and equals and right):
-        raise UsageError(f"{field}: {shown(text)} is no rule", hint)
+        raise UsageError(f"{field}: {shown(text)} is not a rule", hint)
     return left, right

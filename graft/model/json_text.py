@@ -1,10 +1,10 @@
-"""JSON that somebody else wrote: read within limits, and its parts taken as what they have to be.
+"""Untrusted JSON: read within limits, and the types of its parts checked.
 
-An engine's configuration of a container, what a runtime says of one, a file of run_dir: each may hold what an image
-wrote, or only half of what Graft wrote. Python's own reader ends in RecursionError for a text of brackets, and a list
-where a mapping was meant ends in AttributeError somewhere else. Here both are a UsageError that names the field.
+An engine's configuration of a container, a runtime's state of one, a file of run_dir: each may contain what an image
+wrote, or only half of what Graft wrote. Python's own parser raises RecursionError for a text of brackets, and a list
+in place of a mapping raises AttributeError somewhere else. Here both are a UsageError that names the field.
 
-A part that is missing and one that is null are the same, as for the runtimes, which are written in Go.
+A missing part and null are the same, as for the runtimes, which are written in Go.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from graft.errors import UsageError
 from graft.model.address import shown
 
 MAX_DEPTH = 64
-"""Of lists and mappings inside of each other. An OCI configuration has eight."""
+"""Levels of nested lists and mappings. An OCI configuration has eight."""
 
 _KINDS = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 
@@ -24,7 +24,7 @@ _KINDS = {dict: "a mapping", list: "a list", str: "text", bool: "true or false",
 def parse(raw: bytes | str, source: str, most: int) -> Any:
     """The value in ``raw``, of at most ``most`` bytes. Raises UsageError that names ``source``."""
     if len(raw) > most:
-        raise UsageError(f"{source}: it is too big", f"at most {most} bytes")
+        raise UsageError(f"{source}: too big", f"at most {most} bytes")
     try:
         value = json.loads(raw, parse_constant=_refuse_constant)
     except RecursionError:
@@ -37,11 +37,11 @@ def parse(raw: bytes | str, source: str, most: int) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _is_deeper(value: Any, most: int) -> bool:
-    """Whether there are more than ``most`` levels of lists and mappings. (A function that calls itself has a limit.)"""
+    """Whether there are more than ``most`` levels of lists and mappings. (Not recursive: recursion has a limit.)"""
     level = [value]
     for _ in range(most + 1):
         level = [inner for one in level for inner in _parts(one) if isinstance(inner, (dict, list))]
@@ -55,17 +55,17 @@ def _parts(value: Any) -> Any:
 
 
 def mapping(value: Any, field: str) -> dict[str, Any]:
-    """A mapping; empty where there is none. Raises UsageError that names ``field``, as all here do."""
+    """A mapping; empty where it is missing. Raises UsageError that names ``field``, as all functions here do."""
     return {} if value is None else _of(dict, value, field)
 
 
 def items(value: Any, field: str) -> list[Any]:
-    """A list; empty where there is none."""
+    """A list; empty where it is missing."""
     return [] if value is None else _of(list, value, field)
 
 
 def text(value: Any, field: str) -> str:
-    """A text; empty where there is none."""
+    """A text; empty where it is missing."""
     return "" if value is None else _of(str, value, field)
 
 
@@ -85,15 +85,15 @@ def text_by_name(value: Any, field: str) -> dict[str, str]:
 
 
 def path(value: Any, field: str) -> str:
-    """A text that the kernel would take as a path; empty where there is none."""
+    """A text that the kernel accepts as a path; empty where it is missing."""
     found = text(value, field)
     if "\0" in found or not _is_utf8(found):
-        raise UsageError(f"{field}: {shown(found)} is no path")
+        raise UsageError(f"{field}: {shown(found)} is not a path")
     return found
 
 
 def number(value: Any, field: str, most: int) -> int:
-    """A whole number from 0 to ``most``; 0 where there is none."""
+    """A whole number from 0 to ``most``; 0 where it is missing."""
     if value is None:
         return 0
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:

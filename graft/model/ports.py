@@ -1,8 +1,8 @@
 """Sets of ports as whole numbers (bit n stands for port n), and ranges of ports as prefixes.
 
-Rules over ports overlap and nest. As numbers, "the ports that nobody has yet" is one `& ~taken`, and
-two rules meet where `a & b` is not zero. A longest-prefix map holds no ranges, so that in the end
-each run of ports is split into prefixes.
+Rules over ports overlap and nest. As numbers, "the ports that are still free" is one `& ~taken`, and
+two rules overlap where `a & b` is not zero. A longest-prefix map has no ranges, so each range of ports
+is split into prefixes.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ PORT_BITS = 16
 MAX_PORT = (1 << PORT_BITS) - 1
 
 EVERY_PORT = (1 << (MAX_PORT + 1)) - 1
-"""All of them, port 0 too: the ports of a rule that names none."""
+"""All ports, including 0: the ports of a rule that names none."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class PortRange:
-    """The ports ``first`` to ``last``, both included. Raises UsageError where that is no range."""
+    """The ports ``first`` to ``last``, both included. Raises UsageError where that is not a range."""
 
     first: int
     last: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.first <= self.last <= MAX_PORT:
-            raise UsageError(f"ports: {self.first}-{self.last} is no range of ports", "FIRST-LAST, such as 8000-8099")
+            raise UsageError(
+                f"ports: {self.first}-{self.last} is not a range of ports", "FIRST-LAST, such as 8000-8099"
+            )
 
     def __contains__(self, port: int) -> bool:
         return self.first <= port <= self.last
@@ -54,7 +56,7 @@ def mask_of(ranges: Iterable[PortRange]) -> int:
 
 
 def ranges_of(mask: int) -> Iterator[PortRange]:
-    """The runs of ports in ``mask``, in order, with a gap between any two."""
+    """The ranges of consecutive ports in ``mask``, in order."""
     digits = bin(mask)[:1:-1]  # without "0b", the lowest port first
     first = digits.find("1")
     while first >= 0:
@@ -70,13 +72,13 @@ def lowest_port(mask: int) -> int:
 
 
 def split_range(ports: PortRange) -> Iterator[tuple[int, int]]:
-    """``ports`` as (port, bits) prefixes: ``bits`` leading bits of ``port`` say which ports are meant, the rest are 0.
+    """``ports`` as (port, bits) prefixes: a port belongs to one if it has the same ``bits`` leading bits as ``port``.
 
-    They are the fewest that do, at most 30.
+    As few prefixes as possible, at most 30.
     """
     first = ports.first
     while first <= ports.last:
-        # The block may be as big as the alignment of its first port, and must not pass the end.
+        # The block may be as big as the alignment of its first port, and must not go past the end.
         aligned = (first & -first).bit_length() - 1 if first else PORT_BITS
         fits = (ports.last - first + 1).bit_length() - 1
         free = min(aligned, fits)
@@ -85,6 +87,6 @@ def split_range(ports: PortRange) -> Iterator[tuple[int, int]]:
 
 
 def prefixes_of(mask: int) -> Iterator[tuple[int, int]]:
-    """All of ``mask`` as (port, bits) prefixes, none of which holds a port of another."""
+    """All of ``mask`` as (port, bits) prefixes, which do not overlap."""
     for ports in ranges_of(mask):
         yield from split_range(ports)

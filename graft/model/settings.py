@@ -1,4 +1,4 @@
-"""Where things live: read once from the environment, so that tests never touch the machine's own."""
+"""Paths and names of an installation: read once from the environment, so that tests never touch the machine's own."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
-        """The settings that ``environment`` (by default the process's own) names.
+        """The settings from ``environment`` (by default the process's own).
 
-        Raises UsageError for a cgroup name that is no plain path below the v2 mount.
+        Raises UsageError for a cgroup name that is not a plain path below the v2 mount.
         """
         env = os.environ if environment is None else environment
         cgroup = env.get("GRAFT_CGROUP", "graft").strip("/")
         if not re.fullmatch(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*", cgroup) or ".." in cgroup:
-            raise UsageError(f"GRAFT_CGROUP: {cgroup!r} is no name of a cgroup", "a name such as graft")
+            raise UsageError(f"GRAFT_CGROUP: {cgroup!r} is not a cgroup name", "a name such as graft")
         return cls(
             host_netns=_host_netns(env.get("GRAFT_HOST_NETNS")),
             pin_dir=Path(env.get("GRAFT_PIN_DIR", "/sys/fs/bpf/graft")),
@@ -41,7 +41,7 @@ class Settings:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment that `from_environment` makes these settings of again, in another process."""
+        """The environment from which `from_environment` makes the same settings in another process."""
         return {
             "GRAFT_HOST_NETNS": str(self.host_netns),
             "GRAFT_PIN_DIR": str(self.pin_dir),
@@ -54,7 +54,7 @@ class Settings:
 def _host_netns(named: str | None) -> Path:
     """The namespace that counts as the host's: the one named, else that of pid 1.
 
-    Even root may be kept from looking at pid 1, where that has capabilities which root's shell lacks
+    Even root may have no access to pid 1, where that has capabilities which root's shell lacks
     (ptrace(2), in some sandboxes). There the caller's own namespace is the host's.
     """
     if named is not None:

@@ -1,4 +1,4 @@
-"""Socket addresses as the kernel and the maps have them: 16 bytes of address, IPv4-mapped ones made IPv4."""
+"""Socket addresses as the kernel and the maps have them: 16 bytes of address, IPv4-mapped ones as IPv4."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graft.model.address import unmapped_bytes
 
 
 class Sockaddr(NamedTuple):
-    """An address from a program's memory, IPv4-mapped ones made IPv4, as the hooks do. 16 bytes, host-order port."""
+    """An address from a program's memory, IPv4-mapped ones as IPv4, as in the hooks. 16 bytes, port in host order."""
 
     family: int
     address: bytes
@@ -31,7 +31,7 @@ class Sockaddr(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def parse_sockaddr(raw: bytes) -> Sockaddr | None:
-    """struct sockaddr_in or sockaddr_in6 (ip(7), ipv6(7)); None for anything else, or too little of it."""
+    """From struct sockaddr_in or sockaddr_in6 (ip(7), ipv6(7)); None for anything else, or where it is too short."""
     if len(raw) < 8:
         return None
     kind = int.from_bytes(raw[:2], sys.byteorder)

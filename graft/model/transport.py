@@ -1,4 +1,4 @@
-"""How a container's sockets come to the host's stack, and where a socket lives: values that C and Python share."""
+"""How a container's sockets reach the host's stack, and where a socket lives: values that C and Python share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from graft.errors import UsageError
 
 
 class Transport(enum.IntEnum):
-    """How a container's sockets come to the host's stack: GRAFT_TRANSPORT_* of bpf/graft.h."""
+    """How a container's sockets reach the host's stack: GRAFT_TRANSPORT_* of bpf/graft.h."""
 
     DIRECT = 1
     SWAP = 2
@@ -23,7 +23,7 @@ class Transport(enum.IntEnum):
         try:
             return cls[text.upper()]
         except KeyError:
-            raise UsageError(f"{field}: {text!r} is no transport", "direct, swap or splice") from None
+            raise UsageError(f"{field}: {text!r} is not a transport", "direct, swap or splice") from None
 
 
 class Home(enum.IntEnum):

@@ -26,7 +26,7 @@ from pathlib import Path
 from graft.datapath.dataplane import keepers_cgroup
 from graft.errors import GraftError, RefusedError
 from graft.kernel import cgroup, netns, process
-from graft.kernel.pidfd import is_over
+from graft.kernel.pidfd import has_ended
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.oci.message_loop import MessageLoop
@@ -80,7 +80,7 @@ class Attachment:
         if self.container is not None:
             return
         path, cookie = _find_container(state.pid, plan)
-        if first is not None and is_over(first):
+        if first is not None and has_ended(first):
             # Its id may be another process's by now, and what was found by it not the container's.
             raise RefusedError("the container's first process has ended")
         shim = 0 if plan.transport is Transport.DIRECT else os.getpid()
@@ -353,4 +353,4 @@ def _become_daemon(keep: set[int]) -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     process.close_all_but(keep)
-    process.call_oneself("graft-shim")
+    process.set_process_name("graft-shim")

@@ -37,7 +37,7 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
         folder.mkdir(parents=True, exist_ok=True)
         attachments.attach(settings, folder, 0, splice=True)
         cgroup.enter(folder)
-        process.allow_descriptors()
+        process.raise_descriptor_limit()
         service = Service(settings, keep)
         gc.freeze()
         service.run(lambda: _signal_ready(ready))

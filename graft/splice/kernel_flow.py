@@ -121,7 +121,7 @@ class KernelFlow:
         larger window. A segment that comes while the kernel has the socket locked to send counts twice for a moment,
         and in a small buffer closes the window, which opens only when the sender probes it, after 200 ms.
         """
-        tcp.widen(self._flow.source.sock, _WINDOW_BYTES)
+        tcp.enlarge_receive_buffer(self._flow.source.sock, _WINDOW_BYTES)
 
     def forget(self) -> None:
         """Remove the flow from the maps, before its sockets are closed."""
@@ -213,7 +213,7 @@ class KernelFlow:
         if tcp.received(source) - 1 == self._sent():
             self._flow.forward_end()
         else:
-            tcp.look_again(source)
+            tcp.reprocess_received(source)
             self._behind = self._sockmap.counts(self._cookie)[1] != self._copied  # there may be no event for it
             self._check_later()
 

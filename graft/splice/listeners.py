@@ -37,7 +37,7 @@ def cgroup_ids(path: Path, root: int) -> Stepwise[set[int]]:
 
 def collect_listeners(diagnostics: Diagnostics, plan: PublicationPlan, skip_ports: Collection[int]) -> Stepwise[None]:
     """Add every listener to ``plan``, but those on ``skip_ports``. Raises OSError."""
-    for piece in diagnostics.listening():
+    for piece in diagnostics.listeners():
         yield
         for number, listener in enumerate(piece, 1):
             if listener.port not in skip_ports:

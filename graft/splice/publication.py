@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from graft.kernel.sockdiag import Listening
+from graft.kernel.sockdiag import ListeningSocket
 from graft.model.address import unmapped_bytes
 
 MAX_UNPUBLISHED = 64
@@ -103,7 +103,7 @@ class PublicationPlan:
         self.more_unpublished = self.too_many = 0
         """How many more are not published; how many of all these are beyond ``limit``, though a rule names them."""
 
-    def add(self, listener: Listening) -> None:
+    def add(self, listener: ListeningSocket) -> None:
         """Add one listener of the namespace."""
         if listener.cgroup and listener.cgroup not in self._cgroups:
             return
@@ -119,7 +119,7 @@ class PublicationPlan:
             self._wanted[_key(found)] = kept
             self._note_unpublished(_place(other))
 
-    def _publication(self, listener: Listening) -> Publication | None:
+    def _publication(self, listener: ListeningSocket) -> Publication | None:
         if listener.device:
             return None
         family, address = listener.family, listener.address

@@ -220,7 +220,7 @@ class ContainerChanges(Containers):
             and self._maps.containers.get(ctypes.c_uint32(scope.container)) is None
         ):
             attachments.detach(self._settings, path)  # left on it by a command that was killed
-        other = attachments.nested(path)
+        other = attachments.find_nested(path)
         if other == path:
             raise ConflictError(f"cgroup: {path} is already attached", "graft ps")
         if other is not None:

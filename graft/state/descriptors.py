@@ -34,8 +34,8 @@ def find(pids: Iterable[int], inodes: frozenset[int]) -> Places:
     """The descriptors that these processes have of the sockets of those inodes."""
     found: dict[int, list[Place]] = {}
     for pid in pids:
-        for tid in tasks.tables(pid):
-            for inode, fd in tasks.sockets(tid):
+        for tid in tasks.descriptor_tables(pid):
+            for inode, fd in tasks.open_sockets(tid):
                 if inode in inodes and len(found.setdefault(inode, [])) < _MAX_PER_SOCKET:
                     found[inode].append(Place(pid, tid, fd))
     return {inode: tuple(places) for inode, places in found.items()}

@@ -119,7 +119,7 @@ def _run_child(work: Callable[[ItemT], ResultT], items: Sequence[ItemT], writer:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        process.call_oneself("graft-asks")
+        process.set_process_name("graft-asks")
         for outcome in _run_items(work, items):
             raw = pickle.dumps(outcome)
             with contextlib.suppress(BrokenPipeError), open(writer, "wb", closefd=False) as pipe:

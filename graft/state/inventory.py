@@ -21,7 +21,7 @@ from pathlib import Path
 from graft.datapath import layout
 from graft.datapath.maps import Maps
 from graft.kernel import bpf, cgroup, netns, sockets
-from graft.kernel.sockets import Listed
+from graft.kernel.sockets import ListedSocket
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.sockaddr import Sockaddr
@@ -63,7 +63,7 @@ class ContainerSocket:
     name of the endpoint that it was bound to, ``asked`` the address that the program passed to bind; None for others.
     """
 
-    listed: Listed
+    listed: ListedSocket
     namespace: Path
     places: tuple[Place, ...] = ()
     granted: bool = False
@@ -183,7 +183,7 @@ def _with_grant(container: Container, stack: HostStack, sock: ContainerSocket) -
         # A swapped socket is on the host's stack only by a rule; a direct container's sockets always are.
         return replace(sock, granted=container.transport is Transport.SWAP)
     endpoint = stack.endpoints.get(tag.endpoint)
-    asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.given else None
+    asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.bound_port else None
     return replace(sock, granted=True, endpoint=endpoint.name if endpoint else "(deleted)", asked=asked)
 
 
@@ -243,7 +243,7 @@ def _list_namespace(settings: Settings, path: Path) -> tuple[int, list[Container
     storage = bpf.obj_get(settings.pin_dir / "tags")
     try:
         with contextlib.suppress(FileNotFoundError), netns.entered(path):
-            return netns.cookie(), [ContainerSocket(listed, path) for listed in sockets.listed(storage)]
+            return netns.cookie(), [ContainerSocket(listed, path) for listed in sockets.list_sockets(storage)]
     finally:
         os.close(storage)
     return 0, []

@@ -110,7 +110,7 @@ def _shut_down(sock: ContainerSocket) -> bool:
         with descriptors.copied(place, sock.listed.inode) as copy:
             if copy is not None:
                 if sock.listed.protocol == "udp":
-                    sockets.deafen(copy)
+                    sockets.drop_incoming(copy)
                 sockets.shut_down(copy)
                 return True
     return False

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from graft.errors import KernelError
 from graft.kernel import cgroup, netns, process
-from graft.kernel.pidfd import is_over, pidfd_open
+from graft.kernel.pidfd import has_ended
 from graft.kernel.seccomp import Listener, hung_up
 from graft.model.printable import printable
 from graft.model.settings import Settings
@@ -66,7 +66,7 @@ class Keeper:
         self._starts = [start for start in self._starts if now - start < _IN_SECONDS] + [now]
         if len(self._starts) > _MAX_RESTARTS:
             raise KernelError(f"the supervisor of {self._container.name} died {_MAX_RESTARTS} times in a row")
-        keeper = pidfd_open(os.getpid())
+        keeper = os.pidfd_open(os.getpid())
         self.pid = os.fork()
         if self.pid == 0:
             self._supervise(keeper)
@@ -90,7 +90,7 @@ class Keeper:
         try:
             _detach_from_terminal(self._verbose)
             process.close_all_but({self._listener, keeper})
-            process.allow_descriptors()
+            process.raise_descriptor_limit()
             graft = Installation(settings)
             containers = [one.id for one in graft.containers.listing()]
             enter_own_cgroup(settings, container.id, container.cgroup_path, containers)
@@ -101,7 +101,7 @@ class Keeper:
             pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
             supervisor = Supervisor(graft.maps.tags, desk, pool, listener, log)
             serve(supervisor, listener, self._journal, keeper)
-            if is_over(keeper):
+            if has_ended(keeper):
                 self._continue_without_keeper(graft, supervisor, listener)
             release_desk(graft.maps)
             code = 0

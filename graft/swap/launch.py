@@ -134,19 +134,19 @@ def _execute(plan: Launch) -> None:
     file, and would break programs that need them. An untrusted program runs as another user, without root's rights.
     """
     if not plan.keep_net_admin:
-        capabilities.give_up(capabilities.CAP_NET_ADMIN)
+        capabilities.drop(capabilities.CAP_NET_ADMIN)
     if plan.user is not None:
         _switch_user(plan.user)
-    process.default_signals(plan.signal_mask)
+    process.restore_signals(plan.signal_mask)
     os.execvp(plan.command[0], plan.command)
 
 
 def _switch_user(user: process.User) -> None:
     """Become ``user`` in root's terminal, without access to root by way of the terminal or of root's keys."""
-    terminal.refuse_typing()
+    terminal.refuse_terminal_injection()
     keyring.leave_session_keyring()  # while root: the new one counts towards root's quota
-    process.become(user)
+    process.switch_user(user)
     if user.uid != 0:
         # The change of ids clears the permitted set, unless the caller's securebits say otherwise. It leaves the
         # inheritable set, which a file's capabilities would make permitted again.
-        capabilities.give_up_all()
+        capabilities.drop_all()

@@ -27,8 +27,6 @@ MAX_BYTES = 1 << 30
 ADDRESS_SPACE_BYTES = 2 << 30
 """Python and its libraries map much more than they use."""
 
-_CONTROLLERS = ("memory", "cpu")
-
 
 def enter_own_cgroup(settings: Settings, container: int, path: Path, containers: Collection[int]) -> None:
     """Move the calling process, the supervisor of ``container`` at ``path``, to a cgroup of its own, with its limits.
@@ -39,24 +37,11 @@ def enter_own_cgroup(settings: Settings, container: int, path: Path, containers:
     _remove_others(parent, {container, *containers})
     own = _own(parent, container)
     own.mkdir(exist_ok=True)
-    available = enable_controllers(parent)
-    if "memory" in available:
-        _write(own / "memory.max", str(memory_limit(path)))
-        _write(own / "memory.swap.max", "0")
-    if "cpu" in available:
-        _write(own / "cpu.max", cpu_limit(path))
+    _limit(own / "memory.max", str(memory_limit(path)))
+    _limit(own / "memory.swap.max", "0")
+    _limit(own / "cpu.max", cpu_limit(path))
     cgroup.enter(own)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
-
-
-def enable_controllers(folder: Path) -> set[str]:
-    """Enable the controllers for the cgroups below ``folder``, where there are any; gives those that are enabled."""
-    for one in (folder.parent, folder):
-        available = _words(one / "cgroup.controllers")
-        for name in _CONTROLLERS:
-            if name in available:
-                _write(one / "cgroup.subtree_control", f"+{name}")
-    return _words(folder / "cgroup.subtree_control") & set(_CONTROLLERS)
 
 
 def cpu_limit(path: Path) -> str:
@@ -86,16 +71,12 @@ def _remove_others(parent: Path, containers: Collection[int]) -> None:
             folder.rmdir()
 
 
-def _words(file: Path) -> set[str]:
-    return set(_text(file).split())
-
-
 def _text(file: Path) -> str:
     with contextlib.suppress(OSError):
         return file.read_text().strip()
     return ""
 
 
-def _write(file: Path, text: str) -> None:
-    with contextlib.suppress(OSError):
+def _limit(file: Path, text: str) -> None:
+    with contextlib.suppress(OSError):  # the cgroup does not have that controller (graft/datapath/dataplane.py)
         file.write_text(text)

@@ -153,7 +153,7 @@ class Supervisor:
             tag = self._tags.peek(ctypes.c_int32(duplicate))
         finally:
             os.close(duplicate)
-        if tag is None or not tag.given:
+        if tag is None or not tag.bound_port:
             return False
         return (tag.family, bytes(tag.addr), tag.port) == (address.family, address.address, address.port)
 
@@ -260,7 +260,7 @@ class Supervisor:
         """Write the port to the tag, as the hook after a bind does, which sees only an MPTCP socket's first subflow."""
         tag = self._tags.get(ctypes.c_int32(sock.fileno()))
         if tag is not None and tag.home == Home.HOST:
-            tag.given = sock.getsockname()[1]  # the real port: the hook shows a supervisor no other
+            tag.bound_port = sock.getsockname()[1]  # the real port: the hook shows a supervisor no other
             self._tags.put(ctypes.c_int32(sock.fileno()), tag)
 
     def _replace_references(self, trapped: TrappedCall, others: descriptors.SocketReferences, replacement: int) -> None:

@@ -77,7 +77,7 @@ def hello(netns: Netns, address: str, port: int) -> str:
         return sock.recv(100).decode()
 
 
-def is_over(connection: socket.socket) -> bool:
+def has_ended(connection: socket.socket) -> bool:
     """Whether a connection ends: with a reset, or, by a kernel that cannot reset it for us, with an end of file."""
     try:
         return connection.recv(10) == b""
@@ -358,7 +358,7 @@ def test_detach_ends_what_was_granted_and_says_what_is_left(host: Host, folder: 
     closed, _, kept = said.partition("still open")
     assert f"tcp listening 0.0.0.0:{port} (process {program.pid}, bound as 0.0.0.0:80 to {endpoint})" in closed
     assert f"tcp listening 0.0.0.0:{own}" in kept
-    assert is_over(connection), "the connection goes on"
+    assert has_ended(connection), "the connection goes on"
     with pytest.raises(ConnectionRefusedError):
         host.client.connected(HOST4, port)
     host.client.connected(HOST4, own).close()
@@ -405,7 +405,7 @@ def test_detach_ends_the_outgoing_connections_of_a_swapped_container(host: Host)
     connection.settimeout(15)
     said = host.graft("detach", "--cgroup", host.container(program).name).stdout
     assert f"with {CLIENT4}:{listener.getsockname()[1]}" in said.partition("still open")[0]
-    assert is_over(connection)
+    assert has_ended(connection)
     program.wait()
     connection.close()
     listener.close()

@@ -80,7 +80,7 @@ def test_the_program_runs_as_the_user_that_was_asked_for(host: Host) -> None:
     assert host.run(["--user", "nobody"], "sh", "-c", script).stdout.split() == ["65534"] * 3
     assert host.run(["--user", "1234:2345"], "sh", "-c", script).stdout.split() == ["1234", "2345", "2345"]
     result = host.run(["--user", "no-such-user"], "true", status=3)
-    assert "--user: there is no 'no-such-user'" in result.stderr
+    assert "--user: 'no-such-user' not found" in result.stderr
 
 
 def test_a_new_namespace_has_lo_and_nothing_else(host: Host) -> None:

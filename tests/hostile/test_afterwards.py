@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from graft.kernel import cgroup
-from graft.kernel.pidfd import pidfd_getfd, pidfd_open
+from graft.kernel.pidfd import pidfd_getfd
 from tests.hostile.conftest import TRANSPORTS, Confine, Confined, Without
 from tests.hostile.test_datagrams import GROUP4, came, datagrams, send_to_group
 from tests.support.installation import Host
@@ -323,7 +323,7 @@ def held_socket(one: Confined) -> Iterator[socket.socket]:
     """A copy of the one socket of its program."""
     [pid] = cgroup.processes(one.cgroup)
     [fd] = [int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir() if "socket:" in str(link.readlink())]
-    process = pidfd_open(pid)
+    process = os.pidfd_open(pid)
     sock = socket.socket(fileno=pidfd_getfd(process, fd))
     os.close(process)
     with contextlib.closing(sock):

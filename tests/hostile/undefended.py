@@ -74,7 +74,7 @@ def _at_once(file: str, function: str, statement: str) -> Change:
 
 HOOKS: dict[str, tuple[Change, ...]] = {
     # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
-    "bound": (("place.bpf.c", "\tif (place.port != tag->given)\n\t\treturn 0;\n", "\treturn 1;\n"),),
+    "bound": (("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", "\treturn 1;\n"),),
     # No hook looks at what comes in, or at what goes out.
     "packets in": (_at_once("packet.bpf.c", "int graft_skb_ingress(struct __sk_buff *skb)", "return PASS;"),),
     "packets out": (_at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),),
@@ -82,7 +82,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "memory": (
         _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
         ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->open_port = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
-        ("packet.bpf.c", "|| is_open(sk, &owner);", "|| !owner.tag || is_open(sk, &owner);"),
+        ("packet.bpf.c", "|| accepts_anyone(sk, &owner);", "|| !owner.tag || accepts_anyone(sk, &owner);"),
     ),
     # An IPv6 bind takes the IPv4 port along.
     "ipv4": (
@@ -93,29 +93,35 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "protocols": (_at_once("owner.bpf.c", "int has_rules(u32 type, u32 protocol)", "return 1;"),),
     # No address at all is judged as it stands.
     "unspecified": (
-        _at_once("rules.bpf.c", "void name_loopback(struct asked *asked, int host)", "return;"),
+        _at_once("rules.bpf.c", "void substitute_loopback(struct request *request, int host)", "return;"),
         _at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
     ),
     # A datagram leaves from the address that it names.
     "source": (
-        ("connect.bpf.c", "\tif (ip || leaves_source_to_kernel(&asked))\n", "\tif (0)\n"),
-        ("connect.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&asked)", "0"),
-        ("connect.bpf.c", "if ((somewhere || bound) && place.family != endpoint->family)", "if (0)"),
+        ("connect.bpf.c", "\tif (ip || leaves_source_to_kernel(&request))\n", "\tif (0)\n"),
+        ("connect.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)", "0"),
+        ("connect.bpf.c", "if ((has_address || bound) && local.family != endpoint->family)", "if (0)"),
     ),
     # Any option may be set, and nobody looks at whether a socket is tied to an interface.
     "options": (
-        _at_once("options.bpf.c", "int reaches_past_policy(int level, int name)", "return 0;"),
-        _at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),
+        _at_once("options.bpf.c", "int bypasses_policy(int level, int name)", "return 0;"),
+        _at_once("local_address.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),
     ),
     # Flow labels are leased by whoever likes.
     "flow labels": (("options.bpf.c", "name == IPV6_FLOWLABEL_MGR || ", ""),),
     # Nobody looks at whether a socket is bound to what it is granted no more.
     "lost": (
-        _at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),
-        _at_once("connect.bpf.c", "int has_address_to_lose(struct bpf_sock *sk, struct asked *asked)", "return 0;"),
+        _at_once(
+            "local_address.bpf.c",
+            "int has_lost_endpoint(struct bpf_sock *sk, struct tag *tag, int bound)",
+            "return 0;",
+        ),
+        _at_once("connect.bpf.c", "int must_clear_address(struct bpf_sock *sk, struct request *request)", "return 0;"),
     ),
     # A datagram that was begun goes where its begin was judged to go, whatever the rules say when it ends.
-    "begun": (("packet.bpf.c", "protocol != IPPROTO_UDP || !far_end_of_begun(skb, &far, family)", "protocol || 1"),),
+    "begun": (
+        ("packet.bpf.c", "protocol != IPPROTO_UDP || !read_pending_remote(skb, &remote, family)", "protocol || 1"),
+    ),
     # What a container listened with goes on without it.
     "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
     # A second bind is judged, and written down, like the first.
@@ -217,7 +223,7 @@ def _cgroup_id() -> None:
 
 
 def _terminal() -> None:
-    terminal.refuse_typing = lambda: None
+    terminal.refuse_terminal_injection = lambda: None
 
 
 def _keyring() -> None:
@@ -225,10 +231,10 @@ def _keyring() -> None:
 
 
 def _capabilities() -> None:
-    def give_up(capability: int) -> None:
+    def drop(capability: int) -> None:
         syscall("prctl", 24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, and no other set
 
-    capabilities.give_up = give_up
+    capabilities.drop = drop
 
 
 def _listener() -> None:
@@ -286,7 +292,7 @@ def _destroy() -> None:
 
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
-    sockets.listed = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
+    sockets.list_sockets = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
 
 
 def _liveness() -> None:

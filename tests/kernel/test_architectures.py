@@ -20,7 +20,7 @@ ARCHITECTURES = {"x86": "__x86_64__", "arm64": "__aarch64__"}  # what bcc calls 
 
 
 def taken(loaded: Loaded) -> dict[str, str]:
-    return {one.program.name: one.reason for one in loaded.verdicts}
+    return {one.program.name: one.reason for one in loaded.checks}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -46,6 +46,6 @@ def test_this_kernel_takes_the_programs_of_each_architecture(
     here, relay_here = loader.examine(), loader.examine_relay()
     monkeypatch.setenv("ARCH", architecture)
     there, relay_there = loader.examine(), loader.examine_relay()
-    assert there.is_complete, loader.logs(there.verdicts)
+    assert there.is_complete, loader.logs(there.checks)
     assert (taken(there), there.extensions) == (taken(here), here.extensions)
     assert taken(relay_there) == taken(relay_here)

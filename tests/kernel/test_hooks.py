@@ -21,7 +21,7 @@ from graft.datapath import attachments, layout
 from graft.datapath.layout import HookDecision
 from graft.datapath.rulesets import Lookup
 from graft.kernel import cgroup
-from graft.kernel.pidfd import pidfd_getfd, pidfd_open
+from graft.kernel.pidfd import pidfd_getfd
 from graft.model.address import BindPattern, Prefix, pack16
 from graft.model.endpoint import Endpoint
 from graft.model.ports import PortRange
@@ -67,7 +67,7 @@ def rules(ingress: list[str], egress: list[str], default: Default = Default.DENY
 
 def tag_of(host: Host, process: Puppet, fd: int) -> layout.Tag | None:
     """What the hooks have written to a socket of a process."""
-    held = pidfd_open(process.pid)
+    held = os.pidfd_open(process.pid)
     copy = pidfd_getfd(held, fd)
     os.close(held)
     try:
@@ -97,7 +97,7 @@ def test_a_bind_becomes_its_endpoints_and_the_program_sees_what_it_asked_for(
     assert process.say("name", fd) == [asked, 80]
     assert f"{real}:{port} " in host.netns.run("ss", "-Hltn", f"sport = :{port}")
     tag = tag_of(host, process, fd)
-    assert tag is not None and tag.given and tag.home == Home.HOST
+    assert tag is not None and tag.bound_port and tag.home == Home.HOST
 
 
 def test_only_a_bind_that_succeeded_marks_a_socket_as_bound(host: Host, confine: Confine) -> None:
@@ -106,7 +106,7 @@ def test_only_a_bind_that_succeeded_marks_a_socket_as_bound(host: Host, confine:
         fd = process.socket()
         assert process.say("bind", fd, "0.0.0.0", 80) == "EADDRINUSE"
         tag = tag_of(host, process, fd)
-        assert tag is not None and not tag.given
+        assert tag is not None and not tag.bound_port
 
 
 def test_what_no_rule_names_is_refused_by_default_deny_and_left_alone_otherwise(host: Host, confine: Confine) -> None:

@@ -292,7 +292,7 @@ MUTANTS = {
     "does not stop a sender": ("> GRAFT_MAX_BEHIND)", "> 0x7fffffff)"),
     "takes a bare end for data": ("if (!len)", "if (0)"),
     "drops": ("flow->moved += len;", "flow->moved += len; if (flow->moved > 20000) return SK_DROP;"),
-    "moves nothing": ("flow->moved += len;", "return leave(key, flow, taken, len);"),
+    "moves nothing": ("flow->moved += len;", "return leave_with_source(key, flow, taken, len);"),
     "goes on while bytes are left behind": ("flow->left != taken ||", ""),
 }
 

@@ -61,7 +61,7 @@ def spoil(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def test_this_kernel_takes_every_program(root: None) -> None:
     loaded = loader.examine()
-    assert [one.reason for one in loaded.verdicts if not one.taken] == []
+    assert [one.reason for one in loaded.checks if not one.accepted] == []
     assert set(loaded.programs) == {program.name for program in ALL_PROGRAMS}
     assert all(helpers.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
 
@@ -86,9 +86,9 @@ def test_transport_splice_says_that_its_program_is_missing(bare_host: Host, spoi
     folder = cgroup.v2_mount() / f"{bare_host.settings.cgroup}-other"
     folder.mkdir()
     try:
-        with pytest.raises(KernelError, match="did not take getpeername6") as error:
+        with pytest.raises(KernelError, match="refused getpeername6") as error:
             attachments.attach(bare_host.settings, folder, 1, splice=True)
-        assert error.value.hint == "graft doctor says why"
+        assert error.value.hint == "graft doctor shows the reason"
         assert attach_points(folder) == set()
     finally:
         folder.rmdir()

@@ -30,7 +30,7 @@ def test_nobody_but_the_kernel_can_answer(netns: Callable[[], Netns]) -> None:
         try:
             with pytest.raises(ConnectionRefusedError):
                 forger.sendto(FORGED, diagnostics._sock.getsockname())
-            assert [found.port for piece in diagnostics.listening() for found in piece] == [server.getsockname()[1]]
+            assert [found.port for piece in diagnostics.listeners() for found in piece] == [server.getsockname()[1]]
         finally:
             diagnostics.close()
 

@@ -93,9 +93,9 @@ def _profile(raw: bytes) -> None:
 
 
 def _sockets(raw: bytes) -> None:
-    for kind, message in sockdiag.split(raw):
+    for kind, message in sockdiag.split_messages(raw):
         if kind == 20:  # SOCK_DIAG_BY_FAMILY
-            sockdiag.parse(message)
+            sockdiag.parse_listener(message)
 
 
 def _btf(raw: bytes) -> None:
@@ -210,8 +210,8 @@ READERS = [
     Reader("notification", Notification.unpack, (struct.error,), (bytes(80),)),
     Reader("BTF", _btf, (ValueError,), (_btf_seed(),)),
     Reader("sock_diag", _sockets, (ValueError, OSError), (_netlink(20, _SOCKET) + _netlink(3, bytes(4)), _FAILED)),
-    Reader("listener of sock_diag", sockdiag.parse, (ValueError,), (_SOCKET,)),
-    Reader("socket of sock_diag", lambda raw: sockdiag.parse_found(6, raw), (ValueError,), (_SOCKET + _STORED,)),
+    Reader("listener of sock_diag", sockdiag.parse_listener, (ValueError,), (_SOCKET,)),
+    Reader("socket of sock_diag", lambda raw: sockdiag.parse_socket(6, raw), (ValueError,), (_SOCKET + _STORED,)),
     Reader("/proc/PID/status", tasks.parse_activity, (), (_STATUS,)),
     Reader("/proc/TID/status", tasks.parse_thread_group, (), (_STATUS,)),
     Reader("/proc/PID/cgroup", cgroup.parse_membership, (), (b"1:memory:/a\n0::/b/c\n",)),

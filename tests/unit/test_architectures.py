@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 
-from graft.datapath import layout
 from graft.datapath.sources import bpf_source_dir
 from graft.kernel import (
     bpf,
@@ -225,9 +224,6 @@ def test_bpf_has_the_kernels_numbers_and_layouts(machine: str) -> None:
         "BPF_PROG_GET_FD_BY_ID": bpf._PROG_GET_FD_BY_ID,
         "BPF_OBJ_GET_INFO_BY_FD": bpf._OBJ_GET_INFO_BY_FD,
         "BPF_PROG_QUERY": bpf._PROG_QUERY,
-        "BPF_ANY": bpf.ANY,
-        "BPF_NOEXIST": bpf.NOEXIST,
-        "BPF_EXIST": bpf.EXIST,
         "BPF_F_ALLOW_MULTI": bpf.ALLOW_MULTI,
         "BPF_F_QUERY_EFFECTIVE": bpf.QUERY_EFFECTIVE,
         "BPF_PROG_TYPE_CGROUP_SOCK": bpf.PROG_CGROUP_SOCK,
@@ -384,14 +380,8 @@ def test_the_numbers_that_the_bpf_programs_define_themselves_are_the_kernels(mac
 
 
 def test_the_structures_of_the_bpf_programs_are_laid_out_as_python_has_them(machine: str) -> None:
-    structs: dict[str, type[ctypes.Structure]] = {
-        **STRUCTS,
-        "relay": layout.RelayValue,
-        "crossing": layout.CrossingValue,
-        "arrival": layout.ArrivalKey,
-    }
     values = dict(CONSTANTS)
-    for name, python in structs.items():
+    for name, python in STRUCTS.items():
         values |= members(f"struct {name}", python)
         values[f"sizeof(struct {name})"] = ctypes.sizeof(python)
     assert not differences(machine, ["linux/types.h", "graft.h"], values, f"-I{bpf_source_dir()}")

@@ -7,11 +7,9 @@ nodes, or of the order of lookups.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -27,8 +25,6 @@ from graft.policy.limits import MAX_RULES
 from graft.policy.model import Default, EgressRule, IngressRule, Policy, PolicyError, Verdict, policy_from_flags
 from graft.policy.reader import load_policy
 from graft.policy.validator import check_rules
-
-HEADER = Path(__file__).parents[2] / "bpf" / "graft.h"
 
 ENDPOINTS = {
     endpoint.name: endpoint
@@ -552,17 +548,6 @@ def test_more_flags_than_a_policy_may_have_rules_are_refused(flag: str) -> None:
 def test_what_a_policy_declares_is_compiled_with_it() -> None:
     policy = load_policy("name: p\nendpoints: {own: 0.0.0.0:1}\ningress: [{bind: '*:80', endpoint: own}]", "p")
     assert {entry.endpoint for entry in compile_policy(policy, {}).ingress} == {"own"}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [(f"GRAFT_VERDICT_{verdict.name}", verdict) for verdict in Verdict]
-    + [(f"GRAFT_DEFAULT_{default.name}", default) for default in Default],
-)
-def test_verdicts_and_defaults_are_those_of_the_header(name: str, value: int) -> None:
-    found = re.search(rf"^#define {name} (\d+)", HEADER.read_text(), re.MULTILINE)
-    assert found is not None
-    assert int(found[1]) == value
 
 
 def test_an_entry_of_a_prefix_names_its_first_address() -> None:

@@ -10,7 +10,7 @@ from graft.commands import ps
 from graft.datapath import layout
 from graft.errors import GraftError
 from graft.kernel.sockdiag import Identity
-from graft.kernel.sockets import Listed
+from graft.kernel.sockets import ListedSocket
 from graft.model.endpoint import parse_endpoint
 from graft.model.settings import Settings
 from graft.model.transport import Home, Transport
@@ -30,13 +30,13 @@ def container(transport: Transport = Transport.DIRECT, number: int = 7) -> Conta
 
 def tag(owner: int = 7, endpoint: int = 0, bound: bool = False) -> bytes:
     made = layout.Tag(container=owner, endpoint=endpoint, home=Home.HOST, family=4, port=80)
-    made.given = 8080 if bound else 0
+    made.bound_port = 8080 if bound else 0
     return bytes(made)
 
 
 def socket(stored: bytes | None = None, protocol: str = "tcp", places: tuple[Place, ...] = HERE) -> ContainerSocket:
     state = "unconnected" if protocol == "udp" else "listening"
-    listed = Listed(1, protocol, state, "0.0.0.0:8080", "0.0.0.0:0", Identity(2, 6, bytes(48)), 0, stored)
+    listed = ListedSocket(1, protocol, state, "0.0.0.0:8080", "0.0.0.0:0", Identity(2, 6, bytes(48)), 0, stored)
     return ContainerSocket(listed, Path("/none"), places)
 
 

@@ -1,15 +1,18 @@
-"""graft/datapath/layout.py against the C compiler's own idea of bpf/graft.h: sizes, offsets, constants."""
+"""Structures and constants of bpf/graft.h, as a C compiler sees them, against those of Python."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 
 import pytest
 
-from graft.datapath import layout
+from graft.datapath import layout, loader
 from graft.datapath.sources import bpf_source_dir
+from graft.model.endpoint import MAX_ENDPOINT_NAME, Protocol
 from graft.model.transport import Home, Transport
+from graft.policy.model import Default, Verdict
 from graft.swap import decision, desk
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
@@ -31,6 +34,9 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "desk": layout.Desk,
     "desk_slot": layout.DeskSlot,
     "flow": layout.FlowValue,
+    "relay": layout.RelayValue,
+    "crossing": layout.CrossingValue,
+    "arrival": layout.ArrivalKey,
 }
 
 CONSTANTS = {
@@ -49,17 +55,28 @@ CONSTANTS = {
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
     "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,
     "GRAFT_PROBED_OWNED": layout.PROBED_OWNED,
+    "GRAFT_IPV4": 4,
+    "GRAFT_IPV6": 6,
+    "GRAFT_TCP": Protocol.TCP.value,
+    "GRAFT_UDP": Protocol.UDP.value,
+    "GRAFT_NEXT_HOME_NONE": 0,
     **{f"GRAFT_NEXT_HOME_{one.name}": one.value + 1 for one in Home},
     **{f"GRAFT_CALL_{one.name}": one.value for one in decision.Call},
     **{f"GRAFT_HOME_{one.name}": one.value for one in Home},
     **{f"GRAFT_TRANSPORT_{one.name}": one.value for one in Transport},
+    **{f"GRAFT_DEFAULT_{one.name}": one.value for one in Default},
+    **{f"GRAFT_VERDICT_{one.name}": one.value for one in Verdict},
+    **{f"GRAFT_CROSSING_{one.name}": one.value for one in layout.Crossing},
     **{f"GRAFT_DECISION_{one.name}": one.value for one in layout.HookDecision},
 }
 
+C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO"}
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c)."""
+
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """What a C program prints of the header: `struct.member` -> offset, `struct` -> size, `NAME` -> value."""
+def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """The header as a C program prints it: `struct.member` -> offset, `struct` -> size, `NAME` -> value."""
     lines = [f'printf("{name} %lld\\n", (long long){name});' for name in CONSTANTS]
     for name, python in STRUCTS.items():
         lines.append(f'printf("{name} %zu\\n", sizeof(struct {name}));')
@@ -75,27 +92,36 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     )
     program = folder / "layout"
     subprocess.run(["gcc", f"-I{bpf_source_dir()}", "-o", program, source], check=True)
-    said = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    return {name: int(value) for name, value in (line.split() for line in said.splitlines())}
+    output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in (line.split() for line in output.splitlines())}
 
 
 @pytest.mark.parametrize("name", STRUCTS)
-def test_a_structure_has_the_size_and_the_offsets_that_c_gives_it(told: dict[str, int], name: str) -> None:
+def test_a_structure_has_the_size_and_the_offsets_of_c(header: dict[str, int], name: str) -> None:
     python = STRUCTS[name]
     offsets = {field: getattr(python, field).offset for field, *_ in python._fields_}
-    assert offsets == {field: told[f"{name}.{field}"] for field in offsets}
-    assert ctypes.sizeof(python) == told[name]
+    assert offsets == {field: header[f"{name}.{field}"] for field in offsets}
+    assert ctypes.sizeof(python) == header[name]
 
 
-def test_constants_have_the_values_of_the_header(told: dict[str, int]) -> None:
-    assert {name: told[name] for name in CONSTANTS} == CONSTANTS
+def test_constants_have_the_values_of_the_header(header: dict[str, int]) -> None:
+    assert {name: header[name] for name in CONSTANTS} == CONSTANTS
 
 
-def test_every_structure_of_the_header_is_compared_or_the_kernels_alone() -> None:
+def test_every_structure_of_the_header_is_compared() -> None:
     text = (bpf_source_dir() / "graft.h").read_text()
-    kernels_own = {"relay", "crossing", "arrival", "arrival_key"}  # of the splice transport, compared elsewhere
-    named = {line.split()[1] for line in text.splitlines() if line.startswith("struct ") and line.endswith("{")}
-    assert named - set(STRUCTS) <= kernels_own
+    assert set(re.findall(r"^struct (\w+) \{$", text, re.M)) == set(STRUCTS)
+
+
+def test_every_constant_of_the_bpf_sources_is_compared_or_used_in_c_alone() -> None:
+    texts = [file.read_text() for file in bpf_source_dir().glob("*.[ch]")]
+    defined = {name for text in texts for name in re.findall(r"^#define (GRAFT_\w+)[ \t]+[^ \t\n]", text, re.M)}
+    assert defined == set(CONSTANTS) | C_ONLY
+
+
+def test_sizes_that_are_passed_to_the_compiler_are_those_that_python_uses() -> None:
+    assert loader.SIZES["GRAFT_MAX_DESKS"] == layout.MAX_DESKS
+    assert layout.NAME_LEN == MAX_ENDPOINT_NAME + 1
 
 
 def test_an_answer_of_a_desk_is_read_by_the_names_of_its_fields() -> None:

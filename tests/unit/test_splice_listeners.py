@@ -12,7 +12,7 @@ import pytest
 
 from graft.errors import NotFoundError
 from graft.kernel import cgroup
-from graft.kernel.sockdiag import Listening
+from graft.kernel.sockdiag import ListeningSocket
 from graft.model.settings import Settings
 from graft.splice.container_list import ContainerList
 from graft.splice.listeners import cgroup_ids, collect_listeners
@@ -40,9 +40,11 @@ class Storm:
     def __init__(self, pieces: int) -> None:
         self.pieces = pieces
 
-    def listening(self) -> Generator[list[Listening], None, None]:
+    def listeners(self) -> Generator[list[ListeningSocket], None, None]:
         for number in range(self.pieces):
-            yield [Listening(4, bytes(16), port, False, 7, 0) for port in range(number * 64 + 1, number * 64 + 65)]
+            yield [
+                ListeningSocket(4, bytes(16), port, False, 7, 0) for port in range(number * 64 + 1, number * 64 + 65)
+            ]
 
 
 def container(path: Path, number: int = 1, **more: object) -> Container:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.kernel.sockdiag import Listening, parse
+from graft.kernel.sockdiag import ListeningSocket, parse_listener
 from graft.splice.publication import MAX_UNPUBLISHED, Publication, PublicationPlan, ResolvedEndpoint, target
 
 Lookup = Callable[[int, bytes, int], ResolvedEndpoint | None]
@@ -24,12 +24,12 @@ SIX = ResolvedEndpoint(3, 6, ANY, 8080, 1)
 DUAL = ResolvedEndpoint(4, 6, ANY, 8080, 1, dual_stack=True)
 
 
-def listening(family: int, address: bytes, port: int = 80, v6only: bool = False, cgroup: int = 7) -> Listening:
-    return Listening(family, address, port, v6only, cgroup, 0)
+def listening(family: int, address: bytes, port: int = 80, v6only: bool = False, cgroup: int = 7) -> ListeningSocket:
+    return ListeningSocket(family, address, port, v6only, cgroup, 0)
 
 
 def plan(
-    found: Iterable[Listening], lookup: Lookup, most: int = 100, published: Sequence[Publication] = ()
+    found: Iterable[ListeningSocket], lookup: Lookup, most: int = 100, published: Sequence[Publication] = ()
 ) -> PublicationPlan:
     made = PublicationPlan({7}, lookup, most, published)
     for one in found:
@@ -37,7 +37,7 @@ def plan(
     return made
 
 
-def publications(found: Iterable[Listening], lookup: Lookup) -> list[Publication]:
+def publications(found: Iterable[ListeningSocket], lookup: Lookup) -> list[Publication]:
     return plan(found, lookup).publications
 
 
@@ -104,7 +104,7 @@ addresses = st.sampled_from([ANY, LOOPBACK, OWN])
 
 
 @given(st.lists(st.builds(listening, st.just(4), addresses, st.integers(1, 4)), max_size=8), st.randoms())
-def test_the_order_of_the_kernels_answer_makes_no_difference(found: list[Listening], chance: object) -> None:
+def test_the_order_of_the_kernels_answer_makes_no_difference(found: list[ListeningSocket], chance: object) -> None:
     shuffled = list(found)
     chance.shuffle(shuffled)  # type: ignore[attr-defined]
     assert set(publications(found, lambda *_: FIXED)) == set(publications(shuffled, lambda *_: FIXED))
@@ -135,7 +135,7 @@ def test_a_message_of_the_kernel_is_read() -> None:
     body = head + (0).to_bytes(4, "little") + bytes(8) + bytes(16) + (99).to_bytes(4, "little")
     v6only = b"\5\0\13\0\1\0\0\0".replace(b"\13", b"\x0b")
     group = b"\x0c\0\x15\0" + (4711).to_bytes(8, "little")
-    assert parse(body + v6only + group) == Listening(6, ANY, 443, True, 4711, 0, 99)
+    assert parse_listener(body + v6only + group) == ListeningSocket(6, ANY, 443, True, 4711, 0, 99)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from graft.kernel.sockdiag import Identity
-from graft.kernel.sockets import Listed
+from graft.kernel.sockets import ListedSocket
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.state import helper_process, inventory, withdrawal
@@ -25,7 +25,7 @@ SETTINGS, STACK = Settings.from_environment({}), HostStack({}, ())
 
 def socket(cookie: int, state: str = "listening", granted: bool = True, protocol: str = "tcp") -> ContainerSocket:
     identity = Identity(2, 6, bytes(40) + cookie.to_bytes(8, "little"))
-    listed = Listed(cookie, protocol, state, "0.0.0.0:80", "0.0.0.0:0", identity)
+    listed = ListedSocket(cookie, protocol, state, "0.0.0.0:80", "0.0.0.0:0", identity)
     return ContainerSocket(listed, Path("/none"), (Place(1, 1, 3),), granted)
 
 
