@@ -168,7 +168,7 @@ class Option(ctypes.Structure):
     _fields_ = (("level", ctypes.c_uint16), ("name", ctypes.c_uint16))
 
 
-class Options(ctypes.Structure):
+class OptionsValue(ctypes.Structure):
     """`options`: socket -> this."""
 
     _fields_ = (
@@ -184,7 +184,7 @@ class DeskSlot(ctypes.Structure):
     _fields_ = (("cgroup", ctypes.c_uint64), ("desk", ctypes.c_uint32), ("zero", ctypes.c_uint32))
 
 
-class Desk(ctypes.Structure):
+class DeskValue(ctypes.Structure):
     """`desks`: a supervisor's question about a socket, and a hook's answer."""
 
     ADDRESS = _ADDR
@@ -216,7 +216,7 @@ class Desk(ctypes.Structure):
         ("references", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
         ("probed", ctypes.c_uint32),
-        ("options", Options),
+        ("options", OptionsValue),
     )
 
 

@@ -84,14 +84,14 @@ class Maps:
         return self._open("tags", ctypes.c_int32, layout.Tag)
 
     @cached_property
-    def options(self) -> Map[ctypes.c_int32, layout.Options]:
+    def options(self) -> Map[ctypes.c_int32, layout.OptionsValue]:
         """Descriptor of a socket -> the options that were set on it before its swap."""
-        return self._open("options", ctypes.c_int32, layout.Options)
+        return self._open("options", ctypes.c_int32, layout.OptionsValue)
 
     @cached_property
-    def desks(self) -> Map[ctypes.c_uint32, layout.Desk]:
+    def desks(self) -> Map[ctypes.c_uint32, layout.DeskValue]:
         """Slot -> desk."""
-        return self._open("desks", ctypes.c_uint32, layout.Desk)
+        return self._open("desks", ctypes.c_uint32, layout.DeskValue)
 
     @cached_property
     def desk_slots(self) -> Map[ctypes.c_uint32, layout.DeskSlot]:

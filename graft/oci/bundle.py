@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import ConflictError, UsageError
-from graft.kernel.files import write_atomically
+from graft.kernel.atomic_file import write_atomically
 from graft.model import json_text
 from graft.model.json_text import mapping, mappings, text, text_by_name, texts
 from graft.oci import seccomp_profile

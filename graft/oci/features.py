@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from graft.errors import UsageError
-from graft.kernel.files import write_atomically
+from graft.kernel.atomic_file import write_atomically
 from graft.model import json_text
 from graft.model.json_text import mapping, texts
 from graft.oci.seccomp_profile import WAIT_KILLABLE

@@ -23,7 +23,7 @@ from graft.model.transport import Transport
 from graft.oci import shim
 from graft.oci.bundle import has_own_user_namespace, read_config
 from graft.oci.message_loop import MessageLoop
-from graft.oci.options import Options
+from graft.oci.options import RuntimeOptions
 from graft.oci.request import POLICY_ANNOTATION, check_capabilities, choose_policy, requested
 from graft.oci.state import Message, State
 from graft.policy.compiler import compile_policy
@@ -37,7 +37,7 @@ def default_path(settings: Settings) -> Path:
     return settings.run_dir / "listener"
 
 
-def serve_listener_socket(settings: Settings, options: Options, path: Path, report: Report) -> None:
+def serve_listener_socket(settings: Settings, options: RuntimeOptions, path: Path, report: Report) -> None:
     """Serve the containers whose seccomp profile names the socket ``path``, until SIGTERM or SIGINT.
 
     ``report`` gets a line for each container. Running containers keep their supervisors afterwards. Raises GraftError
@@ -88,7 +88,7 @@ def _open_process(pid: int, listener: int) -> Iterator[int | None]:
 class ListenerServer:
     """Receives listeners of any container, and attaches each container when its first listener arrives."""
 
-    def __init__(self, settings: Settings, options: Options, engine_cgroup: Path, report: Report) -> None:
+    def __init__(self, settings: Settings, options: RuntimeOptions, engine_cgroup: Path, report: Report) -> None:
         self._settings, self._options, self._report = settings, options, report
         self._engine_cgroup = engine_cgroup
         self._attachments: dict[str, shim.Attachment] = {}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from graft.oci.state import Message, State, comes_from_root
 
-Handler = Callable[[Message, State], None]
+MessageHandler = Callable[[Message, State], None]
 
 
 class MessageLoop:
@@ -31,11 +31,11 @@ class MessageLoop:
         if self._callbacks.pop(fd, None) is not None:
             self._poll.unregister(fd)
 
-    def receive(self, listening: socket.socket, handler: Handler) -> None:
+    def receive(self, listening: socket.socket, handler: MessageHandler) -> None:
         """Call ``handler`` for each complete message that the host's root sends to ``listening``."""
         self.watch(listening.fileno(), select.POLLIN, lambda: self._accept(listening, handler))
 
-    def _accept(self, listening: socket.socket, handler: Handler) -> None:
+    def _accept(self, listening: socket.socket, handler: MessageHandler) -> None:
         try:
             connection, _ = listening.accept()
         except OSError:
@@ -47,7 +47,7 @@ class MessageLoop:
         self._messages[message.fileno()] = message
         self.watch(message.fileno(), select.POLLIN, lambda: self._read(message, handler))
 
-    def _read(self, message: Message, handler: Handler) -> None:
+    def _read(self, message: Message, handler: MessageHandler) -> None:
         state = message.read()
         if state is None and not message.ended:
             return

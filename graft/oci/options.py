@@ -18,7 +18,7 @@ _KEYS = ("runtime", "trust-annotations", "allow-net-admin")
 _SWITCH = {"true": True, "false": False}
 
 
-class Options(NamedTuple):
+class RuntimeOptions(NamedTuple):
     """``runtime``: the real one, by name or path. ``trust_annotations`` None: it depends on the engine."""
 
     runtime: str | None = None
@@ -26,7 +26,7 @@ class Options(NamedTuple):
     allow_net_admin: bool = False
 
 
-def parse(text: str, source: str) -> Options:
+def parse(text: str, source: str) -> RuntimeOptions:
     """The options in ``text``. Raises UsageError that names the line."""
     found: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -41,27 +41,27 @@ def parse(text: str, source: str) -> Options:
             raise UsageError(f"{source}:{number}: {key}: {value!r} is neither true nor false")
         found[key] = value
     trust = found.get("trust-annotations")
-    return Options(
+    return RuntimeOptions(
         runtime=found.get("runtime") or None,
         trust_annotations=None if trust is None else _SWITCH[trust],
         allow_net_admin=found.get("allow-net-admin") == "true",
     )
 
 
-def load(environment: Mapping[str, str]) -> Options:
+def load(environment: Mapping[str, str]) -> RuntimeOptions:
     """The options in the file (GRAFT_RUNTIME_CONFIG names another one), and GRAFT_RUNTIME. Raises UsageError."""
     path = environment.get("GRAFT_RUNTIME_CONFIG", FILE)
     try:
         with open(path) as file:
             options = parse(file.read(), path)
     except FileNotFoundError:
-        options = Options()
+        options = RuntimeOptions()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     named = environment.get("GRAFT_RUNTIME")
     if not named:
         return options
-    return Options(named, options.trust_annotations, options.allow_net_admin)
+    return RuntimeOptions(named, options.trust_annotations, options.allow_net_admin)
 
 
 def _which(name: str) -> str | None:
@@ -73,7 +73,7 @@ def _which(name: str) -> str | None:
     return None
 
 
-def find_runtime(options: Options) -> str:
+def find_runtime(options: RuntimeOptions) -> str:
     """Path of the real runtime. Raises NotFoundError, also where it is the wrapper itself."""
     for name in [options.runtime] if options.runtime else _RUNTIMES:
         path = _which(name)

@@ -24,7 +24,7 @@ from graft.oci import shim
 from graft.oci.arguments import Invocation
 from graft.oci.bundle import HOOK, Edit, edit_config, has_own_user_namespace, namespace_path, write_config
 from graft.oci.features import supports_wait_killable
-from graft.oci.options import Options
+from graft.oci.options import RuntimeOptions
 from graft.oci.request import check_capabilities, choose_policy, requested
 from graft.policy.compiler import compile_policy
 from graft.state.installation import known_endpoints
@@ -32,7 +32,7 @@ from graft.state.installation import known_endpoints
 _MIN_AGE_SECONDS = 60.0
 
 
-def prepare(invocation: Invocation, config: Mapping[str, Any], options: Options, runtime: str) -> None:
+def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeOptions, runtime: str) -> None:
     """Edit the bundle for ``runtime``, and start a shim. Raises GraftError, and leaves nothing behind then."""
     settings = Settings.from_environment()
     request = requested(config)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
 from graft.oci.bundle import capability_sets, container_annotations, environment
-from graft.oci.options import FILE, Options
+from graft.oci.options import FILE, RuntimeOptions
 
 if TYPE_CHECKING:
     from graft.model.endpoint import Endpoint
@@ -66,7 +66,7 @@ def _request(source: Source, value: str) -> Request:
     return Request(source, value.strip())
 
 
-def annotations_are_trusted(config: Mapping[str, Any], options: Options) -> bool:
+def annotations_are_trusted(config: Mapping[str, Any], options: RuntimeOptions) -> bool:
     """Whether the operator set the annotations: no image can have set them, or the operator trusts images."""
     if options.trust_annotations is not None:
         return options.trust_annotations
@@ -74,7 +74,7 @@ def annotations_are_trusted(config: Mapping[str, Any], options: Options) -> bool
     return found.get("io.container.manager") != "libpod" and not any(key.startswith("io.podman.") for key in found)
 
 
-def check_capabilities(config: Mapping[str, Any], options: Options, own_user_namespace: bool) -> None:
+def check_capabilities(config: Mapping[str, Any], options: RuntimeOptions, own_user_namespace: bool) -> None:
     """Raises RefusedError for a container with CAP_NET_ADMIN over the host's own namespaces.
 
     ``own_user_namespace``: its user namespace is not the host's, so that the capability does not apply to the host.
@@ -110,7 +110,11 @@ def find_policy(settings: Settings, source: Source, value: str) -> Path:
 
 
 def choose_policy(
-    settings: Settings, request: Request, config: Mapping[str, Any], options: Options, known: Mapping[str, Endpoint]
+    settings: Settings,
+    request: Request,
+    config: Mapping[str, Any],
+    options: RuntimeOptions,
+    known: Mapping[str, Endpoint],
 ) -> Policy:
     """The policy that a container asks for. Raises GraftError for one that it may not have, or that is invalid."""
     if request.source is Source.PAIRS:

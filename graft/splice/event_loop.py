@@ -22,7 +22,7 @@ from functools import partial
 
 from graft.splice.turns import Turns, Work
 
-Handler = Callable[[int], None]
+EventHandler = Callable[[int], None]
 DAEMON = 0
 """The owner of work that is not for a container."""
 _BATCH, _LARGE_BATCH = 256, 4096
@@ -36,7 +36,7 @@ class EventLoop:
     def __init__(self, tick: Callable[[], None], interval: float = 0.2) -> None:
         self.buffer = memoryview(bytearray(65536))
         self._epoll = select.epoll()
-        self._handlers: dict[int, tuple[Handler, int]] = {}
+        self._handlers: dict[int, tuple[EventHandler, int]] = {}
         self._events: dict[int, int] = {}
         self._turns = Turns()
         self._waiting: set[Work] = set()
@@ -51,7 +51,7 @@ class EventLoop:
         self._several_processors = len(os.sched_getaffinity(0)) > 1
         self.stopping = False
 
-    def watch(self, fd: int, events: int, handler: Handler, owner: int = DAEMON) -> None:
+    def watch(self, fd: int, events: int, handler: EventHandler, owner: int = DAEMON) -> None:
         """Call ``handler`` with the mask of each event, in the turns of ``owner``, until `close` or `unwatch`."""
         self._handlers[fd] = handler, owner
         self._epoll.register(fd, events)

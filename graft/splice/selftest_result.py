@@ -21,7 +21,7 @@ from graft import __version__
 from graft.datapath.loader import RELAY_SIZES, RELAY_SOURCES
 from graft.datapath.sources import bpf_source_dir
 from graft.errors import UsageError
-from graft.kernel.files import write_atomically
+from graft.kernel.atomic_file import write_atomically
 from graft.model import json_text
 from graft.model.json_text import mapping, text, text_by_name
 from graft.model.settings import Settings

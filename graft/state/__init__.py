@@ -6,7 +6,7 @@
     records.py         a file for each container, with its name and what is in no map
     engines.py         finds the cgroup of a container of docker or podman, or of a systemd unit
     inventory.py       the sockets of containers, as the kernel lists them
-    descriptors.py     which processes have a descriptor of a socket
+    socket_holders.py  which processes have a descriptor of a socket
     withdrawal.py      closes the sockets that a container was granted
     helper_process.py  runs system calls that may never return in a child process
     liveness.py        which supervisors are stuck

@@ -56,7 +56,7 @@ class Containers:
 
 
 @dataclass(frozen=True, slots=True)
-class Compiled:
+class CompiledPolicy:
     """A policy's map entries, and the endpoints that they were compiled with."""
 
     policy: Policy
@@ -64,7 +64,9 @@ class Compiled:
     rules: RuleSet
 
 
-def compile_for(policy: Policy, endpoints: Mapping[str, Endpoint], before: Compiled | None = None) -> Compiled:
+def compile_for(
+    policy: Policy, endpoints: Mapping[str, Endpoint], before: CompiledPolicy | None = None
+) -> CompiledPolicy:
     """Compile ``policy`` with these endpoints, or return ``before`` if the endpoints that it names have not changed.
 
     Raises PolicyError, UsageError.
@@ -73,7 +75,7 @@ def compile_for(policy: Policy, endpoints: Mapping[str, Endpoint], before: Compi
     named = {name: endpoints[name] for name in endpoint_names(policy) if name in endpoints}
     if before is not None and before.endpoints == named:
         return before
-    return Compiled(policy, named, compile_policy(policy, endpoints))
+    return CompiledPolicy(policy, named, compile_policy(policy, endpoints))
 
 
 def endpoint_names(policy: Policy) -> tuple[str, ...]:
@@ -103,7 +105,7 @@ class ContainerChanges(Containers):
 
     def create(
         self,
-        compiled: Compiled,
+        compiled: CompiledPolicy,
         path: Path,
         netns: int,
         transport: Transport,
@@ -154,7 +156,7 @@ class ContainerChanges(Containers):
         return container
 
     def apply(
-        self, container: Container, compiled: Compiled, name: str | None = None, relay: str | None = None
+        self, container: Container, compiled: CompiledPolicy, name: str | None = None, relay: str | None = None
     ) -> Container:
         """Replace a container's policy in one step: each call is decided by the old rules or by the new ones.
 
@@ -195,7 +197,7 @@ class ContainerChanges(Containers):
             if not container.exists:
                 self._forget(container.id)
 
-    def _install(self, compiled: Compiled, replaced: int = 0) -> _Installed:
+    def _install(self, compiled: CompiledPolicy, replaced: int = 0) -> _Installed:
         """Write a policy's rules, all or none. ``replaced`` is the ruleset that they are to replace (0: none)."""
         policy = compiled.policy
         superseded = self._endpoints.declare(policy.endpoints, replaced)

@@ -26,10 +26,10 @@ from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home, Transport
-from graft.state import descriptors, helper_process
-from graft.state.descriptors import Place
+from graft.state import helper_process, socket_holders
 from graft.state.installation import Installation
 from graft.state.records import Container
+from graft.state.socket_holders import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def sockets_by_container(
 class _Search:
     """What a search of processes found, by inode: descriptors, and the tags that the kernel's listing lacks."""
 
-    places: descriptors.Places
+    places: socket_holders.Places
     tags: Mapping[int, bytes]
 
     def found(self, sock: ContainerSocket) -> bool:
@@ -138,14 +138,14 @@ _NONE_FOUND = _Search({}, {})
 
 def _find_descriptors(settings: Settings, pids: Iterable[int], candidates: Sequence[ContainerSocket]) -> _Search:
     """Search processes for descriptors of the candidates. (Reading a socket's storage does not take its lock.)"""
-    places = descriptors.find(pids, frozenset(sock.listed.inode for sock in candidates))
+    places = socket_holders.find(pids, frozenset(sock.listed.inode for sock in candidates))
     maps, tags = Maps(settings.pin_dir), {}
     for sock in candidates:
         if sock.listed.protocol != "udp" and sock.listed.state != "bound":
             continue  # its tag comes with the listing
         inode = sock.listed.inode
         for place in places.get(inode, ()):
-            with descriptors.copied(place, inode) as copy:
+            with socket_holders.copied(place, inode) as copy:
                 tag = None if copy is None else maps.tags.get(ctypes.c_int32(copy))
                 if tag is not None:
                     tags[inode] = bytes(tag)
@@ -221,7 +221,7 @@ def _tag_open_port(settings: Settings, container: int, sock: ContainerSocket) ->
     """Through a copy of a process's descriptor. (Writing a tag does not take the socket's lock.)"""
     tag = layout.Tag(container=container, home=Home.HOST, open_port=int(sock.listed.local.rpartition(":")[2]))
     for place in sock.places:
-        with descriptors.copied(place, sock.listed.inode) as copy, contextlib.suppress(OSError):
+        with socket_holders.copied(place, sock.listed.inode) as copy, contextlib.suppress(OSError):
             if copy is not None:
                 Maps(settings.pin_dir).tags.put(ctypes.c_int32(copy), tag)
                 return

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from graft.errors import UsageError
 from graft.kernel import cgroup
-from graft.kernel.files import write_atomically
+from graft.kernel.atomic_file import write_atomically
 from graft.kernel.pidfd import MAX_PID
 from graft.model import json_text
 from graft.model.address import shown

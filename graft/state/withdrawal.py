@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from graft.kernel import netns, sockets
 from graft.model.settings import Settings
-from graft.state import descriptors, helper_process, inventory
+from graft.state import helper_process, inventory, socket_holders
 from graft.state.inventory import ContainerSocket, HostStack
 from graft.state.records import Container
 
@@ -107,7 +107,7 @@ def _destroy(sock: ContainerSocket) -> bool:
 def _shut_down(sock: ContainerSocket) -> bool:
     """Through a copy of the descriptor of a process that has it."""
     for place in sock.places:
-        with descriptors.copied(place, sock.listed.inode) as copy:
+        with socket_holders.copied(place, sock.listed.inode) as copy:
             if copy is not None:
                 if sock.listed.protocol == "udp":
                     sockets.drop_incoming(copy)

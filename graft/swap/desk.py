@@ -32,8 +32,8 @@ _FORMATS = {
     ctypes.c_int32: "i",
     ctypes.c_uint16: "H",
     ctypes.c_uint8: "B",
-    layout.Desk.ADDRESS: "16s",
-    layout.Options: "2I",  # their number; the options themselves are read in place
+    layout.DeskValue.ADDRESS: "16s",
+    layout.OptionsValue: "2I",  # their number; the options themselves are read in place
 }
 
 
@@ -42,11 +42,11 @@ def _struct_of(fields: Sequence[tuple[str, type]]) -> struct.Struct:
 
 
 # struct desk is a question, `fdinfo` to `addr`, and an answer, from `netns` on.
-_FIRST_OF_ANSWER = [name for name, _ in layout.Desk._fields_].index("netns")
-_QUESTION = _struct_of(layout.Desk._fields_[:_FIRST_OF_ANSWER])
-_ANSWER = _struct_of(layout.Desk._fields_[_FIRST_OF_ANSWER:])
-_ANSWER_NAMES = (*(name for name, _ in layout.Desk._fields_[_FIRST_OF_ANSWER:-1]), "options", "overflow")
-_ANSWERED, _NEXT_HOME = layout.Desk.answered.offset, layout.Desk.next_home.offset
+_FIRST_OF_ANSWER = [name for name, _ in layout.DeskValue._fields_].index("netns")
+_QUESTION = _struct_of(layout.DeskValue._fields_[:_FIRST_OF_ANSWER])
+_ANSWER = _struct_of(layout.DeskValue._fields_[_FIRST_OF_ANSWER:])
+_ANSWER_NAMES = (*(name for name, _ in layout.DeskValue._fields_[_FIRST_OF_ANSWER:-1]), "options", "overflow")
+_ANSWERED, _NEXT_HOME = layout.DeskValue.answered.offset, layout.DeskValue.next_home.offset
 _NO_ADDRESS = Sockaddr(0, bytes(16), 0)
 
 
@@ -85,13 +85,13 @@ class Desk:
     """One supervisor's desk, for questions about the sockets of ``container``."""
 
     def __init__(self, maps: Maps, slot: int, container: int) -> None:
-        size = ctypes.sizeof(layout.Desk)
+        size = ctypes.sizeof(layout.DeskValue)
         whole = mmap.mmap(maps.desks.fd, layout.MAX_DESKS * size)
         self._view = memoryview(whole)[slot * size : (slot + 1) * size]
         self._view[:] = bytes(size)
-        layout.Desk.from_buffer(self._view).container = self._container = container
+        layout.DeskValue.from_buffer(self._view).container = self._container = container
         self._answer = self._view[_QUESTION.size : _QUESTION.size + _ANSWER.size]
-        self._options = layout.Options.from_buffer(self._view, layout.Desk.options.offset)
+        self._options = layout.OptionsValue.from_buffer(self._view, layout.DeskValue.options.offset)
         self._name = name_buffer()
         # One byte. Where it is a home + 1, the hook tags the next socket that this process makes with the container
         # and that home, and writes 0.
@@ -113,13 +113,13 @@ class Desk:
 
     def count_references(self, fd: int) -> int:
         """References to the file of a TCP socket of this process, 0 where the hook cannot read them."""
-        self._view[layout.Desk.probed.offset] = 0
+        self._view[layout.DeskValue.probed.offset] = 0
         getsockname(fd, *self._name)
         descriptor = _parse_answer(self._answer.tobytes()).descriptor
         return descriptor.references if descriptor.probed & layout.PROBED else 0
 
     @property
-    def options(self) -> layout.Options:
+    def options(self) -> layout.OptionsValue:
         """The options that the program set on the socket of the last question; the next question overwrites them."""
         return self._options
 

@@ -17,7 +17,7 @@ from _socket import socket as Socket  # socket.socket's own base: a third of its
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from graft.datapath.layout import Options
+from graft.datapath.layout import OptionsValue
 from graft.kernel.capabilities import CAP_NET_ADMIN
 from graft.kernel.credentials import as_user, with_capabilities
 from graft.kernel.socket_calls import SO_ATTACH_FILTER, SO_LOCK_FILTER, attach_filter, read_filter
@@ -66,7 +66,7 @@ _ALL_OPTIONS = (
 _MAX_VALUE = 128
 
 
-def recorded_options(recorded: Options) -> Sequence[tuple[int, int]]:
+def recorded_options(recorded: OptionsValue) -> Sequence[tuple[int, int]]:
     """(level, name) of the options that a program set, in its order; all known ones where it set too many."""
     if recorded.overflow:
         return _ALL_OPTIONS

@@ -32,7 +32,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
-from graft.state import descriptors, helper_process, inventory, liveness
+from graft.state import helper_process, inventory, liveness, socket_holders
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
 from graft.swap.decision import Action, Decision, SocketFacts
@@ -256,15 +256,15 @@ def _asking() -> None:
     def run_one(work: Callable[[], Any], timeout: float = 0) -> Any:
         return work()
 
-    def find(pids: Iterable[int], inodes: frozenset[int]) -> descriptors.Places:
+    def find(pids: Iterable[int], inodes: frozenset[int]) -> socket_holders.Places:
         found = looked_up(pids, inodes)
         for place in (place for places in found.values() for place in places):
             with socket.socket(fileno=pidfd_getfd(os.pidfd_open(place.pid), place.fd)):
                 pass  # which asks it for its family and its name
         return found
 
-    looked_up = descriptors.find
-    helper_process.run_each, helper_process.run_one, descriptors.find = run_each, run_one, find
+    looked_up = socket_holders.find
+    helper_process.run_each, helper_process.run_one, socket_holders.find = run_each, run_one, find
 
 
 def _tags() -> None:

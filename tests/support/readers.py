@@ -22,7 +22,7 @@ from graft.model.settings import Settings
 from graft.model.sockaddr import parse_sockaddr
 from graft.oci import arguments, bundle, features, options, profile_text, request, state
 from graft.oci.bundle import Edit
-from graft.oci.options import Options
+from graft.oci.options import RuntimeOptions
 from graft.policy.compiler import compile_policy
 from graft.policy.document import read_document
 from graft.policy.files import decode_policy
@@ -78,7 +78,7 @@ def _config(raw: bytes) -> None:
     """All that is done with an engine's configuration before a runtime sees it."""
     config = bundle.parse_config(raw, "config.json")
     asked = request.requested(config)
-    request.check_capabilities(config, Options(), own_user_namespace=False)
+    request.check_capabilities(config, RuntimeOptions(), own_user_namespace=False)
     for kind in ("network", "user"):
         bundle.namespace_path(config, kind)
     json.dumps(bundle.edit_config(config, _EDIT))

@@ -16,9 +16,9 @@ from graft.model.settings import Settings
 from graft.model.transport import Home, Transport
 from graft.splice import client as splice
 from graft.state import inventory
-from graft.state.descriptors import Place
 from graft.state.inventory import ContainerSocket, HostStack
 from graft.state.records import Container
+from graft.state.socket_holders import Place
 
 STACK = HostStack({5: parse_endpoint("nx4", "0.0.0.0:8080"), 6: parse_endpoint("out4", "0.0.0.0:dynamic")}, ())
 HERE = (Place(100, 100, 3),)

@@ -28,10 +28,10 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "scope": layout.Scope,
     "tag": layout.Tag,
     "option": layout.Option,
-    "options": layout.Options,
+    "options": layout.OptionsValue,
     "counter_key": layout.CounterKey,
     "settings": layout.SettingsValue,
-    "desk": layout.Desk,
+    "desk": layout.DeskValue,
     "desk_slot": layout.DeskSlot,
     "flow": layout.FlowValue,
     "relay": layout.RelayValue,
@@ -125,13 +125,15 @@ def test_sizes_that_are_passed_to_the_compiler_are_those_that_python_uses() -> N
 
 
 def test_an_answer_of_a_desk_is_read_by_the_names_of_its_fields() -> None:
-    written = layout.Desk(netns=1, endpoint=2, socket_family=6, verdict=3, protocol=262)
+    written = layout.DeskValue(netns=1, endpoint=2, socket_family=6, verdict=3, protocol=262)
     written.references, written.flags, written.probed = 4, 5, 6
     written.options.count, written.options.overflow = 7, 1
-    first = layout.Desk.netns.offset
+    first = layout.DeskValue.netns.offset
     answer = desk._parse_answer(bytes(written)[first : first + desk._ANSWER.size])
     facts = answer.facts
     assert (facts.netns, facts.endpoint, facts.family, facts.verdict, facts.protocol) == (1, 2, 6, 3, 262)
     assert answer.descriptor == desk.Descriptor(references=4, flags=5, probed=6, options=7, overflow=1)
     assert desk._QUESTION.size == first
-    assert desk._QUESTION.size + desk._ANSWER.size == layout.Desk.options.offset + layout.Options.option.offset
+    assert (
+        desk._QUESTION.size + desk._ANSWER.size == layout.DeskValue.options.offset + layout.OptionsValue.option.offset
+    )

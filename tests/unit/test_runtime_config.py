@@ -18,7 +18,7 @@ from graft.model.endpoint import Endpoint, parse_endpoint
 from graft.model.settings import Settings
 from graft.oci import arguments, bundle, options, request, seccomp_profile, state
 from graft.oci.bundle import HOOK, Edit, edit_config, read_config, write_config
-from graft.oci.options import Options
+from graft.oci.options import RuntimeOptions
 from graft.oci.request import Request, Source, requested
 from graft.policy.compiler import compile_policy
 from graft.policy.limits import MAX_BYTES, MAX_RULES
@@ -361,13 +361,13 @@ def test_a_policys_path_is_opened_only_if_it_is_a_regular_file(settings: Setting
     else:
         path.mkdir()
     with pytest.raises(UsageError, match="is not a regular file"):
-        request.choose_policy(settings, Request(Source.ANNOTATION, str(path)), {}, Options(), KNOWN)
+        request.choose_policy(settings, Request(Source.ANNOTATION, str(path)), {}, RuntimeOptions(), KNOWN)
 
 
 @pytest.mark.parametrize("value", ["/etc/\0", "/\ud800"])
 def test_an_invalid_path_is_refused(settings: Settings, value: str) -> None:
     with pytest.raises(UsageError, match="is not a path"):
-        request.choose_policy(settings, Request(Source.ANNOTATION, value), {}, Options(), KNOWN)
+        request.choose_policy(settings, Request(Source.ANNOTATION, value), {}, RuntimeOptions(), KNOWN)
 
 
 @pytest.fixture
@@ -385,17 +385,17 @@ PODMAN = {"io.container.manager": "libpod"}
 @pytest.mark.parametrize(
     ("source", "name", "notes", "chosen", "allowed"),
     [
-        (Source.ANNOTATION, "mine", {}, Options(), True),
-        (Source.ANNOTATION, "mine", PODMAN, Options(), False),
-        (Source.ANNOTATION, "mine", PODMAN, Options(trust_annotations=True), True),
-        (Source.ANNOTATION, "mine", {}, Options(trust_annotations=False), False),
-        (Source.ANNOTATION, "ours", PODMAN, Options(), True),
-        (Source.POLICY, "mine", {}, Options(trust_annotations=True), False),
-        (Source.POLICY, "ours", {}, Options(), True),
+        (Source.ANNOTATION, "mine", {}, RuntimeOptions(), True),
+        (Source.ANNOTATION, "mine", PODMAN, RuntimeOptions(), False),
+        (Source.ANNOTATION, "mine", PODMAN, RuntimeOptions(trust_annotations=True), True),
+        (Source.ANNOTATION, "mine", {}, RuntimeOptions(trust_annotations=False), False),
+        (Source.ANNOTATION, "ours", PODMAN, RuntimeOptions(), True),
+        (Source.POLICY, "mine", {}, RuntimeOptions(trust_annotations=True), False),
+        (Source.POLICY, "ours", {}, RuntimeOptions(), True),
     ],
 )
 def test_a_request_that_an_image_could_make_reaches_open_policies_only(
-    settings: Settings, source: Source, name: str, notes: dict[str, str], chosen: Options, allowed: bool
+    settings: Settings, source: Source, name: str, notes: dict[str, str], chosen: RuntimeOptions, allowed: bool
 ) -> None:
     config = {"annotations": notes}
     if allowed:
@@ -421,23 +421,25 @@ def with_net_admin(*sets: str, namespaces: list[dict[str, str]] | None = None, *
 @pytest.mark.parametrize("name", ["bounding", "effective", "permitted", "inheritable", "ambient"])
 def test_net_admin_in_any_set_is_refused(name: str) -> None:
     with pytest.raises(RefusedError, match=f"CAP_NET_ADMIN \\({name}\\)"):
-        request.check_capabilities(with_net_admin(name), Options(), own_user_namespace=False)
+        request.check_capabilities(with_net_admin(name), RuntimeOptions(), own_user_namespace=False)
 
 
 def test_net_admin_is_allowed_by_the_operator_or_in_a_user_namespace() -> None:
-    request.check_capabilities(with_net_admin("bounding"), Options(allow_net_admin=True), own_user_namespace=False)
-    request.check_capabilities(with_net_admin("bounding"), Options(), own_user_namespace=True)
     request.check_capabilities(
-        with_net_admin("bounding", graft_allow_net_admin="true"), Options(), own_user_namespace=False
+        with_net_admin("bounding"), RuntimeOptions(allow_net_admin=True), own_user_namespace=False
     )
-    request.check_capabilities(with_net_admin(), Options(), own_user_namespace=False)
+    request.check_capabilities(with_net_admin("bounding"), RuntimeOptions(), own_user_namespace=True)
+    request.check_capabilities(
+        with_net_admin("bounding", graft_allow_net_admin="true"), RuntimeOptions(), own_user_namespace=False
+    )
+    request.check_capabilities(with_net_admin(), RuntimeOptions(), own_user_namespace=False)
 
 
 def test_an_annotation_in_podman_does_not_allow_net_admin() -> None:
     config = with_net_admin("bounding", graft_allow_net_admin="true")
     config["annotations"] |= PODMAN
     with pytest.raises(RefusedError):
-        request.check_capabilities(config, Options(), own_user_namespace=False)
+        request.check_capabilities(config, RuntimeOptions(), own_user_namespace=False)
 
 
 @pytest.mark.parametrize(
@@ -475,7 +477,7 @@ def test_any_command_line_is_parsed_without_an_error(words: list[str]) -> None:
 
 def test_options_of_the_operator_are_read_line_by_line() -> None:
     text = "---\n# which one\nruntime: crun # the small one\ntrust-annotations: false\nallow-net-admin: true\n"
-    assert options.parse(text, "f") == Options("crun", False, True)
+    assert options.parse(text, "f") == RuntimeOptions("crun", False, True)
 
 
 @pytest.mark.parametrize("text", ["runtmie: crun", "allow-net-admin: yes", "crun"])

@@ -13,10 +13,10 @@ from graft.kernel.sockets import ListedSocket
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.state import helper_process, inventory, withdrawal
-from graft.state.descriptors import Place
 from graft.state.helper_process import HelperResult
 from graft.state.inventory import ContainerSocket, HostStack
 from graft.state.records import Container
+from graft.state.socket_holders import Place
 from graft.state.withdrawal import Withdrawal
 
 CONTAINER = Container(7, "web", "/none", Transport.DIRECT, 1, "web", ())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.kernel.files import write_atomically
+from graft.kernel.atomic_file import write_atomically
 
 
 def test_a_file_is_made_and_replaced_with_its_mode(tmp_path: Path) -> None:
