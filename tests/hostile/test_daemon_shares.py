@@ -193,6 +193,10 @@ while True:
             sock.close()
 """
 STORMS = {"many": MANY, "changing": CHANGE}
+ONE_AFTER_THE_OTHER = 2
+"""Served so often for each look at the other's listeners, a container has no turns of its own. (With them it is 4 on a
+busy machine and 70 on an idle one, without them 0.5.)
+"""
 
 
 class Pings:
@@ -240,12 +244,12 @@ def served_in_a_storm(daemon: Daemon, hostile: Plain, other: Plain, storm: str, 
 
 @pytest.mark.parametrize("storm", STORMS)
 def test_a_storm_of_listeners_holds_up_nobody_else(daemon: Daemon, hostile: Plain, other: Plain, storm: str) -> None:
-    assert served_in_a_storm(daemon, hostile, other, storm) > 8
+    assert served_in_a_storm(daemon, hostile, other, storm) > ONE_AFTER_THE_OTHER
 
 
 @pytest.mark.parametrize("storm", STORMS)
 def test_control_without_turns_it_holds_up_everybody(daemon: Daemon, hostile: Plain, other: Plain, storm: str) -> None:
-    assert served_in_a_storm(daemon, hostile, other, storm, "turns") < 4
+    assert served_in_a_storm(daemon, hostile, other, storm, "turns") < ONE_AFTER_THE_OTHER
 
 
 def test_what_is_told_of_a_storm_fits_into_an_answer(daemon: Daemon, hostile: Plain) -> None:
