@@ -36,6 +36,6 @@ def test_a_refusal_and_a_failure_are_named_by_their_errno() -> None:
     assert taken == "graft: bind 0.0.0.0:80: EADDRINUSE"
 
 
-def test_what_was_left_alone_is_told_too() -> None:
+def test_a_call_that_was_left_alone_gets_a_line_too() -> None:
     assert said(Call.LISTEN, None, Decision(Action.RESUME)) == "graft: listen: left as it is"
     assert said(Call.BIND, WEB, Decision(Action.TO_CONTAINER)) == "graft: bind 0.0.0.0:80: back to the container"

@@ -1,4 +1,4 @@
-"""Where cgroup v2 is mounted, on machines of all kinds, and what stands in it, whoever named that."""
+"""Where cgroup v2 is mounted, on machines of all kinds, and cgroups of any name in it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_machine_with_both_versions() -> None:
     assert cgroup.parse_mounts(HYBRID) == Path("/sys/fs/cgroup/unified")
 
 
-def test_a_machine_without_version_2_is_told_what_to_do() -> None:
+def test_on_a_machine_without_version_2_the_error_says_what_to_do() -> None:
     with pytest.raises(KernelError) as caught:
         cgroup.parse_mounts(V1)
     assert caught.value.hint is not None and "mount -t cgroup2" in caught.value.hint

@@ -8,7 +8,7 @@ import struct
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.datapath.layout import ENDPOINT_DUAL_STACK
@@ -62,7 +62,7 @@ CASES = [
     (BIND, WEB, CONTAINER_SOCKET, DENY_DEFAULTS, RESUME),  # the hooks refuse it
     (CONNECT, WEB, CONTAINER_SOCKET, DENY_DEFAULTS, RESUME),
     (LISTEN, None, CONTAINER_SOCKET, {}, RESUME),
-    # a namespace that the program made, or was handed
+    # a namespace that the program made, or was given
     (BIND, WEB, CONTAINER_SOCKET, GRANT | {"netns": OTHER}, RESUME),
     (CONNECT, WEB, CONTAINER_SOCKET, GRANT | {"netns": OTHER}, RESUME),
     # in the host's stack already
@@ -76,7 +76,7 @@ CASES = [
     (CONNECT, WEB, HOST_SOCKET, {"verdict": Verdict.CONTAINER} | DENY_DEFAULTS, BACK),
     (BIND, WEB, HOST_SOCKET, DENY_DEFAULTS, REFUSED),
     (CONNECT, WEB, HOST_SOCKET, DENY_DEFAULTS, REFUSED),
-    (CONNECT, WEB, HOST_SOCKET, bound, REFUSED),  # it holds an endpoint, which would be lost
+    (CONNECT, WEB, HOST_SOCKET, bound, REFUSED),  # its endpoint would be lost
     (LISTEN, None, HOST_SOCKET, {}, REFUSED),
     (LISTEN, None, HOST_SOCKET, bound, RESUME),
     # bound already: the kernel's EINVAL
@@ -85,7 +85,7 @@ CASES = [
     # denied by a rule
     (CONNECT, WEB, CONTAINER_SOCKET, {"verdict": Verdict.DENY}, REFUSED),
     (CONNECT, WEB, HOST_SOCKET, {"verdict": Verdict.DENY}, REFUSED),
-    # connecting, connected or listening: the kernel knows what to say
+    # connecting, connected or listening: the kernel answers
     (CONNECT, WEB, CONTAINER_SOCKET, GRANT | {"state": 1}, RESUME),
     (LISTEN, None, HOST_SOCKET, {"state": 10}, RESUME),
     # an address that a socket of this family cannot have, or none at all
@@ -150,23 +150,30 @@ ADDRESSES = st.none() | st.builds(
 )
 
 
-@given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
-def test_no_socket_goes_to_the_host_unless_a_rule_names_an_endpoint(
-    call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool
-) -> None:
-    decision = decide(call, address, facts, v6only)
-    if decision.action is Action.TO_HOST:
-        assert call is not Call.LISTEN and address is not None
-        assert (decision.endpoint, decision.netns) == (facts.endpoint, facts.endpoint_netns)
-        assert facts.endpoint if call is Call.BIND else facts.verdict == Verdict.GRANT
+def test_no_socket_goes_to_the_host_unless_a_rule_names_an_endpoint() -> None:
+    to_host = 0
+
+    @settings(max_examples=1000, deadline=None)
+    @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
+    def check(call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool) -> None:
+        nonlocal to_host
+        decision = decide(call, address, facts, v6only)
+        if decision.action is Action.TO_HOST:
+            to_host += 1
+            assert call is not Call.LISTEN and address is not None
+            assert (decision.endpoint, decision.netns) == (facts.endpoint, facts.endpoint_netns)
+            assert facts.endpoint if call is Call.BIND else facts.verdict == Verdict.GRANT
+
+    check()
+    assert to_host > 0
 
 
 @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
-def test_a_socket_that_holds_an_endpoint_never_loses_it(
+def test_a_socket_that_is_bound_to_an_endpoint_never_loses_it(
     call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool
 ) -> None:
-    held = facts._replace(home=Home.HOST, bound=1, local_port=8080)
-    assert decide(call, address, held, v6only).action in (Action.RESUME, Action.REFUSE)
+    bound = facts._replace(home=Home.HOST, bound=1, local_port=8080)
+    assert decide(call, address, bound, v6only).action in (Action.RESUME, Action.REFUSE)
 
 
 @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
@@ -193,11 +200,19 @@ def test_addresses_are_read_as_the_hooks_read_them() -> None:
     assert mapped is not None and mapped.mapped and str(mapped) == "10.1.2.3:80"
 
 
+FAMILIES = st.sampled_from([struct.pack("=H", family) for family in (socket.AF_INET, socket.AF_INET6)])
+
+
 @given(st.binary(max_size=28))
-def test_whatever_lies_in_a_programs_memory_is_read_without_an_error(raw: bytes) -> None:
-    found = parse_sockaddr(raw)
-    if found is not None:
-        assert len(found.address) == 16 and 0 <= found.port <= 65535
+def test_any_bytes_of_a_programs_memory_are_read_without_an_error(raw: bytes) -> None:
+    parse_sockaddr(raw)
+
+
+@given(FAMILIES, st.binary(min_size=26, max_size=26))
+def test_any_address_of_a_known_family_has_16_bytes_and_a_port(family: bytes, rest: bytes) -> None:
+    found = parse_sockaddr(family + rest)
+    assert found is not None
+    assert len(found.address) == 16 and 0 <= found.port <= 65535
 
 
 @pytest.mark.parametrize("size", range(24))

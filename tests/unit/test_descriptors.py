@@ -1,4 +1,4 @@
-"""What /proc tells of descriptors, as far as it is parsed."""
+"""Descriptors as /proc lists them, and epoll registrations made again for a replacement socket."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_a_registration_of_another_file_at_the_same_number_is_not_taken() -> Non
     assert parse_registrations(9, NEW, frozenset({6}), 0x1A2B) == []
 
 
-def test_kernels_that_print_no_inode_are_believed_by_the_number() -> None:
+def test_on_kernels_that_print_no_inode_the_number_is_enough() -> None:
     assert parse_registrations(9, OLD, frozenset({5}), 0x1A2B) == [Registration(9, 5, 0x19, 0x1122334455667788)]
 
 
-def test_all_that_hangs_on_a_socket_of_this_process_is_found() -> None:
+def test_copies_and_registrations_of_a_socket_of_this_process_are_found() -> None:
     with socket.socket() as sock, select.epoll() as epoll, contextlib.ExitStack() as stack:
         copy = stack.enter_context(socket.socket(fileno=os.dup(sock.fileno())))
         epoll.register(copy.fileno(), select.EPOLLIN | select.EPOLLET)
@@ -47,31 +47,29 @@ def test_all_that_hangs_on_a_socket_of_this_process_is_found() -> None:
         assert found.copies == (copy.fileno(),)
         (watch,) = found.watches
         assert (watch.epoll, watch.fd) == (epoll.fileno(), copy.fileno())
-        assert watch.events & (select.EPOLLIN | select.EPOLLET) == select.EPOLLIN | select.EPOLLET
+        assert watch.events & select.EPOLLIN and watch.events & select.EPOLLET
 
 
-def test_a_twin_is_watched_like_the_socket_whose_place_it_takes() -> None:
-    with socket.socket() as old, socket.socket() as twin, select.epoll() as epoll:
+def test_a_replacement_socket_is_registered_like_the_socket_that_it_replaces() -> None:
+    with socket.socket() as old, socket.socket() as new, select.epoll() as epoll:
         epoll.register(old.fileno(), select.EPOLLIN)
         number = old.fileno()
         before = sorted(os.listdir("/proc/self/fd"))
-        descriptors.register_again(
-            (Registration(epoll.fileno(), number, select.EPOLLOUT, 0x42),), twin.fileno(), os.dup
-        )
+        descriptors.register_again((Registration(epoll.fileno(), number, select.EPOLLOUT, 0x42),), new.fileno(), os.dup)
         assert sorted(os.listdir("/proc/self/fd")) == before
         assert os.fstat(number).st_ino == os.fstat(old.fileno()).st_ino
         lines = Path(f"/proc/self/fdinfo/{epoll.fileno()}").read_bytes()
-        inode = os.fstat(twin.fileno()).st_ino
+        inode = os.fstat(new.fileno()).st_ino
         # Registered under the program's number for the socket, whatever number it has here.
         found = parse_registrations(epoll.fileno(), lines, frozenset({number}), inode)
         assert [(watch.fd, watch.data) for watch in found] == [(number, 0x42)]
 
 
-def test_a_number_that_cannot_be_had_here_leaves_no_descriptor_behind() -> None:
+def test_where_a_descriptor_number_cannot_be_used_no_descriptor_is_left() -> None:
     last = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1  # there is none after it: F_DUPFD ends with EINVAL
-    with socket.socket() as twin, select.epoll() as epoll:
+    with socket.socket() as new, select.epoll() as epoll:
         before = sorted(os.listdir("/proc/self/fd"))
-        descriptors.register_again((Registration(epoll.fileno(), last, select.EPOLLOUT, 0),), twin.fileno(), os.dup)
+        descriptors.register_again((Registration(epoll.fileno(), last, select.EPOLLOUT, 0),), new.fileno(), os.dup)
         assert sorted(os.listdir("/proc/self/fd")) == before
 
 

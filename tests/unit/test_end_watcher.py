@@ -1,32 +1,34 @@
-"""A supervisor that waits where it cannot look around is told that the end has come."""
+"""A supervisor that waits in a system call is interrupted when its container or its keeper has ended."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
-import time
 
 import pytest
 
 from graft.swap.end_watcher import EndWatcher
+from tests.support.wait import until
 
 
-def _wait_like_a_supervisor(ending: EndWatcher, pause: float) -> None:
-    while not ending.has_come:
-        time.sleep(pause)  # a signal's handler runs, and the rest of the pause follows: only the flag ends the loop
+def wait_like_a_supervisor(watcher: EndWatcher) -> None:
+    """Wait in one system call after the other, each of which continues after a signal: only the flag ends the loop."""
+    while not watcher.has_come:
+        select.select([], [], [], 0.01)
 
 
 @pytest.mark.parametrize("end", ["listener", "holder"])
-def test_the_end_comes_by_a_listener_without_processes_and_by_a_holder_that_is_gone(end: str) -> None:
+def test_the_end_is_seen_when_the_listener_has_no_process_or_the_keeper_is_gone(end: str) -> None:
     listener, container = os.pipe()
     holder, other = os.pipe()
-    ending = EndWatcher(listener, holder)
+    watcher = EndWatcher(listener, holder)
     threads = threading.active_count()
-    with ending.watched():
-        assert not ending.has_come
+    with watcher.watched():
+        assert not watcher.has_come
         os.close(container if end == "listener" else other)
-        _wait_like_a_supervisor(ending, 0.01)
+        wait_like_a_supervisor(watcher)
     assert threading.active_count() == threads
     for fd in (listener, holder, other if end == "listener" else container):
         os.close(fd)
@@ -35,26 +37,25 @@ def test_the_end_comes_by_a_listener_without_processes_and_by_a_holder_that_is_g
 def test_a_call_that_never_returns_by_itself_is_interrupted_again_and_again() -> None:
     holder, other = os.pipe()
     never, kept = os.pipe()
-    heard = []
-    ending = EndWatcher(never, holder)
-    with ending.watched():
-        signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    signals = []
+    watcher = EndWatcher(never, holder)
+    with watcher.watched():
+        signal.signal(signal.SIGUSR1, lambda *_: signals.append(1))
         os.close(other)
-        while len(heard) < 3:
-            time.sleep(0.01)
+        until("three signals", lambda: len(signals) >= 3)
     for fd in (holder, never, kept):
         os.close(fd)
 
 
-def test_a_notification_that_waits_does_not_end_anything() -> None:
+def test_a_notification_that_waits_is_not_the_end() -> None:
     listener, container = os.pipe()
     holder, other = os.pipe()
-    ending = EndWatcher(listener, holder)
-    with ending.watched():
-        os.write(container, b"x")
-        time.sleep(0.05)
-        assert not ending.has_come
+    watcher = EndWatcher(listener, holder)
+    os.write(container, b"x")
+    assert watcher._poll.poll(0) == []
+    with watcher.watched():
+        assert not watcher.has_come
         os.close(other)
-        _wait_like_a_supervisor(ending, 0.01)
+        wait_like_a_supervisor(watcher)
     for fd in (listener, holder, container):
         os.close(fd)

@@ -1,4 +1,4 @@
-"""What /proc says of a process whose program chose its name."""
+"""Processes as /proc shows them, where the program has chosen the name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_parent_is_found_behind_any_name(name: bytes) -> None:
 @pytest.mark.parametrize(
     "status", [b"", b"Name:\ta\n", REST[:-4], REST.replace(b"7", b"x"), REST.replace(b"7", b"9" * 5000), b"\0" * 99]
 )
-def test_where_there_is_no_parent_nothing_is_told(status: bytes) -> None:
+def test_where_there_is_no_parent_there_is_no_answer(status: bytes) -> None:
     assert tasks.parse_activity(status) is None
 
 

@@ -1,4 +1,4 @@
-"""What is done about a kernel that does not allow a helper: decided without a kernel."""
+"""How Graft loads its programs on a kernel that does not allow a helper: decided without a kernel."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_helper_has_its_name_in_messages() -> None:
     assert helpers.name(16) == "bpf helper 16"
 
 
-def test_what_a_kernel_refuses_is_told_by_program() -> None:
+def test_refused_helpers_are_listed_by_program() -> None:
     calls = {"sock_ops": frozenset({1, 122}), "sock_create": frozenset({1, 14})}
     refused = refused_calls([LISTEN, CREATE], calls, lambda program, helper: (program, helper) != (LISTEN, 122))
     assert refused == {"sock_ops": {122}}

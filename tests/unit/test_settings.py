@@ -11,7 +11,7 @@ from graft.model.settings import Settings
 
 
 def test_an_empty_environment_means_the_machines_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "stat", lambda _: None)  # whoever runs this may look at process 1
+    monkeypatch.setattr(Path, "stat", lambda _: None)  # the user who runs this may not see process 1
     assert Settings.from_environment({}) == Settings(
         host_netns=Path("/proc/1/ns/net"),
         pin_dir=Path("/sys/fs/bpf/graft"),

@@ -1,4 +1,4 @@
-"""No twin leaves its birthplace without a tag, whoever wrote it."""
+"""Every replacement socket has a tag, written by the hook or from user space."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE, ELSEWHERE = 1, 2
 
 
 class Namespaces:
-    """As graft.swap.socket_pool.NamespaceSwitch, and remembers where it was."""
+    """As graft.swap.socket_pool.NamespaceSwitch; records which namespaces were entered."""
 
     home_cookie = HERE
 
@@ -36,7 +36,7 @@ class Namespaces:
 
 
 class Tags:
-    """The map, and what was written from user space."""
+    """The map of tags; records what was written from user space."""
 
     def __init__(self) -> None:
         self.put_for: list[tuple[int, int, int]] = []
@@ -48,58 +48,58 @@ class Tags:
         self.put_for.append((key.value, value.container, value.home))
 
 
-def born(monkeypatch: pytest.MonkeyPatch, hook: bool) -> tuple[SocketPool, Tags, Namespaces, list[int]]:
-    """A maker of twins, with or without a hook that tags; what the hook was told."""
-    next_home, told, made = bytearray(1), [], _socket.socket
+def pool_of(monkeypatch: pytest.MonkeyPatch, hook: bool) -> tuple[SocketPool, Tags, Namespaces, list[int]]:
+    """A pool, with or without a hook that tags, and the homes that the hook was given, one for each socket made."""
+    next_home, homes, make_socket = bytearray(1), [], _socket.socket
 
     def make(*arguments: int) -> Any:
-        told.append(next_home[0])
+        homes.append(next_home[0])
         if hook:
             next_home[0] = 0
-        return made(*arguments)
+        return make_socket(*arguments)
 
     monkeypatch.setattr(socket_pool, "Socket", make)
     tags, namespaces = Tags(), Namespaces()
-    maker: Any = SocketPool
-    return maker(tags, SimpleNamespace(next_home=next_home), 7, namespaces), tags, namespaces, told
+    make_pool: Any = SocketPool
+    return make_pool(tags, SimpleNamespace(next_home=next_home), 7, namespaces), tags, namespaces, homes
 
 
-def test_a_hook_that_tags_spares_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    maker, tags, namespaces, told = born(monkeypatch, hook=True)
-    maker.take(Home.HOST, HERE, 4, 6).close()
-    maker.take(Home.CONTAINER, ELSEWHERE, 6, 6).close()
-    assert (tags.put_for, namespaces.entered, told) == ([], [ELSEWHERE], [Home.HOST + 1, Home.CONTAINER + 1])
+def test_where_a_hook_tags_the_map_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, tags, namespaces, homes = pool_of(monkeypatch, hook=True)
+    pool.take(Home.HOST, HERE, 4, 6).close()
+    pool.take(Home.CONTAINER, ELSEWHERE, 6, 6).close()
+    assert (tags.put_for, namespaces.entered, homes) == ([], [ELSEWHERE], [Home.HOST + 1, Home.CONTAINER + 1])
 
 
 def test_where_no_hook_tags_the_map_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    maker, tags, _, _ = born(monkeypatch, hook=False)
-    twin = maker.take(Home.HOST, HERE, 4, 6)
-    assert tags.put_for == [(twin.fileno(), 7, Home.HOST)]
-    assert twin.family == socket.AF_INET
-    twin.close()
+    pool, tags, _, _ = pool_of(monkeypatch, hook=False)
+    sock = pool.take(Home.HOST, HERE, 4, 6)
+    assert tags.put_for == [(sock.fileno(), 7, Home.HOST)]
+    assert sock.family == socket.AF_INET
+    sock.close()
 
 
-def test_a_twin_that_cannot_be_tagged_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    maker, tags, _, _ = born(monkeypatch, hook=False)
+def test_a_socket_that_cannot_be_tagged_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, tags, _, _ = pool_of(monkeypatch, hook=False)
     tags.fails = True
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="no memory"):
-        maker.take(Home.HOST, HERE, 4, 6)
-    maker.refill()
+        pool.take(Home.HOST, HERE, 4, 6)
+    pool.refill()
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_some_are_made_ahead_like_the_one_that_was_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    maker, _, _, told = born(monkeypatch, hook=True)
-    taken = [maker.take(Home.HOST, HERE, 4, 6)]
-    maker.refill()
-    made = len(told)
+def test_more_sockets_like_the_missing_one_are_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, _, _, homes = pool_of(monkeypatch, hook=True)
+    taken = [pool.take(Home.HOST, HERE, 4, 6)]
+    pool.refill()
+    made = len(homes)
     assert made > 2
     while len(taken) < made:
-        taken.append(maker.take(Home.HOST, HERE, 4, 6))
-        maker.refill()
-    assert len(told) == made
-    taken.append(maker.take(Home.HOST, HERE, 6, 6))
-    assert len(told) == made + 1
-    for twin in taken:
-        twin.close()
+        taken.append(pool.take(Home.HOST, HERE, 4, 6))
+        pool.refill()
+    assert len(homes) == made
+    taken.append(pool.take(Home.HOST, HERE, 6, 6))
+    assert len(homes) == made + 1
+    for sock in taken:
+        sock.close()

@@ -1,4 +1,4 @@
-"""Callers that did not hear the answer to their call: remembered, once, and never more than a few."""
+"""Callers that did not get the answer to their call: remembered, once, and never more than a few."""
 
 from __future__ import annotations
 

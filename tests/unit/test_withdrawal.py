@@ -1,4 +1,4 @@
-"""What becomes of a container's sockets when its rules are gone, with a kernel that is played."""
+"""Which of a container's sockets are closed when its rules are removed, by a kernel that the test simulates."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ def socket(cookie: int, state: str = "listening", granted: bool = True, protocol
     return ContainerSocket(listed, Path("/none"), (Place(1, 1, 3),), granted)
 
 
-Play = Callable[..., Withdrawn]
+Withdraw = Callable[..., Withdrawn]
 
 
 @pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Play:
-    """Withdraws what there is, listing after listing (None: no answer); ``hang`` and ``fail`` are cookies."""
+def withdraw(monkeypatch: pytest.MonkeyPatch) -> Withdraw:
+    """Withdraws the rules where the kernel lists these sockets, listing after listing (None: no answer). ``hang`` and
+    ``fail`` are cookies of sockets that it does not close.
+    """
 
     def run(
         *listings: Iterable[ContainerSocket] | None,
@@ -62,56 +64,56 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
     return run
 
 
-def test_what_was_granted_ends_and_the_rest_is_left(play: Play) -> None:
+def test_granted_sockets_are_closed_and_the_others_are_left(withdraw: Withdraw) -> None:
     mine, other = socket(1), socket(2, granted=False)
-    done = play([mine, other], [other])
+    done = withdraw([mine, other], [other])
     assert (done.ended, done.unended, done.left) == ([mine], [], [other])
     assert done.known and not done.helper
 
 
-def test_what_is_still_listed_after_its_end_is_not_told_again(play: Play) -> None:
-    assert play([socket(1)], [socket(1, "fin-wait-2")]).left == []
+def test_a_closed_socket_that_is_still_listed_is_not_reported_as_left(withdraw: Withdraw) -> None:
+    assert withdraw([socket(1)], [socket(1, "fin-wait-2")]).left == []
 
 
-def test_connections_can_be_kept(play: Play) -> None:
+def test_connections_can_be_kept(withdraw: Withdraw) -> None:
     listener, connection = socket(1), socket(2, "established")
-    done = play([listener, connection], [connection], keep=True)
+    done = withdraw([listener, connection], [connection], keep=True)
     assert (done.ended, done.left) == ([listener], [connection])
 
 
-def test_a_connection_that_was_accepted_meanwhile_ends_too(play: Play) -> None:
+def test_a_connection_that_was_accepted_meanwhile_is_closed_too(withdraw: Withdraw) -> None:
     listener, late = socket(1), socket(2, "established")
-    assert play([listener], [late], []).ended == [listener, late]
+    assert withdraw([listener], [late], []).ended == [listener, late]
 
 
-def test_one_that_hangs_is_told_with_who_goes_on(play: Play) -> None:
+def test_a_socket_that_could_not_be_closed_is_reported_with_the_helper_process(withdraw: Withdraw) -> None:
     stuck, other = socket(1), socket(2)
-    done = play([stuck, other], [stuck], hang=[1])
+    done = withdraw([stuck, other], [stuck], hang=[1])
     assert (done.ended, done.unended, done.left, done.helper) == ([other], [stuck], [], 99)
 
 
-def test_one_that_failed_because_it_was_gone_is_no_failure(play: Play) -> None:
-    done = play([socket(1)], [], fail=[1])
+def test_a_socket_that_was_gone_already_is_no_failure(withdraw: Withdraw) -> None:
+    done = withdraw([socket(1)], [], fail=[1])
     assert (done.ended, done.unended) == ([], [])
 
 
-def test_one_that_failed_and_is_still_there_is(play: Play) -> None:
-    assert play([socket(1)], [socket(1)], fail=[1]).unended == [socket(1)]
+def test_a_socket_that_is_still_there_is_a_failure(withdraw: Withdraw) -> None:
+    assert withdraw([socket(1)], [socket(1)], fail=[1]).unended == [socket(1)]
 
 
-def test_a_bound_socket_is_left(play: Play) -> None:
+def test_a_bound_socket_is_left(withdraw: Withdraw) -> None:
     bound = socket(1, "bound")
-    done = play([bound])
+    done = withdraw([bound])
     assert (done.ended, done.left) == ([], [bound])
 
 
-def test_a_kernel_that_does_not_answer_is_told(play: Play) -> None:
-    assert not play(None).known
-    done = play([socket(1)], None)
+def test_it_is_reported_that_the_kernel_does_not_answer(withdraw: Withdraw) -> None:
+    assert not withdraw(None).known
+    done = withdraw([socket(1)], None)
     assert not done.known and done.ended == [socket(1)]
 
 
-def test_new_sockets_without_end_do_not_keep_it_busy_for_ever(play: Play) -> None:
-    done = play(*([socket(number)] for number in range(1, 40)))
+def test_very_many_new_sockets_do_not_keep_it_busy_for_ever(withdraw: Withdraw) -> None:
+    done = withdraw(*([socket(number)] for number in range(1, 40)))
     assert len(done.ended) < 10
     assert done.unended == [socket(len(done.ended) + 1)] and done.left == []

@@ -1,4 +1,4 @@
-"""Work that may hang: what is answered is had, what hangs is told, and nothing waits for it."""
+"""Work that may hang, done by a helper process: each answer is returned, and the caller never waits for ever."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.wait import PATIENCE, until
 
 
 def work(item: int) -> tuple[int, int]:
-    """Hangs for what is negative."""
+    """Hangs for negative numbers."""
     if item < 0:
         threading.Event().wait()
     return item * 2, os.getpid()
@@ -29,7 +29,7 @@ def test_every_item_is_done_in_another_process() -> None:
     assert done.left_behind == 0
 
 
-def test_items_that_hang_keep_no_other_from_being_done() -> None:
+def test_all_other_items_are_done_where_some_hang() -> None:
     items = [*range(-40, 0), *range(40)]
     done = helper_process.each(work, items, patience=5 * PATIENCE)
     assert {items[number] for number in done.results} == set(range(40))
@@ -39,7 +39,7 @@ def test_nothing_is_done_for_nothing() -> None:
     assert helper_process.each(work, ()).results == {}
 
 
-def test_an_error_is_the_callers() -> None:
+def test_an_error_is_raised_in_the_caller() -> None:
     def fail(item: int) -> None:
         raise FileNotFoundError(2, "no such item")
 
@@ -47,7 +47,7 @@ def test_an_error_is_the_callers() -> None:
         helper_process.each(fail, [1])
 
 
-def test_an_error_that_cannot_travel_is_told_in_words() -> None:
+def test_an_error_that_cannot_be_pickled_is_raised_as_its_text() -> None:
     class Odd(Exception):
         pass
 
@@ -58,12 +58,12 @@ def test_an_error_that_cannot_travel_is_told_in_words() -> None:
         helper_process.each(fail, [1])
 
 
-def test_one_that_hangs_gives_none() -> None:
+def test_one_item_that_hangs_gives_none() -> None:
     assert helper_process.one(lambda: "answer") == "answer"
     assert helper_process.one(lambda: work(-1), patience=0.2) is None
 
 
-def test_what_is_to_be_finished_is_gone_on_with(tmp_path: Path) -> None:
+def test_work_that_has_to_be_finished_continues_in_the_background(tmp_path: Path) -> None:
     def wait(path: Path) -> None:
         while not path.exists():
             time.sleep(0.01)
@@ -82,7 +82,7 @@ def test_what_is_to_be_finished_is_gone_on_with(tmp_path: Path) -> None:
             os.kill(done.left_behind, signal.SIGKILL)
 
 
-def test_the_child_keeps_nothing_of_the_callers_open() -> None:
+def test_the_helper_process_has_no_descriptor_of_the_caller() -> None:
     def open_ones(_: int) -> list[str]:
         return [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)]
 

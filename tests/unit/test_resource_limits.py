@@ -15,7 +15,7 @@ from graft.swap.resource_limits import LEAST_BYTES, MOST_BYTES, cpu_limit, memor
         ("max 100000", "max 100000", "max"),
         ("200000 100000", "max 100000", "200000 100000"),
         ("200000 100000", "10000 100000", "10000 100000"),
-        ("5000 100000", "50000 50000", "5000 100000"),  # the tighter one, wherever it stands
+        ("5000 100000", "50000 50000", "5000 100000"),  # the tighter one, of either cgroup
         ("nonsense", "", "max"),
     ],
 )
@@ -35,7 +35,7 @@ def test_a_supervisor_has_the_tightest_cpu_limit_of_its_container(
         ("max", "max", MOST_BYTES),
         ("300000000", "max", 300000000),
         ("300000000", "200000000", 200000000),
-        ("max", "4096", LEAST_BYTES),  # a supervisor has to live
+        ("max", "4096", LEAST_BYTES),  # less is too little for a supervisor
     ],
 )
 def test_a_supervisor_has_the_memory_limit_of_its_container(tmp_path: Path, outer: str, inner: str, limit: int) -> None:
