@@ -87,7 +87,7 @@ def test_a_32_bit_call_joins_no_group_of_the_hosts_links(host: Host, confine: Co
     one = confine(host, "direct", text, *steps)
     one.lines(3)
     send_to_group(host, port)
-    one.goes_on()
+    one.resume()
     assert one.lines(4)[-1] == "receive none"
 
 
@@ -114,7 +114,7 @@ def begins(host: Host, confine: Confine, folder: Path, transport: str) -> bool:
         one = confine(host, transport, EGRESS.format(out="0.0.0.0", to=CLIENT4, default="deny"), *steps)
         assert one.lines(4)[-1] == "connect ok"
         apply(host, one, folder, EGRESS.format(out="0.0.0.0", to="192.0.2.1", default="deny"))
-        one.goes_on()  # its send waits where the first packet is lost
+        one.resume()  # its send waits where the first packet is lost
         far.settimeout(2 * PATIENCE)
         try:
             far.accept()[0].close()
@@ -150,7 +150,7 @@ def test_a_dynamic_ipv6_endpoint_serves_no_ipv4_after_a_disconnect(
     one = confine(host, transport, text, *steps)
     one.lines(4)
     [port] = re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hltn"))[-1:]
-    one.goes_on()
+    one.resume()
     one.program.tell(f"{port}\n")
     assert one.lines(8)[-1] == f"{LISTEN[transport]} ok"
     assert not reaches(host, HOST4, int(port))
@@ -172,7 +172,7 @@ def test_an_ipv6_socket_sends_ipv4_from_the_rules_endpoint_only(host: Host, conf
         one = confine(host, "direct", text, *steps)
         assert one.lines(2)[-1] == "bind ok"
         port = re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hlun"))[-1]
-        one.goes_on()
+        one.resume()
         one.program.tell(f"{port}\n")
         said = one.lines(6)
         assert came(far) in (None, HOST4), said
@@ -191,7 +191,7 @@ def connects_from_a_lost_endpoint(host: Host, confine: Confine, folder: Path, tr
         one = confine(host, transport, f"name: t\n{ends}ingress: [{{bind: '*:80', endpoint: web}}]\n{rules}", *steps)
         assert one.lines(2)[-1] == "bind ok"
         apply(host, one, folder, f"name: t\n{ends}{rules}")
-        one.goes_on()
+        one.resume()
         return one.lines(3)[-1]
 
 
@@ -215,14 +215,14 @@ def test_a_datagram_socket_does_not_get_a_port_back_that_it_let_go(
     one.lines(2)
     port = int(re.findall(r":(\d+) ", host.netns.run("ss", "-Hlun"))[-1])
     apply(host, one, tmp_path, text.format(""))
-    one.goes_on()
+    one.resume()
     one.lines(3)
     assert str(port) not in host.netns.run("ss", "-Haun")  # it has let go
     one.program.tell(f"{port}\n")
     assert one.lines(5)[-1] == "send EACCES"
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
+    one.resume()
     assert one.lines(6)[-1] == "receive none"
 
 
@@ -255,12 +255,12 @@ def test_a_datagram_socket_of_an_ipv6_endpoint_hears_no_ipv4_after_a_disconnect(
     one = confine(host, "direct", text, *steps)
     assert one.lines(3)[-1] == "bind ok"
     port = int(re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hlun"))[-1])
-    one.goes_on()
+    one.resume()
     one.program.tell(f"{port}\n")
     assert one.lines(7)[-1] == "send EACCES"
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
+    one.resume()
     assert one.lines(8)[-1] == "receive none"
 
 

@@ -59,7 +59,7 @@ def test_no_connection_leaves_from_the_address_of_an_endpoint_that_is_gone(
         )
         assert one.lines(4)[-1] == "unspec ok"
         apply(host, one, tmp_path, f"name: t\nendpoints: {{out: '0.0.0.0:dynamic'}}\n{rules}")
-        one.goes_on()
+        one.resume()
         if one.lines(5)[-1] == "connect ok":
             assert source_of_next(far)[0] == HOST4  # type: ignore[index]
 
@@ -89,7 +89,7 @@ def test_no_datagram_leaves_from_the_address_of_an_endpoint_that_is_gone(
         one = confine(host, "direct", f"{ends}ingress: [{{bind: '*:53', endpoint: dns}}]\n{rules}", *steps)
         assert one.lines(3)[-1] == "unspec ok"
         apply(host, one, tmp_path, f"name: t\nendpoints: {{out: '0.0.0.0:dynamic'}}\n{rules}")
-        one.goes_on()
+        one.resume()
         said = one.lines(4)[-1]
         assert came(far, 2) in (None, HOST4), said
 
@@ -107,7 +107,7 @@ def test_an_endpoint_that_moved_is_no_source_at_its_old_address(host: Host, conf
         assert one.lines(3)[1:] == ["connect ok", "unspec ok"]
         assert source_of_next(far)[0] == OTHER4  # type: ignore[index]
         host.graft("ep", "set", name, "0.0.0.0:dynamic")
-        one.goes_on()
+        one.resume()
         if one.lines(4)[-1] == "connect ok":
             assert source_of_next(far)[0] == HOST4  # type: ignore[index]
 
@@ -133,7 +133,7 @@ def test_a_datagram_socket_hears_nobody_at_an_endpoint_that_is_gone(
     apply(host, one, tmp_path, bound_datagrams(port, granted=False))
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
+    one.resume()
     assert one.lines(3)[-1] == "receive none"
 
 
@@ -146,7 +146,7 @@ def test_a_connected_datagram_socket_sends_no_more_from_an_endpoint_that_is_gone
         one = confine(host, "direct", bound_datagrams(port, granted=True), *steps, "send", "-", "-", "wait")
         assert one.lines(3)[-1] == "connect ok"
         apply(host, one, tmp_path, bound_datagrams(port, granted=False))
-        one.goes_on()
+        one.resume()
         said = one.lines(4)[-1]
         assert came(far, 2) is None, said
 
@@ -162,7 +162,7 @@ def test_a_connection_put_off_does_not_begin_at_an_endpoint_that_is_gone(
         one = confine(host, transport, bound_datagrams(port, granted=True), *steps)
         assert one.lines(5)[-1] == "connect ok"
         apply(host, one, tmp_path, bound_datagrams(port, granted=False))
-        one.goes_on()
+        one.resume()
         assert source_of_next(far, 1) is None
 
 
@@ -197,7 +197,7 @@ def test_bind_deny_leaves_no_choice_of_a_port_to_be_heard_at(host: Host, confine
     assert one.lines(3)[1] == "bytes EPERM"
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
+    one.resume()
     assert one.lines(4)[-1] == "receive none"
 
 
@@ -214,7 +214,7 @@ def test_a_32_bit_call_joins_no_group_without_an_endpoint_either(host: Host, con
     one = confine(host, "direct", f"{text}default: {default}\n", *steps)
     assert one.lines(5)[2:4] == ["bytes EPERM", "bytes32 ok"]
     send_to_group(host, port)
-    one.goes_on()
+    one.resume()
     assert one.lines(6)[-1] == "receive none"
 
 
@@ -231,7 +231,7 @@ def test_a_datagram_socket_hears_nobody_when_its_endpoint_is_in_another_namespac
     host.graft("ep", "set", name, f"0.0.0.0:{port}", "--netns", host.client.name)
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
+    one.resume()
     assert one.lines(3)[-1] == "receive none"
 
 

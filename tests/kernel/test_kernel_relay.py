@@ -1,4 +1,4 @@
-"""The relay in the kernel: each thing that goes wrong with a sockmap, on sockets of this process."""
+"""The relay in the kernel: each known problem of a sockmap, on sockets of this process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def trial_of(loaded: loader.Loaded) -> Trial:
 
 @pytest.fixture(scope="module")
 def loaded(root: None) -> loader.Loaded:
-    """The relay as `graft up` loads it, pinned nowhere."""
+    """The relay's program and maps as `graft up` loads them, without pins."""
     return loader.load_relay()
 
 
@@ -48,7 +48,7 @@ def moved_and_left(trial: Trial) -> list[tuple[int, int]]:
     return [trial.sockmap.counts(number) for number in trial.sockmap.flows]
 
 
-def carries_by_hand(trial: Trial) -> bool:
+def relays_by_splice(trial: Trial) -> bool:
     return any(side.outward.is_ours for one in trial.connections for side in (one.near, one.far))
 
 
@@ -94,7 +94,7 @@ def test_an_end_waits_for_the_bytes_before_it_however_slow_their_reader(trial: T
     selftest.every_byte_arrives_and_no_end_overtakes(trial, 3_000_000, 0.001)
 
 
-def test_bytes_for_a_target_that_is_not_listed_are_kept_and_carried_by_hand(trial: Trial) -> None:
+def test_bytes_for_a_target_that_is_not_listed_are_kept_and_relayed_by_splice(trial: Trial) -> None:
     client, server = trial.connected()
     with client, server:
         trial.while_relayed(lambda: client.sendall(b"1"), lambda: exactly(server, 1))
@@ -104,7 +104,7 @@ def test_bytes_for_a_target_that_is_not_listed_are_kept_and_carried_by_hand(tria
         assert moved_and_left(trial)[0] == (1, 2)
 
 
-def test_a_target_that_is_behind_stops_the_sender_and_the_kernel_goes_on_afterwards(trial: Trial) -> None:
+def test_a_target_that_is_behind_stops_the_sender_and_the_kernel_continues_afterwards(trial: Trial) -> None:
     client, server = trial.connected()
     with client, server:
         total = 0
@@ -123,13 +123,13 @@ def test_a_target_that_is_behind_stops_the_sender_and_the_kernel_goes_on_afterwa
         [(_, left), _] = moved_and_left(trial)
         assert left > 0
         trial.while_relayed(lambda: exactly(server, total))
-        trial.until(lambda: not carries_by_hand(trial), "still by hand")
+        trial.until(lambda: not relays_by_splice(trial), "splice(2) still relays")
         before = moved_and_left(trial)[0]
         trial.while_relayed(lambda: client.sendall(b"again"), lambda: exactly(server, 5))
         assert moved_and_left(trial)[0] == (before[0] + 5, before[1])
 
 
-def test_bytes_that_come_while_the_last_are_carried_are_carried_too(
+def test_bytes_that_come_while_the_last_ones_are_relayed_by_splice_are_relayed_too(
     trial: Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, server = trial.connected()
@@ -152,7 +152,7 @@ def test_bytes_that_come_while_the_last_are_carried_are_carried_too(
         found: list[bytes] = []
         trial.while_relayed(lambda: client.sendall(b"23"), lambda: found.append(exactly(server, 6)))
         assert found == [b"23late"]
-        trial.until(lambda: not carries_by_hand(trial), "still by hand")
+        trial.until(lambda: not relays_by_splice(trial), "splice(2) still relays")
 
 
 def test_what_the_kernel_moved_meanwhile_goes_before_what_it_left_again(
@@ -228,7 +228,7 @@ def test_a_flow_that_ended_before_its_handover_goes_by_splice(trial: Trial) -> N
 
         trial.while_relayed(answer, lambda: found.append(exactly(client, 5)))
         assert found == [b"short", b"reply"]
-        trial.until(lambda: not trial.connections, "left")
+        trial.until(lambda: not trial.connections, "the connection is still there")
 
 
 def test_a_flow_whose_kernel_keeps_bytes_back_is_reset_and_not_left_hanging(
@@ -261,7 +261,7 @@ def test_nothing_is_left_of_connections_that_ended(trial: Trial) -> None:
     assert not trial.sockmap.targets.keys()
 
 
-def test_what_a_killed_daemon_left_is_forgotten(loaded: loader.Loaded) -> None:
+def test_flows_of_a_killed_daemon_are_removed(loaded: loader.Loaded) -> None:
     first = trial_of(loaded)
     first.sockmap._flows.put(ctypes.c_uint64(7), first.sockmap._flows._value())
     first.sockmap.take(7, 3)
@@ -274,20 +274,18 @@ def test_this_kernel_passes_the_self_test(root: None) -> None:
     assert selftest_result.test() == SelftestResult("")
 
 
-# What a kernel (or a mistake in the program) may do, and the self-test has to find.
+# Faults of a kernel or of the program, each of which the self-test has to find.
 MUTANTS = {
     "does not stop a sender": ("> GRAFT_MAX_BEHIND)", "> 0x7fffffff)"),
     "takes a bare end for data": ("if (!len)", "if (0)"),
     "drops": ("flow->moved += len;", "flow->moved += len; if (flow->moved > 20000) return SK_DROP;"),
     "moves nothing": ("flow->moved += len;", "return leave(key, flow, taken, len);"),
-    "goes on while bytes are left behind": ("flow->left != taken ||", ""),
+    "continues while bytes are left behind": ("flow->left != taken ||", ""),
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_self_test_finds_a_kernel_that(
-    root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_self_test_finds_a_fault(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     old, new = MUTANTS[name]
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)

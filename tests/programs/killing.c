@@ -1,7 +1,7 @@
 /* Has the kernel send SIGKILL to a process by way of a socket's SIGIO, when the socket changes its state.
  *
- *   killing WAY WHOM connect ADDRESS PORT    something happens when the connection is refused
- *   killing WAY WHOM bind ADDRESS PORT       and when a client comes; prints "listening", waits for it
+ *   killing WAY PID connect ADDRESS PORT     the signal is sent when the connection is refused
+ *   killing WAY PID bind ADDRESS PORT        or when a client connects; prints "listening", and waits for one
  *
  * WAY: process, group or thread (F_SETOWN_EX), ioctl (FIOSETOWN).
  */
