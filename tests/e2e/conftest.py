@@ -84,7 +84,7 @@ def make_cgroup(host: Host) -> Iterator[MakeCgroup]:
 
         def make(parent: Path | None = None) -> Path:
             path = stack.enter_context(new_cgroup("attached", parent))
-            stack.callback(lambda: host.graft("detach", "--cgroup", path, status=None))
+            stack.callback(lambda: host.remove_at(path))
             return path
 
         yield make

@@ -142,7 +142,7 @@ def _destination(seen: Observed, packet: Packet) -> Iterator[Finding]:
         yield Finding("packets", f"no policy grants that source: {_show(packet)}")
 
 
-# ---- who is heard
+# ---- answers
 
 
 def _resets(event: Event) -> bool:
@@ -227,7 +227,7 @@ def _bind_says(seen: Observed, stand: Stand, name: str, bind: Event) -> bool:
 def datagrams(seen: Observed) -> Iterator[Finding]:
     """Who got what the judge sent as a stranger."""
     direct = _direct(seen)
-    for one in seen.heard:
+    for one in seen.received:
         own = [event for event in seen.events if event.cookie == one.cookie]
         binds = [event for event in own if event.op == "bind" and event.result >= 0]
         bound = _during_calls(seen, binds) if own else _since_begin(seen, one.time)

@@ -118,7 +118,7 @@ class Runner:
         self._stranger.knock(sockets)
         self._stranger.send(sockets)
         arena.player.say("drain")
-        heard = tuple(self._stranger.got(line) for line in arena.player.until("done") if line.startswith("h "))
+        received = tuple(self._stranger.got(line) for line in arena.player.until("done") if line.startswith("h "))
         packets += self._capture.packets()
         groups = tuple(sorted(memberships(arena.host.netns) - before))
         return Observed(
@@ -131,7 +131,7 @@ class Runner:
             tuple(events),
             sockets,
             tuple(packets),
-            heard,
+            received,
             groups,
         )
 

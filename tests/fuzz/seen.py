@@ -183,5 +183,5 @@ class Observed:
     events: tuple[Event, ...] = ()
     sockets: tuple[Stand, ...] = ()
     packets: tuple[Packet, ...] = ()
-    heard: tuple[Datagram, ...] = ()
+    received: tuple[Datagram, ...] = ()
     groups: tuple[str, ...] = ()

@@ -117,7 +117,7 @@ def confine(programs: Programs, tmp_path: Path) -> Iterator[Confine]:
                 return Confined(host, program, path)
             path = stack.enter_context(new_cgroup(f"hostile-{number}"))
             host.graft("attach", "--cgroup", path, "--policy", file)
-            stack.callback(lambda: host.graft("detach", "--cgroup", path, status=None))
+            stack.callback(lambda: host.remove_at(path))
             # As nobody, in that cgroup and the host's namespace.
             program = host.start_command([*in_cgroup(path), *host.netns.command(*AS_NOBODY, *command)], talk=True)
             stack.callback(program.stop)

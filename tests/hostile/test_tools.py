@@ -36,7 +36,7 @@ def container(host: Host) -> Iterator[Path]:
     with new_cgroup("hostile") as path:
         yield path
         cgroup.kill(path)
-        host.graft("detach", "--cgroup", path, status=None)
+        host.remove_at(path)
 
 
 LockSocket = Callable[..., Program]
@@ -44,7 +44,7 @@ LockSocket = Callable[..., Program]
 
 @pytest.fixture
 def lock_socket(host: Host, programs: Programs, container: Path) -> Iterator[LockSocket]:
-    """Starts a process of the container that keeps a socket of its own locked until it is told to go on, or ends."""
+    """Starts a process of the container that keeps a socket of its own locked until `unlock`, or its end."""
     started: list[Program] = []
 
     def begin(how: str, address: str, port: int) -> Program:

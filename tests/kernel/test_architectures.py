@@ -1,7 +1,7 @@
 """The BPF programs as bcc compiles them on each architecture.
 
 It compiles for the host's ABI first, so their code differs between architectures, and the verifier has to accept
-each. ARCH tells bcc what it would find by itself on such a machine.
+each. The variable ARCH names the architecture to bcc.
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ def relays_by_splice(trial: Trial) -> bool:
 def exactly(sock: socket.socket, count: int) -> bytes:
     found = b""
     while len(found) < count:
-        found += sock.recv(count - len(found))
+        part = sock.recv(count - len(found))
+        assert part, f"the stream ended after {len(found)} bytes of {count}"
+        found += part
     return found
 
 
@@ -82,8 +84,10 @@ def test_what_came_before_the_handover_is_moved_and_comes_first(trial: Trial, si
 
 def test_what_came_before_is_moved_though_nothing_more_comes(trial: Trial) -> None:
     client, server = trial.connected(b"all")
+    found: list[bytes] = []
     with client, server:
-        trial.while_relayed(lambda: exactly(server, 3))
+        trial.while_relayed(lambda: found.append(exactly(server, 3)))
+    assert found == [b"all"]
 
 
 def test_an_end_waits_for_what_is_in_the_kernels_queue(trial: Trial) -> None:

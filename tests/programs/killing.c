@@ -20,15 +20,15 @@
 #include <asm/sockios.h>
 #include <unistd.h>
 
-static void name_receiver(int fd, const char *way, int whom)
+static void name_receiver(int fd, const char *way, int receiver)
 {
-	struct f_owner_ex owner = { .type = F_OWNER_PID, .pid = whom };
+	struct f_owner_ex owner = { .type = F_OWNER_PID, .pid = receiver };
 
 	if (!strcmp(way, "group"))
 		owner.type = F_OWNER_PGRP;
 	if (!strcmp(way, "thread"))
 		owner.type = F_OWNER_TID;
-	if (strcmp(way, "ioctl") ? fcntl(fd, F_SETOWN_EX, &owner) : ioctl(fd, FIOSETOWN, &whom)) {
+	if (strcmp(way, "ioctl") ? fcntl(fd, F_SETOWN_EX, &owner) : ioctl(fd, FIOSETOWN, &receiver)) {
 		perror(way);
 		exit(2);
 	}

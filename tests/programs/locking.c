@@ -53,7 +53,7 @@ static void need(int condition, const char *what)
 	}
 }
 
-/* A page that is not there, and the descriptor that tells who waits for it. */
+/* A missing page, and the descriptor that reports each page fault. */
 static int missing_page(void)
 {
 	struct uffdio_api api = { .api = UFFD_API };
@@ -127,7 +127,7 @@ static void *call(void *unused)
 int main(int count, char **words)
 {
 	struct uffdio_zeropage deliver = { .range = { .len = PAGE } };
-	struct uffd_msg told;
+	struct uffd_msg fault;
 	pthread_t holder, caller;
 	char line[16];
 	int faults;
@@ -140,7 +140,7 @@ int main(int count, char **words)
 	faults = missing_page();
 	prepare();
 	need(!pthread_create(&holder, NULL, hold, NULL), "pthread_create");
-	need(read(faults, &told, sizeof(told)) == sizeof(told), "userfaultfd");
+	need(read(faults, &fault, sizeof(fault)) == sizeof(fault), "userfaultfd");
 	if (is("call"))
 		need(!pthread_create(&caller, NULL, call, NULL), "pthread_create");
 	puts("locked");

@@ -129,6 +129,12 @@ class Host:
         with self.installation.transaction() as change:
             change.containers.remove(container)
 
+    def remove_at(self, path: Path) -> None:
+        """Take away the rules of the container at a cgroup, if there is one. (`graft detach` takes far longer.)"""
+        for one in self.installation.containers.listing():
+            if one.cgroup == str(path):
+                self.remove(one)
+
     def container(self, program: Program) -> Container:
         """The container that a started `graft run` has made."""
         return next(one for one in self.installation.containers.listing() if one.pid == program.process.pid)

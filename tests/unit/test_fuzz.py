@@ -192,12 +192,12 @@ def test_a_bind_becomes_what_its_own_rule_says() -> None:
 def test_a_strangers_datagram_may_reach_only_a_socket_bound_to_an_endpoint() -> None:
     one = Datagram(50, (CLIENT4, 61001), (HOST4, 25001), 1)
     bound = call("bind 0 0.0.0.0 80")
-    assert judge(seen(heard=(one,), events=(bound,))) == []
+    assert judge(seen(received=(one,), events=(bound,))) == []
     other = replace(one, to=(HOST4, 40000))
-    assert [one.rule for one in judge(seen(heard=(other,), events=(call(f"send 0 {CLIENT4} 9001 0"),)))] == [
+    assert [one.rule for one in judge(seen(received=(other,), events=(call(f"send 0 {CLIENT4} 9001 0"),)))] == [
         "datagrams"
     ]
-    assert judge(seen(heard=(replace(other, source=(CLIENT4, 9001)),), events=(bound,))) == []
+    assert judge(seen(received=(replace(other, source=(CLIENT4, 9001)),), events=(bound,))) == []
 
 
 def test_in_direct_what_no_rule_names_is_the_defaults() -> None:
