@@ -158,10 +158,13 @@ class Host:
         }
 
     def leftovers(self) -> list[str]:
-        """What is there of containers: records, cgroups, map entries, supervisors. Empty where none runs."""
+        """What is left of containers: records, cgroups, supervisors, map entries. Empty where none runs.
+
+        The relays' daemon belongs to no container: without one it ends after some seconds.
+        """
         found = [f"record of {one.name}" for one in self.installation.containers.listing()]
         found += [str(path) for path in self.cgroup.glob("run-*")]
-        found += [f"supervisor {pid}" for pid in cgroup.processes(self.cgroup)]
+        found += [f"supervisor {pid}" for pid in cgroup.processes(self.cgroup / "supervisors")]
         maps = self.maps
         for name in ("containers", "ingress", "egress", "egress_ports", "counters"):
             found += [f"entry of {name}" for _ in getattr(maps, name).keys()]  # noqa: SIM118
