@@ -1,12 +1,11 @@
 """Where sequences run: a host with Graft, a far end that answers, a container of one transport, and the operator.
 
-The operator uses Graft (its library, which is what the command line calls); nobody else here does.
+The operator uses Graft (its library, which is what the command line calls); nothing else here does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import select
 import socket
@@ -21,23 +20,23 @@ from pathlib import Path
 from graft.commands.policy_apply import apply
 from graft.commands.policy_source import policy_of
 from graft.errors import GraftError
-from graft.kernel import cgroup
 from graft.model.endpoint import parse_endpoint
 from tests.fuzz.generate import FOREIGN, OTHER4, OTHER6, SERVED
 from tests.fuzz.model import Change, Policy, Transport, World
 from tests.fuzz.seen import Timeline
 from tests.support.building import Programs
+from tests.support.cgroups import in_cgroup, new_cgroup
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6, Netns, namespace
+from tests.support.shell import AS_NOBODY
 from tests.support.wait import PATIENCE, until
 
 LOOPBACK4_IPV6 = "127.0.0.6"
-"""Whence a connected IPv6 socket sends to an IPv4-mapped address (include/net/ipv6.h)."""
-_numbers = itertools.count(1)
+"""The address from which a connected IPv6 socket sends to an IPv4-mapped address (include/net/ipv6.h)."""
 
 
 class FarEnd:
-    """Listeners and datagram sockets of the client's that take everything."""
+    """Listeners and datagram sockets of the client, which accept and receive everything."""
 
     def __init__(self, client: Netns) -> None:
         self._sockets = []
@@ -54,7 +53,7 @@ class FarEnd:
                     self._sockets.append(made)
 
     def clear(self) -> None:
-        """Forget what came."""
+        """Drop what has arrived."""
         for one in self._sockets:
             with contextlib.suppress(OSError):
                 while True:
@@ -74,13 +73,13 @@ class Player:
         self._rest = b""
 
     def say(self, *lines: str) -> None:
-        """Tell it so."""
+        """Write lines to it."""
         assert self.process.stdin is not None
         self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
         self.process.stdin.flush()
 
     def until(self, last: str, seconds: float = 30) -> list[str]:
-        """What it says up to a line that begins with ``last``, that one included."""
+        """Its lines up to one that begins with ``last``, that one included."""
         said: list[str] = []
         end = time.monotonic() + seconds * PATIENCE
         while not said or not said[-1].startswith(last):
@@ -114,7 +113,7 @@ class Player:
 
 @dataclass
 class Operator:
-    """Changes endpoints and one container's policy, and keeps account of what was in force when."""
+    """Changes endpoints and one container's policy, and records what was in force when."""
 
     host: Host
     cgroup: Path
@@ -139,7 +138,7 @@ class Operator:
         self.changes += 1
 
     def become(self, world: World) -> None:
-        """Whatever is needed to get there; a new account begins then."""
+        """Make the changes that lead to this world; a new timeline begins then."""
         self._make_endpoints_of(world)
         self._apply(world.policy)
         self.world = world
@@ -210,7 +209,7 @@ def prepare(host: Host) -> None:
 
 
 def addresses(netns: Netns) -> frozenset[str]:
-    """All that a namespace has, its link-local ones too, and the one that the kernel takes by itself."""
+    """All addresses of a namespace, link-local ones too, and the one that the kernel uses by itself."""
     lines = netns.run("ip", "-o", "address", "show").splitlines()
     return frozenset(line.split()[3].partition("/")[0] for line in lines) | {LOOPBACK4_IPV6}
 
@@ -265,17 +264,13 @@ def _attached(
     host: Host, policy: Path, program: Path, folder: Path, stack: ExitStack, apart: bool
 ) -> tuple[Player, Path]:
     """A program that runs without Graft, in the host's namespace or one of its own, and then comes under a policy."""
-    path = cgroup.v2_mount() / f"graft-test-{os.getpid()}-fuzz-{next(_numbers)}"
-    path.mkdir()
-    stack.callback(lambda: cgroup.remove(path))
+    path = stack.enter_context(new_cgroup("fuzz"))
     netns = stack.enter_context(namespace("fuzz")) if apart else host.netns
     if apart:
         netns.run("sysctl", "-qw", "net.ipv4.ip_unprivileged_port_start=0")
-    enter = f'echo 0 >{path}/cgroup.procs && exec "$@"'
-    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", str(program)]
-    player = _start(["sh", "-c", enter, "-", *netns.command(*as_nobody)], host, folder)
+    player = _start([*in_cgroup(path), *netns.command(*AS_NOBODY, program)], host, folder)
     stack.callback(player.stop)
-    player.say("begin", "end")  # it is where it belongs
+    player.say("begin", "end")  # it is in its cgroup by now
     player.until("ended")
     host.graft("attach", "--cgroup", path, "--policy", policy)
     stack.callback(lambda: host.graft("detach", "--cgroup", path, status=None))

@@ -89,7 +89,7 @@ def hears_a_group(host: Host, confine: Confine) -> str:
     one = confine(host, "direct", text, *steps)
     one.lines(3)
     send_to_group(host, port)
-    one.goes_on()
+    one.resume()
     return one.lines(4)[-1]
 
 
@@ -131,7 +131,7 @@ def begins(host: Host, confine: Confine, folder: Path, transport: str) -> bool:
         one = confine(host, transport, EGRESS.format(out="0.0.0.0", to=CLIENT4, default="deny"), *steps)
         assert one.lines(4)[-1] == "connect ok"
         apply(host, one, folder, EGRESS.format(out="0.0.0.0", to="192.0.2.1", default="deny"))
-        one.goes_on()  # its send waits where the first packet is lost
+        one.resume()  # its send waits where the first packet is lost
         far.settimeout(2 * PATIENCE)
         try:
             far.accept()[0].close()
@@ -165,7 +165,7 @@ def serves_ipv4(host: Host, confine: Confine, transport: str) -> bool:
     one = confine(host, transport, text, *steps)
     one.lines(4)
     [port] = re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hltn"))[-1:]
-    one.goes_on()
+    one.resume()
     one.program.tell(f"{port}\n")
     assert one.lines(8)[-1] == f"{LISTEN[transport]} ok"
     return reaches(host, HOST4, int(port))
@@ -200,7 +200,7 @@ def sends_ipv4_from(host: Host, confine: Confine) -> str | None:
         one = confine(host, "direct", text, *steps)
         assert one.lines(2)[-1] == "bind ok"
         port = re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hlun"))[-1]
-        one.goes_on()
+        one.resume()
         one.program.tell(f"{port}\n")
         one.lines(6)
         return came(far)
@@ -227,7 +227,7 @@ def connects_from_a_lost_endpoint(host: Host, confine: Confine, folder: Path, tr
         one = confine(host, transport, f"name: t\n{ends}ingress: [{{bind: '*:80', endpoint: web}}]\n{rules}", *steps)
         assert one.lines(2)[-1] == "bind ok"
         apply(host, one, folder, f"name: t\n{ends}{rules}")
-        one.goes_on()
+        one.resume()
         return one.lines(3)[-1]
 
 
@@ -250,14 +250,14 @@ def hears_at_what_it_let_go(host: Host, confine: Confine, folder: Path) -> list[
     one.lines(2)
     port = int(re.findall(r":(\d+) ", host.netns.run("ss", "-Hlun"))[-1])
     apply(host, one, folder, text.format(""))
-    one.goes_on()
+    one.resume()
     one.lines(3)
     assert str(port) not in host.netns.run("ss", "-Haun")  # it has let go
     one.program.tell(f"{port}\n")
     one.lines(5)
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
+    one.resume()
     return one.lines(6)[4:]
 
 
@@ -301,12 +301,12 @@ def hears_ipv4(host: Host, confine: Confine) -> str:
     one = confine(host, "direct", text, *steps)
     assert one.lines(3)[-1] == "bind ok"
     port = int(re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hlun"))[-1])
-    one.goes_on()
+    one.resume()
     one.program.tell(f"{port}\n")
     assert one.lines(7)[-1] == "send EACCES"
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
+    one.resume()
     return one.lines(8)[-1]
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile.conftest import Confine, Victims, Without, lines_of, undefended
-from tests.support import oci
+from tests.hostile.conftest import Confine, Victims, Without, graft_without, lines_of
+from tests.support import engines
 from tests.support.building import Programs
+from tests.support.engines import Engine
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, HOST4
-from tests.support.oci import Engine
 from tests.support.program import Program, start
 from tests.support.shell import Word, run
 from tests.support.wait import until
@@ -58,11 +58,8 @@ def podman(programs: Programs) -> Iterator[Podman]:
         def get(host: Host, defence: str = "") -> Engine:
             key = host.folder, defence
             if key not in made:
-                mine = folder()
-                command = undefended(defence, "runtime") if defence else None
-                made[key] = stack.enter_context(
-                    oci.podman(host, mine, root, oci.runtime_script(host, mine, "crun", command))
-                )
+                command = [*graft_without(defence), "runtime"] if defence else None
+                made[key] = stack.enter_context(engines.podman(host, folder(), root, command))
             return made[key]
 
         yield get
@@ -87,14 +84,13 @@ def end(program: Program) -> None:
 def contained(engine: Engine, text: str, *command: Word) -> Iterator[Program]:
     """A program of root's in a container, which ends with its input."""
     flags = ["run", "-i", "--rm", "--cap-add", "NET_RAW", *engine.run_flags, *with_policy(engine.host, text)]
-    words = engine.host.netns.command(*engine.command, *flags, *engine.image, *command)
-    program = start(words, {**os.environ, **engine.environment}, talk=True)
+    program = start(engine.command(*flags, *engine.image, *command), {**os.environ, **engine.environment}, talk=True)
     try:
         yield program
         end(program)
     finally:
         program.stop()
-        until("nothing of the container is left", lambda: not oci.leftovers(engine.host))
+        until("nothing of the container is left", lambda: not engines.leftovers(engine.host))
 
 
 # ---- sockets --------------------------------------------------------------------------------------------------------
@@ -237,9 +233,9 @@ def ended(victim: subprocess.Popen[bytes], within: float) -> int | None:
 def kills(host: Host, programs: Programs, whom: int, way: str, defence: str = "") -> None:
     """A refused connection, of a socket whose signal is to be SIGKILL to that process of the host's."""
     *within, how = WAYS[way]
-    command: list[Word] = ["--user", "nobody", "-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}", "--"]
+    command: list[Word] = ["run", "--user", "nobody", "-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}", "--"]
     command += [*within, programs["killing"], how, whom, "connect", CLIENT4, 9]
-    result = run([*undefended(defence), *command], environment=host.environment, status=0)
+    result = run([*graft_without(defence), *command], environment=host.environment, status=0)
     assert result.stdout == "connect ECONNREFUSED\n"
 
 
@@ -268,7 +264,7 @@ def kills_from_a_container(engine: Engine, whom: int) -> None:
     flags += with_policy(engine.host, TO_CLIENT)
     attack = ["/bin/killing", "process", str(whom), "connect", CLIENT4, "9"]
     assert engine.container(flags, *attack).stdout == "connect ECONNREFUSED\n"
-    until("nothing of the container is left", lambda: not oci.leftovers(engine.host))
+    until("nothing of the container is left", lambda: not engines.leftovers(engine.host))
 
 
 def test_root_of_a_container_kills_no_process_of_the_hosts(host: Host, podman: Podman, victims: Victims) -> None:

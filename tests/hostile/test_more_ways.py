@@ -65,7 +65,7 @@ def connects_from(host: Host, confine: Confine, folder: Path, transport: str) ->
         one = confine(host, transport, WITH_ANOTHER, *steps)
         assert one.lines(4)[-1] == "unspec ok"
         apply(host, one, folder, WITHOUT)
-        one.goes_on()
+        one.resume()
         return address_of_next(far) if one.lines(5)[-1] == "connect ok" else None
 
 
@@ -91,7 +91,7 @@ def sends_from(host: Host, confine: Confine, folder: Path) -> str | None:
         one = confine(host, "direct", WITH_ANOTHER, *steps, "wait")
         assert one.lines(3)[-1] == "unspec ok"
         apply(host, one, folder, WITHOUT)
-        one.goes_on()
+        one.resume()
         return came(far, 2 if one.lines(4)[-1] == "send ok" else 0.1)
 
 
@@ -117,7 +117,7 @@ def connects_from_moved(host: Host, confine: Confine, transport: str) -> str | N
         assert one.lines(3)[1:] == ["connect ok", "unspec ok"]
         assert address_of_next(far) == OTHER4
         host.graft("ep", "set", name, "0.0.0.0:dynamic")
-        one.goes_on()
+        one.resume()
         return address_of_next(far) if one.lines(4)[-1] == "connect ok" else None
 
 
@@ -151,7 +151,7 @@ def hears_when_gone(host: Host, confine: Confine, folder: Path) -> str:
     apply(host, one, folder, bound_datagrams(port, granted=False))
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
+    one.resume()
     return one.lines(3)[-1]
 
 
@@ -173,7 +173,7 @@ def sends_when_gone(host: Host, confine: Confine, folder: Path) -> str | None:
         one = confine(host, "direct", bound_datagrams(port, granted=True), *steps, "send", "-", "-", "wait")
         assert one.lines(3)[-1] == "connect ok"
         apply(host, one, folder, bound_datagrams(port, granted=False))
-        one.goes_on()
+        one.resume()
         one.lines(4)  # it has been sent, or not
         return came(far)
 
@@ -196,7 +196,7 @@ def begins_at(host: Host, confine: Confine, folder: Path, transport: str, port: 
         one = confine(host, transport, bound_datagrams(port, granted=True), *steps)
         assert one.lines(5)[-1] == "connect ok"
         apply(host, one, folder, bound_datagrams(port, granted=False))
-        one.goes_on()
+        one.resume()
         return source_of_next(far, 1)
 
 
@@ -255,7 +255,7 @@ def hears_at_its_choice(host: Host, confine: Confine) -> list[str]:
     one.lines(3)
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
+    one.resume()
     return one.lines(4)[1::2]
 
 
@@ -280,7 +280,7 @@ def hears_a_group(host: Host, confine: Confine, default: str) -> str:
     one = confine(host, "direct", f"{text}default: {default}\n", *steps)
     assert one.lines(5)[2:4] == ["bytes EPERM", "bytes32 ok"]
     send_to_group(host, port)
-    one.goes_on()
+    one.resume()
     return one.lines(6)[-1]
 
 
@@ -307,7 +307,7 @@ def hears_from_elsewhere(host: Host, confine: Confine) -> str:
     host.graft("ep", "set", name, f"0.0.0.0:{port}", "--netns", host.client.name)
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
+    one.resume()
     return one.lines(3)[-1]
 
 

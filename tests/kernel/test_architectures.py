@@ -1,7 +1,7 @@
 """The BPF programs as bcc compiles them on each architecture.
 
 It compiles for the host's ABI first, so their code differs between architectures, and the verifier has to accept
-each. ARCH tells bcc what it would find by itself on such a machine.
+each. The variable ARCH names the architecture to bcc.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def taken(loaded: Loaded) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_bcc_compiles_for_the_architecture_that_it_is_told(
+def test_bcc_compiles_for_the_architecture_that_arch_names(
     root: None, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "asked.c"
     source.write_text(f"#ifndef {ARCHITECTURES[architecture]}\n#error another one\n#endif\n")
-    for told in ARCHITECTURES:
-        monkeypatch.setenv("ARCH", told)
-        if told == architecture:
+    for named in ARCHITECTURES:
+        monkeypatch.setenv("ARCH", named)
+        if named == architecture:
             compile_text([str(source)], {})
         else:
             with pytest.raises(CompileError, match="another one"):

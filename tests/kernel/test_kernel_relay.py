@@ -34,7 +34,7 @@ def trial_of(loaded: loader.Loaded) -> Trial:
 
 @pytest.fixture(scope="module")
 def loaded(root: None) -> loader.Loaded:
-    """The relay as `graft up` loads it, pinned nowhere."""
+    """The relay's program and maps as `graft up` loads them, without pins."""
     return loader.load_relay()
 
 
@@ -70,7 +70,9 @@ def copies_in_user_space(trial: Trial) -> bool:
 def exactly(sock: socket.socket, count: int) -> bytes:
     found = b""
     while len(found) < count:
-        found += sock.recv(count - len(found))
+        part = sock.recv(count - len(found))
+        assert part, f"the stream ended after {len(found)} bytes of {count}"
+        found += part
     return found
 
 
@@ -97,8 +99,10 @@ def test_what_came_before_the_handover_is_moved_and_comes_first(trial: Trial, si
 
 def test_what_came_before_is_moved_though_nothing_more_comes(trial: Trial) -> None:
     client, server = trial.connected(b"all")
+    found: list[bytes] = []
     with client, server:
-        trial.while_relayed(lambda: exactly(server, 3))
+        trial.while_relayed(lambda: found.append(exactly(server, 3)))
+    assert found == [b"all"]
 
 
 def test_an_end_waits_for_what_is_in_the_kernels_queue(trial: Trial) -> None:
@@ -245,7 +249,7 @@ def test_a_flow_that_ended_before_its_handover_is_moved_by_splice(trial: Trial) 
 
         trial.while_relayed(answer, lambda: found.append(exactly(client, 5)))
         assert found == [b"short", b"reply"]
-        trial.until(lambda: not trial.connections, "left")
+        trial.until(lambda: not trial.connections, "the connection is still there")
 
 
 def test_a_flow_whose_kernel_does_not_send_all_bytes_is_reset_and_not_left_hanging(
@@ -275,7 +279,7 @@ def test_nothing_is_left_of_connections_that_ended(loaded: loader.Loaded, trial:
     assert not any(entries(loaded).values())
 
 
-def test_what_a_killed_daemon_left_is_forgotten(loaded: loader.Loaded) -> None:
+def test_flows_of_a_killed_daemon_are_removed(loaded: loader.Loaded) -> None:
     relay_map(loaded, "flows").put(ctypes.c_uint64(7), FlowValue())
     relay_map(loaded, "flow_taken").put(ctypes.c_uint64(7), ctypes.c_uint64(3))
     assert entries(loaded)["flows"] == entries(loaded)["flow_taken"] == 1
@@ -293,14 +297,12 @@ MUTANTS = {
     "takes a bare end for data": ("if (!len)", "if (0)"),
     "drops": ("flow->moved += len;", "flow->moved += len; if (flow->moved > 20000) return SK_DROP;"),
     "moves nothing": ("flow->moved += len;", "return leave_with_source(key, flow, taken, len);"),
-    "goes on while bytes are left behind": ("flow->left != taken ||", ""),
+    "continues while bytes are left behind": ("flow->left != taken ||", ""),
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_self_test_finds_a_kernel_that(
-    root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_self_test_finds_a_fault(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     old, new = MUTANTS[name]
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)

@@ -1,4 +1,4 @@
-"""Sockets as the kernel lists them, with their tags; and those that it is told to end, and no others."""
+"""Sockets as the kernel lists them, with their tags; and the closing of one of them, and of no other."""
 
 from __future__ import annotations
 

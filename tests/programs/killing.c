@@ -1,7 +1,7 @@
 /* Has the kernel send SIGKILL to a process by way of a socket's SIGIO, when the socket changes its state.
  *
- *   killing WAY WHOM connect ADDRESS PORT    something happens when the connection is refused
- *   killing WAY WHOM bind ADDRESS PORT       and when a client comes; prints "listening", waits for it
+ *   killing WAY PID connect ADDRESS PORT     the signal is sent when the connection is refused
+ *   killing WAY PID bind ADDRESS PORT        or when a client connects; prints "listening", and waits for one
  *
  * WAY: process, group or thread (F_SETOWN_EX), ioctl (FIOSETOWN); namespaces: F_SETOWN_EX, and then all the rest in a
  * user and a pid namespace of its own, where WHOM has no number.
@@ -23,15 +23,15 @@
 #include <asm/sockios.h>
 #include <unistd.h>
 
-static void name_receiver(int fd, const char *way, int whom)
+static void name_receiver(int fd, const char *way, int receiver)
 {
-	struct f_owner_ex owner = { .type = F_OWNER_PID, .pid = whom };
+	struct f_owner_ex owner = { .type = F_OWNER_PID, .pid = receiver };
 
 	if (!strcmp(way, "group"))
 		owner.type = F_OWNER_PGRP;
 	if (!strcmp(way, "thread"))
 		owner.type = F_OWNER_TID;
-	if (strcmp(way, "ioctl") ? fcntl(fd, F_SETOWN_EX, &owner) : ioctl(fd, FIOSETOWN, &whom)) {
+	if (strcmp(way, "ioctl") ? fcntl(fd, F_SETOWN_EX, &owner) : ioctl(fd, FIOSETOWN, &receiver)) {
 		perror(way);
 		exit(2);
 	}

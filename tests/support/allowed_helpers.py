@@ -1,4 +1,4 @@
-"""Which helpers a kernel lets each type of BPF program call: asked of the running one, or read from the table.
+"""The helpers that a kernel allows each type of BPF program: asked of the running one, or read from the table.
 
 The table beside this file, allowed_helpers.json, holds what 5.15, 6.1 and 6.12 allow, so that a test can tell without
 a virtual machine whether the programs still load there. It was made with

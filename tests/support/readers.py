@@ -1,6 +1,6 @@
-"""Every reader of bytes that a container, an image or a user without rights can have a part in.
+"""Every reader of bytes that a container, an image or an unprivileged user can influence.
 
-Each must refuse what it cannot use with one of the exceptions that are named here, in bounded time.
+Each has to refuse what it cannot use with one of the exceptions that are named here, in bounded time.
 tests/unit/test_foreign_bytes.py feeds them for some seconds; a fuzzer can take the same list and feed them for longer.
 """
 
@@ -51,7 +51,7 @@ _EDIT = Edit(
 class Reader(NamedTuple):
     """``read`` takes any bytes, and raises nothing but ``allowed``.
 
-    ``seeds`` are bytes that it takes for good: changed ones get farther in it than random ones.
+    ``seeds`` are bytes that it accepts: changed seeds get farther in it than random bytes.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Reader(NamedTuple):
 
 
 def text_of(raw: bytes) -> str:
-    """Bytes as Python gives them where it decodes a file's name or an argument: others than UTF-8 as surrogates."""
+    """Bytes as Python decodes file names and arguments: those that are not UTF-8 become surrogates."""
     return raw.decode(errors="surrogateescape")
 
 
@@ -75,7 +75,7 @@ def _pairs(raw: bytes) -> None:
 
 
 def _config(raw: bytes) -> None:
-    """All that is done with an engine's configuration before a runtime sees it."""
+    """All that is done with an engine's configuration before a runtime gets it."""
     config = bundle.parse_config(raw, "config.json")
     asked = request.requested(config)
     request.check_capabilities(config, RuntimeOptions(), own_user_namespace=False)

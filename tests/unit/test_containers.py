@@ -1,4 +1,4 @@
-"""Records of attached containers: a bad one is named, and keeps nobody from the others."""
+"""Records of attached containers: a bad one is named, and the others are read."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ FOR_NX4 = policy_from_flags("p", ["0.0.0.0:80=nx4"], [])
 
 
 @pytest.mark.parametrize("policy", [TOO_BIG, FOR_NX4])
-def test_a_policy_that_cannot_be_is_refused_before_anybody_has_to_wait(policy: Policy) -> None:
+def test_a_policy_that_cannot_be_compiled_is_refused_before_a_transaction(policy: Policy) -> None:
     with pytest.raises(UsageError):  # what a transaction takes is a compiled policy
         compile_for(policy, {})
 

@@ -8,7 +8,7 @@ import struct
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.datapath.layout import ENDPOINT_DUAL_STACK
@@ -150,15 +150,22 @@ ADDRESSES = st.none() | st.builds(
 )
 
 
-@given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
-def test_no_socket_goes_to_the_host_unless_a_rule_names_an_endpoint(
-    call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool
-) -> None:
-    decision = decide(call, address, facts, v6only)
-    if decision.action is Action.TO_HOST:
-        assert call is not Call.LISTEN and address is not None
-        assert (decision.endpoint, decision.netns) == (facts.endpoint, facts.endpoint_netns)
-        assert facts.endpoint if call is Call.BIND else facts.verdict == Verdict.GRANT
+def test_no_socket_goes_to_the_host_unless_a_rule_names_an_endpoint() -> None:
+    to_host = 0
+
+    @settings(max_examples=1000, deadline=None)
+    @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
+    def check(call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool) -> None:
+        nonlocal to_host
+        decision = decide(call, address, facts, v6only)
+        if decision.action is Action.TO_HOST:
+            to_host += 1
+            assert call is not Call.LISTEN and address is not None
+            assert (decision.endpoint, decision.netns) == (facts.endpoint, facts.endpoint_netns)
+            assert facts.endpoint if call is Call.BIND else facts.verdict == Verdict.GRANT
+
+    check()
+    assert to_host > 0
 
 
 @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
@@ -191,11 +198,19 @@ def test_addresses_are_parsed_as_in_the_hooks() -> None:
     assert mapped is not None and mapped.mapped and str(mapped) == "10.1.2.3:80"
 
 
+FAMILIES = st.sampled_from([struct.pack("=H", family) for family in (socket.AF_INET, socket.AF_INET6)])
+
+
 @given(st.binary(max_size=28))
 def test_any_bytes_of_a_programs_memory_are_parsed_without_an_error(raw: bytes) -> None:
-    found = parse_sockaddr(raw)
-    if found is not None:
-        assert len(found.address) == 16 and 0 <= found.port <= 65535
+    parse_sockaddr(raw)
+
+
+@given(FAMILIES, st.binary(min_size=26, max_size=26))
+def test_any_address_of_a_known_family_has_16_bytes_and_a_port(family: bytes, rest: bytes) -> None:
+    found = parse_sockaddr(family + rest)
+    assert found is not None
+    assert len(found.address) == 16 and 0 <= found.port <= 65535
 
 
 @pytest.mark.parametrize("size", range(24))

@@ -1,4 +1,4 @@
-"""Bytes of somebody else's: each reader refuses what it cannot use, with one clear line, and never hangs.
+"""Bytes from outside Graft: each reader refuses what it cannot use, with one clear line, and never hangs.
 
 Every reader of tests/support/readers.py gets random bytes, changed ones, and trees of the wrong shape. The same ones
 each time, so that a push does not fail by chance; FOREIGN_BYTES_EXAMPLES=10000 tries others, so many for each reader.

@@ -16,7 +16,7 @@ from tests.support.wait import PATIENCE, until
 
 
 def work(item: int) -> tuple[int, int]:
-    """Hangs for what is negative."""
+    """Hangs for negative numbers."""
     if item < 0:
         threading.Event().wait()
     return item * 2, os.getpid()
@@ -29,7 +29,7 @@ def test_every_item_is_done_in_another_process() -> None:
     assert done.helper_pid == 0
 
 
-def test_items_that_hang_keep_no_other_from_being_done() -> None:
+def test_all_other_items_are_done_where_some_hang() -> None:
     items = [*range(-40, 0), *range(40)]
     done = helper_process.run_each(work, items, timeout=5 * PATIENCE)
     assert {items[number] for number in done.results} == set(range(40))
@@ -58,7 +58,7 @@ def test_an_error_that_cannot_be_pickled_arrives_as_its_text() -> None:
         helper_process.run_each(fail, [1])
 
 
-def test_one_that_hangs_gives_none() -> None:
+def test_one_item_that_hangs_gives_none() -> None:
     assert helper_process.run_one(lambda: "answer") == "answer"
     assert helper_process.run_one(lambda: work(-1), timeout=0.2) is None
 
@@ -82,7 +82,7 @@ def test_with_keep_running_the_child_continues(tmp_path: Path) -> None:
             os.kill(done.helper_pid, signal.SIGKILL)
 
 
-def test_the_child_keeps_nothing_of_the_callers_open() -> None:
+def test_the_helper_process_has_no_descriptor_of_the_caller() -> None:
     def open_ones(_: int) -> list[str]:
         return [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)]
 

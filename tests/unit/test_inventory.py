@@ -1,4 +1,4 @@
-"""Whose a socket is, and whether a rule let it be: by its tag, or by where it is."""
+"""Which container a socket belongs to, and whether a rule granted it: by its tag, or by its address."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def socket(stored: bytes | None = None, protocol: str = "tcp", places: tuple[Pla
     return ContainerSocket(listed, Path("/none"), places)
 
 
-def test_a_bound_socket_is_told_with_its_endpoint_and_what_was_asked_for() -> None:
+def test_a_bound_socket_is_shown_with_its_endpoint_and_the_address_asked_for() -> None:
     found = inventory._with_grant(container(), STACK, socket(tag(endpoint=5, bound=True)))
     assert (found.granted, found.endpoint, found.asked) == (True, "nx4", "0.0.0.0:80")
     assert str(found) == "tcp listening 0.0.0.0:8080 (process 100, bound as 0.0.0.0:80 to nx4)"
 
 
-def test_one_whose_endpoint_is_gone_was_granted_all_the_same() -> None:
+def test_a_socket_whose_endpoint_was_deleted_still_counts_as_granted() -> None:
     found = inventory._with_grant(container(), STACK, socket(tag(endpoint=99)))
     assert (found.granted, found.endpoint, found.asked) == (True, "(deleted)", None)
 
 
 @pytest.mark.parametrize(("transport", "granted"), [(Transport.SWAP, True), (Transport.DIRECT, False)])
-def test_without_an_endpoint_only_a_swapped_socket_is_there_by_a_rule(transport: Transport, granted: bool) -> None:
+def test_without_an_endpoint_only_a_swapped_socket_counts_as_granted(transport: Transport, granted: bool) -> None:
     assert inventory._with_grant(container(transport), STACK, socket(tag())).granted == granted
 
 
@@ -61,7 +61,7 @@ def test_the_tag_of_another_container_or_of_a_relay_grants_nothing() -> None:
     assert not inventory._with_grant(container(Transport.SPLICE), STACK, socket(tag(endpoint=5))).granted
 
 
-def test_a_datagram_socket_that_nobody_has_is_judged_by_its_address() -> None:
+def test_a_datagram_socket_of_no_process_is_judged_by_its_address() -> None:
     assert inventory._with_grant(container(), STACK, socket(protocol="udp", places=())).endpoint == "nx4"
     assert not inventory._with_grant(container(), STACK, socket(protocol="udp")).granted, (
         "its tag could be read, and there is none"
@@ -71,7 +71,7 @@ def test_a_datagram_socket_that_nobody_has_is_judged_by_its_address() -> None:
     )
 
 
-def test_one_that_no_process_has_is_told_so() -> None:
+def test_a_socket_of_no_process_is_shown_as_such() -> None:
     assert str(socket(places=())) == "tcp listening 0.0.0.0:8080 (in no process)"
 
 

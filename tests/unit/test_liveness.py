@@ -1,4 +1,4 @@
-"""A supervisor is judged by what the kernel says of it."""
+"""Whether a supervisor is stuck, by the kernel's account of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.wait import until
 
 @pytest.fixture
 def sleeper() -> Iterator[int]:
-    """A process that waits for a second that never comes, as a supervisor does for a call."""
+    """A process that sleeps, as a supervisor does while it waits for a call."""
     process = subprocess.Popen(["sleep", "600"])
     yield process.pid
     process.kill()

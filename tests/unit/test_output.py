@@ -1,4 +1,4 @@
-"""What commands show of names that somebody else chose: no terminal obeys them, and no line is forged."""
+"""Commands show names that others chose so that no terminal obeys them, and no line is forged."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def on_a_terminal(show: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> 
     try:
         while part := os.read(ours, 4096):
             shown += part
-    except OSError:  # EIO: nobody has the other end any more
+    except OSError:  # EIO: the other end is closed
         pass
     finally:
         os.close(ours)

@@ -1,4 +1,4 @@
-"""What the built package must and must not carry."""
+"""What the built package must and must not contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Netlink messages (netlink(7)), whoever made them: read to their end, or refused."""
+"""Netlink messages (netlink(7)) of any sender: read to their end, or refused."""
 
 from __future__ import annotations
 

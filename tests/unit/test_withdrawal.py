@@ -29,12 +29,14 @@ def socket(cookie: int, state: str = "listening", granted: bool = True, protocol
     return ContainerSocket(listed, Path("/none"), (Place(1, 1, 3),), granted)
 
 
-Play = Callable[..., Withdrawal]
+Withdraw = Callable[..., Withdrawal]
 
 
 @pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Play:
-    """Withdraws what there is, listing after listing (None: no answer); ``hang`` and ``fail`` are cookies."""
+def withdraw(monkeypatch: pytest.MonkeyPatch) -> Withdraw:
+    """Withdraws the rules where the kernel lists these sockets, listing after listing (None: no answer). ``hang`` and
+    ``fail`` are cookies of sockets that it does not close.
+    """
 
     def run(
         *listings: Iterable[ContainerSocket] | None,
@@ -62,56 +64,56 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
     return run
 
 
-def test_what_was_granted_is_closed_and_the_rest_is_kept(play: Play) -> None:
+def test_what_was_granted_is_closed_and_the_rest_is_kept(withdraw: Withdraw) -> None:
     mine, other = socket(1), socket(2, granted=False)
-    done = play([mine, other], [other])
+    done = withdraw([mine, other], [other])
     assert (done.closed, done.still_open, done.kept) == ([mine], [], [other])
     assert done.all_listed and not done.helper_pid
 
 
-def test_one_that_is_still_listed_after_it_was_closed_is_not_reported_again(play: Play) -> None:
-    assert play([socket(1)], [socket(1, "fin-wait-2")]).kept == []
+def test_one_that_is_still_listed_after_it_was_closed_is_not_reported_again(withdraw: Withdraw) -> None:
+    assert withdraw([socket(1)], [socket(1, "fin-wait-2")]).kept == []
 
 
-def test_connections_can_be_kept(play: Play) -> None:
+def test_connections_can_be_kept(withdraw: Withdraw) -> None:
     listener, connection = socket(1), socket(2, "established")
-    done = play([listener, connection], [connection], keep=True)
+    done = withdraw([listener, connection], [connection], keep=True)
     assert (done.closed, done.kept) == ([listener], [connection])
 
 
-def test_a_connection_that_was_accepted_meanwhile_is_closed_too(play: Play) -> None:
+def test_a_connection_that_was_accepted_meanwhile_is_closed_too(withdraw: Withdraw) -> None:
     listener, late = socket(1), socket(2, "established")
-    assert play([listener], [late], []).closed == [listener, late]
+    assert withdraw([listener], [late], []).closed == [listener, late]
 
 
-def test_one_that_hangs_is_reported_with_the_helper_that_continues(play: Play) -> None:
+def test_one_that_hangs_is_reported_with_the_helper_that_continues(withdraw: Withdraw) -> None:
     stuck, other = socket(1), socket(2)
-    done = play([stuck, other], [stuck], hang=[1])
+    done = withdraw([stuck, other], [stuck], hang=[1])
     assert (done.closed, done.still_open, done.kept, done.helper_pid) == ([other], [stuck], [], 99)
 
 
-def test_one_that_failed_because_it_was_gone_is_no_failure(play: Play) -> None:
-    done = play([socket(1)], [], fail=[1])
+def test_one_that_failed_because_it_was_gone_is_no_failure(withdraw: Withdraw) -> None:
+    done = withdraw([socket(1)], [], fail=[1])
     assert (done.closed, done.still_open) == ([], [])
 
 
-def test_one_that_failed_and_is_still_there_is(play: Play) -> None:
-    assert play([socket(1)], [socket(1)], fail=[1]).still_open == [socket(1)]
+def test_one_that_failed_and_is_still_there_is(withdraw: Withdraw) -> None:
+    assert withdraw([socket(1)], [socket(1)], fail=[1]).still_open == [socket(1)]
 
 
-def test_a_bound_socket_is_kept(play: Play) -> None:
+def test_a_bound_socket_is_kept(withdraw: Withdraw) -> None:
     bound = socket(1, "bound")
-    done = play([bound])
+    done = withdraw([bound])
     assert (done.closed, done.kept) == ([], [bound])
 
 
-def test_a_kernel_that_does_not_answer_is_reported(play: Play) -> None:
-    assert not play(None).all_listed
-    done = play([socket(1)], None)
+def test_a_kernel_that_does_not_answer_is_reported(withdraw: Withdraw) -> None:
+    assert not withdraw(None).all_listed
+    done = withdraw([socket(1)], None)
     assert not done.all_listed and done.closed == [socket(1)]
 
 
-def test_new_sockets_without_end_do_not_keep_it_busy_for_ever(play: Play) -> None:
-    done = play(*([socket(number)] for number in range(1, 40)))
+def test_new_sockets_without_end_do_not_keep_it_busy_for_ever(withdraw: Withdraw) -> None:
+    done = withdraw(*([socket(number)] for number in range(1, 40)))
     assert len(done.closed) < 10
     assert done.still_open == [socket(len(done.closed) + 1)] and done.kept == []

@@ -1,13 +1,13 @@
-/* Holds the lock of a socket for as long as it likes: a system call that has the lock waits for a page of memory, and
- * this program, which userfaultfd(2) tells of the fault, does not deliver it.
+/* Keeps a socket locked: a system call that has the socket's lock waits for a page of memory, and this program, which gets
+ * the page fault from userfaultfd(2), does not deliver the page.
  *
- *   holding listen ADDRESS PORT     a listener: getsockopt(SO_GET_FILTER) writes to the page
- *   holding connect ADDRESS PORT    a connection: send() reads from it
- *   holding udp ADDRESS PORT        a bound socket: send() with MSG_MORE reads from it
- *   holding fastopen ADDRESS PORT   an MPTCP socket that connects: its first packet reads from it
- *   holding call ADDRESS PORT       a connection to a listener of its own there, which it then asks to listen
+ *   locking listen ADDRESS PORT     a listener: getsockopt(SO_GET_FILTER) writes to the page
+ *   locking connect ADDRESS PORT    a connection: send() reads from it
+ *   locking udp ADDRESS PORT        a bound socket: send() with MSG_MORE reads from it
+ *   locking fastopen ADDRESS PORT   an MPTCP socket that connects: its first packet reads from it
+ *   locking call ADDRESS PORT       a connection to a listener of its own there, which it then asks to listen
  *
- * Says "held", and after a line of standard input delivers the page and says what the call returned.
+ * Prints "locked", and after a line of standard input delivers the page and prints what the call returned.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -53,7 +53,7 @@ static void need(int condition, const char *what)
 	}
 }
 
-/* A page that is not there, and the descriptor that tells who waits for it. */
+/* A missing page, and the descriptor that reports each page fault. */
 static int missing_page(void)
 {
 	struct uffdio_api api = { .api = UFFD_API };
@@ -127,7 +127,7 @@ static void *call(void *unused)
 int main(int count, char **words)
 {
 	struct uffdio_zeropage deliver = { .range = { .len = PAGE } };
-	struct uffd_msg told;
+	struct uffd_msg fault;
 	pthread_t holder, caller;
 	char line[16];
 	int faults;
@@ -140,10 +140,10 @@ int main(int count, char **words)
 	faults = missing_page();
 	prepare();
 	need(!pthread_create(&holder, NULL, hold, NULL), "pthread_create");
-	need(read(faults, &told, sizeof(told)) == sizeof(told), "userfaultfd");
+	need(read(faults, &fault, sizeof(fault)) == sizeof(fault), "userfaultfd");
 	if (is("call"))
 		need(!pthread_create(&caller, NULL, call, NULL), "pthread_create");
-	puts("held");
+	puts("locked");
 	need(read(0, line, sizeof(line)) >= 0, "read");
 	deliver.range.start = (uintptr_t)page;
 	need(!ioctl(faults, UFFDIO_ZEROPAGE, &deliver), "UFFDIO_ZEROPAGE");

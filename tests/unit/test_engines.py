@@ -1,4 +1,4 @@
-"""Which transport serves a container that runs already, and what engines say of it."""
+"""What docker, podman and systemd say of a container, and which cgroup that is."""
 
 from __future__ import annotations
 
@@ -8,67 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from graft.commands.transport_choice import Observed, choose_transport
-from graft.errors import ConflictError, KernelError, NotFoundError, RefusedError, UsageError
+from graft.errors import ConflictError, KernelError, NotFoundError, UsageError
 from graft.kernel import cgroup
-from graft.model.transport import Transport
 from graft.state.engines import EngineAnswer, FoundContainer, cut_at_id, parse_inspect, parse_show, resolve
 
-DIRECT, SWAP, SPLICE = Transport.DIRECT, Transport.SWAP, Transport.SPLICE
-HOST, OTHER, THIRD = 1, 2, 3
 ID = "0123456789abcdef" * 4
-
-CASES = {
-    "empty": Observed(HOST),
-    "in the host": Observed(HOST, {HOST: 3}),
-    "in the host and elsewhere": Observed(HOST, {HOST: 1, OTHER: 2}),
-    "of its own": Observed(HOST, {OTHER: 3}),
-    "supervised": Observed(HOST, {OTHER: 3}, SWAP),
-    "attached": Observed(HOST, {HOST: 3}, DIRECT),
-    "relayed": Observed(HOST, {OTHER: 3}, SPLICE),
-    "relayed and empty": Observed(HOST, {}, SPLICE),
-}
-
-
-@pytest.mark.parametrize(
-    ("case", "best"),
-    [
-        ("empty", DIRECT),
-        ("in the host", DIRECT),
-        ("in the host and elsewhere", DIRECT),
-        ("of its own", SPLICE),
-        ("supervised", SWAP),
-        ("attached", DIRECT),
-        ("relayed", SPLICE),
-        ("relayed and empty", SPLICE),
-    ],
-)
-def test_the_best_transport_that_is_possible_is_taken(case: str, best: Transport) -> None:
-    assert choose_transport(CASES[case]).transport is best
-    assert choose_transport(CASES[case], best).transport is best
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_transport_that_is_impossible_is_refused_with_the_reason(case: str) -> None:
-    for wanted in set(Transport) - {choose_transport(CASES[case]).transport}:
-        with pytest.raises(RefusedError, match=f"{wanted} is impossible: .+"):
-            choose_transport(CASES[case], wanted)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_not_direct_says_why_not(case: str) -> None:
-    choice = choose_transport(CASES[case])
-    assert choice.why
-    assert bool(choice.why_not_better) == (choice.transport is not DIRECT)
-
-
-def test_several_namespaces_with_none_of_them_the_hosts_are_refused() -> None:
-    with pytest.raises(RefusedError, match="2 network namespaces"):
-        choose_transport(Observed(HOST, {OTHER: 1, THIRD: 1}))
-
-
-def test_processes_outside_the_hosts_namespace_are_counted() -> None:
-    assert Observed(HOST, {HOST: 1, OTHER: 2, THIRD: 3}).outside == 5
 
 
 def inspected(**changes: object) -> str:
@@ -107,7 +51,7 @@ def test_a_container_that_does_not_run_is_not_found() -> None:
         ("/user.slice", None),
     ],
 )
-def test_a_containers_cgroup_is_the_folder_that_carries_its_id(path: str, cut: str | None) -> None:
+def test_a_containers_cgroup_is_the_folder_that_is_named_by_its_id(path: str, cut: str | None) -> None:
     assert cut_at_id(Path(path), ID) == (None if cut is None else Path(cut))
 
 
@@ -126,7 +70,7 @@ def test_systemctl_show_gives_cgroup_and_process(text: str, found: tuple[str, in
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that plays the v2 tree."""
+    """A folder in the place of the v2 tree."""
     monkeypatch.setattr(cgroup, "v2_mount", lambda: tmp_path)
     return tmp_path
 
@@ -184,9 +128,7 @@ def test_one_container_by_two_commands_is_one(tree: Path, monkeypatch: pytest.Mo
     assert resolve("web", engine({"docker": inspected(), "podman": inspected()})).cgroup == place
 
 
-def test_a_process_that_is_not_in_the_containers_cgroup_is_not_believed(
-    tree: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_outside_the_containers_cgroup_is_refused(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup, "of_process", lambda pid: tree / "somebody-else")
     with pytest.raises(KernelError, match="does not contain the container's id"):
         resolve("web", engine({"docker": inspected()}))

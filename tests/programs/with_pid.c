@@ -1,8 +1,8 @@
-/* Starts a command in a process of a given number, as chance would some day: the number of one that has ended.
+/* Starts a command in a process with a given process id: that of one that has ended, which chance would reuse some day.
  *
- *   reborn PID COMMAND...
+ *   with_pid PID COMMAND...
  *
- * Says "started" when it runs, and how it ended when it does. It ends with this program.
+ * Prints "started" when the command runs, and its exit status when it has ended. The command ends with this program.
  */
 #define _GNU_SOURCE
 #include <linux/sched.h>
