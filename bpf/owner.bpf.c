@@ -137,9 +137,10 @@ static __always_inline void count(u32 container, u32 decision)
 	u64 *found = counters.lookup(&key);
 	u64 one = 1;
 
+	/* A removed container's sockets may outlive it, and are refused; its counters would be removed by nobody. */
 	if (found)
 		__sync_fetch_and_add(found, 1);
-	else
+	else if (containers.lookup(&container))
 		counters.update(&key, &one);
 }
 

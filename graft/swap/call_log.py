@@ -22,4 +22,4 @@ def format_entry(entry: LogEntry, endpoints: Mapping[int, Endpoint]) -> str:
         return f"{head} -> {name}" if entry.call is Call.BIND else f"{head} from {name}"
     if decision.action is Action.TO_CONTAINER:
         return f"{head}: back to the container"
-    return f"{head}: left as it is"
+    return f"{head}: unchanged"

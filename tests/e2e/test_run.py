@@ -302,8 +302,8 @@ def test_with_v_each_trapped_call_gets_a_line(host: Host, programs: Programs) ->
     result = host.run(["-v", "-i", f"0.0.0.0:80={name}"], programs["calls"], *steps)
     assert result.stderr.splitlines() == [
         f"graft: bind 0.0.0.0:80 -> {name} = 0.0.0.0:8080",
-        "graft: listen: left as it is",
-        "graft: bind 127.0.0.1:81: left as it is",
+        "graft: listen: unchanged",
+        "graft: bind 127.0.0.1:81: unchanged",
     ]
 
 

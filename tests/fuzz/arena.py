@@ -193,19 +193,32 @@ class Arena:
     operator: Operator
 
 
-def prepare(host: Host) -> None:
-    """Addresses, settings and neighbours that the sequences count on; repeatable."""
+SETTINGS = {
+    "net.ipv4.ping_group_range": "0 2147483647",
+    "net.ipv4.ip_local_port_range": "32768 60999",
+    "net.ipv4.tcp_fastopen": "3",
+    "net.ipv6.auto_flowlabels": "0",
+}
+
+
+@contextmanager
+def prepared(host: Host) -> Iterator[None]:
+    """Addresses, neighbours and, for the time of the block, settings that the sequences count on."""
     netns, client = host.netns, host.client
+    before = {name: netns.run("sysctl", "-n", name).strip() for name in SETTINGS}
     netns.run("ip", "address", "replace", f"{OTHER4}/32", "dev", "lo")
     netns.run("ip", "address", "replace", f"{OTHER6}/128", "dev", "lo", "nodad")
-    netns.run("sysctl", "-qw", "net.ipv4.ping_group_range=0 2147483647", "net.ipv4.ip_local_port_range=32768 60999")
-    netns.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=3", "net.ipv6.auto_flowlabels=0")
+    netns.run("sysctl", "-qw", *(f"{name}={value}" for name, value in SETTINGS.items()))
     # A packet that waits for its neighbour's address would leave after the call that sent it.
     for one, other, addresses in ((netns, client, (CLIENT4, CLIENT6)), (client, netns, (HOST4, HOST6))):
         words = other.run("ip", "-o", "link", "show", "eth0").split()
         hardware = words[words.index("link/ether") + 1]
         for address in addresses:
             one.run("ip", "neighbour", "replace", address, "lladdr", hardware, "dev", "eth0", "nud", "permanent")
+    try:
+        yield
+    finally:
+        netns.run("sysctl", "-qw", *(f"{name}={value}" for name, value in before.items()))
 
 
 def addresses(netns: Netns) -> frozenset[str]:
@@ -217,8 +230,8 @@ def addresses(netns: Netns) -> frozenset[str]:
 @contextmanager
 def arena(host: Host, transport: Transport, world: World, programs: Programs, folder: Path) -> Iterator[Arena]:
     """A container of that transport. Nothing of it is left afterwards."""
-    prepare(host)
     with ExitStack() as stack:
+        stack.enter_context(prepared(host))
         far = FarEnd(host.client)
         stack.callback(far.close)
         host.forget_endpoints()

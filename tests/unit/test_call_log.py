@@ -37,5 +37,5 @@ def test_a_refusal_and_a_failure_show_their_errno() -> None:
 
 
 def test_a_call_that_runs_unchanged_is_logged_too() -> None:
-    assert logged(Call.LISTEN, None, Decision(Action.RESUME)) == "graft: listen: left as it is"
+    assert logged(Call.LISTEN, None, Decision(Action.RESUME)) == "graft: listen: unchanged"
     assert logged(Call.BIND, WEB, Decision(Action.TO_CONTAINER)) == "graft: bind 0.0.0.0:80: back to the container"

@@ -57,4 +57,4 @@ def test_many_that_cannot_die_yet_are_waited_for_together(monkeypatch: pytest.Mo
     began = time.monotonic()
     keeper.stop_all([keeper_of(pid) for pid in range(1, 65)])
     assert len(dying) == 64
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 64 * 0.5 / 2  # one after the other, they would take 64 times the timeout
