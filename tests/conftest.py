@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from graft.datapath.dataplane import is_up
 from graft.kernel import cgroup
@@ -20,6 +21,10 @@ from tests.support.building import Programs
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import Netns
 from tests.support.shell import run
+
+# How long an example takes says how busy the machine is, and nothing about Graft.
+settings.register_profile("graft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("graft")
 
 NEEDED = ("ip", "nsenter", "ss", "nginx", "iperf3", "curl", "gcc", "busybox", "webhook", "hey", "unshare")
 
