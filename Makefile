@@ -30,10 +30,11 @@ kernel: setup ## the tests with real BPF programs (root)
 e2e: setup ## the tests with real servers and clients under graft (root)
 	$(PYTEST) tests/e2e
 
-lint: $(READY) ## ruff, ruff format --check, mypy --strict
+lint: $(READY) ## ruff, ruff format --check, mypy --strict, import-linter
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
 
 format: $(READY) ## put the code into shape: imports and ruff format
 	$(PYTHON) -m ruff check --fix-only --select I .

@@ -1,35 +1,36 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
 /* bind: only what an ingress rule names, rewritten to its endpoint. */
 
-/* What the program asked for is what getsockname will tell it. */
-static __always_inline void write_tag(struct tag *tag, u32 container, struct asked *asked, u32 endpoint)
+/* getsockname shows the program the address that it requested. */
+static __always_inline void write_tag(struct tag *tag, u32 container, struct request *request, u32 endpoint)
 {
 	tag->container = container;
 	tag->home = GRAFT_HOME_HOST;
 	tag->endpoint = endpoint;
-	tag->family = asked->family;
-	tag->port = asked->port;
-	tag->given = 0;
-	__builtin_memcpy(tag->addr, asked->addr, 16);
+	tag->family = request->family;
+	tag->port = request->port;
+	tag->bound_port = 0;
+	__builtin_memcpy(tag->addr, request->addr, 16);
 }
 
-static __always_inline int remember(struct bpf_sock_addr *ctx, struct owner *owner, struct asked *asked, u32 endpoint)
+static __always_inline int record_bind(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request,
+				       u32 endpoint)
 {
-	/* The tag of an MPTCP socket is its parent's; its subflow, which plain TCP clients are accepted
-	 * from, gets one of its own here. */
+	/* The tag of an MPTCP socket is its parent's; its subflow, which accepts plain TCP clients,
+	 * gets one of its own here. */
 	struct tag *own = tags.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 
 	if (!own)
 		return 0;
-	write_tag(own, owner->id, asked, endpoint);
-	own->heard = 0;
+	write_tag(own, owner->id, request, endpoint);
+	own->open_port = 0;
 	if (owner->tag)
-		write_tag(owner->tag, owner->id, asked, endpoint);
+		write_tag(owner->tag, owner->id, request, endpoint);
 	return 1;
 }
 
-/* A bind that no endpoint is given for: what an earlier one asked for that then failed is not its address. */
-static __always_inline void forget_endpoint(struct bpf_sock_addr *ctx, struct owner *owner)
+/* A bind to no endpoint: an earlier bind that failed may have left its endpoint in the tag. */
+static __always_inline void clear_endpoint(struct bpf_sock_addr *ctx, struct owner *owner)
 {
 	struct tag *own = tags.sk_storage_get(ctx->sk, 0, 0);
 
@@ -37,16 +38,16 @@ static __always_inline void forget_endpoint(struct bpf_sock_addr *ctx, struct ow
 		own->container = owner->id;
 		own->home = GRAFT_HOME_HOST;
 		own->endpoint = 0;
-		own->given = 0;
+		own->bound_port = 0;
 	}
 	if (owner->tag) {
 		owner->tag->endpoint = 0;
-		owner->tag->given = 0;
+		owner->tag->bound_port = 0;
 	}
 }
 
 /* Decides a bind. Returns the endpoint to rewrite to, or NULL with *verdict set. */
-static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, struct asked *asked, int *verdict)
+static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, struct request *request, int *verdict)
 {
 	struct owner owner;
 	struct endpoint *endpoint;
@@ -57,35 +58,35 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 	if (!owner.id)
 		return 0;
 	if (!owner.container) {
-		/* The container was detached. What it had of the host it may not use again; its own
-		 * namespace is no business of ours any more. */
+		/* The container was detached: its host-homed sockets may not be bound again; Graft no
+		 * longer decides about those in its own namespace. */
 		if (owner.home == GRAFT_HOME_HOST)
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}
 	if (owner.home == GRAFT_HOME_CONTAINER) {
-		/* In transport splice a granted bind stays where it is, and is published. */
+		/* In transport splice a granted bind stays in the container's namespace, and is published. */
 		if (owner.container->bind_default == GRAFT_DEFAULT_DENY &&
-		    !(owner.container->transport == GRAFT_TRANSPORT_SPLICE && ingress_rule(owner.container, asked)))
+		    !(owner.container->transport == GRAFT_TRANSPORT_SPLICE && ingress_rule(owner.container, request)))
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}
-	if (is_left_alone(owner.container, asked->protocol))
+	if (is_exempt(owner.container, request->protocol))
 		return 0;
 	if (ctx->sk->src_port) {
-		/* The kernel's own answer to a second bind, before the tag forgets the first. */
+		/* The kernel's own error for a second bind, before the tag of the first is overwritten. */
 		*verdict = refuse_with(EINVAL);
 		return 0;
 	}
-	id = is_diverted(ctx->sk) ? 0 : ingress_rule(owner.container, asked);
+	id = is_diverted(ctx->sk) ? 0 : ingress_rule(owner.container, request);
 	if (!id && binds_freely(owner.container)) {
-		forget_endpoint(ctx, &owner);
+		clear_endpoint(ctx, &owner);
 		return 0;
 	}
-	endpoint = id ? endpoint_for(ctx, asked, id) : 0;
-	if (!endpoint || !remember(ctx, &owner, asked, id)) {
-		/* A host-homed socket that no rule gives this address: were it let through, the
-		 * container would have a port of the host that nobody granted. */
+	endpoint = id ? endpoint_for(ctx, request, id) : 0;
+	if (!endpoint || !record_bind(ctx, &owner, request, id)) {
+		/* No rule grants this address to a host-homed socket: passed, the container would get a
+		 * port of the host without a grant. */
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}
@@ -96,17 +97,17 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 
 int graft_bind4(struct bpf_sock_addr *ctx)
 {
-	struct asked asked;
+	struct request request;
 	struct endpoint *endpoint;
 	int verdict;
 	u32 ip;
 
-	asked4(ctx, &asked);
-	endpoint = decide_bind(ctx, &asked, &verdict);
+	read_request4(ctx, &request);
+	endpoint = decide_bind(ctx, &request, &verdict);
 	if (!endpoint)
 		return verdict;
 	if (endpoint->family != GRAFT_IPV4)
-		return REFUSE; /* an IPv4 socket cannot have an IPv6 address; `policy check` says so earlier */
+		return REFUSE; /* an IPv4 socket cannot have an IPv6 address; `policy check` reports it earlier */
 	__builtin_memcpy(&ip, endpoint->addr, 4);
 	ctx->user_ip4 = ip;
 	ctx->user_port = bpf_htons(endpoint->port);
@@ -115,18 +116,18 @@ int graft_bind4(struct bpf_sock_addr *ctx)
 
 int graft_bind6(struct bpf_sock_addr *ctx)
 {
-	struct asked asked;
+	struct request request;
 	struct endpoint *endpoint;
 	int verdict;
 	u32 ip[4] = {};
 
-	asked6(ctx, &asked);
-	endpoint = decide_bind(ctx, &asked, &verdict);
+	read_request6(ctx, &request);
+	endpoint = decide_bind(ctx, &request, &verdict);
 	if (!endpoint)
 		return verdict;
 	if (endpoint->family == GRAFT_IPV4) {
-		/* A dual-stack socket takes an IPv4 endpoint as a mapped address. One that is IPv6 only
-		 * gets the kernel's own EINVAL for it. */
+		/* A dual-stack socket takes an IPv4 endpoint as a mapped address. For one that is IPv6 only
+		 * the kernel returns EINVAL. */
 		ip[2] = bpf_htonl(0xffff);
 		__builtin_memcpy(&ip[3], endpoint->addr, 4);
 	} else {
@@ -141,7 +142,7 @@ int graft_bind6(struct bpf_sock_addr *ctx)
 }
 
 #ifdef GRAFT_V6ONLY_BYTE
-/* IPV6_V6ONLY, which no helper tells: a bit of struct sock, which is what the kernel calls these programs with. */
+/* IPV6_V6ONLY, which no helper returns: a bit of struct sock, which the kernel passes to these programs. */
 static __always_inline int is_v6only(struct bpf_sock *ctx)
 {
 	u8 byte = 0;
@@ -155,24 +156,24 @@ static __always_inline int is_v6only(struct bpf_sock *ctx)
 }
 #endif
 
-/* Whether this bind took the IPv4 port along with the IPv6 one, and its endpoint does not give that. */
-static __always_inline int takes_ipv4_too(struct bpf_sock *ctx, struct place *place, struct endpoint *endpoint)
+/* Whether this bind took the IPv4 port together with the IPv6 one, and its endpoint does not grant that. */
+static __always_inline int takes_ipv4_port(struct bpf_sock *ctx, struct local_address *local, struct endpoint *endpoint)
 {
-	if (place->family != GRAFT_IPV6 || place->ip[0] | place->ip[1] | place->ip[2] | place->ip[3])
+	if (local->family != GRAFT_IPV6 || local->ip[0] | local->ip[1] | local->ip[2] | local->ip[3])
 		return 0;
 	return !(endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK) && !is_v6only(ctx);
 }
 
-/* The tag of a socket of a direct container that binds where it likes. It is for a later policy, under which
- * what hears now goes on hearing: without memory for it the socket does without. */
-static __always_inline struct tag *free_binder(struct bpf_sock *ctx)
+/* Tags a socket of a direct container whose binds are not restricted. The tag is for a later policy, under which
+ * the socket continues to receive; without memory for the tag the socket stays untagged. */
+static __always_inline struct tag *tag_free_bind(struct bpf_sock *ctx)
 {
 	struct scope *scope = scopes.get_local_storage(0);
 	u32 id = scope->container;
 	struct container *container = id ? containers.lookup(&id) : 0;
 	struct tag *tag;
 
-	if (!lives_with_host(container, bpf_get_netns_cookie(ctx)) || !binds_freely(container))
+	if (!shares_host_netns(container, bpf_get_netns_cookie(ctx)) || !binds_freely(container))
 		return 0;
 	tag = tags.sk_storage_get(ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (tag) {
@@ -182,10 +183,10 @@ static __always_inline struct tag *free_binder(struct bpf_sock *ctx)
 	return tag;
 }
 
-/* The kernel has bound the socket, and here it can still be undone. Only now is the port really the socket's: a
- * bind that failed (EADDRINUSE) must not leave one that counts as bound. (From here there is no way to an MPTCP
- * subflow's parent, whose tag the supervisor completes itself.) */
-static __always_inline int confirm(struct bpf_sock *ctx, struct place *place)
+/* The kernel has bound the socket, and here the bind can still be undone. The port is recorded here and not earlier: a
+ * bind that failed (EADDRINUSE) must not leave a socket that counts as bound. (An MPTCP subflow's parent cannot be
+ * reached from here: the supervisor completes its tag.) */
+static __always_inline int check_bind(struct bpf_sock *ctx, struct local_address *local)
 {
 	u8 protocol = ctx->type == SOCK_STREAM ? IPPROTO_TCP : IPPROTO_UDP;
 	struct tag *tag = tags.sk_storage_get(ctx, 0, 0);
@@ -193,7 +194,7 @@ static __always_inline int confirm(struct bpf_sock *ctx, struct place *place)
 	struct endpoint *endpoint;
 
 	if (!tag)
-		tag = free_binder(ctx);
+		tag = tag_free_bind(ctx);
 	if (!tag || tag->home != GRAFT_HOME_HOST)
 		return PASS;
 	container = containers.lookup(&tag->container);
@@ -201,34 +202,34 @@ static __always_inline int confirm(struct bpf_sock *ctx, struct place *place)
 		if (!container || !binds_freely(container))
 			return refuse_with(EACCES);
 		if (protocol == IPPROTO_UDP)
-			tag->heard = place->port;
+			tag->open_port = local->port;
 		return PASS;
 	}
 	endpoint = endpoints.lookup(&tag->endpoint);
-	if (!container || !endpoint || !is_granted(container, tag, place, protocol, bpf_get_netns_cookie(ctx)) ||
-	    takes_ipv4_too(ctx, place, endpoint)) {
+	if (!container || !endpoint || !is_granted(container, tag, local, protocol, bpf_get_netns_cookie(ctx)) ||
+	    takes_ipv4_port(ctx, local, endpoint)) {
 		count(tag->container, GRAFT_DECISION_REFUSED_BIND);
 		return refuse_with(EACCES);
 	}
-	tag->given = place->port;
+	tag->bound_port = local->port;
 	if (protocol == IPPROTO_UDP)
-		tag->heard = place->port;
+		tag->open_port = local->port;
 	return PASS;
 }
 
 int graft_post_bind4(struct bpf_sock *ctx)
 {
-	struct place place;
+	struct local_address local;
 
-	place4(&place, ctx->src_ip4, ctx->src_port);
-	return confirm(ctx, &place);
+	local_address4(&local, ctx->src_ip4, ctx->src_port);
+	return check_bind(ctx, &local);
 }
 
 int graft_post_bind6(struct bpf_sock *ctx)
 {
 	u32 ip[4] = { ctx->src_ip6[0], ctx->src_ip6[1], ctx->src_ip6[2], ctx->src_ip6[3] };
-	struct place place;
+	struct local_address local;
 
-	place6(&place, ip, ctx->src_port);
-	return confirm(ctx, &place);
+	local_address6(&local, ip, ctx->src_port);
+	return check_bind(ctx, &local);
 }

@@ -1,96 +1,96 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
 /* connect and send: only what an egress rule grants, from that rule's endpoint. */
 
-/* Whether the socket has got its source from another endpoint than the one that it is to leave from now. */
-static __always_inline int is_lent_by_another(struct asked *asked)
+/* Whether the socket's source is from another endpoint than the one that it must use now. */
+static __always_inline int has_other_source(struct request *request)
 {
-	return asked->tag && asked->tag->source && asked->tag->source != asked->endpoint;
+	return request->tag && request->tag->source && request->tag->source != request->endpoint;
 }
 
-/* Whether the source of this socket stands already, so that it is not given the endpoint's: it holds an
- * endpoint, or an address of its own where it may, or it left from this endpoint before. (A socket that
- * sends has a port at least: the kernel gave it one before it asked us.) */
-static __always_inline int has_source(struct bpf_sock_addr *ctx, struct asked *asked, struct owner *owner,
+/* Whether this socket keeps the source that it has: it is bound to an endpoint, or to an address of its own
+ * where it may, or it used this endpoint before. (A socket that sends has at least a port: the kernel assigned
+ * one before it called the hook.) */
+static __always_inline int has_source(struct bpf_sock_addr *ctx, struct request *request, struct owner *owner,
 				      struct endpoint *endpoint, int sending, int bound)
 {
-	struct place place;
+	struct local_address local;
 	u32 ip[4];
-	int somewhere;
+	int has_address;
 
-	place_of(&place, ctx->sk);
-	if (!place.port)
+	read_local_address(&local, ctx->sk);
+	if (!local.port)
 		return 0;
-	/* An IPv6 address is no source towards IPv4. */
-	somewhere = place.ip[0] | place.ip[1] | place.ip[2] | place.ip[3] ? 1 : 0;
-	if ((somewhere || bound) && place.family != endpoint->family)
+	/* An IPv6 address cannot be the source towards IPv4. */
+	has_address = local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3] ? 1 : 0;
+	if ((has_address || bound) && local.family != endpoint->family)
 		return 0;
 	if (bound)
 		return 1;
-	if (binds_freely(owner->container) && (!sending || somewhere))
+	if (binds_freely(owner->container) && (!sending || has_address))
 		return 1;
-	if (is_lent_by_another(asked))
+	if (has_other_source(request))
 		return 0;
-	if (endpoint->port && endpoint->port != place.port)
+	if (endpoint->port && endpoint->port != local.port)
 		return 0;
 	__builtin_memcpy(ip, endpoint->addr, 16);
 	/* An AF_INET6 socket that has no address yet has none of either family. */
-	return ip[0] == place.ip[0] && ip[1] == place.ip[1] && ip[2] == place.ip[2] && ip[3] == place.ip[3];
+	return ip[0] == local.ip[0] && ip[1] == local.ip[1] && ip[2] == local.ip[2] && ip[3] == local.ip[3];
 }
 
 /* Transport splice: a granted connection goes to Graft's relay inside the container's namespace, which
- * makes it from the endpoint; what was asked for is remembered with the socket. */
-static __always_inline int turn(struct bpf_sock_addr *ctx, struct owner *owner, struct asked *asked)
+ * connects from the endpoint; the requested destination is stored with the socket. */
+static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
 {
 	struct crossing *crossing;
 
-	asked->relay = relays.lookup(&owner->id);
-	if (!asked->relay) {
-		/* No daemon serves this container now. Let go on, the connection would take a way that the
-		 * operator did not mean. */
+	request->relay = relays.lookup(&owner->id);
+	if (!request->relay) {
+		/* No daemon serves this container now. Passed, the connection would take a route that the
+		 * operator did not intend. */
 		return refuse_with(ECONNREFUSED);
 	}
 	crossing = crossings.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!crossing) {
-		asked->relay = 0;
+		request->relay = 0;
 		return refuse_with(EACCES);
 	}
-	__builtin_memcpy(crossing->addr, asked->addr, 16);
-	crossing->port = asked->port;
-	crossing->family = asked->family;
-	crossing->role = GRAFT_CROSSING_TURNED;
+	__builtin_memcpy(crossing->addr, request->addr, 16);
+	crossing->port = request->port;
+	crossing->family = request->family;
+	crossing->role = GRAFT_CROSSING_REDIRECTED;
 	crossing->container = owner->id;
 	return PASS;
 }
 
-/* Whether an address that the socket was given by an endpoint is to be taken off it, because the one that it leaves from
- * now has none of its own. (What the kernel picked for it by its routes, or what it had before there was a policy, it
- * may keep.) */
-static __always_inline int has_address_to_lose(struct bpf_sock *sk, struct asked *asked)
+/* Whether an address that the socket got from an endpoint must be cleared, because the endpoint that it must use now
+ * has the unspecified address. (An address that the kernel picked by its routes, or that the socket had before there
+ * was a policy, is kept.) */
+static __always_inline int must_clear_address(struct bpf_sock *sk, struct request *request)
 {
-	struct place place;
+	struct local_address local;
 
-	if (!asked->tag || !(asked->tag->endpoint || asked->tag->source))
+	if (!request->tag || !(request->tag->endpoint || request->tag->source))
 		return 0;
-	place_of(&place, sk);
-	return place.ip[0] | place.ip[1] | place.ip[2] | place.ip[3] ? 1 : 0;
+	read_local_address(&local, sk);
+	return local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3] ? 1 : 0;
 }
 
-/* Whether a destination is told apart by the interface that the socket is tied to for it. */
-static __always_inline int is_link_local(struct asked *asked)
+/* Whether a destination needs an interface, which the socket may be bound to for it. */
+static __always_inline int is_link_local(struct request *request)
 {
-	return asked->family == GRAFT_IPV6 && asked->addr[0] == 0xfe && (asked->addr[1] & 0xc0) == 0x80;
+	return request->family == GRAFT_IPV6 && request->addr[0] == 0xfe && (request->addr[1] & 0xc0) == 0x80;
 }
 
-/* Remembers from which endpoint a socket has got its source. */
-static __always_inline void note_source(struct asked *asked)
+/* Records which endpoint a socket got its source from. */
+static __always_inline void record_source(struct request *request)
 {
-	if (asked->tag)
-		asked->tag->source = asked->endpoint;
+	if (request->tag)
+		request->tag->source = request->endpoint;
 }
 
-/* Decides a destination. Returns the endpoint to leave from, or NULL with *verdict set. */
-static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr *ctx, struct asked *asked, int *verdict,
-							   int sending)
+/* Decides a destination. Returns the endpoint to take the source from, or NULL with *verdict set. */
+static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr *ctx, struct request *request,
+							   int *verdict, int sending)
 {
 	struct owner owner;
 	struct endpoint *endpoint;
@@ -106,50 +106,52 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
-	if (is_left_alone(owner.container, asked->protocol))
+	if (is_exempt(owner.container, request->protocol))
 		return 0;
-	name_loopback(asked, owner.home == GRAFT_HOME_HOST);
-	rule = egress_rule(owner.container, asked, &id);
+	substitute_loopback(request, owner.home == GRAFT_HOME_HOST);
+	rule = egress_rule(owner.container, request, &id);
 	if (rule == GRAFT_VERDICT_DENY) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
 	if (owner.home == GRAFT_HOME_CONTAINER) {
-		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && asked->protocol == IPPROTO_TCP) {
+		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && request->protocol == IPPROTO_TCP) {
 			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns) {
-				*verdict = turn(ctx, &owner, asked);
+				*verdict = redirect(ctx, &owner, request);
 				return 0;
 			}
-			crossings.sk_storage_delete(ctx->sk); /* of a connect before that failed */
+			crossings.sk_storage_delete(ctx->sk); /* of an earlier connect that failed */
 		}
 		/* Also where a rule grants the destination: this socket was not swapped (a 32-bit or
-		 * io_uring call), so it goes nowhere but where the container's own namespace goes. */
+		 * io_uring call), so it can reach only what the container's own namespace reaches. */
 		if (rule != GRAFT_VERDICT_CONTAINER && owner.container->connect_default == GRAFT_DEFAULT_DENY)
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
-	asked->confined = !binds_freely(owner.container);
+	request->fixed_source = !binds_freely(owner.container);
+	bound = is_bound(ctx->sk, owner.tag, owner.container, bpf_get_netns_cookie(ctx));
+	request->any_source = bound || has_earlier_port(ctx->sk, owner.tag);
 	if (rule != GRAFT_VERDICT_GRANT) {
 		/* direct: the host's namespace is the container's own, so its default applies. A swapped
-		 * socket has left the container's namespace, and has no right of its own out here. */
+		 * socket is outside the container's namespace, and may do only what a rule grants. */
 		if (owner.container->transport != GRAFT_TRANSPORT_DIRECT ||
 		    (rule == GRAFT_VERDICT_NONE && owner.container->connect_default == GRAFT_DEFAULT_DENY))
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
-	endpoint = endpoint_for(ctx, asked, id);
-	bound = is_bound(ctx->sk, owner.tag, owner.container, bpf_get_netns_cookie(ctx));
-	if (!endpoint || has_lost(ctx->sk, owner.tag, bound) || (is_diverted(ctx->sk) && !is_link_local(asked))) {
+	endpoint = endpoint_for(ctx, request, id);
+	if (!endpoint || has_lost_endpoint(ctx->sk, owner.tag, bound) ||
+	    (is_diverted(ctx->sk) && !is_link_local(request))) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
 	count(owner.id, GRAFT_DECISION_CONNECTED);
-	asked->tag = owner.tag;
-	asked->endpoint = id;
-	return has_source(ctx, asked, &owner, endpoint, sending, bound) ? 0 : endpoint;
+	request->tag = owner.tag;
+	request->endpoint = id;
+	return has_source(ctx, request, &owner, endpoint, sending, bound) ? 0 : endpoint;
 }
 
-/* Towards loopback instead: Graft's relay, or what no address stands for. `plain`: ::1, else ::ffff:127.0.0.1. */
+/* To loopback instead: to Graft's relay, or for the unspecified address. `plain`: ::1, else ::ffff:127.0.0.1. */
 static __always_inline void write_loopback4(struct bpf_sock_addr *ctx)
 {
 	ctx->user_ip4 = bpf_htonl(0x7f000001);
@@ -165,7 +167,7 @@ static __always_inline void write_loopback6(struct bpf_sock_addr *ctx, int plain
 
 int graft_connect4(struct bpf_sock_addr *ctx)
 {
-	struct asked asked;
+	struct request request;
 	struct endpoint *from;
 	struct sockaddr_in {
 		u16 family;
@@ -175,14 +177,14 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	} source = { .family = AF_INET };
 	int verdict;
 
-	asked4(ctx, &asked);
-	from = decide_destination(ctx, &asked, &verdict, 0);
-	if (asked.relay) {
+	read_request4(ctx, &request);
+	from = decide_destination(ctx, &request, &verdict, 0);
+	if (request.relay) {
 		write_loopback4(ctx);
-		ctx->user_port = bpf_htons(asked.relay->port);
+		ctx->user_port = bpf_htons(request.relay->port);
 		return PASS;
 	}
-	if (asked.named)
+	if (request.to_loopback)
 		write_loopback4(ctx);
 	if (!from)
 		return verdict;
@@ -190,18 +192,19 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	source.port_be = bpf_htons(from->port);
 	if (from->family != GRAFT_IPV4)
 		return REFUSE;
-	/* To no address at all where it has another one's: the kernel does that, or says that it is too late. */
-	if (!source.ip && !source.port_be && !is_lent_by_another(&asked) && !has_address_to_lose(ctx->sk, &asked))
+	/* A bind to the unspecified address is needed only to clear another endpoint's address. The kernel does
+	 * that, or returns an error where it is too late. */
+	if (!source.ip && !source.port_be && !has_other_source(&request) && !must_clear_address(ctx->sk, &request))
 		return verdict;
 	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
 		return REFUSE;
-	note_source(&asked);
+	record_source(&request);
 	return verdict;
 }
 
 int graft_connect6(struct bpf_sock_addr *ctx)
 {
-	struct asked asked;
+	struct request request;
 	struct endpoint *from;
 	struct sockaddr_in6 {
 		u16 family;
@@ -212,15 +215,15 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	} source = { .family = AF_INET6 };
 	int verdict;
 
-	asked6(ctx, &asked);
-	from = decide_destination(ctx, &asked, &verdict, 0);
-	if (asked.relay) {
-		write_loopback6(ctx, !asked.mapped && asked.relay->six);
-		ctx->user_port = bpf_htons(asked.relay->port);
+	read_request6(ctx, &request);
+	from = decide_destination(ctx, &request, &verdict, 0);
+	if (request.relay) {
+		write_loopback6(ctx, !request.mapped && request.relay->six);
+		ctx->user_port = bpf_htons(request.relay->port);
 		return PASS;
 	}
-	if (asked.named)
-		write_loopback6(ctx, !asked.mapped);
+	if (request.to_loopback)
+		write_loopback6(ctx, !request.mapped);
 	if (!from)
 		return verdict;
 	if (from->family == GRAFT_IPV4) {
@@ -230,103 +233,113 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 		__builtin_memcpy(source.ip, from->addr, 16);
 	}
 	source.port_be = bpf_htons(from->port);
-	if ((from->family == GRAFT_IPV4) != (asked.family == GRAFT_IPV4))
+	if ((from->family == GRAFT_IPV4) != (request.family == GRAFT_IPV4))
 		return REFUSE;
-	if (!source.ip[0] && !source.ip[1] && !source.ip[3] && !source.port_be && !is_lent_by_another(&asked) &&
-	    !has_address_to_lose(ctx->sk, &asked))
+	if (!source.ip[0] && !source.ip[1] && !source.ip[3] && !source.port_be && !has_other_source(&request) &&
+	    !must_clear_address(ctx->sk, &request))
 		return verdict;
 	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
 		return REFUSE;
-	note_source(&asked);
+	record_source(&request);
 	return verdict;
 }
 
-/* Whether a send names no destination: of a connected socket that says something besides (a cmsg). The kernel then
- * shows no address at all, and goes to the peer. */
-static __always_inline int goes_to_peer(struct bpf_sock_addr *ctx, struct asked *asked)
+/* Whether a send names no destination: of a connected socket, with a control message. The kernel then passes an
+ * address of zeros, and sends to the peer. */
+static __always_inline int goes_to_peer(struct bpf_sock_addr *ctx, struct request *request)
 {
 	u64 word[2];
 
-	__builtin_memcpy(word, asked->addr, 16);
-	return !asked->port && !(word[0] | word[1]) && ctx->sk->dst_port;
+	__builtin_memcpy(word, request->addr, 16);
+	return !request->port && !(word[0] | word[1]) && ctx->sk->dst_port;
 }
 
-/* Whether a datagram may not leave from the endpoint that its destination's rule names: from a port of it, or from no
- * address where the socket has another one's. */
-static __always_inline int cannot_leave_from(struct bpf_sock *sk, struct asked *asked, struct endpoint *from)
+/* Whether a datagram cannot be sent from the endpoint that its destination's rule names: the endpoint has a port, or
+ * the unspecified address where the socket has another endpoint's. */
+static __always_inline int cannot_leave_from(struct bpf_sock *sk, struct request *request, struct endpoint *from)
 {
 	u32 ip[4];
 
 	__builtin_memcpy(ip, from->addr, 16);
-	return from->port || is_lent_by_another(asked) ||
-	       (!(ip[0] | ip[1] | ip[2] | ip[3]) && has_address_to_lose(sk, asked));
+	return from->port || has_other_source(request) ||
+	       (!(ip[0] | ip[1] | ip[2] | ip[3]) && must_clear_address(sk, request));
 }
 
-/* The source address of a datagram can be set for it alone, and is: a control message may have named another one, of a
- * connected socket too. Its source port cannot: an endpoint with a port of its own serves sockets that are bound or
+/* Whether the kernel picks the source of a datagram, where neither the socket nor its endpoint has an address. */
+static __always_inline int leaves_source_to_kernel(struct request *request)
+{
+	return request->fixed_source && !request->any_source;
+}
+
+/* The source address of a datagram can be set for it alone, and is set: a control message may have named another one,
+ * also on a connected socket. Its source port cannot: an endpoint with a port serves sockets that are bound or
  * connected. */
 int graft_sendmsg4(struct bpf_sock_addr *ctx)
 {
-	struct asked asked;
+	struct request request;
 	struct endpoint *from;
 	int verdict;
-	u32 ip;
+	u32 ip = 0;
 
-	asked4(ctx, &asked);
-	if (goes_to_peer(ctx, &asked)) {
-		ip = ctx->sk->dst_ip4;
-		__builtin_memcpy(asked.addr, &ip, 4);
-		asked.port = bpf_ntohs(ctx->sk->dst_port);
+	read_request4(ctx, &request);
+	if (goes_to_peer(ctx, &request)) {
+		u32 peer = ctx->sk->dst_ip4;
+
+		__builtin_memcpy(request.addr, &peer, 4);
+		request.port = bpf_ntohs(ctx->sk->dst_port);
 	}
-	from = decide_destination(ctx, &asked, &verdict, 1);
-	if (asked.named)
+	from = decide_destination(ctx, &request, &verdict, 1);
+	if (request.to_loopback)
 		write_loopback4(ctx);
 	if (!from) {
-		ip = ctx->sk->src_ip4;
-		if (verdict == PASS && asked.confined && ip)
-			ctx->msg_src_ip4 = ip;
-		return verdict;
+		if (verdict != PASS || !request.fixed_source)
+			return verdict;
+	} else {
+		if (from->family != GRAFT_IPV4 || cannot_leave_from(ctx->sk, &request, from))
+			return refuse_with(EACCES);
+		__builtin_memcpy(&ip, from->addr, 4);
 	}
-	if (from->family != GRAFT_IPV4 || cannot_leave_from(ctx->sk, &asked, from))
-		return refuse_with(EACCES);
-	__builtin_memcpy(&ip, from->addr, 4);
-	if (ip)
+	if (!ip && request.fixed_source)
+		ip = ctx->sk->src_ip4;
+	if (ip || leaves_source_to_kernel(&request))
 		ctx->msg_src_ip4 = ip;
 	return verdict;
 }
 
 int graft_sendmsg6(struct bpf_sock_addr *ctx)
 {
-	struct asked asked;
+	struct request request;
 	struct endpoint *from;
-	struct place place;
+	struct local_address local;
 	int verdict;
-	u32 ip[4];
+	u32 ip[4] = {};
 
-	asked6(ctx, &asked);
-	if (goes_to_peer(ctx, &asked)) {
+	read_request6(ctx, &request);
+	if (goes_to_peer(ctx, &request)) {
 		ip[0] = ctx->sk->dst_ip6[0];
 		ip[1] = ctx->sk->dst_ip6[1];
 		ip[2] = ctx->sk->dst_ip6[2];
 		ip[3] = ctx->sk->dst_ip6[3];
-		__builtin_memcpy(asked.addr, ip, 16);
-		asked.port = bpf_ntohs(ctx->sk->dst_port);
+		__builtin_memcpy(request.addr, ip, 16);
+		request.port = bpf_ntohs(ctx->sk->dst_port);
 	}
-	from = decide_destination(ctx, &asked, &verdict, 1);
-	if (asked.named)
-		write_loopback6(ctx, !asked.mapped);
+	from = decide_destination(ctx, &request, &verdict, 1);
+	if (request.to_loopback)
+		write_loopback6(ctx, !request.mapped);
 	if (!from) {
-		place_of(&place, ctx->sk);
-		if (verdict != PASS || !asked.confined || place.family != GRAFT_IPV6)
+		if (verdict != PASS || !request.fixed_source)
 			return verdict;
-		__builtin_memcpy(ip, place.ip, 16);
+		__builtin_memset(ip, 0, sizeof(ip)); /* a peer's, perhaps */
 	} else {
-		/* Towards a mapped destination the kernel asks graft_sendmsg4. */
-		if (from->family != GRAFT_IPV6 || cannot_leave_from(ctx->sk, &asked, from))
+		/* For a mapped destination the kernel calls graft_sendmsg4. */
+		if (from->family != GRAFT_IPV6 || cannot_leave_from(ctx->sk, &request, from))
 			return refuse_with(EACCES);
 		__builtin_memcpy(ip, from->addr, 16);
 	}
-	if (ip[0] | ip[1] | ip[2] | ip[3]) {
+	read_local_address(&local, ctx->sk);
+	if (!(ip[0] | ip[1] | ip[2] | ip[3]) && request.fixed_source && local.family == GRAFT_IPV6)
+		__builtin_memcpy(ip, local.ip, 16);
+	if (ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)) {
 		ctx->msg_src_ip6[0] = ip[0];
 		ctx->msg_src_ip6[1] = ip[1];
 		ctx->msg_src_ip6[2] = ip[2];

@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* socket: a socket that a policy confines has its tag before anybody has the socket. */
+/* socket: a socket that a policy confines has its tag before socket() returns. */
 
-/* A supervisor's next socket: a system call less than from user space. What is said on the desk tells the supervisor
- * that this was done. */
-static __always_inline int create_twin(struct bpf_sock *ctx, struct desk *desk)
+/* A supervisor's next socket: tagged here it needs one system call less than from user space. desk->next_home tells the
+ * supervisor that it was tagged. */
+static __always_inline int tag_replacement(struct bpf_sock *ctx, struct desk *desk)
 {
 	struct tag *tag = tags.sk_storage_get(ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
 
 	if (!tag)
 		return REFUSE;
 	tag->container = desk->container;
-	tag->home = desk->birth - GRAFT_BIRTH_CONTAINER + GRAFT_HOME_CONTAINER;
-	desk->birth = GRAFT_BIRTH_NONE;
+	tag->home = desk->next_home - GRAFT_NEXT_HOME_CONTAINER + GRAFT_HOME_CONTAINER;
+	desk->next_home = GRAFT_NEXT_HOME_NONE;
 	return PASS;
 }
 
-/* A direct container's, where something is denied. One of another protocol (SCTP, UDP-Lite, ICMP, raw) would meet
- * no hook on its way; and one that cannot be tagged now may not be told from others later. */
-static __always_inline int create_confined(struct bpf_sock *ctx, struct container *container, u32 id)
+/* A socket of a direct container that denies something. One of another protocol (SCTP, UDP-Lite, ICMP, raw) would not
+ * reach any hook; and one that cannot be tagged now might not be recognised later. */
+static __always_inline int tag_confined(struct bpf_sock *ctx, struct container *container, u32 id)
 {
 	struct tag *tag;
 
@@ -44,10 +44,10 @@ int graft_sock_create(struct bpf_sock *ctx)
 
 	if (!id) {
 		desk = desk_of_caller();
-		return desk && desk->birth != GRAFT_BIRTH_NONE ? create_twin(ctx, desk) : PASS;
+		return desk && desk->next_home != GRAFT_NEXT_HOME_NONE ? tag_replacement(ctx, desk) : PASS;
 	}
 	container = containers.lookup(&id);
-	if (lives_with_host(container, bpf_get_netns_cookie(ctx)) && denies(container))
-		return create_confined(ctx, container, id);
+	if (shares_host_netns(container, bpf_get_netns_cookie(ctx)) && denies_anything(container))
+		return tag_confined(ctx, container, id);
 	return PASS;
 }

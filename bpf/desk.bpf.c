@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* The desk: a supervisor's question about a socket, answered where it will be decided. */
+/* The desk: a supervisor's question about a socket, answered by the code that decides. */
 
 #define O_CLOEXEC 02000000
 
-/* The desk of the calling supervisor; NULL for everybody else. A process that has got the number of a supervisor
- * that died is not in that one's cgroup. */
+/* The desk of the calling supervisor; NULL for every other process. A process that got the id of a dead supervisor
+ * is not in that supervisor's cgroup. */
 static __always_inline struct desk *desk_of_caller(void)
 {
 	u32 pid = bpf_get_current_pid_tgid() >> 32;
@@ -18,7 +18,7 @@ static __always_inline struct desk *desk_of_caller(void)
 #ifdef GRAFT_PROBE
 /* Offsets come from the kernel's own type information (/sys/kernel/btf/vmlinux). A pointer that cannot be
  * followed reads as NULL. */
-static __always_inline void *follow(void *pointer)
+static __always_inline void *read_pointer(void *pointer)
 {
 	void *found = 0;
 
@@ -26,39 +26,39 @@ static __always_inline void *follow(void *pointer)
 }
 
 #ifdef GRAFT_TASK_FILES
-/* The file that `task` has at number `fd`, and in *cloexec whether it closes that number on exec. */
+/* The file at descriptor `fd` of `task`; *cloexec: whether the descriptor is closed on exec. */
 static __always_inline void *file_at(void *task, s32 fd, u32 *cloexec)
 {
-	void *files = follow(task + GRAFT_TASK_FILES);
-	void *table = files ? follow(files + GRAFT_FILES_TABLE) : 0;
+	void *files = read_pointer(task + GRAFT_TASK_FILES);
+	void *table = files ? read_pointer(files + GRAFT_FILES_TABLE) : 0;
 	void *array, *bits;
 	u64 word = 0;
-	u32 most = 0;
+	u32 size = 0;
 
-	if (!table || bpf_probe_read_kernel(&most, sizeof(most), table + GRAFT_TABLE_SIZE) || fd < 0 || fd >= most)
+	if (!table || bpf_probe_read_kernel(&size, sizeof(size), table + GRAFT_TABLE_SIZE) || fd < 0 || fd >= size)
 		return 0;
-	array = follow(table + GRAFT_TABLE_FILES);
-	bits = follow(table + GRAFT_TABLE_CLOEXEC);
+	array = read_pointer(table + GRAFT_TABLE_FILES);
+	bits = read_pointer(table + GRAFT_TABLE_CLOEXEC);
 	if (!array || !bits || bpf_probe_read_kernel(&word, sizeof(word), bits + fd / 64 * 8))
 		return 0;
 	*cloexec = word >> (fd % 64) & 1;
-	return follow(array + 8 * (u64)fd);
+	return read_pointer(array + 8 * (u64)fd);
 }
 
-/* The thread that a /proc/TID/fdinfo is about, `folder` its number among the caller's own descriptors. */
-static __always_inline void *thread_of(s32 folder)
+/* The thread TID of /proc/TID/fdinfo; `fdinfo` is the caller's descriptor of that folder. */
+static __always_inline void *thread_of(s32 fdinfo)
 {
 	u32 cloexec;
-	void *file = file_at((void *)bpf_get_current_task(), folder, &cloexec);
-	void *inode = file ? follow(file + GRAFT_FILE_INODE) : 0;
-	void *pid = inode ? follow(inode - GRAFT_PROC_INODE_VFS + GRAFT_PROC_INODE_PID) : 0;
-	void *node = pid ? follow(pid + GRAFT_PID_TASKS) : 0; /* the first list, PIDTYPE_PID */
+	void *file = file_at((void *)bpf_get_current_task(), fdinfo, &cloexec);
+	void *inode = file ? read_pointer(file + GRAFT_FILE_INODE) : 0;
+	void *pid = inode ? read_pointer(inode - GRAFT_PROC_INODE_VFS + GRAFT_PROC_INODE_PID) : 0;
+	void *node = pid ? read_pointer(pid + GRAFT_PID_TASKS) : 0; /* the first list, PIDTYPE_PID */
 
 	return node ? node - GRAFT_TASK_PID_LINKS : 0;
 }
 
-/* What /proc/TID/fdinfo/FD and fstat() would tell, found the way they find it. Only where that number is this
- * very file: another thread of the program may have put something else there. */
+/* What /proc/TID/fdinfo/FD and fstat() would return, read the way they read it. Only where that descriptor is still
+ * this file: another thread of the program may have replaced it. */
 static __always_inline void probe_descriptor(struct desk *desk, void *file)
 {
 	void *task = thread_of(desk->fdinfo), *inode;
@@ -66,7 +66,7 @@ static __always_inline void probe_descriptor(struct desk *desk, void *file)
 
 	if (!task || file_at(task, desk->fd, &cloexec) != file)
 		return;
-	inode = follow(file + GRAFT_FILE_INODE);
+	inode = read_pointer(file + GRAFT_FILE_INODE);
 	if (!inode || bpf_probe_read_kernel(&flags, 4, file + GRAFT_FILE_FLAGS) ||
 	    bpf_probe_read_kernel(&owner[0], 4, inode + GRAFT_INODE_UID) ||
 	    bpf_probe_read_kernel(&owner[1], 4, inode + GRAFT_INODE_GID))
@@ -78,21 +78,21 @@ static __always_inline void probe_descriptor(struct desk *desk, void *file)
 static __always_inline void probe_descriptor(struct desk *desk, void *file) {}
 #endif
 
-/* What no system call tells: whether the socket's file is watched by an epoll instance, and how many
- * references it has. And what several would. */
+/* What no system call returns: whether the socket's file is registered with an epoll instance, and how many
+ * references it has. And what would take several calls. */
 static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk)
 {
 	void *sk = bpf_skc_to_tcp_sock(ctx->sk);
-	void *socket = sk ? follow(sk + GRAFT_SK_SOCKET) : 0;
-	void *file = socket ? follow(socket + GRAFT_SOCKET_FILE) : 0;
+	void *socket = sk ? read_pointer(sk + GRAFT_SK_SOCKET) : 0;
+	void *file = socket ? read_pointer(socket + GRAFT_SOCKET_FILE) : 0;
 	void *epolls = 0;
 	u64 references = 0;
 
 	if (!file || bpf_probe_read_kernel(&epolls, 8, file + GRAFT_FILE_EP) ||
 	    bpf_probe_read_kernel(&references, 8, file + GRAFT_FILE_REFERENCES))
 		return;
-	if (epolls) /* the list's head; it stays, empty, when the last registration goes */
-		epolls = follow(epolls);
+	if (epolls) /* the list's head; it remains, empty, when the last registration is removed */
+		epolls = read_pointer(epolls);
 	desk->references = references;
 	desk->probed = GRAFT_PROBED | (epolls ? GRAFT_PROBED_EPOLL : 0);
 	probe_descriptor(desk, file);
@@ -101,22 +101,22 @@ static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk)
 static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk) {}
 #endif
 
-/* The rule that speaks of the address in the question, by the code that the bind and connect hooks use. */
+/* The rule for the address in the question, looked up by the code that the bind and connect hooks use. */
 static __always_inline void answer_rule(struct desk *desk, struct container *container)
 {
-	struct asked asked = { .port = desk->port, .family = desk->family, .protocol = IPPROTO_TCP };
+	struct request request = { .port = desk->port, .family = desk->family, .protocol = IPPROTO_TCP };
 	struct endpoint *endpoint;
 	u32 id = 0;
 
 	desk->verdict = GRAFT_VERDICT_NONE;
-	__builtin_memcpy(asked.addr, desk->addr, 16);
+	__builtin_memcpy(request.addr, desk->addr, 16);
 	if (desk->call == GRAFT_CALL_BIND) {
-		id = ingress_rule(container, &asked);
+		id = ingress_rule(container, &request);
 		if (id)
 			desk->verdict = GRAFT_VERDICT_GRANT;
 	} else {
-		name_loopback(&asked, 0);
-		desk->verdict = egress_rule(container, &asked, &id);
+		substitute_loopback(&request, 0);
+		desk->verdict = egress_rule(container, &request, &id);
 	}
 	endpoint = id ? endpoints.lookup(&id) : 0;
 	if (!endpoint || !(endpoint->protocols & GRAFT_TCP)) {
@@ -130,8 +130,8 @@ static __always_inline void answer_rule(struct desk *desk, struct container *con
 	desk->endpoint_flags = endpoint->flags;
 }
 
-/* A kernel that leads nowhere from a subflow to its MPTCP socket would let the hooks take a host-homed
- * one for nobody's: there MPTCP sockets stay in the container. */
+/* Where the kernel has no helper that finds the MPTCP socket of a subflow, the hooks could not find the tag of a
+ * host-homed one: there MPTCP sockets stay in the container. */
 static __always_inline int is_swappable(u32 protocol)
 {
 #ifdef GRAFT_HAVE_MPTCP
@@ -141,7 +141,7 @@ static __always_inline int is_swappable(u32 protocol)
 #endif
 }
 
-/* Answers a supervisor. Returns 0 where the caller is none, and the hook has its usual work to do. */
+/* Answers a supervisor. Returns 0 where the caller is not one, and the hook does its usual work. */
 static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 {
 	struct desk *desk = desk_of_caller();
@@ -171,7 +171,7 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 	desk->socket_family = family;
 	desk->protocol = ctx->protocol;
 	desk->state = ctx->sk->state;
-	/* Not ctx->user_port: that one stays when a connect that failed has let go of its port. */
+	/* Not ctx->user_port: it keeps its value when a failed connect has released the port. */
 	desk->local_port = ctx->sk->src_port;
 	if (desk->family)
 		answer_rule(desk, owner.container);

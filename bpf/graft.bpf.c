@@ -4,24 +4,24 @@
  * Theory of operation
  *
  *   A socket has a home. `container`: the network namespace of the program that made it. `host`: the
- *   host's stack, where a supervisor made it (transport swap) or where the container lives anyway
- *   (transport direct). Nothing here moves a socket; these programs only say which addresses a socket
- *   may have, and translate between the address that a program asks for and the endpoint it was granted.
+ *   host's stack, where a supervisor made it (transport swap) or which the container shares
+ *   (transport direct). Nothing here moves a socket; these programs only decide which addresses a socket
+ *   may have, and translate between the address that a program requests and the endpoint it was granted.
  *
- *   Whose socket is it? The kernel runs these programs by the cgroup that a socket was BORN in, so the
- *   cgroup storage `scopes` names the container without trusting the caller. A socket that a supervisor
- *   made was born in the supervisor's cgroup, where the scope is 0: there the socket storage `tags` says
- *   for whom it was made. A socket of neither kind is not Graft's, and is let through untouched.
+ *   Which container does a socket belong to? The kernel runs these programs by the cgroup that a socket was
+ *   CREATED in, so the cgroup storage `scopes` names the container without trusting the caller. A socket that a
+ *   supervisor made was created in the supervisor's cgroup, where the scope is 0: there the socket storage
+ *   `tags` names the container. A socket of neither kind is not Graft's, and is passed unchanged.
  *
  *   bind     host-homed: only an address that an ingress rule names, rewritten to its endpoint.
  *   connect  host-homed: only a destination that an egress rule grants, from that rule's endpoint.
  *   both     container-homed: the container's default (leave it alone, or refuse).
  *   direct   the container shares the host's namespace, so all its sockets there are host-homed, tagged or
- *            not, and what no rule names is the default's to decide.
- *   listen   has no hook that could refuse. A host-homed listener hears nobody until the hook has seen that it
- *            stands at its endpoint; one that does not is tied to an interface that cannot exist, besides.
- *   packets  of host-homed sockets, both ways: what comes to a listener that nobody granted, and what goes out
- *            by a way that no system call's hook sees (packet.bpf.c).
+ *            not, and the default decides what no rule names.
+ *   listen   has no hook that can refuse. A host-homed listener receives nothing until the hook has checked that it
+ *            is bound to its endpoint; one that is not is also bound to an interface that cannot exist.
+ *   packets  of host-homed sockets, both directions: to a listener that was not granted, and from a socket in a
+ *            way that no hook on a system call sees (packet.bpf.c).
  *
  *   Every refusal is EACCES where the kernel lets a program choose (5.18), else EPERM.
  */
@@ -34,7 +34,7 @@
 
 #define PASS 1
 #define REFUSE 0
-/* Bit 1 of a bind program's return value lets the caller have a port below 1024: the operator granted
+/* Bit 1 of a bind program's return value permits a port below 1024: the operator granted
  * the endpoint, so the program needs no CAP_NET_BIND_SERVICE for it (kernel 5.12, bpf-cgroup.h). */
 #define PASS_ANY_PORT 3
 
@@ -99,8 +99,8 @@ BPF_ANNOTATE_KV_PAIR(desks, int, struct desk);
 SK_STORAGE(tags, struct tag, BPF_F_NO_PREALLOC | BPF_F_CLONE);
 SK_STORAGE(options, struct options, BPF_F_NO_PREALLOC);
 
-/* The splice transport's (splice.bpf.c). A relay and a container take every arrival out again, or the
- * socket that made it does when it closes; that the table forgets the oldest is a second line. */
+/* Of transport splice (splice.bpf.c). The accepting socket removes its arrival, or the connecting socket does
+ * when it closes; as a fallback the table evicts the oldest. */
 BPF_HASH(relays, u32, struct relay, GRAFT_MAX_CONTAINERS);
 BPF_TABLE("lru_hash", struct arrival, struct crossing, arrivals, GRAFT_MAX_ARRIVALS);
 SK_STORAGE(crossings, struct crossing, BPF_F_NO_PREALLOC);

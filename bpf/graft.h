@@ -1,6 +1,6 @@
 /* The structures that Graft's BPF programs and its Python controller share.
  *
- * graft/layout.py holds the same layouts for Python; tests/kernel/test_layout.py compares the two.
+ * graft/datapath/layout.py has the same layouts for Python; tests/unit/test_layout.py compares the two.
  * Ports are in host order unless a name ends in _be; addresses are always in network order, and an
  * IPv4 address fills the first four bytes of its field.
  */
@@ -17,28 +17,28 @@
 #define GRAFT_UDP 2
 
 /* Bits of endpoint.flags. */
-#define GRAFT_ENDPOINT_OPEN 1 /* a container may ask for it by its environment */
-#define GRAFT_ENDPOINT_DECLARED 2 /* a policy made it, and it goes with the last rule that names it */
-#define GRAFT_ENDPOINT_DUAL_STACK 4 /* an IPv6 one that takes IPv4 clients too */
+#define GRAFT_ENDPOINT_OPEN 1 /* a container may request it through its environment */
+#define GRAFT_ENDPOINT_DECLARED 2 /* declared by a policy: removed with the last rule that names it */
+#define GRAFT_ENDPOINT_DUAL_STACK 4 /* an IPv6 endpoint that accepts IPv4 clients too */
 
 /* Where a socket lives. */
 #define GRAFT_HOME_CONTAINER 0
 #define GRAFT_HOME_HOST 1
 
-/* How a container's sockets come to the host's stack. */
+/* How a container's sockets reach the host's stack. */
 #define GRAFT_TRANSPORT_DIRECT 1
 #define GRAFT_TRANSPORT_SWAP 2
 #define GRAFT_TRANSPORT_SPLICE 3
 
-/* What becomes of an address that no rule names (container.bind_default, connect_default). */
+/* What happens with an address that no rule names (container.bind_default, connect_default). */
 #define GRAFT_DEFAULT_CONTAINER 0
 #define GRAFT_DEFAULT_DENY 1
 
 /* Bits of container.flags. */
 #define GRAFT_CONTAINER_DENIES 1 /* some rule denies a destination, whatever the defaults are */
-#define GRAFT_CONTAINER_OTHERS 2 /* sockets of protocols that no rule can speak of are left alone */
+#define GRAFT_CONTAINER_OTHERS 2 /* sockets of protocols that no rule can name are left alone */
 
-/* What an egress rule says of a destination. NONE: no rule speaks of it, the default decides. */
+/* What an egress rule says about a destination. NONE: no rule covers it, the default decides. */
 #define GRAFT_VERDICT_NONE 0
 #define GRAFT_VERDICT_GRANT 1
 #define GRAFT_VERDICT_DENY 2
@@ -60,7 +60,7 @@ struct endpoint_name {
 };
 
 /* `containers`: id -> struct container. One update of an entry switches a whole policy: the rules
- * of the new one are there, under a ruleset number of their own, before the entry names it. */
+ * of the new one are written, under a ruleset number of their own, before the entry names it. */
 struct container {
 	__u64 netns;     /* cookie of the namespace that its processes live in */
 	__u32 ruleset;
@@ -71,13 +71,13 @@ struct container {
 };
 
 /* `ingress`: which bind becomes which endpoint. A range of ports is split into prefixes, which is
- * why the port stands last and in network order. */
+ * why the port comes last and in network order. */
 struct ingress_key {
 	__u32 prefixlen;
 	__u32 ruleset;
 	__u8 protocol;   /* IPPROTO_TCP or IPPROTO_UDP */
 	__u8 family;     /* of the address that the program binds */
-	__u8 any;        /* 1: the rule holds for any address, addr is zero */
+	__u8 any;        /* 1: the rule applies to any address, addr is zero */
 	__u8 zero;
 	__u8 addr[16];
 	__be16 port_be;
@@ -89,7 +89,7 @@ struct ingress_value {
 	__u32 endpoint;
 };
 
-/* `egress`: the longest prefix that holds a destination -> the node that its ports are listed under. */
+/* `egress`: the longest prefix that contains a destination -> the node that its ports are listed under. */
 struct egress_key {
 	__u32 prefixlen;
 	__u32 ruleset;
@@ -120,28 +120,28 @@ struct egress_port_value {
 };
 
 /* `scopes`: cgroup storage, one for each cgroup that the programs are attached to. container 0 is a
- * cgroup of Graft's own, where only tagged sockets are looked at. */
+ * cgroup of Graft's own, where only tagged sockets are checked. */
 struct scope {
 	__u32 container;
 	__u32 zero;
 };
 
-/* `tags`: socket storage, cloned to accepted sockets. It notes what was, never what is allowed: a hook that
- * wants to know whether a socket holds its endpoint looks at where the socket stands now (owner.bpf.c). */
+/* `tags`: socket storage, cloned to accepted sockets. It records what happened, never what is allowed: a hook that
+ * needs to know whether a socket is bound to its endpoint checks its local address (local_address.bpf.c). */
 struct tag {
 	__u32 container;
 	__u32 endpoint;
 	__u8 home;
-	__u8 family;     /* of the address that the program asked for */
-	__u16 port;      /* the port that the program asked for */
-	__u16 given;     /* the port that its last bind to the endpoint got; 0: none yet */
-	__u16 heard;     /* the port at which it hears whoever comes; 0: nobody */
-	__u8 addr[16];   /* the address that the program asked for */
-	__u32 source;    /* the endpoint that a connect took its own address or port from; 0: none */
+	__u8 family;      /* of the address that the program requested */
+	__u16 port;       /* the port that the program requested */
+	__u16 bound_port; /* the port that its last bind to the endpoint got; 0: none yet */
+	__u16 open_port;  /* the port at which any client may reach it; 0: none */
+	__u8 addr[16];    /* the address that the program requested */
+	__u32 source;     /* the endpoint that a connect took its local address or port from; 0: none */
 };
 
 /* `options`: socket storage, which options a program set before its socket was swapped. Only their
- * names: the values are read from the socket, because a call that the kernel refused is seen too. */
+ * names: the values are read from the socket, because a call that the kernel refused is recorded too. */
 #define GRAFT_OPTIONS_MAX 32
 struct option {
 	__u16 level;
@@ -150,19 +150,19 @@ struct option {
 
 struct options {
 	__u32 count;
-	__u32 overflow;  /* 1: more options than slots, ask for every known one */
+	__u32 overflow;  /* 1: more options than slots, read every known one */
 	struct option option[GRAFT_OPTIONS_MAX];
 };
 
-/* `desk_slots`: a supervisor's process -> its desk, and the cgroup that it must be in to be believed. */
+/* `desk_slots`: a supervisor's process -> its desk, and the cgroup that the process must be in. */
 struct desk_slot {
 	__u64 cgroup;
 	__u32 desk;
 	__u32 zero;
 };
 
-/* `desks`: where a supervisor asks about a socket, mapped into its memory. It writes the question,
- * calls getsockname() on a copy of the socket's descriptor, and reads what the hook answered: one
+/* `desks`: a supervisor's questions about a socket, mapped into its memory. It writes the question,
+ * calls getsockname() on a copy of the socket's descriptor, and reads the hook's answer: one
  * system call for all that a decision needs, from the same code that enforces it. A process without a desk
  * cannot ask.
  */
@@ -170,65 +170,65 @@ struct desk_slot {
 #define GRAFT_CALL_CONNECT 1
 #define GRAFT_CALL_LISTEN 2
 
-/* desk.birth: how the hook is to tag the next socket that the supervisor makes. */
-#define GRAFT_BIRTH_NONE 0
-#define GRAFT_BIRTH_CONTAINER 1 /* its home + 1 */
-#define GRAFT_BIRTH_HOST 2
+/* desk.next_home: how the hook tags the next socket that the supervisor makes. */
+#define GRAFT_NEXT_HOME_NONE 0
+#define GRAFT_NEXT_HOME_CONTAINER 1 /* its home + 1 */
+#define GRAFT_NEXT_HOME_HOST 2
 
 /* Bits of desk.probed. */
-#define GRAFT_PROBED 1       /* references holds what the kernel had */
+#define GRAFT_PROBED 1       /* references was read from the kernel */
 #define GRAFT_PROBED_EPOLL 2 /* the socket's file is registered with an epoll instance */
-#define GRAFT_PROBED_FLAGS 4 /* flags holds what the kernel had */
+#define GRAFT_PROBED_FLAGS 4 /* flags was read from the kernel */
 #define GRAFT_PROBED_OWNED 8 /* the socket belongs to another user or group than root */
 
 struct desk {
 	/* the question */
-	__s32 fdinfo;          /* the supervisor's descriptor of the /proc/TID/fdinfo of who has the socket; -1: none */
+	__s32 fdinfo;          /* the supervisor's descriptor of /proc/TID/fdinfo of the socket's thread; -1: none */
 	__s32 fd;              /* the socket's number there */
 	__u32 container;
 	__u16 port;
-	__u8 family;     /* of the address asked for; 0: no address in the question */
+	__u8 family;     /* of the requested address; 0: no address in the question */
 	__u8 call;
 	__u8 addr[16];
 	/* the answer */
 	__u64 netns;           /* of the socket */
 	__u64 container_netns;
 	__u64 endpoint_netns;
-	__u32 endpoint;        /* that a rule names, 0: none */
+	__u32 endpoint;        /* that a rule names; 0: none */
 	__u16 local_port;      /* 0: not bound */
 	__u8 answered;         /* 0: not a TCP socket of this container */
 	__u8 home;
 	__u8 socket_family;
 	__u8 state;            /* TCP_*, include/net/tcp_states.h */
-	__u8 bound;            /* 1: it stands at an endpoint that its container is granted now */
+	__u8 bound;            /* 1: it is bound to an endpoint that its container is granted now */
 	__u8 verdict;          /* of an egress rule; GRANT where an ingress rule names the address */
 	__u8 endpoint_family;
 	__u8 bind_default;
 	__u8 connect_default;
-	__u8 birth;            /* no answer: set before socket(), and NONE again once that socket has its tag */
+	__u8 next_home;        /* not an answer: set before socket(), and NONE again once that socket has its tag */
 	__u16 protocol;        /* IPPROTO_TCP or IPPROTO_MPTCP */
 	__u16 endpoint_flags;
-	/* the answer, as far as it is about the descriptor */
+	/* the part of the answer about the descriptor */
 	__u32 references;      /* to the socket's file: more than expected means a dup or a fork */
 	__u32 flags;           /* open flags, O_CLOEXEC among them */
 	__u32 probed;
 	struct options options;
 };
 
-/* `relays`: container -> where Graft listens inside its namespace for connections that it carries out. */
+/* `relays`: container -> where Graft listens inside its namespace for connections that it relays to the host. */
 struct relay {
 	__u16 port;      /* on 127.0.0.1, and on ::1 where six is set */
 	__u8 six;
 	__u8 zero;
 };
 
-/* What a crossing says of the socket that it is stored with. */
-#define GRAFT_CROSSING_DIALS 1   /* a relay's, on its way to a container's listener: whom it dials for */
-#define GRAFT_CROSSING_CAME 2    /* a container's, accepted from a relay: its client */
-#define GRAFT_CROSSING_TURNED 3  /* a container's, turned to the relay: the destination that was asked for */
-#define GRAFT_CROSSING_CARRIED 4 /* a relay's, accepted from a container: the destination that was asked for */
+/* Which socket a crossing is stored with, and so what its address is. */
+#define GRAFT_CROSSING_DIALING 1    /* a relay's, connecting to a container's listener: the client it relays */
+#define GRAFT_CROSSING_ACCEPTED 2   /* a container's, accepted from a relay: its client */
+#define GRAFT_CROSSING_REDIRECTED 3 /* a container's, redirected to the relay: the requested destination */
+#define GRAFT_CROSSING_RELAYED 4    /* a relay's, accepted from a container: the requested destination */
 
-/* `crossings`: socket storage, the far end of a connection that a relay carries. */
+/* `crossings`: socket storage, the remote end of a relayed connection. */
 struct crossing {
 	__u8 addr[16];
 	__u16 port;
@@ -237,8 +237,8 @@ struct crossing {
 	__u32 container;
 };
 
-/* `arrivals`: connections on their way between a relay and a container, by where they come from. Here
- * from the connecting side's first packet until the accepting side has its socket, no longer. */
+/* `arrivals`: connections being set up between a relay and a container, by their source address. An entry
+ * exists from the connecting side's first packet until the accepting side has its socket. */
 struct arrival {
 	__u64 netns;
 	__u8 addr[16];
@@ -247,10 +247,10 @@ struct arrival {
 	__u8 zero[5];
 };
 
-/* `flows`: cookie of a flow's source -> how far it is (relay.bpf.c). Bytes, from the handover on. */
+/* `flows`: cookie of a flow's source -> its progress (relay.bpf.c). Bytes since the handoff to the kernel. */
 struct flow {
 	__u64 moved;     /* by the kernel */
-	__u64 left;      /* with the source, for graftd to carry over */
+	__u64 left;      /* with the source, for graftd to relay */
 	__u32 first;     /* the target's write_seq when nothing had been moved */
 	__u32 started;
 };
@@ -258,13 +258,11 @@ struct flow {
 /* What a hook decided (counter_key.decision). */
 #define GRAFT_DECISION_REWRITTEN 0      /* a bind became an endpoint's */
 #define GRAFT_DECISION_CONNECTED 1      /* a granted destination */
-#define GRAFT_DECISION_LEFT 2           /* not granted, left in the container's namespace */
 #define GRAFT_DECISION_REFUSED_BIND 3
 #define GRAFT_DECISION_REFUSED_CONNECT 4
 #define GRAFT_DECISION_REFUSED_OPTION 5
-#define GRAFT_DECISION_DEAFENED 6
+#define GRAFT_DECISION_CLOSED_LISTENER 6
 #define GRAFT_DECISION_DROPPED 7        /* a packet */
-#define GRAFT_DECISIONS 8
 
 /* `counters`: (container, decision) -> how often. */
 struct counter_key {
@@ -274,8 +272,8 @@ struct counter_key {
 
 /* `settings`: one entry. */
 struct settings {
-	__u32 version;   /* of these layouts: a controller with another one refuses the pins */
-	__u32 last_id;   /* last id handed out, for endpoints, containers and rulesets */
+	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
+	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
 #define GRAFT_LAYOUT_VERSION 4
 

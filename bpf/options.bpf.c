@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* setsockopt: options recorded before a swap, and those refused that reach past the policy. */
+/* setsockopt: records the options set before a swap, and refuses those that bypass the policy. */
 
 #define SOL_IP 0
 #define SOL_SOCKET 1
@@ -15,6 +15,7 @@
 #define IPV6_2292PKTOPTIONS 6
 #define IPV6_NEXTHOP 9
 #define IPV6_MULTICAST_IF 17
+#define IPV6_FLOWLABEL_MGR 32
 #define IPV6_IPSEC_POLICY 34
 #define IPV6_HDRINCL 36
 #define IPV6_PKTINFO 50
@@ -28,12 +29,13 @@
 #define TCP_REPAIR 19
 #define TCP_REPAIR_WINDOW 29
 
-/* Options that would take a host-homed socket past its policy: to another interface, past the routing
- * table (a source route or another option of IP's too), or into the addresses of others. Multicast (IP 32..48,
- * IPv6 17, 20, 21 and 42..48) and anycast (IPv6 27, 28) join groups on the host's links, or leave by one of
- * them. TCP_REPAIR makes a connection that
- * no hook has seen; IP_LOCAL_PORT_RANGE (51) chooses a port where the kernel is to choose one. Numbers: linux/in.h, linux/in6.h, linux/tcp.h. */
-static __always_inline int reaches_past_policy(int level, int name)
+/* Options by which a host-homed socket would bypass its policy: another interface, a route past the routing
+ * table (a source route or another IP option too), or the addresses of others. Multicast (IP 32..48,
+ * IPv6 17, 20, 21 and 42..48) and anycast (IPv6 27, 28) join groups on the host's links, or send on one of
+ * them. TCP_REPAIR makes a connection that no hook has seen; IP_LOCAL_PORT_RANGE (51) chooses a port where the
+ * kernel must choose it. A flow label that one socket leases for itself alone takes every label that is not leased
+ * from all others of the namespace (IPV6_FLOWLABEL_MGR). Numbers: linux/in.h, linux/in6.h, linux/tcp.h. */
+static __always_inline int bypasses_policy(int level, int name)
 {
 	if (level == SOL_SOCKET)
 		return name == SO_BINDTODEVICE || name == SO_MARK || name == SO_BINDTOIFINDEX;
@@ -44,15 +46,15 @@ static __always_inline int reaches_past_policy(int level, int name)
 		return name == IPV6_TRANSPARENT || name == IPV6_UNICAST_IF || name == IPV6_PKTINFO ||
 		       name == IPV6_2292PKTOPTIONS || name == IPV6_NEXTHOP || name == IPV6_MULTICAST_IF ||
 		       name == IPV6_HOPOPTS || name == IPV6_RTHDRDSTOPTS || name == IPV6_RTHDR ||
-		       name == IPV6_DSTOPTS || (name >= 20 && name <= 21) || (name >= 27 && name <= 30) ||
+		       name == IPV6_DSTOPTS || name == IPV6_FLOWLABEL_MGR || (name >= 20 && name <= 21) || (name >= 27 && name <= 30) ||
 		       (name >= IPV6_IPSEC_POLICY && name <= IPV6_HDRINCL) || (name >= 42 && name <= 48);
 	if (level == SOL_TCP)
 		return name == TCP_REPAIR || name == TCP_REPAIR_WINDOW;
 	return 0;
 }
 
-/* An option that cannot be remembered is refused: a twin without it would be another socket than the program has. */
-static __always_inline int remember_option(struct bpf_sock *sk, int level, int name)
+/* An option that cannot be recorded is refused: without it the replacement socket would differ from the program's. */
+static __always_inline int record_option(struct bpf_sock *sk, int level, int name)
 {
 	struct options *seen = options.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	u32 i;
@@ -77,22 +79,22 @@ static __always_inline int remember_option(struct bpf_sock *sk, int level, int n
 	return PASS;
 }
 
-/* Whether a host-homed socket may not have what reaches past a policy. In a direct container that denies nothing
- * only one that holds an endpoint may not. */
+/* Whether a host-homed socket may not bypass the policy. In a direct container that denies nothing this applies
+ * only to a socket with an endpoint. */
 static __always_inline int is_confined(struct owner *owner)
 {
-	if (!owner->container || owner->container->transport != GRAFT_TRANSPORT_DIRECT || denies(owner->container))
+	if (!owner->container || owner->container->transport != GRAFT_TRANSPORT_DIRECT || denies_anything(owner->container))
 		return 1;
 	return owner->tag && owner->tag->endpoint;
 }
 
-/* Whether the socket may still be replaced by a twin: a swapped container's, neither bound nor connected. */
+/* Whether the socket may still be replaced: one of a swap container, neither bound nor connected. */
 static __always_inline int may_be_replaced(struct owner *owner, struct bpf_sock *sk)
 {
 	if (!owner->container || owner->container->transport != GRAFT_TRANSPORT_SWAP)
 		return 0;
 	return owner->home == GRAFT_HOME_CONTAINER ||
-	       (owner->tag && !owner->tag->given && sk->state == BPF_TCP_CLOSE);
+	       (owner->tag && !owner->tag->bound_port && sk->state == BPF_TCP_CLOSE);
 }
 
 int graft_setsockopt(struct bpf_sockopt *ctx)
@@ -101,20 +103,20 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	struct scope *scope = scopes.get_local_storage(0);
 	struct owner owner = {};
 
-	/* The kernel shows a program at most a page of a long value; a length of 0 tells it to use the
-	 * caller's own copy instead of failing the call (Documentation/bpf/prog_cgroup_sockopt.rst). */
+	/* The kernel passes at most a page of a long value; with a length of 0 it uses the caller's own
+	 * copy instead of failing the call (Documentation/bpf/prog_cgroup_sockopt.rst). */
 	if (ctx->optlen > (u64)ctx->optval_end - (u64)ctx->optval)
 		ctx->optlen = 0;
 	if (!sk)
 		return PASS;
-	whose(&owner, tags.sk_storage_get(sk, 0, 0), scope->container);
-	if (reaches_past_policy(ctx->level, ctx->optname)) {
-		if (!owner.tag && lives_with_host(owner.container, bpf_get_netns_cookie(ctx)))
+	resolve_owner(&owner, tags.sk_storage_get(sk, 0, 0), scope->container);
+	if (bypasses_policy(ctx->level, ctx->optname)) {
+		if (!owner.tag && shares_host_netns(owner.container, bpf_get_netns_cookie(ctx)))
 			owner.home = GRAFT_HOME_HOST;
 		if (owner.home == GRAFT_HOME_HOST && is_confined(&owner)) {
 			count(owner.id, GRAFT_DECISION_REFUSED_OPTION);
 			return REFUSE;
 		}
 	}
-	return may_be_replaced(&owner, sk) ? remember_option(sk, ctx->level, ctx->optname) : PASS;
+	return may_be_replaced(&owner, sk) ? record_option(sk, ctx->level, ctx->optname) : PASS;
 }

@@ -1,30 +1,32 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* Whose a socket is, what was asked of it, and what a refusal returns. */
+/* Which container a socket belongs to, which address a call requests, and what a refusal returns. */
 
-/* An address as a hook sees it, IPv4 made plain: ::ffff:1.2.3.4 is family 4 here. */
-struct asked {
+/* A requested address as a hook sees it, and what was found out about it. ::ffff:1.2.3.4 is family 4 here. Rules also
+ * judge the remote end of a packet as the destination of a request. */
+struct request {
 	u8 addr[16];
 	u16 port;
 	u8 family;
 	u8 protocol;
 	u8 mapped;   /* the socket is AF_INET6 and the address IPv4 */
-	u8 named;    /* no address was asked for, and the one here is to be written for it */
-	struct relay *relay; /* transport splice: where a granted connection is turned to */
-	struct tag *tag;     /* of a socket that is to leave from an endpoint */
+	u8 to_loopback;      /* no address was requested, and the one here must be written for it */
+	struct relay *relay; /* transport splice: where a granted connection is redirected to */
+	struct tag *tag;     /* of a socket whose source must be an endpoint */
 	u32 endpoint;        /* its id */
-	u8 confined;         /* a source of its own is not for the socket to choose */
+	u8 fixed_source;     /* the socket may not choose a source of its own */
+	u8 any_source;       /* but without an address of its own it may send from any of the host's */
 };
 
 /* The container that a socket belongs to, and where the socket lives. */
 struct owner {
-	struct container *container; /* NULL: not Graft's, or of a container that is no more */
+	struct container *container; /* NULL: not Graft's, or of a container that no longer exists */
 	struct tag *tag;
 	u32 id;
 	u8 home;
 };
 
-/* The tag of a socket. Of an MPTCP one bind, connect, listen and packets reach the hooks through its subflows; the tag
- * is where user space could put it, on the socket that the program holds. */
+/* The tag of a socket. For an MPTCP socket the hooks see bind, connect, listen and packets on its subflows; user space
+ * can set the tag only on the socket that the program has, their parent. */
 static __always_inline struct tag *tag_of(struct bpf_sock *sk)
 {
 	struct tag *tag = tags.sk_storage_get(sk, 0, 0);
@@ -40,11 +42,11 @@ static __always_inline struct tag *tag_of(struct bpf_sock *sk)
 	return tag;
 }
 
-/* Whose a socket is: its tag's container, else that of the cgroup that it was born in. A tag of a container
- * that is no more, on a socket that was born in a container's cgroup, is from an earlier attachment of that
- * cgroup: what it was granted then is no grant now. (A twin was born in the supervisors' cgroup, whose scope
- * is 0, and stays the dead container's.) */
-static __always_inline void whose(struct owner *owner, struct tag *tag, u32 scope)
+/* A socket's container is its tag's, else that of the cgroup that it was created in. A tag of a container
+ * that no longer exists, on a socket that was created in a container's cgroup, is from an earlier attachment of
+ * that cgroup: what was granted then is not granted now. (A replacement socket was created in the supervisors'
+ * cgroup, whose scope is 0, and remains the dead container's.) */
+static __always_inline void resolve_owner(struct owner *owner, struct tag *tag, u32 scope)
 {
 	owner->tag = tag;
 	owner->id = tag ? tag->container : scope;
@@ -59,9 +61,9 @@ static __always_inline void whose(struct owner *owner, struct tag *tag, u32 scop
 	owner->home = owner->tag ? owner->tag->home : GRAFT_HOME_CONTAINER;
 }
 
-/* Whether an untagged socket in the namespace `netns` is host-homed: the container's, in the namespace that it
- * shares with the host. In another one, that a direct container made itself, it is not. */
-static __always_inline int lives_with_host(struct container *container, u64 netns)
+/* Whether an untagged socket in the namespace `netns` is host-homed: one of a direct container, in the namespace that
+ * it shares with the host. A socket in a namespace that a direct container made itself is not. */
+static __always_inline int shares_host_netns(struct container *container, u64 netns)
 {
 	return container && container->transport == GRAFT_TRANSPORT_DIRECT && container->netns == netns;
 }
@@ -70,8 +72,8 @@ static __always_inline void owner_of(struct bpf_sock_addr *ctx, struct owner *ow
 {
 	struct scope *scope = scopes.get_local_storage(0);
 
-	whose(owner, tag_of(ctx->sk), scope->container);
-	if (!owner->tag && lives_with_host(owner->container, bpf_get_netns_cookie(ctx)))
+	resolve_owner(owner, tag_of(ctx->sk), scope->container);
+	if (!owner->tag && shares_host_netns(owner->container, bpf_get_netns_cookie(ctx)))
 		owner->home = GRAFT_HOME_HOST;
 }
 
@@ -81,52 +83,52 @@ static __always_inline int is_tcp(u32 type, u32 protocol)
 	return type == SOCK_STREAM && (protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP);
 }
 
-/* Whether rules can speak of such a socket: the sock_addr hooks are called for these protocols, and no other. */
+/* Whether rules can apply to such a socket: the kernel calls the sock_addr hooks for these protocols, and no other. */
 static __always_inline int has_rules(u32 type, u32 protocol)
 {
 	return is_tcp(type, protocol) || (type == SOCK_DGRAM && protocol == IPPROTO_UDP);
 }
 
-/* Whether a policy denies anything, so that what no rule can speak of must not get past it. */
-static __always_inline int denies(struct container *container)
+/* Whether a policy denies anything, so that protocols that no rule can name must not bypass it. */
+static __always_inline int denies_anything(struct container *container)
 {
 	return container->bind_default == GRAFT_DEFAULT_DENY || container->connect_default == GRAFT_DEFAULT_DENY ||
 	       container->flags & GRAFT_CONTAINER_DENIES;
 }
 
-/* Whether binds that no rule names are left alone although the socket is host-homed: in a direct container
+/* Whether binds that no rule names are permitted although the socket is host-homed: in a direct container
  * the host's namespace is the container's own. */
 static __always_inline int binds_freely(struct container *container)
 {
 	return container->transport == GRAFT_TRANSPORT_DIRECT && container->bind_default == GRAFT_DEFAULT_CONTAINER;
 }
 
-static __always_inline void asked4(struct bpf_sock_addr *ctx, struct asked *asked)
+static __always_inline void read_request4(struct bpf_sock_addr *ctx, struct request *request)
 {
 	u32 ip = ctx->user_ip4;
 
-	__builtin_memset(asked, 0, sizeof(*asked));
-	__builtin_memcpy(asked->addr, &ip, 4);
-	asked->port = bpf_ntohs((u16)ctx->user_port);
-	asked->family = GRAFT_IPV4;
-	asked->protocol = ctx->protocol;
+	__builtin_memset(request, 0, sizeof(*request));
+	__builtin_memcpy(request->addr, &ip, 4);
+	request->port = bpf_ntohs((u16)ctx->user_port);
+	request->family = GRAFT_IPV4;
+	request->protocol = ctx->protocol;
 }
 
-static __always_inline void asked6(struct bpf_sock_addr *ctx, struct asked *asked)
+static __always_inline void read_request6(struct bpf_sock_addr *ctx, struct request *request)
 {
 	u32 ip[4] = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] };
 
-	__builtin_memset(asked, 0, sizeof(*asked));
-	asked->port = bpf_ntohs((u16)ctx->user_port);
-	asked->protocol = ctx->protocol;
+	__builtin_memset(request, 0, sizeof(*request));
+	request->port = bpf_ntohs((u16)ctx->user_port);
+	request->protocol = ctx->protocol;
 	if (!ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff)) {
-		__builtin_memcpy(asked->addr, &ip[3], 4);
-		asked->family = GRAFT_IPV4;
-		asked->mapped = 1;
+		__builtin_memcpy(request->addr, &ip[3], 4);
+		request->family = GRAFT_IPV4;
+		request->mapped = 1;
 		return;
 	}
-	__builtin_memcpy(asked->addr, ip, 16);
-	asked->family = GRAFT_IPV6;
+	__builtin_memcpy(request->addr, ip, 16);
+	request->family = GRAFT_IPV6;
 }
 
 static __always_inline void count(u32 container, u32 decision)
@@ -135,9 +137,10 @@ static __always_inline void count(u32 container, u32 decision)
 	u64 *found = counters.lookup(&key);
 	u64 one = 1;
 
+	/* A removed container's sockets may outlive it, and are refused; its counters would be removed by nobody. */
 	if (found)
 		__sync_fetch_and_add(found, 1);
-	else
+	else if (containers.lookup(&container))
 		counters.update(&key, &one);
 }
 

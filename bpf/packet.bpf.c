@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* Packets of host-homed sockets: a second line, behind the hooks on system calls.
+/* Packets of host-homed sockets: a second line of defence, behind the hooks on system calls.
  *
- * in    A listener hears nobody but at the port that the listen hook wrote into its tag, and a datagram socket
- *       that stands at no endpoint hears only whom it may speak to. So a listener that slipped past the other
- *       hooks, whichever way, has no clients; and it is deaf from the first packet on, not from the moment when
- *       a hook got to it.
- * out   What can be said besides an address, where no hook sees it (a cmsg, options that were set before the
- *       policy, or by a 32-bit caller): source routes and other options of IP's, another interface, protocols
- *       without hooks; a connection that begins, or a datagram that ends, when its rule is gone.
+ * in    A listener receives only at the port that the listen hook wrote into its tag, and a datagram socket
+ *       that is not bound to an endpoint receives only from destinations that it may send to. So a listener that
+ *       bypassed the other hooks, in any way, has no clients; and it receives nothing from the first packet on,
+ *       not from the moment when a hook was called.
+ * out   What a program can set besides an address, where no hook sees it (a control message, options that were
+ *       set before the policy, or by a 32-bit caller): source routes and other IP options, another interface,
+ *       protocols without hooks; a connection that starts, or a datagram that is completed, after its rule was
+ *       removed.
  *
- * Nearly every packet is one of an established TCP connection, and leaves after a look at one field.
+ * Nearly every packet belongs to an established TCP connection, and passes after a check of one field.
  */
 
 #define GRAFT_IPV4_HEADER 20
@@ -19,7 +20,7 @@
 #define GRAFT_JUMBO 65535
 #define ETH_P_IP 0x0800
 
-/* An IP header with the source port behind it, as far as it is needed. */
+/* The needed fields of an IP header, and the source port after it. */
 struct packet {
 	u32 from[4];
 	u32 to[4];
@@ -29,7 +30,7 @@ struct packet {
 	u8 protocol; /* IPv6: the first next header */
 };
 
-/* 0 where the packet is too short for what it says it is. */
+/* 0 where the packet is shorter than its header. */
 static __always_inline int read_packet(struct __sk_buff *skb, struct packet *packet)
 {
 	u8 head[GRAFT_IPV6_HEADER];
@@ -62,11 +63,11 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 }
 
 #ifdef GRAFT_SKB_SK
-/* The cookie of the namespace that the packet's socket is in; ANY_NETNS where it cannot be found. */
+/* The cookie of the namespace that the packet's socket is in; ANY_NETNS where it is not found. */
 static __always_inline u64 netns_of(struct __sk_buff *skb)
 {
-	void *sk = follow((void *)skb + GRAFT_SKB_SK); /* what this program runs with is the kernel's sk_buff */
-	void *net = sk ? follow(sk + GRAFT_SOCK_NET) : 0;
+	void *sk = read_pointer((void *)skb + GRAFT_SKB_SK); /* skb is the kernel's own struct sk_buff */
+	void *net = sk ? read_pointer(sk + GRAFT_SOCK_NET) : 0;
 	u64 cookie = ANY_NETNS;
 
 	if (!net || bpf_probe_read_kernel(&cookie, sizeof(cookie), net + GRAFT_NET_COOKIE))
@@ -81,39 +82,39 @@ static __always_inline u64 netns_of(struct __sk_buff *skb)
 }
 #endif
 
-static __always_inline int is_elsewhere(struct __sk_buff *skb, struct container *container)
+static __always_inline int is_in_other_netns(struct __sk_buff *skb, struct container *container)
 {
 	u64 netns = netns_of(skb);
 
 	return netns != ANY_NETNS && netns != container->netns;
 }
 
-/* Whether a packet's socket is host-homed, and whose. An untagged one of a direct container is taken for one
- * unless it is known to be in another namespace. */
+/* Whether a packet's socket is host-homed, and its owner. An untagged socket of a direct container counts as
+ * host-homed unless it is known to be in another namespace. */
 static __always_inline int is_host_homed(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
 {
 	struct scope *scope = scopes.get_local_storage(0);
 
-	whose(owner, tag_of(sk), scope->container);
+	resolve_owner(owner, tag_of(sk), scope->container);
 	if (owner->tag || !owner->container)
 		return owner->home == GRAFT_HOME_HOST;
-	return owner->container->transport == GRAFT_TRANSPORT_DIRECT && !is_elsewhere(skb, owner->container);
+	return owner->container->transport == GRAFT_TRANSPORT_DIRECT && !is_in_other_netns(skb, owner->container);
 }
 
-/* Whoever a packet comes from, as a destination that rules speak of. */
-static __always_inline void sender_of(struct asked *asked, struct packet *packet)
+/* The sender of a packet, as a destination that rules judge. */
+static __always_inline void read_sender(struct request *request, struct packet *packet)
 {
-	__builtin_memset(asked, 0, sizeof(*asked));
-	__builtin_memcpy(asked->addr, packet->from, 16);
-	asked->port = packet->from_port;
-	asked->family = packet->family;
-	asked->protocol = packet->protocol;
+	__builtin_memset(request, 0, sizeof(*request));
+	__builtin_memcpy(request->addr, packet->from, 16);
+	request->port = packet->from_port;
+	request->family = packet->family;
+	request->protocol = packet->protocol;
 }
 
-/* Whether packets may go between this container, in the namespace `netns`, and that far end. */
-static __always_inline int may_speak_with(struct container *container, struct asked *far, u64 netns)
+/* Whether packets are permitted between this container, in the namespace `netns`, and the remote end. */
+static __always_inline int may_exchange_with(struct container *container, struct request *remote, u64 netns)
 {
-	u32 id = 0, rule = egress_rule(container, far, &id);
+	u32 id = 0, rule = egress_rule(container, remote, &id);
 	struct endpoint *endpoint;
 
 	if (rule == GRAFT_VERDICT_GRANT) {
@@ -130,7 +131,7 @@ static __always_inline int drop(struct owner *owner)
 	return REFUSE;
 }
 
-/* Whether a packet comes to an IPv6 endpoint over IPv4, which that does not have. */
+/* Whether a packet arrives over IPv4 at an IPv6 endpoint that is not dual-stack. */
 static __always_inline int is_of_other_family(struct __sk_buff *skb, struct tag *tag)
 {
 	struct endpoint *endpoint = endpoints.lookup(&tag->endpoint);
@@ -139,24 +140,24 @@ static __always_inline int is_of_other_family(struct __sk_buff *skb, struct tag 
 	       skb->protocol == bpf_htons(ETH_P_IP);
 }
 
-/* Whether whoever comes may be heard: a listener at the port that the listen hook wrote down, a datagram socket at the
- * endpoint that it is granted now (or at a port that it had before there was a policy). */
-static __always_inline int hears_everybody(struct bpf_sock *sk, struct owner *owner)
+/* Whether a socket receives from any client: a listener at the port that the listen hook recorded, a datagram socket
+ * at the endpoint that it is granted now (or at a port that it had before there was a policy). */
+static __always_inline int accepts_anyone(struct bpf_sock *sk, struct owner *owner)
 {
 	struct tag *tag = owner->tag;
-	struct place place;
+	struct local_address local;
 
-	if (!tag || !tag->heard || tag->heard != sk->src_port)
+	if (!tag || !tag->open_port || tag->open_port != sk->src_port)
 		return 0;
 	if (sk->protocol == IPPROTO_TCP || !tag->endpoint)
 		return 1;
-	place_of(&place, sk);
-	/* Only a direct container's can be host-homed: no transport has twins for datagrams. */
-	return is_granted(owner->container, tag, &place, IPPROTO_UDP, owner->container->netns);
+	read_local_address(&local, sk);
+	/* Only a direct container's can be host-homed: no transport replaces datagram sockets. */
+	return is_granted(owner->container, tag, &local, IPPROTO_UDP, owner->container->netns);
 }
 
-/* Groups are joined by an option that the hook refuses, but 32-bit callers do not meet the hook. */
-static __always_inline int is_for_a_group(struct packet *packet)
+/* The setsockopt hook refuses to join a group, but the kernel does not call it for 32-bit callers. */
+static __always_inline int is_multicast(struct packet *packet)
 {
 	u8 first = packet->to[0] & 0xff;
 
@@ -168,9 +169,9 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	struct bpf_sock *sk = skb->sk;
 	struct packet packet;
 	struct owner owner;
-	struct asked far;
+	struct request remote;
 	u32 type, protocol;
-	int heard;
+	int open;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
 	if (!sk)
@@ -181,106 +182,107 @@ int graft_skb_ingress(struct __sk_buff *skb)
 		return PASS;
 	if (!is_host_homed(skb, sk, &owner))
 		return PASS;
-	/* A container that is no more has no listeners, whoever has a copy of one. */
+	/* A container that no longer exists has no listeners, even if a process still has one open. */
 	if (!owner.container)
 		return drop(&owner);
-	if (binds_freely(owner.container) && !denies(owner.container))
+	if (binds_freely(owner.container) && !denies_anything(owner.container))
 		return PASS;
 	if (!has_rules(type, protocol))
 		return binds_freely(owner.container) || owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
-	heard = binds_freely(owner.container) || hears_everybody(sk, &owner);
+	open = binds_freely(owner.container) || accepts_anyone(sk, &owner);
 	if (owner.tag && owner.tag->endpoint && is_of_other_family(skb, owner.tag))
 		return drop(&owner);
 	if (is_tcp(type, protocol))
-		return heard ? PASS : drop(&owner);
+		return open ? PASS : drop(&owner);
 	if (!read_packet(skb, &packet))
 		return drop(&owner);
-	/* What was bound before there was a policy goes on as it was. */
-	if (is_for_a_group(&packet) && !(owner.tag && owner.tag->heard && !owner.tag->endpoint))
+	/* A socket that was bound before there was a policy continues as before. */
+	if (is_multicast(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint))
 		return drop(&owner);
-	if (heard)
+	if (open)
 		return PASS;
-	/* At an endpoint that it has lost it hears not even those. */
-	if (has_lost(sk, owner.tag, 0) || !packet.plain)
+	/* At an endpoint that it has lost it receives not even from permitted destinations. */
+	if (has_lost_endpoint(sk, owner.tag, 0) || !packet.plain)
 		return drop(&owner);
-	sender_of(&far, &packet);
-	return may_speak_with(owner.container, &far, ANY_NETNS) ? PASS : drop(&owner);
+	read_sender(&remote, &packet);
+	return may_exchange_with(owner.container, &remote, ANY_NETNS) ? PASS : drop(&owner);
 }
 
-/* Where a socket's packets of that family go, by the socket: what stands in the packet may be what the host's own NAT made
- * of it. A datagram socket that is not connected goes where its sends name, which the sendmsg hook has judged. */
-static __always_inline void far_end(struct asked *far, struct bpf_sock *sk, u8 family, u8 protocol)
+/* Where a socket's packets of that family go, read from the socket: the host's own NAT may have changed the address in
+ * the packet. A datagram socket that is not connected sends to what its sends name, which the sendmsg hook judged. */
+static __always_inline void read_remote(struct request *remote, struct bpf_sock *sk, u8 family, u8 protocol)
 {
 	u32 ip4 = sk->dst_ip4, port = sk->dst_port;
 	u32 ip[4] = { sk->dst_ip6[0], sk->dst_ip6[1], sk->dst_ip6[2], sk->dst_ip6[3] };
 
 	asm volatile("" : "+r"(port), "+r"(ip4), "+r"(ip[0]), "+r"(ip[1]), "+r"(ip[2]), "+r"(ip[3]));
-	__builtin_memset(far, 0, sizeof(*far));
-	far->port = bpf_ntohs((u16)port);
-	far->family = family;
-	far->protocol = protocol;
+	__builtin_memset(remote, 0, sizeof(*remote));
+	remote->port = bpf_ntohs((u16)port);
+	remote->family = family;
+	remote->protocol = protocol;
 	if (family == GRAFT_IPV4)
-		__builtin_memcpy(far->addr, &ip4, 4);
+		__builtin_memcpy(remote->addr, &ip4, 4);
 	else
-		__builtin_memcpy(far->addr, ip, 16);
+		__builtin_memcpy(remote->addr, ip, 16);
 }
 
 #ifdef GRAFT_UDP_PENDING
-/* Where a datagram goes that one send began and another one ends (MSG_MORE, UDP_CORK): only the first meets the sendmsg
- * hook, and the rule of then may be gone. The kernel keeps the flow until the datagram has left. 0: none is begun. */
-static __always_inline int far_end_of_begun(struct __sk_buff *skb, struct asked *far, u8 family)
+/* Where a pending datagram goes, which one send began and another one completes (MSG_MORE, UDP_CORK): the kernel calls
+ * the sendmsg hook for the first only, and the rule may have been removed since. The kernel keeps the flow until the
+ * datagram is sent. 0: none is pending. */
+static __always_inline int read_pending_remote(struct __sk_buff *skb, struct request *remote, u8 family)
 {
-	void *sk = follow((void *)skb + GRAFT_SKB_SK), *flow = sk + GRAFT_CORK_FLOW;
+	void *sk = read_pointer((void *)skb + GRAFT_SKB_SK), *flow = sk + GRAFT_CORK_FLOW;
 	u32 pending = 0;
 	u16 port = 0;
 
 	if (!sk || bpf_probe_read_kernel(&pending, sizeof(pending), sk + GRAFT_UDP_PENDING) || !pending)
 		return 0;
-	__builtin_memset(far, 0, sizeof(*far));
-	far->family = family;
-	far->protocol = IPPROTO_UDP;
+	__builtin_memset(remote, 0, sizeof(*remote));
+	remote->family = family;
+	remote->protocol = IPPROTO_UDP;
 	if (family == GRAFT_IPV4) {
-		bpf_probe_read_kernel(far->addr, 4, flow + GRAFT_FLOW4_DADDR);
+		bpf_probe_read_kernel(remote->addr, 4, flow + GRAFT_FLOW4_DADDR);
 		bpf_probe_read_kernel(&port, sizeof(port), flow + GRAFT_FLOW4_PORTS);
 	} else {
-		bpf_probe_read_kernel(far->addr, 16, flow + GRAFT_FLOW6_DADDR);
+		bpf_probe_read_kernel(remote->addr, 16, flow + GRAFT_FLOW6_DADDR);
 		bpf_probe_read_kernel(&port, sizeof(port), flow + GRAFT_FLOW6_PORTS);
 	}
-	far->port = bpf_ntohs(port);
+	remote->port = bpf_ntohs(port);
 	return 1;
 }
 
 #else
-static __always_inline int far_end_of_begun(struct __sk_buff *skb, struct asked *far, u8 family)
+static __always_inline int read_pending_remote(struct __sk_buff *skb, struct request *remote, u8 family)
 {
 	return 0;
 }
 #endif
 
-/* Whether the host itself has wrapped the packet (IPsec): ESP, AH, IPComp. No option of a program's does that. */
-static __always_inline int is_wrapped(u8 protocol)
+/* Whether the host has applied IPsec to the packet (ESP, AH, IPComp). No option that a program can set does that. */
+static __always_inline int is_ipsec(u8 protocol)
 {
 	return protocol == 50 || protocol == 51 || protocol == 108;
 }
 
-/* Whether a datagram, or the first packet of a connection, may go where it goes. The connect hook judged a connection
- * when it was asked for; it may begin later (TCP_FASTOPEN_CONNECT), elsewhere (an IPv6 socket that the kernel takes for
- * the IPv4 one that it was once), or at an address that the far end named (a further subflow of MPTCP). */
+/* Whether a datagram, or the first packet of a connection, may go to its destination. The connect hook judged a
+ * connection when it was requested; it may start later (TCP_FASTOPEN_CONNECT), to another address (an IPv6 socket that
+ * the kernel still treats as IPv4), or to an address that the remote end announced (another subflow of MPTCP). */
 static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner, u8 family,
 				     u8 protocol)
 {
 	u64 netns = netns_of(skb);
-	struct asked far;
+	struct request remote;
 
-	if (has_lost(sk, owner->tag, is_bound(sk, owner->tag, owner->container, netns)))
+	if (has_lost_endpoint(sk, owner->tag, is_bound(sk, owner->tag, owner->container, netns)))
 		return 0;
-	if (protocol != IPPROTO_UDP || !far_end_of_begun(skb, &far, family))
-		far_end(&far, sk, family, protocol);
-	if (is_diverted(sk) && !is_link_local(&far))
+	if (protocol != IPPROTO_UDP || !read_pending_remote(skb, &remote, family))
+		read_remote(&remote, sk, family, protocol);
+	if (is_diverted(sk) && !is_link_local(&remote))
 		return 0;
-	if (protocol == IPPROTO_UDP && !far.port)
+	if (protocol == IPPROTO_UDP && !remote.port)
 		return 1;
-	return may_speak_with(owner->container, &far, netns);
+	return may_exchange_with(owner->container, &remote, netns);
 }
 
 int graft_skb_egress(struct __sk_buff *skb)
@@ -289,7 +291,7 @@ int graft_skb_egress(struct __sk_buff *skb)
 	struct bpf_sock *sk = skb->sk;
 	u32 type, protocol, state;
 	struct owner owner;
-	int tcp, six;
+	int tcp, ipv6;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
 	if (!sk)
@@ -299,26 +301,26 @@ int graft_skb_egress(struct __sk_buff *skb)
 	state = sk->state;
 	tcp = is_tcp(type, protocol);
 	if (bpf_skb_load_bytes(skb, 0, head, sizeof(head)))
-		return tcp ? REFUSE : PASS; /* no header of IP's: a raw socket's affair */
-	six = head[0] >> 4 == 6;
-	if (tcp && state != BPF_TCP_SYN_SENT && (head[0] == GRAFT_IPV4_PLAIN || (six && head[6] == IPPROTO_TCP)))
+		return tcp ? REFUSE : PASS; /* no IP header: from a raw socket */
+	ipv6 = head[0] >> 4 == 6;
+	if (tcp && state != BPF_TCP_SYN_SENT && (head[0] == GRAFT_IPV4_PLAIN || (ipv6 && head[6] == IPPROTO_TCP)))
 		return PASS;
 	if (!is_host_homed(skb, sk, &owner))
 		return PASS;
-	if (owner.container && owner.container->transport == GRAFT_TRANSPORT_DIRECT && !denies(owner.container))
+	if (owner.container && owner.container->transport == GRAFT_TRANSPORT_DIRECT && !denies_anything(owner.container))
 		return PASS;
 	if (!has_rules(type, protocol))
 		return owner.container && owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
-	/* Options, or extension headers. Before a segment that is longer than its length field can say the kernel itself
-	 * puts one (BIG TCP). */
-	if (six ? head[6] != (tcp ? IPPROTO_TCP : IPPROTO_UDP) && !is_wrapped(head[6]) &&
+	/* Options, or extension headers. The kernel itself adds one to a segment that is longer than the length field
+	 * can express (BIG TCP). */
+	if (ipv6 ? head[6] != (tcp ? IPPROTO_TCP : IPPROTO_UDP) && !is_ipsec(head[6]) &&
 			  !(tcp && head[6] == IPPROTO_HOPOPTS && skb->len > GRAFT_JUMBO) :
 		  head[0] != GRAFT_IPV4_PLAIN)
 		return drop(&owner);
 	if (tcp && state != BPF_TCP_SYN_SENT)
 		return PASS;
 	if (!owner.container ||
-	    !may_leave(skb, sk, &owner, six ? GRAFT_IPV6 : GRAFT_IPV4, tcp ? IPPROTO_TCP : IPPROTO_UDP))
+	    !may_leave(skb, sk, &owner, ipv6 ? GRAFT_IPV6 : GRAFT_IPV4, tcp ? IPPROTO_TCP : IPPROTO_UDP))
 		return drop(&owner);
 	return PASS;
 }

@@ -3,24 +3,24 @@
  *
  * Theory of operation
  *
- *   A relayed connection is two sockets of Graft's own and two flows, one each way. graftd accepts, dials
- *   and decides as for splice(2) (graft/splice); a flow that it finds worth it, it hands over:
+ *   A relayed connection is two sockets of Graft's own and two flows, one in each direction. graftd accepts,
+ *   connects and decides as for splice(2) (graft/splice); it hands a busy flow to the kernel:
  *
- *      flow_targets   cookie of the source -> the target. No program: to be listed changes nothing.
- *      flow_sources   cookie of the source -> the source. Its program, below, now gets what arrives.
+ *      flow_targets   cookie of the source -> the target. No program: listing a socket here changes nothing.
+ *      flow_sources   cookie of the source -> the source. Its program, below, gets what arrives from now on.
  *
- *   Targets first, so that no byte ever meets the program without a way to go: what arrived before waits in
- *   the source's own queue, unread, and graftd has the kernel look at it once more when both are listed.
+ *   Targets first, so that the program always finds a target: what arrived before waits in
+ *   the source's own queue, unread, and graftd makes the kernel process it again when both are listed.
  *   Only Graft's sockets are listed, never a program's: one that is blocked in recv() would not wake.
  *
- *   What the program sends on is taken from the source at once and queued, without limit and without telling
- *   the sender to stop, until the target's buffer has room. So it is counted here: a target that is behind
+ *   What the program redirects is taken from the source at once and queued, without limit and without stopping
+ *   the sender, until the target's buffer has room. So it is counted here: a target that is behind
  *   by GRAFT_MAX_BEHIND bytes gets no more from the kernel. From then on bytes are left with the source, whose
- *   window closes; graftd is told (`flow_events`), waits until the queue is out, carries over by hand what was
- *   left, and says in `flow_taken` how much that was. When that is all of it, and not before, the kernel
- *   goes on: the order of bytes depends on nothing but these counts, which change under the source's lock.
+ *   window closes; an event wakes graftd (`flow_events`), which waits until the queue is empty, relays what was
+ *   left, and writes to `flow_taken` how much that was. When that is all of it, and not before, the kernel
+ *   continues: the order of bytes depends only on these counts, which change under the source's lock.
  *
- *   Loaded on its own (graft/loader.py): a kernel that does not take it has the other transports all the same.
+ *   Loaded on its own (graft/datapath/loader.py): a kernel that refuses it still has the other transports.
  */
 #include <linux/types.h>
 #include "graft.h"
@@ -42,8 +42,8 @@ BPF_F_TABLE("hash", u64, struct flow, flows, GRAFT_MAX_FLOWS, BPF_F_NO_PREALLOC)
 BPF_F_TABLE("hash", u64, u64, flow_taken, GRAFT_MAX_FLOWS, BPF_F_NO_PREALLOC);
 BPF_RINGBUF_OUTPUT(flow_events, GRAFT_FLOW_EVENT_PAGES);
 
-/* Leave bytes with the source. The first ones since graftd had taken all are the ones to tell of. */
-static inline int leave(u64 key, struct flow *flow, u64 taken, u32 len)
+/* Leave bytes with the source. The first ones after graftd had taken all need an event. */
+static inline int leave_with_source(u64 key, struct flow *flow, u64 taken, u32 len)
 {
 	if (flow->left == taken)
 		flow_events.ringbuf_output(&key, sizeof(key), 0);
@@ -57,24 +57,24 @@ int graft_flow(struct __sk_buff *skb)
 	u32 len = skb->len, written = 0;
 	struct flow *flow;
 	struct bpf_sock *target;
-	u64 taken = 0, *told;
+	u64 taken = 0, *recorded;
 	void *tcp;
 
-	/* The end of a stream without data. Sent on, it would count as an error of the target's; the end
-	 * itself is graftd's to hand on, when all that came before it is written. */
+	/* The end of a stream without data. Redirected, it would count as an error of the target's; graftd
+	 * shuts the target down, when all that came before the end is written. */
 	if (!len)
 		return SK_DROP;
 	flow = flows.lookup(&key);
 	if (!flow)
-		return SK_DROP; /* given up by graftd: this connection is being closed */
+		return SK_DROP; /* removed by graftd: this connection is being closed */
 	if (flow->left) {
-		told = flow_taken.lookup(&key);
-		if (told)
-			taken = *told;
+		recorded = flow_taken.lookup(&key);
+		if (recorded)
+			taken = *recorded;
 	}
 	target = flow_targets.lookup(&key);
 	if (!target)
-		return leave(key, flow, taken, len); /* to redirect to nobody would be to drop */
+		return leave_with_source(key, flow, taken, len); /* a redirect without a target would drop it */
 	tcp = bpf_skc_to_tcp_sock(target);
 	if (tcp)
 		bpf_probe_read_kernel(&written, sizeof(written), tcp + GRAFT_TCP_WRITE_SEQ);
@@ -85,8 +85,8 @@ int graft_flow(struct __sk_buff *skb)
 	}
 	if (flow->left != taken ||
 	    (s32)((u32)(flow->moved + taken) - (written - flow->first)) > GRAFT_MAX_BEHIND)
-		return leave(key, flow, taken, len);
+		return leave_with_source(key, flow, taken, len);
 	flow->moved += len;
-	/* To the target's sending side (no BPF_F_INGRESS): the other is slower by two orders of magnitude. */
+	/* To the target's send queue (no BPF_F_INGRESS): its receive queue is slower by two orders of magnitude. */
 	return flow_targets.sk_redirect_hash(skb, &key, 0);
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* The rules: one lookup or two for a decision, whatever their number. */
+/* The rules: one or two lookups for a decision, whatever their number. */
 
 static __always_inline u8 protocol_bit(u8 protocol)
 {
 	return protocol == IPPROTO_TCP ? GRAFT_TCP : protocol == IPPROTO_UDP ? GRAFT_UDP : 0;
 }
 
-/* Whether this is a socket of a direct container's that no rule can speak of, and the policy leaves such alone. */
-static __always_inline int is_left_alone(struct container *container, u8 protocol)
+/* Whether this is a socket of a direct container whose protocol no rule can name, and the policy permits such. */
+static __always_inline int is_exempt(struct container *container, u8 protocol)
 {
 	return container->transport == GRAFT_TRANSPORT_DIRECT && container->flags & GRAFT_CONTAINER_OTHERS &&
 	       !protocol_bit(protocol);
@@ -15,18 +15,18 @@ static __always_inline int is_left_alone(struct container *container, u8 protoco
 
 /* The id of the endpoint that a bind becomes, 0 where no rule names the address. The exact address
  * first, then "any". */
-static __always_inline u32 ingress_rule(struct container *container, struct asked *asked)
+static __always_inline u32 ingress_rule(struct container *container, struct request *request)
 {
 	struct ingress_key key = {
 		.prefixlen = GRAFT_INGRESS_FIXED_BITS + 16,
 		.ruleset = container->ruleset,
-		.protocol = asked->protocol,
-		.family = asked->family,
-		.port_be = bpf_htons(asked->port),
+		.protocol = request->protocol,
+		.family = request->family,
+		.port_be = bpf_htons(request->port),
 	};
 	struct ingress_value *found;
 
-	__builtin_memcpy(key.addr, asked->addr, 16);
+	__builtin_memcpy(key.addr, request->addr, 16);
 	found = ingress.lookup(&key);
 	if (!found) {
 		__builtin_memset(key.addr, 0, 16);
@@ -36,37 +36,37 @@ static __always_inline u32 ingress_rule(struct container *container, struct aske
 	return found ? found->endpoint : 0;
 }
 
-/* Towards no address at all the kernel goes to loopback, or, from a socket that has an address, to that one
- * (tcp_v6_connect, ip_route_output_key_hash). Judged as loopback, and on the host's stack made so: what is
- * decided here and where the kernel goes must be one address. */
-static __always_inline void name_loopback(struct asked *asked, int host)
+/* For the unspecified address the kernel connects to loopback, or, from a socket that has an address, to that one
+ * (tcp_v6_connect, ip_route_output_key_hash). It is judged as loopback, and on the host's stack rewritten to it: the
+ * address that is judged and the one that the kernel connects to must be the same. */
+static __always_inline void substitute_loopback(struct request *request, int host)
 {
 	u64 word[2];
 
-	__builtin_memcpy(word, asked->addr, 16);
+	__builtin_memcpy(word, request->addr, 16);
 	if (word[0] | word[1])
 		return;
-	if (asked->family == GRAFT_IPV4) {
-		asked->addr[0] = 127;
-		asked->addr[3] = 1;
+	if (request->family == GRAFT_IPV4) {
+		request->addr[0] = 127;
+		request->addr[3] = 1;
 	} else {
-		asked->addr[15] = 1;
+		request->addr[15] = 1;
 	}
-	asked->named = host;
+	request->to_loopback = host;
 }
 
-static __always_inline u32 egress_rule(struct container *container, struct asked *asked, u32 *endpoint)
+static __always_inline u32 egress_rule(struct container *container, struct request *request, u32 *endpoint)
 {
 	struct egress_key key = {
-		.prefixlen = GRAFT_EGRESS_FIXED_BITS + (asked->family == GRAFT_IPV4 ? 32 : 128),
+		.prefixlen = GRAFT_EGRESS_FIXED_BITS + (request->family == GRAFT_IPV4 ? 32 : 128),
 		.ruleset = container->ruleset,
-		.protocol = asked->protocol,
-		.family = asked->family,
+		.protocol = request->protocol,
+		.family = request->family,
 	};
 	struct egress_value *node;
 	struct egress_port_value *found;
 
-	__builtin_memcpy(key.addr, asked->addr, 16);
+	__builtin_memcpy(key.addr, request->addr, 16);
 	node = egress.lookup(&key);
 	if (!node)
 		return GRAFT_VERDICT_NONE;
@@ -75,7 +75,7 @@ static __always_inline u32 egress_rule(struct container *container, struct asked
 		.prefixlen = GRAFT_EGRESS_PORT_FIXED_BITS + 16,
 		.ruleset = container->ruleset,
 		.node = node->node,
-		.port_be = bpf_htons(asked->port),
+		.port_be = bpf_htons(request->port),
 	};
 	found = egress_ports.lookup(&port);
 	if (!found)
@@ -85,12 +85,12 @@ static __always_inline u32 egress_rule(struct container *container, struct asked
 }
 
 /* The endpoint, if this socket may use it: of its protocol, and in the namespace where the socket is.
- * A socket that was made for one namespace must not follow an endpoint that moved to another. */
-static __always_inline struct endpoint *endpoint_for(struct bpf_sock_addr *ctx, struct asked *asked, u32 id)
+ * A socket that was made in one namespace must not follow an endpoint that moved to another. */
+static __always_inline struct endpoint *endpoint_for(struct bpf_sock_addr *ctx, struct request *request, u32 id)
 {
 	struct endpoint *endpoint = endpoints.lookup(&id);
 
-	if (!endpoint || !(endpoint->protocols & protocol_bit(asked->protocol)))
+	if (!endpoint || !(endpoint->protocols & protocol_bit(request->protocol)))
 		return 0;
 	if (endpoint->netns != bpf_get_netns_cookie(ctx))
 		return 0;

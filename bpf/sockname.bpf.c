@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* getsockname: addresses as the program knows them. */
+/* getsockname: addresses as the program requested them. */
 
-/* Whether the socket's own address is its endpoint's: a listener, or a socket bound and not connected.
- * An accepted connection has the address that its client reached, which the program may see. */
-static __always_inline int shows_endpoint(struct tag *tag, u8 *addr, u8 family)
+/* Whether the socket's local address is its endpoint's: a listener, or a socket bound and not connected.
+ * An accepted connection has the address that its client connected to, which the program may see. */
+static __always_inline int is_endpoint_address(struct tag *tag, u8 *addr, u8 family)
 {
 	struct endpoint *endpoint = endpoints.lookup(&tag->endpoint);
 	int i;
@@ -16,13 +16,13 @@ static __always_inline int shows_endpoint(struct tag *tag, u8 *addr, u8 family)
 	return 1;
 }
 
-/* Whether it has the port that its bind to the endpoint got, itself or by the listener that accepted it. */
-static __always_inline int has_given_port(struct tag *tag, struct asked *actual)
+/* Whether it has the port of its own bind to the endpoint, or of the listener that accepted it. */
+static __always_inline int has_bound_port(struct tag *tag, struct request *local)
 {
-	return tag->endpoint && tag->given && tag->given == actual->port;
+	return tag->endpoint && tag->bound_port && tag->bound_port == local->port;
 }
 
-static __always_inline int unconnected(struct bpf_sock_addr *ctx)
+static __always_inline int is_unconnected(struct bpf_sock_addr *ctx)
 {
 	return ctx->sk->state == BPF_TCP_LISTEN || ctx->sk->state == BPF_TCP_CLOSE;
 }
@@ -30,19 +30,19 @@ static __always_inline int unconnected(struct bpf_sock_addr *ctx)
 int graft_getsockname4(struct bpf_sock_addr *ctx)
 {
 	struct tag *tag = tags.sk_storage_get(ctx->sk, 0, 0);
-	struct asked actual;
+	struct request local;
 	u32 ip;
 
 	if (serve_desk(ctx, GRAFT_IPV4) || !tag)
 		return PASS;
-	asked4(ctx, &actual);
-	if (!has_given_port(tag, &actual))
+	read_request4(ctx, &local);
+	if (!has_bound_port(tag, &local))
 		return PASS;
 	ctx->user_port = bpf_htons(tag->port);
-	if (tag->family == GRAFT_IPV4 && shows_endpoint(tag, actual.addr, GRAFT_IPV4)) {
+	if (tag->family == GRAFT_IPV4 && is_endpoint_address(tag, local.addr, GRAFT_IPV4)) {
 		__builtin_memcpy(&ip, tag->addr, 4);
-		/* A wildcard that was asked for stands for whatever address a client reached. */
-		if (ip || unconnected(ctx))
+		/* For a requested wildcard an accepted connection shows the address that its client connected to. */
+		if (ip || is_unconnected(ctx))
 			ctx->user_ip4 = ip;
 	}
 	return PASS;
@@ -51,17 +51,17 @@ int graft_getsockname4(struct bpf_sock_addr *ctx)
 int graft_getsockname6(struct bpf_sock_addr *ctx)
 {
 	struct tag *tag = tags.sk_storage_get(ctx->sk, 0, 0);
-	struct asked actual;
+	struct request local;
 	u32 ip[4] = {};
 	int wildcard;
 
 	if (serve_desk(ctx, GRAFT_IPV6) || !tag)
 		return PASS;
-	asked6(ctx, &actual);
-	if (!has_given_port(tag, &actual))
+	read_request6(ctx, &local);
+	if (!has_bound_port(tag, &local))
 		return PASS;
 	ctx->user_port = bpf_htons(tag->port);
-	if (!shows_endpoint(tag, actual.addr, actual.family))
+	if (!is_endpoint_address(tag, local.addr, local.family))
 		return PASS;
 	if (tag->family == GRAFT_IPV4) {
 		ip[2] = bpf_htonl(0xffff);
@@ -71,7 +71,7 @@ int graft_getsockname6(struct bpf_sock_addr *ctx)
 		__builtin_memcpy(ip, tag->addr, 16);
 		wildcard = !(ip[0] | ip[1] | ip[2] | ip[3]);
 	}
-	if (wildcard && !unconnected(ctx))
+	if (wildcard && !is_unconnected(ctx))
 		return PASS;
 	ctx->user_ip6[0] = ip[0];
 	ctx->user_ip6[1] = ip[1];

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* The splice transport: what the two ends of a relayed connection are told of each other.
+/* The splice transport: the addresses that the two ends of a relayed connection see of each other.
  *
  * Theory of operation
  *
- *   A relay (graft/splice) joins two connections: one with the world, on the host's stack, one with a
- *   program of the container, inside its namespace. The second is what these programs see, from both ends.
+ *   A relay (graft/splice) joins two connections: an external one, on the host's stack, and one with a
+ *   program of the container, inside its namespace. These programs see the second, from both ends.
  *
- *      in    relay: the client is stored with the socket that dials (DIALS)
- *               connect -> `arrivals` -> the container's accepted socket (CAME); getpeername shows it
- *      out   connect hook (connect.bpf.c): the destination is stored with the program's socket (TURNED)
- *               connect -> `arrivals` -> the relay's accepted socket (CARRIED), which the relay reads
+ *      in    relay: the client is stored with the connecting socket (DIALING)
+ *               connect -> `arrivals` -> the container's accepted socket (ACCEPTED); getpeername shows it
+ *      out   connect hook (connect.bpf.c): the destination is stored with the program's socket (REDIRECTED)
+ *               connect -> `arrivals` -> the relay's accepted socket (RELAYED), which the relay reads
  *
- *   Both ways are one: the connecting side's socket leaves what it has under its own address and port just
- *   before its first packet goes out, and the accepting side's takes it from there when it is established,
- *   which is before accept() can return it. A socket that nobody accepts takes its entry along when it
- *   closes. What came by another way finds nothing, and keeps its own peer.
+ *   Both directions work alike: the connecting side's socket stores its crossing under its own address and port
+ *   just before its first packet is sent, and the accepting side's takes it when it is established,
+ *   which is before accept() can return it. A connecting socket that is never accepted removes its entry when it
+ *   closes. A socket of any other connection finds no entry, and keeps its own peer.
  *
- *   This text is compiled together with the others, and attached only to the relays' cgroup and to
+ *   This file is compiled together with the others, and attached only to the relays' cgroup and to
  *   containers of this transport.
  */
 
-/* An address and port of a connection as `arrivals` has it: IPv4-mapped ones are IPv4 here too. */
-static __always_inline void arrival_of(struct bpf_sock_ops *ctx, int local, struct arrival *key)
+/* The local or remote address and port of a connection, as a key of `arrivals`: IPv4-mapped ones are IPv4. */
+static __always_inline void read_arrival_key(struct bpf_sock_ops *ctx, int local, struct arrival *key)
 {
 	u32 ip[4];
 
@@ -46,41 +46,41 @@ static __always_inline void arrival_of(struct bpf_sock_ops *ctx, int local, stru
 	key->family = GRAFT_IPV6;
 }
 
-/* What the connecting side's socket has to say, NULL for a connection that is no relay's. */
-static __always_inline struct crossing *outgoing(struct bpf_sock *sk)
+/* The crossing of a connecting socket; NULL for a connection without a relay. */
+static __always_inline struct crossing *outgoing_crossing(struct bpf_sock *sk)
 {
 	struct crossing *crossing = crossings.sk_storage_get(sk, 0, 0);
 
 	if (!crossing)
 		return 0;
-	return crossing->role == GRAFT_CROSSING_DIALS || crossing->role == GRAFT_CROSSING_TURNED ? crossing : 0;
+	return crossing->role == GRAFT_CROSSING_DIALING || crossing->role == GRAFT_CROSSING_REDIRECTED ? crossing : 0;
 }
 
-static __always_inline void depart(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+static __always_inline void record_arrival(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
-	struct crossing *crossing = outgoing(sk);
+	struct crossing *crossing = outgoing_crossing(sk);
 	struct arrival key;
 
 	if (!crossing)
 		return;
-	arrival_of(ctx, 1, &key);
+	read_arrival_key(ctx, 1, &key);
 	arrivals.update(&key, crossing);
 	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
-static __always_inline void arrive(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+static __always_inline void take_arrival(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
-	struct crossing *found, *mine;
+	struct crossing *found, *own;
 	struct arrival key;
 
-	arrival_of(ctx, 0, &key);
+	read_arrival_key(ctx, 0, &key);
 	found = arrivals.lookup(&key);
 	if (!found)
 		return;
-	mine = crossings.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (mine) {
-		*mine = *found;
-		mine->role = found->role == GRAFT_CROSSING_DIALS ? GRAFT_CROSSING_CAME : GRAFT_CROSSING_CARRIED;
+	own = crossings.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (own) {
+		*own = *found;
+		own->role = found->role == GRAFT_CROSSING_DIALING ? GRAFT_CROSSING_ACCEPTED : GRAFT_CROSSING_RELAYED;
 	}
 	arrivals.delete(&key);
 }
@@ -93,24 +93,24 @@ int graft_splice(struct bpf_sock_ops *ctx)
 	if (!sk)
 		return 1;
 	if (ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
-		depart(ctx, sk);
+		record_arrival(ctx, sk);
 	} else if (ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
-		arrive(ctx, sk);
-	} else if (ctx->op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] == BPF_TCP_CLOSE && outgoing(sk)) {
-		arrival_of(ctx, 1, &key);
+		take_arrival(ctx, sk);
+	} else if (ctx->op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] == BPF_TCP_CLOSE && outgoing_crossing(sk)) {
+		read_arrival_key(ctx, 1, &key);
 		arrivals.delete(&key);
 	}
 	return 1;
 }
 
-/* What getpeername() and accept() tell a program of the container. */
+/* What getpeername() and accept() show a program of the container. */
 static __always_inline struct crossing *shown_peer(struct bpf_sock_addr *ctx)
 {
 	struct crossing *crossing = crossings.sk_storage_get(ctx->sk, 0, 0);
 
 	if (!crossing)
 		return 0;
-	return crossing->role == GRAFT_CROSSING_CAME || crossing->role == GRAFT_CROSSING_TURNED ? crossing : 0;
+	return crossing->role == GRAFT_CROSSING_ACCEPTED || crossing->role == GRAFT_CROSSING_REDIRECTED ? crossing : 0;
 }
 
 int graft_getpeername4(struct bpf_sock_addr *ctx)

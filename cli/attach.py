@@ -1,4 +1,4 @@
-"""`graft attach`, `graft detach`: containers that run already."""
+"""`graft attach`, `graft detach`: containers that are already running."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graft import lifecycle
 from graft.errors import UnfinishedError, UsageError
-from graft.layout import Transport
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.state.installation import Installation
 
 from .options import Egress, Ingress, PolicyFile
 from .output import command, say
 
 if TYPE_CHECKING:
-    from graft.attach import Attached, Detached
+    from graft.commands.attach import Attached
+    from graft.commands.detach import Detached
 
 Which = Annotated[
     str,
     typer.Option(
         "--cgroup",
         metavar="CONTAINER",
-        help="A cgroup v2 path, a container of docker or podman, or a systemd unit; docker:X and the like choose.",
+        help="A cgroup v2 path, a docker or podman container, or a systemd unit (docker:X, unit:X, ... if ambiguous).",
         show_default=False,
     ),
 ]
@@ -34,125 +36,121 @@ def register(app: typer.Typer) -> None:
     app.command()(detach)
 
 
-def _transport(text: str) -> Transport | None:
-    if text == "auto":
-        return None
-    try:
-        return Transport[text.upper()]
-    except KeyError:
-        raise UsageError(f"--transport: {text!r} is no transport", "auto, direct, swap or splice") from None
-
-
 @command
 def attach(
     which: Which,
     policy: PolicyFile = None,
     ingress: Ingress = None,
     egress: Egress = None,
-    transport: Annotated[str, typer.Option("--transport", help="auto, direct, swap or splice.")] = "auto",
+    transport: Annotated[
+        str, typer.Option("--transport", help="The transport: auto, direct, swap or splice.")
+    ] = "auto",
     relay: Annotated[
         str | None,
-        typer.Option("--relay", help="How transport splice moves bytes: splice, or kernel.", show_default="splice"),
+        typer.Option("--relay", help="How transport splice moves bytes: splice or kernel.", show_default="splice"),
     ] = None,
 ) -> None:
     """Put a running container under a policy, or replace the policy that it has."""
-    from graft import attach as attaching
-    from graft import splice
-    from graft.sources import policy_of
+    from graft.commands.attach import attach as attach_container
+    from graft.commands.policy_source import policy_of
+    from graft.splice import client as splice
 
-    wanted = _transport(transport)
+    wanted = None if transport == "auto" else Transport.parse(transport, "--transport")
     if relay not in (None, *splice.RELAYS):
-        raise UsageError(f"--relay: {relay!r} is no relay", "splice or kernel")
-    lifecycle.require_root()
+        raise UsageError(f"--relay: {relay!r} is not a relay", "splice or kernel")
+    require_root()
     settings = Settings.from_environment()
     rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [])
-    done = attaching.attach(settings, which, rules, wanted, relay)
-    say(*_told(done))
+    done = attach_container(Installation.open(settings), which, rules, wanted, relay)
+    say(*_attached_lines(done))
     if done.choice.transport is Transport.SPLICE:
-        say(*_relayed(splice.describe(settings, done.container)))
+        say(*_relay_lines(splice.describe(settings, done.container)))
 
 
-def _told(done: Attached) -> list[str]:
+def _attached_lines(done: Attached) -> list[str]:
     target, choice = done.target, done.choice
     lines = [f"{done.container.name}: {target.engine}, {target.cgroup}"]
-    for inode, count in sorted(done.facts.namespaces.items()):
-        whose = "the host's network namespace" if inode == done.facts.host else "a network namespace of its own,"
-        lines.append(f"  {count} process{'' if count == 1 else 'es'} in {whose} net:[{inode}]")
-    if not done.facts.namespaces:
+    for inode, count in sorted(done.observed.namespaces.items()):
+        whose = "the host's network namespace" if inode == done.observed.host else "a network namespace of its own,"
+        lines.append(f"  {_count(count, 'process', 'processes')} in {whose} net:[{inode}]")
+    if not done.observed.namespaces:
         lines.append("  no process yet")
-    lines.append(f"  transport {choice.transport.name.lower()}: {choice.why}")
+    lines.append(f"  transport {choice.transport}: {choice.why}")
     if choice.why_not_better:
-        lines.append(f"  no better one: {choice.why_not_better}")
-    if done.facts.outside and choice.transport is Transport.DIRECT:
-        lines.append(f"  {done.facts.outside} of them are in namespaces of their own, where nothing is granted")
-    lines.append(f"  policy {done.container.policy}" + (": in the place of the old one" if done.replaced else ""))
+        lines.append(f"  no better transport: {choice.why_not_better}")
+    if done.observed.outside and choice.transport is Transport.DIRECT:
+        lines.append(f"  {done.observed.outside} of them are in namespaces of their own, where nothing is granted")
+    lines.append(f"  policy {done.container.policy}" + (", which replaces the old one" if done.replaced else ""))
     lines += [
-        f"  {field} has no effect: it is for UDP, and transport {choice.transport.name.lower()} carries TCP"
+        f"  {field} has no effect: it is for UDP, and transport {choice.transport} supports only TCP"
         for field in done.without_effect
     ]
     if done.existing is None:
-        lines.append("  the kernel does not answer which sockets it had before: they may hear nobody any more")
+        lines.append(
+            "  cannot list the sockets that it had before: the kernel does not answer; they may receive nothing"
+        )
     elif done.existing:
-        lines.append("  sockets that were there before; their addresses and connections stay as they are:")
-        lines += [f"    {held}" for held in done.existing]
+        lines.append("  existing sockets, which keep their addresses and connections:")
+        lines += [f"    {sock}" for sock in done.existing]
     return lines
 
 
-def _relayed(about: dict[str, Any]) -> list[str]:
-    lines = [f"  relay {about['relay']}, by graftd ({about['pid']})"]
-    lines += [f"  {one['address']} leads to its listener {one['listener']}" for one in about["published"]]
-    lines += [f"  its listener {one['listener']} has no endpoint: {one['error']}" for one in about["failed"]]
-    lines += [f"  its listener {one} is named by no rule" for one in about["not_granted"]]
-    if about["more_not_granted"]:
-        lines.append(f"  and {about['more_not_granted']} others")
-    if about["too_many"]:
-        lines.append(f"  {about['too_many']} of these are named by a rule, but are too many for one container")
-    if not about["published"] and not about["failed"]:
-        lines.append("  nothing that a rule names is listened on yet: an endpoint refuses until it is")
+def _relay_lines(relay: dict[str, Any]) -> list[str]:
+    lines = [f"  relay {relay['relay']}, by graftd ({relay['pid']})"]
+    lines += [f"  {one['address']} is relayed to its listener {one['listener']}" for one in relay["published"]]
+    lines += [f"  cannot publish its listener {one['listener']}: {one['error']}" for one in relay["failed"]]
+    lines += [f"  no rule for its listener {address}" for address in relay["not_granted"]]
+    if relay["more_not_granted"]:
+        lines.append(f"  and for {relay['more_not_granted']} more")
+    if relay["too_many"]:
+        lines.append(f"  {relay['too_many']} of these have a rule, but are too many for one container")
+    if not relay["published"] and not relay["failed"]:
+        lines.append("  no listener that a rule names yet: its endpoints refuse connections until there is one")
     return lines
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 @command
 def detach(
     which: Which,
     keep: Annotated[
-        bool, typer.Option("--keep-connections", help="Let connections through endpoints go on to their end.")
+        bool, typer.Option("--keep-connections", help="Do not close connections through endpoints.")
     ] = False,
 ) -> None:
-    """Take a container's policy away. What it was granted ends with it."""
-    from graft import attach as attaching
+    """Remove a container's policy, and close the sockets that it was granted."""
+    from graft.commands.detach import detach as detach_container
 
-    lifecycle.require_root()
-    done = attaching.detach(Settings.from_environment(), which, keep)
-    say(*_left(done))
-    _complain(done)
+    require_root()
+    done = detach_container(Installation.open(Settings.from_environment()), which, keep)
+    say(*_detached_lines(done))
+    _raise_if_unfinished(done)
 
 
-def _left(done: Detached) -> list[str]:
-    sockets, lines = done.sockets, [f"{done.container.name}: detached"]
+def _detached_lines(done: Detached) -> list[str]:
+    withdrawal, lines = done.withdrawal, [f"{done.container.name}: detached"]
     for heading, found in (
-        ("ended, because an endpoint was what let them be", sockets.ended),
-        ("not ended, though an endpoint was what let them be", sockets.unended),
-        ("still open on the host's stack", sockets.left),
+        ("closed, because they depended on an endpoint", withdrawal.closed),
+        ("not closed, though they depended on an endpoint", withdrawal.still_open),
+        ("still open on the host's stack", withdrawal.kept),
     ):
         if found:
             lines.append(f"  {heading}:")
-            lines += [f"    {held}" for held in found]
+            lines += [f"    {sock}" for sock in found]
     return lines
 
 
-def _complain(done: Detached) -> None:
-    """Raises UnfinishedError where something that should end has not."""
-    sockets = done.sockets
-    if not sockets.known:
+def _raise_if_unfinished(done: Detached) -> None:
+    """Raises UnfinishedError if a socket that must be closed is still open, or may be."""
+    withdrawal, name = done.withdrawal, done.container.name
+    if not withdrawal.all_listed:
         raise UnfinishedError(
-            f"the kernel does not answer which sockets {done.container.name} has: some may not have ended",
+            f"cannot list the sockets of {name}: the kernel does not answer; some may still be open",
             "end the container to be sure",
         )
-    if sockets.unended:
-        count = len(sockets.unended)
-        later = f"process {sockets.helper} goes on trying; " if sockets.helper else ""
-        raise UnfinishedError(
-            f"{count} socket{'' if count == 1 else 's'} of {done.container.name} could not be ended",
-            f"{later}end the container to be sure",
-        )
+    if withdrawal.still_open:
+        sockets = _count(len(withdrawal.still_open), "socket", "sockets")
+        helper = f"process {withdrawal.helper_pid} continues to try; " if withdrawal.helper_pid else ""
+        raise UnfinishedError(f"cannot close {sockets} of {name}", f"{helper}end the container to be sure")

@@ -1,11 +1,11 @@
-"""`graft daemon`: the process of the splice transport's relays."""
+"""`graft daemon`: runs graftd, the daemon of transport splice."""
 
 from __future__ import annotations
 
 import typer
 
-from graft import lifecycle
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.settings import Settings
 
 from .output import command
 
@@ -17,8 +17,11 @@ def register(app: typer.Typer) -> None:
 
 @command
 def daemon() -> None:
-    """Run the relays of containers that ran before Graft, in the foreground. `graft attach` starts one by itself."""
-    from graft import daemon as graftd
+    """Run graftd, which relays for attached containers (transport splice), in the foreground.
 
-    lifecycle.require_root()
+    `graft attach` starts one in the background if none is running.
+    """
+    from graft.splice import daemon as graftd
+
+    require_root()
     graftd.run(Settings.from_environment())

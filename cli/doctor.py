@@ -1,4 +1,4 @@
-"""`graft doctor`: what this machine has for Graft."""
+"""`graft doctor`: which kernel features this machine has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graft import lifecycle
+from graft.kernel.credentials import require_root
 
 from .options import Json
 from .output import command, listing, say, warn
@@ -18,18 +18,20 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="The verifier's log of each program that is refused.")]
+Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Print the verifier's log of each program that is not accepted.")
+]
 
 
 @command
 def doctor(verbose: Verbose = False, as_json: Json = False) -> None:
     """List kernel features and BPF programs, what each is for, and whether this machine has it.
 
-    Exit 6 if one is missing that Graft cannot do without.
+    The exit status is 6 if a necessary one is missing.
     """
-    from graft.doctor import features, kernel
+    from graft.commands.doctor import features, kernel
 
-    lifecycle.require_root()
+    require_root()
     found = features()
     rows = [
         ("yes" if one.present else "MISSING" if one.needed else "no", one.name, one.purpose, one.without)

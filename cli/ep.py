@@ -1,14 +1,18 @@
-"""`graft ep`: endpoints."""
+"""`graft ep`: adds, changes, deletes and lists endpoints."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import typer
 
-from graft import lifecycle, store
-from graft.endpoint import parse_endpoint
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.endpoint import Endpoint, parse_endpoint
+from graft.model.settings import Settings
+from graft.state.endpoints import EndpointChanges
+from graft.state.installation import Installation, Transaction
 
 from .options import Json
 from .output import command, listing
@@ -19,62 +23,60 @@ Name = Annotated[str, typer.Argument(help="The endpoint's name, up to 31 bytes."
 Spec = Annotated[
     str, typer.Argument(metavar="ADDR:PORT", help="IPv4 or [IPv6], port 1-65535 or dynamic.", show_default=False)
 ]
-Proto = Annotated[str, typer.Option("--proto", help="tcp, udp or any.")]
-Netns = Annotated[str | None, typer.Option("--netns", help="Namespace: a name, a pid or a path. Default: the host's.")]
-Open = Annotated[bool, typer.Option("--open", help="A container may ask for it by its environment.")]
-DualStack = Annotated[bool, typer.Option("--dual-stack", help="[::] has IPv4 clients too; else IPv6 ones only.")]
+Proto = Annotated[str, typer.Option("--proto", help="The protocol: tcp, udp or any.")]
+Netns = Annotated[
+    str | None, typer.Option("--netns", help="Its network namespace: a name, a pid or a path. Default: the host's.")
+]
+Open = Annotated[bool, typer.Option("--open", help="Let containers ask for it in their environment.")]
+DualStack = Annotated[bool, typer.Option("--dual-stack", help="At [::]: serve IPv4 clients too, not only IPv6.")]
 
 
-@app.command()
-@command
-def add(
-    name: Name,
-    spec: Spec,
-    proto: Proto = "any",
-    netns: Netns = None,
-    open_: Open = False,
-    dual_stack: DualStack = False,
-) -> None:
-    """Add an endpoint."""
-    endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack)
-    lifecycle.require_root()
-    store.add(Settings.from_environment(), endpoint)
+@contextlib.contextmanager
+def _change() -> Iterator[Transaction]:
+    require_root()
+    with Installation.open(Settings.from_environment()) as graft, graft.transaction() as change:
+        yield change
 
 
-@app.command("set")
-@command
-def set_(
-    name: Name,
-    spec: Spec,
-    proto: Proto = "any",
-    netns: Netns = None,
-    open_: Open = False,
-    dual_stack: DualStack = False,
-) -> None:
-    """Change an endpoint; the next bind or connect follows."""
-    endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack)
-    lifecycle.require_root()
-    store.change(Settings.from_environment(), endpoint)
+def _register(verb: str, summary: str, write: Callable[[EndpointChanges, Endpoint], object]) -> None:
+    """`graft ep add` and `graft ep set`: the same options, another method of EndpointChanges."""
+
+    @app.command(verb, help=summary)
+    @command
+    def write_endpoint(
+        name: Name,
+        spec: Spec,
+        proto: Proto = "any",
+        netns: Netns = None,
+        open_: Open = False,
+        dual_stack: DualStack = False,
+    ) -> None:
+        endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack)
+        with _change() as change:
+            write(change.endpoints, endpoint)
+
+
+_register("add", "Add an endpoint.", EndpointChanges.add)
+_register("set", "Change an endpoint, from the next bind or connect on.", EndpointChanges.change)
 
 
 @app.command("del")
 @command
 def del_(
-    name: Name, force: Annotated[bool, typer.Option("--force", help="Also if a container uses it.")] = False
+    name: Name, force: Annotated[bool, typer.Option("--force", help="Delete it even if a container uses it.")] = False
 ) -> None:
     """Delete an endpoint."""
-    lifecycle.require_root()
-    store.delete(Settings.from_environment(), name, force)
+    with _change() as change:
+        change.endpoints.delete(name, force)
 
 
 @app.command()
 @command
-def show(name: Annotated[str | None, typer.Argument(help="One endpoint only.")] = None, as_json: Json = False) -> None:
+def show(name: Annotated[str | None, typer.Argument(help="This endpoint only.")] = None, as_json: Json = False) -> None:
     """List the endpoints, or one of them."""
-    lifecycle.require_root()
-    settings = Settings.from_environment()
-    lifecycle.up(settings)
-    found = [store.find(settings, name)] if name else store.listing(settings)
+    require_root()
+    with Installation.open(Settings.from_environment()) as graft:
+        found = [graft.endpoints.find(name)] if name else graft.endpoints.listing()
     records = [
         {
             "name": stored.endpoint.name,

@@ -1,4 +1,4 @@
-"""The typer application: puts the groups of commands together."""
+"""The typer application, with all commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = typer.Typer(
     help="Sockets of a container, served by the host's network stack.",
 )
 app.add_typer(ep.app, name="ep", help="Endpoints: named addresses of the host's stack.")
-app.add_typer(policy.app, name="policy", help="Policies of containers.")
+app.add_typer(policy.app, name="policy", help="Policies: what a container may do on the host's stack.")
 run.register(app)
 runtime.register(app)
 attach.register(app)
@@ -40,5 +40,5 @@ def _root(
 
 
 def main() -> None:
-    """The entry point of the command `graft`."""
+    """The entry point of the command graft."""
     app()

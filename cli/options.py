@@ -1,4 +1,4 @@
-"""Options that several commands have, said once."""
+"""Options that several commands have."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 Ingress = Annotated[
-    list[str] | None, typer.Option("-i", metavar="ADDR:PORT[-PORT]=EP", help="A bind that becomes an endpoint.")
+    list[str] | None,
+    typer.Option("-i", metavar="ADDR:PORT[-PORT]=EP", help="Map binds of ADDR:PORT to endpoint EP."),
 ]
 Egress = Annotated[
-    list[str] | None, typer.Option("-e", metavar="PREFIX=EP", help="Destinations reached from an endpoint.")
+    list[str] | None,
+    typer.Option("-e", metavar="PREFIX=EP", help="Reach PREFIX through the host's stack, from endpoint EP."),
 ]
-PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A policy instead of -i and -e.")]
-Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
+PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A policy file, instead of -i and -e.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

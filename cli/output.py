@@ -1,7 +1,7 @@
-"""How commands speak: tables and colour to a terminal, plain text to a pipe, JSON when asked.
+"""Output of the commands: tables on a terminal, tab-separated text in a pipe, JSON with --json.
 
-Whatever is shown goes through here, because part of it was chosen by a container (graft/printable.py). JSON escapes on
-its own.
+All output goes through this module, because containers choose parts of it: control characters are escaped
+(graft/model/printable.py). JSON escapes them by itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import wraps
 from typing import Any, NoReturn, ParamSpec, TextIO, TypeVar
 
 from graft.errors import GraftError
-from graft.printable import printable
+from graft.model.printable import printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,25 +27,25 @@ def say(*lines: str) -> None:
 
 
 def warn(*lines: str) -> None:
-    """The same for what is no result: to standard error."""
+    """Print each of ``lines`` as one line on standard error: warnings, errors, and what is not the result."""
     for line in lines:
         print(_encodable(printable(line), sys.stderr), file=sys.stderr)
 
 
 def _encodable(text: str, stream: TextIO) -> str:
-    """``text`` as a terminal of another character set than UTF-8 can show it."""
+    """``text`` with escapes for characters that the stream's encoding does not have."""
     encoding = stream.encoding or "ascii"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def fail(error: GraftError) -> NoReturn:
-    """The error's lines, with their hints, and its exit code."""
+    """Print the error with its hint, and exit with its code."""
     warn(*error.lines())
     raise SystemExit(error.exit_code)
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Errors as lines instead of tracebacks; GRAFT_DEBUG=1 shows the traceback."""
+    """Decorates a command: prints an error as one line. GRAFT_DEBUG=1 shows the traceback instead."""
 
     @wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -66,7 +66,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 def listing(
     title: Sequence[str], rows: Sequence[Sequence[Any]], records: Sequence[dict[str, Any]], as_json: bool
 ) -> None:
-    """``records`` as JSON, or ``rows`` under ``title``: a table on a terminal, tab-separated in a pipe."""
+    """Print ``records`` as JSON, or ``rows``: in a table with ``title`` on a terminal, tab-separated in a pipe."""
     if as_json:
         print(json.dumps(list(records), indent=2))
         return
@@ -82,6 +82,6 @@ def listing(
     for column in title:
         table.add_column(column)
     for row in rows:
-        # As Text: in a plain string rich takes [fe80::1] and the like for the name of a colour.
+        # As Text: rich would read [fe80::1] in a plain string as markup.
         table.add_row(*(Text(_encodable(printable(str(cell)), sys.stdout)) for cell in row))
     Console().print(table)

@@ -1,4 +1,4 @@
-"""`graft policy`: check a policy, see what holds, put another in its place."""
+"""`graft policy`: checks a policy, shows the policy in force, replaces it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ import typer
 from .output import command, say
 
 if TYPE_CHECKING:
-    from graft.policy_file import Examined
+    from graft.policy.reader import CheckResult
 
-app = typer.Typer(help="Policies: what a container may do on the host's stack.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.command()
 @command
 def check(
-    file: Annotated[Path, typer.Argument(help="The policy.", metavar="FILE")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    file: Annotated[Path, typer.Argument(help="The policy file.", metavar="FILE")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say whether FILE can be applied, and if not, every reason with its line and field."""
-    from graft.policy_file import examine_policy, read_policy  # slow to import: pydantic and yaml
-    from graft.store import known_endpoints
+    """Check FILE, and print every error with its line and field."""
+    from graft.policy.files import read_policy
+    from graft.policy.reader import check_policy  # import time: yaml
+    from graft.state.installation import known_endpoints
 
-    examined = examine_policy(read_policy(file), known_endpoints())
+    examined = check_policy(read_policy(file), known_endpoints())
     if as_json:
         typer.echo(_as_json(str(file), examined))
     else:
@@ -36,7 +37,7 @@ def check(
         raise typer.Exit(2)
 
 
-def _as_text(file: str, examined: Examined) -> list[str]:
+def _as_text(file: str, examined: CheckResult) -> list[str]:
     policy, rules = examined.policy, examined.ruleset
     if policy is None or rules is None:
         return [problem.format(file) for problem in examined.problems]
@@ -44,7 +45,7 @@ def _as_text(file: str, examined: Examined) -> list[str]:
     return [f"{file}: ok ({counts})"]
 
 
-def _as_json(file: str, examined: Examined) -> str:
+def _as_json(file: str, examined: CheckResult) -> str:
     policy, rules = examined.policy, examined.ruleset
     result: dict[str, object] = {"file": file, "ok": policy is not None}
     if policy is not None and rules is not None:
@@ -57,46 +58,50 @@ def _as_json(file: str, examined: Examined) -> str:
 @app.command()
 @command
 def show(
-    container: Annotated[str, typer.Argument(metavar="CONTAINER", help="A name or id of `graft ps`, or a cgroup.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rules as JSON.")] = False,
+    container: Annotated[str, typer.Argument(metavar="CONTAINER", help="A name or id from `graft ps`, or a cgroup.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the rules that hold for CONTAINER now, as the hooks have them."""
-    from graft import attach, inforce, lifecycle
-    from graft.maps import Maps
-    from graft.settings import Settings
+    """Print the policy in force for CONTAINER, read from the maps."""
+    from graft.commands.find import find
+    from graft.commands.policy_show import policy_in_force
+    from graft.kernel.credentials import require_root
+    from graft.model.settings import Settings
+    from graft.state.installation import Installation
 
-    lifecycle.require_root()
-    settings = Settings.from_environment()
-    lifecycle.up(settings)
-    found = attach.find(settings, container)
-    rules = inforce.in_force(settings, Maps(settings.pin_dir), found)
+    require_root()
+    graft = Installation.open(Settings.from_environment())
+    found = find(graft, container)
+    in_force = policy_in_force(graft, found)
     if as_json:
-        head = {"container": found.name, "policy": found.policy, "transport": found.transport}
-        typer.echo(json.dumps(head | asdict(rules), indent=2))
+        head = {"container": found.name, "policy": found.policy, "transport": str(found.transport)}
+        typer.echo(json.dumps(head | asdict(in_force), indent=2))
         return
     say(f"{found.name}: policy {found.policy}, {found.transport}")
-    for rule in rules.rules:
+    for rule in in_force.rules:
         say(f"  {rule}")
-    say(f"  else: bind {rules.bind_default}, connect {rules.connect_default}")
+    say(f"  else: bind {in_force.bind_default}, connect {in_force.connect_default}")
 
 
 @app.command()
 @command
 def apply(
-    file: Annotated[Path, typer.Argument(help="The policy.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="The policy file.", metavar="FILE")],
     cgroup: Annotated[
         str | None,
-        typer.Option("--cgroup", metavar="CONTAINER", help="One container. Default: all whose policy has that name."),
+        typer.Option(
+            "--cgroup", metavar="CONTAINER", help="This container only. Default: all whose policy has the same name."
+        ),
     ] = None,
 ) -> None:
-    """Put FILE in the place of the policy that containers have, in one step for each."""
-    from graft import attach, lifecycle
-    from graft.settings import Settings
-    from graft.sources import policy_of
+    """Replace the policy of containers by FILE, in one step for each."""
+    from graft.commands.policy_apply import apply as apply_policy
+    from graft.commands.policy_source import policy_of
+    from graft.kernel.credentials import require_root
+    from graft.model.settings import Settings
+    from graft.state.installation import Installation
 
-    lifecycle.require_root()
-    settings = Settings.from_environment()
-    lifecycle.up(settings)
-    policy = policy_of(settings, "", file, (), ())
-    for changed in attach.apply(settings, policy, cgroup):
+    require_root()
+    graft = Installation.open(Settings.from_environment())
+    policy = policy_of(graft.settings, "", file, (), ())
+    for changed in apply_policy(graft, policy, cgroup):
         say(f"{changed.name}: policy {changed.policy}")

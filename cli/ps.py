@@ -1,4 +1,4 @@
-"""`graft ps`: the containers under Graft, and what they hold on the host's stack."""
+"""`graft ps`: the attached containers, and their sockets on the host's stack."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from graft import lifecycle
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.settings import Settings
 
 from .options import Json
 from .output import command, listing, warn
 
 if TYPE_CHECKING:
-    from graft.held import Held
-    from graft.overview import Seen
+    from graft.commands.ps import ContainerOverview
+    from graft.state.inventory import ContainerSocket
 
 
 def register(app: typer.Typer) -> None:
@@ -25,20 +25,21 @@ def register(app: typer.Typer) -> None:
 
 @command
 def ps(as_json: Json = False) -> None:
-    """List the containers under Graft, with the sockets that they hold on the host's stack."""
-    from graft import containers
-    from graft.overview import overview
+    """List the attached containers, with their sockets on the host's stack."""
+    from graft.commands.ps import overview
+    from graft.datapath.dataplane import is_up
+    from graft.state.installation import Installation
 
-    lifecycle.require_root()
-    settings = Settings.from_environment()
-    seen = overview(settings) if lifecycle.is_up(settings) else []
+    require_root()
+    graft = Installation(Settings.from_environment())
+    overviews = overview(graft) if is_up(graft.settings) else []
     records = [
         {
             "id": one.container.id,
             "name": one.container.name,
             "engine": one.container.engine,
             "cgroup": one.container.cgroup,
-            "transport": one.container.transport,
+            "transport": str(one.container.transport),
             "netns": one.container.netns,
             "policy": one.container.policy,
             "endpoints": list(one.container.endpoints),
@@ -51,18 +52,18 @@ def ps(as_json: Json = False) -> None:
             if one.sockets is None
             else [
                 {
-                    "protocol": held.listed.protocol,
-                    "state": held.listed.state,
-                    "local": held.listed.local,
-                    "remote": held.listed.remote,
-                    "endpoint": held.endpoint,
-                    "asked": held.asked,
-                    "pid": held.pid or None,
+                    "protocol": sock.listed.protocol,
+                    "state": sock.listed.state,
+                    "local": sock.listed.local,
+                    "remote": sock.listed.remote,
+                    "endpoint": sock.endpoint,
+                    "asked": sock.asked,
+                    "pid": sock.pid or None,
                 }
-                for held in one.sockets
+                for sock in one.sockets
             ],
         }
-        for one in seen
+        for one in overviews
     ]
     rows = [
         (
@@ -72,18 +73,18 @@ def ps(as_json: Json = False) -> None:
             one.container.transport,
             _served_by(one),
             ",".join(one.container.endpoints) or "-",
-            _in_short(one.sockets) if one.relay is None else _relayed(one.relay),
+            _socket_summary(one.sockets) if one.relay is None else _relay_summary(one.relay),
             one.container.cgroup,
         )
-        for one in seen
+        for one in overviews
     ]
     title = ("ID", "NAME", "ENGINE", "TRANSPORT", "SUPERVISOR", "ENDPOINTS", "SOCKETS", "CGROUP")
     listing(title, rows, records, as_json)
-    warn(*(f"graft: left out: {wrong.message}" for wrong in containers.records(settings)[1]))
+    warn(*(f"graft: cannot show a container: {error.message}" for error in graft.containers.read_all()[1]))
 
 
-def _served_by(one: Seen) -> str:
-    """Its supervisor, or graftd and how it moves bytes; "-" where nobody serves."""
+def _served_by(one: ContainerOverview) -> str:
+    """The container's supervisor, or graftd with its relay; "-" if it has neither."""
     if one.stuck:
         return ", ".join(f"{pid} does not answer" for pid in sorted(one.stuck))
     if one.supervisors:
@@ -92,8 +93,8 @@ def _served_by(one: Seen) -> str:
     return f"graftd {relay['pid']}, {relay['relay']}" if relay is not None and relay["serves"] else "-"
 
 
-def _relayed(relay: Mapping[str, Any]) -> str:
-    """Where graftd listens for a container, and how many connections it carries."""
+def _relay_summary(relay: Mapping[str, Any]) -> str:
+    """Where graftd listens for a container, and how many connections it relays."""
     if not relay["serves"]:
         return f"not served: {relay.get('problem', 'not yet')}"
     words = [f"tcp {one['address']}" for one in relay["published"]]
@@ -102,10 +103,10 @@ def _relayed(relay: Mapping[str, Any]) -> str:
     return ", ".join(words) or "-"
 
 
-def _in_short(sockets: Sequence[Held] | None) -> str:
-    """Where it listens, and how many connections it has."""
+def _socket_summary(sockets: Sequence[ContainerSocket] | None) -> str:
+    """Where the container listens, and how many connections it has."""
     if sockets is None:
-        return "not known: the kernel does not answer"
+        return "unknown: the kernel does not answer"
     words = [f"{one.listed.protocol} {one.listed.local}" for one in sockets if one.listed.state == "listening"]
     words += [f"{one.listed.protocol} {one.listed.local}" for one in sockets if one.listed.state == "unconnected"]
     connections = sum(one.listed.is_connection for one in sockets)

@@ -1,4 +1,4 @@
-"""`graft run`: a program under Graft."""
+"""`graft run`: runs a program under Graft."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from graft import lifecycle
-from graft.settings import Settings
+from graft.kernel.credentials import require_root
+from graft.model.settings import Settings
 
 from .options import Egress, Ingress, PolicyFile
 from .output import command
@@ -25,20 +25,26 @@ def run(
     ingress: Ingress = None,
     egress: Egress = None,
     policy: PolicyFile = None,
-    net: Annotated[str, typer.Option("--net", metavar="new|PATH", help="The program's own namespace.")] = "new",
-    user: Annotated[str | None, typer.Option("--user", metavar="USER[:GROUP]", help="Whom it runs as.")] = None,
+    net: Annotated[
+        str, typer.Option("--net", metavar="new|PATH", help="Its network namespace: a new one, or that of PATH.")
+    ] = "new",
+    user: Annotated[str | None, typer.Option("--user", metavar="USER[:GROUP]", help="Run it as this user.")] = None,
     keep_net_admin: Annotated[
-        bool, typer.Option("--allow-net-admin", help="Let root's program keep CAP_NET_ADMIN (docs/security.md).")
+        bool,
+        typer.Option(
+            "--allow-net-admin", help="Do not remove CAP_NET_ADMIN from a program of root (docs/security.md)."
+        ),
     ] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print what becomes of each call.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log each intercepted call.")] = False,
 ) -> None:
-    """Run a program in a namespace of its own, with the sockets that are granted on the host's stack."""
+    """Run a program in a network namespace of its own, with the granted sockets on the host's stack."""
+    from graft.commands.policy_source import network, policy_of
+    from graft.commands.run import RunPlan
+    from graft.commands.run import run as run_program
     from graft.kernel import process
-    from graft.run import RunPlan
-    from graft.run import run as run_program
-    from graft.sources import network, policy_of
+    from graft.state.installation import Installation
 
-    lifecycle.require_root()
+    require_root()
     settings = Settings.from_environment()
     plan = RunPlan(
         command=tuple(program),
@@ -48,7 +54,7 @@ def run(
         keep_net_admin=keep_net_admin,
         verbose=verbose,
     )
-    status = run_program(settings, plan)
+    status = run_program(Installation.open(settings), plan)
     if status < 0:
-        process.end_by(-status)
+        process.die_by_signal(-status)
     raise SystemExit(status)

@@ -1,4 +1,4 @@
-"""`graft up`, `graft down`: the data plane as a whole."""
+"""`graft up`, `graft down`: loads and removes the BPF programs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from graft import lifecycle
-from graft.settings import Settings
+from graft.datapath import dataplane
+from graft.model.settings import Settings
 
 from .output import command
 
@@ -20,13 +20,18 @@ def register(app: typer.Typer) -> None:
 
 @command
 def up() -> None:
-    """Load the BPF programs and pin them. Every other command does so first."""
-    lifecycle.up(Settings.from_environment())
+    """Load and pin the BPF programs. Other commands do it when necessary."""
+    dataplane.up(Settings.from_environment())
 
 
 @command
 def down(
-    force: Annotated[bool, typer.Option("--force", help="End the programs that still run under Graft.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Also while containers run: kill those of transport swap, detach the others."),
+    ] = False,
 ) -> None:
-    """Remove every pin, attachment and cgroup of Graft's."""
-    lifecycle.down(Settings.from_environment(), force)
+    """Remove every pin, attachment, cgroup and file of Graft."""
+    from graft.commands.down import down as take_down
+
+    take_down(Settings.from_environment(), force)

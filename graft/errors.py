@@ -1,13 +1,13 @@
-"""The one family of errors: what went wrong, a hint, and the exit code that a script can act on."""
+"""Graft's errors: what went wrong, a hint, and the exit code for scripts."""
 
 from __future__ import annotations
 
 
 class GraftError(Exception):
-    """Something an operator can read and act on.
+    """An error for the operator.
 
-    ``message`` is one line that names the field or the thing; ``hint`` says what would be right.
-    ``exit_code`` is what the command line ends with.
+    ``message`` is one line that names the field or the object; ``hint`` says what would be right.
+    ``exit_code`` is the exit code of the command.
     """
 
     exit_code = 1
@@ -18,24 +18,24 @@ class GraftError(Exception):
         self.hint = hint
 
     def lines(self) -> list[str]:
-        """What a terminal shows: one line, or one for each thing that is wrong."""
+        """The lines for a terminal: one, or one for each problem."""
         return [f"graft: {self.message}" + (f" ({self.hint})" if self.hint else "")]
 
 
 class UsageError(GraftError):
-    """Input that is wrong in itself: an address, a name, a policy."""
+    """Invalid input: an address, a name, a policy."""
 
     exit_code = 2
 
 
 class NotFoundError(GraftError):
-    """A named thing (endpoint, container, namespace, file) that is not there."""
+    """A named object (endpoint, container, namespace, file) was not found."""
 
     exit_code = 3
 
 
 class ConflictError(GraftError):
-    """A thing that is there already, or is in use."""
+    """An object exists already, or is in use."""
 
     exit_code = 4
 
@@ -47,18 +47,18 @@ class PrivilegeError(GraftError):
 
 
 class KernelError(GraftError):
-    """The kernel refused something or lacks a feature."""
+    """The kernel refused a request or lacks a feature."""
 
     exit_code = 6
 
 
 class RefusedError(GraftError):
-    """Graft itself refuses, for safety; the operator may insist."""
+    """Graft refuses, for safety; the operator may force it."""
 
     exit_code = 7
 
 
 class UnfinishedError(GraftError):
-    """What was asked for is done, but for something that others keep from being done."""
+    """The command did its work, except for a part that other programs blocked."""
 
     exit_code = 8

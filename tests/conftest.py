@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from graft.datapath.dataplane import is_up
 from graft.kernel import cgroup
-from graft.lifecycle import is_up
 from tests.support import namespaces
 from tests.support.building import Programs
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import Netns
 from tests.support.shell import run
+
+# How long an example takes says how busy the machine is, and nothing about Graft.
+settings.register_profile("graft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("graft")
 
 NEEDED = ("ip", "nsenter", "ss", "nginx", "iperf3", "curl", "gcc", "busybox", "webhook", "hey", "unshare")
 
@@ -75,14 +82,18 @@ def _host(net: tuple[Netns, Netns], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def host(_host: Host) -> Iterator[Host]:
-    """A host with Graft up. What a test starts ends with it, and its endpoints go."""
+    """A host with Graft up. What a test starts ends with it, and its endpoints are deleted."""
     if not is_up(_host.settings):
         _host.graft("up")
     yield _host
-    for program in reversed(_host.started):
-        program.stop()
-    _host.started.clear()
+    _host.stop_programs()
     _host.forget_endpoints()
+
+
+@pytest.fixture(scope="session")
+def doctor_report(_host: Host) -> dict[str, dict[str, Any]]:
+    """What `graft doctor --json` says of each feature, by the feature's name."""
+    return {one["name"]: one for one in json.loads(_host.graft("doctor", "--json").stdout)}
 
 
 @pytest.fixture
@@ -90,15 +101,12 @@ def bare_host(net: tuple[Netns, Netns], tmp_path: Path) -> Iterator[Host]:
     """A host on which Graft has never been up."""
     with installation(tmp_path, *net, "bare") as made:
         yield made
-        for program in made.started:
-            program.stop()
+        made.stop_programs()
 
 
 @pytest.fixture
 def netns(root: None) -> Iterator[Callable[[], Netns]]:
     """Makes namespaces with nothing but lo."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         yield lambda: stack.enter_context(namespaces.namespace("extra"))
 

@@ -1,1 +1,14 @@
-"""The only place where Graft talks to the kernel by number: a module for each kind of call."""
+"""System calls, one module for each part of the kernel: numbers, structures, thin functions that raise OSError.
+
+    syscalls.py            calls that no library has, by number
+    bpf.py btf.py helpers.py ringbuf.py       maps and programs; types; which helpers are allowed; ring buffers
+    cgroup.py netns.py mounts.py              v2 folders, network namespaces, bpffs
+    pidfd.py process.py tasks.py              processes and their descriptors, memory and threads
+    credentials.py capabilities.py keyring.py terminal.py   rights, and dropping them
+    seccomp.py                                filters, notifications, ADDFD
+    sockdiag.py sockets.py                    socket diagnostics: netlink messages; sockets listed and closed with them
+    socket_calls.py tcp.py epoll.py           what can be asked of one socket, and done with it
+    atomic_file.py                            files that are replaced in one step
+
+It may import model and errors.
+"""

@@ -23,7 +23,6 @@ _OBJ_PIN, _OBJ_GET, _PROG_ATTACH, _PROG_DETACH = 6, 7, 8, 9
 _PROG_LOAD = 5
 _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
 
-ANY, NOEXIST, EXIST = 0, 1, 2
 ALLOW_MULTI = 2
 QUERY_EFFECTIVE = 1
 
@@ -136,7 +135,7 @@ def _bpf(command: int, attr: ctypes.Structure) -> int:
 
 
 def prog_log(prog_type: int, attach_type: int, instructions: bytes) -> str:
-    """What the verifier has to say of a program, at log level 1. The program is not kept.
+    """The verifier's log for a program, at log level 1. The program is not kept.
 
     Raises OSError only where the kernel refused it without asking the verifier (an unknown type, no rights).
     """
@@ -169,18 +168,18 @@ def obj_pin(fd: int, path: Path) -> None:
 
 
 def obj_get(path: Path) -> int:
-    """A new descriptor of what is pinned at ``path``. Raises OSError, as all here do."""
+    """A new descriptor of what is pinned at ``path``. Raises OSError, as all functions here do."""
     name = ctypes.create_string_buffer(os.fsencode(path))
     return _bpf(_OBJ_GET, _ObjAttr(pathname=ctypes.addressof(name)))
 
 
 def prog_attach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
-    """Attach beside whatever else is attached there (BPF_F_ALLOW_MULTI)."""
+    """Attach in addition to what is attached there (BPF_F_ALLOW_MULTI)."""
     _bpf(_PROG_ATTACH, _AttachAttr(cgroup_fd, prog_fd, attach_type, ALLOW_MULTI))
 
 
 def prog_attach_map(map_fd: int, prog_fd: int, attach_type: int) -> None:
-    """Have the sockets of a sockmap or sockhash run a program. It goes with the map."""
+    """Attach a program to a sockmap or sockhash: it runs for their sockets, and is detached when the map is freed."""
     _bpf(_PROG_ATTACH, _AttachAttr(map_fd, prog_fd, attach_type))
 
 
@@ -190,7 +189,7 @@ def prog_detach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
 
 
 def prog_ids(cgroup_fd: int, attach_type: int, effective: bool = False) -> list[int]:
-    """Ids of the programs attached to a cgroup, or (``effective``) run for it, those of its parents too."""
+    """Ids of the programs attached to a cgroup, or (``effective``) run for it, including those of its parents."""
     ids = (ctypes.c_uint32 * 64)()
     attr = _QueryAttr(
         target_fd=cgroup_fd,
@@ -215,7 +214,7 @@ def prog_id(prog_fd: int) -> int:
 
 
 def prog_name(number: int) -> str:
-    """The name of the program with that id, its first 15 bytes; empty where it is gone."""
+    """The name of the program with that id, its first 15 bytes; empty where it no longer exists."""
     try:
         fd = _bpf(_PROG_GET_FD_BY_ID, _IdAttr(number))
     except FileNotFoundError:
@@ -249,13 +248,13 @@ class Map(Generic[KeyT, ValueT]):
 
     @classmethod
     def pinned(cls, path: Path, key: type[KeyT], value: type[ValueT]) -> Map[KeyT, ValueT]:
-        """The map that is pinned at ``path``; its descriptor goes with this object."""
+        """The map that is pinned at ``path``; its descriptor is closed with this object."""
         opened = cls(obj_get(path), key, value)
         opened._owned = True
         return opened
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         self._owned = False
         os.close(self.fd)
 
@@ -264,7 +263,7 @@ class Map(Generic[KeyT, ValueT]):
             self.close()
 
     def peek(self, key: KeyT) -> ValueT | None:
-        """What stands at ``key``, in a buffer that the next call overwrites; None where there is nothing."""
+        """The value of ``key``, in a buffer that the next call overwrites; None where there is no entry."""
         self._attr.key = ctypes.addressof(key)
         if _libc.syscall(*self._lookup, self._attr_size) == 0:
             return self._found
@@ -274,14 +273,14 @@ class Map(Generic[KeyT, ValueT]):
         raise OSError(code, f"bpf(BPF_MAP_LOOKUP_ELEM): {os.strerror(code)}")
 
     def get(self, key: KeyT) -> ValueT | None:
-        """A copy of what stands at ``key``; None where there is nothing."""
+        """A copy of the value of ``key``; None where there is no entry."""
         found = self.peek(key)
         return None if found is None else cast(ValueT, self._value.from_buffer_copy(found))
 
-    def put(self, key: KeyT, value: ValueT, flags: int = ANY) -> None:
-        """Write. With NOEXIST raises FileExistsError where there is an entry already."""
+    def put(self, key: KeyT, value: ValueT) -> None:
+        """Write, over an entry that is there already."""
         attr = self._written
-        attr.key, attr.value, attr.flags = ctypes.addressof(key), ctypes.addressof(value), flags
+        attr.key, attr.value = ctypes.addressof(key), ctypes.addressof(value)
         if _libc.syscall(*self._update, self._attr_size) != 0:
             code = ctypes.get_errno()
             raise OSError(code, f"bpf(BPF_MAP_UPDATE_ELEM): {os.strerror(code)}")
@@ -295,7 +294,7 @@ class Map(Generic[KeyT, ValueT]):
         return True
 
     def keys(self) -> list[KeyT]:
-        """All keys, as they are now. Read at one go, so that entries can be deleted while they are walked."""
+        """All current keys. Read at once, so that entries can be deleted while the caller iterates."""
         found: list[KeyT] = []
         key: KeyT | None = None
         while True:
@@ -309,7 +308,7 @@ class Map(Generic[KeyT, ValueT]):
             key = following
 
     def items(self) -> Iterator[tuple[KeyT, ValueT]]:
-        """All entries that are still there when they are read."""
+        """All entries that still exist when they are read."""
         for key in self.keys():
             value = self.get(key)
             if value is not None:

@@ -1,10 +1,11 @@
 """Offsets of kernel structures' members, from the kernel's own type information.
 
 Format: Documentation/bpf/btf.rst. Only what is needed to find a member by name is read; the rest is
-stepped over. Used once, when the BPF programs are compiled.
+skipped. Used once, when the BPF programs are compiled.
 
-A wrong offset would have the programs read something else of the kernel's. So what is not understood to the last byte
-is a ValueError, also a kind of type that is newer than this module: Graft then does without (graft/offsets.py).
+With a wrong offset the programs would read other kernel data. So anything that is not fully understood
+is a ValueError, also a kind of type that is newer than this module: Graft then works without the type information
+(graft/datapath/offsets.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MAGIC, _VERSION = 0xEB9F, 1
 _HEADER = struct.Struct("<HBBIIIII")
 _TYPE = struct.Struct("<III")
 _MEMBER = struct.Struct("<III")
-_MAX_NESTING = 32  # anonymous structs and unions inside of each other; Linux has three
+_MAX_NESTING = 32  # nested anonymous structs and unions; Linux has three
 
 _STRUCT, _UNION = 4, 5
 # Bytes after a type's head: (fixed, for each of its vlen entries), by kind.
@@ -48,7 +49,7 @@ _TRAILERS = {
 
 @dataclass(frozen=True, slots=True)
 class _Aggregate:
-    """Where the members of a struct or union stand."""
+    """The position of a struct's or union's members."""
 
     position: int
     members: int
@@ -56,16 +57,16 @@ class _Aggregate:
 
 
 class Btf:
-    """The struct and union types of one BTF blob. Raises ValueError for one that is none, or of a newer form."""
+    """The struct and union types of one BTF blob. Raises ValueError for one that is not BTF, or of a newer format."""
 
     def __init__(self, blob: bytes) -> None:
         if len(blob) < _HEADER.size:
             raise ValueError("too short for BTF")
         magic, version, _flags, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(blob)
         if magic != _MAGIC:
-            raise ValueError("no BTF of this machine's byte order")
+            raise ValueError("not BTF of this machine's byte order")
         if version != _VERSION or header < _HEADER.size:
-            raise ValueError(f"BTF of version {version}, with a head of {header} bytes")
+            raise ValueError(f"BTF of version {version}, with a header of {header} bytes")
         types, strings = header + type_off, header + str_off
         if types + type_len > len(blob) or strings + str_len > len(blob):
             raise ValueError("BTF that is cut off")
@@ -110,7 +111,7 @@ class Btf:
     def offset(self, structure: str, member: str) -> int | None:
         """Bytes from the start of ``structure`` to ``member``, also inside its anonymous parts; None if absent.
 
-        Raises ValueError where types cannot be as they are given.
+        Raises ValueError for types that contain themselves.
         """
         bits = self.bit_offset(structure, member)
         return None if bits is None else bits // 8
@@ -120,9 +121,9 @@ class Btf:
         found = self._by_name.get(structure.encode())
         return None if found is None else self._find(found, member.encode(), (), set())
 
-    def _find(self, aggregate: _Aggregate, member: bytes, around: tuple[int, ...], in_vain: set[int]) -> int | None:
-        """``around`` is where those stand that have this one inside, ``in_vain`` where it was looked already."""
-        if aggregate.position in around or len(around) >= _MAX_NESTING:
+    def _find(self, aggregate: _Aggregate, member: bytes, outer: tuple[int, ...], searched: set[int]) -> int | None:
+        """``outer``: positions of the types that contain this one; ``searched``: of those without the member."""
+        if aggregate.position in outer or len(outer) >= _MAX_NESTING:
             raise ValueError("BTF has a struct inside itself")
         for index in range(aggregate.members):
             name_off, type_id, bits = _MEMBER.unpack_from(self._blob, aggregate.position + index * _MEMBER.size)
@@ -130,10 +131,10 @@ class Btf:
             if name_off and self._string(name_off) == member:
                 return offset
             inner = self._by_id.get(type_id) if not name_off else None
-            if inner is None or inner.position in in_vain:
+            if inner is None or inner.position in searched:
                 continue
-            below = self._find(inner, member, (*around, aggregate.position), in_vain)
-            if below is not None:
-                return offset + below
-        in_vain.add(aggregate.position)
+            inside = self._find(inner, member, (*outer, aggregate.position), searched)
+            if inside is not None:
+                return offset + inside
+        searched.add(aggregate.position)
         return None

@@ -1,7 +1,7 @@
-"""Capabilities of the calling thread: read, written, and given up for good.
+"""Capabilities of the calling thread: read, set, and dropped permanently.
 
-Sources: capabilities(7), capget(2), prctl(2). What a program of root's has after execve(2) is what is in the
-bounding set or the inheritable one, whatever was permitted before: to give a capability up is to take it out of
+Sources: capabilities(7), capget(2), prctl(2). After execve(2) a program of root's has what is in the
+bounding set or the inheritable one, whatever was permitted before: to drop a capability it must be removed from
 every set.
 """
 
@@ -37,13 +37,13 @@ def current() -> Halves:
     return halves
 
 
-def change(halves: Halves) -> None:
-    """Give the thread these sets. Raises OSError (EPERM for more than is permitted)."""
+def set_current(halves: Halves) -> None:
+    """Set the thread's three sets. Raises OSError (EPERM for more than is permitted)."""
     syscall("capset", ctypes.byref(_Header(_VERSION_3, 0)), halves)
 
 
-def give_up(capability: int) -> None:
-    """Make sure that no program executed from here, also one of root's, ever has ``capability`` again.
+def drop(capability: int) -> None:
+    """Make sure that no program executed from here, not even one of root's, has ``capability`` again.
 
     Raises OSError (EPERM without CAP_SETPCAP).
     """
@@ -54,10 +54,10 @@ def give_up(capability: int) -> None:
     half.effective &= ~bit
     half.permitted &= ~bit
     half.inheritable &= ~bit
-    change(halves)
+    set_current(halves)
 
 
-def give_up_all() -> None:
-    """Have none any more, and hand none on. The bounding set stays: a set-user-id program is as it ever was."""
+def drop_all() -> None:
+    """Drop all, and pass none on. The bounding set stays: a set-user-id program gets its capabilities as before."""
     syscall("prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    change((_Sets * 2)())
+    set_current((_Sets * 2)())

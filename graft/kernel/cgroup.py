@@ -1,4 +1,4 @@
-"""cgroup v2: found where it is mounted, made, entered, emptied and removed.
+"""cgroup v2: its mount, its folders, their controllers and processes.
 
 Sources: Documentation/admin-guide/cgroup-v2.rst, proc_pid_mountinfo(5). The mount may stand alone at
 /sys/fs/cgroup or beside v1 at another place; its path is never assumed.
@@ -13,7 +13,7 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from graft.errors import KernelError
@@ -24,14 +24,14 @@ _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")  # how the kernel writes blanks, newl
 
 
 def v2_mount() -> Path:
-    """Where cgroup v2 is mounted. Raises KernelError where it is not."""
+    """Where cgroup v2 is mounted. Raises KernelError where it is not mounted."""
     return parse_mounts(Path("/proc/self/mountinfo").read_bytes())
 
 
 def parse_mounts(mountinfo: bytes) -> Path:
-    """The mount point of cgroup v2 by proc_pid_mountinfo(5). Raises KernelError where there is none.
+    """The mount point of cgroup v2 in proc_pid_mountinfo(5). Raises KernelError where there is none.
 
-    Bytes, and a line ends at a newline only: a user's own mounts (FUSE) are in there, with any name that is no newline.
+    Bytes, and a line ends at a newline only: users' own mounts (FUSE) are listed too, with any name without a newline.
     """
     for line in mountinfo.split(b"\n"):
         fields, _, rest = line.partition(b" - ")
@@ -47,7 +47,7 @@ def cgroup_id(path: Path) -> int:
 
 
 def ids(path: Path) -> frozenset[int]:
-    """The kernel's ids of a cgroup and of all below it; empty where it is gone."""
+    """The kernel's ids of a cgroup and of all below it; empty where it does not exist."""
     found: set[int] = set()
     for folder in tree(path):
         with contextlib.suppress(OSError):
@@ -56,23 +56,33 @@ def ids(path: Path) -> frozenset[int]:
 
 
 def of_process(pid: int) -> Path:
-    """The v2 cgroup of a process, as a path. Raises FileNotFoundError if the process is gone."""
+    """The v2 cgroup of a process, as a path. Raises FileNotFoundError if the process has ended."""
     found = parse_membership(Path(f"/proc/{pid}/cgroup").read_bytes())
     if found is None:
-        raise KernelError(f"process {pid} has no cgroup of version 2")
+        raise KernelError(f"process {pid} has no v2 cgroup")
     return v2_mount() / found
 
 
 def parse_membership(text: bytes) -> str | None:
     """The v2 cgroup in /proc/PID/cgroup, as a path below the mount; None where there is none.
 
-    Who may make cgroups (v1's too) may give them any name that has no slash and no newline. So a line ends at a newline
-    and nowhere else, and no part of a name is taken off.
+    A user who may make cgroups (v1's too) may give them any name without a slash or a newline. So a line ends at a
+    newline and nowhere else, and no part of a name is stripped.
     """
     for line in text.split(b"\n"):
         if line.startswith(b"0::"):
             return os.fsdecode(line[3:].lstrip(b"/"))
     return None
+
+
+def enable_controllers(path: Path, names: Iterable[str]) -> None:
+    """Give the cgroups below ``path`` the controllers ``names``, those of them that its parent has."""
+    for folder in (path.parent, path):
+        available = (folder / "cgroup.controllers").read_text().split()
+        for name in names:
+            if name in available:
+                with contextlib.suppress(OSError):  # EBUSY: a process is in the cgroup itself
+                    (folder / "cgroup.subtree_control").write_text(f"+{name}")
 
 
 def enter(path: Path) -> None:
@@ -81,10 +91,10 @@ def enter(path: Path) -> None:
 
 
 def tree(path: Path) -> Iterator[Path]:
-    """A cgroup and all below it, each before those below it, looked for as they are asked for; none where it is gone.
+    """A cgroup and all below it, parents first, read lazily; nothing where it does not exist.
 
-    With a list of what is left to do, and no function that calls itself (as os.walk() does): a container that may make
-    cgroups may make them a thousand deep. Those that are too deep for a path to lead there are left out.
+    With a queue, and not recursive (as os.walk() is): a container that may make cgroups may nest them a thousand deep.
+    Those whose path would be too long are left out.
     """
     if not os.path.exists(path):
         return
@@ -99,7 +109,7 @@ def tree(path: Path) -> Iterator[Path]:
 
 
 def each_process(path: Path) -> Iterator[int]:
-    """The processes of a cgroup and of all below it, one after the other."""
+    """The processes of a cgroup and of all below it, read lazily."""
     for folder in tree(path):
         with contextlib.suppress(OSError), (folder / "cgroup.procs").open("rb") as listed:
             for line in listed:
@@ -107,12 +117,12 @@ def each_process(path: Path) -> Iterator[int]:
 
 
 def processes(path: Path) -> list[int]:
-    """The processes of a cgroup and of all below it; empty where it is gone."""
+    """The processes of a cgroup and of all below it; empty where it does not exist."""
     return list(each_process(path))
 
 
 def populated(path: Path) -> bool:
-    """Whether any process lives in a cgroup or below; False where it is gone."""
+    """Whether any process is in a cgroup or below; False where it does not exist."""
     try:
         return "populated 1" in (path / "cgroup.events").read_text()
     except OSError:
@@ -120,7 +130,7 @@ def populated(path: Path) -> bool:
 
 
 def kill(path: Path) -> None:
-    """End every process of a cgroup and below it (cgroup.kill is of 5.14; before that, one by one)."""
+    """Kill every process of a cgroup and below it (by cgroup.kill, or before 5.14 one by one)."""
     try:
         (path / "cgroup.kill").write_text("1")
     except FileNotFoundError:
@@ -130,7 +140,7 @@ def kill(path: Path) -> None:
 
 
 def remove(path: Path, patience: float = 5.0) -> None:
-    """Remove a cgroup with those below it, waiting up to ``patience`` seconds for killed processes to go."""
+    """Remove a cgroup with those below it, waiting up to ``patience`` seconds for killed processes to end."""
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -1,14 +1,14 @@
-"""The calling thread with fewer rights than root's, for a moment: user ids, capabilities.
+"""The calling thread with fewer rights than root's, temporarily: user ids, capabilities.
 
-What a supervisor repeats for a program must not be done with root's rights where the kernel asks, or remembers, who
-did it. The system calls are made directly: they change the one thread that makes them, while libc's functions of the
+What a supervisor repeats for a program must not be done with root's rights where the kernel checks, or records, who
+did it. The system calls are made directly: they change only the calling thread, while libc's functions of the
 same names change every thread of the process (setresuid(2), "C library/kernel differences").
 
-The saved user id stays root's, which is the way back, and keeps other users' hands off: ptrace and /proc ask for all
-three ids. One thing another user's process may do meanwhile is to send a signal to this thread (kill(2) asks for the
-real or the saved id). A supervisor that is killed so is started again by its holder.
+The saved user id stays root's, so that the thread can switch back, and so that other users have no access: ptrace and
+/proc check all three ids. Another user's process can only send a signal to this thread meanwhile (kill(2) checks the
+real or the saved id). A supervisor that is killed so is started again by its keeper.
 
-Sources: setresuid(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c (kill_ok_by_cred).
+Sources: setresuid(2), setfsuid(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c (kill_ok_by_cred).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import errno
 import os
 from collections.abc import Iterator
 
+from graft.errors import PrivilegeError
 from graft.kernel import capabilities
 from graft.kernel.syscalls import syscall
 
@@ -25,12 +26,18 @@ _ROOT = 0
 _UNMAPPED = 0xFFFFFFFF  # (uid_t) -1: an id that this user namespace has no number for; setresuid: "leave it as it is"
 
 
+def require_root() -> None:
+    """Raises PrivilegeError for any other user than root."""
+    if os.geteuid() != 0:
+        raise PrivilegeError("this needs root", "run it with sudo")
+
+
 @contextlib.contextmanager
 def as_user(uid: int, euid: int) -> Iterator[None]:
-    """The calling thread, root's, with the real id ``uid`` and the effective one ``euid``, then root's again.
+    """Run the block with the real user id ``uid`` and the effective one ``euid``; the calling thread is root's.
 
-    Unless ``euid`` is root's too it has no effective capability meanwhile. Raises OSError: EPERM for an id of another
-    user namespace that this one has no number for.
+    Unless ``euid`` is root's too the thread has no effective capability meanwhile. Raises OSError: EPERM for an id of
+    another user namespace that is not mapped in this one.
     """
     if _UNMAPPED in (uid, euid):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -38,32 +45,57 @@ def as_user(uid: int, euid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        with _or_end():
+        with _or_exit():
             syscall("setresuid", _ROOT, _ROOT, _ROOT)
 
 
 @contextlib.contextmanager
-def with_capabilities(*wanted: int) -> Iterator[None]:
-    """The calling thread with no effective capabilities but ``wanted``, of those it is permitted, then as it was.
+def owning_files_as(uid: int, gid: int) -> Iterator[None]:
+    """The calling thread, root's, with those file-system ids, then root's again.
 
-    Its user ids stay. Raises OSError.
+    A file that is made meanwhile is theirs: its inode, and who is noted as having opened it. Raises OSError.
     """
-    had = capabilities.current()
-    fewer = type(had).from_buffer_copy(had)
-    mask = sum(1 << one for one in wanted)
-    for half, allowed in zip(fewer, (mask & 0xFFFFFFFF, mask >> 32), strict=True):
-        half.effective = half.permitted & allowed
-    capabilities.change(fewer)
+    if uid == _ROOT and gid == _ROOT:
+        yield
+        return
     try:
+        _set_file_ids(uid, gid)
         yield
     finally:
-        with _or_end():
-            capabilities.change(had)
+        with _or_exit():
+            _set_file_ids(_ROOT, _ROOT)
+
+
+def _set_file_ids(uid: int, gid: int) -> None:
+    """setfsuid(2) says nothing where it fails (no memory): it tells what there was, and that is asked for again."""
+    for call, wanted in (("setfsgid", gid), ("setfsuid", uid)):
+        syscall(call, wanted)
+        if syscall(call, -1) & _UNMAPPED != wanted:
+            raise OSError(errno.ENOMEM, f"{call}: {os.strerror(errno.ENOMEM)}")
 
 
 @contextlib.contextmanager
-def _or_end() -> Iterator[None]:
-    """A way back that fails ends the process: one with the wrong rights must not go on."""
+def with_capabilities(*wanted: int) -> Iterator[None]:
+    """Run the block with no effective capabilities but ``wanted``, as far as the calling thread is permitted them.
+
+    Its user ids stay. Raises OSError.
+    """
+    before = capabilities.current()
+    fewer = type(before).from_buffer_copy(before)
+    mask = sum(1 << one for one in wanted)
+    for half, allowed in zip(fewer, (mask & 0xFFFFFFFF, mask >> 32), strict=True):
+        half.effective = half.permitted & allowed
+    capabilities.set_current(fewer)
+    try:
+        yield
+    finally:
+        with _or_exit():
+            capabilities.set_current(before)
+
+
+@contextlib.contextmanager
+def _or_exit() -> Iterator[None]:
+    """Exit the process if the block fails: a process with the wrong rights must not continue."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""epoll_ctl(2) with the data of the caller's choice, which Python's own epoll does not offer."""
+"""epoll_ctl(2) with data that the caller chooses, which Python's own epoll does not offer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which helpers of the kernel's a BPF program calls, and whether this kernel lets its type call them.
+"""Which of the kernel's helpers a BPF program calls, and whether this kernel lets its type call them.
 
-A kernel is asked helper by helper, with a program that makes one call and nothing else: the verifier looks at whether
-the call is allowed before it looks at the arguments. Sources: kernel/bpf/verifier.c, check_helper_call(); struct
+The kernel is tested helper by helper, with a program that makes only this call: the verifier checks whether
+the call is allowed before it checks the arguments. Sources: kernel/bpf/verifier.c, check_helper_call(); struct
 bpf_insn in include/uapi/linux/bpf.h.
 """
 
@@ -40,9 +40,9 @@ HELPERS = {
 
 _INSTRUCTION = struct.Struct("=BBhi")  # opcode; destination and source register, 4 bits each; offset; immediate
 _CALL, _MOVE, _EXIT = 0x85, 0xB7, 0x95  # BPF_JMP | BPF_CALL; BPF_ALU64 | BPF_MOV | BPF_K; BPF_JMP | BPF_EXIT
-_WIDE = 0x18  # BPF_LD | BPF_DW | BPF_IMM: takes two places
+_WIDE = 0x18  # BPF_LD | BPF_DW | BPF_IMM: two instructions long
 
-# What the verifier says of a helper that it does not know, and of one that it does not allow ("program of this type
+# The verifier's messages for a helper that it does not know, and for one that it does not allow ("program of this type
 # cannot use helper" from 6.12 on).
 _REFUSALS = ("invalid func ", "unknown func ", "cannot use helper ")
 
@@ -66,7 +66,7 @@ def calls(instructions: bytes) -> frozenset[int]:
 def allows(prog_type: int, attach_type: int, helper: int) -> bool:
     """Whether this kernel lets programs of that type, for that attach point, call ``helper``. Needs root.
 
-    Raises OSError where the kernel does not know the type or the attach point at all.
+    Raises OSError where the kernel does not know the type or the attach point.
     """
     program = (
         _INSTRUCTION.pack(_CALL, 0, 0, helper) + _INSTRUCTION.pack(_MOVE, 0, 0, 1) + _INSTRUCTION.pack(_EXIT, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Session keyrings (keyctl(2), session-keyring(7)): whoever has one may use the keys in it, whatever his user id."""
+"""Session keyrings (keyctl(2), session-keyring(7)): a process that has one may use its keys, whatever its user id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _JOIN_SESSION_KEYRING = 1
 
 
 def leave_session_keyring() -> None:
-    """Give the calling process a new session keyring, with nothing in it. Raises OSError (EDQUOT, ENOMEM)."""
+    """Give the calling process a new, empty session keyring. Raises OSError (EDQUOT, ENOMEM)."""
     try:
         syscall("keyctl", _JOIN_SESSION_KEYRING, None)
     except OSError as error:

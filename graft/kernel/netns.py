@@ -1,4 +1,4 @@
-"""Network namespaces: entered, named by cookie, found by name, process or path, kept by a mount.
+"""Network namespaces: entered, identified by cookie, found by name, process or path, kept by a mount.
 
 Sources: setns(2), network_namespaces(7), ip-netns(8) for /run/netns, SO_NETNS_COOKIE (socket(7), 5.14).
 """
@@ -34,7 +34,7 @@ def unshare_netns() -> None:
 
 @contextlib.contextmanager
 def entered(path: Path) -> Iterator[None]:
-    """The calling thread in the namespace at ``path``, and back again. Sockets made inside stay there."""
+    """Run the block with the calling thread in the namespace at ``path``. Sockets made inside stay there."""
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -56,7 +56,7 @@ def socket_cookie(sock: socket.socket) -> int:
 
 
 def cookie(path: Path | None = None) -> int:
-    """Cookie of the namespace at ``path``, by default the calling thread's own."""
+    """Cookie of the namespace at ``path``, by default of the calling thread's own."""
     if path is not None:
         with entered(path):
             return cookie()
@@ -67,7 +67,7 @@ def cookie(path: Path | None = None) -> int:
 def resolve(spec: str) -> Path:
     """The path of a namespace given by name (of `ip netns`), process id, or path.
 
-    Raises NotFoundError where there is none.
+    Raises NotFoundError.
     """
     if spec.startswith("/"):
         path = Path(spec)
@@ -76,18 +76,18 @@ def resolve(spec: str) -> Path:
     else:
         path = Path("/run/netns") / spec
         if "/" in spec or spec in (".", ".."):
-            raise NotFoundError(f"netns: {spec!r} is no name of a network namespace", "ip netns list")
+            raise NotFoundError(f"netns: {spec!r} is not a name of a network namespace", "ip netns list")
     if not path.exists():
-        raise NotFoundError(f"netns: there is no network namespace {spec!r}", "a name of `ip netns`, a pid, or a path")
+        raise NotFoundError(f"netns: network namespace {spec!r} not found", "a name of `ip netns`, a pid, or a path")
     try:
         cookie(path)
     except OSError as error:
-        raise NotFoundError(f"netns: {spec!r} is no network namespace ({error.strerror})") from error
+        raise NotFoundError(f"netns: {spec!r} is not a network namespace ({error.strerror})") from error
     return path
 
 
 def keep(source: Path, target: Path) -> None:
-    """Mount the namespace at ``source`` on the file ``target``: it then lives, and is found, until `release`."""
+    """Mount the namespace at ``source`` on the file ``target``: it then exists there until `release`."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     target.touch(mode=0o600)
     real = os.fsencode(source.resolve() if not str(source).startswith("/proc/") else source)
@@ -104,7 +104,7 @@ def release(target: Path) -> None:
 
 
 def bring_lo_up() -> None:
-    """Set lo up in the calling thread's namespace, which a new one has down."""
+    """Set lo up in the calling thread's namespace; a new namespace has it down."""
     from pyroute2 import IPRoute
 
     with IPRoute() as route:

@@ -1,6 +1,7 @@
-"""Other processes by descriptor: pidfd_open(2), pidfd_getfd(2), process_vm_readv(2).
+"""Other processes by descriptor: pidfd_open(2) of threads, pidfd_getfd(2), process_vm_readv(2).
 
-A pidfd names one process for ever, so that nothing here can hit another one that was given its number.
+A pidfd always refers to the same process, so nothing here can affect another one that got its id. For a process
+os.pidfd_open() is used directly.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import errno
 import os
 import select
 
-from graft.kernel.syscalls import number, syscall
+from graft.kernel.syscalls import number
 from graft.kernel.tasks import parse_thread_group
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -18,40 +19,35 @@ PIDFD_THREAD = os.O_EXCL  # since 6.9, include/uapi/linux/pidfd.h
 MAX_PID = 1 << 22  # PID_MAX_LIMIT, include/linux/threads.h
 
 
-def pidfd_open(pid: int) -> int:
-    """A descriptor of process ``pid``. Raises ProcessLookupError."""
-    return syscall("pidfd_open", pid, 0)
-
-
 def pidfd_open_thread(tid: int) -> int:
-    """A descriptor of the process that thread ``tid`` belongs to, or of the thread itself where that is possible."""
+    """A descriptor of thread ``tid``, or of its process where the kernel has none for threads."""
     try:
-        return syscall("pidfd_open", tid, PIDFD_THREAD)
+        return os.pidfd_open(tid, PIDFD_THREAD)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    return pidfd_open(thread_group(tid))
+    return os.pidfd_open(thread_group(tid))
 
 
 def thread_group(tid: int) -> int:
-    """The process id of thread ``tid``. Raises ProcessLookupError."""
+    """The id of the process of thread ``tid``. Raises ProcessLookupError."""
     try:
         with open(f"/proc/{tid}/status", "rb") as status:
             found = parse_thread_group(status.read())
     except FileNotFoundError:
         found = 0
     if not found:
-        raise ProcessLookupError(errno.ESRCH, f"no thread {tid}")
+        raise ProcessLookupError(errno.ESRCH, f"thread {tid} not found")
     return found
 
 
-_process_vm_readv = _libc.process_vm_readv  # glibc and musl have had it for long
+_process_vm_readv = _libc.process_vm_readv  # in glibc and musl
 _getfd_number = ctypes.c_long(number("pidfd_getfd"))
 _zero = ctypes.c_uint(0)
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:
-    """A copy of descriptor ``fd`` of that process, close-on-exec. Raises OSError (EBADF, ESRCH)."""
+    """A duplicate of descriptor ``fd`` of that process, close-on-exec. Raises OSError (EBADF, ESRCH)."""
     copy = int(_libc.syscall(_getfd_number, pidfd, fd, _zero))
     if copy < 0:
         code = ctypes.get_errno()
@@ -59,8 +55,8 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     return copy
 
 
-def is_over(pidfd: int) -> bool:
-    """Whether that process has ended, waited for or not."""
+def has_ended(pidfd: int) -> bool:
+    """Whether that process has ended, even if its parent has not waited for it."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
@@ -73,7 +69,7 @@ class _Iovec(ctypes.Structure):
 class MemoryReader:
     """Reads up to ``size`` bytes of another process's memory, with one system call and no allocation.
 
-    What is read is a hint and nothing more: the process may write there at any time.
+    What is read is only a hint: the process may change it at any time.
     """
 
     def __init__(self, size: int = 128) -> None:
@@ -105,7 +101,7 @@ class MemoryReader:
 def threads_have_pidfds() -> bool:
     """Whether this kernel has pidfds of single threads (6.9)."""
     try:
-        os.close(syscall("pidfd_open", os.getpid(), PIDFD_THREAD))
+        os.close(os.pidfd_open(os.getpid(), PIDFD_THREAD))
     except OSError:
         return False
     return True

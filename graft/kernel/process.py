@@ -1,4 +1,4 @@
-"""What a process does to itself before it becomes another program: ids, signals, limits.
+"""Changes to the calling process, most of them before it executes a program: ids, signals, limits, its name.
 
 Sources: prctl(2), execve(2), signal(7). Capabilities: graft/kernel/capabilities.py.
 """
@@ -23,7 +23,7 @@ _PR_SET_NAME = 15
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Whom a program runs as."""
+    """The ids that a program runs with."""
 
     uid: int
     gid: int
@@ -46,26 +46,26 @@ def parse_user(text: str) -> User:
         if group:
             gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
     except KeyError:
-        raise NotFoundError(f"--user: there is no {text!r}", "a name or a number, with :GROUP if wanted") from None
+        raise NotFoundError(f"--user: {text!r} not found", "a name or a number, with :GROUP if wanted") from None
     return User(uid, gid, groups or (gid,))
 
 
-def become(user: User) -> None:
-    """Take on the ids of ``user``, for good."""
+def switch_user(user: User) -> None:
+    """Switch to the ids of ``user``, permanently."""
     os.setgroups(user.groups)
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)
 
 
-def default_signals(mask: Iterable[signal.Signals]) -> None:
-    """Undo what Python did to signals at its start, and take back the mask of before."""
+def restore_signals(mask: Iterable[signal.Signals]) -> None:
+    """Undo what Python changed about signals when it started, and set the signal mask ``mask``."""
     for name in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def end_by(signum: int) -> None:
-    """End the calling process by a signal, so that its parent sees what a program's parent would have seen."""
+def die_by_signal(signum: int) -> None:
+    """End the calling process by a signal, so that its parent sees the status of the program that the signal ended."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with contextlib.suppress(OSError, ValueError):
         signal.signal(signum, signal.SIG_DFL)
@@ -73,14 +73,14 @@ def end_by(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
 
-def allow_descriptors() -> None:
-    """Raise the limit of open descriptors to the most that this process may have."""
+def raise_descriptor_limit() -> None:
+    """Raise the limit of open descriptors to the hard limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def close_all_but(keep: Iterable[int]) -> None:
-    """Close every descriptor above 2 that is not in ``keep``. For a fresh child that shares nothing with its parent."""
+    """Close every descriptor above 2 that is not in ``keep``. For a new child that shares nothing with its parent."""
     first = 3
     for fd in sorted(set(keep)):
         os.closerange(first, fd)
@@ -88,7 +88,7 @@ def close_all_but(keep: Iterable[int]) -> None:
     os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
-def call_oneself(name: str) -> None:
-    """The calling process's name as `ps -o comm` shows it, up to 15 bytes."""
-    held = ctypes.create_string_buffer(name.encode()[:15])
-    syscall("prctl", _PR_SET_NAME, ctypes.byref(held), 0, 0, 0)
+def set_process_name(name: str) -> None:
+    """Set the calling process's name as `ps -o comm` shows it, up to 15 bytes."""
+    buffer = ctypes.create_string_buffer(name.encode()[:15])
+    syscall("prctl", _PR_SET_NAME, ctypes.byref(buffer), 0, 0, 0)

@@ -1,8 +1,8 @@
-"""The reading end of a BPF ring buffer: what programs put in, in order, without a system call for each.
+"""The consumer side of a BPF ring buffer: the records of programs, in order, without a system call for each.
 
-Source: Documentation/bpf/ringbuf.rst. The map's descriptor can be mapped: one page with the reader's position,
-one with the writers', then the data, twice in a row, so that a record is never split. A record has a
-head of eight bytes: its length, whose two highest bits say "not yet written" and "never mind", and a page offset.
+Source: Documentation/bpf/ringbuf.rst. The map's descriptor can be mapped: one page with the consumer's position,
+one with the producers', then the data, mapped twice in a row, so that a record is never split. A record has a
+header of eight bytes: its length, whose two highest bits mean "not yet written" and "discarded", and a page offset.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ _HEAD = 8
 
 
 class RingBuffer:
-    """A ring buffer by its descriptor, which stays the caller's. Only one reader at a time. Raises OSError."""
+    """A ring buffer by its descriptor, which the caller closes. Only one consumer at a time. Raises OSError."""
 
     def __init__(self, fd: int, size: int) -> None:
         """``size``: of the data in bytes, as the map was made (its max_entries, a power of two)."""
         page = mmap.PAGESIZE
         self._mask = size - 1
-        self._mine = mmap.mmap(fd, page)
-        self._theirs = mmap.mmap(fd, page + 2 * size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=page)
-        self._read = memoryview(self._mine).cast("Q")
-        self._written = memoryview(self._theirs)[:8].cast("Q")
-        self._data = memoryview(self._theirs)[page:]
+        self._consumer = mmap.mmap(fd, page)
+        self._producer = mmap.mmap(fd, page + 2 * size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=page)
+        self._read = memoryview(self._consumer).cast("Q")
+        self._written = memoryview(self._producer)[:8].cast("Q")
+        self._data = memoryview(self._producer)[page:]
 
     def records(self) -> list[bytes]:
-        """What has come since the last call."""
+        """The new records since the last call."""
         found = []
         at, end = self._read[0], self._written[0]
         while at < end:
@@ -44,8 +44,8 @@ class RingBuffer:
         return found
 
     def close(self) -> None:
-        """Unmap it."""
+        """Unmap the buffer."""
         for view in (self._read, self._written, self._data):
             view.release()
-        self._mine.close()
-        self._theirs.close()
+        self._consumer.close()
+        self._producer.close()

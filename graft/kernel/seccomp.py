@@ -44,9 +44,9 @@ _NOTIF_ID_VALID = _ioc(1, 2, 8)
 _NOTIF_ADDFD = _ioc(1, 3, _ADDFD_SIZE)
 _NOTIF_SET_FLAGS = _ioc(1, 4, 8)
 
-# struct seccomp_notif: id, pid, flags, then struct seccomp_data: nr, arch, instruction_pointer, args[6]. What nobody
-# here asks for is stepped over; of the arguments that the kernel takes for ints, the upper halves (the machines of
-# _ARCHES have them second).
+# struct seccomp_notif: id, pid, flags, then struct seccomp_data: nr, arch, instruction_pointer, args[6]. Unused members
+# are skipped; of arguments that the kernel treats as int, also the upper halves (second in memory on the machines of
+# _ARCHES).
 _NOTIF = struct.Struct("=QI4xiI8xi4xQI4x24x")
 _RESP = struct.Struct("=QqiI")
 _ADDFD = struct.Struct("=QIIII")
@@ -72,8 +72,8 @@ def architecture(machine: str = MACHINE) -> tuple[int, dict[str, int]]:
 def filter_program(machine: str = MACHINE) -> bytes:
     """The BPF filter: notify for bind, connect and listen of this architecture, allow all else.
 
-    Calls of another architecture (32-bit) and x86's x32 numbers pass untouched: they act on the
-    container's own sockets, and the hooks hold host-homed ones to the policy all the same.
+    Calls of another architecture (32-bit) and x86's x32 numbers are not trapped: they act on the
+    container's own sockets, and the hooks enforce the policy on host-homed ones all the same.
     """
     arch, calls = architecture(machine)
     numbers = [calls[name] for name in TRAPPED]
@@ -90,12 +90,12 @@ class _FilterProgram(ctypes.Structure):
 
 
 def install_listener() -> tuple[int, bool]:
-    """Put the filter on the calling process, for ever, and give the descriptor of its notifications.
+    """Install the filter on the calling process, permanently, and give the descriptor of its notifications.
 
-    The second value says whether a trapped call waits through signals that do not kill.
+    The second value says whether signals that do not kill leave a trapped call waiting.
 
-    Needs CAP_SYS_ADMIN (or no_new_privs). WAIT_KILLABLE_RECV (5.19) keeps signals, which Go's runtime
-    sends all the time, from restarting a call that a supervisor is at work on.
+    Needs CAP_SYS_ADMIN (or no_new_privs). With WAIT_KILLABLE_RECV (5.19) signals, which Go's runtime
+    sends all the time, do not restart a call that a supervisor is handling.
     """
     text = filter_program()
     try:
@@ -107,23 +107,23 @@ def install_listener() -> tuple[int, bool]:
 
 
 def install(text: bytes, flags: int = 0) -> int:
-    """Put a filter on the calling process, for ever. Needs CAP_SYS_ADMIN (or no_new_privs). Raises OSError."""
-    held = ctypes.create_string_buffer(text, len(text))
-    program = _FilterProgram(len(text) // 8, ctypes.addressof(held))
+    """Install a filter on the calling process, permanently. Needs CAP_SYS_ADMIN (or no_new_privs). Raises OSError."""
+    instructions = ctypes.create_string_buffer(text, len(text))
+    program = _FilterProgram(len(text) // 8, ctypes.addressof(instructions))
     return syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(program))
 
 
 def hung_up(listener: int) -> bool:
-    """Whether every process under the filter of that notification descriptor is gone (5.9)."""
+    """Whether every process with the filter of that notification descriptor has ended (5.9)."""
     poll = select.poll()
     poll.register(listener, 0)
     return bool(poll.poll(0))
 
 
 class Notification(NamedTuple):
-    """One trapped call (struct seccomp_notif): who waits (``pid`` is a thread's id), what it called, with what.
+    """One trapped call (struct seccomp_notif): the waiting thread (``pid``), the call and its arguments.
 
-    The arguments are those of bind and connect; listen has a backlog in ``address``.
+    The arguments are those of bind and connect; for listen ``address`` is the backlog.
     """
 
     id: int
@@ -136,7 +136,7 @@ class Notification(NamedTuple):
 
     @classmethod
     def unpack(cls, raw: Buffer) -> Notification:
-        """From the bytes that the kernel gave."""
+        """From the bytes that the kernel wrote."""
         return cls._make(_NOTIF.unpack_from(raw))
 
 
@@ -147,12 +147,12 @@ class Listener:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        # Written over again and again: fcntl.ioctl() takes what it may write to at once, bytes only after a refusal.
+        # Reused for each call. bytearray: fcntl.ioctl() first tries a writable buffer, and bytes only after that fails.
         self._response = bytearray(_RESP_SIZE)
         self._addfd = bytearray(_ADDFD_SIZE)
 
     def wake_on_this_core(self) -> bool:
-        """Ask for synchronous wake-up (6.6): the caller sleeps anyway, so the supervisor takes its core."""
+        """Enable synchronous wake-up (6.6): the caller sleeps anyway, so the supervisor runs on its core."""
         try:
             fcntl.ioctl(self.fd, _NOTIF_SET_FLAGS, _FD_SYNC_WAKE_UP)
         except OSError:
@@ -162,9 +162,9 @@ class Listener:
     def receive(self, into: ctypes.Array[ctypes.c_char]) -> bool:
         """Write the next notification to ``into``, SIZE bytes of zeros. Blocks where none is waiting.
 
-        The kernel itself writes it there, before this call can return or the process can die: what it has handed
-        out, and hands out once only, is never lost on the way. False, and ``into`` is still zero, where the caller
-        went away (ENOENT) or a signal came in between.
+        The kernel itself writes it there, before this call can return or the process can die: a notification, which
+        the kernel delivers once only, is never lost. False, and ``into`` is still zero, where the caller
+        has ended (ENOENT) or a signal interrupted this call.
         """
         if _libc.ioctl(self.fd, _RECEIVE, into) == 0:
             return True
@@ -174,7 +174,7 @@ class Listener:
         raise OSError(code, f"ioctl(SECCOMP_IOCTL_NOTIF_RECV): {os.strerror(code)}")
 
     def is_valid(self, unique: int) -> bool:
-        """Whether that call is still waiting; what was read about its process before is then its own."""
+        """Whether that call is still waiting; then what was read about its process before was about this process."""
         try:
             fcntl.ioctl(self.fd, _NOTIF_ID_VALID, _ID.pack(unique))
         except FileNotFoundError:
@@ -193,17 +193,17 @@ class Listener:
                 return False
 
     def resume(self, unique: int) -> bool:
-        """Let the call run. False if its caller is gone."""
+        """Let the call run. False if its caller has ended."""
         return self._send(unique, 0, _USER_NOTIF_FLAG_CONTINUE)
 
     def answer(self, unique: int, error: int = 0) -> bool:
-        """End the call without running it: 0, or failed with errno ``error``. False if its caller is gone."""
+        """Return from the call without running it: 0, or errno ``error``. False if its caller has ended."""
         return self._send(unique, -error, 0)
 
     def replace(self, unique: int, source: int, target: int, cloexec: bool) -> None:
-        """Put our descriptor ``source`` at number ``target`` of the caller, in place of what is there.
+        """Replace the caller's descriptor ``target`` with our descriptor ``source``.
 
-        Raises OSError: ENOENT (the caller is gone), EBADF or EMFILE (no such number there).
+        Raises OSError: ENOENT (the caller has ended), EBADF or EMFILE (the caller has no such descriptor).
         """
         flags = 0o2000000 if cloexec else 0
         _ADDFD.pack_into(self._addfd, 0, unique, _ADDFD_FLAG_SETFD, source, target, flags)
@@ -211,5 +211,5 @@ class Listener:
             try:
                 fcntl.ioctl(self.fd, _NOTIF_ADDFD, self._addfd)
                 return
-            except InterruptedError:  # the kernel took it back, or has not begun
+            except InterruptedError:  # the kernel undid it, or has not started
                 continue

@@ -1,11 +1,13 @@
-"""Sockets of a network namespace, from the kernel's socket diagnostics: listed, and ended.
+"""The kernel's socket diagnostics: the sockets of a network namespace listed, and closed. The only module that asks.
 
-Sources: sock_diag(7), netlink(7), include/uapi/linux/inet_diag.h and sock_diag.h; net/ipv4/inet_diag.c. By hand,
-because listeners are asked for several times a second for each container: a netlink socket belongs to the namespace
-that it was made in, and is kept.
+Sources: sock_diag(7), netlink(7), include/uapi/linux/inet_diag.h and sock_diag.h; net/ipv4/inet_diag.c.
 
-A listing takes the lock of no socket, as long as it does not ask for tcp_info. To end a socket takes its lock, and may
-never return (graft/expendable.py).
+pyroute2's DiagSocket (0.9) is not used: it sends no request attributes (so no socket storage and no MPTCP), sends no
+SOCK_DESTROY, and does not report the kernel's errors. graftd lists the listeners of each container several times a
+second, over one netlink socket, which is kept open, because it belongs to the namespace that it was made in.
+
+A listing takes no socket's lock, as long as it does not request tcp_info. Closing a socket takes its lock, and may
+never return (graft/state/helper_process.py).
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST_DUMP, _REQUEST_ACK = 0x1 | 0x300, 0x1 | 0x4
 _TCP_LISTEN = 10
 _THE_KERNEL = 0  # its port id (netlink(7))
-_PIECE_BYTES = 8192  # the least that holds a message whatever the size of a page (NLMSG_GOODSIZE): 65 listeners
+_PIECE_BYTES = 8192  # enough for one message of any page size (NLMSG_GOODSIZE): 65 listeners
 _LARGE_BYTES = 1 << 16
 _EVERY_STATE = 0xFFFFFFFF
 IPPROTO_MPTCP = 262
-# INET_DIAG_* of what is told; the last since 5.9
+# INET_DIAG_*: attributes of a listed socket; the last since 5.9
 _SKV6ONLY, _SK_BPF_STORAGES, _CGROUP_ID = 11, 20, 21
-# INET_DIAG_REQ_* and SK_DIAG_BPF_STORAGE_*: which socket storage to tell of (5.7), a protocol beyond 255 (5.10)
+# INET_DIAG_REQ_* and SK_DIAG_BPF_STORAGE_*: attributes of a request: a socket storage (5.7), a protocol over 255 (5.10)
 _REQUEST_STORAGES, _REQUEST_PROTOCOL = 2, 3
 _STORAGE_MAP, _STORAGE_VALUE = 1, 3
 _NESTED = 0x8000
@@ -50,8 +52,8 @@ _TRIES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Listening:
-    """A listening TCP socket. ``address`` as the maps have it; ``cgroup`` 0 where the kernel does not tell."""
+class ListeningSocket:
+    """A listening TCP socket. ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it."""
 
     family: int
     address: bytes
@@ -64,7 +66,7 @@ class Listening:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What names a socket to the kernel, in its namespace: ``sockid`` is a struct inet_diag_sockid."""
+    """What identifies a socket in its namespace: ``sockid`` is a struct inet_diag_sockid."""
 
     family: int
     protocol: int
@@ -72,16 +74,16 @@ class Identity:
 
     @property
     def cookie(self) -> bytes:
-        """The socket's own number, never given to another one while the machine is up."""
+        """The socket's own number, not used again while the machine is up."""
         return self.sockid[-8:]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A socket of any state; ``stored`` is its value in the socket storage that was asked for, None without one.
+class FoundSocket:
+    """A socket of any state; ``stored`` is its value in the requested socket storage, None without one.
 
-    (Of a UDP socket no storage is told, see inet_sk_diag_fill().) Addresses and ports are (packed address, port);
-    ``cgroup`` is the id of the one that it was born in.
+    (The kernel reports no storage of UDP sockets, see inet_sk_diag_fill().) Addresses and ports are (packed address,
+    port); ``cgroup`` is the id of the cgroup that it was created in.
     """
 
     identity: Identity
@@ -94,45 +96,45 @@ class Found:
 
 
 class Diagnostics:
-    """A netlink socket of one namespace; it has to be made there. After an OSError it is of no more use."""
+    """A netlink socket of one namespace, in which it must be made. Not usable after an OSError."""
 
     def __init__(self) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
-        self._sock.setblocking(False)  # the kernel fetches each piece while the one before it is taken
-        # Who has CAP_NET_ADMIN over the namespace, such as a container's root, may send here what looks like an answer.
-        # To a socket that is connected to the kernel nobody else can (netlink_getsockbyportid, af_netlink.c).
+        self._sock.setblocking(False)  # the kernel makes each piece while the one before it is received
+        # A user with CAP_NET_ADMIN over the namespace, such as a container's root, may send forged answers. A socket
+        # that is connected to the kernel receives from no other sender (netlink_getsockbyportid, af_netlink.c).
         self._sock.connect((_THE_KERNEL, 0))
 
     def close(self) -> None:
-        """Give the socket back."""
+        """Close the netlink socket."""
         self._sock.close()
 
-    def listening(self) -> Iterator[list[Listening]]:
-        """Every listening TCP socket of the namespace, some at a time, to be asked for to the end. Raises OSError."""
+    def listeners(self) -> Iterator[list[ListeningSocket]]:
+        """Every listening TCP socket of the namespace, some at a time; must be read to the end. Raises OSError."""
         for family in (socket.AF_INET, socket.AF_INET6):
             for piece in self._dump(family, socket.IPPROTO_TCP, 1 << _TCP_LISTEN, _PIECE_BYTES):
                 with _refusing():
-                    found = [parse(message) for message in piece]
+                    found = [parse_listener(message) for message in piece]
                 yield found
 
-    def every(self, protocol: int, storage: int) -> list[Found]:
-        """Every socket of a protocol, with what it has in the socket storage map ``storage`` (a descriptor).
+    def sockets(self, protocol: int, storage: int) -> list[FoundSocket]:
+        """Every socket of a protocol, with its value in the socket storage map ``storage`` (a descriptor).
 
-        None of a protocol that the kernel knows no diagnostics for. Raises OSError.
+        Empty for a protocol without diagnostics in this kernel. Raises OSError.
         """
-        found: list[Found] = []
+        found: list[FoundSocket] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(FileNotFoundError), _refusing():
                 for piece in self._dump(family, protocol, _EVERY_STATE, _LARGE_BYTES, storage):
-                    found += [parse_found(protocol, message) for message in piece]
+                    found += [parse_socket(protocol, message) for message in piece]
         return found
 
     def destroy(self, one: Identity, shared: bool = False) -> None:
-        """End a socket: its connection is reset, a listener listens no more. Needs CAP_NET_ADMIN, takes its lock.
+        """Close a socket: a connection is reset, a listener stops listening. Needs CAP_NET_ADMIN, takes its lock.
 
         ``shared``: others may have the same address (SO_REUSEPORT). The kernel chooses among them by the remote end, so
-        one after the other is named until it comes to this socket. Raises OSError: ENOENT where there is no such
-        socket, EOPNOTSUPP for a kernel that ends none (CONFIG_INET_DIAG_DESTROY).
+        remote ports are tried until it chooses this socket. Raises OSError: ENOENT where the socket is not
+        found, EOPNOTSUPP for a kernel without CONFIG_INET_DIAG_DESTROY.
         """
         for port in range(_TRIES if shared else 1):
             sockid = bytearray(one.sockid)
@@ -153,7 +155,7 @@ class Diagnostics:
     def _dump(
         self, family: int, protocol: int, states: int, at_once: int, storage: int | None = None
     ) -> Iterator[list[bytes]]:
-        """The messages of a listing, ``at_once`` bytes of them at a time. Nothing else may be asked until its end."""
+        """The messages of a listing, ``at_once`` bytes at a time. No other request may be sent until its end."""
         body = _REQUEST.pack(family, min(protocol, 255), 0, 0, states, bytes(48))
         if protocol > 255:
             body += _attribute(_REQUEST_PROTOCOL, _NUMBER.pack(protocol))
@@ -171,7 +173,7 @@ class Diagnostics:
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
-    """What is no answer of the kernel's is an OSError."""
+    """Turn the ValueError for a malformed answer into an OSError."""
     try:
         yield
     except ValueError as error:
@@ -179,20 +181,20 @@ def _refusing() -> Iterator[None]:
 
 
 def _answered(data: bytes) -> tuple[list[bytes], bool]:
-    """The sockets in what was received, and whether that is the last of it. Raises OSError."""
+    """The messages about sockets in ``data``, and whether the listing ends there. Raises OSError."""
     found: list[bytes] = []
     with _refusing():
-        for kind, message in split(data):
+        for kind, message in split_messages(data):
             if kind in (_NLMSG_DONE, _NLMSG_ERROR):
                 return found, True
             found.append(message)
     return found, False
 
 
-def split(data: bytes) -> Iterator[tuple[int, bytes]]:
+def split_messages(data: bytes) -> Iterator[tuple[int, bytes]]:
     """The netlink messages in ``data`` (netlink(7)): kind, and what follows the header.
 
-    Raises ValueError for what are none, and the OSError that an error message tells of, unless it tells of success.
+    Raises ValueError for a malformed message, and OSError for an error message, unless that reports success.
     """
     offset = 0
     while offset + _HEADER.size <= len(data):
@@ -207,11 +209,11 @@ def split(data: bytes) -> Iterator[tuple[int, bytes]]:
         offset += size + 3 & ~3
 
 
-def parse(message: bytes) -> Listening:
-    """From struct inet_diag_msg with its attributes. Raises ValueError for too little of it."""
+def parse_listener(message: bytes) -> ListeningSocket:
+    """A listener from struct inet_diag_msg with its attributes. Raises ValueError where it is too short."""
     family, _state, _timer, _retrans, port, _peer, source, _target, device, *rest = _fields(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
-    return Listening(
+    return ListeningSocket(
         family=4 if family == socket.AF_INET else 6,
         address=source[:4].ljust(16, b"\0") if family == socket.AF_INET else source,
         port=int.from_bytes(port, "big"),
@@ -222,15 +224,15 @@ def parse(message: bytes) -> Listening:
     )
 
 
-def parse_found(protocol: int, message: bytes) -> Found:
-    """The same for a socket of any state. Raises ValueError."""
+def parse_socket(protocol: int, message: bytes) -> FoundSocket:
+    """A socket of any state from the same structure. Raises ValueError."""
     family, state, _timer, _retrans, port, peer, source, target, _device, *rest = _fields(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
     size = 4 if family == socket.AF_INET else 16
     stored = None
     for _, one in _attributes(attributes.get(_SK_BPF_STORAGES, b""), 0):
         stored = dict(_attributes(one, 0)).get(_STORAGE_VALUE, stored)
-    return Found(
+    return FoundSocket(
         identity=Identity(family, protocol, message[_IDENTITY]),
         state=state,
         local=(source[:size], int.from_bytes(port, "big")),

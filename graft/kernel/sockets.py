@@ -1,7 +1,6 @@
-"""The TCP and UDP sockets of a network namespace, for people, with what says whose they are; and their end.
+"""The TCP and UDP sockets of a network namespace: listed in readable form, with their owners' tags, and closed.
 
-Sources: sock_diag(7), through graft/kernel/sockdiag.py; socket(7), shutdown(2). The inode of a socket is what
-/proc/PID/fd names it by.
+Netlink is graft/kernel/sockdiag.py's. Sources: socket(7), shutdown(2). /proc/PID/fd names a socket by its inode.
 """
 
 from __future__ import annotations
@@ -11,15 +10,16 @@ import os
 import re
 import socket
 import struct
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
-from graft.address import format_ip, unmapped
-from graft.kernel.sockdiag import IPPROTO_MPTCP, Diagnostics, Found, Identity
+from graft.kernel.sockdiag import IPPROTO_MPTCP, Diagnostics, FoundSocket, Identity
+from graft.kernel.socket_calls import attach_filter, lock_filter
+from graft.model.address import format_ip, unmapped
 
-# include/net/tcp_states.h; a UDP socket is CLOSE until it is connected. One of TCP that is listed as CLOSE (6.8) is
-# bound, and does nothing.
+# include/net/tcp_states.h; a UDP socket is CLOSE until it is connected. A TCP socket that is listed as CLOSE (6.8) is
+# bound, and neither listens nor connects.
 STATES = {
     1: "established",
     2: "syn-sent",
@@ -34,20 +34,19 @@ STATES = {
     11: "closing",
     12: "syn-recv",
 }
-_SO_ATTACH_FILTER, _SO_LOCK_FILTER = 26, 44
 _DROP_ALL = struct.pack("=HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K of linux/filter.h: keep 0 bytes
 _libc = ctypes.CDLL(None, use_errno=True)
 
 PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 WITHOUT_PEER = ("listening", "unconnected", "bound")
-"""States of sockets that are no connections."""
+"""States of sockets that are not connections."""
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedSocket:
     """One socket; addresses as ``1.2.3.4:80`` or ``[::1]:80``.
 
-    ``cgroup`` is the id of the one that it was born in, ``stored`` its value in the socket storage that was asked for
+    ``cgroup`` is the id of the cgroup that it was created in, ``stored`` its value in the requested socket storage
     (TCP only).
     """
 
@@ -63,36 +62,36 @@ class Listed:
 
     @property
     def is_connection(self) -> bool:
-        """Whether it has somebody at its other end."""
+        """Whether it has a remote end."""
         return self.state not in WITHOUT_PEER
 
 
-def listed(storage: int) -> list[Listed]:
-    """Every TCP and UDP socket of the calling thread's namespace that has an address, and that some program has.
+def list_sockets(storage: int) -> list[ListedSocket]:
+    """Every TCP and UDP socket of the calling thread's namespace that has an address, and that a program has open.
 
     ``storage`` is a descriptor of a socket storage map. An MPTCP socket is listed as the TCP socket that it listens or
-    connects by. Takes no socket's lock. Raises OSError.
+    connects with. Takes no socket's lock. Raises OSError.
     """
     with closing(Diagnostics()) as diagnostics:
-        parents = {one.inode: one.stored for one in diagnostics.every(IPPROTO_MPTCP, storage)}
+        parents = {one.inode: one.stored for one in diagnostics.sockets(IPPROTO_MPTCP, storage)}
         found = [
             _read(protocol, one)
             for protocol, number in PROTOCOLS.items()
-            for one in diagnostics.every(number, storage)
+            for one in diagnostics.sockets(number, storage)
             if one.inode
         ]
     return [_with_parent(one, parents) for one in found]
 
 
-def _with_parent(one: Listed, parents: dict[int, bytes | None]) -> Listed:
-    """What an MPTCP socket stores is its own; to its program it is one with the TCP sockets below it."""
+def _with_parent(one: ListedSocket, parents: dict[int, bytes | None]) -> ListedSocket:
+    """A subflow of an MPTCP socket with the storage of that socket, which is the one that the program has."""
     if one.protocol != "tcp" or one.inode not in parents:
         return one
     return replace(one, stored=parents[one.inode] or one.stored, is_mptcp=True)
 
 
-def _read(protocol: str, found: Found) -> Listed:
-    return Listed(
+def _read(protocol: str, found: FoundSocket) -> ListedSocket:
+    return ListedSocket(
         inode=found.inode,
         protocol=protocol,
         state=_state(protocol, found.state),
@@ -110,44 +109,44 @@ def _state(protocol: str, number: int) -> str:
 
 
 def _format(address: bytes, port: int) -> str:
-    """An IPv4-mapped address is the IPv4 address that the network sees."""
+    """Address and port as text, an IPv4-mapped address as IPv4."""
     return f"{format_ip(unmapped(ip_address(address)))}:{port}"
 
 
-def destroy(one: Listed) -> None:
-    """End a socket of the calling thread's namespace, wherever its descriptor is. Raises OSError (sockdiag.destroy).
+def destroy(one: ListedSocket) -> None:
+    """Close a socket of the calling thread's namespace, in all processes that have it. Raises OSError.
 
-    Of an MPTCP socket it ends the connections below it only, and no listener (EINVAL). Waits for who holds its lock.
+    Of an MPTCP socket it resets the subflows only, and closes no listener (EINVAL). Waits for the socket's lock.
     """
     with closing(Diagnostics()) as diagnostics:
         diagnostics.destroy(one.identity, shared=not one.is_connection)
 
 
-# Of a socket that may be locked no socket.socket is made: that asks for its name, and sets an option, while no other
+# For a socket that may be locked no socket.socket is made: that calls getsockname() and sets an option while no other
 # thread of the interpreter can run.
 
 
 def shut_down(fd: int) -> None:
-    """Shut a socket down, connected or not: who waits in it wakes. Waits for whoever holds its lock."""
+    """Shut a socket down, connected or not: blocked calls on it return. Waits for the socket's lock."""
     _libc.shutdown(fd, socket.SHUT_RDWR)  # ENOTCONN where it is not connected, done all the same
 
 
-def deafen(fd: int) -> None:
-    """Let nothing reach a socket any more: a filter that drops all, and that cannot be taken off (socket(7)).
+def drop_incoming(fd: int) -> None:
+    """Drop everything that arrives at a socket, by a filter that cannot be removed (socket(7)).
 
-    Waits for whoever holds its lock.
+    Waits for the socket's lock.
     """
-    instructions = ctypes.create_string_buffer(_DROP_ALL, len(_DROP_ALL))
-    program = struct.pack("@HP", len(_DROP_ALL) // 8, ctypes.addressof(instructions))
-    _libc.setsockopt(fd, socket.SOL_SOCKET, _SO_ATTACH_FILTER, program, len(program))
-    _libc.setsockopt(fd, socket.SOL_SOCKET, _SO_LOCK_FILTER, ctypes.byref(ctypes.c_int(1)), 4)
+    with suppress(OSError):
+        attach_filter(fd, _DROP_ALL)
+    with suppress(OSError):
+        lock_filter(fd)
 
 
 def can_destroy(release: str | None = None) -> bool:
-    """Whether a socket may be ended so without harm to others, on this kernel or that of ``release``.
+    """Whether `destroy` cannot block other requests, on this kernel or that of ``release``.
 
     Up to 6.8 a request that waits for a socket's lock holds mutexes that every request of the machine needs
-    (sock_diag_mutex, inet_diag_table_mutex): whoever keeps one socket locked would keep all of them waiting, `ss` too.
+    (sock_diag_mutex, inet_diag_table_mutex): a program that keeps one socket locked would block them all, `ss` too.
     """
     version = re.match(r"(\d+)\.(\d+)", release or os.uname().release)
     return version is not None and (int(version[1]), int(version[2])) >= (6, 9)

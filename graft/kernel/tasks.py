@@ -1,6 +1,7 @@
-"""Other processes and their threads, as /proc shows them. Nothing here waits for a lock that one of them can keep.
+"""Other processes and their threads, as /proc shows them. Nothing here waits for a lock that one of them can hold.
 
-(/proc/PID/cmdline, environ and maps, and fdinfo of some descriptors, do: they are not for what a container runs.)
+(/proc/PID/cmdline, environ and maps, and fdinfo of some descriptors, do: they are not read for a container's
+processes.)
 
 Sources: proc_pid_stat(5), proc_pid_status(5), proc_pid_fd(5), kcmp(2).
 """
@@ -21,21 +22,21 @@ _SOCKET = re.compile(r"socket:\[(\d+)\]")
 _STATE = re.compile(rb"^State:\t([A-Za-z])", re.M)
 _NUMBERS = re.compile(rb"^(PPid|voluntary_ctxt_switches|nonvoluntary_ctxt_switches):\t([0-9]{1,20})$", re.M)
 _THREAD_GROUP = re.compile(rb"^Tgid:\t([0-9]{1,10})$", re.M)
-_SLEEPS_FOR_GOOD = frozenset("DTt")
+_STUCK_STATES = frozenset("DTt")
 
 
 def threads(pid: int) -> list[int]:
-    """The threads of a process, its first one first, be that still there or not; empty where the process is gone."""
+    """The threads of a process, the main thread first, even if it has ended; empty where the process has ended."""
     with contextlib.suppress(OSError):
         return sorted((int(tid) for tid in os.listdir(f"/proc/{pid}/task")), key=lambda tid: (tid != pid, tid))
     return []
 
 
-def tables(pid: int) -> list[int]:
-    """A thread of a process for each table of descriptors that its threads have (nearly always there is one).
+def descriptor_tables(pid: int) -> list[int]:
+    """A thread of a process for each descriptor table that its threads have (nearly always one table).
 
-    The kernel orders them, so that a thousand threads with a thousand tables are told apart quickly. Where it does not
-    say (CONFIG_KCMP), every thread counts.
+    The kernel orders the tables, so that a thousand of them are compared quickly. Where it does not
+    (CONFIG_KCMP), every thread counts.
     """
     found: list[int] = []
     for tid in threads(pid):
@@ -58,7 +59,7 @@ def _compare_tables(one: int, other: int) -> int:
         return _GREATER
 
 
-def sockets(tid: int) -> Iterator[tuple[int, int]]:
+def open_sockets(tid: int) -> Iterator[tuple[int, int]]:
     """(inode, descriptor) of each socket in the table of thread ``tid``."""
     with contextlib.suppress(OSError), os.scandir(f"/proc/{tid}/fd") as entries:
         for entry in entries:
@@ -70,7 +71,7 @@ def sockets(tid: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What a thread does: its state (a letter), its parent, and how often it has left a processor."""
+    """What a thread does: its state (a letter), its parent, and its number of context switches."""
 
     state: str
     parent: int
@@ -78,12 +79,12 @@ class Activity:
 
     @property
     def may_be_stuck(self) -> bool:
-        """Whether it sleeps so that nothing but what it waits for wakes it, or is stopped."""
-        return self.state in _SLEEPS_FOR_GOOD
+        """Whether it is in uninterruptible sleep, or stopped."""
+        return self.state in _STUCK_STATES
 
 
 def activity(pid: int) -> Activity | None:
-    """What the first thread of a process does now; None where it is gone."""
+    """What the main thread of a process does now; None where it has ended."""
     try:
         with open(f"/proc/{pid}/status", "rb") as status:
             return parse_activity(status.read())
@@ -91,12 +92,12 @@ def activity(pid: int) -> Activity | None:
         return None
 
 
-# In /proc/PID/status the name, which the program chooses, stands first; the kernel writes a newline in it as two
+# In /proc/PID/status the name, which the program chooses, comes first; the kernel writes a newline in it as two
 # characters.
 
 
 def parse_activity(status: bytes) -> Activity | None:
-    """What a thread does, of its /proc/TID/status; None where that does not say so."""
+    """What a thread does, from its /proc/TID/status; None where that has not all fields."""
     state = _STATE.search(status)
     numbers = {found[1]: int(found[2]) for found in _NUMBERS.finditer(status)}
     if state is None or len(numbers) < 3:
@@ -106,6 +107,6 @@ def parse_activity(status: bytes) -> Activity | None:
 
 
 def parse_thread_group(status: bytes) -> int:
-    """The process id of a thread, of its /proc/TID/status; 0 where it is not there."""
+    """The process id of a thread, from its /proc/TID/status; 0 where it is missing."""
     found = _THREAD_GROUP.search(status)
     return int(found[1]) if found else 0

@@ -1,4 +1,4 @@
-"""How far a TCP connection is, in bytes.
+"""Byte counts of a TCP connection, and its receive buffer.
 
 Sources: struct tcp_info of include/uapi/linux/tcp.h (offsets), tcp(7) for SIOCOUTQ, socket(7) for SO_RCVLOWAT.
 """
@@ -19,13 +19,14 @@ _ROOM = bytes(4)
 
 
 def cookie(sock: socket.socket) -> int:
-    """The socket's own number, never given to another one while the machine is up."""
+    """The socket's own number, not used again while the machine is up."""
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
 
 
 def received(sock: socket.socket) -> int:
-    """Bytes that came in order, and one more for the peer's end of the stream. Whoever was at work on the
-    socket when this is called has finished when it returns: the kernel takes the socket's lock for it.
+    """Bytes received in order, plus one for the end of the peer's stream.
+
+    The kernel takes the socket's lock for it: what was processing the socket before has finished when this returns.
     """
     return int(_ACKED_AND_RECEIVED.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES))[1])
 
@@ -36,23 +37,23 @@ def unsent(sock: socket.socket) -> int:
 
 
 def written(sock: socket.socket) -> int:
-    """Bytes that were put into the send queue since the connection began, whether the peer has them or not.
+    """Bytes that were put into the send queue since the connection began, acknowledged or not.
 
     Where the socket connected (and was not accepted) its SYN counts as one. Never too many: what the peer
-    acknowledges between the two questions asked here is missing from the answer.
+    acknowledges between the two system calls is missing from the result.
     """
     acked = _ACKED_AND_RECEIVED.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES))[0]
     return int(acked) + unsent(sock)
 
 
-def widen(sock: socket.socket, size: int) -> None:
-    """Let the receive buffer hold ``size`` bytes at least, and grow by itself from there as before (which it would
-    not after SO_RCVBUF): what tcp_set_rcvlowat does for a reader that asks for so much.
+def enlarge_receive_buffer(sock: socket.socket, size: int) -> None:
+    """Enlarge the receive buffer to ``size`` bytes at least; it still grows automatically (which it would
+    not after SO_RCVBUF). This is what tcp_set_rcvlowat does for a reader that requests as much.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
-def look_again(sock: socket.socket) -> None:
-    """Have the kernel do once more what it does when data arrives (tcp_set_rcvlowat)."""
+def reprocess_received(sock: socket.socket) -> None:
+    """Make the kernel process the receive queue again, as when data arrives (tcp_set_rcvlowat)."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)

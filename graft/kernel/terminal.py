@@ -1,12 +1,12 @@
-"""A terminal that a program shares with its user: the program may read from it and write to it, not type on it.
+"""A terminal that a program shares with its user: the program may read and write it, but not inject input.
 
-TIOCSTI puts a character into the terminal's input, as if it had been typed, and TIOCLINUX pastes what the program has
-selected on a console: both are there for whatever reads next, such as the shell of root that started the program
-(ioctl_tty(2), ioctl_console(2)). A new session would take the terminal away with job control and ^C. So a seccomp
-filter refuses these two requests, with EPERM, and lets everything else run.
+TIOCSTI inserts a character into the terminal's input, as if it had been typed, and TIOCLINUX pastes what the program
+has selected on a console: the next reader gets it, such as the shell of root that started the program
+(ioctl_tty(2), ioctl_console(2)). A new session would prevent this, but without job control and ^C. So a seccomp
+filter refuses these two requests, with EPERM, and allows everything else.
 
-The kernel takes a request for an unsigned int (fs/ioctl.c): of the argument the lower half counts, and the filter
-looks at nothing else. Numbers: arch/x86/entry/syscalls, arch/arm/tools/syscall.tbl, asm-generic/ioctls.h (the same in
+The kernel treats a request as an unsigned int (fs/ioctl.c): only the lower half of the argument counts, and the filter
+checks only that. Numbers: arch/x86/entry/syscalls, arch/arm/tools/syscall.tbl, asm-generic/ioctls.h (the same in
 all of these), linux/audit.h.
 """
 
@@ -50,6 +50,9 @@ def filter_program(machine: str = MACHINE) -> bytes:
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in (*program, allow, refuse))
 
 
-def refuse_typing() -> None:
-    """Let the calling process, and all that come of it, type on no terminal. Needs CAP_SYS_ADMIN. Raises OSError."""
+def refuse_terminal_injection() -> None:
+    """Stop the calling process and its children from injecting input into a terminal. Raises OSError.
+
+    Needs CAP_SYS_ADMIN.
+    """
     seccomp.install(filter_program())

@@ -1,4 +1,4 @@
-"""The daemon's end of its control socket (control.py): requests in, answers out, each when it is ready."""
+"""The daemon's end of its control socket (control.py): receives requests, sends each answer when it is ready."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from collections.abc import Callable
 from typing import Any
 
 from graft.errors import GraftError
-from graft.settings import Settings
+from graft.model.settings import Settings
 from graft.splice import control
-from graft.splice.loop import Loop
+from graft.splice.event_loop import EventLoop
 
-Answer = Callable[[dict[str, Any]], None]
+Reply = Callable[[dict[str, Any]], None]
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """What `control.ask` raises at the other end."""
+    """The answer that makes `control.ask` raise ``error`` at the other end."""
     if isinstance(error, GraftError):
         return {"error": error.message, "hint": error.hint}
     return {"error": str(error)}
 
 
-def _send(sock: socket.socket, found: dict[str, Any]) -> None:
+def _send(sock: socket.socket, answer: dict[str, Any]) -> None:
     try:
-        sock.send(json.dumps(found).encode())
+        sock.send(json.dumps(answer).encode())
     except OSError as error:
         if error.errno != errno.EMSGSIZE:
             raise
@@ -35,10 +35,10 @@ def _send(sock: socket.socket, found: dict[str, Any]) -> None:
 
 
 class Commands:
-    """Calls ``do`` with each request, and with what answers it, now or later, once."""
+    """Calls ``handle`` with each request and a function that answers it, to be called once, now or later."""
 
-    def __init__(self, settings: Settings, loop: Loop, do: Callable[[dict[str, Any], Answer], None]) -> None:
-        self._settings, self._loop, self._do = settings, loop, do
+    def __init__(self, settings: Settings, loop: EventLoop, handle: Callable[[dict[str, Any], Reply], None]) -> None:
+        self._settings, self._loop, self._handle = settings, loop, handle
         self._listener = control.listener(settings)
         loop.watch(self._listener.fileno(), select.EPOLLIN, self._on_command)
 
@@ -55,21 +55,21 @@ class Commands:
             raw = sock.recv(control.MAX_BYTES)
         except OSError:
             raw = b""
-        if not raw:  # who connected has gone
+        if not raw:  # the client closed it
             self._loop.close(sock)
             return
 
-        def answer(found: dict[str, Any]) -> None:
-            with contextlib.suppress(OSError):  # who asked has gone
-                _send(sock, found)
+        def reply(answer: dict[str, Any]) -> None:
+            with contextlib.suppress(OSError):  # the client closed it
+                _send(sock, answer)
             self._loop.close(sock)
 
         try:
-            self._do(control.parse_request(raw), answer)
+            self._handle(control.parse_request(raw), reply)
         except (GraftError, OSError, ValueError) as error:
-            answer(failure(error))
+            reply(failure(error))
 
     def close(self) -> None:
-        """Answer no more."""
+        """Close the control socket."""
         (self._settings.run_dir / control.NAME).unlink(missing_ok=True)
         self._listener.close()

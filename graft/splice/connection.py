@@ -1,4 +1,4 @@
-"""One relayed connection: two sockets, and the bytes between them moved by splice(2), or handed to the kernel.
+"""One relayed connection: two sockets, and the bytes between them moved by splice(2) or by the kernel.
 
 Theory of operation
 
@@ -10,17 +10,18 @@ Theory of operation
         │                                                                            │           │
         └── error on either socket, anywhere ─▶ both sockets reset          both SHUT: closed ───┘
 
-A flow takes data only when its pipe is empty, so that a slow reader stops its sender: what is held is at most one
-pipe. A pipe is lent while it holds data; where there are none left, or for urgent data, which splice(2) does not pass,
-bytes are copied instead, and stay in the source's queue until the other side took them.
+A flow reads from its source only when its pipe is empty, so that a slow reader stops its sender: a flow never has more
+than one pipe of data. A flow has a pipe only while there is data in it. Where no pipe is left, and for urgent data,
+which splice(2) does not pass, bytes are copied in user space, and stay in the source's queue until the target has them.
 
-Sockets are watched edge-triggered, once, for everything: `readable` and `writable` are what the kernel last said, until
-a call says otherwise. Every socket has SO_LINGER with no time from the start: if this process is killed, or gives up,
-the peers see a reset, never an end of file in the middle. Only a connection that ended well both ways is closed gently.
+Sockets are watched edge-triggered, once, for everything: `readable` and `writable` are what the kernel reported last,
+until a call finds otherwise. Every socket has SO_LINGER with time 0 from the start: if this process is killed, or a
+connection fails, the peers see a reset, never an end of file in the middle. Only a connection that ended in both
+directions is closed without a reset.
 
-With the relay in the kernel, a flow is handed over (handed.py) when it has brought a few small messages and there is
-nothing more to read: short connections are not worth it, and splice(2) is better at bulk. One that the kernel does
-not take goes on as above. A side is then watched for what still concerns us.
+With the relay in the kernel, a flow is handed over (kernel_flow.py) after a few small messages, when there is nothing
+more to read: for short connections that costs more than it saves, and splice(2) is better at bulk. If the kernel does
+not take a flow, splice(2) continues. A side is then watched only for the events that user space still needs.
 """
 
 from __future__ import annotations
@@ -29,37 +30,37 @@ import os
 import select
 import socket
 import struct
-from typing import TYPE_CHECKING
 
-from graft.splice.handed import Handed
+from graft.splice.kernel_flow import KernelFlow
 from graft.splice.pipes import PIPE_BYTES, Pipe
+from graft.splice.resources import ContainerResources
+from graft.splice.sockmap import Sockmap
 
-if TYPE_CHECKING:
-    from graft.splice.room import Account
-    from graft.splice.sockmap import Sockmap
-
-_ENDED = select.EPOLLRDHUP | select.EPOLLHUP
-_INPUT = select.EPOLLIN | select.EPOLLPRI | _ENDED
-_ALWAYS = select.EPOLLRDHUP | select.EPOLLET
-_COMES_IN = select.EPOLLIN | select.EPOLLPRI  # each packet wakes who watches for either
+_END_EVENTS = select.EPOLLRDHUP | select.EPOLLHUP
+_INPUT_EVENTS = select.EPOLLIN | select.EPOLLPRI | _END_EVENTS
+_BASE_EVENTS = select.EPOLLRDHUP | select.EPOLLET
+_DATA_EVENTS = select.EPOLLIN | select.EPOLLPRI  # each packet is an event for a socket that is watched for one of these
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-_CLOSE_GENTLY = struct.pack("ii", 0, 0)
-_BUDGET = 2  # pipes full, before others have their turn
-_LAST_PUMPS = 4  # for what a side sent before its error: more than its queue holds (tcp_rmem)
+_CLOSE_WITHOUT_RESET = struct.pack("ii", 0, 0)
+_PIPES_PER_TURN = 2
+_PUMPS_AFTER_ERROR = 4  # for what a side sent before its error: together more than its queue can have (tcp_rmem)
 _COPY_BYTES = 65536
-_SMALL = 16384  # bytes at once: no bulk
+_SMALL_BYTES = 16384  # a read of no more than this is a small message
 
 
-def prepare(sock: socket.socket) -> None:
-    """What every relayed socket has; an accepted one has it from its listener (tcp(7), socket(7))."""
+def set_relay_options(sock: socket.socket) -> None:
+    """Set the options of relayed sockets. An accepted socket inherits them from its listener (tcp(7), socket(7))."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 class Side:
-    """One of the two sockets, and what the kernel last said of it."""
+    """One of the two sockets, and its state as the kernel reported it last.
+
+    ``flow_from`` is the flow whose source it is, ``flow_to`` the one whose target it is.
+    """
 
     __slots__ = (
         "connection",
@@ -67,16 +68,16 @@ class Side:
         "ended",
         "established",
         "fd",
-        "inward",
-        "outward",
+        "flow_from",
+        "flow_to",
         "readable",
         "sock",
-        "watched",
+        "watched_events",
         "writable",
     )
 
-    inward: Flow
-    outward: Flow
+    flow_to: Flow
+    flow_from: Flow
 
     def __init__(self, connection: Connection, sock: socket.socket, established: bool) -> None:
         self.connection = connection
@@ -86,21 +87,21 @@ class Side:
         self.dialled = not established
         self.readable = False
         self.ended = False
-        self.watched = _ALWAYS | _COMES_IN | select.EPOLLOUT
+        self.watched_events = _BASE_EVENTS | _DATA_EVENTS | select.EPOLLOUT
 
-    def rewatch(self) -> None:
-        """Be told of what concerns us: not of each packet for a target that is full, or that the kernel moves."""
-        wanted = _ALWAYS
-        if self.outward.takes_input:
-            wanted |= _COMES_IN
-        if self.inward.is_ours:
+    def update_events(self) -> None:
+        """Watch the socket for what is needed: no input while the target is full, or while the kernel moves it."""
+        wanted = _BASE_EVENTS
+        if self.flow_from.wants_input:
+            wanted |= _DATA_EVENTS
+        if self.flow_to.in_user_space:
             wanted |= select.EPOLLOUT
-        if wanted != self.watched:
-            self.watched = wanted
+        if wanted != self.watched_events:
+            self.watched_events = wanted
             self.connection.loop.change(self.fd, wanted)
 
     def on_event(self, mask: int) -> None:
-        """Take note of what epoll says, and move what can be moved."""
+        """Note what epoll reports, and move what can be moved."""
         connection = self.connection
         if connection.closed:
             return
@@ -108,25 +109,25 @@ class Side:
             connection.fail(self)
             return
         if not self.writable and mask & select.EPOLLOUT:
-            self._make_room()
-        if mask & _INPUT and not connection.closed:
+            self._on_writable()
+        if mask & _INPUT_EVENTS and not connection.closed:
             self.readable = True
-            if mask & _ENDED:
+            if mask & _END_EVENTS:
                 self.ended = True
             if mask & select.EPOLLPRI:
-                self.outward.copies = True
-            self.outward.pump()
+                self.flow_from.urgent = True
+            self.flow_from.pump()
 
-    def _make_room(self) -> None:
-        """There is room in the send queue again, or for the first time: it is connected now."""
+    def _on_writable(self) -> None:
+        """The send queue has room again; the first time, this means that the socket is connected."""
         self.writable = True
-        self.inward.source.rewatch()
+        self.flow_to.source.update_events()
         if not self.established:
             self.established = True
-            self.inward.offer()
-            self.outward.offer()
-        flow = self.inward
-        if flow.held or flow.eof or flow.source.readable or flow.handed is not None:
+            self.flow_to.try_handover()
+            self.flow_from.try_handover()
+        flow = self.flow_to
+        if flow.in_pipe or flow.eof or flow.source.readable or flow.kernel_flow is not None:
             flow.pump()
 
 
@@ -134,138 +135,138 @@ class Flow:
     """One direction."""
 
     __slots__ = (
-        "calm",
         "connection",
-        "copies",
         "eof",
-        "handed",
-        "held",
-        "passed",
+        "in_pipe",
+        "kernel_flow",
+        "kernel_refused",
+        "moved_before_handover",
         "pipe",
-        "refused",
         "shut",
+        "small_reads",
         "source",
         "target",
+        "urgent",
     )
 
     def __init__(self, connection: Connection, source: Side, target: Side) -> None:
         self.connection = connection
         self.source, self.target = source, target
         self.pipe: Pipe | None = None
-        self.held = self.passed = self.calm = 0
-        self.copies = self.eof = self.shut = self.refused = False
-        self.handed: Handed | None = None
+        self.in_pipe = self.moved_before_handover = self.small_reads = 0
+        self.urgent = self.eof = self.shut = self.kernel_refused = False
+        self.kernel_flow: KernelFlow | None = None
 
     @property
-    def is_ours(self) -> bool:
-        """Whether bytes are moved by us now, and not by the kernel alone."""
-        return self.handed is None or self.handed.by_hand
+    def in_user_space(self) -> bool:
+        """Whether bytes are moved by this process now, and not by the kernel alone."""
+        return self.kernel_flow is None or self.kernel_flow.copying
 
     @property
-    def takes_input(self) -> bool:
-        """Whether we want to know what comes in."""
-        return self.is_ours and (self.target.writable or not self.target.established)
+    def wants_input(self) -> bool:
+        """Whether events are needed for data at the source."""
+        return self.in_user_space and (self.target.writable or not self.target.established)
 
-    def rewatch(self) -> None:
-        """Watch the sides for what concerns us now."""
+    def update_events(self) -> None:
+        """Watch both sockets for what is needed now."""
         if not self.connection.closed:
-            self.source.rewatch()
-            self.target.rewatch()
+            self.source.update_events()
+            self.target.update_events()
 
     def pump(self) -> None:
-        """Move bytes until one of the sides has to be waited for, or others should have their turn."""
+        """Move bytes until one of the sides has to be waited for, or the turn is over."""
         if self.shut or self.connection.closed:
             return
         try:
-            if self.handed is not None:
-                self.handed.advance()
+            if self.kernel_flow is not None:
+                self.kernel_flow.advance()
                 return
-            for _ in range(_BUDGET):
-                if not (self._empty() and self._fill()):
-                    self.offer()
+            for _ in range(_PIPES_PER_TURN):
+                if not (self._drain_pipe() and self._read_source()):
+                    self.try_handover()
                     return
-            self.connection.account.later(self.pump)
+            self.connection.resources.later(self.pump)
         except OSError:
             self.connection.reset()
 
-    def offer(self) -> None:
-        """Hand the flow to the kernel, if that is wanted, worth it and possible now: with nothing half read."""
+    def try_handover(self) -> None:
+        """Hand the flow over to the kernel, if that is wanted and worthwhile, and no data is half read."""
         sockmap = self.connection.sockmap
-        if sockmap is None or self.refused or self.calm < sockmap.after:
+        if sockmap is None or self.kernel_refused or self.small_reads < sockmap.after:
             return
         source, target = self.source, self.target
-        if self.held or self.eof or self.copies or (self.passed and source.readable):
+        if self.in_pipe or self.eof or self.urgent or (self.moved_before_handover and source.readable):
             return
         if source.ended or not (source.established and target.established):
             return
-        self._give_back()
+        self._return_pipe()
         try:
-            self.handed = Handed(sockmap, self)
+            self.kernel_flow = KernelFlow(sockmap, self)
         except OSError:
-            self.refused = True
+            self.kernel_refused = True
             return
-        self.rewatch()
-        self.handed.start()
+        self.update_events()
+        self.kernel_flow.start()
 
-    def _empty(self) -> bool:
-        """Bring what the pipe holds to the target. False where that has to wait."""
+    def _drain_pipe(self) -> bool:
+        """Move what is in the pipe to the target. False where the target is full."""
         target, pipe = self.target, self.pipe
-        while self.held:
+        while self.in_pipe:
             if not target.writable:
                 return False
             assert pipe is not None
             try:
-                self.held -= os.splice(pipe.read, target.fd, self.held)
+                self.in_pipe -= os.splice(pipe.read, target.fd, self.in_pipe)
             except BlockingIOError:
-                self.block()
+                self.wait_for_target()
                 return False
         return True
 
-    def block(self) -> None:
-        """The target takes no more for now."""
+    def wait_for_target(self) -> None:
+        """Note that the target is full, and do not watch the source meanwhile."""
         self.target.writable = False
-        self.source.rewatch()
+        self.source.update_events()
 
-    def _fill(self) -> bool:
-        """Take what the source has. False where there is nothing (yet, or any more)."""
+    def _read_source(self) -> bool:
+        """Move what the source has into the pipe. False where it has nothing now, or has ended."""
         if self.eof:
-            self.end()
+            self.forward_end()
             return False
         source = self.source
         if not source.readable or not self.target.established:
-            self._give_back()
+            self._return_pipe()
             return False
         pipe = self.pipe
-        if pipe is None and not self.copies:
-            pipe = self.pipe = self.connection.account.take_pipe()
-        if pipe is None or self.copies:
-            self._give_back()
+        if pipe is None and not self.urgent:
+            pipe = self.pipe = self.connection.resources.take_pipe()
+        if pipe is None or self.urgent:
+            self._return_pipe()
             return self._copy()
         try:
             got = os.splice(source.fd, pipe.write, PIPE_BYTES)
         except BlockingIOError:
             source.readable = False
-            self._give_back()
+            self._return_pipe()
             return False
         if got == 0:
             self.eof = True
             return True
-        self.held = got
-        self.passed += got
-        if got <= _SMALL:
-            self.calm += 1
+        self.in_pipe = got
+        self.moved_before_handover += got
+        if got <= _SMALL_BYTES:
+            self.small_reads += 1
         else:
-            self.calm = 0
+            self.small_reads = 0
             self.connection.loop.bulk = True
         if got < pipe.slots:
-            # Each slot holds a byte or more: the pipe was not full, so the source's queue was emptied. What comes
-            # next comes with an event, if anything does. Saves a call for each small message.
+            # Each slot has a byte or more in it: the pipe was not full, so the source's queue is empty. New data, if
+            # any, comes with an event. This saves a call for each small message.
             source.readable = False
             self.eof = source.ended
         return True
 
     def _copy(self) -> bool:
-        """Without a pipe: bytes leave the source's queue once the target has them."""
+        """Copy without a pipe: bytes are taken out of the source's queue once the target has them."""
         source, target = self.source, self.target
         if not target.writable:
             return False
@@ -281,91 +282,91 @@ class Flow:
         try:
             sent = target.sock.send(buffer[:got])
         except BlockingIOError:
-            self.block()
+            self.wait_for_target()
             return False
-        self.passed += sent
+        self.moved_before_handover += sent
         while sent:
             sent -= source.sock.recv_into(buffer, sent)
         return True
 
-    def end(self) -> None:
-        """The source ended, and the target has it all: hand the end on, once the target is there to take it."""
+    def forward_end(self) -> None:
+        """Forward the end of the stream: the source has ended, and the target has all its bytes."""
         if not self.target.established or self.connection.failing:
             return
-        self._give_back()
+        self._return_pipe()
         self.shut = True
-        if not self.target.outward.shut:  # else both are closed now, which tells it too
+        if not self.target.flow_from.shut:  # else both are closed now, which sends a FIN too
             self.target.sock.shutdown(socket.SHUT_WR)
         self.connection.finish()
 
-    def _give_back(self) -> None:
+    def _return_pipe(self) -> None:
         if self.pipe is not None:
-            self.connection.account.give_pipe(self.pipe)
+            self.connection.resources.return_pipe(self.pipe)
             self.pipe = None
 
-    def abandon(self) -> None:
-        """Let go of the pipe, with whatever is in it, and of what the kernel was given."""
-        if self.handed is not None:
-            self.handed.forget()
+    def release(self) -> None:
+        """Release the pipe, with the data in it, and the flow in the kernel."""
+        if self.kernel_flow is not None:
+            self.kernel_flow.forget()
         if self.pipe is None:
             return
-        if self.held:
-            self.connection.account.drop_pipe(self.pipe)
+        if self.in_pipe:
+            self.connection.resources.discard_pipe(self.pipe)
             self.pipe = None
         else:
-            self._give_back()
+            self._return_pipe()
 
 
 class Connection:
     """Two sockets that are one connection to their peers.
 
-    ``owner`` keeps it in ``connections`` while it lives, and ``account``, which admitted it, until it is closed.
+    Until it is closed, it is in ``registry`` and in ``resources.connections``. The caller has reserved its descriptors.
     """
 
-    __slots__ = ("account", "closed", "failing", "far", "loop", "near", "owner", "sockmap")
+    __slots__ = ("closed", "failing", "far", "loop", "near", "registry", "resources", "sockmap")
 
     def __init__(
         self,
-        account: Account,
-        owner: set[Connection],
+        resources: ContainerResources,
+        registry: set[Connection],
         near: socket.socket,
         far: socket.socket,
         sockmap: Sockmap | None = None,
     ) -> None:
-        """``near`` is accepted, ``far`` on its way to be connected; both were prepared, and never block.
+        """``near`` is accepted, ``far`` is connecting; both are non-blocking and have the options of relayed sockets.
 
-        ``sockmap`` is the relay in the kernel, None to have splice(2).
+        ``sockmap`` is the relay in the kernel, None to relay by splice(2).
         """
-        self.account, self.loop, self.owner, self.sockmap = account, account.loop, owner, sockmap
+        self.resources, self.loop, self.registry, self.sockmap = resources, resources.loop, registry, sockmap
         self.closed = self.failing = False
         self.near, self.far = Side(self, near, True), Side(self, far, False)
-        self.near.outward = self.far.inward = Flow(self, self.near, self.far)
-        self.far.outward = self.near.inward = Flow(self, self.far, self.near)
-        owner.add(self)
-        account.connections[self] = None
+        self.near.flow_from = self.far.flow_to = Flow(self, self.near, self.far)
+        self.far.flow_from = self.near.flow_to = Flow(self, self.far, self.near)
+        registry.add(self)
+        resources.connections[self] = None
         try:
             for side in (self.far, self.near):
-                account.watch(side.fd, side.watched, side.on_event)
-        except OSError:  # more than one user may watch (epoll(7), max_user_watches)
+                resources.watch(side.fd, side.watched_events, side.on_event)
+        except OSError:  # this user has too many watches (epoll(7), max_user_watches)
             self.reset()
 
     def fail(self, side: Side) -> None:
-        """``side`` has an error: its peer reset it, or never answered. What it sent before is still brought over."""
-        side.readable = self.failing = True  # and no end is handed on any more, only bytes
-        flow = side.outward
-        if flow.handed is not None and not flow.shut:
-            flow.handed.fail()
+        """``side`` has an error: its peer reset it, or never answered. What it sent before is still forwarded."""
+        side.readable = self.failing = True  # from now on bytes are forwarded, but no end of stream
+        flow = side.flow_from
+        if flow.kernel_flow is not None and not flow.shut:
+            flow.kernel_flow.fail()
             return
-        for _ in range(_LAST_PUMPS if side.established else 0):
+        for _ in range(_PUMPS_AFTER_ERROR if side.established else 0):
             flow.pump()
         self.reset()
 
     def finish(self) -> None:
-        """Close gently, where both directions have ended."""
-        if self.closed or not (self.near.outward.shut and self.near.inward.shut):
+        """Close without a reset, if both directions have ended."""
+        if self.closed or not (self.near.flow_from.shut and self.near.flow_to.shut):
             return
         for side in (self.near, self.far):
-            side.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_GENTLY)
+            side.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_WITHOUT_RESET)
         self._close()
 
     def reset(self) -> None:
@@ -375,11 +376,11 @@ class Connection:
 
     def _close(self) -> None:
         self.closed = True
-        self.near.outward.abandon()
-        self.near.inward.abandon()
-        self.owner.discard(self)
-        del self.account.connections[self]
-        self.account.dismiss()
+        self.near.flow_from.release()
+        self.near.flow_to.release()
+        self.registry.discard(self)
+        del self.resources.connections[self]
+        self.resources.release_connection()
         for side in (self.near, self.far):
             self.loop.close(side.sock)
-            del side.outward, side.inward  # a ring of references would wait for the garbage collector
+            del side.flow_from, side.flow_to  # else these reference cycles stay until the garbage collector runs

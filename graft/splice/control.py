@@ -1,4 +1,4 @@
-"""How commands talk to the daemon: a unix socket of run_dir, root's only, one JSON object there and one back."""
+"""How commands talk to the daemon: a unix socket in run_dir, for root only; one JSON object each way."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from graft import json_text
 from graft.errors import GraftError
-from graft.json_text import mapping, number, text
-from graft.printable import printable
-from graft.settings import Settings
+from graft.model import json_text
+from graft.model.json_text import mapping, number, text
+from graft.model.printable import printable
+from graft.model.settings import Settings
 
 NAME = "graftd.sock"
 MAX_BYTES = 1 << 20
 MAX_NUMBER = (1 << 32) - 1
-_PATIENCE_SECONDS = 30.0
+_TIMEOUT_SECONDS = 30.0
 
 
 @contextlib.contextmanager
 def address(settings: Settings) -> Iterator[str]:
-    """A path of the socket that is short enough for struct sockaddr_un (unix(7)), however long run_dir is."""
+    """A path of the socket that fits into struct sockaddr_un (unix(7)), however long run_dir is."""
     folder = os.open(settings.run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{folder}/{NAME}"
@@ -32,7 +32,7 @@ def address(settings: Settings) -> Iterator[str]:
 
 
 def listener(settings: Settings) -> socket.socket:
-    """The daemon's end, in place of one that a daemon before left. Whoever calls holds the daemon's lock."""
+    """The daemon's end; replaces the socket of an earlier daemon. The caller must have the daemon's lock."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     (settings.run_dir / NAME).unlink(missing_ok=True)
     before = os.umask(0o177)
@@ -45,13 +45,13 @@ def listener(settings: Settings) -> socket.socket:
     return sock
 
 
-def ask(settings: Settings, request: dict[str, Any], patience: float = _PATIENCE_SECONDS) -> dict[str, Any] | None:
-    """The daemon's answer; None where no daemon runs. Raises GraftError with what the daemon could not do.
+def ask(settings: Settings, request: dict[str, Any], timeout: float = _TIMEOUT_SECONDS) -> dict[str, Any] | None:
+    """The daemon's answer; None where no daemon runs. Raises GraftError with the daemon's error.
 
-    ``patience``: seconds that it may take.
+    ``timeout`` is in seconds.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(patience)
+        sock.settimeout(timeout)
         try:
             with address(settings) as path:
                 sock.connect(path)
@@ -67,7 +67,7 @@ def ask(settings: Settings, request: dict[str, Any], patience: float = _PATIENCE
 
 
 def parse_answer(raw: bytes) -> dict[str, Any]:
-    """The daemon's answer. Raises GraftError with what it could not do, UsageError for what is no answer."""
+    """The daemon's answer. Raises GraftError with the error in it, UsageError where it is not an answer."""
     found = mapping(json_text.parse(raw, "the daemon's answer", MAX_BYTES), "the daemon's answer")
     if "error" in found:
         problem = printable(text(found["error"], "error"))
@@ -76,7 +76,7 @@ def parse_answer(raw: bytes) -> dict[str, Any]:
 
 
 def parse_request(raw: bytes) -> dict[str, Any]:
-    """What a command asks of the daemon. Raises UsageError."""
+    """A command's request to the daemon. Raises UsageError."""
     found = mapping(json_text.parse(raw, "request", MAX_BYTES), "request")
     known = {name: number(found.get(name), name, MAX_NUMBER) for name in ("container", "pid")}
     return found | known | {"do": text(found.get("do"), "do")}

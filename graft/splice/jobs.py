@@ -1,4 +1,4 @@
-"""Work that is too long for one turn in the loop: a generator, of which each turn makes one step."""
+"""Work that is too long for one turn of the event loop: a generator, run one step at a time."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from collections.abc import Callable, Generator
 from typing import TypeVar
 
 from graft.errors import GraftError
-from graft.splice.loop import Loop
+from graft.splice.event_loop import EventLoop
 
 T = TypeVar("T")
-Steps = Generator[None, None, T]
-"""Work that gives its result when it ends, and yields where others may have their turn."""
+Stepwise = Generator[None, None, T]
+"""Work that returns its result when it ends, and yields wherever others may have their turn."""
 
 
 class Job:
-    """``steps`` made in the turns of ``who``, from now on; then ``done`` is called with what went wrong, or None."""
+    """Runs ``steps`` in the turns of ``owner``, from now on; then calls ``done`` with the error, or None."""
 
-    def __init__(self, loop: Loop, who: int, steps: Steps[None], done: Callable[[BaseException | None], None]) -> None:
-        self._loop, self._who, self._steps, self._done = loop, who, steps, done
+    def __init__(
+        self, loop: EventLoop, owner: int, steps: Stepwise[None], done: Callable[[BaseException | None], None]
+    ) -> None:
+        self._loop, self._owner, self._steps, self._done = loop, owner, steps, done
         self._stopped = False
         self.spent = 0.0
-        """Seconds that its steps have taken so far."""
-        loop.later(self._step, who)
+        """How long its steps have taken so far, in seconds."""
+        loop.later(self._step, owner)
 
     def _step(self) -> None:
         if self._stopped:
@@ -40,7 +42,7 @@ class Job:
             self._end(start, error)
         else:
             self.spent += time.monotonic() - start
-            self._loop.later(self._step, self._who)
+            self._loop.later(self._step, self._owner)
 
     def _end(self, start: float, error: BaseException | None) -> None:
         self.spent += time.monotonic() - start
@@ -48,6 +50,6 @@ class Job:
         self._done(error)
 
     def stop(self) -> None:
-        """Make no further step, and do not call ``done``. Safe to repeat."""
+        """Run no further step, and do not call ``done``. Safe to repeat."""
         self._stopped = True
         self._steps.close()

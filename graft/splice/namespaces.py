@@ -1,4 +1,4 @@
-"""The namespaces that the relays work in, each opened once, found again by cookie."""
+"""The namespaces that the relays make sockets in, by cookie; each is opened once."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ import contextlib
 import itertools
 from pathlib import Path
 
-from graft import store
-from graft.containers import Container
+from graft.datapath.maps import Maps
 from graft.errors import GraftError, NotFoundError
 from graft.kernel import cgroup, netns
-from graft.maps import Maps
-from graft.settings import Settings
-from graft.splice.inside import Inside
-from graft.splice.jobs import Steps
+from graft.model.settings import Settings
+from graft.splice.jobs import Stepwise
+from graft.splice.namespace_sockets import NamespaceSockets
+from graft.state.endpoints import Endpoints
+from graft.state.records import Container
 
 
 class Namespaces:
-    """Inside-views of the host's namespace, of endpoints' and of containers'."""
+    """Opens the namespaces of the host, of endpoints and of containers."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._open: dict[int, Inside] = {}
+    def __init__(self, settings: Settings, endpoints: Endpoints) -> None:
+        self._endpoints = endpoints
+        self._open: dict[int, NamespaceSockets] = {}
         host = netns.cookie(settings.host_netns)
-        self._open[host] = Inside(settings.host_netns, host)
+        self._open[host] = NamespaceSockets(settings.host_netns, host)
         self._host = host
 
-    def of_endpoint(self, cookie: int) -> Inside:
-        """The one that an endpoint belongs to. Raises NotFoundError."""
+    def of_endpoint(self, cookie: int) -> NamespaceSockets:
+        """The namespace of an endpoint. Raises NotFoundError."""
         found = self._open.get(cookie)
         if found is not None:
             return found
-        for stored in store.listing(self._settings):
+        for stored in self._endpoints.listing():
             if stored.cookie == cookie:
-                inside = Inside(store.netns_path(self._settings, stored), cookie)
-                self._open[cookie] = inside
-                return inside
+                opened = NamespaceSockets(self._endpoints.netns_path(stored), cookie)
+                self._open[cookie] = opened
+                return opened
         raise NotFoundError("no endpoint has this network namespace any more")
 
     @staticmethod
-    def of_container(container: Container, pid: int = 0) -> Steps[Inside]:
-        """A container's, by one of its processes, ``pid`` if that is one. The caller closes it. Raises NotFoundError.
+    def of_container(container: Container, pid: int = 0) -> Stepwise[NamespaceSockets]:
+        """The namespace of a container, by one of its processes (``pid`` is tried first). The caller closes it.
 
-        In steps: a container may have any number of processes, in any number of namespaces.
+        In steps: a container may have any number of processes, in any number of namespaces. Raises NotFoundError.
         """
         seen: set[int] = set()
         for candidate in itertools.chain([pid] if pid else [], cgroup.each_process(container.cgroup_path)):
@@ -51,12 +51,12 @@ class Namespaces:
                 inode = path.stat().st_ino
                 if inode not in seen:
                     seen.add(inode)
-                    return Inside(path, container.netns, at_home=True)
+                    return NamespaceSockets(path, container.netns, loopback_only=True)
             yield
         raise NotFoundError(f"container: no process of {container.name!r} is left in its network namespace")
 
     def tidy(self, maps: Maps) -> None:
-        """Let go of what no endpoint uses."""
+        """Close the namespaces that no endpoint uses."""
         if len(self._open) == 1:
             return
         used = {self._host, *(value.netns for _, value in maps.endpoints.items())}
@@ -64,7 +64,7 @@ class Namespaces:
             self._open.pop(cookie).close()
 
     def close(self) -> None:
-        """Let go of all."""
-        for inside in self._open.values():
-            inside.close()
+        """Close all."""
+        for opened in self._open.values():
+            opened.close()
         self._open.clear()

@@ -1,4 +1,4 @@
-"""Pipes to splice through, lent while data is in flight, so that an idle connection has none.
+"""Pipes to splice through, lent to a connection while it has data in flight: an idle connection has none.
 
 Sources: pipe(7), fcntl(2) for F_SETPIPE_SZ, splice(2). How many slots a pipe has, not its size in bytes, is what a
 splice runs out of: each slot holds one piece of a packet, be it one byte.
@@ -10,7 +10,6 @@ import fcntl
 import os
 
 PIPE_BYTES = 1 << 20
-SLOTS = PIPE_BYTES // os.sysconf("SC_PAGE_SIZE")
 
 
 class Pipe:
@@ -22,24 +21,24 @@ class Pipe:
         self.read, self.write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             self.slots = fcntl.fcntl(self.write, fcntl.F_SETPIPE_SZ, PIPE_BYTES) // os.sysconf("SC_PAGE_SIZE")
-        except OSError:  # beyond what this user may have: a small one works too
+        except OSError:  # more than this user may have: a smaller one works too
             self.slots = fcntl.fcntl(self.write, fcntl.F_GETPIPE_SZ) // os.sysconf("SC_PAGE_SIZE")
 
     def close(self) -> None:
-        """Give both descriptors back, with whatever is in it."""
+        """Close both descriptors; data in the pipe is lost."""
         os.close(self.read)
         os.close(self.write)
 
 
-class Pipes:
-    """Pipes, of which up to ``kept`` wait for their next use."""
+class PipePool:
+    """Keeps up to ``kept`` pipes that are not in use."""
 
     def __init__(self, kept: int = 32) -> None:
         self._kept = kept
         self._free: list[Pipe] = []
 
-    def take(self) -> Pipe | None:
-        """An empty pipe; None where the kernel has none."""
+    def get(self) -> Pipe | None:
+        """An empty pipe; None where the kernel gives none."""
         if self._free:
             return self._free.pop()
         try:
@@ -47,15 +46,15 @@ class Pipes:
         except OSError:
             return None
 
-    def give(self, pipe: Pipe) -> None:
-        """Take back an empty pipe."""
+    def put(self, pipe: Pipe) -> None:
+        """Keep an empty pipe for its next use, or close it."""
         if len(self._free) < self._kept:
             self._free.append(pipe)
         else:
             pipe.close()
 
     def close(self) -> None:
-        """Close the pipes that wait."""
+        """Close the pipes that are not in use."""
         for pipe in self._free:
             pipe.close()
         self._free.clear()

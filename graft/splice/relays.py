@@ -1,4 +1,4 @@
-"""The relays of one container: what it listens on published, what it connects to carried out."""
+"""The relays of one container: its listeners are published, its outgoing connections relayed."""
 
 from __future__ import annotations
 
@@ -10,171 +10,174 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from graft.containers import Container
-from graft.endpoint import Protocol
+from graft.datapath.layout import ENDPOINT_DUAL_STACK
+from graft.datapath.maps import Maps
+from graft.datapath.rulesets import Lookup
 from graft.errors import GraftError
 from graft.kernel.sockdiag import Diagnostics
-from graft.layout import ENDPOINT_DUAL_STACK
-from graft.maps import Maps
-from graft.rules import Lookup
-from graft.splice.choice import Choice, PlacedEndpoint, Publication
-from graft.splice.inside import Inside
-from graft.splice.inward import Published, listen
-from graft.splice.jobs import Steps
+from graft.model.endpoint import Protocol
+from graft.splice.inbound import InboundRelay, listen
+from graft.splice.jobs import Stepwise
+from graft.splice.listeners import cgroup_ids, collect_listeners
+from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
-from graft.splice.outward import Turned
-from graft.splice.room import Account
+from graft.splice.outbound import OutboundRelay
+from graft.splice.publication import Publication, PublicationPlan, ResolvedEndpoint
+from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
-from graft.splice.survey import cgroup_ids, survey
+from graft.state.records import Container
 
-_AT_ONCE = 64  # of what is quick, before others have their turn
-_RESETS = 16
+_STEP_ITEMS = 64  # quick ones, in one step
+_STEP_RESETS = 16
 
 
 class Relays:
-    """Serves one container until `stop`. What may take long is done in steps, in the container's turns."""
+    """Serves one container until `stop`. Longer work is done in steps, in the container's turns."""
 
     def __init__(
         self,
-        account: Account,
+        resources: ContainerResources,
         maps: Maps,
         container: Container,
-        spaces: Namespaces,
-        inside: Inside,
+        namespaces: Namespaces,
+        container_netns: NamespaceSockets,
         sockmap: Sockmap | None,
     ) -> None:
-        """``inside`` is the container's namespace, closed with this object; ``sockmap`` the relay in the kernel, None
-        to have splice(2). Raises OSError.
+        """``container_netns`` is the container's namespace, closed with this object; ``sockmap`` is the relay in the
+        kernel, None to relay by splice(2). Raises OSError.
         """
         self.container = container
-        self._account, self._maps, self._spaces, self._inside = account, maps, spaces, inside
+        self._resources, self._maps = resources, maps
+        self._namespaces, self._container_netns = namespaces, container_netns
         self._sockmap = sockmap
         self._lookup = Lookup(maps)
-        self._published: dict[Publication, Published] = {}
+        self._published: dict[Publication, InboundRelay] = {}
         self._errors: dict[Publication, str] = {}
-        self._choice: Choice | None = None
+        self._plan: PublicationPlan | None = None
         try:
-            self._diagnostics = inside.do(Diagnostics)
+            self._diagnostics = container_netns.run(Diagnostics)
             try:
-                self._turned = Turned(account, maps, inside, spaces, sockmap)
+                self._outbound = OutboundRelay(resources, maps, container_netns, namespaces, sockmap)
             except BaseException:
                 self._diagnostics.close()
                 raise
         except BaseException:
-            inside.close()
+            container_netns.close()
             raise
 
-    def use(self, sockmap: Sockmap | None) -> None:
-        """Relay new connections that way from now on."""
+    def set_sockmap(self, sockmap: Sockmap | None) -> None:
+        """Relay new connections by ``sockmap`` from now on; None: by splice(2)."""
         self._sockmap = sockmap
-        for door in (*self._turned.doors, *(published.door for published in self._published.values())):
-            door.sockmap = sockmap
+        for acceptor in (*self._outbound.acceptors, *(published.acceptor for published in self._published.values())):
+            acceptor.sockmap = sockmap
 
     @property
     def relay(self) -> str:
         """How new connections are relayed."""
         return "splice(2)" if self._sockmap is None else "kernel (sockmap)"
 
-    def look(self) -> Steps[None]:
-        """See what the container listens on now, and publish that. Raises OSError, NotFoundError."""
-        choice = self._choice = yield from self._survey()
-        wanted = choice.publications
+    def update(self) -> Stepwise[None]:
+        """Publish what the container listens on now, and withdraw the rest. Raises OSError, NotFoundError."""
+        plan = self._plan = yield from self._make_plan()
+        wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
-        # One of an endpoint that moved stays until the new one listens.
+        # If an endpoint has moved, its old listener stays until the new one listens.
         yield from self._withdraw(lambda key: key.endpoint.id not in endpoints)
         for number, publication in enumerate(wanted, 1):
             if publication not in self._published:
                 self._publish(publication)
                 yield
-            elif number % _AT_ONCE == 0:
+            elif number % _STEP_ITEMS == 0:
                 yield
-        yield from self._withdraw(lambda key: not choice.wants(key))
-        self._errors = {key: error for key, error in self._errors.items() if choice.wants(key)}
+        yield from self._withdraw(lambda key: not plan.wants(key))
+        self._errors = {key: error for key, error in self._errors.items() if plan.wants(key)}
 
-    def _survey(self) -> Steps[Choice]:
-        """What the policy makes of the container's listeners. Asked again where the policy was replaced meanwhile."""
+    def _make_plan(self) -> Stepwise[PublicationPlan]:
+        """What to publish by the policy in force. Made again if the policy was replaced meanwhile."""
         while True:
             before = self._ruleset()
-            own = yield from cgroup_ids(self.container.cgroup_path, self.container.cgroup_id)
+            cgroups = yield from cgroup_ids(self.container.cgroup_path, self.container.cgroup_id)
             lookup = partial(self._endpoint, before)
-            choice = Choice(own, lookup, self._account.most_listeners, self._published.keys())
+            plan = PublicationPlan(cgroups, lookup, self._resources.max_listeners, self._published.keys())
             try:
-                yield from survey(self._diagnostics, choice, {self._turned.port})
+                yield from collect_listeners(self._diagnostics, plan, {self._outbound.port})
             except OSError:
                 self._diagnostics.close()
-                self._diagnostics = self._inside.do(Diagnostics)
+                self._diagnostics = self._container_netns.run(Diagnostics)
                 raise
             if self._ruleset() == before:
-                return choice
+                return plan
 
     def _ruleset(self) -> int:
         value = self._maps.containers.peek(ctypes.c_uint32(self.container.id))
         return 0 if value is None else int(value.ruleset)
 
-    def _endpoint(self, ruleset: int, family: int, address: bytes, port: int) -> PlacedEndpoint | None:
+    def _endpoint(self, ruleset: int, family: int, address: bytes, port: int) -> ResolvedEndpoint | None:
         number = self._lookup.ingress(ruleset, socket.IPPROTO_TCP, family, address, port) if ruleset else 0
         value = self._maps.endpoints.peek(ctypes.c_uint32(number)) if number else None
         if value is None or not value.protocols & Protocol.TCP:
             return None
         dual_stack = bool(value.flags & ENDPOINT_DUAL_STACK)
-        return PlacedEndpoint(number, value.family, bytes(value.addr), value.port, value.netns, dual_stack)
+        return ResolvedEndpoint(number, value.family, bytes(value.addr), value.port, value.netns, dual_stack)
 
     def _publish(self, wanted: Publication) -> None:
         try:
-            where = self._spaces.of_endpoint(wanted.endpoint.netns)
-            sock, port = self._listen(wanted, where)
+            endpoint_netns = self._namespaces.of_endpoint(wanted.endpoint.netns)
+            sock, port = self._listen(wanted, endpoint_netns)
         except (OSError, GraftError) as error:
             self._errors[wanted] = error.strerror or str(error) if isinstance(error, OSError) else error.message
             return
         self._errors.pop(wanted, None)
-        self._account.descriptors.take()
-        self._published[wanted] = Published(self._account, self._maps, wanted, sock, port, self._inside, self._sockmap)
+        self._resources.descriptors.take()
+        self._published[wanted] = InboundRelay(
+            self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap
+        )
 
-    def _listen(self, wanted: Publication, where: Inside) -> tuple[socket.socket, int]:
+    def _listen(self, wanted: Publication, endpoint_netns: NamespaceSockets) -> tuple[socket.socket, int]:
         try:
-            return listen(self._maps, self.container.id, wanted, where)
+            return listen(self._maps, self.container.id, wanted, endpoint_netns)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or not wanted.endpoint.port:
                 raise
-        # Perhaps in use by our own, for an address that the endpoint had or a listener that is gone.
+        # Perhaps another listener of this container has it, for the endpoint's old address or for a closed listener.
         for key in [key for key in self._published if key.endpoint.id == wanted.endpoint.id]:
-            self._take_back(key)
-        return listen(self._maps, self.container.id, wanted, where)
+            self._unpublish(key)
+        return listen(self._maps, self.container.id, wanted, endpoint_netns)
 
-    def _take_back(self, gone: Publication) -> None:
-        self._published.pop(gone).door.close()
-        self._account.descriptors.give()
+    def _unpublish(self, gone: Publication) -> None:
+        self._published.pop(gone).acceptor.close()
+        self._resources.descriptors.give_back()
 
-    def _withdraw(self, is_gone: Callable[[Publication], bool]) -> Steps[None]:
+    def _withdraw(self, is_gone: Callable[[Publication], bool]) -> Stepwise[None]:
         for number, key in enumerate(list(self._published), 1):
             if is_gone(key) and key in self._published:
-                self._take_back(key)
+                self._unpublish(key)
                 yield
-            elif number % _AT_ONCE == 0:
+            elif number % _STEP_ITEMS == 0:
                 yield
 
-    def stop(self) -> Steps[None]:
-        """Withdraw everything, and reset what is connected."""
-        self._turned.stop()
+    def stop(self) -> Stepwise[None]:
+        """Close all listeners, and reset all connections."""
+        self._outbound.stop()
         yield
         yield from self._withdraw(lambda _: True)
-        while self._account.connections:
-            for connection in list(itertools.islice(self._account.connections, _RESETS)):
+        while self._resources.connections:
+            for connection in list(itertools.islice(self._resources.connections, _STEP_RESETS)):
                 connection.reset()
             yield
         self._diagnostics.close()
-        self._inside.close()
+        self._container_netns.close()
 
     def describe(self) -> dict[str, Any]:
-        """For `graft ps` and `graft attach`: what is published, what is not and why."""
+        """For `graft ps` and `graft attach`: what is published, and what is not and why."""
         published = [
             {
                 "endpoint": key.endpoint.id,
                 "address": one.address,
                 "listener": _text(key.family, key.address, key.port),
                 "dials": f"{key.target.address}:{key.target.port}",
-                "connections": len(one.door.connections),
-                "served": one.door.served,
+                "connections": len(one.acceptor.connections),
+                "served": one.acceptor.served,
             }
             for key, one in self._published.items()
         ]
@@ -182,16 +185,16 @@ class Relays:
             {"endpoint": key.endpoint.id, "listener": _text(key.family, key.address, key.port), "error": error}
             for key, error in self._errors.items()
         ]
-        choice = self._choice
+        plan = self._plan
         return {
             "relay": self.relay,
             "published": published,
             "failed": failed,
-            "not_granted": sorted(_text(*place) for place in choice.others) if choice else [],
-            "more_not_granted": choice.more_others if choice else 0,
-            "too_many": choice.too_many if choice else 0,
-            "out": {"port": self._turned.port, "served": sum(door.served for door in self._turned.doors)},
-            "connections": len(self._account.connections),
+            "not_granted": sorted(_text(*place) for place in plan.unpublished) if plan else [],
+            "more_not_granted": plan.more_unpublished if plan else 0,
+            "too_many": plan.too_many if plan else 0,
+            "out": {"port": self._outbound.port, "served": sum(one.served for one in self._outbound.acceptors)},
+            "connections": len(self._resources.connections),
         }
 
 

@@ -1,8 +1,8 @@
-"""Whether this kernel's sockmap can be trusted with a relay: tried, on connections of our own, before it is used.
+"""Tests the relay in the kernel on this kernel, before it is used for containers.
 
-What can go wrong is known (others gave such a relay up over it), and differs from kernel to kernel, so a version number
-says nothing. A process of its own, in a network namespace of its own, hands connections to the kernel and looks at
-each thing that has been seen to go wrong (verdict.py says how long its answer holds).
+Sockmaps have known defects (other projects have removed such a relay because of them), which differ from kernel to
+kernel, so a version number says nothing. This runs as a process of its own in a network namespace of its own: it relays
+its own connections by the kernel, and has a check for each known defect. selftest_result.py stores the result.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from functools import partial
 
 from graft.errors import GraftError
 from graft.kernel import tcp
-from graft.splice.connection import Connection, prepare
-from graft.splice.loop import Loop
-from graft.splice.room import Room
+from graft.splice.connection import Connection, set_relay_options
+from graft.splice.event_loop import EventLoop
+from graft.splice.resources import DaemonResources
+from graft.splice.selftest_result import FAILED, INCONCLUSIVE
 from graft.splice.sockmap import Sockmap
-from graft.splice.verdict import FAILED, INCONCLUSIVE
 
-_SECONDS = 10.0  # for each check; all of them take about one
-_UNREAD_BYTES = 64 << 20  # more than any buffers on the way hold
+CHECK_SECONDS = 10.0  # for each check; all of them together take about one second
+_UNREAD_BYTES = 64 << 20  # more than all buffers on the way have room for
 _QUEUED_BYTES = 200_000
 _DESCRIPTORS = 1024
 _SCARCE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETIMEDOUT)
 
 
-class Wrong(Exception):
-    """What the kernel did not do right."""
+class CheckFailed(Exception):
+    """What the kernel did wrong."""
 
 
-class Inconclusive(Wrong):
-    """What failed because of time, or for want of memory or descriptors: on a calmer machine it might pass."""
+class Inconclusive(CheckFailed):
+    """A check ran out of time, memory or descriptors: on a less busy machine it might pass."""
 
 
 class Trial:
-    """A loop of its own with ``sockmap``, and connections through it."""
+    """An event loop that relays connections by ``sockmap``."""
 
     def __init__(self, sockmap: Sockmap) -> None:
         self.sockmap = sockmap
-        self._loop = Loop(lambda: None, interval=0.002)
-        self._room = Room(self._loop, _DESCRIPTORS)
-        self._account = self._room.account(1)
+        self._loop = EventLoop(lambda: None, interval=0.002)
+        self._daemon_resources = DaemonResources(self._loop, _DESCRIPTORS)
+        self._resources = self._daemon_resources.add_container(1)
         self._loop.watch(sockmap.events, select.EPOLLIN, sockmap.on_events)
         self.connections: set[Connection] = set()
 
@@ -65,17 +65,17 @@ class Trial:
             far = socket.socket()
             for sock in (near, far):
                 sock.setblocking(False)
-                prepare(sock)
+                set_relay_options(sock)
             far.connect_ex(back.getsockname())
             server, _ = back.accept()
         for end in (client, server):
-            end.settimeout(_SECONDS)
-        self._account.admit()
-        Connection(self._account, self.connections, near, far, self.sockmap)
+            end.settimeout(CHECK_SECONDS)
+        self._resources.reserve_connection()
+        Connection(self._resources, self.connections, near, far, self.sockmap)
         return client, server
 
     def while_relayed(self, *work: Callable[[], object]) -> None:
-        """Do ``work``, each in a thread, while the relay runs. Raises what they raise, or Inconclusive."""
+        """Run each of ``work`` in a thread, while the relay runs. Raises what they raise, or Inconclusive."""
         errors: list[BaseException] = []
 
         def guarded(one: Callable[[], object]) -> None:
@@ -87,7 +87,7 @@ class Trial:
         threads = [threading.Thread(target=guarded, args=(one,), daemon=True) for one in work]
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + _SECONDS
+        deadline = time.monotonic() + CHECK_SECONDS
         while any(thread.is_alive() for thread in threads):
             self._loop.turn()
             if time.monotonic() > deadline:
@@ -96,26 +96,24 @@ class Trial:
             raise error
 
     def until(self, condition: Callable[[], bool], otherwise: str) -> None:
-        """Let the relay run until ``condition``. Raises Inconclusive with ``otherwise`` where that does not
-        come.
-        """
-        deadline = time.monotonic() + _SECONDS
+        """Run the relay until ``condition`` is true. Raises Inconclusive with ``otherwise`` where it never is."""
+        deadline = time.monotonic() + CHECK_SECONDS
         while not condition():
             self._loop.turn()
             if time.monotonic() > deadline:
                 raise Inconclusive(otherwise)
 
     def close(self) -> None:
-        """Let go of everything but the maps."""
+        """Close everything but the maps."""
         for connection in list(self.connections):
             connection.reset()
         self._loop.unwatch(self.sockmap.events)
-        self._room.close()
+        self._daemon_resources.close()
         self._loop.shut_down()
 
 
 def _everything(sock: socket.socket, pause: float = 0.0) -> str:
-    """A hash of all up to the end of the stream, read with pauses."""
+    """A hash of everything up to the end of the stream, read with pauses."""
     found = hashlib.sha256()
     while part := sock.recv(1 << 16):
         found.update(part)
@@ -134,7 +132,7 @@ def _send(sock: socket.socket, data: bytes, pieces: random.Random) -> None:
 
 
 def bytes_before_the_handover_come_first(trial: Trial) -> None:
-    """What came before the socket was listed stays in its own queue, where no program sees it."""
+    """Bytes that came before the socket was in the map stay in its queue, where the BPF program does not see them."""
     client, server = trial.connected(b"before, ")
     found: list[bytes] = []
     with client, server:
@@ -145,18 +143,18 @@ def bytes_before_the_handover_come_first(trial: Trial) -> None:
 
         trial.while_relayed(lambda: client.sendall(b"after"), read)
     if b"".join(found) != b"before, after":
-        raise Wrong("bytes that came before the handover are lost or late")
+        raise CheckFailed("bytes that came before the handover are lost or late")
 
 
 def a_reader_that_waits_is_woken(trial: Trial) -> None:
-    """A socket that is listed while its program is blocked in recv() never wakes: programs' own are not listed."""
+    """A socket that is put into a sockmap while a program is blocked in recv() on it never wakes that program."""
     client, server = trial.connected()
     with client, server:
 
         def ask() -> None:
             client.sendall(b"?")
             if client.recv(1) != b"!":
-                raise Wrong("an answer is wrong")
+                raise CheckFailed("an answer is wrong")
 
         def answer() -> None:
             server.recv(1)
@@ -165,11 +163,11 @@ def a_reader_that_waits_is_woken(trial: Trial) -> None:
         trial.while_relayed(answer, ask)
         moved = [trial.sockmap.counts(number)[0] for number in trial.sockmap.flows]
     if sorted(moved) != [1, 1]:
-        raise Wrong("the kernel does not move the bytes")
+        raise CheckFailed("the kernel does not move the bytes")
 
 
 def every_byte_arrives_and_no_end_overtakes(trial: Trial, size: int, pause: float) -> None:
-    """Both ways at once, the ends right behind the data, for a quick reader and for one with pauses."""
+    """In both directions at once, with the end right behind the data, and a reader that pauses."""
     pieces = random.Random(size)
     there, back = pieces.randbytes(size), pieces.randbytes(size // 3)
     client, server = trial.connected()
@@ -181,13 +179,13 @@ def every_byte_arrives_and_no_end_overtakes(trial: Trial, size: int, pause: floa
             lambda: found.update(there=_everything(server, pause)),
             lambda: found.update(back=_everything(client)),
         )
-        trial.until(lambda: not trial.connections, "a connection that ended both ways stays")
+        trial.until(lambda: not trial.connections, "a connection that ended in both directions stays open")
     if found != {"there": hashlib.sha256(there).hexdigest(), "back": hashlib.sha256(back).hexdigest()}:
-        raise Wrong("bytes are lost, doubled or in another order")
+        raise CheckFailed("bytes are lost, doubled or in another order")
 
 
 def an_end_waits_for_the_kernels_queue(trial: Trial) -> None:
-    """What was redirected is sent by a work queue, which an end that is handed on at once would overtake."""
+    """Redirected bytes are sent from a work queue: an end that was forwarded at once would overtake them."""
     client, server = trial.connected()
     with client, server:
         trial.until(lambda: len(trial.sockmap.flows) == 2, "a connection is not handed over")
@@ -197,9 +195,9 @@ def an_end_waits_for_the_kernels_queue(trial: Trial) -> None:
         while trial.sockmap.counts(number)[0] - tcp.written(connection.far.sock) < _QUEUED_BYTES:
             sent += client.send(bytes(1 << 16))
             if sent > _UNREAD_BYTES:
-                raise Wrong("what a target has no room for is nowhere")
+                raise CheckFailed("bytes for a full target are neither left nor queued")
         client.shutdown(socket.SHUT_WR)
-        trial.until(lambda: connection.near.ended, "an end does not arrive")
+        trial.until(lambda: connection.near.ended, "an end of stream does not arrive")
         found = 0
 
         def read() -> None:
@@ -209,11 +207,11 @@ def an_end_waits_for_the_kernels_queue(trial: Trial) -> None:
 
         trial.while_relayed(read)
         if found != sent:
-            raise Wrong("an end overtakes the bytes before it")
+            raise CheckFailed("an end of stream overtakes the bytes before it")
 
 
 def an_answer_after_an_end_arrives(trial: Trial) -> None:
-    """An end that comes by itself, with no data, must not count as an error of the target's."""
+    """An end of stream without data must not count as an error of the target."""
     client, server = trial.connected()
     with client, server:
 
@@ -221,9 +219,9 @@ def an_answer_after_an_end_arrives(trial: Trial) -> None:
             client.sendall(b"?")
             client.recv(1)
             client.shutdown(socket.SHUT_WR)
-            time.sleep(0.02)  # for the end to be alone on its way
+            time.sleep(0.02)  # so that the end is sent without data
             if client.recv(1) != b"!":
-                raise Wrong("an answer after the end of the question is lost")
+                raise CheckFailed("an answer after the end of the question is lost")
 
         def answer() -> None:
             server.recv(1)
@@ -236,7 +234,7 @@ def an_answer_after_an_end_arrives(trial: Trial) -> None:
 
 
 def a_reader_that_stops_stops_its_sender(trial: Trial) -> None:
-    """The kernel takes what a target has no room for without end; it has to be counted and stopped."""
+    """The kernel queues bytes for a full target without a limit, so the BPF program has to count and stop them."""
     client, server = trial.connected()
     sent = hashlib.sha256()
     with client, server:
@@ -255,15 +253,15 @@ def a_reader_that_stops_stops_its_sender(trial: Trial) -> None:
 
         trial.while_relayed(fill)
         if total >= _UNREAD_BYTES:
-            raise Wrong("a sender is not stopped where nobody reads")
+            raise CheckFailed("a sender is not stopped though its peer does not read")
         found: list[str] = []
         trial.while_relayed(lambda: found.append(_everything(server)))
         if found != [sent.hexdigest()]:
-            raise Wrong("bytes are lost or doubled where a reader was slow")
+            raise CheckFailed("bytes are lost or doubled where a reader was slow")
 
 
 def a_reset_arrives(trial: Trial) -> None:
-    """After what was sent before it."""
+    """A reset is forwarded as a reset, after the bytes before it."""
     client, server = trial.connected()
     with server:
 
@@ -276,42 +274,43 @@ def a_reset_arrives(trial: Trial) -> None:
             with contextlib.suppress(ConnectionResetError):
                 while server.recv(100):
                     pass
-                raise Wrong("a reset arrives as an end")
+                raise CheckFailed("a reset arrives as an end of stream")
 
         trial.while_relayed(end, read)
 
 
-def check(trial: Trial) -> None:
-    """Every check. Raises Wrong."""
+def run_checks(trial: Trial) -> None:
+    """Run every check. Raises CheckFailed."""
     every_byte = every_byte_arrives_and_no_end_overtakes
     sizes = (1, 1000, 100_000, 3_000_000)
-    _try(trial, bytes_before_the_handover_come_first)
-    _try(trial, a_reader_that_waits_is_woken)
+    run_check(trial, bytes_before_the_handover_come_first)
+    run_check(trial, a_reader_that_waits_is_woken)
     for size in sizes:
-        _try(trial, partial(every_byte, size=size, pause=0.0), f"{size} bytes")
-    trial.sockmap.after = 2  # and again with flows that are handed over in the middle
+        run_check(trial, partial(every_byte, size=size, pause=0.0), f"{size} bytes")
+    trial.sockmap.after = 2  # flows are now handed over after some bytes
     for size in sizes:
-        _try(trial, partial(every_byte, size=size, pause=0.0), f"{size} bytes, handed over in the middle")
+        run_check(trial, partial(every_byte, size=size, pause=0.0), f"{size} bytes, handed over in the middle")
     trial.sockmap.after = 0
-    _try(trial, partial(every_byte, size=6_000_000, pause=0.0005), "a slow reader")
-    _try(trial, an_end_waits_for_the_kernels_queue)
-    _try(trial, an_answer_after_an_end_arrives)
-    _try(trial, a_reader_that_stops_stops_its_sender)
-    _try(trial, a_reset_arrives)
-    trial.until(lambda: not trial.sockmap.flows, "something is left of connections that ended")
+    run_check(trial, partial(every_byte, size=6_000_000, pause=0.0005), "a slow reader")
+    run_check(trial, an_end_waits_for_the_kernels_queue)
+    run_check(trial, an_answer_after_an_end_arrives)
+    run_check(trial, a_reader_that_stops_stops_its_sender)
+    run_check(trial, a_reset_arrives)
+    trial.until(lambda: not trial.sockmap.flows, "flows of closed connections are still in the maps")
 
 
-def _try(trial: Trial, one: Callable[[Trial], None], name: str = "") -> None:
+def run_check(trial: Trial, check: Callable[[Trial], None], name: str = "") -> None:
+    """Run one check. Raises CheckFailed that names it, also for an OSError."""
     try:
-        one(trial)
+        check(trial)
     except OSError as error:
-        kind = Inconclusive if isinstance(error, TimeoutError) or error.errno in _SCARCE else Wrong
-        raise kind(f"{name or getattr(one, '__name__', '').replace('_', ' ')}: {error.strerror or error}") from error
+        kind = Inconclusive if isinstance(error, TimeoutError) or error.errno in _SCARCE else CheckFailed
+        raise kind(f"{name or getattr(check, '__name__', '').replace('_', ' ')}: {error.strerror or error}") from error
 
 
 def main() -> int:
-    """What verdict.test runs: says what is wrong in one line; FAILED or INCONCLUSIVE where something is."""
-    from graft import loader
+    """What `selftest_result.run_selftest` runs: prints a problem in one line, and returns the exit status."""
+    from graft.datapath import loader
     from graft.kernel import netns
 
     try:
@@ -320,9 +319,9 @@ def main() -> int:
         loaded = loader.load_relay()
         sockmap = Sockmap(lambda name: os.dup(loaded.map_fd(name)), after=0)
         trial = Trial(sockmap)
-        check(trial)
+        run_checks(trial)
         trial.close()
-    except (Wrong, GraftError, OSError) as error:
+    except (CheckFailed, GraftError, OSError) as error:
         traceback.print_exc()
         print(str(error).splitlines()[0])
         return INCONCLUSIVE if isinstance(error, Inconclusive | OSError) else FAILED
@@ -332,4 +331,4 @@ def main() -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # not held up by a thread that waits for ever
+    os._exit(code)  # without waiting for threads that hang

@@ -1,11 +1,11 @@
 """All relays of one installation, in one process and one event loop.
 
-What is to be served stands in the records of the attached containers (run_dir/containers): nothing is kept here that a
-daemon which is started again would miss. Records are looked at a few times a second, and so is each container, in
-turns of its own (served.py); `graft attach` and `graft detach` do not wait for that, they ask.
+The records of the attached containers (run_dir/containers) say what to serve; a daemon that is started again needs
+nothing else. The records are read a few times a second (container_list.py), and each container's listeners are scanned
+in its own turns (container_service.py); `graft attach` and `graft detach` do not wait for that, they send a command.
 
-Nothing here waits: not for the installation's lock, which any command may hold for long, nor for another process. What
-has to be waited for is done aside.
+Nothing here blocks: neither on the installation's lock, which any command may keep for long, nor on another process.
+What has to block runs in a thread (background.py).
 """
 
 from __future__ import annotations
@@ -20,212 +20,212 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from graft import containers
-from graft.containers import Container
-from graft.lifecycle import locked
-from graft.maps import Maps
-from graft.settings import Settings
-from graft.splice.aside import Aside
-from graft.splice.commands import Answer, Commands, failure
+from graft.model.settings import Settings
+from graft.splice.background import Background
+from graft.splice.commands import Commands, Reply, failure
+from graft.splice.container_list import ContainerList
+from graft.splice.container_service import SCAN_SECONDS, ContainerService, Context
+from graft.splice.event_loop import EventLoop
 from graft.splice.kernel_relay import KernelRelay
-from graft.splice.loop import Loop
+from graft.splice.log import log
 from graft.splice.namespaces import Namespaces
-from graft.splice.records import Records
-from graft.splice.room import Room
-from graft.splice.served import LOOK_SECONDS, Context, Served, say
+from graft.splice.resources import DaemonResources
 from graft.splice.sockmap import Sockmap
+from graft.state.installation import Installation
+from graft.state.records import Container
 
 _IDLE_SECONDS = 3.0
 _REAP_AGAIN_SECONDS = 10.0
 
 
 class Service:
-    """The daemon's work. ``keep``: go on also when there is no container left to serve."""
+    """The daemon's work. ``keep``: run on when there is no container left to serve."""
 
     def __init__(self, settings: Settings, keep: bool) -> None:
         self._settings, self._keep = settings, keep
-        self._loop = Loop(self._look, LOOK_SECONDS)
-        self._aside = Aside(self._loop)
-        room = Room(self._loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        self._context = Context(self._loop, Maps(settings.pin_dir), Namespaces(settings), room)
-        self._kernel_relay = KernelRelay(settings, self._loop, self._aside, self._use_again)
-        self._served: dict[int, Served] = {}
-        self._ending: dict[int, Served] = {}
-        self._after_ending: list[Callable[[], None]] = []
-        self._records = Records(settings)
+        self._loop = EventLoop(self._tick, SCAN_SECONDS)
+        self._background = Background(self._loop)
+        graft = Installation(settings)
+        daemon_resources = DaemonResources(self._loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._context = Context(self._loop, graft.maps, Namespaces(settings, graft.endpoints), daemon_resources)
+        self._kernel_relay = KernelRelay(settings, self._loop, self._background, self._on_relay_change)
+        self._services: dict[int, ContainerService] = {}
+        self._stopping: dict[int, ContainerService] = {}
+        self._after_stop: list[Callable[[], None]] = []
+        self._records = ContainerList(settings)
         self._reaping = False
         self._empty_since = time.monotonic()
-        self._commands = Commands(settings, self._loop, self._do)
+        self._commands = Commands(settings, self._loop, self._handle)
 
     def run(self, ready: Callable[[], None]) -> None:
-        """Serve until SIGTERM or SIGINT, or, without ``keep``, until nothing is left to do."""
-        wakeup = self._signals()
+        """Serve until SIGTERM or SIGINT, or, without ``keep``, until there is no container left."""
+        wakeup = self._handle_signals()
         try:
-            self._look()
+            self._tick()
             ready()
             self._loop.run()
         finally:
-            for served in (*self._served.values(), *self._ending.values()):
+            for service in (*self._services.values(), *self._stopping.values()):
                 with contextlib.suppress(OSError):
-                    served.abandon()
+                    service.stop_now()
             self._commands.close()
-            self._context.spaces.close()
+            self._context.namespaces.close()
             self._kernel_relay.close()
-            self._context.room.close()
+            self._context.daemon_resources.close()
             self._loop.shut_down()
             wakeup.close()
 
-    def _signals(self) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        signal.set_wakeup_fd(theirs.fileno())
-        self._wakeup = theirs
+    def _handle_signals(self) -> socket.socket:
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
+        self._wakeup = writer  # stays open
+
+        def wake_up(_mask: int) -> None:
+            reader.recv(64)
 
         def stop(_signum: int, _frame: object) -> None:
             self._loop.stopping = True
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-        self._loop.watch(ours.fileno(), select.EPOLLIN, lambda _mask: [ours.recv(64)].clear())
-        return ours
+        self._loop.watch(reader.fileno(), select.EPOLLIN, wake_up)
+        return reader
 
-    # ---- what there is to serve -----------------------------------------------------------------
+    # ---- containers ----------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """Bring what is served in line with the records, and let each container look at its listeners."""
+    def _tick(self) -> None:
+        """Start and stop services as the records say, and start the scans that are due."""
         records = self._records.current()
-        self._drop_gone(records)
+        self._stop_removed(records)
         for container in records.values():
-            if container.id in self._served:
-                self._renew(container)
-            elif container.is_there:
-                self._take(container)
-        for served in self._served.values():
-            served.look_if_due()
-        self._context.spaces.tidy(self._context.maps)
-        self._mind_idleness(bool(records))
+            if container.id in self._services:
+                self._update(container)
+            elif container.exists:
+                self._start_serving(container)
+        for service in self._services.values():
+            service.scan_if_due()
+        self._context.namespaces.tidy(self._context.maps)
+        self._check_idle(bool(records))
 
-    def _drop_gone(self, records: dict[int, Container]) -> None:
-        """Serve no more what has no record, or whose cgroup is gone, though another may be at the same path."""
-        for number in [number for number in self._served if number not in records]:
-            self._drop(number)
-        gone = [container for container in records.values() if not container.is_there]
+    def _stop_removed(self, records: dict[int, Container]) -> None:
+        """Stop services without a record, or whose cgroup is gone, though another may be at the same path."""
+        for number in [number for number in self._services if number not in records]:
+            self._stop_serving(number)
+        gone = [container for container in records.values() if not container.exists]
         for container in gone:
-            self._drop(container.id)
+            self._stop_serving(container.id)
         if gone and not self._reaping:
             self._reaping = True
-            self._aside.run(self._reap, self._reaped)
+            self._background.run(self._reap, self._reaped)
 
     def _reap(self) -> None:
-        """Have the rules of what is gone forgotten. In a thread: with maps of its own, and time for the lock."""
-        with locked(self._settings):
-            containers.reap_locked(self._settings, Maps(self._settings.pin_dir))
+        """Remove the rules of containers that are gone. In a thread, with maps of its own: it waits for the lock."""
+        with Installation(self._settings) as graft:
+            graft.reap()
 
     def _reaped(self, _result: None, error: Exception | None) -> None:
         if error is None:
-            self._may_reap()
+            self._allow_reap()
             return
-        say(f"the rules of containers that are gone are still there: {error}")
-        self._loop.after(_REAP_AGAIN_SECONDS, self._may_reap)
+        log(f"the rules of containers that are gone are still there: {error}")
+        self._loop.after(_REAP_AGAIN_SECONDS, self._allow_reap)
 
-    def _may_reap(self) -> None:
+    def _allow_reap(self) -> None:
         self._reaping = False
 
-    def _take(self, container: Container) -> bool:
-        """Begin to serve. False where what was served at its cgroup's path before, and may have its endpoints, has not
-        ended yet.
+    def _start_serving(self, container: Container) -> bool:
+        """Start a service. False while the service of an earlier cgroup at the same path is stopping, which may still
+        have the same endpoints.
         """
-        if any(container.cgroup == one.container.cgroup for one in self._ending.values()):
+        if any(container.cgroup == one.container.cgroup for one in self._stopping.values()):
             return False
-        self._served[container.id] = Served(self._context, container, self._sockmap_for(container))
+        self._services[container.id] = ContainerService(self._context, container, self._sockmap_for(container))
         return True
 
-    def _renew(self, container: Container) -> None:
-        """Take note of what has changed in a record."""
-        served = self._served[container.id]
-        if container != served.container:
-            served.use(container, self._sockmap_for(container))
+    def _update(self, container: Container) -> None:
+        """Use a record again, if it has changed."""
+        service = self._services[container.id]
+        if container != service.container:
+            service.update(container, self._sockmap_for(container))
 
-    def _use_again(self) -> None:
-        """The relay in the kernel can serve now, or cannot any more."""
-        for served in self._served.values():
-            served.use(served.container, self._sockmap_for(served.container))
+    def _on_relay_change(self) -> None:
+        """The relay in the kernel can be used now, or can not any more."""
+        for service in self._services.values():
+            service.update(service.container, self._sockmap_for(service.container))
 
     def _sockmap_for(self, container: Container) -> Sockmap | None:
-        """The relay in the kernel, for a container that is to have it. Where it cannot be had, splice(2) serves."""
+        """The relay in the kernel, if the container is to have it and it can be used; None for splice(2)."""
         if container.relay != "kernel":
             return None
         found = self._kernel_relay.sockmap()
         if self._kernel_relay.problem:
-            say(
+            log(
                 f"{container.name}: splice(2) serves, because the relay in the kernel fails here: "
                 f"{self._kernel_relay.problem}"
             )
         return found
 
-    def _drop(self, number: int, done: Callable[[], None] = lambda: None) -> None:
-        served = self._served.pop(number, None)
-        if served is None:
+    def _stop_serving(self, number: int, done: Callable[[], None] = lambda: None) -> None:
+        service = self._services.pop(number, None)
+        if service is None:
             done()
             return
-        self._ending[number] = served
+        self._stopping[number] = service
 
-        def ended() -> None:
-            del self._ending[number]
-            waiting, self._after_ending = self._after_ending, []
-            for call in (done, *waiting, self._loop.look_soon):
+        def stopped() -> None:
+            del self._stopping[number]
+            waiting, self._after_stop = self._after_stop, []
+            for call in (done, *waiting, self._loop.tick_soon):
                 call()
 
-        served.end(ended)
+        service.stop(stopped)
 
-    def _mind_idleness(self, busy: bool) -> None:
+    def _check_idle(self, busy: bool) -> None:
         if busy or self._keep:
             self._empty_since = time.monotonic()
         elif time.monotonic() - self._empty_since > _IDLE_SECONDS:
-            say("nothing left to serve")
+            log("nothing left to serve")
             self._loop.stopping = True
 
     # ---- commands -------------------------------------------------------------------------------
 
-    def _do(self, request: dict[str, Any], answer: Answer) -> None:
+    def _handle(self, request: dict[str, Any], reply: Reply) -> None:
         number = int(request["container"])
         match request["do"]:
             case "attach":
-                self._attach(number, int(request["pid"]), answer)
+                self._attach(number, int(request["pid"]), reply)
             case "detach":
-                self._drop(number, lambda: answer({}))
+                self._stop_serving(number, lambda: reply({}))
             case "describe":
-                answer(self._describe(number))
-            case "look":
-                self._loop.look_soon()
-                answer({})
+                reply(self._describe(number))
             case "stop":
                 self._loop.stopping = True
-                answer({"pid": os.getpid()})
+                reply({"pid": os.getpid()})
             case "ping":
                 self._empty_since = time.monotonic()
-                served = sorted(number for number, one in self._served.items() if one.serves)
-                answer({"pid": os.getpid(), "containers": served})
+                served = sorted(number for number, one in self._services.items() if one.serves)
+                reply({"pid": os.getpid(), "containers": served})
             case other:
-                answer({"error": f"the daemon knows no command {other!r}"})
+                reply({"error": f"the daemon does not know the command {other!r}"})
 
-    def _attach(self, number: int, pid: int, answer: Answer) -> None:
+    def _attach(self, number: int, pid: int, reply: Reply) -> None:
         records = self._records.current()
-        self._drop_gone(records)
+        self._stop_removed(records)
         container = records.get(number)
-        if container is None or not container.is_there:
-            answer({"error": f"container {number} has no record, or its cgroup is gone"})
+        if container is None or not container.exists:
+            reply({"error": f"container {number} has no record, or its cgroup is gone"})
             return
-        if number in self._served:
-            self._renew(container)
-        elif not self._take(container):
-            self._after_ending.append(lambda: self._attach(number, pid, answer))
+        if number in self._services:
+            self._update(container)
+        elif not self._start_serving(container):
+            self._after_stop.append(lambda: self._attach(number, pid, reply))
             return
-        self._served[number].look(
-            pid, lambda error: answer(self._describe(number) if error is None else failure(error))
+        self._services[number].scan(
+            pid, lambda error: reply(self._describe(number) if error is None else failure(error))
         )
 
     def _describe(self, number: int) -> dict[str, Any]:
-        served = self._served.get(number)
-        return {"pid": os.getpid(), **(served.describe() if served else {"serves": False})}
+        service = self._services.get(number)
+        return {"pid": os.getpid(), **(service.describe() if service else {"serves": False})}

@@ -1,14 +1,14 @@
-"""Who may have one more of something that there is a limited number of. Pure.
+"""How much of something limited each member may have. Pure.
 
-Half of all is divided among the members, with one part more for whoever joins next. Such a part is kept for each
-member, used or not. The rest is lent to whoever asks, while what is kept for the others stays free:
+Half of all is divided among the members, with one part more for the next member to join. Such a part is reserved for
+each member, used or not. The rest is lent to any member that asks, while what is reserved for the others stays free:
 
-    |  A's part  |  B's part  | the next |             lent to whoever asks              |
+    |  A's part  |  B's part  | the next |           lent to any member that asks           |
 
 So no member can take another's part, whatever it does, and one that is busy among idle ones has more than half of all.
 
-When a member joins, all parts get smaller, and more may be lent than would be now. `debtor` says who has most beyond
-its part: it has to give back when a member that has less than its part finds nothing free.
+When a member joins, all parts get smaller, and more may be lent than would be now. `largest_borrower` is the member
+with most beyond its part: it has to give back when a member that has less than its part finds nothing free.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from collections.abc import Iterable
 
 
 class Shares:
-    """``limit`` things in all, of which each member takes ``rest`` by being one."""
+    """``limit`` things in all, of which each member always uses ``base``. A part is never less than ``min_part``."""
 
-    def __init__(self, limit: int, rest: int = 0, least: int = 0) -> None:
-        """``least`` is what a part is never smaller than, whatever the limit."""
-        self._limit, self._rest, self._least = limit, rest, least
+    def __init__(self, limit: int, base: int = 0, min_part: int = 0) -> None:
+        self._limit, self._base, self._min_part = limit, base, min_part
         self._members: dict[Share, None] = {}
         self._all = 0
         self.part = self.free = 0
-        """What is kept for each member; how many nobody has."""
+        """How many are reserved for each member; how many are not taken."""
         self._divide()
 
     def join(self) -> Share:
@@ -36,7 +35,7 @@ class Shares:
         return made
 
     def leave(self, member: Share) -> None:
-        """Forget a member; what it has is free."""
+        """Remove a member; what it has is free."""
         self.free += member.taken
         del self._members[member]
         self._divide()
@@ -44,49 +43,49 @@ class Shares:
     def _divide(self) -> None:
         parts = 2 * (len(self._members) + 1)
         taken = self._all - self.free
-        self._all = max(self._limit - self._rest * len(self._members), parts * self._least)
+        self._all = max(self._limit - self._base * len(self._members), parts * self._min_part)
         self.free = self._all - taken
         self.part = self._all // parts
 
-    def kept_from(self, member: Share) -> int:
-        """What a member cannot have, because it is kept for the others and for the next."""
+    def reserved_for_others(self, member: Share) -> int:
+        """How many ``member`` cannot have, because they are reserved for the others and for the next to join."""
         unused = sum(self.part - other.taken for other in self._members if other.taken < self.part)
         return unused - max(0, self.part - member.taken) + self.part
 
     @staticmethod
-    def debtor(among: Iterable[Share]) -> Share | None:
-        """Who ``among`` them has most of what was lent; None where none of them has any."""
+    def largest_borrower(among: Iterable[Share]) -> Share | None:
+        """Which of ``among`` has most beyond its part; None where none of them has more than its part."""
         found = max(among, key=lambda member: member.taken, default=None)
-        return None if found is None or found.owns(0) else found
+        return None if found is None or found.within_part(0) else found
 
 
 class Share:
-    """What one member has."""
+    """What one member has of ``shares``."""
 
-    __slots__ = ("_of", "taken")
+    __slots__ = ("shares", "taken")
 
-    def __init__(self, of: Shares) -> None:
-        self._of = of
+    def __init__(self, shares: Shares) -> None:
+        self.shares = shares
         self.taken = 0
         """How many it has now."""
 
-    def owns(self, count: int = 1) -> bool:
+    def within_part(self, count: int = 1) -> bool:
         """Whether it would have no more than its part with ``count`` more."""
-        return self.taken + count <= self._of.part
+        return self.taken + count <= self.shares.part
 
-    def may(self, count: int = 1) -> bool:
+    def can_take(self, count: int = 1) -> bool:
         """Whether it may have ``count`` more now."""
-        shares = self._of
+        shares = self.shares
         if self.taken + count <= shares.part:
             return shares.free >= count
-        return shares.free - count >= shares.kept_from(self)
+        return shares.free - count >= shares.reserved_for_others(self)
 
     def take(self, count: int = 1) -> None:
         """Note that it has ``count`` more."""
         self.taken += count
-        self._of.free -= count
+        self.shares.free -= count
 
-    def give(self, count: int = 1) -> None:
+    def give_back(self, count: int = 1) -> None:
         """Note that it has ``count`` fewer."""
         self.taken -= count
-        self._of.free += count
+        self.shares.free += count

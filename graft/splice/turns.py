@@ -1,6 +1,6 @@
-"""Whose turn it is: of all who have work waiting, the one that has used the least time goes first. Pure.
+"""Which of the waiting calls is made next: one of the owner that has used the least time so far. Pure.
 
-Each member's work is done in the order in which it came. A member that had nothing to do for a while starts level with
+An owner's calls are made in the order in which they came. An owner that had nothing to do for a while starts level with
 the others: time that it did not use is not saved up.
 """
 
@@ -10,51 +10,51 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 
-Call = Callable[[], None]
+Work = Callable[[], None]
 
 
 class Turns:
-    """Calls that wait, of members known by number. One is taken at a time, and charged before the next."""
+    """Waiting calls, of owners known by number. One is popped at a time, and its time charged before the next."""
 
     def __init__(self) -> None:
-        self._waiting: dict[int, deque[Call]] = {}
+        self._waiting: dict[int, deque[Work]] = {}
         self._used: dict[int, float] = {}
         self._next: list[tuple[float, int]] = []
-        self._gone: set[int] = set()
+        self._removed: set[int] = set()
         self._level = 0.0
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def put(self, who: int, call: Call) -> None:
-        """Add one to a member's work."""
-        waiting = self._waiting.get(who)
+    def put(self, owner: int, call: Work) -> None:
+        """Add a call of ``owner``."""
+        waiting = self._waiting.get(owner)
         if waiting is not None:
             waiting.append(call)
             return
-        self._waiting[who] = deque((call,))
-        used = self._used[who] = max(self._used.get(who, 0.0), self._level)
-        heapq.heappush(self._next, (used, who))
+        self._waiting[owner] = deque((call,))
+        used = self._used[owner] = max(self._used.get(owner, 0.0), self._level)
+        heapq.heappush(self._next, (used, owner))
 
-    def take(self) -> tuple[int, Call]:
-        """The next call, with whose it is. There has to be one."""
-        self._level, who = heapq.heappop(self._next)
-        return who, self._waiting[who].popleft()
+    def pop(self) -> tuple[int, Work]:
+        """The next call, with its owner. There has to be one."""
+        self._level, owner = heapq.heappop(self._next)
+        return owner, self._waiting[owner].popleft()
 
-    def charge(self, who: int, seconds: float) -> None:
-        """Note how long the call took that was taken last, of ``who``."""
-        used = self._used[who] = self._used[who] + seconds
-        if self._waiting[who]:
-            heapq.heappush(self._next, (used, who))
+    def charge(self, owner: int, seconds: float) -> None:
+        """Note how long the call took that was popped last, one of ``owner``."""
+        used = self._used[owner] = self._used[owner] + seconds
+        if self._waiting[owner]:
+            heapq.heappush(self._next, (used, owner))
             return
-        del self._waiting[who]
-        if who in self._gone:
-            self.forget(who)
+        del self._waiting[owner]
+        if owner in self._removed:
+            self.forget(owner)
 
-    def forget(self, who: int) -> None:
-        """A member that is gone: what it has used counts no more. Calls that wait are still made."""
-        if who in self._waiting:
-            self._gone.add(who)
+    def forget(self, owner: int) -> None:
+        """Remove an owner: the time that it has used does not count any more. Its waiting calls are still made."""
+        if owner in self._waiting:
+            self._removed.add(owner)
         else:
-            self._gone.discard(who)
-            self._used.pop(who, None)
+            self._removed.discard(owner)
+            self._used.pop(owner, None)

@@ -10,22 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from graft import store
-from graft.endpoint import parse_endpoint
 from graft.kernel import cgroup
+from graft.model.endpoint import parse_endpoint
+from tests.support.engines import IMAGE, Engine, leftovers
 from tests.support.installation import Host
 from tests.support.namespaces import HOST4
-from tests.support.oci import IMAGE, Engine, leftovers
 from tests.support.shell import run
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
 
 GRAFT = ["--runtime", "graft"]
+NO_NETWORK = ["--network", "none"]
 
 
 def add(host: Host, name: str, port: int, open_: bool = True) -> None:
-    store.add(host.settings, parse_endpoint(name, f"0.0.0.0:{port}", open_=open_))
+    with host.installation.transaction() as change:
+        change.endpoints.add(parse_endpoint(name, f"0.0.0.0:{port}", open_=open_))
 
 
 def pairs(port: int, endpoint: str) -> list[str]:
@@ -84,9 +85,11 @@ def test_a_container_is_grafted_again_after_a_restart(host: Host, docker: Engine
 
 def test_a_container_does_not_start_before_its_endpoint_exists_and_does_after(host: Host, docker: Engine) -> None:
     port = host.port()
-    docker("create", "--name", "early", *docker.run_flags, *GRAFT, *pairs(80, "later"), IMAGE, *says("hello"))
+    docker(
+        "create", "--name", "early", *docker.run_flags, *NO_NETWORK, *GRAFT, *pairs(80, "later"), IMAGE, *says("hello")
+    )
     refused = docker("start", "early", status=1)
-    assert "GRAFT_CONV_PAIRS: there is no endpoint 'later'" in refused.stderr
+    assert "GRAFT_CONV_PAIRS: endpoint 'later' not found" in refused.stderr
     assert not leftovers(host)
     add(host, "later", port)
     docker("start", "early")
@@ -105,7 +108,7 @@ def test_twenty_containers_start_in_parallel_each_on_its_own_endpoint(host: Host
     with ThreadPoolExecutor(len(ports)) as pool:
         list(pool.map(start, ports))
     assert {name: answers(host, port) for name, port in ports.items()} == {name: name for name in ports}
-    docker("rm", "-f", *ports)
+    docker.remove(*ports)
     until("nothing is left", lambda: not leftovers(host))
 
 
@@ -113,7 +116,7 @@ def test_an_image_reaches_only_endpoints_that_are_open(host: Host, docker: Engin
     add(host, "closed", host.port(), open_=False)
     made = docker("create", "--name", "base", IMAGE, "true").stdout.strip()
     docker("commit", "--change", "ENV GRAFT_CONV_PAIRS=0.0.0.0:80=closed", made, "greedy")
-    refused = docker("run", *docker.run_flags, *GRAFT, "greedy", "true", status=125)
+    refused = docker("run", *docker.run_flags, *NO_NETWORK, *GRAFT, "greedy", "true", status=125)
     assert "GRAFT_CONV_PAIRS: the endpoint 'closed' is not open" in refused.stderr
 
 
@@ -134,8 +137,8 @@ def test_an_environment_reaches_only_policies_that_are_open(host: Host, docker: 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["-e", "GRAFT_POLICY=nowhere"], "there is no policy 'nowhere'"),
-        (["-e", "GRAFT_POLICY=/etc/passwd"], "a container's environment names a policy, no path"),
+        (["-e", "GRAFT_POLICY=nowhere"], "policy 'nowhere' not found"),
+        (["-e", "GRAFT_POLICY=/etc/passwd"], "a container's environment can name a policy, not a path"),
         (["-e", "GRAFT_CONV_PAIRS=0.0.0.0=ok"], "GRAFT_CONV_PAIRS: "),
         (["-e", "GRAFT_CONV_PAIRS=0.0.0.0:80=ok", "--cap-add", "NET_ADMIN"], "the container has CAP_NET_ADMIN"),
         (["-e", "GRAFT_CONV_PAIRS=0.0.0.0:80=ok", "--privileged"], "the container has CAP_NET_ADMIN"),
@@ -160,7 +163,7 @@ def test_a_container_without_a_seccomp_profile_is_grafted(host: Host, docker: En
     assert answers(host, port) == "free"
 
 
-def test_a_container_that_asks_for_nothing_is_runcs_own(host: Host, docker: Engine) -> None:
+def test_a_container_that_asks_for_nothing_is_started_by_runc_unchanged(host: Host, docker: Engine) -> None:
     assert docker.container([*GRAFT], "sh", "-c", "echo said; exit 7", status=7).stdout == "said\n"
     assert docker.container([*GRAFT, "-t"], "sh", "-c", "test -t 1 && echo terminal").stdout.strip() == "terminal"
     assert not leftovers(host)
@@ -170,10 +173,10 @@ def test_two_containers_in_the_hosts_namespace_bind_one_port_on_two_endpoints(ho
     ports = {"one": host.port(), "two": host.port()}
     for name, port in ports.items():
         add(host, name, port)
-        docker("run", "-d", "--name", name, "--network", "host", *GRAFT, *pairs(80, name), IMAGE, *says(name))
+        docker.started(name, [*GRAFT, *pairs(80, name)], *says(name), network="host")
     assert {name: answers(host, port) for name, port in ports.items()} == {"one": "one", "two": "two"}
     assert not cgroup.processes(host.cgroup / "supervisors")
-    docker("rm", "-f", *ports)
+    docker.remove(*ports)
     assert not leftovers(host)
 
 
@@ -188,7 +191,8 @@ def supervisors(host: Host) -> tuple[int, list[int]]:
 WAITING = ["sh", "-c", "while ! test -e /tmp/go; do sleep 0.05; done; exec nc -ll -p 80 -e echo still served"]
 
 
-def let_go(docker: Engine) -> None:
+def let_it_listen(docker: Engine) -> None:
+    """End the wait of a container that runs WAITING."""
     pid = docker("inspect", "-f", "{{.State.Pid}}", "web").stdout.strip()
     Path(f"/proc/{pid}/root/tmp/go").touch()
 
@@ -201,11 +205,11 @@ def test_a_supervisor_that_is_killed_is_started_again(host: Host, docker: Engine
     before = supervisors(host)[1]
     os.kill(before[0], signal.SIGKILL)
     until("another supervisor", lambda: supervisors(host)[1] not in (before, []))
-    let_go(docker)
+    let_it_listen(docker)
     assert answers(host, port) == "still served"
 
 
-def test_a_container_whose_shim_is_killed_is_served_on_and_leaves_nothing(host: Host, docker: Engine) -> None:
+def test_a_container_whose_shim_is_killed_stays_served_and_leaves_nothing(host: Host, docker: Engine) -> None:
     port = host.port()
     add(host, "web", port)
     docker.started("web", [*GRAFT, *pairs(80, "web")], *WAITING)
@@ -214,7 +218,7 @@ def test_a_container_whose_shim_is_killed_is_served_on_and_leaves_nothing(host: 
     refused = docker("exec", "web", "true", status=None)
     assert refused.returncode != 0
     assert "connection refused" in refused.stdout + refused.stderr
-    let_go(docker)
+    let_it_listen(docker)
     assert answers(host, port) == "still served"
-    docker("rm", "-f", "web")
+    docker.remove("web")
     until("nothing is left", lambda: not leftovers(host))

@@ -1,4 +1,4 @@
-"""What a program cannot do, however it asks: the hooks decide on the kernel's own copy of an address."""
+"""Calls that the hooks refuse, by whatever way a program makes them: they judge the kernel's own copy of an address."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import itertools
 import os
 import platform
 import re
+import socket
 from pathlib import Path
 
 import pytest
 
-from graft import containers
-from graft.layout import Decision
+from graft.datapath.layout import HookDecision
 from tests.support.building import Programs
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
@@ -30,11 +30,11 @@ def calls(host: Host, programs: Programs, rules: list[str], *steps: str | int) -
     return host.run(rules, programs["calls"], *map(str, steps)).stdout.splitlines()
 
 
-def accepted(listener: object) -> bool:
-    """Whether a connection waits at a listener."""
-    listener.settimeout(0)  # type: ignore[attr-defined]
+def accepted(listener: socket.socket) -> bool:
+    """Whether a connection waits at a listener; takes it."""
+    listener.settimeout(0)
     try:
-        listener.accept()[0].close()  # type: ignore[attr-defined]
+        listener.accept()[0].close()
     except BlockingIOError:
         return False
     return True
@@ -88,7 +88,7 @@ def test_a_flip_during_the_bind_of_a_socket_in_the_hosts_stack_is_refused(host: 
     assert succeeded + refused == 2000 and failed == 0, program.complained
     granted = listening_ports(host).count(good)
     assert bad not in listening_ports(host)
-    assert host.decisions(host.container(program).id)[Decision.REFUSED_BIND] == refused
+    assert host.decisions(host.container(program).id)[HookDecision.REFUSED_BIND] == refused
     program.tell("\n")
     assert program.wait() == 0
     race_is_hit(granted > 100, "the flip never met the allowed address")
@@ -105,12 +105,12 @@ def test_a_sockaddr_that_flips_during_connect_never_reaches_a_forbidden_destinat
     reached = itertools.count()
 
     def done() -> bool:
-        """Whether it has come to its end; the connections that wait would keep it from there."""
+        """Whether it has made all its calls; a full queue of connections would stop it."""
         while accepted(allowed):
             next(reached)
         return "succeeded" in program.said
 
-    program.until("its end", done, 60)
+    program.until("all calls are made", done, 60)
     succeeded, refused, failed = flipped(host, program)
     assert succeeded >= next(reached)
     assert succeeded + refused + failed == 4000
@@ -171,7 +171,7 @@ def test_a_socket_in_the_hosts_stack_binds_no_port_that_was_not_granted(
     assert said[:2] == ["connect ECONNREFUSED", f"home {host.netns.cookie}"]
     if way:
         assert said[2:] == [f"bind{way} EACCES", f"home {host.netns.cookie}"]
-    else:  # it goes back to where it came from
+    else:  # it is moved back to the container's namespace
         assert said[2] == "bind ok" and said[3] != said[1]
 
 
@@ -206,7 +206,7 @@ def test_listen_on_a_socket_in_the_hosts_stack_with_no_endpoint_is_refused(host:
 
 
 @pytest.mark.parametrize("way", UNTRAPPED)
-def test_an_untrapped_listen_with_no_endpoint_hears_nobody(host: Host, programs: Programs, way: str) -> None:
+def test_an_untrapped_listener_with_no_endpoint_refuses_every_client(host: Host, programs: Programs, way: str) -> None:
     needs_the_call(way)
     rules = ["-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}"]
     steps = ["socket", "4", "connect", CLIENT4, "9", f"listen{way}", "option", "1", "62", "name", "wait"]
@@ -298,16 +298,16 @@ def test_options_that_reach_past_the_policy_are_refused_in_the_hosts_stack(host:
     said = calls(host, programs, rules, *steps, "option", 6, 1)
     assert said[0] == "bind ok"
     assert set(said[1:-1]) <= {"text EPERM", "text EACCES"}
-    assert said[-1] == "option ok"  # TCP_NODELAY is the program's own affair
+    assert said[-1] == "option ok"  # TCP_NODELAY reaches past no policy
 
 
 def test_a_program_of_roots_has_no_cap_net_admin_unless_it_is_allowed(host: Host) -> None:
     capability = 1 << 12
     for options, wanted in (([], False), (["--allow-net-admin"], True)):
         status = host.run(options, "cat", "/proc/self/status").stdout
-        held = {name: int(value, 16) for name, value in re.findall(r"^(Cap\w+):\t(\w+)$", status, re.M)}
-        assert bool(held["CapEff"] & capability) is wanted
-        assert bool(held["CapBnd"] & capability) is wanted
+        sets = {name: int(value, 16) for name, value in re.findall(r"^(Cap\w+):\t(\w+)$", status, re.M)}
+        assert bool(sets["CapEff"] & capability) is wanted
+        assert bool(sets["CapBnd"] & capability) is wanted
 
 
 def test_a_port_below_1024_needs_no_capability_where_it_is_granted(host: Host, programs: Programs) -> None:
@@ -351,7 +351,7 @@ def test_detaching_takes_effect_at_the_next_call(host: Host, programs: Programs)
     steps = ["socket", "4", "connect", CLIENT4, "9", "wait", "connect", CLIENT4, listener.getsockname()[1]]
     program = host.start(*rules, "--", programs["calls"], *steps, talk=True)
     program.says("connect")
-    containers.remove(host.settings, host.maps, host.container(program))
+    host.remove(host.container(program))
     program.tell("\n")
     assert program.wait() == 0
     assert program.said.splitlines()[1] == "connect EACCES"

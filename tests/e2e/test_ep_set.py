@@ -1,4 +1,4 @@
-"""`graft ep set` and `graft ep del` while programs run: the next call follows, what stands stays."""
+"""`graft ep set` and `graft ep del` while programs run: the next call follows, open sockets stay as they are."""
 
 from __future__ import annotations
 

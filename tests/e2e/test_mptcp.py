@@ -48,7 +48,7 @@ def test_an_mptcp_listener_is_grafted_and_knows_its_own_port(host: Host, client:
     assert f"('{HOST4}', 80)" in seen and own in seen
 
 
-def test_an_mptcp_socket_in_the_hosts_stack_may_not_listen_on_a_port_that_nobody_granted(host: Host) -> None:
+def test_an_mptcp_socket_in_the_hosts_stack_may_not_listen_on_a_port_that_no_rule_grants(host: Host) -> None:
     rule = f"{HOST4}/32={host.endpoint('0.0.0.0:dynamic')}"
     code = UNGRANTED.replace("HOST", HOST4)
     assert host.run(["-e", rule], "/usr/bin/python3", "-c", code).stdout.split() == ["ECONNREFUSED", "EACCES"]

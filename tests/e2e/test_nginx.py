@@ -18,36 +18,31 @@ from tests.support.wait import until
 pytestmark = pytest.mark.e2e
 
 
-def get(host: Host, address: str, port: int) -> str:
-    """What nginx answers to the client."""
-    return host.client.run("curl", "-sS", "--max-time", "10", f"http://{address}:{port}/").strip()
-
-
 def test_nginx_on_port_80_of_its_namespace_answers_on_the_endpoint(host: Host, tmp_path: Path) -> None:
     port = host.port()
     nginx(host, tmp_path, ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"], "0.0.0.0:80")
-    port_seen, server, peer = get(host, HOST4, port).split()
+    port_seen, server, peer = host.client.fetch(HOST4, port).split()
     assert (port_seen, server, peer) == ("80", HOST4, CLIENT4)
 
 
 def test_nginx_is_reached_over_ipv6(host: Host, tmp_path: Path) -> None:
     port = host.port()
     nginx(host, tmp_path, ["-i", f"[::]:80={host.endpoint(f'[::]:{port}')}"], "[::]:80 ipv6only=on")
-    assert get(host, f"[{HOST6}]", port).split() == ["80", HOST6, CLIENT6]
+    assert host.client.fetch(HOST6, port).split() == ["80", HOST6, CLIENT6]
 
 
 def test_a_dual_stack_listener_is_served_by_an_ipv4_endpoint(host: Host, tmp_path: Path) -> None:
     port = host.port()
     nginx(host, tmp_path, ["-i", f"*:80={host.endpoint(f'0.0.0.0:{port}')}"], "[::]:80 ipv6only=off")
-    seen, server, peer = get(host, HOST4, port).split()
+    seen, server, peer = host.client.fetch(HOST4, port).split()
     assert (seen, server, peer) == ("80", f"::ffff:{HOST4}", f"::ffff:{CLIENT4}")
 
 
 def test_a_dual_stack_listener_on_an_ipv6_endpoint_serves_both_families(host: Host, tmp_path: Path) -> None:
     port = host.port()
     nginx(host, tmp_path, ["-i", f"*:80={host.endpoint(f'[::]:{port}', dual_stack=True)}"], "[::]:80 ipv6only=off")
-    assert get(host, HOST4, port).split()[2] == f"::ffff:{CLIENT4}"
-    assert get(host, f"[{HOST6}]", port).split() == ["80", HOST6, CLIENT6]
+    assert host.client.fetch(HOST4, port).split()[2] == f"::ffff:{CLIENT4}"
+    assert host.client.fetch(HOST6, port).split() == ["80", HOST6, CLIENT6]
 
 
 def test_two_containers_both_have_port_80(host: Host, tmp_path: Path) -> None:
@@ -56,7 +51,7 @@ def test_two_containers_both_have_port_80(host: Host, tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         nginx(host, folder, ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"], "0.0.0.0:80", said=f"n{number}")
-    answers = [get(host, HOST4, port).split() for port in ports]
+    answers = [host.client.fetch(HOST4, port).split() for port in ports]
     assert [answer[-1] for answer in answers] == ["n0", "n1"]
     assert {answer[0] for answer in answers} == {"80"}
 
@@ -83,21 +78,22 @@ def test_packets_pass_the_hosts_interface_and_never_the_containers_loopback(host
         Capture(host.netns.path, "eth0") as outside,
         Capture(Path(f"/proc/{program.child()}/ns/net"), "lo") as loopback,
     ):
-        assert get(host, HOST4, port).split()[0] == "80"
-        quiet = list(loopback.packets)
-        inside(program, "bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/9 || true")  # so that there is one to be seen
+        assert host.client.fetch(HOST4, port).split()[0] == "80"
+        before = list(loopback.packets)
+        inside(program, "bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/9 || true")  # a packet that the capture must show
         until("a packet on the container's loopback", lambda: loopback.packets)
     ports = {packet[key] for packet in outside.packets for key in ("sport", "dport")}
     assert port in ports and 80 not in ports
     peers = {packet[key] for packet in outside.packets for key in ("src", "dst")}
     assert peers == {HOST4, CLIENT4}
-    assert quiet == []
+    assert before == []
 
 
 class Capture:
-    """TCP packets seen on an interface of a namespace while the block runs."""
+    """The TCP packets on an interface of a namespace while the block runs."""
 
     def __init__(self, netns: Path, interface: str) -> None:
+        from scapy.config import conf
         from scapy.layers.inet import IP, TCP
         from scapy.layers.inet6 import IPv6
         from scapy.sendrecv import AsyncSniffer
@@ -108,8 +104,6 @@ class Capture:
         self.packets: list[dict[str, object]] = []
         started = threading.Event()
         with namespaces.entered(netns):
-            from scapy.config import conf
-
             conf.ifaces.reload()
             raw = conf.L2listen(iface=interface)
         self._sniffer = AsyncSniffer(opened_socket=raw, prn=self._saw, store=False, started_callback=started.set)
@@ -134,7 +128,7 @@ class Capture:
 def test_a_worker_process_of_another_user_accepts_the_connections(host: Host, tmp_path: Path) -> None:
     port = host.port()
     program = nginx(host, tmp_path, ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"], "0.0.0.0:80", workers=2)
-    assert [get(host, HOST4, port).split()[0] for _ in range(5)] == ["80"] * 5
+    assert [host.client.fetch(HOST4, port).split()[0] for _ in range(5)] == ["80"] * 5
     users = subprocess.run(["ps", "-o", "user=", "--ppid", str(program.child())], capture_output=True, text=True)
     assert len(users.stdout.split()) == 2
     assert "root" not in users.stdout
@@ -162,7 +156,7 @@ def test_nginx_as_a_proxy_reaches_its_upstream_through_the_hosts_stack(host: Hos
         f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}",
     ]
     nginx(host, tmp_path, rules, "0.0.0.0:80", location=f"proxy_pass http://{CLIENT4}:{upstream};")
-    assert [get(host, HOST4, port) for _ in range(3)] == ["upstream"] * 3
+    assert [host.client.fetch(HOST4, port) for _ in range(3)] == ["upstream"] * 3
     thread.join(10)
     listener.close()
     assert seen == [HOST4] * 3

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from graft.kernel import cgroup
+from tests.e2e.conftest import MakeCgroup
+from tests.support.engines import Engine, leftovers
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import HOST4
-from tests.support.oci import Engine, leftovers
+from tests.support.program import Program
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
@@ -27,16 +25,17 @@ def web_policy(host: Host, port: int, name: str = "web", extra: str = "open: tru
     return name
 
 
-def fetch(host: Host, port: int) -> str:
+def fetched(host: Host, port: int) -> str:
+    """What a web server at the host's port answers, once it listens."""
     until(f"port {port} of the host", lambda: host.netns.listens(port))
-    return host.client.run("curl", "-sS", "--max-time", "10", f"http://{HOST4}:{port}/")
+    return host.client.fetch(HOST4, port)
 
 
 def test_nginx_without_a_network_is_served_by_the_host(host: Host, podman: Engine) -> None:
     port = host.port()
     note = f"graft.policy={web_policy(host, port)}"
     podman.started("nginx", ["--annotation", note], "nginx", "-c", "/etc/nginx.conf")
-    assert fetch(host, port).startswith("port 80, from 10.98.0.2")
+    assert fetched(host, port).startswith("port 80, from 10.98.0.2")
     assert podman("exec", "nginx", "ls", "/sys/class/net").stdout.split() == ["lo"]
     assert "0050" not in podman("exec", "nginx", "cat", "/proc/net/tcp").stdout
 
@@ -45,22 +44,22 @@ def test_a_process_of_podman_exec_is_grafted_too(host: Host, podman: Engine) -> 
     port = host.port()
     podman.started("idle", ["-e", f"GRAFT_POLICY={web_policy(host, port)}"], "sleep", "1000")
     podman("exec", "-d", "idle", "nginx", "-c", "/etc/nginx.conf")
-    assert fetch(host, port).startswith("port 80")
+    assert fetched(host, port).startswith("port 80")
 
 
 def test_no_new_privileges_makes_no_difference(host: Host, podman: Engine) -> None:
     port = host.port()
     flags = ["--security-opt", "no-new-privileges", "-e", f"GRAFT_POLICY={web_policy(host, port)}"]
     podman.started("nginx", flags, "nginx", "-c", "/etc/nginx.conf")
-    assert fetch(host, port).startswith("port 80")
+    assert fetched(host, port).startswith("port 80")
 
 
 def test_stop_and_restart_leave_nothing_of_before(host: Host, podman: Engine) -> None:
     port = host.port()
     podman.started("nginx", ["-e", f"GRAFT_POLICY={web_policy(host, port)}"], "nginx", "-c", "/etc/nginx.conf")
-    assert fetch(host, port).startswith("port 80")
+    assert fetched(host, port).startswith("port 80")
     podman("restart", "-t", "0", "nginx")
-    assert fetch(host, port).startswith("port 80")
+    assert fetched(host, port).startswith("port 80")
     podman("stop", "-t", "0", "nginx")
     until("nothing is left", lambda: not leftovers(host))
 
@@ -68,7 +67,7 @@ def test_stop_and_restart_leave_nothing_of_before(host: Host, podman: Engine) ->
 def test_an_annotation_reaches_only_open_policies_because_podman_copies_an_images(host: Host, podman: Engine) -> None:
     note = f"graft.policy={web_policy(host, host.port(), 'shut', '')}"
     refused = podman.container(["--annotation", note], "true", status=126)
-    assert "podman hands on an image's annotations" in refused.stderr
+    assert "podman copies an image's annotations" in refused.stderr
 
 
 def test_net_admin_is_refused_with_the_reason(host: Host, podman: Engine) -> None:
@@ -78,50 +77,52 @@ def test_net_admin_is_refused_with_the_reason(host: Host, podman: Engine) -> Non
     assert not leftovers(host)
 
 
-def test_a_container_that_cannot_be_attached_says_why_though_crun_hides_its_hooks(host: Host, podman: Engine) -> None:
-    above = cgroup.v2_mount() / f"graft-test-{os.getpid()}"
-    above.mkdir()
-    try:
-        host.graft("attach", "--cgroup", above, "-i", f"0.0.0.0:80={host.endpoint('0.0.0.0:1')}")
-        flags = ["--cgroup-parent", f"/{above.name}", "-e", f"GRAFT_POLICY={web_policy(host, host.port())}"]
-        refused = podman.container(flags, "true", status=126)
-        assert "which is attached: each call would be decided twice" in refused.stderr
-    finally:
-        host.graft("detach", "--cgroup", above, status=None)
-        cgroup.remove(above)
+def test_a_container_that_cannot_be_attached_says_why_though_crun_hides_its_hooks(
+    host: Host, podman: Engine, make_cgroup: MakeCgroup
+) -> None:
+    above = make_cgroup()
+    host.graft("attach", "--cgroup", above, "-i", f"0.0.0.0:80={host.endpoint('0.0.0.0:1')}")
+    flags = ["--cgroup-parent", f"/{above.name}", "-e", f"GRAFT_POLICY={web_policy(host, host.port())}"]
+    refused = podman.container(flags, "true", status=126)
+    assert "which is attached: each call would be decided twice" in refused.stderr
+    host.graft("detach", "--cgroup", above)
     until("nothing is left", lambda: not leftovers(host))
 
 
 @pytest.fixture
-def listener(host: Host, tmp_path: Path) -> Iterator[Path]:
-    """A seccomp profile whose listener `graft listen` serves; its log stands beside it."""
-    profile = tmp_path / "profile.json"
-    profile.write_text(host.graft("seccomp-profile").stdout)
-    with open(tmp_path / "log", "wb") as log:
-        serving = subprocess.Popen(
-            [GRAFT, "listen"], env={**os.environ, **host.environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-    until("graft listen listens", lambda: (host.settings.run_dir / "listener").is_socket())
-    yield profile
-    serving.terminate()
-    assert serving.wait(timeout=10) == 0
+def graft_listen(host: Host) -> Iterator[Program]:
+    """`graft listen`, which serves the listeners of containers with its seccomp profile."""
+    program = host.start_command([GRAFT, "listen"])
+    program.until("graft listen listens", (host.settings.run_dir / "listener").is_socket)
+    yield program
+    assert program.stop() == 0
+
+
+@pytest.fixture
+def profile(host: Host, tmp_path: Path, graft_listen: Program) -> Path:
+    """The seccomp profile of `graft listen`."""
+    file = tmp_path / "profile.json"
+    file.write_text(host.graft("seccomp-profile").stdout)
+    return file
 
 
 def test_podman_without_the_wrapper_is_grafted_through_a_seccomp_profile(
-    host: Host, podman: Engine, listener: Path
+    host: Host, podman: Engine, graft_listen: Program, profile: Path
 ) -> None:
-    alone = replace(podman, command=(*podman.command[:-1], "crun"))
+    plain_podman = podman.without_graft()
     port = host.port()
-    flags = ["--security-opt", f"seccomp={listener}", "--annotation", f"graft.policy={web_policy(host, port)}"]
-    alone.started("nginx", flags, "nginx", "-c", "/etc/nginx.conf")
-    assert fetch(host, port).startswith("port 80")
-    alone("rm", "-t", "0", "-f", "nginx")
-    until("the container is forgotten", lambda: "ended" in listener.with_name("log").read_text())
+    flags = ["--security-opt", f"seccomp={profile}", "--annotation", f"graft.policy={web_policy(host, port)}"]
+    plain_podman.started("nginx", flags, "nginx", "-c", "/etc/nginx.conf")
+    assert fetched(host, port).startswith("port 80")
+    plain_podman.remove("nginx")
+    until("the container is forgotten", lambda: "ended" in graft_listen.said + graft_listen.complained)
 
 
-def test_a_container_that_asks_a_listener_for_too_much_is_ended(host: Host, podman: Engine, listener: Path) -> None:
-    alone = replace(podman, command=(*podman.command[:-1], "crun"))
+def test_a_container_that_asks_a_listener_for_too_much_is_ended(
+    host: Host, podman: Engine, graft_listen: Program, profile: Path
+) -> None:
+    plain_podman = podman.without_graft()
     host.graft("ep", "add", "closed", f"0.0.0.0:{host.port()}")
-    flags = ["--security-opt", f"seccomp={listener}", "-e", "GRAFT_CONV_PAIRS=0.0.0.0:80=closed"]
-    assert alone.container(flags, "sleep", "1000", status=None).returncode != 0
-    until("the reason", lambda: "the endpoint 'closed' is not open" in listener.with_name("log").read_text())
+    flags = ["--security-opt", f"seccomp={profile}", "-e", "GRAFT_CONV_PAIRS=0.0.0.0:80=closed"]
+    assert plain_podman.container(flags, "sleep", "1000", status=None).returncode != 0
+    until("the reason", lambda: "the endpoint 'closed' is not open" in graft_listen.said + graft_listen.complained)

@@ -60,14 +60,14 @@ def test_a_good_policy_is_one_line(host: Host, tmp_path: Path) -> None:
         ("0.0.0.0:dynamic", "0.0.0.0:random", 5, "endpoints.out4"),
     ],
 )
-def test_an_error_is_told_with_its_line_and_field(
+def test_an_error_is_shown_with_its_line_and_field(
     host: Host, tmp_path: Path, old: str, new: str, line: int, field: str
 ) -> None:
     said = check(host, tmp_path, GOOD.replace(old, new, 1), 2)
     assert any(one.startswith(f"p.yaml:{line}: {field}") for one in said), said
 
 
-def test_all_errors_are_told_at_once(host: Host, tmp_path: Path) -> None:
+def test_all_errors_are_shown_at_once(host: Host, tmp_path: Path) -> None:
     bad = GOOD.replace("0.0.0.0:80\n", "0.0.0.0:x\n").replace("deny", "drop").replace("443", "70000")
     assert len(check(host, tmp_path, bad, 2)) == 3
 
@@ -92,7 +92,7 @@ def test_malformed_files_are_refused_with_clear_lines(host: Host, tmp_path: Path
     assert said and all("p.yaml" in line for line in said)
 
 
-def test_a_file_that_is_not_there(host: Host, tmp_path: Path) -> None:
+def test_a_file_that_is_not_found_is_one_line(host: Host, tmp_path: Path) -> None:
     result = host.graft("policy", "check", tmp_path / "none", status=3)
     assert result.stderr.count("\n") == 1
 

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.e2e
 
 @contextmanager
 def echo(netns: Netns, address: str = "0.0.0.0") -> Iterator[tuple[int, list[str]]]:
-    """A server that sends a byte back to each connection: its port, and the addresses that came."""
+    """A server that sends a byte back to each connection: its port, and the addresses of its clients."""
     listener = netns.listener(address)
     peers: list[str] = []
 
@@ -50,7 +51,7 @@ def echo(netns: Netns, address: str = "0.0.0.0") -> Iterator[tuple[int, list[str
 
 
 def received(netns: Netns, address: str, port: int) -> str:
-    """All that a server sends."""
+    """Everything that a server sends until it closes the connection."""
     with netns.connected(address, port) as sock:
         data = b""
         while more := sock.recv(4096):
@@ -72,7 +73,7 @@ def test_a_static_server(host: Host, tmp_path: Path) -> None:
     rules, port = in_rule(host)
     program = host.start(*rules, "--", "busybox", "httpd", "-f", "-p", "0.0.0.0:80", "-h", tmp_path)
     program.until("httpd", lambda: host.netns.listens(port))
-    assert host.client.run("curl", "-sS", f"http://{HOST4}:{port}/") == "static\n"
+    assert host.client.fetch(HOST4, port) == "static\n"
 
 
 def test_a_static_client(host: Host, programs: Programs) -> None:
@@ -93,7 +94,7 @@ def test_a_server_written_in_go(host: Host, tmp_path: Path) -> None:
     )
     program.until("webhook", lambda: host.netns.listens(port))
     for _ in range(3):
-        assert host.client.run("curl", "-sS", f"http://{HOST4}:{port}/hooks/h") == "go"
+        assert host.client.fetch(HOST4, port, "/hooks/h") == "go"
 
 
 def test_a_client_written_in_go_makes_many_connections_at_once(host: Host, tmp_path: Path) -> None:
@@ -111,11 +112,9 @@ def test_a_client_written_in_go_makes_many_connections_at_once(host: Host, tmp_p
 
 
 class Web:
-    """A small web server, made in the namespace that its maker is in."""
+    """A small web server in the namespace of the thread that makes it."""
 
     def __init__(self) -> None:
-        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
         self.peers = peers = []  # type: list[str]
 
         class Handler(BaseHTTPRequestHandler):
@@ -203,16 +202,11 @@ def test_iperf3_as_a_server(host: Host, reverse: list[str]) -> None:
 
 @pytest.mark.parametrize("reverse", [[], ["-R"]])
 def test_iperf3_as_a_client(host: Host, reverse: list[str]) -> None:
-    from tests.support.program import start
-
     port = host.port()
-    server = start(host.client.command("iperf3", "-s", "-1", "-p", str(port)))
-    try:
-        until("iperf3", lambda: host.client.listens(port))
-        words = ["iperf3", "-c", CLIENT4, "-p", str(port), "-n", "20M", "-P", "2", "-J", *reverse]
-        result = json.loads(host.run(out_rule(host), *words).stdout)
-    finally:
-        server.stop()
+    server = host.start_command(host.client.command("iperf3", "-s", "-1", "-p", port))
+    server.until("iperf3", lambda: host.client.listens(port))
+    words = ["iperf3", "-c", CLIENT4, "-p", str(port), "-n", "20M", "-P", "2", "-J", *reverse]
+    result = json.loads(host.run(out_rule(host), *words).stdout)
     _check_transfer(result)
     assert result["start"]["connected"][0]["remote_host"] == CLIENT4
 

@@ -1,25 +1,24 @@
-"""Which relay serves: chosen, shown, kept, and refused where this kernel cannot be trusted with it."""
+"""Which relay serves: chosen, shown, kept, and refused where this kernel failed its self-test."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from graft import containers, splice
-from graft.kernel import cgroup
+from graft.datapath.layout import FlowValue
 from graft.kernel.bpf import Map
-from graft.layout import FlowValue
-from graft.splice import verdict
-from graft.splice.verdict import Verdict
-from tests.support.installation import GRAFT, Host
+from graft.splice import client as splice
+from graft.splice import selftest_result
+from graft.splice.selftest_result import SelftestResult
+from tests.support.cgroups import new_cgroup
+from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4
 from tests.support.plain import Plain, plain
-from tests.support.program import start
 from tests.support.relayed import pair, published, talk
 from tests.support.wait import until
 
@@ -27,33 +26,42 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def kernel(host: Host) -> Iterator[Plain]:
-    """A container that is to have the relay in the kernel."""
+def container(host: Host) -> Iterator[Plain]:
+    """A container that is to be served by the relay in the kernel."""
     with plain(host, "kernel") as made:
         yield made
 
 
+def verdict_file(host: Host) -> Path:
+    """Where the self-test's verdict on this kernel is kept."""
+    return host.settings.run_dir / "kernel-relay.json"
+
+
 @pytest.fixture
-def failing(host: Host) -> Iterator[None]:
-    """A machine whose kernel failed the self-test."""
-    verdict.verdict(host.settings)
-    kept = host.settings.run_dir / "kernel-relay.json"
-    before = kept.read_text()
-    kept.write_text(json.dumps({**json.loads(before), "problem": "bytes are lost"}))
+def keeps_verdict(host: Host) -> Iterator[None]:
+    """Puts the self-test's verdict back when the test has changed it."""
+    selftest_result.get(host.settings)
+    before = verdict_file(host).read_text()
     yield
-    kept.write_text(before)
+    verdict_file(host).write_text(before)
+
+
+def fail_selftest(host: Host) -> None:
+    """Have the kept verdict say that this kernel failed the self-test."""
+    file = verdict_file(host)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "problem": "bytes are lost"}))
 
 
 def moved(host: Host) -> list[int]:
-    """Bytes that the kernel moved, of each flow that it has."""
+    """The bytes that the kernel has moved of each of its flows."""
     flows = Map.pinned(host.settings.pin_dir / "flows", ctypes.c_uint64, FlowValue)
     return sorted(value.moved for _, value in flows.items())
 
 
-def test_the_kernel_moves_what_comes_in_and_what_goes_out(kernel: Plain) -> None:
-    host = kernel.host
-    with kernel.listener() as listener, host.client.listener(CLIENT4) as world:
-        client, accepted = pair(kernel, listener, published(kernel))
+def test_the_kernel_moves_what_comes_in_and_what_goes_out(container: Plain) -> None:
+    host = container.host
+    with container.listener() as listener, host.client.listener(CLIENT4) as world:
+        client, accepted = pair(container, listener, published(container))
         with client, accepted:
             talk(client, accepted)
             before = moved(host)
@@ -61,8 +69,8 @@ def test_the_kernel_moves_what_comes_in_and_what_goes_out(kernel: Plain) -> None
             client.sendall(b"1" * 1000)
             assert accepted.recv(2000) == b"1" * 1000
             assert sum(moved(host)) == sum(before) + 1000
-        until("both are gone", lambda: moved(host) == [])
-        with kernel.tcp() as program:
+        until("both flows are removed", lambda: moved(host) == [])
+        with container.tcp() as program:
             program.connect(world.getsockname())
             accepted, _ = world.accept()
             with accepted:
@@ -70,105 +78,89 @@ def test_the_kernel_moves_what_comes_in_and_what_goes_out(kernel: Plain) -> None
                 assert len(moved(host)) == 2
 
 
-def test_what_serves_is_told_and_kept_until_another_is_asked_for(kernel: Plain) -> None:
-    host = kernel.host
+def test_the_relay_is_shown_and_kept_until_another_is_asked_for(container: Plain) -> None:
+    host = container.host
     rule = f"0.0.0.0:80={host.endpoint('0.0.0.0:dynamic')}"
-    attach = ("attach", "--cgroup", kernel.cgroup)
+    attach = ("attach", "--cgroup", container.cgroup)
     assert "relay kernel (sockmap)" in host.graft(*attach, "--relay", "kernel", "-i", rule).stdout
     assert "relay kernel (sockmap)" in host.graft(*attach, "-i", rule).stdout
     assert "kernel (sockmap)" in host.graft("ps").stdout
-    [listed] = json.loads(host.graft("ps", "--json").stdout)
+    [listed] = host.ps()
     assert listed["relay"]["relay"] == "kernel (sockmap)"
     assert "relay splice(2)" in host.graft(*attach, "--relay", "splice", "-i", rule).stdout
     assert "relay splice(2)" in host.graft(*attach, "-i", rule).stdout
 
 
-def test_a_daemon_that_is_started_again_serves_by_the_same_relay(kernel: Plain) -> None:
-    published(kernel)
-    splice.stop(kernel.host.settings)
-    program = start([GRAFT, "daemon"], {**os.environ, **kernel.host.environment})
-    try:
-        program.until("it serves", lambda: (kernel.host.settings.run_dir / "graftd.sock").exists())
-        until("served", lambda: kernel.described()["serves"])
-        assert kernel.described()["relay"] == "kernel (sockmap)"
-    finally:
-        program.stop()
+def test_a_daemon_that_is_started_again_serves_by_the_same_relay(container: Plain) -> None:
+    published(container)
+    container.host.start_daemon()
+    until("the container is served", lambda: container.described()["serves"])
+    assert container.described()["relay"] == "kernel (sockmap)"
 
 
-def test_a_kernel_that_failed_the_self_test_is_not_used(kernel: Plain, failing: None) -> None:
-    host = kernel.host
+def test_a_kernel_that_failed_the_self_test_is_not_used(container: Plain, keeps_verdict: None) -> None:
+    host = container.host
+    fail_selftest(host)
     rule = f"0.0.0.0:80={host.endpoint('0.0.0.0:dynamic')}"
-    refused = host.graft("attach", "--cgroup", kernel.cgroup, "--relay", "kernel", "-i", rule, status=6)
+    refused = host.graft("attach", "--cgroup", container.cgroup, "--relay", "kernel", "-i", rule, status=6)
     assert refused.stderr.strip() == (
-        "graft: --relay: the kernel's relay does not serve on this machine: bytes are lost (--relay splice)"
+        "graft: --relay: the relay in the kernel cannot be used on this machine: bytes are lost (--relay splice)"
     )
-    assert not containers.listing(host.settings)
+    assert not host.installation.containers.listing()
 
 
-def test_where_it_served_and_fails_now_splice_takes_its_place_and_says_so(kernel: Plain, host: Host) -> None:
-    published(kernel)
+def test_where_the_kernel_fails_the_next_self_test_splice_serves_and_says_so(
+    container: Plain, host: Host, keeps_verdict: None
+) -> None:
+    published(container)
     splice.stop(host.settings)
-    kept = host.settings.run_dir / "kernel-relay.json"
-    before = kept.read_text()
-    kept.write_text(json.dumps({**json.loads(before), "problem": "bytes are lost"}))
-    program = start([GRAFT, "daemon"], {**os.environ, **host.environment})
-    try:
-        program.until("it serves", lambda: (host.settings.run_dir / "graftd.sock").exists())
-        until("served", lambda: kernel.described()["serves"])
-        assert kernel.described()["relay"] == "splice(2)"
-        assert "splice(2) serves, because the relay in the kernel fails here: bytes are lost" in program.complained
-    finally:
-        program.stop()
-        kept.write_text(before)
+    fail_selftest(host)
+    daemon = host.start_daemon()
+    until("the container is served", lambda: container.described()["serves"])
+    assert container.described()["relay"] == "splice(2)"
+    assert "splice(2) serves, because the relay in the kernel fails here: bytes are lost" in daemon.complained
 
 
-def test_a_daemon_that_finds_no_verdict_serves_by_splice_while_the_kernel_is_tested(kernel: Plain, host: Host) -> None:
-    with kernel.listener() as listener:
-        port = published(kernel)
+def test_a_daemon_that_finds_no_verdict_serves_by_splice_while_the_kernel_is_tested(
+    container: Plain, host: Host
+) -> None:
+    with container.listener() as listener:
+        port = published(container)
         splice.stop(host.settings)
-        (host.settings.run_dir / "kernel-relay.json").unlink()
-        program = start([GRAFT, "daemon"], {**os.environ, **host.environment})
-        try:
-            program.until("it serves", lambda: (host.settings.run_dir / "graftd.sock").exists())
-            until("served", lambda: kernel.described()["serves"])
-            assert kernel.described()["relay"] == "splice(2)"
-            kernel.until_published(port)
-            for one in pair(kernel, listener, port):
-                one.close()
-            until("tested", lambda: kernel.described()["relay"] == "kernel (sockmap)", 60)
-            assert verdict.kept(host.settings) == Verdict("")
-        finally:
-            program.stop()
+        verdict_file(host).unlink()
+        host.start_daemon()
+        until("the container is served", lambda: container.described()["serves"])
+        assert container.described()["relay"] == "splice(2)"
+        container.until_published(port)
+        for one in pair(container, listener, port):
+            one.close()
+        until("the kernel is tested", lambda: container.described()["relay"] == "kernel (sockmap)", 60)
+        assert selftest_result.stored(host.settings) == SelftestResult("")
 
 
-def test_a_container_that_shares_the_hosts_namespace_has_no_relay(host: Host, tmp_path: Path) -> None:
-    path = cgroup.v2_mount() / f"graft-test-{os.getpid()}-relay"
-    path.mkdir()
-    try:
+def test_a_container_that_shares_the_hosts_namespace_has_no_relay(host: Host) -> None:
+    with new_cgroup("relay") as path:
         said = host.graft("attach", "--cgroup", path, "--relay", "kernel", status=7).stderr
-        assert "transport direct has none" in said
-    finally:
-        path.rmdir()
+        assert "transport direct has no relay" in said
 
 
-def test_a_rule_for_udp_is_said_to_have_no_effect(kernel: Plain) -> None:
-    host = kernel.host
+def test_attach_says_that_a_rule_for_udp_has_no_effect(container: Plain) -> None:
+    host = container.host
     tcp, udp = (
         f"0.0.0.0:{port}={host.endpoint('0.0.0.0:dynamic', proto)}" for port, proto in ((53, "tcp"), (54, "udp"))
     )
-    said = host.graft("attach", "--cgroup", kernel.cgroup, "-i", tcp, "-i", udp).stdout
-    assert f"-i {udp} has no effect: it is for UDP, and transport splice carries TCP" in said
+    said = host.graft("attach", "--cgroup", container.cgroup, "-i", tcp, "-i", udp).stdout
+    assert f"-i {udp} has no effect: it is for UDP, and transport splice supports only TCP" in said
     assert f"-i {tcp} has" not in said
 
 
 def test_an_unknown_relay_is_a_usage_error(host: Host) -> None:
     assert (
-        "--relay: 'sendfile' is no relay"
+        "--relay: 'sendfile' is not a relay"
         in host.graft("attach", "--cgroup", "x", "--relay", "sendfile", status=2).stderr
     )
 
 
-def test_doctor_tells_of_both_relays(host: Host) -> None:
-    found = {one["name"]: one for one in json.loads(host.graft("doctor", "--json").stdout)}
-    assert found["relay splice(2)"]["present"]
-    assert found["relay in the kernel"]["present"]
+def test_doctor_lists_both_relays(doctor_report: dict[str, dict[str, Any]]) -> None:
+    assert doctor_report["relay splice(2)"]["present"]
+    assert doctor_report["relay in the kernel"]["present"]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import re
 import select
 import shlex
 import signal
-import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ import pytest
 from tests.support.building import Programs
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4
-from tests.support.shell import run
-from tests.support.wait import until
+from tests.support.shell import AS_NOBODY, run
+from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
 
@@ -34,7 +33,7 @@ def test_a_program_that_a_signal_ended_is_seen_as_one(host: Host, name: str) -> 
     host.run([], "sh", "-c", f"kill -{name} $$", status=-getattr(signal, f"SIG{name}"))
 
 
-def test_a_command_that_is_not_there_ends_with_127_as_in_a_shell(host: Host) -> None:
+def test_a_command_that_is_not_found_ends_with_127_as_in_a_shell(host: Host) -> None:
     result = host.run([], "no-such-command", status=127)
     assert result.stderr == "graft: no-such-command: No such file or directory\n"
     assert host.leftovers() == []
@@ -80,7 +79,7 @@ def test_the_program_runs_as_the_user_that_was_asked_for(host: Host) -> None:
     assert host.run(["--user", "nobody"], "sh", "-c", script).stdout.split() == ["65534"] * 3
     assert host.run(["--user", "1234:2345"], "sh", "-c", script).stdout.split() == ["1234", "2345", "2345"]
     result = host.run(["--user", "no-such-user"], "true", status=3)
-    assert "--user: there is no 'no-such-user'" in result.stderr
+    assert "--user: 'no-such-user' not found" in result.stderr
 
 
 def test_a_new_namespace_has_lo_and_nothing_else(host: Host) -> None:
@@ -99,7 +98,7 @@ def test_a_program_can_run_in_a_namespace_that_is_there(host: Host, programs: Pr
     assert said == ["bind ok", f"home {host.client.cookie}", "bind ok", f"home {host.netns.cookie}"]
 
 
-def test_a_namespace_that_is_not_there_is_one_clear_line(host: Host) -> None:
+def test_a_namespace_that_is_not_found_is_one_clear_line(host: Host) -> None:
     result = host.run(["--net", "no-such-namespace"], "true", status=3)
     assert result.stderr.startswith("graft: ") and result.stderr.count("\n") == 1
     assert "no-such-namespace" in result.stderr
@@ -133,8 +132,8 @@ def test_nothing_is_left_when_a_program_ends(host: Host) -> None:
     assert host.leftovers() == []
 
 
-def lives(pid: int) -> bool:
-    """Whether a process is there, and not only its exit status."""
+def is_alive(pid: int) -> bool:
+    """Whether a process runs: one that only waits for its parent to ask for its exit status does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
     except FileNotFoundError:
@@ -143,7 +142,7 @@ def lives(pid: int) -> bool:
 
 def test_processes_that_a_program_leaves_behind_end_with_it(host: Host) -> None:
     result = host.run([], "sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 </dev/null & echo $!")
-    assert not lives(int(result.stdout))
+    assert not is_alive(int(result.stdout))
     assert host.leftovers() == []
 
 
@@ -156,7 +155,7 @@ def test_killing_graft_run_ends_the_program_and_leaves_nothing(host: Host, progr
     child = program.child()
     program.process.kill()
     program.process.wait()
-    until("the program's end", lambda: not lives(child))
+    until("the program's end", lambda: not is_alive(child))
     until("nothing left", lambda: not host.leftovers())
     assert not host.netns.listens(port)
 
@@ -169,7 +168,7 @@ def test_a_call_waits_for_the_next_supervisor_where_the_first_one_is_killed(host
     program = host.start(*rules, "--", programs["calls"], *steps, talk=True)
     program.says("connect ok")
     first = host.supervisor(program)
-    os.kill(first, signal.SIGSTOP)  # so that it is killed with the call in its hands
+    os.kill(first, signal.SIGSTOP)  # so that it is killed while a call waits for it
     program.tell("\n")
     wchan = Path(f"/proc/{program.child()}/wchan")
     until("the trapped call", lambda: "seccomp" in wchan.read_text() or "seccomp" in stack(program.child()))
@@ -228,8 +227,8 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def shows(self, pattern: str, timeout: float = 15) -> str:
-        """Wait until the terminal shows ``pattern``; what came until then is forgotten."""
-        deadline = time.monotonic() + timeout
+        """Wait until the terminal shows ``pattern``; the output up to there is dropped."""
+        deadline = time.monotonic() + timeout * PATIENCE
         while not (found := re.search(pattern, self.seen)):
             left = deadline - time.monotonic()
             assert left > 0, f"{pattern!r} is not in {self.seen!r}"
@@ -246,74 +245,65 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(host: Host) -> Terminal:
-    return Terminal(host)
+def terminal(host: Host) -> Iterator[Terminal]:
+    """A shell on a terminal; it ends with the test."""
+    made = Terminal(host)
+    yield made
+    made.close()
 
 
 def test_the_terminal_is_the_programs(host: Host, terminal: Terminal) -> None:
-    try:
-        terminal.type("$GRAFT run -- sh -c 'tty; read word; echo said-$word; exit 5'; echo status=$?\n")
-        terminal.shows(r"/dev/pts/\d+\r\n")
-        terminal.type("hello\n")
-        terminal.shows("said-hello")
-        terminal.shows("status=5")
-    finally:
-        terminal.close()
+    terminal.type("$GRAFT run -- sh -c 'tty; read word; echo said-$word; exit 5'; echo status=$?\n")
+    terminal.shows(r"/dev/pts/\d+\r\n")
+    terminal.type("hello\n")
+    terminal.shows("said-hello")
+    terminal.shows("status=5")
 
 
-def test_control_c_comes_to_the_program_once(host: Host, terminal: Terminal) -> None:
+def test_control_c_reaches_the_program_once(host: Host, terminal: Terminal) -> None:
     script = "n=0; trap 'n=$((n+1))' INT; echo up-$((1+1)); while [ $n = 0 ]; do sleep 0.02; done; "
     script += "echo caught-$n; read word; echo end-$n"
-    try:
-        terminal.type(f"$GRAFT run -- sh -c {shlex.quote(script)}; echo status=$?\n")
-        terminal.shows("up-2")
-        terminal.type("\x03")
-        terminal.shows("caught-1")
-        terminal.type("\n")
-        terminal.shows("end-1")
-        terminal.shows("status=0")
-    finally:
-        terminal.close()
+    terminal.type(f"$GRAFT run -- sh -c {shlex.quote(script)}; echo status=$?\n")
+    terminal.shows("up-2")
+    terminal.type("\x03")
+    terminal.shows("caught-1")
+    terminal.type("\n")
+    terminal.shows("end-1")
+    terminal.shows("status=0")
 
 
 def test_control_c_ends_a_program_by_the_signal(host: Host, terminal: Terminal) -> None:
-    try:
-        terminal.type("$GRAFT run -- cat\n")
-        terminal.type("hello\n")
-        terminal.shows("(?s)hello.*hello")  # typed, and said by cat
-        terminal.type("\x03")
-        terminal.shows(r"\$ ")
-        terminal.type("echo status=$?\n")
-        terminal.shows("status=130")
-    finally:
-        terminal.close()
+    terminal.type("$GRAFT run -- cat\n")
+    terminal.type("hello\n")
+    terminal.shows("(?s)hello.*hello")  # typed, and said by cat
+    terminal.type("\x03")
+    terminal.shows(r"\$ ")
+    terminal.type("echo status=$?\n")
+    terminal.shows("status=130")
 
 
-def test_control_z_stops_the_program_and_fg_goes_on_with_it(host: Host, terminal: Terminal) -> None:
-    try:
-        terminal.type("$GRAFT run -- sh -c 'echo up-$((1+1)); read word; echo said-$word'\n")
-        terminal.shows("up-2")
-        terminal.type("\x1a")
-        terminal.shows("Stopped")
-        terminal.type("jobs; echo still-$((3+3))\n")
-        terminal.shows("Stopped")
-        terminal.shows("still-6")
-        terminal.type("fg\n")
-        terminal.shows(r"run -- sh")
-        terminal.type("hello\n")
-        terminal.shows("said-hello")
-    finally:
-        terminal.close()
+def test_control_z_stops_the_program_and_fg_continues_it(host: Host, terminal: Terminal) -> None:
+    terminal.type("$GRAFT run -- sh -c 'echo up-$((1+1)); read word; echo said-$word'\n")
+    terminal.shows("up-2")
+    terminal.type("\x1a")
+    terminal.shows("Stopped")
+    terminal.type("jobs; echo still-$((3+3))\n")
+    terminal.shows("Stopped")
+    terminal.shows("still-6")
+    terminal.type("fg\n")
+    terminal.shows(r"run -- sh")
+    terminal.type("hello\n")
+    terminal.shows("said-hello")
 
 
-def test_every_trapped_call_is_told_where_it_is_asked_for(host: Host, programs: Programs) -> None:
+def test_with_v_each_trapped_call_gets_a_line(host: Host, programs: Programs) -> None:
     name = host.endpoint("0.0.0.0:8080")
     steps = ["socket", "4", "bind", "0.0.0.0", "80", "listen", "socket", "4", "bind", "127.0.0.1", "81"]
     result = host.run(["-v", "-i", f"0.0.0.0:80={name}"], programs["calls"], *steps)
     assert result.stderr.splitlines() == [
         f"graft: bind 0.0.0.0:80 -> {name} = 0.0.0.0:8080",
-        "graft: listen: left as it is",
-        "graft: bind 127.0.0.1:81: left as it is",
+        "graft: listen: unchanged",
+        "graft: bind 127.0.0.1:81: unchanged",
     ]
 
 
@@ -321,24 +311,17 @@ def test_graft_ps_lists_what_runs(host: Host) -> None:
     name = host.endpoint("0.0.0.0:8080")
     program = host.start("-i", f"0.0.0.0:80={name}", "--", "sh", "-c", "echo ready; sleep 1000")
     program.says("ready")
-    (record,) = json.loads(host.graft("ps", "--json").stdout)
+    (record,) = host.ps()
     assert (record["name"], record["transport"], record["endpoints"]) == ("sh", "swap", [name])
     assert host.graft("ps").stdout.count("\n") == 1
     program.stop()
     assert host.graft("ps").stdout == ""
 
 
-def test_root_is_asked_for_in_one_line(host: Host) -> None:
+def test_without_root_each_command_says_so_in_one_line(host: Host) -> None:
     # May read all files, so that it finds Graft in a checkout that only root can see.
-    read = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
-    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *read)
+    can_read = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
     for words in (["run", "--", "true"], ["up"], ["ep", "show"], ["down"]):
-        result = subprocess.run(
-            [*nobody, str(GRAFT), *words],
-            env={**os.environ, **host.environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = run([*AS_NOBODY[:-1], *can_read, "--", GRAFT, *words], environment=host.environment)
         assert (result.returncode, result.stderr.count("\n")) == (5, 1), result.stderr
         assert "root" in result.stderr

@@ -1,13 +1,11 @@
-"""Containers that ran before Graft: what they listen on published, what they connect to carried out."""
+"""Containers that ran before Graft: their listeners published, their granted connections relayed."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -51,7 +49,7 @@ def test_a_dual_stack_listener_sees_an_ipv4_client_as_a_mapped_address(container
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.7", "10.77.0.1"])
-def test_a_listener_on_one_address_is_dialled_there(container: Plain, address: str) -> None:
+def test_a_listener_on_one_address_is_connected_to_at_that_address(container: Plain, address: str) -> None:
     container.netns.run("ip", "address", "add", "10.77.0.1/32", "dev", "lo")
     with container.listener(address) as listener:
         port = published(container, bound=f"{address}:80")
@@ -89,11 +87,11 @@ def test_an_endpoint_refuses_until_the_container_listens_and_again_when_it_stops
     assert refused(container, port)
 
 
-def test_a_container_that_stopped_to_listen_between_two_looks_resets_at_once(container: Plain) -> None:
+def test_a_client_is_reset_where_the_container_stopped_listening_before_the_daemon_saw_it(container: Plain) -> None:
     listener = container.listener()
     port = published(container)
     daemon = container.daemon()
-    os.kill(daemon, signal.SIGSTOP)  # so that it cannot look
+    os.kill(daemon, signal.SIGSTOP)  # so that it does not see the listener closed
     try:
         listener.close()
         client = container.host.client.connected(HOST4, port)
@@ -103,13 +101,13 @@ def test_a_container_that_stopped_to_listen_between_two_looks_resets_at_once(con
         assert reset(client)
 
 
-def test_a_listener_on_another_containers_socket_is_not_published(container: Plain, host: Host) -> None:
+def test_a_listener_of_a_process_outside_the_cgroup_is_not_published(container: Plain, host: Host) -> None:
     with container.netns.listener("0.0.0.0", 80):  # in the namespace, but of a process outside the cgroup
         port = published(container)
         assert refused(container, port)
 
 
-def test_a_dynamic_endpoint_tells_its_port(container: Plain) -> None:
+def test_the_daemon_says_which_port_a_dynamic_endpoint_got(container: Plain) -> None:
     with container.listener() as listener:
         endpoint = container.host.endpoint("0.0.0.0:dynamic")
         container.attach("-i", f"0.0.0.0:80={endpoint}")
@@ -198,15 +196,15 @@ def test_what_is_not_granted_stays_in_the_container(container: Plain) -> None:
 
 def test_a_socket_whose_granted_connect_failed_knows_its_next_peer(container: Plain) -> None:
     published(container)
-    with container.listener("127.0.0.1", 81) as listener, container.tcp() as program:
-        with contextlib.suppress(OSError):
+    inside = ("127.0.0.1", 81)
+    with container.listener(*inside) as listener, container.tcp() as program:
+        with pytest.raises(ConnectionResetError):
             program.connect((CLIENT4, 9))
             program.recv(1)
-        with contextlib.suppress(OSError):
-            program.connect(("127.0.0.1", 81))
-        if program.connect_ex(("127.0.0.1", 81)) in (0, errno.EISCONN):
-            listener.accept()[0].close()
-            assert program.getpeername() == ("127.0.0.1", 81)
+        results = [program.connect_ex(inside) for _ in range(2)]
+        assert results[-1] in (0, errno.EISCONN), results
+        listener.accept()[0].close()
+        assert program.getpeername() == inside
 
 
 def test_a_denied_destination_is_refused(container: Plain, tmp_path: Path) -> None:
@@ -222,23 +220,21 @@ def test_a_denied_destination_is_refused(container: Plain, tmp_path: Path) -> No
         program.connect((CLIENT4, 7))
 
 
-def test_a_connect_that_fails_outside_resets_the_program_at_once(container: Plain) -> None:
+def test_a_connect_that_fails_outside_resets_the_program(container: Plain) -> None:
     published(container)
-    started = time.monotonic()
-    with container.tcp() as program, pytest.raises(ConnectionResetError):
-        program.connect((CLIENT4, 9))  # nobody listens there
+    with container.tcp() as program, pytest.raises(ConnectionResetError):  # and no timeout
+        program.connect((CLIENT4, 9))  # a closed port
         program.recv(1)
-    assert time.monotonic() - started < 5
 
 
-def test_whoever_connects_to_the_relay_itself_is_reset(container: Plain) -> None:
+def test_a_connection_to_the_relays_own_listener_is_reset(container: Plain) -> None:
     published(container)
     port = container.described()["out"]["port"]
     with pytest.raises(ConnectionResetError), container.netns.connected("127.0.0.1", port) as stranger:
         stranger.recv(1)
 
 
-def test_a_container_whose_daemon_is_dead_is_refused_not_let_through(container: Plain) -> None:
+def test_without_a_daemon_a_container_is_refused(container: Plain) -> None:
     published(container)
     os.kill(container.daemon(), signal.SIGKILL)
     with container.tcp() as program:
@@ -250,7 +246,7 @@ def test_a_second_daemon_is_refused(container: Plain) -> None:
     assert "runs already" in container.host.graft("daemon", status=4).stderr
 
 
-def test_an_endpoint_that_another_program_has_is_told_and_taken_when_it_is_free(container: Plain) -> None:
+def test_an_endpoint_in_use_is_reported_and_taken_when_it_is_free(container: Plain) -> None:
     with container.listener() as listener:
         with container.host.netns.listener("0.0.0.0", 0) as other:
             port = other.getsockname()[1]

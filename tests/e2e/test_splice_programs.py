@@ -7,17 +7,16 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from graft.kernel import cgroup
+from tests.support.engines import Engine
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, HOST4
-from tests.support.oci import Engine
 from tests.support.plain import Plain
-from tests.support.program import Program, start
+from tests.support.program import Program
 from tests.support.shell import Word, output
 from tests.support.wait import until
 
@@ -27,17 +26,13 @@ pytestmark = pytest.mark.e2e
 @pytest.fixture
 def nginx(host: Host, podman: Engine) -> Iterator[Path]:
     """nginx in a podman container that was started without Graft and has no network; gives its cgroup."""
-    alone = replace(podman, command=(*podman.command[:-1], "crun"))
-    alone.started("plain", [], "nginx", "-c", "/etc/nginx.conf")
-    pid = int(alone("inspect", "--format", "{{.State.Pid}}", "plain").stdout)
+    plain_podman = podman.without_graft()
+    plain_podman.started("plain", [], "nginx", "-c", "/etc/nginx.conf")
+    pid = int(plain_podman("inspect", "--format", "{{.State.Pid}}", "plain").stdout)
     path = cgroup.of_process(pid)
     yield path
     host.graft("detach", "--cgroup", path, status=None)
-    alone("rm", "-t", "0", "-f", "plain")
-
-
-def get(host: Host, port: int) -> str:
-    return host.client.run("curl", "-sS", "--max-time", "10", f"http://{HOST4}:{port}/").strip()
+    plain_podman.remove("plain")
 
 
 def load(host: Host, port: int) -> subprocess.Popen[str]:
@@ -54,12 +49,11 @@ def answers(said: str) -> int:
 
 def test_nginx_of_podman_is_published_and_sees_its_clients_own_address(host: Host, nginx: Path, relay: str) -> None:
     port = host.port()
-    told = host.graft(
-        "attach", "--cgroup", nginx, "--relay", relay, "-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"
-    ).stdout
-    assert "transport splice" in told
-    assert f"0.0.0.0:{port} leads to its listener 0.0.0.0:80" in told
-    assert get(host, port) == f"port 80, from {CLIENT4}"
+    rule = f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"
+    said = host.graft("attach", "--cgroup", nginx, "--relay", relay, "-i", rule).stdout
+    assert "transport splice" in said
+    assert f"0.0.0.0:{port} is relayed to its listener 0.0.0.0:80" in said
+    assert host.client.fetch(HOST4, port).strip() == f"port 80, from {CLIENT4}"
 
 
 def test_nginx_under_load_keeps_every_connection_while_its_endpoint_moves(host: Host, nginx: Path, relay: str) -> None:
@@ -70,7 +64,7 @@ def test_nginx_under_load_keeps_every_connection_while_its_endpoint_moves(host: 
         until("connected", lambda: host.netns.sockets(f"sport = :{first}").count("ESTAB") >= 8)
         host.graft("ep", "set", endpoint, f"0.0.0.0:{second}")
         until("moved", lambda: host.netns.listens(second) and not host.netns.listens(first))
-        assert get(host, second) == f"port 80, from {CLIENT4}"
+        assert host.client.fetch(HOST4, second).strip() == f"port 80, from {CLIENT4}"
         assert running.stdout is not None
         said = running.stdout.read()
     assert answers(said) > 100
@@ -86,7 +80,7 @@ def test_nginx_under_load_is_withdrawn_at_once_and_can_be_published_again(host: 
         host.graft("detach", "--cgroup", nginx)
         assert not host.netns.listens(port)
         host.graft("attach", "--cgroup", nginx, "--relay", relay, "-i", f"0.0.0.0:80={endpoint}")
-        assert get(host, port) == f"port 80, from {CLIENT4}"
+        assert host.client.fetch(HOST4, port).strip() == f"port 80, from {CLIENT4}"
         assert running.stdout is not None
         running.stdout.read()
 
@@ -115,15 +109,12 @@ def test_redis_in_a_container_is_reached_through_an_endpoint(container: Plain, h
 
 
 def test_a_container_reaches_a_redis_outside_from_its_endpoint(container: Plain, host: Host, tmp_path: Path) -> None:
-    server = start(host.client.command(*redis(tmp_path)))
-    try:
-        server.until("redis listens", lambda: host.client.listens(6379))
-        container.attach("-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}")
-        client = container.command("redis-cli", "-h", CLIENT4)
-        assert output([*client, "ping"]).strip() == "PONG"
-        assert f"addr={HOST4}:" in output([*client, "client", "list"])
-    finally:
-        server.stop()
+    server = host.start_command(host.client.command(*redis(tmp_path)))
+    server.until("redis listens", lambda: host.client.listens(6379))
+    container.attach("-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}")
+    client = container.command("redis-cli", "-h", CLIENT4)
+    assert output([*client, "ping"]).strip() == "PONG"
+    assert f"addr={HOST4}:" in output([*client, "client", "list"])
 
 
 # ---- PostgreSQL -----------------------------------------------------------------------------------
@@ -131,7 +122,7 @@ def test_a_container_reaches_a_redis_outside_from_its_endpoint(container: Plain,
 
 @pytest.fixture(scope="module")
 def cluster(root: None) -> Iterator[Path]:
-    """A PostgreSQL cluster that lets in nobody but the test's client and host."""
+    """A PostgreSQL cluster that accepts only the test's client and host."""
     folder = Path(tempfile.mkdtemp(prefix="graft-postgres-"))
     shutil.chown(folder, "postgres", "postgres")
     output([*as_postgres(), postgres_program("initdb"), "-D", folder / "data", "--auth=reject", "--no-sync"])
@@ -154,12 +145,12 @@ def postgres(folder: Path) -> list[Word]:
     return [*words, "-c", "listen_addresses=*", "-c", "fsync=off"]
 
 
-def ready(server: Program) -> None:
+def until_ready(server: Program) -> None:
     server.until("PostgreSQL is ready", lambda: "ready to accept connections" in server.complained, timeout=30)
 
 
-def ask(host: str, port: int) -> list[str]:
-    """A question whose answer has a megabyte, and who asks."""
+def queries(host: str, port: int) -> list[str]:
+    """A query for the client's address and for a megabyte of text."""
     query = "select inet_client_addr(), md5(string_agg(n::text, '')) from generate_series(1, 150000) n"
     connection = f"host={host} port={port} user=postgres dbname=postgres sslmode=disable"
     return ["psql", "-At", "-c", query, "-c", "select repeat('x', 1000000)", connection]
@@ -168,14 +159,14 @@ def ask(host: str, port: int) -> list[str]:
 EXPECTED_BYTES = 1_000_000
 
 
-def test_postgresql_in_a_container_lets_a_client_in_by_its_own_address(
+def test_postgresql_in_a_container_accepts_a_client_by_its_own_address(
     container: Plain, host: Host, cluster: Path
 ) -> None:
-    ready(container.start(*postgres(cluster)))
+    until_ready(container.start(*postgres(cluster)))
     port = host.port()
     container.attach("-i", f"0.0.0.0:5432={host.endpoint(f'0.0.0.0:{port}')}")
     container.until_published(port)
-    said = host.client.run(*ask(HOST4, port))
+    said = host.client.run(*queries(HOST4, port))
     assert said.startswith(f"{CLIENT4}|")
     assert said.count("x") == EXPECTED_BYTES
 
@@ -183,12 +174,8 @@ def test_postgresql_in_a_container_lets_a_client_in_by_its_own_address(
 def test_a_container_reaches_a_postgresql_outside_from_its_endpoint(
     container: Plain, host: Host, cluster: Path
 ) -> None:
-    server = start(host.client.command(*postgres(cluster)))
-    try:
-        ready(server)
-        container.attach("-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}")
-        said = output(container.command(*ask(CLIENT4, 5432)))
-        assert said.startswith(f"{HOST4}|")
-        assert said.count("x") == EXPECTED_BYTES
-    finally:
-        server.stop()
+    until_ready(host.start_command(host.client.command(*postgres(cluster))))
+    container.attach("-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}")
+    said = output(container.command(*queries(CLIENT4, 5432)))
+    assert said.startswith(f"{HOST4}|")
+    assert said.count("x") == EXPECTED_BYTES

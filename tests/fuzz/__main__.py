@@ -21,7 +21,8 @@ from tests.fuzz.judge import Finding
 from tests.fuzz.model import TRANSPORTS, Sequence, Transport
 from tests.fuzz.run import Runner, Tally, runner
 from tests.fuzz.shrink import shrink
-from tests.hostile.undefended import COMMAND, DEFENCES
+from tests.hostile.conftest import graft_without
+from tests.hostile.undefended import DEFENCES
 from tests.support import namespaces
 from tests.support.building import Programs
 from tests.support.installation import Host
@@ -118,7 +119,7 @@ def bring_up(host: Host, without: str | None) -> None:
     if without is None:
         host.graft("up")
     else:
-        run([sys.executable, COMMAND, without, "up"], environment=host.environment, status=0)
+        run([*graft_without(without), "up"], environment=host.environment, status=0)
 
 
 def _transports(text: str) -> tuple[Transport, ...]:

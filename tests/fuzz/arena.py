@@ -1,12 +1,11 @@
 """Where sequences run: a host with Graft, a far end that answers, a container of one transport, and the operator.
 
-The operator uses Graft (its library, which is what the command line calls); nobody else here does.
+The operator uses Graft (its library, which is what the command line calls); nothing else here does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import select
 import socket
@@ -18,25 +17,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from graft import attach, containers, sources, store
-from graft.endpoint import parse_endpoint
+from graft.commands.policy_apply import apply
+from graft.commands.policy_source import policy_of
 from graft.errors import GraftError
-from graft.kernel import cgroup
+from graft.model.endpoint import parse_endpoint
 from tests.fuzz.generate import FOREIGN, OTHER4, OTHER6, SERVED
 from tests.fuzz.model import Change, Policy, Transport, World
 from tests.fuzz.seen import Timeline
 from tests.support.building import Programs
+from tests.support.cgroups import in_cgroup, new_cgroup
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6, Netns, namespace
+from tests.support.shell import AS_NOBODY
 from tests.support.wait import PATIENCE, until
 
 LOOPBACK4_IPV6 = "127.0.0.6"
-"""Whence a connected IPv6 socket sends to an IPv4-mapped address (include/net/ipv6.h)."""
-_numbers = itertools.count(1)
+"""The address from which a connected IPv6 socket sends to an IPv4-mapped address (include/net/ipv6.h)."""
 
 
 class FarEnd:
-    """Listeners and datagram sockets of the client's that take everything."""
+    """Listeners and datagram sockets of the client, which accept and receive everything."""
 
     def __init__(self, client: Netns) -> None:
         self._sockets = []
@@ -53,7 +53,7 @@ class FarEnd:
                     self._sockets.append(made)
 
     def clear(self) -> None:
-        """Forget what came."""
+        """Drop what has arrived."""
         for one in self._sockets:
             with contextlib.suppress(OSError):
                 while True:
@@ -73,13 +73,13 @@ class Player:
         self._rest = b""
 
     def say(self, *lines: str) -> None:
-        """Tell it so."""
+        """Write lines to it."""
         assert self.process.stdin is not None
         self.process.stdin.write("".join(f"{line}\n" for line in lines).encode())
         self.process.stdin.flush()
 
     def until(self, last: str, seconds: float = 30) -> list[str]:
-        """What it says up to a line that begins with ``last``, that one included."""
+        """Its lines up to one that begins with ``last``, that one included."""
         said: list[str] = []
         end = time.monotonic() + seconds * PATIENCE
         while not said or not said[-1].startswith(last):
@@ -113,7 +113,7 @@ class Player:
 
 @dataclass
 class Operator:
-    """Changes endpoints and one container's policy, and keeps account of what was in force when."""
+    """Changes endpoints and one container's policy, and records what was in force when."""
 
     host: Host
     cgroup: Path
@@ -138,7 +138,7 @@ class Operator:
         self.changes += 1
 
     def become(self, world: World) -> None:
-        """Whatever is needed to get there; a new account begins then."""
+        """Make the changes that lead to this world; a new timeline begins then."""
         self._make_endpoints_of(world)
         self._apply(world.policy)
         self.world = world
@@ -148,32 +148,31 @@ class Operator:
     def _make_endpoints_of(self, world: World) -> None:
         for one in self.world.endpoints:
             if world.endpoint(one.name) is None:
-                store.delete(self.host.settings, one.name, force=True)
+                self._do(Change("delete", name=one.name))
         for one in world.endpoints:
             there = self.world.endpoint(one.name)
             if there != one:
                 kind = "move" if there is not None and (":" in there.address) == (":" in one.address) else "add"
                 if there is not None and kind == "add":
-                    store.delete(self.host.settings, one.name, force=True)
+                    self._do(Change("delete", name=one.name))
                 self._do(Change(kind, endpoint=one))  # type: ignore[arg-type]
 
     def _do(self, change: Change) -> None:
-        settings = self.host.settings
         if change.kind == "apply":
             self._apply(change.policy or Policy())
-        elif change.kind == "delete":
-            store.delete(settings, change.name, force=True)
-        elif change.endpoint is not None:
-            one = change.endpoint
-            made = parse_endpoint(one.name, one.spec, one.protocol, dual_stack=one.dual_stack)
-            if change.kind == "add":
-                store.add(settings, made)
-            else:
-                store.change(settings, made)
+            return
+        with self.host.installation as graft, graft.transaction() as under_lock:
+            if change.kind == "delete":
+                under_lock.endpoints.delete(change.name, force=True)
+            elif change.endpoint is not None:
+                one = change.endpoint
+                made = parse_endpoint(one.name, one.spec, one.protocol, dual_stack=one.dual_stack)
+                (under_lock.endpoints.add if change.kind == "add" else under_lock.endpoints.change)(made)
 
     def _apply(self, policy: Policy) -> None:
         file = write_policy(self.folder, policy)
-        attach.apply(self.host.settings, sources.policy_of(self.host.settings, "", file, (), ()), str(self.cgroup))
+        with self.host.installation as graft:
+            apply(graft, policy_of(graft.settings, "", file, (), ()), str(self.cgroup))
 
 
 def write_policy(folder: Path, policy: Policy) -> Path:
@@ -194,23 +193,36 @@ class Arena:
     operator: Operator
 
 
-def prepare(host: Host) -> None:
-    """Addresses, settings and neighbours that the sequences count on; repeatable."""
+SETTINGS = {
+    "net.ipv4.ping_group_range": "0 2147483647",
+    "net.ipv4.ip_local_port_range": "32768 60999",
+    "net.ipv4.tcp_fastopen": "3",
+    "net.ipv6.auto_flowlabels": "0",
+}
+
+
+@contextmanager
+def prepared(host: Host) -> Iterator[None]:
+    """Addresses, neighbours and, for the time of the block, settings that the sequences count on."""
     netns, client = host.netns, host.client
+    before = {name: netns.run("sysctl", "-n", name).strip() for name in SETTINGS}
     netns.run("ip", "address", "replace", f"{OTHER4}/32", "dev", "lo")
     netns.run("ip", "address", "replace", f"{OTHER6}/128", "dev", "lo", "nodad")
-    netns.run("sysctl", "-qw", "net.ipv4.ping_group_range=0 2147483647", "net.ipv4.ip_local_port_range=32768 60999")
-    netns.run("sysctl", "-qw", "net.ipv4.tcp_fastopen=3", "net.ipv6.auto_flowlabels=0")
+    netns.run("sysctl", "-qw", *(f"{name}={value}" for name, value in SETTINGS.items()))
     # A packet that waits for its neighbour's address would leave after the call that sent it.
     for one, other, addresses in ((netns, client, (CLIENT4, CLIENT6)), (client, netns, (HOST4, HOST6))):
         words = other.run("ip", "-o", "link", "show", "eth0").split()
         hardware = words[words.index("link/ether") + 1]
         for address in addresses:
             one.run("ip", "neighbour", "replace", address, "lladdr", hardware, "dev", "eth0", "nud", "permanent")
+    try:
+        yield
+    finally:
+        netns.run("sysctl", "-qw", *(f"{name}={value}" for name, value in before.items()))
 
 
 def addresses(netns: Netns) -> frozenset[str]:
-    """All that a namespace has, its link-local ones too, and the one that the kernel takes by itself."""
+    """All addresses of a namespace, link-local ones too, and the one that the kernel uses by itself."""
     lines = netns.run("ip", "-o", "address", "show").splitlines()
     return frozenset(line.split()[3].partition("/")[0] for line in lines) | {LOOPBACK4_IPV6}
 
@@ -218,14 +230,15 @@ def addresses(netns: Netns) -> frozenset[str]:
 @contextmanager
 def arena(host: Host, transport: Transport, world: World, programs: Programs, folder: Path) -> Iterator[Arena]:
     """A container of that transport. Nothing of it is left afterwards."""
-    prepare(host)
     with ExitStack() as stack:
+        stack.enter_context(prepared(host))
         far = FarEnd(host.client)
         stack.callback(far.close)
         host.forget_endpoints()
         stack.callback(host.forget_endpoints)
-        for one in world.endpoints:
-            store.add(host.settings, parse_endpoint(one.name, one.spec, one.protocol, dual_stack=one.dual_stack))
+        with host.installation.transaction() as change:
+            for one in world.endpoints:
+                change.endpoints.add(parse_endpoint(one.name, one.spec, one.protocol, dual_stack=one.dual_stack))
         policy = write_policy(folder, world.policy)
         program = programs["fuzzing"]
         if transport == "swap":
@@ -255,7 +268,7 @@ def _swapped(host: Host, policy: Path, program: Path, folder: Path, stack: ExitS
     stack.callback(player.stop)
 
     def found() -> str:
-        return next((one.cgroup for one in containers.listing(host.settings) if one.pid == player.process.pid), "")
+        return next((one.cgroup for one in host.installation.containers.listing() if one.pid == player.process.pid), "")
 
     return player, Path(until("the container", found))
 
@@ -264,17 +277,13 @@ def _attached(
     host: Host, policy: Path, program: Path, folder: Path, stack: ExitStack, apart: bool
 ) -> tuple[Player, Path]:
     """A program that runs without Graft, in the host's namespace or one of its own, and then comes under a policy."""
-    path = cgroup.v2_mount() / f"graft-test-{os.getpid()}-fuzz-{next(_numbers)}"
-    path.mkdir()
-    stack.callback(lambda: cgroup.remove(path))
+    path = stack.enter_context(new_cgroup("fuzz"))
     netns = stack.enter_context(namespace("fuzz")) if apart else host.netns
     if apart:
         netns.run("sysctl", "-qw", "net.ipv4.ip_unprivileged_port_start=0")
-    enter = f'echo 0 >{path}/cgroup.procs && exec "$@"'
-    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", str(program)]
-    player = _start(["sh", "-c", enter, "-", *netns.command(*as_nobody)], host, folder)
+    player = _start([*in_cgroup(path), *netns.command(*AS_NOBODY, program)], host, folder)
     stack.callback(player.stop)
-    player.say("begin", "end")  # it is where it belongs
+    player.say("begin", "end")  # it is in its cgroup by now
     player.until("ended")
     host.graft("attach", "--cgroup", path, "--policy", policy)
     stack.callback(lambda: host.graft("detach", "--cgroup", path, status=None))

@@ -1,8 +1,8 @@
 """A sequence out of a seed: the same seed and transport give the same sequence. Pure.
 
-Calls come in small stories (a listener, a connection that is let go of and used again, a datagram), because calls that
-are wholly random hardly ever get past the first; what is random is every value, what is left out, what comes between,
-who makes the call and which way.
+Calls come in short stories (a listener, a connection that is disconnected and used again, a datagram), because wholly
+random calls hardly ever get past the first. Random are every value, the calls that are left out or put between, the
+process that makes a call, and the way it makes it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
 OTHER4, OTHER6 = "10.98.0.78", "fd98::78"
 """Addresses of the host's that no endpoint names."""
 SERVED = (9001, 9002)
-"""Ports of the far end at which somebody answers."""
+"""Ports of the far end that answer."""
 FOREIGN = (25101, 25102, 25103)
-"""Ports of endpoints that are somebody else's."""
+"""Ports of endpoints that belong to other containers."""
 ASKED = (80, 8001, 8002, 8003)
 """Ports that rules are about."""
 SLOTS, THREADS = 6, 3
@@ -305,7 +305,7 @@ class Generator:
         return [*steps, self._bind(slot, family), *between, f"listen {slot} 8", *self._noise(slot, family)]
 
     def _taken_again(self, slot: int) -> list[str]:
-        """A connection that was accepted, or made, is let go of, and listens or connects again."""
+        """A connection that was accepted, or made, is disconnected, and listens or connects again."""
         steps, family = self._socket(slot, STREAM)
         begin = [*steps, self._bind(slot, family), f"listen {slot} 8"]
         if self._chance.random() < 0.4:

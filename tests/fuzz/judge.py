@@ -1,13 +1,13 @@
-"""Which of what was seen was granted by no policy that was in force. Pure.
+"""Finds what no policy that was in force grants. Pure.
 
-A rule of the judge's is a function from what was seen to findings. Each asks of the time when a thing was decided: of a
-call from its begin to its end, of a packet from the begin of the call that it was sent in.
+Each rule of the judge's is a function from what was seen to findings. The policies that count are those of the time at
+which a thing was decided: of a call from its begin to its end, of a packet from the begin of the call that sent it.
 
-    packets     what leaves goes where, and comes from where, a rule grants; no options, no other protocols
-    answers     who answers a SYN listened while an endpoint was granted for that address
-    ports       a port that the kernel does not pick by itself is an endpoint's, and the one that the bind asked for
-    datagrams   a stranger's datagram is got by who was bound to an endpoint only
-    groups      nobody joins groups on the host's links
+    packets     leave for destinations and from sources that a rule grants; no options, no other protocols
+    answers     to a SYN come from listeners that began to listen while a rule granted their endpoint
+    ports       that the kernel does not choose are those of an endpoint, and of the one that the bind asked for
+    datagrams   of a stranger reach only sockets that were bound to an endpoint
+    groups      on the host's links are not joined
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Finding:
 
 
 def judge(seen: Observed) -> list[Finding]:
-    """Everything that nobody granted."""
+    """Everything that no policy grants."""
     found = chain(packets(seen), answers(seen), ports(seen), datagrams(seen), groups(seen))
     return list(dict.fromkeys(found))
 
@@ -126,7 +126,7 @@ def _destination(seen: Observed, packet: Packet) -> Iterator[Finding]:
     name, direct = NAMES[packet.protocol], _direct(seen)
     worlds = _when_sent(seen, packet.time) + _during_calls(seen, _connected_before(seen, packet))
     if not any(rules.may_reach(one, direct, name, *packet.to) for one in worlds):
-        yield Finding("packets", f"nobody granted that destination: {_show(packet)}")
+        yield Finding("packets", f"no policy grants that destination: {_show(packet)}")
         return
     ever = _since_begin(seen, packet.time)
     if packet.source[0] not in seen.addresses and not any(rules.is_free(one, direct) for one in ever):
@@ -139,10 +139,10 @@ def _destination(seen: Observed, packet: Packet) -> Iterator[Finding]:
         )
         for one in ever
     ):
-        yield Finding("packets", f"nobody granted that source: {_show(packet)}")
+        yield Finding("packets", f"no policy grants that source: {_show(packet)}")
 
 
-# ---- who is heard
+# ---- answers
 
 
 def _resets(event: Event) -> bool:
@@ -163,7 +163,7 @@ def _is_at(stand: Stand, address: str, port: int) -> bool:
 
 
 def _when_listened(seen: Observed, packet: Packet) -> list[World]:
-    """The worlds in which somebody began to listen where this answer comes from."""
+    """The worlds in which a listener may have begun to listen at the address of this answer."""
     found = [one for one in seen.sockets if one.protocol == TCP and one.listens and _is_at(one, *packet.source)]
     known = [_listens(seen, one.cookie) for one in found]
     if not known or None in known:
@@ -179,7 +179,7 @@ def answers(seen: Observed) -> Iterator[Finding]:
             continue
         worlds = _when_listened(seen, packet)
         if not any(rules.may_hold(one, _direct(seen), "tcp", *packet.source) for one in worlds):
-            yield Finding("answers", f"a listener is heard at {packet.source[0]} {packet.source[1]}, by {packet.to[0]}")
+            yield Finding("answers", f"a listener answers at {packet.source[0]} {packet.source[1]}, by {packet.to[0]}")
 
 
 # ---- ports
@@ -203,7 +203,7 @@ def ports(seen: Observed) -> Iterator[Finding]:
         text = f"{name} socket at {stand.own[0]} {stand.own[1]}"
         by_kernel = stand.own[1] in rules.KERNELS_CHOICE and not (seen.transport == "splice" and stand.listens)
         if not by_kernel and not any(rules.may_come_from(one, direct, name, *stand.own) for one in ever):
-            yield Finding("ports", f"nobody granted it: {text}")
+            yield Finding("ports", f"no policy grants it: {text}")
             continue
         bind = _last_bind(seen, stand)
         if bind is not None and bind.netns == seen.host and not _bind_says(seen, stand, name, bind):
@@ -227,7 +227,7 @@ def _bind_says(seen: Observed, stand: Stand, name: str, bind: Event) -> bool:
 def datagrams(seen: Observed) -> Iterator[Finding]:
     """Who got what the judge sent as a stranger."""
     direct = _direct(seen)
-    for one in seen.heard:
+    for one in seen.received:
         own = [event for event in seen.events if event.cookie == one.cookie]
         binds = [event for event in own if event.op == "bind" and event.result >= 0]
         bound = _during_calls(seen, binds) if own else _since_begin(seen, one.time)

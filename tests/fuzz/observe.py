@@ -1,4 +1,4 @@
-"""What the kernel shows of the host's namespace: sockets, packets, memberships, and who answers. No code of Graft's.
+"""What the kernel shows of the host's namespace: sockets, packets, group memberships. No code of Graft's.
 
 Sources: sock_diag(7) and linux/inet_diag.h, packet(7), socket(7) for SO_TIMESTAMPNS and SO_COOKIE.
 """
@@ -29,7 +29,7 @@ _PACKET_STATISTICS = 6
 
 
 class Diagnostics:
-    """Sockets of a namespace, whoever has them."""
+    """The sockets of a namespace, of all processes."""
 
     def __init__(self, netns: Netns) -> None:
         with netns.inside():
@@ -40,7 +40,7 @@ class Diagnostics:
         self._netlink.close()
 
     def sockets(self) -> tuple[Stand, ...]:
-        """All that a process has open, but the judge's own."""
+        """All sockets that a process has open, except the judge's own."""
         found = (one for protocol in (TCP, UDP, 136) for family in (2, 10) for one in self._dump(family, protocol))
         return tuple(one for one in found if one.inode and one.own[1] not in OWN_PORTS)
 
@@ -84,7 +84,7 @@ class Capture:
         self._socket.close()
 
     def packets(self) -> Iterator[Packet]:
-        """What came since the last time. Raises AssertionError where the kernel had to drop some."""
+        """The packets since the last call. Raises AssertionError where the kernel had to drop some."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 data, stamps, _, link = self._socket.recvmsg(256, 256, socket.MSG_DONTWAIT)
@@ -94,7 +94,7 @@ class Capture:
                 if found:
                     yield found
         _, dropped = struct.unpack("=II", self._socket.getsockopt(263, _PACKET_STATISTICS, 8))
-        assert not dropped, f"{dropped} packets were not seen"
+        assert not dropped, f"the capture lost {dropped} packets"
 
 
 def _stamp(messages: Iterable[tuple[int, int, bytes]]) -> int:
@@ -106,7 +106,7 @@ def _stamp(messages: Iterable[tuple[int, int, bytes]]) -> int:
 
 
 def memberships(netns: Netns) -> frozenset[str]:
-    """Groups that somebody joined: IPv4 and IPv6 multicast, IPv6 anycast."""
+    """The groups that sockets have joined: IPv4 and IPv6 multicast, IPv6 anycast."""
     found = set()
     with netns.inside():
         for name in ("igmp", "igmp6", "anycast6"):
@@ -122,7 +122,7 @@ def memberships(netns: Netns) -> frozenset[str]:
 
 
 class Stranger:
-    """Whom nobody granted anything: connects to listeners, and sends to datagram sockets."""
+    """A client that no rule names: connects to listeners, and sends to datagram sockets."""
 
     def __init__(self, host: Netns, client: Netns) -> None:
         self._host, self._client = host, client

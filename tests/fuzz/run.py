@@ -18,12 +18,12 @@ from tests.support.wait import PATIENCE
 
 REFUSALS = (-1, -13)
 SETTLE = {"swap": 0.0, "direct": 0.0, "splice": 0.5}
-"""Seconds until what the calls did can be seen. graftd looks five times a second."""
+"""Seconds until the effects of the calls can be seen. graftd looks five times a second."""
 
 
 @dataclass
 class Tally:
-    """What was done, so that a run that saw nothing cannot pass for one that found nothing."""
+    """What was done: a run that saw nothing must not look like one that found nothing."""
 
     sequences: int = 0
     calls: int = 0
@@ -70,7 +70,7 @@ class Runner:
         self._diagnostics.close()
 
     def run(self, sequence: Sequence) -> list[Finding]:
-        """What nobody granted; the phases after the first one that shows any are left out."""
+        """What no policy grants; the phases after the first one with findings are left out."""
         arena, operator = self._arena, self._arena.operator
         operator.become(sequence.world)
         changes, before = operator.changes, memberships(arena.host.netns)
@@ -118,7 +118,7 @@ class Runner:
         self._stranger.knock(sockets)
         self._stranger.send(sockets)
         arena.player.say("drain")
-        heard = tuple(self._stranger.got(line) for line in arena.player.until("done") if line.startswith("h "))
+        received = tuple(self._stranger.got(line) for line in arena.player.until("done") if line.startswith("h "))
         packets += self._capture.packets()
         groups = tuple(sorted(memberships(arena.host.netns) - before))
         return Observed(
@@ -131,7 +131,7 @@ class Runner:
             tuple(events),
             sockets,
             tuple(packets),
-            heard,
+            received,
             groups,
         )
 
@@ -139,7 +139,7 @@ class Runner:
         return tuple(one for one in self._diagnostics.sockets() if one.cookie not in self._there)
 
     def _left(self) -> list[Finding]:
-        """When the program has ended nothing of it is left on the host's stack."""
+        """Sockets that are still in the host's stack when the program has ended."""
         end = time.monotonic() + 5 * PATIENCE
         while sockets := self._sockets():
             if time.monotonic() > end:

@@ -42,7 +42,7 @@ class Event:
 
     @property
     def went(self) -> bool:
-        """Whether the call did what it was for, or began to (a connect that goes on)."""
+        """Whether the call succeeded, or began to (a connect in progress)."""
         return self.result >= 0 or (self.op in ("connect", "send", "cmsg") and -self.result in (111, 115))
 
     @property
@@ -92,7 +92,7 @@ class Packet:
 
     @property
     def answers(self) -> bool:
-        """A SYN with ACK: somebody is heard."""
+        """A SYN with ACK: a listener answers."""
         return self.protocol == TCP and self.flags & 0x12 == 0x12
 
 
@@ -134,7 +134,7 @@ def _transport(rest: bytes, time: int, protocol: int, source: str, to: str, odd:
 
 @dataclass(frozen=True, slots=True)
 class Datagram:
-    """A datagram of the judge's own, and who got it."""
+    """A datagram of the judge's own, and the socket that received it (``cookie``)."""
 
     time: int
     source: tuple[str, int]
@@ -183,5 +183,5 @@ class Observed:
     events: tuple[Event, ...] = ()
     sockets: tuple[Stand, ...] = ()
     packets: tuple[Packet, ...] = ()
-    heard: tuple[Datagram, ...] = ()
+    received: tuple[Datagram, ...] = ()
     groups: tuple[str, ...] = ()

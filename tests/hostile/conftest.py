@@ -1,29 +1,33 @@
-"""What hostile programs are tried on, where they run, and hosts that lack a defence."""
+"""Targets of hostile programs, the places where these run, and hosts that lack a defence."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from graft.kernel import cgroup
 from tests.conftest import installation
 from tests.hostile.undefended import COMMAND
 from tests.support.building import Programs
-from tests.support.installation import Host
+from tests.support.cgroups import in_cgroup, new_cgroup
+from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import Netns
-from tests.support.program import Program, start
-from tests.support.shell import Word, run
+from tests.support.program import Program
+from tests.support.shell import AS_NOBODY, Word, run
 
 Victims = Callable[[int], "subprocess.Popen[bytes]"]
 _numbers = itertools.count(1)
+
+
+def graft_without(defence: str) -> list[Word]:
+    """The command line without one of the defences of tests/hostile/undefended.py; "": with all of them."""
+    return [sys.executable, COMMAND, defence] if defence else [GRAFT]
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def _undefended(net: tuple[Netns, Netns], tmp_path_factory: pytest.TempPathFacto
             if defence not in made:
                 tag = f"without-{len(made)}"
                 one = stack.enter_context(installation(tmp_path_factory.mktemp("undefended"), *net, tag))
-                run([sys.executable, COMMAND, defence, "up"], environment=one.environment, status=0)
+                run([*graft_without(defence), "up"], environment=one.environment, status=0)
                 made[defence] = one
             return made[defence]
 
@@ -71,27 +75,30 @@ def without(_undefended: Without) -> Iterator[Without]:
 
     yield get
     for host in used:
-        for program in reversed(host.started):
-            program.stop()
-        host.started.clear()
+        host.stop_programs()
         host.forget_endpoints()
+
+
+def lines_of(program: Program, count: int) -> list[str]:
+    """A program's output, as soon as that has so many lines."""
+    program.until(f"{count} lines", lambda: len(program.said.splitlines()) >= count)
+    return program.said.splitlines()
 
 
 @dataclass(frozen=True, slots=True)
 class Confined:
-    """A program of nobody's under a policy; its steps are those of tests/programs/calls.c."""
+    """A program under a policy, run by the user nobody; its steps are those of tests/programs/calls.c."""
 
     host: Host
     program: Program
     cgroup: Path
 
     def lines(self, count: int) -> list[str]:
-        """What it has said, when it has said so many lines."""
-        self.program.until(f"{count} lines", lambda: len(self.program.said.splitlines()) >= count)
-        return self.program.said.splitlines()
+        """Its output, as soon as that has so many lines."""
+        return lines_of(self.program, count)
 
-    def goes_on(self) -> None:
-        """Let it take its next steps."""
+    def resume(self) -> None:
+        """Let it continue after a `wait` step."""
         self.program.tell("\n")
 
 
@@ -101,24 +108,29 @@ TRANSPORTS = ("swap", "direct")
 
 @pytest.fixture
 def confine(programs: Programs, tmp_path: Path) -> Iterator[Confine]:
-    """Starts calls.c with its steps: confine(host, transport, policy, *steps). It ends with the test."""
+    """Starts calls.c with its steps: confine(host, transport, policy, *steps). It ends with the test.
+
+    ``within``: the words before it (unshare, say). ``defence``: `graft run` lacks it.
+    """
     with ExitStack() as stack:
 
-        def make(host: Host, transport: str, policy: str, *steps: Word) -> Confined:
+        def make(
+            host: Host, transport: str, policy: str, *steps: Word, within: Sequence[Word] = (), defence: str = ""
+        ) -> Confined:
             number = next(_numbers)
             file = tmp_path / f"policy-{number}.yaml"
             file.write_text(policy)
-            command: list[Word] = [programs["calls"], *steps]
+            command: list[Word] = [*within, programs["calls"], *steps]
             if transport == "swap":
-                program = host.start("--policy", file, "--user", "nobody", "--", *command, talk=True)
+                words: list[Word] = ["run", "--policy", file, "--user", "nobody", "--", *command]
+                program = host.start_command([*graft_without(defence), *words], talk=True)
                 path = Path(program.until("the container", lambda: _cgroup_of(host, program)))
                 return Confined(host, program, path)
-            path = cgroup.v2_mount() / f"hostile-{os.getpid()}-{number}"
-            path.mkdir()
-            stack.callback(lambda: cgroup.remove(path))
+            path = stack.enter_context(new_cgroup(f"hostile-{number}"))
             host.graft("attach", "--cgroup", path, "--policy", file)
-            stack.callback(lambda: host.graft("detach", "--cgroup", path, status=None))
-            program = _start_direct(host, path, command)
+            stack.callback(lambda: host.remove_at(path))
+            # As nobody, in that cgroup and the host's namespace.
+            program = host.start_command([*in_cgroup(path), *host.netns.command(*AS_NOBODY, *command)], talk=True)
             stack.callback(program.stop)
             return Confined(host, program, path)
 
@@ -126,13 +138,4 @@ def confine(programs: Programs, tmp_path: Path) -> Iterator[Confine]:
 
 
 def _cgroup_of(host: Host, program: Program) -> str:
-    from graft import containers
-
-    return next((one.cgroup for one in containers.listing(host.settings) if one.pid == program.process.pid), "")
-
-
-def _start_direct(host: Host, path: Path, command: list[Word]) -> Program:
-    """``command`` as nobody, in that cgroup and the host's namespace."""
-    enter = f'echo 0 >{path}/cgroup.procs && exec "$@"'
-    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", *command]
-    return start(["sh", "-c", enter, "-", "nsenter", f"--net={host.netns.path}", *as_nobody], talk=True)
+    return next((one.cgroup for one in host.installation.containers.listing() if one.pid == program.process.pid), "")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from graft import containers
 from graft.kernel import cgroup
-from graft.kernel.pidfd import pidfd_getfd, pidfd_open
+from graft.kernel.pidfd import pidfd_getfd
 from tests.hostile.conftest import TRANSPORTS, Confine, Confined, Without
 from tests.hostile.test_datagrams import GROUP4, came, datagrams, send_to_group
 from tests.support.installation import Host
@@ -52,11 +51,12 @@ TIES = {
 }
 
 
-def tied(host: Host, confine: Confine, transport: str, level: int, name: int, value: str) -> list[str]:
-    """A refused connection leaves a socket that is the host's, and free; it is tied, and connects again."""
+def tied(host: Host, confine: Confine, transport: str, option: tuple[int, int, str], *calls: str) -> list[str]:
+    """A refused connection leaves a socket that is the host's, and free; these calls tie it, and it connects again."""
     text = EGRESS.format(out="0.0.0.0", to=CLIENT4, default="deny")
-    steps = ["make", 2, 1, 0, "connect", CLIENT4, 9, "bytes", level, name, value, "bytes32", level, name, value]
-    return confine(host, transport, text, *steps, "connect", CLIENT4, 9, "wait").lines(5)
+    ties = [word for call in calls for word in (call, *option)]
+    steps = ["make", 2, 1, 0, "connect", CLIENT4, 9, *ties, "connect", CLIENT4, 9, "wait"]
+    return confine(host, transport, text, *steps).lines(3 + len(calls))[1:]
 
 
 @pytest.mark.parametrize("option", TIES)
@@ -64,23 +64,24 @@ def tied(host: Host, confine: Confine, transport: str, level: int, name: int, va
 def test_a_socket_that_a_32_bit_call_has_tied_to_an_interface_goes_nowhere(
     host: Host, confine: Confine, transport: str, option: str
 ) -> None:
-    lines = tied(host, confine, transport, *TIES[option])
-    assert lines[1:3] == ["connect ECONNREFUSED", "bytes EPERM"]
-    assert lines[4] == "connect EACCES"
+    lines = tied(host, confine, transport, TIES[option], "bytes", "bytes32")
+    assert lines[:2] == ["connect ECONNREFUSED", "bytes EPERM"]
+    assert lines[3] == "connect EACCES"
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_control_where_nobody_looks_at_that_it_goes_by_its_interface(
     without: Without, confine: Confine, transport: str
 ) -> None:
-    host = without("diverted")
+    host = without("options")
     with host.netns.inside():
         index = socket.if_nametoindex("eth0")  # where the destination is, so that there is an answer
-    lines = tied(host, confine, transport, SOL_SOCKET, 62, struct.pack("=i", index).hex())
-    assert lines[3:] == ["bytes32 ok", "connect ECONNREFUSED"]
+    lines = tied(host, confine, transport, (SOL_SOCKET, 62, struct.pack("=i", index).hex()), "bytes32")
+    assert lines == ["connect ECONNREFUSED", "bytes32 ok", "connect ECONNREFUSED"]
 
 
-def test_a_32_bit_call_joins_no_group_of_the_hosts_links(host: Host, confine: Confine) -> None:
+def hears_a_group(host: Host, confine: Confine) -> str:
+    """What it says of a stranger's datagram to a group that it has joined by a 32-bit call."""
     port = host.port()
     text = f"name: t\nendpoints: {{dns: 0.0.0.0:{port}}}\ningress: [{{bind: '*:53', endpoint: dns}}]\ndefault: deny\n"
     join = (socket.inet_aton(GROUP4) + socket.inet_aton(HOST4)).hex()
@@ -88,20 +89,35 @@ def test_a_32_bit_call_joins_no_group_of_the_hosts_links(host: Host, confine: Co
     one = confine(host, "direct", text, *steps)
     one.lines(3)
     send_to_group(host, port)
-    one.goes_on()
-    assert one.lines(4)[-1] == "receive none"
+    one.resume()
+    return one.lines(4)[-1]
+
+
+def test_a_32_bit_call_joins_no_group_of_the_hosts_links(host: Host, confine: Confine) -> None:
+    assert hears_a_group(host, confine) == "receive none"
+
+
+def test_control_without_a_look_at_packets_it_joins_one(without: Without, confine: Confine) -> None:
+    assert hears_a_group(without("packets in"), confine) == "receive stranger"
 
 
 # ---- what the supervisor does with root's rights -----------------------------------------------------------------
 
 
-def test_the_supervisor_binds_no_privileged_port_for_who_may_not(host: Host, confine: Confine) -> None:
+def binds_privileged(host: Host, confine: Confine, defence: str = "") -> list[str]:
+    """What nobody's binds of a privileged port say: of a socket of the container's own, and of one with the host."""
     text = EGRESS.format(out="0.0.0.0", to=CLIENT4, default="container")
     steps = ["make", 2, 1, 0, "bind", "0.0.0.0", 81]
     steps += ["make", 2, 1, 0, "connect", CLIENT4, 9, "bind", "0.0.0.0", 81, "listen", "home", "wait"]
-    lines = confine(host, "swap", text, *steps).lines(7)
-    assert lines[1] == "bind EACCES"  # directly, as nobody
-    assert lines[4] == "bind EACCES"
+    return confine(host, "swap", text, *steps, defence=defence).lines(7)[1:5:3]
+
+
+def test_the_supervisor_binds_no_privileged_port_for_who_may_not(host: Host, confine: Confine) -> None:
+    assert binds_privileged(host, confine) == ["bind EACCES", "bind EACCES"]
+
+
+def test_control_where_the_supervisor_makes_every_bind_it_does(host: Host, confine: Confine) -> None:
+    assert binds_privileged(host, confine, "own binds") == ["bind EACCES", "bind ok"]
 
 
 # ---- a connection that begins after its rule is gone ---------------------------------------------------------------
@@ -115,7 +131,7 @@ def begins(host: Host, confine: Confine, folder: Path, transport: str) -> bool:
         one = confine(host, transport, EGRESS.format(out="0.0.0.0", to=CLIENT4, default="deny"), *steps)
         assert one.lines(4)[-1] == "connect ok"
         apply(host, one, folder, EGRESS.format(out="0.0.0.0", to="192.0.2.1", default="deny"))
-        one.goes_on()  # its send waits where the first packet is lost
+        one.resume()  # its send waits where the first packet is lost
         far.settimeout(2 * PATIENCE)
         try:
             far.accept()[0].close()
@@ -141,26 +157,37 @@ def test_control_without_a_look_at_packets_it_begins(
 # ---- an IPv6 endpoint, and the IPv4 port of its number --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_dynamic_ipv6_endpoint_serves_no_ipv4_after_a_disconnect(
-    host: Host, confine: Confine, transport: str
-) -> None:
+def serves_ipv4(host: Host, confine: Confine, transport: str) -> bool:
+    """Whether a listener at an IPv6 endpoint takes IPv4, when it has let go of its port and got it back."""
     text = "name: t\nendpoints: {six: '[::]:dynamic'}\ningress: [{bind: '*:80', endpoint: six}]\ndefault: deny\n"
     steps = ["make", 10, 1, 0, "option", SOL_IPV6, 26, "bind", "::", 80, "listen", "wait"]
     steps += ["unspec", "bytes", SOL_IPV6, 26, "00000000", "range", "-", "-", LISTEN[transport], "wait"]
     one = confine(host, transport, text, *steps)
     one.lines(4)
     [port] = re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hltn"))[-1:]
-    one.goes_on()
+    one.resume()
     one.program.tell(f"{port}\n")
     assert one.lines(8)[-1] == f"{LISTEN[transport]} ok"
-    assert not reaches(host, HOST4, int(port))
+    return reaches(host, HOST4, int(port))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_dynamic_ipv6_endpoint_serves_no_ipv4_after_a_disconnect(
+    host: Host, confine: Confine, transport: str
+) -> None:
+    assert not serves_ipv4(host, confine, transport)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_control_where_nobody_looks_at_the_family_it_does(without: Without, confine: Confine, transport: str) -> None:
+    assert serves_ipv4(without("ipv4"), confine, transport)
 
 
 # ---- datagrams' sources -------------------------------------------------------------------------------------------
 
 
-def test_an_ipv6_socket_sends_ipv4_from_the_rules_endpoint_only(host: Host, confine: Confine) -> None:
+def sends_ipv4_from(host: Host, confine: Confine) -> str | None:
+    """The source of an IPv4 datagram of an IPv6 socket that names another one; None: none comes."""
     host.netns.run("ip", "address", "replace", f"{OTHER4}/32", "dev", "lo")
     text = (
         f"name: t\nendpoints: {{six: '[{HOST6}]:dynamic', out: '{HOST4}:dynamic'}}\n"
@@ -173,10 +200,18 @@ def test_an_ipv6_socket_sends_ipv4_from_the_rules_endpoint_only(host: Host, conf
         one = confine(host, "direct", text, *steps)
         assert one.lines(2)[-1] == "bind ok"
         port = re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hlun"))[-1]
-        one.goes_on()
+        one.resume()
         one.program.tell(f"{port}\n")
-        said = one.lines(6)
-        assert came(far) in (None, HOST4), said
+        one.lines(6)
+        return came(far)
+
+
+def test_an_ipv6_socket_sends_ipv4_from_the_rules_endpoint_only(host: Host, confine: Confine) -> None:
+    assert sends_ipv4_from(host, confine) in (None, HOST4)
+
+
+def test_control_where_a_datagram_may_name_its_source_it_does(without: Without, confine: Confine) -> None:
+    assert sends_ipv4_from(without("source"), confine) == OTHER4
 
 
 # ---- what is bound keeps a port that is nobody's any more ---------------------------------------------------
@@ -192,7 +227,7 @@ def connects_from_a_lost_endpoint(host: Host, confine: Confine, folder: Path, tr
         one = confine(host, transport, f"name: t\n{ends}ingress: [{{bind: '*:80', endpoint: web}}]\n{rules}", *steps)
         assert one.lines(2)[-1] == "bind ok"
         apply(host, one, folder, f"name: t\n{ends}{rules}")
-        one.goes_on()
+        one.resume()
         return one.lines(3)[-1]
 
 
@@ -207,24 +242,33 @@ def test_control_where_nobody_looks_at_that_it_connects(without: Without, confin
     assert connects_from_a_lost_endpoint(without("lost"), confine, tmp_path, "direct") == "connect ok"
 
 
-def test_a_datagram_socket_does_not_get_a_port_back_that_it_let_go(
-    host: Host, confine: Confine, tmp_path: Path
-) -> None:
+def hears_at_what_it_let_go(host: Host, confine: Confine, folder: Path) -> list[str]:
+    """What it says of a send from a port that it has let go of, taken again, and of a stranger's datagram there."""
     text = "name: t\nendpoints: {{dns: '0.0.0.0:dynamic'}}\ningress: [{}]\ndefault: deny\n"
     steps = ["make", 2, 2, 0, "bind", "0.0.0.0", 53, "wait", "unspec", "range", "-", "-", "send", CLIENT4, 9]
     one = confine(host, "direct", text.format("{bind: '*:53', endpoint: dns}"), *steps, "wait", "receive", "wait")
     one.lines(2)
     port = int(re.findall(r":(\d+) ", host.netns.run("ss", "-Hlun"))[-1])
-    apply(host, one, tmp_path, text.format(""))
-    one.goes_on()
+    apply(host, one, folder, text.format(""))
+    one.resume()
     one.lines(3)
     assert str(port) not in host.netns.run("ss", "-Haun")  # it has let go
     one.program.tell(f"{port}\n")
-    assert one.lines(5)[-1] == "send EACCES"
+    one.lines(5)
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
-    assert one.lines(6)[-1] == "receive none"
+    one.resume()
+    return one.lines(6)[4:]
+
+
+def test_a_datagram_socket_does_not_get_a_port_back_that_it_let_go(
+    host: Host, confine: Confine, tmp_path: Path
+) -> None:
+    assert hears_at_what_it_let_go(host, confine, tmp_path) == ["send EACCES", "receive none"]
+
+
+def test_control_without_a_look_at_packets_it_gets_it_back(without: Without, confine: Confine, tmp_path: Path) -> None:
+    assert hears_at_what_it_let_go(without("packets in"), confine, tmp_path) == ["send EACCES", "receive stranger"]
 
 
 # ---- after the container ---------------------------------------------------------------------------------------------
@@ -237,7 +281,7 @@ def is_heard_when_it_comes_out(host: Host, confine: Confine) -> bool:
     steps = ["make", 2, 1, 0, "bind", "0.0.0.0", 80, "listen", "hide", "wait", "unhide", "wait"]
     one = confine(host, "swap", text, *steps)
     assert one.lines(4)[-1] == "hide ok"
-    containers.remove(host.settings, host.maps, host.container(one.program))  # the rules, and no look for sockets
+    host.remove(host.container(one.program))  # the rules, and no look for sockets
     return reaches(host, HOST4, port)
 
 
@@ -249,20 +293,29 @@ def test_control_where_the_dead_have_listeners_it_is_heard(without: Without, con
     assert is_heard_when_it_comes_out(without("dead"), confine)
 
 
-def test_a_datagram_socket_of_an_ipv6_endpoint_hears_no_ipv4_after_a_disconnect(host: Host, confine: Confine) -> None:
+def hears_ipv4(host: Host, confine: Confine) -> str:
+    """What a datagram socket of an IPv6 endpoint says of IPv4, when it has let go of its port and got it back."""
     text = "name: t\nendpoints: {six: '[::]:dynamic'}\ningress: [{bind: '*:53', endpoint: six}]\ndefault: deny\n"
     steps = ["make", 10, 2, 0, "option", SOL_IPV6, 26, "bind", "::", 53, "wait", "unspec"]
     steps += ["bytes", SOL_IPV6, 26, "00000000", "range", "-", "-", "send", CLIENT6, 9, "wait", "receive", "wait"]
     one = confine(host, "direct", text, *steps)
     assert one.lines(3)[-1] == "bind ok"
     port = int(re.findall(r"\]:(\d+) ", host.netns.run("ss", "-Hlun"))[-1])
-    one.goes_on()
+    one.resume()
     one.program.tell(f"{port}\n")
     assert one.lines(7)[-1] == "send EACCES"
     with datagrams(host) as client:
         client.sendto(b"stranger", (HOST4, port))
-    one.goes_on()
-    assert one.lines(8)[-1] == "receive none"
+    one.resume()
+    return one.lines(8)[-1]
+
+
+def test_a_datagram_socket_of_an_ipv6_endpoint_hears_no_ipv4_after_a_disconnect(host: Host, confine: Confine) -> None:
+    assert hears_ipv4(host, confine) == "receive none"
+
+
+def test_control_where_nobody_looks_at_the_family_it_hears(without: Without, confine: Confine) -> None:
+    assert hears_ipv4(without("ipv4"), confine) == "receive stranger"
 
 
 @contextlib.contextmanager
@@ -270,20 +323,29 @@ def held_socket(one: Confined) -> Iterator[socket.socket]:
     """A copy of the one socket of its program."""
     [pid] = cgroup.processes(one.cgroup)
     [fd] = [int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir() if "socket:" in str(link.readlink())]
-    process = pidfd_open(pid)
+    process = os.pidfd_open(pid)
     sock = socket.socket(fileno=pidfd_getfd(process, fd))
     os.close(process)
     with contextlib.closing(sock):
         yield sock
 
 
-def test_who_was_handed_a_listener_hears_nobody_when_its_container_has_ended(host: Host, confine: Confine) -> None:
+def hears_for_the_dead(host: Host, confine: Confine) -> bool:
+    """Whether who was handed a listener is reached when its container has ended."""
     port = host.port()
     text = f"name: t\nendpoints: {{web: 0.0.0.0:{port}}}\ningress: [{{bind: '*:80', endpoint: web}}]\ndefault: deny\n"
     one = confine(host, "swap", text, "make", 2, 1, 0, "bind", "0.0.0.0", 80, "listen", "wait")
     one.lines(3)
     # As a process outside that the program hands its socket to.
     with held_socket(one) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         one.program.stop()
-        assert not reaches(host, HOST4, port)
-        sock.close()
+        return reaches(host, HOST4, port)
+
+
+def test_who_was_handed_a_listener_hears_nobody_when_its_container_has_ended(host: Host, confine: Confine) -> None:
+    assert not hears_for_the_dead(host, confine)
+
+
+def test_control_where_the_dead_have_listeners_it_hears(without: Without, confine: Confine) -> None:
+    assert hears_for_the_dead(without("dead"), confine)

@@ -1,4 +1,4 @@
-"""The relays' daemon serves every container, whatever one of them does."""
+"""No container can keep the relays' daemon from serving the others."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from graft import splice
 from graft.kernel import cgroup
 from graft.splice import control
-from tests.hostile.undefended import COMMAND
+from tests.hostile.conftest import graft_without
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, HOST4
 from tests.support.plain import Plain, plain
-from tests.support.program import Program, start
+from tests.support.program import Program
 from tests.support.relayed import pair, published, refused, talk
 from tests.support.wait import PATIENCE, until
 
@@ -32,48 +31,44 @@ KNOCKS = 300
 LISTENERS = 15_000
 CHANGING = 1000
 
-Daemon = Callable[..., Program]
+StartDaemon = Callable[..., Program]
 
 
 @pytest.fixture
-def daemon(host: Host) -> Iterator[Daemon]:
-    """Starts the daemon, with a defence left out where one is named. It ends with the test."""
+def start_daemon(host: Host) -> Iterator[StartDaemon]:
+    """Starts the daemon, without a defence where one is named. It ends with the test."""
     started: list[Program] = []
 
     def begin(without: str = "", descriptors: int | None = None) -> Program:
-        splice.stop(host.settings)
-        limits = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
-        command = [sys.executable, COMMAND, without, "daemon"] if without else [GRAFT, "daemon"]
-        program = start([*limits, *map(str, command)], {**os.environ, **host.environment})
-        started.append(program)
-        program.until("it answers", lambda: control.ask(host.settings, {"do": "ping"}))
-        return program
+        command = graft_without(without) if without else [GRAFT]
+        started.append(host.start_daemon(command, descriptors))
+        return started[-1]
 
     yield begin
     for program in started:
-        assert program.stop() == 0, program.complained
+        assert program.stop() == 0
 
 
 @pytest.fixture
-def hostile(host: Host, daemon: Daemon) -> Iterator[Plain]:
-    """A container that takes all it can. (It is detached before the daemon ends.)"""
+def hostile(host: Host, start_daemon: StartDaemon) -> Iterator[Plain]:
+    """A container that takes all it can get. (It is detached before the daemon ends.)"""
     with plain(host) as made:
         yield made
 
 
 @pytest.fixture
-def other(host: Host, daemon: Daemon) -> Iterator[Plain]:
-    """A container that wants to be served."""
+def other(host: Host, start_daemon: StartDaemon) -> Iterator[Plain]:
+    """A container that is to be served all the same."""
     with plain(host) as made:
         yield made
 
 
 def served(container: Plain, listener: socket.socket, port: int, within: float) -> bool:
-    """Whether a new connection to a container is joined with its listener, and carries bytes both ways."""
+    """Whether a new connection to a container reaches its listener, and bytes pass both ways."""
     listener.settimeout(within)
     with container.host.client.connected(HOST4, port) as client, contextlib.suppress(TimeoutError):
         accepted, whose = listener.accept()
-        while whose != client.getsockname():  # of one that has given up
+        while whose != client.getsockname():  # a connection that an earlier call has given up
             accepted.close()
             accepted, whose = listener.accept()
         with accepted:
@@ -88,7 +83,7 @@ def served(container: Plain, listener: socket.socket, port: int, within: float) 
 
 
 def through_its_endpoint(hostile: Plain, stack: contextlib.ExitStack, backlog: int) -> None:
-    """Clients without end, for a listener with room for ``backlog`` of them that accepts none."""
+    """Very many clients, for a listener with room for ``backlog`` of them that accepts none."""
     listener = stack.enter_context(hostile.listener())
     listener.listen(backlog)
     port = published(hostile)
@@ -100,7 +95,7 @@ def through_its_endpoint(hostile: Plain, stack: contextlib.ExitStack, backlog: i
 
 
 def to_the_world(hostile: Plain, stack: contextlib.ExitStack) -> None:
-    """Connections out without end."""
+    """Very many outgoing connections."""
     world = stack.enter_context(hostile.host.client.listener(CLIENT4))
     world.listen(KNOCKS)
     published(hostile)
@@ -132,10 +127,10 @@ def take_all(hostile: Plain, stack: contextlib.ExitStack, way: str) -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_container_that_takes_all_the_connections_leaves_the_others_theirs(
-    daemon: Daemon, hostile: Plain, other: Plain, way: str
+def test_a_container_that_takes_all_connections_leaves_the_others_theirs(
+    start_daemon: StartDaemon, hostile: Plain, other: Plain, way: str
 ) -> None:
-    daemon(descriptors=FEW)
+    start_daemon(descriptors=FEW)
     with contextlib.ExitStack() as stack, other.listener() as listener:
         port = published(other)
         take_all(hostile, stack, way)
@@ -143,20 +138,22 @@ def test_a_container_that_takes_all_the_connections_leaves_the_others_theirs(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_control_with_one_limit_for_all_it_leaves_them_none(
-    daemon: Daemon, hostile: Plain, other: Plain, way: str
+def test_control_with_one_limit_for_all_the_others_get_none(
+    start_daemon: StartDaemon, hostile: Plain, other: Plain, way: str
 ) -> None:
-    daemon("shares", FEW)
+    start_daemon("shares", FEW)
     with contextlib.ExitStack() as stack, other.listener() as listener:
         port = published(other)
         take_all(hostile, stack, way)
         assert not served(other, listener, port, 1.0)
-        stack.close()  # it was the connections: when they end, whoever waits is served
+        stack.close()  # when those connections are closed, the next client is served
         assert until("served", lambda: served(other, listener, port, 1.0))
 
 
-def test_a_container_that_comes_when_all_is_taken_is_served(daemon: Daemon, hostile: Plain, other: Plain) -> None:
-    daemon(descriptors=FEW)
+def test_a_container_that_comes_when_all_is_taken_is_served(
+    start_daemon: StartDaemon, hostile: Plain, other: Plain
+) -> None:
+    start_daemon(descriptors=FEW)
     with contextlib.ExitStack() as stack, other.listener() as listener:
         take_all(hostile, stack, "in")
         port = published(other)
@@ -168,11 +165,11 @@ def test_a_container_that_comes_when_all_is_taken_is_served(daemon: Daemon, host
 MANY = f"""
 import resource, socket, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-held = []
+listeners = []
 for number in range({LISTENERS}):
-    held.append(socket.socket())
-    held[-1].bind(("127.0.0.1", 20000 + number))
-    held[-1].listen(1)
+    listeners.append(socket.socket())
+    listeners[-1].bind(("127.0.0.1", 20000 + number))
+    listeners[-1].listen(1)
 print("ready", flush=True)
 time.sleep(1000)
 """
@@ -182,21 +179,25 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_N
 ready = "ready"
 while True:
     for first in (20000, 30000):
-        held = [socket.socket() for _ in range({CHANGING})]
-        for number, sock in enumerate(held):
+        listeners = [socket.socket() for _ in range({CHANGING})]
+        for number, sock in enumerate(listeners):
             sock.bind(("0.0.0.0", first + number))
             sock.listen(1)
         print(ready, end="", flush=True)
         ready = ""
         time.sleep(0.05)
-        for sock in held:
+        for sock in listeners:
             sock.close()
 """
 STORMS = {"many": MANY, "changing": CHANGE}
+ONE_AFTER_THE_OTHER = 2
+"""Served so often for each look at the other's listeners, a container has no turns of its own. (With them it is 4 on a
+busy machine and 70 on an idle one, without them 0.5.)
+"""
 
 
 class Pings:
-    """Counts how often a container is served meanwhile: a new connection, with a message there and back."""
+    """Counts how often a container is served while the block runs: a new connection, with a message each way."""
 
     def __init__(self, container: Plain, listener: socket.socket, port: int) -> None:
         self._container, self._listener, self._port = container, listener, port
@@ -214,7 +215,7 @@ class Pings:
 
     def __enter__(self) -> Pings:
         self._thread.start()
-        until("the first one", lambda: self.count)
+        until("the first ping", lambda: self.count)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -222,9 +223,9 @@ class Pings:
         self._thread.join()
 
 
-def served_in_a_storm(daemon: Daemon, hostile: Plain, other: Plain, storm: str, without: str = "") -> float:
-    """How often one container is served while another one's listeners are looked at once."""
-    daemon(without)
+def served_in_a_storm(start_daemon: StartDaemon, hostile: Plain, other: Plain, storm: str, without: str = "") -> float:
+    """How often one container is served while the daemon looks once at the listeners of another one."""
+    start_daemon(without)
     looks = 4
     dynamic = hostile.host.endpoint("0.0.0.0:dynamic")
     hostile.start(sys.executable, "-c", STORMS[storm]).says("ready", 60)
@@ -239,21 +240,25 @@ def served_in_a_storm(daemon: Daemon, hostile: Plain, other: Plain, storm: str, 
 
 
 @pytest.mark.parametrize("storm", STORMS)
-def test_a_storm_of_listeners_holds_up_nobody_else(daemon: Daemon, hostile: Plain, other: Plain, storm: str) -> None:
-    assert served_in_a_storm(daemon, hostile, other, storm) > 8
+def test_very_many_listeners_delay_no_other_container(
+    start_daemon: StartDaemon, hostile: Plain, other: Plain, storm: str
+) -> None:
+    assert served_in_a_storm(start_daemon, hostile, other, storm) > ONE_AFTER_THE_OTHER
 
 
 @pytest.mark.parametrize("storm", STORMS)
-def test_control_without_turns_it_holds_up_everybody(daemon: Daemon, hostile: Plain, other: Plain, storm: str) -> None:
-    assert served_in_a_storm(daemon, hostile, other, storm, "turns") < 4
+def test_control_without_turns_they_delay_the_others(
+    start_daemon: StartDaemon, hostile: Plain, other: Plain, storm: str
+) -> None:
+    assert served_in_a_storm(start_daemon, hostile, other, storm, "turns") < ONE_AFTER_THE_OTHER
 
 
-def test_what_is_told_of_a_storm_fits_into_an_answer(daemon: Daemon, hostile: Plain) -> None:
-    daemon()
+def test_the_daemons_answer_about_very_many_listeners_is_cut(start_daemon: StartDaemon, hostile: Plain) -> None:
+    start_daemon()
     hostile.start(sys.executable, "-c", MANY).says("ready", 60)
     said = hostile.host.graft("attach", "--cgroup", hostile.cgroup).stdout
-    assert said.count("is named by no rule") == 64
-    assert f"and {LISTENERS - 64} others" in said
+    assert said.count("no rule for its listener") == 64
+    assert f"and for {LISTENERS - 64} more" in said
 
 
 # ---- the installation's lock ------------------------------------------------------------------------
@@ -261,12 +266,12 @@ def test_what_is_told_of_a_storm_fits_into_an_answer(daemon: Daemon, hostile: Pl
 
 @contextlib.contextmanager
 def locked_while_one_ends(host: Host) -> Iterator[None]:
-    """Somebody holds the installation's lock, and a container has ended, whose rules are to be forgotten."""
+    """The test has the installation's lock, and a container has ended whose rules the daemon has to remove."""
     with plain(host) as third, open(host.settings.run_dir / "lock") as lock:
         published(third)
         fcntl.flock(lock, fcntl.LOCK_EX)
         cgroup.kill(third.cgroup)
-        third.resident.wait()
+        third.process.wait()
         cgroup.remove(third.cgroup)
         number = third.container.id
         yield
@@ -275,21 +280,23 @@ def locked_while_one_ends(host: Host) -> Iterator[None]:
         third.cgroup.mkdir()
 
 
-def test_who_holds_the_installations_lock_holds_up_no_relay(daemon: Daemon, other: Plain, host: Host) -> None:
-    program = daemon()
+def test_relays_do_not_wait_for_the_installations_lock(start_daemon: StartDaemon, other: Plain, host: Host) -> None:
+    program = start_daemon()
     with other.listener() as listener:
         port = published(other)
         with locked_while_one_ends(host):
-            program.until("it has seen it", lambda: "no longer served" in program.complained)
+            program.until("the daemon sees that it ended", lambda: "no longer served" in program.complained)
             assert served(other, listener, port, 15 * PATIENCE)
 
 
-def test_control_that_waits_in_its_loop_serves_nobody(daemon: Daemon, other: Plain, host: Host) -> None:
-    daemon("aside")
+def test_control_a_daemon_that_waits_for_it_in_its_loop_serves_none(
+    start_daemon: StartDaemon, other: Plain, host: Host
+) -> None:
+    start_daemon("aside")
     with other.listener() as listener:
         port = published(other)
         with locked_while_one_ends(host):
-            until("it waits", lambda: not served(other, listener, port, 1.0))
+            until("the daemon waits", lambda: not served(other, listener, port, 1.0))
         assert until("served", lambda: served(other, listener, port, 1.0))
 
 
@@ -306,12 +313,12 @@ while True:
 """
 
 
-def begun_anew(container: Plain, running: Program) -> None:
-    """End all that is in a container, and start it in a new cgroup of the same path, before the daemon can look."""
+def replace_cgroup(container: Plain, running: Program) -> None:
+    """End the container's processes, and start others in a new cgroup of the same path, before the daemon sees it."""
     os.kill(running.process.pid, signal.SIGSTOP)
     try:
         cgroup.kill(container.cgroup)
-        container.resident.wait()
+        container.process.wait()
         cgroup.remove(container.cgroup)
         container.cgroup.mkdir()
         container.start(sys.executable, "-c", HELLO).says("ready")
@@ -326,31 +333,37 @@ def hello(container: Plain, port: int) -> bool:
     return False
 
 
-def test_a_new_cgroup_at_the_same_path_does_not_get_the_old_ones_relay(daemon: Daemon, hostile: Plain) -> None:
-    running = daemon()
+def test_a_new_cgroup_at_the_same_path_does_not_get_the_old_ones_relay(
+    start_daemon: StartDaemon, hostile: Plain
+) -> None:
+    running = start_daemon()
     with hostile.listener():
         port = published(hostile)
-    begun_anew(hostile, running)
+    replace_cgroup(hostile, running)
     until("the old rules are gone", lambda: not hostile.host.maps.containers.keys())
     assert refused(hostile, port)
     assert hello(hostile, published(hostile))
     assert refused(hostile, port)
 
 
-def test_a_new_cgroup_that_is_attached_at_once_gets_a_relay_of_its_own(daemon: Daemon, hostile: Plain) -> None:
-    running = daemon()
+def test_a_new_cgroup_that_is_attached_at_once_gets_a_relay_of_its_own(
+    start_daemon: StartDaemon, hostile: Plain
+) -> None:
+    running = start_daemon()
     port = hostile.host.port()
     rule = f"0.0.0.0:80={hostile.host.endpoint(f'0.0.0.0:{port}')}"
     with hostile.listener():
         before = hostile.attach("-i", rule).id
-    begun_anew(hostile, running)
+    replace_cgroup(hostile, running)
     assert hostile.attach("-i", rule).id != before
     assert hello(hostile, port)
 
 
-def test_control_by_its_path_it_gets_it(daemon: Daemon, hostile: Plain) -> None:
-    running = daemon("cgroup id")
+def test_control_a_daemon_that_knows_cgroups_by_path_serves_the_new_one(
+    start_daemon: StartDaemon, hostile: Plain
+) -> None:
+    running = start_daemon("cgroup id")
     with hostile.listener():
         port = published(hostile)
-    begun_anew(hostile, running)
+    replace_cgroup(hostile, running)
     assert until("reached by the old rules", lambda: hello(hostile, port))

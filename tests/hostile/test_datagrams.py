@@ -1,4 +1,4 @@
-"""What goes out and comes in by ways that no hook on a system call sees: control messages, options, protocols."""
+"""Datagrams and options that no hook on a system call sees: control messages, socket options, other protocols."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def policy(source: str = "0.0.0.0", to: str = CLIENT4, to6: str = CLIENT6) -> st
 
 @contextmanager
 def datagrams(host: Host, address: str = CLIENT4) -> Iterator[socket.socket]:
-    """A UDP socket of the client's."""
+    """A UDP socket of the client."""
     with host.client.inside():
         sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind((address, 0))
@@ -51,7 +51,7 @@ def datagrams(host: Host, address: str = CLIENT4) -> Iterator[socket.socket]:
 
 
 def send_to_group(host: Host, port: int) -> None:
-    """A stranger's datagram to everybody in the group."""
+    """Send a datagram from the client to the multicast group."""
     with datagrams(host) as client:
         client.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(CLIENT4))
         client.sendto(b"stranger", (GROUP4, port))
@@ -81,7 +81,7 @@ def test_a_datagram_leaves_from_its_sockets_own_address_only(host: Host, confine
         assert came(far, 10) == HOST4
 
 
-def test_control_where_it_may_say_so_it_leaves_from_another(without: Without, confine: Confine) -> None:
+def test_control_without_the_defence_it_leaves_from_another(without: Without, confine: Confine) -> None:
     host = without("source")
     with datagrams(host) as far:
         one = from_another_address(host, confine, far)
@@ -89,7 +89,7 @@ def test_control_where_it_may_say_so_it_leaves_from_another(without: Without, co
         assert came(far, 10) == OTHER4
 
 
-def test_a_datagram_of_a_connected_socket_still_goes_with_a_control_message(host: Host, confine: Confine) -> None:
+def test_a_connected_socket_may_still_send_with_a_control_message(host: Host, confine: Confine) -> None:
     where = struct.pack("=i4s4s", 0, bytes(4), bytes(4)).hex()
     with datagrams(host) as far:
         steps = ["make", INET, DGRAM, 0, "connect", CLIENT4, far.getsockname()[1]]
@@ -98,32 +98,32 @@ def test_a_datagram_of_a_connected_socket_still_goes_with_a_control_message(host
         assert came(far, 10) == HOST4
 
 
-def unheard_reply(host: Host, confine: Confine) -> tuple[Confined, int]:
-    """A datagram that is refused leaves a socket with a port of the host's."""
+def send_to_unbound(host: Host, confine: Confine) -> Confined:
+    """A refused datagram leaves a socket with a port of the host's; the client sends one to that port."""
     steps = ["make", INET, DGRAM, 0, "send", HOST4, 9, "name", "wait", "receive", "wait"]
     one = confine(host, "direct", policy(to="192.0.2.1"), *steps)
     lines = one.lines(3)
     assert lines[1] == "send EACCES"
     port = int(lines[2].split()[-1])
+    assert port
     with datagrams(host) as client:
         client.sendto(b"in", (HOST4, port))
-    one.goes_on()
-    return one, port
+    one.resume()
+    return one
 
 
-def test_a_socket_that_holds_no_endpoint_hears_no_strangers(host: Host, confine: Confine) -> None:
-    one, port = unheard_reply(host, confine)
-    assert port
+def test_a_socket_without_an_endpoint_receives_nothing_from_a_client(host: Host, confine: Confine) -> None:
+    one = send_to_unbound(host, confine)
     assert one.lines(4)[-1] == "receive none"
 
 
-def test_control_without_a_look_at_packets_it_hears_strangers(without: Without, confine: Confine) -> None:
+def test_control_without_the_packet_hook_it_receives_a_datagram(without: Without, confine: Confine) -> None:
     host = without("packets in")
-    one, _ = unheard_reply(host, confine)
+    one = send_to_unbound(host, confine)
     assert one.lines(4)[-1] == "receive in"
 
 
-def test_answers_of_granted_destinations_are_heard(host: Host, confine: Confine) -> None:
+def test_answers_of_granted_destinations_are_received(host: Host, confine: Confine) -> None:
     with datagrams(host) as far:
         steps = ["make", INET, DGRAM, 0, "send", CLIENT4, far.getsockname()[1], "wait", "receive", "wait"]
         one = confine(host, "direct", policy(), *steps)
@@ -131,18 +131,18 @@ def test_answers_of_granted_destinations_are_heard(host: Host, confine: Confine)
         far.settimeout(10 * PATIENCE)
         _, sender = far.recvfrom(100)
         far.sendto(b"answer", sender)
-        one.goes_on()
+        one.resume()
         assert one.lines(3)[-1] == "receive answer"
 
 
-def test_a_datagram_endpoint_hears_whoever_comes(host: Host, confine: Confine) -> None:
+def test_a_datagram_endpoint_receives_from_any_client(host: Host, confine: Confine) -> None:
     port = host.port()
     text = f"name: t\nendpoints: {{dns: 0.0.0.0:{port}}}\ningress: [{{bind: '*:53', endpoint: dns}}]\ndefault: deny\n"
     one = confine(host, "direct", text, "make", INET, DGRAM, 0, "bind", "0.0.0.0", 53, "wait", "receive", "wait")
     assert one.lines(2)[-1] == "bind ok"
     with datagrams(host) as client:
         client.sendto(b"question", (HOST4, port))
-    one.goes_on()
+    one.resume()
     assert one.lines(3)[-1] == "receive question"
 
 
@@ -172,12 +172,12 @@ def test_options_that_reach_past_the_policy_are_refused(
 
 @contextmanager
 def on_the_wire(host: Host) -> Iterator[Callable[[], bool]]:
-    """Whether an IPv4 packet with options and a UDP header came to the client's machine meanwhile."""
+    """Tells whether an IPv4 packet with options and a UDP header has reached the client."""
     with host.client.inside():
         wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
     with closing(wire):
 
-        def has_come() -> bool:
+        def has_arrived() -> bool:
             with contextlib.suppress(BlockingIOError):
                 while True:
                     packet = wire.recv(200, socket.MSG_DONTWAIT)
@@ -185,29 +185,29 @@ def on_the_wire(host: Host) -> Iterator[Callable[[], bool]]:
                         return True
             return False
 
-        yield has_come
+        yield has_arrived
 
 
 def with_options(host: Host, confine: Confine) -> Confined:
-    """A datagram with options of IP's in a control message. This one records its way, which any user may ask for;
-    one that names its way (a source route) takes the same path, in kernels that let users have it.
+    """A datagram with IP options in a control message. This option records the route, which any user may ask for; a
+    source route takes the same path in kernels that allow it to users.
     """
     record_route = "07070400000000" + "00"
     steps = ["make", INET, DGRAM, 0, "cmsg", 0, IP_RETOPTS, record_route, CLIENT4, 9, "wait"]
     return confine(host, "direct", policy(), *steps)
 
 
-def test_a_datagram_carries_no_options(host: Host, confine: Confine) -> None:
-    with on_the_wire(host) as has_come:
+def test_a_datagram_with_options_is_refused(host: Host, confine: Confine) -> None:
+    with on_the_wire(host) as has_arrived:
         assert with_options(host, confine).lines(2)[-1] == "cmsg EPERM"
-        assert not has_come()
+        assert not has_arrived()
 
 
-def test_control_without_a_look_at_packets_it_carries_them(without: Without, confine: Confine) -> None:
+def test_control_without_the_packet_hook_it_leaves_with_them(without: Without, confine: Confine) -> None:
     host = without("packets out")
-    with on_the_wire(host) as has_come:
+    with on_the_wire(host) as has_arrived:
         assert with_options(host, confine).lines(2)[-1] == "cmsg ok"
-        assert until("the packet", has_come)
+        assert until("the packet", has_arrived)
 
 
 PROTOCOLS = {"udp-lite": (DGRAM, UDPLITE), "icmp": (DGRAM, ICMP)}
@@ -222,7 +222,7 @@ def test_a_protocol_without_rules_is_refused(host: Host, confine: Confine, name:
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_control_where_every_protocol_is_taken_it_is_made(without: Without, confine: Confine, name: str) -> None:
+def test_control_without_the_defence_a_socket_of_it_is_made(without: Without, confine: Confine, name: str) -> None:
     host = without("protocols")
     host.netns.run("sysctl", "-qw", "net.ipv4.ping_group_range=0 2147483647")
     kind, protocol = PROTOCOLS[name]
@@ -230,7 +230,7 @@ def test_control_where_every_protocol_is_taken_it_is_made(without: Without, conf
     assert one.lines(1) == ["make ok"]
 
 
-def test_a_policy_can_leave_other_protocols_alone(host: Host, confine: Confine) -> None:
+def test_a_policy_can_allow_other_protocols(host: Host, confine: Confine) -> None:
     text = policy().replace("default: deny", "default: {bind: deny, connect: deny, other: container}")
     with datagrams(host) as far:
         port = far.getsockname()[1]
@@ -238,7 +238,7 @@ def test_a_policy_can_leave_other_protocols_alone(host: Host, confine: Confine) 
         assert one.lines(2) == ["make ok", "send ok"]
 
 
-def test_a_rule_that_denies_is_enough_to_refuse_them(host: Host, confine: Confine) -> None:
+def test_one_rule_that_denies_is_enough_to_refuse_other_protocols(host: Host, confine: Confine) -> None:
     text = f"name: t\negress: [{{to: {CLIENT4}, action: deny}}]\n"
     one = confine(host, "direct", text, "make", INET, DGRAM, UDPLITE, "make", INET, STREAM, 0, "wait")
     assert one.lines(2) == ["make EPERM", "make ok"]
@@ -254,7 +254,7 @@ def to_no_address(host: Host, confine: Confine, transport: str, port: int, *step
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "::ffff:0.0.0.0"])
-def test_no_address_at_all_is_loopback(host: Host, confine: Confine, address: str) -> None:
+def test_the_unspecified_address_is_judged_as_loopback(host: Host, confine: Confine, address: str) -> None:
     with closing(host.netns.listener("::")) as listener:
         port = listener.getsockname()[1]
         family = INET6 if ":" in address else INET
@@ -263,7 +263,7 @@ def test_no_address_at_all_is_loopback(host: Host, confine: Confine, address: st
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::"])
-def test_control_judged_as_it_stands_it_reaches_loopback(without: Without, confine: Confine, address: str) -> None:
+def test_control_without_the_defence_it_reaches_loopback(without: Without, confine: Confine, address: str) -> None:
     host = without("unspecified")
     with closing(host.netns.listener("::")) as listener:
         port = listener.getsockname()[1]
@@ -279,7 +279,7 @@ def first_bytes(host: Host, confine: Confine, transport: str, address: str, port
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_connection_that_begins_with_data_meets_the_rules_too(host: Host, confine: Confine, transport: str) -> None:
+def test_a_connection_that_begins_with_data_is_judged_too(host: Host, confine: Confine, transport: str) -> None:
     with closing(host.netns.listener()) as listener:
         said = first_bytes(host, confine, transport, HOST4, listener.getsockname()[1])
         assert said[-1] in ("fastopen EACCES", "fastopen ENETUNREACH")

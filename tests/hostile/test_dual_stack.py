@@ -1,8 +1,6 @@
-"""An IPv6 endpoint has the IPv6 port and not, in passing, the IPv4 one."""
+"""An IPv6 endpoint grants the IPv6 port, and not the IPv4 port of the same number with it."""
 
 from __future__ import annotations
-
-import contextlib
 
 import pytest
 
@@ -13,7 +11,7 @@ from tests.support.namespaces import HOST4, HOST6
 pytestmark = pytest.mark.e2e
 
 
-def both(host: Host, confine: Confine, transport: str, dual: bool = False) -> tuple[Confined, int]:
+def bind_both(host: Host, confine: Confine, transport: str, dual: bool = False) -> tuple[Confined, int]:
     """A dual-stack socket binds [::]:80 on an IPv6 endpoint."""
     port = host.port()
     endpoint = f"{{address: '[::]:{port}', dual_stack: {str(dual).lower()}}}"
@@ -23,23 +21,16 @@ def both(host: Host, confine: Confine, transport: str, dual: bool = False) -> tu
     return confine(host, transport, text, *steps), port
 
 
-def reaches(host: Host, address: str, port: int) -> bool:
-    with contextlib.suppress(OSError):
-        host.client.connected(address, port).close()
-        return True
-    return False
-
-
 def test_in_swap_it_serves_ipv6_only(host: Host, confine: Confine) -> None:
-    one, port = both(host, confine, "swap")
+    one, port = bind_both(host, confine, "swap")
     assert one.lines(4)[2:] == ["bind ok", "listen ok"]
-    assert reaches(host, HOST6, port)
-    assert not reaches(host, HOST4, port)
-    host.netns.listener(HOST4, port).close()  # it is free for somebody else
+    assert host.client.reaches(HOST6, port)
+    assert not host.client.reaches(HOST4, port)
+    host.netns.listener(HOST4, port).close()  # it is free for another program
 
 
 def test_in_direct_it_is_refused(host: Host, confine: Confine) -> None:
-    one, port = both(host, confine, "direct")
+    one, port = bind_both(host, confine, "direct")
     assert one.lines(4)[2] == "bind EACCES"
     host.netns.listener(HOST4, port).close()
 
@@ -49,18 +40,18 @@ def test_in_direct_a_socket_that_takes_no_ipv4_is_served(host: Host, confine: Co
     text = f"name: t\nendpoints: {{six: '[::]:{port}'}}\ningress: [{{bind: '*:80', endpoint: six}}]\ndefault: deny\n"
     steps = ["make", 10, 1, 0, "option", 41, 26, "bind", "::", 80, "listen", "wait"]
     assert confine(host, "direct", text, *steps).lines(4)[2:] == ["bind ok", "listen ok"]
-    assert reaches(host, HOST6, port)
+    assert host.client.reaches(HOST6, port)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_an_endpoint_that_says_so_serves_both(host: Host, confine: Confine, transport: str) -> None:
-    one, port = both(host, confine, transport, dual=True)
+    one, port = bind_both(host, confine, transport, dual=True)
     assert one.lines(4)[2:] == ["bind ok", "listen ok"]
-    assert reaches(host, HOST6, port) and reaches(host, HOST4, port)
+    assert host.client.reaches(HOST6, port) and host.client.reaches(HOST4, port)
 
 
-def test_control_without_the_hook_it_takes_both(without: Without, confine: Confine) -> None:
+def test_control_without_the_hook_it_takes_both_ports(without: Without, confine: Confine) -> None:
     host = without("ipv4")
-    one, port = both(host, confine, "direct")
+    one, port = bind_both(host, confine, "direct")
     assert one.lines(4)[2:] == ["bind ok", "listen ok"]
-    assert reaches(host, HOST4, port)
+    assert host.client.reaches(HOST4, port)

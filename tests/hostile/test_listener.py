@@ -1,4 +1,4 @@
-"""`graft listen` ends the process that a message was about, and no other that has its number by now."""
+"""`graft listen` kills the process that a message names, and no other that has its process id by then."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from graft.kernel import seccomp
-from tests.hostile.undefended import COMMAND
+from tests.hostile.conftest import graft_without
 from tests.support.building import Programs
+from tests.support.cgroups import new_cgroup
 from tests.support.installation import GRAFT, Host
-from tests.support.program import Program, start
+from tests.support.program import Program
 from tests.support.shell import Word
 
 pytestmark = pytest.mark.e2e
 
 
 @contextlib.contextmanager
-def container() -> Iterator[tuple[int, int]]:
-    """A process under a filter, as a runtime has made one just now: its number, and the filter's listener."""
+def container(cgroup: Path) -> Iterator[tuple[int, int]]:
+    """A process under a filter in a cgroup, as a runtime makes one: its process id, and the filter's listener."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
+        (cgroup / "cgroup.procs").write_text("0")
         listener, _ = seccomp.install_listener()
         socket.send_fds(theirs, [b"x"], [listener])
-        time.sleep(600)
+        signal.pause()
         os._exit(0)
     try:
         _, (listener,), _, _ = socket.recv_fds(ours, 1, 1)
@@ -53,58 +54,45 @@ def end(pid: int) -> None:
             os.waitpid(pid, 0)
 
 
-class Leased:
-    """A file that whoever opens it has to wait for, until it is closed (fcntl(2), "Leases": 45 seconds at most)."""
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR)
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
-        fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-
-    def wait(self) -> None:
-        """Until somebody opens it."""
-        assert signal.sigtimedwait({signal.SIGIO}, 30) is not None, "nobody opens it"
-
-    def close(self) -> None:
-        """Let those who wait have it. Safe to repeat."""
-        if self._fd >= 0:
-            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-            os.close(self._fd)
-            self._fd = -1
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+def waits_for_lock(pid: int) -> bool:
+    """Whether a process waits for a lock that another one has (proc_locks(5))."""
+    lines = Path("/proc/locks").read_text().splitlines()
+    return any(" -> FLOCK " in line and line.split()[5] == str(pid) for line in lines)
 
 
-def taken_over(host: Host, programs: Programs, folder: Path, command: Sequence[Word]) -> Program:
-    """A process that got the number of a container's first one, while `graft listen` looked whether it may stay."""
-    serving = start([*command, "listen"], {**os.environ, **host.environment})
-    host.started.append(serving)
+def process_with_reused_id(host: Host, programs: Programs, folder: Path, command: Sequence[Word]) -> Program:
+    """A process that got the process id of a container's first one while `graft listen` waited for Graft's lock."""
+    serving = host.start_command([*command, "listen"])
     path = host.settings.run_dir / "listener"
-    serving.until("graft listen listens", path.is_socket)
-    (folder / "policy.yaml").write_text("no policy")
+    (folder / "policy.yaml").write_text("name: hostile\n")
     (folder / "config.json").write_text(json.dumps({"annotations": {"graft.policy": str(folder / "policy.yaml")}}))
-    policy = Leased(folder / "policy.yaml")  # what takes its time here
-    with contextlib.closing(policy), container() as (pid, listener), socket.socket(socket.AF_UNIX) as runtime:
-        runtime.connect(str(path))
+    with ExitStack() as stack:
+        cgroup = stack.enter_context(new_cgroup("hostile"))
+        pid, listener = stack.enter_context(container(cgroup))
+        runtime = stack.enter_context(socket.socket(socket.AF_UNIX))
+        # Its path is there a moment before it listens.
+        serving.until("graft listen listens", lambda: runtime.connect_ex(str(path)) == 0)
+        lock = stack.enter_context(open(host.settings.run_dir / "lock"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
         state = {"id": "hostile", "pid": pid, "bundle": str(folder), "fds": ["seccompFd"]}
         socket.send_fds(runtime, [json.dumps(state).encode()], [listener])
-        policy.wait()  # it is opened when it is read there
+        serving.until("it waits for the lock", lambda: waits_for_lock(serving.process.pid))
         end(pid)
-        victim = start([programs["reborn"], pid, "sleep", "600"])
-        host.started.append(victim)
+        victim = host.start_command([programs["with_pid"], pid, "sleep", "600"])
         victim.says("started")
-        policy.close()
+        fcntl.flock(lock, fcntl.LOCK_UN)
         serving.says("hostile: refused, and ended: ")
-    serving.process.terminate()
-    assert serving.wait() == 0  # whatever it was to kill, it has killed by now
+        serving.process.terminate()
+        assert serving.wait() == 0  # if it kills a process, it has done so by now
     return victim
 
 
-def test_the_next_process_with_its_number_is_left_alone(host: Host, programs: Programs, tmp_path: Path) -> None:
-    victim = taken_over(host, programs, tmp_path, [GRAFT])
+def test_the_next_process_with_its_id_is_left_alone(host: Host, programs: Programs, tmp_path: Path) -> None:
+    victim = process_with_reused_id(host, programs, tmp_path, [GRAFT])
     with pytest.raises(subprocess.TimeoutExpired):
         victim.process.wait(0.2)
 
 
 def test_control_without_the_defence_it_is_killed(host: Host, programs: Programs, tmp_path: Path) -> None:
-    victim = taken_over(host, programs, tmp_path, [sys.executable, COMMAND, "listener"])
+    victim = process_with_reused_id(host, programs, tmp_path, graft_without("listener"))
     victim.says(f"ended -{signal.SIGKILL}")

@@ -1,21 +1,18 @@
-"""A socket's signals go to nobody whom its program could not signal itself."""
+"""A socket's signals reach only processes that its program may signal itself."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
 
-from tests.hostile.conftest import Victims
-from tests.hostile.undefended import COMMAND
+from tests.hostile.conftest import Victims, graft_without
 from tests.support.building import Programs
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, HOST4
-from tests.support.program import Program, start
+from tests.support.program import Program
 from tests.support.shell import Word, run
 
 pytestmark = pytest.mark.e2e
@@ -26,17 +23,17 @@ AS_NOBODY = ("--user", "nobody")
 
 
 def outgoing(host: Host) -> list[Word]:
-    """Rules for a program of nobody's that may connect to one destination."""
+    """Rules for a program of the user nobody that may connect to one destination."""
     return [*AS_NOBODY, "-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}", "--"]
 
 
-def undefended(*words: Word) -> list[str]:
-    """`graft run` with the socket's signals carried as root, as they once were."""
-    return [sys.executable, str(COMMAND), "signals", "run", *map(str, words)]
+def run_without_defence(*words: Word) -> list[Word]:
+    """`graft run` where root copies the settings for a socket's signals."""
+    return [*graft_without("signals"), "run", *words]
 
 
 def ended(victim: subprocess.Popen[bytes], within: float) -> int | None:
-    """The signal that ended it, None where it lives."""
+    """The signal that ended it; None where it still runs."""
     try:
         return -victim.wait(within)
     except subprocess.TimeoutExpired:
@@ -55,44 +52,40 @@ def test_a_refused_connection_kills_no_process_of_roots(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_control_without_the_defence_it_kills(host: Host, programs: Programs, victims: Victims, way: str) -> None:
+def test_control_without_the_defence_it_kills_one(host: Host, programs: Programs, victims: Victims, way: str) -> None:
     victim = victims(ROOT)
     attack: list[Word] = [programs["killing"], way, victim.pid, "connect", CLIENT4, 9]
-    result = run(undefended(*outgoing(host), *attack), environment=host.environment, status=0)
+    result = run(run_without_defence(*outgoing(host), *attack), environment=host.environment, status=0)
     assert result.stdout == "connect ECONNREFUSED\n"
     assert ended(victim, 10) == signal.SIGKILL
 
 
-def came(host: Host, program: Program, port: int) -> None:
+def let_a_client_come(host: Host, program: Program, port: int) -> None:
     program.says("listening")
     host.client.connected(HOST4, port).close()
     program.says("poll 1")
 
 
-def listening(host: Host, programs: Programs, port: int, whom: int) -> Sequence[Word]:
+def listening(host: Host, programs: Programs, port: int, victim: int) -> Sequence[Word]:
     rules = [*AS_NOBODY, "-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}", "--"]
-    return [*rules, programs["killing"], "process", whom, "bind", "0.0.0.0", 80]
+    return [*rules, programs["killing"], "process", victim, "bind", "0.0.0.0", 80]
 
 
-def test_a_client_that_comes_kills_no_process_of_roots(host: Host, programs: Programs, victims: Victims) -> None:
+def test_a_new_client_kills_no_process_of_roots(host: Host, programs: Programs, victims: Victims) -> None:
     victim, port = victims(ROOT), host.port()
-    came(host, host.start(*listening(host, programs, port, victim.pid)), port)
+    let_a_client_come(host, host.start(*listening(host, programs, port, victim.pid)), port)
     assert ended(victim, 0.2) is None
 
 
-def test_control_without_the_defence_a_client_that_comes_kills(
-    host: Host, programs: Programs, victims: Victims
-) -> None:
+def test_control_without_the_defence_a_new_client_kills_it(host: Host, programs: Programs, victims: Victims) -> None:
     victim, port = victims(ROOT), host.port()
-    command = undefended(*listening(host, programs, port, victim.pid))
-    program = start(command, {**os.environ, **host.environment})
-    host.started.append(program)
-    came(host, program, port)
+    command = run_without_defence(*listening(host, programs, port, victim.pid))
+    let_a_client_come(host, host.start_command(command), port)
     assert ended(victim, 10) == signal.SIGKILL
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_signals_that_a_program_may_send_still_come(
+def test_the_signals_that_a_program_may_send_still_arrive(
     host: Host, programs: Programs, victims: Victims, way: str
 ) -> None:
     victim = victims(NOBODY)

@@ -1,10 +1,8 @@
-"""What a container does with its sockets neither holds the operator's commands up nor hides from them."""
+"""A container's sockets can neither block the operator's commands nor be hidden from them."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,11 +12,12 @@ import pytest
 
 from graft.kernel import cgroup, sockets, tasks
 from graft.kernel.pidfd import threads_have_pidfds
-from tests.hostile.undefended import COMMAND
+from tests.hostile.conftest import graft_without
 from tests.support.building import Programs
+from tests.support.cgroups import in_cgroup, new_cgroup
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import HOST4
-from tests.support.program import Program, start
+from tests.support.program import Program
 from tests.support.puppet import puppet
 from tests.support.shell import Word, run
 from tests.support.wait import until
@@ -32,26 +31,26 @@ HOWS = ("listen", "connect", "udp", pytest.param("fastopen", marks=before_6_9))
 
 
 @pytest.fixture
-def folder(host: Host) -> Iterator[Path]:
-    """A cgroup outside Graft's own, for a container in the host's namespace."""
-    path = cgroup.v2_mount() / f"hostile-{os.getpid()}"
-    path.mkdir()
-    yield path
-    cgroup.kill(path)
-    host.graft("detach", "--cgroup", path, status=None)
-    cgroup.remove(path)
+def container(host: Host) -> Iterator[Path]:
+    """The cgroup of a container in the host's namespace; it is detached when its processes have ended."""
+    with new_cgroup("hostile") as path:
+        yield path
+        cgroup.kill(path)
+        host.remove_at(path)
+
+
+LockSocket = Callable[..., Program]
 
 
 @pytest.fixture
-def holder(host: Host, programs: Programs, folder: Path) -> Iterator[Callable[..., Program]]:
-    """Starts a process that holds the lock of a socket of its own, in a cgroup. It lets go at the end."""
+def lock_socket(host: Host, programs: Programs, container: Path) -> Iterator[LockSocket]:
+    """Starts a process of the container that keeps a socket of its own locked until `unlock`, or its end."""
     started: list[Program] = []
 
     def begin(how: str, address: str, port: int) -> Program:
-        enter = ["sh", "-c", f'echo 0 > {folder}/cgroup.procs && exec "$@"', "-"]
-        command = host.netns.command(*enter, programs["holding"], how, address, port)
-        started.append(start(command, talk=True))
-        started[-1].says("held")
+        command = host.netns.command(*in_cgroup(container), programs["locking"], how, address, port)
+        started.append(host.start_command(command, talk=True))
+        started[-1].says("locked")
         return started[-1]
 
     yield begin
@@ -59,106 +58,101 @@ def holder(host: Host, programs: Programs, folder: Path) -> Iterator[Callable[..
         one.stop()
 
 
-def asked(host: Host, holder: Program, command: Sequence[Word], *words: Word, status: int = 0) -> str:
-    """What a command says, which has to end by itself. One that hangs is released, and fails the test."""
-    program = start([*command, *words], {**os.environ, **host.environment})
+def output_of(host: Host, locker: Program, command: Sequence[Word], *words: Word, status: int = 0) -> str:
+    """The output of a command that has to end by itself. One that hangs is released, and fails the test."""
+    program = host.start_command([*command, *words])
     try:
         assert program.wait() == status, program.complained
         return program.said + program.complained
     finally:
         if program.process.poll() is None:
-            let_go(holder)
-        program.stop()
+            unlock(locker)
 
 
-def let_go(holder: Program) -> None:
-    holder.tell("go on\n")
-    holder.says("released")
+def unlock(locker: Program) -> None:
+    """Let the process unlock its socket."""
+    locker.tell("go on\n")
+    locker.says("released")
 
 
-def hangs(host: Host, holder: Program, defence: str, *words: Word) -> None:
-    """A command without a defence waits for the holder, uninterruptibly, and goes on when that lets go."""
-    program = start([sys.executable, COMMAND, defence, *words], {**os.environ, **host.environment})
+def assert_hangs(host: Host, locker: Program, defence: str, *words: Word) -> None:
+    """A command without a defence waits for the socket's lock, and cannot be killed."""
+    program = host.start_command([*graft_without(defence), *words])
     try:
-        program.until("it waits for a lock", lambda: waits_for_good(program.process.pid))
+        program.until("it waits for a lock", lambda: waits_for_socket_lock(program.process.pid))
         program.process.kill()
-        assert waits_for_good(program.process.pid), "it could be killed"
+        assert waits_for_socket_lock(program.process.pid), "it could be killed"
     finally:
-        let_go(holder)
+        unlock(locker)
         program.stop()
 
 
-def waits_for_good(pid: int) -> bool:
+def waits_for_socket_lock(pid: int) -> bool:
     """Whether it waits for a socket's lock. (Any process may be in state D for a moment, for a page of a file.)"""
     activity = tasks.activity(pid)
     return activity is not None and activity.state == "D" and "lock_sock" in Path(f"/proc/{pid}/stack").read_text()
 
 
-def attach(host: Host, folder: Path, port: int) -> str:
-    """Attach the container in ``folder``: its port 80 becomes ``port`` of the host. Gives the endpoint's name."""
+def attach(host: Host, container: Path, port: int) -> str:
+    """Attach a container: its port 80 becomes ``port`` of the host. Gives the endpoint's name."""
     endpoint = host.endpoint(f"0.0.0.0:{port}")
-    host.graft("attach", "--cgroup", folder, "-i", f"0.0.0.0:80={endpoint}")
+    host.graft("attach", "--cgroup", container, "-i", f"0.0.0.0:80={endpoint}")
     return endpoint
 
 
 def target(host: Host, how: str, stack: ExitStack) -> tuple[str, int]:
-    """Where the holder binds, or whom it connects to."""
+    """The address that the process binds, or connects to."""
     if how in ("listen", "udp"):
         return "0.0.0.0", 80
     listener = stack.enter_context(host.netns.listener(HOST4))
     return HOST4, int(listener.getsockname()[1])
 
 
-# --- a lock that is held ----------------------------------------------------------------------------
+# --- a locked socket --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_no_command_waits_for_a_socket_that_is_held(
-    host: Host, folder: Path, holder: Callable[..., Program], tmp_path: Path, how: str
+def test_no_command_waits_for_a_locked_socket(
+    host: Host, container: Path, lock_socket: LockSocket, tmp_path: Path, how: str
 ) -> None:
     port = host.port()
-    endpoint = attach(host, folder, port)
+    endpoint = attach(host, container, port)
     with ExitStack() as stack:
-        program = holder(how, *target(host, how, stack))
+        program = lock_socket(how, *target(host, how, stack))
         policy = tmp_path / "again.yaml"
         policy.write_text(f"name: again\ningress:\n  - bind: 0.0.0.0:80\n    endpoint: {endpoint}\n")
-        (seen,) = json.loads(asked(host, program, [GRAFT], "ps", "--json"))
-        assert [one["pid"] for one in seen["sockets"]] == [child(program)]
-        asked(host, program, [GRAFT], "ps")
-        asked(host, program, [GRAFT], "attach", "--cgroup", folder, "--policy", policy)
-        asked(host, program, [GRAFT], "policy", "apply", policy)
-        asked(host, program, [GRAFT], "policy", "show", folder)
-        asked(host, program, [GRAFT], "ep", "del", "--force", endpoint)
-
-
-def child(program: Program) -> int:
-    """The process id of what `nsenter` and `sh` have become."""
-    return program.process.pid
+        (seen,) = json.loads(output_of(host, program, [GRAFT], "ps", "--json"))
+        assert [one["pid"] for one in seen["sockets"]] == [program.process.pid]
+        output_of(host, program, [GRAFT], "ps")
+        output_of(host, program, [GRAFT], "attach", "--cgroup", container, "--policy", policy)
+        output_of(host, program, [GRAFT], "policy", "apply", policy)
+        output_of(host, program, [GRAFT], "policy", "show", container)
+        output_of(host, program, [GRAFT], "ep", "del", "--force", endpoint)
 
 
 @pytest.mark.parametrize("how", ["listen", "udp"])
-def test_detach_ends_all_the_others_and_says_which_it_could_not(
-    host: Host, folder: Path, holder: Callable[..., Program], how: str
+def test_detach_closes_all_other_sockets_and_says_which_it_could_not(
+    host: Host, container: Path, lock_socket: LockSocket, how: str
 ) -> None:
     port, free = host.port(), host.port()
-    attach(host, folder, port)
-    held_one = f"{'udp unconnected' if how == 'udp' else 'tcp listening'} 0.0.0.0:{port}"
+    attach(host, container, port)
+    locked = f"{'udp unconnected' if how == 'udp' else 'tcp listening'} 0.0.0.0:{port}"
     other = "tcp" if how == "udp" else "udp"  # on the same endpoint
-    with puppet(folder, host.netns.path) as program:
+    with puppet(container, host.netns.path) as program:
         sock = program.socket(other)
         assert program.say("bind", sock, "0.0.0.0", 80) == "ok"
         if other == "tcp":
             assert program.say("listen", sock) == "ok"
-        attacker = holder(how, "0.0.0.0", 80)
-        said = asked(host, attacker, [GRAFT], "detach", "--cgroup", folder, status=UNFINISHED)
-        ended, _, unended = said.partition("not ended")
-        assert f"{other} " in ended and f"{held_one} (process {child(attacker)}" in unended
-        assert "1 socket of" in said and "could not be ended (process" in said
-        assert program.bind("0.0.0.0", free) == "ok" and json.loads(host.graft("ps", "--json").stdout) == []
+        attacker = lock_socket(how, "0.0.0.0", 80)
+        said = output_of(host, attacker, [GRAFT], "detach", "--cgroup", container, status=UNFINISHED)
+        closed, _, still_open = said.partition("not closed")
+        assert f"{other} " in closed and f"{locked} (process {attacker.process.pid}" in still_open
+        assert "cannot close 1 socket of" in said and "(process" in said.rpartition("cannot close")[2]
+        assert program.bind("0.0.0.0", free) == "ok" and host.ps() == []
         assert how == "listen" or not host.netns.listens(port)
-        # What goes on trying has done it as soon as it can.
+        # The helper keeps trying, and closes it as soon as it is unlocked.
         helper = int(said.rpartition("(process ")[2].split()[0])
-        let_go(attacker)
+        unlock(attacker)
         until("the helper ends", lambda: (tasks.activity(helper) or tasks.Activity("Z", 0, 0)).state == "Z")
         assert not host.netns.listens(port)
 
@@ -166,117 +160,112 @@ def test_detach_ends_all_the_others_and_says_which_it_could_not(
 @pytest.mark.parametrize("words", [("ps",), ("detach", "--cgroup")], ids=["ps", "detach"])
 @pytest.mark.parametrize("how", ["listen", "udp"])
 def test_control_without_the_defence_a_command_waits(
-    host: Host, folder: Path, holder: Callable[..., Program], how: str, words: Sequence[str]
+    host: Host, container: Path, lock_socket: LockSocket, how: str, words: Sequence[str]
 ) -> None:
-    attach(host, folder, host.port())
-    program = holder(how, "0.0.0.0", 80)
-    hangs(host, program, "asking", *words, *([folder] if words[-1] == "--cgroup" else []))
+    attach(host, container, host.port())
+    program = lock_socket(how, "0.0.0.0", 80)
+    assert_hangs(host, program, "asking", *words, *([container] if words[-1] == "--cgroup" else []))
 
 
-def test_where_the_kernel_does_not_answer_commands_say_so_and_go_on(host: Host, folder: Path) -> None:
-    attach(host, folder, host.port())
-    command: list[Word] = [sys.executable, COMMAND, "listing"]
-    with puppet(folder, host.netns.path) as program:
+def test_where_the_kernel_does_not_answer_commands_say_so_and_continue(host: Host, container: Path) -> None:
+    attach(host, container, host.port())
+    command: list[Word] = graft_without("listing")
+    with puppet(container, host.netns.path) as program:
         program.listener("0.0.0.0", 80)
         (seen,) = json.loads(run([*command, "ps", "--json"], environment=host.environment, status=0).stdout)
         assert (seen["processes"], seen["sockets"]) == (1, None)
-        detached = run([*command, "detach", "--cgroup", folder], environment=host.environment, status=UNFINISHED)
-        assert detached.stdout == f"{folder.name}: detached\n"
-        assert "does not answer which sockets" in detached.stderr
-        assert json.loads(host.graft("ps", "--json").stdout) == []
+        detached = run([*command, "detach", "--cgroup", container], environment=host.environment, status=UNFINISHED)
+        assert detached.stdout == f"{container.name}: detached\n"
+        assert "cannot list the sockets of" in detached.stderr
+        assert host.ps() == []
 
 
-# --- a descriptor that is out of sight --------------------------------------------------------------
+# --- a hidden descriptor ----------------------------------------------------------------------------
 
 HIDING = ("thread", "leader", "message")
 
 
 def hidden(host: Host, programs: Programs, way: str, command: Sequence[Word], status: int = 0) -> tuple[str, str]:
-    """What detaching a container says, and what becomes of the listener that it hid."""
+    """The output of `graft detach`, and what the program says of the listener that it had hidden."""
     port = host.port()
     rules: list[Word] = ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}", "--"]
-    command_line = [GRAFT, "run", *rules, programs["hiding"], way, "0.0.0.0", 80]
-    program = start(command_line, {**os.environ, **host.environment}, talk=True)
-    host.started.append(program)
+    program = host.start(*rules, programs["hiding"], way, "0.0.0.0", 80, talk=True)
     program.says("listening")
-    detached = start([*command, "detach", "--cgroup", host.container(program).name], {**os.environ, **host.environment})
+    detached = host.start_command([*command, "detach", "--cgroup", host.container(program).name])
     assert detached.wait() == status
     said = detached.said + detached.complained
-    detached.stop()
     program.tell("go on\n")
     program.until("it looks at its listener", lambda: len(program.said.splitlines()) == 2)
     return said, program.said.splitlines()[1]
 
 
 @pytest.mark.parametrize("way", HIDING)
-def test_detach_ends_a_listener_wherever_its_descriptor_is(host: Host, programs: Programs, way: str) -> None:
+def test_detach_closes_a_listener_whose_descriptor_is_hidden(host: Host, programs: Programs, way: str) -> None:
     said, state = hidden(host, programs, way, [GRAFT], 0 if can_destroy else UNFINISHED)
     assert state == ("ended" if can_destroy else "still listens")
     assert "in no process" in said if way == "message" else "(process" in said
 
 
 @pytest.mark.parametrize("way", HIDING)
-def test_control_without_the_defence_it_listens_on(host: Host, programs: Programs, way: str) -> None:
-    assert hidden(host, programs, way, [sys.executable, COMMAND, "tags"])[1] == "still listens"
+def test_control_without_the_defence_it_still_listens(host: Host, programs: Programs, way: str) -> None:
+    assert hidden(host, programs, way, graft_without("tags"))[1] == "still listens"
 
 
 @pytest.mark.parametrize("way", HIDING)
-def test_where_the_kernel_cannot_be_asked_it_takes_a_descriptor(host: Host, programs: Programs, way: str) -> None:
+def test_on_kernels_that_close_no_socket_detach_needs_a_descriptor(host: Host, programs: Programs, way: str) -> None:
     lost = way == "message" or not threads_have_pidfds()
-    command: list[Word] = [sys.executable, COMMAND, "destroy"]
+    command: list[Word] = graft_without("destroy")
     said, state = hidden(host, programs, way, command, UNFINISHED if lost else 0)
     assert state == ("still listens" if lost else "ended")
-    assert ("1 socket of hiding could not be ended" in said) == lost
+    assert ("cannot close 1 socket of hiding" in said) == lost
 
 
-# --- a supervisor that is held up -------------------------------------------------------------------
+# --- a blocked supervisor ---------------------------------------------------------------------------
 
 
 @pytest.fixture
-def captive(host: Host, programs: Programs) -> Iterator[Program]:
+def blocking(host: Host, programs: Programs) -> Program:
     """A program of `graft run` that keeps its own supervisor waiting."""
     rules: list[Word] = ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{host.port()}')}", "--"]
-    command = [GRAFT, "run", *rules, programs["holding"], "call", "127.0.0.1", 8080]
-    program = start(command, {**os.environ, **host.environment}, talk=True)
-    program.says("held")
-    program.until("its supervisor waits for it", lambda: waits_for_good(host.supervisor_or_0(program)))
-    yield program
-    program.stop()
+    program = host.start(*rules, programs["locking"], "call", "127.0.0.1", 8080, talk=True)
+    program.says("locked")
+    program.until("its supervisor waits for it", lambda: waits_for_socket_lock(host.supervisor_or_0(program)))
+    return program
 
 
 def supervision(host: Host, program: Program, command: Sequence[Word]) -> tuple[dict[str, Any], str]:
-    """What `graft ps` says of a program, as a record and as a line."""
+    """The record and the line that `graft ps` has of a program."""
     number = host.container(program).id
-    records = json.loads(asked(host, program, command, "ps", "--json"))
-    lines = asked(host, program, command, "ps").splitlines()
+    records = json.loads(output_of(host, program, command, "ps", "--json"))
+    lines = output_of(host, program, command, "ps").splitlines()
     record = next(one for one in records if one["id"] == number)
     return record, next(line for line in lines if line.startswith(f"{number}\t"))
 
 
-def test_ps_says_that_a_supervisor_does_not_answer(host: Host, captive: Program) -> None:
-    supervisor = host.supervisor(captive)
-    record, line = supervision(host, captive, [GRAFT])
+def test_ps_says_that_a_supervisor_does_not_answer(host: Host, blocking: Program) -> None:
+    supervisor = host.supervisor(blocking)
+    record, line = supervision(host, blocking, [GRAFT])
     assert (record["supervisor"], record["stuck"]) == (supervisor, [supervisor])
     assert f"\t{supervisor} does not answer\t" in line
-    let_go(captive)
-    record, line = supervision(host, captive, [GRAFT])
+    unlock(blocking)
+    record, line = supervision(host, blocking, [GRAFT])
     assert (record["supervisor"], record["stuck"]) == (supervisor, [])
     assert f"\t{supervisor}\t" in line
 
 
-def test_control_without_the_defence_it_seems_to_be_at_work(host: Host, captive: Program) -> None:
-    record, line = supervision(host, captive, [sys.executable, COMMAND, "liveness"])
+def test_control_without_the_defence_it_seems_to_answer(host: Host, blocking: Program) -> None:
+    record, line = supervision(host, blocking, graft_without("liveness"))
     assert record["stuck"] == [] and "does not answer" not in line
 
 
-def test_a_supervisor_that_is_held_up_is_its_own_containers_loss_alone(host: Host, captive: Program) -> None:
+def test_a_blocked_supervisor_affects_its_own_container_only(host: Host, blocking: Program) -> None:
     port = host.port()
     rules = ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"]
     other = host.start(*rules, "--", "busybox", "nc", "-ll", "-p", "80", "-e", "true")
     other.until("another container listens", lambda: host.netns.listens(port))
-    assert len(json.loads(asked(host, captive, [GRAFT], "ps", "--json"))) == 2
-    asked(host, captive, [GRAFT], "detach", "--cgroup", host.container(captive).name)
-    supervisor = host.supervisor(captive)
-    captive.process.terminate()
-    captive.wait()  # the program is gone, and with it what its supervisor waited for
+    assert len(json.loads(output_of(host, blocking, [GRAFT], "ps", "--json"))) == 2
+    output_of(host, blocking, [GRAFT], "detach", "--cgroup", host.container(blocking).name)
+    supervisor = host.supervisor(blocking)
+    blocking.process.terminate()
+    blocking.wait()  # the program is gone, and with it what its supervisor waited for
     until("its supervisor is gone", lambda: not Path(f"/proc/{supervisor}").exists())

@@ -1,6 +1,7 @@
-"""The command line with one of its defences left out, for controls: an attack that fails must work here.
+"""A command line with one of its defences left out, for controls: an attack that fails must work here.
 
     python undefended.py DEFENCE run ...
+    python undefended.py DEFENCE runtime ...    the OCI runtime
 
 Nothing of this is in the product. What is put back here is what there was before the defence. One that the hooks
 hold is left out of the BPF programs' text, so that it matters what `up` is run with (tests/hostile/conftest.py).
@@ -18,40 +19,48 @@ import struct
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft import compiler, descriptors, expendable, held, liveness, twin
-from graft.containers import Container
-from graft.data import bpf_source_dir
+from graft.datapath import bcc_compiler
+from graft.datapath.sources import bpf_source_dir
 from graft.kernel import capabilities, cgroup, keyring, sockets, terminal
 from graft.kernel.pidfd import pidfd_getfd
 from graft.kernel.syscalls import syscall
-from graft.runtime import listen
-from graft.runtime.state import State
-from graft.settings import Settings
+from graft.model.settings import Settings
+from graft.model.transport import Home
+from graft.oci import listener
+from graft.oci.state import State
+from graft.state import helper_process, inventory, liveness, socket_holders
+from graft.state.records import Container
+from graft.swap import socket_copy, socket_pool, supervisor
+from graft.swap.decision import Action, Decision, SocketFacts
 
 COMMAND = Path(__file__).resolve()
 
 
 def _signals() -> None:
-    def carry_signals(old: int, new: int) -> None:
+    def copy_signal_owner(old: int, new: int) -> None:
         fcntl.fcntl(new, 15, fcntl.fcntl(old, 16, struct.pack("=ii", 0, 0)))
         fcntl.fcntl(new, 10, fcntl.fcntl(old, 11))
         fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_ASYNC)
 
-    twin._carry_signals = carry_signals
+    socket_copy._copy_signal_owner = copy_signal_owner
 
 
 def _rights() -> None:
     def as_it_is(_least: int, value: int) -> int:
         return value
 
-    # Names that graft/twin.py looks up when it carries an option.
-    twin.__dict__["with_capabilities"] = lambda *_: contextlib.nullcontext()
-    twin.__dict__["max"] = as_it_is
+    # Names that graft/swap/socket_copy.py looks up when it copies an option.
+    socket_copy.__dict__["with_capabilities"] = lambda *_: contextlib.nullcontext()
+    socket_copy.__dict__["max"] = as_it_is
+
+
+def _opener() -> None:
+    """A twin's file is opened as root."""
+    socket_pool.__dict__["owning_files_as"] = lambda *_: contextlib.nullcontext()
 
 
 Change = tuple[str, str, str]
@@ -65,15 +74,15 @@ def _at_once(file: str, function: str, statement: str) -> Change:
 
 HOOKS: dict[str, tuple[Change, ...]] = {
     # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
-    "bound": (("place.bpf.c", "\tif (place.port != tag->given)\n\t\treturn 0;\n", "\treturn 1;\n"),),
+    "bound": (("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", "\treturn 1;\n"),),
     # No hook looks at what comes in, or at what goes out.
     "packets in": (_at_once("packet.bpf.c", "int graft_skb_ingress(struct __sk_buff *skb)", "return PASS;"),),
     "packets out": (_at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),),
     # A listener for whose tag there is no memory goes on.
     "memory": (
         _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
-        ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->heard = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
-        ("packet.bpf.c", "|| hears_everybody(sk, &owner);", "|| !owner.tag || hears_everybody(sk, &owner);"),
+        ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->open_port = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
+        ("packet.bpf.c", "|| accepts_anyone(sk, &owner);", "|| !owner.tag || accepts_anyone(sk, &owner);"),
     ),
     # An IPv6 bind takes the IPv4 port along.
     "ipv4": (
@@ -84,24 +93,70 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "protocols": (_at_once("owner.bpf.c", "int has_rules(u32 type, u32 protocol)", "return 1;"),),
     # No address at all is judged as it stands.
     "unspecified": (
-        _at_once("rules.bpf.c", "void name_loopback(struct asked *asked, int host)", "return;"),
+        _at_once("rules.bpf.c", "void substitute_loopback(struct request *request, int host)", "return;"),
         _at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
     ),
     # A datagram leaves from the address that it names.
-    "source": (("connect.bpf.c", "if (verdict == PASS && asked.confined && ip)", "if (0)"),),
-    # Nobody looks at whether a socket is tied to an interface, or bound to what it is granted no more.
-    "diverted": (_at_once("place.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),),
+    "source": (
+        ("connect.bpf.c", "\tif (ip || leaves_source_to_kernel(&request))\n", "\tif (0)\n"),
+        ("connect.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)", "0"),
+        ("connect.bpf.c", "if ((has_address || bound) && local.family != endpoint->family)", "if (0)"),
+    ),
+    # Any option may be set, and nobody looks at whether a socket is tied to an interface.
+    "options": (
+        _at_once("options.bpf.c", "int bypasses_policy(int level, int name)", "return 0;"),
+        _at_once("local_address.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),
+    ),
+    # Flow labels are leased by whoever likes.
+    "flow labels": (("options.bpf.c", "name == IPV6_FLOWLABEL_MGR || ", ""),),
+    # Nobody looks at whether a socket is bound to what it is granted no more.
     "lost": (
-        _at_once("place.bpf.c", "int has_lost(struct bpf_sock *sk, struct tag *tag, int bound)", "return 0;"),
-        _at_once("connect.bpf.c", "int has_address_to_lose(struct bpf_sock *sk, struct asked *asked)", "return 0;"),
+        _at_once(
+            "local_address.bpf.c",
+            "int has_lost_endpoint(struct bpf_sock *sk, struct tag *tag, int bound)",
+            "return 0;",
+        ),
+        _at_once("connect.bpf.c", "int must_clear_address(struct bpf_sock *sk, struct request *request)", "return 0;"),
     ),
     # A datagram that was begun goes where its begin was judged to go, whatever the rules say when it ends.
-    "begun": (("packet.bpf.c", "protocol != IPPROTO_UDP || !far_end_of_begun(skb, &far, family)", "protocol || 1"),),
+    "begun": (
+        ("packet.bpf.c", "protocol != IPPROTO_UDP || !read_pending_remote(skb, &remote, family)", "protocol || 1"),
+    ),
     # What a container listened with goes on without it.
     "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
+    # No hook refuses anything.
+    "hooks": tuple(
+        _at_once(f"{file}.bpf.c", f"int graft_{hook}(struct {context})", "return PASS;")
+        for file, hook, context in (
+            ("bind", "bind4", "bpf_sock_addr *ctx"),
+            ("bind", "bind6", "bpf_sock_addr *ctx"),
+            ("bind", "post_bind4", "bpf_sock *ctx"),
+            ("bind", "post_bind6", "bpf_sock *ctx"),
+            ("connect", "connect4", "bpf_sock_addr *ctx"),
+            ("connect", "connect6", "bpf_sock_addr *ctx"),
+            ("options", "setsockopt", "bpf_sockopt *ctx"),
+            ("listen", "sock_ops", "bpf_sock_ops *ctx"),
+            ("packet", "skb_ingress", "__sk_buff *skb"),
+            ("packet", "skb_egress", "__sk_buff *skb"),
+        )
+    ),
 }
+
+
+def _own_binds() -> None:
+    """A bind that no rule grants is made by the supervisor too, in the container's namespace, with its rights."""
+
+    def get_replacement(
+        self: supervisor.Supervisor, decision: Decision, facts: SocketFacts, owner: socket_pool.Owner
+    ) -> Any:
+        home = Home.HOST if decision.action is Action.TO_HOST else Home.CONTAINER
+        where = decision.netns if home is Home.HOST else facts.container_netns
+        return self._pool.get(home, where, facts.family, facts.protocol, owner)
+
+    supervisor.Supervisor._get_replacement = get_replacement  # type: ignore[method-assign]
+    vars(supervisor)["_TO_HOST"] = Action.TO_CONTAINER  # what `_replace` compares with before it binds
 
 
 def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
@@ -113,59 +168,62 @@ def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
             text = (folder / name).read_text()
             assert text.count(there) == 1, f"{name}: this stands there {text.count(there)} times: {there}"
             (folder / name).write_text(text.replace(there, instead))
-        compiler.__dict__["bpf_source_dir"] = lambda: folder
+        bcc_compiler.__dict__["bpf_source_dir"] = lambda: folder
 
     return leave_out
 
 
 def _shares() -> None:
     """One limit for the connections of all containers."""
-    from graft.splice import room, shares
+    from graft.splice import resources, shares
 
-    def may(self: shares.Share, count: int = 1) -> bool:
-        return self._of.free >= count
+    def can_take(self: shares.Share, count: int = 1) -> bool:
+        return self.shares.free >= count
 
-    shares.Share.may = may  # type: ignore[method-assign]
-    room.Room.recall = lambda self, count: None  # type: ignore[method-assign]
+    shares.Share.can_take = can_take  # type: ignore[method-assign]
+    resources.DaemonResources.reclaim = lambda self, count: None  # type: ignore[method-assign]
 
 
 def _turns() -> None:
-    """What the daemon has begun it brings to its end, whoever else waits."""
-    from graft.splice import jobs
+    """The daemon runs all steps of a job in one turn, whoever else waits."""
+    from graft.splice import container_service, jobs
+    from graft.splice.event_loop import EventLoop
 
-    def step(self: jobs.Job) -> None:
-        error: Exception | None = None
-        try:
-            for _ in self._steps:
-                pass
-        except Exception as raised:
-            error = raised
-        self._end(time.monotonic(), error)
+    def in_one_step(steps: jobs.Stepwise[None]) -> jobs.Stepwise[None]:
+        for _ in steps:
+            pass
+        yield from ()
 
-    jobs.Job._step = step  # type: ignore[method-assign]
+    def job(
+        loop: EventLoop, owner: int, steps: jobs.Stepwise[None], done: Callable[[BaseException | None], None]
+    ) -> jobs.Job:
+        return jobs.Job(loop, owner, in_one_step(steps), done)
+
+    vars(container_service)["Job"] = job
 
 
 def _aside() -> None:
     """The daemon waits for the installation's lock in its event loop."""
-    from graft.splice import aside
+    from graft.splice import background
 
-    def run(_self: aside.Aside, call: Callable[[], object], done: Callable[[object, Exception | None], None]) -> None:
+    def run(
+        _self: background.Background, call: Callable[[], object], done: Callable[[object, Exception | None], None]
+    ) -> None:
         done(call(), None)
 
-    aside.Aside.run = run  # type: ignore[method-assign,assignment]
+    background.Background.run = run  # type: ignore[method-assign,assignment]
 
 
 def _cgroup_id() -> None:
     """A cgroup is known by its path."""
-    from graft import containers
-    from graft.splice import relays, survey
+    from graft.splice import listeners, relays
 
-    containers.Container.is_there = property(lambda self: self.cgroup_path.exists())  # type: ignore[assignment]
-    vars(relays)["cgroup_ids"] = lambda path, _root: survey.cgroup_ids(path, 0)
+    Container.exists = property(lambda self: self.cgroup_path.exists())  # type: ignore[assignment]
+    vars(relays)["cgroup_ids"] = lambda path, _root: listeners.cgroup_ids(path, 0)
 
 
 def _terminal() -> None:
-    terminal.refuse_typing = lambda: None
+    terminal.refuse_terminal_injection = lambda: None
 
 
 def _keyring() -> None:
@@ -173,44 +231,46 @@ def _keyring() -> None:
 
 
 def _capabilities() -> None:
-    def give_up(capability: int) -> None:
+    def drop(capability: int) -> None:
         syscall("prctl", 24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, and no other set
 
-    capabilities.give_up = give_up
+    capabilities.drop = drop
 
 
 def _listener() -> None:
-    def refuse(self: listen.Reception, state: State, error: Exception, first: int | None) -> None:
-        self._say(f"{state.id}: refused, and ended: {error}")
+    def refuse(self: listener.ListenerServer, state: State, error: Exception, first: int | None) -> None:
+        self._report(f"{state.id}: refused, and ended: {error}")
         os.kill(state.pid, 9)
 
-    listen.Reception._refuse = refuse  # type: ignore[method-assign]
+    listener.ListenerServer._refuse = refuse  # type: ignore[method-assign]
 
 
 def _asking() -> None:
     """What was asked of a container's sockets was asked by the command itself, of a copy of each."""
 
-    def each(work: Callable[[Any], Any], items: Sequence[Any], patience: float = 0, finish: bool = False) -> Any:
-        return expendable.Done({number: work(item) for number, item in enumerate(items)}, 0)
+    def run_each(
+        work: Callable[[Any], Any], items: Sequence[Any], timeout: float = 0, keep_running: bool = False
+    ) -> Any:
+        return helper_process.HelperResult({number: work(item) for number, item in enumerate(items)}, 0)
 
-    def one(work: Callable[[], Any], patience: float = 0) -> Any:
+    def run_one(work: Callable[[], Any], timeout: float = 0) -> Any:
         return work()
 
-    def find(pids: Iterable[int], inodes: frozenset[int]) -> descriptors.Places:
+    def find(pids: Iterable[int], inodes: frozenset[int]) -> socket_holders.Places:
         found = looked_up(pids, inodes)
         for place in (place for places in found.values() for place in places):
             with socket.socket(fileno=pidfd_getfd(os.pidfd_open(place.pid), place.fd)):
                 pass  # which asks it for its family and its name
         return found
 
-    looked_up = descriptors.find
-    expendable.each, expendable.one, descriptors.find = each, one, find
+    looked_up = socket_holders.find
+    helper_process.run_each, helper_process.run_one, socket_holders.find = run_each, run_one, find
 
 
 def _tags() -> None:
     """A container's sockets were those of its processes, and of a process those of its first thread."""
 
-    def of(settings: Settings, listed: Sequence[Container], stack: held.HostStack) -> Any:
+    def sockets_by_container(settings: Settings, listed: Sequence[Container], stack: inventory.HostStack) -> Any:
         found = by_tags(settings, listed, stack)
         for container in listed:
             inside = cgroup.processes(container.cgroup_path)
@@ -221,8 +281,8 @@ def _tags() -> None:
             ]
         return found
 
-    by_tags: Any = held.of
-    held.of = of  # type: ignore[assignment]
+    by_tags: Any = inventory.sockets_by_container
+    inventory.sockets_by_container = sockets_by_container  # type: ignore[assignment]
 
 
 def _destroy() -> None:
@@ -232,7 +292,7 @@ def _destroy() -> None:
 
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
-    sockets.listed = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
+    sockets.list_sockets = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
 
 
 def _liveness() -> None:
@@ -242,6 +302,8 @@ def _liveness() -> None:
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
+    "own binds": _own_binds,
+    "opener": _opener,
     "shares": _shares,
     "turns": _turns,
     "aside": _aside,
@@ -259,7 +321,10 @@ DEFENCES: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    from graft_cli.main import main
+    from graft.oci.main import main as runtime
+    from graft_cli.main import main as command
 
     DEFENCES[sys.argv.pop(1)]()
-    main()
+    if sys.argv[1] == "runtime":
+        runtime(sys.argv[2:])
+    command()

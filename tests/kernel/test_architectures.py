@@ -1,7 +1,7 @@
 """The BPF programs as bcc compiles them on each architecture.
 
 It compiles for the host's ABI first, so their code differs between architectures, and the verifier has to accept
-each. ARCH tells bcc what it would find by itself on such a machine.
+each. The variable ARCH names the architecture to bcc.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from graft import loader
-from graft.compiler import CompileError, compile_text
-from graft.loader import Loaded
+from graft.datapath import loader
+from graft.datapath.bcc_compiler import CompileError, compile_text
+from graft.datapath.loader import Loaded
 
 pytestmark = pytest.mark.kernel
 
@@ -20,18 +20,18 @@ ARCHITECTURES = {"x86": "__x86_64__", "arm64": "__aarch64__"}  # what bcc calls 
 
 
 def taken(loaded: Loaded) -> dict[str, str]:
-    return {one.program.name: one.reason for one in loaded.verdicts}
+    return {one.program.name: one.reason for one in loaded.checks}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_bcc_compiles_for_the_architecture_that_it_is_told(
+def test_bcc_compiles_for_the_architecture_that_arch_names(
     root: None, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "asked.c"
     source.write_text(f"#ifndef {ARCHITECTURES[architecture]}\n#error another one\n#endif\n")
-    for told in ARCHITECTURES:
-        monkeypatch.setenv("ARCH", told)
-        if told == architecture:
+    for named in ARCHITECTURES:
+        monkeypatch.setenv("ARCH", named)
+        if named == architecture:
             compile_text([str(source)], {})
         else:
             with pytest.raises(CompileError, match="another one"):
@@ -46,6 +46,6 @@ def test_this_kernel_takes_the_programs_of_each_architecture(
     here, relay_here = loader.examine(), loader.examine_relay()
     monkeypatch.setenv("ARCH", architecture)
     there, relay_there = loader.examine(), loader.examine_relay()
-    assert there.is_complete, loader.logs(there.verdicts)
+    assert there.is_complete, loader.logs(there.checks)
     assert (taken(there), there.extensions) == (taken(here), here.extensions)
     assert taken(relay_there) == taken(relay_here)

@@ -1,4 +1,4 @@
-"""`graft ep`: what is kept, and every refusal as one clear line with its exit code."""
+"""`graft ep`: what is stored, and every refusal as one clear line with its exit code."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from graft import store
-from graft.endpoint import parse_endpoint
+from graft.kernel import netns
+from graft.model.endpoint import parse_endpoint
 from tests.support.installation import Host
+from tests.support.namespaces import namespace
 
 pytestmark = pytest.mark.kernel
 
@@ -36,16 +37,15 @@ def test_an_endpoint_is_shown_as_it_was_added(host: Host, words: list[str], show
 def test_json_has_every_field(host: Host) -> None:
     host.graft("ep", "add", "web", "[::]:80", "--open", "--netns", host.client.name)
     (found,) = json.loads(host.graft("ep", "show", "--json").stdout)
-    expected = {
+    assert {name: found[name] for name in ("name", "address", "family", "protocol", "open", "declared", "netns")} == {
         "name": "web",
         "address": "[::]:80",
         "family": "ipv6",
         "protocol": "any",
         "open": True,
         "declared": False,
+        "netns": host.client.name,
     }
-    assert found | expected == found
-    assert found["netns"] == host.client.name
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,14 @@ def test_json_has_every_field(host: Host) -> None:
 def test_what_is_wrong_is_one_clear_line_and_changes_nothing(
     host: Host, words: list[str], status: int, field: str
 ) -> None:
-    store.add(host.settings, parse_endpoint("web", "0.0.0.0:8080"))
-    before = store.listing(host.settings)
+    with host.installation.transaction() as change:
+        change.endpoints.add(parse_endpoint("web", "0.0.0.0:8080"))
+    before = host.installation.endpoints.listing()
     refused = host.graft("ep", *words, status=status)
     assert field in refused.stderr and "Traceback" not in refused.stderr
-    if not words[1].startswith("-"):  # an unknown option is typer's own affair
+    if not words[1].startswith("-"):  # typer reports an unknown option in its own words
         assert refused.stderr.startswith("graft: ") and refused.stderr.count("\n") == 1
-    assert store.listing(host.settings) == before
+    assert host.installation.endpoints.listing() == before
 
 
 def test_set_changes_an_endpoint_in_its_place(host: Host) -> None:
@@ -95,14 +96,10 @@ def test_set_changes_an_endpoint_in_its_place(host: Host) -> None:
 
 
 def test_a_namespace_outlives_the_name_that_it_was_given_by(host: Host) -> None:
-    from tests.support.namespaces import namespace
-
     with namespace("fleeting") as fleeting:
         cookie = fleeting.cookie
         host.graft("ep", "add", "web", "0.0.0.0:80", "--netns", fleeting.name)
     (kept,) = (host.settings.run_dir / "netns").glob("[0-9]*[0-9]")
-    from graft.kernel import netns
-
     assert netns.cookie(kept) == cookie
     host.graft("ep", "del", "web")
     assert not kept.exists()

@@ -1,4 +1,4 @@
-"""The relay in the kernel: each thing that goes wrong with a sockmap, on sockets of this process."""
+"""The relay in the kernel: each known defect of sockmaps, on sockets of this process."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from graft import compiler, loader
-from graft.data import bpf_source_dir
+from graft.datapath import bcc_compiler, loader
+from graft.datapath.layout import FlowValue
+from graft.datapath.loader import RELAY_MAPS
+from graft.datapath.sources import bpf_source_dir
 from graft.errors import KernelError
 from graft.kernel import tcp
-from graft.splice import handed, selftest, verdict
-from graft.splice.selftest import Trial, Wrong
+from graft.kernel.bpf import Map
+from graft.splice import kernel_flow, selftest, selftest_result
+from graft.splice.selftest import CheckFailed, Trial
+from graft.splice.selftest_result import SelftestResult
 from graft.splice.sockmap import Sockmap
-from graft.splice.verdict import Verdict
 
 pytestmark = pytest.mark.kernel
 
@@ -30,7 +34,7 @@ def trial_of(loaded: loader.Loaded) -> Trial:
 
 @pytest.fixture(scope="module")
 def loaded(root: None) -> loader.Loaded:
-    """The relay as `graft up` loads it, pinned nowhere."""
+    """The relay's program and maps as `graft up` loads them, without pins."""
     return loader.load_relay()
 
 
@@ -43,15 +47,32 @@ def trial(loaded: loader.Loaded) -> Iterator[Trial]:
     made.sockmap.close()
 
 
+def relay_map(loaded: loader.Loaded, name: str) -> Map[Any, Any]:
+    """One of the relay's maps: cookie of a flow's source -> what the map has of the flow."""
+    value = {"flows": FlowValue, "flow_taken": ctypes.c_uint64}.get(name, ctypes.c_int32)
+    return Map(loaded.map_fd(name), ctypes.c_uint64, value)
+
+
+def entries(loaded: loader.Loaded) -> dict[str, int]:
+    """How many entries each map has."""
+    return {name: len(list(relay_map(loaded, name).keys())) for name in RELAY_MAPS if name != "flow_events"}
+
+
 def moved_and_left(trial: Trial) -> list[tuple[int, int]]:
     """Of each flow, the client's first."""
     return [trial.sockmap.counts(number) for number in trial.sockmap.flows]
 
 
+def copies_in_user_space(trial: Trial) -> bool:
+    return any(side.flow_from.in_user_space for one in trial.connections for side in (one.near, one.far))
+
+
 def exactly(sock: socket.socket, count: int) -> bytes:
     found = b""
     while len(found) < count:
-        found += sock.recv(count - len(found))
+        part = sock.recv(count - len(found))
+        assert part, f"the stream ended after {len(found)} bytes of {count}"
+        found += part
     return found
 
 
@@ -78,8 +99,10 @@ def test_what_came_before_the_handover_is_moved_and_comes_first(trial: Trial, si
 
 def test_what_came_before_is_moved_though_nothing_more_comes(trial: Trial) -> None:
     client, server = trial.connected(b"all")
+    found: list[bytes] = []
     with client, server:
-        trial.while_relayed(lambda: exactly(server, 3))
+        trial.while_relayed(lambda: found.append(exactly(server, 3)))
+    assert found == [b"all"]
 
 
 def test_an_end_waits_for_what_is_in_the_kernels_queue(trial: Trial) -> None:
@@ -90,17 +113,19 @@ def test_an_end_waits_for_the_bytes_before_it_however_slow_their_reader(trial: T
     selftest.every_byte_arrives_and_no_end_overtakes(trial, 3_000_000, 0.001)
 
 
-def test_bytes_for_a_target_that_is_not_listed_are_kept_and_carried_by_hand(trial: Trial) -> None:
+def test_bytes_for_a_target_without_a_map_entry_are_left_and_copied_in_user_space(
+    loaded: loader.Loaded, trial: Trial
+) -> None:
     client, server = trial.connected()
     with client, server:
         trial.while_relayed(lambda: client.sendall(b"1"), lambda: exactly(server, 1))
         number = next(iter(trial.sockmap.flows))
-        trial.sockmap._targets.delete(ctypes.c_uint64(number))
+        relay_map(loaded, "flow_targets").delete(ctypes.c_uint64(number))
         trial.while_relayed(lambda: client.sendall(b"23"), lambda: exactly(server, 2))
         assert moved_and_left(trial)[0] == (1, 2)
 
 
-def test_a_target_that_is_behind_stops_the_sender_and_the_kernel_goes_on_afterwards(trial: Trial) -> None:
+def test_a_target_that_is_behind_stops_the_sender_and_the_kernel_continues_afterwards(trial: Trial) -> None:
     client, server = trial.connected()
     with client, server:
         total = 0
@@ -119,14 +144,14 @@ def test_a_target_that_is_behind_stops_the_sender_and_the_kernel_goes_on_afterwa
         [(_, left), _] = moved_and_left(trial)
         assert left > 0
         trial.while_relayed(lambda: exactly(server, total))
-        trial.until(lambda: all(flow.by_hand is False for flow in trial.sockmap.flows.values()), "still by hand")
+        trial.until(lambda: not copies_in_user_space(trial), "still copying")
         before = moved_and_left(trial)[0]
         trial.while_relayed(lambda: client.sendall(b"again"), lambda: exactly(server, 5))
         assert moved_and_left(trial)[0] == (before[0] + 5, before[1])
 
 
-def test_bytes_that_come_while_the_last_are_carried_are_carried_too(
-    trial: Trial, monkeypatch: pytest.MonkeyPatch
+def test_bytes_that_come_while_the_last_are_copied_are_copied_too(
+    loaded: loader.Loaded, trial: Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, server = trial.connected()
     with client, server:
@@ -134,25 +159,25 @@ def test_bytes_that_come_while_the_last_are_carried_are_carried_too(
         number = next(iter(trial.sockmap.flows))
         key = ctypes.c_uint64(number)
         [connection] = trial.connections
-        trial.sockmap._targets.delete(key)
-        real = trial.sockmap.take
+        relay_map(loaded, "flow_targets").delete(key)
+        report = trial.sockmap.report_copied
         late = [b"late"]
 
-        def take(flow: int, taken: int) -> None:
+        def report_copied(flow: int, copied: int) -> None:
             if late:
                 client.sendall(late.pop())
-                trial.sockmap._targets.put(key, ctypes.c_int32(connection.far.fd))
-            real(flow, taken)
+                relay_map(loaded, "flow_targets").put(key, ctypes.c_int32(connection.far.fd))
+            report(flow, copied)
 
-        monkeypatch.setattr(trial.sockmap, "take", take)
+        monkeypatch.setattr(trial.sockmap, "report_copied", report_copied)
         found: list[bytes] = []
         trial.while_relayed(lambda: client.sendall(b"23"), lambda: found.append(exactly(server, 6)))
         assert found == [b"23late"]
-        trial.until(lambda: not trial.sockmap.flows[number].by_hand, "still by hand")
+        trial.until(lambda: not copies_in_user_space(trial), "still copying")
 
 
 def test_what_the_kernel_moved_meanwhile_goes_before_what_it_left_again(
-    trial: Trial, monkeypatch: pytest.MonkeyPatch
+    loaded: loader.Loaded, trial: Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, server = trial.connected()
     with client, server:
@@ -160,31 +185,31 @@ def test_what_the_kernel_moved_meanwhile_goes_before_what_it_left_again(
         number = next(iter(trial.sockmap.flows))
         key = ctypes.c_uint64(number)
         [connection] = trial.connections
-        trial.sockmap._targets.delete(key)
-        real, asked = trial.sockmap.take, handed.Handed._queue_is_out
-        said: list[str] = []
+        relay_map(loaded, "flow_targets").delete(key)
+        report, is_empty = trial.sockmap.report_copied, kernel_flow.KernelFlow.kernel_queue_is_empty
+        calls: list[str] = []
 
-        def take(flow: int, taken: int) -> None:
-            if "taken" in said:
-                return real(flow, taken)
-            said.append("taken")
-            trial.sockmap._targets.put(key, ctypes.c_int32(connection.far.fd))
-            real(flow, taken)  # from here on the kernel moves
+        def report_copied(flow: int, copied: int) -> None:
+            if "report" in calls:
+                report(flow, copied)
+                return
+            calls.append("report")
+            relay_map(loaded, "flow_targets").put(key, ctypes.c_int32(connection.far.fd))
+            report(flow, copied)  # from here on the kernel moves
             client.sendall(b"moved ")
-            trial.sockmap._targets.delete(key)
+            relay_map(loaded, "flow_targets").delete(key)
             client.sendall(b"left")
-            return None
 
-        def queue_is_out(flow: handed.Handed) -> bool:
-            said.append("queue")
-            return asked(flow)
+        def kernel_queue_is_empty(flow: kernel_flow.KernelFlow) -> bool:
+            calls.append("queue")
+            return is_empty(flow)
 
-        monkeypatch.setattr(trial.sockmap, "take", take)
-        monkeypatch.setattr(handed.Handed, "_queue_is_out", queue_is_out)
+        monkeypatch.setattr(trial.sockmap, "report_copied", report_copied)
+        monkeypatch.setattr(kernel_flow.KernelFlow, "kernel_queue_is_empty", kernel_queue_is_empty)
         found: list[bytes] = []
         trial.while_relayed(lambda: client.sendall(b"23 "), lambda: found.append(exactly(server, 13)))
         assert found == [b"23 moved left"]
-        assert said.index("taken") < len(said) - 1 - said[::-1].index("queue")
+        assert calls.index("report") < len(calls) - 1 - calls[::-1].index("queue")
 
 
 def test_a_handover_in_the_middle_does_not_depend_on_what_is_acknowledged_just_then(
@@ -194,7 +219,7 @@ def test_a_handover_in_the_middle_does_not_depend_on_what_is_acknowledged_just_t
     real, short = tcp.written, [3] * 4
     # Bytes that are acknowledged between the two questions are missing from the answer.
     monkeypatch.setattr(tcp, "written", lambda sock: real(sock) - (short.pop() if short else 0))
-    monkeypatch.setattr(handed, "_PATIENCE", 0.2)
+    monkeypatch.setattr(kernel_flow, "STALL_SECONDS", 0.2)
     client, server = trial.connected()
     with client, server:
 
@@ -209,7 +234,7 @@ def test_a_handover_in_the_middle_does_not_depend_on_what_is_acknowledged_just_t
         assert trial.sockmap.flows
 
 
-def test_a_flow_that_ended_before_its_handover_goes_by_splice(trial: Trial) -> None:
+def test_a_flow_that_ended_before_its_handover_is_moved_by_splice(trial: Trial) -> None:
     client, server = trial.connected()
     with client, server:
         client.sendall(b"short")
@@ -224,13 +249,13 @@ def test_a_flow_that_ended_before_its_handover_goes_by_splice(trial: Trial) -> N
 
         trial.while_relayed(answer, lambda: found.append(exactly(client, 5)))
         assert found == [b"short", b"reply"]
-        trial.until(lambda: not trial.connections, "left")
+        trial.until(lambda: not trial.connections, "the connection is still there")
 
 
-def test_a_flow_whose_kernel_keeps_bytes_back_is_reset_and_not_left_hanging(
+def test_a_flow_whose_kernel_does_not_send_all_bytes_is_reset_and_not_left_hanging(
     trial: Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handed, "_PATIENCE", 0.2)
+    monkeypatch.setattr(kernel_flow, "STALL_SECONDS", 0.2)
     real = tcp.received
     monkeypatch.setattr(tcp, "received", lambda sock: real(sock) + 1)  # as if a byte had been lost
     client, server = trial.connected()
@@ -247,55 +272,49 @@ def test_a_flow_whose_kernel_keeps_bytes_back_is_reset_and_not_left_hanging(
         trial.while_relayed(read)
 
 
-def test_nothing_is_left_of_connections_that_ended(trial: Trial) -> None:
+def test_nothing_is_left_of_connections_that_ended(loaded: loader.Loaded, trial: Trial) -> None:
     for size in range(20):
         selftest.every_byte_arrives_and_no_end_overtakes(trial, size, 0)
     assert not trial.sockmap.flows
-    assert not trial.sockmap._flows.keys()
-    assert not trial.sockmap._taken.keys()
-    assert not trial.sockmap._sources.keys()
-    assert not trial.sockmap._targets.keys()
+    assert not any(entries(loaded).values())
 
 
-def test_what_a_killed_daemon_left_is_forgotten(loaded: loader.Loaded) -> None:
-    first = trial_of(loaded)
-    first.sockmap._flows.put(ctypes.c_uint64(7), first.sockmap._flows._value())
-    first.sockmap.take(7, 3)
-    second = trial_of(loaded)
-    assert not second.sockmap._flows.keys()
-    assert not second.sockmap._taken.keys()
+def test_flows_of_a_killed_daemon_are_removed(loaded: loader.Loaded) -> None:
+    relay_map(loaded, "flows").put(ctypes.c_uint64(7), FlowValue())
+    relay_map(loaded, "flow_taken").put(ctypes.c_uint64(7), ctypes.c_uint64(3))
+    assert entries(loaded)["flows"] == entries(loaded)["flow_taken"] == 1
+    trial_of(loaded)
+    assert not any(entries(loaded).values())
 
 
 def test_this_kernel_passes_the_self_test(root: None) -> None:
-    assert verdict.test() == Verdict("")
+    assert selftest_result.run_selftest() == SelftestResult("")
 
 
-# What a kernel (or a mistake in the program) may do, and the self-test has to find.
+# What a kernel, or an error in the BPF program, may do, and the self-test has to find.
 MUTANTS = {
     "does not stop a sender": ("> GRAFT_MAX_BEHIND)", "> 0x7fffffff)"),
     "takes a bare end for data": ("if (!len)", "if (0)"),
     "drops": ("flow->moved += len;", "flow->moved += len; if (flow->moved > 20000) return SK_DROP;"),
-    "moves nothing": ("flow->moved += len;", "return leave(key, flow, taken, len);"),
-    "goes on while bytes are left behind": ("flow->left != taken ||", ""),
+    "moves nothing": ("flow->moved += len;", "return leave_with_source(key, flow, taken, len);"),
+    "continues while bytes are left behind": ("flow->left != taken ||", ""),
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_self_test_finds_a_kernel_that(
-    root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_self_test_finds_a_fault(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     old, new = MUTANTS[name]
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
     text = (sources / "relay.bpf.c").read_text()
     assert old in text
     (sources / "relay.bpf.c").write_text(text.replace(old, new))
-    monkeypatch.setattr(compiler, "bpf_source_dir", lambda: sources)
-    monkeypatch.setattr(selftest, "_SECONDS", 2.0)
-    monkeypatch.setattr(handed, "_PATIENCE", 0.2)
+    monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr(selftest, "CHECK_SECONDS", 2.0)
+    monkeypatch.setattr(kernel_flow, "STALL_SECONDS", 0.2)
     trial = trial_of(loader.load_relay())
-    with pytest.raises((Wrong, OSError)):
-        selftest.check(trial)
+    with pytest.raises((CheckFailed, OSError)):
+        selftest.run_checks(trial)
     trial.close()
 
 
@@ -305,6 +324,6 @@ def test_a_kernel_that_does_not_take_the_program_says_so(
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
     (sources / "relay.bpf.c").write_text("int graft_flow(struct __sk_buff *skb) { return *(int *)0; }")
-    monkeypatch.setattr(compiler, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
     with pytest.raises(KernelError, match="relay"):
         loader.load_relay()

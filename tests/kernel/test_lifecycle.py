@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from graft import attachments
+from graft.datapath import attachments
+from graft.datapath.dataplane import locked, supervisors_cgroup
+from graft.datapath.loader import MAPS
+from graft.datapath.programs import PROGRAMS
 from graft.kernel import bpf, cgroup
-from graft.lifecycle import locked, supervisors_cgroup
-from graft.loader import MAPS
-from graft.programs import PROGRAMS
-from tests.support.attached import attach_points
+from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.installation import GRAFT, Host
 from tests.support.puppet import puppet
 from tests.support.shell import run
@@ -31,16 +32,15 @@ def pins(host: Host) -> dict[str, int]:
 
 
 def beside(host: Host) -> list[str]:
-    """Other folders that a command made beside the pins."""
+    """Folders that a command left beside the pins."""
     return [one.name for one in host.settings.pin_dir.parent.glob(f"{host.settings.pin_dir.name}?*")]
 
 
-def test_up_pins_every_map_and_program_for_root_only(bare_host: Host) -> None:
-    bare_host.graft("up")
-    assert set(pins(bare_host)) >= {*MAPS, *(f"prog_{program.name}" for program in PROGRAMS)}
-    assert bare_host.settings.pin_dir.stat().st_mode & 0o077 == 0
-    assert all(pin.stat().st_mode & 0o077 == 0 for pin in bare_host.settings.pin_dir.iterdir())
-    assert beside(bare_host) == []
+def test_up_pins_every_map_and_program_for_root_only(host: Host) -> None:
+    assert set(pins(host)) >= {*MAPS, *(f"prog_{program.name}" for program in PROGRAMS)}
+    for path in (host.settings.pin_dir, *host.settings.pin_dir.iterdir()):
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert beside(host) == []
 
 
 def test_up_twice_changes_nothing(bare_host: Host) -> None:
@@ -97,47 +97,35 @@ def test_down_is_refused_while_a_program_runs_and_ends_it_by_force(bare_host: Ho
     assert not bare_host.settings.pin_dir.exists()
 
 
-def test_down_asks_before_it_frees_a_container_that_only_attach_brought(bare_host: Host) -> None:
-    path = cgroup.v2_mount() / f"{bare_host.settings.cgroup}-attached"
-    path.mkdir()
-    try:
-        with puppet(path, bare_host.netns.path, 0):
-            bare_host.graft("ep", "add", "web", "0.0.0.0:8080")
-            bare_host.graft("attach", "--cgroup", path, "-i", "0.0.0.0:80=web")
-            assert "--force" in bare_host.graft("down", status=4).stderr
-            bare_host.graft("down", "--force")
-            assert cgroup.populated(path)
-            assert not bare_host.settings.pin_dir.exists()
-    finally:
-        cgroup.kill(path)
-        cgroup.remove(path)
+def test_down_is_refused_while_a_container_is_attached_and_frees_it_by_force(bare_host: Host) -> None:
+    with new_cgroup("attached") as path, puppet(path, bare_host.netns.path, 0):
+        bare_host.graft("ep", "add", "web", "0.0.0.0:8080")
+        bare_host.graft("attach", "--cgroup", path, "-i", "0.0.0.0:80=web")
+        assert "--force" in bare_host.graft("down", status=4).stderr
+        bare_host.graft("down", "--force")
+        assert cgroup.populated(path)
+        assert not bare_host.settings.pin_dir.exists()
 
 
-def test_a_bad_record_keeps_no_command_from_working_and_hides_nothing_from_down(bare_host: Host) -> None:
-    path = cgroup.v2_mount() / f"{bare_host.settings.cgroup}-attached"
-    path.mkdir()
-    try:
-        with puppet(path, bare_host.netns.path, 0):
-            bare_host.graft("ep", "add", "web", "0.0.0.0:8080")
-            bare_host.graft("attach", "--cgroup", path, "-i", "0.0.0.0:80=web")
-            program = bare_host.start("--", "sh", "-c", "echo up; sleep 1000")
-            program.says("up")
-            records = list((bare_host.settings.run_dir / "containers").glob("*.json"))
-            assert len(records) == 2
-            for record in records:
-                record.write_text("{")
-            shown = bare_host.graft("ps")
-            assert shown.stdout == ""
-            assert all(f"graft: left out: {record}: not JSON" in shown.stderr for record in records)
-            bare_host.graft("run", "-i", "0.0.0.0:80=web", "--", "true")
-            assert "2 containers" in bare_host.graft("down", status=4).stderr
-            bare_host.graft("down", "--force")
-            assert program.wait() != 0
-            assert cgroup.populated(path)  # it shared the host's namespace from the start
-            assert not bare_host.settings.pin_dir.exists()
-    finally:
-        cgroup.kill(path)
-        cgroup.remove(path)
+def test_with_bad_records_commands_work_and_down_still_counts_their_containers(bare_host: Host) -> None:
+    with new_cgroup("attached") as path, puppet(path, bare_host.netns.path, 0):
+        bare_host.graft("ep", "add", "web", "0.0.0.0:8080")
+        bare_host.graft("attach", "--cgroup", path, "-i", "0.0.0.0:80=web")
+        program = bare_host.start("--", "sh", "-c", "echo up; sleep 1000")
+        program.says("up")
+        records = list((bare_host.settings.run_dir / "containers").glob("*.json"))
+        assert len(records) == 2
+        for record in records:
+            record.write_text("{")
+        shown = bare_host.graft("ps")
+        assert shown.stdout == ""
+        assert all(f"graft: cannot show a container: {record}: not JSON" in shown.stderr for record in records)
+        bare_host.graft("run", "-i", "0.0.0.0:80=web", "--", "true")
+        assert "2 containers" in bare_host.graft("down", status=4).stderr
+        bare_host.graft("down", "--force")
+        assert program.wait() != 0
+        assert cgroup.populated(path)  # it shared the host's namespace from the start
+        assert not bare_host.settings.pin_dir.exists()
 
 
 def test_a_data_plane_that_cannot_be_loaded_leaves_nothing(bare_host: Host, tmp_path: Path) -> None:
@@ -156,18 +144,17 @@ def python_path(first: Path) -> dict[str, str]:
     return {"PYTHONPATH": ":".join(filter(None, [str(first), os.environ.get("PYTHONPATH", "")]))}
 
 
-def test_a_command_that_finds_the_pins_compiles_nothing(bare_host: Host, tmp_path: Path) -> None:
-    bare_host.graft("up")
+def test_a_command_that_finds_the_pins_compiles_nothing(host: Host, tmp_path: Path) -> None:
     broken = tmp_path / "python"
     (broken / "bcc").mkdir(parents=True)
     (broken / "bcc" / "__init__.py").write_text("raise SystemExit('bcc was imported')\n")
-    environment = bare_host.environment | python_path(broken)
+    environment = host.environment | python_path(broken)
     for words in (["ep", "add", "web", "0.0.0.0:80"], ["ep", "show"], ["run", "-i", "0.0.0.0:80=web", "--", "true"]):
         result = run([GRAFT, *words], environment=environment)
         assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_an_up_that_was_killed_half_way_is_made_good_by_the_next(bare_host: Host) -> None:
+def test_the_next_up_repairs_what_a_killed_one_left(bare_host: Host) -> None:
     aside = bare_host.settings.pin_dir.with_name(f"{bare_host.settings.pin_dir.name}-new")
     process = subprocess.Popen([GRAFT, "up"], env={**os.environ, **bare_host.environment})
     until("the folder aside", aside.exists)
@@ -178,21 +165,21 @@ def test_an_up_that_was_killed_half_way_is_made_good_by_the_next(bare_host: Host
     assert set(pins(bare_host)) >= set(MAPS) and beside(bare_host) == []
 
 
-def test_pins_of_another_version_are_refused(bare_host: Host) -> None:
-    import ctypes
-
-    bare_host.graft("up")
-    settings = bare_host.maps.settings
+def test_pins_of_another_version_are_refused(host: Host) -> None:
+    settings = host.maps.settings
     value = settings.get(ctypes.c_uint32(0))
     assert value is not None
     value.version += 1
     settings.put(ctypes.c_uint32(0), value)
-    refused = bare_host.graft("ep", "show", status=4)
-    assert "another version" in refused.stderr and refused.stderr.count("\n") == 1
-    bare_host.graft("down")
+    try:
+        refused = host.graft("ep", "show", status=4)
+        assert "another version" in refused.stderr and refused.stderr.count("\n") == 1
+    finally:
+        value.version -= 1
+        settings.put(ctypes.c_uint32(0), value)
 
 
-def test_a_lock_that_down_took_away_is_no_lock(bare_host: Host) -> None:
+def test_who_waits_for_a_lock_that_down_removes_takes_a_new_one(bare_host: Host) -> None:
     entered = threading.Event()
 
     def wait_for_it() -> None:
@@ -202,19 +189,18 @@ def test_a_lock_that_down_took_away_is_no_lock(bare_host: Host) -> None:
     with locked(bare_host.settings):
         waiting = threading.Thread(target=wait_for_it)
         waiting.start()
-        held = bare_host.settings.run_dir / "lock"
-        until("somebody waits", lambda: f":{held.stat().st_ino} " in Path("/proc/locks").read_text().partition("->")[2])
-        held.unlink()
+        lock = bare_host.settings.run_dir / "lock"
+        until(
+            "the thread waits", lambda: f":{lock.stat().st_ino} " in Path("/proc/locks").read_text().partition("->")[2]
+        )
+        lock.unlink()
     waiting.join(10)
     assert entered.is_set()
-    assert (bare_host.settings.run_dir / "lock").exists(), "it locked a file that nobody else will ever find"
+    assert (bare_host.settings.run_dir / "lock").exists(), "it locked a file that no other command can find"
 
 
-def test_attaching_is_all_or_nothing(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    bare_host.graft("up")
-    folder = cgroup.v2_mount() / f"{bare_host.settings.cgroup}-other"
-    folder.mkdir()
-    try:
+def test_attaching_is_all_or_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_cgroup("other") as folder:
         real, calls = bpf.prog_attach, []
 
         def failing(cgroup_fd: int, prog_fd: int, kind: int) -> None:
@@ -225,17 +211,13 @@ def test_attaching_is_all_or_nothing(bare_host: Host, monkeypatch: pytest.Monkey
 
         monkeypatch.setattr(bpf, "prog_attach", failing)
         with pytest.raises(Exception, match="cannot attach"):
-            attachments.attach(bare_host.settings, folder, 1)
+            attachments.attach(host.settings, folder, 1)
         assert attach_points(folder) == set()
-    finally:
-        folder.rmdir()
 
 
-def test_maps_that_nobody_holds_any_more_cost_no_descriptors(host: Host) -> None:
-    from graft import store
-
-    store.listing(host.settings)
+def test_maps_that_are_no_longer_used_cost_no_descriptors(host: Host) -> None:
+    host.installation.endpoints.listing()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        store.listing(host.settings)
+        host.installation.endpoints.listing()
     assert len(os.listdir("/proc/self/fd")) == before

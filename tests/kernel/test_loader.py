@@ -7,15 +7,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from graft import attachments, compiler, doctor, lifecycle, loader
-from graft.data import bpf_source_dir
-from graft.errors import KernelError
-from graft.kernel import cgroup, helpers
-from graft.loader import ProgramsRefused
-from graft.programs import (
+from graft.commands import doctor
+from graft.datapath import attachments, bcc_compiler, dataplane, loader
+from graft.datapath.loader import ProgramsRefused
+from graft.datapath.programs import (
     ALL_PROGRAMS,
     EXTENSIONS,
     MPTCP,
@@ -23,29 +22,32 @@ from graft.programs import (
     PROGRAMS,
     RELAY_PROGRAM,
     SPLICE_PROGRAMS,
-    Verdict,
+    ProgramCheck,
     refused_calls,
 )
+from graft.datapath.sources import bpf_source_dir
+from graft.errors import KernelError
+from graft.kernel import helpers
 from tests.support.allowed_helpers import TABLE, table
-from tests.support.attached import attach_points
+from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.installation import Host
 
 pytestmark = pytest.mark.kernel
 
-Break = Callable[[str], None]
+AddForbiddenCall = Callable[[str], None]
 
 # bpf_skb_store_bytes: for packets only, so that no kernel has ever allowed it in a program of Graft's.
 _FORBIDDEN = "((int (*)(void *, u32, void *, u32, u64))9)(ctx, 0, 0, 0, 0);"
 
 
 @pytest.fixture
-def spoil(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Break]:
-    """Adds to a program a call that the kernel does not allow it."""
+def add_forbidden_call(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AddForbiddenCall]:
+    """Adds a call that the kernel does not allow to the BPF program of that name."""
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
-    monkeypatch.setattr(compiler, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
 
-    def spoiled(function: str) -> None:
+    def add(function: str) -> None:
         for file in sources.glob("*.bpf.c"):
             text = file.read_text()
             start = re.compile(rf"^(int graft_{function}\(.*\)\n{{\n(?:\t[^\n]*[;]\n)*?)\n", re.M)
@@ -53,22 +55,24 @@ def spoil(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
             if count:
                 file.write_text(changed)
                 return
-        raise AssertionError(f"no {function}")
+        raise AssertionError(f"no such program: {function}")
 
-    yield spoiled
+    yield add
 
 
 def test_this_kernel_takes_every_program(root: None) -> None:
     loaded = loader.examine()
-    assert [one.reason for one in loaded.verdicts if not one.taken] == []
+    assert [one.reason for one in loaded.checks if not one.accepted] == []
     assert set(loaded.programs) == {program.name for program in ALL_PROGRAMS}
     assert all(helpers.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
 
 
-def test_a_program_that_is_not_needed_is_left_out_and_all_else_loads(bare_host: Host, spoil: Break) -> None:
-    spoil("splice")
-    spoil("getpeername4")
-    lifecycle.up(bare_host.settings)
+def test_a_program_that_is_not_needed_is_left_out_and_all_else_loads(
+    bare_host: Host, add_forbidden_call: AddForbiddenCall
+) -> None:
+    add_forbidden_call("splice")
+    add_forbidden_call("getpeername4")
+    dataplane.up(bare_host.settings)
     pinned = {pin.name for pin in bare_host.settings.pin_dir.glob("prog_*")}
     assert pinned >= {f"prog_{program.name}" for program in PROGRAMS}
     assert not pinned & {"prog_splice", "prog_getpeername4"}
@@ -79,24 +83,24 @@ def test_a_program_that_is_not_needed_is_left_out_and_all_else_loads(bare_host: 
     assert bare_host.netns.listens(8080)
 
 
-def test_transport_splice_says_that_its_program_is_missing(bare_host: Host, spoil: Break) -> None:
-    spoil("getpeername6")
-    lifecycle.up(bare_host.settings)
-    folder = cgroup.v2_mount() / f"{bare_host.settings.cgroup}-other"
-    folder.mkdir()
-    try:
-        with pytest.raises(KernelError, match="did not take getpeername6") as error:
+def test_transport_splice_says_that_its_program_is_missing(
+    bare_host: Host, add_forbidden_call: AddForbiddenCall
+) -> None:
+    add_forbidden_call("getpeername6")
+    dataplane.up(bare_host.settings)
+    with new_cgroup("other") as folder:
+        with pytest.raises(KernelError, match="refused getpeername6") as error:
             attachments.attach(bare_host.settings, folder, 1, splice=True)
-        assert error.value.hint == "graft doctor says why"
+        assert error.value.hint == "graft doctor shows the reason"
         assert attach_points(folder) == set()
-    finally:
-        folder.rmdir()
 
 
-def test_up_without_a_program_that_is_needed_is_one_line_and_a_file(bare_host: Host, spoil: Break) -> None:
-    spoil("sock_ops")
+def test_up_without_a_program_that_is_needed_is_one_line_and_a_file(
+    bare_host: Host, add_forbidden_call: AddForbiddenCall
+) -> None:
+    add_forbidden_call("sock_ops")
     with pytest.raises(KernelError) as error:
-        lifecycle.up(bare_host.settings)
+        dataplane.up(bare_host.settings)
     log = bare_host.settings.run_dir / "verifier.log"
     [line] = error.value.lines()
     assert "sock_ops: bpf helper 9 not allowed in sock_ops programs" in line
@@ -106,17 +110,19 @@ def test_up_without_a_program_that_is_needed_is_one_line_and_a_file(bare_host: H
     assert not bare_host.settings.pin_dir.exists()
 
 
-def test_a_verifier_that_likes_no_extension_is_asked_without(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = compiler.Compiled.load
+def test_programs_that_the_verifier_refuses_are_loaded_without_extensions(
+    root: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = bcc_compiler.Compiled.load
 
-    def picky(compiled: compiler.Compiled, program: object) -> int:
+    def picky(compiled: bcc_compiler.Compiled, program: object) -> int:
         if program is PROGRAMS[0] and helpers.HELPERS["set_retval"] in helpers.calls(
             compiled.instructions(PROGRAMS[0])
         ):
-            raise compiler.NotLoaded("too complex")
+            raise bcc_compiler.NotLoaded("too complex")
         return real(compiled, program)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(compiler.Compiled, "load", picky)
+    monkeypatch.setattr(bcc_compiler.Compiled, "load", picky)
     assert loader.load().extensions == frozenset()
 
 
@@ -133,8 +139,8 @@ def test_an_extension_whose_helper_is_not_allowed_is_compiled_out(
     assert all(number not in helpers.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
 
 
-def test_doctor_names_the_program_the_reason_and_what_is_lost(root: None, spoil: Break) -> None:
-    spoil("splice")
+def test_doctor_names_the_program_the_reason_and_what_is_lost(root: None, add_forbidden_call: AddForbiddenCall) -> None:
+    add_forbidden_call("splice")
     found = {feature.name: feature for feature in doctor.features()}
     splice = found["program splice"]
     assert (splice.present, splice.needed) == (False, False)
@@ -143,15 +149,16 @@ def test_doctor_names_the_program_the_reason_and_what_is_lost(root: None, spoil:
     assert found["program sock_ops"].present and found["bpf_set_retval"].present
 
 
-def test_doctor_lists_every_program(host: Host) -> None:
-    told = {one["name"]: one["present"] for one in json.loads(host.graft("doctor", "--json").stdout)}
+def test_doctor_lists_every_program(host: Host, doctor_report: dict[str, dict[str, Any]]) -> None:
     for program in (*ALL_PROGRAMS, RELAY_PROGRAM):
-        assert told[f"program {program.name}"] is True
-    assert host.graft("doctor", "--verbose").stdout.count("\n") == len(told)
+        assert doctor_report[f"program {program.name}"]["present"] is True
+    assert host.graft("doctor", "--verbose").stdout.count("\n") == len(doctor_report)
 
 
 def test_the_error_names_the_first_needed_program() -> None:
-    error = ProgramsRefused([Verdict(SPLICE_PROGRAMS[0], "no", "log 1"), Verdict(PROGRAMS[0], "why", "log 2")])
+    error = ProgramsRefused(
+        [ProgramCheck(SPLICE_PROGRAMS[0], "no", "log 1"), ProgramCheck(PROGRAMS[0], "why", "log 2")]
+    )
     assert "bind4: why" in error.message
     assert error.log == "splice: no\nlog 1\nbind4: why\nlog 2"
 
@@ -161,8 +168,10 @@ def test_the_programs_call_only_what_older_kernels_allow(root: None, kernel: str
     assert refused_by(kernel) == {}
 
 
-def test_a_helper_that_an_older_kernel_does_not_allow_is_noticed(root: None, spoil: Break) -> None:
-    spoil("sock_ops")
+def test_a_helper_that_an_older_kernel_does_not_allow_is_noticed(
+    root: None, add_forbidden_call: AddForbiddenCall
+) -> None:
+    add_forbidden_call("sock_ops")
     assert refused_by("6.1") == {"sock_ops": {9}}
 
 

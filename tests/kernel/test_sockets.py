@@ -1,4 +1,4 @@
-"""Sockets as the kernel lists them, with their tags; and those that it is told to end, and no others."""
+"""Sockets as the kernel lists them, with their tags; and the closing of one of them, and of no other."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from graft import layout
+from graft.datapath import layout
 from graft.kernel import cgroup, sockets
-from graft.kernel.sockets import Listed
+from graft.kernel.sockets import ListedSocket
 from tests.support.installation import Host
 
 pytestmark = pytest.mark.kernel
@@ -70,13 +70,13 @@ def inside(host: Host) -> Iterator[None]:
         yield
 
 
-def listed(host: Host, sock: socket.socket) -> Listed | None:
+def listed(host: Host, sock: socket.socket) -> ListedSocket | None:
     inode = os.fstat(sock.fileno()).st_ino
     tags = host.maps.tags
-    return next((one for one in sockets.listed(tags.fd) if one.inode == inode), None)
+    return next((one for one in sockets.list_sockets(tags.fd) if one.inode == inode), None)
 
 
-def is_ended(sock: socket.socket, before: Listed) -> bool:
+def is_ended(sock: socket.socket, before: ListedSocket) -> bool:
     """By what the program that has it sees."""
     sock.setblocking(False)
     try:
@@ -143,10 +143,10 @@ def test_a_listener_that_is_shut_down_by_a_descriptor_serves_nobody(host: Host, 
         assert is_ended(sock, found)
 
 
-def test_a_deafened_socket_hears_nothing_and_cannot_change_that(host: Host, inside: None) -> None:
+def test_a_socket_that_drops_what_comes_receives_nothing_and_cannot_change_that(host: Host, inside: None) -> None:
     one, other = datagrams()
     with one, other:
-        sockets.deafen(other.fileno())
+        sockets.drop_incoming(other.fileno())
         one.send(b"hello")
         other.setblocking(False)
         with pytest.raises(BlockingIOError):

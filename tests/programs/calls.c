@@ -27,66 +27,22 @@
  * The io_uring calls need a kernel with them (connect 5.5, bind and listen 6.11).
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
-#include <linux/io_uring.h>
-#include <net/if.h>
-#include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sched.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#ifndef MAP_32BIT /* x86 only, as int 0x80 is */
-#define MAP_32BIT 0
-#endif
+#include "calling.h"
 
-enum { BIND, CONNECT, LISTEN };
+#define BACKLOG 8
 
-static struct sockaddr_storage *address; /* below 4 GiB, for int 0x80 */
-static socklen_t length;
+static struct address *to;
 static int fd = -1;
 
 static void say(const char *what, long result)
 {
-	if (result < 0)
-		printf("%s %s\n", what, strerrorname_np(result == -1 ? errno : (int)-result));
-	else
-		printf("%s ok\n", what);
+	printf("%s %s\n", what, result < 0 ? strerrorname_np(-result) : "ok");
 	fflush(stdout);
-}
-
-static void parse(const char *host, const char *port)
-{
-	memset(address, 0, sizeof(*address));
-	if (strchr(host, ':')) {
-		struct sockaddr_in6 *six = (void *)address;
-		char *copy = strdup(host), *interface = strchr(copy, '%');
-
-		if (interface) {
-			*interface++ = 0;
-			six->sin6_scope_id = if_nametoindex(interface) ?: atoi(interface);
-		}
-		six->sin6_family = AF_INET6;
-		six->sin6_port = htons(atoi(port));
-		inet_pton(AF_INET6, copy, &six->sin6_addr);
-		free(copy);
-		length = sizeof(*six);
-	} else {
-		struct sockaddr_in *four = (void *)address;
-
-		four->sin_family = AF_INET;
-		four->sin_port = htons(atoi(port));
-		inet_pton(AF_INET, host, &four->sin_addr);
-		length = sizeof(*four);
-	}
 }
 
 static void show(const char *what, int (*get)(int, struct sockaddr *, socklen_t *))
@@ -96,7 +52,7 @@ static void show(const char *what, int (*get)(int, struct sockaddr *, socklen_t 
 	char text[64] = "";
 
 	if (get(fd, (void *)&found, &size)) {
-		say(what, -1);
+		say(what, -errno);
 		return;
 	}
 	if (found.ss_family == AF_INET6)
@@ -107,111 +63,19 @@ static void show(const char *what, int (*get)(int, struct sockaddr *, socklen_t 
 	fflush(stdout);
 }
 
-static long plain(int call)
-{
-	if (call == BIND)
-		return bind(fd, (void *)address, length);
-	return call == CONNECT ? connect(fd, (void *)address, length) : listen(fd, 8);
-}
-
-#ifdef __x86_64__
-/* Numbers of arch/x86/entry/syscalls/syscall_32.tbl. */
-static long by_int80(int call)
-{
-	static const long numbers[] = { 361, 362, 363 };
-	long result;
-
-	asm volatile("int $0x80"
-		     : "=a"(result)
-		     : "a"(numbers[call]), "b"((long)fd), "c"(call == LISTEN ? 8 : (long)address), "d"((long)length)
-		     : "memory", "r8", "r9", "r10", "r11");
-	return (int)result;
-}
-#else
-static long by_int80(int call)
-{
-	(void)call;
-	return -ENOSYS;
-}
-#endif
-
-#ifdef __x86_64__
-static long option_by_int80(int level, int name, size_t size)
-{
-	register long fifth asm("rdi") = size;
-	long result;
-
-	asm volatile("int $0x80"
-		     : "=a"(result)
-		     : "a"(366L), "b"((long)fd), "c"((long)level), "d"((long)name), "S"((long)address), "r"(fifth)
-		     : "memory", "r8", "r9", "r10", "r11");
-	return (int)result;
-}
-#else
-static long option_by_int80(int level, int name, size_t size)
-{
-	(void)level, (void)name, (void)size;
-	return -ENOSYS;
-}
-#endif
-
-static long by_io_uring(int call)
-{
-	struct io_uring_params p = {};
-	int ring = syscall(__NR_io_uring_setup, 4, &p);
-	char *sq, *cq;
-	struct io_uring_sqe *sqe;
-	struct io_uring_cqe *cqe;
-	unsigned tail;
-	long result;
-
-	if (ring < 0)
-		return -1;
-	sq = mmap(0, p.sq_off.array + 4 * p.sq_entries, 3, MAP_SHARED, ring, IORING_OFF_SQ_RING);
-	cq = mmap(0, p.cq_off.cqes + 16 * p.cq_entries, 3, MAP_SHARED, ring, IORING_OFF_CQ_RING);
-	sqe = mmap(0, p.sq_entries * sizeof(*sqe), 3, MAP_SHARED, ring, IORING_OFF_SQES);
-	memset(sqe, 0, sizeof(*sqe));
-	sqe->fd = fd;
-	sqe->opcode = call == CONNECT ? IORING_OP_CONNECT : call == BIND ? 56 : 57; /* IORING_OP_BIND, _LISTEN */
-	if (call == LISTEN)
-		sqe->len = 8;
-	else {
-		sqe->addr = (unsigned long)address;
-		sqe->off = length; /* addr2 */
-	}
-	tail = *(unsigned *)(sq + p.sq_off.tail);
-	((unsigned *)(sq + p.sq_off.array))[tail & *(unsigned *)(sq + p.sq_off.ring_mask)] = 0;
-	__atomic_store_n((unsigned *)(sq + p.sq_off.tail), tail + 1, __ATOMIC_RELEASE);
-	if (syscall(__NR_io_uring_enter, ring, 1, 1, IORING_ENTER_GETEVENTS, 0, 0) < 0)
-		return -1;
-	cqe = (struct io_uring_cqe *)(cq + p.cq_off.cqes);
-	result = cqe->res;
-	close(ring);
-	return result;
-}
-
 static void own_namespace(void)
 {
 	struct ifreq lo = { .ifr_name = "lo" };
 	int control;
 
 	if (unshare(CLONE_NEWNET)) {
-		say("netns", -1);
+		say("netns", -errno);
 		return;
 	}
 	control = socket(AF_INET, SOCK_DGRAM, 0);
 	lo.ifr_flags = IFF_UP;
-	say("netns", ioctl(control, SIOCSIFFLAGS, &lo)); /* EPERM without CAP_NET_ADMIN: lo stays down */
+	say("netns", result_of(ioctl(control, SIOCSIFFLAGS, &lo))); /* EPERM without CAP_NET_ADMIN: lo stays down */
 	close(control);
-}
-
-static size_t parse_hex(const char *text, unsigned char *bytes, size_t most)
-{
-	size_t size = 0;
-
-	for (; text[0] && text[1] && size < most; text += 2)
-		sscanf(text, "%2hhx", &bytes[size++]);
-	return size;
 }
 
 /* Keys of growing number, then smaller and smaller things, until nothing of any size fits any more. */
@@ -242,9 +106,9 @@ static void send_one(const char *what, const char *host, const char *port, int f
 	struct cmsghdr *header;
 
 	if (strcmp(host, "-")) {
-		parse(host, port);
-		message.msg_name = address;
-		message.msg_namelen = length;
+		parse_address(to, host, port);
+		message.msg_name = &to->storage;
+		message.msg_namelen = to->length;
 	}
 	if (control) {
 		message.msg_control = space;
@@ -255,35 +119,26 @@ static void send_one(const char *what, const char *host, const char *port, int f
 		header->cmsg_len = CMSG_LEN(size);
 		memcpy(CMSG_DATA(header), control, size);
 	}
-	say(what, sendmsg(fd, &message, flags | MSG_NOSIGNAL));
+	say(what, result_of(sendmsg(fd, &message, flags | MSG_NOSIGNAL)));
 }
 
 /* The socket goes into the queue of a unix socket, or comes out of it again. */
 static long hide_or_find(int hide)
 {
 	static int pair[2];
-	char space[CMSG_SPACE(sizeof(int))] __attribute__((aligned(8))) = {};
-	struct iovec data = { "x", 1 };
-	char got;
-	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof(space) };
-	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+	char byte = 0;
+	long result;
 
-	if (hide) {
-		socketpair(AF_UNIX, SOCK_DGRAM, 0, pair);
-		header->cmsg_level = SOL_SOCKET;
-		header->cmsg_type = SCM_RIGHTS;
-		header->cmsg_len = CMSG_LEN(sizeof(int));
-		memcpy(CMSG_DATA(header), &fd, sizeof(int));
-		if (sendmsg(pair[0], &message, 0) < 0)
-			return -1;
-		close(fd);
-		fd = -1;
-		return 0;
+	if (!hide) {
+		fd = receive_fd(pair[1], &byte, 1);
+		return fd < 0 ? -errno : 0;
 	}
-	data.iov_base = &got;
-	if (recvmsg(pair[1], &message, 0) < 0)
-		return -1;
-	memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof(int));
+	socketpair(AF_UNIX, SOCK_DGRAM, 0, pair);
+	result = send_fd(pair[0], fd, &byte, 1);
+	if (result < 0)
+		return result;
+	close(fd);
+	fd = -1;
 	return 0;
 }
 
@@ -307,20 +162,20 @@ static int hostile(char **word)
 
 	if (!strcmp(*word, "make")) {
 		fd = socket(atoi(word[1]), atoi(word[2]), atoi(word[3]));
-		say("make", fd < 0 ? -1 : 0);
+		say("make", result_of(fd));
 		return 4;
 	}
 	if (!strcmp(*word, "unspec")) {
-		say(*word, connect(fd, &unspec, sizeof(unspec)));
+		say(*word, result_of(connect(fd, &unspec, sizeof(unspec))));
 		return 1;
 	}
 	if (!strcmp(*word, "shutdown")) {
-		say(*word, shutdown(fd, SHUT_RDWR));
+		say(*word, result_of(shutdown(fd, SHUT_RDWR)));
 		return 1;
 	}
 	if (!strcmp(*word, "accept")) {
 		fd = accept(fd, 0, 0);
-		say("accept", fd < 0 ? -1 : 0);
+		say("accept", result_of(fd));
 		return 1;
 	}
 	if (!strcmp(*word, "range")) {
@@ -329,9 +184,8 @@ static int hostile(char **word)
 
 		if (!strcmp(word[1], "-") && fgets(line, sizeof(line), stdin))
 			both = atoi(line) << 16 | atoi(line);
-
-		memcpy(address, &both, sizeof(both));
-		say(*word, option_by_int80(IPPROTO_IP, 51, sizeof(both)));
+		memcpy(to, &both, sizeof(both));
+		say(*word, option_by_int80(fd, IPPROTO_IP, 51, to, sizeof(both)));
 		return 3;
 	}
 	if (!strcmp(*word, "fill")) {
@@ -340,12 +194,12 @@ static int hostile(char **word)
 	}
 	if (!strcmp(*word, "bytes")) {
 		size = parse_hex(word[3], bytes, sizeof(bytes));
-		say(*word, setsockopt(fd, atoi(word[1]), atoi(word[2]), bytes, size));
+		say(*word, result_of(setsockopt(fd, atoi(word[1]), atoi(word[2]), bytes, size)));
 		return 4;
 	}
 	if (!strcmp(*word, "bytes32")) {
-		size = parse_hex(word[3], (void *)address, sizeof(*address));
-		say(*word, option_by_int80(atoi(word[1]), atoi(word[2]), size));
+		size = parse_hex(word[3], (void *)to, sizeof(*to));
+		say(*word, option_by_int80(fd, atoi(word[1]), atoi(word[2]), to, size));
 		return 4;
 	}
 	if (!strcmp(*word, "hide") || !strcmp(*word, "unhide")) {
@@ -364,7 +218,7 @@ static int hostile(char **word)
 	if (!strcmp(*word, "cookieless")) {
 		int one = 1;
 
-		say(*word, setsockopt(fd, IPPROTO_TCP, 34, &one, sizeof(one)));
+		say(*word, result_of(setsockopt(fd, IPPROTO_TCP, 34, &one, sizeof(one))));
 		return 1;
 	}
 	if (!strcmp(*word, "fastopen")) {
@@ -391,7 +245,7 @@ int main(int argc, char **argv)
 	int call, took, one = 1;
 	char line[64];
 
-	address = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+	to = low_page();
 	for (char **word = argv + 1; word < argv + argc; word++) {
 		took = hostile(word);
 		if (took) {
@@ -399,10 +253,10 @@ int main(int argc, char **argv)
 		} else if (!strcmp(*word, "socket")) {
 			fd = socket(atoi(*++word) == 6 ? AF_INET6 : AF_INET, SOCK_STREAM, 0);
 		} else if (!strcmp(*word, "option")) {
-			say(*word, setsockopt(fd, atoi(word[1]), atoi(word[2]), &one, sizeof(one)));
+			say(*word, result_of(setsockopt(fd, atoi(word[1]), atoi(word[2]), &one, sizeof(one))));
 			word += 2;
 		} else if (!strcmp(*word, "text")) {
-			say(*word, setsockopt(fd, atoi(word[1]), atoi(word[2]), word[3], strlen(word[3])));
+			say(*word, result_of(setsockopt(fd, atoi(word[1]), atoi(word[2]), word[3], strlen(word[3]))));
 			word += 3;
 		} else if (!strcmp(*word, "name")) {
 			show(*word, getsockname);
@@ -428,15 +282,15 @@ int main(int argc, char **argv)
 			if (call > LISTEN)
 				return 2;
 			if (call != LISTEN) {
-				parse(word[1], word[2]);
+				parse_address(to, word[1], word[2]);
 				word += 2;
 			}
 			if (is(label, names[call], "32"))
-				say(label, by_int80(call));
+				say(label, by_int80(call, fd, to, BACKLOG));
 			else if (is(label, names[call], "u"))
-				say(label, by_io_uring(call));
+				say(label, by_io_uring(call, fd, to, BACKLOG, 0));
 			else
-				say(label, plain(call));
+				say(label, plainly(call, fd, to, BACKLOG));
 		}
 	}
 	return 0;

@@ -20,36 +20,20 @@
  * the descriptor is after the call.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
 #include <fcntl.h>
-#include <linux/io_uring.h>
-#include <net/if.h>
-#include <netinet/in.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
-#include <unistd.h>
 
-#ifndef MAP_32BIT /* x86 only, as int 0x80 is */
-#define MAP_32BIT 0
-#endif
+#include "calling.h"
 
 #define CALLS 256
 #define THREADS 4
 #define SLOTS 16
 #define WORDS 12
 #define LINE 1024
-
-enum { BIND, CONNECT, LISTEN };
 
 struct call {
 	char line[LINE], split[LINE];
@@ -63,15 +47,9 @@ struct event {
 	int made;
 };
 
-/* An address below 4 GiB, for int 0x80; one for each thread and process that calls. */
-struct address {
-	struct sockaddr_storage storage;
-	socklen_t length;
-};
-
 static struct call calls[CALLS];
 static struct event *events; /* shared with children */
-static struct address *addresses;
+static struct address *addresses; /* one for each thread and process that calls */
 static int count, slots[SLOTS], helper = -1;
 static pthread_barrier_t together;
 static pthread_mutex_t helper_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -84,121 +62,14 @@ static long now(void)
 	return time.tv_sec * 1000000000L + time.tv_nsec;
 }
 
-static long result_of(long result)
-{
-	return result < 0 ? -errno : result;
-}
-
-static void parse_address(struct address *to, const char *host, const char *port)
-{
-	char copy[96], *interface;
-
-	memset(to, 0, sizeof(*to));
-	snprintf(copy, sizeof(copy), "%s", host);
-	interface = strchr(copy, '%');
-	if (interface)
-		*interface++ = 0;
-	if (strchr(copy, ':')) {
-		struct sockaddr_in6 *six = (void *)&to->storage;
-
-		six->sin6_family = AF_INET6;
-		six->sin6_port = htons(atoi(port));
-		six->sin6_scope_id = interface ? if_nametoindex(interface) : 0;
-		inet_pton(AF_INET6, copy, &six->sin6_addr);
-		to->length = sizeof(*six);
-	} else {
-		struct sockaddr_in *four = (void *)&to->storage;
-
-		four->sin_family = AF_INET;
-		four->sin_port = htons(atoi(port));
-		inet_pton(AF_INET, copy, &four->sin_addr);
-		to->length = sizeof(*four);
-	}
-}
-
-#ifdef __x86_64__
-/* Numbers of arch/x86/entry/syscalls/syscall_32.tbl. */
-static long by_int80(int call, int fd, struct address *to, int backlog)
-{
-	static const long numbers[] = { 361, 362, 363 };
-	long result;
-
-	asm volatile("int $0x80"
-		     : "=a"(result)
-		     : "a"(numbers[call]), "b"((long)fd), "c"(call == LISTEN ? backlog : (long)&to->storage),
-		       "d"((long)to->length)
-		     : "memory", "r8", "r9", "r10", "r11");
-	return (int)result;
-}
-#else
-static long by_int80(int call, int fd, struct address *to, int backlog)
-{
-	(void)call, (void)fd, (void)to, (void)backlog;
-	return -ENOSYS;
-}
-#endif
-
-/* A connect that is not over after a tenth of a second is let go: io_uring waits whatever the descriptor says. */
-static long by_io_uring(int call, int fd, struct address *to, int backlog)
-{
-	struct io_uring_params p = {};
-	struct __kernel_timespec limit = { .tv_nsec = 100000000 };
-	struct io_uring_getevents_arg wait = { .ts = (unsigned long)&limit };
-	int ring = syscall(__NR_io_uring_setup, 2, &p);
-	char *sq, *cq;
-	struct io_uring_sqe *sqe;
-	unsigned size;
-	long result;
-
-	if (ring < 0)
-		return -errno;
-	size = p.sq_off.array + 4 * p.sq_entries;
-	sq = mmap(0, size, 3, MAP_SHARED, ring, IORING_OFF_SQ_RING);
-	cq = mmap(0, p.cq_off.cqes + 16 * p.cq_entries, 3, MAP_SHARED, ring, IORING_OFF_CQ_RING);
-	sqe = mmap(0, p.sq_entries * sizeof(*sqe), 3, MAP_SHARED, ring, IORING_OFF_SQES);
-	memset(sqe, 0, sizeof(*sqe));
-	sqe->fd = fd;
-	sqe->opcode = call == CONNECT ? IORING_OP_CONNECT : call == BIND ? 56 : 57; /* IORING_OP_BIND, _LISTEN: 6.11 */
-	if (call == LISTEN) {
-		sqe->len = backlog;
-	} else {
-		sqe->addr = (unsigned long)&to->storage;
-		sqe->off = to->length; /* addr2 */
-	}
-	*(unsigned *)(sq + p.sq_off.array) = 0;
-	__atomic_store_n((unsigned *)(sq + p.sq_off.tail), 1, __ATOMIC_RELEASE);
-	result = syscall(__NR_io_uring_enter, ring, 1, 1, IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, &wait, sizeof(wait));
-	if (result < 0)
-		result = -errno;
-	else if (__atomic_load_n((unsigned *)(cq + p.cq_off.tail), __ATOMIC_ACQUIRE))
-		result = ((struct io_uring_cqe *)(cq + p.cq_off.cqes))->res;
-	else
-		result = -EINPROGRESS;
-	munmap(sq, size);
-	munmap(cq, p.cq_off.cqes + 16 * p.cq_entries);
-	munmap(sqe, p.sq_entries * sizeof(*sqe));
-	close(ring);
-	return result;
-}
-
+/* A connect by io_uring that is not over after a tenth of a second is let go. */
 static long make(const char *way, int call, int fd, struct address *to, int backlog)
 {
 	if (!strcmp(way, "int80"))
 		return by_int80(call, fd, to, backlog);
 	if (!strcmp(way, "uring"))
-		return by_io_uring(call, fd, to, backlog);
-	if (call == BIND)
-		return result_of(bind(fd, (void *)&to->storage, to->length));
-	return result_of(call == CONNECT ? connect(fd, (void *)&to->storage, to->length) : listen(fd, backlog));
-}
-
-static size_t parse_hex(const char *text, unsigned char *bytes, size_t most)
-{
-	size_t size = 0;
-
-	for (; text[0] && text[1] && size < most; text += 2)
-		sscanf(text, "%2hhx", &bytes[size++]);
-	return size;
+		return by_io_uring(call, fd, to, backlog, 100000000);
+	return plainly(call, fd, to, backlog);
 }
 
 static long send_one(int fd, struct address *to, char **word, int words)
@@ -223,36 +94,6 @@ static long send_one(int fd, struct address *to, char **word, int words)
 		message.msg_controllen = CMSG_SPACE(size);
 	}
 	return result_of(sendmsg(fd, &message, atoi(word[2]) | MSG_NOSIGNAL | MSG_DONTWAIT));
-}
-
-static long send_fd(int through, int fd, const void *text, size_t size)
-{
-	char space[CMSG_SPACE(sizeof(int))] __attribute__((aligned(8))) = {};
-	struct iovec data = { (void *)text, size };
-	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof(space) };
-	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-
-	header->cmsg_level = SOL_SOCKET;
-	header->cmsg_type = SCM_RIGHTS;
-	header->cmsg_len = CMSG_LEN(sizeof(int));
-	memcpy(CMSG_DATA(header), &fd, sizeof(int));
-	return result_of(sendmsg(through, &message, 0));
-}
-
-static int receive_fd(int through, void *text, size_t size)
-{
-	char space[CMSG_SPACE(sizeof(int))] __attribute__((aligned(8)));
-	struct iovec data = { text, size };
-	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof(space) };
-	struct cmsghdr *header;
-	int fd = -1;
-
-	if (recvmsg(through, &message, 0) <= 0)
-		return -1;
-	header = CMSG_FIRSTHDR(&message);
-	if (header && header->cmsg_type == SCM_RIGHTS)
-		memcpy(&fd, CMSG_DATA(header), sizeof(int));
-	return fd;
 }
 
 static int sent_to_itself(int fd)
@@ -538,7 +379,7 @@ int main(void)
 	/* Both are read and written by turns with the child: nothing may be left in a buffer. */
 	setvbuf(stdout, 0, _IOLBF, 0);
 	events = mmap(0, CALLS * sizeof(*events), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	addresses = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+	addresses = low_page();
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	while (next_line(line)) {

@@ -1,4 +1,4 @@
-/* A listener with all that can hang on a descriptor before its bind: a dup'ed copy, an epoll registration
+/* A listener with all that can refer to a descriptor before its bind: a dup'ed copy, an epoll registration
  * of each, and another thread that waits in epoll_wait already. The copy is what listens and accepts.
  *
  *   hanging PORT          prints `accepted DATA` for each connection, DATA being what epoll was given

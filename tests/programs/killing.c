@@ -1,9 +1,10 @@
 /* Has the kernel send SIGKILL to a process by way of a socket's SIGIO, when the socket changes its state.
  *
- *   killing WAY WHOM connect ADDRESS PORT    something happens when the connection is refused
- *   killing WAY WHOM bind ADDRESS PORT       and when a client comes; prints "listening", waits for it
+ *   killing WAY PID connect ADDRESS PORT     the signal is sent when the connection is refused
+ *   killing WAY PID bind ADDRESS PORT        or when a client connects; prints "listening", and waits for one
  *
- * WAY: process, group or thread (F_SETOWN_EX), ioctl (FIOSETOWN).
+ * WAY: process, group or thread (F_SETOWN_EX), ioctl (FIOSETOWN); namespaces: F_SETOWN_EX, and then all the rest in a
+ * user and a pid namespace of its own, where WHOM has no number.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -11,27 +12,43 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <asm/sockios.h>
 #include <unistd.h>
 
-static void name_receiver(int fd, const char *way, int whom)
+static void name_receiver(int fd, const char *way, int receiver)
 {
-	struct f_owner_ex owner = { .type = F_OWNER_PID, .pid = whom };
+	struct f_owner_ex owner = { .type = F_OWNER_PID, .pid = receiver };
 
 	if (!strcmp(way, "group"))
 		owner.type = F_OWNER_PGRP;
 	if (!strcmp(way, "thread"))
 		owner.type = F_OWNER_TID;
-	if (strcmp(way, "ioctl") ? fcntl(fd, F_SETOWN_EX, &owner) : ioctl(fd, FIOSETOWN, &whom)) {
+	if (strcmp(way, "ioctl") ? fcntl(fd, F_SETOWN_EX, &owner) : ioctl(fd, FIOSETOWN, &receiver)) {
 		perror(way);
 		exit(2);
 	}
+}
+
+/* Returns in a child. */
+static void enter_namespaces(void)
+{
+	int status;
+	pid_t child = unshare(CLONE_NEWUSER | CLONE_NEWPID) ? -1 : fork();
+
+	if (child < 0) {
+		perror("namespaces");
+		exit(2);
+	}
+	if (child)
+		exit(waitpid(child, &status, 0) == child && WIFEXITED(status) ? WEXITSTATUS(status) : 1);
 }
 
 int main(int argc, char **argv)
@@ -49,6 +66,8 @@ int main(int argc, char **argv)
 		perror("fcntl");
 		return 2;
 	}
+	if (!strcmp(argv[1], "namespaces"))
+		enter_namespaces();
 	if (!strcmp(argv[3], "bind")) {
 		if (bind(fd, (void *)&to, sizeof(to)) || listen(fd, 8)) {
 			perror("bind");

@@ -2,7 +2,7 @@
  *
  *   preforking WORKERS PORT
  *
- * Each connection is told the worker's number, `vfork` in the middle.
+ * A worker sends its number to each client. Prints "ready" for each worker that listens.
  */
 #include <netinet/in.h>
 #include <stdio.h>

@@ -1,4 +1,4 @@
-/* Types on its controlling terminal what whoever reads there next will take for its user's own.
+/* Puts text into the input of its controlling terminal, where the next reader takes it for typed by the user.
  *
  *   typing native|upper|i386|x32 TEXT
  *

@@ -1,4 +1,4 @@
-"""Which helpers a kernel lets each type of BPF program call: asked of the running one, or read from the table.
+"""The helpers that a kernel allows each type of BPF program: asked of the running one, or read from the table.
 
 The table beside this file, allowed_helpers.json, holds what 5.15, 6.1 and 6.12 allow, so that a test can tell without
 a virtual machine whether the programs still load there. It was made with
@@ -18,9 +18,9 @@ import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from graft.datapath.loader import kernel_allows
+from graft.datapath.programs import ALL_PROGRAMS, RELAY_PROGRAM, Program
 from graft.kernel import bpf
-from graft.loader import kernel_allows
-from graft.programs import ALL_PROGRAMS, RELAY_PROGRAM, Program
 
 TABLE = Path(__file__).with_suffix(".json")
 _HELPERS = range(1, 212)  # __BPF_FUNC_MAX of 6.12, which no later kernel raises: new ones are kfuncs
@@ -53,7 +53,7 @@ def asked() -> dict[str, str]:
 
 
 def table(kernel: str) -> Callable[[Program, int], bool]:
-    """What the table says of ``kernel`` ("6.1"), as `graft.programs` wants it."""
+    """What the table says of ``kernel`` ("6.1"), as graft/datapath/programs.py wants it."""
     entry = {attach: numbers(text) for attach, text in json.loads(TABLE.read_text())[kernel]["allowed"].items()}
     return lambda program, helper: helper in entry[program.attach]
 

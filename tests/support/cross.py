@@ -1,5 +1,5 @@
-"""What the C headers of an architecture say, asked of a compiler for that architecture: nothing is run, so that one
-machine can ask for all of them.
+"""Values and layouts in the C headers of an architecture, checked by a compiler for it. Nothing is run, so that one
+machine can check all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Values = Mapping[str, int]
 
 
 def complaints(machine: str, source: str, *flags: str | Path) -> str:
-    """What the compiler for ``machine`` says of a C text; empty where it is content."""
+    """The errors and warnings of the compiler for ``machine`` about a C text."""
     command = [COMPILERS[machine], "-fsyntax-only", "-Wall", *flags, "-x", "c", "-"]
     return subprocess.run(command, input=source, capture_output=True, text=True).stderr
 
@@ -36,9 +36,9 @@ def differences(
         f'_Static_assert(({expression}) == {value}, "{expression} is not {value}");'
         for expression, value in values.items()
     ]
-    said = complaints(machine, "\n".join(["#define _GNU_SOURCE", *lines, before, *checks, ""]), *flags)
-    found = re.findall(r'static assertion failed: "(.*)"', said)
-    assert len(found) == len(re.findall(r"\berror:|\bwarning:", said)), said
+    reported = complaints(machine, "\n".join(["#define _GNU_SOURCE", *lines, before, *checks, ""]), *flags)
+    found = re.findall(r'static assertion failed: "(.*)"', reported)
+    assert len(found) == len(re.findall(r"\berror:|\bwarning:", reported)), reported
     return found
 
 

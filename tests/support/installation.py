@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from graft import store
-from graft.containers import Container
-from graft.containers import listing as containers_of
-from graft.endpoint import parse_endpoint
+from graft.datapath.layout import HookDecision
+from graft.datapath.maps import Maps
 from graft.kernel import cgroup
-from graft.layout import Decision
-from graft.maps import Maps
-from graft.settings import Settings
+from graft.model.endpoint import parse_endpoint
+from graft.model.settings import Settings
+from graft.splice import client as splice
+from graft.splice import control
+from graft.state.installation import Installation
+from graft.state.records import Container
 from tests.support.namespaces import Netns
 from tests.support.program import Program, start
 from tests.support.shell import Result, Word, run
@@ -42,6 +45,11 @@ class Host:
         return Settings.from_environment(self.environment)
 
     @property
+    def installation(self) -> Installation:
+        """Its endpoints and containers, and the lock to change them."""
+        return Installation(self.settings)
+
+    @property
     def maps(self) -> Maps:
         """The pinned maps."""
         return Maps(self.settings.pin_dir)
@@ -58,24 +66,52 @@ class Host:
     def endpoint(self, spec: str, proto: str = "any", netns: str | None = None, dual_stack: bool = False) -> str:
         """A new endpoint's name."""
         name = f"e{next(_names)}"
-        store.add(self.settings, parse_endpoint(name, spec, proto, netns, dual_stack=dual_stack))
+        with Installation.open(self.settings) as graft, graft.transaction() as change:
+            change.endpoints.add(parse_endpoint(name, spec, proto, netns, dual_stack=dual_stack))
         return name
 
     def forget_endpoints(self) -> None:
         """Delete them all, in use or not."""
-        for stored in store.listing(self.settings):
-            store.delete(self.settings, stored.endpoint.name, force=True)
+        with self.installation as graft, graft.transaction() as change:
+            for stored in graft.endpoints.listing():
+                change.endpoints.delete(stored.endpoint.name, force=True)
+
+    def stop_programs(self) -> None:
+        """End what a test has started, the last one first."""
+        for program in reversed(self.started):
+            program.stop()
+        self.started.clear()
 
     @staticmethod
     def port() -> int:
         """A port that no other test uses."""
         return next(_ports)
 
-    def start(self, *words: Word, **options: object) -> Program:
-        """`graft run` with these words, in the background; it ends with the test."""
-        started = start([GRAFT, "run", *words], {**os.environ, **self.environment}, **options)  # type: ignore[arg-type]
+    def start_command(self, command: Sequence[Word], talk: bool = False) -> Program:
+        """A command that works on this installation, in the background; it ends with the test."""
+        started = start(command, {**os.environ, **self.environment}, talk)
         self.started.append(started)
         return started
+
+    def start(self, *words: Word, talk: bool = False) -> Program:
+        """`graft run` with these words, in the background; it ends with the test."""
+        return self.start_command([GRAFT, "run", *words], talk)
+
+    def start_daemon(self, command: Sequence[Word] = (GRAFT,), descriptors: int | None = None) -> Program:
+        """`graft daemon` in the place of one that runs, answering; with at most so many ``descriptors``."""
+        splice.stop(self.settings)
+        limits = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
+        daemon = self.start_command([*limits, *command, "daemon"])
+        daemon.until("the daemon answers", lambda: control.ask(self.settings, {"do": "ping"}))
+        return daemon
+
+    def ps(self) -> list[dict[str, Any]]:
+        """The records of `graft ps --json`."""
+        return list(json.loads(self.graft("ps", "--json").stdout))
+
+    def ps_of(self, path: Path) -> dict[str, Any]:
+        """The record that `graft ps --json` has of a cgroup."""
+        return next(one for one in self.ps() if one["cgroup"] == str(path))
 
     def run(
         self,
@@ -88,9 +124,20 @@ class Host:
         """`graft run RULES -- COMMAND`, to its end."""
         return self.graft("run", *rules, "--", *command, status=status, stdin=stdin, timeout=timeout)
 
+    def remove(self, container: Container) -> None:
+        """Take a container's rules away, and do nothing about its sockets."""
+        with self.installation.transaction() as change:
+            change.containers.remove(container)
+
+    def remove_at(self, path: Path) -> None:
+        """Take away the rules of the container at a cgroup, if there is one. (`graft detach` takes far longer.)"""
+        for one in self.installation.containers.listing():
+            if one.cgroup == str(path):
+                self.remove(one)
+
     def container(self, program: Program) -> Container:
         """The container that a started `graft run` has made."""
-        return next(one for one in containers_of(self.settings) if one.pid == program.process.pid)
+        return next(one for one in self.installation.containers.listing() if one.pid == program.process.pid)
 
     def supervisor(self, program: Program) -> int:
         """The process id of a program's supervisor; waits for one."""
@@ -102,19 +149,22 @@ class Host:
         supervisors = set(cgroup.processes(self.cgroup / "supervisors"))
         return next((int(pid) for pid in children if int(pid) in supervisors), 0)
 
-    def decisions(self, container: int) -> dict[Decision, int]:
+    def decisions(self, container: int) -> dict[HookDecision, int]:
         """How often the hooks decided what for a container."""
         return {
-            Decision(key.decision): int(count.value)
+            HookDecision(key.decision): int(count.value)
             for key, count in self.maps.counters.items()
             if key.container == container
         }
 
     def leftovers(self) -> list[str]:
-        """What is there of containers: records, cgroups, map entries, supervisors. Empty where none runs."""
-        found = [f"record of {one.name}" for one in containers_of(self.settings)]
+        """What is left of containers: records, cgroups, supervisors, map entries. Empty where none runs.
+
+        The relays' daemon belongs to no container: without one it ends after some seconds.
+        """
+        found = [f"record of {one.name}" for one in self.installation.containers.listing()]
         found += [str(path) for path in self.cgroup.glob("run-*")]
-        found += [f"supervisor {pid}" for pid in cgroup.processes(self.cgroup)]
+        found += [f"supervisor {pid}" for pid in cgroup.processes(self.cgroup / "supervisors")]
         maps = self.maps
         for name in ("containers", "ingress", "egress", "egress_ports", "counters"):
             found += [f"entry of {name}" for _ in getattr(maps, name).keys()]  # noqa: SIM118

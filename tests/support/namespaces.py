@@ -58,11 +58,11 @@ class Netns:
         return output(self.command(*words))
 
     def sockets(self, *filters: str) -> str:
-        """What `ss -tan` tells of it."""
+        """Its TCP sockets, as `ss -tanp` lists them."""
         return self.run("ss", "-Htanp", *filters)
 
     def listens(self, port: int) -> bool:
-        """Whether anybody listens on that TCP port in it."""
+        """Whether it has a TCP listener on that port."""
         return bool(self.run("ss", "-Hltn", f"sport = :{port}").strip())
 
     def listener(self, address: str = "0.0.0.0", port: int = 0) -> socket.socket:
@@ -81,6 +81,20 @@ class Netns:
         sock.settimeout(timeout * PATIENCE)
         sock.connect((address, port))
         return sock
+
+    def reaches(self, address: str, port: int, timeout: float = 10) -> bool:
+        """Whether a TCP connection out of it is accepted. Where packets are dropped this takes the whole timeout."""
+        try:
+            self.connected(address, port, timeout).close()
+        except OSError:
+            return False
+        return True
+
+    def fetch(self, address: str, port: int, path: str = "/") -> str:
+        """What a web server answers to curl in it."""
+        host = f"[{address}]" if ":" in address else address
+        limit = str(round(10 * PATIENCE))
+        return self.run("curl", "-sS", "--max-time", limit, f"http://{host}:{port}{path}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""nginx as a container's program."""
+"""nginx as the program of a container."""
 
 from __future__ import annotations
 

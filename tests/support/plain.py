@@ -1,7 +1,7 @@
-"""A container that runs without Graft: a cgroup, a network namespace, and sockets made in them for the test to hold.
+"""A container that was started without Graft: a cgroup, a network namespace, and sockets made in them for the test.
 
-A socket belongs to the cgroup and the namespace that it was made in, whoever holds it. So a small process inside makes
-sockets and hands them out, and a test plays the container's programs itself, call by call.
+A socket belongs to the cgroup and the namespace that it was made in, whichever process uses it. So a small process in
+the container makes sockets and sends them to the test, which makes the container's system calls itself.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft import containers, splice
-from graft.containers import Container
 from graft.kernel import cgroup
+from graft.splice import client as splice
+from graft.state.records import Container
 from tests.support.installation import Host
 from tests.support.namespaces import Netns, namespace
 from tests.support.program import Program, start
@@ -28,10 +28,10 @@ from tests.support.wait import PATIENCE, until
 
 _MAKER = """
 import socket, sys
-asked = socket.socket(fileno=int(sys.argv[1]))
-while family := asked.recv(64):
+requests = socket.socket(fileno=int(sys.argv[1]))
+while family := requests.recv(64):
     made = socket.socket(int(family), socket.SOCK_STREAM)
-    socket.send_fds(asked, [b"."], [made.fileno()])
+    socket.send_fds(requests, [b"."], [made.fileno()])
     made.close()
 """
 _numbers = itertools.count(1)
@@ -39,13 +39,13 @@ _numbers = itertools.count(1)
 
 @dataclass
 class Plain:
-    """The container, and the host that it is attached on."""
+    """The container, and the host on which it is attached."""
 
     host: Host
     netns: Netns
     cgroup: Path
-    asked: socket.socket
-    resident: subprocess.Popen[bytes]
+    requests: socket.socket
+    process: subprocess.Popen[bytes]
     started: list[Program]
     relay: str = "splice"
 
@@ -62,8 +62,8 @@ class Plain:
 
     def tcp(self, family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
         """A TCP socket of one of its programs."""
-        self.asked.send(str(int(family)).encode())
-        _, fds, _, _ = socket.recv_fds(self.asked, 1, 1)
+        self.requests.send(str(int(family)).encode())
+        _, fds, _, _ = socket.recv_fds(self.requests, 1, 1)
         made = socket.socket(fileno=fds[0])
         made.settimeout(15 * PATIENCE)
         return made
@@ -79,21 +79,21 @@ class Plain:
         return made
 
     def attach(self, *rules: Word) -> Container:
-        """`graft attach` with these rules; again, it replaces them."""
+        """`graft attach` with these rules, which replace earlier ones."""
         self.host.graft("attach", "--cgroup", self.cgroup, "--relay", self.relay, *rules)
         return self.container
 
     @property
     def container(self) -> Container:
         """Its record."""
-        return containers.find(self.host.settings, str(self.cgroup))
+        return self.host.installation.containers.find(str(self.cgroup))
 
     def detach(self) -> None:
         """`graft detach`."""
         self.host.graft("detach", "--cgroup", self.cgroup)
 
     def described(self) -> dict[str, Any]:
-        """What the daemon says of it."""
+        """The daemon's description of it."""
         return splice.describe(self.host.settings, self.container)
 
     def daemon(self) -> int:
@@ -105,21 +105,21 @@ class Plain:
         return self.host.netns.listens(port)
 
     def until_published(self, port: int, yes: bool = True) -> None:
-        """Wait for the daemon to see what the container does."""
+        """Wait until the daemon has published the port, or (not ``yes``) withdrawn it."""
         until(f"port {port} {'published' if yes else 'withdrawn'}", lambda: self.is_published(port) is yes)
 
 
 @contextmanager
 def plain(host: Host, relay: str = "splice") -> Iterator[Plain]:
-    """A container with a process in it, to be served by ``relay``; nothing of it is left afterwards."""
+    """A container with one process, to be served by ``relay``; it is removed afterwards."""
     path = cgroup.v2_mount() / f"graft-test-{os.getpid()}-plain-{next(_numbers)}"
     path.mkdir()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with namespace("plain") as netns, ours, theirs:
         maker = netns.command(sys.executable, "-c", _MAKER, str(theirs.fileno()))
         enter = f'echo $$ > {path}/cgroup.procs; exec "$@"'
-        resident = subprocess.Popen(["sh", "-c", enter, "sh", *maker], pass_fds=[theirs.fileno()])
-        made = Plain(host, netns, path, ours, resident, [], relay)
+        process = subprocess.Popen(["sh", "-c", enter, "sh", *maker], pass_fds=[theirs.fileno()])
+        made = Plain(host, netns, path, ours, process, [], relay)
         try:
             made.tcp().close()
             yield made
@@ -128,5 +128,5 @@ def plain(host: Host, relay: str = "splice") -> Iterator[Plain]:
             for program in made.started:
                 program.stop()
             cgroup.kill(path)
-            resident.wait()
+            process.wait()
             cgroup.remove(path)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A started command; what it says is kept in files."""
+    """A started command; its output goes to files."""
 
     process: subprocess.Popen[bytes]
     out: IO[bytes]
@@ -62,7 +62,7 @@ class Program:
         for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
             if "/supervisors" not in Path(f"/proc/{pid}/cgroup").read_text():
                 return int(pid)
-        raise AssertionError("there is no program")
+        raise AssertionError("`graft run` has started no program")
 
     def tell(self, text: str) -> None:
         """Write to its standard input (started with ``talk=True``)."""

@@ -1,4 +1,4 @@
-"""A process that does with sockets what a test tells it, in a cgroup and a namespace of the test's choice.
+"""A process that makes socket calls for a test, in a cgroup and a namespace of the test's choice.
 
 This file is both sides: imported, it is the test's; run as a program, it is the process. They speak JSON, a
 line for each call; what fails comes back as the errno's name.
@@ -25,8 +25,9 @@ class Puppet:
     """The test's side. ``say`` gives what a call returned, or the name of its errno."""
 
     def __init__(self, cgroup: Path, netns: Path | None, user: int = 0) -> None:
-        enter = f'echo 0 > {cgroup}/cgroup.procs && exec "$@"'
-        command = ["sh", "-c", enter, "-", sys.executable, "-I", __file__, str(user)]
+        from tests.support.cgroups import in_cgroup  # not at the top: the process does not find it
+
+        command = [*in_cgroup(cgroup), sys.executable, "-I", __file__, str(user)]
         if netns is not None:
             command = ["nsenter", f"--net={netns}", "--", *command]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -83,7 +84,7 @@ def puppet(cgroup: Path, netns: Path | None, user: int = 0) -> Iterator[Puppet]:
         one.stop()
 
 
-def _perform(held: dict[int, socket.socket], words: Sequence[Any]) -> Any:
+def _perform(sockets: dict[int, socket.socket], words: Sequence[Any]) -> Any:
     call, *rest = words
     if call == "pid":
         return os.getpid()
@@ -93,9 +94,9 @@ def _perform(held: dict[int, socket.socket], words: Sequence[Any]) -> Any:
     if call == "socket":
         sock = socket.socket(_FAMILIES[rest[1]], _KINDS[rest[0]])
         sock.settimeout(10 * float(os.environ.get("GRAFT_TEST_PATIENCE", "1")))  # run with -I: no import of wait
-        held[sock.fileno()] = sock
+        sockets[sock.fileno()] = sock
         return sock.fileno()
-    sock = held[rest[0]]
+    sock = sockets[rest[0]]
     if call in ("bind", "connect"):
         getattr(sock, call)((rest[1], rest[2]))
     elif call == "listen":
@@ -111,7 +112,7 @@ def _perform(held: dict[int, socket.socket], words: Sequence[Any]) -> Any:
         return list(where)
     elif call == "accept":
         peer, _ = sock.accept()
-        held[peer.fileno()] = peer
+        sockets[peer.fileno()] = peer
         return peer.fileno()
     elif call == "receive":
         data, where = sock.recvfrom(100)
@@ -119,7 +120,7 @@ def _perform(held: dict[int, socket.socket], words: Sequence[Any]) -> Any:
     elif call == "name":
         return list(sock.getsockname())[:2]
     elif call == "close":
-        held.pop(rest[0]).close()
+        sockets.pop(rest[0]).close()
     elif call == "reuse":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return "ok"
@@ -138,10 +139,10 @@ def _main() -> None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-    held: dict[int, socket.socket] = {}
+    sockets: dict[int, socket.socket] = {}
     for line in sys.stdin:
         try:
-            result = _perform(held, json.loads(line))
+            result = _perform(sockets, json.loads(line))
         except TimeoutError:
             result = "ETIMEDOUT"
         except OSError as error:

@@ -1,6 +1,6 @@
-"""Every reader of bytes that a container, an image or a user without rights can have a part in.
+"""Every reader of bytes that a container, an image or an unprivileged user can influence.
 
-Each must refuse what it cannot use with one of the exceptions that are named here, in bounded time.
+Each has to refuse what it cannot use with one of the exceptions that are named here, in bounded time.
 tests/unit/test_foreign_bytes.py feeds them for some seconds; a fuzzer can take the same list and feed them for longer.
 """
 
@@ -12,24 +12,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from graft import carry, containers
-from graft.compile import compile_policy
-from graft.decision import parse_sockaddr
-from graft.endpoint import parse_egress_flag, parse_endpoint, parse_ingress_flag
-from graft.engines import parse_inspect, parse_show
 from graft.errors import GraftError
 from graft.kernel import cgroup, sockdiag, tasks
 from graft.kernel.btf import Btf
 from graft.kernel.seccomp import Notification
-from graft.policy import load_policy
-from graft.policy_file import decode_policy
-from graft.policy_yaml import read_document
-from graft.printable import printable
-from graft.runtime import arguments, bundle, features, options, profile, request, state
-from graft.runtime.bundle import Edit
-from graft.runtime.options import Options
-from graft.settings import Settings
-from graft.splice import control, verdict
+from graft.model.endpoint import parse_egress_flag, parse_endpoint, parse_ingress_flag
+from graft.model.printable import printable
+from graft.model.settings import Settings
+from graft.model.sockaddr import parse_sockaddr
+from graft.oci import arguments, bundle, features, options, profile_text, request, state
+from graft.oci.bundle import Edit
+from graft.oci.options import RuntimeOptions
+from graft.policy.compiler import compile_policy
+from graft.policy.document import read_document
+from graft.policy.files import decode_policy
+from graft.policy.reader import load_policy
+from graft.splice import control, selftest_result
+from graft.state import records
+from graft.state.engines import parse_inspect, parse_show
+from graft.swap import descriptors
 from tests.support.btf import Blob
 
 ID = "0123456789abcdef" * 4
@@ -39,13 +40,18 @@ KNOWN = {
     "shut": parse_endpoint("shut", "0.0.0.0:8081"),
 }
 _NOWHERE = Settings.from_environment({"GRAFT_STATE_DIR": "/nonexistent/graft"})
-_EDIT = Edit(hook=("/bin/true",), after=("/bin/true",), listener="/run/graft/oci/a/seccomp", listeners="/run/graft/oci")
+_EDIT = Edit(
+    create_runtime=("/bin/true",),
+    poststop=("/bin/true",),
+    listener="/run/graft/oci/a/seccomp",
+    own_listeners="/run/graft/oci",
+)
 
 
 class Reader(NamedTuple):
     """``read`` takes any bytes, and raises nothing but ``allowed``.
 
-    ``seeds`` are bytes that it takes for good: changed ones get farther in it than random ones.
+    ``seeds`` are bytes that it accepts: changed seeds get farther in it than random bytes.
     """
 
     name: str
@@ -55,7 +61,7 @@ class Reader(NamedTuple):
 
 
 def text_of(raw: bytes) -> str:
-    """Bytes as Python gives them where it decodes a file's name or an argument: others than UTF-8 as surrogates."""
+    """Bytes as Python decodes file names and arguments: those that are not UTF-8 become surrogates."""
     return raw.decode(errors="surrogateescape")
 
 
@@ -69,10 +75,10 @@ def _pairs(raw: bytes) -> None:
 
 
 def _config(raw: bytes) -> None:
-    """All that is done with an engine's configuration before a runtime sees it."""
+    """All that is done with an engine's configuration before a runtime gets it."""
     config = bundle.parse_config(raw, "config.json")
     asked = request.requested(config)
-    request.check_capabilities(config, Options(), own_users=False)
+    request.check_capabilities(config, RuntimeOptions(), own_user_namespace=False)
     for kind in ("network", "user"):
         bundle.namespace_path(config, kind)
     json.dumps(bundle.edit_config(config, _EDIT))
@@ -83,13 +89,13 @@ def _config(raw: bytes) -> None:
 
 
 def _profile(raw: bytes) -> None:
-    profile.profile_text(profile.parse_base(raw, "--base"), Path("/run/graft/listener"))
+    profile_text.profile_text(profile_text.parse_base(raw, "--base"), Path("/run/graft/listener"))
 
 
 def _sockets(raw: bytes) -> None:
-    for kind, message in sockdiag.split(raw):
+    for kind, message in sockdiag.split_messages(raw):
         if kind == 20:  # SOCK_DIAG_BY_FAMILY
-            sockdiag.parse(message)
+            sockdiag.parse_listener(message)
 
 
 def _btf(raw: bytes) -> None:
@@ -193,24 +199,24 @@ READERS = [
         "runtime arguments", lambda raw: arguments.parse(text_of(raw).split(" ")), (), (b"--log x create -b /b id",)
     ),
     Reader("runtime features", features.supported_flags, (GraftError,), (_dump(_FEATURES),)),
-    Reader("remembered features", features.parse_answers, (GraftError,), (_dump({"/bin/runc 1 2": True}),)),
-    Reader("record", lambda raw: containers.parse_record(raw, "7.json"), (GraftError,), (RECORD,)),
+    Reader("remembered features", features.parse_cache, (GraftError,), (_dump({"/bin/runc 1 2": True}),)),
+    Reader("record", lambda raw: records.parse_record(raw, "7.json"), (GraftError,), (RECORD,)),
     Reader("docker inspect", lambda raw: parse_inspect("docker", _replaced(raw)), (GraftError,), (_dump(_INSPECTED),)),
     Reader("systemctl show", lambda raw: parse_show(_replaced(raw)), (), (b"ControlGroup=/a.service\nMainPID=7\n",)),
     Reader("daemon's answer", control.parse_answer, (GraftError,), (_dump({"serves": True}), _dump({"error": "x"}))),
     Reader("daemon's request", control.parse_request, (GraftError,), (_dump({"do": "attach", "container": 1}),)),
-    Reader("self-test", lambda raw: verdict.parse(raw, {"boot": "b"}), (GraftError,), (_VERDICT,)),
+    Reader("self-test", lambda raw: selftest_result.parse(raw, {"boot": "b"}), (GraftError,), (_VERDICT,)),
     Reader("sockaddr", parse_sockaddr, (), (struct.pack("=H14x", 2), struct.pack("=H26x", 10))),
     Reader("notification", Notification.unpack, (struct.error,), (bytes(80),)),
     Reader("BTF", _btf, (ValueError,), (_btf_seed(),)),
     Reader("sock_diag", _sockets, (ValueError, OSError), (_netlink(20, _SOCKET) + _netlink(3, bytes(4)), _FAILED)),
-    Reader("listener of sock_diag", sockdiag.parse, (ValueError,), (_SOCKET,)),
-    Reader("socket of sock_diag", lambda raw: sockdiag.parse_found(6, raw), (ValueError,), (_SOCKET + _STORED,)),
+    Reader("listener of sock_diag", sockdiag.parse_listener, (ValueError,), (_SOCKET,)),
+    Reader("socket of sock_diag", lambda raw: sockdiag.parse_socket(6, raw), (ValueError,), (_SOCKET + _STORED,)),
     Reader("/proc/PID/status", tasks.parse_activity, (), (_STATUS,)),
     Reader("/proc/TID/status", tasks.parse_thread_group, (), (_STATUS,)),
     Reader("/proc/PID/cgroup", cgroup.parse_membership, (), (b"1:memory:/a\n0::/b/c\n",)),
     Reader("mountinfo", cgroup.parse_mounts, (GraftError,), (b"28 21 0:24 / /sys/fs/cgroup rw - cgroup2 none rw\n",)),
-    Reader("epoll's fdinfo", lambda raw: carry.parse_watches(9, raw, frozenset({5}), 1), (), (_EPOLL,)),
-    Reader("fdinfo", carry.parse_flags, (), (b"pos:\t0\nflags:\t02000002\n",)),
+    Reader("epoll's fdinfo", lambda raw: descriptors.parse_registrations(9, raw, frozenset({5}), 1), (), (_EPOLL,)),
+    Reader("fdinfo", descriptors.parse_flags, (), (b"pos:\t0\nflags:\t02000002\n",)),
     Reader("terminal", _shown, (), (b"\x1b[2J\xe2\x80\xae",)),
 ]

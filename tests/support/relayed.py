@@ -1,4 +1,4 @@
-"""What tests of relays do again and again: publish a container, talk through the relay, and look at the daemon."""
+"""Helpers for tests of relays: publish a container's listener, talk through the relay, measure the daemon."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.wait import PATIENCE
 
 
 def published(container: Plain, address: str = "0.0.0.0", bound: str = "0.0.0.0:80") -> int:
-    """Attach with one ingress rule; gives the port of the endpoint."""
+    """Attach with one ingress rule; returns the endpoint's port."""
     port = container.host.port()
     endpoint = container.host.endpoint(f"{address}:{port}")
     container.attach("-i", f"{bound}={endpoint}", "-e", f"{CLIENT4}/32={container.host.endpoint('0.0.0.0:dynamic')}")
@@ -24,7 +24,7 @@ def published(container: Plain, address: str = "0.0.0.0", bound: str = "0.0.0.0:
 
 
 def pair(container: Plain, listener: socket.socket, port: int) -> tuple[socket.socket, socket.socket]:
-    """A connection through the relay: the client's socket and the one that the container accepted."""
+    """A connection through the relay: the client's socket, and the socket that the container accepted."""
     client = container.host.client.connected(HOST4, port)
     accepted, _ = listener.accept()
     accepted.settimeout(15 * PATIENCE)
@@ -32,7 +32,7 @@ def pair(container: Plain, listener: socket.socket, port: int) -> tuple[socket.s
 
 
 def talk(one: socket.socket, other: socket.socket) -> None:
-    """More small messages than it takes for a connection to be worth the kernel's while."""
+    """Exchange more small messages than it takes for a connection to be handed over to the kernel."""
     for _ in range(8):
         one.sendall(b"question")
         assert other.recv(100) == b"question"
@@ -41,7 +41,7 @@ def talk(one: socket.socket, other: socket.socket) -> None:
 
 
 def refused(container: Plain, port: int) -> bool:
-    """Whether the endpoint refuses."""
+    """Whether a connection to the endpoint is refused."""
     try:
         container.host.client.connected(HOST4, port).close()
     except ConnectionRefusedError:
@@ -50,7 +50,7 @@ def refused(container: Plain, port: int) -> bool:
 
 
 def reset(sock: socket.socket) -> bool:
-    """Whether the peer reset the connection; fails where it ended it, or does nothing."""
+    """Whether the peer reset the connection, and did not close it. Raises TimeoutError where it does neither."""
     try:
         while sock.recv(65536):
             pass
@@ -68,7 +68,7 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 def transfer(near: socket.socket, far: socket.socket, there: int, back: int, half_close: bool, seed: int) -> None:
-    """Both directions at once, in pieces of random sizes; the ends come in any order. Checked by hash."""
+    """Send in both directions, in pieces of random sizes, and compare hashes. ``half_close``: one after the other."""
     found: dict[str, str] = {}
 
     def send(sock: socket.socket, data: bytes, chance: random.Random) -> None:
@@ -108,11 +108,11 @@ def transfer(near: socket.socket, far: socket.socket, there: int, back: int, hal
     }
 
 
-def resident(pid: int) -> int:
-    """Bytes of memory that a process has."""
+def resident_bytes(pid: int) -> int:
+    """A process's resident memory, in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def descriptors(pid: int) -> int:
-    """How many a process has open."""
+    """How many descriptors a process has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))

@@ -12,6 +12,9 @@ from tests.support.wait import PATIENCE
 Result = subprocess.CompletedProcess[str]
 Word = str | Path | int
 
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--")
+"""The words to put before a command that is to run as the user nobody."""
+
 
 def run(
     command: Sequence[Word],

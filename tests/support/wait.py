@@ -1,4 +1,4 @@
-"""Waiting for something to come true, instead of sleeping and hoping."""
+"""Waiting for a condition, instead of sleeping for a fixed time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATIENCE = float(os.environ.get("GRAFT_TEST_PATIENCE", "1"))
 
 
 def until(what: str, condition: Callable[[], T], timeout: float = 15, pause: float = 0.01) -> T:
-    """Poll ``condition`` until it gives something true, and give that. Fails the test at the deadline."""
+    """Poll ``condition`` until its result is true; gives that result. Fails the test at the deadline."""
     deadline = time.monotonic() + timeout * PATIENCE
     while True:
         found = condition()

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.address import (
+from graft.errors import UsageError
+from graft.model.address import (
     BindPattern,
     Prefix,
     SocketAddress,
@@ -18,8 +19,7 @@ from graft.address import (
     parse_prefix,
     parse_socket_address,
 )
-from graft.errors import UsageError
-from graft.ports import EVERY_PORT, MAX_PORT, PortRange, mask_of, prefixes_of, ranges_of, split_range
+from graft.model.ports import EVERY_PORT, MAX_PORT, PortRange, mask_of, prefixes_of, ranges_of, split_range
 
 PORTS = st.integers(1, MAX_PORT)
 RANGES = st.tuples(st.integers(0, MAX_PORT), st.integers(0, MAX_PORT)).map(lambda pair: PortRange(*sorted(pair)))
@@ -75,27 +75,27 @@ def test_an_address_alone_is_a_prefix_that_holds_only_itself() -> None:
         ("0.0.0.0:", "has no port"),
         ("[::1]", "has no port"),
         ("::1:80", "without brackets"),
-        ("[::1:80", "no IPv6 address in brackets"),
-        ("[1.2.3.4]:80", "no IPv6 address in brackets"),
+        ("[::1:80", "not an IPv6 address in brackets"),
+        ("[1.2.3.4]:80", "not an IPv6 address in brackets"),
         ("[fe80::1%eth0]:80", "has a zone"),
-        ("[gggg::]:80", "no IP address"),
-        ("1.2.3:80", "no IP address"),
-        ("1.2.3.256:80", "no IP address"),
-        ("01.2.3.4:80", "no IP address"),
-        ("localhost:80", "no IP address"),
-        (":80", "no IP address"),
-        (" 1.2.3.4:80", "no IP address"),
+        ("[gggg::]:80", "not an IP address"),
+        ("1.2.3:80", "not an IP address"),
+        ("1.2.3.256:80", "not an IP address"),
+        ("01.2.3.4:80", "not an IP address"),
+        ("localhost:80", "not an IP address"),
+        (":80", "not an IP address"),
+        (" 1.2.3.4:80", "not an IP address"),
         ("1.2.3.4:0", "out of range"),
         ("1.2.3.4:65536", "out of range"),
         ("1.2.3.4:99999999999999999999", "out of range"),
-        ("1.2.3.4:-1", "no port"),
-        ("1.2.3.4:+1", "no port"),
-        ("1.2.3.4:080", "no port"),
-        ("1.2.3.4:0x50", "no port"),
-        ("1.2.3.4:8\u0660", "no port"),
-        ("1.2.3.4:http", "no port"),
-        ("1.2.3.4:dynamic", "no port"),
-        ("*:80", "no IP address"),
+        ("1.2.3.4:-1", "not a port"),
+        ("1.2.3.4:+1", "not a port"),
+        ("1.2.3.4:080", "not a port"),
+        ("1.2.3.4:0x50", "not a port"),
+        ("1.2.3.4:8\u0660", "not a port"),
+        ("1.2.3.4:http", "not a port"),
+        ("1.2.3.4:dynamic", "not a port"),
+        ("*:80", "not an IP address"),
     ],
 )
 def test_a_wrong_socket_address_is_refused_in_one_line_that_names_the_field(text: str, reason: str) -> None:
@@ -127,16 +127,16 @@ def test_a_wrong_range_of_ports_is_refused(text: str) -> None:
     ("text", "reason"),
     [
         ("10.0.0.1/8", "has bits set"),
-        ("10.0.0.0/33", "no prefix length"),
-        ("10.0.0.0/", "no prefix length"),
-        ("10.0.0.0/08", "no prefix length"),
-        ("10.0.0.0/255.0.0.0", "no prefix length"),
-        ("::/129", "no prefix length"),
-        ("[::]/0", "no prefix"),
+        ("10.0.0.0/33", "not a prefix length"),
+        ("10.0.0.0/", "not a prefix length"),
+        ("10.0.0.0/08", "not a prefix length"),
+        ("10.0.0.0/255.0.0.0", "not a prefix length"),
+        ("::/129", "not a prefix length"),
+        ("[::]/0", "not a prefix"),
         ("fe80::%eth0/64", "has a zone"),
-        ("10/8", "no prefix"),
-        ("*", "no prefix"),
-        ("", "no prefix"),
+        ("10/8", "not a prefix"),
+        ("*", "not a prefix"),
+        ("", "not a prefix"),
     ],
 )
 def test_a_wrong_prefix_is_refused(text: str, reason: str) -> None:
@@ -144,7 +144,7 @@ def test_a_wrong_prefix_is_refused(text: str, reason: str) -> None:
         parse_prefix(text)
 
 
-def test_the_error_for_bits_after_the_prefix_says_which_prefix_was_meant() -> None:
+def test_the_error_for_bits_after_the_prefix_suggests_a_prefix() -> None:
     with pytest.raises(UsageError) as caught:
         parse_prefix("10.1.2.3/8")
     assert caught.value.hint is not None

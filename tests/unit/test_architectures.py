@@ -19,27 +19,28 @@ from pathlib import Path
 
 import pytest
 
-from graft import desk, layout, lifecycle, supervisor, twin
-from graft.data import bpf_source_dir
+from graft.datapath.sources import bpf_source_dir
 from graft.kernel import (
     bpf,
     capabilities,
     epoll,
     helpers,
     keyring,
+    mounts,
     netns,
     pidfd,
     process,
     seccomp,
     sockdiag,
-    sockets,
+    socket_calls,
     syscalls,
     tasks,
     tcp,
     terminal,
 )
-from graft.runtime import state
-from graft.splice import inward
+from graft.oci import state
+from graft.splice import inbound
+from graft.swap import socket_copy, supervisor
 from tests.support.building import SOURCES
 from tests.support.cross import COMPILERS, complaints, differences, members, packed_members, places
 from tests.unit.test_layout import CONSTANTS, STRUCTS
@@ -223,9 +224,6 @@ def test_bpf_has_the_kernels_numbers_and_layouts(machine: str) -> None:
         "BPF_PROG_GET_FD_BY_ID": bpf._PROG_GET_FD_BY_ID,
         "BPF_OBJ_GET_INFO_BY_FD": bpf._OBJ_GET_INFO_BY_FD,
         "BPF_PROG_QUERY": bpf._PROG_QUERY,
-        "BPF_ANY": bpf.ANY,
-        "BPF_NOEXIST": bpf.NOEXIST,
-        "BPF_EXIST": bpf.EXIST,
         "BPF_F_ALLOW_MULTI": bpf.ALLOW_MULTI,
         "BPF_F_QUERY_EFFECTIVE": bpf.QUERY_EFFECTIVE,
         "BPF_PROG_TYPE_CGROUP_SOCK": bpf.PROG_CGROUP_SOCK,
@@ -258,7 +256,7 @@ def test_namespaces_processes_and_mounts_have_the_kernels_numbers(machine: str) 
         "SO_NETNS_COOKIE": netns.SO_NETNS_COOKIE,
         "MS_BIND": netns._MS_BIND,
         "MNT_DETACH": netns._MNT_DETACH,
-        "MS_NOSUID | MS_NODEV | MS_NOEXEC": lifecycle._MS_NOSUID_NODEV_NOEXEC,
+        "MS_NOSUID | MS_NODEV | MS_NOEXEC": mounts._MS_NOSUID_NODEV_NOEXEC,
         "O_EXCL": pidfd.PIDFD_THREAD,  # what linux/pidfd.h defines it as, from 6.9 on
         "sizeof(struct iovec)": 16,
         "__builtin_offsetof(struct iovec, iov_len)": pidfd._Iovec.len.offset,
@@ -272,10 +270,10 @@ def test_namespaces_processes_and_mounts_have_the_kernels_numbers(machine: str) 
         "_LINUX_CAPABILITY_U32S_3": 2,
         "KEYCTL_JOIN_SESSION_KEYRING": keyring._JOIN_SESSION_KEYRING,
         "KCMP_FILES": tasks._KCMP_FILES,
-        "F_SETSIG": twin._F_SETSIG,
-        "F_GETSIG": twin._F_GETSIG,
-        "F_SETOWN_EX": twin._F_SETOWN_EX,
-        "F_GETOWN_EX": twin._F_GETOWN_EX,
+        "F_SETSIG": socket_copy._F_SETSIG,
+        "F_GETSIG": socket_copy._F_GETSIG,
+        "F_SETOWN_EX": socket_copy._F_SETOWN_EX,
+        "F_GETOWN_EX": socket_copy._F_GETOWN_EX,
         "sizeof(struct f_owner_ex)": 8,
         **packed_members("struct ucred", state._UCRED, ("pid", "uid", "gid")),
         **members("struct __user_cap_header_struct", capabilities._Header),
@@ -286,7 +284,7 @@ def test_namespaces_processes_and_mounts_have_the_kernels_numbers(machine: str) 
     assert not differences(machine, [*headers, *more], values)
 
 
-def test_the_socket_options_that_a_twin_is_given_are_those_that_are_meant(machine: str) -> None:
+def test_the_socket_options_that_are_copied_have_their_numbers(machine: str) -> None:
     names = (
         "REUSEADDR DONTROUTE BROADCAST KEEPALIVE OOBINLINE NO_CHECK LINGER REUSEPORT RCVLOWAT RCVTIMEO_OLD "
         "SNDTIMEO_OLD TIMESTAMP_OLD TIMESTAMPNS_OLD TIMESTAMPING_OLD RXQ_OVFL PEEK_OFF SELECT_ERR_QUEUE "
@@ -294,21 +292,22 @@ def test_the_socket_options_that_a_twin_is_given_are_those_that_are_meant(machin
         "SNDTIMEO_NEW BUF_LOCK TXREHASH"
     )
     values = {
-        **{f"SO_{name}": number for name, number in zip(names.split(), sorted(twin._PLAIN[1]), strict=True)},
-        "SOL_SOCKET": twin.SOL_SOCKET,
-        "SO_SNDBUF": twin._SNDBUF,
-        "SO_RCVBUF": twin._RCVBUF,
-        "SO_SNDBUFFORCE": twin._SNDBUFFORCE,
-        "SO_RCVBUFFORCE": twin._RCVBUFFORCE,
-        "SO_PRIORITY": twin._PRIORITY,
-        "SO_ATTACH_FILTER": twin._ATTACH_FILTER,
-        "SO_LOCK_FILTER": twin._LOCK_FILTER,
+        **{f"SO_{name}": number for name, number in zip(names.split(), sorted(socket_copy._UNCHANGED[1]), strict=True)},
+        "SOL_SOCKET": socket_copy.SOL_SOCKET,
+        "SO_SNDBUF": socket_copy._SNDBUF,
+        "SO_RCVBUF": socket_copy._RCVBUF,
+        "SO_SNDBUFFORCE": socket_copy._SNDBUFFORCE,
+        "SO_RCVBUFFORCE": socket_copy._RCVBUFFORCE,
+        "SO_PRIORITY": socket_copy._PRIORITY,
+        "SO_ATTACH_FILTER": socket_calls.SO_ATTACH_FILTER,
+        "SO_LOCK_FILTER": socket_calls.SO_LOCK_FILTER,
+        "SO_GET_FILTER": socket_calls._SO_GET_FILTER,
+        "sizeof(struct sock_filter)": socket_calls._INSTRUCTION_SIZE,
         "SO_COOKIE": tcp.SO_COOKIE,
         "TIOCOUTQ": termios.TIOCOUTQ,
         "SIOCOUTQ": termios.TIOCOUTQ,
-        **members("struct sock_fprog", twin._SockFprog),
+        **members("struct sock_fprog", socket_calls.FilterProgram),
     }
-    assert (sockets._SO_ATTACH_FILTER, sockets._SO_LOCK_FILTER) == (twin._ATTACH_FILTER, twin._LOCK_FILTER)
     assert not differences(machine, ["asm/socket.h", "linux/filter.h", "asm/ioctls.h", "linux/sockios.h"], values)
 
 
@@ -319,16 +318,16 @@ def test_protocols_and_their_structures_are_the_kernels(machine: str) -> None:
     diag = [*(f"idiag_{name}" for name in before), *identity, *(f"idiag_{name}" for name in after)]
     netlink = [f"nlmsg_{name}" for name in ("len", "type", "flags", "seq", "pid")]
     values = {
-        "AF_INET": twin.AF_INET,
-        "AF_INET6": twin.AF_INET6,
-        "SOCK_STREAM": twin.SOCK_STREAM,
-        "TCP_CONGESTION": twin._TCP_CONGESTION,
-        "IPV6_V6ONLY": twin.IPV6_V6ONLY,
+        "AF_INET": socket_copy.AF_INET,
+        "AF_INET6": socket_copy.AF_INET6,
+        "SOCK_STREAM": socket_copy.SOCK_STREAM,
+        "TCP_CONGESTION": socket_copy._TCP_CONGESTION,
+        "IPV6_V6ONLY": socket_copy.IPV6_V6ONLY,
         "IPPROTO_MPTCP": supervisor._IPPROTO_MPTCP,
         "IPPROTO_MPTCP + 0": sockdiag.IPPROTO_MPTCP,
         "IPPROTO_TCP": socket.IPPROTO_TCP,
-        "IP_BIND_ADDRESS_NO_PORT": inward.IP_BIND_ADDRESS_NO_PORT,
-        "sizeof(struct sockaddr_in6)": desk._NAME_SIZE,
+        "IP_BIND_ADDRESS_NO_PORT": inbound.IP_BIND_ADDRESS_NO_PORT,
+        "sizeof(struct sockaddr_in6)": socket_calls.SOCKADDR_SIZE,
         "__builtin_offsetof(struct sockaddr_in6, sin6_addr)": 8,
         "__builtin_offsetof(struct tcp_info, tcpi_bytes_acked)": acked,
         "__builtin_offsetof(struct tcp_info, tcpi_bytes_received)": received,
@@ -372,19 +371,17 @@ def test_the_numbers_that_the_bpf_programs_define_themselves_are_the_kernels(mac
         if not ours.match(name)
     }
     assert {"O_CLOEXEC", "EACCES", "SO_BINDTOIFINDEX", "IPPROTO_MPTCP", "AF_INET6"} <= set(values)
+    kernels_only = {
+        name: values.pop(name) for name in ("IPV6_FLOWLABEL_MGR",)
+    }  # in6.h hides it where libc's is read too
     headers = ["fcntl.h", "errno.h", "sys/socket.h", "asm/socket.h", "netinet/in.h", "netinet/tcp.h"]
     assert not differences(machine, headers, values)
+    assert not differences(machine, ["linux/in6.h"], kernels_only)
 
 
 def test_the_structures_of_the_bpf_programs_are_laid_out_as_python_has_them(machine: str) -> None:
-    structs: dict[str, type[ctypes.Structure]] = {
-        **STRUCTS,
-        "relay": layout.RelayValue,
-        "crossing": layout.CrossingValue,
-        "arrival": layout.ArrivalKey,
-    }
     values = dict(CONSTANTS)
-    for name, python in structs.items():
+    for name, python in STRUCTS.items():
         values |= members(f"struct {name}", python)
         values[f"sizeof(struct {name})"] = ctypes.sizeof(python)
     assert not differences(machine, ["linux/types.h", "graft.h"], values, f"-I{bpf_source_dir()}")
@@ -392,4 +389,4 @@ def test_the_structures_of_the_bpf_programs_are_laid_out_as_python_has_them(mach
 
 @pytest.mark.parametrize("file", C_PROGRAMS, ids=lambda file: file.stem)
 def test_the_c_programs_of_tests_and_benchmark_compile(machine: str, file: Path) -> None:
-    assert not complaints(machine, file.read_text(), "-pthread")
+    assert not complaints(machine, file.read_text(), "-pthread", "-I", file.parent)

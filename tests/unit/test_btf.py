@@ -1,4 +1,4 @@
-"""Kernel type information, from a blob made by hand and from the running kernel."""
+"""Kernel type information, of a hand-made blob and of the running kernel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from graft import offsets
+from graft.datapath import offsets
 from graft.kernel.btf import VMLINUX, Btf
 from tests.support.btf import Blob
 
@@ -37,7 +37,7 @@ def test_bit_fields_are_counted_in_bytes(btf: Btf) -> None:
     assert btf.offset("fields", "high") == 4
 
 
-def test_what_is_not_there_is_none(btf: Btf) -> None:
+def test_a_missing_member_is_none(btf: Btf) -> None:
     assert btf.offset("thing", "nothing") is None
     assert btf.offset("nothing", "first") is None
 
@@ -47,7 +47,7 @@ def test_another_byte_order_is_refused() -> None:
         Btf(b"\xeb\x9f" + bytes(30))
 
 
-def test_every_kind_that_is_known_is_stepped_over() -> None:
+def test_every_known_kind_is_skipped() -> None:
     blob = Blob()
     for kind in (2, 7, 8, 9, 10, 11, 12, 16, 18):  # nothing but a head
         blob.type(kind, "x", 1, [])
@@ -56,7 +56,7 @@ def test_every_kind_that_is_known_is_stepped_over() -> None:
 
 
 @pytest.mark.parametrize("kind", [0, 20, 31])
-def test_a_kind_that_is_newer_is_refused_because_nobody_knows_how_long_it_is(kind: int) -> None:
+def test_a_newer_kind_is_refused_because_its_length_is_unknown(kind: int) -> None:
     blob = Blob()
     blob.type(kind, "new", 0, [])
     blob.type(4, "thing", 8, [blob.member("first", 1, 0)])
@@ -80,7 +80,7 @@ def test_structs_inside_of_each_other_without_end_are_refused() -> None:
         Btf(blob.build()).offset("thing", "first")
 
 
-def test_a_part_that_is_there_twice_is_looked_at_once() -> None:
+def test_a_part_that_occurs_twice_is_searched_once() -> None:
     blob = Blob()
     for number in range(1, 31):  # two of the next in each: a thousand million places
         blob.type(4, "thing" if number == 1 else "", 8, [blob.member("", number + 1, 0)] * 2)
@@ -105,15 +105,15 @@ def test_types_that_end_too_late_are_refused() -> None:
         Btf(blob.build())
 
 
-def test_a_kernel_that_is_not_understood_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_type_information_that_cannot_be_read_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     blob = Blob()
     blob.type(4, "file", 8, [blob.member("", 1, 0)])
     monkeypatch.setattr(Btf, "of_kernel", classmethod(lambda cls: cls(blob.build())))
-    offsets.structures.cache_clear()
+    offsets.structure_offsets.cache_clear()
     try:
-        assert offsets.structures() == {}
+        assert offsets.structure_offsets() == {}
     finally:
-        offsets.structures.cache_clear()
+        offsets.structure_offsets.cache_clear()
 
 
 def test_the_running_kernel_has_a_socket_with_a_file() -> None:

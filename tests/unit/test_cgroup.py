@@ -1,4 +1,4 @@
-"""Where cgroup v2 is mounted, on machines of all kinds, and what stands in it, whoever named that."""
+"""cgroup v2 of all kinds of machines: its mount, and cgroups with any name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_machine_with_both_versions() -> None:
     assert cgroup.parse_mounts(HYBRID) == Path("/sys/fs/cgroup/unified")
 
 
-def test_a_machine_without_version_2_is_told_what_to_do() -> None:
+def test_a_machine_without_version_2_gets_a_hint() -> None:
     with pytest.raises(KernelError) as caught:
         cgroup.parse_mounts(V1)
     assert caught.value.hint is not None and "mount -t cgroup2" in caught.value.hint
@@ -44,7 +44,7 @@ def test_a_mount_point_with_a_space_and_no_optional_fields() -> None:
     assert cgroup.parse_mounts(line) == Path("/mnt/a b")
 
 
-def test_a_cgroup_that_is_gone_has_no_processes() -> None:
+def test_a_removed_cgroup_has_no_processes() -> None:
     gone = Path("/nonexistent/cgroup")
     assert cgroup.processes(gone) == []
     assert not cgroup.populated(gone)
@@ -61,7 +61,7 @@ def test_a_mount_point_of_any_bytes_is_found_again() -> None:
 
 
 @pytest.mark.parametrize("line", [b"- cgroup2", b"1 2 3 - cgroup2 x", b" - cgroup2 - cgroup2", b"\0" * 100])
-def test_a_line_that_is_no_mount_is_passed_over(line: bytes) -> None:
+def test_a_malformed_line_is_skipped(line: bytes) -> None:
     assert cgroup.parse_mounts(line + b"\n" + PURE) == Path("/sys/fs/cgroup")
 
 
@@ -80,7 +80,7 @@ def test_a_process_outside_of_version_2_has_no_cgroup() -> None:
     assert cgroup.parse_membership(b"3:memory:/a\n") is None
 
 
-def test_cgroups_a_thousand_deep_are_gone_through(tmp_path: Path) -> None:
+def test_cgroups_nested_a_thousand_deep_are_listed(tmp_path: Path) -> None:
     here = os.open(".", os.O_RDONLY)
     try:
         os.chdir(tmp_path)
@@ -113,3 +113,14 @@ def test_cgroups_too_deep_for_a_path_are_left_out(tmp_path: Path) -> None:
     finally:
         os.fchdir(here)
         os.close(here)
+
+
+def test_controllers_that_the_parent_has_are_enabled_for_both_levels(tmp_path: Path) -> None:
+    folder = tmp_path / "graft" / "supervisors"
+    folder.mkdir(parents=True)
+    for one in (folder.parent, folder):
+        (one / "cgroup.controllers").write_text("pids memory\n")
+        (one / "cgroup.subtree_control").write_text("")
+    cgroup.enable_controllers(folder, ["memory", "cpu"])
+    assert (folder.parent / "cgroup.subtree_control").read_text() == "+memory"
+    assert (folder / "cgroup.subtree_control").read_text() == "+memory"

@@ -1,4 +1,4 @@
-"""`graft policy check`: what it prints and how it ends."""
+"""`graft policy check`: its output and exit status."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def policy(tmp_path: Path) -> Path:
 
 
 def check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command, with pins of its own that are not there: the endpoints of the machine do not count."""
+    """Run the command with pins that do not exist: the endpoints of the machine do not count."""
     code = "from graft_cli.main import main; main()"
     command = [sys.executable, "-c", code, "policy", "check", *map(str, arguments)]
     environment = {**os.environ, "GRAFT_PIN_DIR": "/nonexistent/graft", "TERM": "dumb"}
@@ -50,7 +50,7 @@ def test_a_bad_policy_gets_a_line_for_every_error_and_exit_2(policy: Path) -> No
     assert done.returncode == 2
     assert done.stdout.splitlines() == [
         f"{policy}:3: ingress[0].bind: '0.0.0.0' has no port (ADDR:PORT, such as 0.0.0.0:80 or [::]:80)",
-        f"{policy}:4: ingress[0].endpoint: there is no endpoint 'nope'"
+        f"{policy}:4: ingress[0].endpoint: endpoint 'nope' not found"
         " (declare it under endpoints, or add it with: graft ep add)",
     ]
 
@@ -80,7 +80,7 @@ def test_json_has_the_problems_of_a_bad_policy(policy: Path) -> None:
     ]
 
 
-def test_a_file_that_is_not_there_is_one_line_and_exit_3(tmp_path: Path) -> None:
+def test_a_missing_file_is_one_line_and_exit_3(tmp_path: Path) -> None:
     done = check(tmp_path / "nothing.yaml")
     assert done.returncode == 3
-    assert done.stderr == f"graft: policy: there is no file {tmp_path / 'nothing.yaml'}\n"
+    assert done.stderr == f"graft: policy: {tmp_path / 'nothing.yaml'} not found\n"

@@ -1,26 +1,23 @@
-"""Records of attached containers: a bad one is named, and keeps nobody from the others."""
+"""Records of attached containers: a bad one is named, and the others are read."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import pytest
 
-from graft import containers, store
-from graft.containers import Container
-from graft.endpoint import parse_endpoint
 from graft.errors import NotFoundError, UsageError
-from graft.layout import Transport
-from graft.limits import MAX_RULES
-from graft.maps import Maps
-from graft.policy import Policy, policy_from_flags
-from graft.settings import Settings
+from graft.model.endpoint import parse_endpoint
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.policy.limits import MAX_RULES
+from graft.policy.model import Policy, policy_from_flags
+from graft.state import records
+from graft.state.containers import Containers, compile_for
+from graft.state.records import Container
 from tests.support.readers import RECORD
 
-WEB = Container(7, "web", "/sys/fs/cgroup/docker/web", "swap", 12, "web", ("nx4",), 42, 99, "docker", "splice")
+WEB = Container(7, "web", "/sys/fs/cgroup/docker/web", Transport.SWAP, 12, "web", ("nx4",), 42, 99, "docker", "splice")
 
 
 @pytest.fixture
@@ -36,28 +33,28 @@ def put(installation: Settings, name: str, raw: bytes) -> Path:
 
 
 def test_a_record_is_read_as_it_was_written(installation: Settings) -> None:
-    containers._save(installation, WEB)
-    assert containers.listing(installation) == [WEB]
-    assert containers.parse_record(RECORD, "7.json") == WEB
+    records.save(installation, WEB)
+    assert Containers(installation).listing() == [WEB]
+    assert records.parse_record(RECORD, "7.json") == WEB
 
 
 def test_a_record_of_a_newer_graft_is_read_as_far_as_it_is_known() -> None:
-    assert containers.parse_record(RECORD[:-1] + b', "later": [1]}', "7.json") == WEB
+    assert records.parse_record(RECORD[:-1] + b', "later": [1]}', "7.json") == WEB
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 10_000, RECORD[:-2], RECORD + RECORD])
 def test_a_bad_record_is_left_out_and_named(installation: Settings, raw: bytes) -> None:
     put(installation, "7.json", RECORD)
     bad = put(installation, "8.json", raw)
-    found, wrong = containers.records(installation)
-    assert found == containers.listing(installation) == [WEB]
+    found, wrong = records.read_all(installation)
+    assert found == Containers(installation).listing() == [WEB]
     assert [error.message.startswith(f"{bad}: ") for error in wrong] == [True]
 
 
 def test_what_is_no_file_is_left_out_and_named(installation: Settings) -> None:
     (installation.run_dir / "containers" / "8.json").mkdir()
     (installation.run_dir / "containers" / "9.json").symlink_to("nowhere")
-    found, (wrong,) = containers.records(installation)
+    found, (wrong,) = records.read_all(installation)
     assert found == []
     assert wrong.message.endswith("8.json: cannot be read: Is a directory")
 
@@ -65,41 +62,24 @@ def test_what_is_no_file_is_left_out_and_named(installation: Settings) -> None:
 def test_a_container_that_is_not_found_may_be_in_a_bad_record(installation: Settings) -> None:
     bad = put(installation, "8.json", b"{")
     with pytest.raises(NotFoundError) as missing:
-        containers.find(installation, "web")
+        Containers(installation).find("web")
     assert missing.value.hint is not None and str(bad) in missing.value.hint
-
-
-@pytest.fixture
-def unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No endpoints, and a lock that must not be taken."""
-
-    @contextlib.contextmanager
-    def locked(_settings: Settings) -> Iterator[None]:
-        raise AssertionError("the lock was taken")
-        yield
-
-    monkeypatch.setattr(containers, "locked", locked)
-    monkeypatch.setattr(store, "listing", lambda _settings: [])
 
 
 TOO_BIG = policy_from_flags("p", ["0.0.0.0:80=nx4"] * (MAX_RULES + 1), [])
 FOR_NX4 = policy_from_flags("p", ["0.0.0.0:80=nx4"], [])
 
 
-@pytest.mark.usefixtures("unlocked")
 @pytest.mark.parametrize("policy", [TOO_BIG, FOR_NX4])
-def test_a_policy_that_cannot_be_is_refused_before_anybody_has_to_wait(installation: Settings, policy: Policy) -> None:
-    maps = cast(Maps, None)
-    with pytest.raises(UsageError):
-        containers.create(installation, maps, policy, Path("/nowhere"), 1, Transport.DIRECT)
-    with pytest.raises(UsageError):
-        containers.apply(installation, maps, WEB, policy)
+def test_a_policy_that_cannot_be_compiled_is_refused_before_a_transaction(policy: Policy) -> None:
+    with pytest.raises(UsageError):  # what a transaction takes is a compiled policy
+        compile_for(policy, {})
 
 
 def test_what_was_compiled_before_is_taken_while_its_endpoints_are_the_same() -> None:
     endpoints = {"nx4": parse_endpoint("nx4", "0.0.0.0:8080")}
-    before = containers._compile_for(FOR_NX4, endpoints)
+    before = compile_for(FOR_NX4, endpoints)
     more = {**endpoints, "other": parse_endpoint("other", "0.0.0.0:8081")}
-    assert containers._compile_for(FOR_NX4, more, before) is before
+    assert compile_for(FOR_NX4, more, before) is before
     changed = {"nx4": parse_endpoint("nx4", "0.0.0.0:8080", proto="tcp")}
-    assert containers._compile_for(FOR_NX4, changed, before).rules.entries < before.rules.entries
+    assert compile_for(FOR_NX4, changed, before).rules.entries < before.rules.entries

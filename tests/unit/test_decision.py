@@ -1,4 +1,4 @@
-"""Where a socket should live: a table of cases, and what holds for all of them."""
+"""In which namespace a socket should live: a table of cases, and properties of all decisions."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import struct
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.decision import TCP_CLOSE, Action, Call, Decision, Facts, Sockaddr, decide, parse_sockaddr
-from graft.layout import ENDPOINT_DUAL_STACK, Home
-from graft.policy import Default, Verdict
+from graft.datapath.layout import ENDPOINT_DUAL_STACK
+from graft.model.sockaddr import Sockaddr, parse_sockaddr
+from graft.model.transport import Home
+from graft.policy.model import Default, Verdict
+from graft.swap.decision import TCP_CLOSE, Action, Call, Decision, SocketFacts, decide
 
 OURS, HOST, OTHER = 100, 1, 7
 
-CONTAINER_SOCKET = Facts(
+CONTAINER_SOCKET = SocketFacts(
     netns=OURS,
     container_netns=OURS,
     endpoint_netns=0,
     endpoint=0,
     local_port=0,
-    answered=1,
     home=Home.CONTAINER,
     family=4,
     state=TCP_CLOSE,
@@ -46,7 +47,7 @@ MAPPED = Sockaddr(4, bytes(16), 80, mapped=True)
 RESUME = Decision(Action.RESUME)
 TO_HOST = Decision(Action.TO_HOST, 5, HOST)
 ONLY_IPV6 = Decision(Action.TO_HOST, 5, HOST, v6only=True)
-BACK = Decision(Action.TO_CONTAINER)
+TO_CONTAINER = Decision(Action.TO_CONTAINER)
 REFUSED = Decision(Action.REFUSE, error=errno.EACCES)
 
 BIND, CONNECT, LISTEN = Call.BIND, Call.CONNECT, Call.LISTEN
@@ -61,7 +62,7 @@ CASES = [
     (BIND, WEB, CONTAINER_SOCKET, DENY_DEFAULTS, RESUME),  # the hooks refuse it
     (CONNECT, WEB, CONTAINER_SOCKET, DENY_DEFAULTS, RESUME),
     (LISTEN, None, CONTAINER_SOCKET, {}, RESUME),
-    # a namespace that the program made, or was handed
+    # a namespace that the program made, or a socket that it received
     (BIND, WEB, CONTAINER_SOCKET, GRANT | {"netns": OTHER}, RESUME),
     (CONNECT, WEB, CONTAINER_SOCKET, GRANT | {"netns": OTHER}, RESUME),
     # in the host's stack already
@@ -70,12 +71,12 @@ CASES = [
     (BIND, WEB, HOST_SOCKET, GRANT | {"endpoint_netns": OTHER}, Decision(Action.TO_HOST, 5, OTHER)),
     (CONNECT, WEB, HOST_SOCKET, GRANT | {"endpoint_netns": OTHER}, Decision(Action.TO_HOST, 5, OTHER)),
     (CONNECT, WEB, HOST_SOCKET, GRANT | bound | {"endpoint_netns": OTHER}, RESUME),
-    (BIND, WEB, HOST_SOCKET, {}, BACK),
-    (CONNECT, WEB, HOST_SOCKET, {}, BACK),
-    (CONNECT, WEB, HOST_SOCKET, {"verdict": Verdict.CONTAINER} | DENY_DEFAULTS, BACK),
+    (BIND, WEB, HOST_SOCKET, {}, TO_CONTAINER),
+    (CONNECT, WEB, HOST_SOCKET, {}, TO_CONTAINER),
+    (CONNECT, WEB, HOST_SOCKET, {"verdict": Verdict.CONTAINER} | DENY_DEFAULTS, TO_CONTAINER),
     (BIND, WEB, HOST_SOCKET, DENY_DEFAULTS, REFUSED),
     (CONNECT, WEB, HOST_SOCKET, DENY_DEFAULTS, REFUSED),
-    (CONNECT, WEB, HOST_SOCKET, bound, REFUSED),  # it holds an endpoint, which would be lost
+    (CONNECT, WEB, HOST_SOCKET, bound, REFUSED),  # it is bound to an endpoint, which would be lost
     (LISTEN, None, HOST_SOCKET, {}, REFUSED),
     (LISTEN, None, HOST_SOCKET, bound, RESUME),
     # bound already: the kernel's EINVAL
@@ -84,7 +85,7 @@ CASES = [
     # denied by a rule
     (CONNECT, WEB, CONTAINER_SOCKET, {"verdict": Verdict.DENY}, REFUSED),
     (CONNECT, WEB, HOST_SOCKET, {"verdict": Verdict.DENY}, REFUSED),
-    # connecting, connected or listening: the kernel knows what to say
+    # connecting, connected or listening: the kernel has the errno
     (CONNECT, WEB, CONTAINER_SOCKET, GRANT | {"state": 1}, RESUME),
     (LISTEN, None, HOST_SOCKET, {"state": 10}, RESUME),
     # an address that a socket of this family cannot have, or none at all
@@ -101,8 +102,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("call, address, start, changes, wanted", CASES)
-def test_a_call_gets_the_decision_of_the_table(
-    call: Call, address: Sockaddr | None, start: Facts, changes: dict[str, int], wanted: Decision
+def test_decisions(
+    call: Call, address: Sockaddr | None, start: SocketFacts, changes: dict[str, int], wanted: Decision
 ) -> None:
     assert decide(call, address, start._replace(**changes)) == wanted
 
@@ -114,12 +115,12 @@ def test_an_ipv6_only_socket_does_not_get_an_ipv4_endpoint() -> None:
     assert decide(BIND, WEB6, facts._replace(endpoint_family=6), v6only=True) == ONLY_IPV6
 
 
-def test_an_ipv6_endpoint_takes_no_ipv4_unless_it_is_dual_stack() -> None:
+def test_a_socket_at_an_ipv6_endpoint_is_ipv6_only_unless_that_is_dual_stack() -> None:
     facts = CONTAINER_SOCKET._replace(family=6, **GRANT)._replace(endpoint_family=6)
     dual = facts._replace(endpoint_flags=ENDPOINT_DUAL_STACK)
     assert decide(BIND, WEB6, facts, v6only=False) == ONLY_IPV6
     assert decide(BIND, WEB6, dual, v6only=False) == TO_HOST
-    # One that lives there already is replaced by one that takes no IPv4, where it would.
+    # One in the host's stack that is not IPv6-only is replaced by one that is.
     there = {"home": Home.HOST, "netns": HOST}
     assert decide(BIND, WEB6, facts._replace(**there), v6only=False) == ONLY_IPV6
     assert decide(BIND, WEB6, facts._replace(**there), v6only=True) == RESUME
@@ -127,13 +128,12 @@ def test_an_ipv6_endpoint_takes_no_ipv4_unless_it_is_dual_stack() -> None:
 
 
 FACTS = st.builds(
-    Facts,
+    SocketFacts,
     netns=st.sampled_from([OURS, HOST, OTHER]),
     container_netns=st.just(OURS),
     endpoint_netns=st.sampled_from([HOST, OTHER]),
     endpoint=st.sampled_from([0, 5]),
     local_port=st.sampled_from([0, 8080]),
-    answered=st.just(1),
     home=st.sampled_from(Home),
     family=st.sampled_from([4, 6]),
     state=st.sampled_from([1, 2, TCP_CLOSE, 10]),
@@ -150,29 +150,34 @@ ADDRESSES = st.none() | st.builds(
 )
 
 
-@given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
-def test_no_socket_goes_to_the_host_unless_a_rule_names_an_endpoint(
-    call: Call, address: Sockaddr | None, facts: Facts, v6only: bool
-) -> None:
-    decision = decide(call, address, facts, v6only)
-    if decision.action is Action.TO_HOST:
-        assert call is not Call.LISTEN and address is not None
-        assert (decision.endpoint, decision.netns) == (facts.endpoint, facts.endpoint_netns)
-        assert facts.endpoint if call is Call.BIND else facts.verdict == Verdict.GRANT
+def test_no_socket_goes_to_the_host_unless_a_rule_names_an_endpoint() -> None:
+    to_host = 0
+
+    @settings(max_examples=1000, deadline=None)
+    @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
+    def check(call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool) -> None:
+        nonlocal to_host
+        decision = decide(call, address, facts, v6only)
+        if decision.action is Action.TO_HOST:
+            to_host += 1
+            assert call is not Call.LISTEN and address is not None
+            assert (decision.endpoint, decision.netns) == (facts.endpoint, facts.endpoint_netns)
+            assert facts.endpoint if call is Call.BIND else facts.verdict == Verdict.GRANT
+
+    check()
+    assert to_host > 0
 
 
 @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
-def test_a_socket_that_holds_an_endpoint_never_loses_it(
-    call: Call, address: Sockaddr | None, facts: Facts, v6only: bool
+def test_a_socket_that_is_bound_to_an_endpoint_is_never_replaced(
+    call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool
 ) -> None:
-    held = facts._replace(home=Home.HOST, bound=1, local_port=8080)
-    assert decide(call, address, held, v6only).action in (Action.RESUME, Action.REFUSE)
+    bound_facts = facts._replace(home=Home.HOST, bound=1, local_port=8080)
+    assert decide(call, address, bound_facts, v6only).action in (Action.RESUME, Action.REFUSE)
 
 
 @given(st.sampled_from(Call), ADDRESSES, FACTS, st.booleans())
-def test_a_refusal_has_an_errno_and_nothing_else_has_one(
-    call: Call, address: Sockaddr | None, facts: Facts, v6only: bool
-) -> None:
+def test_only_a_refusal_has_an_errno(call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool) -> None:
     decision = decide(call, address, facts, v6only)
     assert (decision.action is Action.REFUSE) == bool(decision.error)
 
@@ -186,21 +191,29 @@ def in6(address: str, port: int) -> bytes:
     return head + IPv6Address(address).packed + struct.pack("=I", 0)
 
 
-def test_addresses_are_read_as_the_hooks_read_them() -> None:
+def test_addresses_are_parsed_as_in_the_hooks() -> None:
     assert str(parse_sockaddr(in4("10.1.2.3", 80))) == "10.1.2.3:80"
     assert str(parse_sockaddr(in6("2001:db8::1", 443))) == "[2001:db8::1]:443"
     mapped = parse_sockaddr(in6("::ffff:10.1.2.3", 80))
     assert mapped is not None and mapped.mapped and str(mapped) == "10.1.2.3:80"
 
 
+FAMILIES = st.sampled_from([struct.pack("=H", family) for family in (socket.AF_INET, socket.AF_INET6)])
+
+
 @given(st.binary(max_size=28))
-def test_whatever_lies_in_a_programs_memory_is_read_without_an_error(raw: bytes) -> None:
-    found = parse_sockaddr(raw)
-    if found is not None:
-        assert len(found.address) == 16 and 0 <= found.port <= 65535
+def test_any_bytes_of_a_programs_memory_are_parsed_without_an_error(raw: bytes) -> None:
+    parse_sockaddr(raw)
+
+
+@given(FAMILIES, st.binary(min_size=26, max_size=26))
+def test_any_address_of_a_known_family_has_16_bytes_and_a_port(family: bytes, rest: bytes) -> None:
+    found = parse_sockaddr(family + rest)
+    assert found is not None
+    assert len(found.address) == 16 and 0 <= found.port <= 65535
 
 
 @pytest.mark.parametrize("size", range(24))
-def test_too_little_of_an_address_is_none(size: int) -> None:
+def test_a_truncated_address_is_none(size: int) -> None:
     assert parse_sockaddr(in6("::1", 80)[:size]) is None
     assert (parse_sockaddr(in4("1.2.3.4", 80)[:size]) is None) == (size < 8)

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from ipaddress import ip_address
-from pathlib import Path
 
 import pytest
 
-from graft.address import parse_bind_pattern, parse_prefix
-from graft.endpoint import (
+from graft.errors import UsageError
+from graft.model.address import parse_bind_pattern, parse_prefix
+from graft.model.endpoint import (
     ANY_PROTOCOL,
-    MAX_ENDPOINT_NAME,
     Endpoint,
     Protocol,
     parse_egress_flag,
     parse_endpoint,
     parse_ingress_flag,
 )
-from graft.errors import UsageError
-
-HEADER = Path(__file__).parents[2] / "bpf" / "graft.h"
-
-
-def defined(name: str) -> int:
-    found = re.search(rf"^#define {name} (\d+)", HEADER.read_text(), re.MULTILINE)
-    assert found, name
-    return int(found[1])
 
 
 def test_an_endpoint_has_an_address_and_a_port() -> None:
@@ -58,12 +47,6 @@ def test_a_protocol_reads_back_as_it_is_shown(text: str, protocols: Protocol) ->
     endpoint = parse_endpoint("e", "1.2.3.4:5", proto=text)
     assert endpoint.protocols == protocols
     assert endpoint.protocols.label == text
-
-
-def test_the_numbers_are_those_of_the_header() -> None:
-    assert defined("GRAFT_TCP") == Protocol.TCP
-    assert defined("GRAFT_UDP") == Protocol.UDP
-    assert defined("GRAFT_NAME_LEN") == MAX_ENDPOINT_NAME + 1
 
 
 @pytest.mark.parametrize("name", ["a", "0", "nx4", "ep-lo", "a.b_c-d", "x" * 31])

@@ -1,4 +1,4 @@
-"""Bytes of somebody else's: each reader refuses what it cannot use, with one clear line, and never hangs.
+"""Bytes from outside Graft: each reader refuses what it cannot use, with one clear line, and never hangs.
 
 Every reader of tests/support/readers.py gets random bytes, changed ones, and trees of the wrong shape. The same ones
 each time, so that a push does not fail by chance; FOREIGN_BYTES_EXAMPLES=10000 tries others, so many for each reader.
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graft.errors import GraftError
-from graft.printable import printable
+from graft.model.printable import printable
 from tests.support.readers import ID, READERS, RECORD, Reader
 
 _MORE = os.environ.get("FOREIGN_BYTES_EXAMPLES")
@@ -158,7 +158,7 @@ REFUSED = [
     ("config.json", config(process={"env": ["A=b", 1]}), r"process.env\[1\]: must be text, not a number"),
     ("config.json", config(process={"capabilities": {"bounding": "x"}}), "bounding: must be a list, not text"),
     ("config.json", config(linux={"namespaces": ["network"]}), r"namespaces\[0\]: must be a mapping, not text"),
-    ("config.json", config(linux={"namespaces": [{"type": "user", "path": "\0"}]}), "path: .* is no path"),
+    ("config.json", config(linux={"namespaces": [{"type": "user", "path": "\0"}]}), "path: .* is not a path"),
     ("config.json", config(linux={"seccomp": {"syscalls": {}}}), "linux.seccomp.syscalls: must be a list"),
     (
         "config.json",
@@ -177,15 +177,15 @@ REFUSED = [
     ("state", b'{"id": "a", "pid": 99999999999999999999}', "state.pid: must be a number"),
     ("state", b'{"id": "a", "annotations": []}', "state.annotations: must be a mapping"),
     ("state", b'{"id": "a", "fds": 5}', "state.fds: must be a list"),
-    ("state", b'{"id": "a", "bundle": "/b\\u0000"}', "state.bundle: .* is no path"),
+    ("state", b'{"id": "a", "bundle": "/b\\u0000"}', "state.bundle: .* is not a path"),
     ("state", b'{"state": [1]}', "state.state: must be a mapping"),
     ("record", b"{}", "7.json: no cgroup and no endpoints and no id"),
     ("record", record(endpoints=None) + b"}", "7.json: not JSON"),
-    ("record", record(transport="teleport"), "7.json: transport: 'TELEPORT' is none"),
+    ("record", record(transport="teleport"), "7.json: transport: 'teleport' is not a transport"),
     ("record", record(netns="12"), "7.json: netns: must be a number"),
     ("record", record(id=8), "7.json: id 8 at "),
-    ("record", record(cgroup="relative"), "7.json: id 7 at 'relative' is no container"),
-    ("record", record(cgroup="/sys/fs/cgroup/../../etc"), "is no container"),
+    ("record", record(cgroup="relative"), "7.json: id 7 at 'relative' is not a container"),
+    ("record", record(cgroup="/sys/fs/cgroup/../../etc"), "is not a container"),
     ("docker inspect", inspected(State=[]), "State: must be a mapping"),
     ("docker inspect", inspected(State={"Pid": 1.5}), "State.Pid: must be a number"),
     ("docker inspect", inspected(Name=7), "Name: must be text"),

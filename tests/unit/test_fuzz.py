@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from graft.endpoint import parse_endpoint
-from graft.policy_file import examine_policy
+from graft.model.endpoint import parse_endpoint
+from graft.policy.reader import check_policy
 from tests.fuzz import rules
 from tests.fuzz.generate import generate
 from tests.fuzz.judge import judge
@@ -48,7 +48,7 @@ def test_graft_takes_every_policy_that_is_made() -> None:
         policies = [sequence.world.policy, *(one.policy for one in changes if one.policy)]
         known = {one.name: parse_endpoint(one.name, one.spec, one.protocol) for one in sequence.world.endpoints}
         for policy in policies:
-            assert examine_policy(policy.text(), known).problems == ()
+            assert check_policy(policy.text(), known).problems == ()
 
 
 # ---- what a policy says
@@ -58,7 +58,7 @@ def test_graft_takes_every_policy_that_is_made() -> None:
     ("address", "port", "becomes"),
     [("0.0.0.0", 80, ["web"]), ("127.0.0.1", 80, ["web"]), ("::", 80, ["web"]), ("::1", 80, []), ("0.0.0.0", 81, [])],
 )
-def test_what_a_bind_becomes(address: str, port: int, becomes: list[str]) -> None:
+def test_a_bind_becomes_the_endpoint_of_its_rule(address: str, port: int, becomes: list[str]) -> None:
     assert [one.name for one in rules.bind_outcomes(WORLD, "tcp", address, port)] == becomes
 
 
@@ -83,7 +83,7 @@ def test_the_exact_address_comes_before_any_and_the_smaller_range_before_the_wid
         ("::1", 80, ""),
     ],
 )
-def test_what_a_destination_gets(address: str, port: int, outcome: str) -> None:
+def test_a_destination_gets_the_outcome_of_its_rule(address: str, port: int, outcome: str) -> None:
     egress = (Egress("0.0.0.0/0", (), "out"), Egress("10.0.0.0/8", (22,), "deny"), Egress("::/0", (), "six"))
     assert rules.egress_outcome(replace(WORLD, policy=Policy(egress=egress)), "tcp", address, port) == outcome
 
@@ -139,7 +139,7 @@ def test_a_granted_connection_is_no_finding() -> None:
     ],
     ids=["port", "family", "source", "foreign source", "datagram", "options", "echo", "other protocol"],
 )
-def test_what_leaves_and_nobody_granted(packet: Packet) -> None:
+def test_a_packet_that_no_rule_grants_is_a_finding(packet: Packet) -> None:
     assert [one.rule for one in judge(seen(packets=(packet,)))] == ["packets"]
 
 
@@ -160,25 +160,25 @@ def listener(address: str = "0.0.0.0", port: int = 25001) -> Stand:
     return Stand(TCP, True, (address, port), ("0.0.0.0", 0), 1, 99)
 
 
-def test_a_listener_at_its_endpoint_may_be_heard() -> None:
+def test_a_listener_at_its_endpoint_may_be_reached() -> None:
     events = (call("bind 0 0.0.0.0 80"), call("listen 0 8", 30))
     assert judge(seen(events=events, sockets=(listener(),), packets=(answer(),))) == []
 
 
-def test_one_that_began_when_the_rule_was_gone_may_not() -> None:
+def test_a_listener_that_began_when_the_rule_was_removed_may_not() -> None:
     timeline = Timeline([(WORLD, 0, 22), (replace(WORLD, policy=Policy()), 21, None)])
     events = (call("bind 0 0.0.0.0 80"), call("listen 0 8", 30))
     found = judge(seen(timeline=timeline, events=events, sockets=(listener(),), packets=(answer(),)))
     assert [one.rule for one in found] == ["answers"]
 
 
-def test_a_deaf_listener_at_a_port_of_the_kernels_is_allowed_and_a_heard_one_is_not() -> None:
-    deaf = seen(events=(call("listen 0 8"),), sockets=(listener(port=40000),))
-    assert judge(deaf) == []
-    assert [one.rule for one in judge(replace(deaf, packets=(answer(port=40000),)))] == ["answers"]
+def test_a_listener_at_a_port_of_the_kernels_choice_is_allowed_unless_it_is_reached() -> None:
+    silent = seen(events=(call("listen 0 8"),), sockets=(listener(port=40000),))
+    assert judge(silent) == []
+    assert [one.rule for one in judge(replace(silent, packets=(answer(port=40000),)))] == ["answers"]
 
 
-def test_somebody_elses_port_may_not_even_be_held() -> None:
+def test_a_socket_at_the_port_of_another_container_is_a_finding() -> None:
     assert [one.rule for one in judge(seen(sockets=(listener(port=25101),)))] == ["ports"]
 
 
@@ -189,15 +189,15 @@ def test_a_bind_becomes_what_its_own_rule_says() -> None:
     assert [one.rule for one in judge(seen(world, events=events, sockets=(listener(),)))] == ["ports"]
 
 
-def test_a_strangers_datagram_is_for_who_holds_an_endpoint() -> None:
+def test_a_strangers_datagram_may_reach_only_a_socket_bound_to_an_endpoint() -> None:
     one = Datagram(50, (CLIENT4, 61001), (HOST4, 25001), 1)
     bound = call("bind 0 0.0.0.0 80")
-    assert judge(seen(heard=(one,), events=(bound,))) == []
+    assert judge(seen(received=(one,), events=(bound,))) == []
     other = replace(one, to=(HOST4, 40000))
-    assert [one.rule for one in judge(seen(heard=(other,), events=(call(f"send 0 {CLIENT4} 9001 0"),)))] == [
+    assert [one.rule for one in judge(seen(received=(other,), events=(call(f"send 0 {CLIENT4} 9001 0"),)))] == [
         "datagrams"
     ]
-    assert judge(seen(heard=(replace(other, source=(CLIENT4, 9001)),), events=(bound,))) == []
+    assert judge(seen(received=(replace(other, source=(CLIENT4, 9001)),), events=(bound,))) == []
 
 
 def test_in_direct_what_no_rule_names_is_the_defaults() -> None:
@@ -246,7 +246,7 @@ def test_pieces_are_left_out_from_halves_to_single_ones() -> None:
     assert list(without_pieces("")) == []
 
 
-def test_what_matters_is_left() -> None:
+def test_only_what_makes_a_sequence_fail_is_left() -> None:
     policy = replace(POLICY, egress=(*POLICY.egress, Egress("::/0", (), "six")))
     phases = [Phase((Change("delete", name="six"),), (f"0 self plain listen {n} 8", "nap")) for n in range(4)]
     sequence = Sequence(1, "swap", replace(WORLD, policy=policy), tuple(phases))
@@ -260,7 +260,7 @@ def test_what_matters_is_left() -> None:
     assert fails(found)
 
 
-def test_it_asks_no_more_often_than_it_may() -> None:
+def test_the_shrinker_tries_no_more_often_than_it_may() -> None:
     asked: list[Sequence] = []
 
     def fails(one: Sequence) -> bool:

@@ -1,14 +1,19 @@
-"""graft/layout.py against the C compiler's own idea of bpf/graft.h: every size, every offset, every constant."""
+"""Structures and constants of bpf/graft.h, as a C compiler sees them, against those of Python."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 
 import pytest
 
-from graft import decision, desk, layout
-from graft.data import bpf_source_dir
+from graft.datapath import layout, loader
+from graft.datapath.sources import bpf_source_dir
+from graft.model.endpoint import MAX_ENDPOINT_NAME, Protocol
+from graft.model.transport import Home, Transport
+from graft.policy.model import Default, Verdict
+from graft.swap import decision, desk
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "endpoint": layout.EndpointValue,
@@ -23,12 +28,15 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "scope": layout.Scope,
     "tag": layout.Tag,
     "option": layout.Option,
-    "options": layout.Options,
+    "options": layout.OptionsValue,
     "counter_key": layout.CounterKey,
     "settings": layout.SettingsValue,
-    "desk": layout.Desk,
+    "desk": layout.DeskValue,
     "desk_slot": layout.DeskSlot,
     "flow": layout.FlowValue,
+    "relay": layout.RelayValue,
+    "crossing": layout.CrossingValue,
+    "arrival": layout.ArrivalKey,
 }
 
 CONSTANTS = {
@@ -47,17 +55,28 @@ CONSTANTS = {
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
     "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,
     "GRAFT_PROBED_OWNED": layout.PROBED_OWNED,
-    **{f"GRAFT_BIRTH_{one.name}": one.value + 1 for one in layout.Home},
+    "GRAFT_IPV4": 4,
+    "GRAFT_IPV6": 6,
+    "GRAFT_TCP": Protocol.TCP.value,
+    "GRAFT_UDP": Protocol.UDP.value,
+    "GRAFT_NEXT_HOME_NONE": 0,
+    **{f"GRAFT_NEXT_HOME_{one.name}": one.value + 1 for one in Home},
     **{f"GRAFT_CALL_{one.name}": one.value for one in decision.Call},
-    **{f"GRAFT_HOME_{one.name}": one.value for one in layout.Home},
-    **{f"GRAFT_TRANSPORT_{one.name}": one.value for one in layout.Transport},
-    **{f"GRAFT_DECISION_{one.name}": one.value for one in layout.Decision},
+    **{f"GRAFT_HOME_{one.name}": one.value for one in Home},
+    **{f"GRAFT_TRANSPORT_{one.name}": one.value for one in Transport},
+    **{f"GRAFT_DEFAULT_{one.name}": one.value for one in Default},
+    **{f"GRAFT_VERDICT_{one.name}": one.value for one in Verdict},
+    **{f"GRAFT_CROSSING_{one.name}": one.value for one in layout.Crossing},
+    **{f"GRAFT_DECISION_{one.name}": one.value for one in layout.HookDecision},
 }
+
+C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO"}
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c)."""
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """What a C program prints of the header: `struct.member` -> offset, `struct` -> size, `NAME` -> value."""
+def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """The header as a C program prints it: `struct.member` -> offset, `struct` -> size, `NAME` -> value."""
     lines = [f'printf("{name} %lld\\n", (long long){name});' for name in CONSTANTS]
     for name, python in STRUCTS.items():
         lines.append(f'printf("{name} %zu\\n", sizeof(struct {name}));')
@@ -73,40 +92,48 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     )
     program = folder / "layout"
     subprocess.run(["gcc", f"-I{bpf_source_dir()}", "-o", program, source], check=True)
-    said = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    return {name: int(value) for name, value in (line.split() for line in said.splitlines())}
+    output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in (line.split() for line in output.splitlines())}
 
 
 @pytest.mark.parametrize("name", STRUCTS)
-def test_a_structure_has_the_size_and_the_offsets_that_c_gives_it(told: dict[str, int], name: str) -> None:
+def test_a_structure_has_the_size_and_the_offsets_of_c(header: dict[str, int], name: str) -> None:
     python = STRUCTS[name]
     offsets = {field: getattr(python, field).offset for field, *_ in python._fields_}
-    assert offsets == {field: told[f"{name}.{field}"] for field in offsets}
-    assert ctypes.sizeof(python) == told[name]
+    assert offsets == {field: header[f"{name}.{field}"] for field in offsets}
+    assert ctypes.sizeof(python) == header[name]
 
 
-def test_constants_have_the_values_of_the_header(told: dict[str, int]) -> None:
-    assert {name: told[name] for name in CONSTANTS} == CONSTANTS
+def test_constants_have_the_values_of_the_header(header: dict[str, int]) -> None:
+    assert {name: header[name] for name in CONSTANTS} == CONSTANTS
 
 
-def test_every_structure_of_the_header_is_compared_or_the_kernels_alone() -> None:
+def test_every_structure_of_the_header_is_compared() -> None:
     text = (bpf_source_dir() / "graft.h").read_text()
-    kernels_own = {"relay", "crossing", "arrival", "arrival_key"}  # of the splice transport, compared elsewhere
-    named = {line.split()[1] for line in text.splitlines() if line.startswith("struct ") and line.endswith("{")}
-    assert named - set(STRUCTS) <= kernels_own
+    assert set(re.findall(r"^struct (\w+) \{$", text, re.M)) == set(STRUCTS)
 
 
-def test_the_answer_of_a_desk_is_read_as_it_is_laid_out() -> None:
-    fields = [name for name, *_ in layout.Desk._fields_]
-    answer = fields[fields.index("netns") : fields.index("options")]
-    answer = [name for name in answer if name != "birth" and not name.startswith("zero")]
-    facts = [{"family": "socket_family"}.get(name, name) for name in decision.Facts._fields]
-    assert [*answer, "options", "overflow"] == [*facts, *desk.Descriptor._fields]
-    assert desk._QUESTION.size == layout.Desk.netns.offset
-    assert desk._ANSWER.size == layout.Desk.options.offset + layout.Options.option.offset - layout.Desk.netns.offset
+def test_every_constant_of_the_bpf_sources_is_compared_or_used_in_c_alone() -> None:
+    texts = [file.read_text() for file in bpf_source_dir().glob("*.[ch]")]
+    defined = {name for text in texts for name in re.findall(r"^#define (GRAFT_\w+)[ \t]+[^ \t\n]", text, re.M)}
+    assert defined == set(CONSTANTS) | C_ONLY
 
 
-def test_map_keys_have_no_padding_that_a_lookup_could_miss() -> None:
-    for name in ("ingress_key", "egress_key", "egress_port_key", "counter_key", "endpoint_name"):
-        python = STRUCTS[name]
-        assert sum(ctypes.sizeof(kind) for _, kind, *_ in python._fields_) == ctypes.sizeof(python)
+def test_sizes_that_are_passed_to_the_compiler_are_those_that_python_uses() -> None:
+    assert loader.SIZES["GRAFT_MAX_DESKS"] == layout.MAX_DESKS
+    assert layout.NAME_LEN == MAX_ENDPOINT_NAME + 1
+
+
+def test_an_answer_of_a_desk_is_read_by_the_names_of_its_fields() -> None:
+    written = layout.DeskValue(netns=1, endpoint=2, socket_family=6, verdict=3, protocol=262)
+    written.references, written.flags, written.probed = 4, 5, 6
+    written.options.count, written.options.overflow = 7, 1
+    first = layout.DeskValue.netns.offset
+    answer = desk._parse_answer(bytes(written)[first : first + desk._ANSWER.size])
+    facts = answer.facts
+    assert (facts.netns, facts.endpoint, facts.family, facts.verdict, facts.protocol) == (1, 2, 6, 3, 262)
+    assert answer.descriptor == desk.Descriptor(references=4, flags=5, probed=6, options=7, overflow=1)
+    assert desk._QUESTION.size == first
+    assert (
+        desk._QUESTION.size + desk._ANSWER.size == layout.DeskValue.options.offset + layout.OptionsValue.option.offset
+    )

@@ -1,4 +1,4 @@
-"""A supervisor is judged by what the kernel says of it."""
+"""Whether a supervisor is stuck, by the kernel's account of it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from graft import liveness
 from graft.kernel import tasks
+from graft.state import liveness
 from tests.support.wait import until
 
 
 @pytest.fixture
 def sleeper() -> Iterator[int]:
-    """A process that waits for a second that never comes, as a supervisor does for a call."""
+    """A process that sleeps, as a supervisor does while it waits for a call."""
     process = subprocess.Popen(["sleep", "600"])
     yield process.pid
     process.kill()
@@ -53,7 +53,7 @@ def test_what_a_process_does_is_read_with_its_parent(sleeper: int) -> None:
 
 
 def test_threads_that_share_their_descriptors_are_looked_at_once() -> None:
-    assert tasks.tables(os.getpid()) == [os.getpid()]
+    assert tasks.descriptor_tables(os.getpid()) == [os.getpid()]
     assert tasks.threads(os.getpid())[0] == os.getpid()
 
 
@@ -76,7 +76,7 @@ threading.Event().wait()
     try:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         assert len(tasks.threads(process.pid)) == 5
-        found = tasks.tables(process.pid)
+        found = tasks.descriptor_tables(process.pid)
         assert len(found) == 3 and process.pid in found
     finally:
         process.kill()

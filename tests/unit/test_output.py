@@ -1,4 +1,4 @@
-"""What commands show of names that somebody else chose: no terminal obeys them, and no line is forged."""
+"""Commands show names that others chose so that no terminal obeys them, and no line is forged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.errors import GraftError
-from graft.printable import printable
+from graft.model.printable import printable
 from graft_cli import attach, output
 
 NASTY = "web\x1b[2J\x9b31m\r\ngraft: all is well\u202e\u2028\x7f\udcff\t"
@@ -78,7 +78,7 @@ def on_a_terminal(show: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> 
     try:
         while part := os.read(ours, 4096):
             shown += part
-    except OSError:  # EIO: nobody has the other end any more
+    except OSError:  # EIO: the other end is closed
         pass
     finally:
         os.close(ours)
@@ -109,6 +109,6 @@ def test_a_terminal_of_another_character_set_gets_escapes(monkeypatch: pytest.Mo
 
 def test_a_container_with_very_many_listeners_is_described_in_short() -> None:
     about = {"relay": "splice", "pid": 1, "published": [], "failed": [], "not_granted": ["[::]:1"]}
-    lines = attach._relayed({**about, "more_not_granted": 70_000, "too_many": 300})
-    assert "  and 70000 others" in lines
-    assert "  300 of these are named by a rule, but are too many for one container" in lines
+    lines = attach._relay_lines({**about, "more_not_granted": 70_000, "too_many": 300})
+    assert "  and for 70000 more" in lines
+    assert "  300 of these have a rule, but are too many for one container" in lines

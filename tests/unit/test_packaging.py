@@ -1,4 +1,4 @@
-"""What the built package must and must not carry."""
+"""What the built package must and must not contain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from graft.data import bpf_source_dir
+from graft.datapath.sources import bpf_source_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 

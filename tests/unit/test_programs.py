@@ -1,11 +1,10 @@
-"""What is done about a kernel that does not allow a helper: decided without a kernel."""
+"""Which code is left out for a kernel that refuses a helper: decided without a kernel."""
 
 from __future__ import annotations
 
 import struct
 
-from graft.kernel import bpf, helpers
-from graft.programs import (
+from graft.datapath.programs import (
     ALL_PROGRAMS,
     EXTENSIONS,
     MPTCP,
@@ -17,6 +16,7 @@ from graft.programs import (
     reason,
     refused_calls,
 )
+from graft.kernel import bpf, helpers
 
 LISTEN = Program("sock_ops", bpf.PROG_SOCK_OPS, "sock_ops", "listen")
 CREATE = Program("sock_create", bpf.PROG_CGROUP_SOCK, "sock_create", "tags", "slower")
@@ -49,19 +49,19 @@ def test_a_helper_has_its_name_in_messages() -> None:
     assert helpers.name(16) == "bpf helper 16"
 
 
-def test_what_a_kernel_refuses_is_told_by_program() -> None:
+def test_refused_helpers_are_listed_by_program() -> None:
     calls = {"sock_ops": frozenset({1, 122}), "sock_create": frozenset({1, 14})}
     refused = refused_calls([LISTEN, CREATE], calls, lambda program, helper: (program, helper) != (LISTEN, 122))
     assert refused == {"sock_ops": {122}}
 
 
-def test_an_extension_goes_if_any_program_may_not_call_one_of_its_helpers() -> None:
+def test_an_extension_is_left_out_if_any_program_may_not_call_one_of_its_helpers() -> None:
     assert allowed_extensions(EXTENSIONS, {}) == EXTENSIONS
     assert allowed_extensions(EXTENSIONS, {"sock_ops": frozenset({196})}) == {SET_RETVAL, PROBE}
     assert allowed_extensions(EXTENSIONS, {"bind4": frozenset({187}), "getsockname4": frozenset({35})}) == {MPTCP}
 
 
-def test_a_helper_that_nothing_can_replace_takes_no_extension_away() -> None:
+def test_a_refused_helper_of_no_extension_leaves_the_extensions() -> None:
     assert allowed_extensions(EXTENSIONS, {"setsockopt": frozenset({122})}) == EXTENSIONS
 
 
@@ -72,7 +72,7 @@ def test_the_reason_is_one_line() -> None:
     )
     log = "bpf: Failed to load program: Permission denied\n0: (79) r1\nR1 invalid mem access\nprocessed 9 insns\n\n"
     assert reason(LISTEN, frozenset(), log) == "R1 invalid mem access"
-    assert reason(LISTEN, frozenset(), "") == "the kernel does not say why"
+    assert reason(LISTEN, frozenset(), "") == "the kernel gives no reason"
 
 
 def test_every_program_says_what_it_is_for_and_names_an_attach_point() -> None:

@@ -1,4 +1,4 @@
-"""The seccomp filter, run by an interpreter of classic BPF that knows what the filter uses."""
+"""The seccomp filter, run by an interpreter of the classic BPF instructions that it uses."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def test_bind_connect_and_listen_are_trapped(machine: str) -> None:
 
 @every_machine
 @given(number=st.integers(0, 2**32 - 1))
-def test_every_other_call_runs_on_untouched(machine: str, number: int) -> None:
+def test_every_other_call_is_allowed(machine: str, number: int) -> None:
     arch, calls = architecture(machine)
     assert interpret(number, arch, machine) == (NOTIFY if number in calls.values() else ALLOW)
 
 
 @every_machine
 @given(number=st.integers(0, 2**32 - 1), other=st.integers(0, 2**32 - 1))
-def test_calls_of_another_architecture_run_on_untouched(machine: str, number: int, other: int) -> None:
+def test_calls_of_another_architecture_are_allowed(machine: str, number: int, other: int) -> None:
     assume(other != architecture(machine)[0])
     assert interpret(number, other, machine) == ALLOW
 
 
 @every_machine
-def test_numbers_of_32_bit_and_x32_programs_are_not_taken_for_ours(machine: str) -> None:
+def test_32_bit_and_x32_numbers_are_not_taken_for_those_of_this_architecture(machine: str) -> None:
     arch, calls = architecture(machine)
     other, numbers = COMPAT[machine]
     for number in (*calls.values(), *numbers):
@@ -61,7 +61,7 @@ def test_numbers_of_32_bit_and_x32_programs_are_not_taken_for_ours(machine: str)
 
 
 @every_machine
-def test_the_filter_ends_on_every_path_and_looks_at_nothing_but_number_and_architecture(machine: str) -> None:
+def test_the_filter_ends_on_every_path_and_reads_only_number_and_architecture(machine: str) -> None:
     program = list(struct.iter_unpack("=HBBI", filter_program(machine)))
     assert {k for code, _, _, k in program if code == 0x20} == {0, 4}
     for at, (code, true, false, _) in enumerate(program):
@@ -70,14 +70,14 @@ def test_the_filter_ends_on_every_path_and_looks_at_nothing_but_number_and_archi
     assert program[-1][0] == 0x06
 
 
-def test_a_machine_whose_numbers_are_not_known_is_refused() -> None:
+def test_an_unknown_machine_is_refused() -> None:
     for unknown in ("riscv64", "32-bit aarch64", "aarch64_be"):
         with pytest.raises(OSError, match=unknown) as refused:
             filter_program(unknown)
         assert refused.value.errno == errno.ENOSYS
 
 
-def test_a_notification_is_read_from_its_bytes() -> None:
+def test_a_notification_is_parsed() -> None:
     # linux/seccomp.h: id, pid, flags, {nr, arch, instruction_pointer, args[6]}
     junk = 0xBAD << 32
     raw = struct.pack("=QIIiIQ6Q", 7, 1234, 0, 49, ARCH, 0xDEAD, junk | 3, 0x7FFF00000000, junk | 16, 4, 5, 6)
@@ -87,6 +87,6 @@ def test_a_notification_is_read_from_its_bytes() -> None:
     assert (found.fd, found.address, found.size) == (3, 0x7FFF00000000, 16)
 
 
-def test_a_descriptor_is_an_int_as_the_kernel_reads_it() -> None:
+def test_a_descriptor_is_a_signed_int_as_in_the_kernel() -> None:
     raw = struct.pack("=QIIiIQ6Q", 7, 1234, 0, 49, ARCH, 0, 0xFFFFFFFF, 0, 0, 0, 0, 0)
     assert Notification.unpack(raw).fd == -1

@@ -1,4 +1,4 @@
-"""Where things live, from the environment."""
+"""Settings from the environment."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from graft.errors import UsageError
-from graft.settings import Settings
+from graft.model.settings import Settings
 
 
-def test_an_empty_environment_means_the_machines_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "stat", lambda _: None)  # whoever runs this may look at process 1
+def test_an_empty_environment_gives_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "stat", lambda _: None)  # as if the user had access to process 1
     assert Settings.from_environment({}) == Settings(
         host_netns=Path("/proc/1/ns/net"),
         pin_dir=Path("/sys/fs/bpf/graft"),
@@ -21,7 +21,7 @@ def test_an_empty_environment_means_the_machines_own(monkeypatch: pytest.MonkeyP
     )
 
 
-def test_every_place_can_be_named() -> None:
+def test_every_path_can_be_set() -> None:
     places = {
         "GRAFT_HOST_NETNS": "/run/netns/h",
         "GRAFT_PIN_DIR": "/sys/fs/bpf/x",
@@ -35,7 +35,7 @@ def test_every_place_can_be_named() -> None:
     )
 
 
-def test_the_process_environment_is_what_counts_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFT_PIN_DIR", "/sys/fs/bpf/from-environment")
     assert Settings.from_environment().pin_dir == Path("/sys/fs/bpf/from-environment")
 

@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.splice.connection import Connection, prepare
-from graft.splice.loop import Loop
-from graft.splice.room import Room
+from graft.splice.connection import Connection, set_relay_options
+from graft.splice.event_loop import EventLoop
+from graft.splice.resources import DaemonResources
 
 
 class Relay:
-    """A loop with one connection in it, and the two ends of the world: ``left`` and ``right``."""
+    """A loop with one connection in it, and its two peers, ``left`` and ``right``."""
 
     def __init__(self, pipes: int = 8) -> None:
-        self.loop = Loop(lambda: None, interval=0.005)
-        self.room = Room(self.loop, 1024, pipes)
-        self.account = self.room.account(1)
-        assert self.account.admit()
+        self.loop = EventLoop(lambda: None, interval=0.005)
+        self.daemon_resources = DaemonResources(self.loop, 1024, pipes)
+        self.resources = self.daemon_resources.add_container(1)
+        assert self.resources.reserve_connection()
         self.connections: set[Connection] = set()
         with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as back:
             self.left = socket.create_connection(front.getsockname())
@@ -32,12 +32,12 @@ class Relay:
             far = socket.socket()
             for sock in (near, far):
                 sock.setblocking(False)
-                prepare(sock)
+                set_relay_options(sock)
             far.connect_ex(back.getsockname())
             self.right, _ = back.accept()
         for sock in (self.left, self.right):
             sock.setblocking(False)
-        self.connection = Connection(self.account, self.connections, near, far)
+        self.connection = Connection(self.resources, self.connections, near, far)
 
     def turn(self, times: int = 5) -> None:
         for _ in range(times):
@@ -60,7 +60,7 @@ class Relay:
 
     def close(self) -> None:
         self.connection.reset()
-        self.room.close()
+        self.daemon_resources.close()
         self.loop.shut_down()
         self.left.close()
         self.right.close()
@@ -83,10 +83,10 @@ def test_bytes_pass_both_ways(relay: Relay) -> None:
 def test_an_idle_connection_has_no_pipe(relay: Relay) -> None:
     relay.left.send(b"x")
     relay.turn()
-    assert relay.account.pipes.taken == 0
+    assert relay.resources.pipes.taken == 0
 
 
-def test_one_end_passes_and_the_other_direction_goes_on(relay: Relay) -> None:
+def test_an_end_is_forwarded_and_the_other_direction_continues(relay: Relay) -> None:
     relay.left.send(b"question")
     relay.left.shutdown(socket.SHUT_WR)
     assert relay.read(relay.right) == b"question"
@@ -119,7 +119,7 @@ def test_what_was_sent_before_a_reset_still_arrives(relay: Relay) -> None:
         relay.right.recv(1)
 
 
-def test_a_reset_right_behind_data_is_no_end(relay: Relay) -> None:
+def test_a_reset_right_behind_data_does_not_arrive_as_an_end(relay: Relay) -> None:
     relay.turn()
     relay.left.send(b"last words")
     relay.left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -138,10 +138,10 @@ def test_a_reader_that_does_not_read_stops_the_writer(relay: Relay) -> None:
         except BlockingIOError:
             relay.turn()
     assert sent < 64 << 20  # of 200: what the buffers of four sockets grow to, and a pipe
-    assert relay.account.pipes.taken == 1
+    assert relay.resources.pipes.taken == 1
     relay.left.shutdown(socket.SHUT_WR)
     assert len(relay.read(relay.right)) == sent
-    assert relay.account.pipes.taken == 0
+    assert relay.resources.pipes.taken == 0
 
 
 def test_a_reset_with_data_on_the_way_gives_the_pipe_back(relay: Relay) -> None:
@@ -150,9 +150,9 @@ def test_a_reset_with_data_on_the_way_gives_the_pipe_back(relay: Relay) -> None:
             relay.left.send(bytes(1 << 20))
         except BlockingIOError:
             relay.turn()
-    assert relay.account.pipes.taken == 1
+    assert relay.resources.pipes.taken == 1
     relay.connection.reset()
-    assert relay.account.pipes.taken == 0
+    assert relay.resources.pipes.taken == 0
 
 
 @pytest.mark.parametrize("pipes", [8, 0])
@@ -196,16 +196,16 @@ def test_every_byte_arrives_with_pipes_and_without(
 
 
 def test_pipes_that_ran_out_are_refused_until_one_is_given_back() -> None:
-    loop = Loop(lambda: None)
-    room = Room(loop, 1024, 4)
-    account = room.account(1)
-    first, *others = lent = [pipe for _ in range(3) if (pipe := account.take_pipe()) is not None]
+    loop = EventLoop(lambda: None)
+    daemon_resources = DaemonResources(loop, 1024, 4)
+    resources = daemon_resources.add_container(1)
+    first, *others = lent = [pipe for _ in range(3) if (pipe := resources.take_pipe()) is not None]
     assert len(lent) == 3
-    assert account.take_pipe() is None  # the last one is for whoever comes next
-    account.give_pipe(first)
-    assert account.take_pipe() is first
+    assert resources.take_pipe() is None  # the last one is reserved for the next container
+    resources.return_pipe(first)
+    assert resources.take_pipe() is first
     for pipe in (first, *others):
-        account.drop_pipe(pipe)
-    assert account.pipes.taken == 0
-    room.close()
+        resources.discard_pipe(pipe)
+    assert resources.pipes.taken == 0
+    daemon_resources.close()
     loop.shut_down()

@@ -1,4 +1,4 @@
-"""The event loop: what one container has to do keeps no other waiting."""
+"""The event loop: the work of one container keeps no other waiting."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from collections.abc import Iterator
 import pytest
 
 from graft.errors import NotFoundError
-from graft.splice.aside import Aside
-from graft.splice.jobs import Job, Steps
-from graft.splice.loop import Loop
+from graft.splice.background import Background
+from graft.splice.event_loop import EventLoop
+from graft.splice.jobs import Job, Stepwise
 
 BUSY, QUIET = 1, 2
 
 
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    made = Loop(lambda: None)
+def loop() -> Iterator[EventLoop]:
+    made = EventLoop(lambda: None)
     yield made
     made.shut_down()
 
@@ -35,7 +35,7 @@ def take_a_millisecond() -> None:
 class Worker:
     """Work without end, of a millisecond a turn."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: EventLoop) -> None:
         self.loop, self.turns = loop, 0
         loop.later(self.work, BUSY)
 
@@ -45,7 +45,7 @@ class Worker:
         self.loop.later(self.work, BUSY)
 
 
-def test_an_event_waits_for_few_of_anothers_thousand_calls(loop: Loop) -> None:
+def test_an_event_waits_for_few_of_another_owners_thousand_calls(loop: EventLoop) -> None:
     workers = [Worker(loop) for _ in range(1000)]
     served: list[int] = []
     reader, writer = os.pipe()
@@ -60,7 +60,7 @@ def test_an_event_waits_for_few_of_anothers_thousand_calls(loop: Loop) -> None:
     os.close(writer)
 
 
-def test_of_a_thousand_events_at_once_another_ones_is_not_the_last(loop: Loop) -> None:
+def test_of_many_events_at_once_another_owners_is_not_served_last(loop: EventLoop) -> None:
     count, served = 0, 0
 
     def busy(_mask: int) -> None:
@@ -87,7 +87,7 @@ def test_of_a_thousand_events_at_once_another_ones_is_not_the_last(loop: Loop) -
             os.close(fd)
 
 
-def test_a_call_that_is_asked_for_again_before_it_is_made_is_made_once(loop: Loop) -> None:
+def test_a_call_that_is_asked_for_again_before_it_is_made_is_made_once(loop: EventLoop) -> None:
     made: list[int] = []
 
     def call() -> None:
@@ -99,7 +99,7 @@ def test_a_call_that_is_asked_for_again_before_it_is_made_is_made_once(loop: Loo
     assert made == [1]
 
 
-def test_a_call_that_fails_stops_no_other(loop: Loop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_call_that_fails_stops_no_other(loop: EventLoop, capsys: pytest.CaptureFixture[str]) -> None:
     made: list[int] = []
     loop.later(lambda: [][0], BUSY)
     loop.later(lambda: made.append(1), BUSY)
@@ -109,7 +109,7 @@ def test_a_call_that_fails_stops_no_other(loop: Loop, capsys: pytest.CaptureFixt
     assert "IndexError" in capsys.readouterr().err
 
 
-def test_what_is_due_is_called_in_its_owners_turns(loop: Loop) -> None:
+def test_what_is_due_is_called_in_its_owners_turns(loop: EventLoop) -> None:
     made: list[float] = []
     start = time.monotonic()
     loop.after(0.02, lambda: made.append(time.monotonic() - start), QUIET)
@@ -118,25 +118,24 @@ def test_what_is_due_is_called_in_its_owners_turns(loop: Loop) -> None:
     assert made[0] >= 0.02
 
 
-def test_an_event_that_waits_is_not_served_when_its_descriptor_is_closed(loop: Loop) -> None:
+def test_an_event_that_waits_is_not_served_when_its_descriptor_is_closed(loop: EventLoop) -> None:
     served: list[int] = []
     reader, writer = os.pipe()
     loop.watch(reader, select.EPOLLIN, served.append, QUIET)
     os.write(writer, b"x")
-    loop.later(lambda: loop.unwatch(reader), BUSY)
-    loop._put_off([(reader, select.EPOLLIN)])
-    loop.unwatch(reader)
+    loop.later(lambda: loop.unwatch(reader), BUSY)  # in the turn in which the event is fetched, and before it
+    loop.turn()
     loop.turn()
     assert not served
     os.close(reader)
     os.close(writer)
 
 
-def test_a_job_makes_one_step_a_turn_and_says_how_it_ended(loop: Loop) -> None:
+def test_a_job_makes_one_step_a_turn_and_says_how_it_ended(loop: EventLoop) -> None:
     steps: list[int] = []
     ended: list[BaseException | None] = []
 
-    def work() -> Steps[None]:
+    def work() -> Stepwise[None]:
         for number in range(3):
             steps.append(number)
             take_a_millisecond()
@@ -151,10 +150,10 @@ def test_a_job_makes_one_step_a_turn_and_says_how_it_ended(loop: Loop) -> None:
     assert job.spent >= 0.003
 
 
-def test_a_job_that_fails_says_so(loop: Loop) -> None:
+def test_a_job_that_fails_says_so(loop: EventLoop) -> None:
     ended: list[BaseException | None] = []
 
-    def work() -> Steps[None]:
+    def work() -> Stepwise[None]:
         yield
         raise NotFoundError("gone")
 
@@ -164,11 +163,11 @@ def test_a_job_that_fails_says_so(loop: Loop) -> None:
     assert isinstance(ended[0], NotFoundError)
 
 
-def test_a_job_that_is_stopped_tidies_up_and_says_nothing(loop: Loop) -> None:
+def test_a_job_that_is_stopped_tidies_up_and_says_nothing(loop: EventLoop) -> None:
     ended: list[BaseException | None] = []
     tidied: list[int] = []
 
-    def work() -> Steps[None]:
+    def work() -> Stepwise[None]:
         try:
             while True:
                 yield
@@ -182,11 +181,11 @@ def test_a_job_that_is_stopped_tidies_up_and_says_nothing(loop: Loop) -> None:
     assert (tidied, ended) == ([1], [])
 
 
-def test_what_waits_aside_does_not_hold_up_the_loop(loop: Loop) -> None:
-    aside = Aside(loop)
+def test_a_call_that_blocks_in_the_background_does_not_hold_up_the_loop(loop: EventLoop) -> None:
+    background = Background(loop)
     gate = threading.Event()
     results: list[object] = []
-    aside.run(gate.wait, lambda result, error: results.append((result, error)))
+    background.run(gate.wait, lambda result, error: results.append((result, error)))
     turned: list[int] = []
     loop.later(lambda: turned.append(1), QUIET)
     loop.turn()
@@ -198,10 +197,10 @@ def test_what_waits_aside_does_not_hold_up_the_loop(loop: Loop) -> None:
     assert results == [(True, None)]
 
 
-def test_what_fails_aside_is_told_in_the_loop(loop: Loop) -> None:
-    aside = Aside(loop)
+def test_an_error_in_the_background_is_reported_in_the_loop(loop: EventLoop) -> None:
+    background = Background(loop)
     results: list[BaseException | None] = []
-    aside.run(lambda: os.stat("/nowhere"), lambda _, error: results.append(error))
+    background.run(lambda: os.stat("/nowhere"), lambda _, error: results.append(error))
     with contextlib.suppress(IndexError):
         while not results:
             loop.turn()

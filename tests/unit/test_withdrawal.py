@@ -1,4 +1,4 @@
-"""What becomes of a container's sockets when its rules are gone, with a kernel that is played."""
+"""Which sockets of a container are closed when its rules are gone, with a simulated kernel."""
 
 from __future__ import annotations
 
@@ -8,104 +8,112 @@ from typing import Any
 
 import pytest
 
-from graft import expendable, held, withdrawal
-from graft.containers import Container
-from graft.descriptors import Place
-from graft.expendable import Done
-from graft.held import Held, HostStack
 from graft.kernel.sockdiag import Identity
-from graft.kernel.sockets import Listed
-from graft.settings import Settings
-from graft.withdrawal import Withdrawn
+from graft.kernel.sockets import ListedSocket
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.state import helper_process, inventory, withdrawal
+from graft.state.helper_process import HelperResult
+from graft.state.inventory import ContainerSocket, HostStack
+from graft.state.records import Container
+from graft.state.socket_holders import Place
+from graft.state.withdrawal import Withdrawal
 
-CONTAINER = Container(7, "web", "/none", "direct", 1, "web", ())
+CONTAINER = Container(7, "web", "/none", Transport.DIRECT, 1, "web", ())
 SETTINGS, STACK = Settings.from_environment({}), HostStack({}, ())
 
 
-def socket(cookie: int, state: str = "listening", granted: bool = True, protocol: str = "tcp") -> Held:
+def socket(cookie: int, state: str = "listening", granted: bool = True, protocol: str = "tcp") -> ContainerSocket:
     identity = Identity(2, 6, bytes(40) + cookie.to_bytes(8, "little"))
-    listed = Listed(cookie, protocol, state, "0.0.0.0:80", "0.0.0.0:0", identity)
-    return Held(listed, Path("/none"), (Place(1, 1, 3),), granted)
+    listed = ListedSocket(cookie, protocol, state, "0.0.0.0:80", "0.0.0.0:0", identity)
+    return ContainerSocket(listed, Path("/none"), (Place(1, 1, 3),), granted)
 
 
-Play = Callable[..., Withdrawn]
+Withdraw = Callable[..., Withdrawal]
 
 
 @pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Play:
-    """Withdraws what there is, listing after listing (None: no answer); ``hang`` and ``fail`` are cookies."""
+def withdraw(monkeypatch: pytest.MonkeyPatch) -> Withdraw:
+    """Withdraws the rules where the kernel lists these sockets, listing after listing (None: no answer). ``hang`` and
+    ``fail`` are cookies of sockets that it does not close.
+    """
 
     def run(
-        *listings: Iterable[Held] | None, keep: bool = False, hang: Sequence[int] = (), fail: Sequence[int] = ()
-    ) -> Withdrawn:
+        *listings: Iterable[ContainerSocket] | None,
+        keep: bool = False,
+        hang: Sequence[int] = (),
+        fail: Sequence[int] = (),
+    ) -> Withdrawal:
         left = list(listings)
 
-        def of(settings: Settings, containers: Sequence[Container], stack: HostStack) -> dict[int, list[Held]] | None:
+        def sockets_by_container(
+            settings: Settings, containers: Sequence[Container], stack: HostStack
+        ) -> dict[int, list[ContainerSocket]] | None:
             found = left.pop(0) if len(left) > 1 else left[0]
             return None if found is None else {CONTAINER.id: list(found)}
 
-        def each(work: Any, items: Sequence[Held], finish: bool = False) -> Done[bool]:
+        def run_each(work: Any, items: Sequence[ContainerSocket], keep_running: bool = False) -> HelperResult[bool]:
             numbers = {number: one.listed.inode for number, one in enumerate(items)}
             results = {number: inode not in fail for number, inode in numbers.items() if inode not in hang}
-            return Done(results, 0 if len(results) == len(items) else 99)
+            return HelperResult(results, 0 if len(results) == len(items) else 99)
 
-        monkeypatch.setattr(held, "of", of)
-        monkeypatch.setattr(expendable, "each", each)
+        monkeypatch.setattr(inventory, "sockets_by_container", sockets_by_container)
+        monkeypatch.setattr(helper_process, "run_each", run_each)
         return withdrawal.withdraw(SETTINGS, CONTAINER, STACK, keep)
 
     return run
 
 
-def test_what_was_granted_ends_and_the_rest_is_left(play: Play) -> None:
+def test_what_was_granted_is_closed_and_the_rest_is_kept(withdraw: Withdraw) -> None:
     mine, other = socket(1), socket(2, granted=False)
-    done = play([mine, other], [other])
-    assert (done.ended, done.unended, done.left) == ([mine], [], [other])
-    assert done.known and not done.helper
+    done = withdraw([mine, other], [other])
+    assert (done.closed, done.still_open, done.kept) == ([mine], [], [other])
+    assert done.all_listed and not done.helper_pid
 
 
-def test_what_is_still_listed_after_its_end_is_not_told_again(play: Play) -> None:
-    assert play([socket(1)], [socket(1, "fin-wait-2")]).left == []
+def test_one_that_is_still_listed_after_it_was_closed_is_not_reported_again(withdraw: Withdraw) -> None:
+    assert withdraw([socket(1)], [socket(1, "fin-wait-2")]).kept == []
 
 
-def test_connections_can_be_kept(play: Play) -> None:
+def test_connections_can_be_kept(withdraw: Withdraw) -> None:
     listener, connection = socket(1), socket(2, "established")
-    done = play([listener, connection], [connection], keep=True)
-    assert (done.ended, done.left) == ([listener], [connection])
+    done = withdraw([listener, connection], [connection], keep=True)
+    assert (done.closed, done.kept) == ([listener], [connection])
 
 
-def test_a_connection_that_was_accepted_meanwhile_ends_too(play: Play) -> None:
+def test_a_connection_that_was_accepted_meanwhile_is_closed_too(withdraw: Withdraw) -> None:
     listener, late = socket(1), socket(2, "established")
-    assert play([listener], [late], []).ended == [listener, late]
+    assert withdraw([listener], [late], []).closed == [listener, late]
 
 
-def test_one_that_hangs_is_told_with_who_goes_on(play: Play) -> None:
+def test_one_that_hangs_is_reported_with_the_helper_that_continues(withdraw: Withdraw) -> None:
     stuck, other = socket(1), socket(2)
-    done = play([stuck, other], [stuck], hang=[1])
-    assert (done.ended, done.unended, done.left, done.helper) == ([other], [stuck], [], 99)
+    done = withdraw([stuck, other], [stuck], hang=[1])
+    assert (done.closed, done.still_open, done.kept, done.helper_pid) == ([other], [stuck], [], 99)
 
 
-def test_one_that_failed_because_it_was_gone_is_no_failure(play: Play) -> None:
-    done = play([socket(1)], [], fail=[1])
-    assert (done.ended, done.unended) == ([], [])
+def test_one_that_failed_because_it_was_gone_is_no_failure(withdraw: Withdraw) -> None:
+    done = withdraw([socket(1)], [], fail=[1])
+    assert (done.closed, done.still_open) == ([], [])
 
 
-def test_one_that_failed_and_is_still_there_is(play: Play) -> None:
-    assert play([socket(1)], [socket(1)], fail=[1]).unended == [socket(1)]
+def test_one_that_failed_and_is_still_there_is(withdraw: Withdraw) -> None:
+    assert withdraw([socket(1)], [socket(1)], fail=[1]).still_open == [socket(1)]
 
 
-def test_a_bound_socket_is_left(play: Play) -> None:
+def test_a_bound_socket_is_kept(withdraw: Withdraw) -> None:
     bound = socket(1, "bound")
-    done = play([bound])
-    assert (done.ended, done.left) == ([], [bound])
+    done = withdraw([bound])
+    assert (done.closed, done.kept) == ([], [bound])
 
 
-def test_a_kernel_that_does_not_answer_is_told(play: Play) -> None:
-    assert not play(None).known
-    done = play([socket(1)], None)
-    assert not done.known and done.ended == [socket(1)]
+def test_a_kernel_that_does_not_answer_is_reported(withdraw: Withdraw) -> None:
+    assert not withdraw(None).all_listed
+    done = withdraw([socket(1)], None)
+    assert not done.all_listed and done.closed == [socket(1)]
 
 
-def test_new_sockets_without_end_do_not_keep_it_busy_for_ever(play: Play) -> None:
-    done = play(*([socket(number)] for number in range(1, 40)))
-    assert len(done.ended) < 10
-    assert done.unended == [socket(len(done.ended) + 1)] and done.left == []
+def test_new_sockets_without_end_do_not_keep_it_busy_for_ever(withdraw: Withdraw) -> None:
+    done = withdraw(*([socket(number)] for number in range(1, 40)))
+    assert len(done.closed) < 10
+    assert done.still_open == [socket(len(done.closed) + 1)] and done.kept == []

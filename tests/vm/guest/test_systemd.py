@@ -37,7 +37,7 @@ def graft() -> Iterator[Path]:
 
 
 def answer() -> str:
-    """What the endpoint answers; empty where nobody does. Asked once a second: the server has to start on this core."""
+    """The endpoint's answer, or nothing. Ask it once a second at most: the server starts on the same core."""
     done = subprocess.run(["curl", "-s", "-m", "10", f"http://127.0.0.1:{PORT}/"], capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else ""
 

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* A socket's local address, and whether that is an endpoint that the socket is granted now.
+ *
+ * No flag says that a socket is bound: it would be inherited by accepted sockets, survive a disconnect that
+ * releases the port, and outlive the rule. What counts is the kernel's own address of the socket, and the
+ * rules as they are at this moment.
+ */
+
+/* A socket's local address, IPv4-mapped ones as IPv4. */
+struct local_address {
+	u32 ip[4];
+	u16 port;
+	u8 family;
+};
+
+static __always_inline void local_address4(struct local_address *local, u32 ip, u32 port)
+{
+	__builtin_memset(local, 0, sizeof(*local));
+	local->ip[0] = ip;
+	local->port = port;
+	local->family = GRAFT_IPV4;
+}
+
+static __always_inline void local_address6(struct local_address *local, u32 *ip, u32 port)
+{
+	if (!ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff)) {
+		local_address4(local, ip[3], port);
+		return;
+	}
+	__builtin_memset(local, 0, sizeof(*local));
+	__builtin_memcpy(local->ip, ip, 16);
+	local->port = port;
+	local->family = GRAFT_IPV6;
+}
+
+static __always_inline void read_local_address(struct local_address *local, struct bpf_sock *sk)
+{
+	u32 family = sk->family, port = sk->src_port, ip4 = sk->src_ip4;
+	u32 ip[4] = { sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3] };
+
+	/* All loads before any use: the verifier refuses a context pointer that the compiler moved to save a load. */
+	asm volatile("" : "+r"(family), "+r"(port), "+r"(ip4), "+r"(ip[0]), "+r"(ip[1]), "+r"(ip[2]), "+r"(ip[3]));
+	if (family == AF_INET6)
+		local_address6(local, ip, port);
+	else
+		local_address4(local, ip4, port);
+}
+
+static __always_inline int matches_endpoint(struct local_address *local, struct endpoint *endpoint)
+{
+	u32 ip[4];
+
+	if (endpoint->family != local->family || (endpoint->port && endpoint->port != local->port))
+		return 0;
+	__builtin_memcpy(ip, endpoint->addr, 16);
+	return ip[0] == local->ip[0] && ip[1] == local->ip[1] && ip[2] == local->ip[2] && ip[3] == local->ip[3];
+}
+
+#define ANY_NETNS 0 /* where the namespace is not known: no cookie is 0 */
+
+/* Whether the current rules map what the program requested to the endpoint that its tag names, and the socket,
+ * in the namespace `netns`, is bound there. */
+static __always_inline int is_granted(struct container *container, struct tag *tag, struct local_address *local,
+				      u8 protocol, u64 netns)
+{
+	struct endpoint *endpoint = endpoints.lookup(&tag->endpoint);
+	struct request request;
+
+	if (!endpoint || (netns != ANY_NETNS && endpoint->netns != netns) ||
+	    !(endpoint->protocols & protocol_bit(protocol)) || !matches_endpoint(local, endpoint))
+		return 0;
+	__builtin_memset(&request, 0, sizeof(request));
+	__builtin_memcpy(request.addr, tag->addr, 16);
+	request.port = tag->port;
+	request.family = tag->family;
+	request.protocol = protocol;
+	return ingress_rule(container, &request) == tag->endpoint;
+}
+
+/* Whether a socket still has the port that it got from an endpoint, and the endpoint is no longer granted. */
+static __always_inline int has_lost_endpoint(struct bpf_sock *sk, struct tag *tag, int bound)
+{
+	return tag && tag->endpoint && tag->bound_port && tag->bound_port == sk->src_port && !bound;
+}
+
+/* Whether a datagram socket has the port that it bound before there was a policy that would not let it. */
+static __always_inline int has_earlier_port(struct bpf_sock *sk, struct tag *tag)
+{
+	return tag && !tag->endpoint && tag->open_port && tag->open_port == sk->src_port;
+}
+
+/* Whether a socket is bound to an interface, or its packets are marked for another routing table. The setsockopt hook
+ * refuses these options, but the kernel does not call it for 32-bit callers. */
+static __always_inline int is_diverted(struct bpf_sock *sk)
+{
+	return sk->bound_dev_if || sk->mark;
+}
+
+/* Whether a socket is bound to its endpoint. One that released the port of its bind and has another one is not. */
+static __always_inline int is_bound(struct bpf_sock *sk, struct tag *tag, struct container *container, u64 netns)
+{
+	u32 type = sk->type;
+	struct local_address local;
+
+	if (!container || !tag || !tag->endpoint || !tag->bound_port)
+		return 0;
+	read_local_address(&local, sk);
+	if (local.port != tag->bound_port)
+		return 0;
+	return is_granted(container, tag, &local, type == SOCK_STREAM ? IPPROTO_TCP : IPPROTO_UDP, netns);
+}

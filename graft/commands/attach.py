@@ -1,0 +1,166 @@
+"""`graft attach`: puts a running container under a policy.
+
+Finds the container, observes what decides its transport (transport_choice.py), and attaches it or replaces its policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
+from graft.errors import NotFoundError, RefusedError
+from graft.kernel import cgroup, netns
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.policy.model import Policy
+from graft.policy.validator import grants_without_tcp
+from graft.splice import client as splice
+from graft.state import inventory
+from graft.state.engines import FoundContainer, resolve
+from graft.state.installation import Installation
+from graft.state.inventory import ContainerSocket
+from graft.state.records import Container
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What `attach` found and did. ``existing`` are the sockets from before the policy (None: could not be listed).
+
+    ``without_effect`` are the fields of rules that this transport does not support.
+    """
+
+    target: FoundContainer
+    observed: Observed
+    choice: TransportChoice
+    container: Container
+    replaced: bool
+    existing: tuple[ContainerSocket, ...] | None = ()
+    without_effect: tuple[str, ...] = ()
+
+
+def attach(
+    graft: Installation, text: str, policy: Policy, wanted: Transport | None = None, relay: str | None = None
+) -> Attached:
+    """Put the container that ``text`` names under ``policy``, or replace its policy.
+
+    ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice.
+    Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
+    """
+    target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
+    graft.reap()
+    attached = graft.containers.at(target.cgroup)
+    observed = observe(graft.settings, target.cgroup, attached)
+    choice = choose_transport(observed, wanted)
+    if relay is not None:
+        _check_relay(graft.settings, choice, relay)
+    existing: tuple[ContainerSocket, ...] | None = ()
+    if attached is not None:
+        container = _replace_policy(graft, target, attached, choice, policy, relay)
+    elif choice.transport is Transport.SPLICE:
+        container = _attach_splice(graft, target, policy, relay or "splice")
+    else:
+        container, existing = _attach_direct(graft, target, policy, choice)
+    without_effect = _without_effect(graft, choice, policy)
+    return Attached(target, observed, choice, container, attached is not None, existing, without_effect)
+
+
+def observe(settings: Settings, path: Path, attached: Container | None) -> Observed:
+    """What decides the transport of the container at ``path``."""
+    counted: Counter[int] = Counter()
+    for pid in cgroup.processes(path):
+        with contextlib.suppress(OSError):  # it has exited meanwhile
+            counted[os.stat(f"/proc/{pid}/ns/net").st_ino] += 1
+    transport = None if attached is None else attached.transport
+    return Observed(os.stat(settings.host_netns).st_ino, dict(counted), transport)
+
+
+def _is_attached_name(graft: Installation, text: str) -> bool:
+    return any(text == one.name and one.engine == "graft" and one.exists for one in graft.containers.listing())
+
+
+def _started_by_graft(graft: Installation, text: str) -> FoundContainer:
+    """A container that Graft started, by the name that `graft ps` shows."""
+    container = graft.containers.find(text)
+    pid = next(iter(cgroup.processes(container.cgroup_path)), 0)
+    return FoundContainer(container.cgroup_path, container.engine, container.name, str(container.id), pid)
+
+
+def _check_relay(settings: Settings, choice: TransportChoice, relay: str) -> None:
+    if choice.transport is not Transport.SPLICE:
+        raise RefusedError(f"--relay: transport {choice.transport} has no relay: {choice.why}", "leave --relay out")
+    splice.check_relay(settings, relay)
+
+
+def _replace_policy(
+    graft: Installation,
+    target: FoundContainer,
+    attached: Container,
+    choice: TransportChoice,
+    policy: Policy,
+    relay: str | None,
+) -> Container:
+    """Replace the policy of a container that is attached."""
+    if attached.transport is not choice.transport:
+        raise RefusedError(
+            f"cgroup: it is attached with transport {attached.transport}, but now needs {choice.transport}",
+            "detach it first: graft detach",
+        )
+    name = target.name if target.engine in ("docker", "podman", "systemd") else None
+    compiled = graft.compile(policy)
+    with graft.transaction() as change:
+        changed = change.containers.apply(attached, compiled, name, relay)
+    if choice.transport is Transport.SPLICE:
+        splice.attach(graft.settings, changed)
+    return changed
+
+
+def _attach_direct(
+    graft: Installation, target: FoundContainer, policy: Policy, choice: TransportChoice
+) -> tuple[Container, tuple[ContainerSocket, ...] | None]:
+    """Attach the hooks, for transport direct. Returns the container, and the sockets that it had before."""
+    settings = graft.settings
+    existing = inventory.host_sockets_of(settings, cgroup.processes(target.cgroup))
+    compiled = graft.compile(policy)
+    with graft.transaction() as change:
+        container = change.containers.create(
+            compiled,
+            target.cgroup,
+            netns.cookie(settings.host_netns),
+            choice.transport,
+            name=target.name,
+            engine=target.engine,
+            prepare=lambda number: inventory.keep_reachable(settings, number, existing or ()),
+        )
+    return container, None if existing is None else tuple(existing)
+
+
+def _attach_splice(graft: Installation, target: FoundContainer, policy: Policy, relay: str) -> Container:
+    """Attach the hooks of transport splice, and have graftd relay for it. Undone if that fails."""
+    splice.ensure_daemon(graft.settings)
+    pid = next(iter(cgroup.processes(target.cgroup)), target.pid)
+    try:
+        cookie = netns.cookie(Path(f"/proc/{pid}/ns/net"))
+    except FileNotFoundError:
+        raise NotFoundError(f"cgroup: the processes of {target.name} have ended") from None
+    compiled = graft.compile(policy)
+    with graft.transaction() as change:
+        container = change.containers.create(
+            compiled, target.cgroup, cookie, Transport.SPLICE, name=target.name, engine=target.engine, relay=relay
+        )
+    try:
+        splice.attach(graft.settings, container, pid)
+    except BaseException:
+        with graft.transaction() as change:
+            change.containers.remove(container)
+        raise
+    return container
+
+
+def _without_effect(graft: Installation, choice: TransportChoice, policy: Policy) -> tuple[str, ...]:
+    if choice.transport is Transport.DIRECT:
+        return ()
+    return grants_without_tcp(policy, policy.resolve(graft.endpoints.by_name()))

@@ -1,0 +1,37 @@
+"""`graft detach`: removes a container's policy, and closes the sockets that it was granted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graft.commands.find import find
+from graft.model.transport import Transport
+from graft.splice import client as splice
+from graft.state import inventory
+from graft.state.installation import Installation
+from graft.state.records import Container
+from graft.state.withdrawal import Withdrawal, withdraw
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """What `detach` did: the container, and what was done to its sockets."""
+
+    container: Container
+    withdrawal: Withdrawal
+
+
+def detach(graft: Installation, text: str, keep_connections: bool = False) -> Detached:
+    """Remove a container's policy: no rule is in force from the next call on, and what it was granted is closed.
+
+    Its listeners stop listening; its connections through endpoints are reset, unless ``keep_connections``.
+    Raises NotFoundError.
+    """
+    graft.reap()
+    container = find(graft, text)
+    with inventory.host_stack(graft) as stack:  # removing the container may remove endpoints
+        with graft.transaction() as change:
+            change.containers.remove(container)
+        if container.transport is Transport.SPLICE:
+            splice.detach(graft, container)
+        return Detached(container, withdraw(graft.settings, container, stack, keep_connections))

@@ -1,0 +1,38 @@
+"""`graft policy apply`: replaces the policy of attached containers."""
+
+from __future__ import annotations
+
+from graft.commands.find import find
+from graft.errors import NotFoundError
+from graft.model.transport import Transport
+from graft.policy.model import Policy
+from graft.splice import client as splice
+from graft.state.installation import Installation
+from graft.state.records import Container
+
+
+def apply(graft: Installation, policy: Policy, text: str | None = None) -> list[Container]:
+    """Replace the policy of the container ``text``, or of every container whose policy has the same name.
+
+    Raises NotFoundError if there is none, PolicyError, ConflictError.
+    """
+    graft.reap()
+    if text is not None:
+        chosen = [find(graft, text)]
+    else:
+        chosen = [one for one in graft.containers.listing() if one.policy == policy.name]
+    if not chosen:
+        raise NotFoundError(
+            f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
+        )
+    changed = [_apply(graft, container, policy) for container in chosen]
+    for container in changed:
+        if container.transport is Transport.SPLICE:
+            splice.attach(graft.settings, container)
+    return changed
+
+
+def _apply(graft: Installation, container: Container, policy: Policy) -> Container:
+    compiled = graft.compile(policy)
+    with graft.transaction() as change:
+        return change.containers.apply(container, compiled)

@@ -1,0 +1,37 @@
+"""Options of several commands as values: a policy from --policy, -i and -e; a namespace from --net."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from graft.errors import UsageError
+from graft.kernel import netns
+from graft.model.settings import Settings
+from graft.policy.model import Policy, policy_from_flags
+from graft.state.installation import known_endpoints
+
+
+def policy_name(text: str) -> str:
+    """A valid policy name, made from the name of a program."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", text).lstrip("_.-")[:63] or "program"
+
+
+def policy_of(
+    settings: Settings, program: str, file: Path | None, ingress: Sequence[str], egress: Sequence[str]
+) -> Policy:
+    """The policy in ``file``, or that of `-i` and `-e`. Raises UsageError, NotFoundError."""
+    if file is None:
+        return policy_from_flags(policy_name(program), ingress, egress)
+    from graft.policy.files import read_policy
+    from graft.policy.reader import load_policy  # import time: yaml
+
+    if ingress or egress:
+        raise UsageError("--policy: cannot be combined with -i and -e", "put the rules into the policy file")
+    return load_policy(read_policy(file), str(file), known_endpoints(settings))
+
+
+def network(text: str) -> Path | None:
+    """None for ``new``, or a path of the namespace that ``text`` names (name, pid or path). Raises NotFoundError."""
+    return None if text == "new" else netns.resolve(text)

@@ -1,0 +1,13 @@
+"""The BPF side: the C sources compiled and pinned, the maps with their layouts, programs attached to cgroups.
+
+    layout.py          the structures and constants of bpf/graft.h
+    sources.py offsets.py programs.py    what is compiled, with which constants, for which hooks
+    bcc_compiler.py    compiles and loads with bcc; no other module imports bcc
+    loader.py          loads the programs that this kernel accepts
+    maps.py            the pinned maps, with their types
+    rulesets.py        compiled rules written, erased and looked up
+    attachments.py     which cgroups the programs are attached to
+    dataplane.py       makes, pins and removes all of this, under the installation's lock
+
+It may import policy, kernel, model and errors.
+"""

@@ -1,0 +1,141 @@
+"""Which cgroups the programs are attached to, and for which container.
+
+A socket belongs to the container of the cgroup that it was created in; the cgroup storage `scopes`, made by the
+attachment, names that container. An attachment lasts as long as its cgroup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from graft.datapath import layout
+from graft.datapath.maps import Maps
+from graft.datapath.programs import ALL_PROGRAMS, PROGRAMS, SPLICE_PROGRAMS, Program
+from graft.errors import KernelError
+from graft.kernel import bpf, cgroup
+from graft.model.settings import Settings
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _pin(settings: Settings, program: Program) -> Path:
+    return settings.pin_dir / f"prog_{program.name}"
+
+
+def _loaded(settings: Settings, programs: Sequence[Program]) -> list[Program]:
+    """Those that this kernel accepted: the others are not pinned."""
+    return [program for program in programs if _pin(settings, program).exists()]
+
+
+def _wanted(settings: Settings, splice: bool) -> list[Program]:
+    """The programs for a cgroup. Raises KernelError where transport splice lacks one."""
+    missing = [one.name for one in SPLICE_PROGRAMS if splice and not _pin(settings, one).exists()]
+    if missing:
+        raise KernelError(
+            f"transport splice does not work here: the kernel refused {', '.join(missing)}",
+            "graft doctor shows the reason",
+        )
+    return [*PROGRAMS, *(SPLICE_PROGRAMS if splice else ())]
+
+
+@contextlib.contextmanager
+def _opened_programs(settings: Settings, programs: Sequence[Program]) -> Iterator[list[tuple[int, int]]]:
+    """(descriptor, number of the attach point) of each program."""
+    fds: list[tuple[int, int]] = []
+    try:
+        for program in programs:
+            fd = bpf.obj_get(_pin(settings, program))
+            fds.append((fd, bpf.ATTACH_TYPES[program.attach]))
+        yield fds
+    finally:
+        for fd, _ in fds:
+            os.close(fd)
+
+
+def attach(settings: Settings, path: Path, container: int, splice: bool = False) -> None:
+    """Attach the programs to the cgroup at ``path``, for ``container`` (0: Graft's own). Repeatable.
+
+    ``splice``: those of that transport too. All of them or none: what was attached before a failure is
+    detached again. Raises KernelError.
+    """
+    wanted = _wanted(settings, splice)
+    with _opened(path) as cgroup_fd, _opened_programs(settings, wanted) as programs:
+        done: list[tuple[int, int]] = []
+        try:
+            for fd, kind in programs:
+                if bpf.prog_id(fd) not in bpf.prog_ids(cgroup_fd, kind):
+                    bpf.prog_attach(cgroup_fd, fd, kind)
+                    done.append((fd, kind))
+            set_scope(settings, path, container)
+        except OSError as error:
+            for fd, kind in done:
+                bpf.prog_detach(cgroup_fd, fd, kind)
+            raise KernelError(f"cannot attach to the cgroup {path}: {error}") from error
+
+
+def _has_programs(path: Path, effective: bool = False) -> bool:
+    """Whether Graft's programs, of any installation, are attached to a cgroup or (``effective``) run for it."""
+    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd:
+        return any(
+            bpf.prog_name(number) == "graft_bind4"
+            for number in bpf.prog_ids(cgroup_fd, bpf.ATTACH_TYPES["bind4"], effective)
+        )
+    return False
+
+
+def find_nested(path: Path) -> Path | None:
+    """A cgroup above or below ``path`` (or ``path`` itself) that Graft's programs are attached to already, if any.
+
+    There the kernel would run them twice for one call, and the second run would judge the address that the first wrote.
+    """
+    top = cgroup.v2_mount()
+    if _has_programs(path, effective=True):
+        above = (path, *(parent for parent in path.parents if parent.is_relative_to(top)))
+        return next((one for one in above if _has_programs(one)), path)
+    return next((one for one in cgroup.tree(path) if one != path and _has_programs(one)), None)
+
+
+def set_scope(settings: Settings, path: Path, container: int) -> None:
+    """Set which container the sockets of an attached cgroup belong to."""
+    scopes = Maps(settings.pin_dir).scopes
+    scopes.put(ctypes.c_uint64(cgroup.cgroup_id(path)), layout.Scope(container=container))
+    scopes.close()
+
+
+def detach(settings: Settings, path: Path) -> None:
+    """Detach the programs from a cgroup. Safe to repeat, and for a cgroup that was removed."""
+    every = _loaded(settings, ALL_PROGRAMS)
+    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _opened_programs(settings, every) as fds:
+        for fd, kind in fds:
+            with contextlib.suppress(OSError):
+                bpf.prog_detach(cgroup_fd, fd, kind)
+
+
+def attached_cgroups(settings: Settings) -> list[Path]:
+    """Every cgroup that the programs are attached to, Graft's own among them."""
+    ids = {int(key.value) for key in Maps(settings.pin_dir).scopes.keys()}  # noqa: SIM118
+    found = []
+    for folder in cgroup.tree(cgroup.v2_mount()):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            if cgroup.cgroup_id(folder) in ids:
+                found.append(folder)
+    return found
+
+
+def detach_all(settings: Settings) -> None:
+    """Detach the programs from every cgroup."""
+    if not (settings.pin_dir / "scopes").exists():
+        return
+    for path in attached_cgroups(settings):
+        detach(settings, path)

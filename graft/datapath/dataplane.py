@@ -1,0 +1,158 @@
+"""The data plane: made in a staging folder and renamed into place under one lock, which every change takes.
+
+No command sees half a data plane: maps and programs are pinned in a folder of their own, which is renamed
+into place when it is complete. After a failure that folder is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from graft.datapath import attachments, layout
+from graft.datapath.maps import Maps
+from graft.errors import ConflictError, KernelError
+from graft.kernel import cgroup
+from graft.kernel.bpf import Map
+from graft.kernel.credentials import require_root
+from graft.kernel.mounts import mount_bpffs
+from graft.model.settings import Settings
+
+if TYPE_CHECKING:
+    from graft.datapath.loader import Loaded
+
+
+@contextlib.contextmanager
+def locked(settings: Settings) -> Iterator[None]:
+    """Hold the installation's lock, until the block ends or the process dies."""
+    with _lock_file(settings.run_dir):
+        yield
+
+
+def _lock_file(folder: Path) -> TextIO:
+    """The lock file, locked. `graft down` removes the file: a command that waited for it then tries the next one."""
+    path = folder / "lock"
+    while True:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            lock = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # noqa: SIM115
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+
+
+def supervisors_cgroup(settings: Settings) -> Path:
+    """The cgroup that supervisors run in, so that the hooks apply to the sockets that they make."""
+    return cgroup.v2_mount() / settings.cgroup / "supervisors"
+
+
+SUPERVISOR_CONTROLLERS = ("memory", "cpu")
+"""The cgroup controllers that limit a supervisor (graft/swap/resource_limits.py)."""
+
+
+def keepers_cgroup(settings: Settings) -> Path:
+    """The cgroup of the keepers, which start supervisors.
+
+    A leaf, so that the supervisors' own cgroups beside it can have limits.
+    """
+    return supervisors_cgroup(settings) / "keepers"
+
+
+def is_up(settings: Settings) -> bool:
+    """Whether the data plane is pinned. Raises ConflictError for another version's."""
+    maps = Maps(settings.pin_dir)
+    if not (settings.pin_dir / "settings").exists():
+        return False
+    found = maps.settings.get(ctypes.c_uint32(0))
+    maps.settings.close()
+    if found is None or found.version != layout.LAYOUT_VERSION:
+        raise ConflictError(
+            f"{settings.pin_dir} was made by another version of Graft", "stop its containers, then `graft down`"
+        )
+    return True
+
+
+def up(settings: Settings) -> None:
+    """Make the data plane, if it is not there. Repeatable, and quick when it is there.
+
+    Raises PrivilegeError, KernelError, ConflictError.
+    """
+    require_root()
+    if not is_up(settings) or not supervisors_cgroup(settings).exists():
+        with locked(settings):
+            if not is_up(settings):
+                _make(settings)
+            _make_supervisors_cgroup(settings)
+
+
+def _make(settings: Settings) -> None:
+    mount_bpffs(settings.pin_dir)
+    staging = settings.pin_dir.with_name(f"{settings.pin_dir.name}-new")
+    unpin(staging)
+    try:
+        staging.mkdir(mode=0o700, parents=True)
+        loaded = _load(settings, staging)
+        Map(loaded.map_fd("settings"), ctypes.c_uint32, layout.SettingsValue).put(
+            ctypes.c_uint32(0), layout.SettingsValue(version=layout.LAYOUT_VERSION)
+        )
+        if settings.pin_dir.exists():
+            settings.pin_dir.rmdir()
+        staging.rename(settings.pin_dir)
+    except OSError as error:
+        unpin(staging)
+        raise KernelError(
+            f"cannot pin to {settings.pin_dir}: {error.strerror}", "GRAFT_PIN_DIR must be on a bpffs"
+        ) from error
+    except BaseException:
+        unpin(staging)
+        raise
+
+
+def _load(settings: Settings, folder: Path) -> Loaded:
+    """Load the programs and pin them in ``folder``. Raises KernelError; the verifier's log is in a file then."""
+    from graft.datapath import loader
+    from graft.datapath.bcc_compiler import CompileError
+
+    log = settings.run_dir / "verifier.log"
+    try:
+        loaded = loader.load()
+    except (CompileError, loader.ProgramsRefused) as error:
+        if not error.log:
+            raise
+        os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+        log.write_text(error.log)
+        raise KernelError(error.message, "; ".join(filter(None, [error.hint, f"see {log}"]))) from error
+    loaded.pin(folder)
+    with contextlib.suppress(KernelError):  # transport splice works without it: it relays with splice(2) then
+        loader.load_relay().pin(folder)
+    return loaded
+
+
+def _make_supervisors_cgroup(settings: Settings) -> None:
+    """Make the supervisors' cgroup, attach the programs to it, and enable what limits each supervisor in it."""
+    folder = supervisors_cgroup(settings)
+    keepers_cgroup(settings).mkdir(parents=True, exist_ok=True)
+    cgroup.enable_controllers(folder, SUPERVISOR_CONTROLLERS)
+    attachments.attach(settings, folder, 0)
+
+
+def unpin(folder: Path) -> None:
+    """Remove a folder of pins. Safe to repeat."""
+    with contextlib.suppress(FileNotFoundError):
+        for pin in folder.iterdir():
+            pin.unlink()
+        folder.rmdir()

@@ -1,0 +1,285 @@
+"""The structures of bpf/graft.h, for Python. tests/unit/test_layout.py compares the two.
+
+Ports are in host order unless a name ends in ``_be``; addresses are in network order, an IPv4 one in the
+first four bytes of its field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+
+NAME_LEN = 32
+OPTIONS_MAX = 32
+LAYOUT_VERSION = 4
+
+INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
+EGRESS_FIXED_BITS = 8 * (4 + 4)
+EGRESS_PORT_FIXED_BITS = 8 * (4 + 4)
+
+
+class HookDecision(enum.IntEnum):
+    """What a hook decided (CounterKey.decision)."""
+
+    REWRITTEN = 0
+    CONNECTED = 1
+    REFUSED_BIND = 3
+    REFUSED_CONNECT = 4
+    REFUSED_OPTION = 5
+    CLOSED_LISTENER = 6
+    DROPPED = 7
+
+
+ENDPOINT_OPEN = 1
+ENDPOINT_DECLARED = 2
+ENDPOINT_DUAL_STACK = 4
+CONTAINER_DENIES = 1
+CONTAINER_OTHERS = 2
+PROBED = 1
+PROBED_EPOLL = 2
+PROBED_FLAGS = 4
+PROBED_OWNED = 8
+MAX_DESKS = 8192
+
+_ADDR = ctypes.c_ubyte * 16
+
+
+def container_flags(denies: bool, leaves_others: bool) -> int:
+    """ContainerValue.flags of a ruleset."""
+    return CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others
+
+
+class EndpointValue(ctypes.Structure):
+    """`endpoints`: id -> this."""
+
+    _fields_ = (
+        ("netns", ctypes.c_uint64),
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("protocols", ctypes.c_uint8),
+        ("flags", ctypes.c_uint32),
+    )
+
+
+class EndpointNameKey(ctypes.Structure):
+    """`endpoint_names`: this -> id."""
+
+    _fields_ = (("name", ctypes.c_char * NAME_LEN),)
+
+
+class ContainerValue(ctypes.Structure):
+    """`containers`: id -> this."""
+
+    _fields_ = (
+        ("netns", ctypes.c_uint64),
+        ("ruleset", ctypes.c_uint32),
+        ("transport", ctypes.c_uint8),
+        ("bind_default", ctypes.c_uint8),
+        ("connect_default", ctypes.c_uint8),
+        ("flags", ctypes.c_uint8),
+    )
+
+
+class IngressKey(ctypes.Structure):
+    """`ingress`: this -> IngressValue, by longest prefix."""
+
+    _fields_ = (
+        ("prefixlen", ctypes.c_uint32),
+        ("ruleset", ctypes.c_uint32),
+        ("protocol", ctypes.c_uint8),
+        ("family", ctypes.c_uint8),
+        ("any", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+        ("addr", _ADDR),
+        ("port_be", ctypes.c_uint16),
+        ("zero2", ctypes.c_uint16),
+    )
+
+
+class IngressValue(ctypes.Structure):
+    """The endpoint that a bind becomes."""
+
+    _fields_ = (("endpoint", ctypes.c_uint32),)
+
+
+class EgressKey(ctypes.Structure):
+    """`egress`: this -> EgressValue, by longest prefix."""
+
+    _fields_ = (
+        ("prefixlen", ctypes.c_uint32),
+        ("ruleset", ctypes.c_uint32),
+        ("protocol", ctypes.c_uint8),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 2),
+        ("addr", _ADDR),
+    )
+
+
+class EgressValue(ctypes.Structure):
+    """The node that a destination's ports are listed under."""
+
+    _fields_ = (("node", ctypes.c_uint32),)
+
+
+class EgressPortKey(ctypes.Structure):
+    """`egress_ports`: this -> EgressPortValue, by longest prefix."""
+
+    _fields_ = (
+        ("prefixlen", ctypes.c_uint32),
+        ("ruleset", ctypes.c_uint32),
+        ("node", ctypes.c_uint32),
+        ("port_be", ctypes.c_uint16),
+        ("zero", ctypes.c_uint16),
+    )
+
+
+class EgressPortValue(ctypes.Structure):
+    """What to do with a destination."""
+
+    _fields_ = (("verdict", ctypes.c_uint32), ("endpoint", ctypes.c_uint32))
+
+
+class Scope(ctypes.Structure):
+    """`scopes`: id of a cgroup -> this."""
+
+    _fields_ = (("container", ctypes.c_uint32), ("zero", ctypes.c_uint32))
+
+
+class Tag(ctypes.Structure):
+    """`tags`: socket -> this."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("endpoint", ctypes.c_uint32),
+        ("home", ctypes.c_uint8),
+        ("family", ctypes.c_uint8),
+        ("port", ctypes.c_uint16),
+        ("bound_port", ctypes.c_uint16),
+        ("open_port", ctypes.c_uint16),
+        ("addr", _ADDR),
+        ("source", ctypes.c_uint32),
+    )
+
+
+class Option(ctypes.Structure):
+    """One option that a program set."""
+
+    _fields_ = (("level", ctypes.c_uint16), ("name", ctypes.c_uint16))
+
+
+class OptionsValue(ctypes.Structure):
+    """`options`: socket -> this."""
+
+    _fields_ = (
+        ("count", ctypes.c_uint32),
+        ("overflow", ctypes.c_uint32),
+        ("option", Option * OPTIONS_MAX),
+    )
+
+
+class DeskSlot(ctypes.Structure):
+    """`desk_slots`: a supervisor's process id -> this."""
+
+    _fields_ = (("cgroup", ctypes.c_uint64), ("desk", ctypes.c_uint32), ("zero", ctypes.c_uint32))
+
+
+class DeskValue(ctypes.Structure):
+    """`desks`: a supervisor's question about a socket, and a hook's answer."""
+
+    ADDRESS = _ADDR
+    _fields_ = (
+        ("fdinfo", ctypes.c_int32),
+        ("fd", ctypes.c_int32),
+        ("container", ctypes.c_uint32),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("call", ctypes.c_uint8),
+        ("addr", _ADDR),
+        ("netns", ctypes.c_uint64),
+        ("container_netns", ctypes.c_uint64),
+        ("endpoint_netns", ctypes.c_uint64),
+        ("endpoint", ctypes.c_uint32),
+        ("local_port", ctypes.c_uint16),
+        ("answered", ctypes.c_uint8),
+        ("home", ctypes.c_uint8),
+        ("socket_family", ctypes.c_uint8),
+        ("state", ctypes.c_uint8),
+        ("bound", ctypes.c_uint8),
+        ("verdict", ctypes.c_uint8),
+        ("endpoint_family", ctypes.c_uint8),
+        ("bind_default", ctypes.c_uint8),
+        ("connect_default", ctypes.c_uint8),
+        ("next_home", ctypes.c_uint8),
+        ("protocol", ctypes.c_uint16),
+        ("endpoint_flags", ctypes.c_uint16),
+        ("references", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("probed", ctypes.c_uint32),
+        ("options", OptionsValue),
+    )
+
+
+class Crossing(enum.IntEnum):
+    """Which socket a crossing is stored with (CrossingValue.role)."""
+
+    DIALING = 1
+    ACCEPTED = 2
+    REDIRECTED = 3
+    RELAYED = 4
+
+
+class RelayValue(ctypes.Structure):
+    """`relays`: container -> where Graft listens inside its namespace."""
+
+    _fields_ = (("port", ctypes.c_uint16), ("six", ctypes.c_uint8), ("zero", ctypes.c_uint8))
+
+
+class CrossingValue(ctypes.Structure):
+    """`crossings`: socket -> the remote end of the relayed connection."""
+
+    _fields_ = (
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("role", ctypes.c_uint8),
+        ("container", ctypes.c_uint32),
+    )
+
+
+class ArrivalKey(ctypes.Structure):
+    """`arrivals`: source address of a connection -> CrossingValue."""
+
+    _fields_ = (
+        ("netns", ctypes.c_uint64),
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 5),
+    )
+
+
+class FlowValue(ctypes.Structure):
+    """`flows`: cookie of a flow's source -> this."""
+
+    _fields_ = (
+        ("moved", ctypes.c_uint64),
+        ("left", ctypes.c_uint64),
+        ("first", ctypes.c_uint32),
+        ("started", ctypes.c_uint32),
+    )
+
+
+class CounterKey(ctypes.Structure):
+    """`counters`: this -> how often."""
+
+    _fields_ = (("container", ctypes.c_uint32), ("decision", ctypes.c_uint32))
+
+
+class SettingsValue(ctypes.Structure):
+    """`settings`: one entry, at 0."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32),
+        ("last_id", ctypes.c_uint32),
+    )

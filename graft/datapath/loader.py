@@ -1,0 +1,231 @@
+"""Load the BPF programs that this kernel accepts, each on its own, and pin them with their maps.
+
+What a kernel lacks is found here and nowhere else: helper by helper before anything is loaded, so that optional code
+is compiled out, then program by program. If the kernel refuses a program that is needed, loading fails; one that is
+optional is left out, and `graft doctor` shows the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from graft.datapath import offsets
+from graft.datapath.bcc_compiler import Compiled, NotLoaded, compile_text
+from graft.datapath.layout import MAX_DESKS
+from graft.datapath.programs import (
+    ALL_PROGRAMS,
+    EXTENSIONS,
+    PROBE,
+    RELAY_PROGRAM,
+    Calls,
+    Extension,
+    Program,
+    ProgramCheck,
+    allowed_extensions,
+    reason,
+    refused_calls,
+)
+from graft.errors import KernelError
+from graft.kernel import bpf, helpers
+
+MAPS = (
+    "settings",
+    "endpoints",
+    "endpoint_names",
+    "containers",
+    "scopes",
+    "ingress",
+    "egress",
+    "egress_ports",
+    "tags",
+    "options",
+    "relays",
+    "arrivals",
+    "crossings",
+    "counters",
+    "desks",
+    "desk_slots",
+)
+
+# Compiled as one text in this order: the overview and the maps first, then a file for each kind of hook.
+SOURCES = (
+    "graft.bpf.c",
+    "owner.bpf.c",
+    "rules.bpf.c",
+    "local_address.bpf.c",
+    "bind.bpf.c",
+    "connect.bpf.c",
+    "desk.bpf.c",
+    "create.bpf.c",
+    "sockname.bpf.c",
+    "options.bpf.c",
+    "listen.bpf.c",
+    "packet.bpf.c",
+    "splice.bpf.c",
+)
+
+# The relay in the kernel, a text of its own.
+RELAY_MAPS = ("flow_targets", "flow_sources", "flows", "flow_taken", "flow_events")
+RELAY_SOURCES = ("relay.bpf.c",)
+FLOW_EVENT_PAGES = 256
+RELAY_SIZES = {
+    "GRAFT_MAX_FLOWS": 65536,
+    "GRAFT_MAX_BEHIND": 1 << 20,
+    "GRAFT_FLOW_EVENT_PAGES": FLOW_EVENT_PAGES,
+}
+
+SIZES = {
+    "GRAFT_MAX_ENDPOINTS": 4096,
+    "GRAFT_MAX_CONTAINERS": 8192,
+    "GRAFT_MAX_RULES": 262144,
+    "GRAFT_MAX_COUNTERS": 65536,
+    "GRAFT_MAX_ARRIVALS": 65536,
+    "GRAFT_MAX_DESKS": MAX_DESKS,
+}
+
+_OLDEST = "Graft needs Linux 5.15 or later"
+
+
+class ProgramsRefused(KernelError):
+    """The kernel refuses a program that Graft needs. ``checks``: of every program that was tried."""
+
+    def __init__(self, checks: Sequence[ProgramCheck]) -> None:
+        first = next(one for one in checks if not one.accepted and one.program.needed)
+        super().__init__(f"the kernel refuses the BPF programs: {first.program.name}: {first.reason}", _OLDEST)
+        self.checks = checks
+
+    @property
+    def log(self) -> str:
+        """The verifier's logs, of all programs that were refused."""
+        return logs(self.checks)
+
+
+def logs(checks: Sequence[ProgramCheck]) -> str:
+    """The verifier's logs of the programs that were refused, each below a line with the name and the reason."""
+    return "\n".join(f"{one.program.name}: {one.reason}\n{one.log}" for one in checks if not one.accepted)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The programs that the kernel accepted, by name and descriptor, and their maps; valid as long as this object."""
+
+    compiled: Compiled
+    programs: Mapping[str, int]
+    maps: Sequence[str]
+    extensions: frozenset[Extension] = frozenset()
+    checks: Sequence[ProgramCheck] = field(default=())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every needed program is among them."""
+        return all(one.accepted or not one.program.needed for one in self.checks)
+
+    def map_fd(self, name: str) -> int:
+        """The descriptor of a map, which bcc closes."""
+        return self.compiled.map_fd(name)
+
+    def pin(self, folder: Path) -> None:
+        """Pin every map and program below ``folder``, which must be a new folder of a bpffs."""
+        for name in self.maps:
+            bpf.obj_pin(self.map_fd(name), folder / name)
+        for name, fd in self.programs.items():
+            bpf.obj_pin(fd, folder / f"prog_{name}")
+
+
+@cache
+def kernel_allows(prog_type: int, attach_type: int, helper: int) -> bool:
+    """Whether this kernel lets such programs call a helper; False where it does not know such programs."""
+    try:
+        return helpers.allows(prog_type, attach_type, helper)
+    except OSError:
+        return False
+
+
+def _allows(program: Program, helper: int) -> bool:
+    return kernel_allows(program.type, bpf.ATTACH_TYPES[program.attach], helper)
+
+
+def constants(extensions: frozenset[Extension]) -> dict[str, int]:
+    """The constants that the text of the hooks is compiled with."""
+    probe = offsets.structure_offsets() if PROBE in extensions else {}
+    return {**SIZES, **probe, **{one.flag: 1 for one in extensions}}
+
+
+def calls_of(compiled: Compiled, programs: Sequence[Program]) -> Calls:
+    """The helpers that each program calls."""
+    return {one.name: helpers.calls(compiled.instructions(one)) for one in programs}
+
+
+def compile_for(allows: Callable[[Program, int], bool]) -> tuple[Compiled, frozenset[Extension]]:
+    """The hooks, compiled with every extension whose helpers they may call by ``allows``, and these extensions.
+
+    Raises CompileError.
+    """
+    wanted = EXTENSIONS if offsets.structure_offsets() else EXTENSIONS - {PROBE}
+    compiled = compile_text(SOURCES, constants(wanted))
+    allowed = allowed_extensions(wanted, refused_calls(ALL_PROGRAMS, calls_of(compiled, ALL_PROGRAMS), allows))
+    return (compiled if allowed == wanted else compile_text(SOURCES, constants(allowed))), allowed
+
+
+def examine() -> Loaded:
+    """Compile the hooks and load the programs that this kernel accepts. Raises CompileError."""
+    compiled, extensions = compile_for(_allows)
+    loaded = _load_each(compiled, ALL_PROGRAMS, MAPS, extensions)
+    if loaded.is_complete or not extensions:
+        return loaded
+    # The helpers are allowed, but the verifier refuses how they are used.
+    plain = _load_each(compile_text(SOURCES, constants(frozenset())), ALL_PROGRAMS, MAPS)
+    return plain if plain.is_complete else loaded
+
+
+def _load_each(
+    compiled: Compiled, programs: Sequence[Program], maps: Sequence[str], extensions: frozenset[Extension] = frozenset()
+) -> Loaded:
+    refused = refused_calls(programs, calls_of(compiled, programs), _allows)
+    fds: dict[str, int] = {}
+    checks = []
+    for program in programs:
+        try:
+            fds[program.name] = compiled.load(program)
+            checks.append(ProgramCheck(program))
+        except NotLoaded as error:
+            log = str(error)
+            checks.append(ProgramCheck(program, reason(program, refused.get(program.name, frozenset()), log), log))
+    return Loaded(compiled, fds, maps, extensions, tuple(checks))
+
+
+def load() -> Loaded:
+    """Compile and load what this kernel accepts. Raises CompileError, and ProgramsRefused for one that is needed."""
+    loaded = examine()
+    if not loaded.is_complete:
+        raise ProgramsRefused(loaded.checks)
+    return loaded
+
+
+def examine_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
+    """Compile the relay in the kernel, and load its program if this kernel accepts it.
+
+    Raises CompileError where this kernel has no sockmap, KernelError where it has no type information.
+    """
+    write_seq = offsets.write_seq_offset()
+    if write_seq is None:
+        raise KernelError("the kernel has no type information for struct tcp_sock")
+    compiled = compile_text(RELAY_SOURCES, {**sizes, "GRAFT_TCP_WRITE_SEQ": write_seq})
+    return _load_each(compiled, [RELAY_PROGRAM], RELAY_MAPS)
+
+
+def load_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
+    """The relay in the kernel, its program attached to its map. Raises KernelError where that is not possible."""
+    loaded = examine_relay(sizes)
+    [check] = loaded.checks
+    if not check.accepted:
+        raise KernelError(f"the kernel refuses the relay's program: {check.reason}")
+    attach_type = bpf.ATTACH_TYPES[RELAY_PROGRAM.attach]
+    try:
+        bpf.prog_attach_map(loaded.map_fd("flow_sources"), loaded.programs[RELAY_PROGRAM.name], attach_type)
+    except OSError as error:
+        raise KernelError(f"cannot attach the relay's program to its map: {error.strerror}") from error
+    return loaded

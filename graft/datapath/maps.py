@@ -1,0 +1,119 @@
+"""The pinned maps, opened at their first use, with their types."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cached_property
+from pathlib import Path
+
+from graft.datapath import layout
+from graft.errors import GraftError, KernelError
+from graft.kernel.bpf import Map
+
+
+class NotUpError(GraftError):
+    """Graft's maps are not pinned."""
+
+    exit_code = 3
+
+
+class Maps:
+    """One installation's maps. Each property raises NotUpError where Graft is not up."""
+
+    def __init__(self, pin_dir: Path) -> None:
+        self.pin_dir = pin_dir
+
+    def close(self) -> None:
+        """Close the maps that were opened. One that is used afterwards is opened again."""
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Map):
+                value.close()
+                del self.__dict__[name]
+
+    def _open(self, name: str, key: type, value: type) -> Map:  # type: ignore[type-arg]
+        try:
+            return Map.pinned(self.pin_dir / name, key, value)
+        except FileNotFoundError:
+            raise NotUpError(f"Graft is not up: nothing is pinned at {self.pin_dir}", "graft up") from None
+        except OSError as error:
+            raise KernelError(f"cannot open {self.pin_dir / name}: {error.strerror}") from error
+
+    @cached_property
+    def settings(self) -> Map[ctypes.c_uint32, layout.SettingsValue]:
+        """One entry, at 0."""
+        return self._open("settings", ctypes.c_uint32, layout.SettingsValue)
+
+    @cached_property
+    def endpoints(self) -> Map[ctypes.c_uint32, layout.EndpointValue]:
+        """id -> endpoint."""
+        return self._open("endpoints", ctypes.c_uint32, layout.EndpointValue)
+
+    @cached_property
+    def endpoint_names(self) -> Map[layout.EndpointNameKey, ctypes.c_uint32]:
+        """name -> id."""
+        return self._open("endpoint_names", layout.EndpointNameKey, ctypes.c_uint32)
+
+    @cached_property
+    def containers(self) -> Map[ctypes.c_uint32, layout.ContainerValue]:
+        """id -> container."""
+        return self._open("containers", ctypes.c_uint32, layout.ContainerValue)
+
+    @cached_property
+    def scopes(self) -> Map[ctypes.c_uint64, layout.Scope]:
+        """id of a cgroup that the programs are attached to -> container."""
+        return self._open("scopes", ctypes.c_uint64, layout.Scope)
+
+    @cached_property
+    def ingress(self) -> Map[layout.IngressKey, layout.IngressValue]:
+        """Which bind becomes which endpoint."""
+        return self._open("ingress", layout.IngressKey, layout.IngressValue)
+
+    @cached_property
+    def egress(self) -> Map[layout.EgressKey, layout.EgressValue]:
+        """Destination -> node."""
+        return self._open("egress", layout.EgressKey, layout.EgressValue)
+
+    @cached_property
+    def egress_ports(self) -> Map[layout.EgressPortKey, layout.EgressPortValue]:
+        """(node, port) -> verdict."""
+        return self._open("egress_ports", layout.EgressPortKey, layout.EgressPortValue)
+
+    @cached_property
+    def tags(self) -> Map[ctypes.c_int32, layout.Tag]:
+        """Descriptor of a socket -> tag."""
+        return self._open("tags", ctypes.c_int32, layout.Tag)
+
+    @cached_property
+    def options(self) -> Map[ctypes.c_int32, layout.OptionsValue]:
+        """Descriptor of a socket -> the options that were set on it before its swap."""
+        return self._open("options", ctypes.c_int32, layout.OptionsValue)
+
+    @cached_property
+    def desks(self) -> Map[ctypes.c_uint32, layout.DeskValue]:
+        """Slot -> desk."""
+        return self._open("desks", ctypes.c_uint32, layout.DeskValue)
+
+    @cached_property
+    def desk_slots(self) -> Map[ctypes.c_uint32, layout.DeskSlot]:
+        """Process id of a supervisor -> its desk."""
+        return self._open("desk_slots", ctypes.c_uint32, layout.DeskSlot)
+
+    @cached_property
+    def relays(self) -> Map[ctypes.c_uint32, layout.RelayValue]:
+        """Container -> where Graft listens inside its namespace."""
+        return self._open("relays", ctypes.c_uint32, layout.RelayValue)
+
+    @cached_property
+    def crossings(self) -> Map[ctypes.c_int32, layout.CrossingValue]:
+        """Descriptor of a socket -> the remote end of the relayed connection."""
+        return self._open("crossings", ctypes.c_int32, layout.CrossingValue)
+
+    @cached_property
+    def arrivals(self) -> Map[layout.ArrivalKey, layout.CrossingValue]:
+        """Source address of a connection between a relay and a container -> its remote end."""
+        return self._open("arrivals", layout.ArrivalKey, layout.CrossingValue)
+
+    @cached_property
+    def counters(self) -> Map[layout.CounterKey, ctypes.c_uint64]:
+        """(container, decision) -> how often."""
+        return self._open("counters", layout.CounterKey, ctypes.c_uint64)

@@ -1,0 +1,99 @@
+"""Offsets of the members of kernel structures that the BPF programs read: constants for the compiler.
+
+They come from the kernel's own type information, so that one source fits every kernel. If one offset of a group is not
+found, the whole group is left out, and with it the code that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+from graft.kernel.btf import Btf
+
+Offsets = Mapping[str, int | None]
+
+
+@cache  # reads all of the kernel's types, and the loader calls it for each text that it compiles
+def structure_offsets() -> dict[str, int]:
+    """The offsets that the hooks need; empty where the kernel has no type information.
+
+    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/bind.bpf.c), a packet's namespace and a
+    pending datagram (bpf/packet.bpf.c).
+    """
+    try:
+        btf = Btf.of_kernel()
+        file = _all_or_none(_file(btf))
+        others = [_all_or_none(group(btf)) for group in (_descriptor, _v6only, _packet, _datagram)]
+    except (OSError, ValueError):
+        return {}
+    return {name: value for group in (file, *others) for name, value in group.items()} if file else {}
+
+
+def _file(btf: Btf) -> Offsets:
+    references = btf.offset("file", "f_ref")
+    return {
+        "GRAFT_SK_SOCKET": btf.offset("sock", "sk_socket"),
+        "GRAFT_SOCKET_FILE": btf.offset("socket", "file"),
+        "GRAFT_FILE_EP": btf.offset("file", "f_ep"),
+        "GRAFT_FILE_REFERENCES": btf.offset("file", "f_count") if references is None else references,
+    }
+
+
+def _descriptor(btf: Btf) -> Offsets:
+    return {
+        "GRAFT_TASK_FILES": btf.offset("task_struct", "files"),
+        "GRAFT_TASK_PID_LINKS": btf.offset("task_struct", "pid_links"),
+        "GRAFT_PID_TASKS": btf.offset("pid", "tasks"),
+        "GRAFT_PROC_INODE_PID": btf.offset("proc_inode", "pid"),
+        "GRAFT_PROC_INODE_VFS": btf.offset("proc_inode", "vfs_inode"),
+        "GRAFT_FILES_TABLE": btf.offset("files_struct", "fdt"),
+        "GRAFT_TABLE_SIZE": btf.offset("fdtable", "max_fds"),
+        "GRAFT_TABLE_FILES": btf.offset("fdtable", "fd"),
+        "GRAFT_TABLE_CLOEXEC": btf.offset("fdtable", "close_on_exec"),
+        "GRAFT_FILE_INODE": btf.offset("file", "f_inode"),
+        "GRAFT_FILE_FLAGS": btf.offset("file", "f_flags"),
+        "GRAFT_INODE_UID": btf.offset("inode", "i_uid"),
+        "GRAFT_INODE_GID": btf.offset("inode", "i_gid"),
+    }
+
+
+def _v6only(btf: Btf) -> Offsets:
+    bit = btf.bit_offset("sock_common", "skc_ipv6only")
+    return {
+        "GRAFT_V6ONLY_BYTE": None if bit is None else bit // 8,
+        "GRAFT_V6ONLY_MASK": None if bit is None else 1 << bit % 8,
+    }
+
+
+def _packet(btf: Btf) -> Offsets:
+    return {
+        "GRAFT_SKB_SK": btf.offset("sk_buff", "sk"),
+        "GRAFT_SOCK_NET": btf.offset("sock_common", "skc_net"),
+        "GRAFT_NET_COOKIE": btf.offset("net", "net_cookie"),
+    }
+
+
+def _datagram(btf: Btf) -> Offsets:
+    cork, flow = btf.offset("inet_sock", "cork"), btf.offset("inet_cork_full", "fl")
+    return {
+        "GRAFT_UDP_PENDING": btf.offset("udp_sock", "pending"),
+        "GRAFT_CORK_FLOW": None if cork is None or flow is None else cork + flow,
+        "GRAFT_FLOW4_DADDR": btf.offset("flowi4", "daddr"),
+        "GRAFT_FLOW4_PORTS": btf.offset("flowi4", "uli"),
+        "GRAFT_FLOW6_DADDR": btf.offset("flowi6", "daddr"),
+        "GRAFT_FLOW6_PORTS": btf.offset("flowi6", "uli"),
+    }
+
+
+def write_seq_offset() -> int | None:
+    """The offset of tcp_sock.write_seq (bpf/relay.bpf.c); None where the kernel has no type information."""
+    try:
+        return Btf.of_kernel().offset("tcp_sock", "write_seq")
+    except (OSError, ValueError):
+        return None
+
+
+def _all_or_none(offsets: Offsets) -> dict[str, int]:
+    known = {name: value for name, value in offsets.items() if value is not None}
+    return known if len(known) == len(offsets) else {}

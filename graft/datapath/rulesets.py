@@ -1,0 +1,114 @@
+"""Compiled rules in the maps: written under a number of their own, erased by it, and looked up.
+
+Writing only copies: graft/policy/compiler.py has decided everything. The lookups read the same maps in the same way as
+the hooks, so that there is one set of rules; the hooks enforce it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+from collections.abc import Mapping
+
+from graft.datapath import layout
+from graft.datapath.maps import Maps
+from graft.kernel.bpf import Map
+from graft.policy.compiler import RuleSet
+from graft.policy.model import Verdict
+
+
+def write(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, int]) -> None:
+    """Put ``rules`` into the maps as ruleset ``number``. All of them, or none and the error is raised."""
+    try:
+        for bind in rules.ingress:
+            any_ = bind.address is None
+            in_key = layout.IngressKey(
+                prefixlen=layout.INGRESS_FIXED_BITS + bind.port_bits,
+                ruleset=number,
+                protocol=bind.protocol,
+                family=bind.family,
+                any=any_,
+                port_be=socket.htons(bind.port),
+            )
+            in_key.addr[:] = bind.address or bytes(16)
+            maps.ingress.put(in_key, layout.IngressValue(endpoint_ids[bind.endpoint]))
+        for prefix in rules.egress_prefixes:
+            out_key = layout.EgressKey(
+                prefixlen=layout.EGRESS_FIXED_BITS + prefix.prefix_len,
+                ruleset=number,
+                protocol=prefix.protocol,
+                family=prefix.family,
+            )
+            out_key.addr[:] = prefix.address
+            maps.egress.put(out_key, layout.EgressValue(prefix.node))
+        for port in rules.egress_ports:
+            port_key = layout.EgressPortKey(
+                prefixlen=layout.EGRESS_PORT_FIXED_BITS + port.port_bits,
+                ruleset=number,
+                node=port.node,
+                port_be=socket.htons(port.port),
+            )
+            endpoint = 0 if port.endpoint is None else endpoint_ids[port.endpoint]
+            maps.egress_ports.put(port_key, layout.EgressPortValue(port.verdict, endpoint))
+    except BaseException:
+        erase(maps, number)
+        raise
+
+
+def erase(maps: Maps, number: int) -> None:
+    """Remove every entry of ruleset ``number``."""
+    tables: tuple[Map, ...] = (maps.ingress, maps.egress, maps.egress_ports)  # type: ignore[type-arg]
+    for table in tables:
+        for key in table.keys():  # noqa: SIM118
+            if key.ruleset == number:
+                table.delete(key)
+
+
+def using(maps: Maps, endpoint: int) -> set[int]:
+    """The rulesets that name an endpoint."""
+    found = {key.ruleset for key, value in maps.ingress.items() if value.endpoint == endpoint}
+    found |= {key.ruleset for key, value in maps.egress_ports.items() if value.endpoint == endpoint}
+    return found
+
+
+def endpoints_in_use(maps: Maps) -> set[int]:
+    """The endpoints that any rule names."""
+    used = {value.endpoint for _, value in maps.ingress.items()}
+    return used | {value.endpoint for _, value in maps.egress_ports.items()}
+
+
+class Lookup:
+    """Looks up the rules of any container. Reuses its keys: it is on the path of every swapped socket."""
+
+    def __init__(self, maps: Maps) -> None:
+        self._ingress, self._egress, self._ports = maps.ingress, maps.egress, maps.egress_ports
+        self._bind = layout.IngressKey(prefixlen=layout.INGRESS_FIXED_BITS + 16)
+        self._to = layout.EgressKey()
+        self._port = layout.EgressPortKey(prefixlen=layout.EGRESS_PORT_FIXED_BITS + 16)
+
+    def ingress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> int:
+        """The id of the endpoint that a bind becomes, 0 for none. ``address`` as in the maps, 16 bytes."""
+        key = self._bind
+        key.ruleset, key.protocol, key.family, key.port_be = ruleset, protocol, family, socket.htons(port)
+        key.any = 0
+        ctypes.memmove(key.addr, address, 16)
+        found = self._ingress.peek(key)
+        if found is None:
+            key.any = 1
+            ctypes.memset(key.addr, 0, 16)
+            found = self._ingress.peek(key)
+        return found.endpoint if found is not None else 0
+
+    def egress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> tuple[int, int]:
+        """(verdict, id of the source endpoint) of a destination; NONE where no rule covers it."""
+        key = self._to
+        key.prefixlen = layout.EGRESS_FIXED_BITS + (32 if family == 4 else 128)
+        key.ruleset, key.protocol, key.family = ruleset, protocol, family
+        ctypes.memmove(key.addr, address, 16)
+        node = self._egress.peek(key)
+        if node is None:
+            return Verdict.NONE, 0
+        port_key = self._port
+        port_key.ruleset, port_key.node, port_key.port_be = ruleset, node.node, socket.htons(port)
+        found = self._ports.peek(port_key)
+        return (Verdict.NONE, 0) if found is None else (found.verdict, found.endpoint)

@@ -1,0 +1,172 @@
+"""Endpoints: named addresses of a network stack, and the flags of `graft run` that refer to them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import IntFlag
+from ipaddress import IPv6Address
+
+from graft.errors import UsageError
+from graft.model.address import (
+    DYNAMIC,
+    BindPattern,
+    IPAddress,
+    Prefix,
+    SocketAddress,
+    format_ip,
+    pack16,
+    parse_bind_pattern,
+    parse_prefix,
+    parse_socket_address,
+    shown,
+)
+
+MAX_ENDPOINT_NAME = 31
+"""Bytes of an endpoint's name: GRAFT_NAME_LEN of bpf/graft.h without the closing NUL."""
+
+MAX_POLICY_NAME = 63
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
+_NETNS_NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,255}", re.ASCII)
+_PATH_MAX = 4095  # PATH_MAX of linux/limits.h without the closing NUL
+
+
+class Protocol(IntFlag):
+    """Transport protocols: GRAFT_TCP and GRAFT_UDP of bpf/graft.h."""
+
+    TCP = 1
+    UDP = 2
+
+    @property
+    def label(self) -> str:
+        """As an operator writes it: tcp, udp or any."""
+        return "any" if self == ANY_PROTOCOL else str(self.name).lower()
+
+
+ANY_PROTOCOL = Protocol.TCP | Protocol.UDP
+
+IP_PROTOCOLS: dict[Protocol, int] = {Protocol.TCP: 6, Protocol.UDP: 17}
+"""Numbers in the maps' keys: IPPROTO_TCP and IPPROTO_UDP of linux/in.h."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A named address of a network stack, the host's unless ``netns`` names another one.
+
+    ``port`` 0 is dynamic: the kernel picks. ``netns`` is a name, a pid or a path, as the operator wrote
+    it. ``open`` lets a container request it through its environment. An IPv6 endpoint accepts IPv6 clients only, unless
+    it is ``dual_stack``.
+    """
+
+    name: str
+    address: IPAddress
+    port: int
+    protocols: Protocol = ANY_PROTOCOL
+    netns: str | None = None
+    open: bool = False
+    dual_stack: bool = False
+
+    @property
+    def family(self) -> int:
+        """4 or 6."""
+        return self.address.version
+
+    @property
+    def packed16(self) -> bytes:
+        """The address in 16 bytes, as in the maps."""
+        return pack16(self.address)
+
+    @property
+    def spec(self) -> str:
+        """``ADDR:PORT`` as an operator writes it."""
+        return f"{format_ip(self.address)}:{self.port or DYNAMIC}"
+
+    def format(self) -> str:
+        """One line for people: ``nx4 = 0.0.0.0:8080``."""
+        return f"{self.name} = {self.spec}"
+
+
+def parse_endpoint(
+    name: str,
+    spec: str,
+    proto: str = "any",
+    netns: str | None = None,
+    open_: bool = False,
+    dual_stack: bool = False,
+) -> Endpoint:
+    """The endpoint ``name`` at ``spec`` (``ADDR:PORT``, ``[ADDR6]:PORT``, port also ``dynamic`` or 0).
+
+    Raises UsageError that names the field: name, address, protocol, netns or dual stack.
+    """
+    parse_name(name)
+    address = parse_endpoint_address(spec)
+    check_dual_stack(dual_stack, address)
+    return Endpoint(
+        name=name,
+        address=address.ip,
+        port=address.port,
+        protocols=parse_protocol(proto),
+        netns=None if netns is None else parse_netns(netns),
+        open=open_,
+        dual_stack=dual_stack,
+    )
+
+
+def check_dual_stack(wanted: bool, address: SocketAddress, field: str = "dual stack") -> None:
+    """Raises UsageError where an endpoint at ``address`` cannot accept IPv4 clients too."""
+    if wanted and address.ip != IPv6Address(0):
+        raise UsageError(f"{field}: only the address [::] can accept IPv4 clients too", "[::]:PORT, or leave it out")
+
+
+def parse_name(text: str, field: str = "name", longest: int = MAX_ENDPOINT_NAME) -> str:
+    """``text`` itself, if it may name an endpoint (or, with another ``longest``, a policy)."""
+    hint = f"1 to {longest} of the characters A-Z a-z 0-9 _ . -, the first a letter or a digit"
+    if not text:
+        raise UsageError(f"{field}: the name is empty", hint)
+    if len(text.encode(errors="replace")) > longest:
+        raise UsageError(f"{field}: {shown(text)} is longer than {longest} bytes", hint)
+    if not _NAME.fullmatch(text):
+        raise UsageError(f"{field}: {shown(text)} is not a valid name", hint)
+    return text
+
+
+def parse_endpoint_address(text: str, field: str = "address") -> SocketAddress:
+    """An endpoint's address; its port may be ``dynamic``."""
+    return parse_socket_address(text, field, dynamic=True)
+
+
+def parse_protocol(text: str, field: str = "protocol") -> Protocol:
+    """tcp, udp, or any for both."""
+    protocols = {"tcp": Protocol.TCP, "udp": Protocol.UDP, "any": ANY_PROTOCOL}
+    if text not in protocols:
+        raise UsageError(f"{field}: {shown(text)} is not a protocol", "tcp, udp or any")
+    return protocols[text]
+
+
+def parse_netns(text: str, field: str = "netns") -> str:
+    """``text`` itself, if it can name a network namespace: a name, a pid, or an absolute path."""
+    is_path = text.startswith("/") and "\0" not in text and len(text.encode(errors="replace")) <= _PATH_MAX
+    is_name = _NETNS_NAME.fullmatch(text) and text not in (".", "..")
+    if not (is_path or is_name):
+        raise UsageError(f"{field}: {shown(text)} is not a network namespace", "a name, a pid, or an absolute path")
+    return text
+
+
+def parse_ingress_flag(text: str, field: str = "-i") -> tuple[BindPattern, str]:
+    """``ADDR:PORT[-PORT]=ENDPOINT`` of `graft run -i`."""
+    pattern, name = _split_flag(text, field, "ADDR:PORT[-PORT]=ENDPOINT, such as 0.0.0.0:80=nx4")
+    return parse_bind_pattern(pattern, field), parse_name(name, field)
+
+
+def parse_egress_flag(text: str, field: str = "-e") -> tuple[Prefix, str]:
+    """``PREFIX=ENDPOINT`` of `graft run -e`."""
+    prefix, name = _split_flag(text, field, "PREFIX=ENDPOINT, such as 0.0.0.0/0=out4")
+    return parse_prefix(prefix, field), parse_name(name, field)
+
+
+def _split_flag(text: str, field: str, hint: str) -> tuple[str, str]:
+    left, equals, right = text.partition("=")
+    if not (left and equals and right):
+        raise UsageError(f"{field}: {shown(text)} is not a rule", hint)
+    return left, right

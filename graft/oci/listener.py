@@ -1,0 +1,166 @@
+"""One socket for the listeners of many containers: podman with a seccomp profile, without a wrapper of its runtime.
+
+The runtime sends a listener when the container's first process is about to run its program, and does not wait for an
+answer. The program may run before its container is attached; its bind, connect and listen wait until a supervisor
+answers them. A container whose request is refused is killed, and the reason is printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from graft.datapath import dataplane
+from graft.errors import GraftError, RefusedError, UsageError
+from graft.kernel import cgroup, netns
+from graft.kernel.seccomp import hung_up
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.oci import shim
+from graft.oci.bundle import has_own_user_namespace, read_config
+from graft.oci.message_loop import MessageLoop
+from graft.oci.options import RuntimeOptions
+from graft.oci.request import POLICY_ANNOTATION, check_capabilities, choose_policy, requested
+from graft.oci.state import Message, State
+from graft.policy.compiler import compile_policy
+from graft.state.installation import known_endpoints
+
+Report = Callable[[str], None]
+
+
+def default_path(settings: Settings) -> Path:
+    """The default path of the socket that receives containers' listeners."""
+    return settings.run_dir / "listener"
+
+
+def serve_listener_socket(settings: Settings, options: RuntimeOptions, path: Path, report: Report) -> None:
+    """Serve the containers whose seccomp profile names the socket ``path``, until SIGTERM or SIGINT.
+
+    ``report`` gets a line for each container. Running containers keep their supervisors afterwards. Raises GraftError
+    where the socket cannot be made.
+    """
+    dataplane.up(settings)
+    engine_cgroup = cgroup.of_process(os.getpid())
+    cgroup.enter(dataplane.keepers_cgroup(settings))
+    with _listening(path) as listening:
+        ListenerServer(settings, options, engine_cgroup, report).serve(listening)
+
+
+@contextlib.contextmanager
+def _listening(path: Path):  # type: ignore[no-untyped-def]
+    """A socket at ``path``; one that no process serves any more is replaced."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, contextlib.suppress(OSError):
+        client.connect(str(path))
+        raise UsageError(f"{path}: another process is listening there", "one `graft listen` serves every container")
+    if path.is_socket():
+        path.unlink()
+    listening = shim.listen(path)
+    try:
+        yield listening
+    finally:
+        listening.close()
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _open_process(pid: int, listener: int) -> Iterator[int | None]:
+    """A pidfd of the process that a message is about; None where the message does not name one, or it has ended.
+
+    The pidfd never refers to another process that is given the same id, however long a container delays what follows.
+    The message comes from a process with the listener's filter: where none has it any more, the id may be another's.
+    """
+    try:
+        process = os.pidfd_open(pid) if pid else None
+    except OSError:
+        process = None
+    try:
+        yield None if hung_up(listener) else process
+    finally:
+        if process is not None:
+            os.close(process)
+
+
+class ListenerServer:
+    """Receives listeners of any container, and attaches each container when its first listener arrives."""
+
+    def __init__(self, settings: Settings, options: RuntimeOptions, engine_cgroup: Path, report: Report) -> None:
+        self._settings, self._options, self._report = settings, options, report
+        self._engine_cgroup = engine_cgroup
+        self._attachments: dict[str, shim.Attachment] = {}
+        self._loop = MessageLoop()
+        self._stopping = False
+
+    def serve(self, listening: socket.socket) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._stop)
+        self._loop.receive(listening, self._receive)
+        self._loop.serve(self._check_containers)
+        self._loop.close()
+
+    def _stop(self, _signum: int, _frame: object) -> None:
+        self._stopping = True
+
+    def _check_containers(self) -> bool:
+        for name, attachment in list(self._attachments.items()):
+            attachment.check_supervisors()
+            if attachment.has_ended:
+                attachment.unwatch(self._loop)
+                attachment.close()
+                del self._attachments[name]
+                self._report(f"{name[:12]}: ended")
+        return self._stopping
+
+    def _receive(self, message: Message, state: State) -> None:
+        listener = message.take_listener(state)
+        if listener is None:
+            return
+        with _open_process(state.pid, listener) as first:
+            try:
+                self._attach(state, listener, first)
+            except (GraftError, OSError) as error:
+                self._refuse(state, error, first)
+
+    def _attach(self, state: State, listener: int, first: int | None) -> None:
+        """Start a supervisor for ``listener``, which is closed where that fails; attach a new container first."""
+        known = self._attachments.get(state.id)
+        try:
+            if known is None and first is None:
+                raise RefusedError("the container's first process has ended")
+            attachment = known or shim.Attachment(self._plan(state))
+        except BaseException:
+            os.close(listener)
+            raise
+        attachment.start_supervisor(state, listener, first)
+        if known is None:
+            self._attachments[state.id] = attachment
+            attachment.watch(self._loop)
+            self._report(f"{state.id[:12]}: attached")
+
+    def _plan(self, state: State) -> shim.Plan:
+        """How to attach the container. Raises GraftError where its request is refused."""
+        config = read_config(os.path.join(state.bundle, "config.json")) or {"annotations": state.annotations}
+        request = requested(config)
+        if request is None:
+            raise UsageError("the container asks for no policy", f"--annotation {POLICY_ANNOTATION}=NAME")
+        check_capabilities(config, self._options, has_own_user_namespace(config))
+        if netns.cookie(Path(f"/proc/{state.pid}/ns/net")) == netns.cookie(self._settings.host_netns):
+            raise RefusedError(
+                "the container shares the host's network namespace, where no listener is needed", "graft attach"
+            )
+        known = known_endpoints(self._settings)
+        policy = choose_policy(self._settings, request, config, self._options, known)
+        compile_policy(policy, policy.resolve(known))
+        return shim.Plan(self._settings, policy, Transport.SWAP, state.id, None, self._engine_cgroup)
+
+    def _refuse(self, state: State, error: GraftError | OSError, first: int | None) -> None:
+        self._report(f"{state.id[:12]}: refused, and ended: {shim.describe(error)}")
+        if state.id in self._attachments or first is None:
+            return  # a later process: its calls fail without a supervisor, and its container keeps running
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(first, signal.SIGKILL)

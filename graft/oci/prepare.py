@@ -1,0 +1,110 @@
+"""What the wrapper does before it executes the real runtime for `create` or `run`: it finds every error in the
+container's request, edits the bundle, and starts the shim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graft.datapath import dataplane
+from graft.errors import NotFoundError
+from graft.kernel import cgroup, netns
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.oci import shim
+from graft.oci.arguments import Invocation
+from graft.oci.bundle import HOOK, Edit, edit_config, has_own_user_namespace, namespace_path, write_config
+from graft.oci.features import supports_wait_killable
+from graft.oci.options import RuntimeOptions
+from graft.oci.request import check_capabilities, choose_policy, requested
+from graft.policy.compiler import compile_policy
+from graft.state.installation import known_endpoints
+
+_MIN_AGE_SECONDS = 60.0
+
+
+def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeOptions, runtime: str) -> None:
+    """Edit the bundle for ``runtime``, and start a shim. Raises GraftError, and leaves nothing behind then."""
+    settings = Settings.from_environment()
+    request = requested(config)
+    assert request is not None
+    check_capabilities(config, options, has_own_user_namespace(config))
+    dataplane.up(settings)
+    known = known_endpoints(settings)
+    policy = choose_policy(settings, request, config, options, known)
+    compile_policy(policy, policy.resolve(known))
+    remove_stale_folders(settings)
+    folder, lock = _make_folder(settings)
+    try:
+        transport = _choose_transport(config, settings)
+        edited = edit_config(config, _plan_edit(settings, folder, transport, runtime))
+        plan = shim.Plan(settings, policy, transport, invocation.id, folder, cgroup.of_process(os.getpid()))
+        with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
+            shim.start(plan, folder, hook, listeners, lock)
+        write_config(invocation.config, edited)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def shims_folder(settings: Settings) -> Path:
+    """The folder with a folder of each shim."""
+    return settings.run_dir / "oci"
+
+
+def _make_folder(settings: Settings) -> tuple[Path, int]:
+    """A shim's folder, and a descriptor of it with the lock that marks it as in use."""
+    folder = shims_folder(settings) / secrets.token_hex(6)
+    folder.mkdir(mode=0o700, parents=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock
+
+
+def remove_stale_folders(settings: Settings) -> None:
+    """Remove the folders of shims that were killed. New ones stay: they may not be locked yet."""
+    for folder in shims_folder(settings).glob("*/"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime < _MIN_AGE_SECONDS:
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
+
+
+def _choose_transport(config: Mapping[str, Any], settings: Settings) -> Transport:
+    path = namespace_path(config, "network")
+    if path == "":
+        return Transport.SWAP
+    try:
+        joined = netns.cookie(None if path is None else Path(path))
+    except OSError as error:
+        raise NotFoundError(f"linux.namespaces: network: {path}: {error.strerror}") from error
+    return Transport.DIRECT if joined == netns.cookie(settings.host_netns) else Transport.SWAP
+
+
+def _plan_edit(settings: Settings, folder: Path, transport: Transport, runtime: str) -> Edit:
+    command = (sys.executable, "-I", "-m", HOOK)  # -I: nothing is imported from the working directory
+    variables = {**settings.environment, "PATH": os.environ.get("PATH", os.defpath)}
+    swap = transport is Transport.SWAP
+    return Edit(
+        create_runtime=(*command, "attach", str(folder / shim.HOOK_SOCKET)),
+        poststop=None if swap else (*command, "reap"),
+        environment=tuple(f"{name}={value}" for name, value in variables.items()),
+        listener=str(folder / shim.LISTENER_SOCKET) if swap else None,
+        own_listeners=str(shims_folder(settings)),
+        metadata=folder.name,
+        wait_killable=swap and supports_wait_killable(runtime, shims_folder(settings) / "features.json"),
+    )

@@ -1,0 +1,169 @@
+"""Which policy a container asks for, and whether the request can come from its image.
+
+An annotation comes from the operator; the environment may come from the image. So the environment reaches only
+policies with ``open: true``, and endpoints added with ``--open``. podman (4.3, for example) copies an image's
+annotations to the container: there an annotation counts as the image's, unless the operator trusts images
+(docs/runtime.md).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
+from graft.oci.bundle import capability_sets, container_annotations, environment
+from graft.oci.options import FILE, RuntimeOptions
+
+if TYPE_CHECKING:
+    from graft.model.endpoint import Endpoint
+    from graft.model.settings import Settings
+    from graft.policy.model import Policy
+
+POLICY_ANNOTATION = "graft.policy"
+NET_ADMIN_ANNOTATION = "graft.allow-net-admin"
+POLICY_VARIABLE = "GRAFT_POLICY"
+PAIRS_VARIABLE = "GRAFT_CONV_PAIRS"
+_ETC = Path("/etc/graft/policies")
+
+
+class Source(enum.Enum):
+    """Where a request comes from, as messages name it."""
+
+    ANNOTATION = f"annotation {POLICY_ANNOTATION}"
+    POLICY = POLICY_VARIABLE
+    PAIRS = PAIRS_VARIABLE
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a container asks for: a policy by name or path, or pairs of binds and endpoints."""
+
+    source: Source
+    value: str
+
+
+def requested(config: Mapping[str, Any]) -> Request | None:
+    """The request in ``config``, None where there is none. Raises UsageError, ConflictError."""
+    annotated = container_annotations(config).get(POLICY_ANNOTATION)
+    if annotated is not None:
+        return _request(Source.ANNOTATION, annotated)
+    variables = environment(config)
+    named, pairs = variables.get(POLICY_VARIABLE), variables.get(PAIRS_VARIABLE)
+    if named and pairs:
+        raise ConflictError(f"{POLICY_VARIABLE} and {PAIRS_VARIABLE} are both set", "leave one of them out")
+    if named:
+        return _request(Source.POLICY, named)
+    return _request(Source.PAIRS, pairs) if pairs else None
+
+
+def _request(source: Source, value: str) -> Request:
+    if not value.strip():
+        raise UsageError(f"{source.value}: empty", "the name of a policy")
+    return Request(source, value.strip())
+
+
+def annotations_are_trusted(config: Mapping[str, Any], options: RuntimeOptions) -> bool:
+    """Whether the operator set the annotations: no image can have set them, or the operator trusts images."""
+    if options.trust_annotations is not None:
+        return options.trust_annotations
+    found = container_annotations(config)
+    return found.get("io.container.manager") != "libpod" and not any(key.startswith("io.podman.") for key in found)
+
+
+def check_capabilities(config: Mapping[str, Any], options: RuntimeOptions, own_user_namespace: bool) -> None:
+    """Raises RefusedError for a container with CAP_NET_ADMIN over the host's own namespaces.
+
+    ``own_user_namespace``: its user namespace is not the host's, so that the capability does not apply to the host.
+    """
+    sets = capability_sets(config, "CAP_NET_ADMIN")
+    if not sets or own_user_namespace or options.allow_net_admin:
+        return
+    allowed = container_annotations(config).get(NET_ADMIN_ANNOTATION) == "true"
+    if allowed and annotations_are_trusted(config, options):
+        return
+    raise RefusedError(
+        f"the container has CAP_NET_ADMIN ({', '.join(sets)}): with a socket of the host's stack it could change"
+        " the host's own network",
+        f"drop it, or allow it: annotation {NET_ADMIN_ANNOTATION}=true, or allow-net-admin: true in {FILE}",
+    )
+
+
+def find_policy(settings: Settings, source: Source, value: str) -> Path:
+    """The file of the policy ``value``: a name, or from an annotation also an absolute path. Raises GraftError."""
+    from graft.model.endpoint import MAX_POLICY_NAME, parse_name
+
+    if value.startswith("/"):
+        if source is not Source.ANNOTATION:
+            raise RefusedError(f"{source.value}: a container's environment can name a policy, not a path", "its name")
+        return Path(value)
+    parse_name(value, source.value, longest=MAX_POLICY_NAME)
+    folders = (settings.state_dir / "policies", _ETC)
+    for folder in folders:
+        if (folder / f"{value}.yaml").exists():
+            return folder / f"{value}.yaml"
+    places = " or ".join(str(folder) for folder in folders)
+    raise NotFoundError(f"{source.value}: policy {value!r} not found", f"a file {value}.yaml in {places}")
+
+
+def choose_policy(
+    settings: Settings,
+    request: Request,
+    config: Mapping[str, Any],
+    options: RuntimeOptions,
+    known: Mapping[str, Endpoint],
+) -> Policy:
+    """The policy that a container asks for. Raises GraftError for one that it may not have, or that is invalid."""
+    if request.source is Source.PAIRS:
+        return policy_from_pairs(request.value, known)
+    from graft.policy.files import read_policy
+    from graft.policy.reader import load_policy
+
+    path = find_policy(settings, request.source, request.value)
+    policy = load_policy(read_policy(path, regular_only=True), str(path), known)
+    trusted = request.source is Source.ANNOTATION and annotations_are_trusted(config, options)
+    if not policy.open and not trusted:
+        why = "podman copies an image's annotations" if request.source is Source.ANNOTATION else "an image can set it"
+        more = f", or trust-annotations: true in {FILE}" if request.source is Source.ANNOTATION else ""
+        raise RefusedError(
+            f"{request.source.value}: the policy {request.value!r} is not open to containers that ask for it ({why})",
+            f"open: true in {path}{more}",
+        )
+    return policy
+
+
+def policy_from_pairs(text: str, known: Mapping[str, Endpoint]) -> Policy:
+    """The policy of GRAFT_CONV_PAIRS: ``ADDR:PORT[-PORT]=ENDPOINT``, several with spaces or commas between them.
+
+    An image can set it, so the limits of a policy file (graft/policy/limits.py) are checked before it is parsed.
+    Raises UsageError, and NotFoundError or RefusedError for an endpoint that does not exist or is not open.
+    """
+    from graft.model.endpoint import parse_ingress_flag
+    from graft.policy.limits import check_count, check_text
+    from graft.policy.model import IngressRule, Policy
+
+    check_text(text, PAIRS_VARIABLE)
+    pairs = text.replace(",", " ").split()
+    check_count(len(pairs), PAIRS_VARIABLE)
+    rules = []
+    for pair in pairs:
+        bind, endpoint = parse_ingress_flag(pair, PAIRS_VARIABLE)
+        _require_open(known, endpoint)
+        rules.append(IngressRule(bind, endpoint, field=f"{PAIRS_VARIABLE} {pair}"))
+    return Policy(name="pairs", ingress=tuple(rules))
+
+
+def _require_open(known: Mapping[str, Endpoint], name: str) -> None:
+    endpoint = known.get(name)
+    if endpoint is None:
+        raise NotFoundError(
+            f"{PAIRS_VARIABLE}: endpoint {name!r} not found", f"graft ep add {name} ADDR:PORT --open, and start again"
+        )
+    if not endpoint.open:
+        raise RefusedError(
+            f"{PAIRS_VARIABLE}: the endpoint {name!r} is not open to containers that ask for it",
+            f"graft ep set {name} {endpoint.spec} --open",
+        )

@@ -1,0 +1,15 @@
+"""What a container may do: from text to map entries. Pure, except for files.py.
+
+    model.py        rules and defaults, as values
+    files.py        the text of a file
+    reader.py       a policy's text, with every error at its line and field
+    fields.py       the fields of one endpoint or rule in it
+    document.py     the YAML under it
+    validator.py    whether rules fit their endpoints and each other
+    conflicts.py    which rules claim the same ports
+    compiler.py     map entries
+    limits.py       how big a policy may be
+
+Other packages call `reader.load_policy`, `model.policy_from_flags` and `compiler.compile_policy`. It imports only
+graft.model and graft.errors.
+"""

@@ -1,0 +1,220 @@
+"""Checks whether the rules of a policy fit their endpoints and each other.
+
+Policies from files and from flags are checked alike, and again when one is compiled, because an endpoint may have
+changed since. `check_rules` skips rules whose endpoint is not in the mapping; `check_endpoints_exist` reports those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+from graft.model.address import IPAddress, Prefix, shown
+from graft.model.endpoint import ANY_PROTOCOL, Endpoint, Protocol
+from graft.model.ports import lowest_port
+from graft.policy.conflicts import ConflictFinder, PortClaim
+from graft.policy.model import EgressRule, IngressRule, Outcome, Policy, Problem, Verdict
+
+ANY4 = IPv4Address("0.0.0.0")
+ANY6 = IPv6Address("::")
+
+LOOPBACKS = (Prefix(IPv4Network("127.0.0.0/8")), Prefix(IPv6Network("::1/128")))
+"""Destinations in the container's own namespace: only a rule for a prefix inside one of them applies to it."""
+
+UNSPECIFIED = (Prefix(IPv4Network("0.0.0.0/32")), Prefix(IPv6Network("::/128")))
+"""Destinations that the kernel takes as loopback: no rule applies to them."""
+
+LINK_LOCAL = (Prefix(IPv6Network("fe80::/10")), Prefix(IPv6Network("ff00::/8")))
+"""Destinations that need an interface beside the address, which no rule names (of multicast, those of a link): a wider
+rule does not grant them.
+"""
+
+SPECIAL_PREFIXES = (*LOOPBACKS, *UNSPECIFIED, *LINK_LOCAL)
+"""Destinations to which a wider rule does not apply, or only in part."""
+
+IngressKey = tuple[Protocol, int, IPAddress | None]
+"""What a bind is looked up by, besides its port: protocol, family, and address or None for any."""
+
+
+@dataclass(frozen=True, slots=True)
+class IngressClaim:
+    """One protocol's share of an ingress rule. Claims with equal ``key`` compete for ports."""
+
+    rule: IngressRule
+    protocol: Protocol
+    family: int
+    address: IPAddress | None
+
+    @property
+    def key(self) -> IngressKey:
+        """What a bind is looked up by, besides its port."""
+        return self.protocol, self.family, self.address
+
+
+def ingress_claims(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[IngressClaim]:
+    """The claims of each rule. A rule for any address has the family of its endpoint."""
+    for rule in policy.ingress:
+        endpoint = endpoints.get(rule.endpoint)
+        if endpoint is None:
+            continue
+        address = rule.bind.address
+        family = endpoint.family if address is None else address.version
+        for protocol in endpoint.protocols if rule.protocols is None else rule.protocols:
+            yield IngressClaim(rule, protocol, family, address)
+
+
+def egress_protocols(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Protocol:
+    """The protocols that ``rule`` is for; its endpoint, if it has one, must be among ``endpoints``."""
+    if rule.protocols is not None:
+        return rule.protocols
+    return ANY_PROTOCOL if rule.endpoint is None else endpoints[rule.endpoint].protocols
+
+
+def grants_without_tcp(policy: Policy, endpoints: Mapping[str, Endpoint]) -> tuple[str, ...]:
+    """Fields of the rules that grant something but no TCP. ``endpoints`` has all that they name."""
+    granted: list[IngressRule | EgressRule] = [*policy.ingress, *(rule for rule in policy.egress if rule.endpoint)]
+    return tuple(
+        rule.field for rule in granted if not (rule.protocols or endpoints[str(rule.endpoint)].protocols) & Protocol.TCP
+    )
+
+
+def check_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> list[Problem]:
+    """Problems that no single field shows: of families, protocols, loopback, conflicts."""
+    problems = [problem for rule in policy.ingress for problem in _check_ingress(rule, endpoints)]
+    problems += [problem for rule in policy.egress for problem in _check_egress(rule, endpoints)]
+    problems += _ingress_conflicts(policy, endpoints)
+    problems += _egress_conflicts(policy, endpoints)
+    return problems
+
+
+def check_endpoints_exist(policy: Policy, endpoints: Mapping[str, Endpoint]) -> list[Problem]:
+    """A problem for each rule whose endpoint is not among ``endpoints``."""
+    rules: list[IngressRule | EgressRule] = [*policy.ingress, *policy.egress]
+    return [
+        Problem(rule.line, _part(rule, "endpoint"), *endpoint_not_found(rule.endpoint))
+        for rule in rules
+        if rule.endpoint is not None and rule.endpoint not in endpoints
+    ]
+
+
+def endpoint_not_found(name: str) -> tuple[str, str]:
+    """Message and hint for a rule whose endpoint does not exist."""
+    return f"endpoint {shown(name)} not found", "declare it under endpoints, or add it with: graft ep add"
+
+
+def _check_ingress(rule: IngressRule, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
+    endpoint = endpoints.get(rule.endpoint)
+    if endpoint is None:
+        return
+    address = rule.bind.address
+    if address is not None and address != ANY6 and address.version != endpoint.family:
+        target = f"the IPv{endpoint.family} endpoint {endpoint.name}"
+        message = f"an IPv{address.version} bind cannot be redirected to {target}"
+        hint = (
+            "an IPv4 endpoint; a bind of [::] can be redirected to this one"
+            if address.version == 4
+            else "an IPv6 endpoint; of IPv6 binds only [::] can be redirected to an IPv4 one"
+        )
+        yield Problem(rule.line, _part(rule, "endpoint"), message, hint)
+    yield from _check_protocols(rule, endpoint)
+
+
+def _check_egress(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
+    if rule.to in UNSPECIFIED:
+        loopback = LOOPBACKS[UNSPECIFIED.index(rule.to)]
+        message = f"{rule.to.network.network_address} is the container's own loopback: no rule applies to it"
+        yield Problem(rule.line, _part(rule, "to"), message, f"{loopback} for loopback, /0 for everything else")
+    endpoint = endpoints.get(rule.endpoint) if rule.endpoint is not None else None
+    if endpoint is None:
+        return
+    if rule.to.family != endpoint.family:
+        wanted = f"IPv{rule.to.family}"
+        message = f"{wanted} destinations cannot be reached from the IPv{endpoint.family} endpoint {endpoint.name}"
+        yield Problem(rule.line, _part(rule, "endpoint"), message, f"an {wanted} endpoint")
+    yield from _check_protocols(rule, endpoint)
+
+
+def _check_protocols(rule: IngressRule | EgressRule, endpoint: Endpoint) -> Iterator[Problem]:
+    if rule.protocols is not None and rule.protocols & ~endpoint.protocols:
+        message = f"the rule is for {rule.protocols.label}, its endpoint {endpoint.name} for {endpoint.protocols.label}"
+        yield Problem(rule.line, _part(rule, "protocol"), message, f"{endpoint.protocols.label}, or leave it out")
+
+
+def _ingress_conflicts(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
+    finders: dict[IngressKey, ConflictFinder[IngressRule]] = {}
+    reported: set[int] = set()
+    for claim in ingress_claims(policy, endpoints):
+        rule = claim.rule
+        finder = finders.setdefault(claim.key, ConflictFinder())
+        other = finder.add(PortClaim(rule.bind.ports, rule.endpoint, rule))
+        if other is not None and id(rule) not in reported:
+            reported.add(id(rule))
+            message = (
+                f"{rule.bind} is redirected to {rule.endpoint} for {claim.protocol.label}, but {_location(other)}"
+                f" redirects {other.bind} to {other.endpoint}"
+            )
+            hint = "disjoint port ranges, or one inside the other: the smaller one wins"
+            yield Problem(rule.line, _part(rule, "bind"), message, hint)
+
+
+class _PortOutcomes:
+    """The outcomes at each port of one destination so far, as sets of ports (graft/model/ports.py)."""
+
+    def __init__(self) -> None:
+        self._rules: list[tuple[EgressRule, Outcome, int]] = []
+        self._by_outcome: dict[Outcome, int] = {}
+        self._with_any = self._with_several = 0  # ports with an outcome, and with more than one
+
+    def add(self, rule: EgressRule) -> tuple[EgressRule, int] | None:
+        """Add ``rule``. Gives the first one with another outcome at some of its ports, and those ports."""
+        outcome, mask = rule.outcome, rule.port_mask
+        own = self._by_outcome.get(outcome, 0)
+        has_conflict = mask & (self._with_any & ~own | self._with_several)
+        found = self._first_conflict(outcome, mask) if has_conflict else None
+        self._rules.append((rule, outcome, mask))
+        new = mask & ~own
+        self._with_several |= self._with_any & new
+        self._with_any |= new
+        self._by_outcome[outcome] = own | mask
+        return found
+
+    def _first_conflict(self, outcome: Outcome, mask: int) -> tuple[EgressRule, int] | None:
+        for rule, other, ports in self._rules:
+            if other != outcome and mask & ports:
+                return rule, mask & ports
+        return None
+
+
+def _egress_conflicts(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
+    earlier: dict[tuple[Protocol, Prefix], _PortOutcomes] = {}
+    reported: set[int] = set()
+    for rule in policy.egress:
+        if rule.endpoint is not None and rule.endpoint not in endpoints:
+            continue
+        for protocol in egress_protocols(rule, endpoints):
+            found = earlier.setdefault((protocol, rule.to), _PortOutcomes()).add(rule)
+            if found is not None and id(rule) not in reported:
+                reported.add(id(rule))
+                yield _egress_conflict(rule, *found, protocol)
+
+
+def _egress_conflict(rule: EgressRule, other: EgressRule, shared: int, protocol: Protocol) -> Problem:
+    ports = f"port {lowest_port(shared)} of" if rule.ports or other.ports else "every port of"
+    mine, theirs = _format_outcome(rule), _format_outcome(other)
+    message = f"{ports} {rule.to} has {mine} for {protocol.label}, but {theirs} in {_location(other)}"
+    hint = "disjoint ports, or a longer prefix: the longer one wins"
+    return Problem(rule.line, _part(rule, "to"), message, hint)
+
+
+def _format_outcome(rule: EgressRule) -> str:
+    return f"endpoint {rule.endpoint}" if rule.verdict is Verdict.GRANT else f"action {rule.verdict.name.lower()}"
+
+
+def _location(rule: IngressRule | EgressRule) -> str:
+    return rule.field if rule.line is None else f"{rule.field} (line {rule.line})"
+
+
+def _part(rule: IngressRule | EgressRule, key: str) -> str:
+    """The field ``key`` of ``rule``. A rule that comes from a flag has no fields of its own."""
+    return rule.field if rule.line is None else f"{rule.field}.{key}"

@@ -1,1 +1,0 @@
-"""The OCI runtime wrapper: has a container attached before its first program runs, and is runc or crun otherwise."""

@@ -1,0 +1,99 @@
+"""One listener: accepts connections while its container may have more, and relays each to the far end."""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from graft.errors import GraftError
+from graft.splice.connection import Connection
+from graft.splice.resources import ContainerResources
+from graft.splice.sockmap import Sockmap
+
+_ACCEPTS = 8  # in one turn
+_LAST_ACCEPTS = 64  # when the listener is closed
+_RETRY_SECONDS = 0.2
+
+PeerAddress = tuple[Any, ...]
+ConnectFar = Callable[[socket.socket, PeerAddress], socket.socket | None]
+
+
+class Acceptor:
+    """``sock`` listens and never blocks.
+
+    ``connect_far`` makes a socket that connects to the far end, for an accepted socket and its peer's address. Where
+    it returns None, or raises OSError or GraftError, the accepted connection is reset. ``sockmap`` is the relay in the
+    kernel, None to relay by splice(2).
+    """
+
+    def __init__(
+        self, resources: ContainerResources, sock: socket.socket, connect_far: ConnectFar, sockmap: Sockmap | None
+    ) -> None:
+        self._resources, self._sock, self._connect_far = resources, sock, connect_far
+        self.sockmap = sockmap
+        self.connections: set[Connection] = set()
+        self.served = 0
+        self._waiting = self._closed = False
+        # Edge-triggered: a listener that waits for room costs nothing, however many clients connect.
+        resources.watch(sock.fileno(), select.EPOLLIN | select.EPOLLET, self._on_event)
+
+    def _on_event(self, _mask: int) -> None:
+        if not self._waiting:
+            self.accept()
+
+    def accept(self) -> None:
+        """Accept connections until there are no more, or no room, or the turn is over."""
+        self._waiting = False
+        for _ in range(_ACCEPTS):
+            if self._closed:
+                return
+            if not self._resources.reserve_connection():
+                self._waiting = True
+                self._resources.wait_for_room(self.accept)
+                return
+            try:
+                near, peer = self._sock.accept()
+            except ConnectionAbortedError:
+                self._resources.release_connection()
+                continue
+            except BlockingIOError:
+                self._resources.release_connection()
+                return
+            except OSError:  # no descriptor, or no memory
+                self._resources.release_connection()
+                self._waiting = True
+                self._resources.after(_RETRY_SECONDS, self.accept)
+                return
+            self._relay(near, peer)
+        self._resources.later(self.accept)
+
+    def _relay(self, near: socket.socket, peer: PeerAddress) -> None:
+        near.setblocking(False)
+        try:
+            far = self._connect_far(near, peer)
+        except (OSError, GraftError):
+            far = None
+        if far is None:
+            near.close()
+            self._resources.release_connection()
+            return
+        self.served += 1
+        Connection(self._resources, self.connections, near, far, self.sockmap)
+
+    def close(self) -> None:
+        """Stop listening: the address is free when this returns. Connections in the backlog are still relayed."""
+        for _ in range(_LAST_ACCEPTS):
+            if not self._resources.reserve_connection():
+                break
+            try:
+                near, peer = self._sock.accept()
+            except OSError:
+                self._resources.release_connection()
+                break
+            self._resources.later(partial(self._relay, near, peer))
+        self._closed = True
+        self._resources.stop_waiting(self.accept)
+        self._resources.loop.close_listener(self._sock)

@@ -1,0 +1,71 @@
+"""What commands ask of the splice transport: serve a container, describe it, stop."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from graft.errors import KernelError
+from graft.model.settings import Settings
+from graft.splice import control, daemon_process, selftest_result
+from graft.state.installation import Installation
+from graft.state.records import Container
+
+RELAYS = ("splice", "kernel")
+_DESCRIBE_SECONDS = 10.0
+
+
+def check_relay(settings: Settings, name: str) -> None:
+    """Check that relay ``name`` can serve here: splice always, kernel where its self-test passes.
+
+    Graft must be up. Raises KernelError that says what is wrong.
+    """
+    if name != "kernel":
+        return
+    problem = selftest_result.get(settings).problem
+    if not problem and not (settings.pin_dir / "flows").exists():
+        problem = "it was not loaded by graft up"
+    if problem:
+        raise KernelError(
+            f"--relay: the relay in the kernel cannot be used on this machine: {problem}", "--relay splice"
+        )
+
+
+def ensure_daemon(settings: Settings) -> None:
+    """Start the daemon where none runs, before hooks that need it are attached. Raises GraftError."""
+    daemon_process.ensure_running(settings)
+
+
+def attach(settings: Settings, container: Container, pid: int = 0) -> None:
+    """Have the daemon serve ``container``, which is recorded with transport splice. When this returns, it does.
+
+    ``pid`` is a process in its network namespace, 0 to let the daemon find one. Raises GraftError.
+    """
+    daemon_process.request(settings, {"do": "attach", "container": container.id, "pid": pid})
+
+
+def detach(graft: Installation, container: Container) -> None:
+    """Stop serving ``container``: its listeners are closed, its connections are reset.
+
+    Remove its record first: the daemon serves every recorded container. Safe to repeat, and where no daemon runs.
+    """
+    if control.ask(graft.settings, {"do": "detach", "container": container.id}) is None:
+        graft.maps.relays.delete(ctypes.c_uint32(container.id))
+
+
+def describe(settings: Settings, container: Container) -> dict[str, Any]:
+    """What is published for ``container`` and what is not. Where no daemon runs, ``serves`` is False.
+
+    pid, serves, problem, relay (how new connections are moved);
+    published: [{endpoint (id), address, listener, dials, connections, served}];
+    failed: [{endpoint, listener, error}]; not_granted: [listener], the first of them;
+    more_not_granted: how many others; too_many: how many listeners a rule names beyond the limit of one container;
+    out: {port, served}; connections.
+    """
+    found = control.ask(settings, {"do": "describe", "container": container.id}, _DESCRIBE_SECONDS)
+    return {"serves": False, "problem": "the daemon does not run"} if found is None else found
+
+
+def stop(settings: Settings) -> None:
+    """End the daemon, if one runs; its connections are reset."""
+    daemon_process.stop(settings)

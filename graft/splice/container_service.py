@@ -1,0 +1,156 @@
+"""How the daemon serves one container: it finds its namespace, scans its listeners again and again, and stops.
+
+    namespace found ──▶ scan ──▶ pause ──▶ scan ──▶ ...     Each scan is a job (jobs.py), and so is the stop;
+                              at any time ──▶ stopped       only one job runs at a time.
+
+The container determines how long a scan takes. So the pause after a scan grows with it: all scans together take at
+most a tenth of the daemon's time, and each container gets the same part of that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from graft.datapath.maps import Maps
+from graft.errors import GraftError, NotFoundError
+from graft.splice.event_loop import EventLoop
+from graft.splice.jobs import Job, Stepwise
+from graft.splice.log import log
+from graft.splice.namespaces import Namespaces
+from graft.splice.relays import Relays
+from graft.splice.resources import DaemonResources
+from graft.splice.sockmap import Sockmap
+from graft.state.records import Container
+
+SCAN_SECONDS = 0.2
+_PAUSE_FACTOR = 10
+
+Done = Callable[[BaseException | None], None]
+"""Called when something has ended, with the error or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What all container services of one daemon share."""
+
+    loop: EventLoop
+    maps: Maps
+    namespaces: Namespaces
+    daemon_resources: DaemonResources
+
+
+class ContainerService:
+    """Serves ``container`` until `stop`."""
+
+    def __init__(self, context: Context, container: Container, sockmap: Sockmap | None) -> None:
+        self.container = container
+        self._context, self._sockmap = context, sockmap
+        self._pid = 0
+        self._resources = context.daemon_resources.add_container(container.id)
+        self._relays: Relays | None = None
+        self._job: Job | None = None
+        self._due = 0.0
+        self._scan_callbacks: list[Done] = []
+        self._next_scan_callbacks: list[Done] = []
+        """Called after the running scan; called after the next one."""
+        self._problem = ""
+
+    @property
+    def serves(self) -> bool:
+        """Whether its namespace was found and its relays were made."""
+        return self._relays is not None
+
+    def update(self, container: Container, sockmap: Sockmap | None) -> None:
+        """Use a changed record, or another relay."""
+        self.container, self._sockmap = container, sockmap
+        if self._relays is not None:
+            self._relays.container = container
+            self._relays.set_sockmap(sockmap)
+
+    def scan_if_due(self) -> None:
+        """Start a scan if none runs and the pause is over."""
+        if self._job is None and time.monotonic() >= self._due:
+            self._start_scan()
+
+    def scan(self, pid: int, done: Done) -> None:
+        """Scan now, or as soon as the running scan has ended; then call ``done``.
+
+        ``pid`` is a process in the container's namespace, 0 where none is known.
+        """
+        self._pid = pid
+        self._next_scan_callbacks.append(done)
+        if self._job is None:
+            self._start_scan()
+
+    def _start_scan(self) -> None:
+        self._scan_callbacks, self._next_scan_callbacks = self._next_scan_callbacks, []
+        self._job = Job(self._context.loop, self.container.id, self._scan(), self._scanned)
+
+    def _scan(self) -> Stepwise[None]:
+        if self._relays is None:
+            container_netns = yield from self._context.namespaces.of_container(self.container, self._pid)
+            self._relays = Relays(
+                self._resources,
+                self._context.maps,
+                self.container,
+                self._context.namespaces,
+                container_netns,
+                self._sockmap,
+            )
+            log(f"{self.container.name}: served, container {self.container.id}")
+        yield from self._relays.update()
+
+    def _scanned(self, error: BaseException | None) -> None:
+        assert self._job is not None
+        pause = _PAUSE_FACTOR * self._job.spent * self._context.daemon_resources.container_count
+        self._due = time.monotonic() + max(SCAN_SECONDS, pause)
+        self._job = None
+        self._note_problem(error)
+        for callback in self._scan_callbacks:
+            callback(error)
+        if self._next_scan_callbacks:
+            self._start_scan()
+
+    def _note_problem(self, error: BaseException | None) -> None:
+        problem = "" if error is None else error.message if isinstance(error, GraftError) else str(error)
+        if problem and problem != self._problem:
+            log(f"{self.container.name}: {problem}")
+        self._problem = problem
+
+    def stop(self, done: Callable[[], None]) -> None:
+        """Close its listeners and reset its connections; then call ``done``."""
+        if self._job is not None:
+            self._job.stop()
+        gone = NotFoundError(f"container {self.container.id} is no longer attached")
+        for callback in (*self._scan_callbacks, *self._next_scan_callbacks):
+            callback(gone)
+        self._scan_callbacks, self._next_scan_callbacks = [], []
+
+        def stopped(error: BaseException | None) -> None:
+            self._note_problem(error)
+            self._resources.close()
+            if self._relays is not None:
+                log(f"{self.container.name}: no longer served")
+            done()
+
+        self._job = Job(self._context.loop, self.container.id, self._stop(), stopped)
+
+    def _stop(self) -> Stepwise[None]:
+        if self._relays is not None:
+            yield from self._relays.stop()
+
+    def stop_now(self) -> None:
+        """Stop without the event loop, when the daemon ends."""
+        if self._job is not None:
+            self._job.stop()
+        for _ in self._stop():
+            pass
+
+    def describe(self) -> dict[str, Any]:
+        """The answer of `client.describe`, without the daemon's pid."""
+        if self._relays is not None:
+            return {"serves": True, **self._relays.describe()}
+        return {"serves": False, **({"problem": self._problem} if self._problem else {})}

@@ -1,0 +1,216 @@
+"""The event loop of the relays: one epoll instance, and what is done between its events.
+
+Every call has an owner: a container, by its number, or the daemon itself. While little happens, events are served in
+the order in which they come. What has not been served within a slice of time waits in turns.py, where the owner that
+has used the least time goes first, and epoll is asked again after each slice. So an event of an owner that has little
+to do waits for a slice or two, however much others have to do. For that no call may take long: longer work is a job, in
+steps (jobs.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import os
+import select
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from graft.splice.turns import Turns, Work
+
+EventHandler = Callable[[int], None]
+DAEMON = 0
+"""The owner of work that is not for a container."""
+_BATCH, _LARGE_BATCH = 256, 4096
+_SLICE_SECONDS = 0.0005
+_BUSY_POLL_SECONDS = 0.0001
+
+
+class EventLoop:
+    """Calls a handler for each event of a descriptor, and ``tick``, which must not take long, every ``interval``."""
+
+    def __init__(self, tick: Callable[[], None], interval: float = 0.2) -> None:
+        self.buffer = memoryview(bytearray(65536))
+        self._epoll = select.epoll()
+        self._handlers: dict[int, tuple[EventHandler, int]] = {}
+        self._events: dict[int, int] = {}
+        self._turns = Turns()
+        self._waiting: set[Work] = set()
+        self._timers: list[tuple[float, int, Work, int]] = []
+        self._sequence = itertools.count()
+        self._to_close: list[socket.socket] = []
+        self._tick, self._interval = tick, interval
+        self._due = 0.0
+        self._busy_polling = False
+        self.bulk = False
+        """Set by a connection that moved a lot in this turn: then the processor is not used for busy polling."""
+        self._several_processors = len(os.sched_getaffinity(0)) > 1
+        self.stopping = False
+
+    def watch(self, fd: int, events: int, handler: EventHandler, owner: int = DAEMON) -> None:
+        """Call ``handler`` with the mask of each event, in the turns of ``owner``, until `close` or `unwatch`."""
+        self._handlers[fd] = handler, owner
+        self._epoll.register(fd, events)
+
+    def change(self, fd: int, events: int) -> None:
+        """Watch ``fd`` for other events."""
+        self._epoll.modify(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching a descriptor that stays open."""
+        self._forget(fd)
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(fd)
+
+    def close(self, sock: socket.socket) -> None:
+        """Close a socket once the fetched events are served: its descriptor number is not used again before that."""
+        self._forget(sock.fileno())
+        self._to_close.append(sock)
+
+    def close_listener(self, sock: socket.socket) -> None:
+        """Close at once: its address is free when this returns. A fetched event for it may still be served to the
+        next socket with its descriptor number; it says "readable", which does no harm.
+        """
+        self._forget(sock.fileno())
+        sock.close()
+
+    def _forget(self, fd: int) -> None:
+        self._handlers.pop(fd, None)
+        self._events.pop(fd, None)
+
+    def later(self, call: Work, owner: int = DAEMON) -> None:
+        """Make ``call`` in the turns of ``owner``, once, however often it is asked for before that."""
+        if call not in self._waiting:
+            self._waiting.add(call)
+            self._turns.put(owner, call)
+
+    def after(self, seconds: float, call: Work, owner: int = DAEMON) -> None:
+        """Make ``call`` after that time, in the turns of ``owner``."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._sequence), call, owner))
+
+    def forget(self, owner: int) -> None:
+        """``owner`` has no more work."""
+        self._turns.forget(owner)
+
+    def tick_soon(self) -> None:
+        """Make the call of ``tick`` the next one."""
+        self._due = 0.0
+
+    def run(self) -> None:
+        """Serve events until ``stopping`` is set."""
+        while not self.stopping:
+            self.turn()
+
+    def turn(self) -> None:
+        """Wait for events and serve them, or make waiting calls for a slice of time."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._guarded(self._tick)
+            now = time.monotonic()
+            self._due = now + self._interval
+        if self._turns:
+            self._defer(self._epoll.poll(0, _LARGE_BATCH))
+        else:
+            self._serve(self._wait(max(0.0, self._next_deadline() - now)))
+        if self._timers:
+            self._defer_due_timers()
+        if self._turns:
+            self._work()
+        if self._to_close:
+            self._close_pending()
+
+    def _next_deadline(self) -> float:
+        return min(self._due, self._timers[0][0]) if self._timers else self._due
+
+    def _wait(self, seconds: float) -> list[tuple[int, int]]:
+        """The events that are there, or come within that time.
+
+        While events follow each other closely, this polls for a while before it sleeps: to be woken takes longer than
+        to relay a message, above all where the processor went idle meanwhile.
+        """
+        poll, start = self._epoll.poll, time.monotonic()
+        if self._busy_polling and seconds and not self.bulk:
+            until = start + _BUSY_POLL_SECONDS
+            while time.monotonic() < until:
+                events = poll(0, _BATCH)
+                if events:
+                    return events
+                os.sched_yield()  # a process that waits for this processor goes first
+        events = poll(seconds, _BATCH)
+        self.bulk = False
+        self._busy_polling = self._several_processors and time.monotonic() - start < 2 * _BUSY_POLL_SECONDS
+        return events
+
+    def _serve(self, fetched: Sequence[tuple[int, int]]) -> None:
+        """Serve events in order; those that are left when the slice is over wait for their owners' turns."""
+        handlers = self._handlers
+        until = time.monotonic() + _SLICE_SECONDS if len(fetched) > 1 else 0.0
+        for number, (fd, mask) in enumerate(fetched, 1):
+            found = handlers.get(fd)
+            if found is None:
+                continue
+            try:
+                found[0](mask)
+            except Exception:  # a failure of one connection must not end the others
+                traceback.print_exc()
+            if until and time.monotonic() > until:
+                self._defer(fetched[number:])
+                return
+
+    def _defer(self, fetched: Sequence[tuple[int, int]]) -> None:
+        events = self._events
+        for fd, mask in fetched:
+            if fd in events:
+                events[fd] |= mask
+                continue
+            found = self._handlers.get(fd)
+            if found is not None:
+                events[fd] = mask
+                self._turns.put(found[1], partial(self._serve_deferred, fd))
+
+    def _serve_deferred(self, fd: int) -> None:
+        mask = self._events.pop(fd, None)
+        if mask is not None:
+            self._handlers[fd][0](mask)
+
+    def _defer_due_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            _, _, call, owner = heapq.heappop(self._timers)
+            self.later(call, owner)
+
+    def _work(self) -> None:
+        """Make waiting calls, at least one, for a slice of time."""
+        turns, start = self._turns, time.monotonic()
+        until = start + _SLICE_SECONDS
+        while turns:
+            owner, call = turns.pop()
+            self._waiting.discard(call)
+            self._guarded(call)
+            end = time.monotonic()
+            turns.charge(owner, end - start)
+            if end > until:
+                return
+            start = end
+
+    @staticmethod
+    def _guarded(call: Work) -> None:
+        try:
+            call()
+        except Exception:
+            traceback.print_exc()
+
+    def _close_pending(self) -> None:
+        """Close the sockets of `close`."""
+        to_close, self._to_close = self._to_close, []
+        for sock in to_close:
+            sock.close()
+
+    def shut_down(self) -> None:
+        """Close what the loop itself has open."""
+        self._close_pending()
+        self._epoll.close()

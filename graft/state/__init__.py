@@ -1,0 +1,15 @@
+"""What an installation contains: endpoints, containers, and the sockets that containers have on the host's stack.
+
+    installation.py    settings, maps and lock in one object; `transaction` to change anything
+    endpoints.py       endpoints in the maps
+    containers.py      containers in the maps: a cgroup under a policy
+    records.py         a file for each container, with its name and what is in no map
+    engines.py         finds the cgroup of a container of docker or podman, or of a systemd unit
+    inventory.py       the sockets of containers, as the kernel lists them
+    socket_holders.py  which processes have a descriptor of a socket
+    withdrawal.py      closes the sockets that a container was granted
+    helper_process.py  runs system calls that may never return in a child process
+    liveness.py        which supervisors are stuck
+
+It may import datapath, policy, kernel, model and errors.
+"""

@@ -1,0 +1,245 @@
+"""Containers: a cgroup, a network namespace, a policy in the maps, and a record with its name.
+
+The maps contain what the hooks need, the record (graft/state/records.py) the rest. A policy is replaced in one step:
+its rules are written under a new ruleset number, then one update of the container's entry switches to that number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from graft.datapath import attachments, layout, rulesets
+from graft.datapath.maps import Maps
+from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
+from graft.kernel import cgroup
+from graft.model.address import shown
+from graft.model.endpoint import Endpoint
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.policy.compiler import RuleSet, compile_policy
+from graft.policy.limits import check_size
+from graft.policy.model import Policy
+from graft.state import records
+from graft.state.endpoints import EndpointChanges
+from graft.state.records import Container
+
+
+class Containers:
+    """Reads containers. Needs no lock."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def read_all(self) -> tuple[list[Container], list[UsageError]]:
+        """Every attached container, oldest first; and an error for each record that cannot be read."""
+        return records.read_all(self._settings)
+
+    def listing(self) -> list[Container]:
+        """Every attached container whose record can be read, oldest first."""
+        return self.read_all()[0]
+
+    def find(self, name: str) -> Container:
+        """The container of that name, cgroup or id. Raises NotFoundError, which also names an unreadable record."""
+        found, unreadable = self.read_all()
+        for container in found:
+            if name in (container.name, container.cgroup, str(container.id)):
+                return container
+        hint = "; ".join(["graft ps", *(error.message for error in unreadable[:1])])
+        raise NotFoundError(f"container: {shown(name)} is not attached", hint)
+
+    def at(self, path: Path) -> Container | None:
+        """The container whose cgroup is at ``path``, None if none is attached there."""
+        return next((found for found in self.listing() if found.cgroup == str(path) and found.exists), None)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledPolicy:
+    """A policy's map entries, and the endpoints that they were compiled with."""
+
+    policy: Policy
+    endpoints: dict[str, Endpoint]
+    rules: RuleSet
+
+
+def compile_for(
+    policy: Policy, endpoints: Mapping[str, Endpoint], before: CompiledPolicy | None = None
+) -> CompiledPolicy:
+    """Compile ``policy`` with these endpoints, or return ``before`` if the endpoints that it names have not changed.
+
+    Raises PolicyError, UsageError.
+    """
+    check_size(policy)
+    named = {name: endpoints[name] for name in endpoint_names(policy) if name in endpoints}
+    if before is not None and before.endpoints == named:
+        return before
+    return CompiledPolicy(policy, named, compile_policy(policy, endpoints))
+
+
+def endpoint_names(policy: Policy) -> tuple[str, ...]:
+    """The names of the endpoints in a policy's rules, each once."""
+    named = [rule.endpoint for rule in policy.ingress]
+    named += [rule.endpoint for rule in policy.egress if rule.endpoint]
+    return tuple(dict.fromkeys(named))
+
+
+@dataclass(frozen=True, slots=True)
+class _Installed:
+    """A policy's rules in the maps: their ruleset number, the defaults, and the endpoints that it superseded."""
+
+    ruleset: int
+    bind_default: int
+    connect_default: int
+    flags: int
+    superseded: dict[str, int]
+
+
+class ContainerChanges(Containers):
+    """Changes containers, under the installation's lock (graft/state/installation.py)."""
+
+    def __init__(self, settings: Settings, maps: Maps, endpoints: EndpointChanges, new_id: Callable[[], int]) -> None:
+        super().__init__(settings)
+        self._maps, self._endpoints, self._new_id = maps, endpoints, new_id
+
+    def create(
+        self,
+        compiled: CompiledPolicy,
+        path: Path,
+        netns: int,
+        transport: Transport,
+        pid: int = 0,
+        *,
+        name: str | None = None,
+        engine: str = "graft",
+        relay: str = "splice",
+        prepare: Callable[[int], None] | None = None,
+    ) -> Container:
+        """Put the cgroup at ``path`` under a policy. ``netns``: cookie of the namespace that its processes are in.
+
+        ``name`` is by default the policy's. ``prepare`` is called with the container's id, after its rules are written
+        and before any hook is attached. Changes nothing if it fails (PolicyError, ConflictError, KernelError;
+        RefusedError if a cgroup above or below is attached).
+        """
+        policy = compiled.policy
+        self.reap()
+        self._refuse_nesting(path)
+        new = self._install(compiled)
+        number = self._new_id()
+        try:
+            value = layout.ContainerValue(
+                netns, new.ruleset, transport, new.bind_default, new.connect_default, new.flags
+            )
+            self._maps.containers.put(ctypes.c_uint32(number), value)
+            if prepare is not None:
+                prepare(number)
+            attachments.attach(self._settings, path, number, splice=transport is Transport.SPLICE)
+            container = Container(
+                id=number,
+                name=name or policy.name,
+                cgroup=str(path),
+                transport=transport,
+                netns=netns,
+                policy=policy.name,
+                endpoints=endpoint_names(policy),
+                pid=pid,
+                cgroup_id=cgroup.cgroup_id(path),
+                engine=engine,
+                relay=relay,
+            )
+            records.save(self._settings, container)
+        except BaseException:
+            attachments.detach(self._settings, path)
+            self._forget(number)
+            raise
+        return container
+
+    def apply(
+        self, container: Container, compiled: CompiledPolicy, name: str | None = None, relay: str | None = None
+    ) -> Container:
+        """Replace a container's policy in one step: each call is decided by the old rules or by the new ones.
+
+        ``name``, ``relay``: their new values, if they change. Raises NotFoundError if the container is not attached any
+        more, and what `create` raises.
+        """
+        key = ctypes.c_uint32(container.id)
+        value = self._maps.containers.get(key)
+        if value is None:
+            raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
+        old = value.ruleset
+        new = self._install(compiled, replaced=old)
+        value.ruleset, value.flags = new.ruleset, new.flags
+        value.bind_default, value.connect_default = new.bind_default, new.connect_default
+        self._maps.containers.put(key, value)
+        rulesets.erase(self._maps, old)
+        self._endpoints.delete_superseded(new.superseded)
+        self._endpoints.delete_unused()
+        changed = replace(
+            container,
+            name=name or container.name,
+            policy=compiled.policy.name,
+            endpoints=endpoint_names(compiled.policy),
+            relay=relay or container.relay,
+        )
+        records.save(self._settings, changed)
+        return changed
+
+    def remove(self, container: Container) -> None:
+        """Remove a container's rules and attachments. Safe to repeat."""
+        if container.exists:
+            attachments.detach(self._settings, container.cgroup_path)
+        self._forget(container.id)
+
+    def reap(self) -> None:
+        """Remove the rules and records of containers whose cgroup is gone."""
+        for container in self.listing():
+            if not container.exists:
+                self._forget(container.id)
+
+    def _install(self, compiled: CompiledPolicy, replaced: int = 0) -> _Installed:
+        """Write a policy's rules, all or none. ``replaced`` is the ruleset that they are to replace (0: none)."""
+        policy = compiled.policy
+        superseded = self._endpoints.declare(policy.endpoints, replaced)
+        try:
+            stored = {found.endpoint.name: found for found in self._endpoints.listing()}
+            known = {name: found.endpoint for name, found in stored.items()}
+            rules = compile_for(policy, known, compiled).rules
+            number = self._new_id()
+            rulesets.write(self._maps, number, rules, {name: found.id for name, found in stored.items()})
+        except BaseException:
+            self._endpoints.restore_superseded(superseded)
+            self._endpoints.delete_unused()
+            raise
+        flags = layout.container_flags(rules.denies, rules.leaves_others)
+        return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded)
+
+    def _refuse_nesting(self, path: Path) -> None:
+        scope = self._maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
+        if (
+            scope is not None
+            and scope.container
+            and self._maps.containers.get(ctypes.c_uint32(scope.container)) is None
+        ):
+            attachments.detach(self._settings, path)  # left on it by a command that was killed
+        other = attachments.find_nested(path)
+        if other == path:
+            raise ConflictError(f"cgroup: {path} is already attached", "graft ps")
+        if other is not None:
+            where = "below" if path.is_relative_to(other) else "above"
+            raise RefusedError(
+                f"cgroup: {path} lies {where} {other}, which is attached: each call would be decided twice",
+                "detach the other one first: graft detach",
+            )
+
+    def _forget(self, number: int) -> None:
+        key = ctypes.c_uint32(number)
+        value = self._maps.containers.get(key)
+        self._maps.containers.delete(key)
+        if value is not None:
+            rulesets.erase(self._maps, value.ruleset)
+        for counter in self._maps.counters.keys():  # noqa: SIM118
+            if counter.container == number:
+                self._maps.counters.delete(counter)
+        self._endpoints.delete_unused()
+        records.forget(self._settings, number)

@@ -1,0 +1,218 @@
+"""Endpoints in the pinned maps: reads them; in a transaction adds, changes and deletes them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from graft.datapath import layout, rulesets
+from graft.datapath.maps import Maps
+from graft.errors import ConflictError, NotFoundError
+from graft.kernel import netns
+from graft.model.endpoint import Endpoint, Protocol
+from graft.model.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEndpoint:
+    """An endpoint in the maps. ``cookie`` is that of its namespace; ``declared``: a policy made it."""
+
+    id: int
+    endpoint: Endpoint
+    cookie: int
+    declared: bool
+
+
+class Endpoints:
+    """Reads endpoints. Needs no lock."""
+
+    def __init__(self, settings: Settings, maps: Maps) -> None:
+        self._settings, self._maps = settings, maps
+
+    def listing(self) -> list[StoredEndpoint]:
+        """Every endpoint, sorted by name. Raises NotUpError if Graft is not up."""
+        names = [(key.name.decode(), int(number.value)) for key, number in self._maps.endpoint_names.items()]
+        found = [self._read(name, number) for name, number in names]
+        return sorted((stored for stored in found if stored), key=lambda stored: stored.endpoint.name)
+
+    def by_name(self) -> dict[str, Endpoint]:
+        """Every endpoint, by its name."""
+        return {stored.endpoint.name: stored.endpoint for stored in self.listing()}
+
+    def by_id(self) -> dict[int, Endpoint]:
+        """Every endpoint, by its id in the maps."""
+        return {stored.id: stored.endpoint for stored in self.listing()}
+
+    def find(self, name: str) -> StoredEndpoint:
+        """One endpoint. Raises NotFoundError."""
+        number = self._id_of(name)
+        stored = None if number is None else self._read(name, number)
+        if stored is None:
+            raise NotFoundError(f"name: there is no endpoint {name!r}", "graft ep show")
+        return stored
+
+    def netns_path(self, stored: StoredEndpoint) -> Path:
+        """A path by which the namespace of an endpoint can be entered."""
+        return self._settings.host_netns if stored.endpoint.netns is None else self._netns_pin(stored.id)
+
+    def _id_of(self, name: str) -> int | None:
+        found = self._maps.endpoint_names.get(_key(name))
+        return None if found is None else int(found.value)
+
+    def _netns_pin(self, number: int) -> Path:
+        return self._settings.run_dir / "netns" / str(number)
+
+    def _label(self, number: int) -> Path:
+        """The file with the name that the operator gave for the namespace."""
+        return self._netns_pin(number).with_suffix(".name")
+
+    def _read(self, name: str, number: int) -> StoredEndpoint | None:
+        value = self._maps.endpoints.get(ctypes.c_uint32(number))
+        if value is None:
+            return None
+        packed = bytes(value.addr)
+        label = self._label(number)
+        endpoint = Endpoint(
+            name=name,
+            address=ip_address(packed[:4] if value.family == 4 else packed),
+            port=value.port,
+            protocols=Protocol(value.protocols),
+            netns=os.fsdecode(label.read_bytes()) if label.exists() else None,
+            open=bool(value.flags & layout.ENDPOINT_OPEN),
+            dual_stack=bool(value.flags & layout.ENDPOINT_DUAL_STACK),
+        )
+        return StoredEndpoint(number, endpoint, int(value.netns), bool(value.flags & layout.ENDPOINT_DECLARED))
+
+
+class EndpointChanges(Endpoints):
+    """Changes endpoints, under the installation's lock (graft/state/installation.py)."""
+
+    def __init__(self, settings: Settings, maps: Maps, new_id: Callable[[], int]) -> None:
+        super().__init__(settings, maps)
+        self._new_id = new_id
+
+    def add(self, endpoint: Endpoint, declared: bool = False) -> int:
+        """Add an endpoint and return its id. Raises ConflictError if the name is taken, NotFoundError if the namespace
+        does not exist.
+        """
+        if self._id_of(endpoint.name) is not None:
+            raise ConflictError(f"name: endpoint {endpoint.name!r} already exists", "graft ep set changes it")
+        number = self._new_id()
+        self._write(number, endpoint, declared)
+        self._set_id(endpoint.name, number)
+        return number
+
+    def change(self, endpoint: Endpoint) -> None:
+        """Give an endpoint another address, protocol or namespace, from the next bind or connect on.
+
+        Raises NotFoundError, and ConflictError if rules in force need the old address family.
+        """
+        old = self.find(endpoint.name)
+        if old.endpoint.family != endpoint.family and rulesets.using(self._maps, old.id):
+            raise ConflictError(
+                f"address: rules in force use {endpoint.name!r} as an IPv{old.endpoint.family} endpoint",
+                "add another endpoint for the other family",
+            )
+        self._write(old.id, endpoint, old.declared)
+
+    def delete(self, name: str, force: bool = False) -> None:
+        """Delete an endpoint. Raises NotFoundError, and ConflictError if a container uses it, unless ``force``: then
+        what was granted through it is refused from the next call on.
+        """
+        number = self.find(name).id
+        if not force and rulesets.using(self._maps, number):
+            raise ConflictError(f"name: a container uses the endpoint {name!r}", "--force deletes it")
+        self._remove(name, number)
+
+    def declare(self, endpoints: Iterable[Endpoint], replaced: int = 0) -> dict[str, int]:
+        """Make the endpoints that a policy declares; one that already exists with the same value stays.
+
+        One that exists with another value, and that only ruleset ``replaced`` uses, is superseded: its name goes to a
+        new endpoint. Returns the names and old ids of these, for `delete_superseded` or `restore_superseded`. Raises
+        ConflictError for any other difference, and changes nothing then.
+        """
+        made: list[tuple[str, int]] = []
+        superseded: dict[str, int] = {}
+        try:
+            for endpoint in endpoints:
+                number = self._id_of(endpoint.name)
+                if number is None:
+                    made.append((endpoint.name, self.add(endpoint, declared=True)))
+                    continue
+                stored = self._read(endpoint.name, number)
+                if stored and stored.endpoint != endpoint:
+                    superseded[endpoint.name] = self._supersede(stored, endpoint, replaced)
+        except BaseException:
+            self.restore_superseded(superseded)
+            for name, number in made:
+                self._remove(name, number)
+            raise
+        return superseded
+
+    def _supersede(self, stored: StoredEndpoint, endpoint: Endpoint, replaced: int) -> int:
+        """Give the name of ``stored`` to a new endpoint. Returns the old one's id. Raises ConflictError."""
+        if not stored.declared or not rulesets.using(self._maps, stored.id) <= {replaced}:
+            raise ConflictError(
+                f"endpoints.{endpoint.name}: already exists, at {stored.endpoint.spec}",
+                "declare the same address, or choose another name",
+            )
+        number = self._new_id()
+        self._write(number, endpoint, declared=True)
+        self._set_id(endpoint.name, number)
+        return stored.id
+
+    def delete_superseded(self, superseded: dict[str, int]) -> None:
+        """Delete the old endpoints of `declare`, after the rules that used them are gone."""
+        for number in superseded.values():
+            self._erase(number)
+
+    def restore_superseded(self, superseded: dict[str, int]) -> None:
+        """Undo `declare`: give the names back to the old endpoints."""
+        for name, number in superseded.items():
+            new = self.find(name).id
+            self._set_id(name, number)
+            self._erase(new)
+
+    def delete_unused(self) -> None:
+        """Delete the endpoints that a policy declared and that no rule names any more."""
+        used = rulesets.endpoints_in_use(self._maps)
+        for stored in self.listing():
+            if stored.declared and stored.id not in used:
+                self._remove(stored.endpoint.name, stored.id)
+
+    def _set_id(self, name: str, number: int) -> None:
+        self._maps.endpoint_names.put(_key(name), ctypes.c_uint32(number))
+
+    def _remove(self, name: str, number: int) -> None:
+        self._maps.endpoint_names.delete(_key(name))
+        self._erase(number)
+
+    def _erase(self, number: int) -> None:
+        self._maps.endpoints.delete(ctypes.c_uint32(number))
+        netns.release(self._netns_pin(number))
+        self._label(number).unlink(missing_ok=True)
+
+    def _write(self, number: int, endpoint: Endpoint, declared: bool) -> None:
+        source = self._settings.host_netns if endpoint.netns is None else netns.resolve(endpoint.netns)
+        pin = self._netns_pin(number)
+        cookie = netns.cookie(source)
+        netns.release(pin)
+        self._label(number).unlink(missing_ok=True)
+        if endpoint.netns is not None:
+            netns.keep(source, pin)
+            self._label(number).write_bytes(os.fsencode(endpoint.netns))
+        flags = layout.ENDPOINT_OPEN * endpoint.open | layout.ENDPOINT_DECLARED * declared
+        flags |= layout.ENDPOINT_DUAL_STACK * endpoint.dual_stack
+        value = layout.EndpointValue(
+            netns=cookie, port=endpoint.port, family=endpoint.family, protocols=endpoint.protocols, flags=flags
+        )
+        value.addr[:] = endpoint.packed16
+        self._maps.endpoints.put(ctypes.c_uint32(number), value)
+
+
+def _key(name: str) -> layout.EndpointNameKey:
+    return layout.EndpointNameKey(name.encode())

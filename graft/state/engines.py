@@ -1,0 +1,231 @@
+"""Finds the cgroup of a container by its name: of a docker or podman container, of a systemd unit, or a cgroup path.
+
+Runs the engines' own commands, and checks their output against the kernel: the process that an engine names must be in
+a cgroup whose name contains the container's id. A container's name is one argument of a command, never part of a shell
+command line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.errors import ConflictError, KernelError, NotFoundError, UsageError
+from graft.kernel import cgroup
+from graft.kernel.pidfd import MAX_PID
+from graft.model import json_text
+from graft.model.address import shown
+
+_TIMEOUT = 15.0
+_MAX_BYTES = 16 << 20
+_CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
+_UNIT_NAME = re.compile(r"[A-Za-z0-9_:.@\\][A-Za-z0-9_:.@\\-]*", re.ASCII)
+_UNIT_KINDS = (".service", ".slice", ".scope", ".socket", ".mount")
+
+Run = Callable[[Sequence[str]], "EngineAnswer"]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundContainer:
+    """A cgroup that can be attached. ``pid`` is its first process, 0 if it has none."""
+
+    cgroup: Path
+    engine: str
+    name: str
+    id: str = ""
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAnswer:
+    """Exit status and output of an engine's command; ``status`` None: there is no such command."""
+
+    status: int | None
+    out: str = ""
+    err: str = ""
+
+
+def run(command: Sequence[str]) -> EngineAnswer:
+    """Run an engine's command, with a time limit. Raises KernelError if it is exceeded."""
+    environment = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": ""}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_TIMEOUT, env=environment, check=False
+        )
+    except (FileNotFoundError, PermissionError):
+        return EngineAnswer(None)
+    except subprocess.TimeoutExpired:
+        raise KernelError(f"{command[0]} did not answer within {_TIMEOUT:.0f} s", "check its daemon") from None
+    return EngineAnswer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+
+
+def resolve(text: str, run: Run = run) -> FoundContainer:
+    """The container that ``text`` names.
+
+    ``text``: a path (absolute, or below the v2 mount), a name or id of docker or podman, or a systemd unit;
+    with ``cgroup:``, ``docker:``, ``podman:`` or ``unit:`` before it, only that kind. Raises NotFoundError with what
+    was tried, ConflictError if several match, KernelError if an engine's answer contradicts the kernel.
+    """
+    kind, separator, name = text.partition(":")
+    finders = _finders(run)
+    if separator and kind in finders:
+        return finders[kind](name)
+    if "/" in text:
+        return _from_path(text)
+    found: dict[Path, FoundContainer] = {}
+    tried: list[str] = []
+    for finder in finders.values():
+        try:
+            target = finder(text)
+            found.setdefault(target.cgroup, target)
+        except (NotFoundError, UsageError) as error:
+            tried.append(error.message.partition(": ")[2] or error.message)
+    if len(found) > 1:
+        several = ", ".join(f"{target.engine}:{target.name}" for target in found.values())
+        raise ConflictError(
+            f"cgroup: {shown(text)} is ambiguous: {several}", "write docker:, podman:, unit: or cgroup: before it"
+        )
+    if not found:
+        raise NotFoundError(f"cgroup: {shown(text)} not found: {'; '.join(tried)}", "docker ps, podman ps")
+    return next(iter(found.values()))
+
+
+def _finders(run: Run) -> dict[str, Callable[[str], FoundContainer]]:
+    return {
+        "cgroup": _from_path,
+        "docker": lambda name: _from_engine("docker", name, run),
+        "podman": lambda name: _from_engine("podman", name, run),
+        "unit": lambda name: _from_systemd(name, run),
+    }
+
+
+def _from_path(text: str) -> FoundContainer:
+    top = cgroup.v2_mount()
+    candidates = [top / text.lstrip("/")]
+    if text.startswith("/"):
+        candidates.insert(0, Path(text))
+    for path in candidates:
+        real = path.resolve()
+        if real.is_relative_to(top) and real != top and (real / "cgroup.procs").exists():
+            return FoundContainer(real, "cgroup", str(real.relative_to(top)), pid=_first_process(real))
+    raise NotFoundError(f"cgroup: no cgroup {shown(text)} below {top}", "give a folder of the v2 tree")
+
+
+def _first_process(path: Path) -> int:
+    return next(iter(cgroup.processes(path)), 0)
+
+
+# ---- docker and podman ------------------------------------------------------------------------------
+
+
+def parse_inspect(engine: str, text: str) -> tuple[str, str, int]:
+    """(id, name, process id) from `docker|podman container inspect`. Raises NotFoundError if it is not running."""
+    try:
+        container_id, name, pid = _identity(json_text.parse(text, "output", _MAX_BYTES))
+    except UsageError as error:
+        raise KernelError(f"{engine}: cannot read the output of `container inspect` ({error.message})") from None
+    if not re.fullmatch(r"[0-9a-f]{64}", container_id):
+        raise KernelError(f"{engine}: {shown(container_id)} is not a container id")
+    if pid <= 0:
+        raise NotFoundError(f"{engine}: the container {shown(name)} is not running", f"{engine} start")
+    return container_id, name, pid
+
+
+def _identity(answer: Any) -> tuple[str, str, int]:
+    found = json_text.mappings(answer, "output")
+    if len(found) != 1:
+        raise UsageError(f"output: {len(found)} containers")
+    one = found[0]
+    if missing := {"Id", "Name", "State"} - one.keys():
+        raise UsageError(f"output: no {' and no '.join(sorted(missing))}")
+    state = json_text.mapping(one["State"], "State")
+    if "Pid" not in state:
+        raise UsageError("output: no State.Pid")
+    name = json_text.text(one["Name"], "Name").lstrip("/")
+    return json_text.text(one["Id"], "Id"), name, json_text.number(state["Pid"], "State.Pid", MAX_PID)
+
+
+def _from_engine(engine: str, name: str, run: Run) -> FoundContainer:
+    if not _CONTAINER_NAME.fullmatch(name):
+        raise UsageError(f"{engine}: {shown(name)} is not a container name")
+    answer = run([engine, "container", "inspect", name])
+    if answer.status is None:
+        raise NotFoundError(f"{engine}: {engine} is not installed")
+    if answer.status != 0:
+        raise NotFoundError(f"{engine}: {engine} reports {shown(_last_line(answer.err))}")
+    container_id, full_name, pid = parse_inspect(engine, answer.out)
+    return FoundContainer(_cgroup_of(engine, container_id, pid), engine, full_name, container_id, pid)
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "nothing")
+
+
+def _cgroup_of(engine: str, container_id: str, pid: int) -> Path:
+    """The cgroup of a container, from one of its processes: the part of the path up to the folder with the id."""
+    try:
+        path = cgroup.of_process(pid)
+    except FileNotFoundError:
+        raise NotFoundError(f"{engine}: its process {pid} is gone") from None
+    found = cut_at_id(path, container_id)
+    if found is None:
+        raise KernelError(
+            f"{engine}: its process {pid} is in the cgroup {path}, whose name does not contain the container's id",
+            "give the path of the cgroup",
+        )
+    return found
+
+
+def cut_at_id(path: Path, container_id: str) -> Path | None:
+    """``path`` up to the folder whose name contains the id: a container may have cgroups of its own below it."""
+    for above in (*reversed(path.parents), path):
+        if re.search(rf"(^|[^0-9a-f]){container_id}([^0-9a-f]|$)", above.name):
+            return above
+    return None
+
+
+# ---- systemd ----------------------------------------------------------------------------------------
+
+
+def parse_show(text: str) -> tuple[str, int]:
+    """(cgroup, main process) from `systemctl show -p ControlGroup -p MainPID`; empty and 0 if there is none."""
+    fields = dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
+    pid = fields.get("MainPID", "0")
+    return fields.get("ControlGroup", ""), int(pid) if re.fullmatch(r"[0-9]{1,10}", pid, re.ASCII) else 0
+
+
+def _from_systemd(name: str, run: Run) -> FoundContainer:
+    if not _UNIT_NAME.fullmatch(name):
+        raise UsageError(f"unit: {shown(name)} is not a unit name")
+    unit = name if name.endswith(_UNIT_KINDS) else f"{name}.service"
+    answer = run(["systemctl", "show", "-p", "ControlGroup", "-p", "MainPID", "--", unit])
+    if answer.status == 0:
+        return _unit_at(unit, *parse_show(answer.out))
+    return _unit_in_tree(unit)
+
+
+def _unit_at(unit: str, path: str, pid: int) -> FoundContainer:
+    if not path.startswith("/") or path == "/":
+        raise NotFoundError(f"unit: {unit} is not running", f"systemctl start {unit}")
+    top = cgroup.v2_mount()
+    found = top if "\0" in path else (top / path.lstrip("/")).resolve()
+    if found.name != unit or not found.is_relative_to(top) or not found.is_dir():
+        raise KernelError(f"unit: systemd reports that {unit} is in {path}, which does not exist in the v2 tree")
+    if pid and pid not in cgroup.processes(found):
+        pid = 0
+    return FoundContainer(found, "systemd", unit, pid=pid or _first_process(found))
+
+
+def _unit_in_tree(unit: str) -> FoundContainer:
+    """If systemd does not answer: a cgroup with the unit's name."""
+    found = [folder for folder in cgroup.tree(cgroup.v2_mount()) if folder.name == unit]
+    if not found:
+        raise NotFoundError(f"unit: systemd does not answer, and no cgroup is named {unit}")
+    if len(found) > 1:
+        raise ConflictError(f"unit: {len(found)} cgroups are named {unit}", f"give one of {', '.join(map(str, found))}")
+    return FoundContainer(found[0], "systemd", unit, pid=_first_process(found[0]))

@@ -1,0 +1,160 @@
+"""Runs calls that may never return in a child process, which can be left behind.
+
+A system call that waits for a socket's lock cannot be interrupted, and its process cannot be killed. A process of a
+container can keep such a lock for as long as it likes (by waiting for a page of memory under lock_sock()). So commands
+make such calls in a child, and continue without it when there is no answer in time.
+
+    command ── fork ──> child ── threads, each of which takes the next item: one at first, more while none finishes
+      results <── pipe ───┘
+
+One thread does many quick items one after the other; a thousand items that hang take a thousand threads, and do not
+block the next item. (Only where the hanging call releases the interpreter's lock: ctypes does, the methods of
+socket.socket do not all.) For commands that have a single thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pickle
+import queue
+import select
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, NoReturn, TypeVar
+
+from graft.kernel import process
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+Outcome = tuple[int, object, "BaseException | None"]
+
+TIMEOUT = 5.0
+"""Seconds without a new result after which no more are expected."""
+_STALL_TIME = 0.05  # seconds without a new result after which more threads are started
+_MAX_THREADS = 2048
+_STACK_SIZE = 512 << 10
+_LENGTH = struct.Struct("=I")
+_EXIT_TIMEOUT = 1.0  # seconds that the child may take to exit after it was killed
+
+
+@dataclass(frozen=True, slots=True)
+class HelperResult(Generic[ResultT]):
+    """Results by the index of their items, and the process that still works on the other items (0: none)."""
+
+    results: dict[int, ResultT]
+    helper_pid: int
+
+
+def run_each(
+    work: Callable[[ItemT], ResultT], items: Sequence[ItemT], timeout: float = TIMEOUT, keep_running: bool = False
+) -> HelperResult[ResultT]:
+    """Run ``work`` on each item, in a child that has no descriptor of ours; results must be picklable.
+
+    An item without a result hung. With ``keep_running`` the child continues with those, for as long as it takes;
+    otherwise it is killed, and exits when the kernel releases it. Raises what ``work`` raised.
+    """
+    if not items:
+        return HelperResult({}, 0)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        _run_child(work, items, writer)
+    os.close(writer)
+    results: dict[int, ResultT] = {}
+    leave_running = False
+    try:
+        _receive(reader, len(items), timeout, results)
+        leave_running = keep_running and len(results) < len(items)
+    finally:
+        os.close(reader)
+        if not leave_running:
+            os.kill(child, signal.SIGKILL)
+        has_exited = _wait_for_exit(child, 0 if leave_running else _EXIT_TIMEOUT)
+    return HelperResult(results, 0 if has_exited else child)
+
+
+def run_one(work: Callable[[], ResultT], timeout: float = TIMEOUT) -> ResultT | None:
+    """The result of ``work``, None if it hung. Raises what it raised."""
+    return run_each(lambda _: work(), (None,), timeout).results.get(0)
+
+
+def _receive(reader: int, count: int, timeout: float, results: dict[int, ResultT]) -> None:
+    """Read results until there are ``count``, or the child exits, or none arrives for ``timeout`` seconds."""
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+    raw = bytearray()
+    while len(results) < count and poll.poll(timeout * 1000):
+        data = os.read(reader, 1 << 16)
+        if not data:
+            return
+        raw += data
+        while len(raw) >= _LENGTH.size and len(raw) >= (end := _LENGTH.size + _LENGTH.unpack_from(raw)[0]):
+            index, result, error = pickle.loads(raw[_LENGTH.size : end])
+            del raw[:end]
+            if error is not None:
+                raise error
+            results[index] = result
+
+
+def _wait_for_exit(child: int, timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def _run_child(work: Callable[[ItemT], ResultT], items: Sequence[ItemT], writer: int) -> NoReturn:
+    """The child's side."""
+    with contextlib.suppress(BaseException):
+        os.setsid()  # no ^C from the command's terminal
+        process.close_all_but({writer})
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        process.set_process_name("graft-asks")
+        for outcome in _run_items(work, items):
+            raw = pickle.dumps(outcome)
+            with contextlib.suppress(BrokenPipeError), open(writer, "wb", closefd=False) as pipe:
+                pipe.write(_LENGTH.pack(len(raw)) + raw)
+    os._exit(0)
+
+
+def _run_items(work: Callable[[ItemT], object], items: Sequence[ItemT]) -> Iterator[Outcome]:
+    """(index, result, error) of each item, in the order in which they finish."""
+    indexes = itertools.count()
+    outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+
+    def run_next_items() -> None:
+        while (index := next(indexes)) < len(items):
+            try:
+                outcomes.put((index, work(items[index]), None))
+            except BaseException as error:
+                outcomes.put((index, None, _picklable(error)))
+
+    threading.stack_size(_STACK_SIZE)
+    threads = done = 0
+    while done < len(items):
+        with contextlib.suppress(RuntimeError):  # no more threads can be started
+            for _ in range(min(max(threads, 1), _MAX_THREADS - threads, len(items) - done - threads)):
+                threading.Thread(target=run_next_items, daemon=True).start()
+                threads += 1
+        with contextlib.suppress(queue.Empty):
+            while done < len(items):
+                yield outcomes.get(timeout=_STALL_TIME)
+                done += 1
+
+
+def _picklable(error: BaseException) -> BaseException:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(repr(error))
+    return error

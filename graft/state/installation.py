@@ -1,0 +1,92 @@
+"""One installation of Graft on one host: its settings, its maps, and what is in them.
+
+    with Installation.open(settings) as graft, graft.transaction() as change:
+        change.endpoints.add(endpoint)
+
+What needs the lock is a method of `Transaction`, which exists only while the lock is held. Reading needs no lock: each
+change of a map is one step for a reader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+
+from graft.datapath import dataplane
+from graft.datapath.maps import Maps
+from graft.errors import PrivilegeError
+from graft.model.endpoint import Endpoint
+from graft.model.settings import Settings
+from graft.policy.model import Policy
+from graft.state.containers import CompiledPolicy, ContainerChanges, Containers, compile_for
+from graft.state.endpoints import EndpointChanges, Endpoints
+
+
+class Installation:
+    """Reads an installation; `transaction` changes it. Opens each map when it is first used."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Does not bring Graft up: a map that does not exist is a NotUpError when it is used."""
+        self.settings = settings
+        self.maps = Maps(settings.pin_dir)
+        self.endpoints = Endpoints(settings, self.maps)
+        self.containers = Containers(settings)
+
+    @classmethod
+    def open(cls, settings: Settings) -> Installation:
+        """The installation; brings Graft up if necessary. Raises PrivilegeError, KernelError, ConflictError."""
+        dataplane.up(settings)
+        return cls(settings)
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.maps.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Hold the installation's lock until the block ends or the process exits."""
+        with dataplane.locked(self.settings):
+            yield Transaction(self.settings, self.maps)
+
+    def compile(self, policy: Policy) -> CompiledPolicy:
+        """Compile ``policy`` with the existing endpoints, before the lock is taken, so that nothing waits for it.
+
+        Raises PolicyError, UsageError.
+        """
+        return compile_for(policy, policy.resolve(self.endpoints.by_name()))
+
+    def reap(self) -> None:
+        """Remove the rules and records of containers whose cgroup is gone. Quick if there are none."""
+        if not all(container.exists for container in self.containers.listing()):
+            with self.transaction() as change:
+                change.containers.reap()
+
+
+class Transaction:
+    """Changes an installation, under its lock."""
+
+    def __init__(self, settings: Settings, maps: Maps) -> None:
+        self._maps = maps
+        self.endpoints = EndpointChanges(settings, maps, self._new_id)
+        self.containers = ContainerChanges(settings, maps, self.endpoints, self._new_id)
+
+    def _new_id(self) -> int:
+        """A new id for an endpoint, a container or a ruleset, never used before."""
+        first = ctypes.c_uint32(0)
+        value = self._maps.settings.get(first)
+        assert value is not None
+        value.last_id += 1
+        self._maps.settings.put(first, value)
+        return int(value.last_id)
+
+
+def known_endpoints(settings: Settings | None = None) -> dict[str, Endpoint]:
+    """The endpoints that a policy may name; none if Graft is not up, or without root."""
+    settings = settings or Settings.from_environment()
+    try:
+        return Installation(settings).endpoints.by_name() if dataplane.is_up(settings) else {}
+    except (PrivilegeError, PermissionError):
+        return {}

@@ -1,0 +1,249 @@
+"""The sockets that containers have on the host's stack, as the kernel lists them.
+
+A TCP socket belongs to the container that its tag names: a listing of the namespace's sockets includes the tags (socket
+storage), wherever the descriptor is, in a process of the container, in one that received it, or in a message between
+two. A socket that no rule granted has no tag; it belongs to a container if it was made in the container's cgroup, or if
+a process of the container has it. /proc tells which process has it. The tag of a UDP socket, or of a TCP socket that is
+only bound, is not listed: reading it takes a copy of the descriptor.
+
+All of this runs in a child process with a timeout, because a container can delay it (graft/state/helper_process.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from graft.datapath import layout
+from graft.datapath.maps import Maps
+from graft.kernel import bpf, cgroup, netns, sockets
+from graft.kernel.sockets import ListedSocket
+from graft.model.endpoint import Endpoint
+from graft.model.settings import Settings
+from graft.model.sockaddr import Sockaddr
+from graft.model.transport import Home, Transport
+from graft.state import helper_process, socket_holders
+from graft.state.installation import Installation
+from graft.state.records import Container
+from graft.state.socket_holders import Place
+
+
+@dataclass(frozen=True, slots=True)
+class HostStack:
+    """Where containers may have sockets: the namespaces of the host and of endpoints; and the endpoints, by id."""
+
+    endpoints: Mapping[int, Endpoint]
+    namespaces: tuple[Path, ...]
+
+
+@contextlib.contextmanager
+def host_stack(graft: Installation) -> Iterator[HostStack]:
+    """The host stack of now. Inside the block a namespace can be entered even if its endpoint is deleted."""
+    stored = graft.endpoints.listing()
+    with contextlib.ExitStack() as opened:
+        paths = [graft.settings.host_netns]
+        for one in stored:
+            with contextlib.suppress(OSError):
+                if one.endpoint.netns is not None:
+                    fd = os.open(graft.endpoints.netns_path(one), os.O_RDONLY | os.O_CLOEXEC)
+                    opened.callback(os.close, fd)
+                    paths.append(Path(f"/proc/{os.getpid()}/fd/{fd}"))
+        yield HostStack({one.id: one.endpoint for one in stored}, tuple(paths))
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSocket:
+    """A socket of a container on the host's stack, and the descriptors of it that were found in processes.
+
+    ``namespace`` is a path by which its namespace can be entered. ``granted``: a rule allowed it. ``endpoint`` is the
+    name of the endpoint that it was bound to, ``asked`` the address that the program passed to bind; None for others.
+    """
+
+    listed: ListedSocket
+    namespace: Path
+    places: tuple[Place, ...] = ()
+    granted: bool = False
+    endpoint: str | None = None
+    asked: str | None = None
+
+    @property
+    def pid(self) -> int:
+        """A process that has it, 0 if none was found."""
+        return self.places[0].pid if self.places else 0
+
+    def __str__(self) -> str:
+        listed = self.listed
+        peer = f" with {listed.remote}" if listed.is_connection else ""
+        where = f"process {self.pid}" if self.pid else "in no process"
+        grant = f", bound as {self.asked} to {self.endpoint}" if self.endpoint and self.asked else ""
+        return f"{listed.protocol} {listed.state} {listed.local}{peer} ({where}{grant})"
+
+
+def sockets_by_container(
+    settings: Settings, containers: Sequence[Container], stack: HostStack
+) -> dict[int, list[ContainerSocket]] | None:
+    """The sockets of each of ``containers``, by its id. Each namespace is listed once for all of them.
+
+    None if the kernel does not answer in time. Raises OSError.
+    """
+    on_host = _list_stack(settings, stack)
+    if on_host is None:
+        return None
+    searches = helper_process.run_each(
+        lambda container: _find_descriptors(settings, cgroup.processes(container.cgroup_path), on_host), containers
+    ).results
+    by_container: dict[int, list[ContainerSocket]] = {}
+    for index, container in enumerate(containers):
+        cgroup_ids, search = cgroup.ids(container.cgroup_path), searches.get(index, _NONE_FOUND)
+        by_container[container.id] = [
+            _with_grant(container, stack, search.add_to(sock))
+            for sock in on_host
+            if search.found(sock) or sock.listed.cgroup in cgroup_ids or _is_tagged_for(container, sock)
+        ]
+    unlocated = [sock for found in by_container.values() for sock in found if not sock.places]
+    anywhere = _find_in_all_processes(settings, unlocated)
+    return {
+        container.id: [
+            sock if sock.places else _with_grant(container, stack, anywhere.add_to(sock))
+            for sock in by_container[container.id]
+        ]
+        for container in containers
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What a search of processes found, by inode: descriptors, and the tags that the kernel's listing lacks."""
+
+    places: socket_holders.Places
+    tags: Mapping[int, bytes]
+
+    def found(self, sock: ContainerSocket) -> bool:
+        """Whether one of the processes has the socket."""
+        return sock.listed.inode in self.places
+
+    def add_to(self, sock: ContainerSocket) -> ContainerSocket:
+        """The same socket with its descriptors, and its tag if it was read."""
+        inode = sock.listed.inode
+        stored = self.tags.get(inode, sock.listed.stored)
+        return ContainerSocket(replace(sock.listed, stored=stored), sock.namespace, self.places.get(inode, ()))
+
+
+_NONE_FOUND = _Search({}, {})
+
+
+def _find_descriptors(settings: Settings, pids: Iterable[int], candidates: Sequence[ContainerSocket]) -> _Search:
+    """Search processes for descriptors of the candidates. (Reading a socket's storage does not take its lock.)"""
+    places = socket_holders.find(pids, frozenset(sock.listed.inode for sock in candidates))
+    maps, tags = Maps(settings.pin_dir), {}
+    for sock in candidates:
+        if sock.listed.protocol != "udp" and sock.listed.state != "bound":
+            continue  # its tag comes with the listing
+        inode = sock.listed.inode
+        for place in places.get(inode, ()):
+            with socket_holders.copied(place, inode) as copy:
+                tag = None if copy is None else maps.tags.get(ctypes.c_int32(copy))
+                if tag is not None:
+                    tags[inode] = bytes(tag)
+    return _Search(places, tags)
+
+
+def _find_in_all_processes(settings: Settings, unlocated: Sequence[ContainerSocket]) -> _Search:
+    """Search every process of the machine for sockets that no process of a container has."""
+    if not unlocated:
+        return _NONE_FOUND
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    searches = helper_process.run_each(lambda pid: _find_descriptors(settings, [pid], unlocated), pids).results.values()
+    places = {inode: found for search in searches for inode, found in search.places.items()}
+    return _Search(places, {inode: tag for search in searches for inode, tag in search.tags.items()})
+
+
+def _tag_of(sock: ContainerSocket) -> layout.Tag | None:
+    return None if sock.listed.stored is None else layout.Tag.from_buffer_copy(sock.listed.stored)
+
+
+def _is_tagged_for(container: Container, sock: ContainerSocket) -> bool:
+    """Whether it is the container's own on the host's stack. (With transport splice, tagged sockets are graftd's.)"""
+    tag = _tag_of(sock)
+    if tag is None or container.transport is Transport.SPLICE:
+        return False
+    return bool(tag.container == container.id and tag.home == Home.HOST)
+
+
+def _with_grant(container: Container, stack: HostStack, sock: ContainerSocket) -> ContainerSocket:
+    """The same socket with whether a rule granted it, and at which endpoint: by its tag."""
+    tag = _tag_of(sock)
+    if tag is None or not _is_tagged_for(container, sock):
+        return _with_grant_by_address(container, stack, sock)
+    if not tag.endpoint:
+        # A swapped socket is on the host's stack only by a rule; a direct container's sockets always are.
+        return replace(sock, granted=container.transport is Transport.SWAP)
+    endpoint = stack.endpoints.get(tag.endpoint)
+    asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.bound_port else None
+    return replace(sock, granted=True, endpoint=endpoint.name if endpoint else "(deleted)", asked=asked)
+
+
+def _with_grant_by_address(container: Container, stack: HostStack, sock: ContainerSocket) -> ContainerSocket:
+    """For UDP sockets that no process has, so that no tag can be read: granted if at an endpoint of the container."""
+    if sock.listed.protocol != "udp" or sock.places:
+        return sock
+    for endpoint in stack.endpoints.values():
+        if endpoint.name in container.endpoints and endpoint.spec == sock.listed.local:
+            return replace(sock, granted=True, endpoint=endpoint.name)
+    return sock
+
+
+def host_sockets_of(settings: Settings, pids: Iterable[int]) -> list[ContainerSocket] | None:
+    """The sockets of processes that are not attached yet, in the host's namespace only.
+
+    None if the kernel does not answer in time.
+    """
+    on_host = helper_process.run_one(lambda: _list_namespace(settings, settings.host_netns)[1])
+    if on_host is None:
+        return None
+    search = helper_process.run_one(lambda: _find_descriptors(settings, pids, on_host)) or _NONE_FOUND
+    return [search.add_to(sock) for sock in on_host if search.found(sock)]
+
+
+def keep_reachable(settings: Settings, container: int, existing: Sequence[ContainerSocket]) -> None:
+    """Tag listeners that were there before the direct container ``container`` was attached, so that the packet hooks
+    continue to let packets reach them.
+    """
+    listeners = [sock for sock in existing if sock.listed.protocol == "udp" or sock.listed.state == "listening"]
+    helper_process.run_each(lambda sock: _tag_open_port(settings, container, sock), listeners)
+
+
+def _tag_open_port(settings: Settings, container: int, sock: ContainerSocket) -> None:
+    """Through a copy of a process's descriptor. (Writing a tag does not take the socket's lock.)"""
+    tag = layout.Tag(container=container, home=Home.HOST, open_port=int(sock.listed.local.rpartition(":")[2]))
+    for place in sock.places:
+        with socket_holders.copied(place, sock.listed.inode) as copy, contextlib.suppress(OSError):
+            if copy is not None:
+                Maps(settings.pin_dir).tags.put(ctypes.c_int32(copy), tag)
+                return
+
+
+def _list_stack(settings: Settings, stack: HostStack) -> list[ContainerSocket] | None:
+    """Every socket on the host's stack, of containers or not. None if the kernel does not answer in time."""
+    answers = helper_process.run_each(lambda path: _list_namespace(settings, path), stack.namespaces).results
+    if len(answers) < len(stack.namespaces):
+        return None
+    by_namespace: dict[int, list[ContainerSocket]] = {}
+    for index in range(len(answers)):
+        by_namespace.setdefault(*answers[index])
+    return [sock for listed in by_namespace.values() for sock in listed]
+
+
+def _list_namespace(settings: Settings, path: Path) -> tuple[int, list[ContainerSocket]]:
+    """The cookie of the namespace at ``path``, and its sockets; (0, []) if it is gone. Raises OSError."""
+    storage = bpf.obj_get(settings.pin_dir / "tags")
+    try:
+        with contextlib.suppress(FileNotFoundError), netns.entered(path):
+            return netns.cookie(), [ContainerSocket(listed, path) for listed in sockets.list_sockets(storage)]
+    finally:
+        os.close(storage)
+    return 0, []

@@ -1,0 +1,120 @@
+"""The record of a container: its name, and what is in no map. A file in run_dir that only root can read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from graft.errors import UsageError
+from graft.kernel import cgroup
+from graft.kernel.atomic_file import write_atomically
+from graft.kernel.pidfd import MAX_PID
+from graft.model import json_text
+from graft.model.address import shown
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+
+_REQUIRED = {"id", "name", "cgroup", "transport", "netns", "policy", "endpoints"}
+_MAX_RECORD = 1 << 20
+_MAX_ID, _MAX_COOKIE = (1 << 32) - 1, (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """An attached container. ``pid`` is the process that keeps its supervisors running (0: none is needed).
+
+    ``cgroup_id`` distinguishes its cgroup from a later one at the same path; ``engine`` is what started it; ``relay``
+    (splice, kernel) is how transport splice moves its bytes.
+    """
+
+    id: int
+    name: str
+    cgroup: str
+    transport: Transport
+    netns: int
+    policy: str
+    endpoints: tuple[str, ...]
+    pid: int = 0
+    cgroup_id: int = 0
+    engine: str = "graft"
+    relay: str = "splice"
+
+    @property
+    def cgroup_path(self) -> Path:
+        """The folder of its cgroup in the v2 tree."""
+        return Path(self.cgroup)
+
+    @property
+    def is_populated(self) -> bool:
+        """Whether there is any process in it."""
+        return cgroup.populated(self.cgroup_path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether its cgroup still exists: the same one, not a later one at that path."""
+        with contextlib.suppress(OSError):
+            return self.cgroup_id in (0, cgroup.cgroup_id(self.cgroup_path))
+        return False
+
+
+def folder_of(settings: Settings) -> Path:
+    """The folder of the records, one file for each container."""
+    return settings.run_dir / "containers"
+
+
+def save(settings: Settings, container: Container) -> None:
+    """Write a container's record, in one step."""
+    folder = folder_of(settings)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    record = {**asdict(container), "transport": str(container.transport)}
+    write_atomically(folder / f"{container.id}.json", json.dumps(record).encode())
+
+
+def parse_record(raw: bytes, name: str) -> Container:
+    """The container in a record with the file name ``name``. Raises UsageError if the record is not valid."""
+    found = json_text.mapping(json_text.parse(raw, name, _MAX_RECORD), name)
+    if missing := _REQUIRED - found.keys():
+        raise UsageError(f"{name}: no {' and no '.join(sorted(missing))}")
+    try:
+        number = json_text.number(found["id"], "id", _MAX_ID)
+        container = Container(
+            id=number,
+            name=json_text.text(found["name"], "name"),
+            cgroup=json_text.path(found["cgroup"], "cgroup"),
+            transport=Transport.parse(json_text.text(found["transport"], "transport")),
+            netns=json_text.number(found["netns"], "netns", _MAX_COOKIE),
+            policy=json_text.text(found["policy"], "policy"),
+            endpoints=tuple(json_text.texts(found["endpoints"], "endpoints")),
+            pid=json_text.number(found.get("pid"), "pid", MAX_PID),
+            cgroup_id=json_text.number(found.get("cgroup_id"), "cgroup_id", _MAX_COOKIE),
+            engine=json_text.text(found.get("engine"), "engine") or "graft",
+            relay=json_text.text(found.get("relay"), "relay") or "splice",
+        )
+    except UsageError as error:
+        raise UsageError(f"{name}: {error.message}") from None
+    if name != f"{number}.json" or not container.cgroup.startswith("/") or ".." in container.cgroup_path.parts:
+        raise UsageError(f"{name}: id {number} at {shown(container.cgroup)} is not a container")
+    return container
+
+
+def read_all(settings: Settings) -> tuple[list[Container], list[UsageError]]:
+    """Every attached container, oldest first; and an error for each record that cannot be read."""
+    found, wrong = [], []
+    for path in folder_of(settings).glob("*.json"):
+        try:
+            with path.open("rb") as file:
+                found.append(parse_record(file.read(_MAX_RECORD + 1), path.name))
+        except FileNotFoundError:  # it was removed just now
+            continue
+        except OSError as error:
+            wrong.append(UsageError(f"{path}: cannot be read: {error.strerror}"))
+        except UsageError as error:
+            wrong.append(UsageError(f"{path.parent}/{error.message}"))
+    return sorted(found, key=lambda container: container.id), wrong
+
+
+def forget(settings: Settings, number: int) -> None:
+    """Remove the record of container ``number``. Safe to repeat."""
+    (folder_of(settings) / f"{number}.json").unlink(missing_ok=True)

@@ -1,0 +1,116 @@
+"""Withdraws what a container was granted: closes its sockets on the host's stack.
+
+    list ── close each that a rule granted, wherever its descriptor is ── list again, for new ones ...
+
+Closing takes the socket's lock, and a process that has the lock can keep it (in a send() that waits for a page of
+memory which never arrives). So this runs in a child process, which continues with the sockets that hang after all
+others are done (graft/state/helper_process.py).
+
+The kernel closes a TCP socket on request (SOCK_DESTROY). On a kernel where the request could block others or is not
+supported, and for MPTCP and UDP, of which a request would close only a part, a copy of the descriptor is shut down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from graft.kernel import netns, sockets
+from graft.model.settings import Settings
+from graft.state import helper_process, inventory, socket_holders
+from graft.state.inventory import ContainerSocket, HostStack
+from graft.state.records import Container
+
+_ROUNDS = 4
+_HARMLESS = "bound"  # it can only be closed by its program; the hooks let it neither listen nor connect
+
+
+@dataclass(slots=True)
+class Withdrawal:
+    """What was done with a container's sockets: closed; still open, though they should be closed; kept on purpose.
+
+    ``all_listed`` is False if the kernel did not list the sockets in time. ``helper_pid`` is the process that still
+    tries to close those that are open (0: none does).
+    """
+
+    closed: list[ContainerSocket] = field(default_factory=list)
+    still_open: list[ContainerSocket] = field(default_factory=list)
+    kept: list[ContainerSocket] = field(default_factory=list)
+    all_listed: bool = True
+    helper_pid: int = 0
+
+
+def withdraw(settings: Settings, container: Container, stack: HostStack, keep_connections: bool) -> Withdrawal:
+    """Close the sockets that ``container`` was granted. Its rules must be gone, so that no more are granted.
+
+    ``stack`` is the host stack from before the rules went.
+    """
+    done = Withdrawal()
+    tried: set[bytes] = set()
+    for rounds_left in reversed(range(_ROUNDS)):
+        found = inventory.sockets_by_container(settings, [container], stack)
+        if found is None:
+            done.all_listed = False
+            break
+        present = found[container.id]
+        closed = {sock.listed.identity.cookie for sock in done.closed}
+        done.still_open = [sock for sock in present if sock.listed.identity.cookie in tried]
+        done.kept = [sock for sock in present if sock.listed.identity.cookie not in closed | tried]
+        to_close = [sock for sock in done.kept if _must_close(sock, keep_connections)]
+        if not to_close:
+            break
+        if not rounds_left:
+            done.still_open += to_close
+            done.kept = [sock for sock in done.kept if sock not in to_close]
+            break
+        tried |= _close_all(to_close, done)
+    return done
+
+
+def _must_close(sock: ContainerSocket, keep_connections: bool) -> bool:
+    return sock.granted and sock.listed.state != _HARMLESS and not (keep_connections and sock.listed.is_connection)
+
+
+def _close_all(to_close: Sequence[ContainerSocket], done: Withdrawal) -> set[bytes]:
+    """Close them; returns the cookies of those for which it failed or hung."""
+    outcome = helper_process.run_each(close, to_close, keep_running=True)
+    done.helper_pid = outcome.helper_pid or done.helper_pid
+    done.closed += [sock for index, sock in enumerate(to_close) if outcome.results.get(index)]
+    return {sock.listed.identity.cookie for index, sock in enumerate(to_close) if not outcome.results.get(index)}
+
+
+def close(sock: ContainerSocket) -> bool:
+    """Take a socket out of use: a listener stops listening, a connection is reset, a UDP socket receives no more.
+
+    False if that failed, also because it is gone already. May never return.
+    """
+    if sock.listed.is_mptcp:
+        return _shut_down(sock) or _destroy(sock)
+    if sock.listed.protocol == "tcp":
+        return _destroy(sock) or _shut_down(sock)
+    was_shut_down = _shut_down(sock)
+    _destroy(sock)
+    return was_shut_down
+
+
+def _destroy(sock: ContainerSocket) -> bool:
+    if not sockets.can_destroy():
+        return False
+    try:
+        with netns.entered(sock.namespace):
+            sockets.destroy(sock.listed)
+    except OSError:
+        return False
+    return True
+
+
+def _shut_down(sock: ContainerSocket) -> bool:
+    """Through a copy of the descriptor of a process that has it."""
+    for place in sock.places:
+        with socket_holders.copied(place, sock.listed.inode) as copy:
+            if copy is not None:
+                if sock.listed.protocol == "udp":
+                    sockets.drop_incoming(copy)
+                sockets.shut_down(copy)
+                return True
+    return False

@@ -1,0 +1,18 @@
+"""Transport swap: a supervisor replaces a program's socket by one of the host's stack.
+
+    launch.py           starts a program in its namespace, with the filter that traps its calls
+    keeper.py           keeps a listener open, and its supervisor running
+    supervisor.py       serves trapped calls
+    decision.py         what to do with a trapped call (pure)
+    desk.py             what the hooks know about a socket, in one system call
+    socket_pool.py      replacement sockets, made in the right namespace, some ahead of time
+    socket_copy.py      copies options, owner and flags of one socket to another
+    descriptors.py      duplicates of a socket's descriptor, and its epoll registrations
+    processes.py        the processes that made the trapped calls
+    unreported.py       binds that succeeded, but whose callers did not get the result (pure)
+    end_watcher.py      stops a supervisor that waits for a notification
+    resource_limits.py  a supervisor's own cgroup
+    call_log.py         a line for each trapped call
+
+`launch.launch` and `keeper.Keeper` are its interface. It may import state, datapath, policy, kernel, model and errors.
+"""

@@ -1,0 +1,293 @@
+"""The supervisor of one container: serves its trapped calls, and replaces its sockets where a rule says so.
+
+Theory of operation
+
+    RECV ── ask about the socket ── decide ──┬── RESUME: the call runs on the socket as it is
+                                             ├── REFUSE: the call fails with an errno
+                                             └── replacement ── tag ── (bind) ── ADDFD ── the call runs, or succeeds
+
+A bind to an endpoint is made here, on the replacement socket, before the program has it: if it fails, the program gets
+the kernel's errno and keeps its socket. A bind in the container runs with the program's own rights. A connect runs in
+the program's own thread, where it may block, be interrupted, or finish in the background. The hooks see both, and
+decide on the kernel's copy of the address; nothing here can extend what a container may do.
+
+It serves one call at a time, and makes no call that blocks; a second thread only waits for the end
+(graft/swap/end_watcher.py). The program's thread sleeps meanwhile, and the kernel gives its core to this process and
+back: what costs time is the work between RECV and the answer, and its system calls. So one question to the hooks gets
+all that they know (graft/swap/desk.py), and what can wait is done after the answer, for several calls at once.
+
+The notification being served is in memory that is shared with the keeper's process (graft/swap/keeper.py): when a
+supervisor dies, the next one serves that call, and the container's calls wait instead of failing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from _socket import socket as Socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from graft.datapath import layout
+from graft.datapath.layout import PROBED_FLAGS, PROBED_OWNED
+from graft.kernel.bpf import Map
+from graft.kernel.pidfd import MemoryReader
+from graft.kernel.seccomp import Listener, Notification, architecture
+from graft.kernel.socket_calls import SOCKADDR_SIZE
+from graft.model.address import mapped_text
+from graft.model.sockaddr import Sockaddr, parse_sockaddr
+from graft.model.transport import Home
+from graft.swap import descriptors, socket_copy
+from graft.swap.decision import Action, Call, Decision, SocketFacts, decide
+from graft.swap.desk import Desk, DeskAnswer
+from graft.swap.end_watcher import EndWatcher
+from graft.swap.processes import Process, Processes
+from graft.swap.socket_pool import ROOT, Owner, SocketPool
+from graft.swap.unreported import UnreportedBinds
+
+_IPPROTO_MPTCP = 262
+_CLOSE_TOGETHER = 8  # replaced sockets, of which this process has the last descriptor
+_BIND, _LISTEN = Call.BIND, Call.LISTEN  # constants, because an enum's attributes are slow to look up
+_REFUSE, _RESUME, _TO_HOST = Action.REFUSE, Action.RESUME, Action.TO_HOST
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """A trapped call, and the decision about it, for `graft run -v`. ``error``: the errno that it failed with here."""
+
+    call: Call
+    address: Sockaddr | None
+    decision: Decision
+    error: int = 0
+
+
+class TrappedCall(NamedTuple):
+    """A trapped call and all that is known about it. ``duplicate`` is this process's descriptor of its socket."""
+
+    notification: Notification
+    call: Call
+    process: Process
+    duplicate: int
+    address: Sockaddr | None
+    answer: DeskAnswer
+
+
+class Supervisor:
+    """Serves one listener."""
+
+    def __init__(
+        self,
+        tags: Map[ctypes.c_int32, layout.Tag],
+        desk: Desk,
+        pool: SocketPool,
+        listener: Listener,
+        log: Callable[[LogEntry], None] | None = None,
+    ) -> None:
+        self._tags, self._desk, self._pool = tags, desk, pool
+        self._listener = listener
+        self._memory = MemoryReader(SOCKADDR_SIZE)
+        self._processes = Processes()
+        self._log = log
+        self._architecture, numbers = architecture()
+        self._calls = {number: Call[name.upper()] for name, number in numbers.items()}
+        self._expected_references = 0
+        self._unreported = UnreportedBinds()
+        self._replaced: list[int] = []
+
+    def calibrate(self) -> None:
+        """Count the references to a socket with one descriptor in its program and a duplicate here.
+
+        There is one more where this process has a second thread: system calls take references to descriptors then.
+        """
+        sock = Socket()
+        duplicate = os.dup(sock.fileno())
+        try:
+            self._expected_references = self._desk.count_references(duplicate)
+        finally:
+            os.close(duplicate)
+            sock.close()
+
+    def handle(self, raw: bytes | bytearray, taken_over: bool = False) -> None:
+        """Serve one notification. Where that fails, the program's call fails with an errno.
+
+        ``taken_over``: a previous supervisor died while it served the notification.
+        """
+        notification = Notification.unpack(raw)
+        call = self._calls.get(notification.nr)
+        if call is None or notification.arch != self._architecture:
+            # A container's own profile (graft/oci/seccomp_profile.py) notifies 32-bit calls too: they run unchanged.
+            self._listener.resume(notification.id)
+            return
+        try:
+            if (taken_over or (self._unreported and self._was_unreported(notification))) and self._is_bound_already(
+                notification, call
+            ):
+                self._listener.answer(notification.id)
+            else:
+                self._serve(notification, call)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESRCH):
+                # The caller or its descriptor is gone: the kernel then has the right errno.
+                self._listener.resume(notification.id)
+            else:
+                self._listener.answer(notification.id, error.errno or errno.EIO)
+        except Exception:
+            self._listener.answer(notification.id, errno.EIO)
+            raise
+
+    def _was_unreported(self, notification: Notification) -> bool:
+        """Whether this may be the restart of a bind that succeeded, but was interrupted by a signal."""
+        return self._unreported.remove(notification.pid, notification.fd)
+
+    def _is_bound_already(self, notification: Notification, call: Call) -> bool:
+        """Whether the descriptor of this bind is a replacement socket that is bound for this address already."""
+        address = self._address(notification)
+        if call is not Call.BIND or address is None:
+            return False
+        _, duplicate = self._processes.duplicate_fd(notification.pid, notification.fd)
+        try:
+            tag = self._tags.peek(ctypes.c_int32(duplicate))
+        finally:
+            os.close(duplicate)
+        if tag is None or not tag.bound_port:
+            return False
+        return (tag.family, bytes(tag.addr), tag.port) == (address.family, address.address, address.port)
+
+    def _serve(self, notification: Notification, call: Call) -> None:
+        unique, fd = notification.id, notification.fd
+        try:
+            process, duplicate = self._processes.duplicate_fd(notification.pid, fd)
+        except OSError:
+            self._listener.resume(unique)  # EBADF, for example: the kernel reports it
+            return
+        error = None
+        try:
+            address = None if call is _LISTEN else self._address(notification)
+            answer = self._desk.ask(duplicate, call, address, process.fdinfo, fd)
+            if answer is not None:
+                error = self._decide_and_apply(TrappedCall(notification, call, process, duplicate, address, answer))
+        finally:
+            # Before the call runs: the program's epoll instances report the old socket as long as it is open here.
+            if duplicate not in self._replaced:
+                os.close(duplicate)
+        if error is None:
+            self._listener.resume(unique)
+        elif not self._listener.answer(unique, error) and not error:
+            self._unreported.add(notification.pid, fd)
+        self._do_deferred_work()
+
+    def _do_deferred_work(self) -> None:
+        """What can be done after the answer, and is cheaper for several sockets at once."""
+        self._pool.refill()
+        if len(self._replaced) >= _CLOSE_TOGETHER:
+            for fd in self._replaced:
+                os.close(fd)
+            self._replaced.clear()
+
+    def _address(self, notification: Notification) -> Sockaddr | None:
+        try:
+            return parse_sockaddr(self._memory.read(notification.pid, notification.address, notification.size))
+        except OSError:
+            return None  # a bad pointer: the kernel's EFAULT
+
+    def _decide_and_apply(self, trapped: TrappedCall) -> int | None:
+        """Decide, and apply the decision. Gives the errno to answer with (0: success), None where the call must run."""
+        facts = trapped.answer.facts
+        v6only = facts.family == 6 and socket_copy.is_v6only(trapped.duplicate, facts.protocol)
+        decision = decide(trapped.call, trapped.address, facts, v6only)
+        error: int | None = None
+        if decision.action is _REFUSE:
+            error = decision.error
+        elif decision.action is not _RESUME:
+            error = self._replace(trapped, decision, v6only)
+        if self._log is not None:
+            self._log(LogEntry(trapped.call, trapped.address, decision, error or 0))
+        return error
+
+    def _replace(self, trapped: TrappedCall, decision: Decision, v6only: bool) -> int | None:
+        """Replace the socket. Gives what `_decide_and_apply` gives."""
+        facts, (references, flags, probed, options, overflow) = trapped.answer
+        notification, duplicate = trapped.notification, trapped.duplicate
+        if not probed & PROBED_FLAGS:
+            flags = descriptors.descriptor_flags(trapped.process.fdinfo, notification.fd)
+            probed |= PROBED_OWNED
+        names = socket_copy.recorded_options(self._desk.options) if options or overflow else ()
+        error = None
+        owner = socket_copy.owner_of(duplicate) if probed & PROBED_OWNED else ROOT
+        replacement = self._get_replacement(decision, facts, owner)
+        try:
+            socket_copy.copy_socket_state(replacement, duplicate, flags, names, v6only or decision.v6only)
+            if trapped.call is _BIND and decision.action is _TO_HOST:
+                assert trapped.address is not None
+                error = self._bind(replacement, trapped.address)
+            if not error:
+                fd, others = replacement.fileno(), None
+                if descriptors.needs_search(probed, references, self._expected_references):
+                    others = descriptors.find_references(notification.pid, os.fstat(duplicate).st_ino, notification.fd)
+                self._listener.replace(notification.id, fd, notification.fd, bool(flags & os.O_CLOEXEC))
+                if others is not None:
+                    self._replace_references(trapped, others, fd)
+                elif not facts.local_port:
+                    # The old socket is open here only, is registered nowhere, and has no port: it can be closed later.
+                    self._replaced.append(duplicate)
+        finally:
+            replacement.close()
+        return error
+
+    def _get_replacement(self, decision: Decision, facts: SocketFacts, owner: Owner) -> Socket:
+        if decision.action is _TO_HOST:
+            return self._pool.get(Home.HOST, decision.netns, facts.family, facts.protocol, owner)
+        return self._pool.get(Home.CONTAINER, facts.container_netns, facts.family, facts.protocol, owner)
+
+    def _bind(self, sock: Socket, address: Sockaddr) -> int:
+        """Bind a replacement to the program's address, which the hook rewrites to the endpoint. Gives an errno."""
+        text = str(address.ip)
+        if sock.family == socket_copy.AF_INET6 and address.family == 4:
+            text = mapped_text(text)
+        try:
+            sock.bind((text, address.port))
+        except OSError as error:
+            return error.errno or errno.EIO
+        if sock.proto == _IPPROTO_MPTCP:
+            self._complete_tag(sock)
+        return 0
+
+    def _complete_tag(self, sock: Socket) -> None:
+        """Write the port to the tag, as the hook after a bind does, which sees only an MPTCP socket's first subflow."""
+        tag = self._tags.get(ctypes.c_int32(sock.fileno()))
+        if tag is not None and tag.home == Home.HOST:
+            tag.bound_port = sock.getsockname()[1]  # the real port: the hook shows a supervisor no other
+            self._tags.put(ctypes.c_int32(sock.fileno()), tag)
+
+    def _replace_references(self, trapped: TrappedCall, others: descriptors.SocketReferences, replacement: int) -> None:
+        """Replace the socket's duplicates in the process, and register the replacement where the socket is."""
+        for fd in others.duplicates:
+            with contextlib.suppress(OSError):
+                cloexec = bool(descriptors.descriptor_flags(trapped.process.fdinfo, fd) & os.O_CLOEXEC)
+                self._listener.replace(trapped.notification.id, replacement, fd, cloexec)
+        descriptors.copy_registrations(others.registrations, replacement, trapped.process.duplicate_fd)
+
+
+def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, keeper: int) -> None:
+    """Serve until the container's last process has ended, or the keeper's process (``keeper`` is its pidfd).
+
+    ``journal``, shared with the keeper's process, has the notification being served, or zeros.
+    """
+    listener.wake_on_this_core()
+    page = (ctypes.c_char * Listener.SIZE).from_buffer(journal)
+    blank = bytes(Listener.SIZE)
+    unfinished = page.raw
+    watcher = EndWatcher(listener.fd, keeper)
+    with watcher.running():
+        supervisor.calibrate()
+        if unfinished != blank and listener.is_valid(Notification.unpack(unfinished).id):
+            supervisor.handle(unfinished, taken_over=True)
+        page.raw = blank
+        while not watcher.should_stop:
+            if listener.receive(page):
+                supervisor.handle(page.raw)
+                page.raw = blank

@@ -1,0 +1,90 @@
+"""Work that may hang: results arrive, items that hang have none, and nothing waits for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from graft.state import helper_process
+from tests.support.wait import PATIENCE, until
+
+
+def work(item: int) -> tuple[int, int]:
+    """Hangs for negative numbers."""
+    if item < 0:
+        threading.Event().wait()
+    return item * 2, os.getpid()
+
+
+def test_every_item_is_done_in_another_process() -> None:
+    done = helper_process.run_each(work, range(1000))
+    assert {number: result for number, (result, _) in done.results.items()} == {n: 2 * n for n in range(1000)}
+    assert {pid for _, pid in done.results.values()} != {os.getpid()}
+    assert done.helper_pid == 0
+
+
+def test_all_other_items_are_done_where_some_hang() -> None:
+    items = [*range(-40, 0), *range(40)]
+    done = helper_process.run_each(work, items, timeout=5 * PATIENCE)
+    assert {items[number] for number in done.results} == set(range(40))
+
+
+def test_nothing_is_done_for_nothing() -> None:
+    assert helper_process.run_each(work, ()).results == {}
+
+
+def test_an_error_is_raised_in_the_caller() -> None:
+    def fail(item: int) -> None:
+        raise FileNotFoundError(2, "no such item")
+
+    with pytest.raises(FileNotFoundError, match="no such item"):
+        helper_process.run_each(fail, [1])
+
+
+def test_an_error_that_cannot_be_pickled_arrives_as_its_text() -> None:
+    class Odd(Exception):
+        pass
+
+    def fail(item: int) -> None:
+        raise Odd(item)
+
+    with pytest.raises(RuntimeError, match="Odd"):
+        helper_process.run_each(fail, [1])
+
+
+def test_one_item_that_hangs_gives_none() -> None:
+    assert helper_process.run_one(lambda: "answer") == "answer"
+    assert helper_process.run_one(lambda: work(-1), timeout=0.2) is None
+
+
+def test_with_keep_running_the_child_continues(tmp_path: Path) -> None:
+    def wait(path: Path) -> None:
+        while not path.exists():
+            time.sleep(0.01)
+        path.with_name("done").touch()
+
+    done = helper_process.run_each(wait, [tmp_path / "go"], timeout=0.1, keep_running=True)
+    assert not done.results and done.helper_pid
+    try:
+        assert Path(f"/proc/{done.helper_pid}/comm").read_text() == "graft-asks\n"
+        assert os.waitpid(done.helper_pid, os.WNOHANG) == (0, 0)
+        (tmp_path / "go").touch()
+        until("it is done", (tmp_path / "done").exists)
+        until("the process ends", lambda: os.waitpid(done.helper_pid, os.WNOHANG)[0] == done.helper_pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(done.helper_pid, signal.SIGKILL)
+
+
+def test_the_helper_process_has_no_descriptor_of_the_caller() -> None:
+    def open_ones(_: int) -> list[str]:
+        return [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)]
+
+    with open(os.devnull):
+        assert helper_process.run_each(open_ones, [1]).results == {0: ["/dev/null"] * 3}

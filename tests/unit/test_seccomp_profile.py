@@ -1,0 +1,163 @@
+"""A container's seccomp profile with notifications: no rule is weakened, and no other rule is changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, reject
+from hypothesis import strategies as st
+
+from graft.errors import ConflictError
+from graft.oci import seccomp_profile
+
+LISTENER = "/run/graft/oci/abc/seccomp"
+ACTIONS = [
+    "SCMP_ACT_ALLOW",
+    "SCMP_ACT_LOG",
+    "SCMP_ACT_ERRNO",
+    "SCMP_ACT_KILL",
+    "SCMP_ACT_TRAP",
+    "SCMP_ACT_KILL_PROCESS",
+]
+PASSING = {"SCMP_ACT_ALLOW", "SCMP_ACT_LOG"}
+NOTIFY = "SCMP_ACT_NOTIFY"
+CALLS = ["read", "write", "socket", "socketcall", "mount", *seccomp_profile.TRAPPED]
+
+conditions = st.lists(
+    st.fixed_dictionaries(
+        {"index": st.integers(0, 2), "value": st.integers(0, 3), "op": st.sampled_from(["SCMP_CMP_EQ", "SCMP_CMP_NE"])}
+    ),
+    max_size=2,
+)
+rules = st.builds(
+    lambda names, action, args, errno: {
+        "names": names,
+        "action": action,
+        **({"args": args} if args else {}),
+        **({"errnoRet": errno} if errno else {}),
+    },
+    st.lists(st.sampled_from(CALLS), min_size=1, max_size=5, unique=True),
+    st.sampled_from(ACTIONS),
+    conditions,
+    st.sampled_from([None, 1, 38]),
+)
+profiles = st.builds(
+    lambda default, syscalls, extra: {"defaultAction": default, "syscalls": syscalls, **extra},
+    st.sampled_from(ACTIONS),
+    st.lists(rules, max_size=6),
+    st.sampled_from([{}, {"architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]}, {"defaultErrnoRet": 38}]),
+)
+
+
+def matches(rule: dict[str, Any], call: str, values: tuple[int, ...]) -> bool:
+    def holds(condition: dict[str, Any]) -> bool:
+        return bool((values[condition["index"]] == condition["value"]) == (condition["op"] == "SCMP_CMP_EQ"))
+
+    return call in rule["names"] and all(holds(condition) for condition in rule.get("args", []))
+
+
+def outcomes(profile: dict[str, Any], call: str, values: tuple[int, ...]) -> set[tuple[str, int | None]]:
+    """The actions of all rules that match this call, or the default: no order of rules is assumed."""
+    found = {(rule["action"], rule.get("errnoRet")) for rule in profile["syscalls"] if matches(rule, call, values)}
+    default = profile["defaultAction"]
+    # Rules with the default's own action are left out by libseccomp's users.
+    return {one for one in found if one[0] != default} or {(default, profile.get("defaultErrnoRet"))}
+
+
+def notified(profile: dict[str, Any]) -> dict[str, Any]:
+    """The profile with notifications. Raises ConflictError where it cannot have them."""
+    return seccomp_profile.with_notifications(profile, LISTENER, "abc", "/run/graft/oci")
+
+
+def notified_or_another_example(profile: dict[str, Any]) -> dict[str, Any]:
+    """The profile with notifications. One that cannot have them does not count as an example."""
+    try:
+        return notified(profile)
+    except ConflictError:
+        reject()
+
+
+@given(profiles, st.sampled_from(CALLS), st.tuples(*[st.integers(0, 4)] * 3))
+def test_allowed_calls_are_notified_and_everything_else_is_unchanged(
+    profile: dict[str, Any], call: str, values: tuple[int, int, int]
+) -> None:
+    before = copy.deepcopy(profile)
+    try:
+        edited = notified(profile)
+    except ConflictError:
+        default_passes = profile["defaultAction"] in PASSING
+        assert default_passes and any(rule.get("args") for rule in profile["syscalls"])
+        reject()  # so that enough other profiles are tried
+    assert profile == before
+    was, now = outcomes(profile, call, values), outcomes(edited, call, values)
+    if call not in seccomp_profile.TRAPPED:
+        assert now == was
+        return
+    assert {one for one in now if one[0] != NOTIFY} == {one for one in was if one[0] not in PASSING}
+    assert any(one[0] == NOTIFY for one in now) == any(one[0] in PASSING for one in was)
+
+
+@given(profiles)
+def test_rules_for_other_calls_keep_their_actions_and_order(profile: dict[str, Any]) -> None:
+    edited = notified_or_another_example(profile)
+
+    def others(rules: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+        return [
+            (name, rule["action"], json.dumps([rule.get("args"), rule.get("errnoRet")]))
+            for rule in rules
+            for name in rule["names"]
+            if name not in seccomp_profile.TRAPPED
+        ]
+
+    assert others(edited["syscalls"]) == others(profile["syscalls"])
+    kept = {key: value for key, value in edited.items() if key not in ("syscalls", "listenerPath", "listenerMetadata")}
+    assert kept == {key: value for key, value in profile.items() if key != "syscalls"}
+
+
+@given(profiles)
+def test_a_second_edit_of_a_profile_changes_nothing(profile: dict[str, Any]) -> None:
+    once = notified_or_another_example(profile)
+    assert notified(once) == once
+
+
+def test_a_rule_for_some_arguments_is_notified_for_those_only() -> None:
+    only = [{"index": 2, "value": 16, "op": "SCMP_CMP_EQ"}]
+    profile = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["connect"], "action": "SCMP_ACT_ALLOW"}]}
+    profile["syscalls"][0]["args"] = only  # type: ignore[index]
+    assert notified(profile)["syscalls"] == [{"names": ["connect"], "action": NOTIFY, "args": only}]
+
+
+def test_a_denied_call_stays_denied_where_the_default_allows() -> None:
+    denied = {"names": ["bind", "mount"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}
+    edited = notified({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [denied]})
+    assert edited["syscalls"][0] == denied
+    assert [rule["names"] for rule in edited["syscalls"][1:]] == [["connect"], ["listen"]]
+
+
+def test_a_call_that_is_denied_for_some_arguments_only_is_refused() -> None:
+    rule = {"names": ["connect"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}]}
+    with pytest.raises(ConflictError, match="connect is denied for some arguments"):
+        notified({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]})
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        {"defaultAction": "SCMP_ACT_ERRNO", "listenerPath": "/run/agent", "syscalls": []},
+        {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mount"], "action": NOTIFY}]},
+        {"defaultAction": NOTIFY},
+    ],
+)
+def test_a_profile_with_another_listener_or_notifications_is_refused(profile: dict[str, Any]) -> None:
+    with pytest.raises(ConflictError):
+        notified(profile)
+
+
+def test_a_container_without_a_profile_gets_one_that_allows_all_and_32_bit_too() -> None:
+    edited = notified(seccomp_profile.allow_all_profile("x86_64"))
+    assert edited["defaultAction"] == "SCMP_ACT_ALLOW"
+    assert set(edited["architectures"]) == {"SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"}
+    assert {name for rule in edited["syscalls"] for name in rule["names"]} == set(seccomp_profile.TRAPPED)

@@ -1,0 +1,183 @@
+"""Listeners: connections are accepted in turns, and only while their container may have more."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from graft.splice.acceptor import Acceptor, ConnectFar, PeerAddress
+from graft.splice.connection import RESET_ON_CLOSE
+from graft.splice.event_loop import EventLoop
+from graft.splice.resources import ContainerResources, DaemonResources
+
+DESCRIPTORS = 128  # half of them reserved, and no pipes: at the most 32 connections in all
+
+
+class Place:
+    """A container's listener on loopback, and a far end that takes every connection."""
+
+    def __init__(self, loop: EventLoop, resources: ContainerResources) -> None:
+        self.loop, self.resources = loop, resources
+        self.far = socket.create_server(("127.0.0.1", 0), backlog=200)
+        front = socket.create_server(("127.0.0.1", 0), backlog=200)
+        front.setblocking(False)
+        self.address = front.getsockname()
+        self.connect_far: ConnectFar = self.connect_back
+        self.acceptor = Acceptor(resources, front, lambda near, peer: self.connect_far(near, peer), None)
+        self.clients: list[socket.socket] = []
+
+    def connect_back(self, _near: socket.socket, _peer: PeerAddress) -> socket.socket:
+        made = socket.socket()
+        made.setblocking(False)
+        made.connect_ex(self.far.getsockname())
+        return made
+
+    def connect_clients(self, count: int) -> None:
+        """Clients connect; they wait in the backlog until they are accepted."""
+        for _ in range(count):
+            client = socket.create_connection(self.address, timeout=10)
+            client.setblocking(False)
+            self.clients.append(client)
+
+    def disconnect(self, count: int = 1) -> None:
+        for _ in range(count):
+            client = self.clients.pop(0)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            client.close()
+
+    @property
+    def relayed(self) -> int:
+        return len(self.acceptor.connections)
+
+    def close(self) -> None:
+        self.acceptor.close()
+        self.turn()
+        for connection in list(self.resources.connections):
+            connection.reset()
+        for client in self.clients:
+            client.close()
+        self.far.close()
+
+    def turn(self, times: int = 20) -> None:
+        for _ in range(times):
+            self.loop.tick_soon()
+            self.loop.turn()
+
+
+class Two:
+    """A container that takes all it can, and another one."""
+
+    def __init__(self, descriptors: int = DESCRIPTORS) -> None:
+        self.loop = EventLoop(lambda: None, interval=0.001)
+        self.daemon_resources = DaemonResources(self.loop, descriptors, 0)
+        self.first = Place(self.loop, self.daemon_resources.add_container(1))
+        self.places = [self.first]
+
+    def second(self) -> Place:
+        self.places.append(Place(self.loop, self.daemon_resources.add_container(2)))
+        return self.places[-1]
+
+    def turn(self) -> None:
+        self.first.turn()
+
+    def close(self) -> None:
+        for place in self.places:
+            place.close()
+        self.daemon_resources.close()
+        self.loop.shut_down()
+
+
+@pytest.fixture
+def two() -> Iterator[Two]:
+    made = Two()
+    with contextlib.closing(made):
+        yield made
+
+
+def test_the_second_container_can_connect_whatever_the_first_has(two: Two) -> None:
+    second = two.second()
+    two.first.connect_clients(50)
+    two.turn()
+    assert 0 < two.first.relayed < 32
+    second.connect_clients(2)
+    two.turn()
+    assert second.relayed == 2
+
+
+def test_a_waiting_client_is_accepted_when_another_of_its_container_disconnects(two: Two) -> None:
+    two.first.connect_clients(50)
+    two.turn()
+    before = two.first.acceptor.served
+    two.first.disconnect(3)
+    two.turn()
+    assert two.first.acceptor.served == before + 3
+
+
+def test_a_waiting_client_is_accepted_when_another_container_is_removed(two: Two) -> None:
+    second = two.second()
+    two.first.connect_clients(50)
+    two.turn()
+    before = two.first.relayed
+    two.places.remove(second)
+    second.close()
+    second.resources.close()
+    two.turn()
+    assert two.first.relayed > before
+
+
+def test_lent_descriptors_are_reclaimed_for_a_container_that_is_added_later() -> None:
+    two = Two()
+    with contextlib.closing(two):
+        two.first.connect_clients(50)
+        two.turn()
+        # One after the other takes all that it may, until nothing is free.
+        number = 2
+        while two.daemon_resources.descriptors.free >= 2 + 4:
+            number += 1
+            two.places.append(Place(two.loop, two.daemon_resources.add_container(number)))
+            two.places[-1].connect_clients(20)
+            two.turn()
+        connections = list(two.first.resources.connections)
+        last = two.second()
+        last.connect_clients(1)
+        two.turn()
+        assert last.relayed == 1
+        left = list(two.first.resources.connections)
+        assert left == connections[: len(left)] and len(left) < len(connections), "the newest were reset, no others"
+
+
+def test_a_storm_of_connections_is_accepted_in_turns() -> None:
+    two = Two(4096)
+    with contextlib.closing(two):
+        two.first.connect_clients(100)
+        most = 0
+        while two.first.relayed < 100:
+            before = two.first.relayed
+            two.first.acceptor.accept()
+            most = max(most, two.first.relayed - before)
+        assert most == 8
+
+
+def test_a_closed_listener_still_serves_its_backlog() -> None:
+    two = Two(4096)
+    with contextlib.closing(two):
+        two.first.connect_clients(20)
+        two.first.acceptor.close()
+        two.turn()
+        assert two.first.acceptor.served == 20
+        with pytest.raises(ConnectionRefusedError):
+            two.first.connect_clients(1)
+
+
+def test_a_connection_without_a_far_end_is_reset_and_costs_nothing(two: Two) -> None:
+    def fail(_near: socket.socket, _peer: PeerAddress) -> socket.socket:
+        raise OSError("no far end")
+
+    two.first.connect_far = fail
+    two.first.connect_clients(40)
+    two.turn()
+    assert two.first.resources.descriptors.taken == 0
+    assert two.first.acceptor.served == 0

@@ -1,0 +1,136 @@
+"""A container's cgroups and listeners are found in steps: however many there are, one step is short."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from graft.errors import NotFoundError
+from graft.kernel import cgroup
+from graft.kernel.sockdiag import ListeningSocket
+from graft.model.settings import Settings
+from graft.splice.container_list import ContainerList
+from graft.splice.listeners import cgroup_ids, collect_listeners
+from graft.splice.namespaces import Namespaces
+from graft.splice.publication import PublicationPlan
+from graft.state import records
+from graft.state.records import Container
+
+T = TypeVar("T")
+
+
+def finished(steps: Generator[None, None, T]) -> tuple[T, int]:
+    """The result of work in steps, and how many those were."""
+    for count in itertools.count():
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value, count
+    raise AssertionError("not reached")
+
+
+class Storm:
+    """A namespace with very many listeners, as the kernel lists them."""
+
+    def __init__(self, pieces: int) -> None:
+        self.pieces = pieces
+
+    def listeners(self) -> Generator[list[ListeningSocket], None, None]:
+        for number in range(self.pieces):
+            yield [
+                ListeningSocket(4, bytes(16), port, False, 7, 0) for port in range(number * 64 + 1, number * 64 + 65)
+            ]
+
+
+def container(path: Path, number: int = 1, **more: object) -> Container:
+    return Container(number, "c", str(path), "splice", 1, "p", (), **more)  # type: ignore[arg-type]
+
+
+def test_few_listeners_are_added_in_a_step() -> None:
+    asked: list[int] = []
+
+    def lookup(_family: int, _address: bytes, port: int) -> None:
+        asked.append(port)
+
+    steps, before = collect_listeners(Storm(10), PublicationPlan({7}, lookup, 10), {80}), 0  # type: ignore[arg-type]
+    for _ in steps:
+        assert len(asked) - before <= 16
+        before = len(asked)
+    assert asked == [port for port in range(1, 641) if port != 80]
+
+
+def test_the_ids_of_a_tree_of_cgroups_are_found_in_steps(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"{number}" / "below" / "that").mkdir(parents=True)
+    found, steps = finished(cgroup_ids(tmp_path, tmp_path.stat().st_ino))
+    assert found == {Path(folder).stat().st_ino for folder, _, _ in os.walk(tmp_path)}
+    assert steps == 31 // 16
+
+
+def test_another_cgroup_at_the_same_path_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        finished(cgroup_ids(tmp_path, tmp_path.stat().st_ino + 1))
+    with pytest.raises(NotFoundError):
+        finished(cgroup_ids(tmp_path / "gone", 0))
+
+
+def test_a_tree_is_read_no_further_than_its_caller_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}" / "below").mkdir(parents=True)
+    looked: list[object] = []
+    real = os.scandir
+
+    def scandir(path: Path) -> object:
+        looked.append(path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    tree = cgroup.tree(tmp_path)
+    assert next(tree) == tmp_path
+    assert not looked
+    assert len(list(itertools.islice(tree, 5))) == 5
+    assert looked == [tmp_path]
+
+
+def test_a_tree_deeper_than_recursion_goes_is_walked(tmp_path: Path) -> None:
+    deep = tmp_path
+    for _ in range(1500):
+        deep = deep / "d"
+        deep.mkdir()
+    assert sum(1 for _ in cgroup.tree(tmp_path)) == 1501
+    while deep != tmp_path:  # shutil.rmtree, which pytest would use, does recurse
+        deep.rmdir()
+        deep = deep.parent
+
+
+def test_a_namespace_is_searched_for_in_steps_and_each_one_is_tried_once(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.procs").write_text(f"{os.getpid()}\n" * 1000)
+    tried: list[int] = []
+    steps = Namespaces.of_container(container(tmp_path))
+    with pytest.raises(NotFoundError):
+        for _ in steps:
+            tried.append(1)
+    assert len(tried) == 1000
+
+
+def test_records_are_read_again_only_when_one_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(Path("/proc/self/ns/net"), tmp_path / "pins", tmp_path, tmp_path / "state", "graft-x")
+    listed = ContainerList(settings)
+    assert listed.current() == {}
+    records.save(settings, container(tmp_path))
+    assert list(listed.current()) == [1]
+    folder = records.folder_of(settings)
+    os.utime(folder, (1, 1))
+    assert list(listed.current()) == [1]
+    monkeypatch.setattr(records, "read_all", lambda _: pytest.fail("read again"))
+    assert list(listed.current()) == [1]
+    monkeypatch.undo()
+    records.save(settings, container(tmp_path, 2))
+    assert list(listed.current()) == [1, 2]
+    records.save(settings, container(tmp_path, 3))  # within the same tick of the clock, perhaps
+    assert list(listed.current()) == [1, 2, 3]
