@@ -141,7 +141,8 @@ static __always_inline int is_of_other_family(struct __sk_buff *skb, struct tag 
 }
 
 /* Whether a socket receives from any client: a listener at the port that the listen hook recorded, a datagram socket
- * at the endpoint that it is granted now (or at a port that it had before there was a policy). */
+ * at the endpoint that it is granted now (or at a port that it had before there was a policy). Not one at an endpoint
+ * that a 32-bit call has tied to an interface since: in a VRF that is another address of the same name. */
 static __always_inline int accepts_anyone(struct bpf_sock *sk, struct owner *owner)
 {
 	struct tag *tag = owner->tag;
@@ -149,9 +150,14 @@ static __always_inline int accepts_anyone(struct bpf_sock *sk, struct owner *own
 
 	if (!tag || !tag->open_port || tag->open_port != sk->src_port)
 		return 0;
-	if (sk->protocol == IPPROTO_TCP || !tag->endpoint)
+	if (!tag->endpoint)
 		return 1;
 	read_local_address(&local, sk);
+	/* (A link-local address ties its socket to an interface by itself.) */
+	if (is_diverted(sk) && !(local.family == GRAFT_IPV6 && (local.ip[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000)))
+		return 0;
+	if (sk->protocol == IPPROTO_TCP)
+		return 1;
 	/* Only a direct container's can be host-homed: no transport replaces datagram sockets. */
 	return is_granted(owner->container, tag, &local, IPPROTO_UDP, owner->container->netns);
 }
@@ -270,6 +276,15 @@ static __always_inline int is_ipsec(u8 protocol)
 	return protocol == 50 || protocol == 51 || protocol == 108;
 }
 
+/* Whether the kernel itself has added the hop-by-hop header: it does so to a segment that is longer than the length field
+ * can express (BIG TCP), before all headers that a program may have added. */
+static __always_inline int is_big_tcp(struct __sk_buff *skb)
+{
+	u8 next = 0;
+
+	return skb->len > GRAFT_JUMBO && !bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, &next, 1) && next == IPPROTO_TCP;
+}
+
 static __always_inline int may_reach(struct bpf_sock *sk, struct owner *owner, struct request *remote, u64 netns)
 {
 	return (!is_diverted(sk) || is_link_local(remote)) && may_exchange_with(owner->container, remote, netns);
@@ -323,10 +338,9 @@ int graft_skb_egress(struct __sk_buff *skb)
 		return PASS;
 	if (!has_rules(type, protocol))
 		return owner.container && owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
-	/* Options, or extension headers. The kernel itself adds one to a segment that is longer than the length field
-	 * can express (BIG TCP). */
+	/* Options, or extension headers. */
 	if (ipv6 ? head[6] != (tcp ? IPPROTO_TCP : IPPROTO_UDP) && !is_ipsec(head[6]) &&
-			  !(tcp && head[6] == IPPROTO_HOPOPTS && skb->len > GRAFT_JUMBO) :
+			  !(tcp && head[6] == IPPROTO_HOPOPTS && is_big_tcp(skb)) :
 		  head[0] != GRAFT_IPV4_PLAIN)
 		return drop(&owner);
 	if (tcp && state != BPF_TCP_SYN_SENT)

@@ -124,6 +124,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "kept flow": (
         ("packet.bpf.c", "has_kept = protocol == IPPROTO_UDP && read_kept_flow(", "has_kept = 0 && read_kept_flow("),
     ),
+    # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
+    "big tcp": (("packet.bpf.c", "&next, 1) && next == IPPROTO_TCP;", "&next, 1);"),),
     # What a container listened with goes on without it.
     "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
     # A second bind is judged, and written down, like the first.
