@@ -237,14 +237,16 @@ struct crossing {
 	__u32 container;
 };
 
-/* `arrivals`: connections being set up between a relay and a container, by their source address. An entry
- * exists from the connecting side's first packet until the accepting side has its socket. */
+/* `arrivals`: connections being set up between a relay and a container, by their addresses: the connecting side's, and
+ * `to`. An entry exists from the connecting side's first packet until the accepting side has its socket. */
 struct arrival {
 	__u64 netns;
 	__u8 addr[16];
+	__u8 to[16];
 	__u16 port;
+	__u16 to_port;
 	__u8 family;
-	__u8 zero[5];
+	__u8 zero[3];
 };
 
 /* `flows`: cookie of a flow's source -> its progress (relay.bpf.c). Bytes since the handoff to the kernel. */
@@ -275,6 +277,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 4
+#define GRAFT_LAYOUT_VERSION 5
 
 #endif

@@ -141,7 +141,8 @@ static __always_inline int is_of_other_family(struct __sk_buff *skb, struct tag 
 }
 
 /* Whether a socket receives from any client: a listener at the port that the listen hook recorded, a datagram socket
- * at the endpoint that it is granted now (or at a port that it had before there was a policy). */
+ * at the endpoint that it is granted now (or at a port that it had before there was a policy). Not one at an endpoint
+ * that a 32-bit call has tied to an interface since: in a VRF that is another address of the same name. */
 static __always_inline int accepts_anyone(struct bpf_sock *sk, struct owner *owner)
 {
 	struct tag *tag = owner->tag;
@@ -149,9 +150,14 @@ static __always_inline int accepts_anyone(struct bpf_sock *sk, struct owner *own
 
 	if (!tag || !tag->open_port || tag->open_port != sk->src_port)
 		return 0;
-	if (sk->protocol == IPPROTO_TCP || !tag->endpoint)
+	if (!tag->endpoint)
 		return 1;
 	read_local_address(&local, sk);
+	/* (A link-local address ties its socket to an interface by itself.) */
+	if (is_diverted(sk) && !(local.family == GRAFT_IPV6 && (local.ip[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000)))
+		return 0;
+	if (sk->protocol == IPPROTO_TCP)
+		return 1;
 	/* Only a direct container's can be host-homed: no transport replaces datagram sockets. */
 	return is_granted(owner->container, tag, &local, IPPROTO_UDP, owner->container->netns);
 }
@@ -227,16 +233,20 @@ static __always_inline void read_remote(struct request *remote, struct bpf_sock 
 }
 
 #ifdef GRAFT_UDP_PENDING
-/* Where a pending datagram goes, which one send began and another one completes (MSG_MORE, UDP_CORK): the kernel calls
- * the sendmsg hook for the first only, and the rule may have been removed since. The kernel keeps the flow until the
- * datagram is sent. 0: none is pending. */
-static __always_inline int read_pending_remote(struct __sk_buff *skb, struct request *remote, u8 family)
+/* The flow that the kernel keeps with a socket, and sends datagrams by: a pending one, which one send began and another
+ * one completes (MSG_MORE, UDP_CORK), for which it calls the sendmsg hook only once; and over IPv4 each one that a
+ * connected socket sends to its peer, also where a datagram to somewhere else has left its own flow there. The rule may
+ * have been removed since. 0: no such flow. */
+static __always_inline int read_kept_flow(struct __sk_buff *skb, struct bpf_sock *sk, struct request *remote, u8 family,
+					  int connected)
 {
-	void *sk = read_pointer((void *)skb + GRAFT_SKB_SK), *flow = sk + GRAFT_CORK_FLOW;
+	void *full = read_pointer((void *)skb + GRAFT_SKB_SK), *flow = full + GRAFT_CORK_FLOW;
 	u32 pending = 0;
 	u16 port = 0;
 
-	if (!sk || bpf_probe_read_kernel(&pending, sizeof(pending), sk + GRAFT_UDP_PENDING) || !pending)
+	if (!full || bpf_probe_read_kernel(&pending, sizeof(pending), full + GRAFT_UDP_PENDING))
+		return 0;
+	if (!pending && !(connected && sk->family == AF_INET))
 		return 0;
 	__builtin_memset(remote, 0, sizeof(*remote));
 	remote->family = family;
@@ -253,7 +263,8 @@ static __always_inline int read_pending_remote(struct __sk_buff *skb, struct req
 }
 
 #else
-static __always_inline int read_pending_remote(struct __sk_buff *skb, struct request *remote, u8 family)
+static __always_inline int read_kept_flow(struct __sk_buff *skb, struct bpf_sock *sk, struct request *remote, u8 family,
+					  int connected)
 {
 	return 0;
 }
@@ -265,24 +276,40 @@ static __always_inline int is_ipsec(u8 protocol)
 	return protocol == 50 || protocol == 51 || protocol == 108;
 }
 
+/* Whether the kernel itself has added the hop-by-hop header: it does so to a segment that is longer than the length field
+ * can express (BIG TCP), before all headers that a program may have added. */
+static __always_inline int is_big_tcp(struct __sk_buff *skb)
+{
+	u8 next = 0;
+
+	return skb->len > GRAFT_JUMBO && !bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, &next, 1) && next == IPPROTO_TCP;
+}
+
+static __always_inline int may_reach(struct bpf_sock *sk, struct owner *owner, struct request *remote, u64 netns)
+{
+	return (!is_diverted(sk) || is_link_local(remote)) && may_exchange_with(owner->container, remote, netns);
+}
+
 /* Whether a datagram, or the first packet of a connection, may go to its destination. The connect hook judged a
  * connection when it was requested; it may start later (TCP_FASTOPEN_CONNECT), to another address (an IPv6 socket that
- * the kernel still treats as IPv4), or to an address that the remote end announced (another subflow of MPTCP). */
+ * the kernel still treats as IPv4), or to an address that the remote end announced (another subflow of MPTCP). Which of
+ * two destinations a datagram of a connected socket has is not seen here, so both are judged. */
 static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner, u8 family,
 				     u8 protocol)
 {
 	u64 netns = netns_of(skb);
-	struct request remote;
+	struct request remote, kept;
+	int has_kept;
 
 	if (has_lost_endpoint(sk, owner->tag, is_bound(sk, owner->tag, owner->container, netns)))
 		return 0;
-	if (protocol != IPPROTO_UDP || !read_pending_remote(skb, &remote, family))
-		read_remote(&remote, sk, family, protocol);
-	if (is_diverted(sk) && !is_link_local(&remote))
+	read_remote(&remote, sk, family, protocol);
+	has_kept = protocol == IPPROTO_UDP && read_kept_flow(skb, sk, &kept, family, remote.port);
+	if (has_kept && !may_reach(sk, owner, &kept, netns))
 		return 0;
 	if (protocol == IPPROTO_UDP && !remote.port)
-		return 1;
-	return may_exchange_with(owner->container, &remote, netns);
+		return has_kept || !is_diverted(sk);
+	return may_reach(sk, owner, &remote, netns);
 }
 
 int graft_skb_egress(struct __sk_buff *skb)
@@ -311,10 +338,9 @@ int graft_skb_egress(struct __sk_buff *skb)
 		return PASS;
 	if (!has_rules(type, protocol))
 		return owner.container && owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
-	/* Options, or extension headers. The kernel itself adds one to a segment that is longer than the length field
-	 * can express (BIG TCP). */
+	/* Options, or extension headers. */
 	if (ipv6 ? head[6] != (tcp ? IPPROTO_TCP : IPPROTO_UDP) && !is_ipsec(head[6]) &&
-			  !(tcp && head[6] == IPPROTO_HOPOPTS && skb->len > GRAFT_JUMBO) :
+			  !(tcp && head[6] == IPPROTO_HOPOPTS && is_big_tcp(skb)) :
 		  head[0] != GRAFT_IPV4_PLAIN)
 		return drop(&owner);
 	if (tcp && state != BPF_TCP_SYN_SENT)

@@ -11,7 +11,7 @@
  *      out   connect hook (connect.bpf.c): the destination is stored with the program's socket (REDIRECTED)
  *               connect -> `arrivals` -> the relay's accepted socket (RELAYED), which the relay reads
  *
- *   Both directions work alike: the connecting side's socket stores its crossing under its own address and port
+ *   Both directions work alike: the connecting side's socket stores its crossing under the connection's two addresses
  *   just before its first packet is sent, and the accepting side's takes it when it is established,
  *   which is before accept() can return it. A connecting socket that is never accepted removes its entry when it
  *   closes. A socket of any other connection finds no entry, and keeps its own peer.
@@ -20,30 +20,40 @@
  *   containers of this transport.
  */
 
-/* The local or remote address and port of a connection, as a key of `arrivals`: IPv4-mapped ones are IPv4. */
-static __always_inline void read_arrival_key(struct bpf_sock_ops *ctx, int local, struct arrival *key)
+/* One end of a connection, IPv4-mapped addresses as IPv4; its family. */
+static __always_inline u8 read_end(struct bpf_sock_ops *ctx, int local, u8 *addr)
 {
 	u32 ip[4];
 
-	__builtin_memset(key, 0, sizeof(*key));
-	key->netns = bpf_get_netns_cookie(ctx);
-	key->port = local ? ctx->local_port : bpf_ntohl(ctx->remote_port);
-	key->family = GRAFT_IPV4;
 	if (ctx->family == AF_INET) {
 		ip[0] = local ? ctx->local_ip4 : ctx->remote_ip4;
-		__builtin_memcpy(key->addr, ip, 4);
-		return;
+		__builtin_memcpy(addr, ip, 4);
+		return GRAFT_IPV4;
 	}
 	ip[0] = local ? ctx->local_ip6[0] : ctx->remote_ip6[0];
 	ip[1] = local ? ctx->local_ip6[1] : ctx->remote_ip6[1];
 	ip[2] = local ? ctx->local_ip6[2] : ctx->remote_ip6[2];
 	ip[3] = local ? ctx->local_ip6[3] : ctx->remote_ip6[3];
 	if (!ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff)) {
-		__builtin_memcpy(key->addr, &ip[3], 4);
-		return;
+		__builtin_memcpy(addr, &ip[3], 4);
+		return GRAFT_IPV4;
 	}
-	__builtin_memcpy(key->addr, ip, 16);
-	key->family = GRAFT_IPV6;
+	__builtin_memcpy(addr, ip, 16);
+	return GRAFT_IPV6;
+}
+
+/* The key of a connection in `arrivals`, at the side that connects or at the one that accepts. With both addresses: from
+ * the same port others in the namespace may connect to elsewhere. */
+static __always_inline void read_arrival_key(struct bpf_sock_ops *ctx, int connecting, struct arrival *key)
+{
+	u16 local = ctx->local_port, remote = bpf_ntohl(ctx->remote_port);
+
+	__builtin_memset(key, 0, sizeof(*key));
+	key->netns = bpf_get_netns_cookie(ctx);
+	key->port = connecting ? local : remote;
+	key->to_port = connecting ? remote : local;
+	key->family = read_end(ctx, connecting, key->addr);
+	read_end(ctx, !connecting, key->to);
 }
 
 /* The crossing of a connecting socket; NULL for a connection without a relay. */

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -248,14 +248,16 @@ class CrossingValue(ctypes.Structure):
 
 
 class ArrivalKey(ctypes.Structure):
-    """`arrivals`: source address of a connection -> CrossingValue."""
+    """`arrivals`: both addresses of a connection, the connecting side's first -> CrossingValue."""
 
     _fields_ = (
         ("netns", ctypes.c_uint64),
         ("addr", _ADDR),
+        ("to", _ADDR),
         ("port", ctypes.c_uint16),
+        ("to_port", ctypes.c_uint16),
         ("family", ctypes.c_uint8),
-        ("zero", ctypes.c_uint8 * 5),
+        ("zero", ctypes.c_uint8 * 3),
     )
 
 

@@ -104,6 +104,11 @@ def namespace_path(config: Mapping[str, Any], kind: str) -> str | None:
     return None
 
 
+def cgroups_path(config: Mapping[str, Any]) -> str:
+    """The container's cgroup as its engine names it, "" where it does not."""
+    return text(mapping(config.get("linux"), "linux").get("cgroupsPath"), "linux.cgroupsPath")
+
+
 def has_own_user_namespace(config: Mapping[str, Any]) -> bool:
     """Whether the container's user namespace is not the host's."""
     joined = namespace_path(config, "user")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
-from graft.oci.bundle import capability_sets, container_annotations, environment
+from graft.oci.bundle import capability_sets, cgroups_path, container_annotations, environment
 from graft.oci.options import FILE, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -70,8 +70,16 @@ def annotations_are_trusted(config: Mapping[str, Any], options: RuntimeOptions) 
     """Whether the operator set the annotations: no image can have set them, or the operator trusts images."""
     if options.trust_annotations is not None:
         return options.trust_annotations
+    return not _is_podmans(config)
+
+
+def _is_podmans(config: Mapping[str, Any]) -> bool:
+    """Whether the engine is podman. What its annotations say of that an image's annotations may replace, and newer
+    versions write ``io.podman.*`` for some containers only; the cgroup's name is podman's own.
+    """
     found = container_annotations(config)
-    return found.get("io.container.manager") != "libpod" and not any(key.startswith("io.podman.") for key in found)
+    named = found.get("io.container.manager") == "libpod" or any(key.startswith("io.podman.") for key in found)
+    return named or "libpod" in cgroups_path(config)
 
 
 def check_capabilities(config: Mapping[str, Any], options: RuntimeOptions, own_user_namespace: bool) -> None:

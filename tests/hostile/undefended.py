@@ -119,9 +119,13 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("connect.bpf.c", "int must_clear_address(struct bpf_sock *sk, struct request *request)", "return 0;"),
     ),
     # A datagram that was begun goes where its begin was judged to go, whatever the rules say when it ends.
-    "begun": (
-        ("packet.bpf.c", "protocol != IPPROTO_UDP || !read_pending_remote(skb, &remote, family)", "protocol || 1"),
+    "begun": (("packet.bpf.c", "\tif (!pending && !(connected", "\tif (pending || !(connected"),),
+    # Nor does anybody look at where a connected socket really sends.
+    "kept flow": (
+        ("packet.bpf.c", "has_kept = protocol == IPPROTO_UDP && read_kept_flow(", "has_kept = 0 && read_kept_flow("),
     ),
+    # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
+    "big tcp": (("packet.bpf.c", "&next, 1) && next == IPPROTO_TCP;", "&next, 1);"),),
     # What a container listened with goes on without it.
     "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
     # A second bind is judged, and written down, like the first.

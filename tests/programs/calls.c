@@ -22,6 +22,7 @@
  *   send A P            sendto of a datagram; `send - -` to the peer
  *   cmsg LEVEL TYPE H A P  the same with a control message
  *   fastopen A P        MSG_FASTOPEN with data; `cookieless` sets TCP_FASTOPEN_NO_COOKIE before
+ *   much                eight MiB on a connection, or as much of it as goes without waiting for more than a second
  *   receive             what comes within a second; `receive none` where nothing does
  *
  * The io_uring calls need a kernel with them (connect 5.5, bind and listen 6.11).
@@ -142,6 +143,21 @@ static long hide_or_find(int hide)
 	return 0;
 }
 
+static void send_much(void)
+{
+	struct pollfd one = { .fd = fd, .events = POLLOUT };
+	static char data[1 << 18];
+
+	for (size_t left = 8 << 20; left > 0 && poll(&one, 1, 1000) == 1;) {
+		ssize_t sent = send(fd, data, left < sizeof(data) ? left : sizeof(data), MSG_DONTWAIT | MSG_NOSIGNAL);
+
+		if (sent < 0 && errno != EAGAIN)
+			break;
+		left -= sent < 0 ? 0 : sent;
+	}
+	say("much", 0);
+}
+
 static void receive(void)
 {
 	struct pollfd one = { .fd = fd, .events = POLLIN };
@@ -224,6 +240,10 @@ static int hostile(char **word)
 	if (!strcmp(*word, "fastopen")) {
 		send_one(*word, word[1], word[2], MSG_FASTOPEN, 0, 0, 0, 0);
 		return 3;
+	}
+	if (!strcmp(*word, "much")) {
+		send_much();
+		return 1;
 	}
 	if (!strcmp(*word, "receive")) {
 		receive();
