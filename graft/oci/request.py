@@ -100,13 +100,20 @@ def check_capabilities(config: Mapping[str, Any], options: RuntimeOptions, own_u
     )
 
 
-def find_policy(settings: Settings, source: Source, value: str) -> Path:
-    """The file of the policy ``value``: a name, or from an annotation also an absolute path. Raises GraftError."""
+def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -> Path:
+    """The file of the policy ``value``: a name, or from the operator (``trusted``) also an absolute path. An image that
+    names a path could name a file of its own, which the engine has unpacked on the host. Raises GraftError.
+    """
     from graft.model.endpoint import MAX_POLICY_NAME, parse_name
 
     if value.startswith("/"):
         if source is not Source.ANNOTATION:
             raise RefusedError(f"{source.value}: a container's environment can name a policy, not a path", "its name")
+        if not trusted:
+            raise RefusedError(
+                f"{source.value}: not a path: podman copies an image's annotations, which can only name a policy",
+                f"its name, or trust-annotations: true in {FILE}",
+            )
         return Path(value)
     parse_name(value, source.value, longest=MAX_POLICY_NAME)
     folders = (settings.state_dir / "policies", _ETC)
@@ -130,9 +137,9 @@ def choose_policy(
     from graft.policy.files import read_policy
     from graft.policy.reader import load_policy
 
-    path = find_policy(settings, request.source, request.value)
-    policy = load_policy(read_policy(path, regular_only=True), str(path), known)
     trusted = request.source is Source.ANNOTATION and annotations_are_trusted(config, options)
+    path = find_policy(settings, request.source, request.value, trusted)
+    policy = load_policy(read_policy(path, regular_only=True), str(path), known)
     if not policy.open and not trusted:
         why = "podman copies an image's annotations" if request.source is Source.ANNOTATION else "an image can set it"
         more = f", or trust-annotations: true in {FILE}" if request.source is Source.ANNOTATION else ""

@@ -85,7 +85,7 @@ def _config(raw: bytes) -> None:
     if asked is not None and asked.source is request.Source.PAIRS:
         _pairs(asked.value.encode(errors="surrogateescape"))
     elif asked is not None:
-        request.find_policy(_NOWHERE, asked.source, asked.value)
+        request.find_policy(_NOWHERE, asked.source, asked.value, trusted=True)
 
 
 def _profile(raw: bytes) -> None:

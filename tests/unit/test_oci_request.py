@@ -159,7 +159,7 @@ def test_a_request_that_an_image_could_make_reaches_open_policies_only(
 @pytest.mark.parametrize("name", ["../mine", "a/b", ".", "", "x" * 64])
 def test_a_policys_name_cannot_leave_its_folder(settings: Settings, name: str) -> None:
     with pytest.raises(UsageError):
-        request.find_policy(settings, Source.POLICY, name)
+        request.find_policy(settings, Source.POLICY, name, trusted=False)
 
 
 def with_net_admin(*sets: str, namespaces: list[dict[str, str]] | None = None, **notes: str) -> dict[str, Any]:
