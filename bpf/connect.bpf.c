@@ -251,7 +251,7 @@ static __always_inline int goes_to_peer(struct bpf_sock_addr *ctx, struct reques
 	u64 word[2];
 
 	__builtin_memcpy(word, request->addr, 16);
-	return !request->port && !(word[0] | word[1]) && ctx->sk->dst_port;
+	return !request->port && !(word[0] | word[1]) && is_connected(ctx->sk);
 }
 
 /* Whether a datagram cannot be sent from the endpoint that its destination's rule names: the endpoint has a port, or

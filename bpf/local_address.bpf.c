@@ -96,6 +96,12 @@ static __always_inline int is_diverted(struct bpf_sock *sk)
 	return sk->bound_dev_if || sk->mark;
 }
 
+/* Whether a datagram socket has a peer: by its state, because the kernel lets it connect to port 0 too. */
+static __always_inline int is_connected(struct bpf_sock *sk)
+{
+	return sk->state == BPF_TCP_ESTABLISHED;
+}
+
 /* Whether a socket is bound to its endpoint. One that released the port of its bind and has another one is not. */
 static __always_inline int is_bound(struct bpf_sock *sk, struct tag *tag, struct container *container, u64 netns)
 {

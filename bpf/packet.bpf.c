@@ -299,15 +299,15 @@ static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk,
 {
 	u64 netns = netns_of(skb);
 	struct request remote, kept;
-	int has_kept;
+	int has_kept, connected = is_connected(sk);
 
 	if (has_lost_endpoint(sk, owner->tag, is_bound(sk, owner->tag, owner->container, netns)))
 		return 0;
 	read_remote(&remote, sk, family, protocol);
-	has_kept = protocol == IPPROTO_UDP && read_kept_flow(skb, sk, &kept, family, remote.port);
+	has_kept = protocol == IPPROTO_UDP && read_kept_flow(skb, sk, &kept, family, connected);
 	if (has_kept && !may_reach(sk, owner, &kept, netns))
 		return 0;
-	if (protocol == IPPROTO_UDP && !remote.port)
+	if (protocol == IPPROTO_UDP && !connected)
 		return has_kept || !is_diverted(sk);
 	return may_reach(sk, owner, &remote, netns);
 }

@@ -1,4 +1,4 @@
-"""What a fifth reading found: a policy that an image brings with it."""
+"""What a fifth reading found: a peer without a port, and a policy that an image brings with it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,51 @@ from graft.model.settings import Settings
 from graft.oci import request
 from graft.oci.options import RuntimeOptions
 from graft.oci.request import Request, Source
-from tests.hostile.test_fourth_reading import DOCKERS, PODMANS
+from tests.hostile.conftest import Confine, Without
+from tests.hostile.test_afterwards import apply
+from tests.hostile.test_datagrams import came, datagrams
+from tests.hostile.test_fourth_reading import DOCKERS, OTHER4, PODMANS, SOL_UDP, UDP_CORK, policy
+from tests.support.installation import Host
+from tests.support.namespaces import CLIENT4
 
 pytestmark = pytest.mark.e2e
+
+INET, DGRAM = 2, 2
+
+# ---- a datagram socket may be connected to port 0: it is connected all the same --------------------------------------
+
+
+def strays(host: Host, confine: Confine, folder: Path) -> list[str | None]:
+    """Who sends to a destination before, and after its rule is gone, by a socket that is connected to port 0 of another
+    one: the kernel sends to where the last datagram went that one send began and another completed.
+    """
+    host.client.run("ip", "address", "replace", f"{OTHER4}/24", "dev", "eth0")
+    with datagrams(host, OTHER4) as gone:
+        steps = ["make", INET, DGRAM, 0, "connect", CLIENT4, 0]
+        steps += ["option", SOL_UDP, UDP_CORK, "send", OTHER4, gone.getsockname()[1]]
+        steps += ["bytes", SOL_UDP, UDP_CORK, "00000000", "wait", "send", "-", "-", "wait"]
+        one = confine(host, "direct", policy(CLIENT4, OTHER4), *steps)
+        assert one.lines(5)[1:] == ["connect ok", "option ok", "send ok", "bytes ok"]
+        before = came(gone, 10)
+        apply(host, one, folder, policy(CLIENT4))
+        one.resume()
+        one.lines(6)
+        return [before, came(gone)]
+
+
+def test_a_socket_connected_to_port_0_sends_to_no_destination_that_lost_its_rule(
+    host: Host, confine: Confine, tmp_path: Path
+) -> None:
+    before, after = strays(host, confine, tmp_path)
+    assert before is not None
+    assert after is None
+
+
+def test_control_where_a_peer_without_a_port_is_none_it_does(
+    without: Without, confine: Confine, tmp_path: Path
+) -> None:
+    assert None not in strays(without("port 0"), confine, tmp_path)
+
 
 # ---- an image names, by an annotation that podman copies, a policy file of its own ----------------------------------
 

@@ -124,6 +124,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "kept flow": (
         ("packet.bpf.c", "has_kept = protocol == IPPROTO_UDP && read_kept_flow(", "has_kept = 0 && read_kept_flow("),
     ),
+    # A datagram socket that is connected to port 0 is not connected.
+    "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
     "big tcp": (("packet.bpf.c", "&next, 1) && next == IPPROTO_TCP;", "&next, 1);"),),
     # What a container listened with goes on without it.
