@@ -17,7 +17,7 @@
 #define GRAFT_IPV6_HEADER 40
 #define GRAFT_IPV4_PLAIN 0x45 /* version 4, five words: no options */
 #define IPPROTO_HOPOPTS 0
-#define GRAFT_JUMBO 65535
+#define GRAFT_JUMBO 65535 /* the longest payload that the length field of an IPv6 header can express */
 #define ETH_P_IP 0x0800
 
 /* The needed fields of an IP header, and the source port after it. */
@@ -282,7 +282,7 @@ static __always_inline int is_big_tcp(struct __sk_buff *skb)
 {
 	u8 next = 0;
 
-	return skb->len > GRAFT_JUMBO && !bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, &next, 1) && next == IPPROTO_TCP;
+	return skb->len > GRAFT_IPV6_HEADER + GRAFT_JUMBO && !bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, &next, 1) && next == IPPROTO_TCP;
 }
 
 static __always_inline int may_reach(struct bpf_sock *sk, struct owner *owner, struct request *remote, u64 netns)
