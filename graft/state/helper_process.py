@@ -36,6 +36,8 @@ Outcome = tuple[int, object, "BaseException | None"]
 
 TIMEOUT = 5.0
 """Seconds without a new result after which no more are expected."""
+LONGEST = 60.0
+"""Seconds after which no more are expected, however steadily they come: a container may release a lock now and then."""
 _STALL_TIME = 0.05  # seconds without a new result after which more threads are started
 _MAX_THREADS = 2048
 _STACK_SIZE = 512 << 10
@@ -52,12 +54,16 @@ class HelperResult(Generic[ResultT]):
 
 
 def run_each(
-    work: Callable[[ItemT], ResultT], items: Sequence[ItemT], timeout: float = TIMEOUT, keep_running: bool = False
+    work: Callable[[ItemT], ResultT],
+    items: Sequence[ItemT],
+    timeout: float = TIMEOUT,
+    keep_running: bool = False,
+    longest: float = LONGEST,
 ) -> HelperResult[ResultT]:
     """Run ``work`` on each item, in a child that has no descriptor of ours; results must be picklable.
 
-    An item without a result hung. With ``keep_running`` the child continues with those, for as long as it takes;
-    otherwise it is killed, and exits when the kernel releases it. Raises what ``work`` raised.
+    An item without a result hung, or was too late. With ``keep_running`` the child continues with those, for as long
+    as it takes; otherwise it is killed, and exits when the kernel releases it. Raises what ``work`` raised.
     """
     if not items:
         return HelperResult({}, 0)
@@ -69,7 +75,7 @@ def run_each(
     results: dict[int, ResultT] = {}
     leave_running = False
     try:
-        _receive(reader, len(items), timeout, results)
+        _receive(reader, len(items), timeout, time.monotonic() + longest, results)
         leave_running = keep_running and len(results) < len(items)
     finally:
         os.close(reader)
@@ -84,14 +90,16 @@ def run_one(work: Callable[[], ResultT], timeout: float = TIMEOUT) -> ResultT | 
     return run_each(lambda _: work(), (None,), timeout).results.get(0)
 
 
-def _receive(reader: int, count: int, timeout: float, results: dict[int, ResultT]) -> None:
-    """Read results until there are ``count``, or the child exits, or none arrives for ``timeout`` seconds."""
+def _receive(reader: int, count: int, timeout: float, deadline: float, results: dict[int, ResultT]) -> None:
+    """Read results until there are ``count``, or the child exits, or none arrives for ``timeout`` seconds, or the
+    ``deadline`` is over.
+    """
     poll = select.poll()
     poll.register(reader, select.POLLIN)
     raw = bytearray()
-    while len(results) < count and poll.poll(timeout * 1000):
+    while len(results) < count and poll.poll(max(0.0, min(timeout, deadline - time.monotonic())) * 1000):
         data = os.read(reader, 1 << 16)
-        if not data:
+        if not data or time.monotonic() >= deadline:
             return
         raw += data
         while len(raw) >= _LENGTH.size and len(raw) >= (end := _LENGTH.size + _LENGTH.unpack_from(raw)[0]):

@@ -255,7 +255,11 @@ def _asking() -> None:
     """What was asked of a container's sockets was asked by the command itself, of a copy of each."""
 
     def run_each(
-        work: Callable[[Any], Any], items: Sequence[Any], timeout: float = 0, keep_running: bool = False
+        work: Callable[[Any], Any],
+        items: Sequence[Any],
+        timeout: float = 0,
+        keep_running: bool = False,
+        longest: float = 0,
     ) -> Any:
         return helper_process.HelperResult({number: work(item) for number, item in enumerate(items)}, 0)
 

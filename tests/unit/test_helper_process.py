@@ -35,6 +35,19 @@ def test_all_other_items_are_done_where_some_hang() -> None:
     assert {items[number] for number in done.results} == set(range(40))
 
 
+def test_items_that_are_done_one_after_the_other_are_not_waited_for_for_ever() -> None:
+    """A container that has thousands of locks, and releases one of them just before each timeout."""
+    lock = threading.Lock()
+
+    def take_turns(item: int) -> int:
+        with lock:
+            time.sleep(0.02)
+            return item
+
+    done = helper_process.run_each(take_turns, range(5000), timeout=5 * PATIENCE, longest=1.0)
+    assert 0 < len(done.results) < 5000
+
+
 def test_nothing_is_done_for_nothing() -> None:
     assert helper_process.run_each(work, ()).results == {}
 
