@@ -13,9 +13,21 @@ from typing import NamedTuple
 # Flags that take a value. All others are switches.
 _GLOBAL = frozenset({"log", "log-format", "log-level", "root", "criu", "rootless", "cgroup-manager", "config"})
 _CREATE = frozenset({"bundle", "b", "config", "f", "console-socket", "pid-file", "preserve-fds"})
+_RESTORE = _CREATE | {
+    "image-path",
+    "work-path",
+    "parent-path",
+    "empty-ns",
+    "lsm-profile",
+    "lsm-mount-context",
+    "manage-cgroups-mode",
+}
 
 STARTING = frozenset({"create", "run"})
 """The sub-commands that create a container."""
+
+RESTORING = frozenset({"restore"})
+"""Those that make one of a checkpoint, in which nothing of Graft's is."""
 
 
 class Invocation(NamedTuple):
@@ -53,11 +65,12 @@ def parse(words: Sequence[str]) -> Invocation:
     global_flags, at = _parse_flags(words, 0, _GLOBAL)
     command = words[at] if at < len(words) else ""
     log, as_json = global_flags.get("log") or None, global_flags.get("log-format") == "json"
-    if command not in STARTING:
+    if command not in STARTING | RESTORING:
         return Invocation(command=command, log=log, log_json=as_json)
-    flags, at = _parse_flags(words, at + 1, _CREATE)
+    valued = _CREATE if command in STARTING else _RESTORE
+    flags, at = _parse_flags(words, at + 1, valued)
     container_id = words[at] if at < len(words) else ""
-    trailing, _ = _parse_flags(words, at + 1, _CREATE)  # crun accepts flags after the container's name too
+    trailing, _ = _parse_flags(words, at + 1, valued)  # crun accepts flags after the container's name too
     flags |= trailing
     bundle = flags.get("bundle") or flags.get("b") or "."
     config = flags.get("config") or flags.get("f") or "config.json"

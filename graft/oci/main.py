@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from graft.errors import GraftError
+from graft.errors import GraftError, RefusedError
 from graft.oci import arguments, options
 from graft.oci.arguments import Invocation
 
@@ -23,12 +23,14 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     try:
         chosen = options.load(os.environ)
         runtime = options.find_runtime(chosen)
-        if invocation.command in arguments.STARTING:
+        if invocation.command in arguments.STARTING | arguments.RESTORING:
             from graft.oci.bundle import read_config
             from graft.oci.request import requested
 
             config = read_config(invocation.config)
             if config is not None and requested(config) is not None:
+                if invocation.command in arguments.RESTORING:
+                    raise RefusedError("a checkpoint cannot be restored under a policy", "start the container anew")
                 from graft.oci.prepare import prepare
 
                 prepare(invocation, config, chosen, runtime)

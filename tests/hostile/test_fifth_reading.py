@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.hostile.test_datagrams import came, datagrams
 from tests.hostile.test_fourth_reading import DOCKERS, OTHER4, PODMANS, SOL_UDP, UDP_CORK, policy
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4
+from tests.support.shell import Word, run
 
 pytestmark = pytest.mark.e2e
 
@@ -81,3 +83,27 @@ def test_an_image_names_no_policy_file_of_its_own(tmp_path: Path, cgroup: str) -
 @pytest.mark.parametrize(("cgroup", "trust"), [(DOCKERS, None), (PODMANS[0], True)])
 def test_control_an_annotation_of_the_operators_may_be_a_path(tmp_path: Path, cgroup: str, trust: bool | None) -> None:
     assert choose(tmp_path, cgroup, RuntimeOptions(trust_annotations=trust)) == "its-own"
+
+
+# ---- a checkpoint of a container starts again as any runtime would start it -----------------------------------------
+
+
+@pytest.mark.parametrize(("command", "status"), [("restore", 1), ("start", 0)])
+def test_no_checkpoint_is_restored_without_the_policy_that_it_asks_for(
+    host: Host, tmp_path: Path, command: str, status: int
+) -> None:
+    (tmp_path / "config.json").write_text('{"annotations": {"graft.policy": "any"}}')
+    environment = {**host.environment, "GRAFT_RUNTIME": "true"}
+    words: list[Word] = [
+        sys.executable,
+        "-m",
+        "graft.oci.main",
+        command,
+        "--image-path",
+        tmp_path,
+        "--bundle",
+        tmp_path,
+        "one",
+    ]
+    done = run(words, environment=environment, status=status)
+    assert ("cannot be restored" in done.stderr) == (command == "restore")

@@ -29,6 +29,7 @@ from graft.oci.options import RuntimeOptions
         ("--cgroup-manager=cgroupfs create --config c.json -b/b x", "create", "/b/c.json", "x", None),
         ("create x --bundle /b", "create", "/b/config.json", "x", None),
         ("create --no-pivot x", "create", "./config.json", "x", None),
+        ("restore --image-path /i -d --bundle /b --work-path /w x", "restore", "/b/config.json", "x", None),
         ("--root /r exec --bundle /b x sh", "exec", "config.json", "", None),
         ("--log /l kill x 9", "kill", "config.json", "", "/l"),
     ],
