@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from graft.datapath import dataplane
-from graft.errors import GraftError, RefusedError, UsageError
+from graft.errors import GraftError, NotFoundError, RefusedError, UsageError
 from graft.kernel import cgroup, netns
 from graft.kernel.seccomp import hung_up
 from graft.model.settings import Settings
@@ -144,7 +144,12 @@ class ListenerServer:
 
     def _plan(self, state: State) -> shim.Plan:
         """How to attach the container. Raises GraftError where its request is refused."""
-        config = read_config(os.path.join(state.bundle, "config.json")) or {"annotations": state.annotations}
+        path = os.path.join(state.bundle, "config.json")
+        config = read_config(path)
+        if config is None:  # it says which engine wrote the annotations, and which capabilities the container has
+            raise NotFoundError(
+                f"{path} not found", "where `graft listen` runs, the bundles of containers must be seen"
+            )
         request = requested(config)
         if request is None:
             raise UsageError("the container asks for no policy", f"--annotation {POLICY_ANNOTATION}=NAME")

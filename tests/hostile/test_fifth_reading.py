@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from graft.errors import RefusedError
+from graft.errors import NotFoundError, RefusedError
 from graft.model.settings import Settings
 from graft.oci import request
+from graft.oci.listener import ListenerServer
 from graft.oci.options import RuntimeOptions
 from graft.oci.request import Request, Source
+from graft.oci.state import State
 from tests.hostile.conftest import Confine, Without
 from tests.hostile.test_afterwards import apply
 from tests.hostile.test_datagrams import came, datagrams
@@ -107,3 +110,13 @@ def test_no_checkpoint_is_restored_without_the_policy_that_it_asks_for(
     ]
     done = run(words, environment=environment, status=status)
     assert ("cannot be restored" in done.stderr) == (command == "restore")
+
+
+# ---- what the runtime says of a container whose configuration is not seen -------------------------------------------
+
+
+def test_no_container_is_served_by_annotations_alone(tmp_path: Path) -> None:
+    """Nothing says then that they are not the image's, or that it has no CAP_NET_ADMIN."""
+    server = ListenerServer(Settings.from_environment({}), RuntimeOptions(), Path("/"), print)
+    with pytest.raises(NotFoundError, match=r"config\.json not found"):
+        server._plan(State("one", os.getpid(), str(tmp_path), {"graft.policy": "any"}))
