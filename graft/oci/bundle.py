@@ -29,7 +29,9 @@ HOOK = "graft.oci.hook"
 _HOST_USER_NAMESPACE = "/proc/1/ns/user"
 _MAX_BYTES = 16 << 20
 # Annotations by which crun takes its filter, or the filter's listener, from elsewhere.
-_CRUN_ANNOTATIONS = ("run.oci.seccomp.receiver", "run.oci.seccomp_bpf_data")
+_CRUN_ANNOTATIONS = ("run.oci.seccomp.receiver", "run.oci.seccomp.plugins", "run.oci.seccomp_bpf_data")
+# Those by which it puts a container into a cgroup below the container's own.
+_CRUN_SUBGROUPS = ("run.oci.systemd.subgroup", "run.oci.delegate-cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,12 @@ def container_annotations(config: Mapping[str, Any]) -> dict[str, str]:
 def edit_config(config: Mapping[str, Any], edit: Edit) -> Config:
     """A copy of ``config`` with the hooks and the notifications of ``edit``. A second edit changes nothing more.
 
-    Raises ConflictError where the container's seccomp profile conflicts with them.
+    Raises ConflictError where the container's seccomp profile conflicts with them, or an annotation would take the
+    container out of the cgroup that Graft attaches to.
     """
+    for name in _CRUN_SUBGROUPS:
+        if ".." in container_annotations(config).get(name, "").split("/"):
+            raise ConflictError(f"annotation {name}: it leads out of the container's cgroup")
     edited = copy.deepcopy(dict(config))
     hooks = mapping(edited.get("hooks"), "hooks")
     for kind in ("createRuntime", "poststop"):

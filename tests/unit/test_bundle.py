@@ -54,7 +54,9 @@ def test_without_a_listener_the_seccomp_profile_is_not_touched() -> None:
     assert [hook["args"][-1] for hook in edited["hooks"]["poststop"]] == ["reap"]
 
 
-@pytest.mark.parametrize("annotation", ["run.oci.seccomp.receiver", "run.oci.seccomp_bpf_data"])
+@pytest.mark.parametrize(
+    "annotation", ["run.oci.seccomp.receiver", "run.oci.seccomp.plugins", "run.oci.seccomp_bpf_data"]
+)
 def test_a_filter_that_comes_from_elsewhere_is_refused(annotation: str) -> None:
     with pytest.raises(ConflictError, match=annotation):
         edit_config({**CONFIG, "annotations": {annotation: "x"}}, EDIT)
