@@ -138,6 +138,8 @@ def choose_policy(
     from graft.policy.reader import load_policy
 
     trusted = request.source is Source.ANNOTATION and annotations_are_trusted(config, options)
+    if request.source is Source.ANNOTATION and not trusted:
+        _refuse_two_requests(request.value, environment(config))
     path = find_policy(settings, request.source, request.value, trusted)
     policy = load_policy(read_policy(path, regular_only=True), str(path), known)
     if not policy.open and not trusted:
@@ -148,6 +150,19 @@ def choose_policy(
             f"open: true in {path}{more}",
         )
     return policy
+
+
+def _refuse_two_requests(annotated: str, variables: Mapping[str, str]) -> None:
+    """Raises ConflictError where the environment asks for something else than an annotation that may be the image's:
+    either may be the operator's own choice.
+    """
+    for name in (POLICY_VARIABLE, PAIRS_VARIABLE):
+        if variables.get(name) and variables[name].strip() != annotated:
+            raise ConflictError(
+                f"{Source.ANNOTATION.value} and {name} differ, and either may be the image's (podman copies an image's"
+                " annotations)",
+                f"the same policy in both, or trust-annotations: true in {FILE}",
+            )
 
 
 def policy_from_pairs(text: str, known: Mapping[str, Endpoint]) -> Policy:

@@ -89,6 +89,25 @@ def test_control_an_annotation_of_the_operators_may_be_a_path(tmp_path: Path, cg
     assert choose(tmp_path, cgroup, RuntimeOptions(trust_annotations=trust)) == "its-own"
 
 
+@pytest.mark.parametrize("variable", ["GRAFT_POLICY=sealed", "GRAFT_CONV_PAIRS=0.0.0.0:80=web"])
+@pytest.mark.parametrize("cgroup", [PODMANS[0], DOCKERS])
+def test_an_image_does_not_replace_the_policy_that_the_operators_environment_names(
+    tmp_path: Path, variable: str, cgroup: str
+) -> None:
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies/wide.yaml").write_text("name: wide\nopen: true\n")
+    settings = Settings.from_environment({"GRAFT_STATE_DIR": str(tmp_path)})
+    config: dict[str, Any] = {"annotations": {"graft.policy": "wide"}, "linux": {"cgroupsPath": cgroup}}
+    config["process"] = {"env": [variable]}
+    asked = request.requested(config)
+    assert asked == Request(Source.ANNOTATION, "wide")
+    if cgroup == DOCKERS:  # the operator's own annotation
+        assert request.choose_policy(settings, asked, config, RuntimeOptions(), {}).name == "wide"
+        return
+    with pytest.raises(ConflictError, match="differ"):
+        request.choose_policy(settings, asked, config, RuntimeOptions(), {})
+
+
 # ---- a checkpoint of a container starts again as any runtime would start it -----------------------------------------
 
 
