@@ -1,1 +1,20 @@
-"""The OCI runtime wrapper: runc or crun, with each container attached before its first program runs."""
+"""The OCI runtime wrapper: runc or crun, with each container attached before its first program runs.
+
+    main.py             `graft-runtime`: passes each command to runc or crun, and prepares those that start a container
+    arguments.py        the runtime's own command line
+    options.py          what the operator configured
+    bundle.py           config.json, read and edited
+    request.py          which policy a container asks for, and whether it may have it
+    seccomp_profile.py  the container's seccomp profile with the three calls notified
+    profile_text.py     such a profile for podman, as text
+    features.py         what the real runtime supports
+    prepare.py          all of that before the container is made
+    hook.py             the commands that the runtime runs as hooks
+    shim.py             the process beside one container: its supervisors' keeper
+    listener.py         `graft listen`: the same for many containers
+    message_loop.py     messages of runtimes, and descriptors to wait for
+    state.py            a container's state, as a runtime sends it
+
+`main.main`, `listener.serve_listener_socket` and `profile_text.profile_text` are its face. It may import swap, state,
+datapath, policy, kernel and model.
+"""

@@ -30,7 +30,7 @@ from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
 
-OTHER4 = "10.98.0.77"
+OTHER4 = "10.98.0.75"
 INET, INET6, STREAM, DGRAM = 2, 10, 1, 2
 IPV6_RTHDR, SO_BINDTODEVICE, IP_LOCAL_PORT_RANGE = 57, 25, 51
 SOL_UDP, UDP_CORK = socket.IPPROTO_UDP, 1
@@ -73,7 +73,7 @@ def test_control_where_only_its_peer_is_judged_it_does(without: Without, confine
 
 # ---- a routing header behind the one that the kernel itself adds to long segments (BIG TCP) --------------------------
 
-SEGMENT6 = "fd98::77"
+SEGMENT6 = "fd98::75"
 LONG = 190_000
 ETH_P_IPV6, HOP_BY_HOP, ROUTING, TCP = 0x86DD, 0, 43, 6
 

@@ -85,7 +85,7 @@ def test_with_keep_running_the_child_continues(tmp_path: Path) -> None:
     done = helper_process.run_each(wait, [tmp_path / "go"], timeout=0.1, keep_running=True)
     assert not done.results and done.helper_pid
     try:
-        assert Path(f"/proc/{done.helper_pid}/comm").read_text() == "graft-asks\n"
+        until("it has its name", lambda: Path(f"/proc/{done.helper_pid}/comm").read_text() == "graft-asks\n")
         assert os.waitpid(done.helper_pid, os.WNOHANG) == (0, 0)
         (tmp_path / "go").touch()
         until("it is done", (tmp_path / "done").exists)
