@@ -131,7 +131,8 @@ def _destination(seen: Observed, packet: Packet) -> Iterator[Finding]:
     ever = _since_begin(seen, packet.time)
     if packet.source[0] not in seen.addresses and not any(rules.is_free(one, direct) for one in ever):
         yield Finding("packets", f"not an address of the host's: {_show(packet)}")
-    elif not any(
+    # Port 0: another thread disconnected the socket during the send() (docs/security.md). Nothing is at that port.
+    elif packet.source[1] and not any(
         rules.may_hold(one, direct, name, *packet.source)
         or (
             rules.may_reach(one, direct, name, *packet.to)
