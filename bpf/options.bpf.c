@@ -46,7 +46,8 @@ static __always_inline int bypasses_policy(int level, int name)
 		return name == IPV6_TRANSPARENT || name == IPV6_UNICAST_IF || name == IPV6_PKTINFO ||
 		       name == IPV6_2292PKTOPTIONS || name == IPV6_NEXTHOP || name == IPV6_MULTICAST_IF ||
 		       name == IPV6_HOPOPTS || name == IPV6_RTHDRDSTOPTS || name == IPV6_RTHDR ||
-		       name == IPV6_DSTOPTS || name == IPV6_FLOWLABEL_MGR || (name >= 20 && name <= 21) || (name >= 27 && name <= 30) ||
+		       name == IPV6_DSTOPTS || name == IPV6_FLOWLABEL_MGR || (name >= 20 && name <= 21) ||
+		       (name >= 27 && name <= 30) ||
 		       (name >= IPV6_IPSEC_POLICY && name <= IPV6_HDRINCL) || (name >= 42 && name <= 48);
 	if (level == SOL_TCP)
 		return name == TCP_REPAIR || name == TCP_REPAIR_WINDOW;

@@ -282,7 +282,8 @@ static __always_inline int is_big_tcp(struct __sk_buff *skb)
 {
 	u8 next = 0;
 
-	return skb->len > GRAFT_IPV6_HEADER + GRAFT_JUMBO && !bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, &next, 1) && next == IPPROTO_TCP;
+	return skb->len > GRAFT_IPV6_HEADER + GRAFT_JUMBO &&
+	       !bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, &next, 1) && next == IPPROTO_TCP;
 }
 
 static __always_inline int may_reach(struct bpf_sock *sk, struct owner *owner, struct request *remote, u64 netns)

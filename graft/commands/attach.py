@@ -5,12 +5,11 @@ Finds the container, observes what decides its transport (transport_choice.py), 
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from graft.commands.policy_apply import replace_policy
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import NotFoundError, RefusedError
 from graft.kernel import cgroup, netns
@@ -70,12 +69,9 @@ def attach(
 
 def observe(settings: Settings, path: Path, attached: Container | None) -> Observed:
     """What decides the transport of the container at ``path``."""
-    counted: Counter[int] = Counter()
-    for pid in cgroup.processes(path):
-        with contextlib.suppress(OSError):  # it has exited meanwhile
-            counted[os.stat(f"/proc/{pid}/ns/net").st_ino] += 1
+    namespaces = netns.inodes_of(cgroup.processes(path))
     transport = None if attached is None else attached.transport
-    return Observed(os.stat(settings.host_netns).st_ino, dict(counted), transport)
+    return Observed(os.stat(settings.host_netns).st_ino, dict(namespaces), transport)
 
 
 def _is_attached_name(graft: Installation, text: str) -> bool:
@@ -110,9 +106,7 @@ def _replace_policy(
             "detach it first: graft detach",
         )
     name = target.name if target.engine in ("docker", "podman", "systemd") else None
-    compiled = graft.compile(policy)
-    with graft.transaction() as change:
-        changed = change.containers.apply(attached, compiled, name, relay)
+    changed = replace_policy(graft, attached, policy, name, relay)
     if choice.transport is Transport.SPLICE:
         splice.attach(graft.settings, changed)
     return changed

@@ -25,14 +25,20 @@ def apply(graft: Installation, policy: Policy, text: str | None = None) -> list[
         raise NotFoundError(
             f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
         )
-    changed = [_apply(graft, container, policy) for container in chosen]
+    changed = [replace_policy(graft, container, policy) for container in chosen]
     for container in changed:
         if container.transport is Transport.SPLICE:
             splice.attach(graft.settings, container)
     return changed
 
 
-def _apply(graft: Installation, container: Container, policy: Policy) -> Container:
+def replace_policy(
+    graft: Installation, container: Container, policy: Policy, name: str | None = None, relay: str | None = None
+) -> Container:
+    """Replace a container's policy in the maps; graftd is to be told afterwards. Raises what `apply` raises.
+
+    ``name``, ``relay``: the new ones, None to keep them.
+    """
     compiled = graft.compile(policy)
     with graft.transaction() as change:
-        return change.containers.apply(container, compiled)
+        return change.containers.apply(container, compiled, name, relay)

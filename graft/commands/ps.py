@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from graft.datapath.dataplane import supervisors_cgroup
 from graft.errors import GraftError
-from graft.kernel import cgroup, tasks
+from graft.kernel import cgroup, netns, tasks
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import client as splice
@@ -55,7 +53,7 @@ def overview(graft: Installation) -> list[ContainerOverview]:
             ContainerOverview(
                 container=container,
                 processes=len(pids),
-                namespaces=namespaces_of(pids),
+                namespaces=tuple(sorted(netns.inodes_of(pids))),
                 supervisors=its_supervisors,
                 stuck=stuck.intersection(its_supervisors),
                 sockets=None if sockets is None else tuple(sockets[container.id]),
@@ -82,15 +80,6 @@ def _relays(settings: Settings, listed: Sequence[Container]) -> dict[int, Mappin
 
 def _not_served(problem: str) -> Mapping[str, Any]:
     return {"serves": False, "problem": problem}
-
-
-def namespaces_of(pids: Sequence[int]) -> tuple[int, ...]:
-    """Inodes of the network namespaces of these processes."""
-    inodes = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):  # it has exited meanwhile
-            inodes.add(os.stat(f"/proc/{pid}/ns/net").st_ino)
-    return tuple(sorted(inodes))
 
 
 def supervisors_of(container: Container, supervisors: Sequence[int]) -> tuple[int, ...]:

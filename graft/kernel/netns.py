@@ -10,7 +10,8 @@ import ctypes
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from graft.errors import KernelError, NotFoundError
@@ -62,6 +63,15 @@ def cookie(path: Path | None = None) -> int:
             return cookie()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         return socket_cookie(sock)
+
+
+def inodes_of(pids: Iterable[int]) -> Counter[int]:
+    """How many of these processes are in which network namespace, by its inode. Those that have exited do not count."""
+    counted: Counter[int] = Counter()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            counted[os.stat(f"/proc/{pid}/ns/net").st_ino] += 1
+    return counted
 
 
 def resolve(spec: str) -> Path:

@@ -18,42 +18,19 @@ from graft.oci.options import RuntimeOptions
 from graft.oci.request import Request, Source
 from graft.oci.state import State
 from tests.hostile.conftest import Confine, Without
-from tests.hostile.test_afterwards import apply
-from tests.hostile.test_datagrams import came, datagrams
-from tests.hostile.test_fourth_reading import DOCKERS, OTHER4, PODMANS, SOL_UDP, UDP_CORK, policy
+from tests.hostile.test_fourth_reading import DOCKERS, PODMANS, strays
 from tests.support.installation import Host
-from tests.support.namespaces import CLIENT4
 from tests.support.shell import Word, run
 
 pytestmark = pytest.mark.e2e
 
-INET, DGRAM = 2, 2
-
 # ---- a datagram socket may be connected to port 0: it is connected all the same --------------------------------------
-
-
-def strays(host: Host, confine: Confine, folder: Path) -> list[str | None]:
-    """Who sends to a destination before, and after its rule is gone, by a socket that is connected to port 0 of another
-    one: the kernel sends to where the last datagram went that one send began and another completed.
-    """
-    host.client.run("ip", "address", "replace", f"{OTHER4}/24", "dev", "eth0")
-    with datagrams(host, OTHER4) as gone:
-        steps = ["make", INET, DGRAM, 0, "connect", CLIENT4, 0]
-        steps += ["option", SOL_UDP, UDP_CORK, "send", OTHER4, gone.getsockname()[1]]
-        steps += ["bytes", SOL_UDP, UDP_CORK, "00000000", "wait", "send", "-", "-", "wait"]
-        one = confine(host, "direct", policy(CLIENT4, OTHER4), *steps)
-        assert one.lines(5)[1:] == ["connect ok", "option ok", "send ok", "bytes ok"]
-        before = came(gone, 10)
-        apply(host, one, folder, policy(CLIENT4))
-        one.resume()
-        one.lines(6)
-        return [before, came(gone)]
 
 
 def test_a_socket_connected_to_port_0_sends_to_no_destination_that_lost_its_rule(
     host: Host, confine: Confine, tmp_path: Path
 ) -> None:
-    before, after = strays(host, confine, tmp_path)
+    before, after = strays(host, confine, tmp_path, port=0)
     assert before is not None
     assert after is None
 
@@ -61,7 +38,7 @@ def test_a_socket_connected_to_port_0_sends_to_no_destination_that_lost_its_rule
 def test_control_where_a_peer_without_a_port_is_none_it_does(
     without: Without, confine: Confine, tmp_path: Path
 ) -> None:
-    assert None not in strays(without("port 0"), confine, tmp_path)
+    assert None not in strays(without("port 0"), confine, tmp_path, port=0)
 
 
 # ---- an image names, by an annotation that podman copies, a policy file of its own ----------------------------------

@@ -82,6 +82,15 @@ class Netns:
         sock.connect((address, port))
         return sock
 
+    @contextmanager
+    def with_address(self, prefix: str) -> Iterator[None]:
+        """Another address (with its prefix length) of its eth0, for the time of the block."""
+        self.run("ip", "address", "replace", prefix, "dev", "eth0", *(["nodad"] if ":" in prefix else []))
+        try:
+            yield
+        finally:
+            self.run("ip", "address", "del", prefix, "dev", "eth0")
+
     def reaches(self, address: str, port: int, timeout: float = 10) -> bool:
         """Whether a TCP connection out of it is accepted. Where packets are dropped this takes the whole timeout."""
         try:
