@@ -29,6 +29,7 @@
 #define GRAFT_TRANSPORT_DIRECT 1
 #define GRAFT_TRANSPORT_SWAP 2
 #define GRAFT_TRANSPORT_SPLICE 3
+#define GRAFT_TRANSPORT_BORN 4
 
 /* What happens with an address that no rule names (container.bind_default, connect_default). */
 #define GRAFT_DEFAULT_CONTAINER 0

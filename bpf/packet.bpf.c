@@ -143,7 +143,7 @@ static __always_inline int is_of_other_family(struct __sk_buff *skb, struct tag 
 /* Whether a socket receives from any client: a listener at the port that the listen hook recorded, a datagram socket
  * at the endpoint that it is granted now (or at a port that it had before there was a policy). Not one at an endpoint
  * that a 32-bit call has tied to an interface since: in a VRF that is another address of the same name. */
-static __always_inline int accepts_anyone(struct bpf_sock *sk, struct owner *owner)
+static __always_inline int accepts_anyone(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
 {
 	struct tag *tag = owner->tag;
 	struct local_address local;
@@ -158,8 +158,7 @@ static __always_inline int accepts_anyone(struct bpf_sock *sk, struct owner *own
 		return 0;
 	if (sk->protocol == IPPROTO_TCP)
 		return 1;
-	/* Only a direct container's can be host-homed: no transport replaces datagram sockets. */
-	return is_granted(owner->container, tag, &local, IPPROTO_UDP, owner->container->netns);
+	return is_granted(owner->container, tag, &local, IPPROTO_UDP, netns_of(skb));
 }
 
 /* The setsockopt hook refuses to join a group, but the kernel does not call it for 32-bit callers. */
@@ -195,7 +194,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 		return PASS;
 	if (!has_rules(type, protocol))
 		return binds_freely(owner.container) || owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
-	open = binds_freely(owner.container) || accepts_anyone(sk, &owner);
+	open = binds_freely(owner.container) || accepts_anyone(skb, sk, &owner);
 	if (owner.tag && owner.tag->endpoint && is_of_other_family(skb, owner.tag))
 		return drop(&owner);
 	if (is_tcp(type, protocol))

@@ -21,6 +21,7 @@ from graft.datapath.programs import ProgramCheck
 from graft.errors import GraftError, KernelError
 from graft.kernel import cgroup, netns, pidfd, seccomp
 from graft.kernel.seccomp import Listener
+from graft.kernel.seccomp_filter import swap_filter
 from graft.splice import selftest_result
 
 
@@ -133,7 +134,7 @@ def _seccomp() -> tuple[bool, bool, bool]:
     if pid == 0:
         found = 0
         with contextlib.suppress(OSError):
-            fd, killable = seccomp.install_listener()
+            fd, killable = seccomp.install_listener(swap_filter())
             found = 1 | Listener(fd).wake_on_this_core() << 1 | killable << 2
         theirs.send(bytes([found]))
         os.kill(os.getpid(), signal.SIGKILL)

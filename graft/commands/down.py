@@ -53,7 +53,7 @@ def down(settings: Settings, force: bool = False) -> None:
 def _populated(settings: Settings) -> dict[Path, bool]:
     """The attached cgroups that have processes, and whether their transport is swap."""
     found, unreadable = records.read_all(settings)
-    populated = {one.cgroup_path: one.transport is Transport.SWAP for one in found if one.is_populated}
+    populated = {one.cgroup_path: one.transport.is_supervised for one in found if one.is_populated}
     if unreadable and (settings.pin_dir / "scopes").exists():
         populated = _unrecorded(settings) | populated
     return populated
@@ -68,5 +68,5 @@ def _unrecorded(settings: Settings) -> dict[Path, bool]:
             if scope is None or not scope.container or not cgroup.populated(path):
                 continue  # it is Graft's own, or has no process
             value = graft.maps.containers.get(ctypes.c_uint32(scope.container))
-            populated[path] = value is None or value.transport == Transport.SWAP
+            populated[path] = value is None or Transport(value.transport).is_supervised
         return populated

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from graft.kernel import cgroup, netns, process
 from graft.model.transport import Transport
+from graft.policy.born import why_not_born
 from graft.policy.model import Policy
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -69,11 +70,12 @@ def _signals_blocked() -> Iterator[frozenset[signal.Signals]]:
 def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[signal.Signals]) -> int:
     compiled = graft.compile(plan.policy)
     host = netns.cookie(graft.settings.host_netns)
-    launched = launch(Launch(plan.command, path, plan.net, host, plan.user, plan.keep_net_admin, mask))
+    supervised = Transport.SWAP if why_not_born(compiled.policy, compiled.endpoints) else Transport.BORN
+    launched = launch(Launch(plan.command, path, plan.net, host, plan.user, plan.keep_net_admin, mask, supervised))
     container: Container | None = None
     keeper: Keeper | None = None
     try:
-        transport = Transport.DIRECT if launched.listener is None else Transport.SWAP
+        transport = Transport.DIRECT if launched.listener is None else supervised
         with graft.transaction() as change:
             container = change.containers.create(compiled, path, launched.netns, transport, os.getpid())
         if launched.listener is not None:

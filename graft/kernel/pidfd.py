@@ -1,4 +1,4 @@
-"""Other processes by descriptor: pidfd_open(2) of threads, pidfd_getfd(2), process_vm_readv(2).
+"""Other processes by descriptor: pidfd_open(2) of threads, pidfd_getfd(2), their ids, process_vm_readv(2).
 
 A pidfd always refers to the same process, so nothing here can affect another one that got its id. For a process
 os.pidfd_open() is used directly.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import select
+import struct
 
 from graft.kernel.syscalls import number
 from graft.kernel.tasks import parse_thread_group
@@ -60,6 +62,29 @@ def has_ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
+
+
+# PIDFD_GET_INFO (6.13) and struct pidfd_info, include/uapi/linux/pidfd.h: mask, cgroupid, then pid, tgid, ppid, ruid,
+# rgid, euid, egid, suid, sgid, fsuid, fsgid, exit_code.
+_GET_INFO = 3 << 30 | 64 << 16 | 0xFF << 8 | 11
+_INFO_CREDS = 1 << 1
+_INFO_QUESTION = struct.pack("=Q56x", _INFO_CREDS)
+_INFO_FILE_IDS = struct.Struct("=Q44x2I")
+_NOT_SUPPORTED = (errno.ENOTTY, errno.EINVAL)
+
+
+def file_ids(pidfd: int) -> tuple[int, int] | None:
+    """User and group of the files that a thread makes (fsuid and fsgid of setfsuid(2)), by its pidfd.
+
+    None where the kernel does not tell them so. Raises OSError (ESRCH).
+    """
+    try:
+        mask, uid, gid = _INFO_FILE_IDS.unpack_from(fcntl.ioctl(pidfd, _GET_INFO, _INFO_QUESTION))
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        return None
+    return (uid, gid) if mask & _INFO_CREDS else None
 
 
 class _Iovec(ctypes.Structure):

@@ -1,7 +1,6 @@
-"""seccomp user notification: the filter, the listener, and its ioctls. (Another filter: graft/kernel/terminal.py.)
+"""seccomp user notification: installing a filter, the listener, and its ioctls. (The filters: seccomp_filter.py.)
 
-Sources: seccomp(2), seccomp_unotify(2), include/uapi/linux/seccomp.h, include/uapi/linux/audit.h. The
-filter looks at the system call's number and architecture only: it cannot see the memory behind a pointer.
+Sources: seccomp(2), seccomp_unotify(2), include/uapi/linux/seccomp.h.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import select
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from graft.kernel.syscalls import MACHINE, syscall
+from graft.kernel.syscalls import syscall
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -25,12 +24,11 @@ _SET_MODE_FILTER = 1
 _FLAG_NEW_LISTENER = 1 << 3
 _FLAG_WAIT_KILLABLE_RECV = 1 << 5
 
-_RET_ALLOW = 0x7FFF0000
-_RET_USER_NOTIF = 0x7FC00000
-
 _USER_NOTIF_FLAG_CONTINUE = 1
 _FD_SYNC_WAKE_UP = 1
 _ADDFD_FLAG_SETFD = 1
+_ADDFD_FLAG_SEND = 2
+_O_CLOEXEC = 0o2000000
 
 
 def _ioc(direction: int, nr: int, size: int) -> int:
@@ -45,59 +43,27 @@ _NOTIF_ADDFD = _ioc(1, 3, _ADDFD_SIZE)
 _NOTIF_SET_FLAGS = _ioc(1, 4, 8)
 
 # struct seccomp_notif: id, pid, flags, then struct seccomp_data: nr, arch, instruction_pointer, args[6]. Unused members
-# are skipped; of arguments that the kernel treats as int, also the upper halves (second in memory on the machines of
-# _ARCHES).
+# are skipped; of arguments that the kernel treats as int, also the upper halves (second in memory on the machines that
+# seccomp_filter.py knows).
 _NOTIF = struct.Struct("=QI4xiI8xi4xQI4x24x")
 _RESP = struct.Struct("=QqiI")
 _ADDFD = struct.Struct("=QIIII")
 _ID = struct.Struct("=Q")
 _RECEIVE = ctypes.c_ulong(_NOTIF_RECV)
 
-# AUDIT_ARCH_* and the system calls' numbers of the architectures that Graft knows.
-_ARCHES: dict[str, tuple[int, dict[str, int]]] = {
-    "x86_64": (0xC000003E, {"connect": 42, "bind": 49, "listen": 50}),
-    "aarch64": (0xC00000B7, {"connect": 203, "bind": 200, "listen": 201}),
-}
-TRAPPED = ("bind", "connect", "listen")
-
-
-def architecture(machine: str = MACHINE) -> tuple[int, dict[str, int]]:
-    """A machine's AUDIT_ARCH and the numbers of the trapped calls. Raises OSError(ENOSYS) if unknown."""
-    try:
-        return _ARCHES[machine]
-    except KeyError:
-        raise OSError(errno.ENOSYS, f"seccomp: {machine} is not known") from None
-
-
-def filter_program(machine: str = MACHINE) -> bytes:
-    """The BPF filter: notify for bind, connect and listen of this architecture, allow all else.
-
-    Calls of another architecture (32-bit) and x86's x32 numbers are not trapped: they act on the
-    container's own sockets, and the hooks enforce the policy on host-homed ones all the same.
-    """
-    arch, calls = architecture(machine)
-    numbers = [calls[name] for name in TRAPPED]
-    load, jeq, ret = 0x20, 0x15, 0x06
-    count = len(numbers)
-    program = [(load, 0, 0, 4), (jeq, 0, count + 1, arch), (load, 0, 0, 0)]
-    program += [(jeq, count - index, 0, value) for index, value in enumerate(numbers)]
-    program += [(ret, 0, 0, _RET_ALLOW), (ret, 0, 0, _RET_USER_NOTIF)]
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-
 
 class _FilterProgram(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def install_listener() -> tuple[int, bool]:
-    """Install the filter on the calling process, permanently, and give the descriptor of its notifications.
+def install_listener(text: bytes) -> tuple[int, bool]:
+    """Install a filter on the calling process, permanently, and give the descriptor of its notifications.
 
     The second value says whether signals that do not kill leave a trapped call waiting.
 
     Needs CAP_SYS_ADMIN (or no_new_privs). With WAIT_KILLABLE_RECV (5.19) signals, which Go's runtime
     sends all the time, do not restart a call that a supervisor is handling.
     """
-    text = filter_program()
     try:
         return install(text, _FLAG_NEW_LISTENER | _FLAG_WAIT_KILLABLE_RECV), True
     except OSError as error:
@@ -205,8 +171,18 @@ class Listener:
 
         Raises OSError: ENOENT (the caller has ended), EBADF or EMFILE (the caller has no such descriptor).
         """
-        flags = 0o2000000 if cloexec else 0
-        _ADDFD.pack_into(self._addfd, 0, unique, _ADDFD_FLAG_SETFD, source, target, flags)
+        self._add(unique, _ADDFD_FLAG_SETFD, source, target, cloexec)
+
+    def answer_with(self, unique: int, source: int, cloexec: bool) -> None:
+        """Return from the call with a new descriptor of the caller's, of the same file as our descriptor ``source``.
+
+        One step (5.14): the caller has the descriptor and its number, or neither. Raises OSError: ENOENT (the caller
+        has ended, or was interrupted), EMFILE (it may have no more descriptors); the call is unanswered then.
+        """
+        self._add(unique, _ADDFD_FLAG_SEND, source, 0, cloexec)
+
+    def _add(self, unique: int, flags: int, source: int, target: int, cloexec: bool) -> None:
+        _ADDFD.pack_into(self._addfd, 0, unique, flags, source, target, _O_CLOEXEC if cloexec else 0)
         while True:
             try:
                 fcntl.ioctl(self.fd, _NOTIF_ADDFD, self._addfd)

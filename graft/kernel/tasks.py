@@ -9,6 +9,7 @@ Sources: proc_pid_stat(5), proc_pid_status(5), proc_pid_fd(5), kcmp(2).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ _SOCKET = re.compile(r"socket:\[(\d+)\]")
 _STATE = re.compile(rb"^State:\t([A-Za-z])", re.M)
 _NUMBERS = re.compile(rb"^(PPid|voluntary_ctxt_switches|nonvoluntary_ctxt_switches):\t([0-9]{1,20})$", re.M)
 _THREAD_GROUP = re.compile(rb"^Tgid:\t([0-9]{1,10})$", re.M)
+_FILE_IDS = re.compile(rb"^(?:Uid|Gid):(?:\t[0-9]{1,10}){3}\t([0-9]{1,10})$", re.M)
 _STUCK_STATES = frozenset("DTt")
 
 
@@ -110,3 +112,11 @@ def parse_thread_group(status: bytes) -> int:
     """The process id of a thread, from its /proc/TID/status; 0 where it is missing."""
     found = _THREAD_GROUP.search(status)
     return int(found[1]) if found else 0
+
+
+def parse_file_ids(status: bytes) -> tuple[int, int]:
+    """User and group of the files that a thread makes, from its /proc/TID/status. Raises ProcessLookupError."""
+    found = _FILE_IDS.findall(status)
+    if len(found) < 2:
+        raise ProcessLookupError(errno.ESRCH, "a thread's ids not found")
+    return int(found[0]), int(found[1])

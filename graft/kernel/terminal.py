@@ -17,6 +17,7 @@ import struct
 import termios
 
 from graft.kernel import seccomp
+from graft.kernel.seccomp_filter import architecture
 from graft.kernel.syscalls import MACHINE
 
 TIOCSTI, TIOCLINUX = termios.TIOCSTI, 0x541C
@@ -35,7 +36,7 @@ IOCTLS: dict[str, dict[int, tuple[int, ...]]] = {
 
 def filter_program(machine: str = MACHINE) -> bytes:
     """The BPF filter. Raises OSError(ENOSYS) for a machine whose numbers are not known."""
-    seccomp.architecture(machine)
+    architecture(machine)
     tables, refused = IOCTLS[machine], (TIOCSTI, TIOCLINUX)
     allow, refuse = (_RETURN, 0, 0, _RET_ALLOW), (_RETURN, 0, 0, _RET_ERRNO | errno.EPERM)
     program: list[tuple[int, int, int, int]] = [(_LOAD, 0, 0, _ARCH)]

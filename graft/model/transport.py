@@ -13,9 +13,15 @@ class Transport(enum.IntEnum):
     DIRECT = 1
     SWAP = 2
     SPLICE = 3
+    BORN = 4
 
     def __str__(self) -> str:
         return self.name.lower()
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether a supervisor puts the container's sockets on the host's stack."""
+        return self in (Transport.SWAP, Transport.BORN)
 
     @classmethod
     def parse(cls, text: str, field: str = "transport") -> Transport:
@@ -23,7 +29,7 @@ class Transport(enum.IntEnum):
         try:
             return cls[text.upper()]
         except KeyError:
-            raise UsageError(f"{field}: {text!r} is not a transport", "direct, swap or splice") from None
+            raise UsageError(f"{field}: {text!r} is not a transport", "direct, swap, born or splice") from None
 
 
 class Home(enum.IntEnum):

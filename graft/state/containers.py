@@ -19,6 +19,7 @@ from graft.model.address import shown
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.transport import Transport
+from graft.policy.born import why_not_born
 from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.limits import check_size
 from graft.policy.model import Policy
@@ -83,6 +84,18 @@ def endpoint_names(policy: Policy) -> tuple[str, ...]:
     named = [rule.endpoint for rule in policy.ingress]
     named += [rule.endpoint for rule in policy.egress if rule.endpoint]
     return tuple(dict.fromkeys(named))
+
+
+def _check_transport(container: Container, compiled: CompiledPolicy) -> None:
+    """Raises RefusedError where a policy needs another transport than the container was started with."""
+    obstacle = None
+    if container.transport is Transport.BORN:
+        obstacle = why_not_born(compiled.policy, compiled.endpoints)
+    if obstacle:
+        raise RefusedError(
+            f"policy {compiled.policy.name}: {obstacle}; {container.name} has all its sockets on the host's stack",
+            "start it again under that policy: it has transport swap then",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +174,9 @@ class ContainerChanges(Containers):
         """Replace a container's policy in one step: each call is decided by the old rules or by the new ones.
 
         ``name``, ``relay``: their new values, if they change. Raises NotFoundError if the container is not attached any
-        more, and what `create` raises.
+        more, RefusedError if its transport cannot serve the policy, and what `create` raises.
         """
+        _check_transport(container, compiled)
         key = ctypes.c_uint32(container.id)
         value = self._maps.containers.get(key)
         if value is None:

@@ -181,7 +181,7 @@ def _with_grant(container: Container, stack: HostStack, sock: ContainerSocket) -
         return _with_grant_by_address(container, stack, sock)
     if not tag.endpoint:
         # A swapped socket is on the host's stack only by a rule; a direct container's sockets always are.
-        return replace(sock, granted=container.transport is Transport.SWAP)
+        return replace(sock, granted=container.transport.is_supervised)
     endpoint = stack.endpoints.get(tag.endpoint)
     asked = str(Sockaddr(tag.family, bytes(tag.addr), tag.port)) if tag.bound_port else None
     return replace(sock, granted=True, endpoint=endpoint.name if endpoint else "(deleted)", asked=asked)

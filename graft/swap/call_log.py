@@ -6,12 +6,30 @@ import errno
 from collections.abc import Mapping
 
 from graft.model.endpoint import Endpoint
+from graft.swap.birth import BirthEntry
 from graft.swap.decision import Action, Call
 from graft.swap.supervisor import LogEntry
 
+_FAMILIES = {2: "inet", 10: "inet6"}
+_TYPES = {1: "stream", 2: "dgram"}
+_TYPE_MASK = 0xF  # SOCK_TYPE_MASK, include/linux/net.h
 
-def format_entry(entry: LogEntry, endpoints: Mapping[int, Endpoint]) -> str:
+
+def format_entry(entry: LogEntry | BirthEntry, endpoints: Mapping[int, Endpoint]) -> str:
     """``graft: bind 0.0.0.0:80 -> nx4 (0.0.0.0:8080)`` and the like."""
+    return _format_birth(entry) if isinstance(entry, BirthEntry) else _format_call(entry, endpoints)
+
+
+def _format_birth(entry: BirthEntry) -> str:
+    """``graft: socket inet stream: on the host's stack``"""
+    kind = entry.type & _TYPE_MASK
+    names = f"{_FAMILIES.get(entry.family, entry.family)} {_TYPES.get(kind, kind)}"
+    protocol = f" {entry.protocol}" if entry.protocol else ""
+    where = "unchanged" if entry.at_home else "on the host's stack"
+    return f"graft: socket {names}{protocol}: {where}"
+
+
+def _format_call(entry: LogEntry, endpoints: Mapping[int, Endpoint]) -> str:
     head = f"graft: {entry.call.name.lower()}" + (f" {entry.address}" if entry.address is not None else "")
     decision = entry.decision
     if decision.action is Action.REFUSE or entry.error:

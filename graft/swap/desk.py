@@ -118,6 +118,10 @@ class Desk:
         descriptor = _parse_answer(self._answer.tobytes()).descriptor
         return descriptor.references if descriptor.probed & layout.PROBED else 0
 
+    def knows(self, fd: int) -> bool:
+        """Whether the hooks take ``fd``, a socket of this process, for one of the container that can be served."""
+        return self.ask(fd, Call.LISTEN, None) is not None
+
     @property
     def options(self) -> layout.OptionsValue:
         """The options that the program set on the socket of the last question; the next question overwrites them."""

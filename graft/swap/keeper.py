@@ -28,8 +28,10 @@ from graft.model.settings import Settings
 from graft.state.endpoints import Endpoints
 from graft.state.installation import Installation
 from graft.state.records import Container
+from graft.swap.birth import BirthEntry, SocketBirth
 from graft.swap.call_log import format_entry
 from graft.swap.desk import open_desk, release_desk
+from graft.swap.processes import Processes
 from graft.swap.resource_limits import enter_own_cgroup
 from graft.swap.socket_pool import NamespaceSwitch, SocketPool
 from graft.swap.supervisor import LogEntry, Supervisor, serve
@@ -96,10 +98,7 @@ class Keeper:
             enter_own_cgroup(settings, container.id, container.cgroup_path, containers)
             namespaces = NamespaceSwitch(settings.host_netns, lambda cookie: _namespace_path(graft, container, cookie))
             gc.freeze()  # the collector then skips what is loaded now when it runs during a call
-            log = _call_logger(graft.endpoints) if self._verbose else None
-            desk = open_desk(graft, container.id)
-            pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
-            supervisor = Supervisor(graft.maps.tags, desk, pool, listener, log)
+            supervisor = _make_supervisor(graft, container, listener, namespaces, self._verbose)
             serve(supervisor, listener, self._journal, keeper)
             if has_ended(keeper):
                 self._continue_without_keeper(graft, supervisor, listener)
@@ -185,6 +184,29 @@ def _detach_from_terminal(verbose: bool) -> None:
         os.dup2(null, fd)
 
 
+def _make_supervisor(
+    graft: Installation, container: Container, listener: Listener, namespaces: NamespaceSwitch, verbose: bool
+) -> Supervisor:
+    """The supervisor of ``container`` in the calling process, with a desk of its own."""
+    log = _call_logger(graft.endpoints) if verbose else None
+    desk = open_desk(graft, container.id)
+    pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
+    processes = Processes()
+    birth = SocketBirth(desk, pool, listener, processes, _own_namespace(graft, container), log)
+    return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, log)
+
+
+def _own_namespace(graft: Installation, container: Container) -> str:
+    """The name of the container's own network namespace, as /proc/PID/ns/net gives it.
+
+    It stays open here: a name that is in use is given to no other namespace.
+    """
+    path = _namespace_path(graft, container, container.netns)
+    if path is None:
+        return ""
+    return f"net:[{os.fstat(os.open(path, os.O_RDONLY | os.O_CLOEXEC)).st_ino}]"
+
+
 def _namespace_path(graft: Installation, container: Container, cookie: int) -> Path | None:
     """The path of a namespace that is not the host's: the container's own, or an endpoint's."""
     if cookie == container.netns:
@@ -200,10 +222,10 @@ def _namespace_path(graft: Installation, container: Container, cookie: int) -> P
     return None
 
 
-def _call_logger(endpoints: Endpoints) -> Callable[[LogEntry], None]:
+def _call_logger(endpoints: Endpoints) -> Callable[[LogEntry | BirthEntry], None]:
     """A function that prints a line for each call."""
 
-    def log(entry: LogEntry) -> None:
+    def log(entry: LogEntry | BirthEntry) -> None:
         print(printable(format_entry(entry, endpoints.by_id())), file=sys.stderr, flush=True)
 
     return log

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from graft.errors import GraftError, KernelError
 from graft.kernel import capabilities, cgroup, keyring, netns, process, seccomp, terminal
+from graft.kernel.seccomp_filter import born_filter, swap_filter
+from graft.model.transport import Transport
 
 _HELLO = struct.Struct("=QB")
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # a shell's exit statuses for a command that it cannot start
@@ -25,7 +27,10 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126  # a shell's exit statuses for a command th
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A program and where it starts. ``net`` None: a new namespace. ``host_cookie``: the host's namespace."""
+    """A program and where it starts. ``net`` None: a new namespace. ``host_cookie``: the host's namespace.
+
+    ``transport``: the one that serves it in any other namespace, swap or born.
+    """
 
     command: tuple[str, ...]
     cgroup: Path
@@ -34,6 +39,7 @@ class Launch:
     user: process.User | None
     keep_net_admin: bool
     signal_mask: frozenset[signal.Signals]
+    transport: Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +125,14 @@ def _prepare(plan: Launch, control: socket.socket) -> None:
     if cookie == plan.host_cookie:
         control.send(_HELLO.pack(cookie, 0))
         return
-    listener, _ = seccomp.install_listener()
+    listener, _ = seccomp.install_listener(filter_of(plan.transport))
     socket.send_fds(control, [_HELLO.pack(cookie, 1)], [listener])
     os.close(listener)
+
+
+def filter_of(transport: Transport) -> bytes:
+    """The filter for a container's processes: of transport swap, or born."""
+    return born_filter() if transport is Transport.BORN else swap_filter()
 
 
 def _execute(plan: Launch) -> None:

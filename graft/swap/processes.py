@@ -10,11 +10,24 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
-from graft.kernel.pidfd import pidfd_getfd, pidfd_open_thread, threads_have_pidfds
+from graft.kernel.pidfd import file_ids, pidfd_getfd, pidfd_open_thread, threads_have_pidfds
+from graft.kernel.tasks import parse_file_ids
 
 _CACHE_SIZE = 256
+_STATUS_SIZE = 4096
+_GONE = (errno.ESRCH, errno.ENOENT)
+_Result = TypeVar("_Result")
+
+
+class Caller(NamedTuple):
+    """Of a thread: its network namespace as /proc/TID/ns/net names it, and the owner of the files that it makes."""
+
+    netns: str
+    owner: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,18 @@ class Process:
     def duplicate_fd(self, fd: int) -> int:
         """A duplicate of its descriptor ``fd``. Raises OSError (EBADF, ESRCH)."""
         return pidfd_getfd(self.pidfd, fd)
+
+    def caller(self) -> Caller:
+        """Who its thread is now. Raises OSError (ESRCH, ENOENT)."""
+        owner = file_ids(self.pidfd)
+        return Caller(os.readlink("../ns/net", dir_fd=self.fdinfo), owner or self._file_ids_by_status())
+
+    def _file_ids_by_status(self) -> tuple[int, int]:
+        status = os.open("../status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fdinfo)
+        try:
+            return parse_file_ids(os.read(status, _STATUS_SIZE))
+        finally:
+            os.close(status)
 
     def close(self) -> None:
         """Close both descriptors."""
@@ -46,16 +71,23 @@ class Processes:
 
         The process may be closed by the next call.
         """
+        return self._ask(tid, lambda process: (process, process.duplicate_fd(fd)))
+
+    def caller(self, tid: int) -> Caller:
+        """Who thread ``tid`` is now. Raises OSError (ESRCH, ENOENT)."""
+        return self._ask(tid, Process.caller)
+
+    def _ask(self, tid: int, question: Callable[[Process], _Result]) -> _Result:
+        """The answer of the thread's process; a cached one may be of a thread that has ended."""
         process = self._cache.get(tid) if self._cache_size > 1 else None
         if process is not None:
             try:
-                return process, pidfd_getfd(process.pidfd, fd)
+                return question(process)
             except OSError as error:
-                if error.errno != errno.ESRCH:
+                if error.errno not in _GONE:
                     raise
                 self._cache.pop(tid).close()
-        process = self._open(tid)
-        return process, process.duplicate_fd(fd)
+        return question(self._open(tid))
 
     def _open(self, tid: int) -> Process:
         pidfd = pidfd_open_thread(tid)

@@ -1,4 +1,4 @@
-"""Replacement sockets: made in the namespace where they will live, tagged, and some of them ahead of time.
+"""Sockets for a container: made in the namespace where they will live, tagged, and some of them ahead of time.
 
 To the hooks a supervisor's socket belongs to no container until it has a tag, so every socket is tagged here. It is
 made as the program's user: firewalls ask who opened a socket's file (``meta skuid`` of nft(8), ``-m owner`` of
@@ -15,6 +15,7 @@ import os
 from _socket import socket as Socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from graft.datapath import layout
 from graft.kernel import netns
@@ -22,16 +23,22 @@ from graft.kernel.bpf import Map
 from graft.kernel.credentials import owning_files_as
 from graft.model.transport import Home
 from graft.swap.desk import Desk
-from graft.swap.socket_copy import AF_INET, AF_INET6, SOCK_STREAM
 
-_SPARES = 8
+_SPARES = 16
 _MAX_KINDS = 8  # with spares: a container may have any number of users
 
 Owner = tuple[int, int]
 """User and group."""
 ROOT: Owner = (0, 0)
-_Kind = tuple[int, int, Owner]
-"""Family, protocol, owner."""
+
+
+class SocketKind(NamedTuple):
+    """What a socket is made of: the numbers of socket(2), and its owner. ``type`` may have SOCK_NONBLOCK."""
+
+    family: int
+    type: int
+    protocol: int
+    owner: Owner = ROOT
 
 
 class NamespaceSwitch:
@@ -66,47 +73,50 @@ class NamespaceSwitch:
 
 
 class SocketPool:
-    """Makes the replacement sockets of one container."""
+    """Makes the sockets of one container, and tags them."""
 
     def __init__(
         self, tags: Map[ctypes.c_int32, layout.Tag], desk: Desk, container: int, namespaces: NamespaceSwitch
     ) -> None:
         self._tags, self._next_home, self._container, self._namespaces = tags, desk.next_home, container, namespaces
-        self._spares: dict[_Kind, list[Socket]] = {}
-        self._missing: _Kind | None = None
+        self._spares: dict[SocketKind, list[Socket]] = {}
+        self._missing: SocketKind | None = None
 
-    def get(self, home: Home, cookie: int, family: int, protocol: int, owner: Owner = ROOT) -> Socket:
-        """A new socket of ``owner`` in the namespace of that cookie. Raises OSError."""
-        if home is not Home.HOST or cookie != self._namespaces.host_cookie:
-            with self._namespaces.inside(cookie), owning_files_as(*owner):
-                return self._make(home, family, protocol)
-        kind = family, protocol, owner
+    def get(self, home: Home, cookie: int, kind: SocketKind) -> Socket:
+        """A new socket in the namespace of that cookie. Raises OSError."""
+        if home is Home.HOST and cookie == self._namespaces.host_cookie:
+            return self.get_for_host(kind)
+        with self._namespaces.inside(cookie), owning_files_as(*kind.owner):
+            return self._make(home, kind)
+
+    def get_for_host(self, kind: SocketKind) -> Socket:
+        """A new host-homed socket in the host's namespace: a spare one, where there is one. Raises OSError."""
         spares = self._spares.get(kind)
         if spares:
             return spares.pop()
         self._missing = kind
-        with owning_files_as(*owner):
-            return self._make(home, family, protocol)
+        with owning_files_as(*kind.owner):
+            return self._make(Home.HOST, kind)
 
     def refill(self) -> None:
         """Make spare sockets of the kind of which `get` found none. To be called when the program does not wait."""
         if self._missing is not None:
-            family, protocol, owner = self._missing
-            spares = self._spares.pop(self._missing, [])
+            kind = self._missing
+            spares = self._spares.pop(kind, [])
             while len(self._spares) >= _MAX_KINDS:
                 for oldest in self._spares.pop(next(iter(self._spares))):
                     oldest.close()
-            self._spares[self._missing] = spares  # the newest now
-            with contextlib.suppress(OSError), owning_files_as(*owner):
+            self._spares[kind] = spares  # the newest now
+            with contextlib.suppress(OSError), owning_files_as(*kind.owner):
                 while len(spares) < _SPARES:
-                    spares.append(self._make(Home.HOST, family, protocol))
+                    spares.append(self._make(Home.HOST, kind))
             self._missing = None
 
-    def _make(self, home: Home, family: int, protocol: int) -> Socket:
+    def _make(self, home: Home, kind: SocketKind) -> Socket:
         next_home = self._next_home
         next_home[0] = home + 1
         try:
-            new = Socket(AF_INET if family == 4 else AF_INET6, SOCK_STREAM, protocol)
+            new = Socket(kind.family, kind.type, kind.protocol)
         except OSError:
             next_home[0] = 0
             raise

@@ -36,17 +36,19 @@ from graft.datapath import layout
 from graft.datapath.layout import PROBED_FLAGS, PROBED_OWNED
 from graft.kernel.bpf import Map
 from graft.kernel.pidfd import MemoryReader
-from graft.kernel.seccomp import Listener, Notification, architecture
+from graft.kernel.seccomp import Listener, Notification
+from graft.kernel.seccomp_filter import TRAPPED, architecture
 from graft.kernel.socket_calls import SOCKADDR_SIZE
 from graft.model.address import mapped_text
 from graft.model.sockaddr import Sockaddr, parse_sockaddr
 from graft.model.transport import Home
 from graft.swap import descriptors, socket_copy
+from graft.swap.birth import SocketBirth
 from graft.swap.decision import Action, Call, Decision, SocketFacts, decide
 from graft.swap.desk import Desk, DeskAnswer
 from graft.swap.end_watcher import EndWatcher
 from graft.swap.processes import Process, Processes
-from graft.swap.socket_pool import ROOT, Owner, SocketPool
+from graft.swap.socket_pool import ROOT, Owner, SocketKind, SocketPool
 from graft.swap.unreported import UnreportedBinds
 
 _IPPROTO_MPTCP = 262
@@ -85,15 +87,18 @@ class Supervisor:
         desk: Desk,
         pool: SocketPool,
         listener: Listener,
+        processes: Processes,
+        birth: SocketBirth,
         log: Callable[[LogEntry], None] | None = None,
     ) -> None:
-        self._tags, self._desk, self._pool = tags, desk, pool
+        self._tags, self._desk, self._pool, self._birth = tags, desk, pool, birth
         self._listener = listener
         self._memory = MemoryReader(SOCKADDR_SIZE)
-        self._processes = Processes()
+        self._processes = processes
         self._log = log
         self._architecture, numbers = architecture()
-        self._calls = {number: Call[name.upper()] for name, number in numbers.items()}
+        self._calls = {numbers[name]: Call[name.upper()] for name in TRAPPED}
+        self._socket_number = numbers["socket"]
         self._expected_references = 0
         self._unreported = UnreportedBinds()
         self._replaced: list[int] = []
@@ -117,18 +122,8 @@ class Supervisor:
         ``taken_over``: a previous supervisor died while it served the notification.
         """
         notification = Notification.unpack(raw)
-        call = self._calls.get(notification.nr)
-        if call is None or notification.arch != self._architecture:
-            # A container's own profile (graft/oci/seccomp_profile.py) notifies 32-bit calls too: they run unchanged.
-            self._listener.resume(notification.id)
-            return
         try:
-            if (taken_over or (self._unreported and self._was_unreported(notification))) and self._is_bound_already(
-                notification, call
-            ):
-                self._listener.answer(notification.id)
-            else:
-                self._serve(notification, call)
+            self._dispatch(notification, taken_over)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESRCH):
                 # The caller or its descriptor is gone: the kernel then has the right errno.
@@ -138,6 +133,23 @@ class Supervisor:
         except Exception:
             self._listener.answer(notification.id, errno.EIO)
             raise
+
+    def _dispatch(self, notification: Notification, taken_over: bool) -> None:
+        call = self._calls.get(notification.nr)
+        if notification.arch != self._architecture:
+            # A container's own profile (graft/oci/seccomp_profile.py) notifies 32-bit calls too: they run unchanged.
+            self._listener.resume(notification.id)
+        elif notification.nr == self._socket_number:
+            self._birth.serve(notification)
+            self._pool.refill()
+        elif call is None:
+            self._listener.resume(notification.id)
+        elif (taken_over or (self._unreported and self._was_unreported(notification))) and self._is_bound_already(
+            notification, call
+        ):
+            self._listener.answer(notification.id)
+        else:
+            self._serve(notification, call)
 
     def _was_unreported(self, notification: Notification) -> bool:
         """Whether this may be the restart of a bind that succeeded, but was interrupted by a signal."""
@@ -239,9 +251,11 @@ class Supervisor:
         return error
 
     def _get_replacement(self, decision: Decision, facts: SocketFacts, owner: Owner) -> Socket:
+        family = socket_copy.AF_INET if facts.family == 4 else socket_copy.AF_INET6
+        kind = SocketKind(family, socket_copy.SOCK_STREAM, facts.protocol, owner)
         if decision.action is _TO_HOST:
-            return self._pool.get(Home.HOST, decision.netns, facts.family, facts.protocol, owner)
-        return self._pool.get(Home.CONTAINER, facts.container_netns, facts.family, facts.protocol, owner)
+            return self._pool.get(Home.HOST, decision.netns, kind)
+        return self._pool.get(Home.CONTAINER, facts.container_netns, kind)
 
     def _bind(self, sock: Socket, address: Sockaddr) -> int:
         """Bind a replacement to the program's address, which the hook rewrites to the endpoint. Gives an errno."""

@@ -4,7 +4,7 @@
  *   peer pingpong ADDR PORT SECONDS     sends 64 bytes, waits for them, again and again
  *   peer connect ADDR PORT COUNT        socket, connect, close, again and again
  *
- * The clients print one line of JSON: the median of a round in microseconds and how many there were.
+ * The clients print one line of JSON: the median and the mean of a round in microseconds, and how many there were.
  */
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -46,14 +46,18 @@ static int by_value(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-static void print_median(void)
+static void print_samples(void)
 {
 	if (!sample_count) {
 		fprintf(stderr, "no samples\n");
 		exit(1);
 	}
+	double sum = 0;
+	for (size_t i = 0; i < sample_count; i++)
+		sum += samples[i];
 	qsort(samples, sample_count, sizeof(*samples), by_value);
-	printf("{\"median_us\": %.3f, \"count\": %zu}\n", samples[sample_count / 2], sample_count);
+	printf("{\"median_us\": %.3f, \"mean_us\": %.3f, \"count\": %zu}\n", samples[sample_count / 2],
+	       sum / sample_count, sample_count);
 }
 
 static struct sockaddr_in address(const char *host, const char *port)
@@ -172,6 +176,6 @@ int main(int argc, char **argv)
 		fprintf(stderr, "usage: peer serve PORT | pingpong ADDR PORT SECONDS | connect ADDR PORT COUNT\n");
 		return 2;
 	}
-	print_median();
+	print_samples();
 	return 0;
 }

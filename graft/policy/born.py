@@ -1,0 +1,39 @@
+"""Whether a container under a policy can have all its sockets born on the host's stack (transport born). Pure.
+
+It can where nothing is left to the container's own network stack: whatever no rule grants is refused, and no rule keeps
+anything inside. The hooks then decide each bind, connect and send, and no supervisor needs to see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from ipaddress import IPv6Address
+
+from graft.model.endpoint import Endpoint
+from graft.policy.model import Default, Policy, Verdict
+
+
+def why_not_born(policy: Policy, endpoints: Mapping[str, Endpoint]) -> str | None:
+    """The first thing in ``policy`` that needs another transport; None if there is none.
+
+    ``endpoints`` has those that its rules name.
+    """
+    return next(_obstacles(policy, endpoints), None)
+
+
+def _obstacles(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[str]:
+    if policy.bind_default is not Default.DENY:
+        yield "default.bind: what no rule grants stays in the container"
+    if policy.connect_default is not Default.DENY:
+        yield "default.connect: what no rule grants stays in the container"
+    for egress in policy.egress:
+        if egress.verdict is Verdict.CONTAINER:
+            yield f"{egress.field}: it keeps {egress.to} in the container"
+    for name, endpoint in endpoints.items():
+        if endpoint.netns is not None:
+            yield f"endpoint {name}: it is in another network namespace"
+    for ingress in policy.ingress:
+        found = endpoints.get(ingress.endpoint)
+        if found is not None and found.address == IPv6Address(0) and not found.dual_stack:
+            # Only a supervisor can make a socket IPv6-only that its program has not made so.
+            yield f"{ingress.field}: endpoint {ingress.endpoint} is IPv6-only at [::]"
