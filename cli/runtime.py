@@ -37,12 +37,17 @@ def runtime(context: typer.Context) -> None:
 def seccomp_profile(
     base: Annotated[Path | None, typer.Option("--base", help="The profile to start from. Default: podman's.")] = None,
     listener: Listener = None,
+    born: Annotated[
+        bool,
+        typer.Option("--born", help="For policies that leave nothing to the container's own stack: sockets are born."),
+    ] = False,
 ) -> None:
     """Print a seccomp profile for `podman --security-opt seccomp=FILE`, for use with `graft listen`."""
     from graft.oci.listener import default_path
     from graft.oci.profile_text import profile_text, read_base
 
-    print(profile_text(read_base(base), (listener or default_path(Settings.from_environment())).absolute()))
+    path = (listener or default_path(Settings.from_environment())).absolute()
+    print(profile_text(read_base(base), path, born))
 
 
 @command

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from graft.kernel import cgroup, netns, process
 from graft.model.transport import Transport
-from graft.policy.born import why_not_born
 from graft.policy.model import Policy
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -70,7 +69,7 @@ def _signals_blocked() -> Iterator[frozenset[signal.Signals]]:
 def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[signal.Signals]) -> int:
     compiled = graft.compile(plan.policy)
     host = netns.cookie(graft.settings.host_netns)
-    supervised = Transport.SWAP if why_not_born(compiled.policy, compiled.endpoints) else Transport.BORN
+    supervised = compiled.supervised_transport
     launched = launch(Launch(plan.command, path, plan.net, host, plan.user, plan.keep_net_admin, mask, supervised))
     container: Container | None = None
     keeper: Keeper | None = None

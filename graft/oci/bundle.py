@@ -39,8 +39,8 @@ class Edit:
     """What to add to a configuration.
 
     ``create_runtime`` is the hook's command that attaches the container before its program starts, ``poststop`` the
-    one that removes its rules. ``listener`` None leaves the seccomp profile unchanged. ``own_listeners`` is the prefix
-    of the paths of Graft's own listeners.
+    one that removes its rules. ``listener`` None leaves the seccomp profile unchanged; ``born``: it is notified of
+    socket(2) alone. ``own_listeners`` is the prefix of the paths of Graft's own listeners.
     """
 
     create_runtime: tuple[str, ...]
@@ -50,6 +50,7 @@ class Edit:
     own_listeners: str | None = None
     metadata: str = ""
     wait_killable: bool = False
+    born: bool = False
 
 
 def container_annotations(config: Mapping[str, Any]) -> dict[str, str]:
@@ -84,6 +85,13 @@ def edit_config(config: Mapping[str, Any], edit: Edit) -> Config:
     return edited
 
 
+def divides_sockets(config: Mapping[str, Any]) -> bool:
+    """Whether the container's seccomp profile can notify socket(2) for some families only. Raises UsageError."""
+    linux = mapping(config.get("linux"), "linux")
+    profile = seccomp_profile.check_profile(linux.get("seccomp"), "linux.seccomp")
+    return seccomp_profile.divides_sockets(profile or seccomp_profile.allow_all_profile())
+
+
 def _is_ours(hook: Mapping[str, Any], kind: str) -> bool:
     return HOOK in texts(hook.get("args"), f"hooks.{kind}.args")
 
@@ -94,7 +102,7 @@ def _edit_seccomp(config: Mapping[str, Any], profile: Mapping[str, Any], edit: E
             raise ConflictError(f"annotation {name}: the container's seccomp filter comes from elsewhere")
     assert edit.listener is not None
     edited = seccomp_profile.with_notifications(
-        profile or seccomp_profile.allow_all_profile(), edit.listener, edit.metadata, edit.own_listeners
+        profile or seccomp_profile.allow_all_profile(), edit.listener, edit.metadata, edit.own_listeners, edit.born
     )
     if edit.wait_killable and seccomp_profile.WAIT_KILLABLE not in (edited.get("flags") or []):
         edited["flags"] = [*(edited.get("flags") or []), seccomp_profile.WAIT_KILLABLE]

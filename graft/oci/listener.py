@@ -24,9 +24,10 @@ from graft.oci import shim
 from graft.oci.bundle import has_own_user_namespace, read_config
 from graft.oci.message_loop import MessageLoop
 from graft.oci.options import RuntimeOptions
+from graft.oci.profile_text import BORN_METADATA
 from graft.oci.request import POLICY_ANNOTATION, check_capabilities, choose_policy, requested
 from graft.oci.state import Message, State
-from graft.policy.compiler import compile_policy
+from graft.state.containers import check_transport, compile_for
 from graft.state.installation import known_endpoints
 
 Report = Callable[[str], None]
@@ -160,8 +161,10 @@ class ListenerServer:
             )
         known = known_endpoints(self._settings)
         policy = choose_policy(self._settings, request, config, self._options, known)
-        compile_policy(policy, policy.resolve(known))
-        return shim.Plan(self._settings, policy, Transport.SWAP, state.id, None, self._engine_cgroup)
+        compiled = compile_for(policy, policy.resolve(known))
+        transport = Transport.BORN if state.metadata == BORN_METADATA else Transport.SWAP
+        check_transport(transport, state.id[:12], compiled)
+        return shim.Plan(self._settings, policy, transport, state.id, None, self._engine_cgroup)
 
     def _refuse(self, state: State, error: GraftError | OSError, first: int | None) -> None:
         self._report(f"{state.id[:12]}: refused, and ended: {shim.describe(error)}")

@@ -22,11 +22,19 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.oci import shim
 from graft.oci.arguments import Invocation
-from graft.oci.bundle import HOOK, Edit, edit_config, has_own_user_namespace, namespace_path, write_config
+from graft.oci.bundle import (
+    HOOK,
+    Edit,
+    divides_sockets,
+    edit_config,
+    has_own_user_namespace,
+    namespace_path,
+    write_config,
+)
 from graft.oci.features import supports_wait_killable
 from graft.oci.options import RuntimeOptions
 from graft.oci.request import check_capabilities, choose_policy, requested
-from graft.policy.compiler import compile_policy
+from graft.state.containers import CompiledPolicy, compile_for
 from graft.state.installation import known_endpoints
 
 _MIN_AGE_SECONDS = 60.0
@@ -41,11 +49,13 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeO
     dataplane.up(settings)
     known = known_endpoints(settings)
     policy = choose_policy(settings, request, config, options, known)
-    compile_policy(policy, policy.resolve(known))
+    compiled = compile_for(policy, policy.resolve(known))
     remove_stale_folders(settings)
     folder, lock = _make_folder(settings)
     try:
-        transport = _choose_transport(config, settings)
+        transport = _choose_transport(config, settings, compiled)
+        if transport is Transport.BORN and not divides_sockets(config):
+            transport = Transport.SWAP
         edited = edit_config(config, _plan_edit(settings, folder, transport, runtime))
         plan = shim.Plan(settings, policy, transport, invocation.id, folder, cgroup.of_process(os.getpid()))
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
@@ -84,27 +94,28 @@ def remove_stale_folders(settings: Settings) -> None:
                 os.close(lock)
 
 
-def _choose_transport(config: Mapping[str, Any], settings: Settings) -> Transport:
+def _choose_transport(config: Mapping[str, Any], settings: Settings, compiled: CompiledPolicy) -> Transport:
     path = namespace_path(config, "network")
     if path == "":
-        return Transport.SWAP
+        return compiled.supervised_transport
     try:
         joined = netns.cookie(None if path is None else Path(path))
     except OSError as error:
         raise NotFoundError(f"linux.namespaces: network: {path}: {error.strerror}") from error
-    return Transport.DIRECT if joined == netns.cookie(settings.host_netns) else Transport.SWAP
+    return Transport.DIRECT if joined == netns.cookie(settings.host_netns) else compiled.supervised_transport
 
 
 def _plan_edit(settings: Settings, folder: Path, transport: Transport, runtime: str) -> Edit:
     command = (sys.executable, "-I", "-m", HOOK)  # -I: nothing is imported from the working directory
     variables = {**settings.environment, "PATH": os.environ.get("PATH", os.defpath)}
-    swap = transport is Transport.SWAP
+    supervised = transport.is_supervised
     return Edit(
         create_runtime=(*command, "attach", str(folder / shim.HOOK_SOCKET)),
-        poststop=None if swap else (*command, "reap"),
+        poststop=None if supervised else (*command, "reap"),
         environment=tuple(f"{name}={value}" for name, value in variables.items()),
-        listener=str(folder / shim.LISTENER_SOCKET) if swap else None,
+        listener=str(folder / shim.LISTENER_SOCKET) if supervised else None,
         own_listeners=str(shims_folder(settings)),
         metadata=folder.name,
-        wait_killable=swap and supports_wait_killable(runtime, shims_folder(settings) / "features.json"),
+        wait_killable=supervised and supports_wait_killable(runtime, shims_folder(settings) / "features.json"),
+        born=transport is Transport.BORN,
     )

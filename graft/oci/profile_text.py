@@ -10,6 +10,7 @@ from graft.errors import NotFoundError, UsageError
 from graft.model import json_text
 from graft.oci.seccomp_profile import Profile, check_profile, with_notifications
 
+_METADATA, BORN_METADATA = "graft", "graft-born"
 _MAX_BYTES = 16 << 20
 _DEFAULTS = (Path("/etc/containers/seccomp.json"), Path("/usr/share/containers/seccomp.json"))
 
@@ -36,6 +37,10 @@ def parse_base(raw: bytes, source: str) -> Profile:
     return check_profile(found, source)
 
 
-def profile_text(base: Profile, listener: Path) -> str:
-    """``base`` with bind, connect and listen notified at ``listener``, as JSON. Raises ConflictError."""
-    return json.dumps(with_notifications(base, str(listener), "graft", own_listeners=str(listener)), indent=2)
+def profile_text(base: Profile, listener: Path, born: bool = False) -> str:
+    """``base`` with bind, connect and listen notified at ``listener``, as JSON; ``born``: socket. Raises ConflictError.
+
+    The runtime repeats the metadata to `graft listen`, which so knows what the profile traps.
+    """
+    metadata = BORN_METADATA if born else _METADATA
+    return json.dumps(with_notifications(base, str(listener), metadata, str(listener), born), indent=2)

@@ -1,4 +1,4 @@
-"""A container's own seccomp profile, with notifications for bind, connect and listen. Pure.
+"""A container's own seccomp profile, with notifications for bind, connect and listen, or for socket. Pure.
 
 The profile keeps its meaning: a call that it allows is notified instead, a call that it denies stays denied, and
 rules for other calls do not change. A rule applies to every architecture of the profile, so 32-bit calls are notified
@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from graft.errors import ConflictError
+from graft.kernel.seccomp_filter import TRAPPED
 from graft.model.json_text import mapping, mappings, text, texts
+from graft.oci.socket_rules import Rule, admits_a_family, family_rules, notify_families
 
-TRAPPED = ("bind", "connect", "listen")
 NOTIFY = "SCMP_ACT_NOTIFY"
 _ALLOW = "SCMP_ACT_ALLOW"
 _PASSING = frozenset({_ALLOW, "SCMP_ACT_LOG"})  # libseccomp's actions after which the call runs
@@ -31,7 +32,7 @@ _ARCHITECTURES = {
 }
 
 Profile = dict[str, Any]
-Rule = dict[str, Any]
+_SOCKET = "socket"
 
 
 def allow_all_profile(machine: str | None = None) -> Profile:
@@ -55,12 +56,13 @@ def check_profile(profile: Any, field: str) -> Profile:
 
 
 def with_notifications(
-    profile: Mapping[str, Any], listener: str, metadata: str, own_listeners: str | None = None
+    profile: Mapping[str, Any], listener: str, metadata: str, own_listeners: str | None = None, born: bool = False
 ) -> Profile:
     """A copy of ``profile`` (see `check_profile`) that notifies bind, connect and listen at ``listener``.
 
-    ``own_listeners`` is the prefix of the paths of Graft's listeners: a profile that was edited before is edited again.
-    Raises ConflictError where the profile has another listener, or where a notification would weaken a rule.
+    ``born``: it notifies socket instead, for AF_INET and AF_INET6. ``own_listeners`` is the prefix of the paths of
+    Graft's listeners: a profile that was edited before is edited again. Raises ConflictError where the profile has
+    another listener, or where a notification would weaken a rule.
     """
     edited = copy.deepcopy(dict(profile))
     before = edited.get("listenerPath")
@@ -71,14 +73,30 @@ def with_notifications(
             "a container can have only one: remove that one, or do not use Graft's runtime",
         )
     rules: list[Rule] = edited.get("syscalls") or []
-    if not edited_before:
+    default = str(edited.get("defaultAction"))
+    if edited_before:
+        passing = default if default in _PASSING else _ALLOW
+        rules = [{**rule, "action": passing} if rule.get("action") == NOTIFY else rule for rule in rules]
+    else:
         _refuse_foreign_notifications(edited, rules)
-    for name in TRAPPED:
-        rules = _notify(name, rules, str(edited.get("defaultAction")))
+    if born:
+        rules = _notify_socket(rules, default)
+    else:
+        for name in TRAPPED:
+            rules = _notify(name, rules, default)
     edited["syscalls"] = rules
     edited["listenerPath"] = listener
     edited["listenerMetadata"] = metadata
     return edited
+
+
+def divides_sockets(profile: Mapping[str, Any]) -> bool:
+    """Whether a profile's rules for socket can be divided between the families. Raises UsageError."""
+    try:
+        _notify_socket(list(profile.get("syscalls") or []), str(profile.get("defaultAction")))
+    except ConflictError:
+        return False
+    return True
 
 
 def _refuse_foreign_notifications(profile: Profile, rules: list[Rule]) -> None:
@@ -94,7 +112,7 @@ def _notify(name: str, rules: list[Rule], default: str) -> list[Rule]:
     if default not in _PASSING:
         return list(_replace_actions(name, rules, _PASSING))
     # Where the default allows, rules that allow change nothing, and a rule that denies decides alone.
-    denying = [rule for rule in rules if name in _names(rule) and rule.get("action") not in {*_PASSING, NOTIFY}]
+    denying = _denying(name, rules)
     if any(not _has_condition(rule) for rule in denying):
         return list(_replace_actions(name, rules, _PASSING - {default}))
     if denying:
@@ -106,6 +124,39 @@ def _notify(name: str, rules: list[Rule], default: str) -> list[Rule]:
     return [*without, {"names": [name], "action": NOTIFY}]
 
 
+def _notify_socket(rules: list[Rule], default: str) -> list[Rule]:
+    if default not in _PASSING:
+        return list(_split_socket(rules, _PASSING))
+    denying = _denying(_SOCKET, rules)
+    if any(not _has_condition(rule) for rule in denying):
+        return list(_split_socket(rules, _PASSING - {default}))
+    if any(admits_a_family(rule) for rule in denying):
+        raise ConflictError("linux.seccomp: socket is denied for some of AF_INET and AF_INET6, and allowed for others")
+    without = [kept for rule in rules if (kept := rule if rule in denying else _without(_SOCKET, rule)) is not None]
+    return [*without, *family_rules(NOTIFY)]
+
+
+def _split_socket(rules: list[Rule], passing: frozenset[str]) -> Iterator[Rule]:
+    """The rules, with what one allows of socket by an action in ``passing`` notified for the two families."""
+    for rule in rules:
+        if _SOCKET not in _names(rule) or rule.get("action") not in passing:
+            yield rule
+            continue
+        rest = _without(_SOCKET, rule)
+        if rest is not None:
+            yield rest
+        yield from notify_families(_only(_SOCKET, rule), NOTIFY)
+
+
+def _denying(name: str, rules: list[Rule]) -> list[Rule]:
+    return [rule for rule in rules if name in _names(rule) and rule.get("action") not in {*_PASSING, NOTIFY}]
+
+
+def _only(name: str, rule: Rule) -> Rule:
+    """``rule`` for that call alone."""
+    return {"names": [name], **{key: value for key, value in rule.items() if key not in ("names", "name")}}
+
+
 def _replace_actions(name: str, rules: list[Rule], passing: frozenset[str]) -> Iterator[Rule]:
     """The rules, with NOTIFY under the same conditions where one allows ``name`` by an action in ``passing``."""
     for rule in rules:
@@ -115,8 +166,8 @@ def _replace_actions(name: str, rules: list[Rule], passing: frozenset[str]) -> I
         rest = _without(name, rule)
         if rest is not None:
             yield rest
-        only = {key: copy.deepcopy(value) for key, value in rule.items() if key not in ("names", "name", "errnoRet")}
-        yield {"names": [name], **only, "action": NOTIFY}
+        only = {key: value for key, value in copy.deepcopy(_only(name, rule)).items() if key != "errnoRet"}
+        yield {**only, "action": NOTIFY}
 
 
 def _names(rule: Rule) -> list[str]:

@@ -29,7 +29,7 @@ _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid (unix(7))
 class State:
     """A container, and the process that the message is about: its first one, or one of `exec`.
 
-    ``pid`` is 0 where the runtime does not give it (crun does not for an `exec`).
+    ``pid`` is 0 where the runtime does not give it (crun does not for an `exec`). ``metadata`` is of the listener.
     """
 
     id: str
@@ -37,6 +37,7 @@ class State:
     bundle: str = ""
     annotations: dict[str, str] = field(default_factory=dict)
     descriptors: tuple[str, ...] = ()
+    metadata: str = ""
 
 
 def parse(raw: bytes) -> State:
@@ -60,6 +61,7 @@ def _state(value: Any) -> State:
         json_text.path(state.get("bundle"), "state.bundle"),
         text_by_name(state.get("annotations"), "state.annotations"),
         tuple(texts(whole.get("fds"), "state.fds")),
+        text(whole.get("metadata"), "state.metadata"),
     )
 
 

@@ -64,6 +64,11 @@ class CompiledPolicy:
     endpoints: dict[str, Endpoint]
     rules: RuleSet
 
+    @property
+    def supervised_transport(self) -> Transport:
+        """The transport of a container that a supervisor serves under it: born where the policy permits, or swap."""
+        return Transport.SWAP if why_not_born(self.policy, self.endpoints) else Transport.BORN
+
 
 def compile_for(
     policy: Policy, endpoints: Mapping[str, Endpoint], before: CompiledPolicy | None = None
@@ -86,15 +91,13 @@ def endpoint_names(policy: Policy) -> tuple[str, ...]:
     return tuple(dict.fromkeys(named))
 
 
-def _check_transport(container: Container, compiled: CompiledPolicy) -> None:
-    """Raises RefusedError where a policy needs another transport than the container was started with."""
-    obstacle = None
-    if container.transport is Transport.BORN:
-        obstacle = why_not_born(compiled.policy, compiled.endpoints)
+def check_transport(transport: Transport, name: str, compiled: CompiledPolicy) -> None:
+    """Raises RefusedError where a policy needs another transport than the container ``name`` was started with."""
+    obstacle = why_not_born(compiled.policy, compiled.endpoints) if transport is Transport.BORN else None
     if obstacle:
         raise RefusedError(
-            f"policy {compiled.policy.name}: {obstacle}; {container.name} has all its sockets on the host's stack",
-            "start it again under that policy: it has transport swap then",
+            f"policy {compiled.policy.name}: {obstacle}; {name} was started with all its sockets on the host's stack",
+            "start it again under that policy, for transport swap",
         )
 
 
@@ -136,6 +139,7 @@ class ContainerChanges(Containers):
         RefusedError if a cgroup above or below is attached).
         """
         policy = compiled.policy
+        check_transport(transport, name or policy.name, compiled)
         self.reap()
         self._refuse_nesting(path)
         new = self._install(compiled)
@@ -176,7 +180,7 @@ class ContainerChanges(Containers):
         ``name``, ``relay``: their new values, if they change. Raises NotFoundError if the container is not attached any
         more, RefusedError if its transport cannot serve the policy, and what `create` raises.
         """
-        _check_transport(container, compiled)
+        check_transport(container.transport, container.name, compiled)
         key = ctypes.c_uint32(container.id)
         value = self._maps.containers.get(key)
         if value is None:

@@ -78,6 +78,7 @@ class SocketBirth:
         """Whether the hooks find the tag of an MPTCP socket (bpf/desk.bpf.c, is_swappable): asked once."""
         if self._has_mptcp is None:
             kind = SocketKind(int(names.AF_INET), int(names.SOCK_STREAM), IPPROTO_MPTCP)
-            with self._pool.get_for_host(kind) as probe:
-                self._has_mptcp = self._desk.knows(probe.fileno())
+            probe = self._pool.get_for_host(kind)
+            self._has_mptcp = self._desk.knows(probe.fileno())
+            probe.close()
         return self._has_mptcp

@@ -24,7 +24,7 @@ from graft.kernel.credentials import owning_files_as
 from graft.model.transport import Home
 from graft.swap.desk import Desk
 
-_SPARES = 16
+_SPARES = 8
 _MAX_KINDS = 8  # with spares: a container may have any number of users
 
 Owner = tuple[int, int]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from graft.kernel import seccomp
+from graft.kernel.seccomp_filter import swap_filter
 from tests.hostile.conftest import graft_without
 from tests.support.building import Programs
 from tests.support.cgroups import new_cgroup
@@ -33,7 +34,7 @@ def container(cgroup: Path) -> Iterator[tuple[int, int]]:
     pid = os.fork()
     if pid == 0:
         (cgroup / "cgroup.procs").write_text("0")
-        listener, _ = seccomp.install_listener()
+        listener, _ = seccomp.install_listener(swap_filter())
         socket.send_fds(theirs, [b"x"], [listener])
         signal.pause()
         os._exit(0)

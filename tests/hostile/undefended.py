@@ -82,7 +82,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "memory": (
         _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
         ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->open_port = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
-        ("packet.bpf.c", "|| accepts_anyone(sk, &owner);", "|| !owner.tag || accepts_anyone(sk, &owner);"),
+        ("packet.bpf.c", "|| accepts_anyone(skb, sk, &owner);", "|| !owner.tag || accepts_anyone(skb, sk, &owner);"),
     ),
     # An IPv6 bind takes the IPv4 port along.
     "ipv4": (
@@ -159,7 +159,9 @@ def _own_binds() -> None:
     ) -> Any:
         home = Home.HOST if decision.action is Action.TO_HOST else Home.CONTAINER
         where = decision.netns if home is Home.HOST else facts.container_netns
-        return self._pool.get(home, where, facts.family, facts.protocol, owner)
+        family = socket_copy.AF_INET if facts.family == 4 else socket_copy.AF_INET6
+        kind = socket_pool.SocketKind(family, socket_copy.SOCK_STREAM, facts.protocol, owner)
+        return self._pool.get(home, where, kind)
 
     supervisor.Supervisor._get_replacement = get_replacement  # type: ignore[method-assign]
     vars(supervisor)["_TO_HOST"] = Action.TO_CONTAINER  # what `_replace` compares with before it binds

@@ -20,6 +20,8 @@ def interpret(text: bytes, data: bytes) -> int:
         at += 1
         if code == 0x20:  # ld [k]
             accumulator = struct.unpack_from("=I", data, k)[0]
+        elif code == 0x54:  # and #k
+            accumulator &= k
         elif code == 0x15:  # jeq #k
             at += true if accumulator == k else false
         elif code == 0x06:  # ret #k

@@ -31,6 +31,7 @@ from graft.kernel import (
     pidfd,
     process,
     seccomp,
+    seccomp_filter,
     sockdiag,
     socket_calls,
     syscalls,
@@ -82,11 +83,11 @@ def test_headers_are_those_of_the_architecture(machine: str) -> None:
 
 
 def test_the_architectures_are_those_that_graft_has_numbers_for() -> None:
-    assert set(COMPILERS) == set(syscalls._TABLES) == set(seccomp._ARCHES) == set(terminal.IOCTLS)
+    assert set(COMPILERS) == set(syscalls._TABLES) == set(seccomp_filter._ARCHES) == set(terminal.IOCTLS)
 
 
 def test_system_calls_have_their_numbers(machine: str) -> None:
-    numbers = syscalls._TABLES[machine] | syscalls._COMMON | seccomp.architecture(machine)[1]
+    numbers = syscalls._TABLES[machine] | syscalls._COMMON | seccomp_filter.architecture(machine)[1]
     assert not differences(machine, ["asm/unistd.h"], {f"__NR_{name}": number for name, number in numbers.items()})
 
 
@@ -108,7 +109,7 @@ def test_words_are_64_bits_the_lower_half_first(machine: str) -> None:
 
 
 def test_the_seccomp_filter_is_written_as_the_kernel_reads_it(machine: str) -> None:
-    program = list(struct.iter_unpack("=HBBI", seccomp.filter_program(machine)))
+    program = list(struct.iter_unpack("=HBBI", seccomp_filter.swap_filter(machine)))
     values = {
         AUDIT_ARCHES[machine]: program[1][3],
         "__builtin_offsetof(struct seccomp_data, arch)": program[0][3],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import struct
 
 import pytest
@@ -10,7 +11,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from graft.kernel import seccomp
-from graft.kernel.seccomp import Notification, architecture, filter_program
+from graft.kernel.seccomp import Notification
+from graft.kernel.seccomp_filter import (
+    FAMILIES,
+    PROTOCOLS,
+    TRAPPED,
+    TYPE_FLAGS,
+    architecture,
+    born_filter,
+    can_be_born,
+    swap_filter,
+)
 from tests.support import classic_bpf
 
 ALLOW, NOTIFY = 0x7FFF0000, 0x7FC00000
@@ -25,15 +36,21 @@ every_machine = pytest.mark.parametrize("machine", MACHINES)
 
 
 def interpret(nr: int, arch: int, machine: str) -> int:
-    """What the filter returns for a call."""
-    return classic_bpf.interpret(filter_program(machine), classic_bpf.seccomp_data(nr, arch))
+    """What the filter of transport swap returns for a call."""
+    return classic_bpf.interpret(swap_filter(machine), classic_bpf.seccomp_data(nr, arch))
+
+
+def interpret_born(nr: int, arch: int, machine: str, *arguments: int) -> int:
+    """What the filter of transport born returns for a call."""
+    padded = (*arguments, *(0,) * (6 - len(arguments)))
+    return classic_bpf.interpret(born_filter(machine), classic_bpf.seccomp_data(nr, arch, padded))
 
 
 @every_machine
 def test_bind_connect_and_listen_are_trapped(machine: str) -> None:
     arch, calls = architecture(machine)
-    assert {name: interpret(number, arch, machine) for name, number in calls.items()} == dict.fromkeys(
-        ("bind", "connect", "listen"), NOTIFY
+    assert {name: interpret(calls[name], arch, machine) for name in ("bind", "connect", "listen")} == dict.fromkeys(
+        TRAPPED, NOTIFY
     )
 
 
@@ -41,7 +58,8 @@ def test_bind_connect_and_listen_are_trapped(machine: str) -> None:
 @given(number=st.integers(0, 2**32 - 1))
 def test_every_other_call_is_allowed(machine: str, number: int) -> None:
     arch, calls = architecture(machine)
-    assert interpret(number, arch, machine) == (NOTIFY if number in calls.values() else ALLOW)
+    trapped = {calls[name] for name in TRAPPED}
+    assert interpret(number, arch, machine) == (NOTIFY if number in trapped else ALLOW)
 
 
 @every_machine
@@ -51,6 +69,43 @@ def test_calls_of_another_architecture_are_allowed(machine: str, number: int, ot
     assert interpret(number, other, machine) == ALLOW
 
 
+KNOWN = st.sampled_from(
+    [(family, kind, protocol) for family in FAMILIES for kind in PROTOCOLS for protocol in PROTOCOLS[kind]]
+)
+FLAGS = st.sampled_from([0, socket.SOCK_NONBLOCK, socket.SOCK_CLOEXEC, TYPE_FLAGS])
+ANY = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
+
+
+@every_machine
+@given(known=KNOWN, flags=FLAGS, upper=st.tuples(*[st.integers(0, 2**32 - 1)] * 3))
+def test_born_traps_tcp_mptcp_and_udp_sockets(
+    machine: str, known: tuple[int, int, int], flags: int, upper: tuple[int, int, int]
+) -> None:
+    arch, calls = architecture(machine)
+    family, kind, protocol = known
+    # The kernel takes these arguments as int: the upper halves of the registers mean nothing.
+    arguments = (half << 32 | value for half, value in zip(upper, (family, kind | flags, protocol), strict=True))
+    assert interpret_born(calls["socket"], arch, machine, *arguments) == NOTIFY
+    assert can_be_born(family, kind | flags, protocol)
+
+
+@every_machine
+@given(family=ANY, kind=ANY, protocol=ANY)
+def test_born_leaves_every_other_socket_at_home(machine: str, family: int, kind: int, protocol: int) -> None:
+    arch, calls = architecture(machine)
+    known = family in (2, 10) and ((kind & ~TYPE_FLAGS, protocol) in {(1, 0), (1, 6), (1, 262), (2, 0), (2, 17)})
+    assert interpret_born(calls["socket"], arch, machine, family, kind, protocol) == (NOTIFY if known else ALLOW)
+    assert can_be_born(family, kind, protocol) == known
+
+
+@every_machine
+@given(number=st.integers(0, 2**32 - 1))
+def test_born_traps_no_other_call(machine: str, number: int) -> None:
+    arch, calls = architecture(machine)
+    assume(number != calls["socket"])
+    assert interpret_born(number, arch, machine, socket.AF_INET, socket.SOCK_STREAM, 0) == ALLOW
+
+
 @every_machine
 def test_32_bit_and_x32_numbers_are_not_taken_for_those_of_this_architecture(machine: str) -> None:
     arch, calls = architecture(machine)
@@ -58,12 +113,23 @@ def test_32_bit_and_x32_numbers_are_not_taken_for_those_of_this_architecture(mac
     for number in (*calls.values(), *numbers):
         assert interpret(number, other, machine) == ALLOW
         assert interpret(number | X32, arch, machine) == ALLOW
+        assert interpret_born(number, other, machine, socket.AF_INET, socket.SOCK_STREAM) == ALLOW
+        assert interpret_born(number | X32, arch, machine, socket.AF_INET, socket.SOCK_STREAM) == ALLOW
 
 
 @every_machine
 def test_the_filter_ends_on_every_path_and_reads_only_number_and_architecture(machine: str) -> None:
-    program = list(struct.iter_unpack("=HBBI", filter_program(machine)))
+    program = list(struct.iter_unpack("=HBBI", swap_filter(machine)))
     assert {k for code, _, _, k in program if code == 0x20} == {0, 4}
+    check_ends(program)
+
+
+@every_machine
+def test_the_filter_of_born_ends_on_every_path(machine: str) -> None:
+    check_ends(list(struct.iter_unpack("=HBBI", born_filter(machine))))
+
+
+def check_ends(program: list[tuple[int, int, int, int]]) -> None:
     for at, (code, true, false, _) in enumerate(program):
         if code == 0x15:
             assert at + 1 + max(true, false) < len(program)
@@ -73,7 +139,7 @@ def test_the_filter_ends_on_every_path_and_reads_only_number_and_architecture(ma
 def test_an_unknown_machine_is_refused() -> None:
     for unknown in ("riscv64", "32-bit aarch64", "aarch64_be"):
         with pytest.raises(OSError, match=unknown) as refused:
-            filter_program(unknown)
+            swap_filter(unknown)
         assert refused.value.errno == errno.ENOSYS
 
 

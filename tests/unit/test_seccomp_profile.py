@@ -11,6 +11,7 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from graft.errors import ConflictError
+from graft.kernel.seccomp_filter import FAMILIES, TRAPPED
 from graft.oci import seccomp_profile
 
 LISTENER = "/run/graft/oci/abc/seccomp"
@@ -24,7 +25,7 @@ ACTIONS = [
 ]
 PASSING = {"SCMP_ACT_ALLOW", "SCMP_ACT_LOG"}
 NOTIFY = "SCMP_ACT_NOTIFY"
-CALLS = ["read", "write", "socket", "socketcall", "mount", *seccomp_profile.TRAPPED]
+CALLS = ["read", "write", "socket", "socketcall", "mount", *TRAPPED]
 
 conditions = st.lists(
     st.fixed_dictionaries(
@@ -54,7 +55,10 @@ profiles = st.builds(
 
 def matches(rule: dict[str, Any], call: str, values: tuple[int, ...]) -> bool:
     def holds(condition: dict[str, Any]) -> bool:
-        return bool((values[condition["index"]] == condition["value"]) == (condition["op"] == "SCMP_CMP_EQ"))
+        value = values[condition["index"]]
+        if condition["op"] == "SCMP_CMP_GT":
+            return bool(value > condition["value"])
+        return bool((value == condition["value"]) == (condition["op"] == "SCMP_CMP_EQ"))
 
     return call in rule["names"] and all(holds(condition) for condition in rule.get("args", []))
 
@@ -67,9 +71,19 @@ def outcomes(profile: dict[str, Any], call: str, values: tuple[int, ...]) -> set
     return {one for one in found if one[0] != default} or {(default, profile.get("defaultErrnoRet"))}
 
 
+def unlogged(profile: dict[str, Any], call: str, values: tuple[int, ...]) -> set[tuple[str, int | None]]:
+    """`outcomes`, where what was logged once and then notified is allowed afterwards."""
+    return {("SCMP_ACT_ALLOW", None) if one[0] in PASSING else one for one in outcomes(profile, call, values)}
+
+
 def notified(profile: dict[str, Any]) -> dict[str, Any]:
     """The profile with notifications. Raises ConflictError where it cannot have them."""
     return seccomp_profile.with_notifications(profile, LISTENER, "abc", "/run/graft/oci")
+
+
+def born(profile: dict[str, Any]) -> dict[str, Any]:
+    """The profile with notifications of socket. Raises ConflictError where it cannot have them."""
+    return seccomp_profile.with_notifications(profile, LISTENER, "abc", "/run/graft/oci", born=True)
 
 
 def notified_or_another_example(profile: dict[str, Any]) -> dict[str, Any]:
@@ -93,11 +107,66 @@ def test_allowed_calls_are_notified_and_everything_else_is_unchanged(
         reject()  # so that enough other profiles are tried
     assert profile == before
     was, now = outcomes(profile, call, values), outcomes(edited, call, values)
-    if call not in seccomp_profile.TRAPPED:
+    if call not in TRAPPED:
         assert now == was
         return
     assert {one for one in now if one[0] != NOTIFY} == {one for one in was if one[0] not in PASSING}
     assert any(one[0] == NOTIFY for one in now) == any(one[0] in PASSING for one in was)
+
+
+@given(profiles, st.sampled_from(CALLS), st.tuples(st.sampled_from([0, 1, 2, 3, 10, 11, 70]), *[st.integers(0, 4)] * 2))
+def test_born_notifies_sockets_of_the_two_families_and_changes_nothing_else(
+    profile: dict[str, Any], call: str, values: tuple[int, int, int]
+) -> None:
+    before = copy.deepcopy(profile)
+    try:
+        edited = born(profile)
+    except ConflictError:
+        assert any(rule.get("args") and "socket" in rule["names"] for rule in profile["syscalls"])
+        reject()
+    assert profile == before
+    was, now = outcomes(profile, call, values), outcomes(edited, call, values)
+    if call != "socket" or values[0] not in FAMILIES:
+        assert now == was
+        return
+    assert {one for one in now if one[0] != NOTIFY} == {one for one in was if one[0] not in PASSING}
+    assert any(one[0] == NOTIFY for one in now) == any(one[0] in PASSING for one in was)
+
+
+@given(profiles)
+def test_a_profile_edited_for_one_transport_can_be_edited_for_the_other(profile: dict[str, Any]) -> None:
+    try:
+        once, other = born(profile), notified(profile)
+    except ConflictError:
+        reject()
+    assert born(once) == once
+    for call in CALLS:
+        for family in (0, 1, 2, 3, 10, 11):
+            values = (family, 1, 2)
+            assert unlogged(born(other), call, values) == unlogged(once, call, values)
+            assert unlogged(notified(once), call, values) == unlogged(other, call, values)
+
+
+def test_a_profile_of_dockers_is_divided() -> None:
+    """Docker's default profile allows every family but AF_VSOCK."""
+    only = [{"index": 0, "value": 40, "op": "SCMP_CMP_NE"}]
+    profile = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["socket"], "action": "SCMP_ACT_ALLOW"}]}
+    profile["syscalls"][0]["args"] = only  # type: ignore[index]
+    actions = {
+        family: outcomes(born(profile), "socket", (family, 1, 0)) for family in (0, 1, 2, 10, 16, 39, 40, 41, 99)
+    }
+    allowed, refused, told = {("SCMP_ACT_ALLOW", None)}, {("SCMP_ACT_ERRNO", None)}, {(NOTIFY, None)}
+    assert actions == {
+        0: allowed,
+        1: allowed,
+        2: told,
+        10: told,
+        16: allowed,
+        39: allowed,
+        40: refused,
+        41: allowed,
+        99: allowed,
+    }
 
 
 @given(profiles)
@@ -109,7 +178,7 @@ def test_rules_for_other_calls_keep_their_actions_and_order(profile: dict[str, A
             (name, rule["action"], json.dumps([rule.get("args"), rule.get("errnoRet")]))
             for rule in rules
             for name in rule["names"]
-            if name not in seccomp_profile.TRAPPED
+            if name not in TRAPPED
         ]
 
     assert others(edited["syscalls"]) == others(profile["syscalls"])
@@ -160,4 +229,4 @@ def test_a_container_without_a_profile_gets_one_that_allows_all_and_32_bit_too()
     edited = notified(seccomp_profile.allow_all_profile("x86_64"))
     assert edited["defaultAction"] == "SCMP_ACT_ALLOW"
     assert set(edited["architectures"]) == {"SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"}
-    assert {name for rule in edited["syscalls"] for name in rule["names"]} == set(seccomp_profile.TRAPPED)
+    assert {name for rule in edited["syscalls"] for name in rule["names"]} == set(TRAPPED)

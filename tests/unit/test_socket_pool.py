@@ -16,9 +16,14 @@ import pytest
 from graft.datapath import layout
 from graft.model.transport import Home
 from graft.swap import socket_pool
-from graft.swap.socket_pool import SocketPool
+from graft.swap.socket_pool import ROOT, Owner, SocketKind, SocketPool
 
 HERE, ELSEWHERE = 1, 2
+
+
+def kind(family: int, owner: Owner = ROOT) -> SocketKind:
+    """A kind of TCP socket."""
+    return SocketKind(socket.AF_INET if family == 4 else socket.AF_INET6, socket.SOCK_STREAM, 6, owner)
 
 
 class Namespaces:
@@ -66,14 +71,14 @@ def make_pool(monkeypatch: pytest.MonkeyPatch, hook: bool) -> tuple[SocketPool, 
 
 def test_where_the_hook_tags_the_map_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, tags, namespaces, seen = make_pool(monkeypatch, hook=True)
-    pool.get(Home.HOST, HERE, 4, 6).close()
-    pool.get(Home.CONTAINER, ELSEWHERE, 6, 6).close()
+    pool.get(Home.HOST, HERE, kind(4)).close()
+    pool.get(Home.CONTAINER, ELSEWHERE, kind(6)).close()
     assert (tags.put_for, namespaces.entered, seen) == ([], [ELSEWHERE], [Home.HOST + 1, Home.CONTAINER + 1])
 
 
 def test_where_no_hook_tags_the_map_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, tags, _, _ = make_pool(monkeypatch, hook=False)
-    sock = pool.get(Home.HOST, HERE, 4, 6)
+    sock = pool.get(Home.HOST, HERE, kind(4))
     assert tags.put_for == [(sock.fileno(), 7, Home.HOST)]
     assert sock.family == socket.AF_INET
     sock.close()
@@ -84,22 +89,22 @@ def test_a_socket_that_cannot_be_tagged_is_closed(monkeypatch: pytest.MonkeyPatc
     tags.fails = True
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="no memory"):
-        pool.get(Home.HOST, HERE, 4, 6)
+        pool.get(Home.HOST, HERE, kind(4))
     pool.refill()
     assert os.listdir("/proc/self/fd") == before
 
 
 def test_spares_are_made_of_the_kind_that_was_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, _, _, seen = make_pool(monkeypatch, hook=True)
-    taken = [pool.get(Home.HOST, HERE, 4, 6)]
+    taken = [pool.get(Home.HOST, HERE, kind(4))]
     pool.refill()
     made = len(seen)
     assert made > 2
     while len(taken) < made:
-        taken.append(pool.get(Home.HOST, HERE, 4, 6))
+        taken.append(pool.get(Home.HOST, HERE, kind(4)))
         pool.refill()
     assert len(seen) == made
-    taken.append(pool.get(Home.HOST, HERE, 6, 6))
+    taken.append(pool.get(Home.HOST, HERE, kind(6)))
     assert len(seen) == made + 1
     for sock in taken:
         sock.close()
@@ -121,10 +126,10 @@ def test_a_socket_is_made_as_its_programs_user(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(socket_pool, "owning_files_as", owning)
     monkeypatch.setattr(pool, "_make", make)
     for user in (5, 6, 5, 5, 0, 6):
-        made: Any = pool.get(Home.HOST, HERE, 4, 6, (user, 7))
+        made: Any = pool.get(Home.HOST, HERE, kind(4, (user, 7)))
         assert made.owner == (user, 7)
         pool.refill()
-    made = pool.get(Home.CONTAINER, ELSEWHERE, 4, 6, (8, 9))
+    made = pool.get(Home.CONTAINER, ELSEWHERE, kind(4, (8, 9)))
     assert made.owner == (8, 9)
 
 
@@ -133,6 +138,6 @@ def test_a_container_of_many_users_has_few_spares(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket_pool, "owning_files_as", lambda *_: contextlib.nullcontext())
     before = len(os.listdir("/proc/self/fd"))
     for user in range(200):
-        pool.get(Home.HOST, HERE, 4, 6, (user, 0)).close()
+        pool.get(Home.HOST, HERE, kind(4, (user, 0))).close()
         pool.refill()
     assert len(os.listdir("/proc/self/fd")) < before + 100

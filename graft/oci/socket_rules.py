@@ -1,0 +1,86 @@
+"""The rules of a seccomp profile for socket(2), with AF_INET and AF_INET6 notified and all else as before. Pure.
+
+A rule's conditions are about one argument each (runtimes take several about the same argument for alternatives), so
+"any family but these two" is a rule for each family. Format: runtime-spec, config-linux.md (seccomp).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from graft.errors import ConflictError
+from graft.kernel.seccomp_filter import FAMILIES
+from graft.model.json_text import mappings, number, text
+
+Rule = dict[str, Any]
+
+_FAMILY_ARGUMENT = 0
+_LAST_FAMILY = 63  # AF_MAX is 46 in include/linux/socket.h; there is room for more
+_MAX_VALUE = (1 << 64) - 1
+_EQUAL, _GREATER = "SCMP_CMP_EQ", "SCMP_CMP_GT"
+_ADMITS: Mapping[str, Callable[[int, int, int], bool]] = {
+    "SCMP_CMP_NE": lambda family, value, _: family != value,
+    "SCMP_CMP_LT": lambda family, value, _: family < value,
+    "SCMP_CMP_LE": lambda family, value, _: family <= value,
+    _EQUAL: lambda family, value, _: family == value,
+    "SCMP_CMP_GE": lambda family, value, _: family >= value,
+    _GREATER: lambda family, value, _: family > value,
+    "SCMP_CMP_MASKED_EQ": lambda family, mask, value: family & mask == value,
+}
+
+
+def notify_families(rule: Rule, notify: str) -> Iterator[Rule]:
+    """Rules that together are ``rule``, a passing one for socket alone, with the two families under ``notify``.
+
+    Raises ConflictError where its conditions cannot be divided, UsageError where they are not valid.
+    """
+    if not admits_a_family(rule):
+        yield rule
+        return
+    admits = _family_condition(rule)
+    for family in range(_LAST_FAMILY + 1):
+        if admits(family):
+            yield _for_family(rule, _EQUAL, family, notify if family in FAMILIES else None)
+    if admits(_LAST_FAMILY + 1):
+        yield _for_family(rule, _GREATER, _LAST_FAMILY, None)
+
+
+def family_rules(notify: str) -> list[Rule]:
+    """Rules for the two families, for a profile whose default allows them."""
+    return [_for_family({"names": ["socket"]}, _EQUAL, family, notify) for family in FAMILIES]
+
+
+def admits_a_family(rule: Rule) -> bool:
+    """Whether ``rule`` applies to a socket of either family. Raises ConflictError, UsageError."""
+    admits = _family_condition(rule)
+    return any(admits(family) for family in FAMILIES)
+
+
+def _family_condition(rule: Rule) -> Callable[[int], bool]:
+    conditions = mappings(rule.get("args"), "linux.seccomp.syscalls.args")
+    indexes = [number(one.get("index"), "linux.seccomp.syscalls.args.index", 5) for one in conditions]
+    if len(set(indexes)) < len(indexes):
+        raise ConflictError("linux.seccomp: a rule for socket has two conditions about one argument")
+    if _FAMILY_ARGUMENT not in indexes:
+        return lambda _family: True
+    condition = conditions[indexes.index(_FAMILY_ARGUMENT)]
+    comparison = _ADMITS.get(text(condition.get("op"), "linux.seccomp.syscalls.args.op"))
+    if comparison is None:
+        raise ConflictError(f"linux.seccomp: a rule for socket compares by {condition.get('op')!r}")
+    value, second = (
+        number(condition.get(name), f"linux.seccomp.syscalls.args.{name}", _MAX_VALUE) for name in ("value", "valueTwo")
+    )
+    return lambda family: comparison(family, value, second)
+
+
+def _for_family(rule: Rule, op: str, family: int, action: str | None) -> Rule:
+    """``rule`` with that condition about the family instead of its own; ``action`` None keeps its action."""
+    new = copy.deepcopy(rule)
+    others = [one for one in new.get("args") or [] if one.get("index") != _FAMILY_ARGUMENT]
+    new["args"] = [{"index": _FAMILY_ARGUMENT, "value": family, "op": op}, *others]
+    if action is not None:
+        new["action"] = action
+        new.pop("errnoRet", None)
+    return new
