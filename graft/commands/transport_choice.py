@@ -8,7 +8,7 @@ from graft.errors import RefusedError
 from graft.model.transport import Transport
 
 _NO_BETTER = "direct needs the host's namespace; swap needs a supervisor, but it was started without Graft"
-_RESTART = "start it with `graft run` or the OCI runtime for the swap transport"
+_RESTART = "start it with `graft run` or the OCI runtime for the transports swap and born"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ def choose_transport(observed: Observed, wanted: Transport | None = None) -> Tra
 _HINTS = {
     Transport.DIRECT: "--network host makes a container share the host's namespace",
     Transport.SWAP: _RESTART,
+    Transport.BORN: _RESTART,
     Transport.SPLICE: "leave --transport out",
 }
 
@@ -57,16 +58,18 @@ _HINTS = {
 def _why_not(wanted: Transport, choice: TransportChoice) -> str:
     if wanted is Transport.DIRECT:
         return "it is in a network namespace of its own"
-    if wanted is Transport.SWAP and choice.transport is Transport.SPLICE:
+    if wanted.is_supervised and choice.transport is Transport.SPLICE:
         return "it was started without Graft, so it has no supervisor"
+    if wanted.is_supervised and choice.transport.is_supervised:
+        return "its policy decided that when it was started"
     if choice.transport is Transport.DIRECT:
         return "its sockets are already on the host's stack"
     return "its supervisor puts its sockets on the host's stack, so there is nothing to relay"
 
 
 def _best(observed: Observed) -> TransportChoice:
-    if observed.attached is Transport.SWAP:
-        return TransportChoice(Transport.SWAP, "it has a supervisor", "it is in a network namespace of its own")
+    if observed.attached is not None and observed.attached.is_supervised:
+        return TransportChoice(observed.attached, "it has a supervisor", "it is in a network namespace of its own")
     if observed.attached is Transport.SPLICE and not observed.namespaces:
         return TransportChoice(Transport.SPLICE, "graftd relays for it, though it has no process now", _NO_BETTER)
     if not observed.namespaces:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from graft.errors import ConflictError
@@ -75,8 +75,7 @@ def with_notifications(
     rules: list[Rule] = edited.get("syscalls") or []
     default = str(edited.get("defaultAction"))
     if edited_before:
-        passing = default if default in _PASSING else _ALLOW
-        rules = [{**rule, "action": passing} if rule.get("action") == NOTIFY else rule for rule in rules]
+        rules = _without_notifications(rules, TRAPPED if born else (_SOCKET,), default)
     else:
         _refuse_foreign_notifications(edited, rules)
     if born:
@@ -88,6 +87,18 @@ def with_notifications(
     edited["listenerPath"] = listener
     edited["listenerMetadata"] = metadata
     return edited
+
+
+def _without_notifications(rules: list[Rule], names: Sequence[str], default: str) -> list[Rule]:
+    """The rules with ``names``, which an earlier edit had notified, allowed again."""
+    allowed = list(rules)
+    for index, rule in enumerate(rules):
+        if rule.get("action") == NOTIFY and _names(rule)[0] in names:
+            denied = any(not _has_condition(one) for one in _denying(_names(rule)[0], rules))
+            # What was notified beside a denial had the passing action that is not the default.
+            action = default if default in _PASSING and not denied else min(_PASSING - {default})
+            allowed[index] = {**rule, "action": action}
+    return allowed
 
 
 def divides_sockets(profile: Mapping[str, Any]) -> bool:
