@@ -130,6 +130,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	}
 	request->fixed_source = !binds_freely(owner.container);
 	bound = is_bound(ctx->sk, owner.tag, owner.container, bpf_get_netns_cookie(ctx));
+	request->bound = bound;
 	request->any_source = bound || has_earlier_port(ctx->sk, owner.tag);
 	if (rule != GRAFT_VERDICT_GRANT) {
 		/* direct: the host's namespace is the container's own, so its default applies. A swapped
@@ -255,13 +256,14 @@ static __always_inline int goes_to_peer(struct bpf_sock_addr *ctx, struct reques
 }
 
 /* Whether a datagram cannot be sent from the endpoint that its destination's rule names: the endpoint has a port, or
- * the unspecified address where the socket has another endpoint's. */
+ * the unspecified address where the socket has another endpoint's. Or the socket is bound to an endpoint of the other
+ * family (else it would leave from that), whose port means nothing in this one. */
 static __always_inline int cannot_leave_from(struct bpf_sock *sk, struct request *request, struct endpoint *from)
 {
 	u32 ip[4];
 
 	__builtin_memcpy(ip, from->addr, 16);
-	return from->port || has_other_source(request) ||
+	return request->bound || from->port || has_other_source(request) ||
 	       (!(ip[0] | ip[1] | ip[2] | ip[3]) && must_clear_address(sk, request));
 }
 

@@ -15,6 +15,7 @@ struct request {
 	u32 endpoint;        /* its id */
 	u8 fixed_source;     /* the socket may not choose a source of its own */
 	u8 any_source;       /* but without an address of its own it may send from any of the host's */
+	u8 bound;            /* the socket is bound to an endpoint that it is granted now */
 };
 
 /* The container that a socket belongs to, and where the socket lives. */

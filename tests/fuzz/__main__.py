@@ -136,7 +136,9 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=120, help="for all transports together (default: 120)")
     parser.add_argument("--seed", type=int, default=1, help="the first sequence's (default: 1)")
-    parser.add_argument("--transport", type=_transports, default=TRANSPORTS, metavar="LIST", help="swap,direct,splice")
+    parser.add_argument(
+        "--transport", type=_transports, default=TRANSPORTS, metavar="LIST", help="swap,born,direct,splice"
+    )
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run that sequence, and nothing else")
     parser.add_argument("--times", type=int, default=3, help="how often a replay is tried (default: 3)")
     parser.add_argument("--without", choices=sorted(DEFENCES), help="leave out a defence: the judge should find it")

@@ -239,11 +239,14 @@ def arena(host: Host, transport: Transport, world: World, programs: Programs, fo
         with host.installation.transaction() as change:
             for one in world.endpoints:
                 change.endpoints.add(parse_endpoint(one.name, one.spec, one.protocol, dual_stack=one.dual_stack))
-        policy = write_policy(folder, world.policy)
         program = programs["fuzzing"]
-        if transport == "swap":
-            player, path = _swapped(host, policy, program, folder, stack)
+        if transport in ("swap", "born"):
+            # Which of the two serves is decided by the first policy; swap has to do with all that follow.
+            first = Policy() if transport == "born" else Policy(connect="container")
+            player, path = _run(host, write_policy(folder, first), program, folder, stack)
+            host.graft("policy", "apply", "--cgroup", path, write_policy(folder, world.policy))
         else:
+            policy = write_policy(folder, world.policy)
             player, path = _attached(host, policy, program, folder, stack, transport == "splice")
         yield Arena(transport, host, far, player, Operator(host, path, folder, world))
 
@@ -262,7 +265,7 @@ def _start(command: list[str], host: Host, folder: Path) -> Player:
     return Player(process, complaints)
 
 
-def _swapped(host: Host, policy: Path, program: Path, folder: Path, stack: ExitStack) -> tuple[Player, Path]:
+def _run(host: Host, policy: Path, program: Path, folder: Path, stack: ExitStack) -> tuple[Player, Path]:
     command = [str(GRAFT), "run", "--policy", str(policy), "--user", "nobody", "--", str(program)]
     player = _start(command, host, folder)
     stack.callback(player.stop)

@@ -41,6 +41,13 @@ ENDPOINTS = (
     Endpoint("a6", HOST6, 0),
 )
 THEIRS = tuple(Endpoint(f"x{number}", "0.0.0.0", port) for number, port in enumerate(FOREIGN))
+DENIES: dict[Transport, tuple[float, float]] = {
+    "swap": (0.5, 0.6),
+    "born": (1, 1),
+    "direct": (0.6, 0.6),
+    "splice": (0.1, 0.6),
+}
+"""How often binds, and connects, that no rule names are denied. A born container's policy leaves nothing inside."""
 SERVERS = ("w1", "w2", "w3", "w6", "d6", "u1", "y4")
 SOURCES = {4: ("o4", "a4", "f4"), 6: ("o6", "a6")}
 NEAR = {4: ("0.0.0.0", "127.0.0.1", HOST4), 6: ("::", "::1", HOST6, "::ffff:0.0.0.0", f"::ffff:{HOST4}")}
@@ -159,12 +166,12 @@ class Generator:
             for family in (4, 6)
             for to in chance.sample(PREFIXES[family], chance.randint(0, 3))
         ]
-        bind = {"swap": 0.5, "direct": 0.6, "splice": 0.1}[self._transport]
+        bind, connect = DENIES[self._transport]
         return Policy(
             tuple(ingress),
             tuple(egress),
             "deny" if chance.random() < bind else "container",
-            "deny" if chance.random() < 0.6 else "container",
+            "deny" if chance.random() < connect else "container",
             chance.choice(("", "", "", "deny", "container")) if self._transport == "direct" else "",
         )
 
@@ -172,12 +179,14 @@ class Generator:
         first = self._chance.choice(ASKED)
         last = first + self._chance.choice((0, 0, 2))
         names = [name for name in SERVERS if (6 if name in ("w6", "d6") else 4) == family]
+        if self._transport == "born":
+            names = [name for name in names if name != "w6"]
         return Ingress(address, first, last, self._chance.choice(names))
 
     def _egress(self, family: int, to: str) -> Egress:
         chance = self._chance
         ports = chance.choice(((), (), (SERVED[0],), SERVED))
-        outcome = chance.choice((*SOURCES[family] * 2, "deny", "container"))
+        outcome = chance.choice((*SOURCES[family] * 2, "deny", *(["container"] if self._transport != "born" else [])))
         return Egress(to, ports, outcome, chance.choice(("any", "any", "tcp", "udp")))
 
     def changes(self, world: World, most: int) -> tuple[Change, ...]:

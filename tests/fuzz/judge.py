@@ -20,7 +20,7 @@ from tests.fuzz import rules
 from tests.fuzz.model import World
 from tests.fuzz.seen import ICMP, ICMP6, IGMP, TCP, UDP, Event, Observed, Packet, Stand
 
-SLACK = {"swap": 200_000_000, "direct": 200_000_000, "splice": 1_500_000_000}
+SLACK = {"swap": 200_000_000, "born": 200_000_000, "direct": 200_000_000, "splice": 1_500_000_000}
 """How long a packet may have been under way where no call was being made: timers; in splice graftd, which looks about
 five times a second.
 """

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-Transport = Literal["swap", "direct", "splice"]
-TRANSPORTS: tuple[Transport, ...] = ("swap", "direct", "splice")
+Transport = Literal["swap", "born", "direct", "splice"]
+TRANSPORTS: tuple[Transport, ...] = ("swap", "born", "direct", "splice")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from tests.fuzz.seen import UDP, Event, Observed, Packet, Stand, parse_event
 from tests.support.wait import PATIENCE
 
 REFUSALS = (-1, -13)
-SETTLE = {"swap": 0.0, "direct": 0.0, "splice": 0.5}
+SETTLE = {"swap": 0.0, "born": 0.0, "direct": 0.0, "splice": 0.5}
 """Seconds until the effects of the calls can be seen. graftd looks five times a second."""
 
 

@@ -15,7 +15,7 @@ from tests.hostile.conftest import Without
 from tests.support.building import Programs
 from tests.support.installation import Host
 
-SEQUENCES: dict[Transport, int] = {"swap": 400, "direct": 600, "splice": 30}
+SEQUENCES: dict[Transport, int] = {"swap": 400, "born": 500, "direct": 600, "splice": 30}
 """The same ones in every run, on a fast machine and on a slow one: half a minute each. `make fuzz` takes others."""
 SECONDS = 120
 FOLDER = Path(__file__).resolve().parents[1] / "fuzz/kept"
@@ -31,7 +31,7 @@ def test_nothing_happens_that_no_policy_grants(
 ) -> None:
     tally = fuzz(host, programs, tmp_path, transport, SECONDS, seed=1, most=SEQUENCES[transport])
     assert not tally.failed, f"build/fuzz has what failed: {tally}"
-    needed = ["bind", "listen", "connect", *(["send"] if transport == "direct" else [])]
+    needed = ["bind", "listen", "connect", *(["send"] if transport in ("direct", "born") else [])]
     assert [name for name in needed if not tally.granted[name]] == [], f"never granted: {tally}"
     assert tally.refused["bind"] and tally.refused["connect"] and tally.changes, f"nothing was refused: {tally}"
 
