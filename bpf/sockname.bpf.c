@@ -16,10 +16,18 @@ static __always_inline int is_endpoint_address(struct tag *tag, u8 *addr, u8 fam
 	return 1;
 }
 
-/* Whether it has the port of its own bind to the endpoint, or of the listener that accepted it. */
+/* Whether it has the port of its own bind to the endpoint, or of the listener that accepted it. An MPTCP socket that
+ * its program has bound itself has no port in its tag: the hook after a bind sees the first subflow only. */
 static __always_inline int has_bound_port(struct tag *tag, struct request *local)
 {
-	return tag->endpoint && tag->bound_port && tag->bound_port == local->port;
+	struct endpoint *endpoint;
+
+	if (!tag->endpoint)
+		return 0;
+	if (tag->bound_port)
+		return tag->bound_port == local->port;
+	endpoint = endpoints.lookup(&tag->endpoint);
+	return endpoint && endpoint->port && endpoint->port == local->port;
 }
 
 static __always_inline int is_unconnected(struct bpf_sock_addr *ctx)

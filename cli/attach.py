@@ -12,7 +12,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.state.installation import Installation
 
-from .options import Egress, Ingress, PolicyFile
+from .options import Deny, Egress, Ingress, PolicyFile
 from .output import command, say
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def attach(
     policy: PolicyFile = None,
     ingress: Ingress = None,
     egress: Egress = None,
+    deny: Deny = False,
     transport: Annotated[
         str, typer.Option("--transport", help="The transport: auto, direct, swap or splice.")
     ] = "auto",
@@ -60,7 +61,7 @@ def attach(
         raise UsageError(f"--relay: {relay!r} is not a relay", "splice or kernel")
     require_root()
     settings = Settings.from_environment()
-    rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [])
+    rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [], deny)
     done = attach_container(Installation.open(settings), which, rules, wanted, relay)
     say(*_attached_lines(done))
     if done.choice.transport is Transport.SPLICE:

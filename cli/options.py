@@ -15,5 +15,8 @@ Egress = Annotated[
     list[str] | None,
     typer.Option("-e", metavar="PREFIX=EP", help="Reach PREFIX through the host's stack, from endpoint EP."),
 ]
+Deny = Annotated[
+    bool, typer.Option("--deny", help="With -i and -e: refuse all else, instead of leaving it in the container.")
+]
 PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A policy file, instead of -i and -e.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -10,7 +10,7 @@ import typer
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 
-from .options import Egress, Ingress, PolicyFile
+from .options import Deny, Egress, Ingress, PolicyFile
 from .output import command
 
 
@@ -24,6 +24,7 @@ def run(
     program: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The program and its arguments.")],
     ingress: Ingress = None,
     egress: Egress = None,
+    deny: Deny = False,
     policy: PolicyFile = None,
     net: Annotated[
         str, typer.Option("--net", metavar="new|PATH", help="Its network namespace: a new one, or that of PATH.")
@@ -48,7 +49,7 @@ def run(
     settings = Settings.from_environment()
     plan = RunPlan(
         command=tuple(program),
-        policy=policy_of(settings, Path(program[0]).name, policy, ingress or [], egress or []),
+        policy=policy_of(settings, Path(program[0]).name, policy, ingress or [], egress or [], deny),
         net=network(net),
         user=process.parse_user(user) if user else None,
         keep_net_admin=keep_net_admin,

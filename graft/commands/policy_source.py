@@ -19,16 +19,21 @@ def policy_name(text: str) -> str:
 
 
 def policy_of(
-    settings: Settings, program: str, file: Path | None, ingress: Sequence[str], egress: Sequence[str]
+    settings: Settings,
+    program: str,
+    file: Path | None,
+    ingress: Sequence[str],
+    egress: Sequence[str],
+    deny: bool = False,
 ) -> Policy:
-    """The policy in ``file``, or that of `-i` and `-e`. Raises UsageError, NotFoundError."""
+    """The policy in ``file``, or that of `-i`, `-e` and `--deny`. Raises UsageError, NotFoundError."""
     if file is None:
-        return policy_from_flags(policy_name(program), ingress, egress)
+        return policy_from_flags(policy_name(program), ingress, egress, deny)
     from graft.policy.files import read_policy
     from graft.policy.reader import load_policy  # import time: yaml
 
-    if ingress or egress:
-        raise UsageError("--policy: cannot be combined with -i and -e", "put the rules into the policy file")
+    if ingress or egress or deny:
+        raise UsageError("--policy: cannot be combined with -i, -e and --deny", "put the rules into the policy file")
     return load_policy(read_policy(file), str(file), known_endpoints(settings))
 
 

@@ -144,13 +144,18 @@ class PolicyError(UsageError):
         return [problem.format("graft" if problem.line is None else self.source) for problem in self.problems]
 
 
-def policy_from_flags(name: str, ingress_flags: Iterable[str], egress_flags: Iterable[str]) -> Policy:
-    """The policy that `graft run`'s ``-i`` and ``-e`` make. Raises UsageError that names the flag."""
+def policy_from_flags(
+    name: str, ingress_flags: Iterable[str], egress_flags: Iterable[str], deny: bool = False
+) -> Policy:
+    """The policy that `graft run`'s ``-i``, ``-e`` and ``--deny`` make. Raises UsageError that names the flag."""
     parse_name(name, longest=MAX_POLICY_NAME)
+    default = Default.DENY if deny else Default.CONTAINER
     return Policy(
         name=name,
         ingress=tuple(_ingress_rule(text) for text in ingress_flags),
         egress=tuple(_egress_rule(text) for text in egress_flags),
+        bind_default=default,
+        connect_default=default,
     )
 
 

@@ -11,6 +11,13 @@ from tests.support.namespaces import HOST4
 
 pytestmark = pytest.mark.e2e
 
+
+@pytest.fixture(params=["swap", "born"])
+def host(host: Host, request: pytest.FixtureRequest) -> Host:
+    """The host, where every `graft run` has that transport."""
+    return host.with_transport(request.param)
+
+
 SERVER = """
 import socket
 listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
@@ -51,4 +58,6 @@ def test_an_mptcp_listener_is_grafted_and_knows_its_own_port(host: Host, client:
 def test_an_mptcp_socket_in_the_hosts_stack_may_not_listen_on_a_port_that_no_rule_grants(host: Host) -> None:
     rule = f"{HOST4}/32={host.endpoint('0.0.0.0:dynamic')}"
     code = UNGRANTED.replace("HOST", HOST4)
-    assert host.run(["-e", rule], "/usr/bin/python3", "-c", code).stdout.split() == ["ECONNREFUSED", "EACCES"]
+    # Where no supervisor sees a listen(), the listener hears nobody (tests/hostile/test_listeners.py).
+    listens = "done" if host.run_flags else "EACCES"
+    assert host.run(["-e", rule], "/usr/bin/python3", "-c", code).stdout.split() == ["ECONNREFUSED", listens]

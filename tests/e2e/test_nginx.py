@@ -18,6 +18,12 @@ from tests.support.wait import until
 pytestmark = pytest.mark.e2e
 
 
+@pytest.fixture(params=["swap", "born"])
+def host(host: Host, request: pytest.FixtureRequest) -> Host:
+    """The host, where every `graft run` has that transport."""
+    return host.with_transport(request.param)
+
+
 def test_nginx_on_port_80_of_its_namespace_answers_on_the_endpoint(host: Host, tmp_path: Path) -> None:
     port = host.port()
     nginx(host, tmp_path, ["-i", f"0.0.0.0:80={host.endpoint(f'0.0.0.0:{port}')}"], "0.0.0.0:80")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import installation
 from tests.hostile.undefended import COMMAND
@@ -103,7 +104,20 @@ class Confined:
 
 
 Confine = Callable[..., Confined]
-TRANSPORTS = ("swap", "direct")
+TRANSPORTS = ("swap", "born", "direct")
+
+LEAVES_INSIDE = {"to": "192.0.2.254/32", "action": "container"}
+"""A rule that nothing in a test meets, and for which a container has transport swap instead of born."""
+
+
+def for_transport(transport: str, policy: str) -> str:
+    """The policy, changed in what no test looks at so that its container has that transport."""
+    found = yaml.safe_load(policy)
+    if transport == "swap":
+        found["egress"] = [*(found.get("egress") or []), LEAVES_INSIDE]
+    elif transport == "born":
+        found["default"] = {"bind": "deny", "connect": "deny"}
+    return str(yaml.safe_dump(found))
 
 
 @pytest.fixture
@@ -119,12 +133,13 @@ def confine(programs: Programs, tmp_path: Path) -> Iterator[Confine]:
         ) -> Confined:
             number = next(_numbers)
             file = tmp_path / f"policy-{number}.yaml"
-            file.write_text(policy)
+            file.write_text(for_transport(transport, policy))
             command: list[Word] = [*within, programs["calls"], *steps]
-            if transport == "swap":
+            if transport in ("swap", "born"):
                 words: list[Word] = ["run", "--policy", file, "--user", "nobody", "--", *command]
                 program = host.start_command([*graft_without(defence), *words], talk=True)
                 path = Path(program.until("the container", lambda: _cgroup_of(host, program)))
+                assert str(host.container(program).transport) == transport
                 return Confined(host, program, path)
             path = stack.enter_context(new_cgroup(f"hostile-{number}"))
             host.graft("attach", "--cgroup", path, "--policy", file)

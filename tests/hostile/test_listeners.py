@@ -16,7 +16,7 @@ from tests.support.wait import PATIENCE, until
 pytestmark = pytest.mark.e2e
 
 # A call that the filter of transport swap does not trap; direct has no filter.
-LISTEN = {"swap": "listen32", "direct": "listen"}
+LISTEN = {"swap": "listen32", "born": "listen", "direct": "listen"}
 
 
 def policy(port: int, rule: bool = True) -> str:

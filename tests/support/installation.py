@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ class Host:
     environment: dict[str, str]
     folder: Path
     started: list[Program] = field(default_factory=list)
+    run_flags: tuple[str, ...] = ()
+    """Of every `graft run`: ``--deny`` gives it transport born."""
+
+    def with_transport(self, transport: str) -> Host:
+        """The same host, where every `graft run` with rules has that transport: swap or born."""
+        return replace(self, run_flags=("--deny",) if transport == "born" else ())
 
     @property
     def settings(self) -> Settings:
@@ -95,7 +101,7 @@ class Host:
 
     def start(self, *words: Word, talk: bool = False) -> Program:
         """`graft run` with these words, in the background; it ends with the test."""
-        return self.start_command([GRAFT, "run", *words], talk)
+        return self.start_command([GRAFT, "run", *self.run_flags, *words], talk)
 
     def start_daemon(self, command: Sequence[Word] = (GRAFT,), descriptors: int | None = None) -> Program:
         """`graft daemon` in the place of one that runs, answering; with at most so many ``descriptors``."""
@@ -122,7 +128,7 @@ class Host:
         timeout: float = 60,
     ) -> Result:
         """`graft run RULES -- COMMAND`, to its end."""
-        return self.graft("run", *rules, "--", *command, status=status, stdin=stdin, timeout=timeout)
+        return self.graft("run", *self.run_flags, *rules, "--", *command, status=status, stdin=stdin, timeout=timeout)
 
     def remove(self, container: Container) -> None:
         """Take a container's rules away, and do nothing about its sockets."""
