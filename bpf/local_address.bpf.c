@@ -11,6 +11,7 @@ struct local_address {
 	u32 ip[4];
 	u16 port;
 	u8 family;
+	u8 connected; /* or connecting: where it was bound to no address, the kernel has picked one */
 };
 
 static __always_inline void local_address4(struct local_address *local, u32 ip, u32 port)
@@ -35,15 +36,17 @@ static __always_inline void local_address6(struct local_address *local, u32 *ip,
 
 static __always_inline void read_local_address(struct local_address *local, struct bpf_sock *sk)
 {
-	u32 family = sk->family, port = sk->src_port, ip4 = sk->src_ip4;
+	u32 family = sk->family, port = sk->src_port, ip4 = sk->src_ip4, state = sk->state;
 	u32 ip[4] = { sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3] };
 
 	/* All loads before any use: the verifier refuses a context pointer that the compiler moved to save a load. */
-	asm volatile("" : "+r"(family), "+r"(port), "+r"(ip4), "+r"(ip[0]), "+r"(ip[1]), "+r"(ip[2]), "+r"(ip[3]));
+	asm volatile("" : "+r"(family), "+r"(port), "+r"(ip4), "+r"(state));
+	asm volatile("" : "+r"(ip[0]), "+r"(ip[1]), "+r"(ip[2]), "+r"(ip[3]));
 	if (family == AF_INET6)
 		local_address6(local, ip, port);
 	else
 		local_address4(local, ip4, port);
+	local->connected = state != BPF_TCP_CLOSE && state != BPF_TCP_LISTEN;
 }
 
 /* `port`: that of the endpoint which the socket's own request becomes; 0: any. */
@@ -54,6 +57,8 @@ static __always_inline int matches_endpoint(struct local_address *local, struct 
 	if (endpoint->family != local->family || (port && port != local->port))
 		return 0;
 	__builtin_memcpy(ip, endpoint->addr, 16);
+	if (local->connected && !(ip[0] | ip[1] | ip[2] | ip[3]))
+		return 1;
 	return ip[0] == local->ip[0] && ip[1] == local->ip[1] && ip[2] == local->ip[2] && ip[3] == local->ip[3];
 }
 

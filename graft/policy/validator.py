@@ -74,7 +74,7 @@ def ingress_claims(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterato
             continue
         address = rule.bind.address
         family = endpoint.family if address is None else address.version
-        target = IngressTarget(endpoint.name, rule.bind.ports.first if endpoint.last_port else 0)
+        target = IngressTarget(rule.endpoint, rule.bind.ports.first if endpoint.last_port else 0)
         for protocol in endpoint.protocols if rule.protocols is None else rule.protocols:
             yield IngressClaim(rule, protocol, family, address, target)
 
