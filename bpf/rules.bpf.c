@@ -43,7 +43,7 @@ static __always_inline int endpoint_port(struct endpoint *endpoint, struct ingre
 	u32 mapped = endpoint->port;
 
 	if (endpoint->last_port) {
-		if (requested < rule->first_port)
+		if (!rule->first_port || requested < rule->first_port)
 			return 0;
 		mapped += requested - rule->first_port;
 		if (mapped > endpoint->last_port)

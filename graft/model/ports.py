@@ -56,12 +56,13 @@ def mapped_port(requested: int, first: int, port: int, last_port: int) -> int | 
     """Which port of an endpoint a requested one becomes; None where there is none.
 
     The endpoint has ``port`` to ``last_port``, or only ``port`` where that is 0; port 0 is dynamic. ``first`` is the
-    first port of the rule's range. Equal to `endpoint_port` of bpf/rules.bpf.c.
+    first port of the rule's range, 0 where that was not written for a range of ports. Equal to
+    `endpoint_port` of bpf/rules.bpf.c.
     """
     if not last_port:
         return port if requested or not port else None
     mapped = port + requested - first
-    return mapped if requested >= first and mapped <= last_port else None
+    return mapped if 0 < first <= requested and mapped <= last_port else None
 
 
 def mask_of(ranges: Iterable[PortRange]) -> int:

@@ -227,7 +227,11 @@ ingress_rules = st.builds(
     st.sampled_from([None, *BINDABLE]),
     st.sampled_from([*RANGES, PORT_0]),
     st.sampled_from(ENDPOINTS),
-).filter(lambda one: _fits(one[2], one[1]) and (one[0] is None or one[0] == "::" or ip_address(one[0]).version == _family(one[2])))
+).filter(
+    lambda one: (
+        _fits(one[2], one[1]) and (one[0] is None or one[0] == "::" or ip_address(one[0]).version == _family(one[2]))
+    )
+)
 
 egress_rules = st.tuples(
     st.sampled_from(PREFIXES), st.sampled_from([None, *RANGES]), st.sampled_from([*ENDPOINTS, "deny", "container"])

@@ -259,6 +259,15 @@ def test_a_shrunken_range_refuses_what_has_no_port_in_it(host: Host, confine: Co
     assert [process.bind("0.0.0.0", 5000 + number) for number in range(4)] == ["ok", "ok", "EACCES", "EACCES"]
 
 
+def test_an_endpoint_that_became_a_range_serves_no_rule_from_before(host: Host, confine: Confine) -> None:
+    """The command does not allow it; the hooks do not depend on that."""
+    one, zero, first = host.endpoint(f"0.0.0.0:{host.port()}"), host.endpoint("0.0.0.0:dynamic"), host.ports(20)
+    _, process = confine([f"*:1-10={one}", f"*:0={zero}"])
+    for name in (one, zero):
+        change_port(host, name, first, first + 19)
+    assert [process.bind("0.0.0.0", port) for port in (0, 1, 5, 10)] == ["EACCES"] * 4
+
+
 @pytest.mark.parametrize(("protocol", "family", "far"), [("tcp", 4, CLIENT4), ("tcp", 6, CLIENT6), ("udp", 4, CLIENT4)])
 def test_connections_leave_from_free_ports_of_a_range(
     host: Host, confine: Confine, protocol: str, family: int, far: str

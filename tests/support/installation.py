@@ -90,7 +90,8 @@ class Host:
     @staticmethod
     def ports(count: int) -> int:
         """The first of ``count`` ports in a row that no other test uses."""
-        return [next(_ports) for _ in range(count)][0]
+        first, *_ = (next(_ports) for _ in range(count))
+        return first
 
     def start_command(self, command: Sequence[Word], talk: bool = False) -> Program:
         """A command that works on this installation, in the background; it ends with the test."""
