@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graft.datapath.layout import HookDecision
 from graft.model.ports import mapped_port
 from graft.model.transport import Transport
 from graft.policy.model import Default, Policy, policy_from_flags
@@ -234,7 +235,7 @@ def test_a_socket_counts_only_at_the_port_that_its_request_becomes_now(host: Hos
         return
     with host.client.inside(), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as one:
         one.sendto(b"rtp", (HOST4, first + 1))
-    until("the packet hook has dropped it", lambda: host.decisions(container.id).get(7))
+    until("the packet hook has dropped it", lambda: host.decisions(container.id).get(HookDecision.DROPPED))
 
 
 def test_an_endpoint_keeps_its_number_of_ports_while_rules_need_it(host: Host, confine: Confine) -> None:
