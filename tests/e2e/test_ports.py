@@ -22,6 +22,7 @@ from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, HOST4, HOST6
 from tests.support.plain import Plain
 from tests.support.program import Program
+from tests.support.shell import Word
 
 pytestmark = pytest.mark.e2e
 
@@ -36,6 +37,7 @@ def port_0(host: Host) -> list[str]:
 def told_port(program: Program, pattern: str) -> int:
     """The port that a program tells others."""
     found = program.until(f"{pattern} in the output", lambda: re.search(pattern, program.said))
+    assert found is not None
     return int(found[1])
 
 
@@ -70,7 +72,7 @@ def test_a_server_in_go_listens_on_a_port_of_the_host(host: Host, tmp_path: Path
     (tmp_path / "hooks.json").write_text(
         json.dumps([{"id": "h", "execute-command": "/bin/true", "response-message": "go"}])
     )
-    words = ["-hooks", tmp_path / "hooks.json", "-ip", "0.0.0.0", "-port", "0"]
+    words: list[Word] = ["-hooks", tmp_path / "hooks.json", "-ip", "0.0.0.0", "-port", "0"]
     program = host.start(*port_0(host), "--", "webhook", *words)
     (listening,) = program.until(
         "webhook", lambda: re.findall(r":(\d+) ", host.netns.run("ss", "-Hltnp", "state", "listening"))
@@ -176,12 +178,12 @@ def test_sizes_that_differ_are_refused_with_field_and_line(
     text = "name: p\nendpoints: {rtp: '0.0.0.0:20000-20100'}\ningress:\n  - {bind: '*:5000-5099', endpoint: rtp}\n"
     file, path = write_policy(text), make_cgroup()
     host.graft("attach", "--cgroup", path, "-i", f"*:80={host.endpoint('0.0.0.0:dynamic')}")
-    words = {
+    commands: dict[str, list[Word]] = {
         "check": ["policy", "check", file],
         "run": ["run", "--policy", file, "--", "true"],
         "apply": ["policy", "apply", file, "--cgroup", path],
-    }[command]
-    result = host.graft(*words, status=2)
+    }
+    result = host.graft(*commands[command], status=2)
     assert f"{file}:4: ingress[0].bind: *:5000-5099 has 100 ports, the endpoint rtp (0.0.0.0:20000-20100) 101" in (
         result.stdout + result.stderr
     )
