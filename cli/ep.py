@@ -86,6 +86,7 @@ def show(name: Annotated[str | None, typer.Argument(help="This endpoint only.")]
         {
             "name": stored.endpoint.name,
             "address": stored.endpoint.spec,
+            "ports": stored.endpoint.port_count,
             "family": f"ipv{stored.endpoint.family}",
             "protocol": stored.endpoint.protocols.label,
             "netns": stored.endpoint.netns,
