@@ -318,6 +318,23 @@ def test_what_is_bound_in_a_range_connects_from_its_own_port(host: Host, confine
         assert process.say("name", fd)[1] == 5002
 
 
+def test_a_connect_that_is_repeated_leaves_again_from_the_port_that_it_got(host: Host, confine: Confine) -> None:
+    first = host.ports(4)
+    _, process = confine([], [f"0.0.0.0/0={host.endpoint(f'{HOST4}:{first}-{first + 3}')}"])
+    datagrams, stream, ports = process.socket("udp"), process.socket(), set()
+    with closing(host.client.listener()) as listener:
+        for port in (9, 10, listener.getsockname()[1]):
+            assert process.say("connect", datagrams, CLIENT4, port) == "ok"
+            ports.add(process.say("name", datagrams)[1])
+            said = process.say("connect", stream, CLIENT4, port)
+            # (The second call on a socket that does not block reports that the first one failed.)
+            assert said in ({9: "ECONNREFUSED", 10: "ECONNABORTED"}.get(port, "ok"), "ECONNREFUSED")
+        assert said == "ok"
+        ports.add(process.say("name", stream)[1])
+    assert all(first <= port < first + 4 for port in ports)
+    assert len(ports) <= 2
+
+
 def test_a_big_range_is_searched_from_different_ports_on(host: Host, confine: Confine) -> None:
     """A connect tries 32 ports: more than that can be in use, because it does not always begin at the first."""
     first = host.ports(200)
