@@ -49,9 +49,9 @@ static __always_inline void clear_endpoint(struct bpf_sock_addr *ctx, struct own
 /* Decides a bind. Returns the endpoint to rewrite to, or NULL with *verdict set. */
 static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, struct request *request, int *verdict)
 {
-	struct owner owner;
+	struct ingress_value *rule;
 	struct endpoint *endpoint;
-	u32 id;
+	struct owner owner;
 
 	*verdict = PASS;
 	owner_of(ctx, &owner);
@@ -78,13 +78,14 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		*verdict = refuse_with(EINVAL);
 		return 0;
 	}
-	id = is_diverted(ctx->sk) ? 0 : ingress_rule(owner.container, request);
-	if (!id && binds_freely(owner.container)) {
+	rule = is_diverted(ctx->sk) ? 0 : ingress_rule(owner.container, request);
+	if (!rule && binds_freely(owner.container)) {
 		clear_endpoint(ctx, &owner);
 		return 0;
 	}
-	endpoint = id ? endpoint_for(ctx, request, id) : 0;
-	if (!endpoint || !record_bind(ctx, &owner, request, id)) {
+	endpoint = rule ? endpoint_for(ctx, request, rule->endpoint) : 0;
+	if (!endpoint || !endpoint_port(endpoint, rule, request->port, &request->endpoint_port) ||
+	    !record_bind(ctx, &owner, request, rule->endpoint)) {
 		/* No rule grants this address to a host-homed socket: passed, the container would get a
 		 * port of the host without a grant. */
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
@@ -110,7 +111,7 @@ int graft_bind4(struct bpf_sock_addr *ctx)
 		return REFUSE; /* an IPv4 socket cannot have an IPv6 address; `policy check` reports it earlier */
 	__builtin_memcpy(&ip, endpoint->addr, 4);
 	ctx->user_ip4 = ip;
-	ctx->user_port = bpf_htons(endpoint->port);
+	ctx->user_port = bpf_htons(request.endpoint_port);
 	return verdict;
 }
 
@@ -137,7 +138,7 @@ int graft_bind6(struct bpf_sock_addr *ctx)
 	ctx->user_ip6[1] = ip[1];
 	ctx->user_ip6[2] = ip[2];
 	ctx->user_ip6[3] = ip[3];
-	ctx->user_port = bpf_htons(endpoint->port);
+	ctx->user_port = bpf_htons(request.endpoint_port);
 	return verdict;
 }
 

@@ -7,6 +7,14 @@ static __always_inline int has_other_source(struct request *request)
 	return request->tag && request->tag->source && request->tag->source != request->endpoint;
 }
 
+/* Whether a port is one that connections from the endpoint may leave from. */
+static __always_inline int is_port_of(struct endpoint *endpoint, u16 port)
+{
+	u16 last = endpoint->last_port ? endpoint->last_port : endpoint->port;
+
+	return !endpoint->port || (port >= endpoint->port && port <= last);
+}
+
 /* Whether this socket keeps the source that it has: it is bound to an endpoint, or to an address of its own
  * where it may, or it used this endpoint before. (A socket that sends has at least a port: the kernel assigned
  * one before it called the hook.) */
@@ -30,7 +38,7 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct request 
 		return 1;
 	if (has_other_source(request))
 		return 0;
-	if (endpoint->port && endpoint->port != local.port)
+	if (!is_port_of(endpoint, local.port))
 		return 0;
 	__builtin_memcpy(ip, endpoint->addr, 16);
 	/* An AF_INET6 socket that has no address yet has none of either family. */
@@ -86,6 +94,32 @@ static __always_inline void record_source(struct request *request)
 {
 	if (request->tag)
 		request->tag->source = request->endpoint;
+}
+
+/* How many ports of a range a connect tries. */
+#define GRAFT_PORT_TRIES 32
+
+/* Binds a socket that has no source yet to the endpoint that `source` has the address of; `port_be` is its port there.
+ * Of a range one that is free is looked for, from a random port on. Returns 0 where that fails. */
+static __always_inline int bind_source(struct bpf_sock_addr *ctx, void *source, int size, u16 *port_be,
+				       struct endpoint *endpoint)
+{
+	u32 first = endpoint->port, last = endpoint->last_port, start, try;
+	int error;
+
+	if (!last)
+		return !bpf_bind(ctx, source, size);
+	start = bpf_get_prandom_u32();
+	for (try = 0; try < GRAFT_PORT_TRIES; try++) {
+		*port_be = bpf_htons((u16)(first + (start + try) % (last - first + 1)));
+		error = bpf_bind(ctx, source, size);
+		if (!error)
+			return 1;
+		if (error != -EADDRINUSE)
+			return 0;
+	}
+	refuse_with(EADDRNOTAVAIL);
+	return 0;
 }
 
 /* Decides a destination. Returns the endpoint to take the source from, or NULL with *verdict set. */
@@ -197,7 +231,7 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	 * that, or returns an error where it is too late. */
 	if (!source.ip && !source.port_be && !has_other_source(&request) && !must_clear_address(ctx->sk, &request))
 		return verdict;
-	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
+	if (!bind_source(ctx, &source, sizeof(source), &source.port_be, from))
 		return REFUSE;
 	record_source(&request);
 	return verdict;
@@ -239,7 +273,7 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	if (!source.ip[0] && !source.ip[1] && !source.ip[3] && !source.port_be && !has_other_source(&request) &&
 	    !must_clear_address(ctx->sk, &request))
 		return verdict;
-	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
+	if (!bind_source(ctx, &source, sizeof(source), &source.port_be, from))
 		return REFUSE;
 	record_source(&request);
 	return verdict;

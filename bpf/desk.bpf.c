@@ -105,15 +105,18 @@ static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk) 
 static __always_inline void answer_rule(struct desk *desk, struct container *container)
 {
 	struct request request = { .port = desk->port, .family = desk->family, .protocol = IPPROTO_TCP };
+	struct ingress_value *bind;
 	struct endpoint *endpoint;
 	u32 id = 0;
 
 	desk->verdict = GRAFT_VERDICT_NONE;
 	__builtin_memcpy(request.addr, desk->addr, 16);
 	if (desk->call == GRAFT_CALL_BIND) {
-		id = ingress_rule(container, &request);
-		if (id)
+		bind = ingress_rule(container, &request);
+		if (bind) {
+			id = bind->endpoint;
 			desk->verdict = GRAFT_VERDICT_GRANT;
+		}
 	} else {
 		substitute_loopback(&request, 0);
 		desk->verdict = egress_rule(container, &request, &id);

@@ -42,6 +42,8 @@
 #define AF_INET6 10
 #define EACCES 13
 #define EINVAL 22
+#define EADDRINUSE 98
+#define EADDRNOTAVAIL 99
 #define ECONNREFUSED 111
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17

@@ -52,7 +52,8 @@ struct endpoint {
 	__u16 port;      /* 0: dynamic, the kernel picks */
 	__u8 family;     /* GRAFT_IPV4 or GRAFT_IPV6 */
 	__u8 protocols;
-	__u32 flags;
+	__u16 last_port; /* of a range that begins at `port`; 0: it is one port, or dynamic */
+	__u16 flags;
 };
 
 /* `endpoint_names`: struct endpoint_name -> id. */
@@ -88,6 +89,8 @@ struct ingress_key {
 
 struct ingress_value {
 	__u32 endpoint;
+	__u16 first_port; /* of the rule's range, where the endpoint is a range of as many ports */
+	__u16 zero;
 };
 
 /* `egress`: the longest prefix that contains a destination -> the node that its ports are listed under. */
@@ -134,7 +137,7 @@ struct tag {
 	__u32 endpoint;
 	__u8 home;
 	__u8 family;      /* of the address that the program requested */
-	__u16 port;       /* the port that the program requested */
+	__u16 port;       /* the port that the program requested; 0: one that the kernel picks */
 	__u16 bound_port; /* the port that its last bind to the endpoint got; 0: none yet */
 	__u16 open_port;  /* the port at which any client may reach it; 0: none */
 	__u8 addr[16];    /* the address that the program requested */
@@ -278,6 +281,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 5
+#define GRAFT_LAYOUT_VERSION 6
 
 #endif

@@ -11,6 +11,7 @@ struct local_address {
 	u32 ip[4];
 	u16 port;
 	u8 family;
+	u8 connected; /* or connecting: where it was bound to no address, the kernel has picked one */
 };
 
 static __always_inline void local_address4(struct local_address *local, u32 ip, u32 port)
@@ -35,24 +36,29 @@ static __always_inline void local_address6(struct local_address *local, u32 *ip,
 
 static __always_inline void read_local_address(struct local_address *local, struct bpf_sock *sk)
 {
-	u32 family = sk->family, port = sk->src_port, ip4 = sk->src_ip4;
+	u32 family = sk->family, port = sk->src_port, ip4 = sk->src_ip4, state = sk->state;
 	u32 ip[4] = { sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3] };
 
 	/* All loads before any use: the verifier refuses a context pointer that the compiler moved to save a load. */
-	asm volatile("" : "+r"(family), "+r"(port), "+r"(ip4), "+r"(ip[0]), "+r"(ip[1]), "+r"(ip[2]), "+r"(ip[3]));
+	asm volatile("" : "+r"(family), "+r"(port), "+r"(ip4), "+r"(state));
+	asm volatile("" : "+r"(ip[0]), "+r"(ip[1]), "+r"(ip[2]), "+r"(ip[3]));
 	if (family == AF_INET6)
 		local_address6(local, ip, port);
 	else
 		local_address4(local, ip4, port);
+	local->connected = state != BPF_TCP_CLOSE && state != BPF_TCP_LISTEN;
 }
 
-static __always_inline int matches_endpoint(struct local_address *local, struct endpoint *endpoint)
+/* `port`: that of the endpoint which the socket's own request becomes; 0: any. */
+static __always_inline int matches_endpoint(struct local_address *local, struct endpoint *endpoint, u16 port)
 {
 	u32 ip[4];
 
-	if (endpoint->family != local->family || (endpoint->port && endpoint->port != local->port))
+	if (endpoint->family != local->family || (port && port != local->port))
 		return 0;
 	__builtin_memcpy(ip, endpoint->addr, 16);
+	if (local->connected && !(ip[0] | ip[1] | ip[2] | ip[3]))
+		return 1;
 	return ip[0] == local->ip[0] && ip[1] == local->ip[1] && ip[2] == local->ip[2] && ip[3] == local->ip[3];
 }
 
@@ -64,17 +70,21 @@ static __always_inline int is_granted(struct container *container, struct tag *t
 				      u8 protocol, u64 netns)
 {
 	struct endpoint *endpoint = endpoints.lookup(&tag->endpoint);
+	struct ingress_value *rule;
 	struct request request;
+	u16 port;
 
 	if (!endpoint || (netns != ANY_NETNS && endpoint->netns != netns) ||
-	    !(endpoint->protocols & protocol_bit(protocol)) || !matches_endpoint(local, endpoint))
+	    !(endpoint->protocols & protocol_bit(protocol)))
 		return 0;
 	__builtin_memset(&request, 0, sizeof(request));
 	__builtin_memcpy(request.addr, tag->addr, 16);
 	request.port = tag->port;
 	request.family = tag->family;
 	request.protocol = protocol;
-	return ingress_rule(container, &request) == tag->endpoint;
+	rule = ingress_rule(container, &request);
+	return rule && rule->endpoint == tag->endpoint && endpoint_port(endpoint, rule, tag->port, &port) &&
+	       matches_endpoint(local, endpoint, port);
 }
 
 /* Whether a socket still has the port that it got from an endpoint, and the endpoint is no longer granted. */

@@ -13,6 +13,7 @@ struct request {
 	struct relay *relay; /* transport splice: where a granted connection is redirected to */
 	struct tag *tag;     /* of a socket whose source must be an endpoint */
 	u32 endpoint;        /* its id */
+	u16 endpoint_port;   /* a bind: the port of the endpoint that it becomes; 0: the kernel picks */
 	u8 fixed_source;     /* the socket may not choose a source of its own */
 	u8 any_source;       /* but without an address of its own it may send from any of the host's */
 	u8 bound;            /* the socket is bound to an endpoint that it is granted now */

@@ -13,9 +13,8 @@ static __always_inline int is_exempt(struct container *container, u8 protocol)
 	       !protocol_bit(protocol);
 }
 
-/* The id of the endpoint that a bind becomes, 0 where no rule names the address. The exact address
- * first, then "any". */
-static __always_inline u32 ingress_rule(struct container *container, struct request *request)
+/* What a bind becomes, NULL where no rule names the address. The exact address first, then "any". */
+static __always_inline struct ingress_value *ingress_rule(struct container *container, struct request *request)
 {
 	struct ingress_key key = {
 		.prefixlen = GRAFT_INGRESS_FIXED_BITS + 16,
@@ -33,7 +32,27 @@ static __always_inline u32 ingress_rule(struct container *container, struct requ
 		key.any = 1;
 		found = ingress.lookup(&key);
 	}
-	return found ? found->endpoint : 0;
+	return found;
+}
+
+/* Which port of the endpoint a requested one becomes: 1, with *port; 0: the kernel picks. Of an endpoint that is a range,
+ * each port serves exactly one of the rule's. Returns 0 where there is none: the endpoint was changed since the rule was
+ * written. */
+static __always_inline int endpoint_port(struct endpoint *endpoint, struct ingress_value *rule, u16 requested, u16 *port)
+{
+	u32 mapped = endpoint->port;
+
+	if (endpoint->last_port) {
+		if (!rule->first_port || requested < rule->first_port)
+			return 0;
+		mapped += requested - rule->first_port;
+		if (mapped > endpoint->last_port)
+			return 0;
+	} else if (!requested && mapped) {
+		return 0; /* what the program is told its port is, is told to others: it must be the one it has */
+	}
+	*port = mapped;
+	return 1;
 }
 
 /* For the unspecified address the kernel connects to loopback, or, from a socket that has an address, to that one

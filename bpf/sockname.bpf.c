@@ -30,6 +30,14 @@ static __always_inline int has_bound_port(struct tag *tag, struct request *local
 	return endpoint && endpoint->port && endpoint->port == local->port;
 }
 
+/* The requested port. Of a socket that requested none in particular the program sees the port that it got: others are
+ * told of it. */
+static __always_inline void show_port(struct bpf_sock_addr *ctx, struct tag *tag)
+{
+	if (tag->port)
+		ctx->user_port = bpf_htons(tag->port);
+}
+
 static __always_inline int is_unconnected(struct bpf_sock_addr *ctx)
 {
 	return ctx->sk->state == BPF_TCP_LISTEN || ctx->sk->state == BPF_TCP_CLOSE;
@@ -46,7 +54,7 @@ int graft_getsockname4(struct bpf_sock_addr *ctx)
 	read_request4(ctx, &local);
 	if (!has_bound_port(tag, &local))
 		return PASS;
-	ctx->user_port = bpf_htons(tag->port);
+	show_port(ctx, tag);
 	if (tag->family == GRAFT_IPV4 && is_endpoint_address(tag, local.addr, GRAFT_IPV4)) {
 		__builtin_memcpy(&ip, tag->addr, 4);
 		/* For a requested wildcard an accepted connection shows the address that its client connected to. */
@@ -68,7 +76,7 @@ int graft_getsockname6(struct bpf_sock_addr *ctx)
 	read_request6(ctx, &local);
 	if (!has_bound_port(tag, &local))
 		return PASS;
-	ctx->user_port = bpf_htons(tag->port);
+	show_port(ctx, tag);
 	if (!is_endpoint_address(tag, local.addr, local.family))
 		return PASS;
 	if (tag->family == GRAFT_IPV4) {

@@ -21,7 +21,12 @@ app = typer.Typer(no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The endpoint's name, up to 31 bytes.", show_default=False)]
 Spec = Annotated[
-    str, typer.Argument(metavar="ADDR:PORT", help="IPv4 or [IPv6], port 1-65535 or dynamic.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="ADDR:PORT[-PORT]",
+        help="IPv4 or [IPv6], a port, a range of ports (20000-20100) or dynamic.",
+        show_default=False,
+    ),
 ]
 Proto = Annotated[str, typer.Option("--proto", help="The protocol: tcp, udp or any.")]
 Netns = Annotated[
@@ -81,6 +86,7 @@ def show(name: Annotated[str | None, typer.Argument(help="This endpoint only.")]
         {
             "name": stored.endpoint.name,
             "address": stored.endpoint.spec,
+            "ports": stored.endpoint.port_count,
             "family": f"ipv{stored.endpoint.family}",
             "protocol": stored.endpoint.protocols.label,
             "netns": stored.endpoint.netns,

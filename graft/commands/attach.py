@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.commands.policy_apply import replace_policy
+from graft.commands.policy_apply import refuse_in_splice, replace_policy
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import NotFoundError, RefusedError
 from graft.kernel import cgroup, netns
@@ -134,6 +134,7 @@ def _attach_direct(
 
 def _attach_splice(graft: Installation, target: FoundContainer, policy: Policy, relay: str) -> Container:
     """Attach the hooks of transport splice, and have graftd relay for it. Undone if that fails."""
+    refuse_in_splice(policy)
     splice.ensure_daemon(graft.settings)
     pid = next(iter(cgroup.processes(target.cgroup)), target.pid)
     try:

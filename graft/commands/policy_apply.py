@@ -5,7 +5,8 @@ from __future__ import annotations
 from graft.commands.find import find
 from graft.errors import NotFoundError
 from graft.model.transport import Transport
-from graft.policy.model import Policy
+from graft.policy.model import Policy, PolicyError
+from graft.policy.validator import check_splice
 from graft.splice import client as splice
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -32,6 +33,13 @@ def apply(graft: Installation, policy: Policy, text: str | None = None) -> list[
     return changed
 
 
+def refuse_in_splice(policy: Policy) -> None:
+    """Raises PolicyError for a policy that transport splice cannot serve."""
+    problems = check_splice(policy)
+    if problems:
+        raise PolicyError(policy.name, problems)
+
+
 def replace_policy(
     graft: Installation, container: Container, policy: Policy, name: str | None = None, relay: str | None = None
 ) -> Container:
@@ -39,6 +47,8 @@ def replace_policy(
 
     ``name``, ``relay``: the new ones, None to keep them.
     """
+    if container.transport is Transport.SPLICE:
+        refuse_in_splice(policy)
     compiled = graft.compile(policy)
     with graft.transaction() as change:
         return change.containers.apply(container, compiled, name, relay)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import NamedTuple
 
 from graft.datapath.layout import EGRESS_FIXED_BITS, EGRESS_PORT_FIXED_BITS, INGRESS_FIXED_BITS
 from graft.datapath.maps import Maps
 from graft.errors import NotFoundError
 from graft.model.address import format_ip
+from graft.model.endpoint import Endpoint
 from graft.policy.model import Default, Verdict
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -21,7 +23,10 @@ _PROTOCOLS = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
 
 @dataclass(frozen=True, slots=True, order=True)
 class ActiveRule:
-    """A rule: for which addresses, protocol and ports, and its outcome (an endpoint, deny or container)."""
+    """A rule: for which addresses, protocol and ports, and its outcome (an endpoint, deny or container).
+
+    Of an endpoint that is a range, ``outcome`` has the ports that ``first`` to ``last`` become.
+    """
 
     direction: str
     protocol: str
@@ -51,16 +56,44 @@ class PolicyInForce:
     connect_default: str
 
 
+class _Outcome(NamedTuple):
+    """The outcome of a rule. Where its endpoint is a range of ports, ``text`` lacks them, ``port`` is its first one,
+    and ``first_port`` that of the rule's range.
+    """
+
+    text: str
+    port: int = 0
+    first_port: int = 0
+
+    def at(self, first: int, last: int) -> str:
+        """The outcome for the ports ``first`` to ``last``."""
+        if not self.port:
+            return self.text
+        shift = self.port - self.first_port
+        return f"{self.text}:{first + shift}" + (f"-{last + shift}" if first != last else "")
+
+
+class _Entry(NamedTuple):
+    """Map entries of which each port has the same outcome."""
+
+    direction: str
+    protocol: str
+    address: str
+    outcome: _Outcome
+    first: int
+    last: int
+
+
 def policy_in_force(graft: Installation, container: Container) -> PolicyInForce:
     """The policy in force for ``container``. Raises NotFoundError if it is not attached any more."""
     maps = graft.maps
     value = maps.containers.get(ctypes.c_uint32(container.id))
     if value is None:
         raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
-    names = {stored.id: stored.endpoint.format() for stored in graft.endpoints.listing()}
-    rules = [*_ingress(maps, value.ruleset, names), *_egress(maps, value.ruleset, names)]
+    endpoints = graft.endpoints.by_id()
+    entries = [*_ingress(maps, value.ruleset, endpoints), *_egress(maps, value.ruleset, endpoints)]
     return PolicyInForce(
-        tuple(_merge(rules)), Default(value.bind_default).name.lower(), Default(value.connect_default).name.lower()
+        tuple(_merge(entries)), Default(value.bind_default).name.lower(), Default(value.connect_default).name.lower()
     )
 
 
@@ -75,57 +108,64 @@ def _address(raw: Iterable[int], family: int) -> str:
     return format_ip(ip_address(packed[:4] if family == 4 else packed))
 
 
-def _ingress(maps: Maps, ruleset: int, names: dict[int, str]) -> list[ActiveRule]:
+def _outcome(endpoint: Endpoint | None, first_port: int = 0) -> _Outcome:
+    if endpoint is None:
+        return _Outcome("a deleted endpoint")
+    if not first_port or not endpoint.last_port:
+        return _Outcome(endpoint.format())
+    return _Outcome(f"{endpoint.name} = {format_ip(endpoint.address)}", endpoint.port, first_port)
+
+
+def _ingress(maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list[_Entry]:
     found = []
     for key, value in maps.ingress.items():
         if key.ruleset == ruleset:
             first, last = _ports(key.port_be, key.prefixlen - INGRESS_FIXED_BITS)
             address = f"* (IPv{key.family})" if key.any else _address(key.addr, key.family)
-            outcome = names.get(value.endpoint, "a deleted endpoint")
-            found.append(ActiveRule("ingress", _PROTOCOLS[key.protocol], address, first, last, outcome))
+            outcome = _outcome(endpoints.get(value.endpoint), value.first_port)
+            found.append(_Entry("ingress", _PROTOCOLS[key.protocol], address, outcome, first, last))
     return found
 
 
-def _egress(maps: Maps, ruleset: int, names: dict[int, str]) -> list[ActiveRule]:
-    nodes: dict[int, list[tuple[int, int, str]]] = {}
+def _egress(maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list[_Entry]:
+    nodes: dict[int, list[tuple[_Outcome, int, int]]] = {}
     for key, value in maps.egress_ports.items():
         if key.ruleset == ruleset:
-            first, last = _ports(key.port_be, key.prefixlen - EGRESS_PORT_FIXED_BITS)
+            ports = _ports(key.port_be, key.prefixlen - EGRESS_PORT_FIXED_BITS)
             granted = value.verdict == Verdict.GRANT
             outcome = (
-                names.get(value.endpoint, "a deleted endpoint") if granted else Verdict(value.verdict).name.lower()
+                _outcome(endpoints.get(value.endpoint)) if granted else _Outcome(Verdict(value.verdict).name.lower())
             )
-            nodes.setdefault(key.node, []).append((first, last, outcome))
+            nodes.setdefault(key.node, []).append((outcome, *ports))
     found = []
     for prefix, node in maps.egress.items():
         if prefix.ruleset == ruleset:
             address = f"{_address(prefix.addr, prefix.family)}/{prefix.prefixlen - EGRESS_FIXED_BITS}"
-            for first, last, outcome in nodes.get(node.node, []):
-                found.append(ActiveRule("egress", _PROTOCOLS[prefix.protocol], address, first, last, outcome))
+            for entry in nodes.get(node.node, []):
+                found.append(_Entry("egress", _PROTOCOLS[prefix.protocol], address, *entry))
     return found
 
 
-def _merge(rules: list[ActiveRule]) -> list[ActiveRule]:
-    """Merge adjacent port ranges, and rules that are the same for both protocols (`any`)."""
-    merged: list[ActiveRule] = []
-    for rule in sorted(rules):
+def _merge(entries: list[_Entry]) -> list[ActiveRule]:
+    """Rules: adjacent port ranges are merged, and entries that are the same for both protocols (`any`)."""
+    merged: list[_Entry] = []
+    for entry in sorted(entries, key=lambda one: (one[:3], one.first)):
         before = merged[-1] if merged else None
-        same = before and (before.direction, before.protocol, before.address, before.outcome, before.last + 1) == (
-            rule.direction,
-            rule.protocol,
-            rule.address,
-            rule.outcome,
-            rule.first,
-        )
-        if before and same:
-            merged[-1] = ActiveRule(rule.direction, rule.protocol, rule.address, before.first, rule.last, rule.outcome)
+        if before and before[:4] == entry[:4] and before.last + 1 == entry.first:
+            merged[-1] = before._replace(last=entry.last)
         else:
-            merged.append(rule)
-    by_rest: dict[tuple[str, str, int, int, str], set[str]] = {}
-    for rule in merged:
-        key = (rule.direction, rule.address, rule.first, rule.last, rule.outcome)
-        by_rest.setdefault(key, set()).add(rule.protocol)
+            merged.append(entry)
+    by_rest: dict[_Entry, set[str]] = {}
+    for entry in merged:
+        by_rest.setdefault(entry._replace(protocol=""), set()).add(entry.protocol)
     return [
-        ActiveRule(direction, "any" if len(protocols) == 2 else next(iter(protocols)), address, first, last, outcome)
-        for (direction, address, first, last, outcome), protocols in by_rest.items()
+        ActiveRule(
+            entry.direction,
+            "any" if len(protocols) == 2 else next(iter(protocols)),
+            entry.address,
+            entry.first,
+            entry.last,
+            entry.outcome.at(entry.first, entry.last),
+        )
+        for entry, protocols in by_rest.items()
     ]

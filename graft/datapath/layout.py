@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -58,7 +58,8 @@ class EndpointValue(ctypes.Structure):
         ("port", ctypes.c_uint16),
         ("family", ctypes.c_uint8),
         ("protocols", ctypes.c_uint8),
-        ("flags", ctypes.c_uint32),
+        ("last_port", ctypes.c_uint16),
+        ("flags", ctypes.c_uint16),
     )
 
 
@@ -98,9 +99,9 @@ class IngressKey(ctypes.Structure):
 
 
 class IngressValue(ctypes.Structure):
-    """The endpoint that a bind becomes."""
+    """The endpoint that a bind becomes, and where the rule's range begins, if the endpoint is a range."""
 
-    _fields_ = (("endpoint", ctypes.c_uint32),)
+    _fields_ = (("endpoint", ctypes.c_uint32), ("first_port", ctypes.c_uint16), ("zero", ctypes.c_uint16))
 
 
 class EgressKey(ctypes.Structure):

@@ -31,7 +31,7 @@ def write(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, in
                 port_be=socket.htons(bind.port),
             )
             in_key.addr[:] = bind.address or bytes(16)
-            maps.ingress.put(in_key, layout.IngressValue(endpoint_ids[bind.endpoint]))
+            maps.ingress.put(in_key, layout.IngressValue(endpoint_ids[bind.endpoint], bind.first_port))
         for prefix in rules.egress_prefixes:
             out_key = layout.EgressKey(
                 prefixlen=layout.EGRESS_FIXED_BITS + prefix.prefix_len,
@@ -71,6 +71,12 @@ def using(maps: Maps, endpoint: int) -> set[int]:
     return found
 
 
+def ingress_using(maps: Maps, endpoint: int) -> tuple[bool, bool]:
+    """Whether rules redirect binds to an endpoint, and whether one of them is for binds of port 0."""
+    keys = [key for key, value in maps.ingress.items() if value.endpoint == endpoint]
+    return bool(keys), any(not key.port_be and key.prefixlen == layout.INGRESS_FIXED_BITS + 16 for key in keys)
+
+
 def endpoints_in_use(maps: Maps) -> set[int]:
     """The endpoints that any rule names."""
     used = {value.endpoint for _, value in maps.ingress.items()}
@@ -86,8 +92,10 @@ class Lookup:
         self._to = layout.EgressKey()
         self._port = layout.EgressPortKey(prefixlen=layout.EGRESS_PORT_FIXED_BITS + 16)
 
-    def ingress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> int:
-        """The id of the endpoint that a bind becomes, 0 for none. ``address`` as in the maps, 16 bytes."""
+    def ingress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> tuple[int, int]:
+        """The id of the endpoint that a bind becomes, 0 for none, and the first port of the rule's range where the
+        endpoint is a range. ``address`` as in the maps, 16 bytes.
+        """
         key = self._bind
         key.ruleset, key.protocol, key.family, key.port_be = ruleset, protocol, family, socket.htons(port)
         key.any = 0
@@ -97,7 +105,7 @@ class Lookup:
             key.any = 1
             ctypes.memset(key.addr, 0, 16)
             found = self._ingress.peek(key)
-        return found.endpoint if found is not None else 0
+        return (0, 0) if found is None else (found.endpoint, found.first_port)
 
     def egress(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> tuple[int, int]:
         """(verdict, id of the source endpoint) of a destination; NONE where no rule covers it."""

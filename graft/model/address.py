@@ -22,16 +22,19 @@ MAPPED_BITS = 96
 
 _MAPPED = bytes(10) + b"\xff\xff"
 DYNAMIC = "dynamic"
+ANY_FREE_PORT = "0"
+"""The port of bind(2) that leaves the choice to the kernel."""
 _SHOWN = 64
 _ADDRESS_HINT = "an IPv4 address, or an IPv6 address in brackets, such as [::1]"
 
 
 @dataclass(frozen=True, slots=True)
 class SocketAddress:
-    """An IP address and a port; port 0: the kernel picks one."""
+    """An IP address and a port; port 0: the kernel picks one. ``last_port``: of a range of ports, 0 where it is one."""
 
     ip: IPAddress
     port: int
+    last_port: int = 0
 
     @property
     def family(self) -> int:
@@ -44,7 +47,7 @@ class SocketAddress:
         return pack16(self.ip)
 
     def __str__(self) -> str:
-        return f"{format_ip(self.ip)}:{self.port}"
+        return f"{format_ip(self.ip)}:{self.port}" + (f"-{self.last_port}" if self.last_port else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,20 +154,23 @@ def parse_port_range(text: str, field: str = "ports") -> PortRange:
     return PortRange(first, last)
 
 
-def parse_socket_address(text: str, field: str = "address", *, dynamic: bool = False) -> SocketAddress:
-    """``1.2.3.4:80`` or ``[::1]:80``; with ``dynamic`` also ``:dynamic`` or ``:0``, which give port 0."""
+def parse_socket_address(text: str, field: str = "address", *, endpoint: bool = False) -> SocketAddress:
+    """``1.2.3.4:80`` or ``[::1]:80``; of an ``endpoint`` also ``:8000-8099``, and ``:dynamic`` or ``:0``: port 0."""
     address, port = _split_port(text, field)
     ip = _parse_bracketed(address, field)
-    if dynamic and port in (DYNAMIC, "0"):
+    if not endpoint:
+        return SocketAddress(ip, parse_port(port, field))
+    if port in (DYNAMIC, ANY_FREE_PORT):
         return SocketAddress(ip, 0)
-    return SocketAddress(ip, parse_port(port, field))
+    ports = parse_port_range(port, field)
+    return SocketAddress(ip, ports.first, ports.last if len(ports) > 1 else 0)
 
 
 def parse_bind_pattern(text: str, field: str = "bind") -> BindPattern:
-    """``ADDR:PORT``, ``ADDR:FIRST-LAST``, or the same with ``*`` for any address."""
+    """``ADDR:PORT``, ``ADDR:FIRST-LAST``, or the same with ``*`` for any address. Port 0: binds of port 0, no other."""
     address, ports = _split_port(text, field)
     ip = None if address == "*" else _parse_bracketed(address, field)
-    return BindPattern(ip, parse_port_range(ports, field))
+    return BindPattern(ip, PortRange(0, 0) if ports == ANY_FREE_PORT else parse_port_range(ports, field))
 
 
 def parse_prefix(text: str, field: str = "to") -> Prefix:

@@ -56,7 +56,7 @@ class Endpoint:
 
     ``port`` 0 is dynamic: the kernel picks. ``netns`` is a name, a pid or a path, as the operator wrote
     it. ``open`` lets a container request it through its environment. An IPv6 endpoint accepts IPv6 clients only, unless
-    it is ``dual_stack``.
+    it is ``dual_stack``. ``last_port``: it is a range of ports that begins at ``port``; 0: it is one.
     """
 
     name: str
@@ -66,6 +66,12 @@ class Endpoint:
     netns: str | None = None
     open: bool = False
     dual_stack: bool = False
+    last_port: int = 0
+
+    @property
+    def port_count(self) -> int:
+        """How many ports it has; a dynamic one counts as one."""
+        return self.last_port - self.port + 1 if self.last_port else 1
 
     @property
     def family(self) -> int:
@@ -80,7 +86,13 @@ class Endpoint:
     @property
     def spec(self) -> str:
         """``ADDR:PORT`` as an operator writes it."""
-        return f"{format_ip(self.address)}:{self.port or DYNAMIC}"
+        return self.spec_at(self.port, self.last_port)
+
+    def spec_at(self, port: int, last_port: int = 0) -> str:
+        """The same for some of its ports; port 0: dynamic."""
+        if not port:
+            return f"{format_ip(self.address)}:{DYNAMIC}"
+        return str(SocketAddress(self.address, port, last_port))
 
     def format(self) -> str:
         """One line for people: ``nx4 = 0.0.0.0:8080``."""
@@ -95,7 +107,7 @@ def parse_endpoint(
     open_: bool = False,
     dual_stack: bool = False,
 ) -> Endpoint:
-    """The endpoint ``name`` at ``spec`` (``ADDR:PORT``, ``[ADDR6]:PORT``, port also ``dynamic`` or 0).
+    """The endpoint ``name`` at ``spec`` (``ADDR:PORT``, ``[ADDR6]:PORT``, port also FIRST-LAST, ``dynamic`` or 0).
 
     Raises UsageError that names the field: name, address, protocol, netns or dual stack.
     """
@@ -110,6 +122,7 @@ def parse_endpoint(
         netns=None if netns is None else parse_netns(netns),
         open=open_,
         dual_stack=dual_stack,
+        last_port=address.last_port,
     )
 
 
@@ -132,8 +145,8 @@ def parse_name(text: str, field: str = "name", longest: int = MAX_ENDPOINT_NAME)
 
 
 def parse_endpoint_address(text: str, field: str = "address") -> SocketAddress:
-    """An endpoint's address; its port may be ``dynamic``."""
-    return parse_socket_address(text, field, dynamic=True)
+    """An endpoint's address; its port may be a range, or ``dynamic``."""
+    return parse_socket_address(text, field, endpoint=True)
 
 
 def parse_protocol(text: str, field: str = "protocol") -> Protocol:

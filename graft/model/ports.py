@@ -47,6 +47,24 @@ class PortRange:
         return ((1 << len(self)) - 1) << self.first
 
 
+def ports_text(count: int) -> str:
+    """``1 port``, ``100 ports``."""
+    return f"{count} port{'' if count == 1 else 's'}"
+
+
+def mapped_port(requested: int, first: int, port: int, last_port: int) -> int | None:
+    """Which port of an endpoint a requested one becomes; None where there is none.
+
+    The endpoint has ``port`` to ``last_port``, or only ``port`` where that is 0; port 0 is dynamic. ``first`` is the
+    first port of the rule's range, 0 where that was not written for a range of ports. Equal to
+    `endpoint_port` of bpf/rules.bpf.c.
+    """
+    if not last_port:
+        return port if requested or not port else None
+    mapped = port + requested - first
+    return mapped if 0 < first <= requested and mapped <= last_port else None
+
+
 def mask_of(ranges: Iterable[PortRange]) -> int:
     """The ports of all of ``ranges`` together."""
     mask = 0

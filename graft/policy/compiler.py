@@ -37,6 +37,7 @@ from graft.policy.validator import (
     UNSPECIFIED,
     IngressClaim,
     IngressKey,
+    IngressTarget,
     check_endpoints_exist,
     check_rules,
     egress_protocols,
@@ -46,12 +47,15 @@ from graft.policy.validator import (
 T = TypeVar("T")
 Owner = TypeVar("Owner")
 PortLayout = dict[Owner, int]
-"""Which ports each owner (an endpoint, or an outcome) has: disjoint sets of ports (graft/model/ports.py)."""
+"""Which ports each owner (what a bind becomes, or an outcome) has: disjoint sets of ports (graft/model/ports.py)."""
 
 
 @dataclass(frozen=True, slots=True)
 class IngressEntry:
-    """(protocol, family, address, leading ``port_bits`` of port) -> endpoint. ``address`` None means any."""
+    """(protocol, family, address, leading ``port_bits`` of port) -> endpoint. ``address`` None means any.
+
+    ``first_port``: of the rule's range, where the endpoint is a range of as many ports; else 0.
+    """
 
     protocol: int
     family: int
@@ -59,6 +63,7 @@ class IngressEntry:
     port: int
     port_bits: int
     endpoint: str
+    first_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,29 +166,29 @@ def _ingress_entries(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Itera
     prefixes = cache(lambda mask: tuple(prefixes_of(mask)))  # TCP and UDP, 0.0.0.0 and [::] mostly have the same ports
     for (protocol, family, address), layout in layouts.items():
         packed = None if address is None else pack16(address)
-        for endpoint, mask in layout.items():
+        for target, mask in layout.items():
             for port, bits in prefixes(mask):
-                yield IngressEntry(IP_PROTOCOLS[protocol], family, packed, port, bits, endpoint)
+                yield IngressEntry(IP_PROTOCOLS[protocol], family, packed, port, bits, *target)
 
 
-def _smallest_first(claims: Iterable[IngressClaim]) -> PortLayout[str]:
-    """Endpoint -> ports: each port goes to the smallest range that contains it."""
-    layout: PortLayout[str] = {}
+def _smallest_first(claims: Iterable[IngressClaim]) -> PortLayout[IngressTarget]:
+    """Target -> ports: each port goes to the smallest range that contains it."""
+    layout: PortLayout[IngressTarget] = {}
     taken = 0
     for claim in sorted(claims, key=lambda claim: len(claim.rule.bind.ports)):
         mask = claim.rule.bind.ports.mask
         if free := mask & ~taken:
-            layout[claim.rule.endpoint] = layout.get(claim.rule.endpoint, 0) | free
+            layout[claim.target] = layout.get(claim.target, 0) | free
         taken |= mask
     return layout
 
 
-def _serve_dual_stack(layouts: dict[IngressKey, PortLayout[str]], protocol: Protocol) -> None:
+def _serve_dual_stack(layouts: dict[IngressKey, PortLayout[IngressTarget]], protocol: Protocol) -> None:
     """Give [::] what 0.0.0.0 has, at the ports where no IPv6 rule, exact or any, applies to [::]."""
     ipv4 = _overlay(layouts.get((protocol, 4, ANY4), {}), layouts.get((protocol, 4, None), {}))
     exact = layouts.get((protocol, 6, ANY6), {})
     granted = _union(exact) | _union(layouts.get((protocol, 6, None), {}))
-    derived = {endpoint: mask & ~granted for endpoint, mask in ipv4.items() if mask & ~granted}
+    derived = {target: mask & ~granted for target, mask in ipv4.items() if mask & ~granted}
     if derived:
         layouts[protocol, 6, ANY6] = _overlay(exact, derived)
 

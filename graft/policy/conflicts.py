@@ -1,14 +1,14 @@
-"""Finds ingress rules in conflict: rules for one address that leave open which endpoint gets a port.
+"""Finds ingress rules in conflict: rules for one address that leave open what a port becomes.
 
 Of two port ranges that are disjoint, or one inside the other, each port goes to the smaller range. Ranges that are
-equal, or overlap in part, have no smaller one: with different endpoints they are in conflict. Claims are added one by
+equal, or overlap in part, have no smaller one: with different targets they are in conflict. Claims are added one by
 one, and each is compared with all earlier ones in a time that grows with the logarithm of their number: a policy may
 have thousands of ranges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from graft.model.ports import MAX_PORT, PortRange
@@ -19,10 +19,10 @@ _LEAVES = MAX_PORT + 1
 
 
 class PortClaim(NamedTuple, Generic[Rule]):
-    """``rule`` redirects ``ports`` to ``endpoint``."""
+    """``rule`` redirects ``ports`` to ``target``: an endpoint, and which of its ports."""
 
     ports: PortRange
-    endpoint: str
+    target: Hashable
     rule: Rule
 
 
@@ -36,8 +36,8 @@ class _Extent(NamedTuple, Generic[Rule]):
 class _SegmentTree(Generic[Rule]):
     """Claims, each at one port; finds the one of the highest value in a range of ports. Node n is above 2n and 2n + 1.
 
-    A node has the highest of all below it, and the highest of another endpoint than that one's: so it has an answer
-    whichever endpoint is left out.
+    A node has the highest of all below it, and the highest of another target than that one's: so it has an answer
+    whichever target is left out.
     """
 
     def __init__(self) -> None:
@@ -53,17 +53,17 @@ class _SegmentTree(Generic[Rule]):
             self._nodes[node] = best
             node //= 2
 
-    def highest(self, first: int, last: int, excluded_endpoint: str) -> _Extent[Rule] | None:
-        """The highest at the ports ``first`` to ``last``, of any other endpoint than the excluded one."""
+    def highest(self, first: int, last: int, excluded: Hashable) -> _Extent[Rule] | None:
+        """The highest at the ports ``first`` to ``last``, of any other target than the excluded one."""
         extents = [extent for node in _covering_nodes(first, last) for extent in self._nodes.get(node, ())]
-        others = [extent for extent in extents if extent.claim.endpoint != excluded_endpoint]
+        others = [extent for extent in extents if extent.claim.target != excluded]
         return max(others, key=lambda extent: extent.value, default=None)
 
 
 def _best_two(known: tuple[_Extent[Rule], ...], extent: _Extent[Rule]) -> tuple[_Extent[Rule], ...]:
-    """The highest, and the highest of another endpoint; the earlier one where they are equal."""
+    """The highest, and the highest of another target; the earlier one where they are equal."""
     first, *rest = sorted((*known, extent), key=lambda one: -one.value)
-    second = [one for one in rest if one.claim.endpoint != first.claim.endpoint]
+    second = [one for one in rest if one.claim.target != first.claim.target]
     return (first, *second[:1])
 
 
@@ -91,24 +91,24 @@ class ConflictFinder(Generic[Rule]):
 
     def add(self, claim: PortClaim[Rule]) -> Rule | None:
         """Add ``claim``. Gives the rule of an earlier claim that is in conflict with it, None where there is none."""
-        found = self._find(claim.ports, claim.endpoint)
+        found = self._find(claim.ports, claim.target)
         equal = self._equal.setdefault(claim.ports, [])
-        # Of equal ranges two are enough, of different endpoints: any later claim differs from one of them.
-        if len(equal) < 2 and all(one.endpoint != claim.endpoint for one in equal):
+        # Of equal ranges two are enough, of different targets: any later claim differs from one of them.
+        if len(equal) < 2 and all(one.target != claim.target for one in equal):
             equal.append(claim)
             self._by_last.add(claim.ports.last, _Extent(-claim.ports.first, claim))
             self._by_first.add(claim.ports.first, _Extent(claim.ports.last, claim))
         return found
 
-    def _find(self, ports: PortRange, endpoint: str) -> Rule | None:
+    def _find(self, ports: PortRange, target: Hashable) -> Rule | None:
         for claim in self._equal.get(ports, ()):
-            if claim.endpoint != endpoint:
+            if claim.target != target:
                 return claim.rule
         # A range that begins before this one and ends inside it, or one that begins inside it and ends after it.
-        before = self._by_last.highest(ports.first, ports.last - 1, endpoint)
+        before = self._by_last.highest(ports.first, ports.last - 1, target)
         if before is not None and before.claim.ports.first < ports.first:
             return before.claim.rule
-        after = self._by_first.highest(ports.first + 1, ports.last, endpoint)
+        after = self._by_first.highest(ports.first + 1, ports.last, target)
         if after is not None and after.claim.ports.last > ports.last:
             return after.claim.rule
         return None

@@ -147,7 +147,7 @@ class _PolicyReader:
             fields.check((), parse_name, name)
             if address is not None and fields.valid:
                 fields.check(("dual_stack",), check_dual_stack, dual_stack, address)
-                yield Endpoint(name, address.ip, address.port, protocols, netns, is_open, dual_stack)
+                yield Endpoint(name, address.ip, address.port, protocols, netns, is_open, dual_stack, address.last_port)
 
     def _ingress_rules(self, section: list[Value]) -> Iterator[IngressRule]:
         for index, value in self._within_limit(enumerate(section), "ingress"):

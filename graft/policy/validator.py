@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import NamedTuple
 
 from graft.model.address import IPAddress, Prefix, shown
 from graft.model.endpoint import ANY_PROTOCOL, Endpoint, Protocol
-from graft.model.ports import lowest_port
+from graft.model.ports import MAX_PORT, PortRange, lowest_port, ports_text
 from graft.policy.conflicts import ConflictFinder, PortClaim
 from graft.policy.model import EgressRule, IngressRule, Outcome, Policy, Problem, Verdict
 
 ANY4 = IPv4Address("0.0.0.0")
 ANY6 = IPv6Address("::")
+PORT_0 = PortRange(0, 0)
+"""Of a rule for binds that leave the port to the kernel."""
 
 LOOPBACKS = (Prefix(IPv4Network("127.0.0.0/8")), Prefix(IPv6Network("::1/128")))
 """Destinations in the container's own namespace: only a rule for a prefix inside one of them applies to it."""
@@ -33,6 +36,16 @@ rule does not grant them.
 SPECIAL_PREFIXES = (*LOOPBACKS, *UNSPECIFIED, *LINK_LOCAL)
 """Destinations to which a wider rule does not apply, or only in part."""
 
+
+class IngressTarget(NamedTuple):
+    """What a bind becomes: an endpoint; of a range of ports the one that is as far from its beginning as the requested
+    one is from ``first_port`` (0: the endpoint is no range).
+    """
+
+    endpoint: str
+    first_port: int
+
+
 IngressKey = tuple[Protocol, int, IPAddress | None]
 """What a bind is looked up by, besides its port: protocol, family, and address or None for any."""
 
@@ -45,6 +58,7 @@ class IngressClaim:
     protocol: Protocol
     family: int
     address: IPAddress | None
+    target: IngressTarget
 
     @property
     def key(self) -> IngressKey:
@@ -60,8 +74,9 @@ def ingress_claims(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterato
             continue
         address = rule.bind.address
         family = endpoint.family if address is None else address.version
+        target = IngressTarget(rule.endpoint, rule.bind.ports.first if endpoint.last_port else 0)
         for protocol in endpoint.protocols if rule.protocols is None else rule.protocols:
-            yield IngressClaim(rule, protocol, family, address)
+            yield IngressClaim(rule, protocol, family, address, target)
 
 
 def egress_protocols(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Protocol:
@@ -86,6 +101,19 @@ def check_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> list[Probl
     problems += _ingress_conflicts(policy, endpoints)
     problems += _egress_conflicts(policy, endpoints)
     return problems
+
+
+def check_splice(policy: Policy) -> list[Problem]:
+    """A problem for each rule that transport splice cannot serve as it is meant.
+
+    A program that binds port 0 is told the port that it got inside its namespace, and tells others; the host may have
+    given that one to somebody else.
+    """
+    message = "transport splice cannot publish a bind of port 0: the program is told another port than the host's"
+    hint = "name the ports, or start it with `graft run` or the OCI runtime"
+    return [
+        Problem(rule.line, _part(rule, "bind"), message, hint) for rule in policy.ingress if rule.bind.ports == PORT_0
+    ]
 
 
 def check_endpoints_exist(policy: Policy, endpoints: Mapping[str, Endpoint]) -> list[Problem]:
@@ -117,7 +145,28 @@ def _check_ingress(rule: IngressRule, endpoints: Mapping[str, Endpoint]) -> Iter
             else "an IPv6 endpoint; of IPv6 binds only [::] can be redirected to an IPv4 one"
         )
         yield Problem(rule.line, _part(rule, "endpoint"), message, hint)
+    yield from _check_ports(rule, endpoint)
     yield from _check_protocols(rule, endpoint)
+
+
+def _check_ports(rule: IngressRule, endpoint: Endpoint) -> Iterator[Problem]:
+    """A range of an endpoint's ports is for a range of as many; the port of a bind of port 0 is the kernel's choice."""
+    ports, target = rule.bind.ports, f"the endpoint {endpoint.name}"
+    if ports == PORT_0:
+        if endpoint.port:
+            message = f"a bind of port 0 cannot be redirected to {target}, which has no dynamic port"
+            hint = f"an endpoint such as {endpoint.spec_at(0)}"
+            yield Problem(rule.line, _part(rule, "bind"), message, hint)
+    elif endpoint.last_port and len(ports) != endpoint.port_count:
+        message = f"{rule.bind} has {ports_text(len(ports))}, {target} ({endpoint.spec}) {endpoint.port_count}"
+        yield Problem(rule.line, _part(rule, "bind"), message, _same_size_hint(ports, endpoint))
+
+
+def _same_size_hint(ports: PortRange, endpoint: Endpoint) -> str:
+    last = ports.first + endpoint.port_count - 1
+    if last > MAX_PORT:
+        return "as many, or an endpoint of one port"
+    return f"as many, such as {PortRange(ports.first, last)}; or an endpoint of one port"
 
 
 def _check_egress(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
@@ -147,7 +196,7 @@ def _ingress_conflicts(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Ite
     for claim in ingress_claims(policy, endpoints):
         rule = claim.rule
         finder = finders.setdefault(claim.key, ConflictFinder())
-        other = finder.add(PortClaim(rule.bind.ports, rule.endpoint, rule))
+        other = finder.add(PortClaim(rule.bind.ports, claim.target, rule))
         if other is not None and id(rule) not in reported:
             reported.add(id(rule))
             message = (

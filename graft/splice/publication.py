@@ -31,7 +31,9 @@ class DialTarget:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedEndpoint:
-    """An endpoint with what it has now: where something of this changes, its listener is replaced."""
+    """An endpoint with what it has now: where something of this changes, its listener is replaced. Of a range, ``port``
+    is the one that the container's listener becomes.
+    """
 
     id: int
     family: int
@@ -82,8 +84,8 @@ def target(family: int, address: bytes, port: int, v6only: bool) -> DialTarget:
 class PublicationPlan:
     """Which of a namespace's listeners to publish: those of the container's own ``cgroups`` that a rule names.
 
-    ``lookup`` gives the endpoint that a bind of (family, address, port) becomes. An endpoint with a fixed port is for
-    one listener; one with a dynamic port is for any number, each on a port that the kernel picks. At most ``limit``
+    ``lookup`` gives the endpoint that a bind of (family, address, port) becomes. A fixed port of an endpoint is for one
+    listener; one with a dynamic port is for any number, each on a port that the kernel picks. At most ``limit``
     are published, and first those that are already (``published``).
     """
 
@@ -155,7 +157,7 @@ class PublicationPlan:
 
 
 def _key(found: Publication) -> tuple[object, ...]:
-    return (found.endpoint.id,) if found.endpoint.port else (found.endpoint.id, *_place(found))
+    return (found.endpoint.id, found.endpoint.port or _place(found))
 
 
 def _place(found: Publication) -> tuple[int, bytes, int]:

@@ -16,6 +16,7 @@ from graft.datapath.rulesets import Lookup
 from graft.errors import GraftError
 from graft.kernel.sockdiag import Diagnostics
 from graft.model.endpoint import Protocol
+from graft.model.ports import mapped_port
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
 from graft.splice.listeners import cgroup_ids, collect_listeners
@@ -113,12 +114,15 @@ class Relays:
         return 0 if value is None else int(value.ruleset)
 
     def _endpoint(self, ruleset: int, family: int, address: bytes, port: int) -> ResolvedEndpoint | None:
-        number = self._lookup.ingress(ruleset, socket.IPPROTO_TCP, family, address, port) if ruleset else 0
+        number, first = self._lookup.ingress(ruleset, socket.IPPROTO_TCP, family, address, port) if ruleset else (0, 0)
         value = self._maps.endpoints.peek(ctypes.c_uint32(number)) if number else None
         if value is None or not value.protocols & Protocol.TCP:
             return None
+        mapped = mapped_port(port, first, value.port, value.last_port)
+        if mapped is None:
+            return None
         dual_stack = bool(value.flags & ENDPOINT_DUAL_STACK)
-        return ResolvedEndpoint(number, value.family, bytes(value.addr), value.port, value.netns, dual_stack)
+        return ResolvedEndpoint(number, value.family, bytes(value.addr), mapped, value.netns, dual_stack)
 
     def _publish(self, wanted: Publication) -> None:
         try:
@@ -140,7 +144,8 @@ class Relays:
             if error.errno != errno.EADDRINUSE or not wanted.endpoint.port:
                 raise
         # Perhaps another listener of this container has it, for the endpoint's old address or for a closed listener.
-        for key in [key for key in self._published if key.endpoint.id == wanted.endpoint.id]:
+        same_port = (wanted.endpoint.id, wanted.endpoint.port)
+        for key in [key for key in self._published if (key.endpoint.id, key.endpoint.port) == same_port]:
             self._unpublish(key)
         return listen(self._maps, self.container.id, wanted, endpoint_netns)
 

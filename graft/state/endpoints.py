@@ -14,6 +14,7 @@ from graft.datapath.maps import Maps
 from graft.errors import ConflictError, NotFoundError
 from graft.kernel import netns
 from graft.model.endpoint import Endpoint, Protocol
+from graft.model.ports import ports_text
 from graft.model.settings import Settings
 
 
@@ -84,6 +85,7 @@ class Endpoints:
             netns=os.fsdecode(label.read_bytes()) if label.exists() else None,
             open=bool(value.flags & layout.ENDPOINT_OPEN),
             dual_stack=bool(value.flags & layout.ENDPOINT_DUAL_STACK),
+            last_port=value.last_port,
         )
         return StoredEndpoint(number, endpoint, int(value.netns), bool(value.flags & layout.ENDPOINT_DECLARED))
 
@@ -109,7 +111,8 @@ class EndpointChanges(Endpoints):
     def change(self, endpoint: Endpoint) -> None:
         """Give an endpoint another address, protocol or namespace, from the next bind or connect on.
 
-        Raises NotFoundError, and ConflictError if rules in force need the old address family.
+        Raises NotFoundError, and ConflictError if rules in force need the old address family, number of ports, or
+        dynamic port.
         """
         old = self.find(endpoint.name)
         if old.endpoint.family != endpoint.family and rulesets.using(self._maps, old.id):
@@ -117,7 +120,23 @@ class EndpointChanges(Endpoints):
                 f"address: rules in force use {endpoint.name!r} as an IPv{old.endpoint.family} endpoint",
                 "add another endpoint for the other family",
             )
+        self._refuse_other_ports(old, endpoint)
         self._write(old.id, endpoint, old.declared)
+
+    def _refuse_other_ports(self, old: StoredEndpoint, endpoint: Endpoint) -> None:
+        """Raises ConflictError where a bind that a rule in force grants would find no port of the changed endpoint."""
+        is_bound_to, serves_port_0 = rulesets.ingress_using(self._maps, old.id)
+        before, after = old.endpoint.port_count, endpoint.port_count
+        if is_bound_to and before != after:
+            raise ConflictError(
+                f"address: rules in force are for {ports_text(before)} of {endpoint.name!r}, not {after}",
+                "as many ports, or add another endpoint",
+            )
+        if serves_port_0 and endpoint.port:
+            raise ConflictError(
+                f"address: rules in force redirect binds of port 0 to {endpoint.name!r}",
+                "a dynamic port, or add another endpoint",
+            )
 
     def delete(self, name: str, force: bool = False) -> None:
         """Delete an endpoint. Raises NotFoundError, and ConflictError if a container uses it, unless ``force``: then
@@ -208,7 +227,12 @@ class EndpointChanges(Endpoints):
         flags = layout.ENDPOINT_OPEN * endpoint.open | layout.ENDPOINT_DECLARED * declared
         flags |= layout.ENDPOINT_DUAL_STACK * endpoint.dual_stack
         value = layout.EndpointValue(
-            netns=cookie, port=endpoint.port, family=endpoint.family, protocols=endpoint.protocols, flags=flags
+            netns=cookie,
+            port=endpoint.port,
+            family=endpoint.family,
+            protocols=endpoint.protocols,
+            last_port=endpoint.last_port,
+            flags=flags,
         )
         value.addr[:] = endpoint.packed16
         self._maps.endpoints.put(ctypes.c_uint32(number), value)

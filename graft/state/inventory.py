@@ -22,6 +22,7 @@ from graft.datapath import layout
 from graft.datapath.maps import Maps
 from graft.kernel import bpf, cgroup, netns, sockets
 from graft.kernel.sockets import ListedSocket
+from graft.model.address import format_ip
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.sockaddr import Sockaddr
@@ -192,9 +193,16 @@ def _with_grant_by_address(container: Container, stack: HostStack, sock: Contain
     if sock.listed.protocol != "udp" or sock.places:
         return sock
     for endpoint in stack.endpoints.values():
-        if endpoint.name in container.endpoints and endpoint.spec == sock.listed.local:
+        if endpoint.name in container.endpoints and _is_at(endpoint, sock.listed.local):
             return replace(sock, granted=True, endpoint=endpoint.name)
     return sock
+
+
+def _is_at(endpoint: Endpoint, local: str) -> bool:
+    """Whether a local address is the endpoint's. (Of a dynamic one it cannot be told.)"""
+    address, _, port = local.rpartition(":")
+    last = endpoint.last_port or endpoint.port
+    return address == format_ip(endpoint.address) and endpoint.port <= int(port) <= last
 
 
 def host_sockets_of(settings: Settings, pids: Iterable[int]) -> list[ContainerSocket] | None:

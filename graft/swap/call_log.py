@@ -36,7 +36,10 @@ def _format_call(entry: LogEntry, endpoints: Mapping[int, Endpoint]) -> str:
         return f"{head}: {errno.errorcode.get(entry.error or decision.error, '?')}"
     if decision.action is Action.TO_HOST:
         endpoint = endpoints.get(decision.endpoint)
-        name = endpoint.format() if endpoint else f"endpoint {decision.endpoint}"
+        if endpoint is None:
+            name = f"endpoint {decision.endpoint}"
+        else:
+            name = f"{endpoint.name} = {endpoint.spec_at(entry.port) if entry.port else endpoint.spec}"
         return f"{head} -> {name}" if entry.call is Call.BIND else f"{head} from {name}"
     if decision.action is Action.TO_CONTAINER:
         return f"{head}: back to the container"

@@ -59,12 +59,15 @@ _REFUSE, _RESUME, _TO_HOST = Action.REFUSE, Action.RESUME, Action.TO_HOST
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """A trapped call, and the decision about it, for `graft run -v`. ``error``: the errno that it failed with here."""
+    """A trapped call, and the decision about it, for `graft run -v`. ``error``: the errno that it failed with here;
+    ``port``: the one that a replacement socket was bound to.
+    """
 
     call: Call
     address: Sockaddr | None
     decision: Decision
     error: int = 0
+    port: int = 0
 
 
 class TrappedCall(NamedTuple):
@@ -102,6 +105,7 @@ class Supervisor:
         self._expected_references = 0
         self._unreported = UnreportedBinds()
         self._replaced: list[int] = []
+        self._bound_port = 0  # of the last replacement socket, for the log
 
     def calibrate(self) -> None:
         """Count the references to a socket with one descriptor in its program and a duplicate here.
@@ -212,12 +216,13 @@ class Supervisor:
         v6only = facts.family == 6 and socket_copy.is_v6only(trapped.duplicate, facts.protocol)
         decision = decide(trapped.call, trapped.address, facts, v6only)
         error: int | None = None
+        self._bound_port = 0
         if decision.action is _REFUSE:
             error = decision.error
         elif decision.action is not _RESUME:
             error = self._replace(trapped, decision, v6only)
         if self._log is not None:
-            self._log(LogEntry(trapped.call, trapped.address, decision, error or 0))
+            self._log(LogEntry(trapped.call, trapped.address, decision, error or 0, self._bound_port))
         return error
 
     def _replace(self, trapped: TrappedCall, decision: Decision, v6only: bool) -> int | None:
@@ -266,6 +271,8 @@ class Supervisor:
             sock.bind((text, address.port))
         except OSError as error:
             return error.errno or errno.EIO
+        if self._log is not None:
+            self._bound_port = sock.getsockname()[1]
         if sock.proto == _IPPROTO_MPTCP:
             self._complete_tag(sock)
         return 0

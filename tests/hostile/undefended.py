@@ -75,6 +75,15 @@ def _at_once(file: str, function: str, statement: str) -> Change:
 HOOKS: dict[str, tuple[Change, ...]] = {
     # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
     "bound": (("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", "\treturn 1;\n"),),
+    # And each port of a range that is an endpoint is as good as the one that the socket's own request becomes.
+    "port by port": (
+        ("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", ""),
+        (
+            "local_address.bpf.c",
+            "(port && port != local->port)",
+            "(port && (local->port < endpoint->port || local->port > endpoint->last_port))",
+        ),
+    ),
     # No hook looks at what comes in, or at what goes out.
     "packets in": (_at_once("packet.bpf.c", "int graft_skb_ingress(struct __sk_buff *skb)", "return PASS;"),),
     "packets out": (_at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),),

@@ -11,7 +11,6 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,9 +22,9 @@ from graft.datapath.rulesets import Lookup
 from graft.kernel.pidfd import pidfd_getfd
 from graft.model.address import BindPattern, Prefix, pack16
 from graft.model.endpoint import Endpoint
-from graft.model.ports import PortRange
+from graft.model.ports import PortRange, mapped_port
 from graft.model.transport import Home, Transport
-from graft.policy.compiler import compile_policy
+from graft.policy.compiler import IngressEntry, compile_policy
 from graft.policy.model import Default, EgressRule, IngressRule, Policy, Verdict, policy_from_flags
 from graft.state.records import Container
 from tests.support.cgroups import new_cgroup
@@ -203,14 +202,20 @@ def test_an_accepted_connection_has_its_listeners_tag_and_the_port_that_was_aske
 
 # Random policies: lookups in the maps, by user space and by the hooks, agree with the compiled entries.
 
-ENDPOINTS = ("a4", "b4", "a6")
-_SPECS = {"a4": "0.0.0.0:dynamic", "b4": "127.0.0.1:dynamic", "a6": "[::]:dynamic"}
+ENDPOINTS = ("a4", "b4", "r4", "a6")
+# r4 is a range of ten ports.
+_SPECS = {"a4": "0.0.0.0:dynamic", "b4": "127.0.0.1:dynamic", "r4": "127.0.0.1:{}-{}", "a6": "[::]:dynamic"}
 BINDABLE = ["0.0.0.0", "127.0.0.1", "10.98.0.1", "::", "::1"]
 TARGETS = ["10.98.0.2", "10.98.1.1", "10.99.0.1", "192.0.2.1", "fd98::2", "fd98::3", "2001:db8::1"]
 PREFIXES = ["0.0.0.0/0", "10.0.0.0/8", "10.98.0.0/16", "10.98.0.2/32", "::/0", "fd98::/16", "fd98::2/128"]
 # Ranges that are either apart or one inside the other: others are in conflict, and no policy at all.
 RANGES = [PortRange(2000, 2999), PortRange(2000, 2009), PortRange(2005, 2005), PortRange(2500, 2511), PortRange(80, 80)]
-PORTS = [80, 2000, 2004, 2005, 2006, 2009, 2010, 2500, 2505, 2512, 2999, 3000]
+PORT_0 = PortRange(0, 0)
+PORTS = [0, 80, 2000, 2004, 2005, 2006, 2009, 2010, 2500, 2505, 2512, 2999, 3000]
+
+
+def _fits(name: str, ports: PortRange) -> bool:
+    return len(ports) == 10 if name == "r4" else True
 
 
 def _family(name: str) -> int:
@@ -220,9 +225,13 @@ def _family(name: str) -> int:
 ingress_rules = st.builds(
     lambda address, ports, name: (address, ports, name),
     st.sampled_from([None, *BINDABLE]),
-    st.sampled_from(RANGES),
+    st.sampled_from([*RANGES, PORT_0]),
     st.sampled_from(ENDPOINTS),
-).filter(lambda one: one[0] is None or one[0] == "::" or ip_address(one[0]).version == _family(one[2]))
+).filter(
+    lambda one: (
+        _fits(one[2], one[1]) and (one[0] is None or one[0] == "::" or ip_address(one[0]).version == _family(one[2]))
+    )
+)
 
 egress_rules = st.tuples(
     st.sampled_from(PREFIXES), st.sampled_from([None, *RANGES]), st.sampled_from([*ENDPOINTS, "deny", "container"])
@@ -251,7 +260,7 @@ def policies(draw: st.DrawFn) -> Policy:
     )
 
 
-def bind_entry(entries: tuple[Any, ...], address: str, port: int) -> str | None:
+def bind_entry(entries: tuple[IngressEntry, ...], address: str, port: int) -> IngressEntry | None:
     ip = ip_address(address)
     for wanted in (pack16(ip), None):
         found = [
@@ -261,12 +270,14 @@ def bind_entry(entries: tuple[Any, ...], address: str, port: int) -> str | None:
             and one.port >> (16 - one.port_bits) == port >> (16 - one.port_bits)
         ]
         if found:
-            return str(max(found, key=lambda one: one.port_bits).endpoint)
+            return max(found, key=lambda one: one.port_bits)
     return None
 
 
 def test_random_policies_mean_the_same_to_the_compiler_the_lookups_and_the_hooks(host: Host, confine: Confine) -> None:
-    names = {name: host.endpoint(spec, dual_stack=name == "a6") for name, spec in _SPECS.items()}
+    ten = host.ports(10)
+    specs = {name: spec.format(ten, ten + 9) for name, spec in _SPECS.items()}
+    names = {name: host.endpoint(spec, dual_stack=name == "a6") for name, spec in specs.items()}
     stored = {mine: host.installation.endpoints.find(name) for mine, name in names.items()}
     endpoints: dict[str, Endpoint] = {name: one.endpoint for name, one in stored.items()}
     ids = {name: one.id for name, one in stored.items()}
@@ -296,14 +307,18 @@ def test_random_policies_mean_the_same_to_the_compiler_the_lookups_and_the_hooks
             ip = ip_address(address)
             expected = bind_entry(entries.ingress, address, port)
             number = lookup.ingress(value.ruleset, TCP, ip.version, pack16(ip), port)
-            assert number == (0 if expected is None else ids[expected])
+            assert number == ((0, 0) if expected is None else (ids[expected.endpoint], expected.first_port))
             fd = process.socket("tcp", ip.version)
             said = process.say("bind", fd, address, port)
             assert (said == "EACCES") == (expected is None), (address, port, expected)
             outcomes["bind", said == "ok"] += 1
             if said == "ok":
                 tag = tag_of(host, process, fd)
-                assert tag is not None and tag.endpoint == number
+                assert expected is not None and tag is not None and tag.endpoint == number[0]
+                target = endpoints[expected.endpoint]
+                mapped = mapped_port(port, expected.first_port, target.port, target.last_port)
+                assert tag.bound_port and mapped in (0, tag.bound_port)
+                assert process.say("name", fd) == [address, port or tag.bound_port]
             process.say("close", fd)
         for address, port in connects:
             ip = ip_address(address)

@@ -93,6 +93,12 @@ class Host:
         """A port that no other test uses."""
         return next(_ports)
 
+    @staticmethod
+    def ports(count: int) -> int:
+        """The first of ``count`` ports in a row that no other test uses."""
+        first, *_ = (next(_ports) for _ in range(count))
+        return first
+
     def start_command(self, command: Sequence[Word], talk: bool = False) -> Program:
         """A command that works on this installation, in the background; it ends with the test."""
         started = start(command, {**os.environ, **self.environment}, talk)

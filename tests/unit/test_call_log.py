@@ -11,15 +11,26 @@ from graft.swap.decision import Action, Call, Decision
 from graft.swap.supervisor import LogEntry
 
 WEB = Sockaddr(4, bytes(16), 80)
-ENDPOINTS = {5: parse_endpoint("nx4", "0.0.0.0:8080")}
+ENDPOINTS = {
+    5: parse_endpoint("nx4", "0.0.0.0:8080"),
+    6: parse_endpoint("any", "0.0.0.0:dynamic"),
+    7: parse_endpoint("rtp", "0.0.0.0:20000-20100"),
+}
 
 
-def logged(call: Call, address: Sockaddr | None, decision: Decision, error: int = 0) -> str:
-    return format_entry(LogEntry(call, address, decision, error), ENDPOINTS)
+def logged(call: Call, address: Sockaddr | None, decision: Decision, error: int = 0, port: int = 0) -> str:
+    return format_entry(LogEntry(call, address, decision, error, port), ENDPOINTS)
 
 
 def test_a_bind_names_its_endpoint() -> None:
     assert logged(Call.BIND, WEB, Decision(Action.TO_HOST, 5)) == "graft: bind 0.0.0.0:80 -> nx4 = 0.0.0.0:8080"
+
+
+def test_a_bind_shows_the_port_that_it_got() -> None:
+    made = logged(Call.BIND, Sockaddr(4, bytes(16), 0), Decision(Action.TO_HOST, 6), port=40123)
+    assert made == "graft: bind 0.0.0.0:0 -> any = 0.0.0.0:40123"
+    made = logged(Call.BIND, Sockaddr(4, bytes(16), 5003), Decision(Action.TO_HOST, 7), port=20003)
+    assert made == "graft: bind 0.0.0.0:5003 -> rtp = 0.0.0.0:20003"
 
 
 def test_a_connect_names_its_source_endpoint() -> None:
@@ -27,7 +38,7 @@ def test_a_connect_names_its_source_endpoint() -> None:
 
 
 def test_a_deleted_endpoint_is_named_by_its_id() -> None:
-    assert logged(Call.BIND, WEB, Decision(Action.TO_HOST, 6)) == "graft: bind 0.0.0.0:80 -> endpoint 6"
+    assert logged(Call.BIND, WEB, Decision(Action.TO_HOST, 9)) == "graft: bind 0.0.0.0:80 -> endpoint 9"
 
 
 def test_a_refusal_and_a_failure_show_their_errno() -> None:

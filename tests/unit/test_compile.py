@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from graft.errors import UsageError
 from graft.model.address import BindPattern, IPAddress, Prefix, pack16, unmapped
 from graft.model.endpoint import IP_PROTOCOLS, Endpoint, Protocol, parse_endpoint
-from graft.model.ports import PortRange
+from graft.model.ports import PortRange, mapped_port
 from graft.policy.compiler import EgressPortEntry, EgressPrefixEntry, RuleSet, compile_policy
 from graft.policy.limits import MAX_RULES
 from graft.policy.model import Default, EgressRule, IngressRule, Policy, PolicyError, Verdict, policy_from_flags
@@ -31,6 +31,8 @@ ENDPOINTS = {
     for endpoint in (
         parse_endpoint("a4", "0.0.0.0:8080"),
         parse_endpoint("b4", "10.0.0.1:dynamic"),
+        parse_endpoint("r4", "0.0.0.0:9000-9009"),
+        parse_endpoint("r6", "[::]:9000-9002"),
         parse_endpoint("t4", "0.0.0.0:8081", proto="tcp"),
         parse_endpoint("a6", "[::]:8080"),
         parse_endpoint("b6", "[2001:db8::1]:dynamic"),
@@ -44,7 +46,11 @@ TCP, UDP = IP_PROTOCOLS[Protocol.TCP], IP_PROTOCOLS[Protocol.UDP]
 # What the hooks do.
 
 
-def bind_entry(rules: RuleSet, protocol: Protocol, address: IPAddress, port: int) -> str | None:
+Bound = tuple[str, int]
+"""An endpoint, and which of its ports; 0: a dynamic one."""
+
+
+def bind_entry(rules: RuleSet, protocol: Protocol, address: IPAddress, port: int) -> Bound | None:
     """Longest prefix under the exact address, then under "any"."""
     address = unmapped(address)
     for wanted in (pack16(address), None):
@@ -55,7 +61,11 @@ def bind_entry(rules: RuleSet, protocol: Protocol, address: IPAddress, port: int
             and same_bits(entry.port, port, 16, entry.port_bits)
         ]
         if found:
-            return max(found, key=lambda entry: entry.port_bits).endpoint
+            entry = max(found, key=lambda entry: entry.port_bits)
+            target = ENDPOINTS[entry.endpoint]
+            mapped = mapped_port(port, entry.first_port, target.port, target.last_port)
+            assert mapped is not None
+            return entry.endpoint, mapped
     return None
 
 
@@ -88,7 +98,7 @@ def same_bits(one: int, other: int, width: int, bits: int) -> bool:
 # What the rules mean.
 
 
-def bind_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port: int) -> str | None:
+def bind_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port: int) -> Bound | None:
     """A rule for the exact address takes precedence over "any", and the smaller range of ports over the bigger."""
     address = unmapped(address)
     matching = [
@@ -105,7 +115,9 @@ def bind_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port: i
     ]
     for rules in (exact, of_any):
         if rules:
-            return min(rules, key=lambda rule: rule.bind.ports.last - rule.bind.ports.first).endpoint
+            rule = min(rules, key=lambda rule: rule.bind.ports.last - rule.bind.ports.first)
+            target = ENDPOINTS[rule.endpoint]
+            return target.name, target.port + (port - rule.bind.ports.first if target.port_count > 1 else 0)
     if address == ip_address("::"):
         return bind_meaning(policy, protocol, ip_address("0.0.0.0"), port)
     return None
@@ -157,6 +169,9 @@ def is_loopback(network: IPv4Network | IPv6Network) -> bool:
 PROTOCOLS = st.sampled_from(list(Protocol))
 RULE_PROTOCOLS = st.sampled_from([None, None, Protocol.TCP, Protocol.UDP, Protocol.TCP | Protocol.UDP])
 PORT_NUMBERS = st.one_of(st.sampled_from([1, 2, 79, 80, 81, 443, 1023, 1024, 65534, 65535]), st.integers(1, 65535))
+SMALL_RANGES = st.tuples(st.integers(75, 85), st.sampled_from([3, 10])).map(
+    lambda pair: PortRange(pair[0], sum(pair) - 1)
+)
 RANGES = st.one_of(
     st.tuples(PORT_NUMBERS, PORT_NUMBERS).map(lambda pair: PortRange(*sorted(pair))),
     PORT_NUMBERS.map(lambda port: PortRange(port, port)),
@@ -179,7 +194,7 @@ VERDICTS = st.one_of(
 )
 INGRESS_RULES = st.builds(
     IngressRule,
-    bind=st.builds(BindPattern, st.none() | BIND_ADDRESSES, RANGES),
+    bind=st.builds(BindPattern, st.none() | BIND_ADDRESSES, RANGES | SMALL_RANGES | st.just(PortRange(0, 0))),
     endpoint=st.sampled_from(sorted(ENDPOINTS)),
     protocols=RULE_PROTOCOLS,
 )
@@ -217,7 +232,7 @@ POLICIES = st.builds(
 def asked_binds(draw: st.DrawFn, policy: Policy) -> tuple[IPAddress, int]:
     edges = [port for rule in policy.ingress for port in around(rule.bind.ports)]
     address = draw(BIND_ADDRESSES | st.sampled_from(["::ffff:10.0.0.1", "192.0.2.9", "2001:db8::9"]).map(ip_address))
-    return address, draw(st.sampled_from(edges) | PORT_NUMBERS if edges else PORT_NUMBERS)
+    return address, draw(st.sampled_from([0, *edges]) | PORT_NUMBERS if edges else PORT_NUMBERS)
 
 
 @st.composite
@@ -297,9 +312,10 @@ def test_the_order_of_rules_does_not_matter(policy: Policy, random: Random) -> N
 
 
 def binds_conflict(one: IngressRule, other: IngressRule) -> bool:
-    """Whether some bind has two rules of different endpoints with no smaller range. Port by port."""
+    """Whether some bind has two rules with no smaller range that make different things of it. Port by port."""
     a, b = ENDPOINTS[one.endpoint], ENDPOINTS[other.endpoint]
-    if a == b or not (one.protocols or a.protocols) & (other.protocols or b.protocols):
+    same = a == b and (a.port_count == 1 or one.bind.ports.first == other.bind.ports.first)
+    if same or not (one.protocols or a.protocols) & (other.protocols or b.protocols):
         return False
     if one.bind.address != other.bind.address or (one.bind.address is None and a.family != b.family):
         return False
@@ -361,7 +377,13 @@ def compiled(text: str) -> RuleSet:
 
 
 def bound(rules: RuleSet, address: str, port: int, protocol: Protocol = Protocol.TCP) -> str | None:
-    return bind_entry(rules, protocol, ip_address(address), port)
+    found = bind_entry(rules, protocol, ip_address(address), port)
+    return found and found[0]
+
+
+def bound_port(rules: RuleSet, address: str, port: int) -> int | None:
+    found = bind_entry(rules, Protocol.TCP, ip_address(address), port)
+    return found and found[1]
 
 
 def reached(rules: RuleSet, address: str, port: int = 80) -> tuple[Verdict, str | None]:
@@ -387,6 +409,27 @@ def test_the_exact_address_takes_precedence_over_any() -> None:
 def test_the_inner_range_takes_precedence_over_the_outer() -> None:
     rules = compiled("ingress: [{bind: '0.0.0.0:1-1000', endpoint: a4}, {bind: '0.0.0.0:80-90', endpoint: b4}]")
     assert [bound(rules, "0.0.0.0", port) for port in (79, 80, 90, 91, 1001)] == ["a4", "b4", "b4", "a4", None]
+
+
+def test_a_range_is_mapped_port_by_port_also_around_a_hole_in_it() -> None:
+    rules = compiled("ingress: [{bind: '0.0.0.0:80-89', endpoint: r4}, {bind: '0.0.0.0:85', endpoint: a4}]")
+    assert [bound_port(rules, "0.0.0.0", port) for port in (79, 80, 84, 85, 86, 89, 90)] == [
+        *(None, 9000, 9004, 8080, 9006, 9009, None)
+    ]
+    assert bound_port(rules, "::", 86) == 9006
+
+
+def test_one_endpoint_may_serve_two_ranges_each_from_its_own_beginning() -> None:
+    rules = compiled("ingress: [{bind: '0.0.0.0:80-89', endpoint: r4}, {bind: '0.0.0.0:90-99', endpoint: r4}]")
+    assert [bound_port(rules, "0.0.0.0", port) for port in (80, 89, 90, 99)] == [9000, 9009, 9000, 9009]
+
+
+def test_a_bind_of_port_0_has_an_entry_of_its_own() -> None:
+    rules = compiled("ingress: [{bind: '*:0', endpoint: b4}, {bind: '*:1-65535', endpoint: a4}]")
+    assert [bound(rules, "0.0.0.0", port) for port in (0, 1, 65535)] == ["b4", "a4", "a4"]
+    assert bound(rules, "::", 0) == "b4"
+    rules = compiled("ingress: [{bind: '*:1-65535', endpoint: a4}]")
+    assert bound(rules, "0.0.0.0", 0) is None
 
 
 def test_a_dual_stack_bind_gets_what_ipv4_has() -> None:

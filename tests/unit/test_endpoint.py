@@ -5,6 +5,8 @@ from __future__ import annotations
 from ipaddress import ip_address
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graft.errors import UsageError
 from graft.model.address import parse_bind_pattern, parse_prefix
@@ -16,6 +18,7 @@ from graft.model.endpoint import (
     parse_endpoint,
     parse_ingress_flag,
 )
+from graft.model.ports import PortRange, mapped_port
 
 
 def test_an_endpoint_has_an_address_and_a_port() -> None:
@@ -78,10 +81,53 @@ def test_a_wrong_protocol_is_refused(proto: str) -> None:
         parse_endpoint("e", "1.2.3.4:5", proto=proto)
 
 
-@pytest.mark.parametrize("spec", ["0.0.0.0", "[::1%lo]:80", "::1:80", "1.2.3.4:65536", "1.2.3.4:80-90", "*:80"])
+@pytest.mark.parametrize(
+    "spec", ["0.0.0.0", "[::1%lo]:80", "::1:80", "1.2.3.4:65536", "1.2.3.4:90-80", "1.2.3.4:0-9", "*:80"]
+)
 def test_a_wrong_address_is_refused(spec: str) -> None:
     with pytest.raises(UsageError, match=r"^address: "):
         parse_endpoint("e", spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "port", "last", "count", "shown"),
+    [
+        ("0.0.0.0:20000-20100", 20000, 20100, 101, "0.0.0.0:20000-20100"),
+        ("[::]:1-65535", 1, 65535, 65535, "[::]:1-65535"),
+        ("0.0.0.0:80-80", 80, 0, 1, "0.0.0.0:80"),
+        ("0.0.0.0:80", 80, 0, 1, "0.0.0.0:80"),
+        ("0.0.0.0:0", 0, 0, 1, "0.0.0.0:dynamic"),
+    ],
+)
+def test_an_endpoint_may_be_a_range_of_ports(spec: str, port: int, last: int, count: int, shown: str) -> None:
+    endpoint = parse_endpoint("e", spec)
+    assert (endpoint.port, endpoint.last_port, endpoint.port_count, endpoint.spec) == (port, last, count, shown)
+    assert parse_endpoint("e", endpoint.spec) == endpoint
+
+
+def test_a_bind_of_port_0_has_a_pattern_of_its_own() -> None:
+    assert parse_bind_pattern("*:0").ports == PortRange(0, 0)
+    assert str(parse_bind_pattern("*:0")) == "*:0"
+    for text in ("*:0-9", "*:00", "*:-0", "*:dynamic"):
+        with pytest.raises(UsageError, match=r"^bind: "):
+            parse_bind_pattern(text)
+
+
+@given(st.integers(1, 65535), st.integers(1, 65535), st.integers(1, 300), st.integers(0, 65535))
+def test_the_mapping_of_a_range_is_one_to_one(first: int, port: int, size: int, asked: int) -> None:
+    size = min(size, 65536 - first, 65536 - port)
+    last = port + size - 1 if size > 1 else 0
+    real = [mapped_port(one, first, port, last) for one in range(first, first + size)]
+    assert real == list(range(port, port + size))
+    if size > 1:
+        assert (mapped_port(asked, first, port, last) is None) == (asked not in range(first, first + size))
+
+
+def test_port_0_becomes_a_dynamic_port_only() -> None:
+    assert mapped_port(0, 0, 0, 0) == 0
+    assert mapped_port(0, 0, 80, 0) is None
+    assert mapped_port(0, 0, 80, 90) is None
+    assert mapped_port(0, 1, 80, 90) is None
 
 
 def test_an_ingress_flag_is_a_bind_and_an_endpoint() -> None:

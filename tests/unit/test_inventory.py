@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,14 @@ def test_a_datagram_socket_of_no_process_is_judged_by_its_address() -> None:
     assert not inventory._with_grant(container(), STACK, socket(places=())).granted, (
         "the tag of a TCP socket comes with the list"
     )
+
+
+@pytest.mark.parametrize(("port", "found"), [(8079, None), (8080, "rtp"), (8090, "rtp"), (8091, None)])
+def test_a_datagram_socket_of_no_process_may_be_at_any_port_of_a_range(port: int, found: str | None) -> None:
+    stack = HostStack({7: parse_endpoint("rtp", "0.0.0.0:8080-8090")}, ())
+    one = socket(protocol="udp", places=())
+    one = replace(one, listed=replace(one.listed, local=f"0.0.0.0:{port}"))
+    assert inventory._with_grant(replace(container(), endpoints=("rtp",)), stack, one).endpoint == found
 
 
 def test_a_socket_of_no_process_is_shown_as_such() -> None:

@@ -70,8 +70,8 @@ CONSTANTS = {
     **{f"GRAFT_DECISION_{one.name}": one.value for one in layout.HookDecision},
 }
 
-C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO"}
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c)."""
+C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES"}
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), or limit a loop (bpf/connect.bpf.c)."""
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,22 @@ def test_the_error_for_an_invalid_pair_names_the_variable(pairs: str, error: typ
         request.policy_from_pairs(pairs, KNOWN)
 
 
+def test_pairs_may_name_port_0_and_a_range_of_as_many_ports_as_the_endpoint_has() -> None:
+    known = {
+        "dyn": parse_endpoint("dyn", "0.0.0.0:dynamic", open_=True),
+        "rtp": parse_endpoint("rtp", "0.0.0.0:20000-20009", open_=True),
+    }
+    policy = request.policy_from_pairs("*:0=dyn *:5000-5009=rtp", known)
+    assert [str(rule.bind) for rule in policy.ingress] == ["*:0", "*:5000-5009"]
+    assert {entry.first_port for entry in compile_policy(policy, known).ingress} == {0, 5000}
+    with pytest.raises(PolicyError) as refused:
+        compile_policy(request.policy_from_pairs("*:5000-5008=rtp", known), known)
+    assert refused.value.lines() == [
+        "graft: GRAFT_CONV_PAIRS *:5000-5008=rtp: *:5000-5008 has 9 ports, the endpoint rtp (0.0.0.0:20000-20009) 10"
+        " (as many, such as 5000-5009; or an endpoint of one port)"
+    ]
+
+
 def test_as_many_pairs_as_a_policy_file_may_have_rules_are_accepted() -> None:
     policy = request.policy_from_pairs(" ".join(["0.0.0.0:80=open"] * MAX_RULES), KNOWN)
     assert len(policy.ingress) == MAX_RULES

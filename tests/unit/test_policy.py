@@ -32,6 +32,7 @@ from graft.policy.model import (
     policy_from_flags,
 )
 from graft.policy.reader import check_policy, load_policy
+from graft.policy.validator import check_splice
 
 KNOWN = {
     "nx4": parse_endpoint("nx4", "0.0.0.0:8080"),
@@ -464,6 +465,45 @@ def test_distinct_binds_are_no_conflict(one: str, other: str) -> None:
 
 def test_ranges_of_one_endpoint_may_overlap() -> None:
     assert problems_in(ingress(("0.0.0.0:80-90", "nx4"), ("0.0.0.0:85-95", "nx4")), KNOWN) == ()
+
+
+RTP = {**KNOWN, "rtp": parse_endpoint("rtp", "0.0.0.0:20000-20009"), "dyn": parse_endpoint("dyn", "0.0.0.0:dynamic")}
+
+
+@pytest.mark.parametrize(
+    ("bind", "endpoint", "message"),
+    [
+        ("0.0.0.0:80-88", "rtp", "0.0.0.0:80-88 has 9 ports, the endpoint rtp (0.0.0.0:20000-20009) 10"),
+        ("*:80", "rtp", "*:80 has 1 port, the endpoint rtp (0.0.0.0:20000-20009) 10"),
+        ("*:0", "rtp", "a bind of port 0 cannot be redirected to the endpoint rtp, which has no dynamic port"),
+        ("*:0", "nx4", "a bind of port 0 cannot be redirected to the endpoint nx4, which has no dynamic port"),
+    ],
+)
+def test_a_rule_whose_ports_do_not_fit_its_endpoint_is_refused_at_its_line(
+    bind: str, endpoint: str, message: str
+) -> None:
+    (problem,) = problems_in(ingress((bind, endpoint)), RTP)
+    assert (problem.field, problem.message) == ("ingress[0].bind", message)
+    assert problem.line and bind in ingress((bind, endpoint)).splitlines()[problem.line - 1]
+    assert problem.hint
+
+
+def test_ports_that_fit_their_endpoint_are_accepted() -> None:
+    assert problems_in(ingress(("*:80-89", "rtp"), ("*:0", "dyn"), ("*:1-50", "dyn"), ("*:90-95", "nx4")), RTP) == ()
+
+
+def test_ranges_that_make_two_ports_of_one_are_in_conflict_though_their_endpoint_is_one() -> None:
+    (problem,) = problems_in(ingress(("*:80-89", "rtp"), ("*:85-94", "rtp")), RTP)
+    assert problem.field == "ingress[1].bind"
+    assert problems_in(ingress(("*:80-89", "rtp"), ("*:80-89", "rtp"), ("*:90-99", "rtp")), RTP) == ()
+
+
+def test_transport_splice_refuses_a_bind_of_port_0() -> None:
+    policy = load_policy(ingress(("*:80", "nx4"), ("*:0", "dyn")), "p", RTP)
+    (problem,) = check_splice(policy)
+    assert problem.field == "ingress[1].bind" and problem.line
+    (problem,) = check_splice(policy_from_flags("p", ["*:0=dyn"], []))
+    assert (problem.field, problem.line) == ("-i *:0=dyn", None)
 
 
 def test_any_address_can_have_an_endpoint_of_each_family() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -82,6 +83,14 @@ def test_of_several_listeners_on_one_endpoint_the_widest_is_taken() -> None:
 def test_each_listener_on_a_dynamic_endpoint_has_a_port_of_its_own() -> None:
     found = publications([listening(4, ANY, 80), listening(4, ANY, 81)], lambda *_: DYNAMIC)
     assert sorted(one.port for one in found) == [80, 81]
+
+
+def test_each_port_of_a_range_is_for_one_listener() -> None:
+    def lookup(_family: int, _address: bytes, port: int) -> ResolvedEndpoint:
+        return replace(FIXED, port=20000 + port)
+
+    found = publications([listening(4, ANY, 80), listening(4, ANY, 81), listening(4, OWN, 81)], lookup)
+    assert sorted((one.address, one.endpoint.port) for one in found) == [(ANY, 20080), (ANY, 20081)]
 
 
 def test_a_listener_of_ipv6_alone_cannot_have_an_ipv4_endpoint() -> None:
