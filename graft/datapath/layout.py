@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -33,6 +33,7 @@ class HookDecision(enum.IntEnum):
 ENDPOINT_OPEN = 1
 ENDPOINT_DECLARED = 2
 ENDPOINT_DUAL_STACK = 4
+ENDPOINT_UNIX = 8
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
 PROBED = 1
@@ -244,6 +245,8 @@ class CrossingValue(ctypes.Structure):
         ("family", ctypes.c_uint8),
         ("role", ctypes.c_uint8),
         ("container", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("gid", ctypes.c_uint32),
     )
 
 

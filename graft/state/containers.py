@@ -80,7 +80,7 @@ def compile_for(
 
 def endpoint_names(policy: Policy) -> tuple[str, ...]:
     """The names of the endpoints in a policy's rules, each once."""
-    named = [rule.endpoint for rule in policy.ingress]
+    named = [rule.endpoint for rule in (*policy.ingress, *policy.unix_ingress)]
     named += [rule.endpoint for rule in policy.egress if rule.endpoint]
     return tuple(dict.fromkeys(named))
 
