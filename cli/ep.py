@@ -23,7 +23,9 @@ Name = Annotated[str, typer.Argument(help="The endpoint's name, up to 31 bytes."
 Spec = Annotated[
     str,
     typer.Argument(
-        metavar="ADDR:PORT|unix:/PATH", help="IPv4 or [IPv6], port 1-65535 or dynamic; a unix socket.", show_default=False
+        metavar="ADDR:PORT|unix:/PATH",
+        help="IPv4 or [IPv6], port 1-65535 or dynamic; a unix socket.",
+        show_default=False,
     ),
 ]
 Proto = Annotated[str, typer.Option("--proto", help="The protocol: tcp, udp or any.")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from graft.commands.find import find
 from graft.errors import NotFoundError
-from graft.model.transport import Transport
 from graft.policy.model import Policy
 from graft.splice import client as splice
 from graft.state.installation import Installation
@@ -26,10 +25,17 @@ def apply(graft: Installation, policy: Policy, text: str | None = None) -> list[
             f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
         )
     changed = [replace_policy(graft, container, policy) for container in chosen]
-    for container in changed:
-        if container.transport is Transport.SPLICE:
-            splice.attach(graft.settings, container)
+    for before, container in zip(chosen, changed, strict=True):
+        update_relay(graft, before, container)
     return changed
+
+
+def update_relay(graft: Installation, before: Container, container: Container) -> None:
+    """Have graftd serve a container by its new policy, or not any more. Raises GraftError."""
+    if container.is_relayed:
+        splice.attach(graft.settings, container)
+    elif before.is_relayed:
+        splice.detach(graft, container)
 
 
 def replace_policy(

@@ -12,10 +12,14 @@ from graft.datapath.layout import EGRESS_FIXED_BITS, EGRESS_PORT_FIXED_BITS, ING
 from graft.datapath.maps import Maps
 from graft.errors import NotFoundError
 from graft.model.address import format_ip
+from graft.model.settings import Settings
+from graft.model.unix_socket import SCHEME, UNIX_FAMILY
 from graft.policy.model import Default, Verdict
+from graft.state import unix_sockets
 from graft.state.installation import Installation
 from graft.state.records import Container
 
+_DELETED = "a deleted endpoint"
 _PROTOCOLS = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
 
 
@@ -31,7 +35,8 @@ class ActiveRule:
     outcome: str
 
     def __str__(self) -> str:
-        arrow = "->" if self.direction == "ingress" or self.outcome in ("deny", "container") else "from"
+        leads = self.direction == "ingress" or self.outcome in ("deny", "container") or f"= {SCHEME}" in self.outcome
+        arrow = "->" if leads else "from"
         return f"{self.direction} {self.protocol} {self.address}{self.ports} {arrow} {self.outcome}"
 
     @property
@@ -58,7 +63,7 @@ def policy_in_force(graft: Installation, container: Container) -> PolicyInForce:
     if value is None:
         raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
     names = {stored.id: stored.endpoint.format() for stored in graft.endpoints.listing()}
-    rules = [*_ingress(maps, value.ruleset, names), *_egress(maps, value.ruleset, names)]
+    rules = [*_ingress(graft.settings, maps, value.ruleset, names), *_egress(maps, value.ruleset, names)]
     return PolicyInForce(
         tuple(_merge(rules)), Default(value.bind_default).name.lower(), Default(value.connect_default).name.lower()
     )
@@ -75,13 +80,17 @@ def _address(raw: Iterable[int], family: int) -> str:
     return format_ip(ip_address(packed[:4] if family == 4 else packed))
 
 
-def _ingress(maps: Maps, ruleset: int, names: dict[int, str]) -> list[ActiveRule]:
+def _ingress(settings: Settings, maps: Maps, ruleset: int, names: dict[int, str]) -> list[ActiveRule]:
     found = []
     for key, value in maps.ingress.items():
         if key.ruleset == ruleset:
+            if key.family == UNIX_FAMILY:
+                path = unix_sockets.rule_path(settings, bytes(key.addr))
+                found.append(ActiveRule("ingress", "unix", path, 0, 65535, names.get(value.endpoint, _DELETED)))
+                continue
             first, last = _ports(key.port_be, key.prefixlen - INGRESS_FIXED_BITS)
             address = f"* (IPv{key.family})" if key.any else _address(key.addr, key.family)
-            outcome = names.get(value.endpoint, "a deleted endpoint")
+            outcome = names.get(value.endpoint, _DELETED)
             found.append(ActiveRule("ingress", _PROTOCOLS[key.protocol], address, first, last, outcome))
     return found
 
@@ -92,9 +101,7 @@ def _egress(maps: Maps, ruleset: int, names: dict[int, str]) -> list[ActiveRule]
         if key.ruleset == ruleset:
             first, last = _ports(key.port_be, key.prefixlen - EGRESS_PORT_FIXED_BITS)
             granted = value.verdict == Verdict.GRANT
-            outcome = (
-                names.get(value.endpoint, "a deleted endpoint") if granted else Verdict(value.verdict).name.lower()
-            )
+            outcome = names.get(value.endpoint, _DELETED) if granted else Verdict(value.verdict).name.lower()
             nodes.setdefault(key.node, []).append((first, last, outcome))
     found = []
     for prefix, node in maps.egress.items():

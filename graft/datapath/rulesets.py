@@ -71,6 +71,11 @@ def using(maps: Maps, endpoint: int) -> set[int]:
     return found
 
 
+def endpoints_of(maps: Maps, ruleset: int) -> set[int]:
+    """The endpoints to which binds are redirected by a ruleset."""
+    return {value.endpoint for key, value in maps.ingress.items() if key.ruleset == ruleset}
+
+
 def endpoints_in_use(maps: Maps) -> set[int]:
     """The endpoints that any rule names."""
     used = {value.endpoint for _, value in maps.ingress.items()}

@@ -139,9 +139,10 @@ def _is_in_use(fd: int) -> bool:
     return True
 
 
-def bind(sock: socket.socket, target: Target, shown: bytes) -> FileId:
+def bind(sock: socket.socket, target: Target, shown: bytes, backlog: int | None = None) -> FileId:
     """Bind ``sock`` at the host's path of ``target``; the socket shows the address ``shown``, an absolute path.
 
+    With a ``backlog`` it listens before it is there.
     A socket file that nobody listens on is replaced. Gives the new file. Raises UnixPathError, OSError.
     """
     with folder_of(target.path) as folder:
@@ -152,6 +153,8 @@ def bind(sock: socket.socket, target: Target, shown: bytes) -> FileId:
                 os.chown(name, target.uid, target.gid, dir_fd=inner, follow_symlinks=False)
                 os.chmod(name, target.mode, dir_fd=inner)
                 status = os.stat(name, dir_fd=inner, follow_symlinks=False)
+                if backlog is not None:
+                    sock.listen(backlog)
                 _move(inner, name, folder, target, stale)
             finally:
                 os.close(inner)
@@ -241,7 +244,8 @@ def _move(inner: int, name: bytes, folder: int, target: Target, stale: FileId | 
     try:
         syscall("renameat2", inner, name, folder, wanted, _RENAME_EXCHANGE)
     except FileNotFoundError:
-        return _move(inner, name, folder, target, None)  # somebody removed it just now
+        _move(inner, name, folder, target, None)  # somebody removed it just now
+        return
     found = os.stat(name, dir_fd=inner, follow_symlinks=False)
     if (found.st_dev, found.st_ino) != stale:
         syscall("renameat2", inner, name, folder, wanted, _RENAME_EXCHANGE)

@@ -178,9 +178,10 @@ def policy_from_pairs(text: str, known: Mapping[str, Endpoint]) -> Policy:
     pairs = text.replace(",", " ").split()
     check_count(len(pairs), PAIRS_VARIABLE)
     ingress, unix_ingress = ingress_rules(pairs, PAIRS_VARIABLE)
-    for rule in (*ingress, *unix_ingress):
+    policy = Policy(name="pairs", ingress=ingress, unix_ingress=unix_ingress)
+    for rule in policy.every_ingress:
         _require_open(known, rule.endpoint)
-    return Policy(name="pairs", ingress=ingress, unix_ingress=unix_ingress)
+    return policy
 
 
 def _require_open(known: Mapping[str, Endpoint], name: str) -> None:

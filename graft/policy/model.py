@@ -121,6 +121,11 @@ class Policy:
     other_default: Default | None = None
     unix_ingress: tuple[UnixRule, ...] = ()
 
+    @property
+    def every_ingress(self) -> tuple[IngressRule | UnixRule, ...]:
+        """The ingress rules of both kinds."""
+        return *self.ingress, *self.unix_ingress
+
     def resolve(self, known: Mapping[str, Endpoint]) -> dict[str, Endpoint]:
         """Endpoints by name: the ``known`` ones, and over them those that the policy declares."""
         return {**known, **{endpoint.name: endpoint for endpoint in self.endpoints}}

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from graft.errors import RefusedError
 from graft.model.address import IPAddress, Prefix, shown
 from graft.model.endpoint import ANY_PROTOCOL, Endpoint, Protocol
 from graft.model.ports import lowest_port
+from graft.model.transport import Transport
 from graft.policy.conflicts import ConflictFinder, PortClaim
 from graft.policy.model import EgressRule, IngressRule, Outcome, Policy, Problem, UnixRule, Verdict
 
@@ -53,7 +55,7 @@ class IngressClaim:
 
 
 def ingress_claims(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[IngressClaim]:
-    """The claims of each rule. A rule for any address has the family of its endpoint; both where that is a unix socket."""
+    """The claims of each rule. A rule for any address has its endpoint's family, or both if that is a unix socket."""
     for rule in policy.ingress:
         endpoint = endpoints.get(rule.endpoint)
         if endpoint is None:
@@ -84,6 +86,16 @@ def needs_unix_relay(policy: Policy, endpoints: Mapping[str, Endpoint]) -> bool:
     """Whether a rule for TCP leads to a unix socket, so that graftd relays. ``endpoints`` has all that they name."""
     rules: tuple[IngressRule | EgressRule, ...] = (*policy.ingress, *policy.egress)
     return any(rule.endpoint is not None and endpoints[rule.endpoint].unix is not None for rule in rules)
+
+
+def refuse_without_supervisor(policy: Policy, transport: Transport) -> None:
+    """Raises RefusedError for a rule for a unix path, where no supervisor would bind it."""
+    if policy.unix_ingress and transport is not Transport.SWAP:
+        rule = policy.unix_ingress[0]
+        raise RefusedError(
+            f"{rule.field}: a supervisor binds a program's own unix socket, and transport {transport} has none",
+            "a network namespace of its own, or the endpoint's path in the program's own configuration",
+        )
 
 
 def check_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> list[Problem]:
@@ -158,7 +170,8 @@ def _check_unix_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iter
             yield Problem(rule.line, _part(rule, "endpoint"), message, "an endpoint at unix:/PATH")
         other = seen.setdefault(rule.path, rule)
         if other.endpoint != rule.endpoint:
-            message = f"unix:{rule.path} is redirected to {rule.endpoint}, but {_location(other)} redirects it to {other.endpoint}"
+            theirs = f"{_location(other)} redirects it to {other.endpoint}"
+            message = f"unix:{rule.path} is redirected to {rule.endpoint}, but {theirs}"
             yield Problem(rule.line, _part(rule, "bind"), message, "one rule for a path")
 
 

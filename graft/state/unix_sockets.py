@@ -15,18 +15,19 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from graft.datapath.maps import Maps
-from graft.errors import NotFoundError, UsageError
+from graft.errors import UsageError
 from graft.kernel import process, unix_files
 from graft.kernel.atomic_file import write_atomically
 from graft.kernel.unix_files import FileId, Target, UnixPathError
 from graft.model import json_text
+from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.unix_socket import UNIX_FAMILY, UnixSocket, path_key
-from graft.policy.model import UnixRule
+from graft.policy.model import Policy, UnixRule
 
 _MAX_BYTES = 1 << 16
 _MAX_NUMBER = (1 << 64) - 1
@@ -115,16 +116,19 @@ def bind(
     unix: UnixSocket,
     shown: bytes,
     owner: Owner = (0, 0),
+    backlog: int | None = None,
 ) -> FileId:
     """Bind ``sock`` at an endpoint, for a container, and record that. ``owner``: where the operator named none.
 
-    The socket shows the address ``shown``. Raises UnixPathError, NotFoundError, OSError.
+    The socket shows the address ``shown``. With a ``backlog`` it listens before anybody can find it. Raises
+    UnixPathError, NotFoundError, OSError.
     """
     uid, gid = owner_of(unix) or owner
     dead = unix_files.check(unix.path)
     if dead is not None and any(file == dead for one, _, file in _records(settings) if one != container):
-        raise UnixPathError(errno.EADDRINUSE, f"{unix.path}: another container has it", "an endpoint of its own for each")
-    file = unix_files.bind(sock, Target(unix.path, uid, gid, unix.mode), shown)
+        hint = "an endpoint of its own for each"
+        raise UnixPathError(errno.EADDRINUSE, f"{unix.path}: another container has it", hint)
+    file = unix_files.bind(sock, Target(unix.path, uid, gid, unix.mode), shown, backlog)
     record = {"path": unix.path, "device": file[0], "inode": file[1]}
     _write(_folder(settings) / f"{container}-{endpoint}.bound", json.dumps(record).encode())
     return file
@@ -152,11 +156,12 @@ def release(settings: Settings, is_gone: Callable[[int, int], bool]) -> None:
                 record.unlink(missing_ok=True)
 
 
-def check_free(unix: UnixSocket, name: str) -> None:
-    """Raises UnixPathError where a socket could not be bound at the endpoint ``name`` now, NotFoundError."""
-    try:
-        owner_of(unix)
-        unix_files.check(unix.path)
-    except (UnixPathError, NotFoundError) as error:
-        error.message = f"endpoint {name}: {error.message}"
-        raise
+def check_free(policy: Policy, endpoints: Mapping[str, Endpoint]) -> None:
+    """Raises UnixPathError where a socket could not be bound now at an endpoint that ``policy`` grants binds of, and
+    NotFoundError where its owner does not exist.
+    """
+    for name in dict.fromkeys(rule.endpoint for rule in policy.every_ingress):
+        unix = endpoints[name].unix
+        if unix is not None:
+            owner_of(unix)
+            unix_files.check(unix.path)

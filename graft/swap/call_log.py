@@ -12,6 +12,8 @@ from graft.swap.supervisor import LogEntry
 
 def format_entry(entry: LogEntry, endpoints: Mapping[int, Endpoint]) -> str:
     """``graft: bind 0.0.0.0:80 -> nx4 (0.0.0.0:8080)`` and the like."""
+    if entry.text:
+        return f"graft: {entry.text}"
     head = f"graft: {entry.call.name.lower()}" + (f" {entry.address}" if entry.address is not None else "")
     decision = entry.decision
     if decision.action is Action.REFUSE or entry.error:

@@ -33,6 +33,7 @@ from graft.swap.desk import open_desk, release_desk
 from graft.swap.resource_limits import enter_own_cgroup
 from graft.swap.socket_pool import NamespaceSwitch, SocketPool
 from graft.swap.supervisor import LogEntry, Supervisor, serve
+from graft.swap.unix_bind import UnixBinder
 
 _MAX_RESTARTS, _IN_SECONDS = 10, 5.0
 _KILL_TIMEOUT = 5.0
@@ -99,7 +100,8 @@ class Keeper:
             log = _call_logger(graft.endpoints) if self._verbose else None
             desk = open_desk(graft, container.id)
             pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
-            supervisor = Supervisor(graft.maps.tags, desk, pool, listener, log)
+            unix = UnixBinder(graft, container.id)
+            supervisor = Supervisor(graft.maps.tags, desk, pool, listener, log, unix)
             serve(supervisor, listener, self._journal, keeper)
             if has_ended(keeper):
                 self._continue_without_keeper(graft, supervisor, listener)
