@@ -101,7 +101,7 @@ def _attached_lines(done: Attached) -> list[str]:
 
 
 def _relay_lines(relay: dict[str, Any]) -> list[str]:
-    if not relay["serves"]:
+    if not relay.get("serves", True):
         return [f"  not relayed yet: {relay.get('problem', 'graftd has not looked')}"]
     lines = [f"  relay {relay['relay']}, by graftd ({relay['pid']})"]
     lines += [f"  {one['address']} is relayed to its listener {one['listener']}" for one in relay["published"]]

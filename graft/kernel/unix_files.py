@@ -172,8 +172,10 @@ def _private_folder(folder: int) -> Iterator[int]:
             status = os.fstat(fd)
             if status.st_uid != os.geteuid() or status.st_mode & 0o077:
                 raise PermissionError(errno.EPERM, "somebody replaced a folder of Graft's")
-            yield fd
-            _empty(fd)
+            try:
+                yield fd
+            finally:
+                _empty(fd)
         finally:
             os.close(fd)
     finally:

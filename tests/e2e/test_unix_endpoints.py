@@ -20,7 +20,7 @@ from tests.support.namespaces import HOST4
 from tests.support.nginx import nginx
 from tests.support.plain import Plain
 from tests.support.program import Program
-from tests.support.shell import Word, output, run
+from tests.support.shell import Word, output
 from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
@@ -243,20 +243,19 @@ def test_a_path_without_a_server_resets_the_connection(host: Host, folder: Path)
 import socket
 sock = socket.socket()
 sock.connect(("{STAND_IN}", 80))
-print(sock.getpeername())
 try:
     print(sock.recv(1))
 except ConnectionResetError:
     print("reset")
 """
     said = host.run(["-e", f"{STAND_IN}={app}"], "python3", "-c", code).stdout
-    assert said == f"('{STAND_IN}', 80)\nreset\n"
+    assert said == "reset\n"
 
 
 def test_a_connection_waits_for_room_in_a_full_backlog(host: Host, folder: Path) -> None:
     path = folder / "busy.sock"
     app = endpoint(host, path)
-    code = f"import socket; s = socket.create_connection(('{STAND_IN}', 80)); print(s.recv(100).decode())"
+    code = f"import socket; s = socket.create_connection(('{STAND_IN}', 80)); print(s.getpeername(), s.recv(100))"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen(0)
@@ -272,7 +271,7 @@ def test_a_connection_waits_for_room_in_a_full_backlog(host: Host, folder: Path)
             peer.sendall(b"served")
             peer.close()
         assert program.wait() == 0
-    assert program.said == "served\n"
+    assert program.said == f"('{STAND_IN}', 80) b'served'\n"
 
 
 # ---- a program's own unix socket --------------------------------------------------------------------
@@ -398,7 +397,6 @@ def test_an_endpoint_is_shown_with_its_path_owner_and_mode(host: Host, folder: P
     host.graft("ep", "set", app, f"unix:{folder}/other.sock")
     assert f"unix:{folder}/other.sock" in host.graft("ep", "show").stdout
     host.graft("ep", "del", app)
-    assert run([*map(str, ("true",))]).returncode == 0
     refused = host.graft("ep", "add", app, f"unix:{folder}/app.sock", "--owner", "no-such-user", status=3)
     assert "owner: 'no-such-user' not found" in refused.stderr
 
