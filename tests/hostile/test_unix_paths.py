@@ -72,7 +72,7 @@ def test_a_folder_that_is_swapped_for_a_link_leads_nowhere(host: Host, folder: P
     victim.mkdir()
     program = binder(host, endpoint(host, served / "a.sock"), "/own.sock", defence)
     served.rmdir()
-    served.symlink_to(victim if by == "symbolic link" else f"/proc/{os.getpid()}/cwd{victim}")
+    served.symlink_to(victim if by == "symbolic link" else f"/proc/{os.getpid()}/root{victim}")
     said = after_bind(program)
     if defence:
         assert said == "bound"
@@ -151,11 +151,10 @@ def test_a_flood_at_one_containers_path_leaves_room_for_another(
 ) -> None:
     start_daemon(defence, FEW)
     flooded, path = folder / "flooded.sock", folder / "a.sock"
-    hostile.listener()
-    listener = other.listener()
+    flooded_listener, listener = hostile.listener(), other.listener()
     hostile.attach("-i", f"0.0.0.0:80={endpoint(host, flooded)}")
     other.attach("-i", f"0.0.0.0:80={endpoint(host, path)}")
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, flooded_listener:
         for _ in range(KNOCKS * 2):
             client = stack.enter_context(socket.socket(socket.AF_UNIX))
             client.connect(str(flooded))
@@ -182,7 +181,7 @@ def test_others_on_the_host_do_not_reach_the_relays_listener(
     where = without(defence) if defence else host
     name = endpoint(where, folder / "a.sock")
     words: list[Word] = ["--net", where.netns.path, "-i", f"0.0.0.0:80={name}", "--"]
-    program = where.start(*words, "busybox", "nc", "-lk", "-p", "80", "-s", "0.0.0.0", "-e", "true")
+    program = where.start(*words, "busybox", "httpd", "-f", "-p", "0.0.0.0:80")
     program.until("published", (folder / "a.sock").is_socket)
     port = int(where.ps()[0]["relay"]["published"][0]["dials"].rpartition(":")[2])
     assert where.netns.reaches("127.0.0.1", port, 1) is bool(defence)

@@ -322,7 +322,7 @@ def _links() -> None:
 
 def _holders() -> None:
     """A unix socket that does not listen is dead, whoever has it."""
-    unix_sockets._records = lambda _settings: iter(())
+    unix_sockets._records = lambda settings: iter(())
 
 
 DEFENCES: dict[str, Callable[[], None]] = {
