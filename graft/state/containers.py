@@ -172,9 +172,9 @@ class ContainerChanges(Containers):
         if value is None:
             raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
         old = value.ruleset
-        new = self._install(compiled, replaced=old)
-        if new.unix_relay and not container.is_relayed:
+        if needs_unix_relay(compiled.policy, compiled.endpoints) and not container.is_relayed:
             attachments.attach(self._settings, container.cgroup_path, container.id, splice=True)
+        new = self._install(compiled, replaced=old)
         value.ruleset, value.flags = new.ruleset, new.flags
         value.bind_default, value.connect_default = new.bind_default, new.connect_default
         self._maps.containers.put(key, value)

@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import socket
 import stat
 import tempfile
@@ -168,6 +169,71 @@ def test_a_container_in_the_hosts_namespace_listens_for_the_relay_alone(
         sock.settimeout(2)
         with pytest.raises(TimeoutError):
             sock.connect(("127.0.0.1", port))
+
+
+def test_a_running_program_gets_and_loses_a_unix_endpoint(host: Host, folder: Path, tmp_path: Path) -> None:
+    path = folder / "app.sock"
+    app = endpoint(host, path)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("name: p\n")
+    (tmp_path / "index.html").write_text("later\n")
+    program = host.start("--policy", policy, "--", "busybox", "httpd", "-f", "-p", "0.0.0.0:80", "-h", tmp_path)
+    host.supervisor(program)
+    policy.write_text(f"name: p\ningress:\n  - {{bind: '*:80', endpoint: {app}}}\n")
+    host.graft("policy", "apply", policy)
+    until_there(program, path)
+    assert curl(path) == "later\n"
+    policy.write_text("name: p\n")
+    host.graft("policy", "apply", policy)
+    assert not path.exists()
+
+
+def test_the_next_daemon_replaces_what_one_that_was_killed_left(container: Plain, host: Host, folder: Path) -> None:
+    listener, path = container.listener(), folder / "app.sock"
+    container.attach("-i", f"0.0.0.0:80={endpoint(host, path)}")
+    before = path.stat().st_ino
+    os.kill(container.daemon(), signal.SIGKILL)
+    until("the daemon is dead", lambda: not container.described()["serves"])
+    assert path.stat().st_ino == before
+    daemon = host.start_daemon()
+    until("replaced", lambda: path.exists() and path.stat().st_ino != before)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b"again")
+        accepted = listener.accept()[0]
+        assert accepted.recv(10) == b"again"
+        accepted.close()
+    listener.close()
+    daemon.stop()
+    assert not path.exists()
+
+
+def test_descriptors_that_a_client_passes_are_dropped_and_its_bytes_are_not(
+    container: Plain, host: Host, folder: Path
+) -> None:
+    listener, path = container.listener(), folder / "app.sock"
+    container.attach("-i", f"0.0.0.0:80={endpoint(host, path)}")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        for _ in range(20):
+            socket.send_fds(client, [b"with"], [0, 1])
+            client.sendall(b"more")
+        client.shutdown(socket.SHUT_WR)
+        accepted = listener.accept()[0]
+        accepted.settimeout(15 * PATIENCE)
+        received = b""
+        while part := accepted.recv(1000):
+            received += part
+        accepted.close()
+    assert received == b"withmore" * 20
+
+
+def test_attach_says_which_rules_need_a_supervisor(container: Plain, host: Host, folder: Path) -> None:
+    rule = f"unix:/own.sock={endpoint(host, folder / 'app.sock')}"
+    said = host.graft("attach", "--cgroup", container.cgroup, "-i", rule).stdout
+    assert f"-i {rule} has no effect: a unix socket of the program's own is bound by a supervisor" in said
+    refused = host.run(["--net", str(host.netns.path), "-i", rule], "true", status=7)
+    assert "transport direct has none" in refused.stderr
 
 
 # ---- a container's client, and a unix socket of the host --------------------------------------------
