@@ -293,14 +293,16 @@ def test_psql_in_an_attached_container(container: Plain, host: Host, database: s
     assert said.startswith("t|1000000\n")
 
 
-def test_other_ports_and_addresses_do_not_lead_to_the_socket(host: Host, database: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_other_ports_do_not_lead_to_the_socket(host: Host, database: str, tmp_path: Path, shared: bool) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text(
         f"name: p\negress:\n  - {{to: {STAND_IN}, ports: [5432], endpoint: {database}}}\ndefault: {{connect: deny}}\n"
     )
+    rules = ["--policy", policy, *(["--net", host.netns.path] if shared else [])]
     code = f"import socket; print(socket.socket().connect_ex(('{STAND_IN}', 5433)))"
-    assert host.run(["--policy", policy], "python3", "-c", code).stdout == "13\n"
-    assert host.run(["--policy", policy, "--user", "postgres"], *psql()).stdout.startswith("t|")
+    assert host.run(rules, "python3", "-c", code).stdout == "13\n"
+    assert host.run([*rules, "--user", "postgres"], *psql()).stdout.startswith("t|")
 
 
 def test_a_path_without_a_server_resets_the_connection(host: Host, folder: Path) -> None:
