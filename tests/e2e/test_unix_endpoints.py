@@ -299,7 +299,9 @@ def test_other_ports_do_not_lead_to_the_socket(host: Host, database: str, tmp_pa
     policy.write_text(
         f"name: p\negress:\n  - {{to: {STAND_IN}, ports: [5432], endpoint: {database}}}\ndefault: {{connect: deny}}\n"
     )
-    rules = ["--policy", policy, *(["--net", host.netns.path] if shared else [])]
+    rules: list[Word] = ["--policy", policy]
+    if shared:
+        rules += ["--net", host.netns.path]
     code = f"import socket; print(socket.socket().connect_ex(('{STAND_IN}', 5433)))"
     assert host.run(rules, "python3", "-c", code).stdout == "13\n"
     assert host.run([*rules, "--user", "postgres"], *psql()).stdout.startswith("t|")
