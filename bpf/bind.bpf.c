@@ -65,10 +65,13 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		return 0;
 	}
 	if (owner.home == GRAFT_HOME_CONTAINER) {
-		/* In transport splice a granted bind stays in the container's namespace, and is published. */
-		if (owner.container->bind_default == GRAFT_DEFAULT_DENY &&
-		    !(owner.container->transport == GRAFT_TRANSPORT_SPLICE && ingress_rule(owner.container, request)))
-			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
+		/* In transport splice, and where the endpoint is a unix socket, a granted bind stays in the container's
+		 * namespace, and is published. */
+		if (owner.container->bind_default == GRAFT_DEFAULT_DENY) {
+			id = ingress_rule(owner.container, request);
+			if (!id || !is_relayed(owner.container, id))
+				*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
+		}
 		return 0;
 	}
 	if (is_exempt(owner.container, request->protocol))
@@ -84,6 +87,9 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		return 0;
 	}
 	endpoint = rule ? endpoint_for(ctx, request, rule->endpoint) : 0;
+	/* For a unix socket a direct container listens on loopback, for graftd alone (packet.bpf.c). */
+	if (is_unix(endpoint) && owner.container->transport != GRAFT_TRANSPORT_DIRECT)
+		endpoint = 0;
 	if (!endpoint || !endpoint_port(endpoint, rule, request->port, &request->endpoint_port) ||
 	    !record_bind(ctx, &owner, request, rule->endpoint)) {
 		/* No rule grants this address to a host-homed socket: passed, the container would get a

@@ -45,11 +45,12 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct request 
 	return ip[0] == local.ip[0] && ip[1] == local.ip[1] && ip[2] == local.ip[2] && ip[3] == local.ip[3];
 }
 
-/* Transport splice: a granted connection goes to Graft's relay inside the container's namespace, which
- * connects from the endpoint; the requested destination is stored with the socket. */
+/* Transport splice, and unix sockets: a granted connection goes to Graft's relay inside the container's namespace, which
+ * connects from the endpoint, or to the unix socket; the requested destination is stored with the socket. */
 static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
 {
 	struct crossing *crossing;
+	u64 ids;
 
 	request->relay = relays.lookup(&owner->id);
 	if (!request->relay) {
@@ -67,6 +68,9 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *own
 	crossing->family = request->family;
 	crossing->role = GRAFT_CROSSING_REDIRECTED;
 	crossing->container = owner->id;
+	ids = bpf_get_current_uid_gid();
+	crossing->uid = ids;
+	crossing->gid = ids >> 32;
 	return PASS;
 }
 
@@ -148,14 +152,16 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
-	if (owner.home == GRAFT_HOME_CONTAINER) {
-		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && request->protocol == IPPROTO_TCP) {
-			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns) {
-				*verdict = redirect(ctx, &owner, request);
-				return 0;
-			}
-			crossings.sk_storage_delete(ctx->sk); /* of an earlier connect that failed */
+	if (request->protocol == IPPROTO_TCP &&
+	    (owner.home == GRAFT_HOME_CONTAINER || owner.container->transport == GRAFT_TRANSPORT_DIRECT)) {
+		if (rule == GRAFT_VERDICT_GRANT && is_relayed(owner.container, id) &&
+		    bpf_get_netns_cookie(ctx) == owner.container->netns) {
+			*verdict = redirect(ctx, &owner, request);
+			return 0;
 		}
+		crossings.sk_storage_delete(ctx->sk); /* of an earlier connect that failed */
+	}
+	if (owner.home == GRAFT_HOME_CONTAINER) {
 		/* Also where a rule grants the destination: this socket was not swapped (a 32-bit or
 		 * io_uring call), so it can reach only what the container's own namespace reaches. */
 		if (rule != GRAFT_VERDICT_CONTAINER && owner.container->connect_default == GRAFT_DEFAULT_DENY)
@@ -175,7 +181,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		return 0;
 	}
 	endpoint = endpoint_for(ctx, request, id);
-	if (!endpoint || has_lost_endpoint(ctx->sk, owner.tag, bound) ||
+	if (!endpoint || is_unix(endpoint) || has_lost_endpoint(ctx->sk, owner.tag, bound) ||
 	    (is_diverted(ctx->sk) && !is_link_local(request))) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;

@@ -11,6 +11,7 @@
 
 #define GRAFT_IPV4 4
 #define GRAFT_IPV6 6
+#define GRAFT_UNIX 1 /* in ingress_key.family only: addr is the key of a unix socket's path, for supervisors to look up */
 
 /* Bits of endpoint.protocols. */
 #define GRAFT_TCP 1
@@ -20,6 +21,7 @@
 #define GRAFT_ENDPOINT_OPEN 1 /* a container may request it through its environment */
 #define GRAFT_ENDPOINT_DECLARED 2 /* declared by a policy: removed with the last rule that names it */
 #define GRAFT_ENDPOINT_DUAL_STACK 4 /* an IPv6 endpoint that accepts IPv4 clients too */
+#define GRAFT_ENDPOINT_UNIX 8 /* a unix socket of the host: a relay joins TCP connections with it; addr is loopback's */
 
 /* Where a socket lives. */
 #define GRAFT_HOME_CONTAINER 0
@@ -239,6 +241,8 @@ struct crossing {
 	__u8 family;
 	__u8 role;
 	__u32 container;
+	__u32 uid;       /* REDIRECTED, RELAYED: whose program connects */
+	__u32 gid;
 };
 
 /* `arrivals`: connections being set up between a relay and a container, by their addresses: the connecting side's, and

@@ -119,7 +119,7 @@ static __always_inline int may_exchange_with(struct container *container, struct
 
 	if (rule == GRAFT_VERDICT_GRANT) {
 		endpoint = endpoints.lookup(&id);
-		return endpoint && (netns == ANY_NETNS || endpoint->netns == netns);
+		return endpoint && !is_unix(endpoint) && (netns == ANY_NETNS || endpoint->netns == netns);
 	}
 	return container->transport == GRAFT_TRANSPORT_DIRECT && rule != GRAFT_VERDICT_DENY &&
 	       (rule == GRAFT_VERDICT_CONTAINER || container->connect_default == GRAFT_DEFAULT_CONTAINER);
@@ -161,6 +161,50 @@ static __always_inline int accepts_anyone(struct __sk_buff *skb, struct bpf_sock
 	return is_granted(owner->container, tag, &local, IPPROTO_UDP, netns_of(skb));
 }
 
+/* Whether a listener is one of a direct container whose endpoint is a unix socket: the host's users must reach it by
+ * that, and not by the port on loopback. */
+static __always_inline int is_unix_listener(struct owner *owner)
+{
+	return owner->tag && owner->tag->endpoint && is_unix(endpoints.lookup(&owner->tag->endpoint));
+}
+
+/* Whether a packet is of a connection that graftd has begun (splice.bpf.c), until the listener's side has its socket. */
+static __always_inline int is_from_relay(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
+{
+	struct crossing *crossing;
+	struct packet packet;
+	struct arrival key;
+
+	if (!read_packet(skb, &packet) || !packet.plain)
+		return 0;
+	__builtin_memset(&key, 0, sizeof(key));
+	key.netns = owner->container->netns;
+	__builtin_memcpy(key.addr, packet.from, 16);
+	__builtin_memcpy(key.to, packet.to, 16);
+	key.port = packet.from_port;
+	key.to_port = sk->src_port;
+	key.family = packet.family;
+	crossing = arrivals.lookup(&key);
+	return crossing && crossing->role == GRAFT_CROSSING_DIALING && crossing->container == owner->id;
+}
+
+/* Whether a connection goes to graftd, which judges its destination itself (connect.bpf.c). */
+static __always_inline int goes_to_relay(struct bpf_sock *sk, struct owner *owner, struct request *remote)
+{
+	struct crossing *crossing = crossings.sk_storage_get(sk, 0, 0);
+	struct relay *relay = relays.lookup(&owner->id);
+	u32 ip[4];
+
+	if (!crossing || !relay || crossing->role != GRAFT_CROSSING_REDIRECTED || crossing->container != owner->id)
+		return 0;
+	__builtin_memcpy(ip, remote->addr, 16);
+	if (remote->port != relay->port)
+		return 0;
+	if (remote->family == GRAFT_IPV4)
+		return ip[0] == bpf_htonl(0x7f000001);
+	return !(ip[0] | ip[1] | ip[2]) && ip[3] == bpf_htonl(1);
+}
+
 /* The setsockopt hook refuses to join a group, but the kernel does not call it for 32-bit callers. */
 static __always_inline int is_multicast(struct packet *packet)
 {
@@ -190,6 +234,8 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	/* A container that no longer exists has no listeners, even if a process still has one open. */
 	if (!owner.container)
 		return drop(&owner);
+	if (is_tcp(type, protocol) && is_unix_listener(&owner))
+		return accepts_anyone(sk, &owner) && is_from_relay(skb, sk, &owner) ? PASS : drop(&owner);
 	if (binds_freely(owner.container) && !denies_anything(owner.container))
 		return PASS;
 	if (!has_rules(type, protocol))
@@ -309,6 +355,8 @@ static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk,
 		return 0;
 	if (protocol == IPPROTO_UDP && !connected)
 		return has_kept || !is_diverted(sk);
+	if (protocol == IPPROTO_TCP && goes_to_relay(sk, owner, &remote))
+		return 1;
 	return may_reach(sk, owner, &remote, netns);
 }
 

@@ -103,6 +103,18 @@ static __always_inline u32 egress_rule(struct container *container, struct reque
 	return found->verdict;
 }
 
+/* Whether an endpoint is a unix socket, which no socket of a container has for an address. */
+static __always_inline int is_unix(struct endpoint *endpoint)
+{
+	return endpoint && endpoint->flags & GRAFT_ENDPOINT_UNIX;
+}
+
+/* Whether graftd relays what the rule for the endpoint `id` grants, so that the container's socket stays at home. */
+static __always_inline int is_relayed(struct container *container, u32 id)
+{
+	return container->transport == GRAFT_TRANSPORT_SPLICE || is_unix(endpoints.lookup(&id));
+}
+
 /* The endpoint, if this socket may use it: of its protocol, and in the namespace where the socket is.
  * A socket that was made in one namespace must not follow an endpoint that moved to another. */
 static __always_inline struct endpoint *endpoint_for(struct bpf_sock_addr *ctx, struct request *request, u32 id)

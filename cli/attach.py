@@ -64,7 +64,7 @@ def attach(
     rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [], deny)
     done = attach_container(Installation.open(settings), which, rules, wanted, relay)
     say(*_attached_lines(done))
-    if done.choice.transport is Transport.SPLICE:
+    if done.container.is_relayed:
         say(*_relay_lines(splice.describe(settings, done.container)))
 
 
@@ -86,6 +86,11 @@ def _attached_lines(done: Attached) -> list[str]:
         f"  {field} has no effect: it is for UDP, and transport {choice.transport} supports only TCP"
         for field in done.without_effect
     ]
+    lines += [
+        f"  {field} has no effect: a unix socket of the program's own is bound by a supervisor, and transport"
+        f" {choice.transport} has none"
+        for field in done.without_supervisor
+    ]
     if done.existing is None:
         lines.append(
             "  cannot list the sockets that it had before: the kernel does not answer; they may receive nothing"
@@ -97,6 +102,8 @@ def _attached_lines(done: Attached) -> list[str]:
 
 
 def _relay_lines(relay: dict[str, Any]) -> list[str]:
+    if not relay.get("serves", True):
+        return [f"  not relayed yet: {relay.get('problem', 'graftd has not looked')}"]
     lines = [f"  relay {relay['relay']}, by graftd ({relay['pid']})"]
     lines += [f"  {one['address']} is relayed to its listener {one['listener']}" for one in relay["published"]]
     lines += [f"  cannot publish its listener {one['listener']}: {one['error']}" for one in relay["failed"]]

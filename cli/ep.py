@@ -23,8 +23,8 @@ Name = Annotated[str, typer.Argument(help="The endpoint's name, up to 31 bytes."
 Spec = Annotated[
     str,
     typer.Argument(
-        metavar="ADDR:PORT[-PORT]",
-        help="IPv4 or [IPv6], a port, a range of ports (20000-20100) or dynamic.",
+        metavar="ADDR:PORT[-PORT]|unix:/PATH",
+        help="IPv4 or [IPv6], a port, a range of ports (20000-20100) or dynamic; a unix socket.",
         show_default=False,
     ),
 ]
@@ -34,6 +34,11 @@ Netns = Annotated[
 ]
 Open = Annotated[bool, typer.Option("--open", help="Let containers ask for it in their environment.")]
 DualStack = Annotated[bool, typer.Option("--dual-stack", help="At [::]: serve IPv4 clients too, not only IPv6.")]
+
+Owner = Annotated[
+    str | None, typer.Option("--owner", metavar="USER[:GROUP]", help="unix: who owns the socket that Graft makes.")
+]
+Mode = Annotated[str | None, typer.Option("--mode", metavar="OCTAL", help="unix: its mode. Default: 0660.")]
 
 
 @contextlib.contextmanager
@@ -55,8 +60,10 @@ def _register(verb: str, summary: str, write: Callable[[EndpointChanges, Endpoin
         netns: Netns = None,
         open_: Open = False,
         dual_stack: DualStack = False,
+        owner: Owner = None,
+        mode: Mode = None,
     ) -> None:
-        endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack)
+        endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack, owner, mode)
         with _change() as change:
             write(change.endpoints, endpoint)
 
@@ -87,12 +94,13 @@ def show(name: Annotated[str | None, typer.Argument(help="This endpoint only.")]
             "name": stored.endpoint.name,
             "address": stored.endpoint.spec,
             "ports": stored.endpoint.port_count,
-            "family": f"ipv{stored.endpoint.family}",
+            "family": f"ipv{stored.endpoint.family}" if stored.endpoint.unix is None else "unix",
             "protocol": stored.endpoint.protocols.label,
             "netns": stored.endpoint.netns,
             "open": stored.endpoint.open,
             "dual_stack": stored.endpoint.dual_stack,
             "declared": stored.declared,
+            **_file_of(stored.endpoint),
         }
         for stored in found
     ]
@@ -100,3 +108,9 @@ def show(name: Annotated[str | None, typer.Argument(help="This endpoint only.")]
         (r["name"], r["address"], r["protocol"], r["netns"] or "host", "open" if r["open"] else "-") for r in records
     ]
     listing(("NAME", "ADDRESS", "PROTO", "NETNS", "OPEN"), rows, records, as_json)
+
+
+def _file_of(endpoint: Endpoint) -> dict[str, str | None]:
+    """What only the endpoint of a unix socket has."""
+    unix = endpoint.unix
+    return {} if unix is None else {"owner": unix.owner, "mode": f"{unix.mode:04o}"}

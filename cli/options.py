@@ -9,7 +9,7 @@ import typer
 
 Ingress = Annotated[
     list[str] | None,
-    typer.Option("-i", metavar="ADDR:PORT[-PORT]=EP", help="Map binds of ADDR:PORT to endpoint EP."),
+    typer.Option("-i", metavar="ADDR:PORT[-PORT]=EP", help="Map binds of ADDR:PORT (or unix:/PATH) to EP."),
 ]
 Egress = Annotated[
     list[str] | None,

@@ -41,7 +41,8 @@ def _as_text(file: str, examined: CheckResult) -> list[str]:
     policy, rules = examined.policy, examined.ruleset
     if policy is None or rules is None:
         return [problem.format(file) for problem in examined.problems]
-    counts = f"{len(policy.ingress)} ingress, {len(policy.egress)} egress rules, {rules.entries} map entries"
+    ingress = len(policy.ingress) + len(policy.unix_ingress)
+    counts = f"{ingress} ingress, {len(policy.egress)} egress rules, {rules.entries} map entries"
     return [f"{file}: ok ({counts})"]
 
 
@@ -49,7 +50,8 @@ def _as_json(file: str, examined: CheckResult) -> str:
     policy, rules = examined.policy, examined.ruleset
     result: dict[str, object] = {"file": file, "ok": policy is not None}
     if policy is not None and rules is not None:
-        counts = {"ingress": len(policy.ingress), "egress": len(policy.egress), "entries": rules.entries}
+        ingress = len(policy.ingress) + len(policy.unix_ingress)
+        counts = {"ingress": ingress, "egress": len(policy.egress), "entries": rules.entries}
         result |= {"policy": policy.name, **counts}
     result["problems"] = [asdict(problem) for problem in examined.problems]
     return json.dumps(result, indent=2)

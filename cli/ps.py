@@ -9,6 +9,8 @@ import typer
 
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.model.unix_socket import SCHEME
 
 from .options import Json
 from .output import command, listing, warn
@@ -73,7 +75,7 @@ def ps(as_json: Json = False) -> None:
             one.container.transport,
             _served_by(one),
             ",".join(one.container.endpoints) or "-",
-            _socket_summary(one.sockets) if one.relay is None else _relay_summary(one.relay),
+            _summary(one),
             one.container.cgroup,
         )
         for one in overviews
@@ -93,11 +95,22 @@ def _served_by(one: ContainerOverview) -> str:
     return f"graftd {relay['pid']}, {relay['relay']}" if relay is not None and relay["serves"] else "-"
 
 
+def _summary(one: ContainerOverview) -> str:
+    """The container's sockets on the host's stack, and what graftd relays for it."""
+    if one.relay is None:
+        return _socket_summary(one.sockets)
+    relayed = _relay_summary(one.relay)
+    if one.container.transport is Transport.SPLICE:
+        return relayed
+    return ", ".join(text for text in (_socket_summary(one.sockets), relayed) if text != "-") or "-"
+
+
 def _relay_summary(relay: Mapping[str, Any]) -> str:
     """Where graftd listens for a container, and how many connections it relays."""
     if not relay["serves"]:
         return f"not served: {relay.get('problem', 'not yet')}"
-    words = [f"tcp {one['address']}" for one in relay["published"]]
+    addresses = [one["address"] for one in relay["published"]]
+    words = [address if address.startswith(SCHEME) else f"tcp {address}" for address in addresses]
     count = relay["connections"]
     words += [f"{count} connection{'' if count == 1 else 's'}"] if count else []
     return ", ".join(words) or "-"

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.commands.policy_apply import refuse_in_splice, replace_policy
+from graft.commands.policy_apply import refuse_in_splice, replace_policy, update_relay
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import NotFoundError, RefusedError
 from graft.kernel import cgroup, netns
@@ -29,7 +29,8 @@ from graft.state.records import Container
 class Attached:
     """What `attach` found and did. ``existing`` are the sockets from before the policy (None: could not be listed).
 
-    ``without_effect`` are the fields of rules that this transport does not support.
+    ``without_effect`` are the fields of rules for UDP, ``without_supervisor`` those of rules for unix paths, that this
+    transport does not support.
     """
 
     target: FoundContainer
@@ -39,6 +40,7 @@ class Attached:
     replaced: bool
     existing: tuple[ContainerSocket, ...] | None = ()
     without_effect: tuple[str, ...] = ()
+    without_supervisor: tuple[str, ...] = ()
 
 
 def attach(
@@ -64,7 +66,8 @@ def attach(
     else:
         container, existing = _attach_direct(graft, target, policy, choice)
     without_effect = _without_effect(graft, choice, policy)
-    return Attached(target, observed, choice, container, attached is not None, existing, without_effect)
+    unix = _without_supervisor(choice, policy)
+    return Attached(target, observed, choice, container, attached is not None, existing, without_effect, unix)
 
 
 def observe(settings: Settings, path: Path, attached: Container | None) -> Observed:
@@ -107,8 +110,7 @@ def _replace_policy(
         )
     name = target.name if target.engine in ("docker", "podman", "systemd") else None
     changed = replace_policy(graft, attached, policy, name, relay)
-    if choice.transport is Transport.SPLICE:
-        splice.attach(graft.settings, changed)
+    update_relay(graft, attached, changed)
     return changed
 
 
@@ -129,6 +131,7 @@ def _attach_direct(
             engine=target.engine,
             prepare=lambda number: inventory.keep_reachable(settings, number, existing or ()),
         )
+    splice.serve(graft, container)
     return container, None if existing is None else tuple(existing)
 
 
@@ -146,12 +149,7 @@ def _attach_splice(graft: Installation, target: FoundContainer, policy: Policy, 
         container = change.containers.create(
             compiled, target.cgroup, cookie, Transport.SPLICE, name=target.name, engine=target.engine, relay=relay
         )
-    try:
-        splice.attach(graft.settings, container, pid)
-    except BaseException:
-        with graft.transaction() as change:
-            change.containers.remove(container)
-        raise
+    splice.serve(graft, container, pid)
     return container
 
 
@@ -159,3 +157,8 @@ def _without_effect(graft: Installation, choice: TransportChoice, policy: Policy
     if choice.transport is Transport.DIRECT:
         return ()
     return grants_without_tcp(policy, policy.resolve(graft.endpoints.by_name()))
+
+
+def _without_supervisor(choice: TransportChoice, policy: Policy) -> tuple[str, ...]:
+    """Fields of the rules for unix paths, which only a supervisor can bind."""
+    return () if choice.transport is Transport.SWAP else tuple(rule.field for rule in policy.unix_ingress)

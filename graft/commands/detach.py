@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graft.commands.find import find
-from graft.model.transport import Transport
 from graft.splice import client as splice
 from graft.state import inventory
 from graft.state.installation import Installation
@@ -32,6 +31,6 @@ def detach(graft: Installation, text: str, keep_connections: bool = False) -> De
     with inventory.host_stack(graft) as stack:  # removing the container may remove endpoints
         with graft.transaction() as change:
             change.containers.remove(container)
-        if container.transport is Transport.SPLICE:
+        if container.is_relayed:
             splice.detach(graft, container)
         return Detached(container, withdraw(graft.settings, container, stack, keep_connections))

@@ -13,7 +13,7 @@ from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import client as splice
-from graft.state import records
+from graft.state import records, unix_sockets
 from graft.state.installation import Installation
 
 
@@ -47,6 +47,7 @@ def down(settings: Settings, force: bool = False) -> None:
         dataplane.unpin(settings.pin_dir)
         for pin in (settings.run_dir / "netns").glob("*"):
             netns.release(pin)
+        unix_sockets.release(settings, lambda _container, _endpoint: True)
         shutil.rmtree(settings.run_dir, ignore_errors=True)
 
 

@@ -27,9 +27,8 @@ def apply(graft: Installation, policy: Policy, text: str | None = None) -> list[
             f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
         )
     changed = [replace_policy(graft, container, policy) for container in chosen]
-    for container in changed:
-        if container.transport is Transport.SPLICE:
-            splice.attach(graft.settings, container)
+    for before, container in zip(chosen, changed, strict=True):
+        update_relay(graft, before, container)
     return changed
 
 
@@ -38,6 +37,14 @@ def refuse_in_splice(policy: Policy) -> None:
     problems = check_splice(policy)
     if problems:
         raise PolicyError(policy.name, problems)
+
+
+def update_relay(graft: Installation, before: Container, container: Container) -> None:
+    """Have graftd serve a container by its new policy, or not any more. Raises GraftError."""
+    if container.is_relayed:
+        splice.attach(graft.settings, container)
+    elif before.is_relayed:
+        splice.detach(graft, container)
 
 
 def replace_policy(

@@ -14,7 +14,10 @@ from graft.datapath.maps import Maps
 from graft.errors import NotFoundError
 from graft.model.address import format_ip
 from graft.model.endpoint import Endpoint
+from graft.model.settings import Settings
+from graft.model.unix_socket import SCHEME, UNIX_FAMILY
 from graft.policy.model import Default, Verdict
+from graft.state import unix_sockets
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -36,7 +39,8 @@ class ActiveRule:
     outcome: str
 
     def __str__(self) -> str:
-        arrow = "->" if self.direction == "ingress" or self.outcome in ("deny", "container") else "from"
+        leads = self.direction == "ingress" or self.outcome in ("deny", "container") or f"= {SCHEME}" in self.outcome
+        arrow = "->" if leads else "from"
         return f"{self.direction} {self.protocol} {self.address}{self.ports} {arrow} {self.outcome}"
 
     @property
@@ -91,7 +95,7 @@ def policy_in_force(graft: Installation, container: Container) -> PolicyInForce:
     if value is None:
         raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
     endpoints = graft.endpoints.by_id()
-    entries = [*_ingress(maps, value.ruleset, endpoints), *_egress(maps, value.ruleset, endpoints)]
+    entries = [*_ingress(graft.settings, maps, value.ruleset, endpoints), *_egress(maps, value.ruleset, endpoints)]
     return PolicyInForce(
         tuple(_merge(entries)), Default(value.bind_default).name.lower(), Default(value.connect_default).name.lower()
     )
@@ -116,10 +120,14 @@ def _outcome(endpoint: Endpoint | None, first_port: int = 0) -> _Outcome:
     return _Outcome(f"{endpoint.name} = {format_ip(endpoint.address)}", endpoint.port, first_port)
 
 
-def _ingress(maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list[_Entry]:
+def _ingress(settings: Settings, maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list[_Entry]:
     found = []
     for key, value in maps.ingress.items():
         if key.ruleset == ruleset:
+            if key.family == UNIX_FAMILY:
+                path = unix_sockets.rule_path(settings, bytes(key.addr))
+                found.append(_Entry("ingress", "unix", path, _outcome(endpoints.get(value.endpoint)), 0, 65535))
+                continue
             first, last = _ports(key.port_be, key.prefixlen - INGRESS_FIXED_BITS)
             address = f"* (IPv{key.family})" if key.any else _address(key.addr, key.family)
             outcome = _outcome(endpoints.get(value.endpoint), value.first_port)

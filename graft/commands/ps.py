@@ -10,7 +10,6 @@ from graft.datapath.dataplane import supervisors_cgroup
 from graft.errors import GraftError
 from graft.kernel import cgroup, netns, tasks
 from graft.model.settings import Settings
-from graft.model.transport import Transport
 from graft.splice import client as splice
 from graft.state import inventory, liveness
 from graft.state.installation import Installation
@@ -32,7 +31,7 @@ class ContainerOverview:
     stuck: frozenset[int]
     sockets: tuple[ContainerSocket, ...] | None
     relay: Mapping[str, Any] | None = None
-    """For transport splice: the result of graft.splice.client.describe."""
+    """Where graftd relays for it: the result of graft.splice.client.describe."""
 
 
 def overview(graft: Installation) -> list[ContainerOverview]:
@@ -68,7 +67,7 @@ def _relays(settings: Settings, listed: Sequence[Container]) -> dict[int, Mappin
     found: dict[int, Mapping[str, Any]] = {}
     problem = None
     for container in listed:
-        if container.transport is not Transport.SPLICE:
+        if not container.is_relayed:
             continue
         try:
             found[container.id] = _not_served(problem) if problem else splice.describe(settings, container)

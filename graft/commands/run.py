@@ -18,6 +18,8 @@ from pathlib import Path
 from graft.kernel import cgroup, netns, process
 from graft.model.transport import Transport
 from graft.policy.model import Policy
+from graft.policy.validator import refuse_without_supervisor
+from graft.splice import client as splice
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.swap.keeper import Keeper, end_container
@@ -75,8 +77,10 @@ def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[sign
     keeper: Keeper | None = None
     try:
         transport = Transport.DIRECT if launched.listener is None else supervised
+        refuse_without_supervisor(plan.policy, transport)
         with graft.transaction() as change:
             container = change.containers.create(compiled, path, launched.netns, transport, os.getpid())
+        splice.serve(graft, container, launched.pid)
         if launched.listener is not None:
             keeper = Keeper(graft.settings, container, launched.listener, plan.verbose)
             keeper.start()
@@ -90,6 +94,8 @@ def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[sign
             keeper.stop()
         if container is not None:
             end_container(graft, container)
+            if container.is_relayed:
+                splice.detach(graft, container)
 
 
 def _wait(launched: Launched, keeper: Keeper | None) -> int:

@@ -33,6 +33,7 @@ class HookDecision(enum.IntEnum):
 ENDPOINT_OPEN = 1
 ENDPOINT_DECLARED = 2
 ENDPOINT_DUAL_STACK = 4
+ENDPOINT_UNIX = 8
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
 PROBED = 1
@@ -245,6 +246,8 @@ class CrossingValue(ctypes.Structure):
         ("family", ctypes.c_uint8),
         ("role", ctypes.c_uint8),
         ("container", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("gid", ctypes.c_uint32),
     )
 
 

@@ -77,6 +77,11 @@ def ingress_using(maps: Maps, endpoint: int) -> tuple[bool, bool]:
     return bool(keys), any(not key.port_be and key.prefixlen == layout.INGRESS_FIXED_BITS + 16 for key in keys)
 
 
+def endpoints_of(maps: Maps, ruleset: int) -> set[int]:
+    """The endpoints to which binds are redirected by a ruleset."""
+    return {value.endpoint for key, value in maps.ingress.items() if key.ruleset == ruleset}
+
+
 def endpoints_in_use(maps: Maps) -> set[int]:
     """The endpoints that any rule names."""
     used = {value.endpoint for _, value in maps.ingress.items()}

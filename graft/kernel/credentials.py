@@ -24,6 +24,7 @@ from graft.kernel.syscalls import syscall
 
 _ROOT = 0
 _UNMAPPED = 0xFFFFFFFF  # (uid_t) -1: an id that this user namespace has no number for; setresuid: "leave it as it is"
+_UNCHANGED = -1
 
 
 def require_root() -> None:
@@ -47,6 +48,27 @@ def as_user(uid: int, euid: int) -> Iterator[None]:
     finally:
         with _or_exit():
             syscall("setresuid", _ROOT, _ROOT, _ROOT)
+
+
+@contextlib.contextmanager
+def connecting_as(uid: int, gid: int) -> Iterator[None]:
+    """Connect a unix socket in the block: its server is shown ``uid`` and ``gid`` (SO_PEERCRED of unix(7)), while the
+    file is opened with root's rights. The calling thread is root's. Raises OSError.
+    """
+    if _UNMAPPED in (uid, gid):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+    if uid == _ROOT and gid == _ROOT:
+        yield
+        return
+    try:
+        syscall("setresgid", _UNCHANGED, gid, _UNCHANGED)
+        syscall("setresuid", _UNCHANGED, uid, _UNCHANGED)
+        _set_file_ids(_ROOT, _ROOT)  # with it come back the capabilities for files (capabilities(7))
+        yield
+    finally:
+        with _or_exit():
+            syscall("setresuid", _UNCHANGED, _ROOT, _UNCHANGED)
+            syscall("setresgid", _UNCHANGED, _ROOT, _UNCHANGED)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ HELPERS = {
     "map_update_elem": 2,
     "map_delete_elem": 3,
     "get_current_pid_tgid": 14,
+    "get_current_uid_gid": 15,
     "skb_load_bytes": 26,
     "get_current_task": 35,
     "get_socket_cookie": 46,

@@ -30,8 +30,8 @@ class User:
     groups: tuple[int, ...]
 
 
-def parse_user(text: str) -> User:
-    """``NAME``, ``UID``, or either with ``:GROUP`` or ``:GID``. Raises NotFoundError."""
+def parse_user(text: str, field: str = "--user") -> User:
+    """``NAME``, ``UID``, or either with ``:GROUP`` or ``:GID``. Raises NotFoundError that names ``field``."""
     name, _, group = text.partition(":")
     try:
         if name.isdigit():
@@ -46,7 +46,7 @@ def parse_user(text: str) -> User:
         if group:
             gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
     except KeyError:
-        raise NotFoundError(f"--user: {text!r} not found", "a name or a number, with :GROUP if wanted") from None
+        raise NotFoundError(f"{field}: {text!r} not found", "a name or a number, with :GROUP if wanted") from None
     return User(uid, gid, groups or (gid,))
 
 

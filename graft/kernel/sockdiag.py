@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,11 @@ _TRIES = 4096
 
 @dataclass(frozen=True, slots=True)
 class ListeningSocket:
-    """A listening TCP socket. ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it."""
+    """A listening TCP socket. ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it.
+
+    ``stored`` is its value in the requested socket storage. ``asked`` is for a caller that knows what address its
+    program bound: (family, address, port) of that, None for the same.
+    """
 
     family: int
     address: bytes
@@ -62,6 +66,8 @@ class ListeningSocket:
     cgroup: int
     device: int
     inode: int = 0
+    stored: bytes | None = None
+    asked: tuple[int, bytes, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +115,12 @@ class Diagnostics:
         """Close the netlink socket."""
         self._sock.close()
 
-    def listeners(self) -> Iterator[list[ListeningSocket]]:
-        """Every listening TCP socket of the namespace, some at a time; must be read to the end. Raises OSError."""
+    def listeners(self, storage: int | None = None) -> Iterator[list[ListeningSocket]]:
+        """Every listening TCP socket of the namespace, some at a time, with its value in a socket storage map (see
+        `sockets`); must be read to the end. Raises OSError.
+        """
         for family in (socket.AF_INET, socket.AF_INET6):
-            for piece in self._dump(family, socket.IPPROTO_TCP, 1 << _TCP_LISTEN, _PIECE_BYTES):
+            for piece in self._dump(family, socket.IPPROTO_TCP, 1 << _TCP_LISTEN, _PIECE_BYTES, storage):
                 with _refusing():
                     found = [parse_listener(message) for message in piece]
                 yield found
@@ -221,6 +229,7 @@ def parse_listener(message: bytes) -> ListeningSocket:
         cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder),
         device=device,
         inode=rest[-1],
+        stored=_stored(attributes),
     )
 
 
@@ -229,9 +238,6 @@ def parse_socket(protocol: int, message: bytes) -> FoundSocket:
     family, state, _timer, _retrans, port, peer, source, target, _device, *rest = _fields(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
     size = 4 if family == socket.AF_INET else 16
-    stored = None
-    for _, one in _attributes(attributes.get(_SK_BPF_STORAGES, b""), 0):
-        stored = dict(_attributes(one, 0)).get(_STORAGE_VALUE, stored)
     return FoundSocket(
         identity=Identity(family, protocol, message[_IDENTITY]),
         state=state,
@@ -239,8 +245,16 @@ def parse_socket(protocol: int, message: bytes) -> FoundSocket:
         remote=(target[:size], int.from_bytes(peer, "big")),
         inode=rest[-1],
         cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder),
-        stored=stored,
+        stored=_stored(attributes),
     )
+
+
+def _stored(attributes: Mapping[int, bytes]) -> bytes | None:
+    """The value in the requested socket storage."""
+    stored = None
+    for _, one in _attributes(attributes.get(_SK_BPF_STORAGES, b""), 0):
+        stored = dict(_attributes(one, 0)).get(_STORAGE_VALUE, stored)
+    return stored
 
 
 def _fields(message: bytes) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import IntFlag
-from ipaddress import IPv6Address
+from ipaddress import IPv4Address, IPv6Address
 
 from graft.errors import UsageError
 from graft.model.address import (
@@ -21,6 +21,7 @@ from graft.model.address import (
     parse_socket_address,
     shown,
 )
+from graft.model.unix_socket import UnixSocket, is_unix, parse_path, parse_unix_socket
 
 MAX_ENDPOINT_NAME = 31
 """Bytes of an endpoint's name: GRAFT_NAME_LEN of bpf/graft.h without the closing NUL."""
@@ -57,6 +58,9 @@ class Endpoint:
     ``port`` 0 is dynamic: the kernel picks. ``netns`` is a name, a pid or a path, as the operator wrote
     it. ``open`` lets a container request it through its environment. An IPv6 endpoint accepts IPv6 clients only, unless
     it is ``dual_stack``. ``last_port``: it is a range of ports that begins at ``port``; 0: it is one.
+
+    One with ``unix`` is a unix socket of the host, which Graft relays TCP connections to or from; its address is then
+    that of the relay (`unix_endpoint`).
     """
 
     name: str
@@ -67,6 +71,7 @@ class Endpoint:
     open: bool = False
     dual_stack: bool = False
     last_port: int = 0
+    unix: UnixSocket | None = None
 
     @property
     def port_count(self) -> int:
@@ -85,8 +90,8 @@ class Endpoint:
 
     @property
     def spec(self) -> str:
-        """``ADDR:PORT`` as an operator writes it."""
-        return self.spec_at(self.port, self.last_port)
+        """``ADDR:PORT`` or ``unix:/PATH``, as an operator writes it."""
+        return self.unix.spec if self.unix is not None else self.spec_at(self.port, self.last_port)
 
     def spec_at(self, port: int, last_port: int = 0) -> str:
         """The same for some of its ports; port 0: dynamic."""
@@ -106,12 +111,19 @@ def parse_endpoint(
     netns: str | None = None,
     open_: bool = False,
     dual_stack: bool = False,
+    owner: str | None = None,
+    mode: str | None = None,
 ) -> Endpoint:
-    """The endpoint ``name`` at ``spec`` (``ADDR:PORT``, ``[ADDR6]:PORT``, port also FIRST-LAST, ``dynamic`` or 0).
+    """The endpoint ``name`` at ``spec``: ``ADDR:PORT``, ``[ADDR6]:PORT``, port also FIRST-LAST, ``dynamic`` or 0;
+    ``unix:/PATH``.
 
-    Raises UsageError that names the field: name, address, protocol, netns or dual stack.
+    Raises UsageError that names the field: name, address, protocol, netns, dual stack, owner or mode.
     """
     parse_name(name)
+    if is_unix(spec):
+        check_unix_options(parse_protocol(proto), netns, dual_stack)
+        return unix_endpoint(name, parse_unix_socket(spec, owner, mode), open_)
+    check_no_owner(owner, mode)
     address = parse_endpoint_address(spec)
     check_dual_stack(dual_stack, address)
     return Endpoint(
@@ -130,6 +142,30 @@ def check_dual_stack(wanted: bool, address: SocketAddress, field: str = "dual st
     """Raises UsageError where an endpoint at ``address`` cannot accept IPv4 clients too."""
     if wanted and address.ip != IPv6Address(0):
         raise UsageError(f"{field}: only the address [::] can accept IPv4 clients too", "[::]:PORT, or leave it out")
+
+
+def unix_endpoint(name: str, unix: UnixSocket, open_: bool = False) -> Endpoint:
+    """The endpoint of a unix socket. In the maps it has the host's loopback and a dynamic port: there a container that
+    shares the host's namespace listens for Graft's relay (bpf/bind.bpf.c), and nobody else.
+    """
+    return Endpoint(name, IPv4Address("127.0.0.1"), 0, Protocol.TCP, open=open_, unix=unix)
+
+
+def check_unix_options(protocols: Protocol, netns: str | None, dual_stack: bool) -> None:
+    """Raises UsageError for what an endpoint of a unix socket cannot have."""
+    if not protocols & Protocol.TCP:
+        raise UsageError("protocol: a unix socket carries TCP connections, no datagrams", "tcp, or leave it out")
+    if netns is not None:
+        raise UsageError("netns: a unix socket is a file of the host, in no network namespace", "leave it out")
+    if dual_stack:
+        raise UsageError("dual stack: a unix socket has no IP address", "leave it out")
+
+
+def check_no_owner(owner: object, mode: object) -> None:
+    """Raises UsageError where an endpoint at an IP address has an owner or a mode."""
+    for field, value in (("owner", owner), ("mode", mode)):
+        if value is not None:
+            raise UsageError(f"{field}: only a unix socket has one", "leave it out, or unix:/PATH as the address")
 
 
 def parse_name(text: str, field: str = "name", longest: int = MAX_ENDPOINT_NAME) -> str:
@@ -170,6 +206,12 @@ def parse_ingress_flag(text: str, field: str = "-i") -> tuple[BindPattern, str]:
     """``ADDR:PORT[-PORT]=ENDPOINT`` of `graft run -i`."""
     pattern, name = _split_flag(text, field, "ADDR:PORT[-PORT]=ENDPOINT, such as 0.0.0.0:80=nx4")
     return parse_bind_pattern(pattern, field), parse_name(name, field)
+
+
+def parse_unix_flag(text: str, field: str = "-i") -> tuple[str, str]:
+    """``unix:/PATH=ENDPOINT`` of `graft run -i`."""
+    path, name = _split_flag(text, field, "unix:/PATH=ENDPOINT, such as unix:/run/app.sock=app")
+    return parse_path(path, field), parse_name(name, field)
 
 
 def parse_egress_flag(text: str, field: str = "-e") -> tuple[Prefix, str]:

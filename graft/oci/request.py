@@ -171,19 +171,17 @@ def policy_from_pairs(text: str, known: Mapping[str, Endpoint]) -> Policy:
     An image can set it, so the limits of a policy file (graft/policy/limits.py) are checked before it is parsed.
     Raises UsageError, and NotFoundError or RefusedError for an endpoint that does not exist or is not open.
     """
-    from graft.model.endpoint import parse_ingress_flag
     from graft.policy.limits import check_count, check_text
-    from graft.policy.model import IngressRule, Policy
+    from graft.policy.model import Policy, ingress_rules
 
     check_text(text, PAIRS_VARIABLE)
     pairs = text.replace(",", " ").split()
     check_count(len(pairs), PAIRS_VARIABLE)
-    rules = []
-    for pair in pairs:
-        bind, endpoint = parse_ingress_flag(pair, PAIRS_VARIABLE)
-        _require_open(known, endpoint)
-        rules.append(IngressRule(bind, endpoint, field=f"{PAIRS_VARIABLE} {pair}"))
-    return Policy(name="pairs", ingress=tuple(rules))
+    ingress, unix_ingress = ingress_rules(pairs, PAIRS_VARIABLE)
+    policy = Policy(name="pairs", ingress=ingress, unix_ingress=unix_ingress)
+    for rule in policy.every_ingress:
+        _require_open(known, rule.endpoint)
+    return policy
 
 
 def _require_open(known: Mapping[str, Endpoint], name: str) -> None:

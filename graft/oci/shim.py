@@ -32,6 +32,8 @@ from graft.model.transport import Transport
 from graft.oci.message_loop import MessageLoop
 from graft.oci.state import Message, State
 from graft.policy.model import Policy
+from graft.policy.validator import refuse_without_supervisor
+from graft.splice import client as splice
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.swap.keeper import Keeper, stop_all
@@ -86,16 +88,19 @@ class Attachment:
         shim = 0 if plan.transport is Transport.DIRECT else os.getpid()
         # A `graft listen` that was started again finds containers that it attached before.
         known = self._graft.containers.at(path) if plan.folder is None else None
-        self.container = known or self._create(path, cookie, shim)
+        self.container = known or self._create(path, cookie, shim, state.pid)
         self._events = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
 
-    def _create(self, path: Path, cookie: int, shim: int) -> Container:
+    def _create(self, path: Path, cookie: int, shim: int, pid: int) -> Container:
         plan = self._plan
+        refuse_without_supervisor(plan.policy, plan.transport)
         compiled = self._graft.compile(plan.policy)
         with self._graft.transaction() as change:
-            return change.containers.create(
+            created = change.containers.create(
                 compiled, path, cookie, plan.transport, shim, name=plan.id[:12], engine="oci"
             )
+        splice.serve(self._graft, created, pid)
+        return created
 
     def start_supervisor(self, state: State, listener: int, first: int | None = None) -> None:
         """Start a supervisor for ``listener``, which this object closes, also where that fails.
@@ -196,7 +201,7 @@ def _find_container(pid: int, plan: Plan) -> tuple[Path, int]:
 
 def _remove_container(graft: Installation, container: Container) -> None:
     with contextlib.suppress(GraftError, OSError), graft.transaction() as change:
-        change.containers.remove(container)
+        change.containers.remove(container)  # graftd sees that by itself, if it serves the container
 
 
 def _clean_up(plan: Plan, graft: Installation, container: Container) -> None:

@@ -29,9 +29,13 @@ def _obstacles(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[st
     for egress in policy.egress:
         if egress.verdict is Verdict.CONTAINER:
             yield f"{egress.field}: it keeps {egress.to} in the container"
+    for path in policy.unix_ingress:
+        yield f"{path.field}: a supervisor binds the unix socket"
     for name, endpoint in endpoints.items():
         if endpoint.netns is not None:
             yield f"endpoint {name}: it is in another network namespace"
+        if endpoint.unix is not None:
+            yield f"endpoint {name}: its connections are relayed to or from the container's own namespace"
     for ingress in policy.ingress:
         found = endpoints.get(ingress.endpoint)
         if found is not None and found.address == IPv6Address(0) and not found.dual_stack:

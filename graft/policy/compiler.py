@@ -14,11 +14,12 @@ everything but the grants.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, reduce
-from itertools import islice
+from itertools import chain, islice
 from operator import or_
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ from graft.errors import UsageError
 from graft.model.address import Prefix, pack16
 from graft.model.endpoint import IP_PROTOCOLS, Endpoint, Protocol
 from graft.model.ports import prefixes_of
+from graft.model.unix_socket import UNIX_FAMILY, path_key
 from graft.policy.limits import MAX_ENTRIES, check_size
 from graft.policy.model import Default, Outcome, Policy, PolicyError, Verdict
 from graft.policy.validator import (
@@ -55,6 +57,7 @@ class IngressEntry:
     """(protocol, family, address, leading ``port_bits`` of port) -> endpoint. ``address`` None means any.
 
     ``first_port``: of the rule's range, where the endpoint is a range of as many ports; else 0.
+    A rule for the path of a unix socket has UNIX_FAMILY, the path's key for an address, and port 0.
     """
 
     protocol: int
@@ -121,7 +124,7 @@ def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet
     problems = check_endpoints_exist(policy, resolved) + check_rules(policy, resolved)
     if problems:
         raise PolicyError(policy.name, problems)
-    ingress = _at_most(MAX_ENTRIES, _ingress_entries(policy, resolved))
+    ingress = _at_most(MAX_ENTRIES, chain(_ingress_entries(policy, resolved), _unix_entries(policy)))
     egress = _at_most(MAX_ENTRIES - len(ingress), _egress_entries(policy, resolved))
     return RuleSet(
         ingress=tuple(ingress),
@@ -169,6 +172,11 @@ def _ingress_entries(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Itera
         for target, mask in layout.items():
             for port, bits in prefixes(mask):
                 yield IngressEntry(IP_PROTOCOLS[protocol], family, packed, port, bits, *target)
+
+
+def _unix_entries(policy: Policy) -> Iterator[IngressEntry]:
+    for path, endpoint in {rule.path: rule.endpoint for rule in policy.unix_ingress}.items():
+        yield IngressEntry(IP_PROTOCOLS[Protocol.TCP], UNIX_FAMILY, path_key(os.fsencode(path)), 0, 16, endpoint)
 
 
 def _smallest_first(claims: Iterable[IngressClaim]) -> PortLayout[IngressTarget]:

@@ -78,6 +78,14 @@ class Fields:
             self.report(path, error.message.removeprefix(f"{_FIELD}: "), error.hint)
             return None
 
+    def check_all(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call ``function(*arguments)``. Its UsageError, which names a field, is reported at that field."""
+        try:
+            function(*arguments)
+        except UsageError as error:
+            field, _, message = error.message.partition(": ")
+            self.report((field.replace(" ", "_"),), message, error.hint)
+
     def report(self, path: FieldPath, message: str, hint: str | None) -> None:
         """Report a problem of the field at ``path`` below this mapping."""
         self.valid = False

@@ -44,5 +44,5 @@ def check_count(count: int, field: str) -> None:
 def check_size(policy: Policy) -> None:
     """Raises UsageError for a policy that has too many rules or endpoints."""
     check_count(len(policy.endpoints), "endpoints")
-    check_count(len(policy.ingress), "ingress")
+    check_count(len(policy.ingress) + len(policy.unix_ingress), "ingress")
     check_count(len(policy.egress), "egress")

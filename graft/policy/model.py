@@ -22,8 +22,10 @@ from graft.model.endpoint import (
     parse_egress_flag,
     parse_ingress_flag,
     parse_name,
+    parse_unix_flag,
 )
 from graft.model.ports import EVERY_PORT, PortRange, mask_of
+from graft.model.unix_socket import is_unix
 
 
 class Default(IntEnum):
@@ -53,6 +55,16 @@ class IngressRule:
     bind: BindPattern
     endpoint: str
     protocols: Protocol | None = None
+    field: str = dataclasses.field(default="ingress", compare=False)
+    line: int | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class UnixRule:
+    """A bind of a unix socket to exactly ``path`` is made at the path of ``endpoint`` on the host."""
+
+    path: str
+    endpoint: str
     field: str = dataclasses.field(default="ingress", compare=False)
     line: int | None = dataclasses.field(default=None, compare=False)
 
@@ -107,6 +119,12 @@ class Policy:
     connect_default: Default = Default.CONTAINER
     open: bool = False
     other_default: Default | None = None
+    unix_ingress: tuple[UnixRule, ...] = ()
+
+    @property
+    def every_ingress(self) -> tuple[IngressRule | UnixRule, ...]:
+        """The ingress rules of both kinds."""
+        return *self.ingress, *self.unix_ingress
 
     def resolve(self, known: Mapping[str, Endpoint]) -> dict[str, Endpoint]:
         """Endpoints by name: the ``known`` ones, and over them those that the policy declares."""
@@ -150,18 +168,28 @@ def policy_from_flags(
     """The policy that `graft run`'s ``-i``, ``-e`` and ``--deny`` make. Raises UsageError that names the flag."""
     parse_name(name, longest=MAX_POLICY_NAME)
     default = Default.DENY if deny else Default.CONTAINER
+    ingress, unix_ingress = ingress_rules(ingress_flags)
     return Policy(
         name=name,
-        ingress=tuple(_ingress_rule(text) for text in ingress_flags),
+        ingress=ingress,
         egress=tuple(_egress_rule(text) for text in egress_flags),
         bind_default=default,
         connect_default=default,
+        unix_ingress=unix_ingress,
     )
 
 
-def _ingress_rule(text: str) -> IngressRule:
-    bind, endpoint = parse_ingress_flag(text)
-    return IngressRule(bind, endpoint, field=f"-i {text}")
+def ingress_rules(flags: Iterable[str], field: str = "-i") -> tuple[tuple[IngressRule, ...], tuple[UnixRule, ...]]:
+    """The rules of ``-i`` flags, those for addresses and those for unix paths. Raises UsageError."""
+    addresses: list[IngressRule] = []
+    paths: list[UnixRule] = []
+    for text in flags:
+        here = f"{field} {text}"
+        if is_unix(text):
+            paths.append(UnixRule(*parse_unix_flag(text, field), field=here))
+        else:
+            addresses.append(IngressRule(*parse_ingress_flag(text, field), field=here))
+    return tuple(addresses), tuple(paths)
 
 
 def _egress_rule(text: str) -> EgressRule:

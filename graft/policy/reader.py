@@ -19,16 +19,20 @@ from graft.model.endpoint import (
     MAX_POLICY_NAME,
     Endpoint,
     check_dual_stack,
+    check_no_owner,
+    check_unix_options,
     parse_endpoint_address,
     parse_name,
     parse_netns,
     parse_protocol,
+    unix_endpoint,
 )
+from graft.model.unix_socket import DEFAULT_MODE, UnixSocket, is_unix, parse_mode, parse_owner, parse_path
 from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.document import Document, Value, format_path, read_document
 from graft.policy.fields import Fields, choice
 from graft.policy.limits import FEWER_RULES, MAX_RULES
-from graft.policy.model import Default, EgressRule, IngressRule, Policy, PolicyError, Problem, Verdict
+from graft.policy.model import Default, EgressRule, IngressRule, Policy, PolicyError, Problem, UnixRule, Verdict
 from graft.policy.validator import check_rules, endpoint_not_found
 
 T = TypeVar("T")
@@ -113,6 +117,7 @@ class _PolicyReader:
             name=name or "policy",
             endpoints=tuple(self._endpoints(endpoints)),
             ingress=tuple(self._ingress_rules(ingress)),
+            unix_ingress=tuple(self._unix_rules(ingress)),
             egress=tuple(self._egress_rules(egress)),
             bind_default=bind_default,
             connect_default=connect_default,
@@ -137,20 +142,27 @@ class _PolicyReader:
     def _endpoints(self, section: dict[str, Value]) -> Iterator[Endpoint]:
         for name, value in self._within_limit(section.items(), "endpoints"):
             long_form: Value = {"address": value} if isinstance(value, str) else value
-            keys = ("address", "protocol", "netns", "open", "dual_stack")
+            keys = ("address", "protocol", "netns", "open", "dual_stack", "owner", "mode")
             fields = Fields(self._document, ("endpoints", name), long_form, keys)
+            if isinstance(long_form, dict) and _is_unix(long_form.get("address")):
+                yield from _unix_endpoint(fields, name)
+                continue
             address = fields.required("address", parse_endpoint_address)
             protocols = fields.text("protocol", parse_protocol) or ANY_PROTOCOL
             netns = fields.text("netns", parse_netns)
             is_open = fields.of_type("open", bool, _SWITCH_HINT) or False
             dual_stack = fields.of_type("dual_stack", bool, _SWITCH_HINT) or False
             fields.check((), parse_name, name)
+            if isinstance(long_form, dict):
+                fields.check_all(check_no_owner, long_form.get("owner"), long_form.get("mode"))
             if address is not None and fields.valid:
                 fields.check(("dual_stack",), check_dual_stack, dual_stack, address)
                 yield Endpoint(name, address.ip, address.port, protocols, netns, is_open, dual_stack, address.last_port)
 
     def _ingress_rules(self, section: list[Value]) -> Iterator[IngressRule]:
         for index, value in self._within_limit(enumerate(section), "ingress"):
+            if isinstance(value, dict) and _is_unix(value.get("bind")):
+                continue
             path = ("ingress", index)
             fields = Fields(self._document, path, value, ("bind", "endpoint", "protocol"))
             bind = fields.required("bind", parse_bind_pattern)
@@ -158,6 +170,17 @@ class _PolicyReader:
             protocols = fields.text("protocol", parse_protocol)
             if bind is not None and endpoint is not None and fields.valid:
                 yield IngressRule(bind, endpoint, protocols, format_path(path), self._document.lines[path])
+
+    def _unix_rules(self, section: list[Value]) -> Iterator[UnixRule]:
+        for index, value in islice(enumerate(section), MAX_RULES):
+            if not (isinstance(value, dict) and _is_unix(value.get("bind"))):
+                continue
+            path = ("ingress", index)
+            fields = Fields(self._document, path, value, ("bind", "endpoint"))
+            bind = fields.required("bind", parse_path)
+            endpoint = fields.required("endpoint", self._parse_endpoint_name)
+            if bind is not None and endpoint is not None and fields.valid:
+                yield UnixRule(bind, endpoint, format_path(path), self._document.lines[path])
 
     def _egress_rules(self, section: list[Value]) -> Iterator[EgressRule]:
         for index, value in self._within_limit(enumerate(section), "egress"):
@@ -195,6 +218,25 @@ class _PolicyReader:
             self._document.problems += [
                 replace(problem, line=lines.get(problem.field, problem.line)) for problem in problems
             ]
+
+
+def _is_unix(value: Value) -> bool:
+    return isinstance(value, str) and is_unix(value)
+
+
+def _unix_endpoint(fields: Fields, name: str) -> Iterator[Endpoint]:
+    """The endpoint of a unix socket, if its fields are valid."""
+    path = fields.required("address", parse_path)
+    protocols = fields.text("protocol", parse_protocol) or ANY_PROTOCOL
+    netns = fields.text("netns", parse_netns)
+    is_open = fields.of_type("open", bool, _SWITCH_HINT) or False
+    dual_stack = fields.of_type("dual_stack", bool, _SWITCH_HINT) or False
+    owner = fields.text("owner", parse_owner)
+    mode = fields.text("mode", parse_mode)
+    fields.check((), parse_name, name)
+    fields.check_all(check_unix_options, protocols, netns, dual_stack)
+    if path is not None and fields.valid:
+        yield unix_endpoint(name, UnixSocket(path, owner, DEFAULT_MODE if mode is None else mode), is_open)
 
 
 def _check_one_outcome(fields: Fields, rule: Mapping[str, Value]) -> None:

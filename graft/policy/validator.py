@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NamedTuple
 
+from graft.errors import RefusedError
 from graft.model.address import IPAddress, Prefix, shown
 from graft.model.endpoint import ANY_PROTOCOL, Endpoint, Protocol
 from graft.model.ports import MAX_PORT, PortRange, lowest_port, ports_text
+from graft.model.transport import Transport
 from graft.policy.conflicts import ConflictFinder, PortClaim
-from graft.policy.model import EgressRule, IngressRule, Outcome, Policy, Problem, Verdict
+from graft.policy.model import EgressRule, IngressRule, Outcome, Policy, Problem, UnixRule, Verdict
 
 ANY4 = IPv4Address("0.0.0.0")
 ANY6 = IPv6Address("::")
@@ -67,16 +69,17 @@ class IngressClaim:
 
 
 def ingress_claims(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[IngressClaim]:
-    """The claims of each rule. A rule for any address has the family of its endpoint."""
+    """The claims of each rule. A rule for any address has its endpoint's family, or both if that is a unix socket."""
     for rule in policy.ingress:
         endpoint = endpoints.get(rule.endpoint)
         if endpoint is None:
             continue
         address = rule.bind.address
-        family = endpoint.family if address is None else address.version
+        families = (4, 6) if endpoint.unix is not None else (endpoint.family,)
         target = IngressTarget(rule.endpoint, rule.bind.ports.first if endpoint.last_port else 0)
         for protocol in endpoint.protocols if rule.protocols is None else rule.protocols:
-            yield IngressClaim(rule, protocol, family, address, target)
+            for family in families if address is None else (address.version,):
+                yield IngressClaim(rule, protocol, family, address, target)
 
 
 def egress_protocols(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Protocol:
@@ -94,10 +97,27 @@ def grants_without_tcp(policy: Policy, endpoints: Mapping[str, Endpoint]) -> tup
     )
 
 
+def needs_unix_relay(policy: Policy, endpoints: Mapping[str, Endpoint]) -> bool:
+    """Whether a rule for TCP leads to a unix socket, so that graftd relays. ``endpoints`` has all that they name."""
+    rules: tuple[IngressRule | EgressRule, ...] = (*policy.ingress, *policy.egress)
+    return any(rule.endpoint is not None and endpoints[rule.endpoint].unix is not None for rule in rules)
+
+
+def refuse_without_supervisor(policy: Policy, transport: Transport) -> None:
+    """Raises RefusedError for a rule for a unix path, where no supervisor would bind it."""
+    if policy.unix_ingress and transport is not Transport.SWAP:
+        rule = policy.unix_ingress[0]
+        raise RefusedError(
+            f"{rule.field}: a supervisor binds a program's own unix socket, and transport {transport} has none",
+            "a network namespace of its own, or the endpoint's path in the program's own configuration",
+        )
+
+
 def check_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> list[Problem]:
     """Problems that no single field shows: of families, protocols, loopback, conflicts."""
     problems = [problem for rule in policy.ingress for problem in _check_ingress(rule, endpoints)]
     problems += [problem for rule in policy.egress for problem in _check_egress(rule, endpoints)]
+    problems += _check_unix_rules(policy, endpoints)
     problems += _ingress_conflicts(policy, endpoints)
     problems += _egress_conflicts(policy, endpoints)
     return problems
@@ -118,7 +138,7 @@ def check_splice(policy: Policy) -> list[Problem]:
 
 def check_endpoints_exist(policy: Policy, endpoints: Mapping[str, Endpoint]) -> list[Problem]:
     """A problem for each rule whose endpoint is not among ``endpoints``."""
-    rules: list[IngressRule | EgressRule] = [*policy.ingress, *policy.egress]
+    rules: list[IngressRule | UnixRule | EgressRule] = [*policy.ingress, *policy.unix_ingress, *policy.egress]
     return [
         Problem(rule.line, _part(rule, "endpoint"), *endpoint_not_found(rule.endpoint))
         for rule in rules
@@ -136,7 +156,7 @@ def _check_ingress(rule: IngressRule, endpoints: Mapping[str, Endpoint]) -> Iter
     if endpoint is None:
         return
     address = rule.bind.address
-    if address is not None and address != ANY6 and address.version != endpoint.family:
+    if address is not None and address != ANY6 and address.version != endpoint.family and endpoint.unix is None:
         target = f"the IPv{endpoint.family} endpoint {endpoint.name}"
         message = f"an IPv{address.version} bind cannot be redirected to {target}"
         hint = (
@@ -177,11 +197,31 @@ def _check_egress(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Iterat
     endpoint = endpoints.get(rule.endpoint) if rule.endpoint is not None else None
     if endpoint is None:
         return
-    if rule.to.family != endpoint.family:
+    if endpoint.unix is not None:
+        if rule.to.length != rule.to.network.max_prefixlen:
+            message = f"{endpoint.name} is a unix socket, which connections reach, and no source of connections"
+            yield Problem(rule.line, _part(rule, "to"), message, "one address that stands for it, such as 10.0.0.5")
+    elif rule.to.family != endpoint.family:
         wanted = f"IPv{rule.to.family}"
         message = f"{wanted} destinations cannot be reached from the IPv{endpoint.family} endpoint {endpoint.name}"
         yield Problem(rule.line, _part(rule, "endpoint"), message, f"an {wanted} endpoint")
     yield from _check_protocols(rule, endpoint)
+
+
+def _check_unix_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
+    seen: dict[str, UnixRule] = {}
+    for rule in policy.unix_ingress:
+        endpoint = endpoints.get(rule.endpoint)
+        if endpoint is None:
+            continue
+        if endpoint.unix is None:
+            message = f"a bind of a unix socket cannot be redirected to {endpoint.spec}"
+            yield Problem(rule.line, _part(rule, "endpoint"), message, "an endpoint at unix:/PATH")
+        other = seen.setdefault(rule.path, rule)
+        if other.endpoint != rule.endpoint:
+            theirs = f"{_location(other)} redirects it to {other.endpoint}"
+            message = f"unix:{rule.path} is redirected to {rule.endpoint}, but {theirs}"
+            yield Problem(rule.line, _part(rule, "bind"), message, "one rule for a path")
 
 
 def _check_protocols(rule: IngressRule | EgressRule, endpoint: Endpoint) -> Iterator[Problem]:
@@ -260,10 +300,10 @@ def _format_outcome(rule: EgressRule) -> str:
     return f"endpoint {rule.endpoint}" if rule.verdict is Verdict.GRANT else f"action {rule.verdict.name.lower()}"
 
 
-def _location(rule: IngressRule | EgressRule) -> str:
+def _location(rule: IngressRule | UnixRule | EgressRule) -> str:
     return rule.field if rule.line is None else f"{rule.field} (line {rule.line})"
 
 
-def _part(rule: IngressRule | EgressRule, key: str) -> str:
+def _part(rule: IngressRule | UnixRule | EgressRule, key: str) -> str:
     """The field ``key`` of ``rule``. A rule that comes from a flag has no fields of its own."""
     return rule.field if rule.line is None else f"{rule.field}.{key}"

@@ -21,6 +21,8 @@
     listeners.py    what a container listens on, found in steps
     acceptor.py     a listener of the daemon, which accepts while there is room
     inbound.py      a listener on an endpoint
+    unix_endpoint.py  a unix socket of the host in the place of either endpoint
+    waiting.py      an accepted connection whose unix socket has no room yet
     outbound.py     the listener to which the connect hook redirects granted connections
     relays.py       both, for one container
     container_list.py     the containers to serve

@@ -12,6 +12,7 @@ from graft.errors import GraftError
 from graft.splice.connection import Connection
 from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
+from graft.splice.waiting import WaitingConnection
 
 _ACCEPTS = 8  # in one turn
 _LAST_ACCEPTS = 64  # when the listener is closed
@@ -25,8 +26,8 @@ class Acceptor:
     """``sock`` listens and never blocks.
 
     ``connect_far`` makes a socket that connects to the far end, for an accepted socket and its peer's address. Where
-    it returns None, or raises OSError or GraftError, the accepted connection is reset. ``sockmap`` is the relay in the
-    kernel, None to relay by splice(2).
+    it returns None, or raises OSError or GraftError, the accepted connection is reset; BlockingIOError: the far end has
+    no room now. ``sockmap`` is the relay in the kernel, for TCP, None to relay by splice(2).
     """
 
     def __init__(
@@ -72,16 +73,30 @@ class Acceptor:
 
     def _relay(self, near: socket.socket, peer: PeerAddress) -> None:
         near.setblocking(False)
+        attempt = partial(self._connect, near, peer)
+        try:
+            done = attempt()
+        except BlockingIOError:
+            WaitingConnection(self._resources, near, attempt)
+            return
+        if not done:
+            near.close()
+            self._resources.release_connection()
+
+    def _connect(self, near: socket.socket, peer: PeerAddress) -> bool:
+        """Relay an accepted connection; whether its far end could be reached. Raises BlockingIOError."""
         try:
             far = self._connect_far(near, peer)
+        except BlockingIOError:
+            raise
         except (OSError, GraftError):
             far = None
         if far is None:
-            near.close()
-            self._resources.release_connection()
-            return
+            return False
         self.served += 1
-        Connection(self._resources, self.connections, near, far, self.sockmap)
+        sockmap = None if socket.AF_UNIX in (near.family, far.family) else self.sockmap
+        Connection(self._resources, self.connections, near, far, sockmap)
+        return True
 
     def close(self) -> None:
         """Stop listening: the address is free when this returns. Connections in the backlog are still relayed."""

@@ -37,11 +37,23 @@ def ensure_daemon(settings: Settings) -> None:
 
 
 def attach(settings: Settings, container: Container, pid: int = 0) -> None:
-    """Have the daemon serve ``container``, which is recorded with transport splice. When this returns, it does.
+    """Have the daemon serve ``container``, which has a record. When this returns, it does.
 
     ``pid`` is a process in its network namespace, 0 to let the daemon find one. Raises GraftError.
     """
     daemon_process.request(settings, {"do": "attach", "container": container.id, "pid": pid})
+
+
+def serve(graft: Installation, container: Container, pid: int = 0) -> None:
+    """`attach` a container that was made just now, if graftd has to serve it; where that fails, remove it again."""
+    if not container.is_relayed:
+        return
+    try:
+        attach(graft.settings, container, pid)
+    except BaseException:
+        with graft.transaction() as change:
+            change.containers.remove(container)
+        raise
 
 
 def detach(graft: Installation, container: Container) -> None:

@@ -70,6 +70,7 @@ class Side:
         "fd",
         "flow_from",
         "flow_to",
+        "is_unix",
         "readable",
         "sock",
         "watched_events",
@@ -83,6 +84,7 @@ class Side:
         self.connection = connection
         self.sock = sock
         self.fd = sock.fileno()
+        self.is_unix = sock.family == socket.AF_UNIX
         self.established = self.writable = established
         self.dialled = not established
         self.readable = False
@@ -258,9 +260,10 @@ class Flow:
         else:
             self.small_reads = 0
             self.connection.loop.bulk = True
-        if got < pipe.slots:
+        if got < pipe.slots and not source.is_unix:
             # Each slot has a byte or more in it: the pipe was not full, so the source's queue is empty. New data, if
-            # any, comes with an event. This saves a call for each small message.
+            # any, comes with an event. This saves a call for each small message. (A read of a unix socket also ends
+            # after a message that came with descriptors.)
             source.readable = False
             self.eof = source.ended
         return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from graft.model.settings import Settings
-from graft.model.transport import Transport
 from graft.state import records
 from graft.state.records import Container
 
@@ -22,15 +21,13 @@ class ContainerList:
         self._found: dict[int, Container] = {}
 
     def current(self) -> dict[int, Container]:
-        """Every container of transport splice, by its number."""
+        """Every container that is served by relays, by its number."""
         try:
             changed = records.folder_of(self._settings).stat().st_mtime_ns
         except FileNotFoundError:
             return {}
         if changed != self._changed:
-            self._found = {
-                one.id: one for one in records.read_all(self._settings)[0] if one.transport is Transport.SPLICE
-            }
+            self._found = {one.id: one for one in records.read_all(self._settings)[0] if one.is_relayed}
             is_settled = time.time() - changed / 1e9 > _SETTLED_SECONDS
             self._changed = changed if is_settled else -1
         return self._found

@@ -16,9 +16,12 @@ from typing import Any
 
 from graft.datapath.maps import Maps
 from graft.errors import GraftError, NotFoundError
+from graft.model.settings import Settings
+from graft.model.transport import Transport
 from graft.splice.event_loop import EventLoop
 from graft.splice.jobs import Job, Stepwise
 from graft.splice.log import log
+from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
 from graft.splice.relays import Relays
 from graft.splice.resources import DaemonResources
@@ -36,6 +39,7 @@ Done = Callable[[BaseException | None], None]
 class Context:
     """What all container services of one daemon share."""
 
+    settings: Settings
     loop: EventLoop
     maps: Maps
     namespaces: Namespaces
@@ -91,8 +95,9 @@ class ContainerService:
 
     def _scan(self) -> Stepwise[None]:
         if self._relays is None:
-            container_netns = yield from self._context.namespaces.of_container(self.container, self._pid)
+            container_netns = yield from self._find_netns()
             self._relays = Relays(
+                self._context.settings,
                 self._resources,
                 self._context.maps,
                 self.container,
@@ -102,6 +107,12 @@ class ContainerService:
             )
             log(f"{self.container.name}: served, container {self.container.id}")
         yield from self._relays.update()
+
+    def _find_netns(self) -> Stepwise[NamespaceSockets]:
+        namespaces = self._context.namespaces
+        if self.container.transport is Transport.DIRECT:
+            return namespaces.of_direct(self.container)
+        return (yield from namespaces.of_container(self.container, self._pid))
 
     def _scanned(self, error: BaseException | None) -> None:
         assert self._job is not None

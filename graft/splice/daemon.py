@@ -38,6 +38,7 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
         attachments.attach(settings, folder, 0, splice=True)
         cgroup.enter(folder)
         process.raise_descriptor_limit()
+        os.setgroups(())  # servers of unix sockets would be shown them (SO_PEERGROUPS)
         service = Service(settings, keep)
         gc.freeze()
         service.run(lambda: _signal_ready(ready))

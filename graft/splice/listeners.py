@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from graft.errors import NotFoundError
 from graft.kernel import cgroup
-from graft.kernel.sockdiag import Diagnostics
+from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.splice.jobs import Stepwise
 from graft.splice.publication import PublicationPlan
 
@@ -35,12 +35,20 @@ def cgroup_ids(path: Path, root: int) -> Stepwise[set[int]]:
     return found
 
 
-def collect_listeners(diagnostics: Diagnostics, plan: PublicationPlan, skip_ports: Collection[int]) -> Stepwise[None]:
-    """Add every listener to ``plan``, but those on ``skip_ports``. Raises OSError."""
-    for piece in diagnostics.listeners():
+def collect_listeners(
+    diagnostics: Diagnostics,
+    plan: PublicationPlan,
+    skip_ports: Collection[int],
+    storage: int | None = None,
+    read: Callable[[ListeningSocket], ListeningSocket] = lambda listener: listener,
+) -> Stepwise[None]:
+    """Add every listener to ``plan``, but those on ``skip_ports``; each as ``read`` returns it, which gets its value in
+    the socket storage map ``storage``. Raises OSError.
+    """
+    for piece in diagnostics.listeners(storage):
         yield
         for number, listener in enumerate(piece, 1):
             if listener.port not in skip_ports:
-                plan.add(listener)
+                plan.add(read(listener))
             if number % _STEP_ITEMS == 0:
                 yield

@@ -20,7 +20,7 @@ class Namespaces:
     """Opens the namespaces of the host, of endpoints and of containers."""
 
     def __init__(self, settings: Settings, endpoints: Endpoints) -> None:
-        self._endpoints = endpoints
+        self._settings, self._endpoints = settings, endpoints
         self._open: dict[int, NamespaceSockets] = {}
         host = netns.cookie(settings.host_netns)
         self._open[host] = NamespaceSockets(settings.host_netns, host)
@@ -37,6 +37,10 @@ class Namespaces:
                 self._open[cookie] = opened
                 return opened
         raise NotFoundError("no endpoint has this network namespace any more")
+
+    def of_direct(self, container: Container) -> NamespaceSockets:
+        """The host's namespace, for a container that shares it. The caller closes it. Raises NotFoundError."""
+        return NamespaceSockets(self._settings.host_netns, container.netns, loopback_only=True)
 
     @staticmethod
     def of_container(container: Container, pid: int = 0) -> Stepwise[NamespaceSockets]:

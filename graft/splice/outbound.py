@@ -12,17 +12,20 @@ import errno
 import socket
 
 from graft.datapath import layout
-from graft.datapath.layout import Crossing
+from graft.datapath.layout import ENDPOINT_UNIX, Crossing
 from graft.datapath.maps import Maps
 from graft.datapath.rulesets import Lookup
+from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.policy.model import Verdict
+from graft.splice import unix_endpoint
 from graft.splice.acceptor import Acceptor, PeerAddress
 from graft.splice.connection import set_relay_options
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
 from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
+from graft.state import unix_sockets
 
 _BACKLOG = 4096
 _PORT_TRIES = 16
@@ -60,6 +63,7 @@ class OutboundRelay:
 
     def __init__(
         self,
+        settings: Settings,
         resources: ContainerResources,
         maps: Maps,
         container_netns: NamespaceSockets,
@@ -67,7 +71,7 @@ class OutboundRelay:
         sockmap: Sockmap | None,
     ) -> None:
         """Listens at once, and writes its port to the map `relays`. Raises OSError."""
-        self._maps, self._container, self._namespaces = maps, resources.number, namespaces
+        self._settings, self._maps, self._container, self._namespaces = settings, maps, resources.number, namespaces
         self._lookup = Lookup(maps)
         self._key = ctypes.c_uint32(resources.number)
         socks = container_netns.run(make_listeners)
@@ -76,7 +80,9 @@ class OutboundRelay:
         maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(socks) > 1))
 
     def _connect_far(self, near: socket.socket, _peer: PeerAddress) -> socket.socket | None:
-        """A socket that connects to the program's destination; None where that is not granted."""
+        """A socket that connects to the program's destination; None where that is not granted. BlockingIOError: the
+        unix socket that it leads to has no room.
+        """
         asked = self._maps.crossings.get(ctypes.c_int32(near.fileno()))
         if asked is None or asked.role != Crossing.RELAYED or asked.container != self._container:
             return None
@@ -88,6 +94,9 @@ class OutboundRelay:
         endpoint = self._maps.endpoints.peek(ctypes.c_uint32(number)) if verdict == Verdict.GRANT else None
         if endpoint is None:
             return None
+        if endpoint.flags & ENDPOINT_UNIX:
+            unix = unix_sockets.load(self._settings, number)
+            return None if unix is None else unix_endpoint.connect(unix, asked)
         port = endpoint.port
         family = socket.AF_INET if asked.family == 4 else socket.AF_INET6
         far = self._namespaces.of_endpoint(endpoint.netns).tcp_socket(family)

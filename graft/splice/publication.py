@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from graft.kernel.sockdiag import ListeningSocket
 from graft.model.address import unmapped_bytes
+from graft.model.unix_socket import UnixSocket
 
 MAX_UNPUBLISHED = 64
 _ANY = bytes(16)
@@ -41,6 +42,7 @@ class ResolvedEndpoint:
     port: int
     netns: int
     dual_stack: bool = False
+    unix: UnixSocket | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Publication:
     address: bytes
     port: int
     v6only: bool
+    dialled: tuple[int, bytes, int] | None = None
+    """(family, address, port) of the listener, where those are not what its program bound."""
 
     @property
     def takes_no_ipv4(self) -> bool:
@@ -61,7 +65,7 @@ class Publication:
     @property
     def target(self) -> DialTarget:
         """The container's listener, to dial for each connection."""
-        return target(self.family, self.address, self.port, self.v6only)
+        return target(*(self.dialled or (self.family, self.address, self.port)), self.v6only)
 
 
 def target(family: int, address: bytes, port: int, v6only: bool) -> DialTarget:
@@ -124,12 +128,16 @@ class PublicationPlan:
     def _publication(self, listener: ListeningSocket) -> Publication | None:
         if listener.device:
             return None
-        family, address = listener.family, listener.address
+        place = listener.family, listener.address, listener.port
+        family, address, port = listener.asked or place
         asked = unmapped_bytes(address) if family == 6 else (family, address)
-        endpoint = self._lookup(asked[0], asked[1], listener.port)
-        if endpoint is None or (endpoint.family == 4 and family == 6 and listener.v6only):
+        endpoint = self._lookup(asked[0], asked[1], port)
+        if endpoint is None:
             return None
-        return Publication(endpoint, family, address, listener.port, listener.v6only)
+        if endpoint.unix is None and endpoint.family == 4 and family == 6 and listener.v6only:
+            return None
+        dialled = place if listener.asked else None
+        return Publication(endpoint, family, address, port, listener.v6only, dialled)
 
     def _add_publication(self, found: Publication) -> None:
         if found not in self._published:
@@ -157,6 +165,8 @@ class PublicationPlan:
 
 
 def _key(found: Publication) -> tuple[object, ...]:
+    if found.endpoint.unix:
+        return (found.endpoint.id,)
     return (found.endpoint.id, found.endpoint.port or _place(found))
 
 

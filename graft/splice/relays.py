@@ -10,22 +10,28 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from graft.datapath.layout import ENDPOINT_DUAL_STACK
+from graft.datapath.layout import ENDPOINT_DUAL_STACK, ENDPOINT_UNIX
 from graft.datapath.maps import Maps
 from graft.datapath.rulesets import Lookup
 from graft.errors import GraftError
-from graft.kernel.sockdiag import Diagnostics
+from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.model.endpoint import Protocol
 from graft.model.ports import mapped_port
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.splice import unix_endpoint
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
 from graft.splice.listeners import cgroup_ids, collect_listeners
+from graft.splice.log import log
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
 from graft.splice.outbound import OutboundRelay
 from graft.splice.publication import Publication, PublicationPlan, ResolvedEndpoint
 from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
+from graft.splice.unix_endpoint import UnixInboundRelay
+from graft.state import unix_sockets
 from graft.state.records import Container
 
 _STEP_ITEMS = 64  # quick ones, in one step
@@ -37,6 +43,7 @@ class Relays:
 
     def __init__(
         self,
+        settings: Settings,
         resources: ContainerResources,
         maps: Maps,
         container: Container,
@@ -48,17 +55,17 @@ class Relays:
         kernel, None to relay by splice(2). Raises OSError.
         """
         self.container = container
-        self._resources, self._maps = resources, maps
+        self._settings, self._resources, self._maps = settings, resources, maps
         self._namespaces, self._container_netns = namespaces, container_netns
         self._sockmap = sockmap
         self._lookup = Lookup(maps)
-        self._published: dict[Publication, InboundRelay] = {}
+        self._published: dict[Publication, InboundRelay | UnixInboundRelay] = {}
         self._errors: dict[Publication, str] = {}
         self._plan: PublicationPlan | None = None
         try:
             self._diagnostics = container_netns.run(Diagnostics)
             try:
-                self._outbound = OutboundRelay(resources, maps, container_netns, namespaces, sockmap)
+                self._outbound = OutboundRelay(settings, resources, maps, container_netns, namespaces, sockmap)
             except BaseException:
                 self._diagnostics.close()
                 raise
@@ -101,13 +108,19 @@ class Relays:
             lookup = partial(self._endpoint, before)
             plan = PublicationPlan(cgroups, lookup, self._resources.max_listeners, self._published.keys())
             try:
-                yield from collect_listeners(self._diagnostics, plan, {self._outbound.port})
+                yield from collect_listeners(self._diagnostics, plan, {self._outbound.port}, *self._tag_reader())
             except OSError:
                 self._diagnostics.close()
                 self._diagnostics = self._container_netns.run(Diagnostics)
                 raise
             if self._ruleset() == before:
                 return plan
+
+    def _tag_reader(self) -> tuple[int, Callable[[ListeningSocket], ListeningSocket]] | tuple[()]:
+        """How to read the address that a program bound, where the listing shows another one: with transport direct."""
+        if self.container.transport is not Transport.DIRECT:
+            return ()
+        return self._maps.tags.fd, partial(unix_endpoint.read_asked, container=self.container.id)
 
     def _ruleset(self) -> int:
         value = self._maps.containers.peek(ctypes.c_uint32(self.container.id))
@@ -118,24 +131,41 @@ class Relays:
         value = self._maps.endpoints.peek(ctypes.c_uint32(number)) if number else None
         if value is None or not value.protocols & Protocol.TCP:
             return None
+        unix = unix_sockets.load(self._settings, number) if value.flags & ENDPOINT_UNIX else None
+        if unix is None and (value.flags & ENDPOINT_UNIX or self.container.transport is not Transport.SPLICE):
+            return None
         mapped = mapped_port(port, first, value.port, value.last_port)
         if mapped is None:
             return None
         dual_stack = bool(value.flags & ENDPOINT_DUAL_STACK)
-        return ResolvedEndpoint(number, value.family, bytes(value.addr), mapped, value.netns, dual_stack)
+        return ResolvedEndpoint(number, value.family, bytes(value.addr), mapped, value.netns, dual_stack, unix)
 
     def _publish(self, wanted: Publication) -> None:
         try:
-            endpoint_netns = self._namespaces.of_endpoint(wanted.endpoint.netns)
-            sock, port = self._listen(wanted, endpoint_netns)
+            relay = self._start_unix(wanted) if wanted.endpoint.unix else self._start(wanted)
         except (OSError, GraftError) as error:
-            self._errors[wanted] = error.strerror or str(error) if isinstance(error, OSError) else error.message
+            self._note_error(wanted, error)
             return
         self._errors.pop(wanted, None)
         self._resources.descriptors.take()
-        self._published[wanted] = InboundRelay(
-            self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap
-        )
+        self._published[wanted] = relay
+
+    def _note_error(self, wanted: Publication, error: OSError | GraftError) -> None:
+        problem = error.strerror or str(error) if isinstance(error, OSError) else error.message
+        if self._errors.get(wanted) != problem and wanted.endpoint.unix:
+            log(f"{self.container.name}: {problem}")
+        self._errors[wanted] = problem
+
+    def _start(self, wanted: Publication) -> InboundRelay:
+        sock, port = self._listen(wanted, self._namespaces.of_endpoint(wanted.endpoint.netns))
+        return InboundRelay(self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap)
+
+    def _start_unix(self, wanted: Publication) -> UnixInboundRelay:
+        # Another listener of this container may have the endpoint until now.
+        for key in [key for key in self._published if key.endpoint.id == wanted.endpoint.id]:
+            self._unpublish(key)
+        sock, _file = unix_endpoint.listen(self._settings, self.container.id, wanted)
+        return UnixInboundRelay(self._resources, self._maps, wanted, sock, self._container_netns)
 
     def _listen(self, wanted: Publication, endpoint_netns: NamespaceSockets) -> tuple[socket.socket, int]:
         try:
@@ -150,6 +180,8 @@ class Relays:
         return listen(self._maps, self.container.id, wanted, endpoint_netns)
 
     def _unpublish(self, gone: Publication) -> None:
+        if gone.endpoint.unix:
+            unix_endpoint.withdraw(self._settings, self.container.id, gone.endpoint.id)
         self._published.pop(gone).acceptor.close()
         self._resources.descriptors.give_back()
 

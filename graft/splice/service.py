@@ -47,7 +47,8 @@ class Service:
         self._background = Background(self._loop)
         graft = Installation(settings)
         daemon_resources = DaemonResources(self._loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        self._context = Context(self._loop, graft.maps, Namespaces(settings, graft.endpoints), daemon_resources)
+        namespaces = Namespaces(settings, graft.endpoints)
+        self._context = Context(settings, self._loop, graft.maps, namespaces, daemon_resources)
         self._kernel_relay = KernelRelay(settings, self._loop, self._background, self._on_relay_change)
         self._services: dict[int, ContainerService] = {}
         self._stopping: dict[int, ContainerService] = {}

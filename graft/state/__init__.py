@@ -4,6 +4,7 @@
     endpoints.py       endpoints in the maps
     containers.py      containers in the maps: a cgroup under a policy
     records.py         a file for each container, with its name and what is in no map
+    unix_sockets.py    endpoints that are unix sockets: their paths, and which are bound
     engines.py         finds the cgroup of a container of docker or podman, or of a systemd unit
     inventory.py       the sockets of containers, as the kernel lists them
     socket_holders.py  which processes have a descriptor of a socket

@@ -7,7 +7,7 @@ its rules are written under a new ruleset number, then one update of the contain
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from graft.policy.born import why_not_born
 from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.limits import check_size
 from graft.policy.model import Policy
-from graft.state import records
+from graft.policy.validator import needs_unix_relay
+from graft.state import records, unix_sockets
 from graft.state.endpoints import EndpointChanges
 from graft.state.records import Container
 
@@ -86,7 +87,7 @@ def compile_for(
 
 def endpoint_names(policy: Policy) -> tuple[str, ...]:
     """The names of the endpoints in a policy's rules, each once."""
-    named = [rule.endpoint for rule in policy.ingress]
+    named = [rule.endpoint for rule in policy.every_ingress]
     named += [rule.endpoint for rule in policy.egress if rule.endpoint]
     return tuple(dict.fromkeys(named))
 
@@ -110,6 +111,7 @@ class _Installed:
     connect_default: int
     flags: int
     superseded: dict[str, int]
+    unix_relay: bool
 
 
 class ContainerChanges(Containers):
@@ -136,12 +138,13 @@ class ContainerChanges(Containers):
 
         ``name`` is by default the policy's. ``prepare`` is called with the container's id, after its rules are written
         and before any hook is attached. Changes nothing if it fails (PolicyError, ConflictError, KernelError;
-        RefusedError if a cgroup above or below is attached).
+        RefusedError if a cgroup above or below is attached; UnixPathError if a unix socket's path cannot be had).
         """
         policy = compiled.policy
         check_transport(transport, name or policy.name, compiled)
         self.reap()
         self._refuse_nesting(path)
+        unix_sockets.check_free(policy, compiled.endpoints)
         new = self._install(compiled)
         number = self._new_id()
         try:
@@ -151,7 +154,7 @@ class ContainerChanges(Containers):
             self._maps.containers.put(ctypes.c_uint32(number), value)
             if prepare is not None:
                 prepare(number)
-            attachments.attach(self._settings, path, number, splice=transport is Transport.SPLICE)
+            attachments.attach(self._settings, path, number, splice=transport is Transport.SPLICE or new.unix_relay)
             container = Container(
                 id=number,
                 name=name or policy.name,
@@ -164,6 +167,7 @@ class ContainerChanges(Containers):
                 cgroup_id=cgroup.cgroup_id(path),
                 engine=engine,
                 relay=relay,
+                unix_relay=new.unix_relay,
             )
             records.save(self._settings, container)
         except BaseException:
@@ -186,11 +190,14 @@ class ContainerChanges(Containers):
         if value is None:
             raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
         old = value.ruleset
+        if needs_unix_relay(compiled.policy, compiled.endpoints) and not container.is_relayed:
+            attachments.attach(self._settings, container.cgroup_path, container.id, splice=True)
         new = self._install(compiled, replaced=old)
         value.ruleset, value.flags = new.ruleset, new.flags
         value.bind_default, value.connect_default = new.bind_default, new.connect_default
         self._maps.containers.put(key, value)
         rulesets.erase(self._maps, old)
+        self._release_unix(container.id, rulesets.endpoints_of(self._maps, new.ruleset))
         self._endpoints.delete_superseded(new.superseded)
         self._endpoints.delete_unused()
         changed = replace(
@@ -199,6 +206,7 @@ class ContainerChanges(Containers):
             policy=compiled.policy.name,
             endpoints=endpoint_names(compiled.policy),
             relay=relay or container.relay,
+            unix_relay=new.unix_relay,
         )
         records.save(self._settings, changed)
         return changed
@@ -224,13 +232,20 @@ class ContainerChanges(Containers):
             known = {name: found.endpoint for name, found in stored.items()}
             rules = compile_for(policy, known, compiled).rules
             number = self._new_id()
+            unix_sockets.save_rules(self._settings, policy.unix_ingress)
             rulesets.write(self._maps, number, rules, {name: found.id for name, found in stored.items()})
         except BaseException:
             self._endpoints.restore_superseded(superseded)
             self._endpoints.delete_unused()
             raise
         flags = layout.container_flags(rules.denies, rules.leaves_others)
-        return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded)
+        relayed = needs_unix_relay(policy, known)
+        return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded, relayed)
+
+    def _release_unix(self, container: int, kept: Collection[int] = ()) -> None:
+        """Remove a container's unix sockets from the host, except for those of the endpoints ``kept``."""
+        unix_sockets.release(self._settings, lambda one, endpoint: one == container and endpoint not in kept)
+        unix_sockets.tidy_rules(self._settings, self._maps)
 
     def _refuse_nesting(self, path: Path) -> None:
         scope = self._maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
@@ -259,5 +274,6 @@ class ContainerChanges(Containers):
         for counter in self._maps.counters.keys():  # noqa: SIM118
             if counter.container == number:
                 self._maps.counters.delete(counter)
+        self._release_unix(number)
         self._endpoints.delete_unused()
         records.forget(self._settings, number)

@@ -16,6 +16,7 @@ from graft.kernel import netns
 from graft.model.endpoint import Endpoint, Protocol
 from graft.model.ports import ports_text
 from graft.model.settings import Settings
+from graft.state import unix_sockets
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class Endpoints:
             open=bool(value.flags & layout.ENDPOINT_OPEN),
             dual_stack=bool(value.flags & layout.ENDPOINT_DUAL_STACK),
             last_port=value.last_port,
+            unix=unix_sockets.load(self._settings, number) if value.flags & layout.ENDPOINT_UNIX else None,
         )
         return StoredEndpoint(number, endpoint, int(value.netns), bool(value.flags & layout.ENDPOINT_DECLARED))
 
@@ -115,6 +117,12 @@ class EndpointChanges(Endpoints):
         dynamic port.
         """
         old = self.find(endpoint.name)
+        is_other_kind = (old.endpoint.unix is None) != (endpoint.unix is None)
+        if is_other_kind and rulesets.using(self._maps, old.id):
+            raise ConflictError(
+                f"address: rules in force use {endpoint.name!r} at {old.endpoint.spec}",
+                "add another endpoint for the other kind of address",
+            )
         if old.endpoint.family != endpoint.family and rulesets.using(self._maps, old.id):
             raise ConflictError(
                 f"address: rules in force use {endpoint.name!r} as an IPv{old.endpoint.family} endpoint",
@@ -212,6 +220,8 @@ class EndpointChanges(Endpoints):
 
     def _erase(self, number: int) -> None:
         self._maps.endpoints.delete(ctypes.c_uint32(number))
+        unix_sockets.release(self._settings, lambda _container, endpoint: endpoint == number)
+        unix_sockets.save(self._settings, number, None)
         netns.release(self._netns_pin(number))
         self._label(number).unlink(missing_ok=True)
 
@@ -225,7 +235,8 @@ class EndpointChanges(Endpoints):
             netns.keep(source, pin)
             self._label(number).write_bytes(os.fsencode(endpoint.netns))
         flags = layout.ENDPOINT_OPEN * endpoint.open | layout.ENDPOINT_DECLARED * declared
-        flags |= layout.ENDPOINT_DUAL_STACK * endpoint.dual_stack
+        flags |= layout.ENDPOINT_DUAL_STACK * endpoint.dual_stack | layout.ENDPOINT_UNIX * (endpoint.unix is not None)
+        unix_sockets.save(self._settings, number, endpoint.unix)
         value = layout.EndpointValue(
             netns=cookie,
             port=endpoint.port,

@@ -26,7 +26,7 @@ class Container:
     """An attached container. ``pid`` is the process that keeps its supervisors running (0: none is needed).
 
     ``cgroup_id`` distinguishes its cgroup from a later one at the same path; ``engine`` is what started it; ``relay``
-    (splice, kernel) is how transport splice moves its bytes.
+    (splice, kernel) is how transport splice moves its bytes. ``unix_relay``: a rule for TCP leads to a unix socket.
     """
 
     id: int
@@ -40,11 +40,17 @@ class Container:
     cgroup_id: int = 0
     engine: str = "graft"
     relay: str = "splice"
+    unix_relay: bool = False
 
     @property
     def cgroup_path(self) -> Path:
         """The folder of its cgroup in the v2 tree."""
         return Path(self.cgroup)
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether graftd serves it."""
+        return self.unix_relay or self.transport is Transport.SPLICE
 
     @property
     def is_populated(self) -> bool:
@@ -91,6 +97,7 @@ def parse_record(raw: bytes, name: str) -> Container:
             cgroup_id=json_text.number(found.get("cgroup_id"), "cgroup_id", _MAX_COOKIE),
             engine=json_text.text(found.get("engine"), "engine") or "graft",
             relay=json_text.text(found.get("relay"), "relay") or "splice",
+            unix_relay=found.get("unix_relay") is True,
         )
     except UsageError as error:
         raise UsageError(f"{name}: {error.message}") from None

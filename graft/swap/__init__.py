@@ -8,6 +8,7 @@
     socket_pool.py      replacement sockets, made in the right namespace, some ahead of time
     socket_copy.py      copies options, owner and flags of one socket to another
     descriptors.py      duplicates of a socket's descriptor, and its epoll registrations
+    unix_bind.py        a unix socket bound at an endpoint's path
     processes.py        the processes that made the trapped calls
     unreported.py       binds that succeeded, but whose callers did not get the result (pure)
     end_watcher.py      stops a supervisor that waits for a notification

@@ -30,6 +30,8 @@ def _format_birth(entry: BirthEntry) -> str:
 
 
 def _format_call(entry: LogEntry, endpoints: Mapping[int, Endpoint]) -> str:
+    if entry.text:
+        return f"graft: {entry.text}"
     head = f"graft: {entry.call.name.lower()}" + (f" {entry.address}" if entry.address is not None else "")
     decision = entry.decision
     if decision.action is Action.REFUSE or entry.error:

@@ -2,6 +2,7 @@
 
     bind      rule, in the container         -> replaced by a socket of the host's stack that is bound already
     connect   rule, in the container         -> replaced by a socket of the host's stack; the call runs on that
+    either    rule for a unix socket         -> the same as without a rule: graftd relays, in the container
     either    no rule, in the host's stack   -> replaced by a socket of the container, if it is not bound
     listen    in the host's stack, unbound   -> refused: the kernel would pick a port that no rule grants
     all else                                 -> the call runs; the hooks decide
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from graft.datapath.layout import ENDPOINT_DUAL_STACK
+from graft.datapath.layout import ENDPOINT_DUAL_STACK, ENDPOINT_UNIX
 from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home
 from graft.policy.model import Default, Verdict
@@ -62,6 +63,11 @@ class SocketFacts(NamedTuple):
     def endpoint_is_ipv6_only(self) -> bool:
         """Whether a socket that is bound to the endpoint must not take the IPv4 port too."""
         return self.endpoint_family == 6 and not self.endpoint_flags & ENDPOINT_DUAL_STACK
+
+    @property
+    def endpoint_is_unix(self) -> bool:
+        """Whether the endpoint is a unix socket, so that the program's socket stays in the container."""
+        return bool(self.endpoint and self.endpoint_flags & ENDPOINT_UNIX)
 
 
 class Action(enum.Enum):
@@ -116,6 +122,8 @@ def _matches_family(address: Sockaddr, family: int) -> bool:
 def _decide_bind(address: Sockaddr, facts: SocketFacts, v6only: bool) -> Decision:
     if facts.local_port:
         return RESUME  # bound already: the kernel's EINVAL
+    if facts.endpoint_is_unix:
+        return _decide_without_rule(facts, Default.CONTAINER)
     # An IPv6-only socket cannot have an IPv4 endpoint.
     if facts.endpoint and not (facts.endpoint_family == 4 and address.family == 6 and v6only):
         only = facts.endpoint_is_ipv6_only and facts.family == 6
@@ -128,6 +136,8 @@ def _decide_bind(address: Sockaddr, facts: SocketFacts, v6only: bool) -> Decisio
 def _decide_connect(facts: SocketFacts) -> Decision:
     if facts.verdict == Verdict.DENY:
         return _REFUSED
+    if facts.verdict == Verdict.GRANT and facts.endpoint_is_unix:
+        return _decide_without_rule(facts, Default.CONTAINER)
     if facts.verdict == Verdict.GRANT:
         if facts.home == Home.HOST and (facts.endpoint_netns == facts.netns or facts.bound):
             return RESUME

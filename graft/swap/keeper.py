@@ -35,6 +35,7 @@ from graft.swap.processes import Processes
 from graft.swap.resource_limits import enter_own_cgroup
 from graft.swap.socket_pool import NamespaceSwitch, SocketPool
 from graft.swap.supervisor import LogEntry, Supervisor, serve
+from graft.swap.unix_bind import UnixBinder
 
 _MAX_RESTARTS, _IN_SECONDS = 10, 5.0
 _KILL_TIMEOUT = 5.0
@@ -193,7 +194,8 @@ def _make_supervisor(
     pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
     processes = Processes()
     birth = SocketBirth(desk, pool, listener, processes, _own_namespace(graft, container), log)
-    return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, log)
+    unix = UnixBinder(graft, container.id)
+    return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, log, unix)
 
 
 def _own_namespace(graft: Installation, container: Container) -> str:

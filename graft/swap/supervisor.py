@@ -44,11 +44,12 @@ from graft.model.sockaddr import Sockaddr, parse_sockaddr
 from graft.model.transport import Home
 from graft.swap import descriptors, socket_copy
 from graft.swap.birth import SocketBirth
-from graft.swap.decision import Action, Call, Decision, SocketFacts, decide
+from graft.swap.decision import RESUME, Action, Call, Decision, SocketFacts, decide
 from graft.swap.desk import Desk, DeskAnswer
 from graft.swap.end_watcher import EndWatcher
 from graft.swap.processes import Process, Processes
 from graft.swap.socket_pool import ROOT, Owner, SocketKind, SocketPool
+from graft.swap.unix_bind import UnixBinder
 from graft.swap.unreported import UnreportedBinds
 
 _IPPROTO_MPTCP = 262
@@ -60,7 +61,7 @@ _REFUSE, _RESUME, _TO_HOST = Action.REFUSE, Action.RESUME, Action.TO_HOST
 @dataclass(frozen=True, slots=True)
 class LogEntry:
     """A trapped call, and the decision about it, for `graft run -v`. ``error``: the errno that it failed with here;
-    ``port``: the one that a replacement socket was bound to.
+    ``port``: the one that a replacement socket was bound to. ``text`` is the whole line for a bind of a unix socket.
     """
 
     call: Call
@@ -68,6 +69,7 @@ class LogEntry:
     decision: Decision
     error: int = 0
     port: int = 0
+    text: str = ""
 
 
 class TrappedCall(NamedTuple):
@@ -93,12 +95,13 @@ class Supervisor:
         processes: Processes,
         birth: SocketBirth,
         log: Callable[[LogEntry], None] | None = None,
+        unix: UnixBinder | None = None,
     ) -> None:
         self._tags, self._desk, self._pool, self._birth = tags, desk, pool, birth
         self._listener = listener
         self._memory = MemoryReader(SOCKADDR_SIZE)
         self._processes = processes
-        self._log = log
+        self._log, self._unix = log, unix
         self._architecture, numbers = architecture()
         self._calls = {numbers[name]: Call[name.upper()] for name in TRAPPED}
         self._socket_number = numbers["socket"]
@@ -162,10 +165,12 @@ class Supervisor:
     def _is_bound_already(self, notification: Notification, call: Call) -> bool:
         """Whether the descriptor of this bind is a replacement socket that is bound for this address already."""
         address = self._address(notification)
-        if call is not Call.BIND or address is None:
+        if call is not Call.BIND:
             return False
         _, duplicate = self._processes.duplicate_fd(notification.pid, notification.fd)
         try:
+            if address is None:
+                return self._unix is not None and self._unix.is_bound_already(notification, duplicate)
             tag = self._tags.peek(ctypes.c_int32(duplicate))
         finally:
             os.close(duplicate)
@@ -184,7 +189,9 @@ class Supervisor:
         try:
             address = None if call is _LISTEN else self._address(notification)
             answer = self._desk.ask(duplicate, call, address, process.fdinfo, fd)
-            if answer is not None:
+            if answer is None and address is None and call is _BIND and self._unix is not None:
+                error = self._bind_unix(self._unix, notification, duplicate)
+            elif answer is not None:
                 error = self._decide_and_apply(TrappedCall(notification, call, process, duplicate, address, answer))
         finally:
             # Before the call runs: the program's epoll instances report the old socket as long as it is open here.
@@ -195,6 +202,15 @@ class Supervisor:
         elif not self._listener.answer(unique, error) and not error:
             self._unreported.add(notification.pid, fd)
         self._do_deferred_work()
+
+    def _bind_unix(self, unix: UnixBinder, notification: Notification, duplicate: int) -> int | None:
+        """Bind a unix socket where a rule names its path. Gives what `_decide_and_apply` gives."""
+        done = unix.bind(notification, duplicate)
+        if done is None:
+            return None
+        if self._log is not None:
+            self._log(LogEntry(_BIND, None, RESUME, done.error, text=done.text))
+        return done.error
 
     def _do_deferred_work(self) -> None:
         """What can be done after the answer, and is cheaper for several sockets at once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.support.engines import IMAGE, Engine, leftovers
 from tests.support.installation import Host
 from tests.support.namespaces import HOST4
 from tests.support.shell import run
-from tests.support.wait import until
+from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
 
@@ -52,6 +53,47 @@ def test_iperf3_in_a_container_without_a_network_is_reached_through_the_host(hos
     done = run(host.client.command("iperf3", "-c", HOST4, "-p", str(port), "-n", "1M", "-J"), status=0)
     assert json.loads(done.stdout)["end"]["sum_sent"]["bytes"] >= 1 << 20
     assert docker("exec", "perf", "ls", "/sys/class/net").stdout.split() == ["lo"]
+
+
+def add_unix(host: Host, name: str, path: Path) -> None:
+    with host.installation.transaction() as change:
+        change.endpoints.add(parse_endpoint(name, f"unix:{path}", open_=True))
+
+
+def test_a_listener_in_a_container_answers_at_a_unix_socket_of_the_host(
+    host: Host, docker: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("s") / "a.sock"
+    add_unix(host, "behind", path)
+    docker.started("web", [*GRAFT, *pairs(80, "behind")], *says("from inside"))
+    until("the socket", path.is_socket)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(15 * PATIENCE)
+        sock.connect(str(path))
+        assert sock.makefile().readline() == "from inside\n"
+    docker("rm", "-f", "web")
+    until("the path is gone", lambda: not path.exists())
+
+
+def test_nginx_in_a_container_binds_its_own_unix_socket_on_the_host(
+    host: Host, docker: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("s") / "a.sock"
+    add_unix(host, "own", path)
+    configuration = path.with_name("own.conf")
+    configuration.write_text(
+        "daemon off; master_process off; user root; events {} pid /tmp/pid; error_log stderr; http { access_log off;"
+        " client_body_temp_path /tmp/b; proxy_temp_path /tmp/p; fastcgi_temp_path /tmp/f; uwsgi_temp_path /tmp/u;"
+        " scgi_temp_path /tmp/s; server { listen unix:/tmp/own.sock; return 200 'own\\n'; } }\n"
+    )
+    flags = ["-e", "GRAFT_CONV_PAIRS=unix:/tmp/own.sock=own", "-v", f"{configuration}:/etc/own.conf"]
+    docker.started("nginx", [*GRAFT, *flags], "nginx", "-c", "/etc/own.conf")
+    until("the socket", path.is_socket)
+    fetch = ["curl", "-sS", "--max-time", "10", "--unix-socket", str(path), "http://app/"]
+    assert until("an answer", lambda: run(fetch).stdout) == "own\n"
+    assert not any(one["relay"] for one in host.ps())
+    docker("rm", "-f", "nginx")
+    until("the path is gone", lambda: not path.exists())
 
 
 def test_a_process_of_docker_exec_is_grafted_too(host: Host, docker: Engine) -> None:

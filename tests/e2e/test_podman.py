@@ -12,6 +12,7 @@ from tests.support.engines import Engine, leftovers
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import HOST4
 from tests.support.program import Program
+from tests.support.shell import output
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
@@ -45,6 +46,23 @@ def test_a_process_of_podman_exec_is_grafted_too(host: Host, podman: Engine) -> 
     podman.started("idle", ["-e", f"GRAFT_POLICY={web_policy(host, port)}"], "sleep", "1000")
     podman("exec", "-d", "idle", "nginx", "-c", "/etc/nginx.conf")
     assert fetched(host, port).startswith("port 80")
+
+
+def test_a_web_server_of_podman_answers_at_a_unix_socket_of_the_host(
+    host: Host, podman: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("s") / "a.sock"
+    folder = host.settings.state_dir / "policies"
+    folder.mkdir(parents=True, exist_ok=True)
+    rules = f"endpoints: {{a: 'unix:{path}'}}\ningress: [{{bind: 0.0.0.0:80, endpoint: a}}]\n"
+    (folder / "behind.yaml").write_text(f"name: behind\n{rules}open: true\n")
+    podman.started("nginx", ["-e", "GRAFT_POLICY=behind"], "nginx", "-c", "/etc/nginx.conf")
+    until("the socket", path.is_socket)
+    said = output(["curl", "-sS", "--max-time", "10", "--unix-socket", path, "http://app/"])
+    assert said.startswith("port 80, from 127.0.0.1")
+    podman("stop", "-t", "0", "nginx")
+    until("nothing is left", lambda: not leftovers(host))
+    until("the path is gone", lambda: not path.exists())
 
 
 def test_no_new_privileges_makes_no_difference(host: Host, podman: Engine) -> None:

@@ -25,14 +25,14 @@ from typing import Any
 
 from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
-from graft.kernel import capabilities, cgroup, keyring, sockets, terminal
+from graft.kernel import capabilities, cgroup, keyring, sockets, terminal, unix_files
 from graft.kernel.pidfd import pidfd_getfd
 from graft.kernel.syscalls import syscall
 from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
-from graft.state import helper_process, inventory, liveness, socket_holders
+from graft.state import helper_process, inventory, liveness, socket_holders, unix_sockets
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
 from graft.swap.decision import Action, Decision, SocketFacts
@@ -141,6 +141,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
+    # Anybody on the host reaches the listener that graftd alone is to reach.
+    "unix listener": (_at_once("packet.bpf.c", "int is_unix_listener(struct owner *owner)", "return 0;"),),
     # No hook refuses anything.
     "hooks": tuple(
         _at_once(f"{file}.bpf.c", f"int graft_{hook}(struct {context})", "return PASS;")
@@ -320,6 +322,20 @@ def _liveness() -> None:
     liveness.stuck = lambda pids, seconds=0: frozenset()
 
 
+def _links() -> None:
+    """The folder of a unix socket is opened through whatever links lead there."""
+
+    def openat2(path: str, flags: int) -> int:
+        return os.open(path, flags & ~os.O_NOFOLLOW)
+
+    unix_files._openat2 = openat2
+
+
+def _holders() -> None:
+    """A unix socket that does not listen is dead, whoever has it."""
+    unix_sockets._records = lambda settings: iter(())
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
@@ -338,6 +354,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "destroy": _destroy,
     "listing": _listing,
     "liveness": _liveness,
+    "links": _links,
+    "holders": _holders,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 

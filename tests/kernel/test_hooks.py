@@ -331,3 +331,35 @@ def test_random_policies_mean_the_same_to_the_compiler_the_lookups_and_the_hooks
 
     check()
     assert min(outcomes[call, granted] for call in ("bind", "connect") for granted in (True, False)) > 0, outcomes
+
+
+def put_on_the_host(host: Host, container: Container, process: Puppet, fd: int) -> None:
+    """Tag a program's socket as a supervisor tags a replacement."""
+    pidfd = os.pidfd_open(process.pid)
+    copy = pidfd_getfd(pidfd, fd)
+    os.close(pidfd)
+    host.maps.tags.put(ctypes.c_int32(copy), layout.Tag(container=container.id, home=Home.HOST))
+    os.close(copy)
+
+
+def test_a_rule_for_a_unix_socket_gives_a_socket_of_the_hosts_stack_nothing(
+    host: Host, confine: Confine, tmp_path: Path
+) -> None:
+    name = host.endpoint(f"unix:{tmp_path}/a")
+    policy = rules(["*:80=" + name], ["10.99.0.5=" + name])
+    container, process = confine(policy, transport=Transport.SWAP)
+    at_home, bound, connecting = process.socket(), process.socket(), process.socket()
+    put_on_the_host(host, container, process, bound)
+    put_on_the_host(host, container, process, connecting)
+    assert process.say("bind", bound, "0.0.0.0", 80) == "EACCES"
+    assert process.say("connect", connecting, "10.99.0.5", 80) == "EACCES"
+    assert process.say("bind", at_home, "127.0.0.1", 80) == "ok"  # although the default denies
+
+
+def test_without_a_relay_a_destination_that_leads_to_a_unix_socket_is_refused(
+    host: Host, confine: Confine, tmp_path: Path
+) -> None:
+    name = host.endpoint(f"unix:{tmp_path}/a")
+    for transport in (Transport.DIRECT, Transport.SWAP):
+        _, process = confine(rules([], ["10.99.0.5=" + name], Default.CONTAINER), transport=transport)
+        assert process.connect("10.99.0.5", 80) == "ECONNREFUSED"

@@ -30,7 +30,7 @@ from graft.policy.reader import load_policy
 from graft.splice import control, selftest_result
 from graft.state import records
 from graft.state.engines import parse_inspect, parse_show
-from graft.swap import descriptors
+from graft.swap import descriptors, unix_bind
 from tests.support.btf import Blob
 
 ID = "0123456789abcdef" * 4
@@ -207,6 +207,7 @@ READERS = [
     Reader("daemon's request", control.parse_request, (GraftError,), (_dump({"do": "attach", "container": 1}),)),
     Reader("self-test", lambda raw: selftest_result.parse(raw, {"boot": "b"}), (GraftError,), (_VERDICT,)),
     Reader("sockaddr", parse_sockaddr, (), (struct.pack("=H14x", 2), struct.pack("=H26x", 10))),
+    Reader("unix sockaddr", unix_bind.parse_path, (), (struct.pack("=H", 1) + b"/own.sock\0",)),
     Reader("notification", Notification.unpack, (struct.error,), (bytes(80),)),
     Reader("BTF", _btf, (ValueError,), (_btf_seed(),)),
     Reader("sock_diag", _sockets, (ValueError, OSError), (_netlink(20, _SOCKET) + _netlink(3, bytes(4)), _FAILED)),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.datapath.layout import ENDPOINT_DUAL_STACK
+from graft.datapath.layout import ENDPOINT_DUAL_STACK, ENDPOINT_UNIX
 from graft.model.sockaddr import Sockaddr, parse_sockaddr
 from graft.model.transport import Home
 from graft.policy.model import Default, Verdict
@@ -38,6 +38,7 @@ CONTAINER_SOCKET = SocketFacts(
 )
 HOST_SOCKET = CONTAINER_SOCKET._replace(home=Home.HOST, netns=HOST)
 GRANT = {"endpoint": 5, "endpoint_netns": HOST, "endpoint_family": 4, "verdict": Verdict.GRANT}
+UNIX = {**GRANT, "endpoint_flags": ENDPOINT_UNIX}
 DENY_DEFAULTS = {"bind_default": Default.DENY, "connect_default": Default.DENY}
 
 WEB = Sockaddr(4, bytes(16), 80)
@@ -58,6 +59,12 @@ CASES = [
     (BIND, WEB, CONTAINER_SOCKET, GRANT, TO_HOST),
     (CONNECT, WEB, CONTAINER_SOCKET, GRANT, TO_HOST),
     (BIND, WEB, CONTAINER_SOCKET, {}, RESUME),
+    # a unix socket of the host: the program's own socket stays in, or goes back into, the container
+    (BIND, WEB, CONTAINER_SOCKET, UNIX, RESUME),
+    (CONNECT, WEB, CONTAINER_SOCKET, UNIX, RESUME),
+    (BIND, WEB, HOST_SOCKET, UNIX, TO_CONTAINER),
+    (CONNECT, WEB, HOST_SOCKET, UNIX, TO_CONTAINER),
+    (CONNECT, WEB, HOST_SOCKET, UNIX | bound, REFUSED),
     (CONNECT, WEB, CONTAINER_SOCKET, {}, RESUME),
     (BIND, WEB, CONTAINER_SOCKET, DENY_DEFAULTS, RESUME),  # the hooks refuse it
     (CONNECT, WEB, CONTAINER_SOCKET, DENY_DEFAULTS, RESUME),

@@ -12,6 +12,7 @@ from graft.datapath import layout, loader
 from graft.datapath.sources import bpf_source_dir
 from graft.model.endpoint import MAX_ENDPOINT_NAME, Protocol
 from graft.model.transport import Home, Transport
+from graft.model.unix_socket import UNIX_FAMILY
 from graft.policy.model import Default, Verdict
 from graft.swap import decision, desk
 
@@ -49,6 +50,8 @@ CONSTANTS = {
     "GRAFT_ENDPOINT_OPEN": layout.ENDPOINT_OPEN,
     "GRAFT_ENDPOINT_DECLARED": layout.ENDPOINT_DECLARED,
     "GRAFT_ENDPOINT_DUAL_STACK": layout.ENDPOINT_DUAL_STACK,
+    "GRAFT_ENDPOINT_UNIX": layout.ENDPOINT_UNIX,
+    "GRAFT_UNIX": UNIX_FAMILY,
     "GRAFT_CONTAINER_DENIES": layout.CONTAINER_DENIES,
     "GRAFT_CONTAINER_OTHERS": layout.CONTAINER_OTHERS,
     "GRAFT_PROBED": layout.PROBED,

@@ -40,7 +40,7 @@ class Storm:
     def __init__(self, pieces: int) -> None:
         self.pieces = pieces
 
-    def listeners(self) -> Generator[list[ListeningSocket], None, None]:
+    def listeners(self, _storage: int | None = None) -> Generator[list[ListeningSocket], None, None]:
         for number in range(self.pieces):
             yield [
                 ListeningSocket(4, bytes(16), port, False, 7, 0) for port in range(number * 64 + 1, number * 64 + 65)

@@ -1,0 +1,281 @@
+"""Unix sockets of the host's file system: bound at a path, found there, removed.
+
+A folder on the way may belong to somebody who would like to lead Graft elsewhere. So the folder is opened once, by
+openat2(2) without following symbolic links, and everything else is done relative to its descriptor, where the last part
+of a path is never followed either.
+
+A socket gets its owner and its mode before anybody can connect: it is bound inside a folder that only root can enter,
+below the one where it is wanted, and then renamed into place in one step (a unix socket is found by its inode, so it
+keeps working under its new name). The address that the socket itself shows, to its program and to its clients
+(getsockname, getpeername), is the one that bind() was called with. To choose that, it is called by a thread whose root
+directory is that folder.
+
+Sources: unix(7), openat2(2), renameat2(2) and linux/fs.h, unshare(2), chroot(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from graft.errors import ConflictError
+from graft.kernel.syscalls import syscall
+
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS = 0x02, 0x04  # linux/openat2.h
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+_CLONE_FS = 0x200
+_AT_FDCWD = -100
+_FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+FileId = tuple[int, int]
+"""Device and inode of a socket's file."""
+
+
+class UnixPathError(ConflictError):
+    """A socket cannot be bound at a path, for a reason that the operator can remove. ``errno`` is the program's."""
+
+    def __init__(self, code: int, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.errno = code
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a socket is to be on the host: the path, and the file's owner and mode."""
+
+    path: str
+    uid: int
+    gid: int
+    mode: int
+
+    @property
+    def name(self) -> str:
+        """Its name in its folder."""
+        return os.path.basename(self.path)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def _openat2(path: str, flags: int) -> int:
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS)
+    return syscall("openat2", _AT_FDCWD, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+
+
+@contextlib.contextmanager
+def folder_of(path: str) -> Iterator[int]:
+    """The folder of ``path``, opened without following any link. Raises UnixPathError."""
+    folder = os.path.dirname(path)
+    try:
+        fd = _openat2(folder, os.O_PATH | os.O_DIRECTORY)
+    except OSError as error:
+        raise _folder_error(path, folder, error) from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _folder_error(path: str, folder: str, error: OSError) -> UnixPathError:
+    code = error.errno or errno.EIO
+    if code == errno.ENOENT:
+        return UnixPathError(code, f"{path}: there is no directory {folder}", "make it first")
+    if code == errno.ELOOP:
+        return UnixPathError(
+            code, f"{path}: {folder} is, or leads through, a symbolic link", f"the real path: realpath {folder}"
+        )
+    return UnixPathError(code, f"{path}: the directory {folder} cannot be opened: {os.strerror(code)}")
+
+
+def check(path: str) -> FileId | None:
+    """Whether a socket could be bound at ``path`` now: raises UnixPathError where it could not.
+
+    Gives the file of a socket there that nobody listens on any more, None where there is none.
+    """
+    with folder_of(path) as folder:
+        return _stale(folder, path)
+
+
+def _stale(folder: int, path: str) -> FileId | None:
+    """What `check` gives, in an opened folder."""
+    try:
+        fd = os.open(os.path.basename(path), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UnixPathError(error.errno or errno.EIO, f"{path}: {error.strerror}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISSOCK(status.st_mode):
+            raise UnixPathError(errno.EADDRINUSE, f"{path}: exists, and is not a socket", "another path, or remove it")
+        if _is_in_use(fd):
+            raise UnixPathError(errno.EADDRINUSE, f"{path}: another process listens there", f"ss -xlp src {path}")
+        return status.st_dev, status.st_ino
+    finally:
+        os.close(fd)
+
+
+def _is_in_use(fd: int) -> bool:
+    """Whether some process has the socket of the file ``fd`` (O_PATH): it need not be a stream socket.
+
+    (The kernel refuses clients of a bound socket that does not listen yet as those of a dead one.)
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
+        try:
+            probe.connect(f"/proc/self/fd/{fd}")
+        except ConnectionRefusedError:
+            return False
+        except OSError:  # EAGAIN: its backlog is full; EPROTOTYPE: it is of another type
+            return True
+    return True
+
+
+def bind(sock: socket.socket, target: Target, shown: bytes, backlog: int | None = None) -> FileId:
+    """Bind ``sock`` at the host's path of ``target``; the socket shows the address ``shown``, an absolute path.
+
+    With a ``backlog`` it listens before it is there.
+    A socket file that nobody listens on is replaced. Gives the new file. Raises UnixPathError, OSError.
+    """
+    with folder_of(target.path) as folder:
+        stale = _stale(folder, target.path)
+        with _private_folder(folder) as private:
+            inner, name = _bind_inside(sock, private, shown)
+            try:
+                os.chown(name, target.uid, target.gid, dir_fd=inner, follow_symlinks=False)
+                os.chmod(name, target.mode, dir_fd=inner)
+                status = os.stat(name, dir_fd=inner, follow_symlinks=False)
+                if backlog is not None:
+                    sock.listen(backlog)
+                _move(inner, name, folder, target, stale)
+            finally:
+                os.close(inner)
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def _private_folder(folder: int) -> Iterator[int]:
+    """A new folder in ``folder`` that only root can enter; removed afterwards, with what is left in it."""
+    name = f".graft-{secrets.token_hex(8)}"
+    os.mkdir(name, 0o700, dir_fd=folder)
+    try:
+        fd = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=folder)
+        try:
+            status = os.fstat(fd)
+            if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+                raise PermissionError(errno.EPERM, "somebody replaced a folder of Graft's")
+            try:
+                yield fd
+            finally:
+                _empty(fd)
+        finally:
+            os.close(fd)
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(name, dir_fd=folder)
+
+
+def _empty(folder: int) -> None:
+    """Remove what is in a folder of Graft's: one socket at the most, in folders with one entry each."""
+    for name in os.listdir(folder):
+        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            fd = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=folder)
+            try:
+                _empty(fd)
+            finally:
+                os.close(fd)
+            os.rmdir(name, dir_fd=folder)
+        else:
+            os.unlink(name, dir_fd=folder)
+
+
+def _bind_inside(sock: socket.socket, private: int, shown: bytes) -> tuple[int, bytes]:
+    """Bind ``sock`` to ``shown`` with the folder ``private`` as root. Gives the folder and the name of its file."""
+    *parents, name = [part for part in shown.split(b"/") if part]
+    inner = os.dup(private)
+    try:
+        for part in parents:
+            os.mkdir(part, 0o700, dir_fd=inner)
+            deeper = os.open(part, os.O_RDONLY | _FOLDER, dir_fd=inner)
+            os.close(inner)
+            inner = deeper
+        _in_root(private, sock, shown)
+    except BaseException:
+        os.close(inner)
+        raise
+    return inner, name
+
+
+def _in_root(root: int, sock: socket.socket, shown: bytes) -> None:
+    """Call bind() in a thread with a root directory of its own. Raises OSError."""
+    failed: list[OSError] = []
+
+    def work() -> None:
+        try:
+            syscall("unshare", _CLONE_FS)  # before all else: what follows is about this thread alone
+            os.fchdir(root)
+            os.chroot(".")
+            sock.bind(shown)
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _move(inner: int, name: bytes, folder: int, target: Target, stale: FileId | None) -> None:
+    """Rename the socket into its place, which is free, or has the dead socket ``stale``. Raises UnixPathError."""
+    wanted = os.fsencode(target.name)
+    if stale is None:
+        try:
+            syscall("renameat2", inner, name, folder, wanted, _RENAME_NOREPLACE)
+        except FileExistsError:
+            raise _taken(target) from None
+        return
+    try:
+        syscall("renameat2", inner, name, folder, wanted, _RENAME_EXCHANGE)
+    except FileNotFoundError:
+        _move(inner, name, folder, target, None)  # somebody removed it just now
+        return
+    found = os.stat(name, dir_fd=inner, follow_symlinks=False)
+    if (found.st_dev, found.st_ino) != stale:
+        syscall("renameat2", inner, name, folder, wanted, _RENAME_EXCHANGE)
+        raise _taken(target)
+    os.unlink(name, dir_fd=inner)
+
+
+def _taken(target: Target) -> UnixPathError:
+    return UnixPathError(errno.EADDRINUSE, f"{target.path}: somebody else took this path just now", "another path")
+
+
+def remove(path: str, file: FileId) -> None:
+    """Remove the socket ``file`` from ``path``, unless something else is there by now. Safe to repeat."""
+    with contextlib.suppress(UnixPathError, OSError), folder_of(path) as folder:
+        found = os.stat(os.path.basename(path), dir_fd=folder, follow_symlinks=False)
+        if (found.st_dev, found.st_ino) == file and stat.S_ISSOCK(found.st_mode):
+            os.unlink(os.path.basename(path), dir_fd=folder)
+
+
+def connect(sock: socket.socket, path: str) -> None:
+    """Connect ``sock``, which never blocks, to the socket at ``path``: never through a link. Raises OSError.
+
+    BlockingIOError: the server's backlog is full, and no event says when it has room.
+    """
+    fd = _openat2(path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        sock.connect(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)

@@ -1,0 +1,118 @@
+"""Endpoints that are unix sockets of the host: listened on for a container, and connected to for one.
+
+No hook sees the address of a unix socket. So what is listened on and connected to here is only what the maps lead to:
+the path is that of an endpoint, from Graft's own files, and never comes from the container
+(graft/state/unix_sockets.py). The client's side of a connection has no IP address to show to the program.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+from dataclasses import replace
+
+from graft.datapath import layout
+from graft.datapath.layout import Crossing
+from graft.datapath.maps import Maps
+from graft.kernel import unix_files
+from graft.kernel.credentials import connecting_as
+from graft.kernel.sockdiag import ListeningSocket
+from graft.kernel.unix_files import FileId
+from graft.model.settings import Settings
+from graft.model.transport import Home
+from graft.model.unix_socket import UnixSocket
+from graft.splice.acceptor import Acceptor, PeerAddress
+from graft.splice.namespace_sockets import NamespaceSockets
+from graft.splice.publication import Publication
+from graft.splice.resources import ContainerResources
+from graft.state import unix_sockets
+
+_BACKLOG = 4096
+_KIND = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+
+
+def listen(settings: Settings, container: int, wanted: Publication) -> tuple[socket.socket, FileId]:
+    """A socket that listens at the endpoint's path, and its file. Raises UnixPathError, NotFoundError, OSError."""
+    unix = wanted.endpoint.unix
+    assert unix is not None
+    sock = socket.socket(socket.AF_UNIX, _KIND)
+    try:
+        # Before it has its place: whoever finds it there can connect.
+        shown = unix.path.encode()
+        file = unix_sockets.bind(settings, container, wanted.endpoint.id, sock, unix, shown, backlog=_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock, file
+
+
+def withdraw(settings: Settings, container: int, endpoint: int) -> None:
+    """Remove the socket's file from the host."""
+    unix_sockets.release(settings, lambda one, other: (one, other) == (container, endpoint))
+
+
+def connect(unix: UnixSocket, asked: layout.CrossingValue) -> socket.socket:
+    """A socket that is connected to ``unix``, for the program whose connection was redirected.
+
+    BlockingIOError: its server has no room now. Raises OSError.
+    """
+    sock = socket.socket(socket.AF_UNIX, _KIND)
+    try:
+        with connecting_as(asked.uid, asked.gid):
+            unix_files.connect(sock, unix.path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def read_asked(listener: ListeningSocket, container: int) -> ListeningSocket:
+    """A listener of a container that shares the host's namespace, with the address that its program bound."""
+    if listener.stored is None:
+        return listener
+    tag = layout.Tag.from_buffer_copy(listener.stored)
+    if tag.container != container or tag.home != Home.HOST or not tag.endpoint or tag.bound_port != listener.port:
+        return listener
+    return replace(listener, asked=(tag.family, bytes(tag.addr), tag.port))
+
+
+class UnixInboundRelay:
+    """The relay of one listener of a container, at one unix socket of the host."""
+
+    def __init__(
+        self,
+        resources: ContainerResources,
+        maps: Maps,
+        wanted: Publication,
+        sock: socket.socket,
+        container_netns: NamespaceSockets,
+    ) -> None:
+        """``sock`` listens already; ``container_netns`` is the container's namespace."""
+        assert wanted.endpoint.unix is not None
+        self._target, self._announced = wanted.target, wanted.dialled is not None
+        self._crossings, self._container, self._container_netns = maps.crossings, resources.number, container_netns
+        self.address = wanted.endpoint.unix.spec
+        self.acceptor = Acceptor(resources, sock, self._connect_far, None)
+
+    def _connect_far(self, _near: socket.socket, _peer: PeerAddress) -> socket.socket:
+        """A socket that connects to the container's listener."""
+        target = self._target
+        far = self._container_netns.tcp_socket(target.family)
+        try:
+            if target.source is not None or self._announced:
+                far.bind((target.source or target.address, 0))
+            if self._announced:
+                self._announce(far)
+            far.connect_ex((target.address, target.port))  # its result comes as an event
+        except BaseException:
+            far.close()
+            raise
+        return far
+
+    def _announce(self, far: socket.socket) -> None:
+        """Have the hooks note this connection: a listener in the host's namespace accepts no other (packet.bpf.c)."""
+        address, port = far.getsockname()[:2]
+        value = layout.CrossingValue(port=port, family=4, role=Crossing.DIALING, container=self._container)
+        packed = socket.inet_aton(address)
+        ctypes.memmove(value.addr, packed, len(packed))
+        self._crossings.put(ctypes.c_int32(far.fileno()), value)
