@@ -24,7 +24,7 @@ from graft.oci import shim
 from graft.oci.bundle import has_own_user_namespace, read_config
 from graft.oci.message_loop import MessageLoop
 from graft.oci.options import RuntimeOptions
-from graft.oci.request import POLICY_ANNOTATION, check_capabilities, choose_policy, requested
+from graft.oci.request import POLICY_ANNOTATION, check_annotations, check_capabilities, choose_policy, requested
 from graft.oci.state import Message, State
 from graft.policy.compiler import compile_policy
 from graft.state.installation import known_endpoints
@@ -153,6 +153,7 @@ class ListenerServer:
         request = requested(config)
         if request is None:
             raise UsageError("the container asks for no policy", f"--annotation {POLICY_ANNOTATION}=NAME")
+        check_annotations(config, self._options, notified=True)
         check_capabilities(config, self._options, has_own_user_namespace(config))
         if netns.cookie(Path(f"/proc/{state.pid}/ns/net")) == netns.cookie(self._settings.host_netns):
             raise RefusedError(

@@ -25,7 +25,7 @@ from graft.oci.arguments import Invocation
 from graft.oci.bundle import HOOK, Edit, edit_config, has_own_user_namespace, namespace_path, write_config
 from graft.oci.features import supports_wait_killable
 from graft.oci.options import RuntimeOptions
-from graft.oci.request import check_capabilities, choose_policy, requested
+from graft.oci.request import check_annotations, check_capabilities, choose_policy, requested
 from graft.policy.compiler import compile_policy
 from graft.state.installation import known_endpoints
 
@@ -46,7 +46,9 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeO
     folder, lock = _make_folder(settings)
     try:
         transport = _choose_transport(config, settings)
-        edited = edit_config(config, _plan_edit(settings, folder, transport, runtime))
+        edit = _plan_edit(settings, folder, transport, runtime)
+        check_annotations(config, options, notified=edit.listener is not None)
+        edited = edit_config(config, edit)
         plan = shim.Plan(settings, policy, transport, invocation.id, folder, cgroup.of_process(os.getpid()))
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
             shim.start(plan, folder, hook, listeners, lock)
