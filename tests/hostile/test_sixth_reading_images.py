@@ -35,6 +35,7 @@ from tests.support import engines
 from tests.support.cgroups import new_cgroup
 from tests.support.installation import Host
 from tests.support.shell import Word, output, run
+from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
 
@@ -85,8 +86,7 @@ def _moves_out(host: Host, folder: Path, defence: str, annotations: dict[str, st
         words: list[Word] = [runtime, f"--root={folder / 'crun'}", "--cgroup-manager=cgroupfs"]
         words += ["run", "-b", _bundle(folder, parent.name, annotations), f"images-{os.getpid()}"]
         alone = ["unshare", "--mount", "sh", "-c", _V2_ALONE, cgroup.v2_mount(), *words]
-        with engines._v1_controllers(folder):
-            return output(host.netns.command(*alone)).splitlines()
+        return output(host.netns.command(*alone)).splitlines()
 
 
 @pytest.mark.parametrize("annotations", [{}, {SUBGROUPS[0]: "inner"}])
@@ -208,6 +208,22 @@ def test_no_annotation_takes_the_listener_elsewhere(name: str) -> None:
     check_annotations(config, RuntimeOptions(), notified=False)  # a container without notifications has none of Graft's
     with pytest.raises(ConflictError, match=name):
         check_annotations(config, RuntimeOptions(trust_annotations=True), notified=True)
+
+
+@pytest.mark.parametrize("annotation", ["", *FILTERS, *SUBGROUPS])
+def test_the_wrapper_starts_no_container_with_such_an_annotation(host: Host, tmp_path: Path, annotation: str) -> None:
+    folder = host.settings.state_dir / "policies"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "any.yaml").write_text("name: any\nopen: true\n")
+    config = {
+        "annotations": {"graft.policy": "any", **({annotation: "x"} if annotation else {})},
+        "linux": {"cgroupsPath": PODMANS[0], "namespaces": [{"type": "network"}]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    runtime = engines.runtime_script(host, tmp_path, "true")
+    done = run(host.netns.command(runtime, "create", "--bundle", tmp_path, "one"), status=1 if annotation else 0)
+    assert (f"annotation {annotation}: " in done.stderr) == bool(annotation)
+    until("nothing is left", lambda: not engines.leftovers(host))
 
 
 # ---- `graft listen`, under podman without the wrapper: the same annotations, and a cgroup that is another's ---------
