@@ -51,7 +51,7 @@ def run(
         command=tuple(program),
         policy=policy_of(settings, Path(program[0]).name, policy, ingress or [], egress or [], deny),
         net=network(net),
-        user=process.parse_user(user) if user else None,
+        user=process.parse_user(user) if user is not None else None,
         keep_net_admin=keep_net_admin,
         verbose=verbose,
     )

@@ -1,7 +1,7 @@
 """cgroup v2: its mount, its folders, their controllers and processes.
 
-Sources: Documentation/admin-guide/cgroup-v2.rst, proc_pid_mountinfo(5). The mount may stand alone at
-/sys/fs/cgroup or beside v1 at another place; its path is never assumed.
+Sources: Documentation/admin-guide/cgroup-v2.rst, proc_pid_mountinfo(5), cgroup_namespaces(7). The mount may stand
+alone at /sys/fs/cgroup or beside v1 at another place; its path is never assumed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from graft.errors import KernelError
+from graft.kernel.syscalls import syscall
 
+_CLONE_NEWCGROUP = 0x02000000
 _PATH_MAX = 4096  # bytes, with the one behind it (linux/limits.h)
 _MOUNT_POINT = 4  # which field of a line of mountinfo
 _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")  # how the kernel writes blanks, newlines and backslashes there
@@ -73,6 +75,49 @@ def parse_membership(text: bytes) -> str | None:
         if line.startswith(b"0::"):
             return os.fsdecode(line[3:].lstrip(b"/"))
     return None
+
+
+def whole_of_process(pid: int) -> Path:
+    """The cgroup that a process cannot leave by a mount of its own: the root of its cgroup namespace, where it is in
+    one that is not the caller's and at or below that root; else its own cgroup. Raises FileNotFoundError, KernelError.
+
+    The process may move meanwhile, from cgroup to cgroup below that root, so that no two readings of where it is fit
+    together. The depth of the root is known all the same, by how the caller's own place is seen from there.
+    """
+    namespace = f"/proc/{pid}/ns/cgroup"
+    if os.stat(namespace).st_ino == os.stat("/proc/thread-self/ns/cgroup").st_ino:
+        return of_process(pid)
+    here = _levels("thread-self")
+    with _in_namespace(namespace):
+        here_from_root, place_from_root = _levels("thread-self"), _levels(str(pid))
+    path, top = of_process(pid), v2_mount()
+    depth = _depth(here) - _depth(here_from_root)
+    if ".." in place_from_root or not 0 <= depth <= len(path.relative_to(top).parts):
+        return path
+    return top.joinpath(*path.relative_to(top).parts[:depth])
+
+
+@contextlib.contextmanager
+def _in_namespace(path: str) -> Iterator[None]:
+    """Run the block with the calling thread in the cgroup namespace at ``path``; it stays in its cgroup."""
+    with open("/proc/thread-self/ns/cgroup", "rb") as home, open(path, "rb") as namespace:
+        syscall("setns", namespace.fileno(), _CLONE_NEWCGROUP)
+        try:
+            yield
+        finally:
+            syscall("setns", home.fileno(), _CLONE_NEWCGROUP)
+
+
+def _levels(process: str) -> tuple[str, ...]:
+    """The parts of a process's cgroup, as seen from the caller's cgroup namespace: its root's own are left out, and
+    each level above that is "..".
+    """
+    return Path(parse_membership(Path(f"/proc/{process}/cgroup").read_bytes()) or "").parts
+
+
+def _depth(levels: tuple[str, ...]) -> int:
+    """How far below its namespace's root a cgroup is; less than 0 above it."""
+    return sum(-1 if level == ".." else 1 for level in levels)
 
 
 def enable_controllers(path: Path, names: Iterable[str]) -> None:

@@ -15,10 +15,12 @@ import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from graft.errors import NotFoundError
+from graft.errors import NotFoundError, UsageError
 from graft.kernel.syscalls import syscall
+from graft.model.address import shown
 
 _PR_SET_NAME = 15
+_MAX_ID = (1 << 32) - 2  # the one above it is -1, by which setresuid(2) and setresgid(2) leave an id as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,11 @@ class User:
 
 
 def parse_user(text: str, field: str = "--user") -> User:
-    """``NAME``, ``UID``, or either with ``:GROUP`` or ``:GID``. Raises NotFoundError that names ``field``."""
+    """``NAME``, ``UID``, or either with ``:GROUP`` or ``:GID``. Raises NotFoundError, UsageError, naming ``field``."""
     name, _, group = text.partition(":")
     try:
-        if name.isdigit():
-            uid = gid = int(name)
+        if (number := _parse_id(name, field)) is not None:
+            uid = gid = number
             groups: tuple[int, ...] = ()
             with contextlib.suppress(KeyError):
                 gid = pwd.getpwuid(uid).pw_gid
@@ -44,14 +46,26 @@ def parse_user(text: str, field: str = "--user") -> User:
             uid, gid = entry.pw_uid, entry.pw_gid
             groups = tuple(os.getgrouplist(name, gid))
         if group:
-            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+            number = _parse_id(group, field)
+            gid = grp.getgrnam(group).gr_gid if number is None else number
     except KeyError:
         raise NotFoundError(f"{field}: {text!r} not found", "a name or a number, with :GROUP if wanted") from None
     return User(uid, gid, groups or (gid,))
 
 
+def _parse_id(text: str, field: str) -> int | None:
+    """The id in ``text``, None where that is a name. Raises UsageError for a number that is no id."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    if len(text) > len(str(_MAX_ID)) or int(text) > _MAX_ID:
+        raise UsageError(f"{field}: {shown(text)} is not an id", f"0 to {_MAX_ID}")
+    return int(text)
+
+
 def switch_user(user: User) -> None:
-    """Switch to the ids of ``user``, permanently."""
+    """Switch to the ids of ``user``, permanently. Raises ValueError for an id that the kernel would leave as it is."""
+    if not (0 <= user.uid <= _MAX_ID and 0 <= user.gid <= _MAX_ID):
+        raise ValueError(f"not an id: {user}")
     os.setgroups(user.groups)
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.errors import ConflictError, UsageError
+from graft.errors import UsageError
 from graft.kernel.atomic_file import write_atomically
 from graft.model import json_text
 from graft.model.json_text import mapping, mappings, text, text_by_name, texts
@@ -28,10 +28,6 @@ Config = dict[str, Any]
 HOOK = "graft.oci.hook"
 _HOST_USER_NAMESPACE = "/proc/1/ns/user"
 _MAX_BYTES = 16 << 20
-# Annotations by which crun takes its filter, or the filter's listener, from elsewhere.
-_CRUN_ANNOTATIONS = ("run.oci.seccomp.receiver", "run.oci.seccomp.plugins", "run.oci.seccomp_bpf_data")
-# Those by which it puts a container into a cgroup below the container's own.
-_CRUN_SUBGROUPS = ("run.oci.systemd.subgroup", "run.oci.delegate-cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +57,8 @@ def container_annotations(config: Mapping[str, Any]) -> dict[str, str]:
 def edit_config(config: Mapping[str, Any], edit: Edit) -> Config:
     """A copy of ``config`` with the hooks and the notifications of ``edit``. A second edit changes nothing more.
 
-    Raises ConflictError where the container's seccomp profile conflicts with them, or an annotation would take the
-    container out of the cgroup that Graft attaches to.
+    Raises ConflictError where the container's seccomp profile conflicts with them.
     """
-    for name in _CRUN_SUBGROUPS:
-        if ".." in container_annotations(config).get(name, "").split("/"):
-            raise ConflictError(f"annotation {name}: it leads out of the container's cgroup")
     edited = copy.deepcopy(dict(config))
     hooks = mapping(edited.get("hooks"), "hooks")
     for kind in ("createRuntime", "poststop"):
@@ -79,9 +71,7 @@ def edit_config(config: Mapping[str, Any], edit: Edit) -> Config:
     edited["hooks"] = hooks
     if edit.listener is not None:
         linux = edited["linux"] = mapping(edited.get("linux"), "linux")
-        linux["seccomp"] = _edit_seccomp(
-            config, seccomp_profile.check_profile(linux.get("seccomp"), "linux.seccomp"), edit
-        )
+        linux["seccomp"] = _edit_seccomp(seccomp_profile.check_profile(linux.get("seccomp"), "linux.seccomp"), edit)
     return edited
 
 
@@ -96,10 +86,7 @@ def _is_ours(hook: Mapping[str, Any], kind: str) -> bool:
     return HOOK in texts(hook.get("args"), f"hooks.{kind}.args")
 
 
-def _edit_seccomp(config: Mapping[str, Any], profile: Mapping[str, Any], edit: Edit) -> seccomp_profile.Profile:
-    for name in _CRUN_ANNOTATIONS:
-        if container_annotations(config).get(name):
-            raise ConflictError(f"annotation {name}: the container's seccomp filter comes from elsewhere")
+def _edit_seccomp(profile: Mapping[str, Any], edit: Edit) -> seccomp_profile.Profile:
     assert edit.listener is not None
     edited = seccomp_profile.with_notifications(
         profile or seccomp_profile.allow_all_profile(), edit.listener, edit.metadata, edit.own_listeners, edit.born

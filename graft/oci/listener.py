@@ -25,7 +25,7 @@ from graft.oci.bundle import has_own_user_namespace, read_config
 from graft.oci.message_loop import MessageLoop
 from graft.oci.options import RuntimeOptions
 from graft.oci.profile_text import BORN_METADATA
-from graft.oci.request import POLICY_ANNOTATION, check_capabilities, choose_policy, requested
+from graft.oci.request import POLICY_ANNOTATION, check_annotations, check_capabilities, choose_policy, requested
 from graft.oci.state import Message, State
 from graft.state.containers import check_transport, compile_for
 from graft.state.installation import known_endpoints
@@ -154,6 +154,7 @@ class ListenerServer:
         request = requested(config)
         if request is None:
             raise UsageError("the container asks for no policy", f"--annotation {POLICY_ANNOTATION}=NAME")
+        check_annotations(config, self._options, notified=True)
         check_capabilities(config, self._options, has_own_user_namespace(config))
         if netns.cookie(Path(f"/proc/{state.pid}/ns/net")) == netns.cookie(self._settings.host_netns):
             raise RefusedError(

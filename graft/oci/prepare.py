@@ -33,7 +33,7 @@ from graft.oci.bundle import (
 )
 from graft.oci.features import supports_wait_killable
 from graft.oci.options import RuntimeOptions
-from graft.oci.request import check_capabilities, choose_policy, requested
+from graft.oci.request import check_annotations, check_capabilities, choose_policy, requested
 from graft.state.containers import CompiledPolicy, compile_for
 from graft.state.installation import known_endpoints
 
@@ -56,7 +56,9 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeO
         transport = _choose_transport(config, settings, compiled)
         if transport is Transport.BORN and not divides_sockets(config):
             transport = Transport.SWAP
-        edited = edit_config(config, _plan_edit(settings, folder, transport, runtime))
+        edit = _plan_edit(settings, folder, transport, runtime)
+        check_annotations(config, options, notified=edit.listener is not None)
+        edited = edit_config(config, edit)
         plan = shim.Plan(settings, policy, transport, invocation.id, folder, cgroup.of_process(os.getpid()))
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
             shim.start(plan, folder, hook, listeners, lock)

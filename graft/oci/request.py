@@ -28,6 +28,10 @@ NET_ADMIN_ANNOTATION = "graft.allow-net-admin"
 POLICY_VARIABLE = "GRAFT_POLICY"
 PAIRS_VARIABLE = "GRAFT_CONV_PAIRS"
 _ETC = Path("/etc/graft/policies")
+# Annotations by which crun takes its filter, or the filter's listener, from elsewhere.
+_CRUN_FILTERS = ("run.oci.seccomp.receiver", "run.oci.seccomp.plugins", "run.oci.seccomp_bpf_data")
+# Those by which it puts a container into a cgroup below the container's own (crun(1)).
+_CRUN_SUBGROUPS = ("run.oci.systemd.subgroup", "run.oci.delegate-cgroup")
 
 
 class Source(enum.Enum):
@@ -80,6 +84,24 @@ def _is_podmans(config: Mapping[str, Any]) -> bool:
     found = container_annotations(config)
     named = found.get("io.container.manager") == "libpod" or any(key.startswith("io.podman.") for key in found)
     return named or "libpod" in cgroups_path(config)
+
+
+def check_annotations(config: Mapping[str, Any], options: RuntimeOptions, notified: bool) -> None:
+    """Raises ConflictError, RefusedError for annotations that would have crun put the container into another cgroup
+    than the one that Graft attaches, or (``notified``) its seccomp listener elsewhere.
+    """
+    found = container_annotations(config)
+    for name in _CRUN_SUBGROUPS:
+        if ".." in found.get(name, "").split("/"):
+            raise ConflictError(f"annotation {name}: it leads out of the container's cgroup")
+        if found.get(name) and not annotations_are_trusted(config, options):
+            raise RefusedError(
+                f"annotation {name}: podman copies an image's annotations, which cannot choose a cgroup",
+                f"leave it out, or trust-annotations: true in {FILE}",
+            )
+    for name in _CRUN_FILTERS:
+        if notified and found.get(name):
+            raise ConflictError(f"annotation {name}: the container's seccomp filter comes from elsewhere")
 
 
 def check_capabilities(config: Mapping[str, Any], options: RuntimeOptions, own_user_namespace: bool) -> None:

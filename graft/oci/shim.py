@@ -39,6 +39,8 @@ from graft.state.records import Container
 from graft.swap.keeper import Keeper, stop_all
 
 HOOK_SOCKET, LISTENER_SOCKET = "hook", "seccomp"
+_ENGINE = "oci"  # of a container's record
+_ID_LENGTH = 64  # of an engine's id, which is in the name of the container's cgroup
 _EMPTY_TIMEOUT_MS = 2000
 _MAX_SUPERVISORS = 64
 """Of one container. Each is a process of the host's, for as long as what an engine's `exec` started, or left behind, is
@@ -86,10 +88,18 @@ class Attachment:
             # Its id may be another process's by now, and what was found by it not the container's.
             raise RefusedError("the container's first process has ended")
         shim = 0 if plan.transport is Transport.DIRECT else os.getpid()
-        # A `graft listen` that was started again finds containers that it attached before.
-        known = self._graft.containers.at(path) if plan.folder is None else None
+        known = self._attached_before(path, cookie) if plan.folder is None else None
         self.container = known or self._create(path, cookie, shim, state.pid)
         self._events = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+
+    def _attached_before(self, path: Path, cookie: int) -> Container | None:
+        """This container, where a `graft listen` before this one has attached it. Raises RefusedError where another is
+        attached at its cgroup.
+        """
+        known = self._graft.containers.at(path)
+        if known is not None and (known.engine, known.name, known.netns) != (_ENGINE, self._plan.id[:12], cookie):
+            raise RefusedError(f"at its cgroup {path} another container is attached: {known.name}", "graft ps")
+        return known
 
     def _create(self, path: Path, cookie: int, shim: int, pid: int) -> Container:
         plan = self._plan
@@ -97,7 +107,7 @@ class Attachment:
         compiled = self._graft.compile(plan.policy)
         with self._graft.transaction() as change:
             created = change.containers.create(
-                compiled, path, cookie, plan.transport, shim, name=plan.id[:12], engine="oci"
+                compiled, path, cookie, plan.transport, shim, name=plan.id[:12], engine=_ENGINE
             )
         splice.serve(self._graft, created, pid)
         return created
@@ -186,7 +196,7 @@ class Attachment:
 
 def _find_container(pid: int, plan: Plan) -> tuple[Path, int]:
     """The cgroup and the namespace's cookie of a container, by its first process. Raises GraftError, OSError."""
-    path = cgroup.of_process(pid)
+    path = _cgroup_of(pid, plan)
     top = cgroup.v2_mount()
     if path == top or plan.engine_cgroup.is_relative_to(path):
         raise RefusedError(
@@ -197,6 +207,18 @@ def _find_container(pid: int, plan: Plan) -> tuple[Path, int]:
     if shared != (plan.transport is Transport.DIRECT):
         raise RefusedError("the container's network namespace is not the one in its configuration")
     return path, cookie
+
+
+def _cgroup_of(pid: int, plan: Plan) -> Path:
+    """The container's cgroup, by its first process. Raises KernelError, OSError."""
+    path = cgroup.whole_of_process(pid)
+    if plan.folder is None and len(plan.id) == _ID_LENGTH:
+        # That process does not wait (`graft listen`): it may have made a cgroup below the container's already, and a
+        # namespace with its root there, while it still has a mount of the first one. The engine's name is above both.
+        from graft.state.engines import cut_at_id
+
+        return cut_at_id(path, plan.id) or path
+    return path
 
 
 def _remove_container(graft: Installation, container: Container) -> None:

@@ -61,7 +61,7 @@ def _start(settings: Settings) -> None:
     inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
     try:
         starter = subprocess.Popen(
-            [sys.executable, "-m", "graft.splice.daemon", str(writer)],
+            [sys.executable, "-P", "-m", "graft.splice.daemon", str(writer)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

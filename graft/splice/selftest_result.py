@@ -103,8 +103,8 @@ def get(settings: Settings) -> SelftestResult:
 
 def run_selftest(started: Callable[[subprocess.Popen[str]], None] = lambda _: None) -> SelftestResult:
     """Test now, in another process; ``started`` is called with it."""
-    command = [sys.executable, "-m", "graft.splice.selftest"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-P", "-m", "graft.splice.selftest"]  # -P: nothing from the working directory
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/") as process:
         started(process)
         try:
             output, errors = process.communicate(timeout=TIMEOUT_SECONDS)

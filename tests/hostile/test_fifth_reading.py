@@ -12,7 +12,6 @@ import pytest
 from graft.errors import ConflictError, NotFoundError, RefusedError
 from graft.model.settings import Settings
 from graft.oci import request
-from graft.oci.bundle import Edit, edit_config
 from graft.oci.listener import ListenerServer
 from graft.oci.options import RuntimeOptions
 from graft.oci.request import Request, Source
@@ -117,14 +116,3 @@ def test_no_container_is_served_by_annotations_alone(tmp_path: Path) -> None:
     server = ListenerServer(Settings.from_environment({}), RuntimeOptions(), Path("/"), print)
     with pytest.raises(NotFoundError, match=r"config\.json not found"):
         server._plan(State("one", os.getpid(), str(tmp_path), {"graft.policy": "any"}))
-
-
-# ---- an image names, by an annotation that podman copies, a cgroup beside its container's ---------------------------
-
-
-@pytest.mark.parametrize("name", ["run.oci.delegate-cgroup", "run.oci.systemd.subgroup"])
-def test_no_annotation_takes_a_container_out_of_the_cgroup_that_is_attached(name: str) -> None:
-    edit = Edit(("hook",))
-    assert edit_config({"annotations": {name: "below/..."}}, edit)
-    with pytest.raises(ConflictError, match="leads out of"):
-        edit_config({"annotations": {name: "below/../../beside"}}, edit)

@@ -264,6 +264,11 @@ def _listener() -> None:
     listener.ListenerServer._refuse = refuse  # type: ignore[method-assign]
 
 
+def _cgroup_root() -> None:
+    """A container was attached at its first process's cgroup, wherever its cgroup namespace has its root."""
+    cgroup.whole_of_process = cgroup.of_process
+
+
 def _asking() -> None:
     """What was asked of a container's sockets was asked by the command itself, of a copy of each."""
 
@@ -349,6 +354,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "keyring": _keyring,
     "capabilities": _capabilities,
     "listener": _listener,
+    "cgroup root": _cgroup_root,
     "asking": _asking,
     "tags": _tags,
     "destroy": _destroy,

@@ -79,6 +79,7 @@ def _config(raw: bytes) -> None:
     config = bundle.parse_config(raw, "config.json")
     asked = request.requested(config)
     request.check_capabilities(config, RuntimeOptions(), own_user_namespace=False)
+    request.check_annotations(config, RuntimeOptions(), notified=True)
     for kind in ("network", "user"):
         bundle.namespace_path(config, kind)
     json.dumps(bundle.edit_config(config, _EDIT))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from graft.errors import ConflictError, UsageError
+from graft.errors import UsageError
 from graft.oci import bundle
 from graft.oci.bundle import HOOK, Edit, edit_config, read_config, write_config
 from graft.oci.request import Request, Source, requested
@@ -52,14 +52,6 @@ def test_without_a_listener_the_seccomp_profile_is_not_touched() -> None:
     )
     assert edited["linux"] == CONFIG["linux"]
     assert [hook["args"][-1] for hook in edited["hooks"]["poststop"]] == ["reap"]
-
-
-@pytest.mark.parametrize(
-    "annotation", ["run.oci.seccomp.receiver", "run.oci.seccomp.plugins", "run.oci.seccomp_bpf_data"]
-)
-def test_a_filter_that_comes_from_elsewhere_is_refused(annotation: str) -> None:
-    with pytest.raises(ConflictError, match=annotation):
-        edit_config({**CONFIG, "annotations": {annotation: "x"}}, EDIT)
 
 
 def test_a_configuration_is_replaced_in_one_step_with_its_mode(tmp_path: Path) -> None:
