@@ -68,8 +68,8 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		/* In transport splice, and where the endpoint is a unix socket, a granted bind stays in the container's
 		 * namespace, and is published. */
 		if (owner.container->bind_default == GRAFT_DEFAULT_DENY) {
-			id = ingress_rule(owner.container, request);
-			if (!id || !is_relayed(owner.container, id))
+			rule = ingress_rule(owner.container, request);
+			if (!rule || !is_relayed(owner.container, rule->endpoint))
 				*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		}
 		return 0;

@@ -235,7 +235,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	if (!owner.container)
 		return drop(&owner);
 	if (is_tcp(type, protocol) && is_unix_listener(&owner))
-		return accepts_anyone(sk, &owner) && is_from_relay(skb, sk, &owner) ? PASS : drop(&owner);
+		return accepts_anyone(skb, sk, &owner) && is_from_relay(skb, sk, &owner) ? PASS : drop(&owner);
 	if (binds_freely(owner.container) && !denies_anything(owner.container))
 		return PASS;
 	if (!has_rules(type, protocol))
