@@ -143,8 +143,10 @@ def _notify_socket(rules: list[Rule], default: str) -> list[Rule]:
         return list(_split_socket(rules, _PASSING - {default}))
     if any(admits_a_family(rule) for rule in denying):
         raise ConflictError("linux.seccomp: socket is denied for some of AF_INET and AF_INET6, and allowed for others")
-    without = [kept for rule in rules if (kept := rule if rule in denying else _without(_SOCKET, rule)) is not None]
-    return [*without, *family_rules(NOTIFY)]
+    # Of all families but the two, what is allowed and not logged, or logged, stays so.
+    others = _split_socket(rules, _PASSING - {default})
+    kept = [_without(_SOCKET, rule) if rule.get("action") in (default, NOTIFY) else rule for rule in others]
+    return [*(rule for rule in kept if rule is not None), *family_rules(NOTIFY)]
 
 
 def _split_socket(rules: list[Rule], passing: frozenset[str]) -> Iterator[Rule]:
