@@ -28,7 +28,7 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct request 
 		return 1;
 	if (binds_freely(owner->container) && (!sending || has_address))
 		return 1;
-	if (has_other_source(request))
+	if (has_other_source(request) || keeps_lent_port(request->tag, endpoint))
 		return 0;
 	if (endpoint->port && endpoint->port != local.port)
 		return 0;
@@ -81,11 +81,13 @@ static __always_inline int is_link_local(struct request *request)
 	return request->family == GRAFT_IPV6 && request->addr[0] == 0xfe && (request->addr[1] & 0xc0) == 0x80;
 }
 
-/* Records which endpoint a socket got its source from. */
-static __always_inline void record_source(struct request *request)
+/* Records which endpoint a socket got its source from, for the packet hook too. */
+static __always_inline void record_source(struct request *request, struct endpoint *from)
 {
-	if (request->tag)
-		request->tag->source = request->endpoint;
+	if (!request->tag)
+		return;
+	request->tag->source = request->endpoint;
+	request->tag->lent = (is_unspecified(from) ? 0 : GRAFT_LENT_ADDRESS) | (from->port ? GRAFT_LENT_PORT : 0);
 }
 
 /* Decides a destination. Returns the endpoint to take the source from, or NULL with *verdict set. */
@@ -198,7 +200,7 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 		return verdict;
 	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
 		return REFUSE;
-	record_source(&request);
+	record_source(&request, from);
 	return verdict;
 }
 
@@ -240,7 +242,7 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 		return verdict;
 	if (bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source)))
 		return REFUSE;
-	record_source(&request);
+	record_source(&request, from);
 	return verdict;
 }
 
@@ -261,7 +263,7 @@ static __always_inline int cannot_leave_from(struct bpf_sock *sk, struct request
 	u32 ip[4];
 
 	__builtin_memcpy(ip, from->addr, 16);
-	return from->port || has_other_source(request) ||
+	return from->port || has_other_source(request) || keeps_lent_port(request->tag, from) ||
 	       (!(ip[0] | ip[1] | ip[2] | ip[3]) && must_clear_address(sk, request));
 }
 

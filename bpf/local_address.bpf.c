@@ -56,6 +56,14 @@ static __always_inline int matches_endpoint(struct local_address *local, struct 
 	return ip[0] == local->ip[0] && ip[1] == local->ip[1] && ip[2] == local->ip[2] && ip[3] == local->ip[3];
 }
 
+static __always_inline int is_unspecified(struct endpoint *endpoint)
+{
+	u64 word[2];
+
+	__builtin_memcpy(word, endpoint->addr, 16);
+	return !(word[0] | word[1]);
+}
+
 #define ANY_NETNS 0 /* where the namespace is not known: no cookie is 0 */
 
 /* Whether the current rules map what the program requested to the endpoint that its tag names, and the socket,
@@ -81,6 +89,13 @@ static __always_inline int is_granted(struct container *container, struct tag *t
 static __always_inline int has_lost_endpoint(struct bpf_sock *sk, struct tag *tag, int bound)
 {
 	return tag && tag->endpoint && tag->bound_port && tag->bound_port == sk->src_port && !bound;
+}
+
+/* Whether a socket has a port that its endpoint lent it, and does not have any more (`graft ep set`). The kernel keeps
+ * such a port with the socket until that is closed. */
+static __always_inline int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)
+{
+	return tag && tag->source && tag->lent & GRAFT_LENT_PORT && !endpoint->port;
 }
 
 /* Whether a datagram socket has the port that it bound before there was a policy that would not let it. */

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -159,6 +159,8 @@ class Tag(ctypes.Structure):
         ("open_port", ctypes.c_uint16),
         ("addr", _ADDR),
         ("source", ctypes.c_uint32),
+        ("lent", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 3),
     )
 
 

@@ -124,6 +124,16 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "kept flow": (
         ("packet.bpf.c", "has_kept = protocol == IPPROTO_UDP && read_kept_flow(", "has_kept = 0 && read_kept_flow("),
     ),
+    # Or from where: what an endpoint lent a socket is the socket's.
+    "lent": (
+        _at_once("packet.bpf.c", "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)", "return 1;"),
+        _at_once(
+            "local_address.bpf.c", "int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)", "return 0;"
+        ),
+    ),
+    "kept source": (("packet.bpf.c", "&kept, netns, &source, own)", "&kept, netns, &source, 0)"),),
+    # Established connections pass with any mark.
+    "mark": (("packet.bpf.c", "state != BPF_TCP_SYN_SENT && !mark &&\n", "state != BPF_TCP_SYN_SENT &&\n"),),
     # A datagram socket that is connected to port 0 is not connected.
     "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
