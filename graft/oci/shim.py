@@ -32,6 +32,7 @@ from graft.model.transport import Transport
 from graft.oci.message_loop import MessageLoop
 from graft.oci.state import Message, State
 from graft.policy.model import Policy
+from graft.state import leftovers
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.swap.keeper import Keeper, stop_all
@@ -195,7 +196,11 @@ def _find_container(pid: int, plan: Plan) -> tuple[Path, int]:
 
 
 def _remove_container(graft: Installation, container: Container) -> None:
-    with contextlib.suppress(GraftError, OSError), graft.transaction() as change:
+    with (
+        contextlib.suppress(GraftError, OSError),
+        leftovers.closed_after(graft, container),
+        graft.transaction() as change,
+    ):
         change.containers.remove(container)
 
 

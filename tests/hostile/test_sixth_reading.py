@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.hostile.conftest import TRANSPORTS, Confine, Confined, Without, lines_of
-from tests.hostile.test_afterwards import OTHER4, SOL_SOCKET, SOL_TCP, apply
+from graft.kernel import cgroup, sockets
+from graft.oci import shim
+from graft.state.records import Container
+from tests.conftest import installation
+from tests.hostile.conftest import TRANSPORTS, Confine, Confined, Without, graft_without, lines_of
+from tests.hostile.test_afterwards import OTHER4, SOL_SOCKET, SOL_TCP, apply, held_socket
 from tests.hostile.test_datagrams import came, datagrams
-from tests.hostile.test_more_ways import give_another_address, source_of_next
+from tests.hostile.test_more_ways import SO_REUSEADDR, give_another_address, source_of_next
 from tests.support.building import Programs
 from tests.support.cgroups import in_cgroup, new_cgroup
-from tests.support.installation import Host
-from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
+from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6, Netns
 from tests.support.program import Program
-from tests.support.shell import Word
-from tests.support.wait import PATIENCE
+from tests.support.shell import Word, run
+from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
 
@@ -171,7 +177,9 @@ def test_control_where_nobody_looks_at_the_port_it_is(
     assert keeps_port(without("lent"), confine, transport, kind)[-1].split()[1] in ("ok", "ECONNREFUSED")
 
 
-def test_a_connected_datagram_socket_sends_on_where_its_rule_stays(host: Host, confine: Confine, tmp_path: Path) -> None:
+def test_a_connected_datagram_socket_sends_on_where_its_rule_stays(
+    host: Host, confine: Confine, tmp_path: Path
+) -> None:
     name = lender(host, "another endpoint")
     with datagrams(host) as far:
         steps = ["make", INET, DGRAM, 0, "connect", CLIENT4, far.getsockname()[1], "wait", "send", "-", "-", "wait"]
@@ -185,7 +193,7 @@ def test_a_connected_datagram_socket_sends_on_where_its_rule_stays(host: Host, c
 
 # ---- a mark, by a 32-bit call, on a connection that is established ---------------------------------------------------
 
-MARK = [SOL_SOCKET, SO_MARK, struct.pack("=I", 7).hex()]
+MARK: list[Word] = [SOL_SOCKET, SO_MARK, struct.pack("=I", 7).hex()]
 WITH_NET_RAW: tuple[Word, ...] = (
     "setpriv",
     "--reuid=65534",
@@ -273,7 +281,7 @@ def test_an_accepted_connection_has_the_mark_that_the_host_gave_it(
     """It is heard with that; one that the host does not mark is not heard when its program has marked it."""
     port = host.port()
     text = f"name: t\nendpoints: {{web: '0.0.0.0:{port}'}}\ningress: [{{bind: '*:80', endpoint: web}}]\ndefault: deny\n"
-    steps = ["make", INET, STREAM, 0, "bind", "0.0.0.0", 80, "listen", "accept", "send", "-", "-", "wait"]
+    steps: list[Word] = ["make", INET, STREAM, 0, "bind", "0.0.0.0", 80, "listen", "accept", "send", "-", "-", "wait"]
     steps += ["bytes32", *MARK, "send", "-", "-", "wait"]
     with (
         marked_by_the_host(host, tmp_path, accept),
@@ -286,3 +294,101 @@ def test_an_accepted_connection_has_the_mark_that_the_host_gave_it(
             program.tell("\n")
             assert lines_of(program, 7)[-2:] == ["bytes32 ok", "send ok"]
             assert received(client) == (b"hello" if accept else b"")
+
+
+# ---- what somebody outside was handed of a container's, when that has ended ------------------------------------------
+
+needs_destroy = pytest.mark.skipif(not sockets.can_destroy(), reason="the kernel would block other requests (6.9)")
+WEB = "name: t\nendpoints: {{web: '0.0.0.0:{}'}}\ningress: [{{bind: '*:80', endpoint: web}}]\ndefault: deny\n"
+LISTENER: list[Word] = ["make", INET, STREAM, 0, "option", SOL_SOCKET, SO_REUSEADDR]
+LISTENER += ["bind", "0.0.0.0", 80, "listen", "wait"]
+
+
+def port_after(host: Host, confine: Confine, way: str, defence: str = "") -> str:
+    """What the next container says of the bind to its endpoint, when somebody has the listener of one that ended. (Both
+    have set SO_REUSEADDR, as servers do.)
+    """
+    text = WEB.format(host.port())
+    one = confine(host, "swap", text, *LISTENER, defence=defence)
+    assert one.lines(4)[-1] == "listen ok"
+    with held_socket(one):
+        if way == "exits":
+            one.resume()
+            one.program.process.wait(10 * PATIENCE)
+        else:
+            supervisor = host.supervisor(one.program)
+            one.program.process.kill()
+            until("the supervisor has ended it", lambda: not Path(f"/proc/{supervisor}").exists())
+        return confine(host, "swap", text, *LISTENER, defence=defence).lines(3)[2]
+
+
+@needs_destroy
+@pytest.mark.parametrize("way", ["exits", "is killed"])
+def test_a_listener_of_a_container_that_has_ended_does_not_keep_its_port(
+    host: Host, confine: Confine, way: str
+) -> None:
+    assert port_after(host, confine, way) == "bind ok"
+
+
+@pytest.mark.parametrize("way", ["exits", "is killed"])
+def test_control_where_nobody_looks_for_it_it_does(host: Host, confine: Confine, way: str) -> None:
+    assert port_after(host, confine, way, "leftovers") == "bind EADDRINUSE"
+
+
+def remove_as_the_shim(host: Host, container: Container) -> None:
+    cgroup.kill(container.cgroup_path)
+    shim._remove_container(host.installation, container)
+
+
+def remove_as_the_hook(host: Host, container: Container) -> None:
+    cgroup.kill(container.cgroup_path)
+    cgroup.remove(container.cgroup_path)
+    run([sys.executable, "-m", "graft.oci.hook", "reap"], environment=host.environment, status=0)
+
+
+@needs_destroy
+@pytest.mark.parametrize(("transport", "remove"), [("swap", remove_as_the_shim), ("direct", remove_as_the_hook)])
+def test_nor_does_one_of_a_container_of_an_engines(
+    host: Host, confine: Confine, transport: str, remove: Callable[[Host, Container], None]
+) -> None:
+    port = host.port()
+    one = confine(host, transport, WEB.format(port), *LISTENER)
+    assert one.lines(4)[-1] == "listen ok"
+    found = host.installation.containers.at(one.cgroup)
+    assert found is not None
+    with held_socket(one):
+        assert f":{port} " in host.netns.run("ss", "-Hltn")
+        remove(host, found)
+        assert f":{port} " not in host.netns.run("ss", "-Hltn")
+
+
+def listens_after_down(net: tuple[Netns, Netns], programs: Programs, folder: Path, defence: str) -> bool:
+    """Whether the listener of a container that has ended is one still when Graft has been taken down."""
+    with installation(folder, *net, f"sixth-{bool(defence)}") as host, ExitStack() as stack:
+        run([GRAFT, "up"], environment=host.environment, status=0)
+        port = host.port()
+        (folder / "web.yaml").write_text(WEB.format(port))
+        # A container that ends without a look for what is left.
+        words: list[Word] = ["run", "--policy", folder / "web.yaml", "--", programs["calls"], *LISTENER]
+        program = host.start_command([*graft_without("leftovers"), *words], talk=True)
+        assert lines_of(program, 4)[-1] == "listen ok"
+        one = Confined(host, program, Path(host.container(program).cgroup))
+        stack.enter_context(held_socket(one))
+        program.tell("\n")
+        program.process.wait(10 * PATIENCE)
+        assert f":{port} " in host.netns.run("ss", "-Hltn")
+        run([*graft_without(defence), "down"], environment=host.environment, status=0)
+        return f":{port} " in host.netns.run("ss", "-Hltn")
+
+
+@needs_destroy
+def test_a_listener_that_outlived_its_container_does_not_outlive_the_installation(
+    net: tuple[Netns, Netns], programs: Programs, tmp_path: Path
+) -> None:
+    assert not listens_after_down(net, programs, tmp_path, "")
+
+
+def test_control_where_nobody_looks_for_what_is_left_it_does(
+    net: tuple[Netns, Netns], programs: Programs, tmp_path: Path
+) -> None:
+    assert listens_after_down(net, programs, tmp_path, "leftovers")

@@ -32,7 +32,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
-from graft.state import helper_process, inventory, liveness, socket_holders
+from graft.state import helper_process, inventory, leftovers, liveness, socket_holders
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
 from graft.swap.decision import Action, Decision, SocketFacts
@@ -117,6 +117,9 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "return 0;",
         ),
         _at_once("connect.bpf.c", "int must_clear_address(struct bpf_sock *sk, struct request *request)", "return 0;"),
+        _at_once(
+            "packet.bpf.c", "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)", "return 1;"
+        ),
     ),
     # A datagram that was begun goes where its begin was judged to go, whatever the rules say when it ends.
     "begun": (("packet.bpf.c", "\tif (!pending && !(connected", "\tif (pending || !(connected"),),
@@ -126,10 +129,10 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # Or from where: what an endpoint lent a socket is the socket's.
     "lent": (
-        _at_once("packet.bpf.c", "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)", "return 1;"),
         _at_once(
-            "local_address.bpf.c", "int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)", "return 0;"
+            "packet.bpf.c", "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)", "return 1;"
         ),
+        _at_once("local_address.bpf.c", "int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)", "return 0;"),
     ),
     "kept source": (("packet.bpf.c", "&kept, netns, &source, own)", "&kept, netns, &source, 0)"),),
     # Established connections pass with any mark.
@@ -310,6 +313,12 @@ def _destroy() -> None:
     sockets.can_destroy = lambda release=None: False
 
 
+def _leftovers() -> None:
+    """What others have of a container's sockets is theirs when it has ended."""
+    leftovers.closed_after = lambda graft, *containers: contextlib.nullcontext()  # type: ignore[assignment]
+    leftovers.close_all = lambda graft: None
+
+
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
     sockets.list_sockets = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
@@ -335,6 +344,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "asking": _asking,
     "tags": _tags,
     "destroy": _destroy,
+    "leftovers": _leftovers,
     "listing": _listing,
     "liveness": _liveness,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},

@@ -71,7 +71,8 @@ CONSTANTS = {
 }
 
 C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO"}
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c)."""
+C_ONLY |= {"GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT"}
+"""Constants that Python does not use: of packets (bpf/packet.bpf.c), and of what only the hooks read of a tag."""
 
 
 @pytest.fixture(scope="module")
