@@ -130,3 +130,28 @@ static __always_inline int is_bound(struct bpf_sock *sk, struct tag *tag, struct
 		return 0;
 	return is_granted(container, tag, &local, type == SOCK_STREAM ? IPPROTO_TCP : IPPROTO_UDP, netns);
 }
+
+/* Whether a source is what the connect and sendmsg hooks would give now: the endpoint's address and port; where it has
+ * no address the socket's, and that not from when it had one. */
+static __always_inline int leaves_from(struct local_address *source, struct local_address *own, struct tag *tag,
+				       struct endpoint *endpoint, u32 id)
+{
+	if (tag->source && tag->source != id)
+		return 0;
+	if (endpoint->port ? endpoint->port != own->port : keeps_lent_port(tag, endpoint))
+		return 0;
+	source->port = own->port;
+	if (!is_unspecified(endpoint))
+		return matches_endpoint(source, endpoint);
+	if (tag->source && tag->lent & GRAFT_LENT_ADDRESS)
+		return 0;
+	return !(own->ip[0] | own->ip[1] | own->ip[2] | own->ip[3]) || own->family != source->family ||
+	       (own->ip[0] == source->ip[0] && own->ip[1] == source->ip[1] && own->ip[2] == source->ip[2] &&
+		own->ip[3] == source->ip[3]);
+}
+
+/* Whether a socket's source is its own: the endpoint's that it is bound to, or one that it may choose. */
+static __always_inline int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)
+{
+	return bound || !owner->tag || has_earlier_port(sk, owner->tag) || binds_freely(owner->container);
+}

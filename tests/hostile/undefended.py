@@ -118,7 +118,9 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ),
         _at_once("connect.bpf.c", "int must_clear_address(struct bpf_sock *sk, struct request *request)", "return 0;"),
         _at_once(
-            "packet.bpf.c", "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)", "return 1;"
+            "local_address.bpf.c",
+            "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)",
+            "return 1;",
         ),
     ),
     # A datagram that was begun goes where its begin was judged to go, whatever the rules say when it ends.
@@ -130,7 +132,9 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # Or from where: what an endpoint lent a socket is the socket's.
     "lent": (
         _at_once(
-            "packet.bpf.c", "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)", "return 1;"
+            "local_address.bpf.c",
+            "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)",
+            "return 1;",
         ),
         _at_once("local_address.bpf.c", "int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)", "return 0;"),
     ),
