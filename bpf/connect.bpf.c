@@ -7,14 +7,6 @@ static __always_inline int has_other_source(struct request *request)
 	return request->tag && request->tag->source && request->tag->source != request->endpoint;
 }
 
-/* Whether a port is one that connections from the endpoint may leave from. */
-static __always_inline int is_port_of(struct endpoint *endpoint, u16 port)
-{
-	u16 last = endpoint->last_port ? endpoint->last_port : endpoint->port;
-
-	return !endpoint->port || (port >= endpoint->port && port <= last);
-}
-
 /* Whether this socket keeps the source that it has: it is bound to an endpoint, or to an address of its own
  * where it may, or it used this endpoint before. (A socket that sends has at least a port: the kernel assigned
  * one before it called the hook.) */
@@ -36,7 +28,7 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct request 
 		return 1;
 	if (binds_freely(owner->container) && (!sending || has_address))
 		return 1;
-	if (has_other_source(request))
+	if (has_other_source(request) || keeps_lent_port(request->tag, endpoint))
 		return 0;
 	if (!is_port_of(endpoint, local.port))
 		return 0;
@@ -93,11 +85,13 @@ static __always_inline int is_link_local(struct request *request)
 	return request->family == GRAFT_IPV6 && request->addr[0] == 0xfe && (request->addr[1] & 0xc0) == 0x80;
 }
 
-/* Records which endpoint a socket got its source from. */
-static __always_inline void record_source(struct request *request)
+/* Records which endpoint a socket got its source from, for the packet hook too. */
+static __always_inline void record_source(struct request *request, struct endpoint *from)
 {
-	if (request->tag)
-		request->tag->source = request->endpoint;
+	if (!request->tag)
+		return;
+	request->tag->source = request->endpoint;
+	request->tag->lent = (is_unspecified(from) ? 0 : GRAFT_LENT_ADDRESS) | (from->port ? GRAFT_LENT_PORT : 0);
 }
 
 /* How many ports of a range a connect tries. */
@@ -239,7 +233,7 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 		return verdict;
 	if (!bind_source(ctx, &source, sizeof(source), &source.port_be, from))
 		return REFUSE;
-	record_source(&request);
+	record_source(&request, from);
 	return verdict;
 }
 
@@ -281,7 +275,7 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 		return verdict;
 	if (!bind_source(ctx, &source, sizeof(source), &source.port_be, from))
 		return REFUSE;
-	record_source(&request);
+	record_source(&request, from);
 	return verdict;
 }
 
@@ -303,7 +297,7 @@ static __always_inline int cannot_leave_from(struct bpf_sock *sk, struct request
 	u32 ip[4];
 
 	__builtin_memcpy(ip, from->addr, 16);
-	return request->bound || from->port || has_other_source(request) ||
+	return request->bound || from->port || has_other_source(request) || keeps_lent_port(request->tag, from) ||
 	       (!(ip[0] | ip[1] | ip[2] | ip[3]) && must_clear_address(sk, request));
 }
 

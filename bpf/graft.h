@@ -134,6 +134,8 @@ struct scope {
 
 /* `tags`: socket storage, cloned to accepted sockets. It records what happened, never what is allowed: a hook that
  * needs to know whether a socket is bound to its endpoint checks its local address (local_address.bpf.c). */
+#define GRAFT_LENT_ADDRESS 1
+#define GRAFT_LENT_PORT 2
 struct tag {
 	__u32 container;
 	__u32 endpoint;
@@ -144,6 +146,8 @@ struct tag {
 	__u16 open_port;  /* the port at which any client may reach it; 0: none */
 	__u8 addr[16];    /* the address that the program requested */
 	__u32 source;     /* the endpoint that a connect took its local address or port from; 0: none */
+	__u8 lent;        /* GRAFT_LENT_*: which of the two, when it took them */
+	__u8 zero[3];
 };
 
 /* `options`: socket storage, which options a program set before its socket was swapped. Only their

@@ -62,6 +62,14 @@ static __always_inline int matches_endpoint(struct local_address *local, struct 
 	return ip[0] == local->ip[0] && ip[1] == local->ip[1] && ip[2] == local->ip[2] && ip[3] == local->ip[3];
 }
 
+static __always_inline int is_unspecified(struct endpoint *endpoint)
+{
+	u64 word[2];
+
+	__builtin_memcpy(word, endpoint->addr, 16);
+	return !(word[0] | word[1]);
+}
+
 #define ANY_NETNS 0 /* where the namespace is not known: no cookie is 0 */
 
 /* Whether the current rules map what the program requested to the endpoint that its tag names, and the socket,
@@ -91,6 +99,13 @@ static __always_inline int is_granted(struct container *container, struct tag *t
 static __always_inline int has_lost_endpoint(struct bpf_sock *sk, struct tag *tag, int bound)
 {
 	return tag && tag->endpoint && tag->bound_port && tag->bound_port == sk->src_port && !bound;
+}
+
+/* Whether a socket has a port that its endpoint lent it, and does not have any more (`graft ep set`). The kernel keeps
+ * such a port with the socket until that is closed. */
+static __always_inline int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)
+{
+	return tag && tag->source && tag->lent & GRAFT_LENT_PORT && !endpoint->port;
 }
 
 /* Whether a datagram socket has the port that it bound before there was a policy that would not let it. */
@@ -124,4 +139,37 @@ static __always_inline int is_bound(struct bpf_sock *sk, struct tag *tag, struct
 	if (local.port != tag->bound_port)
 		return 0;
 	return is_granted(container, tag, &local, type == SOCK_STREAM ? IPPROTO_TCP : IPPROTO_UDP, netns);
+}
+
+/* Whether a port is one that connections from the endpoint may leave from. */
+static __always_inline int is_port_of(struct endpoint *endpoint, u16 port)
+{
+	u16 last = endpoint->last_port ? endpoint->last_port : endpoint->port;
+
+	return !endpoint->port || (port >= endpoint->port && port <= last);
+}
+
+/* Whether a source is what the connect and sendmsg hooks would give now: the endpoint's address and port; where it has
+ * no address the socket's, and that not from when it had one. */
+static __always_inline int leaves_from(struct local_address *source, struct local_address *own, struct tag *tag,
+				       struct endpoint *endpoint, u32 id)
+{
+	if (tag->source && tag->source != id)
+		return 0;
+	if (endpoint->port ? !is_port_of(endpoint, own->port) : keeps_lent_port(tag, endpoint))
+		return 0;
+	source->port = own->port;
+	if (!is_unspecified(endpoint))
+		return matches_endpoint(source, endpoint, 0);
+	if (tag->source && tag->lent & GRAFT_LENT_ADDRESS)
+		return 0;
+	return !(own->ip[0] | own->ip[1] | own->ip[2] | own->ip[3]) || own->family != source->family ||
+	       (own->ip[0] == source->ip[0] && own->ip[1] == source->ip[1] && own->ip[2] == source->ip[2] &&
+		own->ip[3] == source->ip[3]);
+}
+
+/* Whether a socket's source is its own: the endpoint's that it is bound to, or one that it may choose. */
+static __always_inline int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)
+{
+	return bound || !owner->tag || has_earlier_port(sk, owner->tag) || binds_freely(owner->container);
 }

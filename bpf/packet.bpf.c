@@ -10,7 +10,7 @@
  *       protocols without hooks; a connection that starts, or a datagram that is completed, after its rule was
  *       removed.
  *
- * Nearly every packet belongs to an established TCP connection, and passes after a check of one field.
+ * Nearly every packet belongs to an established TCP connection, and passes after a check of three fields.
  */
 
 #define GRAFT_IPV4_HEADER 20
@@ -63,11 +63,18 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 }
 
 #ifdef GRAFT_SKB_SK
-/* The cookie of the namespace that the packet's socket is in; ANY_NETNS where it is not found. */
-static __always_inline u64 netns_of(struct __sk_buff *skb)
+/* The kernel's struct net of the namespace that the packet's socket is in. */
+static __always_inline void *net_of(struct __sk_buff *skb)
 {
 	void *sk = read_pointer((void *)skb + GRAFT_SKB_SK); /* skb is the kernel's own struct sk_buff */
-	void *net = sk ? read_pointer(sk + GRAFT_SOCK_NET) : 0;
+
+	return sk ? read_pointer(sk + GRAFT_SOCK_NET) : 0;
+}
+
+/* The cookie of that namespace; ANY_NETNS where it is not found. */
+static __always_inline u64 netns_of(struct __sk_buff *skb)
+{
+	void *net = net_of(skb);
 	u64 cookie = ANY_NETNS;
 
 	if (!net || bpf_probe_read_kernel(&cookie, sizeof(cookie), net + GRAFT_NET_COOKIE))
@@ -111,14 +118,19 @@ static __always_inline void read_sender(struct request *request, struct packet *
 	request->protocol = packet->protocol;
 }
 
-/* Whether packets are permitted between this container, in the namespace `netns`, and the remote end. */
-static __always_inline int may_exchange_with(struct container *container, struct request *remote, u64 netns)
+/* Whether packets are permitted between this container, in the namespace `netns`, and the remote end. *from: the
+ * endpoint of a rule that grants it, remote->endpoint its id; else NULL. */
+static __always_inline int may_exchange_with(struct container *container, struct request *remote, u64 netns,
+					     struct endpoint **from)
 {
 	u32 id = 0, rule = egress_rule(container, remote, &id);
 	struct endpoint *endpoint;
 
+	*from = 0;
 	if (rule == GRAFT_VERDICT_GRANT) {
 		endpoint = endpoints.lookup(&id);
+		*from = endpoint;
+		remote->endpoint = id;
 		return endpoint && !is_unix(endpoint) && (netns == ANY_NETNS || endpoint->netns == netns);
 	}
 	return container->transport == GRAFT_TRANSPORT_DIRECT && rule != GRAFT_VERDICT_DENY &&
@@ -218,6 +230,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	struct bpf_sock *sk = skb->sk;
 	struct packet packet;
 	struct owner owner;
+	struct endpoint *endpoint;
 	struct request remote;
 	u32 type, protocol;
 	int open;
@@ -256,7 +269,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	if (has_lost_endpoint(sk, owner.tag, 0) || !packet.plain)
 		return drop(&owner);
 	read_sender(&remote, &packet);
-	return may_exchange_with(owner.container, &remote, ANY_NETNS) ? PASS : drop(&owner);
+	return may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) ? PASS : drop(&owner);
 }
 
 /* Where a socket's packets of that family go, read from the socket: the host's own NAT may have changed the address in
@@ -282,8 +295,8 @@ static __always_inline void read_remote(struct request *remote, struct bpf_sock 
  * one completes (MSG_MORE, UDP_CORK), for which it calls the sendmsg hook only once; and over IPv4 each one that a
  * connected socket sends to its peer, also where a datagram to somewhere else has left its own flow there. The rule may
  * have been removed since. 0: no such flow. */
-static __always_inline int read_kept_flow(struct __sk_buff *skb, struct bpf_sock *sk, struct request *remote, u8 family,
-					  int connected)
+static __always_inline int read_kept_flow(struct __sk_buff *skb, struct bpf_sock *sk, struct request *remote,
+					  struct local_address *source, u8 family, int connected)
 {
 	void *full = read_pointer((void *)skb + GRAFT_SKB_SK), *flow = full + GRAFT_CORK_FLOW;
 	u32 pending = 0;
@@ -294,12 +307,15 @@ static __always_inline int read_kept_flow(struct __sk_buff *skb, struct bpf_sock
 	if (!pending && !(connected && sk->family == AF_INET))
 		return 0;
 	__builtin_memset(remote, 0, sizeof(*remote));
-	remote->family = family;
+	__builtin_memset(source, 0, sizeof(*source));
+	remote->family = source->family = family;
 	remote->protocol = IPPROTO_UDP;
 	if (family == GRAFT_IPV4) {
+		bpf_probe_read_kernel(source->ip, 4, flow + GRAFT_FLOW4_SADDR);
 		bpf_probe_read_kernel(remote->addr, 4, flow + GRAFT_FLOW4_DADDR);
 		bpf_probe_read_kernel(&port, sizeof(port), flow + GRAFT_FLOW4_PORTS);
 	} else {
+		bpf_probe_read_kernel(source->ip, 16, flow + GRAFT_FLOW6_SADDR);
 		bpf_probe_read_kernel(remote->addr, 16, flow + GRAFT_FLOW6_DADDR);
 		bpf_probe_read_kernel(&port, sizeof(port), flow + GRAFT_FLOW6_PORTS);
 	}
@@ -308,8 +324,8 @@ static __always_inline int read_kept_flow(struct __sk_buff *skb, struct bpf_sock
 }
 
 #else
-static __always_inline int read_kept_flow(struct __sk_buff *skb, struct bpf_sock *sk, struct request *remote, u8 family,
-					  int connected)
+static __always_inline int read_kept_flow(struct __sk_buff *skb, struct bpf_sock *sk, struct request *remote,
+					  struct local_address *source, u8 family, int connected)
 {
 	return 0;
 }
@@ -331,40 +347,79 @@ static __always_inline int is_big_tcp(struct __sk_buff *skb)
 	       !bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, &next, 1) && next == IPPROTO_TCP;
 }
 
-static __always_inline int may_reach(struct bpf_sock *sk, struct owner *owner, struct request *remote, u64 netns)
+/* `own`: the socket's local address; NULL where its source is not judged. */
+static __always_inline int may_reach(struct bpf_sock *sk, struct owner *owner, struct request *remote, u64 netns,
+				     struct local_address *source, struct local_address *own)
 {
-	return (!is_diverted(sk) || is_link_local(remote)) && may_exchange_with(owner->container, remote, netns);
+	struct endpoint *endpoint;
+
+	if ((is_diverted(sk) && !is_link_local(remote)) ||
+	    !may_exchange_with(owner->container, remote, netns, &endpoint))
+		return 0;
+	return !own || !endpoint || leaves_from(source, own, owner->tag, endpoint, remote->endpoint);
 }
 
 /* Whether a datagram, or the first packet of a connection, may go to its destination. The connect hook judged a
  * connection when it was requested; it may start later (TCP_FASTOPEN_CONNECT), to another address (an IPv6 socket that
- * the kernel still treats as IPv4), or to an address that the remote end announced (another subflow of MPTCP). Which of
- * two destinations a datagram of a connected socket has is not seen here, so both are judged. */
+ * the kernel still treats as IPv4), or to an address that the remote end announced (another subflow of MPTCP). So may the
+ * source be of an endpoint that the rule named then, or that has moved since. Which of two destinations a datagram of a
+ * connected socket has is not seen here, so both are judged. */
 static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner, u8 family,
 				     u8 protocol)
 {
 	u64 netns = netns_of(skb);
+	struct local_address local, source, *own;
 	struct request remote, kept;
-	int has_kept, connected = is_connected(sk);
+	int has_kept, connected = is_connected(sk), bound = is_bound(sk, owner->tag, owner->container, netns);
 
-	if (has_lost_endpoint(sk, owner->tag, is_bound(sk, owner->tag, owner->container, netns)))
+	if (has_lost_endpoint(sk, owner->tag, bound))
 		return 0;
+	read_local_address(&local, sk);
+	own = has_own_source(sk, owner, bound) ? 0 : &local;
 	read_remote(&remote, sk, family, protocol);
-	has_kept = protocol == IPPROTO_UDP && read_kept_flow(skb, sk, &kept, family, connected);
-	if (has_kept && !may_reach(sk, owner, &kept, netns))
+	has_kept = protocol == IPPROTO_UDP && read_kept_flow(skb, sk, &kept, &source, family, connected);
+	if (has_kept && !may_reach(sk, owner, &kept, netns, &source, own))
 		return 0;
 	if (protocol == IPPROTO_UDP && !connected)
 		return has_kept || !is_diverted(sk);
 	if (protocol == IPPROTO_TCP && goes_to_relay(sk, owner, &remote))
 		return 1;
-	return may_reach(sk, owner, &remote, netns);
+	return may_reach(sk, owner, &remote, netns, &local, own);
+}
+
+#if defined(GRAFT_SKB_SK) && defined(GRAFT_NET_FWMARK_ACCEPT)
+/* Whether the operator has accepted connections marked as their first packet is (net.ipv4.tcp_fwmark_accept). */
+static __always_inline int are_accepted_marked(struct __sk_buff *skb)
+{
+	void *net = net_of(skb);
+	u8 value = 0;
+
+	return net && !bpf_probe_read_kernel(&value, sizeof(value), net + GRAFT_NET_FWMARK_ACCEPT) && value;
+}
+#else
+static __always_inline int are_accepted_marked(struct __sk_buff *skb)
+{
+	return 1;
+}
+#endif
+
+/* Whether a program has marked its connection for another routing table. (One without a tag was there, and perhaps
+ * marked, before its policy.) */
+static __always_inline int has_marked(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
+{
+	int accepted;
+
+	if (!sk->mark || !owner->tag)
+		return 0;
+	accepted = owner->tag->open_port && owner->tag->open_port == sk->src_port;
+	return !(accepted && are_accepted_marked(skb));
 }
 
 int graft_skb_egress(struct __sk_buff *skb)
 {
 	u8 head[12] = {};
 	struct bpf_sock *sk = skb->sk;
-	u32 type, protocol, state;
+	u32 type, protocol, state, mark;
 	struct owner owner;
 	int tcp, ipv6;
 
@@ -374,11 +429,13 @@ int graft_skb_egress(struct __sk_buff *skb)
 	type = sk->type;
 	protocol = sk->protocol;
 	state = sk->state;
+	mark = sk->mark;
 	tcp = is_tcp(type, protocol);
 	if (bpf_skb_load_bytes(skb, 0, head, sizeof(head)))
 		return tcp ? REFUSE : PASS; /* no IP header: from a raw socket */
 	ipv6 = head[0] >> 4 == 6;
-	if (tcp && state != BPF_TCP_SYN_SENT && (head[0] == GRAFT_IPV4_PLAIN || (ipv6 && head[6] == IPPROTO_TCP)))
+	if (tcp && state != BPF_TCP_SYN_SENT && !mark &&
+	    (head[0] == GRAFT_IPV4_PLAIN || (ipv6 && head[6] == IPPROTO_TCP)))
 		return PASS;
 	if (!is_host_homed(skb, sk, &owner))
 		return PASS;
@@ -392,7 +449,7 @@ int graft_skb_egress(struct __sk_buff *skb)
 		  head[0] != GRAFT_IPV4_PLAIN)
 		return drop(&owner);
 	if (tcp && state != BPF_TCP_SYN_SENT)
-		return PASS;
+		return has_marked(skb, sk, &owner) ? drop(&owner) : PASS;
 	if (!owner.container ||
 	    !may_leave(skb, sk, &owner, ipv6 ? GRAFT_IPV6 : GRAFT_IPV4, tcp ? IPPROTO_TCP : IPPROTO_UDP))
 		return drop(&owner);

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import shutil
 from pathlib import Path
 
 from graft.datapath import attachments, dataplane
-from graft.errors import ConflictError
+from graft.errors import ConflictError, GraftError
 from graft.kernel import cgroup, netns
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import client as splice
-from graft.state import records, unix_sockets
+from graft.state import leftovers, records, unix_sockets
 from graft.state.installation import Installation
 
 
@@ -43,12 +44,19 @@ def down(settings: Settings, force: bool = False) -> None:
             cgroup.kill(graft_cgroup)
         if graft_cgroup.exists():
             cgroup.remove(graft_cgroup)
+        _close_leftovers(settings)
         attachments.detach_all(settings)
         dataplane.unpin(settings.pin_dir)
         for pin in (settings.run_dir / "netns").glob("*"):
             netns.release(pin)
         unix_sockets.release(settings, lambda _container, _endpoint: True)
         shutil.rmtree(settings.run_dir, ignore_errors=True)
+
+
+def _close_leftovers(settings: Settings) -> None:
+    if (settings.pin_dir / "tags").exists():
+        with contextlib.suppress(GraftError), Installation(settings) as graft:
+            leftovers.close_all(graft)
 
 
 def _populated(settings: Settings) -> dict[Path, bool]:

@@ -161,6 +161,8 @@ class Tag(ctypes.Structure):
         ("open_port", ctypes.c_uint16),
         ("addr", _ADDR),
         ("source", ctypes.c_uint32),
+        ("lent", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 3),
     )
 
 

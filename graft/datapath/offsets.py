@@ -18,13 +18,13 @@ Offsets = Mapping[str, int | None]
 def structure_offsets() -> dict[str, int]:
     """The offsets that the hooks need; empty where the kernel has no type information.
 
-    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/bind.bpf.c), a packet's namespace and a
-    pending datagram (bpf/packet.bpf.c).
+    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/bind.bpf.c), a packet's namespace, a
+    pending datagram and a setting of the namespace (bpf/packet.bpf.c).
     """
     try:
         btf = Btf.of_kernel()
         file = _all_or_none(_file(btf))
-        others = [_all_or_none(group(btf)) for group in (_descriptor, _v6only, _packet, _datagram)]
+        others = [_all_or_none(group(btf)) for group in (_descriptor, _v6only, _packet, _datagram, _mark)]
     except (OSError, ValueError):
         return {}
     return {name: value for group in (file, *others) for name, value in group.items()} if file else {}
@@ -79,11 +79,18 @@ def _datagram(btf: Btf) -> Offsets:
     return {
         "GRAFT_UDP_PENDING": btf.offset("udp_sock", "pending"),
         "GRAFT_CORK_FLOW": None if cork is None or flow is None else cork + flow,
+        "GRAFT_FLOW4_SADDR": btf.offset("flowi4", "saddr"),
         "GRAFT_FLOW4_DADDR": btf.offset("flowi4", "daddr"),
         "GRAFT_FLOW4_PORTS": btf.offset("flowi4", "uli"),
+        "GRAFT_FLOW6_SADDR": btf.offset("flowi6", "saddr"),
         "GRAFT_FLOW6_DADDR": btf.offset("flowi6", "daddr"),
         "GRAFT_FLOW6_PORTS": btf.offset("flowi6", "uli"),
     }
+
+
+def _mark(btf: Btf) -> Offsets:
+    ipv4, accept = btf.offset("net", "ipv4"), btf.offset("netns_ipv4", "sysctl_tcp_fwmark_accept")
+    return {"GRAFT_NET_FWMARK_ACCEPT": None if ipv4 is None or accept is None else ipv4 + accept}
 
 
 def write_seq_offset() -> int | None:

@@ -19,9 +19,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # enum bpf_cmd
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
+_MAP_CREATE = 0
 _OBJ_PIN, _OBJ_GET, _PROG_ATTACH, _PROG_DETACH = 6, 7, 8, 9
 _PROG_LOAD = 5
 _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
+
+# enum bpf_map_type
+_ARRAY, _ARRAY_OF_MAPS = 2, 12
 
 ALLOW_MULTI = 2
 QUERY_EFFECTIVE = 1
@@ -59,6 +63,17 @@ class _ElemAttr(ctypes.Structure):
         ("key", ctypes.c_uint64),
         ("value", ctypes.c_uint64),
         ("flags", ctypes.c_uint64),
+    )
+
+
+class _CreateAttr(ctypes.Structure):
+    _fields_ = (
+        ("map_type", ctypes.c_uint32),
+        ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32),
+        ("max_entries", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("inner_map_fd", ctypes.c_uint32),
     )
 
 
@@ -223,6 +238,23 @@ def prog_name(number: int) -> str:
         return bytes(_prog_info(fd).name).decode(errors="replace")
     finally:
         os.close(fd)
+
+
+def wait_for_programs() -> None:
+    """Wait until each program that runs now has ended, with whatever it had read of the maps by then.
+
+    The kernel waits for them when an entry of a map of maps is replaced (maybe_wait_bpf_programs() of
+    kernel/bpf/syscall.c, 5.0). Takes some milliseconds.
+    """
+    inner = _bpf(_MAP_CREATE, _CreateAttr(_ARRAY, 4, 4, 1))
+    try:
+        outer = _bpf(_MAP_CREATE, _CreateAttr(_ARRAY_OF_MAPS, 4, 4, 1, 0, inner))
+        try:
+            Map(outer, ctypes.c_uint32, ctypes.c_uint32).put(ctypes.c_uint32(0), ctypes.c_uint32(inner))
+        finally:
+            os.close(outer)
+    finally:
+        os.close(inner)
 
 
 KeyT = TypeVar("KeyT", bound="ctypes.Structure | ctypes._SimpleCData[int]")

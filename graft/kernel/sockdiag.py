@@ -125,17 +125,18 @@ class Diagnostics:
                     found = [parse_listener(message) for message in piece]
                 yield found
 
-    def sockets(self, protocol: int, storage: int) -> list[FoundSocket]:
+    def sockets(self, protocol: int, storage: int, prefix: bytes = b"") -> list[FoundSocket]:
         """Every socket of a protocol, with its value in the socket storage map ``storage`` (a descriptor).
 
-        Empty for a protocol without diagnostics in this kernel. Raises OSError.
+        With a ``prefix`` only those whose value begins with that: quick, as the others are not parsed. Empty for a
+        protocol without diagnostics in this kernel. Raises OSError.
         """
         found: list[FoundSocket] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(FileNotFoundError), _refusing():
                 for piece in self._dump(family, protocol, _EVERY_STATE, _LARGE_BYTES, storage):
-                    found += [parse_socket(protocol, message) for message in piece]
-        return found
+                    found += [parse_socket(protocol, message) for message in piece if prefix in message]
+        return [one for one in found if not prefix or (one.stored or b"").startswith(prefix)]
 
     def destroy(self, one: Identity, shared: bool = False) -> None:
         """Close a socket: a connection is reset, a listener stops listening. Needs CAP_NET_ADMIN, takes its lock.

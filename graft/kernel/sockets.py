@@ -83,6 +83,16 @@ def list_sockets(storage: int) -> list[ListedSocket]:
     return [_with_parent(one, parents) for one in found]
 
 
+def list_tcp(storage: int, prefix: bytes = b"") -> list[ListedSocket]:
+    """The TCP sockets whose value in ``storage`` begins with ``prefix``, as `list_sockets` lists them.
+
+    Not those that have their value with an MPTCP socket. Raises OSError.
+    """
+    with closing(Diagnostics()) as diagnostics:
+        found = diagnostics.sockets(PROTOCOLS["tcp"], storage, prefix)
+    return [_read("tcp", one) for one in found if one.inode and one.stored is not None]
+
+
 def _with_parent(one: ListedSocket, parents: dict[int, bytes | None]) -> ListedSocket:
     """A subflow of an MPTCP socket with the storage of that socket, which is the one that the program has."""
     if one.protocol != "tcp" or one.inode not in parents:

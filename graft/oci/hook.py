@@ -33,14 +33,17 @@ def attach(path: str, state: bytes) -> str:
 
 
 def reap() -> None:
-    """Remove the rules and records of containers whose cgroup is gone."""
+    """Remove the rules and records of containers whose cgroup is gone, and what others have of their sockets."""
     from graft.datapath.dataplane import is_up
     from graft.model.settings import Settings
+    from graft.state import leftovers
     from graft.state.installation import Installation
 
     settings = Settings.from_environment()
     if is_up(settings):
-        Installation(settings).reap()
+        graft = Installation(settings)
+        with leftovers.closed_after(graft, *(one for one in graft.containers.listing() if not one.exists)):
+            graft.reap()
 
 
 def report(text: str) -> None:

@@ -34,6 +34,7 @@ from graft.oci.state import Message, State
 from graft.policy.model import Policy
 from graft.policy.validator import refuse_without_supervisor
 from graft.splice import client as splice
+from graft.state import leftovers
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.swap.keeper import Keeper, stop_all
@@ -222,7 +223,11 @@ def _cgroup_of(pid: int, plan: Plan) -> Path:
 
 
 def _remove_container(graft: Installation, container: Container) -> None:
-    with contextlib.suppress(GraftError, OSError), graft.transaction() as change:
+    with (
+        contextlib.suppress(GraftError, OSError),
+        leftovers.closed_after(graft, container),
+        graft.transaction() as change,
+    ):
         change.containers.remove(container)  # graftd sees that by itself, if it serves the container
 
 

@@ -9,6 +9,7 @@
     inventory.py       the sockets of containers, as the kernel lists them
     socket_holders.py  which processes have a descriptor of a socket
     withdrawal.py      closes the sockets that a container was granted
+    leftovers.py       closes the sockets that others have of a container that has ended
     helper_process.py  runs system calls that may never return in a child process
     liveness.py        which supervisors are stuck
 

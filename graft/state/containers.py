@@ -6,6 +6,7 @@ its rules are written under a new ruleset number, then one update of the contain
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from graft.datapath import attachments, layout, rulesets
 from graft.datapath.maps import Maps
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
-from graft.kernel import cgroup
+from graft.kernel import bpf, cgroup
 from graft.model.address import shown
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
@@ -196,6 +197,8 @@ class ContainerChanges(Containers):
         value.ruleset, value.flags = new.ruleset, new.flags
         value.bind_default, value.connect_default = new.bind_default, new.connect_default
         self._maps.containers.put(key, value)
+        with contextlib.suppress(OSError):  # no memory: replaced all the same
+            bpf.wait_for_programs()  # a hook that has read the old number finds the old rules whole
         rulesets.erase(self._maps, old)
         self._release_unix(container.id, rulesets.endpoints_of(self._maps, new.ruleset))
         self._endpoints.delete_superseded(new.superseded)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -60,6 +61,21 @@ class Endpoints:
     def netns_path(self, stored: StoredEndpoint) -> Path:
         """A path by which the namespace of an endpoint can be entered."""
         return self._settings.host_netns if stored.endpoint.netns is None else self._netns_pin(stored.id)
+
+    @contextlib.contextmanager
+    def namespaces(self, stored: Sequence[StoredEndpoint]) -> Iterator[list[Path]]:
+        """The namespaces of the host and of these endpoints. Inside the block they can be entered when an endpoint is
+        deleted too.
+        """
+        with contextlib.ExitStack() as opened:
+            paths = [self._settings.host_netns]
+            for one in stored:
+                with contextlib.suppress(OSError):
+                    if one.endpoint.netns is not None:
+                        fd = os.open(self.netns_path(one), os.O_RDONLY | os.O_CLOEXEC)
+                        opened.callback(os.close, fd)
+                        paths.append(Path(f"/proc/{os.getpid()}/fd/{fd}"))
+            yield paths
 
     def _id_of(self, name: str) -> int | None:
         found = self._maps.endpoint_names.get(_key(name))

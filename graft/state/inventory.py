@@ -45,14 +45,7 @@ class HostStack:
 def host_stack(graft: Installation) -> Iterator[HostStack]:
     """The host stack of now. Inside the block a namespace can be entered even if its endpoint is deleted."""
     stored = graft.endpoints.listing()
-    with contextlib.ExitStack() as opened:
-        paths = [graft.settings.host_netns]
-        for one in stored:
-            with contextlib.suppress(OSError):
-                if one.endpoint.netns is not None:
-                    fd = os.open(graft.endpoints.netns_path(one), os.O_RDONLY | os.O_CLOEXEC)
-                    opened.callback(os.close, fd)
-                    paths.append(Path(f"/proc/{os.getpid()}/fd/{fd}"))
+    with graft.endpoints.namespaces(stored) as paths:
         yield HostStack({one.id: one.endpoint for one in stored}, tuple(paths))
 
 

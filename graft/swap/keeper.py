@@ -25,6 +25,7 @@ from graft.kernel.pidfd import has_ended
 from graft.kernel.seccomp import Listener, hung_up
 from graft.model.printable import printable
 from graft.model.settings import Settings
+from graft.state import leftovers
 from graft.state.endpoints import Endpoints
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -163,11 +164,14 @@ def _reap_killed() -> list[int]:
 
 
 def end_container(graft: Installation, container: Container) -> None:
-    """End every process of a container that Graft started, and remove its rules, record and cgroup."""
+    """End every process of a container that Graft started, and remove its rules, record and cgroup.
+
+    What other processes have of its sockets is closed.
+    """
     path = container.cgroup_path
     if path.exists():
         cgroup.kill(path)
-    with graft.transaction() as change:
+    with leftovers.closed_after(graft, container), graft.transaction() as change:
         change.containers.remove(container)
     if path.exists():
         cgroup.remove(path)

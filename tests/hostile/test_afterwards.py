@@ -331,10 +331,11 @@ def held_socket(one: Confined) -> Iterator[socket.socket]:
 
 
 def hears_for_the_dead(host: Host, confine: Confine) -> bool:
-    """Whether who was handed a listener is reached when its container has ended."""
+    """Whether who was handed a listener is reached when its container has ended, and nobody closed it."""
     port = host.port()
     text = f"name: t\nendpoints: {{web: 0.0.0.0:{port}}}\ningress: [{{bind: '*:80', endpoint: web}}]\ndefault: deny\n"
-    one = confine(host, "swap", text, "make", 2, 1, 0, "bind", "0.0.0.0", 80, "listen", "wait")
+    steps = ["make", 2, 1, 0, "bind", "0.0.0.0", 80, "listen", "wait"]
+    one = confine(host, "swap", text, *steps, defence="leftovers")
     one.lines(3)
     # As a process outside that the program hands its socket to.
     with held_socket(one) as sock:

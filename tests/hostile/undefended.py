@@ -32,7 +32,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
-from graft.state import helper_process, inventory, liveness, socket_holders, unix_sockets
+from graft.state import helper_process, inventory, leftovers, liveness, socket_holders, unix_sockets
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
 from graft.swap.decision import Action, Decision, SocketFacts
@@ -126,6 +126,11 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "return 0;",
         ),
         _at_once("connect.bpf.c", "int must_clear_address(struct bpf_sock *sk, struct request *request)", "return 0;"),
+        _at_once(
+            "local_address.bpf.c",
+            "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)",
+            "return 1;",
+        ),
     ),
     # A datagram that was begun goes where its begin was judged to go, whatever the rules say when it ends.
     "begun": (("packet.bpf.c", "\tif (!pending && !(connected", "\tif (pending || !(connected"),),
@@ -133,6 +138,18 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "kept flow": (
         ("packet.bpf.c", "has_kept = protocol == IPPROTO_UDP && read_kept_flow(", "has_kept = 0 && read_kept_flow("),
     ),
+    # Or from where: what an endpoint lent a socket is the socket's.
+    "lent": (
+        _at_once(
+            "local_address.bpf.c",
+            "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)",
+            "return 1;",
+        ),
+        _at_once("local_address.bpf.c", "int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)", "return 0;"),
+    ),
+    "kept source": (("packet.bpf.c", "&kept, netns, &source, own)", "&kept, netns, &source, 0)"),),
+    # Established connections pass with any mark.
+    "mark": (("packet.bpf.c", "state != BPF_TCP_SYN_SENT && !mark &&\n", "state != BPF_TCP_SYN_SENT &&\n"),),
     # A datagram socket that is connected to port 0 is not connected.
     "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
@@ -318,6 +335,12 @@ def _destroy() -> None:
     sockets.can_destroy = lambda release=None: False
 
 
+def _leftovers() -> None:
+    """What others have of a container's sockets is theirs when it has ended."""
+    leftovers.closed_after = lambda graft, *containers: contextlib.nullcontext()  # type: ignore[assignment]
+    leftovers.close_all = lambda graft: None
+
+
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
     sockets.list_sockets = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
@@ -358,6 +381,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "asking": _asking,
     "tags": _tags,
     "destroy": _destroy,
+    "leftovers": _leftovers,
     "listing": _listing,
     "liveness": _liveness,
     "links": _links,

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from graft.datapath import attachments, layout
 from graft.datapath.layout import HookDecision
 from graft.datapath.rulesets import Lookup
+from graft.kernel import bpf
 from graft.kernel.pidfd import pidfd_getfd
 from graft.model.address import BindPattern, Prefix, pack16
 from graft.model.endpoint import Endpoint
@@ -127,6 +128,36 @@ def test_a_process_of_no_container_is_untouched_by_the_rules_of_others(host: Hos
         assert free.say("name", fd) == ["0.0.0.0", port]
         assert tag_of(host, free, fd) is None
         assert free.connect(CLIENT4, 9) == "ECONNREFUSED"
+
+
+def test_old_rules_are_whole_as_long_as_a_hook_may_read_them(
+    host: Host, confine: Confine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = host.endpoint("0.0.0.0:dynamic")
+    container, _ = confine(rules([f"*:80={name}"], [f"0.0.0.0/0={name}"]))
+    key = ctypes.c_uint32(container.id)
+
+    def ruleset() -> int:
+        value = host.maps.containers.get(key)
+        assert value is not None
+        return int(value.ruleset)
+
+    def entries() -> Counter[int]:
+        maps = host.maps
+        return Counter(one.ruleset for table in (maps.ingress, maps.egress, maps.egress_ports) for one in table.keys())  # noqa: SIM118
+
+    old, before = ruleset(), entries()
+    waited = []
+    monkeypatch.setattr(bpf, "wait_for_programs", lambda: waited.append((ruleset(), entries()[old])))
+    graft = host.installation
+    with graft.transaction() as change:
+        change.containers.apply(container, graft.compile(rules([], [f"0.0.0.0/0={name}"])))
+    assert waited == [(ruleset(), before[old])]
+    assert old != ruleset() and before[old] and not entries()[old]
+
+
+def test_programs_are_waited_for() -> None:
+    bpf.wait_for_programs()
 
 
 def test_detaching_takes_effect_at_the_next_call(host: Host, confine: Confine) -> None:

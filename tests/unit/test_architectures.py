@@ -213,6 +213,9 @@ def test_bpf_has_the_kernels_numbers_and_layouts(machine: str) -> None:
     info = {name: f"info.{name}" for name, *_ in bpf._InfoAttr._fields_}
     head = {"lengths": "", "instructions": "", "uid": "created_by_uid", "maps": "nr_map_ids"}
     values = {
+        "BPF_MAP_CREATE": bpf._MAP_CREATE,
+        "BPF_MAP_TYPE_ARRAY": bpf._ARRAY,
+        "BPF_MAP_TYPE_ARRAY_OF_MAPS": bpf._ARRAY_OF_MAPS,
         "BPF_MAP_LOOKUP_ELEM": bpf._MAP_LOOKUP_ELEM,
         "BPF_MAP_UPDATE_ELEM": bpf._MAP_UPDATE_ELEM,
         "BPF_MAP_DELETE_ELEM": bpf._MAP_DELETE_ELEM,
@@ -240,6 +243,7 @@ def test_bpf_has_the_kernels_numbers_and_layouts(machine: str) -> None:
         "BPF_LD | BPF_DW | BPF_IMM": helpers._WIDE,
         "sizeof(struct bpf_insn)": helpers._INSTRUCTION.size,
         **members("union bpf_attr", bpf._ElemAttr, {"pad": ""}),
+        **members("union bpf_attr", bpf._CreateAttr),
         **members("union bpf_attr", bpf._ObjAttr),
         **members("union bpf_attr", bpf._AttachAttr),
         **members("union bpf_attr", bpf._QueryAttr, query),

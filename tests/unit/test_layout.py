@@ -74,7 +74,10 @@ CONSTANTS = {
 }
 
 C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES"}
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), or limit a loop (bpf/connect.bpf.c)."""
+C_ONLY |= {"GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT"}
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), limit a loop (bpf/connect.bpf.c), or
+are of what only the hooks read of a tag.
+"""
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,83 @@
+"""Closes what outlives a container: its sockets on the host's stack that another process was handed.
+
+They reach nobody (bpf/packet.bpf.c), but would keep their endpoints' ports. `graft detach` looks for all of a
+container's sockets (graft/state/withdrawal.py); this runs at the end of every container, nearly always in vain: one
+listing of the TCP sockets, by their tags, without a search for their processes. What cannot be closed by a request to
+the kernel stays: UDP and MPTCP sockets, those that are only bound, and all where a request could block others (before
+6.9).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from graft.datapath import layout
+from graft.kernel import bpf, netns, sockets
+from graft.kernel.sockets import ListedSocket
+from graft.model.transport import Home, Transport
+from graft.state.installation import Installation
+from graft.state.records import Container
+
+_ROUNDS = 3  # whoever has a listener may accept what waits there until that is closed
+_TIMEOUT, _LONGEST = 1.0, 3.0  # seconds, of each; a socket that is locked is left
+
+Left = tuple[Path, ListedSocket]
+"""A socket, and the path of its namespace."""
+
+
+@contextlib.contextmanager
+def closed_after(graft: Installation, *containers: Container) -> Iterator[None]:
+    """Close what is left of ``containers``, which have ended and which the block removes."""
+    numbers = {one.id for one in containers if one.transport is not Transport.SPLICE}
+    if not numbers or not sockets.can_destroy():
+        yield
+        return
+    with graft.endpoints.namespaces(graft.endpoints.listing()) as paths:  # the block may remove endpoints
+        yield
+        for number in numbers:
+            prefix = bytes(layout.Tag(container=number))[: layout.Tag.endpoint.offset]
+            _close(graft, paths, prefix, lambda _: True)
+
+
+def close_all(graft: Installation) -> None:
+    """Close what is left of every container, and what those with a supervisor have: before the hooks are removed."""
+    if not sockets.can_destroy():
+        return
+    others = {key.value for key, value in graft.maps.containers.items() if not Transport(value.transport).is_supervised}
+    with graft.endpoints.namespaces(graft.endpoints.listing()) as paths:
+        _close(graft, paths, b"", lambda tag: tag.container not in others)
+
+
+def _close(graft: Installation, paths: Sequence[Path], prefix: bytes, is_left: Callable[[layout.Tag], bool]) -> None:
+    with contextlib.suppress(OSError):
+        storage = bpf.obj_get(graft.settings.pin_dir / "tags")
+        try:
+            for _ in range(_ROUNDS):
+                left = _find(storage, paths, prefix, is_left)
+                if not left:
+                    return
+                from graft.state import helper_process  # nearly never needed
+
+                helper_process.run_each(_destroy, left, timeout=_TIMEOUT, longest=_LONGEST)
+        finally:
+            os.close(storage)
+
+
+def _find(storage: int, paths: Sequence[Path], prefix: bytes, is_left: Callable[[layout.Tag], bool]) -> list[Left]:
+    listed: dict[int, list[Left]] = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError), netns.entered(path):
+            cookie = netns.cookie()
+            if cookie not in listed:
+                listed[cookie] = [(path, one) for one in sockets.list_tcp(storage, prefix)]
+    tagged = [(one, layout.Tag.from_buffer_copy(one[1].stored or b"")) for found in listed.values() for one in found]
+    return [one for one, tag in tagged if tag.home == Home.HOST and is_left(tag)]
+
+
+def _destroy(left: Left) -> None:
+    path, one = left
+    with contextlib.suppress(OSError), netns.entered(path):
+        sockets.destroy(one)
