@@ -33,6 +33,7 @@ ENDPOINTS = (
     Endpoint("w6", "::", 25006),
     Endpoint("d6", "::", 25007, "any", True),
     Endpoint("u1", "0.0.0.0", 25008, "udp"),
+    Endpoint("r4", "0.0.0.0", 25024, last=25026),
     Endpoint("y4", "0.0.0.0", 0),
     Endpoint("o4", "0.0.0.0", 0),
     Endpoint("a4", HOST4, 0),
@@ -48,8 +49,8 @@ DENIES: dict[Transport, tuple[float, float]] = {
     "splice": (0.1, 0.6),
 }
 """How often binds, and connects, that no rule names are denied. A born container's policy leaves nothing inside."""
-SERVERS = ("w1", "w2", "w3", "w6", "d6", "u1", "y4")
-SOURCES = {4: ("o4", "a4", "f4"), 6: ("o6", "a6")}
+SERVERS = ("w1", "w2", "w3", "w6", "d6", "u1", "r4", "y4")
+SOURCES = {4: ("o4", "a4", "f4", "r4"), 6: ("o6", "a6")}
 NEAR = {4: ("0.0.0.0", "127.0.0.1", HOST4), 6: ("::", "::1", HOST6, "::ffff:0.0.0.0", f"::ffff:{HOST4}")}
 FAR = {
     4: (CLIENT4, CLIENT4, CLIENT4, HOST4, OTHER4, "127.0.0.1", "127.9.9.9", "0.0.0.0", "10.98.0.255", "224.0.0.251"),
@@ -181,7 +182,12 @@ class Generator:
         names = [name for name in SERVERS if (6 if name in ("w6", "d6") else 4) == family]
         if self._transport == "born":
             names = [name for name in names if name != "w6"]
-        return Ingress(address, first, last, self._chance.choice(names))
+        name = self._chance.choice(names)
+        if name == "y4" and self._transport != "splice" and self._chance.random() < 0.5:
+            first = last = 0
+        if name == "r4":
+            last = first + 2
+        return Ingress(address, first, last, name)
 
     def _egress(self, family: int, to: str) -> Egress:
         chance = self._chance
@@ -206,7 +212,12 @@ class Generator:
         chosen = chance.choice(mine)
         if kind == "delete":
             return [Change("delete", name=chosen.name)]
-        return [Change("move", endpoint=replace(chosen, port=chosen.port and chosen.port ^ 32))]
+        return [
+            Change(
+                "move",
+                endpoint=replace(chosen, port=chosen.port and chosen.port ^ 32, last=chosen.last and chosen.last ^ 32),
+            )
+        ]
 
     # ---- the program
 
@@ -271,8 +282,9 @@ class Generator:
         named = [one for one in self._policy.ingress if one.address == "*" or (":" in one.address) == (family == 6)]
         if named and chance.random() < 0.6:
             rule = chance.choice(named)
-            return f"bind {slot} {NEAR[family][0] if rule.address == '*' else rule.address} {rule.first}"
-        port = chance.choice((*ASKED * 4, 0, *FOREIGN, 25001, 25002, 25010, 40000, 8004))
+            port = chance.randint(rule.first, rule.last)
+            return f"bind {slot} {NEAR[family][0] if rule.address == '*' else rule.address} {port}"
+        port = chance.choice((*ASKED * 4, 0, 0, *FOREIGN, 25001, 25002, 25010, 25024, 25025, 40000, 8004))
         address = chance.choice((*(NEAR[family][0],) * 4, *NEAR[family], OTHER6 if family == 6 else OTHER4))
         return f"bind {slot} {address} {port}"
 

@@ -13,19 +13,22 @@ TRANSPORTS: tuple[Transport, ...] = ("swap", "born", "direct", "splice")
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An address of the host's; ``port`` 0: dynamic. ``protocol``: tcp, udp or any."""
+    """An address of the host's; ``port`` 0: dynamic; ``last``: of a range of ports, 0: it is one. ``protocol``: tcp,
+    udp or any.
+    """
 
     name: str
     address: str
     port: int
     protocol: str = "any"
     dual_stack: bool = False
+    last: int = 0
 
     @property
     def spec(self) -> str:
         """As Graft wants it."""
         host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"{host}:{self.port or 'dynamic'}"
+        return f"{host}:{self.port or 'dynamic'}" + (f"-{self.last}" if self.last else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ leave something open, the wider reading is taken: the judge says only what is su
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
@@ -41,7 +42,8 @@ def stands_at(endpoint: Endpoint, address: str, port: int) -> bool:
     """Whether a packet or a socket with that own address is the endpoint's. One at no address has all of its family."""
     same = endpoint.address == address or (is_any(endpoint.address) and (":" in endpoint.address) == (":" in address))
     both = endpoint.address == "::" and endpoint.dual_stack
-    return (same or both) and (port == endpoint.port if endpoint.port else port in KERNELS_CHOICE)
+    last = endpoint.last or endpoint.port
+    return (same or both) and (endpoint.port <= port <= last if endpoint.port else port in KERNELS_CHOICE)
 
 
 def _meets(world: World, rule: Ingress, protocol: str, address: str, port: int) -> bool:
@@ -65,11 +67,19 @@ def bind_rules(world: World, protocol: str, address: str, port: int) -> list[Ing
 
 
 def bind_outcomes(world: World, protocol: str, address: str, port: int) -> list[Endpoint]:
-    """What a bind may become. For ``[::]`` also what one of 0.0.0.0 becomes, if no IPv6 rule grants it."""
+    """What a bind may become; of a range, one port. For ``[::]`` also what one of 0.0.0.0 becomes, if no IPv6 rule
+    grants it.
+    """
     found = bind_rules(world, protocol, address, port)
     if not found and address == "::":
         found = bind_rules(world, protocol, "0.0.0.0", port)
-    return [one for one in (world.endpoint(rule.endpoint) for rule in found) if one]
+    outcomes = ((rule, world.endpoint(rule.endpoint)) for rule in found)
+    return [_at_its_port(one, rule, port) for rule, one in outcomes if one]
+
+
+def _at_its_port(endpoint: Endpoint, rule: Ingress, port: int) -> Endpoint:
+    """What one port of a rule becomes."""
+    return replace(endpoint, port=endpoint.port + port - rule.first, last=0) if endpoint.last else endpoint
 
 
 def speaks_of(rule: Egress, protocol: str, address: str, port: int) -> bool:

@@ -189,6 +189,26 @@ def test_a_bind_becomes_what_its_own_rule_says() -> None:
     assert [one.rule for one in judge(seen(world, events=events, sockets=(listener(),)))] == ["ports"]
 
 
+RANGE = Endpoint("range", "0.0.0.0", 25024, last=25026)
+RANGED = World((RANGE, OUT), Policy((Ingress("*", 80, 82, "range"),)))
+
+
+def test_a_bind_becomes_the_one_port_of_a_range_that_is_its_own() -> None:
+    assert RANGE.spec == "0.0.0.0:25024-25026"
+    events = (call("bind 0 0.0.0.0 81"),)
+    assert judge(seen(RANGED, events=events, sockets=(listener(port=25025),))) == []
+    for other in (25024, 25026):
+        found = judge(seen(RANGED, events=events, sockets=(listener(port=other),)))
+        assert [one.rule for one in found] == ["ports"]
+
+
+def test_a_rule_for_port_0_is_for_binds_of_port_0() -> None:
+    world = World((replace(OUT, address="0.0.0.0"),), Policy((Ingress("*", 0, 0, "out"),)))
+    for port, rule in ((0, []), (80, ["ports"])):
+        events = (call(f"bind 0 0.0.0.0 {port}"),)
+        assert [one.rule for one in judge(seen(world, events=events, sockets=(listener(port=40000),)))] == rule
+
+
 def test_a_strangers_datagram_may_reach_only_a_socket_bound_to_an_endpoint() -> None:
     one = Datagram(50, (CLIENT4, 61001), (HOST4, 25001), 1)
     bound = call("bind 0 0.0.0.0 80")
