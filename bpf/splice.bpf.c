@@ -80,12 +80,17 @@ static __always_inline void record_arrival(struct bpf_sock_ops *ctx, struct bpf_
 
 static __always_inline void take_arrival(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
+	struct scope *scope = scopes.get_local_storage(0);
 	struct crossing *found, *own;
 	struct arrival key;
 
 	read_arrival_key(ctx, 0, &key);
 	found = arrivals.lookup(&key);
 	if (!found)
+		return;
+	/* A client is for its container only: in a shared namespace the port may be another one's since. The entry stays,
+	 * and graftd resets the connection (graft/splice/inbound.py). */
+	if (found->role == GRAFT_CROSSING_DIALING && found->container != scope->container)
 		return;
 	own = crossings.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (own) {

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -227,6 +227,7 @@ class Crossing(enum.IntEnum):
     ACCEPTED = 2
     REDIRECTED = 3
     RELAYED = 4
+    LISTENER = 5
 
 
 class RelayValue(ctypes.Structure):
@@ -269,6 +270,10 @@ class FlowValue(ctypes.Structure):
         ("left", ctypes.c_uint64),
         ("first", ctypes.c_uint32),
         ("started", ctypes.c_uint32),
+        ("mark", ctypes.c_uint32),
+        ("segments", ctypes.c_uint32),
+        ("earlier", ctypes.c_uint32),
+        ("zero", ctypes.c_uint32),
     )
 
 

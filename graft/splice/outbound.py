@@ -71,6 +71,9 @@ class OutboundRelay:
         self._lookup = Lookup(maps)
         self._key = ctypes.c_uint32(resources.number)
         socks = container_netns.run(make_listeners)
+        for sock in socks:  # the connect hook redirects to a listener that has this mark, and to no other
+            mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
+            maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
         self.port = int(socks[0].getsockname()[1])
         self.acceptors = [Acceptor(resources, sock, self._connect_far, sockmap) for sock in socks]
         maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(socks) > 1))
