@@ -109,6 +109,11 @@ class OutboundRelay:
             raise
         return far
 
+    @property
+    def lost(self) -> bool:
+        """Whether somebody in the container's namespace closed a listener."""
+        return any(acceptor.lost for acceptor in self.acceptors)
+
     def stop(self) -> None:
         """Stop listening, and remove the entry in `relays`. Connections stay."""
         self._maps.relays.delete(self._key)

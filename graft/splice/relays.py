@@ -16,9 +16,11 @@ from graft.datapath.rulesets import Lookup
 from graft.errors import GraftError
 from graft.kernel.sockdiag import Diagnostics
 from graft.model.endpoint import Protocol
+from graft.splice.far_check import FarCheck
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
 from graft.splice.listeners import cgroup_ids, collect_listeners
+from graft.splice.log import log
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
 from graft.splice.outbound import OutboundRelay
@@ -54,16 +56,31 @@ class Relays:
         self._published: dict[Publication, InboundRelay] = {}
         self._errors: dict[Publication, str] = {}
         self._plan: PublicationPlan | None = None
+        self._check_far = FarCheck(maps, container_netns)
+        self._was_lost = False
         try:
             self._diagnostics = container_netns.run(Diagnostics)
             try:
-                self._outbound = OutboundRelay(resources, maps, container_netns, namespaces, sockmap)
+                self._outbound = self._make_outbound()
             except BaseException:
                 self._diagnostics.close()
                 raise
         except BaseException:
             container_netns.close()
             raise
+
+    def _make_outbound(self) -> OutboundRelay:
+        return OutboundRelay(self._resources, self._maps, self._container_netns, self._namespaces, self._sockmap)
+
+    def _replace_lost(self) -> Stepwise[None]:
+        """Make listeners again that somebody else closed."""
+        if self._outbound.lost:
+            if not self._was_lost:  # once: the container may do it again and again
+                log(f"{self.container.name}: somebody closed its relay's listener; it is made again")
+            self._was_lost = True
+            self._outbound.stop()
+            self._outbound = self._make_outbound()
+        yield from self._withdraw(lambda key: self._published[key].acceptor.lost)
 
     def set_sockmap(self, sockmap: Sockmap | None) -> None:
         """Relay new connections by ``sockmap`` from now on; None: by splice(2)."""
@@ -78,6 +95,7 @@ class Relays:
 
     def update(self) -> Stepwise[None]:
         """Publish what the container listens on now, and withdraw the rest. Raises OSError, NotFoundError."""
+        yield from self._replace_lost()
         plan = self._plan = yield from self._make_plan()
         wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
@@ -97,6 +115,7 @@ class Relays:
         while True:
             before = self._ruleset()
             cgroups = yield from cgroup_ids(self.container.cgroup_path, self.container.cgroup_id)
+            self._check_far.cgroups = cgroups
             lookup = partial(self._endpoint, before)
             plan = PublicationPlan(cgroups, lookup, self._resources.max_listeners, self._published.keys())
             try:
@@ -130,7 +149,7 @@ class Relays:
         self._errors.pop(wanted, None)
         self._resources.descriptors.take()
         self._published[wanted] = InboundRelay(
-            self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap
+            self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap, self._check_far
         )
 
     def _listen(self, wanted: Publication, endpoint_netns: NamespaceSockets) -> tuple[socket.socket, int]:
@@ -165,6 +184,7 @@ class Relays:
             for connection in list(itertools.islice(self._resources.connections, _STEP_RESETS)):
                 connection.reset()
             yield
+        self._check_far.close()
         self._diagnostics.close()
         self._container_netns.close()
 
