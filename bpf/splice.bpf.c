@@ -16,6 +16,9 @@
  *   which is before accept() can return it. A connecting socket that is never accepted removes its entry when it
  *   closes. A socket of any other connection finds no entry, and keeps its own peer.
  *
+ *   In: only a socket of the client's own container takes the arrival. Out: the connect hook redirects to a listener that
+ *   has a crossing as its mark (LISTENER).
+ *
  *   This file is compiled together with the others, and attached only to the relays' cgroup and to
  *   containers of this transport.
  */

@@ -210,6 +210,7 @@ def _turns() -> None:
         return jobs.Job(loop, owner, in_one_step(steps), done)
 
     vars(container_service)["Job"] = job
+    _slow_calls()  # else the container would wait after each
 
 
 def _slow_calls() -> None:
