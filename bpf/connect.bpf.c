@@ -37,6 +37,41 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct request 
 	return ip[0] == local.ip[0] && ip[1] == local.ip[1] && ip[2] == local.ip[2] && ip[3] == local.ip[3];
 }
 
+/* Whether a redirected connection goes to ::1, and not to 127.0.0.1. */
+static __always_inline int goes_to_ip6_relay(struct bpf_sock_addr *ctx, struct request *request)
+{
+	return ctx->user_family == AF_INET6 && !request->mapped && request->relay->six;
+}
+
+/* Whether what listens at the relay's port is the relay of this container. graftd marks its listeners with what only
+ * root can write: anybody in the namespace may have taken the port since, if graftd was killed or its listener closed. */
+static __always_inline int relay_listens(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
+{
+	struct bpf_sock_tuple to = {};
+	struct crossing *mark;
+	struct bpf_sock *sk;
+	int ours;
+
+	/* From port 0: the kernel finds no connection, only who listens. */
+	if (goes_to_ip6_relay(ctx, request)) {
+		to.ipv6.daddr[3] = bpf_htonl(1);
+		to.ipv6.saddr[3] = bpf_htonl(1);
+		to.ipv6.dport = bpf_htons(request->relay->port);
+		sk = bpf_skc_lookup_tcp(ctx, &to, sizeof(to.ipv6), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		to.ipv4.daddr = bpf_htonl(0x7f000001);
+		to.ipv4.saddr = bpf_htonl(0x7f000001);
+		to.ipv4.dport = bpf_htons(request->relay->port);
+		sk = bpf_skc_lookup_tcp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return 0;
+	mark = crossings.sk_storage_get(sk, 0, 0);
+	ours = mark && mark->role == GRAFT_CROSSING_LISTENER && mark->container == owner->id;
+	bpf_sk_release(sk);
+	return ours;
+}
+
 /* Transport splice, and unix sockets: a granted connection goes to Graft's relay inside the container's namespace, which
  * connects from the endpoint, or to the unix socket; the requested destination is stored with the socket. */
 static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
@@ -45,7 +80,8 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *own
 	u64 ids;
 
 	request->relay = relays.lookup(&owner->id);
-	if (!request->relay) {
+	if (!request->relay || !relay_listens(ctx, owner, request)) {
+		request->relay = 0;
 		/* No daemon serves this container now. Passed, the connection would take a route that the
 		 * operator did not intend. */
 		return refuse_with(ECONNREFUSED);
@@ -253,7 +289,7 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	read_request6(ctx, &request);
 	from = decide_destination(ctx, &request, &verdict, 0);
 	if (request.relay) {
-		write_loopback6(ctx, !request.mapped && request.relay->six);
+		write_loopback6(ctx, goes_to_ip6_relay(ctx, &request));
 		ctx->user_port = bpf_htons(request.relay->port);
 		return PASS;
 	}

@@ -237,6 +237,7 @@ struct relay {
 #define GRAFT_CROSSING_ACCEPTED 2   /* a container's, accepted from a relay: its client */
 #define GRAFT_CROSSING_REDIRECTED 3 /* a container's, redirected to the relay: the requested destination */
 #define GRAFT_CROSSING_RELAYED 4    /* a relay's, accepted from a container: the requested destination */
+#define GRAFT_CROSSING_LISTENER 5   /* a relay's, listening for a container's redirected connections: no address */
 
 /* `crossings`: socket storage, the remote end of a relayed connection. */
 struct crossing {
@@ -267,6 +268,10 @@ struct flow {
 	__u64 left;      /* with the source, for graftd to relay */
 	__u32 first;     /* the target's write_seq when nothing had been moved */
 	__u32 started;
+	__u32 mark;      /* how many bytes had come when `segments` was 0 last */
+	__u32 segments;  /* that the kernel has moved since */
+	__u32 earlier;   /* and before: what is queued is of these two */
+	__u32 zero;
 };
 
 /* What a hook decided (counter_key.decision). */

@@ -15,7 +15,8 @@
  *
  *   What the program redirects is taken from the source at once and queued, without limit and without stopping
  *   the sender, until the target's buffer has room. So it is counted here: a target that is behind
- *   by GRAFT_MAX_BEHIND bytes gets no more from the kernel. From then on bytes are left with the source, whose
+ *   by GRAFT_MAX_BEHIND bytes, or by GRAFT_MAX_SEGMENTS segments (each takes a kilobyte of the kernel's memory, though it
+ *   be of one byte), gets no more from the kernel. From then on bytes are left with the source, whose
  *   window closes; an event wakes graftd (`flow_events`), which waits until the queue is empty, relays what was
  *   left, and writes to `flow_taken` how much that was. When that is all of it, and not before, the kernel
  *   continues: the order of bytes depends only on these counts, which change under the source's lock.
@@ -51,10 +52,23 @@ static inline int leave_with_source(u64 key, struct flow *flow, u64 taken, u32 l
 	return SK_PASS;
 }
 
+/* How many segments may be queued. Which of them were sent cannot be seen, only how many bytes. So they are counted in
+ * two parts: when the target has been sent all that had come when the second part began, the first part is sent.
+ */
+static inline u32 queued_segments(struct flow *flow, u32 came, u32 sent)
+{
+	if ((s32)(sent - flow->mark) >= 0) {
+		flow->earlier = sent == came ? 0 : flow->segments;
+		flow->segments = 0;
+		flow->mark = came;
+	}
+	return flow->earlier + flow->segments;
+}
+
 int graft_flow(struct __sk_buff *skb)
 {
 	u64 key = bpf_get_socket_cookie(skb);
-	u32 len = skb->len, written = 0;
+	u32 len = skb->len, written = 0, came, sent;
 	struct flow *flow;
 	struct bpf_sock *target;
 	u64 taken = 0, *recorded;
@@ -83,10 +97,13 @@ int graft_flow(struct __sk_buff *skb)
 		flow->started = 1;
 		flow->first = written;
 	}
-	if (flow->left != taken ||
-	    (s32)((u32)(flow->moved + taken) - (written - flow->first)) > GRAFT_MAX_BEHIND)
+	came = flow->moved + taken;
+	sent = written - flow->first;
+	if (flow->left != taken || (s32)(came - sent) > GRAFT_MAX_BEHIND ||
+	    queued_segments(flow, came, sent) >= GRAFT_MAX_SEGMENTS)
 		return leave_with_source(key, flow, taken, len);
 	flow->moved += len;
+	flow->segments++;
 	/* To the target's send queue (no BPF_F_INGRESS): its receive queue is slower by two orders of magnitude. */
 	return flow_targets.sk_redirect_hash(skb, &key, 0);
 }

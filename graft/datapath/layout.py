@@ -231,6 +231,7 @@ class Crossing(enum.IntEnum):
     ACCEPTED = 2
     REDIRECTED = 3
     RELAYED = 4
+    LISTENER = 5
 
 
 class RelayValue(ctypes.Structure):
@@ -275,6 +276,10 @@ class FlowValue(ctypes.Structure):
         ("left", ctypes.c_uint64),
         ("first", ctypes.c_uint32),
         ("started", ctypes.c_uint32),
+        ("mark", ctypes.c_uint32),
+        ("segments", ctypes.c_uint32),
+        ("earlier", ctypes.c_uint32),
+        ("zero", ctypes.c_uint32),
     )
 
 

@@ -74,6 +74,7 @@ FLOW_EVENT_PAGES = 256
 RELAY_SIZES = {
     "GRAFT_MAX_FLOWS": 65536,
     "GRAFT_MAX_BEHIND": 1 << 20,
+    "GRAFT_MAX_SEGMENTS": 2048,  # as many as GRAFT_MAX_BEHIND has in segments of an Ethernet's size, twice
     "GRAFT_FLOW_EVENT_PAGES": FLOW_EVENT_PAGES,
 }
 

@@ -25,12 +25,13 @@ from typing import Any
 NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_REQUEST_DUMP, _REQUEST_ACK = 0x1 | 0x300, 0x1 | 0x4
+_REQUEST_ONE, _REQUEST_DUMP, _REQUEST_ACK = 0x1, 0x1 | 0x300, 0x1 | 0x4
 _TCP_LISTEN = 10
 _THE_KERNEL = 0  # its port id (netlink(7))
 _PIECE_BYTES = 8192  # enough for one message of any page size (NLMSG_GOODSIZE): 65 listeners
 _LARGE_BYTES = 1 << 16
 _EVERY_STATE = 0xFFFFFFFF
+_NO_COOKIE = b"\xff" * 8  # INET_DIAG_NOCOOKIE
 IPPROTO_MPTCP = 262
 # INET_DIAG_*: attributes of a listed socket; the last since 5.9
 _SKV6ONLY, _SK_BPF_STORAGES, _CGROUP_ID = 11, 20, 21
@@ -124,6 +125,19 @@ class Diagnostics:
                 with _refusing():
                     found = [parse_listener(message) for message in piece]
                 yield found
+
+    def listener_at(self, family: socket.AddressFamily, address: str, port: int) -> ListeningSocket | None:
+        """Which listener of the namespace a connection to that address reaches. Raises OSError."""
+        local = socket.inet_pton(family, address).ljust(16, b"\0")
+        # From no port: the kernel finds no connection then, only who listens (inet_diag_find_one_icsk).
+        sockid = struct.pack("!HH", port, 0) + local + bytes(20) + _NO_COOKIE
+        self._send(_SOCK_DIAG_BY_FAMILY, _REQUEST_ONE, _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0, sockid))
+        try:
+            with _refusing():
+                found, _ = _answered(self._sock.recv(_PIECE_BYTES))
+                return parse_listener(found[0]) if found else None
+        except FileNotFoundError:
+            return None
 
     def sockets(self, protocol: int, storage: int, prefix: bytes = b"") -> list[FoundSocket]:
         """Every socket of a protocol, with its value in the socket storage map ``storage`` (a descriptor).

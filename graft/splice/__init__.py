@@ -10,6 +10,7 @@
 
     event_loop.py   the event loop
     turns.py        which owner's call is made next (pure)
+    slow_calls.py   owners whose calls are slow wait
     jobs.py         work that takes more than one turn
     background.py   calls that block, made in threads
     shares.py       how much of something limited each container may have (pure)
@@ -20,6 +21,7 @@
     publication.py  which listeners are published, and which address is dialled for each (pure)
     listeners.py    what a container listens on, found in steps
     acceptor.py     a listener of the daemon, which accepts while there is room
+    far_check.py    whether a dialled connection came to the container, and to nobody else
     inbound.py      a listener on an endpoint
     unix_endpoint.py  a unix socket of the host in the place of either endpoint
     waiting.py      an accepted connection whose unix socket has no room yet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 from collections.abc import Callable
@@ -27,13 +28,22 @@ class Acceptor:
 
     ``connect_far`` makes a socket that connects to the far end, for an accepted socket and its peer's address. Where
     it returns None, or raises OSError or GraftError, the accepted connection is reset; BlockingIOError: the far end has
-    no room now. ``sockmap`` is the relay in the kernel, for TCP, None to relay by splice(2).
+    no room now. ``sockmap`` is the relay in the kernel, for TCP, None to relay by splice(2). ``check_far`` as for a
+    Connection.
     """
 
     def __init__(
-        self, resources: ContainerResources, sock: socket.socket, connect_far: ConnectFar, sockmap: Sockmap | None
+        self,
+        resources: ContainerResources,
+        sock: socket.socket,
+        connect_far: ConnectFar,
+        sockmap: Sockmap | None,
+        check_far: Callable[[socket.socket], bool] | None = None,
     ) -> None:
         self._resources, self._sock, self._connect_far = resources, sock, connect_far
+        self._check_far = check_far
+        self.lost = False
+        """Whether somebody else closed it: a user with CAP_NET_ADMIN over its network namespace can."""
         self.sockmap = sockmap
         self.connections: set[Connection] = set()
         self.served = 0
@@ -63,12 +73,18 @@ class Acceptor:
             except BlockingIOError:
                 self._resources.release_connection()
                 return
-            except OSError:  # no descriptor, or no memory
+            except OSError as error:
                 self._resources.release_connection()
+                if error.errno == errno.EINVAL:  # it does not listen (any more)
+                    self.lost = True
+                    return
+                # no descriptor, or no memory
                 self._waiting = True
                 self._resources.after(_RETRY_SECONDS, self.accept)
                 return
             self._relay(near, peer)
+            if self._resources.loop.turn_is_over():
+                break
         self._resources.later(self.accept)
 
     def _relay(self, near: socket.socket, peer: PeerAddress) -> None:
@@ -95,12 +111,14 @@ class Acceptor:
             return False
         self.served += 1
         sockmap = None if socket.AF_UNIX in (near.family, far.family) else self.sockmap
-        Connection(self._resources, self.connections, near, far, sockmap)
+        Connection(self._resources, self.connections, near, far, sockmap, self._check_far)
         return True
 
     def close(self) -> None:
-        """Stop listening: the address is free when this returns. Connections in the backlog are still relayed."""
-        for _ in range(_LAST_ACCEPTS):
+        """Stop listening: the address is free when this returns. Connections in the backlog are still relayed, unless
+        that would take long.
+        """
+        for _ in range(0 if self._resources.loop.is_slow(self._resources.number) else _LAST_ACCEPTS):
             if not self._resources.reserve_connection():
                 break
             try:

@@ -26,13 +26,16 @@ not take a flow, splice(2) continues. A side is then watched only for the events
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import struct
+import time
+from collections.abc import Callable
 
 from graft.splice.kernel_flow import KernelFlow
-from graft.splice.pipes import PIPE_BYTES, Pipe
+from graft.splice.pipes import Pipe
 from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
 
@@ -44,7 +47,8 @@ _DATA_EVENTS = select.EPOLLIN | select.EPOLLPRI  # each packet is an event for a
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _CLOSE_WITHOUT_RESET = struct.pack("ii", 0, 0)
 _PIPES_PER_TURN = 2
-_PUMPS_AFTER_ERROR = 4  # for what a side sent before its error: together more than its queue can have (tcp_rmem)
+_ERROR_SECONDS = 0.02  # for what a side sent before its error
+_MOVES_AFTER_ERROR = 8  # for what a side sent before its error: together more than its queue can have (tcp_rmem)
 _COPY_BYTES = 65536
 _SMALL_BYTES = 16384  # a read of no more than this is a small message
 
@@ -125,12 +129,22 @@ class Side:
         self.writable = True
         self.flow_to.source.update_events()
         if not self.established:
+            if not self._is_whose_it_should_be():
+                self.connection.reset()
+                return
             self.established = True
             self.flow_to.try_handover()
             self.flow_from.try_handover()
         flow = self.flow_to
         if flow.in_pipe or flow.eof or flow.source.readable or flow.kernel_flow is not None:
             flow.pump()
+
+    def _is_whose_it_should_be(self) -> bool:
+        check = self.connection.check_far
+        try:
+            return check is None or check(self.sock)
+        except OSError:
+            return False
 
 
 class Flow:
@@ -184,12 +198,25 @@ class Flow:
                 self.kernel_flow.advance()
                 return
             for _ in range(_PIPES_PER_TURN):
-                if not (self._drain_pipe() and self._read_source()):
+                if not self._move():
                     self.try_handover()
                     return
+                if self.connection.loop.turn_is_over():
+                    break
             self.connection.resources.later(self.pump)
         except OSError:
             self.connection.reset()
+
+    def _move(self) -> bool:
+        """Move once what is there. False where one of the sides has to be waited for."""
+        return self._drain_pipe() and (bool(self.in_pipe) or self._read_source())
+
+    def move_after_error(self) -> None:
+        """Move what the source has sent, though it failed."""
+        until = time.monotonic() + _ERROR_SECONDS
+        for _ in range(_MOVES_AFTER_ERROR):
+            if self.shut or self.connection.closed or time.monotonic() > until or not self._move():
+                return
 
     def try_handover(self) -> None:
         """Hand the flow over to the kernel, if that is wanted and worthwhile, and no data is half read."""
@@ -211,17 +238,19 @@ class Flow:
         self.kernel_flow.start()
 
     def _drain_pipe(self) -> bool:
-        """Move what is in the pipe to the target. False where the target is full."""
+        """Move what is in the pipe to the target, or as much as the turn allows. False where the target is full."""
         target, pipe = self.target, self.pipe
         while self.in_pipe:
             if not target.writable:
                 return False
             assert pipe is not None
             try:
-                self.in_pipe -= os.splice(pipe.read, target.fd, self.in_pipe)
+                self.in_pipe -= os.splice(pipe.read, target.fd, min(self.in_pipe, self.connection.resources.move_bytes))
             except BlockingIOError:
                 self.wait_for_target()
                 return False
+            if self.in_pipe and self.connection.loop.turn_is_over():
+                break
         return True
 
     def wait_for_target(self) -> None:
@@ -245,7 +274,7 @@ class Flow:
             self._return_pipe()
             return self._copy()
         try:
-            got = os.splice(source.fd, pipe.write, PIPE_BYTES)
+            got = os.splice(source.fd, pipe.write, self.connection.resources.move_bytes)
         except BlockingIOError:
             source.readable = False
             self._return_pipe()
@@ -326,7 +355,7 @@ class Connection:
     Until it is closed, it is in ``registry`` and in ``resources.connections``. The caller has reserved its descriptors.
     """
 
-    __slots__ = ("closed", "failing", "far", "loop", "near", "registry", "resources", "sockmap")
+    __slots__ = ("check_far", "closed", "failing", "far", "loop", "near", "registry", "resources", "sockmap")
 
     def __init__(
         self,
@@ -335,11 +364,14 @@ class Connection:
         near: socket.socket,
         far: socket.socket,
         sockmap: Sockmap | None = None,
+        check_far: Callable[[socket.socket], bool] | None = None,
     ) -> None:
         """``near`` is accepted, ``far`` is connecting; both are non-blocking and have the options of relayed sockets.
 
-        ``sockmap`` is the relay in the kernel, None to relay by splice(2).
+        ``sockmap`` is the relay in the kernel, None to relay by splice(2). ``check_far`` is called when ``far`` is
+        connected: where it returns False, or raises OSError, the connection is reset.
         """
+        self.check_far = check_far
         self.resources, self.loop, self.registry, self.sockmap = resources, resources.loop, registry, sockmap
         self.closed = self.failing = False
         self.near, self.far = Side(self, near, True), Side(self, far, False)
@@ -360,8 +392,9 @@ class Connection:
         if flow.kernel_flow is not None and not flow.shut:
             flow.kernel_flow.fail()
             return
-        for _ in range(_PUMPS_AFTER_ERROR if side.established else 0):
-            flow.pump()
+        if side.established:
+            with contextlib.suppress(OSError):
+                flow.move_after_error()
         self.reset()
 
     def finish(self) -> None:

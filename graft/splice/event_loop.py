@@ -4,7 +4,11 @@ Every call has an owner: a container, by its number, or the daemon itself. While
 the order in which they come. What has not been served within a slice of time waits in turns.py, where the owner that
 has used the least time goes first, and epoll is asked again after each slice. So an event of an owner that has little
 to do waits for a slice or two, however much others have to do. For that no call may take long: longer work is a job, in
-steps (jobs.py).
+steps (jobs.py), and what makes several system calls asks `turn_is_over` after each.
+
+A system call can take long though: the kernel delivers what is sent over loopback at once, and wakes whoever waits at
+the other end, which may be millions of waiters. So each call is charged to its owner, and one that is slow makes its
+owner wait (slow_calls.py), while others have something to do.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from graft.splice.slow_calls import SLOW_SECONDS, SlowCalls
 from graft.splice.turns import Turns, Work
 
 EventHandler = Callable[[int], None]
@@ -39,10 +44,12 @@ class EventLoop:
         self._handlers: dict[int, tuple[EventHandler, int]] = {}
         self._events: dict[int, int] = {}
         self._turns = Turns()
+        self._slow_calls = SlowCalls(self._turns)
+        self._call_started = 0.0
         self._waiting: set[Work] = set()
         self._timers: list[tuple[float, int, Work, int]] = []
         self._sequence = itertools.count()
-        self._to_close: list[socket.socket] = []
+        self._to_close: set[socket.socket] = set()
         self._tick, self._interval = tick, interval
         self._due = 0.0
         self._busy_polling = False
@@ -67,9 +74,17 @@ class EventLoop:
             self._epoll.unregister(fd)
 
     def close(self, sock: socket.socket) -> None:
-        """Close a socket once the fetched events are served: its descriptor number is not used again before that."""
+        """Close a socket in its owner's turns, and not before the fetched events are served: else its descriptor number
+        could be used again.
+        """
+        _, owner = self._handlers.get(sock.fileno(), (None, DAEMON))
         self._forget(sock.fileno())
-        self._to_close.append(sock)
+        self._to_close.add(sock)
+        self._turns.put(owner, partial(self._close, sock))
+
+    def _close(self, sock: socket.socket) -> None:
+        self._to_close.remove(sock)
+        sock.close()
 
     def close_listener(self, sock: socket.socket) -> None:
         """Close at once: its address is free when this returns. A fetched event for it may still be served to the
@@ -95,6 +110,15 @@ class EventLoop:
     def forget(self, owner: int) -> None:
         """``owner`` has no more work."""
         self._turns.forget(owner)
+        self._slow_calls.forget(owner)
+
+    def turn_is_over(self) -> bool:
+        """Whether the call that is being made has had its slice of time: what is left is for a later turn."""
+        return time.monotonic() > self._call_started + _SLICE_SECONDS
+
+    def is_slow(self, owner: int) -> bool:
+        """Whether a call for ``owner`` was slow lately."""
+        return owner in self._slow_calls.owners
 
     def tick_soon(self) -> None:
         """Make the call of ``tick`` the next one."""
@@ -112,6 +136,9 @@ class EventLoop:
             self._guarded(self._tick)
             now = time.monotonic()
             self._due = now + self._interval
+            self._slow_calls.tick(now)
+        if self._slow_calls.owners:
+            self._slow_calls.turn(now)
         if self._turns:
             self._defer(self._epoll.poll(0, _LARGE_BATCH))
         else:
@@ -120,11 +147,10 @@ class EventLoop:
             self._defer_due_timers()
         if self._turns:
             self._work()
-        if self._to_close:
-            self._close_pending()
 
     def _next_deadline(self) -> float:
-        return min(self._due, self._timers[0][0]) if self._timers else self._due
+        deadline = min(self._due, self._timers[0][0]) if self._timers else self._due
+        return min(deadline, *self._turns.held.values()) if self._turns.held else deadline
 
     def _wait(self, seconds: float) -> list[tuple[int, int]]:
         """The events that are there, or come within that time.
@@ -147,19 +173,31 @@ class EventLoop:
 
     def _serve(self, fetched: Sequence[tuple[int, int]]) -> None:
         """Serve events in order; those that are left when the slice is over wait for their owners' turns."""
-        handlers = self._handlers
-        until = time.monotonic() + _SLICE_SECONDS if len(fetched) > 1 else 0.0
-        for number, (fd, mask) in enumerate(fetched, 1):
+        handlers, held, active = self._handlers, self._turns.held, self._slow_calls.active
+        start = time.monotonic()
+        until = start + _SLICE_SECONDS
+        for number, (fd, mask) in enumerate(fetched):
             found = handlers.get(fd)
             if found is None:
                 continue
+            handler, owner = found
+            if held and owner in held:
+                self._defer(fetched[number : number + 1])
+                continue
+            self._call_started = start
             try:
-                found[0](mask)
+                handler(mask)
             except Exception:  # a failure of one connection must not end the others
                 traceback.print_exc()
-            if until and time.monotonic() > until:
-                self._defer(fetched[number:])
+            end = time.monotonic()
+            active[owner] = end
+            self._turns.charge_other(owner, end - start)
+            if end - start > SLOW_SECONDS:
+                self._slow_calls.note(owner, end - start, end)
+            if end > until:
+                self._defer(fetched[number + 1 :])
                 return
+            start = end
 
     def _defer(self, fetched: Sequence[tuple[int, int]]) -> None:
         events = self._events
@@ -170,6 +208,7 @@ class EventLoop:
             found = self._handlers.get(fd)
             if found is not None:
                 events[fd] = mask
+                self._slow_calls.active[found[1]] = time.monotonic()
                 self._turns.put(found[1], partial(self._serve_deferred, fd))
 
     def _serve_deferred(self, fd: int) -> None:
@@ -190,8 +229,11 @@ class EventLoop:
         while turns:
             owner, call = turns.pop()
             self._waiting.discard(call)
+            self._call_started = start
             self._guarded(call)
             end = time.monotonic()
+            if end - start > SLOW_SECONDS:
+                self._slow_calls.note(owner, end - start, end)
             turns.charge(owner, end - start)
             if end > until:
                 return
@@ -204,13 +246,10 @@ class EventLoop:
         except Exception:
             traceback.print_exc()
 
-    def _close_pending(self) -> None:
-        """Close the sockets of `close`."""
-        to_close, self._to_close = self._to_close, []
-        for sock in to_close:
-            sock.close()
-
     def shut_down(self) -> None:
         """Close what the loop itself has open."""
-        self._close_pending()
+        for sock in self._to_close:
+            sock.close()
+        self._to_close.clear()
+        self._slow_calls.close()
         self._epoll.close()

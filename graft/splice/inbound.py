@@ -19,6 +19,7 @@ from graft.model.address import SocketAddress, unmapped
 from graft.model.transport import Home
 from graft.splice.acceptor import Acceptor, PeerAddress
 from graft.splice.connection import set_relay_options
+from graft.splice.far_check import FarCheck
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
 from graft.splice.resources import ContainerResources
@@ -95,6 +96,7 @@ class InboundRelay:
         port: int,
         container_netns: NamespaceSockets,
         sockmap: Sockmap | None,
+        check_far: FarCheck,
     ) -> None:
         """``sock`` listens on ``port`` already; ``container_netns`` is the container's namespace."""
         endpoint = wanted.endpoint
@@ -103,7 +105,7 @@ class InboundRelay:
         self._destination = (self._target.address, self._target.port)
         self._crossings, self._container, self._container_netns = maps.crossings, resources.number, container_netns
         self.address = str(SocketAddress(ip_address(packed), port))
-        self.acceptor = Acceptor(resources, sock, self._connect_far, sockmap)
+        self.acceptor = Acceptor(resources, sock, self._connect_far, sockmap, check_far)
 
     def _connect_far(self, _near: socket.socket, peer: PeerAddress) -> socket.socket:
         """A socket that connects to the container's listener."""

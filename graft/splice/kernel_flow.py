@@ -184,12 +184,14 @@ class KernelFlow:
                 if not self._uncopied:
                     return self._hand_back()
             try:
-                sent = target.sock.send(self._uncopied)
+                sent = target.sock.send(self._uncopied[: self._flow.connection.resources.move_bytes])
             except BlockingIOError:
                 self._flow.wait_for_target()
                 return False
             self._copied += sent
             self._uncopied = self._uncopied[sent:]
+            if self._flow.connection.resources.loop.turn_is_over():
+                break
         self._flow.connection.resources.later(self._flow.pump)
         return False
 

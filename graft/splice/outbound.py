@@ -75,6 +75,9 @@ class OutboundRelay:
         self._lookup = Lookup(maps)
         self._key = ctypes.c_uint32(resources.number)
         socks = container_netns.run(make_listeners)
+        for sock in socks:  # the connect hook redirects to a listener that has this mark, and to no other
+            mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
+            maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
         self.port = int(socks[0].getsockname()[1])
         self.acceptors = [Acceptor(resources, sock, self._connect_far, sockmap) for sock in socks]
         maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(socks) > 1))
@@ -114,6 +117,11 @@ class OutboundRelay:
             far.close()
             raise
         return far
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody in the container's namespace closed a listener."""
+        return any(acceptor.lost for acceptor in self.acceptors)
 
     def stop(self) -> None:
         """Stop listening, and remove the entry in `relays`. Connections stay."""

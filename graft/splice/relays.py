@@ -20,6 +20,7 @@ from graft.model.ports import mapped_port
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import unix_endpoint
+from graft.splice.far_check import FarCheck
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
 from graft.splice.listeners import cgroup_ids, collect_listeners
@@ -62,16 +63,33 @@ class Relays:
         self._published: dict[Publication, InboundRelay | UnixInboundRelay] = {}
         self._errors: dict[Publication, str] = {}
         self._plan: PublicationPlan | None = None
+        self._check_far = FarCheck(maps, container_netns)
+        self._was_lost = False
         try:
             self._diagnostics = container_netns.run(Diagnostics)
             try:
-                self._outbound = OutboundRelay(settings, resources, maps, container_netns, namespaces, sockmap)
+                self._outbound = self._make_outbound()
             except BaseException:
                 self._diagnostics.close()
                 raise
         except BaseException:
             container_netns.close()
             raise
+
+    def _make_outbound(self) -> OutboundRelay:
+        return OutboundRelay(
+            self._settings, self._resources, self._maps, self._container_netns, self._namespaces, self._sockmap
+        )
+
+    def _replace_lost(self) -> Stepwise[None]:
+        """Make listeners again that somebody else closed."""
+        if self._outbound.lost:
+            if not self._was_lost:  # once: the container may do it again and again
+                log(f"{self.container.name}: somebody closed its relay's listener; it is made again")
+            self._was_lost = True
+            self._outbound.stop()
+            self._outbound = self._make_outbound()
+        yield from self._withdraw(lambda key: self._published[key].acceptor.lost)
 
     def set_sockmap(self, sockmap: Sockmap | None) -> None:
         """Relay new connections by ``sockmap`` from now on; None: by splice(2)."""
@@ -86,6 +104,7 @@ class Relays:
 
     def update(self) -> Stepwise[None]:
         """Publish what the container listens on now, and withdraw the rest. Raises OSError, NotFoundError."""
+        yield from self._replace_lost()
         plan = self._plan = yield from self._make_plan()
         wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
@@ -105,6 +124,7 @@ class Relays:
         while True:
             before = self._ruleset()
             cgroups = yield from cgroup_ids(self.container.cgroup_path, self.container.cgroup_id)
+            self._check_far.cgroups = cgroups
             lookup = partial(self._endpoint, before)
             plan = PublicationPlan(cgroups, lookup, self._resources.max_listeners, self._published.keys())
             try:
@@ -158,7 +178,9 @@ class Relays:
 
     def _start(self, wanted: Publication) -> InboundRelay:
         sock, port = self._listen(wanted, self._namespaces.of_endpoint(wanted.endpoint.netns))
-        return InboundRelay(self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap)
+        return InboundRelay(
+            self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap, self._check_far
+        )
 
     def _start_unix(self, wanted: Publication) -> UnixInboundRelay:
         # Another listener of this container may have the endpoint until now.
@@ -202,6 +224,7 @@ class Relays:
             for connection in list(itertools.islice(self._resources.connections, _STEP_RESETS)):
                 connection.reset()
             yield
+        self._check_far.close()
         self._diagnostics.close()
         self._container_netns.close()
 

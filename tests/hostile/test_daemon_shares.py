@@ -303,13 +303,13 @@ def test_control_a_daemon_that_waits_for_it_in_its_loop_serves_none(
 # ---- a cgroup of the same path ----------------------------------------------------------------------
 
 HELLO = """
-import socket
+import contextlib, socket
 listener = socket.create_server(("0.0.0.0", 80))
 print("ready", flush=True)
 while True:
     accepted, _ = listener.accept()
-    accepted.sendall(b"hello")
-    accepted.close()
+    with accepted, contextlib.suppress(OSError):
+        accepted.sendall(b"hello")
 """
 
 

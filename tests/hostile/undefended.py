@@ -156,6 +156,10 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "big tcp": (("packet.bpf.c", "&next, 1) && next == IPPROTO_TCP;", "&next, 1);"),),
     # What a container listened with goes on without it.
     "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
+    # Whoever listens at the relay's port gets what is redirected there.
+    "relay's mark": (
+        ("connect.bpf.c", "if (!request->relay || !relay_listens(ctx, owner, request)) {", "if (!request->relay) {"),
+    ),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
     # Anybody on the host reaches the listener that graftd alone is to reach.
@@ -236,6 +240,22 @@ def _turns() -> None:
         return jobs.Job(loop, owner, in_one_step(steps), done)
 
     vars(container_service)["Job"] = job
+    _slow_calls()  # else the container would wait after each
+
+
+def _slow_calls() -> None:
+    """No container waits, however long its calls take, and a turn has as many calls as it likes."""
+    from graft.splice import event_loop, slow_calls
+
+    slow_calls.SlowCalls.note = lambda *_: None  # type: ignore[method-assign]
+    event_loop.EventLoop.turn_is_over = lambda self: False  # type: ignore[method-assign]
+
+
+def _far_check() -> None:
+    """The daemon takes every connection that it made for the container's."""
+    from graft.splice.far_check import FarCheck
+
+    FarCheck.__call__ = lambda *_: True  # type: ignore[method-assign]
 
 
 def _aside() -> None:
@@ -371,6 +391,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "opener": _opener,
     "shares": _shares,
     "turns": _turns,
+    "slow calls": _slow_calls,
+    "far check": _far_check,
     "aside": _aside,
     "cgroup id": _cgroup_id,
     "terminal": _terminal,

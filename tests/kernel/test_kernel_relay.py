@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -26,6 +27,8 @@ from graft.splice.selftest_result import SelftestResult
 from graft.splice.sockmap import Sockmap
 
 pytestmark = pytest.mark.kernel
+
+MSG_EOR = 0x80
 
 
 def trial_of(loaded: loader.Loaded) -> Trial:
@@ -293,7 +296,7 @@ def test_this_kernel_passes_the_self_test(root: None) -> None:
 
 # What a kernel, or an error in the BPF program, may do, and the self-test has to find.
 MUTANTS = {
-    "does not stop a sender": ("> GRAFT_MAX_BEHIND)", "> 0x7fffffff)"),
+    "does not stop a sender": ("(came - sent) > GRAFT_MAX_BEHIND", "(came - sent) > 0x7fffffff"),
     "takes a bare end for data": ("if (!len)", "if (0)"),
     "drops": ("flow->moved += len;", "flow->moved += len; if (flow->moved > 20000) return SK_DROP;"),
     "moves nothing": ("flow->moved += len;", "return leave_with_source(key, flow, taken, len);"),
@@ -301,15 +304,58 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_the_self_test_finds_a_fault(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    old, new = MUTANTS[name]
-    sources = tmp_path / "bpf"
+def use_changed_relay(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    """From now on the relay is loaded with ``new`` where its text has ``old``."""
+    sources = folder / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
     text = (sources / "relay.bpf.c").read_text()
     assert old in text
     (sources / "relay.bpf.c").write_text(text.replace(old, new))
     monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
+
+
+def most_segments_queued(trial: Trial) -> int:
+    """How many segments of one byte the kernel queues for a reader that reads nothing."""
+    client, server = trial.connected()
+    most = 0
+    with client, server:
+        trial.until(lambda: len(trial.sockmap.flows) == 2, "a connection is not handed over")
+        [connection] = trial.connections
+        number = tcp.cookie(connection.near.sock)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.far.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(0.1)
+
+        def fill() -> None:
+            nonlocal most
+            with contextlib.suppress(TimeoutError):
+                for sent in range(40_000):
+                    client.send(b"x", MSG_EOR)
+                    if sent % 64 == 0:
+                        moved, _ = trial.sockmap.counts(number)
+                        most = max(most, moved - tcp.written(connection.far.sock))
+
+        trial.while_relayed(fill)
+    return most
+
+
+def test_a_target_that_is_behind_by_many_small_segments_gets_no_more(trial: Trial) -> None:
+    assert most_segments_queued(trial) < 4096
+
+
+def test_control_a_relay_that_counts_bytes_only_queues_ten_times_as_many(
+    root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_changed_relay(tmp_path, monkeypatch, ">= GRAFT_MAX_SEGMENTS", ">= 0x7fffffff")
+    trial = trial_of(loader.load_relay())
+    assert most_segments_queued(trial) > 20_000
+    trial.close()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_self_test_finds_a_fault(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    use_changed_relay(tmp_path, monkeypatch, *MUTANTS[name])
     monkeypatch.setattr(selftest, "CHECK_SECONDS", 2.0)
     monkeypatch.setattr(kernel_flow, "STALL_SECONDS", 0.2)
     trial = trial_of(loader.load_relay())

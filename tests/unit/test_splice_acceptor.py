@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -22,7 +23,7 @@ class Place:
     def __init__(self, loop: EventLoop, resources: ContainerResources) -> None:
         self.loop, self.resources = loop, resources
         self.far = socket.create_server(("127.0.0.1", 0), backlog=200)
-        front = socket.create_server(("127.0.0.1", 0), backlog=200)
+        self.front = front = socket.create_server(("127.0.0.1", 0), backlog=200)
         front.setblocking(False)
         self.address = front.getsockname()
         self.connect_far: ConnectFar = self.connect_back
@@ -152,6 +153,7 @@ def test_lent_descriptors_are_reclaimed_for_a_container_that_is_added_later() ->
 def test_a_storm_of_connections_is_accepted_in_turns() -> None:
     two = Two(4096)
     with contextlib.closing(two):
+        two.loop.turn_is_over = lambda: False  # type: ignore[method-assign]
         two.first.connect_clients(100)
         most = 0
         while two.first.relayed < 100:
@@ -159,6 +161,32 @@ def test_a_storm_of_connections_is_accepted_in_turns() -> None:
             two.first.acceptor.accept()
             most = max(most, two.first.relayed - before)
         assert most == 8
+
+
+def test_a_turn_is_over_after_a_connect_that_took_long() -> None:
+    two = Two(4096)
+    with contextlib.closing(two):
+        connect = two.first.connect_far
+
+        def slow(near: socket.socket, peer: PeerAddress) -> socket.socket | None:
+            time.sleep(0.001)
+            return connect(near, peer)
+
+        two.first.connect_far = slow
+        two.first.connect_clients(10)
+        calls: list[int] = []
+        while two.first.relayed < 10:
+            before = two.first.relayed
+            two.loop.turn()
+            calls.append(two.first.relayed - before)
+        assert max(calls) <= 2  # one for the event, one in its turn
+
+
+def test_a_listener_that_somebody_else_closed_is_lost(two: Two) -> None:
+    two.first.front.shutdown(socket.SHUT_RDWR)
+    two.turn()
+    assert two.first.acceptor.lost
+    assert two.first.resources.descriptors.taken == 0
 
 
 def test_a_closed_listener_still_serves_its_backlog() -> None:

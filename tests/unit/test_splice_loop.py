@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -85,6 +86,82 @@ def test_of_many_events_at_once_another_owners_is_not_served_last(loop: EventLoo
     for fds in pipes:
         for fd in fds:
             os.close(fd)
+
+
+class Slow:
+    """An owner with events without end, each of which takes five milliseconds."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        self.served = 0
+        self.reader, self.writer = os.pipe()
+        os.write(self.writer, b"x")
+        loop.watch(self.reader, select.EPOLLIN, self.serve, BUSY)
+
+    def serve(self, _mask: int) -> None:
+        until = time.thread_time() + 0.005
+        while time.thread_time() < until:
+            pass
+        self.served += 1
+
+    def close(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+def turn_for(loop: EventLoop, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        loop.turn()
+
+
+def test_an_owner_whose_calls_are_slow_waits_ten_times_as_long_while_another_is_active(loop: EventLoop) -> None:
+    slow, served = Slow(loop), list[int]()
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    loop.watch(reader, select.EPOLLIN, served.append, QUIET)
+    turn_for(loop, 0.55)
+    assert 1 <= slow.served <= 11
+    assert len(served) > 1000
+    os.close(reader)
+    os.close(writer)
+    slow.close()
+
+
+def test_an_owner_whose_calls_are_slow_waits_for_nobody_who_has_nothing_to_do(loop: EventLoop) -> None:
+    slow = Slow(loop)
+    start = time.monotonic()
+    while slow.served < 40:
+        loop.turn()
+    assert time.monotonic() - start < 1.2  # 0.2 s, and ten times that if it waited
+    slow.close()
+
+
+def test_what_a_slow_owner_closes_is_closed_in_its_turns(loop: EventLoop) -> None:
+    ends = [socket.socketpair() for _ in range(2)]
+    for one, _ in ends:
+        loop.watch(one.fileno(), select.EPOLLIN, lambda _mask: None, BUSY)
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    loop.watch(reader, select.EPOLLIN, lambda _mask: None, QUIET)
+    loop.turn()
+
+    def work() -> None:
+        take_a_millisecond()
+        take_a_millisecond()
+        take_a_millisecond()
+        for one, _ in ends:
+            loop.close(one)
+
+    loop.later(work, BUSY)
+    loop.turn()
+    loop.turn()
+    assert [one.fileno() for one, _ in ends] != [-1, -1]
+    turn_for(loop, 0.2)
+    assert [one.fileno() for one, _ in ends] == [-1, -1]
+    for _, other in ends:
+        other.close()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_call_that_is_asked_for_again_before_it_is_made_is_made_once(loop: EventLoop) -> None:

@@ -73,6 +73,28 @@ def test_an_owner_that_is_forgotten_starts_level_and_its_calls_are_still_made() 
         assert run(turns, {1: 1000.0, 2: 1.0}) == expected
 
 
+def test_an_owner_that_is_held_waits_until_it_is_released() -> None:
+    turns = Turns()
+    for owner in (1, 2, 1, 2):
+        turns.put(owner, lambda: None)
+    turns.hold(1, 10.0)
+    assert run(turns, {2: 1.0}) == [2, 2]
+    turns.put(1, lambda: None)
+    turns.release(9.9)
+    assert not turns
+    turns.release(10.0)
+    assert run(turns, {1: 1.0}) == [1, 1, 1]
+
+
+def test_what_is_done_for_an_owner_out_of_its_turns_is_charged_too() -> None:
+    turns = Turns()
+    for _ in range(3):
+        turns.put(1, lambda: None)
+        turns.put(2, lambda: None)
+    turns.charge_other(1, 10.0)
+    assert run(turns, {1: 1.0, 2: 1.0}) == [2, 2, 2, 1, 1, 1]
+
+
 def test_a_call_may_put_another() -> None:
     turns, made = Turns(), list[str]()
     turns.put(1, lambda: turns.put(1, named(made, "second")))
