@@ -455,6 +455,7 @@ def test_an_endpoint_is_shown_with_its_path_owner_and_mode(host: Host, folder: P
     assert shown == {
         "name": app,
         "address": f"unix:{folder}/app.sock",
+        "ports": 1,
         "family": "unix",
         "protocol": "tcp",
         "netns": None,

@@ -78,9 +78,21 @@ def _bundle(folder: Path, name: str, annotations: dict[str, str]) -> Path:
     return folder
 
 
+@contextmanager
+def _controllers_kept() -> Iterator[None]:
+    """Where cgroup v2 stands alone crun enables every controller for it, and then refuses to run beside cgroup v1."""
+    file = cgroup.v2_mount() / "cgroup.subtree_control"
+    before = set(file.read_text().split())
+    try:
+        yield
+    finally:
+        for name in set(file.read_text().split()) - before:
+            file.write_text(f"-{name}")
+
+
 def _moves_out(host: Host, folder: Path, defence: str, annotations: dict[str, str]) -> list[str]:
     """What a container's program says that tries a bind, moves into a cgroup beside its own, and tries it again."""
-    with new_cgroup("images") as parent:
+    with _controllers_kept(), new_cgroup("images") as parent:
         command = [*graft_without(defence), "runtime"] if defence else None
         runtime = engines.runtime_script(host, folder, "crun", command)
         words: list[Word] = [runtime, f"--root={folder / 'crun'}", "--cgroup-manager=cgroupfs"]
