@@ -118,7 +118,7 @@ class Acceptor:
         """Stop listening: the address is free when this returns. Connections in the backlog are still relayed, unless
         that would take long.
         """
-        for _ in range(0 if self._resources.loop.is_slow(self._resources.number) else _LAST_ACCEPTS):
+        for _ in range(0 if self._resources.is_slow else _LAST_ACCEPTS):
             if not self._resources.reserve_connection():
                 break
             try:

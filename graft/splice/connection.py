@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable
 
 from graft.splice.kernel_flow import KernelFlow
-from graft.splice.pipes import Pipe
+from graft.splice.pipes import PIPE_BYTES, SLOW_BYTES, Pipe
 from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
 
@@ -245,13 +245,19 @@ class Flow:
                 return False
             assert pipe is not None
             try:
-                self.in_pipe -= os.splice(pipe.read, target.fd, min(self.in_pipe, self.connection.resources.move_bytes))
+                self.in_pipe -= os.splice(pipe.read, target.fd, self._limit(self.in_pipe))
             except BlockingIOError:
                 self.wait_for_target()
                 return False
             if self.in_pipe and self.connection.loop.turn_is_over():
                 break
         return True
+
+    def _limit(self, count: int) -> int:
+        """How many of so many bytes to move in one call."""
+        if count > SLOW_BYTES and self.connection.resources.is_slow:
+            return SLOW_BYTES
+        return count
 
     def wait_for_target(self) -> None:
         """Note that the target is full, and do not watch the source meanwhile."""
@@ -274,7 +280,9 @@ class Flow:
             self._return_pipe()
             return self._copy()
         try:
-            got = os.splice(source.fd, pipe.write, self.connection.resources.move_bytes)
+            got = os.splice(
+                source.fd, pipe.write, self._limit(PIPE_BYTES) if self.connection.loop.slow_owners else PIPE_BYTES
+            )
         except BlockingIOError:
             source.readable = False
             self._return_pipe()

@@ -45,6 +45,8 @@ class EventLoop:
         self._events: dict[int, int] = {}
         self._turns = Turns()
         self._slow_calls = SlowCalls(self._turns)
+        self.slow_owners = self._slow_calls.owners
+        """Owners for which a call was slow lately."""
         self._call_started = 0.0
         self._waiting: set[Work] = set()
         self._timers: list[tuple[float, int, Work, int]] = []
@@ -116,10 +118,6 @@ class EventLoop:
         """Whether the call that is being made has had its slice of time: what is left is for a later turn."""
         return time.monotonic() > self._call_started + _SLICE_SECONDS
 
-    def is_slow(self, owner: int) -> bool:
-        """Whether a call for ``owner`` was slow lately."""
-        return owner in self._slow_calls.owners
-
     def tick_soon(self) -> None:
         """Make the call of ``tick`` the next one."""
         self._due = 0.0
@@ -174,6 +172,7 @@ class EventLoop:
     def _serve(self, fetched: Sequence[tuple[int, int]]) -> None:
         """Serve events in order; those that are left when the slice is over wait for their owners' turns."""
         handlers, held, active = self._handlers, self._turns.held, self._slow_calls.active
+        charge = self._turns.charge_other
         start = time.monotonic()
         until = start + _SLICE_SECONDS
         for number, (fd, mask) in enumerate(fetched):
@@ -189,9 +188,8 @@ class EventLoop:
                 handler(mask)
             except Exception:  # a failure of one connection must not end the others
                 traceback.print_exc()
-            end = time.monotonic()
-            active[owner] = end
-            self._turns.charge_other(owner, end - start)
+            active[owner] = end = time.monotonic()
+            charge(owner, end - start)
             if end - start > SLOW_SECONDS:
                 self._slow_calls.note(owner, end - start, end)
             if end > until:

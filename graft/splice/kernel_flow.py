@@ -21,6 +21,7 @@ import time
 from typing import Protocol
 
 from graft.kernel import tcp
+from graft.splice.pipes import SLOW_BYTES
 from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
 
@@ -175,6 +176,7 @@ class KernelFlow:
     def _copy(self) -> bool:
         """Copy what was left with the source. False where the target is full, or the turn is over."""
         source, target = self._flow.source, self._flow.target
+        limit = SLOW_BYTES if self._flow.connection.resources.is_slow else _COPY_BYTES
         for _ in range(_COPIES_PER_TURN):
             if not self._uncopied:
                 try:
@@ -184,7 +186,7 @@ class KernelFlow:
                 if not self._uncopied:
                     return self._hand_back()
             try:
-                sent = target.sock.send(self._uncopied[: self._flow.connection.resources.move_bytes])
+                sent = target.sock.send(self._uncopied[:limit])
             except BlockingIOError:
                 self._flow.wait_for_target()
                 return False

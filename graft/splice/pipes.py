@@ -10,6 +10,8 @@ import fcntl
 import os
 
 PIPE_BYTES = 1 << 20
+SLOW_BYTES = 1 << 16
+"""To move in one call where calls are slow: one or two packets over loopback."""
 
 
 class Pipe:

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from graft.splice.event_loop import EventLoop
-from graft.splice.pipes import PIPE_BYTES, Pipe, PipePool
+from graft.splice.pipes import Pipe, PipePool
 from graft.splice.shares import Share, Shares
 
 _RESERVED_DESCRIPTORS = 512  # for the daemon itself
 _CONTAINER_DESCRIPTORS = 5  # of a container without connections: its namespace, two netlink sockets, two listeners
 _CONNECTION_DESCRIPTORS = 2
 _MAX_LISTENERS = 1024
-_SLOW_MOVE_BYTES = 1 << 16  # one or two packets over loopback
 
 
 class Resettable(Protocol):
@@ -94,9 +93,9 @@ class ContainerResources:
                 self.later(accept)
 
     @property
-    def move_bytes(self) -> int:
-        """How many bytes to move in one call: few where calls for this container are slow."""
-        return _SLOW_MOVE_BYTES if self.loop.is_slow(self.number) else PIPE_BYTES
+    def is_slow(self) -> bool:
+        """Whether a call for this container was slow lately."""
+        return self.number in self.loop.slow_owners
 
     @property
     def max_listeners(self) -> int:
