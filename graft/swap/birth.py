@@ -7,19 +7,27 @@ answer is one step of the kernel's: a socket that was made and tagged ahead of t
 This process's copy is closed right after: a program's close() must be the last one, or its peer sees no end. For a
 moment there are two. Nothing that the program does next can depend on it: a call that makes another socket waits for
 this one to be served.
+
+Where Graft was compiled, the plain calls of threads that were served here once do not come here
+(graft/swap/fast_birth.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket as names
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from graft.kernel.seccomp import Listener, Notification
 from graft.kernel.seccomp_filter import IPPROTO_MPTCP, can_be_born
 from graft.swap.desk import Desk
 from graft.swap.processes import Processes
 from graft.swap.socket_pool import SocketKind, SocketPool
+
+if TYPE_CHECKING:
+    from graft.swap._fast_birth import FastBirth
 
 _CLOEXEC = int(names.SOCK_CLOEXEC)
 _UINT = 0xFFFFFFFF
@@ -36,7 +44,10 @@ class BirthEntry:
 
 
 class SocketBirth:
-    """Answers socket(2) for one container. ``netns`` is its own network namespace (`Processes.caller`)."""
+    """Answers socket(2) for one container. ``netns`` is its own network namespace (`Processes.caller`).
+
+    ``fast``, where it is there, gets to know the threads that are served.
+    """
 
     def __init__(
         self,
@@ -46,9 +57,10 @@ class SocketBirth:
         processes: Processes,
         netns: str,
         log: Callable[[BirthEntry], None] | None = None,
+        fast: FastBirth | None = None,
     ) -> None:
         self._desk, self._pool, self._listener, self._processes = desk, pool, listener, processes
-        self._netns, self._log = netns, log
+        self._netns, self._log, self.fast = netns, log, fast
         self._has_mptcp: bool | None = None
 
     def serve(self, notification: Notification) -> None:
@@ -69,6 +81,9 @@ class SocketBirth:
             self._listener.answer_with(notification.id, born.fileno(), bool(flags & _CLOEXEC))
         finally:
             born.close()
+        if self.fast is not None:
+            with contextlib.suppress(OSError):  # it has ended, or there is no descriptor left: plain Python goes on
+                self._processes.show(notification.pid, self.fast.know)
 
     def _can_serve(self, family: int, kind: int, protocol: int) -> bool:
         """Whether such a socket can be born. (A container's own profile notifies all of both families.)"""

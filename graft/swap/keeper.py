@@ -25,12 +25,14 @@ from graft.kernel.pidfd import has_ended
 from graft.kernel.seccomp import Listener, hung_up
 from graft.model.printable import printable
 from graft.model.settings import Settings
+from graft.model.transport import Transport
 from graft.state.endpoints import Endpoints
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.swap.birth import BirthEntry, SocketBirth
 from graft.swap.call_log import format_entry
 from graft.swap.desk import open_desk, release_desk
+from graft.swap.fast_birth import CompiledStock, open_fast_birth
 from graft.swap.processes import Processes
 from graft.swap.resource_limits import enter_own_cgroup
 from graft.swap.socket_pool import NamespaceSwitch, SocketPool
@@ -190,9 +192,12 @@ def _make_supervisor(
     """The supervisor of ``container`` in the calling process, with a desk of its own."""
     log = _call_logger(graft.endpoints) if verbose else None
     desk = open_desk(graft, container.id)
-    pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
+    netns = _own_namespace(graft, container)
+    fast = open_fast_birth(listener.fd, netns) if container.transport is Transport.BORN and not verbose else None
+    stock = None if fast is None else CompiledStock(fast)
+    pool = SocketPool(graft.maps.tags, desk, container.id, namespaces, stock)
     processes = Processes()
-    birth = SocketBirth(desk, pool, listener, processes, _own_namespace(graft, container), log)
+    birth = SocketBirth(desk, pool, listener, processes, netns, log, fast)
     return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, log)
 
 
