@@ -5,10 +5,13 @@
  *     RECV ── plain kind? ── known thread? ── same namespace? ── a spare of its kind and owner? ── ADDFD ── close ── RECV
  *                  └──────────────┴──────────────────┴───────────────────┴────────────────────────┴── any "no": to Python
  *
+ * Where the last spare was used, new ones of its kind are made and tagged before the next RECV, as graft/swap/socket_pool.py
+ * does it. That is worth as much as all the rest: Python would need longer for one call than this for sixteen.
+ *
  * Everything that needs thought is done by Python (graft/swap/birth.py), which gets the notification as the kernel wrote
  * it and not answered. So nothing here may answer a call with anything but success, and whatever fails is a "no": the
- * spare goes back, and Python finds out what is wrong. A thread is known once Python has looked it up, a spare is there
- * once Python has made and tagged it.
+ * spare goes back, and Python finds out what is wrong. A thread is known once Python has looked it up, and the first
+ * spares of a kind are Python's.
  *
  * The notification being served is in the journal, memory that is shared with the keeper's process, until it is answered
  * (graft/swap/supervisor.py). The loop runs without the interpreter's lock: one thread at a time may be in it, and no
@@ -31,6 +34,7 @@
 #include <structmember.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define MAX_SPARES 64
@@ -74,6 +78,9 @@ typedef struct {
 	size_t spare_count;
 	struct spare spares[MAX_SPARES]; /* the oldest first */
 	struct caller callers[MAX_CALLERS]; /* by tid % MAX_CALLERS */
+	Py_buffer next_home; /* of the desk, one byte; not there: no spares are made here (`make_spares`) */
+	uint8_t home; /* what is written there, for the hook to tag the next socket and write 0 */
+	int refill;
 	int serving;
 	unsigned long long served;
 } FastBirth;
@@ -101,6 +108,15 @@ static int remove_spare(FastBirth *self, int index)
 	memmove(&self->spares[index], &self->spares[index + 1],
 		(self->spare_count - index) * sizeof(self->spares[0]));
 	return fd;
+}
+
+/* The oldest spare makes room where there is none. */
+static void stock(FastBirth *self, const struct kind *kind, int fd)
+{
+	if (self->spare_count == MAX_SPARES)
+		close(remove_spare(self, 0));
+	self->spares[self->spare_count].kind = *kind;
+	self->spares[self->spare_count++].fd = fd;
 }
 
 static void forget(struct caller *caller)
@@ -151,6 +167,45 @@ static int is_at_home(FastBirth *self, uint32_t tid, struct kind *kind)
 	return size > 0 && (size_t)size == self->name_size && !memcmp(name, self->name, size);
 }
 
+/* Who owns the files that this thread makes from here on. setfsuid(2) says nothing where it fails: it tells what there
+ * was, and that is asked for again. */
+static int set_file_ids(uint32_t uid, uint32_t gid)
+{
+	syscall(SYS_setfsgid, gid);
+	syscall(SYS_setfsuid, uid);
+	return (uint32_t)syscall(SYS_setfsgid, -1) == gid && (uint32_t)syscall(SYS_setfsuid, -1) == uid;
+}
+
+/* A host-homed socket of that kind with its tag, or -1. */
+static int make_tagged(FastBirth *self, const struct kind *kind)
+{
+	volatile uint8_t *next_home = self->next_home.buf; /* the hook writes it */
+	int fd;
+
+	*next_home = self->home;
+	fd = socket(kind->family, kind->type | SOCK_CLOEXEC, kind->protocol);
+	if (!*next_home)
+		return fd;
+	*next_home = 0; /* the hook did not run: Python knows another way */
+	if (fd >= 0)
+		close(fd);
+	return -1;
+}
+
+/* Make spares of a kind that has none left, as its owner: firewalls ask who opened a socket's file. */
+static void refill(FastBirth *self, const struct kind *kind)
+{
+	int as_owner = kind->uid || kind->gid, fd;
+
+	if (!self->next_home.buf || find_spare(self, kind) >= 0)
+		return;
+	if (!as_owner || set_file_ids(kind->uid, kind->gid))
+		for (int i = 0; i < self->refill && (fd = make_tagged(self, kind)) >= 0; i++)
+			stock(self, kind, fd);
+	if (as_owner && !set_file_ids(0, 0))
+		_exit(1); /* with the wrong rights nothing may go on; the keeper starts another supervisor */
+}
+
 /* Answer the call with a spare; whether it is answered. This process's copy is closed at once: a program's close() must
  * be the last one, or its peer sees no end. */
 static int answer(FastBirth *self, const struct seccomp_notif *call)
@@ -173,6 +228,7 @@ static int answer(FastBirth *self, const struct seccomp_notif *call)
 		return 0;
 	close(remove_spare(self, index));
 	self->served++;
+	refill(self, &kind);
 	return 1;
 }
 
@@ -224,16 +280,13 @@ static PyObject *serve(FastBirth *self, PyObject *page)
 
 static PyObject *add(FastBirth *self, PyObject *args)
 {
-	struct spare spare;
-	struct kind *kind = &spare.kind;
+	struct kind kind;
+	int fd;
 
-	if (!PyArg_ParseTuple(args, "iiiIIi", &kind->family, &kind->type, &kind->protocol, &kind->uid, &kind->gid,
-			      &spare.fd) ||
+	if (!PyArg_ParseTuple(args, "iiiIIi", &kind.family, &kind.type, &kind.protocol, &kind.uid, &kind.gid, &fd) ||
 	    refuse_while_serving(self))
 		return NULL;
-	if (self->spare_count == MAX_SPARES)
-		close(remove_spare(self, 0));
-	self->spares[self->spare_count++] = spare;
+	stock(self, &kind, fd);
 	Py_RETURN_NONE;
 }
 
@@ -264,6 +317,29 @@ static PyObject *count(FastBirth *self, PyObject *args)
 	for (size_t i = 0; i < self->spare_count; i++)
 		found += same_kind(&self->spares[i].kind, &kind);
 	return PyLong_FromLong(found);
+}
+
+static PyObject *make_spares(FastBirth *self, PyObject *args)
+{
+	PyObject *next_home;
+	unsigned char home;
+	Py_buffer view;
+	int refill;
+
+	if (!PyArg_ParseTuple(args, "Obi", &next_home, &home, &refill) || refuse_while_serving(self) ||
+	    PyObject_GetBuffer(next_home, &view, PyBUF_WRITABLE))
+		return NULL;
+	if (view.len != 1 || !home || refill < 0 || refill > MAX_SPARES) {
+		PyBuffer_Release(&view);
+		PyErr_SetString(PyExc_ValueError, "one byte, a home, and not too many");
+		return NULL;
+	}
+	if (self->next_home.buf)
+		PyBuffer_Release(&self->next_home);
+	self->next_home = view;
+	self->home = home;
+	self->refill = refill;
+	Py_RETURN_NONE;
 }
 
 static PyObject *know(FastBirth *self, PyObject *args)
@@ -320,6 +396,8 @@ static void deallocate(FastBirth *self)
 		close(remove_spare(self, (int)self->spare_count - 1));
 	for (size_t i = 0; i < MAX_CALLERS; i++)
 		forget(&self->callers[i]);
+	if (self->next_home.buf)
+		PyBuffer_Release(&self->next_home);
 	release(self);
 	Py_DECREF(type);
 }
@@ -329,6 +407,8 @@ static PyMethodDef methods[] = {
 	  "Stock a spare socket, by its kind, its owner and its descriptor, which is the object's from here on." },
 	{ "take", (PyCFunction)take, METH_VARARGS, "Take a spare of that kind and owner out of the stock; -1: none." },
 	{ "count", (PyCFunction)count, METH_VARARGS, "How many spares of that kind and owner there are." },
+	{ "make_spares", (PyCFunction)make_spares, METH_VARARGS,
+	  "Make spares here too: the desk's next_home, what to write there, and how many at a time." },
 	{ "know", (PyCFunction)know, METH_VARARGS, "Remember a thread by its id, its pidfd and its open /proc/TID/fdinfo." },
 	{ "serve", (PyCFunction)serve, METH_O,
 	  "Answer calls. True: the page has a call that is not answered. False: it is zero, look whether to stop." },

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from graft.kernel.pidfd import file_ids, threads_have_pidfds
 from graft.kernel.seccomp_filter import architecture
+from graft.model.transport import Home
+from graft.swap.desk import Desk
 from graft.swap.socket_pool import SocketKind
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 NOT_COMPILED = "GRAFT_NO_COMPILED"
 """In the environment, not empty: plain Python serves, compiled or not."""
 
-_SPARES = 16  # of a kind: what is left to Python is one call in so many
+_SPARES = 16  # of a kind
 
 
 def why_not() -> str:
@@ -46,14 +48,16 @@ def _tells_ids() -> bool:
         os.close(pidfd)
 
 
-def open_fast_birth(listener: int, netns: str) -> FastBirth | None:
+def open_fast_birth(listener: int, netns: str, desk: Desk) -> FastBirth | None:
     """What answers the plain calls of a container whose own namespace has that name; None where Python does."""
     if not netns or why_not():
         return None
     from graft.swap import _fast_birth
 
     arch, numbers = architecture()
-    return _fast_birth.FastBirth(listener, netns, arch, numbers["socket"])
+    fast = _fast_birth.FastBirth(listener, netns, arch, numbers["socket"])
+    fast.make_spares(desk.next_home, Home.HOST + 1, _SPARES)
+    return fast
 
 
 class CompiledStock:

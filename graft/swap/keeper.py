@@ -193,7 +193,9 @@ def _make_supervisor(
     log = _call_logger(graft.endpoints) if verbose else None
     desk = open_desk(graft, container.id)
     netns = _own_namespace(graft, container)
-    fast = open_fast_birth(listener.fd, netns) if container.transport is Transport.BORN and not verbose else None
+    fast = None
+    if container.transport is Transport.BORN and not verbose:
+        fast = open_fast_birth(listener.fd, netns, desk)
     stock = None if fast is None else CompiledStock(fast)
     pool = SocketPool(graft.maps.tags, desk, container.id, namespaces, stock)
     processes = Processes()

@@ -183,9 +183,11 @@ class PlainBornCase(SwapCase):
     flags: tuple[str, ...] = ("--deny",)
     variables: dict[str, str] = field(default_factory=lambda: {fast_birth.NOT_COMPILED: "1"})
 
-    def serve(self, net: Topology, server: Server) -> AbstractContextManager[int]:
+    @contextmanager
+    def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Raises NotOffered."""
         raise NotOffered("as born")
+        yield
 
 
 def graft_command() -> str:
