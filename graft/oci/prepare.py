@@ -56,8 +56,10 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeO
         transport = _choose_transport(config, settings, compiled)
         if transport is Transport.BORN and not divides_sockets(config):
             transport = Transport.SWAP
-        edited = edit_config(config, _plan_edit(settings, folder, transport, runtime))
-        plan = shim.Plan(settings, policy, transport, invocation.id, folder, cgroup.of_process(os.getpid()))
+        edit = _plan_edit(settings, folder, transport, runtime)
+        edited = edit_config(config, edit)
+        own = cgroup.of_process(os.getpid())
+        plan = shim.Plan(settings, policy, transport, invocation.id, folder, own, edit.wait_killable)
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
             shim.start(plan, folder, hook, listeners, lock)
         write_config(invocation.config, edited)

@@ -2,7 +2,7 @@
  *
  * Theory of operation
  *
- *     RECV ── plain kind? ── known thread? ── same namespace? ── a spare of its kind and owner? ── ADDFD ── close ── RECV
+ *     RECV ── plain kind? ── known thread? ── same namespace? ── a spare of its kind and owner? ── ADDFD ── close ── SEND
  *                  └──────────────┴──────────────────┴───────────────────┴────────────────────────┴── any "no": to Python
  *
  * Where the last spare was used, new ones of its kind are made and tagged before the next RECV, as graft/swap/socket_pool.py
@@ -206,13 +206,15 @@ static void refill(FastBirth *self, const struct kind *kind)
 		_exit(1); /* with the wrong rights nothing may go on; the keeper starts another supervisor */
 }
 
-/* Answer the call with a spare; whether it is answered. This process's copy is closed at once: a program's close() must
- * be the last one, or its peer sees no end. */
+/* Answer the call with a spare; whether it is answered. This process's copy is closed before the program goes on: its
+ * close() must be the last one, or its peer sees no end. Only death ends a caller's wait (graft/swap/birth.py): where
+ * SEND finds nobody, nobody has the descriptor. */
 static int answer(FastBirth *self, const struct seccomp_notif *call)
 {
-	struct seccomp_notif_addfd add = { .id = call->id, .flags = SECCOMP_ADDFD_FLAG_SEND };
+	struct seccomp_notif_addfd add = { .id = call->id };
+	struct seccomp_notif_resp response = { .id = call->id };
 	struct kind kind;
-	int index, result;
+	int index, number;
 
 	if (!is_plain(self, call, &kind) || !is_at_home(self, call->pid, &kind))
 		return 0;
@@ -222,11 +224,14 @@ static int answer(FastBirth *self, const struct seccomp_notif *call)
 	add.srcfd = self->spares[index].fd;
 	add.newfd_flags = (int)call->data.args[1] & SOCK_CLOEXEC ? O_CLOEXEC : 0;
 	do
-		result = ioctl(self->listener, SECCOMP_IOCTL_NOTIF_ADDFD, &add);
-	while (result < 0 && errno == EINTR); /* the kernel undid it, or has not started */
-	if (result < 0)
+		number = ioctl(self->listener, SECCOMP_IOCTL_NOTIF_ADDFD, &add);
+	while (number < 0 && errno == EINTR); /* the kernel undid it, or has not started */
+	if (number < 0)
 		return 0;
 	close(remove_spare(self, index));
+	response.val = number;
+	while (ioctl(self->listener, SECCOMP_IOCTL_NOTIF_SEND, &response) && errno == EINTR)
+		;
 	self->served++;
 	refill(self, &kind);
 	return 1;
