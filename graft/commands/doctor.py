@@ -23,6 +23,7 @@ from graft.kernel import cgroup, netns, pidfd, seccomp
 from graft.kernel.seccomp import Listener
 from graft.kernel.seccomp_filter import swap_filter
 from graft.splice import selftest_result
+from graft.swap import fast_birth
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,9 @@ def _basic() -> Iterator[Feature]:
     yield Feature(
         "killable wait", killable, False, "signals do not restart a trapped call (5.19)", "Go programs retry more"
     )
+    reason = fast_birth.why_not()
+    without = f"plain Python serves{': ' if reason else ''}{reason}"
+    yield Feature("compiled birth", not reason, False, "socket(2) takes less time in transport born", without)
 
 
 def _splice_and_pidfds() -> Iterator[Feature]:

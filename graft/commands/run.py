@@ -82,7 +82,7 @@ def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[sign
             container = change.containers.create(compiled, path, launched.netns, transport, os.getpid())
         splice.serve(graft, container, launched.pid)
         if launched.listener is not None:
-            keeper = Keeper(graft.settings, container, launched.listener, plan.verbose)
+            keeper = Keeper(graft.settings, container, launched.listener, plan.verbose, killable=launched.killable)
             keeper.start()
         launched.go()
         return _wait(launched, keeper)

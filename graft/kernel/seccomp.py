@@ -147,8 +147,8 @@ class Listener:
             return False
         return True
 
-    def _send(self, unique: int, error: int, flags: int) -> bool:
-        _RESP.pack_into(self._response, 0, unique, 0, error, flags)
+    def _send(self, unique: int, error: int, flags: int, value: int = 0) -> bool:
+        _RESP.pack_into(self._response, 0, unique, value, error, flags)
         while True:
             try:
                 fcntl.ioctl(self.fd, _NOTIF_SEND, self._response)
@@ -166,6 +166,10 @@ class Listener:
         """Return from the call without running it: 0, or errno ``error``. False if its caller has ended."""
         return self._send(unique, -error, 0)
 
+    def answer_value(self, unique: int, value: int) -> bool:
+        """Return ``value`` from the call without running it. False if its caller has ended."""
+        return self._send(unique, 0, 0, value)
+
     def replace(self, unique: int, source: int, target: int, cloexec: bool) -> None:
         """Replace the caller's descriptor ``target`` with our descriptor ``source``.
 
@@ -178,14 +182,29 @@ class Listener:
 
         One step (5.14): the caller has the descriptor and its number, or neither. Raises OSError: ENOENT (the caller
         has ended, or was interrupted), EMFILE (it may have no more descriptors); the call is unanswered then.
+
+        A signal to this process before the caller has run is an exception: the kernel forgets the descriptor, but not
+        that the call is answered, and the caller gets 0. For a caller that its own signals do not interrupt,
+        `add` and `answer_value` have no such gap.
         """
         self._add(unique, _ADDFD_FLAG_SEND, source, 0, cloexec)
 
-    def _add(self, unique: int, flags: int, source: int, target: int, cloexec: bool) -> None:
+    def add(self, unique: int, source: int, cloexec: bool) -> int:
+        """Give the caller our descriptor ``source``; the call is still to be answered. Gives the caller's number of it.
+
+        A caller whose wait ends before it is answered keeps it. Raises OSError as `answer_with`.
+        """
+        return self._add(unique, 0, source, 0, cloexec)
+
+    def _add(self, unique: int, flags: int, source: int, target: int, cloexec: bool) -> int:
         _ADDFD.pack_into(self._addfd, 0, unique, flags, source, target, _O_CLOEXEC if cloexec else 0)
+        interrupted = False
         while True:
             try:
-                fcntl.ioctl(self.fd, _NOTIF_ADDFD, self._addfd)
-                return
+                return int(fcntl.ioctl(self.fd, _NOTIF_ADDFD, self._addfd))
             except InterruptedError:  # the kernel undid it, or has not started
-                continue
+                interrupted = True
+            except BlockingIOError:  # EINPROGRESS: the call is answered, see `answer_with`
+                if not interrupted:
+                    raise
+                return 0

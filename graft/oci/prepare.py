@@ -59,7 +59,8 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeO
         edit = _plan_edit(settings, folder, transport, runtime)
         check_annotations(config, options, notified=edit.listener is not None)
         edited = edit_config(config, edit)
-        plan = shim.Plan(settings, policy, transport, invocation.id, folder, cgroup.of_process(os.getpid()))
+        own = cgroup.of_process(os.getpid())
+        plan = shim.Plan(settings, policy, transport, invocation.id, folder, own, edit.wait_killable)
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
             shim.start(plan, folder, hook, listeners, lock)
         write_config(invocation.config, edited)

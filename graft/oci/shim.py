@@ -54,6 +54,7 @@ class Plan:
     """How to attach one container.
 
     ``folder`` is the shim's own, None where it has none; ``engine_cgroup`` is where the runtime was started.
+    ``killable``: the container's filter is known to have the flag that `Keeper` asks for.
     """
 
     settings: Settings
@@ -62,6 +63,7 @@ class Plan:
     id: str
     folder: Path | None
     engine_cgroup: Path
+    killable: bool = False
 
 
 class Attachment:
@@ -127,7 +129,9 @@ class Attachment:
             raise
         plan, container = self._plan, self.container
         assert container is not None
-        keeper = Keeper(plan.settings, container, listener, False, lambda graft: _clean_up(plan, graft, container))
+        keeper = Keeper(
+            plan.settings, container, listener, False, lambda graft: _clean_up(plan, graft, container), plan.killable
+        )
         self._start(keeper)
         self._keepers.append(keeper)
 

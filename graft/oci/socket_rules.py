@@ -1,8 +1,9 @@
 """The rules of a seccomp profile for socket(2), with AF_INET and AF_INET6 notified and all else as before. Pure.
 
 A rule's conditions are about one argument each (runtimes take several about the same argument for alternatives), so
-"any family but these two" is a rule for each family. Runtimes compare all 64 bits of an argument, the kernel looks at 32:
-a family with something in the upper half is not notified, and its socket is one of the container's own namespace. Format: runtime-spec, config-linux.md (seccomp).
+"any family but these two" is a rule for each family. Runtimes compare all 64 bits of an argument, the kernel looks at
+32: a family with something in the upper half is not notified, and its socket is one of the container's own namespace.
+Format: runtime-spec, config-linux.md (seccomp).
 """
 
 from __future__ import annotations

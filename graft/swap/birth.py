@@ -4,22 +4,31 @@ Where a policy leaves nothing to the container's own stack, there is nothing to 
 connected: the hooks decide it then. So the filter traps socket(2) alone (graft/kernel/seccomp_filter.py), and the
 answer is one step of the kernel's: a socket that was made and tagged ahead of time becomes a descriptor of the caller.
 
-This process's copy is closed right after: a program's close() must be the last one, or its peer sees no end. For a
-moment there are two. Nothing that the program does next can depend on it: a call that makes another socket waits for
-this one to be served.
+This process's copy is closed before the program goes on: its close() must be the last one, or its peer sees no end.
+That takes two steps, the descriptor and the answer. Where the program's own signals can end its wait between them (a
+kernel before 5.19, a profile without the flag) it would keep a descriptor that it does not know of: there the two are
+one step, and the copy is closed right after.
+
+Where Graft was compiled, the plain calls of threads that were served here once do not come here
+(graft/swap/fast_birth.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket as names
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from graft.kernel.seccomp import Listener, Notification
 from graft.kernel.seccomp_filter import IPPROTO_MPTCP, can_be_born
 from graft.swap.desk import Desk
 from graft.swap.processes import Processes
 from graft.swap.socket_pool import SocketKind, SocketPool
+
+if TYPE_CHECKING:
+    from graft.swap._fast_birth import FastBirth
 
 _CLOEXEC = int(names.SOCK_CLOEXEC)
 _UINT = 0xFFFFFFFF
@@ -36,7 +45,11 @@ class BirthEntry:
 
 
 class SocketBirth:
-    """Answers socket(2) for one container. ``netns`` is its own network namespace (`Processes.caller`)."""
+    """Answers socket(2) for one container. ``netns`` is its own network namespace (`Processes.caller`).
+
+    ``killable``: only a signal that kills ends a caller's wait. ``fast``, where it is there, gets to know the threads
+    that are served; it is for such callers only.
+    """
 
     def __init__(
         self,
@@ -46,9 +59,11 @@ class SocketBirth:
         processes: Processes,
         netns: str,
         log: Callable[[BirthEntry], None] | None = None,
+        killable: bool = False,
+        fast: FastBirth | None = None,
     ) -> None:
         self._desk, self._pool, self._listener, self._processes = desk, pool, listener, processes
-        self._netns, self._log = netns, log
+        self._netns, self._log, self._killable, self.fast = netns, log, killable, fast
         self._has_mptcp: bool | None = None
 
     def serve(self, notification: Notification) -> None:
@@ -66,9 +81,17 @@ class SocketBirth:
             return
         born = self._pool.get_for_host(SocketKind(family, flags & ~_CLOEXEC, protocol, caller.owner))
         try:
-            self._listener.answer_with(notification.id, born.fileno(), bool(flags & _CLOEXEC))
+            if self._killable:
+                number = self._listener.add(notification.id, born.fileno(), bool(flags & _CLOEXEC))
+                born.close()
+                self._listener.answer_value(notification.id, number)
+            else:
+                self._listener.answer_with(notification.id, born.fileno(), bool(flags & _CLOEXEC))
         finally:
             born.close()
+        if self.fast is not None:
+            with contextlib.suppress(OSError):  # it has ended, or there is no descriptor left: plain Python goes on
+                self._processes.show(notification.pid, self.fast.know)
 
     def _can_serve(self, family: int, kind: int, protocol: int) -> bool:
         """Whether such a socket can be born. (A container's own profile notifies all of both families.)"""

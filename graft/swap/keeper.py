@@ -25,6 +25,7 @@ from graft.kernel.pidfd import has_ended
 from graft.kernel.seccomp import Listener, hung_up
 from graft.model.printable import printable
 from graft.model.settings import Settings
+from graft.model.transport import Transport
 from graft.state import leftovers
 from graft.state.endpoints import Endpoints
 from graft.state.installation import Installation
@@ -32,6 +33,7 @@ from graft.state.records import Container
 from graft.swap.birth import BirthEntry, SocketBirth
 from graft.swap.call_log import format_entry
 from graft.swap.desk import open_desk, release_desk
+from graft.swap.fast_birth import CompiledStock, open_fast_birth
 from graft.swap.processes import Processes
 from graft.swap.resource_limits import enter_own_cgroup
 from graft.swap.socket_pool import NamespaceSwitch, SocketPool
@@ -47,7 +49,8 @@ class Keeper:
     """A container's listener and its supervisor's process.
 
     ``clean_up`` is called by a supervisor whose keeper's process has died, when it has served the container to its
-    end. Without it, such a supervisor ends the container at once.
+    end. Without it, such a supervisor ends the container at once. ``killable``: the listener's filter has the flag for
+    which only a signal that kills ends the wait of a trapped call.
     """
 
     def __init__(
@@ -57,9 +60,10 @@ class Keeper:
         listener: int,
         verbose: bool,
         clean_up: Callable[[Installation], None] | None = None,
+        killable: bool = False,
     ) -> None:
         self._settings, self._container, self._verbose, self._clean_up = settings, container, verbose, clean_up
-        self._listener = listener
+        self._listener, self._killable = listener, killable
         self._journal = mmap.mmap(-1, mmap.PAGESIZE)
         self._starts: list[float] = []
         self.pid = 0
@@ -100,7 +104,7 @@ class Keeper:
             enter_own_cgroup(settings, container.id, container.cgroup_path, containers)
             namespaces = NamespaceSwitch(settings.host_netns, lambda cookie: _namespace_path(graft, container, cookie))
             gc.freeze()  # the collector then skips what is loaded now when it runs during a call
-            supervisor = _make_supervisor(graft, container, listener, namespaces, self._verbose)
+            supervisor = _make_supervisor(graft, container, listener, namespaces, self._verbose, self._killable)
             serve(supervisor, listener, self._journal, keeper)
             if has_ended(keeper):
                 self._continue_without_keeper(graft, supervisor, listener)
@@ -190,14 +194,24 @@ def _detach_from_terminal(verbose: bool) -> None:
 
 
 def _make_supervisor(
-    graft: Installation, container: Container, listener: Listener, namespaces: NamespaceSwitch, verbose: bool
+    graft: Installation,
+    container: Container,
+    listener: Listener,
+    namespaces: NamespaceSwitch,
+    verbose: bool,
+    killable: bool,
 ) -> Supervisor:
     """The supervisor of ``container`` in the calling process, with a desk of its own."""
     log = _call_logger(graft.endpoints) if verbose else None
     desk = open_desk(graft, container.id)
-    pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
+    netns = _own_namespace(graft, container)
+    fast = None
+    if container.transport is Transport.BORN and killable and not verbose:
+        fast = open_fast_birth(listener.fd, netns, desk)
+    stock = None if fast is None else CompiledStock(fast)
+    pool = SocketPool(graft.maps.tags, desk, container.id, namespaces, stock)
     processes = Processes()
-    birth = SocketBirth(desk, pool, listener, processes, _own_namespace(graft, container), log)
+    birth = SocketBirth(desk, pool, listener, processes, netns, log, killable, fast)
     unix = UnixBinder(graft, container.id)
     return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, log, unix)
 

@@ -21,7 +21,7 @@ from graft.kernel import capabilities, cgroup, keyring, netns, process, seccomp,
 from graft.kernel.seccomp_filter import born_filter, swap_filter
 from graft.model.transport import Transport
 
-_HELLO = struct.Struct("=QB")
+_HELLO = struct.Struct("=QBB")
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # a shell's exit statuses for a command that it cannot start
 
 
@@ -44,13 +44,17 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A process that waits for `go`. ``listener`` is None in the host's namespace; ``failures`` is a pipe's end."""
+    """A process that waits for `go`. ``listener`` is None in the host's namespace; ``failures`` is a pipe's end.
+
+    ``killable``: only a signal that kills ends the wait of a trapped call.
+    """
 
     pid: int
     netns: int
     listener: int | None
     control: socket.socket
     failures: int
+    killable: bool
 
     def go(self) -> None:
         """Let it execute the program. Raises StartError if it cannot."""
@@ -89,8 +93,8 @@ def launch(plan: Launch) -> Launched:
             message = reader.read().decode(errors="replace").partition(" ")[2]
         os.waitpid(pid, 0)
         raise KernelError(message or "the program's process ended before it executed the program")
-    cookie, trapped = _HELLO.unpack(hello)
-    return Launched(pid, cookie, fds[0] if trapped else None, ours, failures)
+    cookie, trapped, killable = _HELLO.unpack(hello)
+    return Launched(pid, cookie, fds[0] if trapped else None, ours, failures, bool(killable))
 
 
 def _child(plan: Launch, control: socket.socket, report: int) -> None:
@@ -123,10 +127,10 @@ def _prepare(plan: Launch, control: socket.socket) -> None:
         os.close(fd)
     cookie = netns.cookie()
     if cookie == plan.host_cookie:
-        control.send(_HELLO.pack(cookie, 0))
+        control.send(_HELLO.pack(cookie, 0, 0))
         return
-    listener, _ = seccomp.install_listener(filter_of(plan.transport))
-    socket.send_fds(control, [_HELLO.pack(cookie, 1)], [listener])
+    listener, killable = seccomp.install_listener(filter_of(plan.transport))
+    socket.send_fds(control, [_HELLO.pack(cookie, 1, killable)], [listener])
     os.close(listener)
 
 

@@ -77,6 +77,12 @@ class Processes:
         """Who thread ``tid`` is now. Raises OSError (ESRCH, ENOENT)."""
         return self._ask(tid, Process.caller)
 
+    def show(self, tid: int, to: Callable[[int, int, int], None]) -> None:
+        """Call ``to`` with a thread's id, its pidfd and its /proc/TID/fdinfo, where it was asked about before."""
+        process = self._cache.get(tid)
+        if process is not None:
+            to(tid, process.pidfd, process.fdinfo)
+
     def _ask(self, tid: int, question: Callable[[Process], _Result]) -> _Result:
         """The answer of the thread's process; a cached one may be of a thread that has ended."""
         process = self._cache.get(tid) if self._cache_size > 1 else None

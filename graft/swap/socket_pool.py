@@ -15,7 +15,7 @@ import os
 from _socket import socket as Socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from graft.datapath import layout
 from graft.kernel import netns
@@ -24,7 +24,7 @@ from graft.kernel.credentials import owning_files_as
 from graft.model.transport import Home
 from graft.swap.desk import Desk
 
-_SPARES = 8
+_SPARES = 8  # of a kind
 _MAX_KINDS = 8  # with spares: a container may have any number of users
 
 Owner = tuple[int, int]
@@ -72,14 +72,51 @@ class NamespaceSwitch:
             netns.setns(self._host)
 
 
+class Stock(Protocol):
+    """Where spare sockets wait."""
+
+    def take(self, kind: SocketKind) -> Socket | None:
+        """One of that kind, where there is one."""
+
+    def fill(self, kind: SocketKind, make: Callable[[], Socket]) -> None:
+        """Have as many of that kind as there should be, and of others as many as there is room for. Raises OSError."""
+
+
+class PlainStock:
+    """Spare sockets of the kinds that were asked for last."""
+
+    def __init__(self) -> None:
+        self._spares: dict[SocketKind, list[Socket]] = {}
+
+    def take(self, kind: SocketKind) -> Socket | None:
+        """One of that kind, where there is one."""
+        spares = self._spares.get(kind)
+        return spares.pop() if spares else None
+
+    def fill(self, kind: SocketKind, make: Callable[[], Socket]) -> None:
+        """Make what is missing of that kind, and forget the oldest kind where there are too many. Raises OSError."""
+        spares = self._spares.pop(kind, [])
+        while len(self._spares) >= _MAX_KINDS:
+            for oldest in self._spares.pop(next(iter(self._spares))):
+                oldest.close()
+        self._spares[kind] = spares  # the newest now
+        while len(spares) < _SPARES:
+            spares.append(make())
+
+
 class SocketPool:
-    """Makes the sockets of one container, and tags them."""
+    """Makes the sockets of one container, and tags them. ``stock`` is where spare ones wait."""
 
     def __init__(
-        self, tags: Map[ctypes.c_int32, layout.Tag], desk: Desk, container: int, namespaces: NamespaceSwitch
+        self,
+        tags: Map[ctypes.c_int32, layout.Tag],
+        desk: Desk,
+        container: int,
+        namespaces: NamespaceSwitch,
+        stock: Stock | None = None,
     ) -> None:
         self._tags, self._next_home, self._container, self._namespaces = tags, desk.next_home, container, namespaces
-        self._spares: dict[SocketKind, list[Socket]] = {}
+        self._stock = stock or PlainStock()
         self._missing: SocketKind | None = None
 
     def get(self, home: Home, cookie: int, kind: SocketKind) -> Socket:
@@ -91,9 +128,9 @@ class SocketPool:
 
     def get_for_host(self, kind: SocketKind) -> Socket:
         """A new host-homed socket in the host's namespace: a spare one, where there is one. Raises OSError."""
-        spares = self._spares.get(kind)
-        if spares:
-            return spares.pop()
+        spare = self._stock.take(kind)
+        if spare is not None:
+            return spare
         self._missing = kind
         with owning_files_as(*kind.owner):
             return self._make(Home.HOST, kind)
@@ -101,16 +138,9 @@ class SocketPool:
     def refill(self) -> None:
         """Make spare sockets of the kind of which `get` found none. To be called when the program does not wait."""
         if self._missing is not None:
-            kind = self._missing
-            spares = self._spares.pop(kind, [])
-            while len(self._spares) >= _MAX_KINDS:
-                for oldest in self._spares.pop(next(iter(self._spares))):
-                    oldest.close()
-            self._spares[kind] = spares  # the newest now
+            kind, self._missing = self._missing, None
             with contextlib.suppress(OSError), owning_files_as(*kind.owner):
-                while len(spares) < _SPARES:
-                    spares.append(self._make(Home.HOST, kind))
-            self._missing = None
+                self._stock.fill(kind, lambda: self._make(Home.HOST, kind))
 
     def _make(self, home: Home, kind: SocketKind) -> Socket:
         next_home = self._next_home

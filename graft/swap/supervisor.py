@@ -308,6 +308,14 @@ class Supervisor:
                 self._listener.replace(trapped.notification.id, replacement, fd, cloexec)
         descriptors.copy_registrations(others.registrations, replacement, trapped.process.duplicate_fd)
 
+    def receive(self, page: ctypes.Array[ctypes.c_char]) -> bool:
+        """Whether ``page`` has a notification for `handle` now; if not, it is still zero. Blocks where none is waiting.
+
+        The plain calls of transport born may be answered meanwhile (graft/swap/fast_birth.py).
+        """
+        fast = self._birth.fast
+        return self._listener.receive(page) if fast is None else fast.serve(page)
+
 
 def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, keeper: int) -> None:
     """Serve until the container's last process has ended, or the keeper's process (``keeper`` is its pidfd).
@@ -325,6 +333,6 @@ def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, keeper
             supervisor.handle(unfinished, taken_over=True)
         page.raw = blank
         while not watcher.should_stop:
-            if listener.receive(page):
+            if supervisor.receive(page):
                 supervisor.handle(page.raw)
                 page.raw = blank

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from graft.swap import fast_birth
 from tests.bench.process import BenchError, Environment, kept, run, wait_until
 from tests.bench.report import Wanted, at_least, at_most
 from tests.bench.topology import Netns, Topology
@@ -22,6 +23,7 @@ INNER_PORT = 80
 HOST_PORT = 8080
 BRIDGE_PORT = 8081
 SWAP_PORT = 8082
+BORN_PORT = 8090
 
 
 class NotOffered(Exception):
@@ -100,17 +102,23 @@ class SwapCase:
             "pingpong": [at_least(0.98)],
             "bulk-in": [at_least(0.98)],
             "bulk-out": [at_least(0.98)],
-            "connect": [at_most(2.5)],
+            "connect": [at_most(2.2)],
         }
     )
+    port: int = SWAP_PORT
+    flags: tuple[str, ...] = ()
+    """Of `graft run`: ``--deny`` leaves nothing to the container, which has transport born then."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """What the environment of `graft run` has besides."""
     _environment: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
         """Bring up a Graft of the benchmark's own, with an endpoint to serve on and one to reach out from."""
-        self._environment = graft_environment(net, workdir, f"graft-bench-{os.getpid()}")
+        name = f"graft-bench-{self.name}-{os.getpid()}"
+        self._environment = graft_environment(net, workdir, name) | self.variables
         try:
-            self._graft("ep", "add", "bench-http", f"0.0.0.0:{SWAP_PORT}")
+            self._graft("ep", "add", "bench-http", f"0.0.0.0:{self.port}")
             self._graft("ep", "add", "bench-out", "0.0.0.0:dynamic")
             yield
         except BaseException:
@@ -123,17 +131,63 @@ class SwapCase:
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Start the server under graft run; it listens in the host's namespace or not at all."""
         grant = ["-i", f"0.0.0.0:{INNER_PORT}=bench-http", "-e", "0.0.0.0/0=bench-out"]
-        command = [graft_command(), "run", *grant, "--net", "new", "--", *server(INNER_PORT)]
-        with serving(command, net.host, SWAP_PORT, self._environment):
-            yield SWAP_PORT
+        command = [graft_command(), "run", *self.flags, *grant, "--net", "new", "--", *server(INNER_PORT)]
+        with serving(command, net.host, self.port, self._environment):
+            yield self.port
 
     def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
         """Start the client under graft run."""
-        graft = [graft_command(), "run", "-e", "0.0.0.0/0=bench-out", "--net", "new", "--"]
+        graft = [graft_command(), "run", *self.flags, "-e", "0.0.0.0/0=bench-out", "--net", "new", "--"]
         return run([*graft, *command], timeout, self._environment)
 
     def _graft(self, *arguments: str) -> None:
         run([graft_command(), *arguments], environment=self._environment)
+
+
+@dataclass
+class BornCase(SwapCase):
+    """The same under a policy that leaves nothing to the container: its sockets are born on the host's stack."""
+
+    name: str = "born"
+    title: str = "born"
+    wanted: Wanted = field(
+        default_factory=lambda: {
+            "keepalive": [at_least(0.98)],
+            "request": [at_least(0.95)],
+            "pingpong": [at_least(0.98)],
+            "bulk-in": [at_least(0.98)],
+            "bulk-out": [at_least(0.98)],
+            "connect": [at_most(1.5)],
+        }
+    )
+    port: int = BORN_PORT
+    flags: tuple[str, ...] = ("--deny",)
+
+    @contextmanager
+    def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
+        """Raises NotOffered where it would be the case below."""
+        if reason := fast_birth.why_not():
+            raise NotOffered(reason)
+        with super().prepared(net, workdir):
+            yield
+
+
+@dataclass
+class PlainBornCase(SwapCase):
+    """Born, where nothing was compiled. What sockets do once they are made is the same: only connects are measured."""
+
+    name: str = "born-plain"
+    title: str = "born, plain Python"
+    wanted: Wanted = field(default_factory=lambda: {"connect": [at_most(2.1)]})
+    port: int = BORN_PORT + 1
+    flags: tuple[str, ...] = ("--deny",)
+    variables: dict[str, str] = field(default_factory=lambda: {fast_birth.NOT_COMPILED: "1"})
+
+    @contextmanager
+    def serve(self, net: Topology, server: Server) -> Iterator[int]:
+        """Raises NotOffered."""
+        raise NotOffered("as born")
+        yield
 
 
 def graft_command() -> str:
@@ -160,4 +214,6 @@ CASES: tuple[Case, ...] = (
     # As a container usually runs. nftables does the NAT in the kernel; no proxy is in the way.
     PlainCase("bridge", "bridge + NAT", lambda net: net.container, INNER_PORT, BRIDGE_PORT),
     SwapCase(),
+    BornCase(),
+    PlainBornCase(),
 )

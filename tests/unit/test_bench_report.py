@@ -31,7 +31,7 @@ from tests.bench.report import (
 )
 from tests.bench.runner import measure_all
 from tests.bench.topology import Netns, Topology
-from tests.bench.workloads import WORKLOADS, Place, gigabits, median_us, requests_per_second
+from tests.bench.workloads import WORKLOADS, Place, gigabits, mean_us, median_us, requests_per_second
 
 RUN = Run("make bench", "2026-01-02", "6.1.0", "2 cores, x86_64", "0.1.0", 3, 3)
 RATE = Metric("rate", "requests", "requests/s")
@@ -192,7 +192,8 @@ def test_the_rate_of_iperf3_is_what_arrived() -> None:
 
 
 def test_the_median_of_the_peer_is_read() -> None:
-    assert median_us('{"median_us": 41.5, "count": 3}\n') == 41.5
+    assert median_us('{"median_us": 41.5, "mean_us": 55.5, "count": 3}\n') == 41.5
+    assert mean_us('{"median_us": 41.5, "mean_us": 55.5, "count": 3}\n') == 55.5
 
 
 def test_a_case_that_is_not_offered_is_left_out_with_its_reason_and_the_others_are_measured() -> None:

@@ -1,0 +1,20 @@
+"""The one part of Graft that is compiled at installation; pyproject.toml has all the rest.
+
+It is optional: without a compiler or Python's headers nothing is built, and plain Python serves in its place.
+"""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "graft.swap._fast_birth",
+            ["graft/swap/_fast_birth.c"],
+            depends=["setup.py"],
+            extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-cast-function-type"],
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
