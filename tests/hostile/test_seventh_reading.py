@@ -1,0 +1,120 @@
+"""What a seventh reading found about endpoints of type unix: each was possible, and is not any more."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from graft.kernel import unix_files
+from graft.kernel.unix_files import Target, UnixPathError
+from tests.support.installation import Host
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="gu-") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+# ---- the folder of a socket is somebody else's ------------------------------------------------------
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_directory_that_is_put_at_the_path_is_not_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """Exchanged with the dead socket that Graft saw; ``taken``: and Graft's socket, which cannot be given back then."""
+    path, keep = folder / "a.sock", folder / "keep"
+    (keep / "sub").mkdir(parents=True)
+    (keep / "sub" / "precious").write_text("root's")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    real, calls = unix_files.syscall, []
+
+    def syscall(name: str, *args: object) -> int:
+        if name != "renameat2":
+            return real(name, *args)
+        calls.append(name)
+        if len(calls) == 1:
+            path.rename(folder / "dead")
+            keep.rename(path)
+        result = real(name, *args)
+        if len(calls) == 1 and taken:
+            path.unlink()
+        return result
+
+    monkeypatch.setattr(unix_files, "syscall", syscall)
+    with socket.socket(socket.AF_UNIX) as sock, pytest.raises(UnixPathError):
+        unix_files.bind(sock, Target(str(path), 0, 0, 0o600), b"/in/own.sock")
+    (precious,) = folder.rglob("precious")
+    assert precious.read_text() == "root's"
+    assert precious.is_relative_to(path) is not taken
+    assert len(list(folder.iterdir())) == 2  # and nothing of Graft's is left
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_folder_of_roots_in_the_place_of_grafts_stays_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    private = folder / "roots"
+    private.mkdir(0o700)
+    if full:
+        (private / "precious").write_text("root's")
+    real = os.mkdir
+
+    def mkdir(name: str, mode: int, *, dir_fd: int) -> None:
+        real(name, mode, dir_fd=dir_fd)
+        if str(name).startswith(".graft-"):
+            os.rmdir(name, dir_fd=dir_fd)
+            os.rename(private, name, dst_dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with socket.socket(socket.AF_UNIX) as sock:
+        if full:
+            with pytest.raises(PermissionError):
+                unix_files.bind(sock, Target(str(folder / "a.sock"), 0, 0, 0o600), b"/own.sock")
+            assert len(list(folder.rglob("precious"))) == 1
+        else:
+            unix_files.bind(sock, Target(str(folder / "a.sock"), 0, 0, 0o600), b"/own.sock")
+
+
+@pytest.mark.parametrize(("mode", "refused"), [(0o755, False), (0o775, False), (0o1777, False), (0o777, True)])
+def test_a_folder_that_anybody_may_change_is_refused(folder: Path, mode: int, refused: bool) -> None:
+    folder.chmod(mode)
+    if not refused:
+        assert unix_files.check(str(folder / "a.sock")) is None
+        return
+    with pytest.raises(UnixPathError, match="anybody may replace what is in"):
+        unix_files.check(str(folder / "a.sock"))
+
+
+# ---- what a program passes --------------------------------------------------------------------------
+
+BINDS = """
+import ctypes, os, socket, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+addr = struct.pack("H", 1) + b"/own.sock" + bytes(20)
+for n in range(100):
+    fd = os.open("/dev/null", os.O_RDONLY) if sys.argv[1] == "file" else socket.socket().detach()
+    libc.bind(fd, addr, len(addr))
+    os.close(fd)
+print(ctypes.get_errno(), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("what", ["file", "socket"])
+def test_a_bind_of_what_is_no_unix_socket_leaves_no_descriptor(host: Host, folder: Path, what: str) -> None:
+    rule = f"unix:/own.sock={host.endpoint(f'unix:{folder}/a.sock')}"
+    program = host.start("--user", "nobody", "-i", rule, "--", "python3", "-c", BINDS, what, talk=True)
+    descriptors = Path(f"/proc/{host.supervisor(program)}/fd")
+    program.until("an answer", lambda: "\n" in program.said)
+    assert len(list(descriptors.iterdir())) < 60
