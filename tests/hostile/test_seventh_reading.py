@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,10 @@ import pytest
 
 from graft.kernel import unix_files
 from graft.kernel.unix_files import Target, UnixPathError
+from tests.hostile.test_sixth_reading_splice import in_one_place, socket_of
 from tests.support.installation import Host
+from tests.support.relayed import published
+from tests.support.wait import PATIENCE
 
 pytestmark = pytest.mark.e2e
 
@@ -37,7 +43,7 @@ def test_a_directory_that_is_put_at_the_path_is_not_removed(
     (keep / "sub" / "precious").write_text("root's")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    real, calls = unix_files.syscall, []
+    real, calls = unix_files.syscall, []  # type: ignore[attr-defined]
 
     def syscall(name: str, *args: object) -> int:
         if name != "renameat2":
@@ -118,3 +124,69 @@ def test_a_bind_of_what_is_no_unix_socket_leaves_no_descriptor(host: Host, folde
     descriptors = Path(f"/proc/{host.supervisor(program)}/fd")
     program.until("an answer", lambda: "\n" in program.said)
     assert len(list(descriptors.iterdir())) < 60
+
+
+# ---- the listener behind an endpoint ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["deleted", "with its policy"])
+def test_a_direct_containers_port_on_loopback_stays_shut_when_its_endpoint_is_gone(
+    host: Host, folder: Path, tmp_path: Path, how: str
+) -> None:
+    policy, path = tmp_path / "p.yaml", folder / "a.sock"
+    declared = how == "with its policy"
+    name = "own" if declared else host.endpoint(f"unix:{path}")
+    endpoints = f"endpoints: {{own: 'unix:{path}'}}\n" if declared else ""
+    policy.write_text(f"name: t\n{endpoints}ingress: [{{bind: '*:80', endpoint: {name}}}]\ndefault: deny\n")
+    words = ["--net", host.netns.path, "--policy", policy, "--", "busybox", "httpd", "-f", "-p", "0.0.0.0:80"]
+    program = host.start(*words)
+    program.until("published", path.is_socket)
+    port = int(host.ps()[0]["relay"]["published"][0]["dials"].rpartition(":")[2])
+    assert not host.netns.reaches("127.0.0.1", port, 1)
+    if how == "deleted":
+        host.graft("ep", "del", name, "--force")
+    else:
+        policy.write_text("name: t\ndefault: deny\n")
+        host.graft("policy", "apply", policy)
+    time.sleep(0.5)
+    assert not host.netns.reaches("127.0.0.1", port, 1)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_endpoint_leads_to_nobody_who_takes_a_closed_listeners_port(
+    host: Host, folder: Path, attached: bool
+) -> None:
+    """As in test_sixth_reading_splice.py, which has the control, at a unix socket."""
+    path = folder / "a.sock"
+    with in_one_place(host, attached) as (container, second), contextlib.ExitStack() as stack:
+        listener = container.listener()
+        container.attach("-i", f"0.0.0.0:80={host.endpoint(f'unix:{path}')}")
+        client = stack.enter_context(socket.socket(socket.AF_UNIX))  # the control: while it listens
+        client.connect(str(path))
+        client.sendall(b"hello")
+        with listener.accept()[0] as accepted:
+            accepted.settimeout(15 * PATIENCE)
+            assert accepted.recv(10) == b"hello"
+            assert accepted.getpeername()[0] == "127.0.0.1"
+            client.close()
+            assert accepted.recv(10) == b""  # so that it is not the port of the container's that stays taken
+        pid = container.daemon()
+        if second is not None:
+            published(second, bound="0.0.0.0:81")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            listener.close()
+            thief = stack.enter_context(socket_of(container, second))
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(str(path))
+            client.sendall(b"secret")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        thief.settimeout(15 * PATIENCE)
+        accepted = stack.enter_context(thief.accept()[0])
+        accepted.settimeout(15 * PATIENCE)
+        try:
+            got = accepted.recv(10)
+        except ConnectionResetError:
+            got = b""
+        assert got == b""
