@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from graft.errors import ConflictError
 from graft.kernel.syscalls import syscall
 
-_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS = 0x02, 0x04  # linux/openat2.h
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_CACHED = 0x02, 0x04, 0x20  # linux/openat2.h
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _CLONE_FS = 0x200
 _AT_FDCWD = -100
@@ -45,6 +45,9 @@ class UnixPathError(ConflictError):
     def __init__(self, code: int, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)
         self.errno = code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return UnixPathError, (self.errno, self.message, self.hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,8 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-def _openat2(path: str, flags: int) -> int:
-    how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS)
+def _openat2(path: str, flags: int, resolve: int = 0) -> int:
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS | resolve)
     return syscall("openat2", _AT_FDCWD, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
 
 
@@ -302,15 +305,22 @@ def remove(path: str, file: FileId) -> None:
             os.unlink(name, dir_fd=folder)
 
 
-def connect(sock: socket.socket, path: str) -> None:
+def connect(sock: socket.socket, path: str, cached: bool = False) -> bool:
     """Connect ``sock``, which never blocks, to the socket at ``path``: never through a link. Raises OSError.
 
-    BlockingIOError: the server's backlog is full, and no event says when it has room.
+    ``cached``: only if the kernel knows the path without reading, and so without waiting for a folder's lock; False
+    where it does not. BlockingIOError: the server's backlog is full, and no event says when it has room.
     """
-    fd = _openat2(path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        fd = _openat2(path, os.O_PATH | os.O_NOFOLLOW, _RESOLVE_CACHED if cached else 0)
+    except BlockingIOError:
+        if cached:
+            return False
+        raise
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         sock.connect(f"/proc/self/fd/{fd}")
+        return True
     finally:
         os.close(fd)

@@ -27,6 +27,7 @@ from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
 from graft.splice.resources import ContainerResources
 from graft.state import unix_sockets
+from graft.state.folder_calls import in_folder_of
 
 _BACKLOG = 4096
 _KIND = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -50,17 +51,19 @@ def listen(settings: Settings, container: int, wanted: Publication) -> tuple[soc
 def withdraw(settings: Settings, container: int, endpoint: int) -> None:
     """Remove the socket's file from the host."""
     unix_sockets.release(settings, lambda one, other: (one, other) == (container, endpoint))
+    unix_sockets.remove_released(settings)
 
 
 def connect(unix: UnixSocket, asked: layout.CrossingValue) -> socket.socket:
     """A socket that is connected to ``unix``, for the program whose connection was redirected.
 
-    BlockingIOError: its server has no room now. Raises OSError.
+    BlockingIOError: its server has no room now. Raises OSError, UnixPathError.
     """
     sock = socket.socket(socket.AF_UNIX, _KIND)
     try:
         with connecting_as(asked.uid, asked.gid):
-            unix_files.connect(sock, unix.path)
+            if not unix_files.connect(sock, unix.path, cached=True):
+                in_folder_of(unix.path, lambda: unix_files.connect(sock, unix.path), keep={sock.fileno()})
     except BaseException:
         sock.close()
         raise

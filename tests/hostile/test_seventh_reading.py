@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,12 +16,16 @@ import pytest
 
 from graft.kernel import unix_files
 from graft.kernel.unix_files import Target, UnixPathError
+from tests.hostile.test_daemon_shares import StartDaemon, served, start_daemon
 from tests.hostile.test_sixth_reading_splice import in_one_place, socket_of
 from tests.support.installation import Host
+from tests.support.plain import plain
 from tests.support.relayed import published
-from tests.support.wait import PATIENCE
+from tests.support.shell import Word
+from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
+__all__ = ["start_daemon"]
 
 
 @pytest.fixture
@@ -138,7 +143,18 @@ def test_a_direct_containers_port_on_loopback_stays_shut_when_its_endpoint_is_go
     name = "own" if declared else host.endpoint(f"unix:{path}")
     endpoints = f"endpoints: {{own: 'unix:{path}'}}\n" if declared else ""
     policy.write_text(f"name: t\n{endpoints}ingress: [{{bind: '*:80', endpoint: {name}}}]\ndefault: deny\n")
-    words = ["--net", host.netns.path, "--policy", policy, "--", "busybox", "httpd", "-f", "-p", "0.0.0.0:80"]
+    words: list[Word] = [
+        "--net",
+        host.netns.path,
+        "--policy",
+        policy,
+        "--",
+        "busybox",
+        "httpd",
+        "-f",
+        "-p",
+        "0.0.0.0:80",
+    ]
     program = host.start(*words)
     program.until("published", path.is_socket)
     port = int(host.ps()[0]["relay"]["published"][0]["dials"].rpartition(":")[2])
@@ -190,3 +206,68 @@ def test_an_endpoint_leads_to_nobody_who_takes_a_closed_listeners_port(
         except ConnectionResetError:
             got = b""
         assert got == b""
+
+
+# ---- a folder whose lock somebody holds -------------------------------------------------------------
+
+HOLDS = r"""
+import ctypes, fcntl, mmap, os, signal, struct, sys
+signal.alarm(100)
+libc = ctypes.CDLL(None, use_errno=True)
+uffd = libc.syscall(323, os.O_CLOEXEC)  # as root here; without any privilege a file of FUSE does
+assert uffd >= 0, os.strerror(ctypes.get_errno())
+fcntl.ioctl(uffd, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
+page = mmap.mmap(-1, 4096)
+at = ctypes.addressof(ctypes.c_char.from_buffer(page))
+fcntl.ioctl(uffd, 0xC020AA00, bytearray(struct.pack("QQQQ", at, 4096, 1, 0)))
+os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY)
+print("holds", flush=True)
+libc.syscall(217, fd, ctypes.c_void_p(at), 4096)
+"""
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The user nobody, who may read the folder, reads it into a page that never comes."""
+    with subprocess.Popen(["/usr/bin/python3", "-c", HOLDS, folder], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"holds\n"
+            time.sleep(0.5)
+            yield
+        finally:
+            holder.kill()
+
+
+def test_a_command_that_removes_a_socket_does_not_wait_for_who_holds_its_folder(
+    host: Host, folder: Path, start_daemon: StartDaemon
+) -> None:
+    start_daemon()
+    path = folder / "a.sock"
+    with plain(host) as container, container.listener():
+        container.attach("-i", f"0.0.0.0:80={host.endpoint(f'unix:{path}')}")
+        with held(folder):
+            host.graft("detach", "--cgroup", container.cgroup, timeout=15 * PATIENCE)
+            host.graft("ep", "add", "other", "10.98.0.1:4711", timeout=15 * PATIENCE)
+            assert host.run(["-i", "0.0.0.0:80=other"], "true").returncode == 0
+
+        def is_removed() -> bool:
+            host.graft("ep", "set", "other", "10.98.0.1:4712")  # the next changes try again
+            return not path.exists()
+
+        until("the file is removed", is_removed)
+    assert list(folder.iterdir()) == []
+
+
+def test_graftd_serves_others_while_somebody_holds_the_folder_of_a_socket(
+    host: Host, folder: Path, start_daemon: StartDaemon
+) -> None:
+    start_daemon()
+    path = folder / "a.sock"
+    with plain(host) as container, plain(host) as other, container.listener(), other.listener() as listener:
+        name, port = host.endpoint(f"unix:{path}"), published(other)
+        container.attach("-i", f"0.0.0.0:80={name}")
+        with held(folder):
+            host.graft("detach", "--cgroup", container.cgroup, timeout=15 * PATIENCE)
+            assert served(other, listener, port, 8 * PATIENCE)
