@@ -2,7 +2,8 @@
 /* bind: only what an ingress rule names, rewritten to its endpoint. */
 
 /* getsockname shows the program the address that it requested. */
-static __always_inline void write_tag(struct tag *tag, u32 container, struct request *request, u32 endpoint)
+static __always_inline void write_tag(struct tag *tag, u32 container, struct request *request, u32 endpoint,
+				      int at_unix)
 {
 	tag->container = container;
 	tag->home = GRAFT_HOME_HOST;
@@ -10,11 +11,12 @@ static __always_inline void write_tag(struct tag *tag, u32 container, struct req
 	tag->family = request->family;
 	tag->port = request->port;
 	tag->bound_port = 0;
+	tag->at_unix = at_unix;
 	__builtin_memcpy(tag->addr, request->addr, 16);
 }
 
 static __always_inline int record_bind(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request,
-				       u32 endpoint)
+				       u32 endpoint, int at_unix)
 {
 	/* The tag of an MPTCP socket is its parent's; its subflow, which accepts plain TCP clients,
 	 * gets one of its own here. */
@@ -22,10 +24,10 @@ static __always_inline int record_bind(struct bpf_sock_addr *ctx, struct owner *
 
 	if (!own)
 		return 0;
-	write_tag(own, owner->id, request, endpoint);
+	write_tag(own, owner->id, request, endpoint, at_unix);
 	own->open_port = 0;
 	if (owner->tag)
-		write_tag(owner->tag, owner->id, request, endpoint);
+		write_tag(owner->tag, owner->id, request, endpoint, at_unix);
 	return 1;
 }
 
@@ -39,10 +41,12 @@ static __always_inline void clear_endpoint(struct bpf_sock_addr *ctx, struct own
 		own->home = GRAFT_HOME_HOST;
 		own->endpoint = 0;
 		own->bound_port = 0;
+		own->at_unix = 0;
 	}
 	if (owner->tag) {
 		owner->tag->endpoint = 0;
 		owner->tag->bound_port = 0;
+		owner->tag->at_unix = 0;
 	}
 }
 
@@ -91,7 +95,7 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 	if (is_unix(endpoint) && owner.container->transport != GRAFT_TRANSPORT_DIRECT)
 		endpoint = 0;
 	if (!endpoint || !endpoint_port(endpoint, rule, request->port, &request->endpoint_port) ||
-	    !record_bind(ctx, &owner, request, rule->endpoint)) {
+	    !record_bind(ctx, &owner, request, rule->endpoint, is_unix(endpoint))) {
 		/* No rule grants this address to a host-homed socket: passed, the container would get a
 		 * port of the host without a grant. */
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);

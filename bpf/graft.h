@@ -147,7 +147,8 @@ struct tag {
 	__u8 addr[16];    /* the address that the program requested */
 	__u32 source;     /* the endpoint that a connect took its local address or port from; 0: none */
 	__u8 lent;        /* GRAFT_LENT_*: which of the two, when it took them */
-	__u8 zero[3];
+	__u8 at_unix;     /* 1: the endpoint was a unix socket at the bind: whatever became of it, its clients come by graftd */
+	__u8 zero[2];
 };
 
 /* `options`: socket storage, which options a program set before its socket was swapped. Only their

@@ -173,11 +173,11 @@ static __always_inline int accepts_anyone(struct __sk_buff *skb, struct bpf_sock
 	return is_granted(owner->container, tag, &local, IPPROTO_UDP, netns_of(skb));
 }
 
-/* Whether a listener is one of a direct container whose endpoint is a unix socket: the host's users must reach it by
- * that, and not by the port on loopback. */
+/* Whether a listener is one of a direct container whose endpoint was a unix socket when it was bound: the host's users
+ * must reach it by that, and not by the port on loopback; by neither when the endpoint is gone. */
 static __always_inline int is_unix_listener(struct owner *owner)
 {
-	return owner->tag && owner->tag->endpoint && is_unix(endpoints.lookup(&owner->tag->endpoint));
+	return owner->tag && owner->tag->endpoint && owner->tag->at_unix;
 }
 
 /* Whether a packet is of a connection that graftd has begun (splice.bpf.c), until the listener's side has its socket. */

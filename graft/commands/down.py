@@ -50,6 +50,7 @@ def down(settings: Settings, force: bool = False) -> None:
         for pin in (settings.run_dir / "netns").glob("*"):
             netns.release(pin)
         unix_sockets.release(settings, lambda _container, _endpoint: True)
+        unix_sockets.remove_released(settings)
         shutil.rmtree(settings.run_dir, ignore_errors=True)
 
 

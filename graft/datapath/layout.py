@@ -162,7 +162,8 @@ class Tag(ctypes.Structure):
         ("addr", _ADDR),
         ("source", ctypes.c_uint32),
         ("lent", ctypes.c_uint8),
-        ("zero", ctypes.c_uint8 * 3),
+        ("at_unix", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 2),
     )
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from graft.errors import ConflictError
 from graft.kernel.syscalls import syscall
 
-_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS = 0x02, 0x04  # linux/openat2.h
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_CACHED = 0x02, 0x04, 0x20  # linux/openat2.h
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _CLONE_FS = 0x200
 _AT_FDCWD = -100
@@ -45,6 +45,9 @@ class UnixPathError(ConflictError):
     def __init__(self, code: int, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)
         self.errno = code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return UnixPathError, (self.errno, self.message, self.hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,8 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-def _openat2(path: str, flags: int) -> int:
-    how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS)
+def _openat2(path: str, flags: int, resolve: int = 0) -> int:
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS | resolve)
     return syscall("openat2", _AT_FDCWD, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
 
 
@@ -102,7 +105,20 @@ def check(path: str) -> FileId | None:
     Gives the file of a socket there that nobody listens on any more, None where there is none.
     """
     with folder_of(path) as folder:
+        _refuse_open_to_all(folder, path)
         return _stale(folder, path)
+
+
+def _refuse_open_to_all(folder: int, path: str) -> None:
+    """Its owner and its group may be meant to replace the socket; but not everybody."""
+    mode = os.fstat(folder).st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        where = os.path.dirname(path)
+        raise UnixPathError(
+            errno.EACCES,
+            f"{path}: anybody may replace what is in {where}, which has the mode {stat.S_IMODE(mode):04o}",
+            f"chmod o-w {where}",
+        )
 
 
 def _stale(folder: int, path: str) -> FileId | None:
@@ -146,36 +162,29 @@ def bind(sock: socket.socket, target: Target, shown: bytes, backlog: int | None 
     A socket file that nobody listens on is replaced. Gives the new file. Raises UnixPathError, OSError.
     """
     with folder_of(target.path) as folder:
+        _refuse_open_to_all(folder, target.path)
         stale = _stale(folder, target.path)
-        with _private_folder(folder) as private:
-            inner, name = _bind_inside(sock, private, shown)
-            try:
-                os.chown(name, target.uid, target.gid, dir_fd=inner, follow_symlinks=False)
-                os.chmod(name, target.mode, dir_fd=inner)
-                status = os.stat(name, dir_fd=inner, follow_symlinks=False)
-                if backlog is not None:
-                    sock.listen(backlog)
-                _move(inner, name, folder, target, stale)
-            finally:
-                os.close(inner)
-    return status.st_dev, status.st_ino
+        with _private_folder(folder) as private, _bound_inside(sock, private, shown) as (inner, name, file):
+            os.chown(name, target.uid, target.gid, dir_fd=inner, follow_symlinks=False)
+            os.chmod(name, target.mode, dir_fd=inner)
+            if backlog is not None:
+                sock.listen(backlog)
+            _move(inner, name, folder, target, stale)
+    return file
 
 
 @contextlib.contextmanager
 def _private_folder(folder: int) -> Iterator[int]:
-    """A new folder in ``folder`` that only root can enter; removed afterwards, with what is left in it."""
-    name = f".graft-{secrets.token_hex(8)}"
+    """A new folder in ``folder`` that only root can enter. It is removed afterwards if it is empty, and never emptied:
+    its name may be that of another folder by then.
+    """
+    name = _fresh_name()
     os.mkdir(name, 0o700, dir_fd=folder)
     try:
         fd = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=folder)
         try:
-            status = os.fstat(fd)
-            if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-                raise PermissionError(errno.EPERM, "somebody replaced a folder of Graft's")
-            try:
-                yield fd
-            finally:
-                _empty(fd)
+            _require_new(fd, os.fstat(folder).st_dev)
+            yield fd
         finally:
             os.close(fd)
     finally:
@@ -183,35 +192,55 @@ def _private_folder(folder: int) -> Iterator[int]:
             os.rmdir(name, dir_fd=folder)
 
 
-def _empty(folder: int) -> None:
-    """Remove what is in a folder of Graft's: one socket at the most, in folders with one entry each."""
-    for name in os.listdir(folder):
-        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-            fd = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=folder)
-            try:
-                _empty(fd)
-            finally:
-                os.close(fd)
-            os.rmdir(name, dir_fd=folder)
-        else:
-            os.unlink(name, dir_fd=folder)
+def _fresh_name() -> str:
+    return f".graft-{secrets.token_hex(8)}"
 
 
-def _bind_inside(sock: socket.socket, private: int, shown: bytes) -> tuple[int, bytes]:
-    """Bind ``sock`` to ``shown`` with the folder ``private`` as root. Gives the folder and the name of its file."""
+def _require_new(fd: int, device: int) -> None:
+    """Whoever may write to the folder may have put another one at the name of Graft's. Raises PermissionError."""
+    status = os.fstat(fd)
+    is_roots = status.st_uid == os.geteuid() and not status.st_mode & 0o077
+    if is_roots and status.st_dev == device:
+        with os.scandir(fd) as entries:
+            if next(entries, None) is None:
+                return
+    raise PermissionError(errno.EPERM, "somebody replaced a folder of Graft's")
+
+
+@contextlib.contextmanager
+def _bound_inside(sock: socket.socket, private: int, shown: bytes) -> Iterator[tuple[int, bytes, FileId]]:
+    """Bind ``sock`` to ``shown`` with the folder ``private`` as root. Gives the folder and the name of its file, and
+    the file. Only what was made here is removed afterwards: the file if it is there still, and folders that are empty.
+    """
     *parents, name = [part for part in shown.split(b"/") if part]
-    inner = os.dup(private)
-    try:
+    with contextlib.ExitStack() as made:
+        inner = private
         for part in parents:
             os.mkdir(part, 0o700, dir_fd=inner)
-            deeper = os.open(part, os.O_RDONLY | _FOLDER, dir_fd=inner)
-            os.close(inner)
-            inner = deeper
+            made.callback(_remove_empty, part, inner)
+            inner = os.open(part, os.O_RDONLY | _FOLDER, dir_fd=inner)
+            made.callback(os.close, inner)
         _in_root(private, sock, shown)
-    except BaseException:
-        os.close(inner)
-        raise
-    return inner, name
+        file = _file_at(name, inner)
+        if file is None:
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+        try:
+            yield inner, name, file
+        finally:
+            with contextlib.suppress(OSError):
+                if _file_at(name, inner) == file:
+                    os.unlink(name, dir_fd=inner)
+
+
+def _remove_empty(name: bytes, folder: int) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(name, dir_fd=folder)
+
+
+def _file_at(name: str | bytes, folder: int) -> FileId | None:
+    """The socket with that name; None: it is something else. Raises OSError."""
+    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
 
 
 def _in_root(root: int, sock: socket.socket, shown: bytes) -> None:
@@ -248,11 +277,20 @@ def _move(inner: int, name: bytes, folder: int, target: Target, stale: FileId | 
     except FileNotFoundError:
         _move(inner, name, folder, target, None)  # somebody removed it just now
         return
-    found = os.stat(name, dir_fd=inner, follow_symlinks=False)
-    if (found.st_dev, found.st_ino) != stale:
-        syscall("renameat2", inner, name, folder, wanted, _RENAME_EXCHANGE)
+    if _file_at(name, inner) != stale:
+        _give_back(inner, name, folder, wanted)
         raise _taken(target)
     os.unlink(name, dir_fd=inner)
+
+
+def _give_back(inner: int, name: bytes, folder: int, wanted: bytes) -> None:
+    """Somebody put something else at ``wanted`` before it was exchanged: it gets its name again. If that fails,
+    because the socket was taken away there, it gets a new name: whatever it is, it is not Graft's to remove.
+    """
+    try:
+        syscall("renameat2", inner, name, folder, wanted, _RENAME_EXCHANGE)
+    except OSError:
+        syscall("renameat2", inner, name, folder, os.fsencode(_fresh_name()), _RENAME_NOREPLACE)
 
 
 def _taken(target: Target) -> UnixPathError:
@@ -262,20 +300,27 @@ def _taken(target: Target) -> UnixPathError:
 def remove(path: str, file: FileId) -> None:
     """Remove the socket ``file`` from ``path``, unless something else is there by now. Safe to repeat."""
     with contextlib.suppress(UnixPathError, OSError), folder_of(path) as folder:
-        found = os.stat(os.path.basename(path), dir_fd=folder, follow_symlinks=False)
-        if (found.st_dev, found.st_ino) == file and stat.S_ISSOCK(found.st_mode):
-            os.unlink(os.path.basename(path), dir_fd=folder)
+        name = os.path.basename(path)
+        if _file_at(name, folder) == file:
+            os.unlink(name, dir_fd=folder)
 
 
-def connect(sock: socket.socket, path: str) -> None:
+def connect(sock: socket.socket, path: str, cached: bool = False) -> bool:
     """Connect ``sock``, which never blocks, to the socket at ``path``: never through a link. Raises OSError.
 
-    BlockingIOError: the server's backlog is full, and no event says when it has room.
+    ``cached``: only if the kernel knows the path without reading, and so without waiting for a folder's lock; False
+    where it does not. BlockingIOError: the server's backlog is full, and no event says when it has room.
     """
-    fd = _openat2(path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        fd = _openat2(path, os.O_PATH | os.O_NOFOLLOW, _RESOLVE_CACHED if cached else 0)
+    except BlockingIOError:
+        if cached:
+            return False
+        raise
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         sock.connect(f"/proc/self/fd/{fd}")
+        return True
     finally:
         os.close(fd)

@@ -22,10 +22,12 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.model.unix_socket import UnixSocket
 from graft.splice.acceptor import Acceptor, PeerAddress
+from graft.splice.far_check import FarCheck
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
 from graft.splice.resources import ContainerResources
 from graft.state import unix_sockets
+from graft.state.folder_calls import in_folder_of
 
 _BACKLOG = 4096
 _KIND = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -49,17 +51,19 @@ def listen(settings: Settings, container: int, wanted: Publication) -> tuple[soc
 def withdraw(settings: Settings, container: int, endpoint: int) -> None:
     """Remove the socket's file from the host."""
     unix_sockets.release(settings, lambda one, other: (one, other) == (container, endpoint))
+    unix_sockets.remove_released(settings)
 
 
 def connect(unix: UnixSocket, asked: layout.CrossingValue) -> socket.socket:
     """A socket that is connected to ``unix``, for the program whose connection was redirected.
 
-    BlockingIOError: its server has no room now. Raises OSError.
+    BlockingIOError: its server has no room now. Raises OSError, UnixPathError.
     """
     sock = socket.socket(socket.AF_UNIX, _KIND)
     try:
         with connecting_as(asked.uid, asked.gid):
-            unix_files.connect(sock, unix.path)
+            if not unix_files.connect(sock, unix.path, cached=True):
+                in_folder_of(unix.path, lambda: unix_files.connect(sock, unix.path), keep={sock.fileno()})
     except BaseException:
         sock.close()
         raise
@@ -86,23 +90,22 @@ class UnixInboundRelay:
         wanted: Publication,
         sock: socket.socket,
         container_netns: NamespaceSockets,
+        check_far: FarCheck,
     ) -> None:
         """``sock`` listens already; ``container_netns`` is the container's namespace."""
         assert wanted.endpoint.unix is not None
-        self._target, self._announced = wanted.target, wanted.dialled is not None
+        self._target = wanted.target
         self._crossings, self._container, self._container_netns = maps.crossings, resources.number, container_netns
         self.address = wanted.endpoint.unix.spec
-        self.acceptor = Acceptor(resources, sock, self._connect_far, None)
+        self.acceptor = Acceptor(resources, sock, self._connect_far, None, check_far)
 
     def _connect_far(self, _near: socket.socket, _peer: PeerAddress) -> socket.socket:
         """A socket that connects to the container's listener."""
         target = self._target
         far = self._container_netns.tcp_socket(target.family)
         try:
-            if target.source is not None or self._announced:
-                far.bind((target.source or target.address, 0))
-            if self._announced:
-                self._announce(far)
+            far.bind((target.source or target.address, 0))
+            self._announce(far)
             far.connect_ex((target.address, target.port))  # its result comes as an event
         except BaseException:
             far.close()
@@ -110,9 +113,14 @@ class UnixInboundRelay:
         return far
 
     def _announce(self, far: socket.socket) -> None:
-        """Have the hooks note this connection: a listener in the host's namespace accepts no other (packet.bpf.c)."""
+        """Have the hooks note this connection, and show the program the peer that it would see without that.
+
+        A listener in the host's namespace accepts no other (packet.bpf.c), and the check of who has the connection
+        looks for what they noted (graft/splice/far_check.py).
+        """
         address, port = far.getsockname()[:2]
-        value = layout.CrossingValue(port=port, family=4, role=Crossing.DIALING, container=self._container)
-        packed = socket.inet_aton(address)
+        family = 4 if far.family == socket.AF_INET else 6
+        value = layout.CrossingValue(port=port, family=family, role=Crossing.DIALING, container=self._container)
+        packed = socket.inet_pton(far.family, address)
         ctypes.memmove(value.addr, packed, len(packed))
         self._crossings.put(ctypes.c_int32(far.fileno()), value)

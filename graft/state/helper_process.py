@@ -24,7 +24,7 @@ import signal
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, NoReturn, TypeVar
 
@@ -59,18 +59,21 @@ def run_each(
     timeout: float = TIMEOUT,
     keep_running: bool = False,
     longest: float = LONGEST,
+    keep: Collection[int] = (),
+    exit_timeout: float = _EXIT_TIMEOUT,
 ) -> HelperResult[ResultT]:
-    """Run ``work`` on each item, in a child that has no descriptor of ours; results must be picklable.
+    """Run ``work`` on each item, in a child that has no descriptor of ours but ``keep``; results must be picklable.
 
     An item without a result hung, or was too late. With ``keep_running`` the child continues with those, for as long
-    as it takes; otherwise it is killed, and exits when the kernel releases it. Raises what ``work`` raised.
+    as it takes; otherwise it is killed, and exits when the kernel releases it, for which ``exit_timeout`` seconds are
+    waited. Raises what ``work`` raised.
     """
     if not items:
         return HelperResult({}, 0)
     reader, writer = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
-        _run_child(work, items, writer)
+        _run_child(work, items, writer, keep)
     os.close(writer)
     results: dict[int, ResultT] = {}
     leave_running = False
@@ -81,7 +84,7 @@ def run_each(
         os.close(reader)
         if not leave_running:
             os.kill(child, signal.SIGKILL)
-        has_exited = _wait_for_exit(child, 0 if leave_running else _EXIT_TIMEOUT)
+        has_exited = _wait_for_exit(child, 0 if leave_running else exit_timeout)
     return HelperResult(results, 0 if has_exited else child)
 
 
@@ -119,11 +122,13 @@ def _wait_for_exit(child: int, timeout: float) -> bool:
     return True
 
 
-def _run_child(work: Callable[[ItemT], ResultT], items: Sequence[ItemT], writer: int) -> NoReturn:
+def _run_child(
+    work: Callable[[ItemT], ResultT], items: Sequence[ItemT], writer: int, keep: Collection[int]
+) -> NoReturn:
     """The child's side."""
     with contextlib.suppress(BaseException):
         os.setsid()  # no ^C from the command's terminal
-        process.close_all_but({writer})
+        process.close_all_but({writer, *keep})
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)

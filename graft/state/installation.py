@@ -19,6 +19,7 @@ from graft.errors import PrivilegeError
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy
+from graft.state import unix_sockets
 from graft.state.containers import CompiledPolicy, ContainerChanges, Containers, compile_for
 from graft.state.endpoints import EndpointChanges, Endpoints
 
@@ -48,8 +49,11 @@ class Installation:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Hold the installation's lock until the block ends or the process exits."""
-        with dataplane.locked(self.settings):
-            yield Transaction(self.settings, self.maps)
+        try:
+            with dataplane.locked(self.settings):
+                yield Transaction(self.settings, self.maps)
+        finally:
+            unix_sockets.remove_released(self.settings)
 
     def compile(self, policy: Policy) -> CompiledPolicy:
         """Compile ``policy`` with the existing endpoints, before the lock is taken, so that nothing waits for it.

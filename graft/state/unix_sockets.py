@@ -3,9 +3,11 @@
     run_dir/unix/ENDPOINT.json             path, owner and mode of an endpoint, by its id
     run_dir/unix/rule-KEY                  the path of a rule, by its key in the map `ingress`, to show it
     run_dir/unix/CONTAINER-ENDPOINT.bound  the file of a socket that a container has, or graftd for it, by both ids
+    run_dir/unix/*.gone                    such a record, of a socket whose file is to be removed
 
 All of it is root's only. Whoever binds a socket writes its record; whoever removes the container, the rule or the
-endpoint removes the file, whichever process has died meanwhile.
+endpoint releases it, whichever process has died meanwhile. The file is removed when the installation's lock is not held
+any more: somebody may hold the file's folder (folder_calls.py). Then the next change tries again.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from graft.datapath.maps import Maps
@@ -28,6 +32,7 @@ from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.unix_socket import UNIX_FAMILY, UnixSocket, path_key
 from graft.policy.model import Policy, UnixRule
+from graft.state.folder_calls import in_folder_of
 
 _MAX_BYTES = 1 << 16
 _MAX_NUMBER = (1 << 64) - 1
@@ -124,11 +129,15 @@ def bind(
     UnixPathError, NotFoundError, OSError.
     """
     uid, gid = owner_of(unix) or owner
-    dead = unix_files.check(unix.path)
+    dead = in_folder_of(unix.path, lambda: unix_files.check(unix.path))
     if dead is not None and any(file == dead for one, _, file in _records(settings) if one != container):
         hint = "an endpoint of its own for each"
         raise UnixPathError(errno.EADDRINUSE, f"{unix.path}: another container has it", hint)
-    file = unix_files.bind(sock, Target(unix.path, uid, gid, unix.mode), shown, backlog)
+    target = Target(unix.path, uid, gid, unix.mode)
+    file = in_folder_of(unix.path, lambda: unix_files.bind(sock, target, shown, backlog), keep={sock.fileno()})
+    if backlog is not None:
+        sock.listen(backlog)  # again, by this process: its clients are shown who listened (SO_PEERCRED)
+    _forget_released(settings, unix.path)
     record = {"path": unix.path, "device": file[0], "inode": file[1]}
     _write(_folder(settings) / f"{container}-{endpoint}.bound", json.dumps(record).encode())
     return file
@@ -147,12 +156,30 @@ def _parse(record: Path) -> tuple[str, FileId]:
 
 
 def release(settings: Settings, is_gone: Callable[[int, int], bool]) -> None:
-    """Remove the sockets' files, and the records, of each (container, endpoint) that ``is_gone``. Safe to repeat."""
+    """Have `remove_released` remove the file of each (container, endpoint) that ``is_gone``. Safe to repeat."""
     for record in _folder(settings).glob("*.bound"):
         with contextlib.suppress(UsageError, OSError, ValueError):
             container, _, endpoint = record.stem.partition("-")
             if is_gone(int(container), int(endpoint)):
-                unix_files.remove(*_parse(record))
+                record.rename(record.with_name(f"{record.stem}-{secrets.token_hex(8)}.gone"))
+
+
+def remove_released(settings: Settings) -> None:
+    """Remove the files of released sockets. Without the installation's lock: it may take some seconds. Safe to repeat;
+    what cannot be removed now keeps its record.
+    """
+    for record in _folder(settings).glob("*.gone"):
+        with contextlib.suppress(UsageError, UnixPathError, OSError, ValueError):
+            path, file = _parse(record)
+            in_folder_of(path, partial(unix_files.remove, path, file))
+            record.unlink(missing_ok=True)
+
+
+def _forget_released(settings: Settings, path: str) -> None:
+    """A new socket has the path, and may have the inode number of an older one there."""
+    for record in _folder(settings).glob("*.gone"):
+        with contextlib.suppress(UsageError, OSError, ValueError):
+            if _parse(record)[0] == path:
                 record.unlink(missing_ok=True)
 
 
@@ -164,4 +191,4 @@ def check_free(policy: Policy, endpoints: Mapping[str, Endpoint]) -> None:
         unix = endpoints[name].unix
         if unix is not None:
             owner_of(unix)
-            unix_files.check(unix.path)
+            in_folder_of(unix.path, partial(unix_files.check, unix.path))

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import socket
+import stat
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -105,5 +106,8 @@ class UnixBinder:
 
 
 def _family(fd: int) -> int:
+    """The family of a socket; 0: it is another file, which a program may pass to bind() as often as it likes."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return 0
     with socket.socket(fileno=os.dup(fd)) as sock:
         return int(sock.family)

@@ -19,7 +19,7 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +315,8 @@ def _asking() -> None:
         timeout: float = 0,
         keep_running: bool = False,
         longest: float = 0,
+        keep: Collection[int] = (),
+        exit_timeout: float = 0,
     ) -> Any:
         return helper_process.HelperResult({number: work(item) for number, item in enumerate(items)}, 0)
 
@@ -373,7 +375,7 @@ def _liveness() -> None:
 def _links() -> None:
     """The folder of a unix socket is opened through whatever links lead there."""
 
-    def openat2(path: str, flags: int) -> int:
+    def openat2(path: str, flags: int, resolve: int = 0) -> int:
         return os.open(path, flags & ~os.O_NOFOLLOW)
 
     unix_files._openat2 = openat2
