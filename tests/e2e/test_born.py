@@ -161,11 +161,12 @@ def test_a_socket_belongs_to_the_user_that_made_it(host: Host) -> None:
         "import os, socket\n"
         "def owner(): s = socket.socket(); status = os.fstat(s.fileno()); return status.st_uid, status.st_gid\n"
         "def owners(): return {owner() for _ in range(40)}\n"
-        "print(owners()); os.setegid(7); os.seteuid(5); print(owners()); os.seteuid(0); print(owners())\n"
+        "print(owners()); os.setegid(7); os.seteuid(5); print(owners())\n"
+        "os.seteuid(0); os.setegid(0); print(owners()); os.setegid(7); print(owners())\n"
         "os.setgid(9); os.setuid(8); print(owners())\n"
     )
     said = host.run(web_rule(host)[0], *PYTHON, script).stdout.splitlines()
-    assert said == ["{(0, 0)}", "{(5, 7)}", "{(0, 7)}", "{(8, 9)}"]
+    assert said == ["{(0, 0)}", "{(5, 7)}", "{(0, 0)}", "{(0, 7)}", "{(8, 9)}"]
 
 
 def test_a_namespace_that_the_program_enters_has_its_own_sockets(host: Host) -> None:

@@ -88,7 +88,9 @@ class Child:
 
 
 @contextlib.contextmanager
-def child(work: Callable[[], object], arch: int | None = None, netns: str | None = None) -> Iterator[Child]:
+def child(
+    work: Callable[[], object], arch: int | None = None, netns: str | None = None, more: str = ""
+) -> Iterator[Child]:
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -106,7 +108,7 @@ def child(work: Callable[[], object], arch: int | None = None, netns: str | None
     theirs.close()
     _, (fd,), _, _ = socket.recv_fds(ours, 1, 1)
     own_arch, numbers = architecture()
-    name = os.readlink(f"/proc/{pid}/ns/net") if netns is None else netns
+    name = (os.readlink(f"/proc/{pid}/ns/net") if netns is None else netns) + more
     try:
         yield Child(pid, Listener(fd), FastBirth(fd, name, arch or own_arch, numbers["socket"]), ours)
     finally:
@@ -229,10 +231,13 @@ def test_a_thread_of_another_user_does_not_get_roots_spare() -> None:
     with child(work) as one:
         one.know()
         one.stock(TCP, 2)
-        one.stock(TCP, 1, (5, 8))
+        others = [(5, 8), (5, 0), (0, 7), (8, 7)]
+        for other in others:
+            one.stock(TCP, 1, other)
         one.go()
         assert len(one.handed) == 2 and one.said == [0, 5, 7, 5, 7]
-        assert (one.fast.count(*TCP, *ROOT), one.fast.count(*TCP, 5, 8), one.fast.served) == (1, 1, 1)
+        assert (one.fast.count(*TCP, *ROOT), one.fast.served) == (1, 1)
+        assert [one.fast.count(*TCP, *other) for other in others] == [1] * 4
 
 
 def test_a_thread_in_a_namespace_that_it_entered_is_pythons() -> None:
@@ -248,7 +253,7 @@ def test_a_thread_in_a_namespace_that_it_entered_is_pythons() -> None:
         assert (len(one.handed), one.fast.served, one.fast.count(*TCP, *ROOT)) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("wrong", [{"netns": "net:[1]"}, {"netns": "net:[4026531840]9"}, {"arch": 0x40000003}])
+@pytest.mark.parametrize("wrong", [{"netns": "net:[1]"}, {"more": "9"}, {"arch": 0x40000003}])
 def test_another_namespace_and_another_architecture_are_pythons(wrong: Any) -> None:
     with child(lambda: make(*TCP) >= 0, **wrong) as one:
         one.know()
@@ -291,6 +296,26 @@ def test_a_pidfd_of_a_thread_that_has_ended_is_forgotten() -> None:
         assert len(os.listdir("/proc/self/fd")) == before - 1  # two for two, and a spare
     os.close(pidfd)
     os.close(folder)
+
+
+def test_a_thread_is_not_taken_for_another_one_that_is_known() -> None:
+    with child(lambda: make(*TCP) >= 0) as one:
+        pidfd, folder = os.pidfd_open(one.pid), os.open(f"/proc/{one.pid}/fdinfo", os.O_RDONLY)
+        for distance in range(1, 1025):  # wherever it is remembered
+            one.fast.know(one.pid + distance, pidfd, folder)
+        one.stock(TCP)
+        one.go()
+        assert len(one.handed) == 1 and one.fast.served == 0
+        os.close(pidfd)
+        os.close(folder)
+
+
+def test_mptcp_is_pythons_whatever_is_in_stock() -> None:
+    with child(lambda: True) as one:
+        one.know()
+        one.fast.add(*LAST, *ROOT, os.open(os.devnull, os.O_RDONLY))
+        one.go()
+        assert one.fast.served == 0 and one.fast.count(*LAST, *ROOT) == 1
 
 
 def test_many_threads_are_served() -> None:
