@@ -122,6 +122,11 @@ static __always_inline int bind_source(struct bpf_sock_addr *ctx, void *source, 
 	return 0;
 }
 
+/* What `sending` is: a connect, a datagram to the address of the send, or one to the socket's peer. */
+#define GRAFT_CONNECTS 0
+#define GRAFT_SENDS 1
+#define GRAFT_SENDS_TO_PEER 2
+
 /* Decides a destination. Returns the endpoint to take the source from, or NULL with *verdict set. */
 static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr *ctx, struct request *request,
 							   int *verdict, int sending)
@@ -133,8 +138,8 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 
 	*verdict = PASS;
 	owner_of(ctx, &owner);
-	if (!owner.id)
-		return 0;
+	if (!owner.id || owner.home == GRAFT_HOME_FERRY)
+		return 0; /* (of what a ferry sends the packet hook judges where it arrives) */
 	if (!owner.container) {
 		if (owner.home == GRAFT_HOME_HOST)
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
@@ -166,6 +171,10 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	bound = is_bound(ctx->sk, owner.tag, owner.container, bpf_get_netns_cookie(ctx));
 	request->bound = bound;
 	request->any_source = bound || has_earlier_port(ctx->sk, owner.tag);
+	if (sending == GRAFT_SENDS && is_for_inside(&owner, request, rule) && !is_diverted(ctx->sk)) {
+		*verdict = call_ferry(&owner, request);
+		return 0;
+	}
 	if (rule != GRAFT_VERDICT_GRANT) {
 		/* direct: the host's namespace is the container's own, so its default applies. A swapped
 		 * socket is outside the container's namespace, and may do only what a rule grants. */
@@ -213,7 +222,7 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	int verdict;
 
 	read_request4(ctx, &request);
-	from = decide_destination(ctx, &request, &verdict, 0);
+	from = decide_destination(ctx, &request, &verdict, GRAFT_CONNECTS);
 	if (request.relay) {
 		write_loopback4(ctx);
 		ctx->user_port = bpf_htons(request.relay->port);
@@ -251,7 +260,7 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	int verdict;
 
 	read_request6(ctx, &request);
-	from = decide_destination(ctx, &request, &verdict, 0);
+	from = decide_destination(ctx, &request, &verdict, GRAFT_CONNECTS);
 	if (request.relay) {
 		write_loopback6(ctx, !request.mapped && request.relay->six);
 		ctx->user_port = bpf_htons(request.relay->port);
@@ -307,6 +316,41 @@ static __always_inline int leaves_source_to_kernel(struct request *request)
 	return request->fixed_source && !request->any_source;
 }
 
+/* To the ferry, from the socket's own address or loopback: whatever a control message says. */
+static __always_inline void write_ferry4(struct bpf_sock_addr *ctx, struct request *request)
+{
+	u32 own = ctx->sk->src_ip4;
+
+	ctx->user_ip4 = bpf_htonl(GRAFT_FERRY_NET | request->place);
+	ctx->user_port = bpf_htons(request->ferry->port);
+	ctx->msg_src_ip4 = own ? own : bpf_htonl(0x7f000001);
+}
+
+static __always_inline int write_ferry6(struct bpf_sock_addr *ctx, struct request *request)
+{
+	u16 place = request->place;
+	struct local_address local;
+
+	read_local_address(&local, ctx->sk);
+	if (place >= GRAFT_BERTHS6 || !request->ferry->ports6[place] ||
+	    (local.family != GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3])))
+		return refuse_with(EACCES);
+	write_loopback6(ctx, 1);
+	ctx->user_port = bpf_htons(request->ferry->ports6[place]);
+	if (local.family == GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3])) {
+		ctx->msg_src_ip6[0] = local.ip[0];
+		ctx->msg_src_ip6[1] = local.ip[1];
+		ctx->msg_src_ip6[2] = local.ip[2];
+		ctx->msg_src_ip6[3] = local.ip[3];
+		return PASS;
+	}
+	ctx->msg_src_ip6[0] = 0;
+	ctx->msg_src_ip6[1] = 0;
+	ctx->msg_src_ip6[2] = 0;
+	ctx->msg_src_ip6[3] = bpf_htonl(1);
+	return PASS;
+}
+
 /* The source address of a datagram can be set for it alone, and is set: a control message may have named another one,
  * also on a connected socket. Its source port cannot: an endpoint with a port serves sockets that are bound or
  * connected. */
@@ -314,7 +358,7 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 {
 	struct request request;
 	struct endpoint *from;
-	int verdict;
+	int verdict, sending = GRAFT_SENDS;
 	u32 ip = 0;
 
 	read_request4(ctx, &request);
@@ -323,8 +367,13 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 
 		__builtin_memcpy(request.addr, &peer, 4);
 		request.port = bpf_ntohs(ctx->sk->dst_port);
+		sending = GRAFT_SENDS_TO_PEER;
 	}
-	from = decide_destination(ctx, &request, &verdict, 1);
+	from = decide_destination(ctx, &request, &verdict, sending);
+	if (request.ferry) {
+		write_ferry4(ctx, &request);
+		return verdict;
+	}
 	if (request.to_loopback)
 		write_loopback4(ctx);
 	if (!from) {
@@ -347,7 +396,7 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	struct request request;
 	struct endpoint *from;
 	struct local_address local;
-	int verdict;
+	int verdict, sending = GRAFT_SENDS;
 	u32 ip[4] = {};
 
 	read_request6(ctx, &request);
@@ -358,8 +407,11 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 		ip[3] = ctx->sk->dst_ip6[3];
 		__builtin_memcpy(request.addr, ip, 16);
 		request.port = bpf_ntohs(ctx->sk->dst_port);
+		sending = GRAFT_SENDS_TO_PEER;
 	}
-	from = decide_destination(ctx, &request, &verdict, 1);
+	from = decide_destination(ctx, &request, &verdict, sending);
+	if (request.ferry)
+		return write_ferry6(ctx, &request);
 	if (request.to_loopback)
 		write_loopback6(ctx, !request.mapped);
 	if (!from) {

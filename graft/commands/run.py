@@ -70,7 +70,19 @@ def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[sign
     compiled = graft.compile(plan.policy)
     host = netns.cookie(graft.settings.host_netns)
     supervised = compiled.supervised_transport
-    launched = launch(Launch(plan.command, path, plan.net, host, plan.user, plan.keep_net_admin, mask, supervised))
+    launched = launch(
+        Launch(
+            plan.command,
+            path,
+            plan.net,
+            host,
+            plan.user,
+            plan.keep_net_admin,
+            mask,
+            supervised,
+            compiled.bears_datagrams,
+        )
+    )
     container: Container | None = None
     keeper: Keeper | None = None
     try:
@@ -78,7 +90,13 @@ def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[sign
         with graft.transaction() as change:
             container = change.containers.create(compiled, path, launched.netns, transport, os.getpid())
         if launched.listener is not None:
-            keeper = Keeper(graft.settings, container, launched.listener, plan.verbose)
+            keeper = Keeper(
+                graft.settings,
+                container,
+                launched.listener,
+                plan.verbose,
+                datagrams=compiled.bears_datagrams,
+            )
             keeper.start()
         launched.go()
         return _wait(launched, keeper)

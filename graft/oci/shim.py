@@ -111,7 +111,14 @@ class Attachment:
             raise
         plan, container = self._plan, self.container
         assert container is not None
-        keeper = Keeper(plan.settings, container, listener, False, lambda graft: _clean_up(plan, graft, container))
+        keeper = Keeper(
+            plan.settings,
+            container,
+            listener,
+            False,
+            lambda graft: _clean_up(plan, graft, container),
+            self._graft.compile(plan.policy).bears_datagrams,
+        )
         self._start(keeper)
         self._keepers.append(keeper)
 

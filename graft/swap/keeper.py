@@ -23,14 +23,17 @@ from graft.errors import KernelError
 from graft.kernel import cgroup, netns, process
 from graft.kernel.pidfd import has_ended
 from graft.kernel.seccomp import Listener, hung_up
+from graft.kernel.seccomp_filter import DATAGRAMS, PROTOCOLS, Protocols
 from graft.model.printable import printable
 from graft.model.settings import Settings
+from graft.model.transport import Transport
 from graft.state.endpoints import Endpoints
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.swap.birth import BirthEntry, SocketBirth
 from graft.swap.call_log import format_entry
 from graft.swap.desk import open_desk, release_desk
+from graft.swap.ferry_client import FerryClient
 from graft.swap.processes import Processes
 from graft.swap.resource_limits import enter_own_cgroup
 from graft.swap.socket_pool import NamespaceSwitch, SocketPool
@@ -45,7 +48,8 @@ class Keeper:
     """A container's listener and its supervisor's process.
 
     ``clean_up`` is called by a supervisor whose keeper's process has died, when it has served the container to its
-    end. Without it, such a supervisor ends the container at once.
+    end. Without it, such a supervisor ends the container at once. ``datagrams``: in transport swap, UDP sockets are
+    born.
     """
 
     def __init__(
@@ -55,8 +59,10 @@ class Keeper:
         listener: int,
         verbose: bool,
         clean_up: Callable[[Installation], None] | None = None,
+        datagrams: bool = False,
     ) -> None:
         self._settings, self._container, self._verbose, self._clean_up = settings, container, verbose, clean_up
+        self._datagrams = datagrams
         self._listener = listener
         self._journal = mmap.mmap(-1, mmap.PAGESIZE)
         self._starts: list[float] = []
@@ -98,7 +104,9 @@ class Keeper:
             enter_own_cgroup(settings, container.id, container.cgroup_path, containers)
             namespaces = NamespaceSwitch(settings.host_netns, lambda cookie: _namespace_path(graft, container, cookie))
             gc.freeze()  # the collector then skips what is loaded now when it runs during a call
-            supervisor = _make_supervisor(graft, container, listener, namespaces, self._verbose)
+            supervisor = _make_supervisor(
+                graft, container, listener, namespaces, _born_protocols(container, self._datagrams), self._verbose
+            )
             serve(supervisor, listener, self._journal, keeper)
             if has_ended(keeper):
                 self._continue_without_keeper(graft, supervisor, listener)
@@ -184,16 +192,30 @@ def _detach_from_terminal(verbose: bool) -> None:
         os.dup2(null, fd)
 
 
+def _born_protocols(container: Container, datagrams: bool) -> Protocols:
+    """Which sockets of a container are born on the host's stack."""
+    if container.transport is Transport.BORN:
+        return PROTOCOLS
+    return DATAGRAMS if datagrams else {}
+
+
 def _make_supervisor(
-    graft: Installation, container: Container, listener: Listener, namespaces: NamespaceSwitch, verbose: bool
+    graft: Installation,
+    container: Container,
+    listener: Listener,
+    namespaces: NamespaceSwitch,
+    protocols: Protocols,
+    verbose: bool,
 ) -> Supervisor:
     """The supervisor of ``container`` in the calling process, with a desk of its own."""
     log = _call_logger(graft.endpoints) if verbose else None
     desk = open_desk(graft, container.id)
     pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
     processes = Processes()
-    birth = SocketBirth(desk, pool, listener, processes, _own_namespace(graft, container), log)
-    return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, log)
+    ferry = FerryClient(graft.settings, graft.maps, container, namespaces)
+    needed = ferry if container.transport is Transport.SWAP else None
+    birth = SocketBirth(desk, pool, listener, processes, _own_namespace(graft, container), protocols, needed, log)
+    return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, ferry, log)
 
 
 def _own_namespace(graft: Installation, container: Container) -> str:
