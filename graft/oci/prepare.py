@@ -56,7 +56,7 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeO
         transport = _choose_transport(config, settings, compiled)
         if transport is Transport.BORN and not divides_sockets(config):
             transport = Transport.SWAP
-        edited = edit_config(config, _plan_edit(settings, folder, transport, runtime))
+        edited = edit_config(config, _plan_edit(settings, folder, transport, runtime, compiled.bears_datagrams))
         plan = shim.Plan(settings, policy, transport, invocation.id, folder, cgroup.of_process(os.getpid()))
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
             shim.start(plan, folder, hook, listeners, lock)
@@ -105,7 +105,7 @@ def _choose_transport(config: Mapping[str, Any], settings: Settings, compiled: C
     return Transport.DIRECT if joined == netns.cookie(settings.host_netns) else compiled.supervised_transport
 
 
-def _plan_edit(settings: Settings, folder: Path, transport: Transport, runtime: str) -> Edit:
+def _plan_edit(settings: Settings, folder: Path, transport: Transport, runtime: str, datagrams: bool) -> Edit:
     command = (sys.executable, "-I", "-m", HOOK)  # -I: nothing is imported from the working directory
     variables = {**settings.environment, "PATH": os.environ.get("PATH", os.defpath)}
     supervised = transport.is_supervised
@@ -118,4 +118,5 @@ def _plan_edit(settings: Settings, folder: Path, transport: Transport, runtime: 
         metadata=folder.name,
         wait_killable=supervised and supports_wait_killable(runtime, shims_folder(settings) / "features.json"),
         born=transport is Transport.BORN,
+        datagrams=transport is Transport.SWAP and datagrams,
     )

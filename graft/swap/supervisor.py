@@ -252,8 +252,9 @@ class Supervisor:
                 self._listener.replace(notification.id, fd, notification.fd, bool(flags & os.O_CLOEXEC))
                 if others is not None:
                     self._replace_references(trapped, others, fd)
-                elif not facts.local_port:
+                elif not facts.local_port and facts.home == Home.CONTAINER:
                     # The old socket is open here only, is registered nowhere, and has no port: it can be closed later.
+                    # (On the host's stack another thread's datagram may have given it one since.)
                     self._replaced.append(duplicate)
         finally:
             replacement.close()
