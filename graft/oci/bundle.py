@@ -40,7 +40,8 @@ class Edit:
 
     ``create_runtime`` is the hook's command that attaches the container before its program starts, ``poststop`` the
     one that removes its rules. ``listener`` None leaves the seccomp profile unchanged; ``born``: it is notified of
-    socket(2) alone; ``datagrams``: of socket(2) too. ``own_listeners`` is the prefix of the paths of Graft's own listeners.
+    socket(2) alone; ``datagrams``: of socket(2) too. ``own_listeners`` is the prefix of the paths of Graft's own
+    listeners.
     """
 
     create_runtime: tuple[str, ...]

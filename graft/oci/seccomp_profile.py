@@ -67,7 +67,8 @@ def with_notifications(
     """A copy of ``profile`` (see `check_profile`) that notifies bind, connect and listen at ``listener``.
 
     ``born``: it notifies socket instead, for AF_INET and AF_INET6. ``datagrams``: it notifies socket too, for datagrams
-    of these families, where its rules can be divided so (else a container's UDP sockets stay where they are). ``own_listeners`` is the prefix of the paths of
+    of these families, where its rules can be divided so (else a container's UDP sockets stay where they are).
+    ``own_listeners`` is the prefix of the paths of
     Graft's listeners: a profile that was edited before is edited again. Raises ConflictError where the profile has
     another listener, or where a notification would weaken a rule.
     """

@@ -1,7 +1,8 @@
 """The rules of a seccomp profile for socket(2), with AF_INET and AF_INET6 notified and all else as before. Pure.
 
 A rule's conditions are about one argument each (runtimes take several about the same argument for alternatives), so
-"any family but these two" is a rule for each family. So is "any type but datagrams" one for each type. Format: runtime-spec, config-linux.md (seccomp).
+"any family but these two" is a rule for each family. So is "any type but datagrams" one for each type. Format: runtime-
+spec, config-linux.md (seccomp).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _ADMITS: Mapping[str, Callable[[int, int, int], bool]] = {
 def notify_families(rule: Rule, notify: str, datagrams: bool = False) -> Iterator[Rule]:
     """Rules that together are ``rule``, a passing one for socket alone, with the two families under ``notify``.
 
-    ``datagrams``: of these the datagram sockets alone, or all where ``rule`` has a condition about the type. Raises ConflictError where its conditions cannot be divided, UsageError where they are not valid.
+    ``datagrams``: of these the datagram sockets alone, or all where ``rule`` has a condition about the type. Raises
+    ConflictError where its conditions cannot be divided, UsageError where they are not valid.
     """
     if not admits_a_family(rule):
         yield rule
