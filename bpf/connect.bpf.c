@@ -133,6 +133,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 {
 	struct owner owner;
 	struct endpoint *endpoint;
+	struct ferry *ferry;
 	u32 rule, id = 0;
 	int bound;
 
@@ -148,6 +149,11 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	if (is_exempt(owner.container, request->protocol))
 		return 0;
 	substitute_loopback(request, owner.home == GRAFT_HOME_HOST);
+	if (owner.home == GRAFT_HOME_HOST && is_ferry(&owner, request, &ferry)) {
+		/* What its addresses stand for was judged for the sends that took them, not for this one. */
+		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
+		return 0;
+	}
 	rule = egress_rule(owner.container, request, &id);
 	if (rule == GRAFT_VERDICT_DENY) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);

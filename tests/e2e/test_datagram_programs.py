@@ -182,7 +182,8 @@ name = ctypes.create_string_buffer(struct.pack('=H', 2) + struct.pack('>H', 7777
 s = new()
 print('sendmmsg', libc.sendmmsg(s.fileno(), messages([b'one', b'two', b'three'], name), 3, 0))
 got = [s.recvfrom(9) for _ in range(2)]; print(got)
-select.select([s], [], [], 20); room = messages([b'x' * 9] * 4); print('recvmmsg', libc.recvmmsg(s.fileno(), room, 4, 0x40, None), room[0].len)
+room = messages([b'x' * 9] * 4); select.select([s], [], [], 20)
+print('recvmmsg', libc.recvmmsg(s.fileno(), room, 4, 0x40, None), room[0].len)
 s = new(); s.setsockopt(socket.SOL_UDP if hasattr(socket, 'SOL_UDP') else 17, 103, 100); s.setsockopt(17, 104, 1)
 print('segment', s.sendto(b'y' * 350, (peer, 7777)))
 sizes = 0

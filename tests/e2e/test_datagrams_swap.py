@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import socket
 
 import pytest
@@ -205,48 +204,6 @@ def test_the_ferry_ends_with_its_container(host: Host) -> None:
     assert program.wait() == 0
     assert host.leftovers() == []
     assert list(host.maps.ferries.keys()) + list(host.maps.berths.keys()) == []
-
-
-def test_a_stranger_reaches_neither_the_ferry_nor_the_container_through_it(host: Host) -> None:
-    """Another process of the host's sends to the ferry's addresses: nothing comes out inside."""
-    script = INSIDE + (
-        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(20); s.bind(('127.0.0.1', 5300))\n"
-        "c = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); c.settimeout(20)\n"
-        "c.sendto(b'own', ('127.0.0.1', 5300)); print(s.recvfrom(100)[0], flush=True); input()\n"
-        "c.sendto(b'own again', ('127.0.0.1', 5300)); print(s.recvfrom(100)[0], flush=True)\n"
-    )
-    program = host.start(*out_rule(host), "--", *PYTHON, script, talk=True)
-    program.says("b'own'")
-    container = host.container(program)
-    ferry = host.maps.ferries.get(ctypes.c_uint32(container.id))
-    assert ferry is not None
-    (place,) = [key.place for key, _ in host.maps.berths.items() if key.family == 4]
-    with host.netns.inside(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
-        stranger.sendto(b"strange", (f"127.254.{place >> 8}.{place & 255}", ferry.port))
-    program.tell("\n")
-    program.says("b'own again'")
-    assert program.wait() == 0
-
-
-def test_answers_are_not_delivered_to_a_stranger_that_got_the_port(host: Host) -> None:
-    """A socket is closed, another process of the host's gets its port, and then its peer inside answers."""
-    script = INSIDE + (
-        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(20); s.bind(('127.0.0.1', 5300))\n"
-        "c = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
-        "c.sendto(b'q', ('127.0.0.1', 5300)); peer = s.recvfrom(100)[1]; port = c.getsockname()[1]; c.close()\n"
-        "print(port, flush=True); input(); s.sendto(b'answer', peer); print('sent', flush=True); input()\n"
-    )
-    program = host.start(*out_rule(host), "--", *PYTHON, script, talk=True)
-    port = int(program.until("a port", lambda: program.said.strip()))
-    with host.netns.inside(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
-        stranger.bind(("127.0.0.1", port))
-        program.tell("\n")
-        program.says("sent")
-        stranger.settimeout(0.5)
-        with pytest.raises(TimeoutError):
-            stranger.recv(100)
-    program.tell("\n")
-    assert program.wait() == 0
 
 
 def test_a_denied_destination_stays_denied(host: Host) -> None:

@@ -133,6 +133,13 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "kept flow": (
         ("packet.bpf.c", "has_kept = protocol == IPPROTO_UDP && read_kept_flow(", "has_kept = 0 && read_kept_flow("),
     ),
+    # A ferry hears whoever knows its address, and delivers to whoever has the port.
+    "ferry's mark": (
+        _at_once("packet.bpf.c", "int arrives_at_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
+    ),
+    "ferry's receiver": (
+        _at_once("packet.bpf.c", "int leaves_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
+    ),
     # A datagram socket that is connected to port 0 is not connected.
     "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
