@@ -322,41 +322,6 @@ static __always_inline int leaves_source_to_kernel(struct request *request)
 	return request->fixed_source && !request->any_source;
 }
 
-/* To the ferry, from the socket's own address or loopback: whatever a control message says. */
-static __always_inline void write_ferry4(struct bpf_sock_addr *ctx, struct request *request)
-{
-	u32 own = ctx->sk->src_ip4;
-
-	ctx->user_ip4 = bpf_htonl(GRAFT_FERRY_NET | request->place);
-	ctx->user_port = bpf_htons(request->ferry->port);
-	ctx->msg_src_ip4 = own ? own : bpf_htonl(0x7f000001);
-}
-
-static __always_inline int write_ferry6(struct bpf_sock_addr *ctx, struct request *request)
-{
-	u16 place = request->place;
-	struct local_address local;
-
-	read_local_address(&local, ctx->sk);
-	if (place >= GRAFT_BERTHS6 || !request->ferry->ports6[place] ||
-	    (local.family != GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3])))
-		return refuse_with(EACCES);
-	write_loopback6(ctx, 1);
-	ctx->user_port = bpf_htons(request->ferry->ports6[place]);
-	if (local.family == GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3])) {
-		ctx->msg_src_ip6[0] = local.ip[0];
-		ctx->msg_src_ip6[1] = local.ip[1];
-		ctx->msg_src_ip6[2] = local.ip[2];
-		ctx->msg_src_ip6[3] = local.ip[3];
-		return PASS;
-	}
-	ctx->msg_src_ip6[0] = 0;
-	ctx->msg_src_ip6[1] = 0;
-	ctx->msg_src_ip6[2] = 0;
-	ctx->msg_src_ip6[3] = bpf_htonl(1);
-	return PASS;
-}
-
 /* The source address of a datagram can be set for it alone, and is set: a control message may have named another one,
  * also on a connected socket. Its source port cannot: an endpoint with a port serves sockets that are bound or
  * connected. */
