@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import socket
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from graft.kernel import cgroup
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4
+from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
 
@@ -220,3 +224,44 @@ def test_a_denied_destination_stays_denied(host: Host) -> None:
     )
     result = host.run(["--policy", policy], *PYTHON, script)
     assert result.stdout.split() == ["sent", "refused"]
+
+
+LOOP = (
+    INSIDE
+    + """
+server(socket.AF_INET, '127.0.0.1')
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(20)
+while True:
+    for one in (socket.socket(socket.AF_INET, socket.SOCK_DGRAM), s):
+        one.settimeout(20); one.sendto(b'q', ('127.0.0.1', 5300)); print(one.recv(9)[:1], flush=True)
+    input()
+"""
+)
+
+
+def test_a_supervisor_that_is_killed_leaves_the_ferry_to_the_next_one(host: Host) -> None:
+    program = host.start(*out_rule(host), "--", *PYTHON, LOOP, talk=True)
+    program.until("two answers", lambda: program.said.count("Q") == 2)
+    before = host.maps.ferries.get(ctypes.c_uint32(host.container(program).id))
+    os.kill(host.supervisor(program), signal.SIGKILL)
+    program.tell("\n")
+    program.until("two more", lambda: program.said.count("Q") == 4)
+    after = host.maps.ferries.get(ctypes.c_uint32(host.container(program).id))
+    assert before is not None and after is not None and before.mark == after.mark
+
+
+def test_a_ferry_that_is_killed_is_started_again_with_the_next_socket(host: Host) -> None:
+    program = host.start(*out_rule(host), "--", *PYTHON, LOOP, talk=True)
+    program.until("two answers", lambda: program.said.count("Q") == 2)
+    (ferry,) = set(cgroup.processes(host.cgroup / "supervisors")) - {host.supervisor(program)}
+    os.kill(ferry, signal.SIGKILL)
+    until("its end", lambda: ferry not in cgroup.processes(host.cgroup / "supervisors"))
+    program.tell("\n")
+    program.until("answers to the new socket and to the old one", lambda: program.said.count("Q") == 4)
+
+
+def test_nothing_is_left_when_graft_run_is_killed(host: Host) -> None:
+    program = host.start(*out_rule(host), "--", *PYTHON, LOOP, talk=True)
+    program.until("two answers", lambda: program.said.count("Q") == 2)
+    program.process.kill()
+    until("nothing is left", lambda: not host.leftovers() and not list(host.maps.ferries.keys()))
