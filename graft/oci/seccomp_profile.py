@@ -10,6 +10,7 @@ that of the profiles of podman and docker (`--security-opt seccomp=`) is the sam
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,11 +57,18 @@ def check_profile(profile: Any, field: str) -> Profile:
 
 
 def with_notifications(
-    profile: Mapping[str, Any], listener: str, metadata: str, own_listeners: str | None = None, born: bool = False
+    profile: Mapping[str, Any],
+    listener: str,
+    metadata: str,
+    own_listeners: str | None = None,
+    born: bool = False,
+    datagrams: bool = False,
 ) -> Profile:
     """A copy of ``profile`` (see `check_profile`) that notifies bind, connect and listen at ``listener``.
 
-    ``born``: it notifies socket instead, for AF_INET and AF_INET6. ``own_listeners`` is the prefix of the paths of
+    ``born``: it notifies socket instead, for AF_INET and AF_INET6. ``datagrams``: it notifies socket too, for datagrams
+    of these families, where its rules can be divided so (else a container's UDP sockets stay where they are).
+    ``own_listeners`` is the prefix of the paths of
     Graft's listeners: a profile that was edited before is edited again. Raises ConflictError where the profile has
     another listener, or where a notification would weaken a rule.
     """
@@ -83,6 +91,9 @@ def with_notifications(
     else:
         for name in TRAPPED:
             rules = _notify(name, rules, default)
+        if datagrams:
+            with contextlib.suppress(ConflictError):
+                rules = _notify_socket(rules, default, datagrams=True)
     edited["syscalls"] = rules
     edited["listenerPath"] = listener
     edited["listenerMetadata"] = metadata
@@ -135,22 +146,25 @@ def _notify(name: str, rules: list[Rule], default: str) -> list[Rule]:
     return [*without, {"names": [name], "action": NOTIFY}]
 
 
-def _notify_socket(rules: list[Rule], default: str) -> list[Rule]:
+def _notify_socket(rules: list[Rule], default: str, datagrams: bool = False) -> list[Rule]:
     if default not in _PASSING:
-        return list(_split_socket(rules, _PASSING))
+        return list(_split_socket(rules, _PASSING, datagrams))
     denying = _denying(_SOCKET, rules)
     if any(not _has_condition(rule) for rule in denying):
-        return list(_split_socket(rules, _PASSING - {default}))
+        return list(_split_socket(rules, _PASSING - {default}, datagrams))
     if any(admits_a_family(rule) for rule in denying):
         raise ConflictError("linux.seccomp: socket is denied for some of AF_INET and AF_INET6, and allowed for others")
     # Of all families but the two, what is allowed and not logged, or logged, stays so.
-    others = _split_socket(rules, _PASSING - {default})
+    others = _split_socket(rules, _PASSING - {default}, datagrams)
     kept = [_without(_SOCKET, rule) if rule.get("action") in (default, NOTIFY) else rule for rule in others]
-    return [*(rule for rule in kept if rule is not None), *family_rules(NOTIFY)]
+    return [*(rule for rule in kept if rule is not None), *family_rules(NOTIFY, datagrams)]
 
 
-def _split_socket(rules: list[Rule], passing: frozenset[str]) -> Iterator[Rule]:
-    """The rules, with what one allows of socket by an action in ``passing`` notified for the two families."""
+def _split_socket(rules: list[Rule], passing: frozenset[str], datagrams: bool) -> Iterator[Rule]:
+    """The rules, with what one allows of socket by an action in ``passing`` notified for the two families.
+
+    ``datagrams``: as for `notify_families`.
+    """
     for rule in rules:
         if _SOCKET not in _names(rule) or rule.get("action") not in passing:
             yield rule
@@ -158,7 +172,7 @@ def _split_socket(rules: list[Rule], passing: frozenset[str]) -> Iterator[Rule]:
         rest = _without(_SOCKET, rule)
         if rest is not None:
             yield rest
-        yield from notify_families(_only(_SOCKET, rule), NOTIFY)
+        yield from notify_families(_only(_SOCKET, rule), NOTIFY, datagrams)
 
 
 def _denying(name: str, rules: list[Rule]) -> list[Rule]:
