@@ -35,6 +35,7 @@ ENDPOINT_DECLARED = 2
 ENDPOINT_DUAL_STACK = 4
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
+CONTAINER_ICMP = 4
 PROBED = 1
 PROBED_EPOLL = 2
 PROBED_FLAGS = 4
@@ -44,9 +45,9 @@ MAX_DESKS = 8192
 _ADDR = ctypes.c_ubyte * 16
 
 
-def container_flags(denies: bool, leaves_others: bool) -> int:
+def container_flags(denies: bool, leaves_others: bool, names_icmp: bool = False) -> int:
     """ContainerValue.flags of a ruleset."""
-    return CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others
+    return CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others | CONTAINER_ICMP * names_icmp
 
 
 class EndpointValue(ctypes.Structure):

@@ -19,6 +19,7 @@ from graft.model.endpoint import (
     MAX_POLICY_NAME,
     Endpoint,
     check_dual_stack,
+    parse_egress_protocol,
     parse_endpoint_address,
     parse_name,
     parse_netns,
@@ -167,7 +168,7 @@ class _PolicyReader:
                 _check_one_outcome(fields, value)
             to = fields.required("to", parse_prefix)
             ports = fields.texts("ports", parse_port_range, "such as [80, 443, 8000-8099]")
-            protocols = fields.text("protocol", parse_protocol)
+            protocols = fields.text("protocol", parse_egress_protocol)
             endpoint = fields.text("endpoint", self._parse_endpoint_name)
             verdict = fields.text("action", _parse_action) or Verdict.GRANT
             if to is not None and fields.valid:

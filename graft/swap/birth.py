@@ -12,11 +12,12 @@ this one to be served.
 from __future__ import annotations
 
 import socket as names
+from _socket import socket as Socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from graft.kernel.seccomp import Listener, Notification
-from graft.kernel.seccomp_filter import IPPROTO_MPTCP, can_be_born
+from graft.kernel.seccomp_filter import IPPROTO_MPTCP, PING_PROTOCOLS, can_be_born
 from graft.swap.desk import Desk
 from graft.swap.processes import Processes
 from graft.swap.socket_pool import SocketKind, SocketPool
@@ -36,7 +37,11 @@ class BirthEntry:
 
 
 class SocketBirth:
-    """Answers socket(2) for one container. ``netns`` is its own network namespace (`Processes.caller`)."""
+    """Answers socket(2) for one container.
+
+    ``netns`` is its own network namespace (`Processes.caller`). ``may_ping``: whether its policy now has a rule
+    for ICMP.
+    """
 
     def __init__(
         self,
@@ -45,10 +50,11 @@ class SocketBirth:
         listener: Listener,
         processes: Processes,
         netns: str,
+        may_ping: Callable[[], bool],
         log: Callable[[BirthEntry], None] | None = None,
     ) -> None:
         self._desk, self._pool, self._listener, self._processes = desk, pool, listener, processes
-        self._netns, self._log = netns, log
+        self._netns, self._may_ping, self._log = netns, may_ping, log
         self._has_mptcp: bool | None = None
 
     def serve(self, notification: Notification) -> None:
@@ -64,14 +70,21 @@ class SocketBirth:
         if at_home:
             self._listener.resume(notification.id)
             return
-        born = self._pool.get_for_host(SocketKind(family, flags & ~_CLOEXEC, protocol, caller.owner))
+        born = self._get(notification.pid, SocketKind(family, flags & ~_CLOEXEC, protocol, caller.owner))
         try:
             self._listener.answer_with(notification.id, born.fileno(), bool(flags & _CLOEXEC))
         finally:
             born.close()
 
+    def _get(self, tid: int, kind: SocketKind) -> Socket:
+        if kind.protocol in PING_PROTOCOLS:
+            return self._pool.make_ping(kind, *self._processes.groups(tid))
+        return self._pool.get_for_host(kind)
+
     def _can_serve(self, family: int, kind: int, protocol: int) -> bool:
         """Whether such a socket can be born. (A container's own profile notifies all of both families.)"""
+        if protocol in PING_PROTOCOLS and not self._may_ping():
+            return False
         return can_be_born(family, kind, protocol) and (protocol != IPPROTO_MPTCP or self._can_serve_mptcp())
 
     def _can_serve_mptcp(self) -> bool:

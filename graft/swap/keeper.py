@@ -9,6 +9,7 @@ did not start the container, serves it to its end and cleans up then.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import mmap
 import os
@@ -19,6 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from graft.datapath import layout
 from graft.errors import KernelError
 from graft.kernel import cgroup, netns, process
 from graft.kernel.pidfd import has_ended
@@ -192,8 +194,15 @@ def _make_supervisor(
     desk = open_desk(graft, container.id)
     pool = SocketPool(graft.maps.tags, desk, container.id, namespaces)
     processes = Processes()
-    birth = SocketBirth(desk, pool, listener, processes, _own_namespace(graft, container), log)
+    own_namespace = _own_namespace(graft, container)
+    birth = SocketBirth(desk, pool, listener, processes, own_namespace, lambda: _may_ping(graft, container), log)
     return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, log)
+
+
+def _may_ping(graft: Installation, container: Container) -> bool:
+    """Whether its policy has a rule for ICMP now."""
+    value = graft.maps.containers.get(ctypes.c_uint32(container.id))
+    return value is not None and bool(value.flags & layout.CONTAINER_ICMP)
 
 
 def _own_namespace(graft: Installation, container: Container) -> str:
