@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 6
+LAYOUT_VERSION = 7
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -36,6 +36,7 @@ ENDPOINT_DUAL_STACK = 4
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
 CONTAINER_ICMP = 4
+CONTAINER_MULTICAST = 8
 PROBED = 1
 PROBED_EPOLL = 2
 PROBED_FLAGS = 4
@@ -45,9 +46,10 @@ MAX_DESKS = 8192
 _ADDR = ctypes.c_ubyte * 16
 
 
-def container_flags(denies: bool, leaves_others: bool, names_icmp: bool = False) -> int:
+def container_flags(denies: bool, leaves_others: bool, names_icmp: bool, names_groups: bool) -> int:
     """ContainerValue.flags of a ruleset."""
-    return CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others | CONTAINER_ICMP * names_icmp
+    flags = CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others
+    return flags | CONTAINER_ICMP * names_icmp | CONTAINER_MULTICAST * names_groups
 
 
 class EndpointValue(ctypes.Structure):
@@ -68,6 +70,17 @@ class EndpointNameKey(ctypes.Structure):
     """`endpoint_names`: this -> id."""
 
     _fields_ = (("name", ctypes.c_char * NAME_LEN),)
+
+
+class GroupKey(ctypes.Structure):
+    """`groups`: this -> 1. ``id``: an endpoint's or a ruleset's."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint32),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 3),
+        ("addr", _ADDR),
+    )
 
 
 class ContainerValue(ctypes.Structure):

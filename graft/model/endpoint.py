@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_address
 
 from graft.errors import UsageError
 from graft.model.address import (
@@ -26,6 +27,9 @@ MAX_ENDPOINT_NAME = 31
 """Bytes of an endpoint's name: GRAFT_NAME_LEN of bpf/graft.h without the closing NUL."""
 
 MAX_POLICY_NAME = 63
+
+MAX_GROUPS = 64
+"""Multicast groups of an endpoint: all of them share a map (GRAFT_MAX_GROUPS)."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 _NETNS_NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,255}", re.ASCII)
@@ -57,7 +61,8 @@ class Endpoint:
 
     ``port`` 0 is dynamic: the kernel picks. ``netns`` is a name, a pid or a path, as the operator wrote
     it. ``open`` lets a container request it through its environment. An IPv6 endpoint accepts IPv6 clients only, unless
-    it is ``dual_stack``. ``last_port``: it is a range of ports that begins at ``port``; 0: it is one.
+    it is ``dual_stack``. ``last_port``: it is a range of ports that begins at ``port``; 0: it is one. Sockets that are
+    bound to it may join the groups in ``multicast``.
     """
 
     name: str
@@ -68,6 +73,7 @@ class Endpoint:
     open: bool = False
     dual_stack: bool = False
     last_port: int = 0
+    multicast: tuple[IPAddress, ...] = ()
 
     @property
     def port_count(self) -> int:
@@ -107,23 +113,28 @@ def parse_endpoint(
     netns: str | None = None,
     open_: bool = False,
     dual_stack: bool = False,
+    multicast: Sequence[str] = (),
 ) -> Endpoint:
     """The endpoint ``name`` at ``spec`` (``ADDR:PORT``, ``[ADDR6]:PORT``, port also FIRST-LAST, ``dynamic`` or 0).
 
-    Raises UsageError that names the field: name, address, protocol, netns or dual stack.
+    Raises UsageError that names the field: name, address, protocol, netns, dual stack or multicast.
     """
     parse_name(name)
     address = parse_endpoint_address(spec)
     check_dual_stack(dual_stack, address)
+    protocols = parse_protocol(proto)
+    groups = in_order(parse_group(group) for group in multicast)
+    check_multicast(groups, address, protocols)
     return Endpoint(
         name=name,
         address=address.ip,
         port=address.port,
-        protocols=parse_protocol(proto),
+        protocols=protocols,
         netns=None if netns is None else parse_netns(netns),
         open=open_,
         dual_stack=dual_stack,
         last_port=address.last_port,
+        multicast=groups,
     )
 
 
@@ -131,6 +142,44 @@ def check_dual_stack(wanted: bool, address: SocketAddress, field: str = "dual st
     """Raises UsageError where an endpoint at ``address`` cannot accept IPv4 clients too."""
     if wanted and address.ip != IPv6Address(0):
         raise UsageError(f"{field}: only the address [::] can accept IPv4 clients too", "[::]:PORT, or leave it out")
+
+
+def parse_group(text: str, field: str = "multicast") -> IPAddress:
+    """A multicast group. Raises UsageError."""
+    try:
+        group = ip_address(text)
+    except ValueError:
+        raise UsageError(
+            f"{field}: {shown(text)} is not an IP address", "a group such as 239.1.1.1 or ff02::fb"
+        ) from None
+    if not group.is_multicast or "%" in text:
+        raise UsageError(
+            f"{field}: {shown(text)} is not a multicast group", "in 224.0.0.0/4 or ff00::/8, without a zone"
+        )
+    return group
+
+
+def in_order(groups: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
+    """Each of ``groups`` once, in the order of their numbers."""
+    return tuple(sorted(set(groups), key=lambda group: (group.version, int(group))))
+
+
+def check_multicast(
+    groups: Collection[IPAddress], address: SocketAddress, protocols: Protocol, field: str = "multicast"
+) -> None:
+    """Raises UsageError where sockets at ``address`` cannot receive what is sent to these groups."""
+    if not groups:
+        return
+    if not address.ip.is_unspecified:  # the kernel hands a group's datagrams to no socket that has another address
+        raise UsageError(f"{field}: an endpoint with groups is at 0.0.0.0 or [::]", f"0.0.0.0:{address.port or 'PORT'}")
+    if not protocols & Protocol.UDP:
+        raise UsageError(f"{field}: groups are for udp, the endpoint is for {protocols.label}", "udp or any")
+    if len(groups) > MAX_GROUPS:
+        raise UsageError(f"{field}: more than {MAX_GROUPS} groups", "another endpoint for the others")
+    for group in groups:
+        if group.version != address.ip.version:
+            message = f"{field}: {group} is not of the endpoint's family, IPv{address.ip.version}"
+            raise UsageError(message, "an endpoint for each family")
 
 
 def parse_name(text: str, field: str = "name", longest: int = MAX_ENDPOINT_NAME) -> str:

@@ -19,8 +19,11 @@ from graft.model.endpoint import (
     MAX_POLICY_NAME,
     Endpoint,
     check_dual_stack,
+    check_multicast,
+    in_order,
     parse_egress_protocol,
     parse_endpoint_address,
+    parse_group,
     parse_name,
     parse_netns,
     parse_protocol,
@@ -138,17 +141,29 @@ class _PolicyReader:
     def _endpoints(self, section: dict[str, Value]) -> Iterator[Endpoint]:
         for name, value in self._within_limit(section.items(), "endpoints"):
             long_form: Value = {"address": value} if isinstance(value, str) else value
-            keys = ("address", "protocol", "netns", "open", "dual_stack")
+            keys = ("address", "protocol", "netns", "open", "dual_stack", "multicast")
             fields = Fields(self._document, ("endpoints", name), long_form, keys)
             address = fields.required("address", parse_endpoint_address)
             protocols = fields.text("protocol", parse_protocol) or ANY_PROTOCOL
             netns = fields.text("netns", parse_netns)
             is_open = fields.of_type("open", bool, _SWITCH_HINT) or False
             dual_stack = fields.of_type("dual_stack", bool, _SWITCH_HINT) or False
+            groups = fields.texts("multicast", parse_group, "such as [239.1.1.1]") or ()
             fields.check((), parse_name, name)
             if address is not None and fields.valid:
                 fields.check(("dual_stack",), check_dual_stack, dual_stack, address)
-                yield Endpoint(name, address.ip, address.port, protocols, netns, is_open, dual_stack, address.last_port)
+                fields.check(("multicast",), check_multicast, groups, address, protocols)
+                yield Endpoint(
+                    name=name,
+                    address=address.ip,
+                    port=address.port,
+                    protocols=protocols,
+                    netns=netns,
+                    open=is_open,
+                    dual_stack=dual_stack,
+                    last_port=address.last_port,
+                    multicast=in_order(groups),
+                )
 
     def _ingress_rules(self, section: list[Value]) -> Iterator[IngressRule]:
         for index, value in self._within_limit(enumerate(section), "ingress"):

@@ -86,6 +86,7 @@ class Endpoints:
             open=bool(value.flags & layout.ENDPOINT_OPEN),
             dual_stack=bool(value.flags & layout.ENDPOINT_DUAL_STACK),
             last_port=value.last_port,
+            multicast=rulesets.groups_of(self._maps, number),
         )
         return StoredEndpoint(number, endpoint, int(value.netns), bool(value.flags & layout.ENDPOINT_DECLARED))
 
@@ -121,6 +122,8 @@ class EndpointChanges(Endpoints):
                 "add another endpoint for the other family",
             )
         self._refuse_other_ports(old, endpoint)
+        if old.endpoint.multicast != endpoint.multicast and rulesets.using(self._maps, old.id):
+            raise ConflictError(f"multicast: rules in force use {endpoint.name!r}", "add another endpoint")
         self._write(old.id, endpoint, old.declared)
 
     def _refuse_other_ports(self, old: StoredEndpoint, endpoint: Endpoint) -> None:
@@ -212,6 +215,7 @@ class EndpointChanges(Endpoints):
 
     def _erase(self, number: int) -> None:
         self._maps.endpoints.delete(ctypes.c_uint32(number))
+        rulesets.write_groups(self._maps, number, ())
         netns.release(self._netns_pin(number))
         self._label(number).unlink(missing_ok=True)
 
@@ -235,6 +239,7 @@ class EndpointChanges(Endpoints):
             flags=flags,
         )
         value.addr[:] = endpoint.packed16
+        rulesets.write_groups(self._maps, number, endpoint.multicast)
         self._maps.endpoints.put(ctypes.c_uint32(number), value)
 
 

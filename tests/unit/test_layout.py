@@ -17,6 +17,7 @@ from graft.swap import decision, desk
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "endpoint": layout.EndpointValue,
+    "group": layout.GroupKey,
     "endpoint_name": layout.EndpointNameKey,
     "container": layout.ContainerValue,
     "ingress_key": layout.IngressKey,
@@ -52,6 +53,7 @@ CONSTANTS = {
     "GRAFT_CONTAINER_DENIES": layout.CONTAINER_DENIES,
     "GRAFT_CONTAINER_OTHERS": layout.CONTAINER_OTHERS,
     "GRAFT_CONTAINER_ICMP": layout.CONTAINER_ICMP,
+    "GRAFT_CONTAINER_MULTICAST": layout.CONTAINER_MULTICAST,
     "GRAFT_PROBED": layout.PROBED,
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
     "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,
@@ -71,8 +73,11 @@ CONSTANTS = {
     **{f"GRAFT_DECISION_{one.name}": one.value for one in layout.HookDecision},
 }
 
-C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES"}
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), or limit a loop (bpf/connect.bpf.c)."""
+C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES"} | {
+    f"GRAFT_{name}" for name in ("GROUP_REQ_FAMILY", "GROUP_REQ_ADDR4", "GROUP_REQ_ADDR6", "MAX_JOIN")
+}
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), limit a loop (bpf/connect.bpf.c), or
+describe an option's value (bpf/options.bpf.c)."""
 
 
 @pytest.fixture(scope="module")
