@@ -45,6 +45,8 @@ MAPS = (
     "options",
     "relays",
     "arrivals",
+    "exchanges",
+    "exchange_clients",
     "crossings",
     "counters",
     "desks",
@@ -58,6 +60,7 @@ SOURCES = (
     "rules.bpf.c",
     "local_address.bpf.c",
     "bind.bpf.c",
+    "exchange.bpf.c",
     "connect.bpf.c",
     "desk.bpf.c",
     "create.bpf.c",
@@ -85,6 +88,8 @@ SIZES = {
     "GRAFT_MAX_RULES": 262144,
     "GRAFT_MAX_COUNTERS": 65536,
     "GRAFT_MAX_ARRIVALS": 65536,
+    "GRAFT_MAX_EXCHANGES": 262144,
+    "GRAFT_EXCHANGE_WAYS": 8,
     "GRAFT_MAX_DESKS": MAX_DESKS,
 }
 

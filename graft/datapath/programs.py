@@ -64,6 +64,7 @@ PROGRAMS = (
 SPLICE_PROGRAMS = (
     Program("splice", bpf.PROG_SOCK_OPS, "sock_ops", "passes a client's address through a relay", _NO_SPLICE),
     *_both("getpeername", "shows a server its client's address", without=_NO_SPLICE),
+    *_both("recvmsg", "shows who sent a relayed datagram", without=_NO_SPLICE),
 )
 
 RELAY_PROGRAM = Program("flow", bpf.PROG_SK_SKB, "sk_skb_stream_verdict", "the relay in the kernel", "splice(2) relays")

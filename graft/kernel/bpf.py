@@ -42,6 +42,8 @@ ATTACH_TYPES = {
     "sendmsg4": 14,
     "sendmsg6": 15,
     "setsockopt": 22,
+    "recvmsg4": 19,
+    "recvmsg6": 20,
     "getpeername4": 29,
     "getpeername6": 30,
     "getsockname4": 31,

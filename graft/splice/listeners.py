@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import socket
 from collections.abc import Collection
 from pathlib import Path
 
@@ -36,11 +38,14 @@ def cgroup_ids(path: Path, root: int) -> Stepwise[set[int]]:
 
 
 def collect_listeners(diagnostics: Diagnostics, plan: PublicationPlan, skip_ports: Collection[int]) -> Stepwise[None]:
-    """Add every listener to ``plan``, but those on ``skip_ports``. Raises OSError."""
-    for piece in diagnostics.listeners():
+    """Add every listener to ``plan``, but those on ``skip_ports``, and every UDP socket without a peer.
+
+    Raises OSError.
+    """
+    for piece in itertools.chain(diagnostics.listeners(), diagnostics.unconnected()):
         yield
         for number, listener in enumerate(piece, 1):
-            if listener.port not in skip_ports:
+            if listener.protocol != socket.IPPROTO_TCP or listener.port not in skip_ports:
                 plan.add(listener)
             if number % _STEP_ITEMS == 0:
                 yield

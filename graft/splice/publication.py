@@ -52,6 +52,7 @@ class Publication:
     address: bytes
     port: int
     v6only: bool
+    protocol: int = socket.IPPROTO_TCP
 
     @property
     def takes_no_ipv4(self) -> bool:
@@ -84,15 +85,15 @@ def target(family: int, address: bytes, port: int, v6only: bool) -> DialTarget:
 class PublicationPlan:
     """Which of a namespace's listeners to publish: those of the container's own ``cgroups`` that a rule names.
 
-    ``lookup`` gives the endpoint that a bind of (family, address, port) becomes. A fixed port of an endpoint is for one
-    listener; one with a dynamic port is for any number, each on a port that the kernel picks. At most ``limit``
-    are published, and first those that are already (``published``).
+    ``lookup`` gives the endpoint that a bind of (protocol, family, address, port) becomes. A fixed port of an endpoint
+    is for one listener; one with a dynamic port is for any number, each on a port that the kernel picks. At most
+    ``limit`` are published, and first those that are already (``published``).
     """
 
     def __init__(
         self,
         cgroups: Collection[int],
-        lookup: Callable[[int, bytes, int], ResolvedEndpoint | None],
+        lookup: Callable[[int, int, bytes, int], ResolvedEndpoint | None],
         limit: int,
         published: Collection[Publication] = (),
     ) -> None:
@@ -110,6 +111,8 @@ class PublicationPlan:
         if listener.cgroup and listener.cgroup not in self._cgroups:
             return
         found = self._publication(listener)
+        if found is None and listener.protocol != socket.IPPROTO_TCP:
+            return  # any client has such a socket
         if found is None:
             self._note_unpublished((listener.family, listener.address, listener.port))
             return
@@ -126,10 +129,10 @@ class PublicationPlan:
             return None
         family, address = listener.family, listener.address
         asked = unmapped_bytes(address) if family == 6 else (family, address)
-        endpoint = self._lookup(asked[0], asked[1], listener.port)
+        endpoint = self._lookup(listener.protocol, asked[0], asked[1], listener.port)
         if endpoint is None or (endpoint.family == 4 and family == 6 and listener.v6only):
             return None
-        return Publication(endpoint, family, address, listener.port, listener.v6only)
+        return Publication(endpoint, family, address, listener.port, listener.v6only, listener.protocol)
 
     def _add_publication(self, found: Publication) -> None:
         if found not in self._published:
@@ -157,7 +160,7 @@ class PublicationPlan:
 
 
 def _key(found: Publication) -> tuple[object, ...]:
-    return (found.endpoint.id, found.endpoint.port or _place(found))
+    return (found.protocol, found.endpoint.id, found.endpoint.port or _place(found))
 
 
 def _place(found: Publication) -> tuple[int, bytes, int]:

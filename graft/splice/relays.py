@@ -8,6 +8,7 @@ import itertools
 import socket
 from collections.abc import Callable
 from functools import partial
+from ipaddress import ip_address
 from typing import Any
 
 from graft.datapath.layout import ENDPOINT_DUAL_STACK
@@ -15,8 +16,10 @@ from graft.datapath.maps import Maps
 from graft.datapath.rulesets import Lookup
 from graft.errors import GraftError
 from graft.kernel.sockdiag import Diagnostics
+from graft.model.address import SocketAddress
 from graft.model.endpoint import Protocol
 from graft.model.ports import mapped_port
+from graft.splice.datagrams import DatagramRelay, Server
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
 from graft.splice.listeners import cgroup_ids, collect_listeners
@@ -52,13 +55,15 @@ class Relays:
         self._namespaces, self._container_netns = namespaces, container_netns
         self._sockmap = sockmap
         self._lookup = Lookup(maps)
-        self._published: dict[Publication, InboundRelay] = {}
+        self._published: dict[Publication, InboundRelay | Server] = {}
         self._errors: dict[Publication, str] = {}
         self._plan: PublicationPlan | None = None
         try:
             self._diagnostics = container_netns.run(Diagnostics)
             try:
-                self._outbound = OutboundRelay(resources, maps, container_netns, namespaces, sockmap)
+                self._datagrams = DatagramRelay(resources, maps, container_netns, namespaces)
+                port = self._datagrams.port
+                self._outbound = OutboundRelay(resources, maps, container_netns, namespaces, sockmap, port)
             except BaseException:
                 self._diagnostics.close()
                 raise
@@ -69,7 +74,8 @@ class Relays:
     def set_sockmap(self, sockmap: Sockmap | None) -> None:
         """Relay new connections by ``sockmap`` from now on; None: by splice(2)."""
         self._sockmap = sockmap
-        for acceptor in (*self._outbound.acceptors, *(published.acceptor for published in self._published.values())):
+        inbound = (one.acceptor for one in self._published.values() if isinstance(one, InboundRelay))
+        for acceptor in (*self._outbound.acceptors, *inbound):
             acceptor.sockmap = sockmap
 
     @property
@@ -113,10 +119,11 @@ class Relays:
         value = self._maps.containers.peek(ctypes.c_uint32(self.container.id))
         return 0 if value is None else int(value.ruleset)
 
-    def _endpoint(self, ruleset: int, family: int, address: bytes, port: int) -> ResolvedEndpoint | None:
-        number, first = self._lookup.ingress(ruleset, socket.IPPROTO_TCP, family, address, port) if ruleset else (0, 0)
+    def _endpoint(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> ResolvedEndpoint | None:
+        number, first = self._lookup.ingress(ruleset, protocol, family, address, port) if ruleset else (0, 0)
         value = self._maps.endpoints.peek(ctypes.c_uint32(number)) if number else None
-        if value is None or not value.protocols & Protocol.TCP:
+        wanted = Protocol.TCP if protocol == socket.IPPROTO_TCP else Protocol.UDP
+        if value is None or not value.protocols & wanted or (wanted is Protocol.UDP and value.family == 6):
             return None
         mapped = mapped_port(port, first, value.port, value.last_port)
         if mapped is None:
@@ -133,6 +140,10 @@ class Relays:
             return
         self._errors.pop(wanted, None)
         self._resources.descriptors.take()
+        if wanted.protocol == socket.IPPROTO_UDP:
+            address = str(SocketAddress(ip_address(wanted.endpoint.address[:4]), port))
+            self._published[wanted] = Server(self._datagrams, sock, wanted.target, address)
+            return
         self._published[wanted] = InboundRelay(
             self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap
         )
@@ -144,13 +155,12 @@ class Relays:
             if error.errno != errno.EADDRINUSE or not wanted.endpoint.port:
                 raise
         # Perhaps another listener of this container has it, for the endpoint's old address or for a closed listener.
-        same_port = (wanted.endpoint.id, wanted.endpoint.port)
-        for key in [key for key in self._published if (key.endpoint.id, key.endpoint.port) == same_port]:
+        for key in [key for key in self._published if _port(key) == _port(wanted)]:
             self._unpublish(key)
         return listen(self._maps, self.container.id, wanted, endpoint_netns)
 
     def _unpublish(self, gone: Publication) -> None:
-        self._published.pop(gone).acceptor.close()
+        self._published.pop(gone).close()
         self._resources.descriptors.give_back()
 
     def _withdraw(self, is_gone: Callable[[Publication], bool]) -> Stepwise[None]:
@@ -170,6 +180,7 @@ class Relays:
             for connection in list(itertools.islice(self._resources.connections, _STEP_RESETS)):
                 connection.reset()
             yield
+        self._datagrams.stop()
         self._diagnostics.close()
         self._container_netns.close()
 
@@ -181,8 +192,7 @@ class Relays:
                 "address": one.address,
                 "listener": _text(key.family, key.address, key.port),
                 "dials": f"{key.target.address}:{key.target.port}",
-                "connections": len(one.acceptor.connections),
-                "served": one.acceptor.served,
+                **one.describe(),
             }
             for key, one in self._published.items()
         ]
@@ -199,8 +209,14 @@ class Relays:
             "more_not_granted": plan.more_unpublished if plan else 0,
             "too_many": plan.too_many if plan else 0,
             "out": {"port": self._outbound.port, "served": sum(one.served for one in self._outbound.acceptors)},
+            "datagrams": self._datagrams.describe(),
             "connections": len(self._resources.connections),
         }
+
+
+def _port(key: Publication) -> tuple[int, int, int]:
+    """What only one socket can be bound to."""
+    return key.protocol, key.endpoint.id, key.endpoint.port
 
 
 def _text(family: int, address: bytes, port: int) -> str:

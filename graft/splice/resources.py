@@ -15,7 +15,7 @@ from graft.splice.pipes import Pipe, PipePool
 from graft.splice.shares import Share, Shares
 
 _RESERVED_DESCRIPTORS = 512  # for the daemon itself
-_CONTAINER_DESCRIPTORS = 4  # of a container without connections: its namespace, its netlink socket, two listeners
+_CONTAINER_DESCRIPTORS = 5  # of a container without connections: namespace, netlink socket, two listeners, datagrams
 _CONNECTION_DESCRIPTORS = 2
 _MAX_LISTENERS = 1024
 
