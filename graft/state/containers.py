@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from graft.datapath import attachments, layout, rulesets
+from graft.datapath import attachments, exchanges, layout, rulesets
 from graft.datapath.maps import Maps
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
 from graft.kernel import cgroup
@@ -256,6 +256,7 @@ class ContainerChanges(Containers):
         self._maps.containers.delete(key)
         if value is not None:
             rulesets.erase(self._maps, value.ruleset)
+        exchanges.erase(self._maps, number)
         for counter in self._maps.counters.keys():  # noqa: SIM118
             if counter.container == number:
                 self._maps.counters.delete(counter)

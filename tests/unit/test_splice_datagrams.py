@@ -129,7 +129,7 @@ def test_unanswered_clients_give_way_to_new_ones(setting: Setting, monkeypatch: 
 
 
 def test_clients_age(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = datagrams.time.monotonic()
+    now = time.monotonic()
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as two,
