@@ -100,17 +100,27 @@ class OutboundRelay:
         if endpoint.flags & ENDPOINT_UNIX:
             unix = unix_sockets.load(self._settings, number)
             return None if unix is None else unix_endpoint.connect(unix, asked)
-        port = endpoint.port
+        for _ in range(_PORT_TRIES if endpoint.last_port else 1):
+            far = self._dial(number, endpoint, asked)
+            if far is not None:
+                return far
+        return None
+
+    def _dial(self, number: int, endpoint: layout.EndpointValue, asked: layout.CrossingValue) -> socket.socket | None:
+        """A socket that connects from the endpoint; None where the port that it got there has such a connection."""
         family = socket.AF_INET if asked.family == 4 else socket.AF_INET6
         far = self._namespaces.of_endpoint(endpoint.netns).tcp_socket(family)
         try:
-            if port:
+            if endpoint.port:
                 far.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             far.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             tag = layout.Tag(container=self._container, endpoint=number, home=Home.HOST)
             self._maps.tags.put(ctypes.c_int32(far.fileno()), tag)
-            text = socket.inet_ntop(family, address[: 4 if asked.family == 4 else 16])
+            text = socket.inet_ntop(family, bytes(asked.addr)[: 4 if asked.family == 4 else 16])
             error = far.connect_ex((text, asked.port))
+            if error == errno.EADDRNOTAVAIL:
+                far.close()
+                return None
             if error not in (0, errno.EINPROGRESS):
                 raise OSError(error, "connect")
         except BaseException:
