@@ -38,14 +38,13 @@ def cgroup_ids(path: Path, root: int) -> Stepwise[set[int]]:
 
 
 def collect_listeners(diagnostics: Diagnostics, plan: PublicationPlan, skip_ports: Collection[int]) -> Stepwise[None]:
-    """Add every listener to ``plan``, but those on ``skip_ports``, and every UDP socket without a peer.
-
-    Raises OSError.
-    """
-    for piece in itertools.chain(diagnostics.listeners(), diagnostics.unconnected()):
+    """Add every listener to ``plan``, but those on ``skip_ports``, and every UDP socket. Raises OSError."""
+    for piece in itertools.chain(diagnostics.listeners(), diagnostics.datagram_sockets()):
         yield
-        for number, listener in enumerate(piece, 1):
-            if listener.protocol != socket.IPPROTO_TCP or listener.port not in skip_ports:
-                plan.add(listener)
+        for number, one in enumerate(piece, 1):
+            if one.protocol == socket.IPPROTO_UDP:
+                plan.add_datagram_socket(one)
+            elif one.port not in skip_ports:
+                plan.add(one)
             if number % _STEP_ITEMS == 0:
                 yield
