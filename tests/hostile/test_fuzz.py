@@ -15,8 +15,8 @@ from tests.hostile.conftest import Without
 from tests.support.building import Programs
 from tests.support.installation import Host
 
-SEQUENCES: dict[Transport, int] = {"swap": 400, "born": 500, "direct": 600, "splice": 30}
-"""The same ones in every run, on a fast machine and on a slow one: half a minute each. `make fuzz` takes others."""
+SEQUENCES: dict[Transport, int] = {"swap": 250, "born": 300, "direct": 400, "splice": 30}
+"""The same ones in every run, on a fast machine and on a slow one: twenty seconds each. `make fuzz` takes others."""
 SECONDS = 120
 FOLDER = Path(__file__).resolve().parents[1] / "fuzz/kept"
 KEPT = {file.stem: Sequence.from_json(file.read_text()) for file in sorted(FOLDER.glob("*.json"))}
