@@ -83,6 +83,11 @@ class Processes:
         if process is not None:
             to(tid, process.pidfd, process.fdinfo)
 
+    def close(self) -> None:
+        """Close what is cached. Safe to repeat."""
+        while self._cache:
+            self._cache.popitem()[1].close()
+
     def _ask(self, tid: int, question: Callable[[Process], _Result]) -> _Result:
         """The answer of the thread's process; a cached one may be of a thread that has ended."""
         process = self._cache.get(tid) if self._cache_size > 1 else None

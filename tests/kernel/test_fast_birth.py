@@ -333,9 +333,8 @@ def test_many_threads_are_served() -> None:
                 thread.join()
         return len(set(found))
 
-    processes = Processes()
     before = len(os.listdir("/proc/self/fd"))
-    with child(work) as one:
+    with contextlib.closing(Processes()) as processes, child(work) as one:
 
         def handle(call: Notification) -> None:
             with contextlib.suppress(OSError):
