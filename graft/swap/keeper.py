@@ -204,10 +204,9 @@ def _make_supervisor(
     """The supervisor of ``container`` in the calling process, with a desk of its own."""
     log = _call_logger(graft.endpoints) if verbose else None
     desk = open_desk(graft, container.id)
-    netns = _own_namespace(graft, container)
-    fast = None
-    if container.transport is Transport.BORN and killable and not verbose:
-        fast = open_fast_birth(listener.fd, netns, desk)
+    is_born = container.transport is Transport.BORN
+    netns = _own_namespace(graft, container) if is_born else ""  # in swap no socket(2) is trapped
+    fast = open_fast_birth(listener.fd, netns, desk) if is_born and killable and not verbose else None
     stock = None if fast is None else CompiledStock(fast)
     pool = SocketPool(graft.maps.tags, desk, container.id, namespaces, stock)
     processes = Processes()
