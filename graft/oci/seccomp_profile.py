@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from graft.errors import ConflictError
@@ -121,11 +121,11 @@ def _refuse_foreign_notifications(profile: Profile, rules: list[Rule]) -> None:
 
 def _notify(name: str, rules: list[Rule], default: str) -> list[Rule]:
     if default not in _PASSING:
-        return list(_replace_actions(name, rules, _PASSING))
+        return list(_replace(name, rules, _PASSING, _notified))
     # Where the default allows, rules that allow change nothing, and a rule that denies decides alone.
     denying = _denying(name, rules)
     if any(not _has_condition(rule) for rule in denying):
-        return list(_replace_actions(name, rules, _PASSING - {default}))
+        return list(_replace(name, rules, _PASSING - {default}, _notified))
     if denying:
         raise ConflictError(
             f"linux.seccomp: {name} is denied for some arguments and allowed for the others",
@@ -137,28 +137,16 @@ def _notify(name: str, rules: list[Rule], default: str) -> list[Rule]:
 
 def _notify_socket(rules: list[Rule], default: str) -> list[Rule]:
     if default not in _PASSING:
-        return list(_split_socket(rules, _PASSING))
+        return list(_replace(_SOCKET, rules, _PASSING, _notified_for_families))
     denying = _denying(_SOCKET, rules)
     if any(not _has_condition(rule) for rule in denying):
-        return list(_split_socket(rules, _PASSING - {default}))
+        return list(_replace(_SOCKET, rules, _PASSING - {default}, _notified_for_families))
     if any(admits_a_family(rule) for rule in denying):
         raise ConflictError("linux.seccomp: socket is denied for some of AF_INET and AF_INET6, and allowed for others")
     # Of all families but the two, what is allowed and not logged, or logged, stays so.
-    others = _split_socket(rules, _PASSING - {default})
+    others = _replace(_SOCKET, rules, _PASSING - {default}, _notified_for_families)
     kept = [_without(_SOCKET, rule) if rule.get("action") in (default, NOTIFY) else rule for rule in others]
     return [*(rule for rule in kept if rule is not None), *family_rules(NOTIFY)]
-
-
-def _split_socket(rules: list[Rule], passing: frozenset[str]) -> Iterator[Rule]:
-    """The rules, with what one allows of socket by an action in ``passing`` notified for the two families."""
-    for rule in rules:
-        if _SOCKET not in _names(rule) or rule.get("action") not in passing:
-            yield rule
-            continue
-        rest = _without(_SOCKET, rule)
-        if rest is not None:
-            yield rest
-        yield from notify_families(_only(_SOCKET, rule), NOTIFY)
 
 
 def _denying(name: str, rules: list[Rule]) -> list[Rule]:
@@ -170,8 +158,10 @@ def _only(name: str, rule: Rule) -> Rule:
     return {"names": [name], **{key: value for key, value in rule.items() if key not in ("names", "name")}}
 
 
-def _replace_actions(name: str, rules: list[Rule], passing: frozenset[str]) -> Iterator[Rule]:
-    """The rules, with NOTIFY under the same conditions where one allows ``name`` by an action in ``passing``."""
+def _replace(
+    name: str, rules: list[Rule], passing: frozenset[str], replacement: Callable[[Rule], Iterable[Rule]]
+) -> Iterator[Rule]:
+    """The rules, with ``replacement`` of what one allows of ``name`` by an action in ``passing``."""
     for rule in rules:
         if name not in _names(rule) or rule.get("action") not in passing:
             yield rule
@@ -179,8 +169,17 @@ def _replace_actions(name: str, rules: list[Rule], passing: frozenset[str]) -> I
         rest = _without(name, rule)
         if rest is not None:
             yield rest
-        only = {key: value for key, value in copy.deepcopy(_only(name, rule)).items() if key != "errnoRet"}
-        yield {**only, "action": NOTIFY}
+        yield from replacement(_only(name, rule))
+
+
+def _notified(rule: Rule) -> list[Rule]:
+    """``rule`` with NOTIFY under the same conditions."""
+    kept = {key: value for key, value in copy.deepcopy(rule).items() if key != "errnoRet"}
+    return [{**kept, "action": NOTIFY}]
+
+
+def _notified_for_families(rule: Rule) -> Iterator[Rule]:
+    return notify_families(rule, NOTIFY)
 
 
 def _names(rule: Rule) -> list[str]:

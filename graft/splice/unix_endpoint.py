@@ -12,7 +12,6 @@ import socket
 from dataclasses import replace
 
 from graft.datapath import layout
-from graft.datapath.layout import Crossing
 from graft.datapath.maps import Maps
 from graft.kernel import unix_files
 from graft.kernel.credentials import connecting_as
@@ -23,6 +22,7 @@ from graft.model.transport import Home
 from graft.model.unix_socket import UnixSocket
 from graft.splice.acceptor import Acceptor, PeerAddress
 from graft.splice.far_check import FarCheck
+from graft.splice.inbound import crossing
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
 from graft.splice.resources import ContainerResources
@@ -118,9 +118,4 @@ class UnixInboundRelay:
         A listener in the host's namespace accepts no other (packet.bpf.c), and the check of who has the connection
         looks for what they noted (graft/splice/far_check.py).
         """
-        address, port = far.getsockname()[:2]
-        family = 4 if far.family == socket.AF_INET else 6
-        value = layout.CrossingValue(port=port, family=family, role=Crossing.DIALING, container=self._container)
-        packed = socket.inet_pton(far.family, address)
-        ctypes.memmove(value.addr, packed, len(packed))
-        self._crossings.put(ctypes.c_int32(far.fileno()), value)
+        self._crossings.put(ctypes.c_int32(far.fileno()), crossing(self._container, far.getsockname()))

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.conftest import Without, graft_without
-from tests.hostile.test_daemon_shares import FEW, KNOCKS, StartDaemon, start_daemon
+from tests.hostile.test_daemon_shares import FEW, KNOCKS, StartDaemon, hostile, other, start_daemon
 from tests.support.installation import Host
-from tests.support.plain import Plain, plain
+from tests.support.plain import Plain
 from tests.support.program import Program
 from tests.support.shell import Word
 from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
-__all__ = ["start_daemon"]
+__all__ = ["hostile", "other", "start_daemon"]
 
 NOBODY = pwd.getpwnam("nobody")
 BINDS = """
@@ -129,20 +129,6 @@ def test_nothing_of_graft_can_be_entered_while_it_binds(host: Host, folder: Path
 
 
 # ---- a flood at the path ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hostile(host: Host, start_daemon: StartDaemon) -> Iterator[Plain]:
-    """A container whose path is flooded."""
-    with plain(host) as made:
-        yield made
-
-
-@pytest.fixture
-def other(host: Host, start_daemon: StartDaemon) -> Iterator[Plain]:
-    """A container that is to be served all the same."""
-    with plain(host) as made:
-        yield made
 
 
 @pytest.mark.parametrize("defence", ["", "shares"])
