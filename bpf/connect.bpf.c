@@ -156,6 +156,15 @@ static __always_inline int bind_source(struct bpf_sock_addr *ctx, void *source, 
 	return 0;
 }
 
+/* Whether a socket has a port that an endpoint of the other family lent it, where that means nothing. (The kernel keeps
+ * such a port with the socket until that is closed.) */
+static __always_inline int has_other_familys_port(struct tag *tag, struct request *request)
+{
+	struct endpoint *lender = tag && tag->lent & GRAFT_LENT_PORT ? endpoints.lookup(&tag->source) : 0;
+
+	return lender && lender->family != request->family;
+}
+
 /* Decides a destination. Returns the endpoint to take the source from, or NULL with *verdict set. */
 static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr *ctx, struct request *request,
 							   int *verdict, int sending)
@@ -206,7 +215,8 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		/* direct: the host's namespace is the container's own, so its default applies. A swapped
 		 * socket is outside the container's namespace, and may do only what a rule grants. */
 		if (owner.container->transport != GRAFT_TRANSPORT_DIRECT ||
-		    (rule == GRAFT_VERDICT_NONE && owner.container->connect_default == GRAFT_DEFAULT_DENY))
+		    (rule == GRAFT_VERDICT_NONE && owner.container->connect_default == GRAFT_DEFAULT_DENY) ||
+		    has_other_familys_port(owner.tag, request))
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
