@@ -353,6 +353,19 @@ static __always_inline int leaves_source_to_kernel(struct request *request)
 	return request->fixed_source && !request->any_source;
 }
 
+/* A socket's own IPv4 address. (An IPv6 address of its own is 127.0.0.6 to the kernel here: it cannot be the source.) */
+static __always_inline u32 own_ip4(struct bpf_sock *sk, int *has_ip6)
+{
+	struct local_address local;
+	u32 ip = 0;
+
+	read_local_address(&local, sk);
+	*has_ip6 = local.family == GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3]);
+	if (local.family == GRAFT_IPV4)
+		ip = local.ip[0];
+	return ip;
+}
+
 /* The source address of a datagram can be set for it alone, and is set: a control message may have named another one,
  * also on a connected socket. Its source port cannot: an endpoint with a port serves sockets that are bound or
  * connected. */
@@ -360,7 +373,7 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 {
 	struct request request;
 	struct endpoint *from;
-	int verdict;
+	int verdict, has_ip6 = 0;
 	u32 ip = 0;
 
 	read_request4(ctx, &request);
@@ -382,8 +395,8 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 		__builtin_memcpy(&ip, from->addr, 4);
 	}
 	if (!ip && request.fixed_source)
-		ip = ctx->sk->src_ip4;
-	if (ip || leaves_source_to_kernel(&request))
+		ip = own_ip4(ctx->sk, &has_ip6);
+	if (ip || has_ip6 || leaves_source_to_kernel(&request))
 		ctx->msg_src_ip4 = ip;
 	return verdict;
 }
