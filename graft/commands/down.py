@@ -14,7 +14,7 @@ from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import client as splice
-from graft.state import leftovers, records, unix_sockets
+from graft.state import bound_sockets, leftovers, records
 from graft.state.installation import Installation
 
 
@@ -49,8 +49,8 @@ def down(settings: Settings, force: bool = False) -> None:
         dataplane.unpin(settings.pin_dir)
         for pin in (settings.run_dir / "netns").glob("*"):
             netns.release(pin)
-        unix_sockets.release(settings, lambda _container, _endpoint: True)
-        unix_sockets.remove_released(settings)
+        bound_sockets.release(settings, lambda _container, _endpoint: True)
+        bound_sockets.remove_released(settings)
         shutil.rmtree(settings.run_dir, ignore_errors=True)
 
 

@@ -19,6 +19,7 @@ from graft.errors import NotFoundError, UsageError
 from graft.kernel.syscalls import syscall
 from graft.model.address import shown
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _MAX_ID = (1 << 32) - 2  # the one above it is -1, by which setresuid(2) and setresgid(2) leave an id as it is
 
@@ -100,6 +101,17 @@ def close_all_but(keep: Iterable[int]) -> None:
         os.closerange(first, fd)
         first = max(first, fd + 1)
     os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+
+
+def die_with(parent: int) -> None:
+    """Have this process killed when the thread that started it ends, or end it now where ``parent`` has ended already.
+
+    By the time that the parent's own parent knows of the end, the signal is there: nothing but a system call that has
+    begun is completed (PR_SET_PDEATHSIG of prctl(2); forget_original_parent, kernel/exit.c).
+    """
+    syscall("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def set_process_name(name: str) -> None:

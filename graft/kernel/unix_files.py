@@ -23,7 +23,7 @@ import secrets
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from graft.errors import ConflictError
@@ -155,11 +155,17 @@ def _is_in_use(fd: int) -> bool:
     return True
 
 
-def bind(sock: socket.socket, target: Target, shown: bytes, backlog: int | None = None) -> FileId:
+def bind(
+    sock: socket.socket,
+    target: Target,
+    shown: bytes,
+    backlog: int | None = None,
+    note: Callable[[FileId], None] = lambda file: None,
+) -> FileId:
     """Bind ``sock`` at the host's path of ``target``; the socket shows the address ``shown``, an absolute path.
 
-    With a ``backlog`` it listens before it is there.
-    A socket file that nobody listens on is replaced. Gives the new file. Raises UnixPathError, OSError.
+    With a ``backlog`` it listens before it is there. ``note`` is called with the new file, just before it is there. A
+    socket file that nobody listens on is replaced. Gives the new file. Raises UnixPathError, OSError.
     """
     with folder_of(target.path) as folder:
         _refuse_open_to_all(folder, target.path)
@@ -169,6 +175,7 @@ def bind(sock: socket.socket, target: Target, shown: bytes, backlog: int | None 
             os.chmod(name, target.mode, dir_fd=inner)
             if backlog is not None:
                 sock.listen(backlog)
+            note(file)
             _move(inner, name, folder, target, stale)
     return file
 
@@ -297,12 +304,14 @@ def _taken(target: Target) -> UnixPathError:
     return UnixPathError(errno.EADDRINUSE, f"{target.path}: somebody else took this path just now", "another path")
 
 
-def remove(path: str, file: FileId) -> None:
-    """Remove the socket ``file`` from ``path``, unless something else is there by now. Safe to repeat."""
+def remove(path: str, file: FileId) -> bool:
+    """Remove the socket ``file`` from ``path``; whether it was there. Safe to repeat."""
     with contextlib.suppress(UnixPathError, OSError), folder_of(path) as folder:
         name = os.path.basename(path)
         if _file_at(name, folder) == file:
             os.unlink(name, dir_fd=folder)
+            return True
+    return False
 
 
 def connect(sock: socket.socket, path: str, cached: bool = False) -> bool:

@@ -33,7 +33,7 @@ _CRUN_FILTERS = ("run.oci.seccomp.receiver", "run.oci.seccomp.plugins", "run.oci
 # Those by which it puts a container into a cgroup below the container's own (crun(1)).
 _CRUN_SUBGROUPS = ("run.oci.systemd.subgroup", "run.oci.delegate-cgroup")
 # All of crun's own begin so. With one that an image sets, crun would do what the image wants, as root: it writes what
-# hooks say to any file of the host's, and Graft's container has a hook. Those that podman itself writes are let through.
+# hooks say to any file of the host's, and Graft's container has a hook. Those that podman itself writes are allowed.
 _CRUN = "run.oci."
 _PODMANS_OWN = ("run.oci.keep_original_groups", "run.oci.mount_context_type")
 

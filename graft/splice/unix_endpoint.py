@@ -26,22 +26,29 @@ from graft.splice.inbound import crossing
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
 from graft.splice.resources import ContainerResources
-from graft.state import unix_sockets
+from graft.state import bound_sockets
 from graft.state.folder_calls import in_folder_of
 
 _BACKLOG = 4096
 _KIND = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
-def listen(settings: Settings, container: int, wanted: Publication) -> tuple[socket.socket, FileId]:
+def listen(settings: Settings, maps: Maps, container: int, wanted: Publication) -> tuple[socket.socket, FileId]:
     """A socket that listens at the endpoint's path, and its file. Raises UnixPathError, NotFoundError, OSError."""
+
+    def is_there() -> bool:  # whether a rule names it, graftd finds out by itself when that changes
+        keys = ctypes.c_uint32(container), ctypes.c_uint32(wanted.endpoint.id)
+        return maps.containers.get(keys[0]) is not None and maps.endpoints.get(keys[1]) is not None
+
     unix = wanted.endpoint.unix
     assert unix is not None
     sock = socket.socket(socket.AF_UNIX, _KIND)
     try:
         # Before it has its place: whoever finds it there can connect.
         shown = unix.path.encode()
-        file = unix_sockets.bind(settings, container, wanted.endpoint.id, sock, unix, shown, backlog=_BACKLOG)
+        file = bound_sockets.bind(
+            settings, container, wanted.endpoint.id, sock, unix, shown, is_there, backlog=_BACKLOG
+        )
     except BaseException:
         sock.close()
         raise
@@ -50,8 +57,8 @@ def listen(settings: Settings, container: int, wanted: Publication) -> tuple[soc
 
 def withdraw(settings: Settings, container: int, endpoint: int) -> None:
     """Remove the socket's file from the host."""
-    unix_sockets.release(settings, lambda one, other: (one, other) == (container, endpoint))
-    unix_sockets.remove_released(settings)
+    bound_sockets.release(settings, lambda one, other: (one, other) == (container, endpoint))
+    bound_sockets.remove_released(settings)
 
 
 def connect(unix: UnixSocket, asked: layout.CrossingValue) -> socket.socket:

@@ -4,7 +4,8 @@
     endpoints.py       endpoints in the maps
     containers.py      containers in the maps: a cgroup under a policy
     records.py         a file for each container, with its name and what is in no map
-    unix_sockets.py    endpoints that are unix sockets: their paths, and which are bound
+    unix_sockets.py    endpoints that are unix sockets: their paths, and those of rules
+    bound_sockets.py   which sockets are bound there
     engines.py         finds the cgroup of a container of docker or podman, or of a systemd unit
     inventory.py       the sockets of containers, as the kernel lists them
     socket_holders.py  which processes have a descriptor of a socket

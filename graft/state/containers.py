@@ -25,7 +25,7 @@ from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.limits import check_size
 from graft.policy.model import Policy
 from graft.policy.validator import needs_unix_relay
-from graft.state import records, unix_sockets
+from graft.state import bound_sockets, records, unix_sockets
 from graft.state.endpoints import EndpointChanges
 from graft.state.records import Container
 
@@ -145,7 +145,7 @@ class ContainerChanges(Containers):
         check_transport(transport, name or policy.name, compiled)
         self.reap()
         self._refuse_nesting(path)
-        unix_sockets.check_free(policy, compiled.endpoints)
+        bound_sockets.check_free(policy, compiled.endpoints)
         new = self._install(compiled)
         number = self._new_id()
         try:
@@ -247,7 +247,7 @@ class ContainerChanges(Containers):
 
     def _release_unix(self, container: int, kept: Collection[int] = ()) -> None:
         """Remove a container's unix sockets from the host, except for those of the endpoints ``kept``."""
-        unix_sockets.release(self._settings, lambda one, endpoint: one == container and endpoint not in kept)
+        bound_sockets.release(self._settings, lambda one, endpoint: one == container and endpoint not in kept)
         unix_sockets.tidy_rules(self._settings, self._maps)
 
     def _refuse_nesting(self, path: Path) -> None:

@@ -17,7 +17,7 @@ from graft.kernel import netns
 from graft.model.endpoint import Endpoint, Protocol
 from graft.model.ports import ports_text
 from graft.model.settings import Settings
-from graft.state import unix_sockets
+from graft.state import bound_sockets, unix_sockets
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +236,7 @@ class EndpointChanges(Endpoints):
 
     def _erase(self, number: int) -> None:
         self._maps.endpoints.delete(ctypes.c_uint32(number))
-        unix_sockets.release(self._settings, lambda _container, endpoint: endpoint == number)
+        bound_sockets.release(self._settings, lambda _container, endpoint: endpoint == number)
         unix_sockets.save(self._settings, number, None)
         netns.release(self._netns_pin(number))
         self._label(number).unlink(missing_ok=True)

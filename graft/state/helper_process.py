@@ -65,15 +65,16 @@ def run_each(
     """Run ``work`` on each item, in a child that has no descriptor of ours but ``keep``; results must be picklable.
 
     An item without a result hung, or was too late. With ``keep_running`` the child continues with those, for as long
-    as it takes; otherwise it is killed, and exits when the kernel releases it, for which ``exit_timeout`` seconds are
-    waited. Raises what ``work`` raised.
+    as it takes; otherwise it is killed, then or with this process, and exits when the kernel releases it, for which
+    ``exit_timeout`` seconds are waited. Raises what ``work`` raised.
     """
     if not items:
         return HelperResult({}, 0)
     reader, writer = os.pipe2(os.O_CLOEXEC)
+    parent = 0 if keep_running else os.getpid()
     child = os.fork()
     if child == 0:
-        _run_child(work, items, writer, keep)
+        _run_child(work, items, writer, keep, parent)
     os.close(writer)
     results: dict[int, ResultT] = {}
     leave_running = False
@@ -123,10 +124,12 @@ def _wait_for_exit(child: int, timeout: float) -> bool:
 
 
 def _run_child(
-    work: Callable[[ItemT], ResultT], items: Sequence[ItemT], writer: int, keep: Collection[int]
+    work: Callable[[ItemT], ResultT], items: Sequence[ItemT], writer: int, keep: Collection[int], parent: int
 ) -> NoReturn:
-    """The child's side."""
+    """The child's side. ``parent``: to die with; 0: it may outlive it."""
     with contextlib.suppress(BaseException):
+        if parent:
+            process.die_with(parent)
         os.setsid()  # no ^C from the command's terminal
         process.close_all_but({writer, *keep})
         null = os.open(os.devnull, os.O_RDWR)

@@ -19,7 +19,7 @@ from graft.errors import PrivilegeError
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy
-from graft.state import unix_sockets
+from graft.state import bound_sockets
 from graft.state.containers import CompiledPolicy, ContainerChanges, Containers, compile_for
 from graft.state.endpoints import EndpointChanges, Endpoints
 
@@ -53,7 +53,7 @@ class Installation:
             with dataplane.locked(self.settings):
                 yield Transaction(self.settings, self.maps)
         finally:
-            unix_sockets.remove_released(self.settings)
+            bound_sockets.remove_released(self.settings)
 
     def compile(self, policy: Policy) -> CompiledPolicy:
         """Compile ``policy`` with the existing endpoints, before the lock is taken, so that nothing waits for it.

@@ -14,6 +14,7 @@ import socket
 import stat
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from graft.datapath.rulesets import Lookup
@@ -23,7 +24,7 @@ from graft.kernel.seccomp import Notification
 from graft.kernel.unix_files import UnixPathError
 from graft.model.endpoint import IP_PROTOCOLS, Protocol
 from graft.model.unix_socket import UNIX_FAMILY, path_key
-from graft.state import unix_sockets
+from graft.state import bound_sockets, unix_sockets
 from graft.state.installation import Installation
 from graft.swap.socket_copy import owner_of
 
@@ -73,7 +74,8 @@ class UnixBinder:
                 if sock.getsockname():
                     return UnixBind(errno.EINVAL, f"{head}: the socket is bound already")
                 owner = owner_of(duplicate)
-                unix_sockets.bind(self._settings, self._container, endpoint, sock, unix, path, owner)
+                granted = partial(self._is_granted, path, endpoint)
+                bound_sockets.bind(self._settings, self._container, endpoint, sock, unix, path, granted, owner)
         except UnixPathError as error:
             return UnixBind(error.errno, f"{head}: {error.message}")
         except GraftError as error:
@@ -97,6 +99,9 @@ class UnixBinder:
             return parse_path(self._memory.read(notification.pid, notification.address, notification.size))
         except OSError:
             return None  # a bad pointer: the kernel's EFAULT
+
+    def _is_granted(self, path: bytes, endpoint: int) -> bool:
+        return self._endpoint_for(path) == endpoint and self._maps.endpoints.get(ctypes.c_uint32(endpoint)) is not None
 
     def _endpoint_for(self, path: bytes) -> int:
         container = self._maps.containers.peek(self._key)

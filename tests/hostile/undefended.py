@@ -32,7 +32,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
-from graft.state import helper_process, inventory, leftovers, liveness, socket_holders, unix_sockets
+from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, socket_holders
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
 from graft.swap.decision import Action, Decision, SocketFacts
@@ -383,7 +383,7 @@ def _links() -> None:
 
 def _holders() -> None:
     """A unix socket that does not listen is dead, whoever has it."""
-    unix_sockets._records = lambda settings: iter(())
+    bound_sockets._files_of_others = lambda settings, container: set()
 
 
 DEFENCES: dict[str, Callable[[], None]] = {
