@@ -88,6 +88,11 @@ def die_by_signal(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
 
+def descriptor_limit() -> int:
+    """How many descriptors this process may have."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def raise_descriptor_limit() -> None:
     """Raise the limit of open descriptors to the hard limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

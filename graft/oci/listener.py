@@ -16,7 +16,7 @@ from pathlib import Path
 
 from graft.datapath import dataplane
 from graft.errors import GraftError, NotFoundError, RefusedError, UsageError
-from graft.kernel import cgroup, netns
+from graft.kernel import cgroup, netns, process
 from graft.kernel.seccomp import hung_up
 from graft.model.settings import Settings
 from graft.model.transport import Transport
@@ -28,7 +28,7 @@ from graft.oci.profile_text import BORN_METADATA
 from graft.oci.request import POLICY_ANNOTATION, check_annotations, check_capabilities, choose_policy, requested
 from graft.oci.state import Message, State
 from graft.state.containers import check_transport, compile_for
-from graft.state.installation import known_endpoints
+from graft.state.installation import Installation, known_endpoints
 
 Report = Callable[[str], None]
 
@@ -45,6 +45,7 @@ def serve_listener_socket(settings: Settings, options: RuntimeOptions, path: Pat
     where the socket cannot be made.
     """
     dataplane.up(settings)
+    process.raise_descriptor_limit()
     engine_cgroup = cgroup.of_process(os.getpid())
     cgroup.enter(dataplane.keepers_cgroup(settings))
     with _listening(path) as listening:
@@ -76,14 +77,14 @@ def _open_process(pid: int, listener: int) -> Iterator[int | None]:
     The message comes from a process with the listener's filter: where none has it any more, the id may be another's.
     """
     try:
-        process = os.pidfd_open(pid) if pid else None
+        first = os.pidfd_open(pid) if pid else None
     except OSError:
-        process = None
+        first = None
     try:
-        yield None if hung_up(listener) else process
+        yield None if hung_up(listener) else first
     finally:
-        if process is not None:
-            os.close(process)
+        if first is not None:
+            os.close(first)
 
 
 class ListenerServer:
@@ -91,6 +92,7 @@ class ListenerServer:
 
     def __init__(self, settings: Settings, options: RuntimeOptions, engine_cgroup: Path, report: Report) -> None:
         self._settings, self._options, self._report = settings, options, report
+        self._graft = Installation(settings)
         self._engine_cgroup = engine_cgroup
         self._attachments: dict[str, shim.Attachment] = {}
         self._loop = MessageLoop()
@@ -120,6 +122,10 @@ class ListenerServer:
     def _receive(self, message: Message, state: State) -> None:
         listener = message.take_listener(state)
         if listener is None:
+            # Nothing can be done for the process, whose trapped calls fail (ENOSYS).
+            self._report(
+                f"{state.id[:12]}: refused: its message has no seccomp listener, or there was no descriptor left"
+            )
             return
         with _open_process(state.pid, listener) as first:
             try:
@@ -133,7 +139,7 @@ class ListenerServer:
         try:
             if known is None and first is None:
                 raise RefusedError("the container's first process has ended")
-            attachment = known or shim.Attachment(self._plan(state))
+            attachment = known or shim.Attachment(self._plan(state), self._graft)
         except BaseException:
             os.close(listener)
             raise

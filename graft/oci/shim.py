@@ -47,6 +47,7 @@ _MAX_SUPERVISORS = 64
 """Of one container. Each is a process of the host's, for as long as what an engine's `exec` started, or left behind, is
 there: an image may have a health check do so every second.
 """
+_SHARE = 16  # a container has at most one in so many of the descriptors that a process may have, for its listeners
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,9 @@ class Plan:
 class Attachment:
     """One container: attached once, with a supervisor for each listener."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, graft: Installation) -> None:
         self._plan = plan
-        self._graft = Installation(plan.settings)
+        self._graft = graft
         self._keepers: list[Keeper] = []
         self._events: int | None = None
         self.container: Container | None = None
@@ -153,12 +154,11 @@ class Attachment:
 
     def _check_count(self) -> None:
         """Raises RefusedError where the container has as many supervisors as one may have."""
-        if len(self._keepers) >= _MAX_SUPERVISORS:
+        most = min(_MAX_SUPERVISORS, process.descriptor_limit() // _SHARE)
+        if len(self._keepers) >= most:
             self.check_supervisors()
-        if len(self._keepers) >= _MAX_SUPERVISORS:
-            raise RefusedError(
-                f"the container has {_MAX_SUPERVISORS} supervisors already", "end what `exec` has started in it"
-            )
+        if len(self._keepers) >= most:
+            raise RefusedError(f"the container has {most} supervisors already", "end what `exec` has started in it")
 
     def watch(self, loop: MessageLoop) -> None:
         """Have ``loop`` wake up when the cgroup becomes empty or populated."""
@@ -275,7 +275,7 @@ class Shim:
 
     def __init__(self, plan: Plan, hook: socket.socket, listeners: socket.socket, runtime: int) -> None:
         self._plan = plan
-        self._attachment = Attachment(plan)
+        self._attachment = Attachment(plan, Installation(plan.settings))
         self._failed = False
         self._loop = MessageLoop()
         self._loop.receive(hook, self._attach)

@@ -1,4 +1,6 @@
-"""`graft listen` kills the process that a message names, and no other that has its process id by then."""
+"""`graft listen` kills the process that a message names, and no other that has its process id by then. One container
+does not use up what it has for all of them.
+"""
 
 from __future__ import annotations
 
@@ -97,3 +99,50 @@ def test_the_next_process_with_its_id_is_left_alone(host: Host, programs: Progra
 def test_control_without_the_defence_it_is_killed(host: Host, programs: Programs, tmp_path: Path) -> None:
     victim = process_with_reused_id(host, programs, tmp_path, graft_without("listener"))
     victim.says(f"ended -{signal.SIGKILL}")
+
+
+# ---- a health check leaves a process behind each time, with a listener for each --------------------------------------
+
+DESCRIPTORS = 170
+
+
+def send(host: Host, container_id: str, pid: int, bundle: Path, listeners: Sequence[int]) -> None:
+    """As a runtime sends a container's listener."""
+    state = {"id": container_id, "pid": pid, "bundle": str(bundle), "fds": ["seccompFd"]}
+    with socket.socket(socket.AF_UNIX) as runtime:
+        runtime.connect(str(host.settings.run_dir / "listener"))
+        socket.send_fds(runtime, [json.dumps(state).encode()], listeners)
+
+
+def test_a_container_with_many_listeners_leaves_room_for_others(host: Host, tmp_path: Path) -> None:
+    """Each of two containers may have 64 supervisors; the process that serves all has few descriptors here."""
+    (tmp_path / "policy.yaml").write_text("name: p\n")
+    (tmp_path / "config.json").write_text(json.dumps({"annotations": {"graft.policy": str(tmp_path / "policy.yaml")}}))
+    command: list[Word] = ["prlimit", f"--nofile={DESCRIPTORS}:{DESCRIPTORS}", GRAFT, "listen"]
+    serving = host.start_command(command)
+    with ExitStack() as stack:
+        for name in ("first", "second"):
+            cgroup = stack.enter_context(new_cgroup(name))
+            pid, listener = stack.enter_context(container(cgroup))
+            if name == "first":
+                path = host.settings.run_dir / "listener"
+                serving.until("graft listen listens", lambda path=path: can_connect(path))  # type: ignore[misc]
+            send(host, name, pid, tmp_path, [listener])
+            serving.says(f"{name}: attached")
+            for _ in range(DESCRIPTORS // 16 + 1):
+                send(host, name, 0, tmp_path, [stack.enter_context(container(cgroup))[1]])
+            serving.says(f"{name}: refused")
+        last, listener = stack.enter_context(container(stack.enter_context(new_cgroup("last"))))
+        send(host, "last", last, tmp_path, [listener])
+        serving.says("last: attached")
+        send(host, "last", last, tmp_path, [])
+        serving.says("last: refused: its message has no seccomp listener")
+    for name in ("first", "second", "last"):
+        serving.says(f"{name}: ended")
+    serving.process.terminate()
+    assert serving.wait() == 0
+
+
+def can_connect(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as runtime:
+        return runtime.connect_ex(str(path)) == 0

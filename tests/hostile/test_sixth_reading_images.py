@@ -29,6 +29,7 @@ from graft.oci.request import check_annotations
 from graft.oci.state import State
 from graft.policy.model import Policy
 from graft.splice import daemon_process, selftest_result
+from graft.state.installation import Installation
 from tests.hostile.conftest import graft_without
 from tests.hostile.test_fourth_reading import DOCKERS, PODMANS
 from tests.support import engines
@@ -272,7 +273,7 @@ def _own_network() -> Iterator[int]:
 def _attach_again(host: Host, path: Path, container_id: str, netns_of: str) -> str:
     """What a new `graft listen` has of a container at a cgroup: its record's name. Raises RefusedError."""
     plan = shim.Plan(host.settings, Policy("any"), Transport.SWAP, container_id, None, Path("/nowhere"))
-    found = shim.Attachment(plan)._attached_before(path, netns.cookie(Path(netns_of)))
+    found = shim.Attachment(plan, Installation(plan.settings))._attached_before(path, netns.cookie(Path(netns_of)))
     return found.name if found else ""
 
 
