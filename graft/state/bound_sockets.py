@@ -2,6 +2,7 @@
 
     run_dir/unix/CONTAINER-ENDPOINT-X.bound  the file of a socket that a container has, or graftd for it, by both ids
     run_dir/unix/*.gone                      such a record, of a socket whose file is to be removed
+    run_dir/unix/*.held                      next to it: the process that waits for the file's folder
 
 All of it is root's only. The record of a socket is written before its file has the path; whoever removes the container,
 the rule or the endpoint does that first and then releases what is recorded, whichever process has died meanwhile. So a
@@ -9,7 +10,7 @@ bind that is under way at that moment either finds its rule gone, or is found by
 file is removed, or the process that was to put it there has ended without.
 
 The file is removed when the installation's lock is not held any more: somebody may hold the file's folder
-(folder_calls.py). Then the next change tries again.
+(folder_calls.py). Then the first change after he lets go tries again.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.unix_socket import UnixSocket
 from graft.policy.model import Policy
-from graft.state.folder_calls import in_folder_of
+from graft.state.folder_calls import in_folder_of, left_in
 from graft.state.unix_sockets import Owner, folder, owner_of
 
 _MAX_BYTES = 1 << 16
 _MAX_NUMBER = (1 << 64) - 1
 _BINDING_TIMEOUT, _BINDING_POLL = 0.2, 0.005  # seconds that a bind under way is waited for, and between two looks
+_HELD_TIMEOUT = 60.0  # seconds after which a folder is tried again, though a process may still wait there
 
 
 class _Record(NamedTuple):
@@ -149,9 +151,29 @@ def remove_released(settings: Settings) -> None:
     what cannot be removed now keeps its record.
     """
     for record, found in _records(settings, "*.gone"):
-        with contextlib.suppress(UnixPathError, OSError):
+        held = record.with_suffix(".held")
+        if _waits(held):
+            continue
+        try:
             if _remove_file(found):
                 record.unlink(missing_ok=True)
+        except UnixPathError:
+            if left_in(found.path):
+                write_atomically(held, str(left_in(found.path)).encode())
+        except OSError:
+            pass
+
+
+def _waits(held: Path) -> bool:
+    """Whether a process that was left in the folder, by whichever process of Graft's, may still wait there."""
+    try:
+        is_recent = time.time() - held.stat().st_mtime < _HELD_TIMEOUT
+        if is_recent and _exists(int(held.read_bytes())):
+            return True
+    except (OSError, ValueError):
+        return False
+    held.unlink(missing_ok=True)
+    return False
 
 
 def _remove_file(found: _Record) -> bool:

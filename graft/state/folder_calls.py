@@ -56,6 +56,11 @@ def in_folder_of(path: str, work: Callable[[], T], keep: Collection[int] = ()) -
     return results[0]
 
 
+def left_in(path: str) -> int:
+    """The child that this process has left in the folder of ``path``; 0: none."""
+    return _left.get(os.path.dirname(path), (0, 0.0))[0]
+
+
 def _held(path: str, folder: str) -> UnixPathError:
     return UnixPathError(
         errno.EBUSY, f"{path}: somebody holds the directory {folder}", f"let only root read it: chmod 0711 {folder}"

@@ -240,6 +240,11 @@ def held(folder: Path) -> Iterator[None]:
             holder.kill()
 
 
+def children_left(host: Host) -> dict[str, int]:
+    """The children that wait for a folder in which a file is to be removed, by the record of the file."""
+    return {path.name: int(path.read_text()) for path in (host.settings.run_dir / "unix").glob("*.held")}
+
+
 def test_a_command_that_removes_a_socket_does_not_wait_for_who_holds_its_folder(
     host: Host, folder: Path, start_daemon: StartDaemon
 ) -> None:
@@ -250,10 +255,15 @@ def test_a_command_that_removes_a_socket_does_not_wait_for_who_holds_its_folder(
         with held(folder):
             host.graft("detach", "--cgroup", container.cgroup, timeout=15 * PATIENCE)
             host.graft("ep", "add", "other", "10.98.0.1:4711", timeout=15 * PATIENCE)
+            waiting = children_left(host)
+            assert len(waiting) == 1
+            for port in range(4712, 4722):
+                host.graft("ep", "set", "other", f"10.98.0.1:{port}", timeout=15 * PATIENCE)
+            assert children_left(host) == waiting  # one for each folder, whichever command tries
             assert host.run(["-i", "0.0.0.0:80=other"], "true").returncode == 0
 
         def is_removed() -> bool:
-            host.graft("ep", "set", "other", "10.98.0.1:4712")  # the next changes try again
+            host.graft("ep", "set", "other", "10.98.0.1:4711")  # the next changes try again
             return not path.exists()
 
         until("the file is removed", is_removed)
