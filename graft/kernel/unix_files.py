@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from graft.errors import ConflictError
+from graft.kernel import unix_rights
 from graft.kernel.syscalls import syscall
 
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_CACHED = 0x02, 0x04, 0x20  # linux/openat2.h
@@ -146,6 +147,7 @@ def _is_in_use(fd: int) -> bool:
     (The kernel refuses clients of a bound socket that does not listen yet as those of a dead one.)
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
+        unix_rights.refuse(probe)
         try:
             probe.connect(f"/proc/self/fd/{fd}")
         except ConnectionRefusedError:

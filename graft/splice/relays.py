@@ -186,7 +186,7 @@ class Relays:
         # Another listener of this container may have the endpoint until now.
         for key in [key for key in self._published if key.endpoint.id == wanted.endpoint.id]:
             self._unpublish(key)
-        sock, _file = unix_endpoint.listen(self._settings, self.container.id, wanted)
+        sock, _file = unix_endpoint.listen(self._settings, self.container.id, wanted, self._resources.loop.close)
         return UnixInboundRelay(self._resources, self._maps, wanted, sock, self._container_netns, self._check_far)
 
     def _listen(self, wanted: Publication, endpoint_netns: NamespaceSockets) -> tuple[socket.socket, int]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 
 from graft.datapath import layout
 from graft.datapath.maps import Maps
-from graft.kernel import unix_files
+from graft.kernel import unix_files, unix_rights
 from graft.kernel.credentials import connecting_as
 from graft.kernel.sockdiag import ListeningSocket
 from graft.kernel.unix_files import FileId
@@ -32,18 +33,30 @@ from graft.state.folder_calls import in_folder_of
 _BACKLOG = 4096
 _KIND = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
+Close = Callable[[socket.socket], None]
 
-def listen(settings: Settings, container: int, wanted: Publication) -> tuple[socket.socket, FileId]:
-    """A socket that listens at the endpoint's path, and its file. Raises UnixPathError, NotFoundError, OSError."""
+
+def _new_socket() -> socket.socket:
+    """A socket that takes no descriptors, where the kernel can refuse them."""
+    sock = socket.socket(socket.AF_UNIX, _KIND)
+    unix_rights.refuse(sock)
+    return sock
+
+
+def listen(settings: Settings, container: int, wanted: Publication, close: Close) -> tuple[socket.socket, FileId]:
+    """A socket that listens at the endpoint's path, and its file. Where that fails, ``close`` closes it.
+
+    Raises UnixPathError, NotFoundError, OSError.
+    """
     unix = wanted.endpoint.unix
     assert unix is not None
-    sock = socket.socket(socket.AF_UNIX, _KIND)
+    sock = _new_socket()
     try:
         # Before it has its place: whoever finds it there can connect.
         shown = unix.path.encode()
         file = unix_sockets.bind(settings, container, wanted.endpoint.id, sock, unix, shown, backlog=_BACKLOG)
     except BaseException:
-        sock.close()
+        close(sock)
         raise
     return sock, file
 
@@ -54,18 +67,19 @@ def withdraw(settings: Settings, container: int, endpoint: int) -> None:
     unix_sockets.remove_released(settings)
 
 
-def connect(unix: UnixSocket, asked: layout.CrossingValue) -> socket.socket:
-    """A socket that is connected to ``unix``, for the program whose connection was redirected.
+def connect(unix: UnixSocket, asked: layout.CrossingValue, close: Close) -> socket.socket:
+    """A socket that is connected to ``unix``, for the program whose connection was redirected. Where that fails,
+    ``close`` closes it.
 
     BlockingIOError: its server has no room now. Raises OSError, UnixPathError.
     """
-    sock = socket.socket(socket.AF_UNIX, _KIND)
+    sock = _new_socket()
     try:
         with connecting_as(asked.uid, asked.gid):
             if not unix_files.connect(sock, unix.path, cached=True):
                 in_folder_of(unix.path, lambda: unix_files.connect(sock, unix.path), keep={sock.fileno()})
     except BaseException:
-        sock.close()
+        close(sock)
         raise
     return sock
 
