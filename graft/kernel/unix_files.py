@@ -167,6 +167,7 @@ def bind(sock: socket.socket, target: Target, shown: bytes, backlog: int | None 
         _refuse_open_to_all(folder, target.path)
         stale = _stale(folder, target.path)
         with _private_folder(folder) as private, _bound_inside(sock, private, shown) as (inner, name, file):
+            _remove_acl(f"/proc/self/fd/{inner}/{os.fsdecode(name)}", "access")
             os.chown(name, target.uid, target.gid, dir_fd=inner, follow_symlinks=False)
             os.chmod(name, target.mode, dir_fd=inner)
             if backlog is not None:
@@ -186,6 +187,7 @@ def _private_folder(folder: int) -> Iterator[int]:
         fd = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=folder)
         try:
             _require_new(fd, os.fstat(folder).st_dev)
+            _remove_acl(fd, "default")
             yield fd
         finally:
             os.close(fd)
@@ -207,6 +209,18 @@ def _require_new(fd: int, device: int) -> None:
             if next(entries, None) is None:
                 return
     raise PermissionError(errno.EPERM, "somebody replaced a folder of Graft's")
+
+
+def _remove_acl(file: int | str, kind: str) -> None:
+    """Remove an ACL that a file has of its folder: it would let others in besides its owner and its mode (acl(5)).
+
+    Raises OSError.
+    """
+    try:
+        os.removexattr(file, f"system.posix_acl_{kind}")
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.ENOTSUP):  # there is none; the file system knows none
+            raise
 
 
 @contextlib.contextmanager
