@@ -164,5 +164,6 @@ class ContainerService:
     def describe(self) -> dict[str, Any]:
         """The answer of `client.describe`, without the daemon's pid."""
         if self._relays is not None:
-            return {"serves": True, **self._relays.describe()}
+            waits = self._context.loop.waits(self.container.id)
+            return {"serves": True, **self._relays.describe(), "waits": waits}
         return {"serves": False, **({"problem": self._problem} if self._problem else {})}

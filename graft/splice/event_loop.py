@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import math
 import os
 import select
 import socket
@@ -121,6 +122,10 @@ class EventLoop:
         """``owner`` has no more work."""
         self._turns.forget(owner)
         self._slow_calls.forget(owner)
+
+    def waits(self, owner: int) -> int:
+        """For how many seconds nothing is done for ``owner``, because a call of its own took long (at the most)."""
+        return math.ceil(max(0.0, self._turns.held.get(owner, 0.0) - time.monotonic()))
 
     def turn_is_over(self) -> bool:
         """Whether the call that is being made has had its slice of time: what is left is for a later turn."""
