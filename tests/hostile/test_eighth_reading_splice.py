@@ -139,7 +139,7 @@ def test_control_where_graftd_drops_it_itself_it_does(
         port = published(other)
         with sending(hostile, folder, role, 10) as became:
             assert became == "sent"
-            assert is_delayed(other, listener, port, 2.0)
+            until("graftd waits", lambda: is_delayed(other, listener, port, 2.0))
             assert until("served again", lambda: served(other, listener, port, 2.0))
 
 
