@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -66,6 +67,8 @@ try:
 except BlockingIOError:
     pass
 lingering.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+print("connected", flush=True)
+sys.stdin.readline()
 try:
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [lingering.fileno()]))]
     peer.sendmsg([b"x"], rights, flag)
@@ -74,11 +77,6 @@ except PermissionError:
     sys.exit()
 lingering.close()  # the last one is in the message
 print("sent", flush=True)
-peer.settimeout(2)
-try:
-    print("got", peer.recv(10), flush=True)
-except OSError as error:
-    print("got", type(error).__name__, flush=True)
 time.sleep(100)
 """
 STAND_IN = "10.99.0.5"
@@ -98,14 +96,21 @@ def sending(hostile: Plain, folder: Path, role: str, seconds: int, flag: int = 0
         if role == "client":
             stack.enter_context(hostile.listener())
             hostile.attach("-i", f"0.0.0.0:80={name}")
-        sender = hostile.host.start_command(command)
+        sender = hostile.host.start_command(command, talk=True)
         stack.callback(sender.stop)
         if role == "server":
             sender.says("ready")
             hostile.attach("-e", f"{STAND_IN}/32={name}")
             program = stack.enter_context(hostile.tcp())
             program.connect((STAND_IN, 80))
-        sender.until("it has sent", lambda: "sent" in sender.said or "refused" in sender.said)
+        sender.until("it is connected", lambda: "connected" in sender.said)
+        daemon = hostile.daemon()
+        os.kill(daemon, signal.SIGSTOP)  # until graftd has the last one
+        try:
+            sender.tell("\n")
+            sender.until("it has sent", lambda: "sent" in sender.said or "refused" in sender.said)
+        finally:
+            os.kill(daemon, signal.SIGCONT)
         yield "refused" if "refused" in sender.said else "sent"
 
 
