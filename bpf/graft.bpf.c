@@ -101,8 +101,8 @@ BPF_ANNOTATE_KV_PAIR(desks, int, struct desk);
 SK_STORAGE(tags, struct tag, BPF_F_NO_PREALLOC | BPF_F_CLONE);
 SK_STORAGE(options, struct options, BPF_F_NO_PREALLOC);
 
-/* Of transport splice (splice.bpf.c). The accepting socket removes its arrival, or the connecting socket does
- * when it closes; as a fallback the table evicts the oldest. */
+/* Of transport splice (splice.bpf.c). The accepting socket removes its arrival, or graftd, or the connecting socket
+ * does when it closes; as a fallback the table evicts the oldest. */
 BPF_HASH(relays, u32, struct relay, GRAFT_MAX_CONTAINERS);
 BPF_TABLE("lru_hash", struct arrival, struct crossing, arrivals, GRAFT_MAX_ARRIVALS);
 SK_STORAGE(crossings, struct crossing, BPF_F_NO_PREALLOC);

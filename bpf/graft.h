@@ -252,7 +252,8 @@ struct crossing {
 };
 
 /* `arrivals`: connections being set up between a relay and a container, by their addresses: the connecting side's, and
- * `to`. An entry exists from the connecting side's first packet until the accepting side has its socket. */
+ * `to`. An entry exists from the connecting side's first packet until the accepting side has its socket; one of a relay's
+ * that connects, until the relay has seen that (its role is ACCEPTED then). */
 struct arrival {
 	__u64 netns;
 	__u8 addr[16];
@@ -295,6 +296,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 6
+#define GRAFT_LAYOUT_VERSION 7
 
 #endif

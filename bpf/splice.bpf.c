@@ -16,7 +16,9 @@
  *   which is before accept() can return it. A connecting socket that is never accepted removes its entry when it
  *   closes. A socket of any other connection finds no entry, and keeps its own peer.
  *
- *   In: only a socket of the client's own container takes the arrival. Out: the connect hook redirects to a listener that
+ *   In: only a socket of the client's own container takes the arrival, and marks it as taken (ACCEPTED): the relay looks
+ *   for that before it passes the first byte, and removes it. Without an entry, which others may have pushed out of the
+ *   map, it passes none (graft/splice/far_check.py). Out: the connect hook redirects to a listener that
  *   has a crossing as its mark (LISTENER).
  *
  *   This file is compiled together with the others, and attached only to the relays' cgroup and to
@@ -84,23 +86,30 @@ static __always_inline void record_arrival(struct bpf_sock_ops *ctx, struct bpf_
 static __always_inline void take_arrival(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
 	struct scope *scope = scopes.get_local_storage(0);
-	struct crossing *found, *own;
+	struct crossing *found, *own, taken;
 	struct arrival key;
 
 	read_arrival_key(ctx, 0, &key);
 	found = arrivals.lookup(&key);
 	if (!found)
 		return;
-	/* A client is for its container only: in a shared namespace the port may be another one's since. The entry stays,
-	 * and graftd resets the connection (graft/splice/inbound.py). */
-	if (found->role == GRAFT_CROSSING_DIALING && found->container != scope->container)
+	taken = *found; /* once: the map may give its memory to another entry at any time */
+	if (taken.role == GRAFT_CROSSING_DIALING) {
+		/* A client is for its container only: in a shared namespace the port may be another one's since. The entry
+		 * stays as it is, and graftd resets the connection. */
+		if (taken.container != scope->container)
+			return;
+		taken.role = GRAFT_CROSSING_ACCEPTED;
+		arrivals.update(&key, &taken);
+	} else if (taken.role == GRAFT_CROSSING_REDIRECTED) {
+		taken.role = GRAFT_CROSSING_RELAYED;
+		arrivals.delete(&key);
+	} else {
 		return;
-	own = crossings.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (own) {
-		*own = *found;
-		own->role = found->role == GRAFT_CROSSING_DIALING ? GRAFT_CROSSING_ACCEPTED : GRAFT_CROSSING_RELAYED;
 	}
-	arrivals.delete(&key);
+	own = crossings.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (own)
+		*own = taken;
 }
 
 int graft_splice(struct bpf_sock_ops *ctx)

@@ -113,6 +113,7 @@ def _relay_summary(relay: Mapping[str, Any]) -> str:
     words = [address if address.startswith(SCHEME) else f"tcp {address}" for address in addresses]
     count = relay["connections"]
     words += [f"{count} connection{'' if count == 1 else 's'}"] if count else []
+    words += [f"waits for {relay['waits']} s: a call for it took long"] if relay["waits"] else []
     return ", ".join(words) or "-"
 
 

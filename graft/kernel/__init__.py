@@ -8,7 +8,7 @@
     seccomp.py                                filters, notifications, ADDFD
     sockdiag.py sockets.py                    socket diagnostics: netlink messages; sockets listed and closed with them
     socket_calls.py tcp.py epoll.py           what can be asked of one socket, and done with it
-    unix_files.py                             unix sockets of the host's file system
+    unix_files.py unix_rights.py              unix sockets of the host's file system; descriptors sent over them
     atomic_file.py                            files that are replaced in one step
 
 It may import model and errors.

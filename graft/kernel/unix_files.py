@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from graft.errors import ConflictError
+from graft.kernel import unix_rights
 from graft.kernel.syscalls import syscall
 
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_CACHED = 0x02, 0x04, 0x20  # linux/openat2.h
@@ -146,6 +147,7 @@ def _is_in_use(fd: int) -> bool:
     (The kernel refuses clients of a bound socket that does not listen yet as those of a dead one.)
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
+        unix_rights.refuse(probe)
         try:
             probe.connect(f"/proc/self/fd/{fd}")
         except ConnectionRefusedError:
@@ -171,6 +173,7 @@ def bind(
         _refuse_open_to_all(folder, target.path)
         stale = _stale(folder, target.path)
         with _private_folder(folder) as private, _bound_inside(sock, private, shown) as (inner, name, file):
+            _remove_acl(f"/proc/self/fd/{inner}/{os.fsdecode(name)}", "access")
             os.chown(name, target.uid, target.gid, dir_fd=inner, follow_symlinks=False)
             os.chmod(name, target.mode, dir_fd=inner)
             if backlog is not None:
@@ -191,6 +194,7 @@ def _private_folder(folder: int) -> Iterator[int]:
         fd = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=folder)
         try:
             _require_new(fd, os.fstat(folder).st_dev)
+            _remove_acl(fd, "default")
             yield fd
         finally:
             os.close(fd)
@@ -212,6 +216,18 @@ def _require_new(fd: int, device: int) -> None:
             if next(entries, None) is None:
                 return
     raise PermissionError(errno.EPERM, "somebody replaced a folder of Graft's")
+
+
+def _remove_acl(file: int | str, kind: str) -> None:
+    """Remove an ACL that a file has of its folder: it would let others in besides its owner and its mode (acl(5)).
+
+    Raises OSError.
+    """
+    try:
+        os.removexattr(file, f"system.posix_acl_{kind}")
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.ENOTSUP):  # there is none; the file system knows none
+            raise
 
 
 @contextlib.contextmanager

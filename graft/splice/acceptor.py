@@ -96,7 +96,7 @@ class Acceptor:
             WaitingConnection(self._resources, near, attempt)
             return
         if not done:
-            near.close()
+            self._resources.loop.close(near)
             self._resources.release_connection()
 
     def _connect(self, near: socket.socket, peer: PeerAddress) -> bool:
@@ -118,7 +118,8 @@ class Acceptor:
         """Stop listening: the address is free when this returns. Connections in the backlog are still relayed, unless
         that would take long.
         """
-        for _ in range(0 if self._resources.is_slow else _LAST_ACCEPTS):
+        resources = self._resources
+        for _ in range(0 if resources.is_slow or resources.loop.stopping else _LAST_ACCEPTS):
             if not self._resources.reserve_connection():
                 break
             try:

@@ -72,7 +72,7 @@ def describe(settings: Settings, container: Container) -> dict[str, Any]:
     published: [{endpoint (id), address, listener, dials, connections, served}];
     failed: [{endpoint, listener, error}]; not_granted: [listener], the first of them;
     more_not_granted: how many others; too_many: how many listeners a rule names beyond the limit of one container;
-    out: {port, served}; connections.
+    out: {port, served}; connections; waits: for how many seconds nothing is done for it, because a call took long.
     """
     found = control.ask(settings, {"do": "describe", "container": container.id}, _DESCRIBE_SECONDS)
     return {"serves": False, "problem": "the daemon does not run"} if found is None else found

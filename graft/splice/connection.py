@@ -34,6 +34,7 @@ import struct
 import time
 from collections.abc import Callable
 
+from graft.kernel import unix_rights
 from graft.splice.kernel_flow import KernelFlow
 from graft.splice.pipes import PIPE_BYTES, SLOW_BYTES, Pipe
 from graft.splice.resources import ContainerResources
@@ -75,6 +76,7 @@ class Side:
         "flow_from",
         "flow_to",
         "is_unix",
+        "may_get_descriptors",
         "readable",
         "sock",
         "watched_events",
@@ -89,6 +91,9 @@ class Side:
         self.sock = sock
         self.fd = sock.fileno()
         self.is_unix = sock.family == socket.AF_UNIX
+        if self.is_unix:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # else a byte is dropped, and what comes with it
+        self.may_get_descriptors = self.is_unix and not unix_rights.refused_by_kernel()
         self.established = self.writable = established
         self.dialled = not established
         self.readable = False
@@ -273,6 +278,8 @@ class Flow:
         if not source.readable or not self.target.established:
             self._return_pipe()
             return False
+        if source.may_get_descriptors:
+            return self._copy()
         pipe = self.pipe
         if pipe is None and not self.urgent:
             pipe = self.pipe = self.connection.resources.take_pipe()
@@ -300,7 +307,7 @@ class Flow:
         if got < pipe.slots and not source.is_unix:
             # Each slot has a byte or more in it: the pipe was not full, so the source's queue is empty. New data, if
             # any, comes with an event. This saves a call for each small message. (A read of a unix socket also ends
-            # after a message that came with descriptors.)
+            # before a byte that was sent as urgent.)
             source.readable = False
             self.eof = source.ended
         return True
@@ -312,7 +319,10 @@ class Flow:
             return False
         buffer = self.connection.loop.buffer
         try:
-            got = source.sock.recv_into(buffer, _COPY_BYTES, socket.MSG_PEEK)
+            if source.may_get_descriptors:
+                got = unix_rights.peek(source.sock, buffer)
+            else:
+                got = source.sock.recv_into(buffer, _COPY_BYTES, socket.MSG_PEEK)
         except BlockingIOError:
             source.readable = False
             return False

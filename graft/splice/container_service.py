@@ -20,7 +20,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice.event_loop import EventLoop
 from graft.splice.jobs import Job, Stepwise
-from graft.splice.log import log
+from graft.splice.log import ContainerLog, log
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
 from graft.splice.relays import Relays
@@ -60,7 +60,7 @@ class ContainerService:
         self._scan_callbacks: list[Done] = []
         self._next_scan_callbacks: list[Done] = []
         """Called after the running scan; called after the next one."""
-        self._problem = ""
+        self._problem, self._log = "", ContainerLog()
 
     @property
     def serves(self) -> bool:
@@ -104,6 +104,7 @@ class ContainerService:
                 self._context.namespaces,
                 container_netns,
                 self._sockmap,
+                self._log,
             )
             log(f"{self.container.name}: served, container {self.container.id}")
         yield from self._relays.update()
@@ -128,7 +129,7 @@ class ContainerService:
     def _note_problem(self, error: BaseException | None) -> None:
         problem = "" if error is None else error.message if isinstance(error, GraftError) else str(error)
         if problem and problem != self._problem:
-            log(f"{self.container.name}: {problem}")
+            self._log(f"{self.container.name}: {problem}")
         self._problem = problem
 
     def stop(self, done: Callable[[], None]) -> None:
@@ -163,5 +164,6 @@ class ContainerService:
     def describe(self) -> dict[str, Any]:
         """The answer of `client.describe`, without the daemon's pid."""
         if self._relays is not None:
-            return {"serves": True, **self._relays.describe()}
+            waits = self._context.loop.waits(self.container.id)
+            return {"serves": True, **self._relays.describe(), "waits": waits}
         return {"serves": False, **({"problem": self._problem} if self._problem else {})}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import math
 import os
 import select
 import socket
@@ -24,6 +25,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from graft.splice.closing import Closer
 from graft.splice.slow_calls import SLOW_SECONDS, SlowCalls
 from graft.splice.turns import Turns, Work
 
@@ -33,6 +35,7 @@ DAEMON = 0
 _BATCH, _LARGE_BATCH = 256, 4096
 _SLICE_SECONDS = 0.0005
 _BUSY_POLL_SECONDS = 0.0001
+_CLOSE_AGAIN_SECONDS = 0.02
 
 
 class EventLoop:
@@ -51,6 +54,7 @@ class EventLoop:
         self._waiting: set[Work] = set()
         self._timers: list[tuple[float, int, Work, int]] = []
         self._sequence = itertools.count()
+        self._closer = Closer()
         self._to_close: set[socket.socket] = set()
         self._tick, self._interval = tick, interval
         self._due = 0.0
@@ -82,18 +86,23 @@ class EventLoop:
         _, owner = self._handlers.get(sock.fileno(), (None, DAEMON))
         self._forget(sock.fileno())
         self._to_close.add(sock)
-        self._turns.put(owner, partial(self._close, sock))
+        self._turns.put(owner, partial(self._close, sock, owner))
 
-    def _close(self, sock: socket.socket) -> None:
-        self._to_close.remove(sock)
-        sock.close()
+    def _close(self, sock: socket.socket, owner: int) -> None:
+        if self._closer.close(sock):
+            self._to_close.discard(sock)
+        else:
+            self._to_close.add(sock)
+            self.after(_CLOSE_AGAIN_SECONDS, partial(self._close, sock, owner), owner)
 
     def close_listener(self, sock: socket.socket) -> None:
         """Close at once: its address is free when this returns. A fetched event for it may still be served to the
-        next socket with its descriptor number; it says "readable", which does no harm.
+        next socket with its descriptor number; it says "readable", which does no harm. (A unix socket's file is gone
+        already; it takes no more clients.)
         """
+        _, owner = self._handlers.get(sock.fileno(), (None, DAEMON))
         self._forget(sock.fileno())
-        sock.close()
+        self._close(sock, owner)
 
     def _forget(self, fd: int) -> None:
         self._handlers.pop(fd, None)
@@ -113,6 +122,10 @@ class EventLoop:
         """``owner`` has no more work."""
         self._turns.forget(owner)
         self._slow_calls.forget(owner)
+
+    def waits(self, owner: int) -> int:
+        """For how many seconds nothing is done for ``owner``, because a call of its own took long (at the most)."""
+        return math.ceil(max(0.0, self._turns.held.get(owner, 0.0) - time.monotonic()))
 
     def turn_is_over(self) -> bool:
         """Whether the call that is being made has had its slice of time: what is left is for a later turn."""
@@ -247,7 +260,8 @@ class EventLoop:
     def shut_down(self) -> None:
         """Close what the loop itself has open."""
         for sock in self._to_close:
-            sock.close()
+            self._closer.close_at_exit(sock)
         self._to_close.clear()
+        self._closer.stop()
         self._slow_calls.close()
         self._epoll.close()

@@ -3,8 +3,9 @@
 A network namespace may be shared, as in a pod. When the container's listener closes, anybody there can take its port,
 and it takes a moment until the endpoint is withdrawn. So before the first byte is relayed:
 
-    the container's sock_ops hook has taken the arrival (bpf/splice.bpf.c)          its socket has the connection
-    it has not: a full backlog, TCP_DEFER_ACCEPT, or somebody else's listener       the kernel is asked who listens
+    the arrival (bpf/splice.bpf.c) is marked as taken by the container's hook       its socket has the connection
+    it is not: a full backlog, TCP_DEFER_ACCEPT, or somebody else's listener        the kernel is asked who listens
+    there is none: others have pushed it out of the map                             nobody knows: reset
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 from collections.abc import Collection
 
 from graft.datapath import layout
+from graft.datapath.layout import Crossing
 from graft.datapath.maps import Maps
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.splice.namespace_sockets import NamespaceSockets
@@ -30,7 +32,12 @@ class FarCheck:
 
     def __call__(self, sock: socket.socket) -> bool:
         """Whether ``sock``, which is connected, is connected to the container. Raises OSError."""
-        if self._arrivals.peek(self._key(sock)) is None:
+        key = self._key(sock)
+        arrival = self._arrivals.peek(key)
+        if arrival is None:
+            return False
+        if arrival.role == Crossing.ACCEPTED:
+            self._arrivals.delete(key)
             return True
         address, port = sock.getpeername()[:2]
         listener = self._listener_at(sock.family, address, port)

@@ -72,7 +72,7 @@ class OutboundRelay:
     ) -> None:
         """Listens at once, and writes its port to the map `relays`. Raises OSError."""
         self._settings, self._maps, self._container, self._namespaces = settings, maps, resources.number, namespaces
-        self._lookup = Lookup(maps)
+        self._lookup, self._close = Lookup(maps), resources.loop.close
         self._key = ctypes.c_uint32(resources.number)
         socks = container_netns.run(make_listeners)
         for sock in socks:  # the connect hook redirects to a listener that has this mark, and to no other
@@ -99,7 +99,7 @@ class OutboundRelay:
             return None
         if endpoint.flags & ENDPOINT_UNIX:
             unix = unix_sockets.load(self._settings, number)
-            return None if unix is None else unix_endpoint.connect(unix, asked)
+            return None if unix is None else unix_endpoint.connect(unix, asked, self._close)
         for _ in range(_PORT_TRIES if endpoint.last_port else 1):
             far = self._dial(number, endpoint, asked)
             if far is not None:

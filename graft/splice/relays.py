@@ -24,7 +24,7 @@ from graft.splice.far_check import FarCheck
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
 from graft.splice.listeners import cgroup_ids, collect_listeners
-from graft.splice.log import log
+from graft.splice.log import ContainerLog
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
 from graft.splice.outbound import OutboundRelay
@@ -51,6 +51,7 @@ class Relays:
         namespaces: Namespaces,
         container_netns: NamespaceSockets,
         sockmap: Sockmap | None,
+        log: ContainerLog,
     ) -> None:
         """``container_netns`` is the container's namespace, closed with this object; ``sockmap`` is the relay in the
         kernel, None to relay by splice(2). Raises OSError.
@@ -58,7 +59,7 @@ class Relays:
         self.container = container
         self._settings, self._resources, self._maps = settings, resources, maps
         self._namespaces, self._container_netns = namespaces, container_netns
-        self._sockmap = sockmap
+        self._sockmap, self._log = sockmap, log
         self._lookup = Lookup(maps)
         self._published: dict[Publication, InboundRelay | UnixInboundRelay] = {}
         self._errors: dict[Publication, str] = {}
@@ -85,7 +86,7 @@ class Relays:
         """Make listeners again that somebody else closed."""
         if self._outbound.lost:
             if not self._was_lost:  # once: the container may do it again and again
-                log(f"{self.container.name}: somebody closed its relay's listener; it is made again")
+                self._log(f"{self.container.name}: somebody closed its relay's listener; it is made again")
             self._was_lost = True
             self._outbound.stop()
             self._outbound = self._make_outbound()
@@ -173,7 +174,7 @@ class Relays:
     def _note_error(self, wanted: Publication, error: OSError | GraftError) -> None:
         problem = error.strerror or str(error) if isinstance(error, OSError) else error.message
         if self._errors.get(wanted) != problem and wanted.endpoint.unix:
-            log(f"{self.container.name}: {problem}")
+            self._log(f"{self.container.name}: {problem}")
         self._errors[wanted] = problem
 
     def _start(self, wanted: Publication) -> InboundRelay:
@@ -186,7 +187,8 @@ class Relays:
         # Another listener of this container may have the endpoint until now.
         for key in [key for key in self._published if key.endpoint.id == wanted.endpoint.id]:
             self._unpublish(key)
-        sock, _file = unix_endpoint.listen(self._settings, self._maps, self.container.id, wanted)
+        close = self._resources.loop.close
+        sock, _file = unix_endpoint.listen(self._settings, self._maps, self.container.id, wanted, close)
         return UnixInboundRelay(self._resources, self._maps, wanted, sock, self._container_netns, self._check_far)
 
     def _listen(self, wanted: Publication, endpoint_netns: NamespaceSockets) -> tuple[socket.socket, int]:

@@ -1,8 +1,8 @@
 """Owners whose calls are slow wait for ten times as long as these took, while others have something to do.
 
 One system call cannot be interrupted. What can be done about one that takes long is not to make the next one too soon:
-all owners that wait in this way have a tenth of the time together, and the others the rest. Nobody waits for owners
-that have nothing to do, so one that is busy alone has all the time.
+all owners that wait in this way have a tenth of the time together, and the others the rest, however long one call was.
+Nobody waits for owners that have nothing to do, so one that is busy alone has all the time.
 
 Time in which the thread was ready and another process had the processor does not count: proc(5), schedstat.
 """
@@ -16,7 +16,6 @@ from graft.splice.turns import Turns
 SLOW_SECONDS = 0.002
 """A call that takes longer is slow: moving a full pipe takes a fraction of that."""
 _PAUSE_FACTOR = 10
-_LONGEST_PAUSE = 60.0
 _ACTIVE_SECONDS = 1.0  # an owner without events for so long has nothing to do
 _SLOW_AGAIN_SECONDS = 10.0
 
@@ -58,7 +57,7 @@ class SlowCalls:
             return
         self.owners[owner] = now + _SLOW_AGAIN_SECONDS
         held = len(self._turns.held) + (owner not in self._turns.held)
-        self._turns.hold(owner, now + min(_LONGEST_PAUSE, _PAUSE_FACTOR * seconds * held))
+        self._turns.hold(owner, now + _PAUSE_FACTOR * seconds * held)
 
     def turn(self, now: float) -> None:
         """A turn begins. Release the owners that have waited for long enough; all where no other owner is active."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 
 from graft.datapath import layout
 from graft.datapath.maps import Maps
-from graft.kernel import unix_files
+from graft.kernel import unix_files, unix_rights
 from graft.kernel.credentials import connecting_as
 from graft.kernel.sockdiag import ListeningSocket
 from graft.kernel.unix_files import FileId
@@ -32,9 +33,23 @@ from graft.state.folder_calls import in_folder_of
 _BACKLOG = 4096
 _KIND = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
+Close = Callable[[socket.socket], None]
 
-def listen(settings: Settings, maps: Maps, container: int, wanted: Publication) -> tuple[socket.socket, FileId]:
-    """A socket that listens at the endpoint's path, and its file. Raises UnixPathError, NotFoundError, OSError."""
+
+def _new_socket() -> socket.socket:
+    """A socket that takes no descriptors, where the kernel can refuse them."""
+    sock = socket.socket(socket.AF_UNIX, _KIND)
+    unix_rights.refuse(sock)
+    return sock
+
+
+def listen(
+    settings: Settings, maps: Maps, container: int, wanted: Publication, close: Close
+) -> tuple[socket.socket, FileId]:
+    """A socket that listens at the endpoint's path, and its file. Where that fails, ``close`` closes it.
+
+    Raises UnixPathError, NotFoundError, OSError.
+    """
 
     def is_there() -> bool:  # whether a rule names it, graftd finds out by itself when that changes
         keys = ctypes.c_uint32(container), ctypes.c_uint32(wanted.endpoint.id)
@@ -42,7 +57,7 @@ def listen(settings: Settings, maps: Maps, container: int, wanted: Publication) 
 
     unix = wanted.endpoint.unix
     assert unix is not None
-    sock = socket.socket(socket.AF_UNIX, _KIND)
+    sock = _new_socket()
     try:
         # Before it has its place: whoever finds it there can connect.
         shown = unix.path.encode()
@@ -50,7 +65,7 @@ def listen(settings: Settings, maps: Maps, container: int, wanted: Publication) 
             settings, container, wanted.endpoint.id, sock, unix, shown, is_there, backlog=_BACKLOG
         )
     except BaseException:
-        sock.close()
+        close(sock)
         raise
     return sock, file
 
@@ -61,18 +76,19 @@ def withdraw(settings: Settings, container: int, endpoint: int) -> None:
     bound_sockets.remove_released(settings)
 
 
-def connect(unix: UnixSocket, asked: layout.CrossingValue) -> socket.socket:
-    """A socket that is connected to ``unix``, for the program whose connection was redirected.
+def connect(unix: UnixSocket, asked: layout.CrossingValue, close: Close) -> socket.socket:
+    """A socket that is connected to ``unix``, for the program whose connection was redirected. Where that fails,
+    ``close`` closes it.
 
     BlockingIOError: its server has no room now. Raises OSError, UnixPathError.
     """
-    sock = socket.socket(socket.AF_UNIX, _KIND)
+    sock = _new_socket()
     try:
         with connecting_as(asked.uid, asked.gid):
             if not unix_files.connect(sock, unix.path, cached=True):
                 in_folder_of(unix.path, lambda: unix_files.connect(sock, unix.path), keep={sock.fileno()})
     except BaseException:
-        sock.close()
+        close(sock)
         raise
     return sock
 

@@ -52,4 +52,4 @@ class WaitingConnection:
             self._closed = True
             del self._resources.connections[self]
             self._resources.release_connection()
-            self._near.close()
+            self._resources.loop.close(self._near)

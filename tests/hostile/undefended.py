@@ -25,7 +25,7 @@ from typing import Any
 
 from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
-from graft.kernel import capabilities, cgroup, keyring, sockets, terminal, unix_files
+from graft.kernel import capabilities, cgroup, keyring, sockets, terminal, unix_files, unix_rights
 from graft.kernel.pidfd import pidfd_getfd
 from graft.kernel.syscalls import syscall
 from graft.model.settings import Settings
@@ -258,6 +258,40 @@ def _far_check() -> None:
     FarCheck.__call__ = lambda *_: True  # type: ignore[method-assign]
 
 
+def _taken() -> None:
+    """The daemon takes an arrival that is not there for one that the container's hook took."""
+    from graft.splice.far_check import FarCheck
+
+    def check(self: FarCheck, sock: socket.socket) -> bool:
+        return self._arrivals.peek(self._key(sock)) is None or checked(self, sock)
+
+    checked = FarCheck.__call__
+    FarCheck.__call__ = check  # type: ignore[method-assign]
+
+
+def _older_kernel() -> None:
+    """A kernel that cannot refuse descriptors (before 6.16)."""
+    unix_rights.refused_by_kernel = lambda: False  # type: ignore[assignment]
+
+
+def _descriptors() -> None:
+    """The daemon takes descriptors that somebody sends, as on such a kernel, and drops them where it stands."""
+    unix_rights.refuse = lambda sock: None
+    unix_rights.refused_by_kernel = lambda: True  # type: ignore[assignment]
+
+
+def _acl() -> None:
+    """A folder's default ACL is a new socket's too."""
+    unix_files._remove_acl = lambda file, kind: None
+
+
+def _log() -> None:
+    """The daemon writes whatever a container causes."""
+    from graft.splice.log import ContainerLog, log
+
+    ContainerLog.__call__ = lambda self, text: log(text)  # type: ignore[method-assign]
+
+
 def _aside() -> None:
     """The daemon waits for the installation's lock in its event loop."""
     from graft.splice import background
@@ -395,6 +429,11 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "turns": _turns,
     "slow calls": _slow_calls,
     "far check": _far_check,
+    "taken": _taken,
+    "older kernel": _older_kernel,
+    "descriptors": _descriptors,
+    "acl": _acl,
+    "log": _log,
     "aside": _aside,
     "cgroup id": _cgroup_id,
     "terminal": _terminal,

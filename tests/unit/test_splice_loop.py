@@ -16,6 +16,8 @@ from graft.errors import NotFoundError
 from graft.splice.background import Background
 from graft.splice.event_loop import EventLoop
 from graft.splice.jobs import Job, Stepwise
+from graft.splice.slow_calls import SlowCalls
+from graft.splice.turns import Turns
 
 BUSY, QUIET = 1, 2
 
@@ -134,6 +136,14 @@ def test_an_owner_whose_calls_are_slow_waits_for_nobody_who_has_nothing_to_do(lo
         loop.turn()
     assert time.monotonic() - start < 1.2  # 0.2 s, and ten times that if it waited
     slow.close()
+
+
+def test_an_owner_waits_ten_times_as_long_however_long_its_call_was() -> None:
+    turns = Turns()
+    calls = SlowCalls(turns)
+    calls.note(BUSY, 20.0, now := time.monotonic())
+    assert turns.held[BUSY] - now == pytest.approx(200, abs=1)
+    calls.close()
 
 
 def test_what_a_slow_owner_closes_is_closed_in_its_turns(loop: EventLoop) -> None:
