@@ -4,7 +4,7 @@
  * in    A listener receives only at the port that the listen hook wrote into its tag, and a datagram socket
  *       that is not bound to an endpoint receives only from destinations that it may send to. So a listener that
  *       bypassed the other hooks, in any way, has no clients; and it receives nothing from the first packet on,
- *       not from the moment when a hook was called.
+ *       not from the moment when a hook was called. A connection that is being made is judged by what comes too.
  * out   What a program can set besides an address, where no hook sees it (a control message, options that were
  *       set before the policy, or by a 32-bit caller): source routes and other IP options, another interface,
  *       protocols without hooks; a connection that starts, or a datagram that is completed, after its rule was
@@ -225,53 +225,6 @@ static __always_inline int is_multicast(struct packet *packet)
 	return packet->family == GRAFT_IPV4 ? first >= 224 && first < 240 : first == 0xff;
 }
 
-int graft_skb_ingress(struct __sk_buff *skb)
-{
-	struct bpf_sock *sk = skb->sk;
-	struct packet packet;
-	struct owner owner;
-	struct endpoint *endpoint;
-	struct request remote;
-	u32 type, protocol;
-	int open;
-
-	sk = sk ? bpf_sk_fullsock(sk) : 0;
-	if (!sk)
-		return PASS;
-	type = sk->type;
-	protocol = sk->protocol;
-	if (is_tcp(type, protocol) && sk->state != BPF_TCP_LISTEN)
-		return PASS;
-	if (!is_host_homed(skb, sk, &owner))
-		return PASS;
-	/* A container that no longer exists has no listeners, even if a process still has one open. */
-	if (!owner.container)
-		return drop(&owner);
-	if (is_tcp(type, protocol) && is_unix_listener(&owner))
-		return accepts_anyone(skb, sk, &owner) && is_from_relay(skb, sk, &owner) ? PASS : drop(&owner);
-	if (binds_freely(owner.container) && !denies_anything(owner.container))
-		return PASS;
-	if (!has_rules(type, protocol))
-		return binds_freely(owner.container) || owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
-	open = binds_freely(owner.container) || accepts_anyone(skb, sk, &owner);
-	if (owner.tag && owner.tag->endpoint && is_of_other_family(skb, owner.tag))
-		return drop(&owner);
-	if (is_tcp(type, protocol))
-		return open ? PASS : drop(&owner);
-	if (!read_packet(skb, &packet))
-		return drop(&owner);
-	/* A socket that was bound before there was a policy continues as before. */
-	if (is_multicast(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint))
-		return drop(&owner);
-	if (open)
-		return PASS;
-	/* At an endpoint that it has lost it receives not even from permitted destinations. */
-	if (has_lost_endpoint(sk, owner.tag, 0) || !packet.plain)
-		return drop(&owner);
-	read_sender(&remote, &packet);
-	return may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) ? PASS : drop(&owner);
-}
-
 /* Where a socket's packets of that family go, read from the socket: the host's own NAT may have changed the address in
  * the packet. A datagram socket that is not connected sends to what its sends name, which the sendmsg hook judged. */
 static __always_inline void read_remote(struct request *remote, struct bpf_sock *sk, u8 family, u8 protocol)
@@ -398,6 +351,67 @@ static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk,
 	if (protocol == IPPROTO_TCP && goes_to_relay(sk, owner, &remote))
 		return 1;
 	return may_reach(sk, owner, &remote, netns, &local, own);
+}
+
+/* Whether a packet may complete a connection that its socket has begun: an answer, or the remote end's own first packet
+ * (both ends connect, and neither listens), which needs no first packet of the socket's that the egress hook would have
+ * judged. */
+static __always_inline int may_connect(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
+{
+	u8 family = skb->protocol == bpf_htons(ETH_P_IP) ? GRAFT_IPV4 : GRAFT_IPV6;
+
+	if (owner->container->transport == GRAFT_TRANSPORT_DIRECT && !denies_anything(owner->container))
+		return 1;
+	return may_leave(skb, sk, owner, family, IPPROTO_TCP);
+}
+
+int graft_skb_ingress(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct packet packet;
+	struct owner owner;
+	struct endpoint *endpoint;
+	struct request remote;
+	u32 type, protocol;
+	int open;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	if (!sk)
+		return PASS;
+	type = sk->type;
+	protocol = sk->protocol;
+	if (is_tcp(type, protocol) && sk->state != BPF_TCP_LISTEN && sk->state != BPF_TCP_SYN_SENT)
+		return PASS;
+	if (!is_host_homed(skb, sk, &owner))
+		return PASS;
+	/* A container that no longer exists has no listeners, even if a process still has one open. */
+	if (!owner.container)
+		return drop(&owner);
+	if (is_tcp(type, protocol) && sk->state == BPF_TCP_SYN_SENT)
+		return may_connect(skb, sk, &owner) ? PASS : drop(&owner);
+	if (is_tcp(type, protocol) && is_unix_listener(&owner))
+		return accepts_anyone(skb, sk, &owner) && is_from_relay(skb, sk, &owner) ? PASS : drop(&owner);
+	if (binds_freely(owner.container) && !denies_anything(owner.container))
+		return PASS;
+	if (!has_rules(type, protocol))
+		return binds_freely(owner.container) || owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
+	open = binds_freely(owner.container) || accepts_anyone(skb, sk, &owner);
+	if (owner.tag && owner.tag->endpoint && is_of_other_family(skb, owner.tag))
+		return drop(&owner);
+	if (is_tcp(type, protocol))
+		return open ? PASS : drop(&owner);
+	if (!read_packet(skb, &packet))
+		return drop(&owner);
+	/* A socket that was bound before there was a policy continues as before. */
+	if (is_multicast(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint))
+		return drop(&owner);
+	if (open)
+		return PASS;
+	/* At an endpoint that it has lost it receives not even from permitted destinations. */
+	if (has_lost_endpoint(sk, owner.tag, 0) || !packet.plain)
+		return drop(&owner);
+	read_sender(&remote, &packet);
+	return may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) ? PASS : drop(&owner);
 }
 
 #if defined(GRAFT_SKB_SK) && defined(GRAFT_NET_FWMARK_ACCEPT)
