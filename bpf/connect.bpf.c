@@ -127,26 +127,56 @@ static __always_inline void record_source(struct request *request, struct endpoi
 	if (!request->tag)
 		return;
 	request->tag->source = request->endpoint;
+	request->tag->lent_family = from->family;
 	request->tag->lent = (is_unspecified(from) ? 0 : GRAFT_LENT_ADDRESS) | (from->port ? GRAFT_LENT_PORT : 0);
+}
+
+/* The source that a connect binds to: a struct sockaddr_in6, or a struct sockaddr_in in its place. */
+struct source {
+	u16 family;
+	u16 port_be;
+	u32 flowinfo; /* of a struct sockaddr_in: the address */
+	u32 ip[4];
+	u32 scope;
+};
+
+/* An endpoint's address, as a socket of that family has it; its size. (An IPv6 socket is connected by an IPv4 address too.
+ * bpf_bind() would take such an address for it as well, and bind it to that port at all IPv6 addresses.) */
+static __always_inline int write_source(struct source *source, struct endpoint *from, u32 family)
+{
+	__builtin_memset(source, 0, sizeof(*source));
+	source->family = family;
+	source->port_be = bpf_htons(from->port);
+	if (family == AF_INET) {
+		__builtin_memcpy(&source->flowinfo, from->addr, 4);
+		return 16;
+	}
+	if (from->family == GRAFT_IPV4) {
+		source->ip[2] = bpf_htonl(0xffff);
+		__builtin_memcpy(&source->ip[3], from->addr, 4);
+	} else {
+		__builtin_memcpy(source->ip, from->addr, 16);
+	}
+	return sizeof(*source);
 }
 
 /* How many ports of a range a connect tries. */
 #define GRAFT_PORT_TRIES 32
 
-/* Binds a socket that has no source yet to the endpoint that `source` has the address of; `port_be` is its port there.
+/* Binds a socket that has no source yet to the endpoint that `source` has the address of.
  * Of a range one that is free is looked for, from a random port on. Returns 0 where that fails. */
-static __always_inline int bind_source(struct bpf_sock_addr *ctx, void *source, int size, u16 *port_be,
+static __always_inline int bind_source(struct bpf_sock_addr *ctx, struct source *source, int size,
 				       struct endpoint *endpoint)
 {
 	u32 first = endpoint->port, last = endpoint->last_port, start, try;
 	int error;
 
 	if (!last)
-		return !bpf_bind(ctx, source, size);
+		return !bpf_bind(ctx, (void *)source, size);
 	start = bpf_get_prandom_u32();
 	for (try = 0; try < GRAFT_PORT_TRIES; try++) {
-		*port_be = bpf_htons((u16)(first + (start + try) % (last - first + 1)));
-		error = bpf_bind(ctx, source, size);
+		source->port_be = bpf_htons((u16)(first + (start + try) % (last - first + 1)));
+		error = bpf_bind(ctx, (void *)source, size);
 		if (!error)
 			return 1;
 		if (error != -EADDRINUSE)
@@ -156,13 +186,40 @@ static __always_inline int bind_source(struct bpf_sock_addr *ctx, void *source, 
 	return 0;
 }
 
+/* Whether a bind to the endpoint would take the IPv4 port too, which the endpoint does not grant: others of the host could
+ * not have that any more, or lose their datagrams. */
+static __always_inline int takes_ipv4_port_along(struct bpf_sock_addr *ctx, struct endpoint *from)
+{
+	return from->family == GRAFT_IPV6 && is_unspecified(from) && from->port &&
+	       !(from->flags & GRAFT_ENDPOINT_DUAL_STACK) && !is_requester_v6only(ctx);
+}
+
+/* Gives a socket the source of the endpoint that the rule for its destination names. */
+static __always_inline int take_source(struct bpf_sock_addr *ctx, struct request *request, struct endpoint *from, int verdict)
+{
+	struct source source;
+	int size;
+
+	if (from->family != request->family)
+		return REFUSE;
+	/* A bind to the unspecified address is needed only to clear another endpoint's address. The kernel does
+	 * that, or returns an error where it is too late. */
+	if (is_unspecified(from) && !from->port && !has_other_source(request) && !must_clear_address(ctx->sk, request))
+		return verdict;
+	if (takes_ipv4_port_along(ctx, from))
+		return refuse_with(EACCES);
+	size = write_source(&source, from, ctx->family);
+	if (!bind_source(ctx, &source, size, from))
+		return REFUSE;
+	record_source(request, from);
+	return verdict;
+}
+
 /* Whether a socket has a port that an endpoint of the other family lent it, where that means nothing. (The kernel keeps
  * such a port with the socket until that is closed.) */
 static __always_inline int has_other_familys_port(struct tag *tag, struct request *request)
 {
-	struct endpoint *lender = tag && tag->lent & GRAFT_LENT_PORT ? endpoints.lookup(&tag->source) : 0;
-
-	return lender && lender->family != request->family;
+	return tag && tag->lent & GRAFT_LENT_PORT && tag->lent_family != request->family;
 }
 
 /* Decides a destination. Returns the endpoint to take the source from, or NULL with *verdict set. */
@@ -250,12 +307,6 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 {
 	struct request request;
 	struct endpoint *from;
-	struct sockaddr_in {
-		u16 family;
-		u16 port_be;
-		u32 ip;
-		u64 zero;
-	} source = { .family = AF_INET };
 	int verdict;
 
 	read_request4(ctx, &request);
@@ -267,33 +318,13 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	}
 	if (request.to_loopback)
 		write_loopback4(ctx);
-	if (!from)
-		return verdict;
-	__builtin_memcpy(&source.ip, from->addr, 4);
-	source.port_be = bpf_htons(from->port);
-	if (from->family != GRAFT_IPV4)
-		return REFUSE;
-	/* A bind to the unspecified address is needed only to clear another endpoint's address. The kernel does
-	 * that, or returns an error where it is too late. */
-	if (!source.ip && !source.port_be && !has_other_source(&request) && !must_clear_address(ctx->sk, &request))
-		return verdict;
-	if (!bind_source(ctx, &source, sizeof(source), &source.port_be, from))
-		return REFUSE;
-	record_source(&request, from);
-	return verdict;
+	return from ? take_source(ctx, &request, from, verdict) : verdict;
 }
 
 int graft_connect6(struct bpf_sock_addr *ctx)
 {
 	struct request request;
 	struct endpoint *from;
-	struct sockaddr_in6 {
-		u16 family;
-		u16 port_be;
-		u32 flowinfo;
-		u32 ip[4];
-		u32 scope;
-	} source = { .family = AF_INET6 };
 	int verdict;
 
 	read_request6(ctx, &request);
@@ -305,24 +336,7 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	}
 	if (request.to_loopback)
 		write_loopback6(ctx, !request.mapped);
-	if (!from)
-		return verdict;
-	if (from->family == GRAFT_IPV4) {
-		source.ip[2] = bpf_htonl(0xffff);
-		__builtin_memcpy(&source.ip[3], from->addr, 4);
-	} else {
-		__builtin_memcpy(source.ip, from->addr, 16);
-	}
-	source.port_be = bpf_htons(from->port);
-	if ((from->family == GRAFT_IPV4) != (request.family == GRAFT_IPV4))
-		return REFUSE;
-	if (!source.ip[0] && !source.ip[1] && !source.ip[3] && !source.port_be && !has_other_source(&request) &&
-	    !must_clear_address(ctx->sk, &request))
-		return verdict;
-	if (!bind_source(ctx, &source, sizeof(source), &source.port_be, from))
-		return REFUSE;
-	record_source(&request, from);
-	return verdict;
+	return from ? take_source(ctx, &request, from, verdict) : verdict;
 }
 
 /* Whether a send names no destination: of a connected socket, with a control message. The kernel then passes an

@@ -173,3 +173,31 @@ static __always_inline int has_own_source(struct bpf_sock *sk, struct owner *own
 {
 	return bound || !owner->tag || has_earlier_port(sk, owner->tag) || binds_freely(owner->container);
 }
+
+#ifdef GRAFT_V6ONLY_BYTE
+/* IPV6_V6ONLY, which no helper returns: a bit of the kernel's own struct sock. */
+static __always_inline int is_v6only(void *sk)
+{
+	u8 byte = 0;
+
+	return !bpf_probe_read_kernel(&byte, 1, sk + GRAFT_V6ONLY_BYTE) && byte & GRAFT_V6ONLY_MASK;
+}
+
+/* The same of a socket whose address a hook decides about. */
+static __always_inline int is_requester_v6only(struct bpf_sock_addr *ctx)
+{
+	void *sk = 0; /* ctx is the kernel's own struct bpf_sock_addr_kern */
+
+	return !bpf_probe_read_kernel(&sk, sizeof(sk), (void *)ctx + GRAFT_SOCK_ADDR_SK) && sk && is_v6only(sk);
+}
+#else
+static __always_inline int is_v6only(void *sk)
+{
+	return 0;
+}
+
+static __always_inline int is_requester_v6only(struct bpf_sock_addr *ctx)
+{
+	return 0;
+}
+#endif

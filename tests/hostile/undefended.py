@@ -162,6 +162,18 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
+    # Two binds at once: the last one that wrote its request down says what the other one has bound.
+    "binds at once": (_at_once("bind.bpf.c", "int is_of_other_bind(struct tag *tag)", "return 0;"),),
+    # A port that an endpoint lends is the socket's in both families.
+    "lent family": (
+        _at_once("connect.bpf.c", "int has_other_familys_port(struct tag *tag, struct request *request)", "return 0;"),
+        _at_once("connect.bpf.c", "struct bpf_sock_addr *ctx, struct endpoint *from)", "return 0;"),
+        (
+            "connect.bpf.c",
+            "write_source(&source, from, ctx->family);",
+            "write_source(&source, from, request->family == GRAFT_IPV6 || request->mapped ? AF_INET6 : AF_INET);",
+        ),
+    ),
     # Anybody on the host reaches the listener that graftd alone is to reach.
     "unix listener": (_at_once("packet.bpf.c", "int is_unix_listener(struct owner *owner)", "return 0;"),),
     # No hook refuses anything.
