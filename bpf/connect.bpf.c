@@ -367,6 +367,12 @@ static __always_inline int leaves_source_to_kernel(struct request *request)
 	return request->fixed_source && !request->any_source;
 }
 
+/* Whether a datagram may leave from the source that a control message names; it need not name one. */
+static __always_inline int may_name_source(struct bpf_sock_addr *ctx, struct request *request, u32 *ip, u8 family)
+{
+	return !request->any_source || !(ip[0] | ip[1] | ip[2] | ip[3]) || is_hosts(bpf_get_netns_cookie(ctx), ip, family);
+}
+
 /* A socket's own IPv4 address. (An IPv6 address of its own is 127.0.0.6 to the kernel here: it cannot be the source.) */
 static __always_inline u32 own_ip4(struct bpf_sock *sk, int *has_ip6)
 {
@@ -388,7 +394,7 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 	struct request request;
 	struct endpoint *from;
 	int verdict, has_ip6 = 0;
-	u32 ip = 0;
+	u32 ip = 0, named[4] = {};
 
 	read_request4(ctx, &request);
 	if (goes_to_peer(ctx, &request)) {
@@ -410,9 +416,12 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 	}
 	if (!ip && request.fixed_source)
 		ip = own_ip4(ctx->sk, &has_ip6);
-	if (ip || has_ip6 || leaves_source_to_kernel(&request))
+	if (ip || has_ip6 || leaves_source_to_kernel(&request)) {
 		ctx->msg_src_ip4 = ip;
-	return verdict;
+		return verdict;
+	}
+	named[0] = ctx->msg_src_ip4;
+	return may_name_source(ctx, &request, named, GRAFT_IPV4) ? verdict : refuse_with(EACCES);
 }
 
 int graft_sendmsg6(struct bpf_sock_addr *ctx)
@@ -453,6 +462,11 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 		ctx->msg_src_ip6[1] = ip[1];
 		ctx->msg_src_ip6[2] = ip[2];
 		ctx->msg_src_ip6[3] = ip[3];
+		return verdict;
 	}
-	return verdict;
+	ip[0] = ctx->msg_src_ip6[0];
+	ip[1] = ctx->msg_src_ip6[1];
+	ip[2] = ctx->msg_src_ip6[2];
+	ip[3] = ctx->msg_src_ip6[3];
+	return may_name_source(ctx, &request, ip, GRAFT_IPV6) ? verdict : refuse_with(EACCES);
 }

@@ -168,6 +168,45 @@ static __always_inline int leaves_from(struct local_address *source, struct loca
 		own->ip[3] == source->ip[3]);
 }
 
+/* Whether a socket still has the address or the port that an endpoint lent it, and the endpoint is gone, or has another. */
+static __always_inline int keeps_lost_source(struct bpf_sock *sk, struct tag *tag)
+{
+	struct endpoint *lender;
+	struct local_address local;
+
+	if (!tag || !tag->source || !tag->lent)
+		return 0;
+	lender = endpoints.lookup(&tag->source);
+	if (!lender || keeps_lent_port(tag, lender))
+		return 1;
+	read_local_address(&local, sk);
+	if (tag->lent & GRAFT_LENT_PORT && !is_port_of(lender, local.port))
+		return 1;
+	return tag->lent & GRAFT_LENT_ADDRESS && !matches_endpoint(&local, lender, 0);
+}
+
+/* Whether the address is one of the host's in that namespace. A program that may answer from whichever of these its client
+ * asked could name any address there is, where it has set IP_FREEBIND (IPv6) or IP_TRANSPARENT by a 32-bit call, or the
+ * host lets everybody (net.ipv6.ip_nonlocal_bind). */
+static __always_inline int is_hosts(u64 netns, u32 *ip, u8 family)
+{
+	struct host_address address = { .netns = netns, .family = family };
+
+	__builtin_memcpy(address.ip, ip, 16);
+	return host_addresses.lookup(&address) != 0;
+}
+
+/* What the kernel delivers to a socket was sent to an address of the host's. */
+static __always_inline void note_as_hosts(u64 netns, u32 *ip, u8 family)
+{
+	struct host_address address = { .netns = netns, .family = family };
+	u8 one = 1;
+
+	__builtin_memcpy(address.ip, ip, 16);
+	if (!host_addresses.lookup(&address))
+		host_addresses.update(&address, &one);
+}
+
 /* Whether a socket's source is its own: the endpoint's that it is bound to, or one that it may choose. */
 static __always_inline int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)
 {

@@ -365,6 +365,15 @@ static __always_inline int may_connect(struct __sk_buff *skb, struct bpf_sock *s
 	return may_leave(skb, sk, owner, family, IPPROTO_TCP);
 }
 
+/* A server at all addresses may answer from the one that its client asked: see is_hosts. */
+static __always_inline void note_arrival(struct owner *owner, struct packet *packet)
+{
+	struct endpoint *endpoint = owner->tag && owner->tag->endpoint ? endpoints.lookup(&owner->tag->endpoint) : 0;
+
+	if (!endpoint || is_unspecified(endpoint))
+		note_as_hosts(endpoint ? endpoint->netns : owner->container->netns, packet->to, packet->family);
+}
+
 int graft_skb_ingress(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk;
@@ -405,10 +414,13 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	/* A socket that was bound before there was a policy continues as before. */
 	if (is_multicast(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint))
 		return drop(&owner);
-	if (open)
+	if (open) {
+		if (!is_multicast(&packet))
+			note_arrival(&owner, &packet);
 		return PASS;
-	/* At an endpoint that it has lost it receives not even from permitted destinations. */
-	if (has_lost_endpoint(sk, owner.tag, 0) || !packet.plain)
+	}
+	/* At an endpoint that it has lost, or whose address or port it keeps, it receives not even from permitted destinations. */
+	if (has_lost_endpoint(sk, owner.tag, 0) || keeps_lost_source(sk, owner.tag) || !packet.plain)
 		return drop(&owner);
 	read_sender(&remote, &packet);
 	return may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) ? PASS : drop(&owner);

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile.conftest import Confine, Confined, Without, for_transport
+from tests.hostile.conftest import Confine, Confined, Without, for_transport, lines_of
 from tests.hostile.test_afterwards import OTHER4, apply
 from tests.hostile.test_datagrams import came, datagrams
 from tests.hostile.test_more_ways import give_another_address
+from tests.hostile.test_sixth_reading import OTHER6, WITH_NET_RAW
 from tests.support.building import Programs
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
@@ -304,3 +305,145 @@ def test_a_port_means_nothing_in_the_other_family_when_its_lender_is_gone(
         one.resume()
         assert one.lines(4)[3] == "send EACCES"
         assert came(far) is None
+
+
+# ---- a source that the host does not have ---------------------------------------------------------------
+
+FOREIGN6, FOREIGN4 = "fd98::77", "198.51.100.7"
+SET_BY = {
+    "setsockopt": ("option", 41, 78),
+    "32-bit call": ("bytes32", 0, 15, "01000000"),
+    "nothing": ("option", 41, 49),
+}
+
+
+def source6(address: str) -> str:
+    return (socket.inet_pton(INET6, address) + bytes(4)).hex()
+
+
+def source4(address: str) -> str:
+    return (bytes(4) + socket.inet_aton(address) + bytes(4)).hex()
+
+
+def serving(port: int, address: str, *to: str) -> str:
+    """The policy of a datagram server at that port of all addresses."""
+    rules = ", ".join(f"{{to: '{one}', endpoint: out{6 if ':' in one else 4}}}" for one in to)
+    return (
+        f"name: t\nendpoints: {{web: {{address: '{address}:{port}', dual_stack: {str(':' in address).lower()}}}, "
+        f"out4: '0.0.0.0:dynamic', out6: '[::]:dynamic'}}\n"
+        f"ingress: [{{bind: '{address}:53', endpoint: web}}]\negress: [{rules}]\ndefault: deny\n"
+    )
+
+
+def answers_as(host: Host, confine: Confine, transport: str, how: str) -> str | None:
+    """The source of a server's datagram that names one which is not the host's."""
+    port = host.port()
+    with datagrams(host, CLIENT6) as far:
+        host.client.run("ip", "route", "replace", f"{FOREIGN6}/128", "via", HOST6)
+        to = [CLIENT6, far.getsockname()[1]]
+        steps = [
+            "make",
+            INET6,
+            DGRAM,
+            0,
+            *SET_BY[how],
+            "bind",
+            "::",
+            53,
+            "cmsg",
+            41,
+            50,
+            source6(FOREIGN6),
+            *to,
+            "wait",
+        ]
+        confine(host, transport, serving(port, "[::]", CLIENT6), *steps).lines(4)
+        return came(far)
+
+
+@pytest.mark.parametrize("transport", ["born", "direct"])
+@pytest.mark.parametrize("how", SET_BY)
+def test_no_datagram_has_the_address_of_another_host(host: Host, confine: Confine, transport: str, how: str) -> None:
+    assert answers_as(host, confine, transport, how) is None
+
+
+@pytest.mark.parametrize("how", ["setsockopt", "32-bit call"])
+def test_control_where_nobody_asks_whose_address_it_is_it_has(without: Without, confine: Confine, how: str) -> None:
+    assert answers_as(without("foreign source"), confine, "direct", how) == FOREIGN6
+
+
+@pytest.mark.parametrize("transparent", [True, False])
+def test_nor_in_ipv4_with_CAP_NET_RAW(host: Host, programs: Programs, tmp_path: Path, transparent: bool) -> None:
+    port = host.port()
+    file = tmp_path / "policy.yaml"
+    file.write_text(serving(port, "0.0.0.0", CLIENT4))
+    with datagrams(host) as far:
+        option = ["bytes32", 0, 19 if transparent else 10, "01000000"]
+        cmsg = ["cmsg", 0, 8, source4(FOREIGN4), CLIENT4, far.getsockname()[1]]
+        words = [
+            *WITH_NET_RAW,
+            programs["calls"],
+            "make",
+            INET,
+            DGRAM,
+            0,
+            *option,
+            "bind",
+            "0.0.0.0",
+            53,
+            *cmsg,
+            "wait",
+        ]
+        said = lines_of(host.start("--policy", file, "--", *words, talk=True), 4)
+        assert said[1:3] == ["bytes32 ok", "bind ok"]
+        assert came(far) is None
+
+
+@pytest.mark.parametrize("family", [INET, INET6])
+def test_a_server_answers_from_the_address_that_its_client_asked(host: Host, confine: Confine, family: int) -> None:
+    """And from none at which it has not been asked, nor any other socket of the host's under a policy."""
+    give_another_address(host)
+    host.netns.run("ip", "address", "replace", f"{OTHER6}/128", "dev", "lo")
+    host.client.run("ip", "route", "replace", f"{OTHER6}/128", "via", HOST6)
+    port = host.port()
+    other, client, every = (OTHER4, CLIENT4, "0.0.0.0") if family == INET else (OTHER6, CLIENT6, "::")
+    named = ["cmsg", 0, 8, source4(OTHER4)] if family == INET else ["cmsg", 41, 50, source6(OTHER6)]
+    with datagrams(host, client) as far:
+        steps = ["make", family, DGRAM, 0, "bind", every, 53, "wait", "receive"]
+        policy = serving(port, "[::]" if family == INET6 else every, client)
+        one = confine(host, "direct", policy, *steps, *named, client, far.getsockname()[1], "wait")
+        one.lines(2)
+        far.sendto(b"asked", (other, port))
+        one.resume()
+        assert one.lines(4)[3] == "cmsg ok"
+        assert came(far) == other
+
+
+# ---- receiving at what an endpoint lent -----------------------------------------------------------------
+
+
+def receives_when_its_lender_is_gone(host: Host, confine: Confine, folder: Path, transport: str, lent: str) -> str:
+    """At an address and a port of one endpoint, which is gone; what the program may send to is another one's now."""
+    port = host.port() if lent == "port" else "dynamic"
+    text = "name: t\nendpoints: {{{name}: '{at}'}}\negress: [{{to: 0.0.0.0/0, endpoint: {name}}}]\ndefault: deny\n"
+    steps = ["make", INET, DGRAM, 0, "connect", CLIENT4, 9, "unspec", "name", "wait", "receive", "wait"]
+    with datagrams(host) as far:
+        one = confine(host, transport, text.format(name="lends", at=f"{HOST4}:{port}"), *steps)
+        near = int(one.lines(4)[3].split()[-1])
+        apply(host, one, folder, for_transport(transport, text.format(name="other", at="0.0.0.0:dynamic")))
+        far.sendto(b"stranger", (HOST4, near))
+        one.resume()
+        return one.lines(5)[4]
+
+
+@pytest.mark.parametrize("transport", ["born", "direct"])
+def test_it_receives_nothing_at_a_lent_port_whose_endpoint_is_gone(
+    host: Host, confine: Confine, tmp_path: Path, transport: str
+) -> None:
+    assert receives_when_its_lender_is_gone(host, confine, tmp_path, transport, "port") == "receive none"
+
+
+def test_control_where_nobody_asks_whose_port_it_is_it_does(without: Without, confine: Confine, tmp_path: Path) -> None:
+    assert (
+        receives_when_its_lender_is_gone(without("lost source"), confine, tmp_path, "direct", "port") != "receive none"
+    )

@@ -174,6 +174,16 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "write_source(&source, from, request->family == GRAFT_IPV6 || request->mapped ? AF_INET6 : AF_INET);",
         ),
     ),
+    # A server at all addresses answers from whatever address it names.
+    "foreign source": (
+        ("options.bpf.c", "name == IP_FREEBIND || ", ""),
+        ("options.bpf.c", "name == IPV6_FREEBIND ||", ""),
+        _at_once("local_address.bpf.c", "int is_hosts(u64 netns, u32 *ip, u8 family)", "return 1;"),
+    ),
+    # What an endpoint lent is good for receiving, whatever became of it.
+    "lost source": (
+        _at_once("local_address.bpf.c", "int keeps_lost_source(struct bpf_sock *sk, struct tag *tag)", "return 0;"),
+    ),
     # Anybody on the host reaches the listener that graftd alone is to reach.
     "unix listener": (_at_once("packet.bpf.c", "int is_unix_listener(struct owner *owner)", "return 0;"),),
     # No hook refuses anything.
