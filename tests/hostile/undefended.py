@@ -72,6 +72,13 @@ def _at_once(file: str, function: str, statement: str) -> Change:
     return file, f"{function}\n{{\n", f"{function}\n{{\n\t{statement}\n"
 
 
+# What completes a connection is not judged, as what begins it is not.
+_CONNECTING = _at_once(
+    "packet.bpf.c",
+    "int may_connect(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)",
+    "return 1;",
+)
+
 HOOKS: dict[str, tuple[Change, ...]] = {
     # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
     "bound": (("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", "\treturn 1;\n"),),
@@ -86,7 +93,10 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # No hook looks at what comes in, or at what goes out.
     "packets in": (_at_once("packet.bpf.c", "int graft_skb_ingress(struct __sk_buff *skb)", "return PASS;"),),
-    "packets out": (_at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),),
+    "packets out": (
+        _at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
+        _CONNECTING,
+    ),
     # A listener for whose tag there is no memory goes on.
     "memory": (
         _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
@@ -104,10 +114,11 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "unspecified": (
         _at_once("rules.bpf.c", "void substitute_loopback(struct request *request, int host)", "return;"),
         _at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
+        _CONNECTING,
     ),
     # A datagram leaves from the address that it names.
     "source": (
-        ("connect.bpf.c", "\tif (ip || has_ip6 || leaves_source_to_kernel(&request))\n", "\tif (0)\n"),
+        ("connect.bpf.c", "\tif (ip || has_ip6 || leaves_source_to_kernel(&request)) {\n", "\tif (0) {\n"),
         ("connect.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)", "0"),
         ("connect.bpf.c", "if ((has_address || bound) && local.family != endpoint->family)", "if (0)"),
     ),
