@@ -12,6 +12,7 @@ static __always_inline void write_tag(struct tag *tag, u32 container, struct req
 	tag->port = request->port;
 	tag->bound_port = 0;
 	tag->at_unix = at_unix;
+	tag->binder = bpf_get_current_pid_tgid();
 	__builtin_memcpy(tag->addr, request->addr, 16);
 }
 
@@ -42,6 +43,7 @@ static __always_inline void clear_endpoint(struct bpf_sock_addr *ctx, struct own
 		own->endpoint = 0;
 		own->bound_port = 0;
 		own->at_unix = 0;
+		own->binder = bpf_get_current_pid_tgid();
 	}
 	if (owner->tag) {
 		owner->tag->endpoint = 0;
@@ -91,7 +93,7 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		return 0;
 	}
 	endpoint = rule ? endpoint_for(ctx, request, rule->endpoint) : 0;
-	/* For a unix socket a direct container listens on loopback, for graftd alone (packet.bpf.c). */
+	/* For a unix socket a direct container listens on loopback, for graftd alone (ingress.bpf.c). */
 	if (is_unix(endpoint) && owner.container->transport != GRAFT_TRANSPORT_DIRECT)
 		endpoint = 0;
 	if (!endpoint || !endpoint_port(endpoint, rule, request->port, &request->endpoint_port) ||
@@ -152,21 +154,6 @@ int graft_bind6(struct bpf_sock_addr *ctx)
 	return verdict;
 }
 
-#ifdef GRAFT_V6ONLY_BYTE
-/* IPV6_V6ONLY, which no helper returns: a bit of struct sock, which the kernel passes to these programs. */
-static __always_inline int is_v6only(struct bpf_sock *ctx)
-{
-	u8 byte = 0;
-
-	return !bpf_probe_read_kernel(&byte, 1, (void *)ctx + GRAFT_V6ONLY_BYTE) && byte & GRAFT_V6ONLY_MASK;
-}
-#else
-static __always_inline int is_v6only(struct bpf_sock *ctx)
-{
-	return 0;
-}
-#endif
-
 /* Whether this bind took the IPv4 port together with the IPv6 one, and its endpoint does not grant that. */
 static __always_inline int takes_ipv4_port(struct bpf_sock *ctx, struct local_address *local, struct endpoint *endpoint)
 {
@@ -194,6 +181,13 @@ static __always_inline struct tag *tag_free_bind(struct bpf_sock *ctx)
 	return tag;
 }
 
+/* Whether another bind of the same socket has written the tag since this one did: the kernel locks the socket for the
+ * bind hook, and again for the bind itself, but not in between. The tag does not say then what the socket is bound to. */
+static __always_inline int is_of_other_bind(struct tag *tag)
+{
+	return tag->binder && tag->binder != (u32)bpf_get_current_pid_tgid();
+}
+
 /* The kernel has bound the socket, and here the bind can still be undone. The port is recorded here and not earlier: a
  * bind that failed (EADDRINUSE) must not leave a socket that counts as bound. (An MPTCP subflow's parent cannot be
  * reached from here: the supervisor completes its tag.) */
@@ -209,6 +203,10 @@ static __always_inline int check_bind(struct bpf_sock *ctx, struct local_address
 	if (!tag || tag->home != GRAFT_HOME_HOST)
 		return PASS;
 	container = containers.lookup(&tag->container);
+	if (is_of_other_bind(tag)) {
+		count(tag->container, GRAFT_DECISION_REFUSED_BIND);
+		return refuse_with(EACCES);
+	}
 	if (!tag->endpoint) {
 		if (!container || !binds_freely(container))
 			return refuse_with(EACCES);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* connect and send: only what an egress rule grants, from that rule's endpoint. */
+/* connect, and what sends have in common with it: only what an egress rule grants, from that rule's endpoint. */
 
 /* Whether the socket's source is from another endpoint than the one that it must use now. */
 static __always_inline int has_other_source(struct request *request)
@@ -127,26 +127,56 @@ static __always_inline void record_source(struct request *request, struct endpoi
 	if (!request->tag)
 		return;
 	request->tag->source = request->endpoint;
+	request->tag->lent_family = from->family;
 	request->tag->lent = (is_unspecified(from) ? 0 : GRAFT_LENT_ADDRESS) | (from->port ? GRAFT_LENT_PORT : 0);
+}
+
+/* The source that a connect binds to: a struct sockaddr_in6, or a struct sockaddr_in in its place. */
+struct source {
+	u16 family;
+	u16 port_be;
+	u32 flowinfo; /* of a struct sockaddr_in: the address */
+	u32 ip[4];
+	u32 scope;
+};
+
+/* An endpoint's address, as a socket of that family has it; its size. (An IPv6 socket is connected by an IPv4 address too.
+ * bpf_bind() would take such an address for it as well, and bind it to that port at all IPv6 addresses.) */
+static __always_inline int write_source(struct source *source, struct endpoint *from, u32 family)
+{
+	__builtin_memset(source, 0, sizeof(*source));
+	source->family = family;
+	source->port_be = bpf_htons(from->port);
+	if (family == AF_INET) {
+		__builtin_memcpy(&source->flowinfo, from->addr, 4);
+		return 16;
+	}
+	if (from->family == GRAFT_IPV4) {
+		source->ip[2] = bpf_htonl(0xffff);
+		__builtin_memcpy(&source->ip[3], from->addr, 4);
+	} else {
+		__builtin_memcpy(source->ip, from->addr, 16);
+	}
+	return sizeof(*source);
 }
 
 /* How many ports of a range a connect tries. */
 #define GRAFT_PORT_TRIES 32
 
-/* Binds a socket that has no source yet to the endpoint that `source` has the address of; `port_be` is its port there.
+/* Binds a socket that has no source yet to the endpoint that `source` has the address of.
  * Of a range one that is free is looked for, from a random port on. Returns 0 where that fails. */
-static __always_inline int bind_source(struct bpf_sock_addr *ctx, void *source, int size, u16 *port_be,
+static __always_inline int bind_source(struct bpf_sock_addr *ctx, struct source *source, int size,
 				       struct endpoint *endpoint)
 {
 	u32 first = endpoint->port, last = endpoint->last_port, start, try;
 	int error;
 
 	if (!last)
-		return !bpf_bind(ctx, source, size);
+		return !bpf_bind(ctx, (void *)source, size);
 	start = bpf_get_prandom_u32();
 	for (try = 0; try < GRAFT_PORT_TRIES; try++) {
-		*port_be = bpf_htons((u16)(first + (start + try) % (last - first + 1)));
-		error = bpf_bind(ctx, source, size);
+		source->port_be = bpf_htons((u16)(first + (start + try) % (last - first + 1)));
+		error = bpf_bind(ctx, (void *)source, size);
 		if (!error)
 			return 1;
 		if (error != -EADDRINUSE)
@@ -156,13 +186,40 @@ static __always_inline int bind_source(struct bpf_sock_addr *ctx, void *source, 
 	return 0;
 }
 
+/* Whether a bind to the endpoint would take the IPv4 port too, which the endpoint does not grant: others of the host could
+ * not have that any more, or lose their datagrams. */
+static __always_inline int takes_ipv4_port_along(struct bpf_sock_addr *ctx, struct endpoint *from)
+{
+	return from->family == GRAFT_IPV6 && is_unspecified(from) && from->port &&
+	       !(from->flags & GRAFT_ENDPOINT_DUAL_STACK) && !is_requester_v6only(ctx);
+}
+
+/* Gives a socket the source of the endpoint that the rule for its destination names. */
+static __always_inline int take_source(struct bpf_sock_addr *ctx, struct request *request, struct endpoint *from, int verdict)
+{
+	struct source source;
+	int size;
+
+	if (from->family != request->family)
+		return REFUSE;
+	/* A bind to the unspecified address is needed only to clear another endpoint's address. The kernel does
+	 * that, or returns an error where it is too late. */
+	if (is_unspecified(from) && !from->port && !has_other_source(request) && !must_clear_address(ctx->sk, request))
+		return verdict;
+	if (takes_ipv4_port_along(ctx, from))
+		return refuse_with(EACCES);
+	size = write_source(&source, from, ctx->family);
+	if (!bind_source(ctx, &source, size, from))
+		return REFUSE;
+	record_source(request, from);
+	return verdict;
+}
+
 /* Whether a socket has a port that an endpoint of the other family lent it, where that means nothing. (The kernel keeps
  * such a port with the socket until that is closed.) */
 static __always_inline int has_other_familys_port(struct tag *tag, struct request *request)
 {
-	struct endpoint *lender = tag && tag->lent & GRAFT_LENT_PORT ? endpoints.lookup(&tag->source) : 0;
-
-	return lender && lender->family != request->family;
+	return tag && tag->lent & GRAFT_LENT_PORT && tag->lent_family != request->family;
 }
 
 /* Decides a destination. Returns the endpoint to take the source from, or NULL with *verdict set. */
@@ -250,12 +307,6 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 {
 	struct request request;
 	struct endpoint *from;
-	struct sockaddr_in {
-		u16 family;
-		u16 port_be;
-		u32 ip;
-		u64 zero;
-	} source = { .family = AF_INET };
 	int verdict;
 
 	read_request4(ctx, &request);
@@ -267,33 +318,13 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	}
 	if (request.to_loopback)
 		write_loopback4(ctx);
-	if (!from)
-		return verdict;
-	__builtin_memcpy(&source.ip, from->addr, 4);
-	source.port_be = bpf_htons(from->port);
-	if (from->family != GRAFT_IPV4)
-		return REFUSE;
-	/* A bind to the unspecified address is needed only to clear another endpoint's address. The kernel does
-	 * that, or returns an error where it is too late. */
-	if (!source.ip && !source.port_be && !has_other_source(&request) && !must_clear_address(ctx->sk, &request))
-		return verdict;
-	if (!bind_source(ctx, &source, sizeof(source), &source.port_be, from))
-		return REFUSE;
-	record_source(&request, from);
-	return verdict;
+	return from ? take_source(ctx, &request, from, verdict) : verdict;
 }
 
 int graft_connect6(struct bpf_sock_addr *ctx)
 {
 	struct request request;
 	struct endpoint *from;
-	struct sockaddr_in6 {
-		u16 family;
-		u16 port_be;
-		u32 flowinfo;
-		u32 ip[4];
-		u32 scope;
-	} source = { .family = AF_INET6 };
 	int verdict;
 
 	read_request6(ctx, &request);
@@ -305,140 +336,5 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	}
 	if (request.to_loopback)
 		write_loopback6(ctx, !request.mapped);
-	if (!from)
-		return verdict;
-	if (from->family == GRAFT_IPV4) {
-		source.ip[2] = bpf_htonl(0xffff);
-		__builtin_memcpy(&source.ip[3], from->addr, 4);
-	} else {
-		__builtin_memcpy(source.ip, from->addr, 16);
-	}
-	source.port_be = bpf_htons(from->port);
-	if ((from->family == GRAFT_IPV4) != (request.family == GRAFT_IPV4))
-		return REFUSE;
-	if (!source.ip[0] && !source.ip[1] && !source.ip[3] && !source.port_be && !has_other_source(&request) &&
-	    !must_clear_address(ctx->sk, &request))
-		return verdict;
-	if (!bind_source(ctx, &source, sizeof(source), &source.port_be, from))
-		return REFUSE;
-	record_source(&request, from);
-	return verdict;
-}
-
-/* Whether a send names no destination: of a connected socket, with a control message. The kernel then passes an
- * address of zeros, and sends to the peer. */
-static __always_inline int goes_to_peer(struct bpf_sock_addr *ctx, struct request *request)
-{
-	u64 word[2];
-
-	__builtin_memcpy(word, request->addr, 16);
-	return !request->port && !(word[0] | word[1]) && is_connected(ctx->sk);
-}
-
-/* Whether a datagram cannot be sent from the endpoint that its destination's rule names: the endpoint has a port, or
- * the unspecified address where the socket has another endpoint's. Or the socket is bound to an endpoint of the other
- * family (else it would leave from that), whose port means nothing in this one. */
-static __always_inline int cannot_leave_from(struct bpf_sock *sk, struct request *request, struct endpoint *from)
-{
-	u32 ip[4];
-
-	__builtin_memcpy(ip, from->addr, 16);
-	return request->bound || from->port || has_other_source(request) || keeps_lent_port(request->tag, from) ||
-	       (!(ip[0] | ip[1] | ip[2] | ip[3]) && must_clear_address(sk, request));
-}
-
-/* Whether the kernel picks the source of a datagram, where neither the socket nor its endpoint has an address. */
-static __always_inline int leaves_source_to_kernel(struct request *request)
-{
-	return request->fixed_source && !request->any_source;
-}
-
-/* A socket's own IPv4 address. (An IPv6 address of its own is 127.0.0.6 to the kernel here: it cannot be the source.) */
-static __always_inline u32 own_ip4(struct bpf_sock *sk, int *has_ip6)
-{
-	struct local_address local;
-	u32 ip = 0;
-
-	read_local_address(&local, sk);
-	*has_ip6 = local.family == GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3]);
-	if (local.family == GRAFT_IPV4)
-		ip = local.ip[0];
-	return ip;
-}
-
-/* The source address of a datagram can be set for it alone, and is set: a control message may have named another one,
- * also on a connected socket. Its source port cannot: an endpoint with a port serves sockets that are bound or
- * connected. */
-int graft_sendmsg4(struct bpf_sock_addr *ctx)
-{
-	struct request request;
-	struct endpoint *from;
-	int verdict, has_ip6 = 0;
-	u32 ip = 0;
-
-	read_request4(ctx, &request);
-	if (goes_to_peer(ctx, &request)) {
-		u32 peer = ctx->sk->dst_ip4;
-
-		__builtin_memcpy(request.addr, &peer, 4);
-		request.port = bpf_ntohs(ctx->sk->dst_port);
-	}
-	from = decide_destination(ctx, &request, &verdict, 1);
-	if (request.to_loopback)
-		write_loopback4(ctx);
-	if (!from) {
-		if (verdict != PASS || !request.fixed_source)
-			return verdict;
-	} else {
-		if (from->family != GRAFT_IPV4 || cannot_leave_from(ctx->sk, &request, from))
-			return refuse_with(EACCES);
-		__builtin_memcpy(&ip, from->addr, 4);
-	}
-	if (!ip && request.fixed_source)
-		ip = own_ip4(ctx->sk, &has_ip6);
-	if (ip || has_ip6 || leaves_source_to_kernel(&request))
-		ctx->msg_src_ip4 = ip;
-	return verdict;
-}
-
-int graft_sendmsg6(struct bpf_sock_addr *ctx)
-{
-	struct request request;
-	struct endpoint *from;
-	struct local_address local;
-	int verdict;
-	u32 ip[4] = {};
-
-	read_request6(ctx, &request);
-	if (goes_to_peer(ctx, &request)) {
-		ip[0] = ctx->sk->dst_ip6[0];
-		ip[1] = ctx->sk->dst_ip6[1];
-		ip[2] = ctx->sk->dst_ip6[2];
-		ip[3] = ctx->sk->dst_ip6[3];
-		__builtin_memcpy(request.addr, ip, 16);
-		request.port = bpf_ntohs(ctx->sk->dst_port);
-	}
-	from = decide_destination(ctx, &request, &verdict, 1);
-	if (request.to_loopback)
-		write_loopback6(ctx, !request.mapped);
-	if (!from) {
-		if (verdict != PASS || !request.fixed_source)
-			return verdict;
-		__builtin_memset(ip, 0, sizeof(ip)); /* a peer's, perhaps */
-	} else {
-		/* For a mapped destination the kernel calls graft_sendmsg4. */
-		if (from->family != GRAFT_IPV6 || cannot_leave_from(ctx->sk, &request, from))
-			return refuse_with(EACCES);
-		__builtin_memcpy(ip, from->addr, 16);
-	}
-	read_local_address(&local, ctx->sk);
-	if (!(ip[0] | ip[1] | ip[2] | ip[3]) && request.fixed_source && local.family == GRAFT_IPV6)
-		__builtin_memcpy(ip, local.ip, 16);
-	if (ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)) {
-		ctx->msg_src_ip6[0] = ip[0];
-		ctx->msg_src_ip6[1] = ip[1];
-		ctx->msg_src_ip6[2] = ip[2];
-		ctx->msg_src_ip6[3] = ip[3];
-	}
-	return verdict;
+	return from ? take_source(ctx, &request, from, verdict) : verdict;
 }

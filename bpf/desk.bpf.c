@@ -130,7 +130,7 @@ static __always_inline void answer_rule(struct desk *desk, struct container *con
 	desk->endpoint = id;
 	desk->endpoint_netns = endpoint->netns;
 	desk->endpoint_family = endpoint->family;
-	desk->endpoint_flags = endpoint->flags;
+	desk->endpoint_flags = endpoint->flags | (endpoint->port ? GRAFT_ENDPOINT_HAS_PORT : 0);
 }
 
 /* Where the kernel has no helper that finds the MPTCP socket of a subflow, the hooks could not find the tag of a

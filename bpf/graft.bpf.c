@@ -63,6 +63,14 @@ BPF_LPM_TRIE(egress_ports, struct egress_port_key, struct egress_port_value, GRA
 BPF_HASH(desk_slots, u32, struct desk_slot, GRAFT_MAX_DESKS);
 BPF_TABLE("lru_hash", struct counter_key, u64, counters, GRAFT_MAX_COUNTERS);
 
+/* Addresses of the host at which a datagram has arrived (ingress.bpf.c): no helper says of any other whether it is one. */
+struct host_address {
+	u64 netns;
+	u32 ip[4];
+	u64 family;
+};
+BPF_TABLE("lru_hash", struct host_address, u8, host_addresses, GRAFT_MAX_HOST_ADDRESSES);
+
 /* By hand: bcc's macro keys cgroup storage by (cgroup, attach type); keyed by the cgroup alone, one
  * entry serves all the programs of a cgroup, and one update switches them together. */
 struct scopes_table {

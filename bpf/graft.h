@@ -22,6 +22,7 @@
 #define GRAFT_ENDPOINT_DECLARED 2 /* declared by a policy: removed with the last rule that names it */
 #define GRAFT_ENDPOINT_DUAL_STACK 4 /* an IPv6 endpoint that accepts IPv4 clients too */
 #define GRAFT_ENDPOINT_UNIX 8 /* a unix socket of the host: a relay joins TCP connections with it; addr is loopback's */
+#define GRAFT_ENDPOINT_HAS_PORT 16 /* in desk.endpoint_flags only: it is not dynamic */
 
 /* Where a socket lives. */
 #define GRAFT_HOME_CONTAINER 0
@@ -148,7 +149,9 @@ struct tag {
 	__u32 source;     /* the endpoint that a connect took its local address or port from; 0: none */
 	__u8 lent;        /* GRAFT_LENT_*: which of the two, when it took them */
 	__u8 at_unix;     /* 1: the endpoint was a unix socket at the bind: whatever became of it, its clients come by graftd */
-	__u8 zero[2];
+	__u8 lent_family; /* of that endpoint, which may be gone since */
+	__u8 zero;
+	__u32 binder;     /* the thread whose bind wrote this last; 0: none has */
 };
 
 /* `options`: socket storage, which options a program set before its socket was swapped. Only their

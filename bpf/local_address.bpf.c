@@ -168,8 +168,75 @@ static __always_inline int leaves_from(struct local_address *source, struct loca
 		own->ip[3] == source->ip[3]);
 }
 
+/* Whether a socket still has the address or the port that an endpoint lent it, and the endpoint is gone, or has another. */
+static __always_inline int keeps_lost_source(struct bpf_sock *sk, struct tag *tag)
+{
+	struct endpoint *lender;
+	struct local_address local;
+
+	if (!tag || !tag->source || !tag->lent)
+		return 0;
+	lender = endpoints.lookup(&tag->source);
+	if (!lender || keeps_lent_port(tag, lender))
+		return 1;
+	read_local_address(&local, sk);
+	if (tag->lent & GRAFT_LENT_PORT && !is_port_of(lender, local.port))
+		return 1;
+	return tag->lent & GRAFT_LENT_ADDRESS && !matches_endpoint(&local, lender, 0);
+}
+
+/* Whether the address is one of the host's in that namespace. A program that may answer from whichever of these its client
+ * asked could name any address there is, where it has set IP_FREEBIND (IPv6) or IP_TRANSPARENT by a 32-bit call, or the
+ * host lets everybody (net.ipv6.ip_nonlocal_bind). */
+static __always_inline int is_hosts(u64 netns, u32 *ip, u8 family)
+{
+	struct host_address address = { .netns = netns, .family = family };
+
+	__builtin_memcpy(address.ip, ip, 16);
+	return host_addresses.lookup(&address) != 0;
+}
+
+/* What the kernel delivers to a socket was sent to an address of the host's. */
+static __always_inline void note_as_hosts(u64 netns, u32 *ip, u8 family)
+{
+	struct host_address address = { .netns = netns, .family = family };
+	u8 one = 1;
+
+	__builtin_memcpy(address.ip, ip, 16);
+	if (!host_addresses.lookup(&address))
+		host_addresses.update(&address, &one);
+}
+
 /* Whether a socket's source is its own: the endpoint's that it is bound to, or one that it may choose. */
 static __always_inline int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)
 {
 	return bound || !owner->tag || has_earlier_port(sk, owner->tag) || binds_freely(owner->container);
 }
+
+#ifdef GRAFT_V6ONLY_BYTE
+/* IPV6_V6ONLY, which no helper returns: a bit of the kernel's own struct sock. */
+static __always_inline int is_v6only(void *sk)
+{
+	u8 byte = 0;
+
+	return !bpf_probe_read_kernel(&byte, 1, sk + GRAFT_V6ONLY_BYTE) && byte & GRAFT_V6ONLY_MASK;
+}
+
+/* The same of a socket whose address a hook decides about. */
+static __always_inline int is_requester_v6only(struct bpf_sock_addr *ctx)
+{
+	void *sk = 0; /* ctx is the kernel's own struct bpf_sock_addr_kern */
+
+	return !bpf_probe_read_kernel(&sk, sizeof(sk), (void *)ctx + GRAFT_SOCK_ADDR_SK) && sk && is_v6only(sk);
+}
+#else
+static __always_inline int is_v6only(void *sk)
+{
+	return 0;
+}
+
+static __always_inline int is_requester_v6only(struct bpf_sock_addr *ctx)
+{
+	return 0;
+}
+#endif

@@ -9,6 +9,7 @@
 #define SO_BINDTOIFINDEX 62
 #define IP_HDRINCL 3
 #define IP_OPTIONS 4
+#define IP_FREEBIND 15
 #define IP_TRANSPARENT 19
 #define IP_IPSEC_POLICY 16
 #define IP_XFRM_POLICY 17
@@ -25,12 +26,13 @@
 #define IPV6_DSTOPTS 59
 #define IPV6_TRANSPARENT 75
 #define IPV6_UNICAST_IF 76
+#define IPV6_FREEBIND 78
 #define SOL_TCP 6
 #define TCP_REPAIR 19
 #define TCP_REPAIR_WINDOW 29
 
 /* Options by which a host-homed socket would bypass its policy: another interface, a route past the routing
- * table (a source route or another IP option too), or the addresses of others. Multicast (IP 32..48,
+ * table (a source route or another IP option too), or addresses of others, and such as the host does not have. Multicast (IP 32..48,
  * IPv6 17, 20, 21 and 42..48) and anycast (IPv6 27, 28) join groups on the host's links, or send on one of
  * them. TCP_REPAIR makes a connection that no hook has seen; IP_LOCAL_PORT_RANGE (51) chooses a port where the
  * kernel must choose it. A flow label that one socket leases for itself alone takes every label that is not leased
@@ -40,10 +42,10 @@ static __always_inline int bypasses_policy(int level, int name)
 	if (level == SOL_SOCKET)
 		return name == SO_BINDTODEVICE || name == SO_MARK || name == SO_BINDTOIFINDEX;
 	if (level == SOL_IP)
-		return name == IP_TRANSPARENT || name == IP_HDRINCL || name == IP_OPTIONS ||
+		return name == IP_FREEBIND || name == IP_TRANSPARENT || name == IP_HDRINCL || name == IP_OPTIONS ||
 		       name == IP_IPSEC_POLICY || name == IP_XFRM_POLICY || (name >= 32 && name <= 51);
 	if (level == SOL_IPV6)
-		return name == IPV6_TRANSPARENT || name == IPV6_UNICAST_IF || name == IPV6_PKTINFO ||
+		return name == IPV6_TRANSPARENT || name == IPV6_UNICAST_IF || name == IPV6_FREEBIND || name == IPV6_PKTINFO ||
 		       name == IPV6_2292PKTOPTIONS || name == IPV6_NEXTHOP || name == IPV6_MULTICAST_IF ||
 		       name == IPV6_HOPOPTS || name == IPV6_RTHDRDSTOPTS || name == IPV6_RTHDR ||
 		       name == IPV6_DSTOPTS || name == IPV6_FLOWLABEL_MGR || (name >= 20 && name <= 21) ||

@@ -34,6 +34,7 @@ ENDPOINT_OPEN = 1
 ENDPOINT_DECLARED = 2
 ENDPOINT_DUAL_STACK = 4
 ENDPOINT_UNIX = 8
+ENDPOINT_HAS_PORT = 16
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
 PROBED = 1
@@ -163,7 +164,9 @@ class Tag(ctypes.Structure):
         ("source", ctypes.c_uint32),
         ("lent", ctypes.c_uint8),
         ("at_unix", ctypes.c_uint8),
-        ("zero", ctypes.c_uint8 * 2),
+        ("lent_family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+        ("binder", ctypes.c_uint32),
     )
 
 

@@ -58,12 +58,16 @@ SOURCES = (
     "local_address.bpf.c",
     "bind.bpf.c",
     "connect.bpf.c",
+    "sendmsg.bpf.c",
     "desk.bpf.c",
     "create.bpf.c",
     "sockname.bpf.c",
     "options.bpf.c",
     "listen.bpf.c",
     "packet.bpf.c",
+    "destination.bpf.c",
+    "ingress.bpf.c",
+    "egress.bpf.c",
     "splice.bpf.c",
 )
 
@@ -84,6 +88,7 @@ SIZES = {
     "GRAFT_MAX_RULES": 262144,
     "GRAFT_MAX_COUNTERS": 65536,
     "GRAFT_MAX_ARRIVALS": 65536,
+    "GRAFT_MAX_HOST_ADDRESSES": 16384,
     "GRAFT_MAX_DESKS": MAX_DESKS,
 }
 

@@ -18,8 +18,8 @@ Offsets = Mapping[str, int | None]
 def structure_offsets() -> dict[str, int]:
     """The offsets that the hooks need; empty where the kernel has no type information.
 
-    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/bind.bpf.c), a packet's namespace, a
-    pending datagram and a setting of the namespace (bpf/packet.bpf.c).
+    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/local_address.bpf.c), a packet's namespace, a
+    pending datagram and a setting of the namespace (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c).
     """
     try:
         btf = Btf.of_kernel()
@@ -63,6 +63,7 @@ def _v6only(btf: Btf) -> Offsets:
     return {
         "GRAFT_V6ONLY_BYTE": None if bit is None else bit // 8,
         "GRAFT_V6ONLY_MASK": None if bit is None else 1 << bit % 8,
+        "GRAFT_SOCK_ADDR_SK": btf.offset("bpf_sock_addr_kern", "sk"),
     }
 
 

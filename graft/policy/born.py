@@ -36,8 +36,15 @@ def _obstacles(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[st
             yield f"endpoint {name}: it is in another network namespace"
         if endpoint.unix is not None:
             yield f"endpoint {name}: its connections are relayed to or from the container's own namespace"
+    # Only a supervisor can make a socket IPv6-only that its program has not made so.
     for ingress in policy.ingress:
-        found = endpoints.get(ingress.endpoint)
-        if found is not None and found.address == IPv6Address(0) and not found.dual_stack:
-            # Only a supervisor can make a socket IPv6-only that its program has not made so.
+        if _is_ipv6_only(endpoints.get(ingress.endpoint)):
             yield f"{ingress.field}: endpoint {ingress.endpoint} is IPv6-only at [::]"
+    for egress in policy.egress:
+        source = endpoints.get(egress.endpoint) if egress.endpoint is not None else None
+        if source is not None and source.port and _is_ipv6_only(source):
+            yield f"{egress.field}: endpoint {egress.endpoint} is an IPv6-only port at [::]"
+
+
+def _is_ipv6_only(endpoint: Endpoint | None) -> bool:
+    return endpoint is not None and endpoint.address == IPv6Address(0) and not endpoint.dual_stack

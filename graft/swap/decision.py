@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from graft.datapath.layout import ENDPOINT_DUAL_STACK, ENDPOINT_UNIX
+from graft.datapath.layout import ENDPOINT_DUAL_STACK, ENDPOINT_HAS_PORT, ENDPOINT_UNIX
 from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home
 from graft.policy.model import Default, Verdict
@@ -111,7 +111,7 @@ def decide(call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: boo
         return RESUME
     if call is Call.BIND:
         return _decide_bind(address, facts, v6only)
-    return _decide_connect(facts)
+    return _decide_connect(facts, v6only)
 
 
 def _matches_family(address: Sockaddr, family: int) -> bool:
@@ -133,15 +133,19 @@ def _decide_bind(address: Sockaddr, facts: SocketFacts, v6only: bool) -> Decisio
     return _decide_without_rule(facts, facts.bind_default)
 
 
-def _decide_connect(facts: SocketFacts) -> Decision:
+def _decide_connect(facts: SocketFacts, v6only: bool) -> Decision:
     if facts.verdict == Verdict.DENY:
         return _REFUSED
     if facts.verdict == Verdict.GRANT and facts.endpoint_is_unix:
         return _decide_without_rule(facts, Default.CONTAINER)
     if facts.verdict == Verdict.GRANT:
-        if facts.home == Home.HOST and (facts.endpoint_netns == facts.netns or facts.bound):
+        # Only a source with a port of its own is bound, and so takes the IPv4 port along.
+        only = facts.endpoint_is_ipv6_only and bool(facts.endpoint_flags & ENDPOINT_HAS_PORT)
+        if facts.home == Home.HOST and (
+            facts.bound or (facts.endpoint_netns == facts.netns and (v6only or not only or facts.local_port))
+        ):
             return RESUME
-        return Decision(Action.TO_HOST, facts.endpoint, facts.endpoint_netns)
+        return Decision(Action.TO_HOST, facts.endpoint, facts.endpoint_netns, v6only=only)
     to_container = facts.verdict == Verdict.CONTAINER
     return _decide_without_rule(facts, Default.CONTAINER if to_container else facts.connect_default)
 

@@ -47,12 +47,13 @@ _UNCHANGED: dict[int, frozenset[int]] = {
     SOL_TCP: frozenset(
         {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 18, 23, 24, 25, 27, 30, 33, 34, 36, 37, 44, 45, 46}
     ),
-    # TOS TTL RECVOPTS RETOPTS PKTINFO MTU_DISCOVER RECVERR RECVTTL RECVTOS FREEBIND PASSSEC MINTTL
-    # BIND_ADDRESS_NO_PORT RECVERR_RFC4884 (not LOCAL_PORT_RANGE: it would choose a port of the host's)
-    SOL_IP: frozenset({1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 18, 21, 24, 26}),
+    # TOS TTL RECVOPTS RETOPTS PKTINFO MTU_DISCOVER RECVERR RECVTTL RECVTOS PASSSEC MINTTL
+    # BIND_ADDRESS_NO_PORT RECVERR_RFC4884 (not LOCAL_PORT_RANGE: it would choose a port of the host's; not FREEBIND,
+    # which the setsockopt hook refuses)
+    SOL_IP: frozenset({1, 2, 6, 7, 8, 10, 11, 12, 13, 18, 21, 24, 26}),
     # UNICAST_HOPS MTU_DISCOVER RECVERR RECVERR_RFC4884 FLOWINFO_SEND RECVPKTINFO RECVHOPLIMIT DONTFRAG
-    # RECVTCLASS TCLASS AUTOFLOWLABEL ADDR_PREFERENCES MINHOPCOUNT FREEBIND
-    SOL_IPV6: frozenset({16, 23, 25, 31, 33, 49, 51, 62, 66, 67, 70, 72, 73, 78}),
+    # RECVTCLASS TCLASS AUTOFLOWLABEL ADDR_PREFERENCES MINHOPCOUNT
+    SOL_IPV6: frozenset({16, 23, 25, 31, 33, 49, 51, 62, 66, 67, 70, 72, 73}),
 }
 
 # Asked of every socket where the hook could not tell which options were set.

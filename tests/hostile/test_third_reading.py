@@ -195,8 +195,12 @@ def test_a_server_at_an_endpoint_of_every_address_answers_from_the_one_that_was_
     more = "ingress: [{bind: '*:53', endpoint: dns}]\n"
     text = policy(CLIENT4, more=more).replace("{out:", f"{{dns: '0.0.0.0:{port}', out:")
     with datagrams(host) as far:
-        steps = ["make", INET, DGRAM, 0, "bind", "0.0.0.0", 53, *info4(OTHER4), CLIENT4, far.getsockname()[1], "wait"]
-        assert confine(host, "direct", text, *steps).lines(3)[1:] == ["bind ok", "cmsg ok"]
+        steps = ["make", INET, DGRAM, 0, "bind", "0.0.0.0", 53, "wait", "receive", *info4(OTHER4), CLIENT4]
+        one = confine(host, "direct", text, *steps, far.getsockname()[1], "wait")
+        assert one.lines(2)[1] == "bind ok"
+        far.sendto(b"asked", (OTHER4, port))
+        one.resume()
+        assert one.lines(4)[3] == "cmsg ok"
         assert came(far, 10) == OTHER4
 
 

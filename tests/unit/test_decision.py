@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from graft.datapath.layout import ENDPOINT_DUAL_STACK, ENDPOINT_UNIX
+from graft.datapath.layout import ENDPOINT_DUAL_STACK, ENDPOINT_HAS_PORT, ENDPOINT_UNIX
 from graft.model.sockaddr import Sockaddr, parse_sockaddr
 from graft.model.transport import Home
 from graft.policy.model import Default, Verdict
@@ -132,6 +132,18 @@ def test_a_socket_at_an_ipv6_endpoint_is_ipv6_only_unless_that_is_dual_stack() -
     assert decide(BIND, WEB6, facts._replace(**there), v6only=False) == ONLY_IPV6
     assert decide(BIND, WEB6, facts._replace(**there), v6only=True) == RESUME
     assert decide(BIND, WEB6, dual._replace(**there), v6only=False) == RESUME
+
+
+def test_nor_does_one_that_connects_from_an_ipv6_port() -> None:
+    facts = CONTAINER_SOCKET._replace(family=6, **{**GRANT, "endpoint_family": 6, "endpoint_flags": ENDPOINT_HAS_PORT})
+    dual = facts._replace(endpoint_flags=ENDPOINT_HAS_PORT | ENDPOINT_DUAL_STACK)
+    assert decide(CONNECT, WEB6, facts, v6only=False) == ONLY_IPV6
+    assert decide(CONNECT, WEB6, dual, v6only=False) == TO_HOST
+    assert decide(CONNECT, WEB6, facts._replace(endpoint_flags=0), v6only=False) == TO_HOST
+    there = {"home": Home.HOST, "netns": HOST}
+    assert decide(CONNECT, WEB6, facts._replace(**there), v6only=False) == ONLY_IPV6
+    assert decide(CONNECT, WEB6, facts._replace(**there), v6only=True) == RESUME
+    assert decide(CONNECT, WEB6, facts._replace(**there, local_port=4000), v6only=False) == RESUME
 
 
 FACTS = st.builds(

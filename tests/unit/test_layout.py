@@ -51,6 +51,7 @@ CONSTANTS = {
     "GRAFT_ENDPOINT_DECLARED": layout.ENDPOINT_DECLARED,
     "GRAFT_ENDPOINT_DUAL_STACK": layout.ENDPOINT_DUAL_STACK,
     "GRAFT_ENDPOINT_UNIX": layout.ENDPOINT_UNIX,
+    "GRAFT_ENDPOINT_HAS_PORT": layout.ENDPOINT_HAS_PORT,
     "GRAFT_UNIX": UNIX_FAMILY,
     "GRAFT_CONTAINER_DENIES": layout.CONTAINER_DENIES,
     "GRAFT_CONTAINER_OTHERS": layout.CONTAINER_OTHERS,
@@ -75,8 +76,8 @@ CONSTANTS = {
 
 C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES"}
 C_ONLY |= {"GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT"}
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), limit a loop (bpf/connect.bpf.c), or
-are of what only the hooks read of a tag.
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c, bpf/egress.bpf.c), limit a loop
+(bpf/connect.bpf.c), or are of what only the hooks read of a tag.
 """
 
 
