@@ -13,6 +13,7 @@
     slow_calls.py   owners whose calls are slow wait
     jobs.py         work that takes more than one turn
     background.py   calls that block, made in threads
+    questions.py    about a container's folders, which it can hold: asked of a child
     shares.py       how much of something limited each container may have (pure)
     resources.py    a container's turns, descriptors and pipes
 

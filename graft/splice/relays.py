@@ -23,7 +23,7 @@ from graft.splice import unix_endpoint
 from graft.splice.far_check import FarCheck
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
-from graft.splice.listeners import cgroup_ids, collect_listeners
+from graft.splice.listeners import ContainerCgroups, collect_listeners
 from graft.splice.log import log
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
@@ -63,6 +63,7 @@ class Relays:
         self._published: dict[Publication, InboundRelay | UnixInboundRelay] = {}
         self._errors: dict[Publication, str] = {}
         self._plan: PublicationPlan | None = None
+        self._cgroups = ContainerCgroups(container.cgroup_path, container.cgroup_id)
         self._check_far = FarCheck(maps, container_netns)
         self._was_lost = False
         try:
@@ -120,11 +121,13 @@ class Relays:
         self._errors = {key: error for key, error in self._errors.items() if plan.wants(key)}
 
     def _make_plan(self) -> Stepwise[PublicationPlan]:
-        """What to publish by the policy in force. Made again if the policy was replaced meanwhile."""
+        """What to publish by the policy in force. Made again if the policy was replaced meanwhile, and once if more
+        cgroups turn out to be the container's.
+        """
+        has_looked_up = False
         while True:
             before = self._ruleset()
-            cgroups = yield from cgroup_ids(self.container.cgroup_path, self.container.cgroup_id)
-            self._check_far.cgroups = cgroups
+            cgroups = self._check_far.cgroups = self._cgroups.own
             lookup = partial(self._endpoint, before)
             plan = PublicationPlan(cgroups, lookup, self._resources.max_listeners, self._published.keys())
             try:
@@ -133,6 +136,10 @@ class Relays:
                 self._diagnostics.close()
                 self._diagnostics = self._container_netns.run(Diagnostics)
                 raise
+            if not has_looked_up:
+                has_looked_up = True
+                if (yield from self._cgroups.look_up(plan.elsewhere)):
+                    continue
             if self._ruleset() == before:
                 return plan
 
@@ -255,6 +262,7 @@ class Relays:
             "too_many": plan.too_many if plan else 0,
             "out": {"port": self._outbound.port, "served": sum(one.served for one in self._outbound.acceptors)},
             "connections": len(self._resources.connections),
+            **({"problem": self._cgroups.problem} if self._cgroups.problem else {}),
         }
 
 
