@@ -94,15 +94,23 @@ def _has_programs(path: Path, effective: bool = False) -> bool:
     return False
 
 
-def find_nested(path: Path) -> Path | None:
-    """A cgroup above or below ``path`` (or ``path`` itself) that Graft's programs are attached to already, if any.
+# Where programs are attached to a cgroup and to one above it, the kernel would run them twice for one call, and the
+# second run would judge the address that the first wrote.
 
-    There the kernel would run them twice for one call, and the second run would judge the address that the first wrote.
-    """
+
+def find_above(path: Path) -> Path | None:
+    """The cgroup at ``path`` or above that Graft's programs are attached to already, if any."""
+    if not _has_programs(path, effective=True):
+        return None
     top = cgroup.v2_mount()
-    if _has_programs(path, effective=True):
-        above = (path, *(parent for parent in path.parents if parent.is_relative_to(top)))
-        return next((one for one in above if _has_programs(one)), path)
+    above = (path, *(parent for parent in path.parents if parent.is_relative_to(top)))
+    return next((one for one in above if _has_programs(one)), path)
+
+
+def find_below(path: Path) -> Path | None:
+    """A cgroup below ``path`` that Graft's programs are attached to already, if any. May never return: it lists folders
+    that a process can hold.
+    """
     return next((one for one in cgroup.tree(path) if one != path and _has_programs(one)), None)
 
 

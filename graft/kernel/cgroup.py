@@ -21,6 +21,7 @@ from graft.kernel.syscalls import syscall
 
 _CLONE_NEWCGROUP = 0x02000000
 _PATH_MAX = 4096  # bytes, with the one behind it (linux/limits.h)
+_SEARCH_ONLY = 0o711
 _MOUNT_POINT = 4  # which field of a line of mountinfo
 _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")  # how the kernel writes blanks, newlines and backslashes there
 
@@ -128,6 +129,20 @@ def enable_controllers(path: Path, names: Iterable[str]) -> None:
             if name in available:
                 with contextlib.suppress(OSError):  # EBUSY: a process is in the cgroup itself
                     (folder / "cgroup.subtree_control").write_text(f"+{name}")
+
+
+def make(path: Path) -> None:
+    """Make a cgroup of Graft's own, and those above it that are missing. Quick if it is there.
+
+    Only root may list what this makes: whoever may list a folder can hold its lock, and nobody could make a cgroup in
+    it then, or look one up. For the same reason the folder above is not touched where the cgroup is there.
+    """
+    if path.is_dir():
+        return
+    make(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=_SEARCH_ONLY)
+        path.chmod(_SEARCH_ONLY)
 
 
 def enter(path: Path) -> None:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from graft.errors import KernelError
 from graft.splice.jobs import Stepwise
 from graft.state.helper_process import Question
 from graft.state.left_children import LeftChildren
+from graft.state.members import held
 
 T = TypeVar("T")
 
@@ -53,8 +53,3 @@ def ask(folder: str, work: Callable[[], T]) -> Stepwise[T]:
             _left.leave(folder, pid)
         else:
             _left.reap_later(pid)
-
-
-def held(folder: str) -> KernelError:
-    """The error where a folder is held."""
-    return KernelError(f"somebody holds the directory of the cgroup {folder}, or one below it", "end what runs there")

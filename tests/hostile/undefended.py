@@ -272,10 +272,10 @@ def _aside() -> None:
 
 def _cgroup_id() -> None:
     """A cgroup is known by its path."""
-    from graft.splice import listeners, relays
+    from graft.splice import listeners
 
     Container.exists = property(lambda self: self.cgroup_path.exists())  # type: ignore[assignment]
-    vars(relays)["cgroup_ids"] = lambda path, _root: listeners.cgroup_ids(path, 0)
+    vars(listeners)["cgroup_ids"] = lambda path, _root: cgroup.ids(path)
 
 
 def _terminal() -> None:
