@@ -130,9 +130,17 @@ def detach(settings: Settings, path: Path) -> None:
                 bpf.prog_detach(cgroup_fd, fd, kind)
 
 
+def scope_ids(settings: Settings) -> set[int]:
+    """The ids of the cgroups that the programs are attached to, or were."""
+    return {int(key.value) for key in Maps(settings.pin_dir).scopes.keys()}  # noqa: SIM118
+
+
 def attached_cgroups(settings: Settings) -> list[Path]:
-    """Every cgroup that the programs are attached to, Graft's own among them."""
-    ids = {int(key.value) for key in Maps(settings.pin_dir).scopes.keys()}  # noqa: SIM118
+    """Every cgroup that the programs are attached to, Graft's own among them.
+
+    May never return: it lists folders that a process can hold.
+    """
+    ids = scope_ids(settings)
     found = []
     for folder in cgroup.tree(cgroup.v2_mount()):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
@@ -142,8 +150,6 @@ def attached_cgroups(settings: Settings) -> list[Path]:
 
 
 def detach_all(settings: Settings) -> None:
-    """Detach the programs from every cgroup."""
-    if not (settings.pin_dir / "scopes").exists():
-        return
+    """Detach the programs from every cgroup. May never return, as `attached_cgroups`."""
     for path in attached_cgroups(settings):
         detach(settings, path)
