@@ -1,7 +1,7 @@
 """Network namespaces: entered, identified by cookie, found by name, process or path, kept by a mount.
 
-A process's namespace is entered by its pidfd, and the caller's own is opened by a socket: both without a look into
-/proc/PID, whose lock any user who may list it can hold.
+A process's namespace is entered by its pidfd, also where it is given as /proc/PID/ns/net, and the caller's own is
+opened by a socket: both without a look into /proc/PID, whose lock any user who may list it can hold.
 
 Sources: setns(2) (a pidfd: 5.8), SIOCGSKNS (net/socket.c), network_namespaces(7), ip-netns(8) for /run/netns,
 SO_NETNS_COOKIE (socket(7), 5.14).
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
+import re
 import socket
 import struct
 from collections import Counter
@@ -25,6 +27,7 @@ from graft.kernel.syscalls import syscall
 CLONE_NEWNET = 0x40000000
 SO_NETNS_COOKIE = 71
 _SIOCGSKNS = 0x894C  # linux/sockios.h
+_OF_PROCESS = re.compile(r"/proc/([0-9]{1,10})/ns/net", re.ASCII)
 _MS_BIND, _MNT_DETACH = 0x1000, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -40,6 +43,22 @@ def open_own() -> int:
         return fcntl.ioctl(sock.fileno(), _SIOCGSKNS)
 
 
+def open_place(place: Path | int) -> int:
+    """A descriptor by which `setns` enters the namespace at a path, or of a process. Raises OSError: FileNotFoundError
+    where it is gone.
+    """
+    if isinstance(place, int):
+        pid = place
+    elif found := _OF_PROCESS.fullmatch(str(place)):
+        pid = int(found[1])
+    else:
+        return os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError as error:
+        raise FileNotFoundError(errno.ENOENT, f"process {pid} has ended") from error
+
+
 def unshare_netns() -> None:
     """Give the calling thread a network namespace of its own, with lo down."""
     syscall("unshare", CLONE_NEWNET)
@@ -52,7 +71,7 @@ def entered(place: Path | int) -> Iterator[None]:
     """
     home = open_own()
     try:
-        fd = os.pidfd_open(place) if isinstance(place, int) else os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_place(place)
         try:
             setns(fd)
         finally:
@@ -103,10 +122,12 @@ def resolve(spec: str) -> Path:
         path = Path("/run/netns") / spec
         if "/" in spec or spec in (".", ".."):
             raise NotFoundError(f"netns: {spec!r} is not a name of a network namespace", "ip netns list")
-    if not path.exists():
-        raise NotFoundError(f"netns: network namespace {spec!r} not found", "a name of `ip netns`, a pid, or a path")
     try:
         cookie(path)
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"netns: network namespace {spec!r} not found", "a name of `ip netns`, a pid, or a path"
+        ) from None
     except OSError as error:
         raise NotFoundError(f"netns: {spec!r} is not a network namespace ({error.strerror})") from error
     return path
@@ -116,11 +137,16 @@ def keep(source: Path, target: Path) -> None:
     """Mount the namespace at ``source`` on the file ``target``: it then exists there until `release`."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     target.touch(mode=0o600)
-    real = os.fsencode(source.resolve() if not str(source).startswith("/proc/") else source)
-    if _libc.mount(real, os.fsencode(target), None, ctypes.c_ulong(_MS_BIND), None) != 0:
-        code = ctypes.get_errno()
-        target.unlink(missing_ok=True)
-        raise KernelError(f"cannot keep the network namespace {source}: {os.strerror(code)}")
+    with entered(source):
+        opened = open_own()
+    try:
+        real = os.fsencode(f"/proc/self/fd/{opened}")
+        if _libc.mount(real, os.fsencode(target), None, ctypes.c_ulong(_MS_BIND), None) != 0:
+            code = ctypes.get_errno()
+            target.unlink(missing_ok=True)
+            raise KernelError(f"cannot keep the network namespace {source}: {os.strerror(code)}")
+    finally:
+        os.close(opened)
 
 
 def release(target: Path) -> None:

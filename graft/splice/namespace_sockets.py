@@ -72,13 +72,11 @@ class NamespaceSockets:
 
 def _open(place: Path | int) -> int:
     """A descriptor of the namespace at a path, or of a process. Raises OSError."""
-    if isinstance(place, Path):
-        return os.open(place, os.O_RDONLY | os.O_CLOEXEC)
-    process = os.pidfd_open(place)
+    fd = netns.open_place(place)
     try:
-        return _run_in(process, netns.open_own)
+        return _run_in(fd, netns.open_own)  # a pidfd enters it only while the process is there
     finally:
-        os.close(process)
+        os.close(fd)
 
 
 def _run_in(fd: int, call: Callable[[], T]) -> T:

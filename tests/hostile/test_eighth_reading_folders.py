@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -185,6 +186,31 @@ def test_the_daemon_starts_while_a_container_holds_its_cgroups_folder(host: Host
         assert served(other, listener, port, 4 * PATIENCE)
         daemon.process.kill()
         daemon.process.wait(10 * PATIENCE)
+
+
+def test_the_daemon_sees_that_a_cgroup_is_gone_while_the_folder_above_is_held(host: Host, pair: Pair) -> None:
+    hostile, other, listener, port = pair
+    above = cgroup.v2_mount() / f"graft-test-{os.getpid()}-above"
+    (above / "below").mkdir(parents=True)
+    enter = f'echo $$ > {above}/below/cgroup.procs; exec "$@"'
+    daemon = other.daemon()
+    try:
+        with subprocess.Popen(["sh", "-c", enter, "sh", *hostile.netns.command("sleep", "100")]) as process:
+            until("it is in there", lambda: cgroup.processes(above))
+            rules = ["-i", f"0.0.0.0:82={host.endpoint(f'0.0.0.0:{host.port()}')}"]
+            host.graft("attach", "--cgroup", above / "below", *rules)
+            process.kill()
+        os.kill(daemon, signal.SIGSTOP)
+        cgroup.remove(above / "below")
+        with running(holder(above)):
+            os.kill(daemon, signal.SIGCONT)
+            for _ in range(3):
+                assert served(other, listener, port, 4 * PATIENCE)
+                time.sleep(0.3)
+            until("its record is gone", lambda: len(host.installation.containers.listing()) == 2)
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+        cgroup.remove(above)
 
 
 # ---- commands ---------------------------------------------------------------------------------------
