@@ -41,13 +41,14 @@ def overview(graft: Installation) -> list[ContainerOverview]:
     settings = graft.settings
     graft.reap()
     listed = graft.containers.listing()
+    own = supervisors_cgroup(settings)
+    inside = members.of_each([own, *(container.cgroup_path for container in listed)])
     with inventory.host_stack(graft) as stack:
-        sockets = inventory.sockets_by_container(settings, listed, stack)
-    supervisors = members.processes(supervisors_cgroup(settings))
+        sockets = inventory.sockets_by_container(settings, listed, stack, inside)
+    supervisors = inside[own].pids if own in inside else ()
     parents = liveness.parents(supervisors)
     stuck = liveness.stuck(supervisors)
     relays = _relays(settings, listed)
-    inside = members.of_each([container.cgroup_path for container in listed])
     found = []
     for container in listed:
         its_members = inside.get(container.cgroup_path)

@@ -29,6 +29,7 @@ from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home, Transport
 from graft.state import helper_process, members, socket_holders
 from graft.state.installation import Installation
+from graft.state.members import Members
 from graft.state.records import Container
 from graft.state.socket_holders import Place
 
@@ -78,21 +79,23 @@ class ContainerSocket:
 
 
 def sockets_by_container(
-    settings: Settings, containers: Sequence[Container], stack: HostStack
+    settings: Settings,
+    containers: Sequence[Container],
+    stack: HostStack,
+    listed: Mapping[Path, Members] | None = None,
 ) -> dict[int, list[ContainerSocket]] | None:
     """The sockets of each of ``containers``, by its id. Each namespace is listed once for all of them.
 
-    None if the kernel does not answer in time. Of a container that holds a folder of its cgroups only those are found
-    that have its tag, or that were made in its first cgroup. Raises OSError.
+    ``listed`` is what is in their cgroups, if that is known already. Of a container that holds a folder of its cgroups
+    only those sockets are found that have its tag, or that were made in its first cgroup. None if the kernel does not
+    answer in time. Raises OSError.
     """
     on_host = _list_stack(settings, stack)
     if on_host is None:
         return None
-    listed = members.of_each([container.cgroup_path for container in containers])
-    inside = [
-        listed.get(container.cgroup_path, members.Members((), frozenset([container.cgroup_id])))
-        for container in containers
-    ]
+    if listed is None:
+        listed = members.of_each([container.cgroup_path for container in containers])
+    inside = [listed.get(one.cgroup_path, Members((), frozenset([one.cgroup_id]))) for one in containers]
     searches = helper_process.run_each(lambda one: _find_descriptors(settings, one.pids, on_host), inside).results
     by_container: dict[int, list[ContainerSocket]] = {}
     for index, container in enumerate(containers):

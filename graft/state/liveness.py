@@ -29,6 +29,8 @@ def stuck(pids: Sequence[int], seconds: float = _DURATION) -> frozenset[int]:
 
     Returns as soon as none of them may be stuck.
     """
+    if not pids:
+        return frozenset()
     return helper_process.run_one(lambda: _stuck(pids, seconds), seconds + _TIMEOUT) or frozenset()
 
 

@@ -337,7 +337,9 @@ def _asking() -> None:
 def _tags() -> None:
     """A container's sockets were those of its processes, and of a process those of its first thread."""
 
-    def sockets_by_container(settings: Settings, listed: Sequence[Container], stack: inventory.HostStack) -> Any:
+    def sockets_by_container(
+        settings: Settings, listed: Sequence[Container], stack: inventory.HostStack, _inside: Any = None
+    ) -> Any:
         found = by_tags(settings, listed, stack)
         for container in listed:
             inside = cgroup.processes(container.cgroup_path)
