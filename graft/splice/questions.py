@@ -17,7 +17,7 @@ from graft.state.members import held
 
 T = TypeVar("T")
 
-_TIMEOUT = 5.0  # seconds; only the container itself waits for them
+_TIMEOUT = 2.0  # seconds; only the container's own work waits for them
 _INTERVAL = 0.005
 _AT_ONCE = 8  # as many children as that
 

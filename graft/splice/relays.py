@@ -106,7 +106,13 @@ class Relays:
     def update(self) -> Stepwise[None]:
         """Publish what the container listens on now, and withdraw the rest. Raises OSError, NotFoundError."""
         yield from self._replace_lost()
-        plan = self._plan = yield from self._make_plan()
+        plan = yield from self._make_plan()
+        yield from self._apply(plan)
+        if (yield from self._cgroups.look_up(plan.elsewhere)):  # last: the container decides how long it takes
+            yield from self._apply((yield from self._make_plan()))
+
+    def _apply(self, plan: PublicationPlan) -> Stepwise[None]:
+        self._plan = plan
         wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
         # If an endpoint has moved, its old listener stays until the new one listens.
@@ -121,10 +127,7 @@ class Relays:
         self._errors = {key: error for key, error in self._errors.items() if plan.wants(key)}
 
     def _make_plan(self) -> Stepwise[PublicationPlan]:
-        """What to publish by the policy in force. Made again if the policy was replaced meanwhile, and once if more
-        cgroups turn out to be the container's.
-        """
-        has_looked_up = False
+        """What to publish by the policy in force. Made again if the policy was replaced meanwhile."""
         while True:
             before = self._ruleset()
             cgroups = self._check_far.cgroups = self._cgroups.own
@@ -136,10 +139,6 @@ class Relays:
                 self._diagnostics.close()
                 self._diagnostics = self._container_netns.run(Diagnostics)
                 raise
-            if not has_looked_up:
-                has_looked_up = True
-                if (yield from self._cgroups.look_up(plan.elsewhere)):
-                    continue
             if self._ruleset() == before:
                 return plan
 
