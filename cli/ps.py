@@ -75,7 +75,7 @@ def ps(as_json: Json = False) -> None:
             one.container.transport,
             _served_by(one),
             ",".join(one.container.endpoints) or "-",
-            _summary(one),
+            _summary(one) + ("; somebody holds its cgroup's directory" if one.processes is None else ""),
             one.container.cgroup,
         )
         for one in overviews
@@ -112,6 +112,7 @@ def _relay_summary(relay: Mapping[str, Any]) -> str:
     addresses = [one["address"] for one in relay["published"]]
     words = [address if address.startswith(SCHEME) else f"tcp {address}" for address in addresses]
     count = relay["connections"]
+    words += [f"not up to date: {relay['problem']}"] if "problem" in relay else []
     words += [f"{count} connection{'' if count == 1 else 's'}"] if count else []
     words += [f"waits for {relay['waits']} s: a call for it took long"] if relay["waits"] else []
     return ", ".join(words) or "-"

@@ -6,19 +6,20 @@ Finds the container, observes what decides its transport (transport_choice.py), 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from graft.commands.policy_apply import refuse_in_splice, replace_policy, update_relay
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import NotFoundError, RefusedError
-from graft.kernel import cgroup, netns
+from graft.kernel import netns
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.policy.model import Policy
 from graft.policy.validator import grants_without_tcp
 from graft.splice import client as splice
-from graft.state import inventory
+from graft.state import inventory, members
+from graft.state.containers import refuse_below
 from graft.state.engines import FoundContainer, resolve
 from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket
@@ -54,7 +55,8 @@ def attach(
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
     graft.reap()
     attached = graft.containers.at(target.cgroup)
-    observed = observe(graft.settings, target.cgroup, attached)
+    pids = members.processes(target.cgroup)
+    observed = observe(graft.settings, pids, attached)
     choice = choose_transport(observed, wanted)
     if relay is not None:
         _check_relay(graft.settings, choice, relay)
@@ -62,17 +64,17 @@ def attach(
     if attached is not None:
         container = _replace_policy(graft, target, attached, choice, policy, relay)
     elif choice.transport is Transport.SPLICE:
-        container = _attach_splice(graft, target, policy, relay or "splice")
+        container = _attach_splice(graft, target, pids, policy, relay or "splice")
     else:
-        container, existing = _attach_direct(graft, target, policy, choice)
+        container, existing = _attach_direct(graft, target, pids, policy, choice)
     without_effect = _without_effect(graft, choice, policy)
     unix = _without_supervisor(choice, policy)
     return Attached(target, observed, choice, container, attached is not None, existing, without_effect, unix)
 
 
-def observe(settings: Settings, path: Path, attached: Container | None) -> Observed:
-    """What decides the transport of the container at ``path``."""
-    namespaces = netns.inodes_of(cgroup.processes(path))
+def observe(settings: Settings, pids: Sequence[int], attached: Container | None) -> Observed:
+    """What decides the transport of the container with these processes."""
+    namespaces = netns.inodes_of(pids)
     transport = None if attached is None else attached.transport
     return Observed(os.stat(settings.host_netns).st_ino, dict(namespaces), transport)
 
@@ -84,8 +86,7 @@ def _is_attached_name(graft: Installation, text: str) -> bool:
 def _started_by_graft(graft: Installation, text: str) -> FoundContainer:
     """A container that Graft started, by the name that `graft ps` shows."""
     container = graft.containers.find(text)
-    pid = next(iter(cgroup.processes(container.cgroup_path)), 0)
-    return FoundContainer(container.cgroup_path, container.engine, container.name, str(container.id), pid)
+    return FoundContainer(container.cgroup_path, container.engine, container.name, str(container.id))
 
 
 def _check_relay(settings: Settings, choice: TransportChoice, relay: str) -> None:
@@ -115,12 +116,13 @@ def _replace_policy(
 
 
 def _attach_direct(
-    graft: Installation, target: FoundContainer, policy: Policy, choice: TransportChoice
+    graft: Installation, target: FoundContainer, pids: Sequence[int], policy: Policy, choice: TransportChoice
 ) -> tuple[Container, tuple[ContainerSocket, ...] | None]:
     """Attach the hooks, for transport direct. Returns the container, and the sockets that it had before."""
     settings = graft.settings
-    existing = inventory.host_sockets_of(settings, cgroup.processes(target.cgroup))
+    existing = inventory.host_sockets_of(settings, pids)
     compiled = graft.compile(policy)
+    refuse_below(target.cgroup)
     with graft.transaction() as change:
         container = change.containers.create(
             compiled,
@@ -135,16 +137,19 @@ def _attach_direct(
     return container, None if existing is None else tuple(existing)
 
 
-def _attach_splice(graft: Installation, target: FoundContainer, policy: Policy, relay: str) -> Container:
+def _attach_splice(
+    graft: Installation, target: FoundContainer, pids: Sequence[int], policy: Policy, relay: str
+) -> Container:
     """Attach the hooks of transport splice, and have graftd relay for it. Undone if that fails."""
     refuse_in_splice(policy)
     splice.ensure_daemon(graft.settings)
-    pid = next(iter(cgroup.processes(target.cgroup)), target.pid)
+    pid = next(iter(pids), target.pid)
     try:
-        cookie = netns.cookie(Path(f"/proc/{pid}/ns/net"))
-    except FileNotFoundError:
+        cookie = netns.cookie(pid)
+    except OSError:
         raise NotFoundError(f"cgroup: the processes of {target.name} have ended") from None
     compiled = graft.compile(policy)
+    refuse_below(target.cgroup)
     with graft.transaction() as change:
         container = change.containers.create(
             compiled, target.cgroup, cookie, Transport.SPLICE, name=target.name, engine=target.engine, relay=relay

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from graft.datapath import attachments, dataplane
-from graft.errors import ConflictError, GraftError
+from graft.errors import ConflictError, GraftError, KernelError
 from graft.kernel import cgroup, netns
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import client as splice
-from graft.state import bound_sockets, leftovers, records
+from graft.state import bound_sockets, helper_process, leftovers, members, records
 from graft.state.installation import Installation
+
+_TIMEOUT = 2.0  # seconds, for each kind of call about folders that a process can hold
+_SEARCH_TIMEOUT = 10.0
 
 
 def down(settings: Settings, force: bool = False) -> None:
@@ -24,34 +28,67 @@ def down(settings: Settings, force: bool = False) -> None:
     Raises ConflictError while containers are running, unless ``force``. Then it also kills the processes of containers
     with transport swap: their sockets on the host's stack must not outlive the hooks that confine them. Other
     containers are detached, and continue to run.
+
+    Whoever may list a folder of the cgroup tree can hold it (graft/state/folder_calls.py): all calls about those that
+    are not Graft's own are made in children. Raises KernelError where something could not be removed for that.
     """
     require_root()
     graft_cgroup = cgroup.v2_mount() / settings.cgroup
     if force or not any(records.folder_of(settings).glob("*.json")):
         splice.stop(settings)
     with dataplane.locked(settings):
-        running = cgroup.processes(graft_cgroup)
+        own = members.of_each([graft_cgroup]).get(graft_cgroup)
+        running = "some" if own is None else len(own.pids)
         populated = _populated(settings)
         if (running or populated) and not force:
             raise ConflictError(
-                f"{len(populated)} containers and {len(running)} processes are under Graft",
+                f"{len(populated)} containers and {running} processes are under Graft",
                 "detach or end them, or use `graft down --force`",
             )
-        for path, swapped in populated.items():
-            if swapped:
-                cgroup.kill(path)
+        _kill([path for path, swapped in populated.items() if swapped])
         if running:
             cgroup.kill(graft_cgroup)
         if graft_cgroup.exists():
             cgroup.remove(graft_cgroup)
         _close_leftovers(settings)
-        attachments.detach_all(settings)
+        is_detached = _detach_all(settings, frozenset() if own is None else own.cgroups)
         dataplane.unpin(settings.pin_dir)
         for pin in (settings.run_dir / "netns").glob("*"):
             netns.release(pin)
         bound_sockets.release(settings, lambda _container, _endpoint: True)
         bound_sockets.remove_released(settings)
-        shutil.rmtree(settings.run_dir, ignore_errors=True)
+        if not helper_process.run_each(_remove_folder, [settings.run_dir], _TIMEOUT).results:
+            raise KernelError(f"cannot remove {settings.run_dir}: somebody holds the directory above")
+    if not is_detached:
+        raise KernelError("programs may still be attached: somebody holds a directory of the cgroup tree")
+
+
+def _kill(paths: Sequence[Path]) -> None:
+    done = helper_process.run_each(cgroup.kill, paths, _TIMEOUT).results
+    for index, path in enumerate(paths):
+        if index not in done:
+            raise members.held(str(path))
+
+
+def _detach_all(settings: Settings, own: Collection[int]) -> bool:
+    """Detach the programs from every cgroup; False if there may be more, which a search did not find in time.
+
+    ``own`` are the ids of Graft's own cgroups, which are gone by now.
+    """
+    if not (settings.pin_dir / "scopes").exists():
+        return True
+    recorded = records.read_all(settings)[0]
+    done = helper_process.run_each(
+        lambda one: attachments.detach(settings, one.cgroup_path), recorded, _TIMEOUT
+    ).results
+    known = {one.cgroup_id for index, one in enumerate(recorded) if index in done}.union(own)
+    if attachments.scope_ids(settings) <= known:
+        return True
+    return bool(helper_process.run_each(attachments.detach_all, [settings], _SEARCH_TIMEOUT).results)
+
+
+def _remove_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _close_leftovers(settings: Settings) -> None:
@@ -63,9 +100,15 @@ def _close_leftovers(settings: Settings) -> None:
 def _populated(settings: Settings) -> dict[Path, bool]:
     """The attached cgroups that have processes, and whether their transport is swap."""
     found, unreadable = records.read_all(settings)
-    populated = {one.cgroup_path: one.transport.is_supervised for one in found if one.is_populated}
+    answers = helper_process.run_each(lambda one: one.is_populated, found, _TIMEOUT).results
+    populated = {
+        one.cgroup_path: one.transport.is_supervised for index, one in enumerate(found) if answers.get(index, True)
+    }
     if unreadable and (settings.pin_dir / "scopes").exists():
-        populated = _unrecorded(settings) | populated
+        unrecorded = helper_process.run_one(lambda: _unrecorded(settings), _SEARCH_TIMEOUT)
+        if unrecorded is None:
+            raise members.held(str(cgroup.v2_mount()))
+        populated = unrecorded | populated
     return populated
 
 

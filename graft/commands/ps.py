@@ -8,10 +8,10 @@ from typing import Any
 
 from graft.datapath.dataplane import supervisors_cgroup
 from graft.errors import GraftError
-from graft.kernel import cgroup, netns, tasks
+from graft.kernel import netns
 from graft.model.settings import Settings
 from graft.splice import client as splice
-from graft.state import inventory, liveness
+from graft.state import inventory, liveness, members
 from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket
 from graft.state.records import Container
@@ -19,13 +19,15 @@ from graft.state.records import Container
 
 @dataclass(frozen=True, slots=True)
 class ContainerOverview:
-    """A container as it is now. ``namespaces`` are inodes; ``supervisors`` is empty if it needs none.
+    """A container as it is now. ``processes`` is None if somebody in it holds a folder of its cgroups.
+
+    ``namespaces`` are inodes; ``supervisors`` is empty if it needs none.
 
     ``stuck`` are those of the supervisors that are stuck; ``sockets`` is None if the kernel did not list them in time.
     """
 
     container: Container
-    processes: int
+    processes: int | None
     namespaces: tuple[int, ...]
     supervisors: tuple[int, ...]
     stuck: frozenset[int]
@@ -39,20 +41,23 @@ def overview(graft: Installation) -> list[ContainerOverview]:
     settings = graft.settings
     graft.reap()
     listed = graft.containers.listing()
+    own = supervisors_cgroup(settings)
+    inside = members.of_each([own, *(container.cgroup_path for container in listed)])
     with inventory.host_stack(graft) as stack:
-        sockets = inventory.sockets_by_container(settings, listed, stack)
-    supervisors = cgroup.processes(supervisors_cgroup(settings))
+        sockets = inventory.sockets_by_container(settings, listed, stack, inside)
+    supervisors = inside[own].pids if own in inside else ()
+    parents = liveness.parents(supervisors)
     stuck = liveness.stuck(supervisors)
     relays = _relays(settings, listed)
     found = []
     for container in listed:
-        pids = cgroup.processes(container.cgroup_path)
-        its_supervisors = supervisors_of(container, supervisors)
+        its_members = inside.get(container.cgroup_path)
+        its_supervisors = tuple(pid for pid, parent in parents.items() if parent == container.pid)
         found.append(
             ContainerOverview(
                 container=container,
-                processes=len(pids),
-                namespaces=tuple(sorted(netns.inodes_of(pids))),
+                processes=None if its_members is None else len(its_members.pids),
+                namespaces=tuple(sorted(netns.inodes_of(its_members.pids))) if its_members else (),
                 supervisors=its_supervisors,
                 stuck=stuck.intersection(its_supervisors),
                 sockets=None if sockets is None else tuple(sockets[container.id]),
@@ -79,11 +84,3 @@ def _relays(settings: Settings, listed: Sequence[Container]) -> dict[int, Mappin
 
 def _not_served(problem: str) -> Mapping[str, Any]:
     return {"serves": False, "problem": problem}
-
-
-def supervisors_of(container: Container, supervisors: Sequence[int]) -> tuple[int, ...]:
-    """The processes that serve a container: children of its keeper's process, in the supervisors' cgroup."""
-    if not container.pid:
-        return ()
-    activities = ((pid, tasks.activity(pid)) for pid in supervisors)
-    return tuple(pid for pid, activity in activities if activity is not None and activity.parent == container.pid)

@@ -47,7 +47,7 @@ def run(graft: Installation, plan: RunPlan) -> int:
     Raises GraftError if it cannot be started. Leaves nothing behind in either case.
     """
     path = cgroup.v2_mount() / graft.settings.cgroup / f"run-{os.getpid()}"
-    path.mkdir(parents=True, exist_ok=True)
+    cgroup.make(path)
     try:
         with _signals_blocked() as mask:
             return _run_in(graft, plan, path, mask)

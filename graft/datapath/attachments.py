@@ -94,15 +94,23 @@ def _has_programs(path: Path, effective: bool = False) -> bool:
     return False
 
 
-def find_nested(path: Path) -> Path | None:
-    """A cgroup above or below ``path`` (or ``path`` itself) that Graft's programs are attached to already, if any.
+# Where programs are attached to a cgroup and to one above it, the kernel would run them twice for one call, and the
+# second run would judge the address that the first wrote.
 
-    There the kernel would run them twice for one call, and the second run would judge the address that the first wrote.
-    """
+
+def find_above(path: Path) -> Path | None:
+    """The cgroup at ``path`` or above that Graft's programs are attached to already, if any."""
+    if not _has_programs(path, effective=True):
+        return None
     top = cgroup.v2_mount()
-    if _has_programs(path, effective=True):
-        above = (path, *(parent for parent in path.parents if parent.is_relative_to(top)))
-        return next((one for one in above if _has_programs(one)), path)
+    above = (path, *(parent for parent in path.parents if parent.is_relative_to(top)))
+    return next((one for one in above if _has_programs(one)), path)
+
+
+def find_below(path: Path) -> Path | None:
+    """A cgroup below ``path`` that Graft's programs are attached to already, if any. May never return: it lists folders
+    that a process can hold.
+    """
     return next((one for one in cgroup.tree(path) if one != path and _has_programs(one)), None)
 
 
@@ -122,9 +130,17 @@ def detach(settings: Settings, path: Path) -> None:
                 bpf.prog_detach(cgroup_fd, fd, kind)
 
 
+def scope_ids(settings: Settings) -> set[int]:
+    """The ids of the cgroups that the programs are attached to, or were."""
+    return {int(key.value) for key in Maps(settings.pin_dir).scopes.keys()}  # noqa: SIM118
+
+
 def attached_cgroups(settings: Settings) -> list[Path]:
-    """Every cgroup that the programs are attached to, Graft's own among them."""
-    ids = {int(key.value) for key in Maps(settings.pin_dir).scopes.keys()}  # noqa: SIM118
+    """Every cgroup that the programs are attached to, Graft's own among them.
+
+    May never return: it lists folders that a process can hold.
+    """
+    ids = scope_ids(settings)
     found = []
     for folder in cgroup.tree(cgroup.v2_mount()):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
@@ -134,8 +150,6 @@ def attached_cgroups(settings: Settings) -> list[Path]:
 
 
 def detach_all(settings: Settings) -> None:
-    """Detach the programs from every cgroup."""
-    if not (settings.pin_dir / "scopes").exists():
-        return
+    """Detach the programs from every cgroup. May never return, as `attached_cgroups`."""
     for path in attached_cgroups(settings):
         detach(settings, path)

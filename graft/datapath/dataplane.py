@@ -38,10 +38,10 @@ def _lock_file(folder: Path) -> TextIO:
     """The lock file, locked. `graft down` removes the file: a command that waited for it then tries the next one."""
     path = folder / "lock"
     while True:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             lock = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # noqa: SIM115
         except FileNotFoundError:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # only now: others may hold the folder above
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -145,7 +145,7 @@ def _load(settings: Settings, folder: Path) -> Loaded:
 def _make_supervisors_cgroup(settings: Settings) -> None:
     """Make the supervisors' cgroup, attach the programs to it, and enable what limits each supervisor in it."""
     folder = supervisors_cgroup(settings)
-    keepers_cgroup(settings).mkdir(parents=True, exist_ok=True)
+    cgroup.make(keepers_cgroup(settings))
     cgroup.enable_controllers(folder, SUPERVISOR_CONTROLLERS)
     attachments.attach(settings, folder, 0)
 

@@ -1,16 +1,20 @@
 """cgroup v2: its mount, its folders, their controllers and processes.
 
-Sources: Documentation/admin-guide/cgroup-v2.rst, proc_pid_mountinfo(5), cgroup_namespaces(7). The mount may stand
-alone at /sys/fs/cgroup or beside v1 at another place; its path is never assumed.
+Sources: Documentation/admin-guide/cgroup-v2.rst, proc_pid_mountinfo(5), cgroup_namespaces(7), open_by_handle_at(2)
+with FILEID_KERNFS of include/linux/exportfs.h (5.5). The mount may stand alone at /sys/fs/cgroup or beside v1 at
+another place; its path is never assumed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import os
 import re
 import signal
+import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,14 +23,19 @@ from pathlib import Path
 from graft.errors import KernelError
 from graft.kernel.syscalls import syscall
 
+_FILEID_KERNFS = 0xFE
 _CLONE_NEWCGROUP = 0x02000000
 _PATH_MAX = 4096  # bytes, with the one behind it (linux/limits.h)
+_SEARCH_ONLY = 0o711
 _MOUNT_POINT = 4  # which field of a line of mountinfo
 _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")  # how the kernel writes blanks, newlines and backslashes there
 
 
+@functools.cache
 def v2_mount() -> Path:
-    """Where cgroup v2 is mounted. Raises KernelError where it is not mounted."""
+    """Where cgroup v2 is mounted. Read once: others can hold the folder in /proc. Raises KernelError where it is not
+    mounted.
+    """
     return parse_mounts(Path("/proc/self/mountinfo").read_bytes())
 
 
@@ -46,6 +55,27 @@ def parse_mounts(mountinfo: bytes) -> Path:
 def cgroup_id(path: Path) -> int:
     """The kernel's id of a cgroup: the inode number of its folder (bpf_get_current_cgroup_id(2))."""
     return path.stat().st_ino
+
+
+def has_id(number: int) -> bool:
+    """Whether there is a cgroup of that id. Its name is not looked up in the folder above, which others may hold.
+
+    Raises OSError where the kernel does not say (without CAP_DAC_READ_SEARCH).
+    """
+    handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, _FILEID_KERNFS, number))
+    try:
+        os.close(syscall("open_by_handle_at", _top(os.getpid()), handle, os.O_PATH | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return False
+    return True
+
+
+@functools.cache
+def _top(_pid: int) -> int:
+    """A descriptor of the mount, of this process's own: it stays open."""
+    return os.open(v2_mount(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def ids(path: Path) -> frozenset[int]:
@@ -128,6 +158,20 @@ def enable_controllers(path: Path, names: Iterable[str]) -> None:
             if name in available:
                 with contextlib.suppress(OSError):  # EBUSY: a process is in the cgroup itself
                     (folder / "cgroup.subtree_control").write_text(f"+{name}")
+
+
+def make(path: Path) -> None:
+    """Make a cgroup of Graft's own, and those above it that are missing. Quick if it is there.
+
+    Only root may list what this makes: whoever may list a folder can hold its lock, and nobody could make a cgroup in
+    it then, or look one up. For the same reason the folder above is not touched where the cgroup is there.
+    """
+    if path.is_dir():
+        return
+    make(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=_SEARCH_ONLY)
+        path.chmod(_SEARCH_ONLY)
 
 
 def enter(path: Path) -> None:

@@ -1,13 +1,20 @@
 """Network namespaces: entered, identified by cookie, found by name, process or path, kept by a mount.
 
-Sources: setns(2), network_namespaces(7), ip-netns(8) for /run/netns, SO_NETNS_COOKIE (socket(7), 5.14).
+A process's namespace is entered by its pidfd, also where it is given as /proc/PID/ns/net, and the caller's own is
+opened by a socket: both without a look into /proc/PID, whose lock any user who may list it can hold.
+
+Sources: setns(2) (a pidfd: 5.8), SIOCGSKNS (net/socket.c), network_namespaces(7), ip-netns(8) for /run/netns,
+SO_NETNS_COOKIE (socket(7), 5.14).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import os
+import re
 import socket
 import struct
 from collections import Counter
@@ -19,6 +26,8 @@ from graft.kernel.syscalls import syscall
 
 CLONE_NEWNET = 0x40000000
 SO_NETNS_COOKIE = 71
+_SIOCGSKNS = 0x894C  # linux/sockios.h
+_OF_PROCESS = re.compile(r"/proc/([0-9]{1,10})/ns/net", re.ASCII)
 _MS_BIND, _MNT_DETACH = 0x1000, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -28,17 +37,41 @@ def setns(fd: int) -> None:
     syscall("setns", fd, CLONE_NEWNET)
 
 
+def open_own() -> int:
+    """A descriptor of the calling thread's namespace."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:  # which belongs to it; the hooks ignore this family
+        return fcntl.ioctl(sock.fileno(), _SIOCGSKNS)
+
+
+def open_place(place: Path | int) -> int:
+    """A descriptor by which `setns` enters the namespace at a path, or of a process. Raises OSError: FileNotFoundError
+    where it is gone.
+    """
+    if isinstance(place, int):
+        pid = place
+    elif found := _OF_PROCESS.fullmatch(str(place)):
+        pid = int(found[1])
+    else:
+        return os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError as error:
+        raise FileNotFoundError(errno.ENOENT, f"process {pid} has ended") from error
+
+
 def unshare_netns() -> None:
     """Give the calling thread a network namespace of its own, with lo down."""
     syscall("unshare", CLONE_NEWNET)
 
 
 @contextlib.contextmanager
-def entered(path: Path) -> Iterator[None]:
-    """Run the block with the calling thread in the namespace at ``path``. Sockets made inside stay there."""
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+def entered(place: Path | int) -> Iterator[None]:
+    """Run the block with the calling thread in the namespace at a path, or of a process. Sockets made inside stay
+    there. Raises OSError.
+    """
+    home = open_own()
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_place(place)
         try:
             setns(fd)
         finally:
@@ -56,10 +89,10 @@ def socket_cookie(sock: socket.socket) -> int:
     return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
 
 
-def cookie(path: Path | None = None) -> int:
-    """Cookie of the namespace at ``path``, by default of the calling thread's own."""
-    if path is not None:
-        with entered(path):
+def cookie(place: Path | int | None = None) -> int:
+    """Cookie of the namespace at a path, or of a process; by default of the calling thread's own. Raises OSError."""
+    if place is not None:
+        with entered(place):
             return cookie()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         return socket_cookie(sock)
@@ -69,8 +102,10 @@ def inodes_of(pids: Iterable[int]) -> Counter[int]:
     """How many of these processes are in which network namespace, by its inode. Those that have exited do not count."""
     counted: Counter[int] = Counter()
     for pid in pids:
-        with contextlib.suppress(OSError):
-            counted[os.stat(f"/proc/{pid}/ns/net").st_ino] += 1
+        with contextlib.suppress(OSError), entered(pid):
+            own = open_own()
+            counted[os.fstat(own).st_ino] += 1
+            os.close(own)
     return counted
 
 
@@ -87,10 +122,12 @@ def resolve(spec: str) -> Path:
         path = Path("/run/netns") / spec
         if "/" in spec or spec in (".", ".."):
             raise NotFoundError(f"netns: {spec!r} is not a name of a network namespace", "ip netns list")
-    if not path.exists():
-        raise NotFoundError(f"netns: network namespace {spec!r} not found", "a name of `ip netns`, a pid, or a path")
     try:
         cookie(path)
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"netns: network namespace {spec!r} not found", "a name of `ip netns`, a pid, or a path"
+        ) from None
     except OSError as error:
         raise NotFoundError(f"netns: {spec!r} is not a network namespace ({error.strerror})") from error
     return path
@@ -100,11 +137,16 @@ def keep(source: Path, target: Path) -> None:
     """Mount the namespace at ``source`` on the file ``target``: it then exists there until `release`."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     target.touch(mode=0o600)
-    real = os.fsencode(source.resolve() if not str(source).startswith("/proc/") else source)
-    if _libc.mount(real, os.fsencode(target), None, ctypes.c_ulong(_MS_BIND), None) != 0:
-        code = ctypes.get_errno()
-        target.unlink(missing_ok=True)
-        raise KernelError(f"cannot keep the network namespace {source}: {os.strerror(code)}")
+    with entered(source):
+        opened = open_own()
+    try:
+        real = os.fsencode(f"/proc/self/fd/{opened}")
+        if _libc.mount(real, os.fsencode(target), None, ctypes.c_ulong(_MS_BIND), None) != 0:
+            code = ctypes.get_errno()
+            target.unlink(missing_ok=True)
+            raise KernelError(f"cannot keep the network namespace {source}: {os.strerror(code)}")
+    finally:
+        os.close(opened)
 
 
 def release(target: Path) -> None:

@@ -1,7 +1,9 @@
-"""Other processes and their threads, as /proc shows them. Nothing here waits for a lock that one of them can hold.
+"""Other processes and their threads, as /proc shows them. None of these files needs a lock of theirs.
 
 (/proc/PID/cmdline, environ and maps, and fdinfo of some descriptors, do: they are not read for a container's
-processes.)
+processes.) But to find a file, its folder is searched: whoever may list /proc/PID can hold that one, as any folder
+(graft/state/folder_calls.py). So what must not wait calls this in a child (graft/state/helper_process.py), as commands
+do; a supervisor calls it itself, for its own container.
 
 Sources: proc_pid_stat(5), proc_pid_status(5), proc_pid_fd(5), kcmp(2).
 """

@@ -14,6 +14,7 @@
     jobs.py         work that takes more than one turn
     background.py   calls that block, made in threads
     closing.py      sockets whose close may wait, closed by a process that exits
+    questions.py    about a container's folders, which it can hold: asked of a child
     shares.py       how much of something limited each container may have (pure)
     resources.py    a container's turns, descriptors and pipes
 

@@ -34,7 +34,7 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
     dataplane.up(settings)
     with daemon_lock(settings):
         folder = relays_cgroup(settings)
-        folder.mkdir(parents=True, exist_ok=True)
+        cgroup.make(folder)
         attachments.attach(settings, folder, 0, splice=True)
         cgroup.enter(folder)
         process.raise_descriptor_limit()

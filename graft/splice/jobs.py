@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Generator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from graft.errors import GraftError
 from graft.splice.event_loop import EventLoop
 
 T = TypeVar("T")
-Stepwise = Generator[None, None, T]
-"""Work that returns its result when it ends, and yields wherever others may have their turn."""
+Stepwise = Generator[Any, None, T]
+"""Work that returns its result when it ends, and yields wherever others may have their turn: None, or the number of
+seconds after which it is to be continued.
+"""
 
 
 class Job:
@@ -32,7 +34,7 @@ class Job:
             return
         start = time.monotonic()
         try:
-            next(self._steps)
+            pause = next(self._steps)
         except StopIteration:
             self._end(start, None)
         except (GraftError, OSError) as error:
@@ -42,7 +44,10 @@ class Job:
             self._end(start, error)
         else:
             self.spent += time.monotonic() - start
-            self._loop.later(self._step, self._owner)
+            if pause:
+                self._loop.after(pause, self._step, self._owner)
+            else:
+                self._loop.later(self._step, self._owner)
 
     def _end(self, start: float, error: BaseException | None) -> None:
         self.spent += time.monotonic() - start

@@ -1,36 +1,63 @@
-"""What a container listens on now. In steps: it may have any number of cgroups and listeners."""
+"""What a container listens on now, and which cgroups are its own. In steps: it may have any number of listeners."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
-from graft.errors import NotFoundError
+from graft.errors import GraftError, NotFoundError
 from graft.kernel import cgroup
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.splice.jobs import Stepwise
+from graft.splice.log import log
 from graft.splice.publication import PublicationPlan
+from graft.splice.questions import ask
 
 _STEP_ITEMS = 16
 
 
-def cgroup_ids(path: Path, root: int) -> Stepwise[set[int]]:
-    """The ids of a cgroup and of all below it. (The kernel lists a socket with the id of the cgroup it was made in.)
+class ContainerCgroups:
+    """The ids of a container's cgroup and of those below it that have listeners. (The kernel lists a socket with the id
+    of the cgroup it was made in.)
+
+    A cgroup stays below the one that it was made in, and its id is not used again. So the tree is listed only when a
+    listener is in a cgroup that was not seen before.
+    """
+
+    def __init__(self, path: Path, root: int) -> None:
+        self._path, self._root = path, root
+        self.own: frozenset[int] = frozenset([root] if root else [])
+        self._others: frozenset[int] = frozenset()
+        self.problem = ""
+        """Why the tree could not be listed, "" if it was."""
+
+    def look_up(self, unknown: Collection[int]) -> Stepwise[bool]:
+        """Find out about cgroups that are not known to be the container's; whether `own` has changed."""
+        before = self.own
+        if self._others.issuperset(unknown) and (self.own or self._root):
+            return False
+        try:
+            self.own = yield from ask(str(self._path), partial(cgroup_ids, self._path, self._root))
+        except (GraftError, OSError) as error:
+            self._note(error.message if isinstance(error, GraftError) else str(error))
+            return False
+        self.problem, self._others = "", frozenset(unknown) - self.own
+        return self.own != before
+
+    def _note(self, problem: str) -> None:
+        if problem != self.problem:
+            log(problem)
+        self.problem = problem
+
+
+def cgroup_ids(path: Path, root: int) -> frozenset[int]:
+    """The ids of a cgroup and of all below it.
 
     Raises NotFoundError where the cgroup at ``path`` has another id than ``root`` (0: any).
     """
-    found: set[int] = set()
-    for folder in cgroup.tree(path):
-        try:
-            number = cgroup.cgroup_id(folder)
-        except OSError:  # removed meanwhile
-            continue
-        if not found and root not in (0, number):
-            break
-        found.add(number)
-        if len(found) % _STEP_ITEMS == 0:
-            yield
-    if not found:
+    found = cgroup.ids(path)
+    if not found or (root and root not in found):
         raise NotFoundError(f"the cgroup {path} is gone")
     return found
 

@@ -24,33 +24,32 @@ T = TypeVar("T")
 
 
 class NamespaceSockets:
-    """An open namespace. Raises NotFoundError where the one at ``path`` has another cookie. For one thread only."""
+    """An open namespace. For one thread only."""
 
-    def __init__(self, path: Path, cookie: int, loopback_only: bool = False) -> None:
-        """``loopback_only``: its sockets have peers in the same namespace only, so pacing does not help them."""
+    def __init__(self, place: Path | int, cookie: int, loopback_only: bool = False) -> None:
+        """The namespace at a path, or of a process. Raises NotFoundError where it is gone, or has another cookie.
+
+        ``loopback_only``: its sockets have peers in the same namespace only, so pacing does not help them.
+        """
+        name = f"the network namespace of process {place}" if isinstance(place, int) else f"network namespace {place}"
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = _open(place)
         except OSError as error:
-            raise NotFoundError(f"the network namespace {path} is gone: {error.strerror}") from error
+            raise NotFoundError(f"{name} is gone: {error.strerror}") from error
         self.cookie = cookie
         try:
             found = self.run(netns.cookie)
         except OSError as error:
             os.close(self._fd)
-            raise NotFoundError(f"the network namespace {path} cannot be entered: {error.strerror}") from error
+            raise NotFoundError(f"{name} cannot be entered: {error.strerror}") from error
         if found != cookie:
             os.close(self._fd)
-            raise NotFoundError(f"{path} is another network namespace now")
+            raise NotFoundError(f"{name} is another one now")
         self._turn_off_pacing = loopback_only and self.run(_uses_bbr)
 
     def run(self, call: Callable[[], T]) -> T:
         """Make ``call`` in the namespace; returns its result, and raises what it raises."""
-        original = _daemon_netns()
-        netns.setns(self._fd)
-        try:
-            return call()
-        finally:
-            _return_to(original)
+        return _run_in(self._fd, call)
 
     def tcp_socket(self, family: socket.AddressFamily) -> socket.socket:
         """A TCP socket made there: non-blocking, with the options of relayed sockets, not bound. Raises OSError."""
@@ -71,9 +70,27 @@ class NamespaceSockets:
             os.close(self._fd)
 
 
+def _open(place: Path | int) -> int:
+    """A descriptor of the namespace at a path, or of a process. Raises OSError."""
+    fd = netns.open_place(place)
+    try:
+        return _run_in(fd, netns.open_own)  # a pidfd enters it only while the process is there
+    finally:
+        os.close(fd)
+
+
+def _run_in(fd: int, call: Callable[[], T]) -> T:
+    original = _daemon_netns()
+    netns.setns(fd)
+    try:
+        return call()
+    finally:
+        _return_to(original)
+
+
 @functools.cache
 def _daemon_netns() -> int:
-    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    return netns.open_own()
 
 
 def _return_to(original: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+from functools import partial
 from pathlib import Path
 
 from graft.datapath.maps import Maps
@@ -12,8 +12,18 @@ from graft.kernel import cgroup, netns
 from graft.model.settings import Settings
 from graft.splice.jobs import Stepwise
 from graft.splice.namespace_sockets import NamespaceSockets
+from graft.splice.questions import ask
 from graft.state.endpoints import Endpoints
 from graft.state.records import Container
+
+
+def find_process(path: Path, cookie: int) -> int:
+    """A process of a cgroup, or of one below it, that is in the network namespace of that cookie; 0 if none is."""
+    for pid in cgroup.each_process(path):
+        with contextlib.suppress(OSError):
+            if netns.cookie(pid) == cookie:
+                return pid
+    return 0
 
 
 class Namespaces:
@@ -46,18 +56,15 @@ class Namespaces:
     def of_container(container: Container, pid: int = 0) -> Stepwise[NamespaceSockets]:
         """The namespace of a container, by one of its processes (``pid`` is tried first). The caller closes it.
 
-        In steps: a container may have any number of processes, in any number of namespaces. Raises NotFoundError.
+        Raises NotFoundError, KernelError.
         """
-        seen: set[int] = set()
-        for candidate in itertools.chain([pid] if pid else [], cgroup.each_process(container.cgroup_path)):
-            path = Path(f"/proc/{candidate}/ns/net")
-            with contextlib.suppress(GraftError, OSError):
-                inode = path.stat().st_ino
-                if inode not in seen:
-                    seen.add(inode)
-                    return NamespaceSockets(path, container.netns, loopback_only=True)
-            yield
-        raise NotFoundError(f"container: no process of {container.name!r} is left in its network namespace")
+        with contextlib.suppress(GraftError):
+            if pid:
+                return NamespaceSockets(pid, container.netns, loopback_only=True)
+        found = yield from ask(container.cgroup, partial(find_process, container.cgroup_path, container.netns))
+        if not found:
+            raise NotFoundError(f"container: no process of {container.name!r} is left in its network namespace")
+        return NamespaceSockets(found, container.netns, loopback_only=True)
 
     def tidy(self, maps: Maps) -> None:
         """Close the namespaces that no endpoint uses."""

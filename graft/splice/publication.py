@@ -106,12 +106,15 @@ class PublicationPlan:
         self._wanted: dict[tuple[object, ...], Publication] = {}
         self.unpublished: dict[tuple[int, bytes, int], None] = {}
         """(family, address, port) of listeners that are not published: the first `MAX_UNPUBLISHED` of them."""
+        self.elsewhere: set[int] = set()
+        """Cgroups of listeners that are not among ``cgroups``."""
         self.more_unpublished = self.too_many = 0
         """How many more are not published; how many of all these are beyond ``limit``, though a rule names them."""
 
     def add(self, listener: ListeningSocket) -> None:
         """Add one listener of the namespace."""
         if listener.cgroup and listener.cgroup not in self._cgroups:
+            self.elsewhere.add(listener.cgroup)
             return
         found = self._publication(listener)
         if found is None:

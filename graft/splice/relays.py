@@ -23,7 +23,7 @@ from graft.splice import unix_endpoint
 from graft.splice.far_check import FarCheck
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
-from graft.splice.listeners import cgroup_ids, collect_listeners
+from graft.splice.listeners import ContainerCgroups, collect_listeners
 from graft.splice.log import ContainerLog
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
@@ -64,6 +64,7 @@ class Relays:
         self._published: dict[Publication, InboundRelay | UnixInboundRelay] = {}
         self._errors: dict[Publication, str] = {}
         self._plan: PublicationPlan | None = None
+        self._cgroups = ContainerCgroups(container.cgroup_path, container.cgroup_id)
         self._check_far = FarCheck(maps, container_netns)
         self._was_lost = False
         try:
@@ -106,7 +107,13 @@ class Relays:
     def update(self) -> Stepwise[None]:
         """Publish what the container listens on now, and withdraw the rest. Raises OSError, NotFoundError."""
         yield from self._replace_lost()
-        plan = self._plan = yield from self._make_plan()
+        plan = yield from self._make_plan()
+        yield from self._apply(plan)
+        if (yield from self._cgroups.look_up(plan.elsewhere)):  # last: the container decides how long it takes
+            yield from self._apply((yield from self._make_plan()))
+
+    def _apply(self, plan: PublicationPlan) -> Stepwise[None]:
+        self._plan = plan
         wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
         # If an endpoint has moved, its old listener stays until the new one listens.
@@ -124,8 +131,7 @@ class Relays:
         """What to publish by the policy in force. Made again if the policy was replaced meanwhile."""
         while True:
             before = self._ruleset()
-            cgroups = yield from cgroup_ids(self.container.cgroup_path, self.container.cgroup_id)
-            self._check_far.cgroups = cgroups
+            cgroups = self._check_far.cgroups = self._cgroups.own
             lookup = partial(self._endpoint, before)
             plan = PublicationPlan(cgroups, lookup, self._resources.max_listeners, self._published.keys())
             try:
@@ -257,6 +263,7 @@ class Relays:
             "too_many": plan.too_many if plan else 0,
             "out": {"port": self._outbound.port, "served": sum(one.served for one in self._outbound.acceptors)},
             "connections": len(self._resources.connections),
+            **({"problem": self._cgroups.problem} if self._cgroups.problem else {}),
         }
 
 

@@ -88,7 +88,8 @@ def store(settings: Settings, result: SelftestResult) -> None:
     if not result.conclusive:
         return
     file = settings.run_dir / _NAME
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not file.parent.exists():  # else it is not made: others may hold the folder above
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(file, json.dumps({"depends_on": depends_on(), "problem": result.problem}).encode())
 
 

@@ -13,6 +13,8 @@
     leftovers.py       closes the sockets that others have of a container that has ended
     helper_process.py  runs system calls that may never return in a child process
     folder_calls.py    makes calls in such a child that are about a folder which somebody may hold
+    left_children.py   children that were left behind there
+    members.py         the processes and cgroups of containers, listed by such a child
     liveness.py        which supervisors are stuck
 
 It may import datapath, policy, kernel, model and errors.

@@ -25,7 +25,7 @@ from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.limits import check_size
 from graft.policy.model import Policy
 from graft.policy.validator import needs_unix_relay
-from graft.state import bound_sockets, records, unix_sockets
+from graft.state import bound_sockets, helper_process, members, records, unix_sockets
 from graft.state.endpoints import EndpointChanges
 from graft.state.records import Container
 
@@ -115,6 +115,27 @@ class _Installed:
     unix_relay: bool
 
 
+def refuse_below(path: Path) -> None:
+    """Raises RefusedError where programs of Graft's, of any installation, are attached to a cgroup below ``path``;
+    KernelError where a folder there is held, so that this cannot be found out.
+
+    Without the lock, and in a child: this lists the tree. What this installation attaches meanwhile has a record.
+    """
+    found = helper_process.run_one(lambda: [attachments.find_below(path)])
+    if found is None:
+        raise members.held(str(path))
+    if found[0] is not None:
+        raise _nested(path, found[0])
+
+
+def _nested(path: Path, other: Path) -> RefusedError:
+    where = "below" if path.is_relative_to(other) else "above"
+    return RefusedError(
+        f"cgroup: {path} lies {where} {other}, which is attached: each call would be decided twice",
+        "detach the other one first: graft detach",
+    )
+
+
 class ContainerChanges(Containers):
     """Changes containers, under the installation's lock (graft/state/installation.py)."""
 
@@ -139,7 +160,8 @@ class ContainerChanges(Containers):
 
         ``name`` is by default the policy's. ``prepare`` is called with the container's id, after its rules are written
         and before any hook is attached. Changes nothing if it fails (PolicyError, ConflictError, KernelError;
-        RefusedError if a cgroup above or below is attached; UnixPathError if a unix socket's path cannot be had).
+        RefusedError if a cgroup above is attached, or one below that has a record (`refuse_below` finds the others);
+        UnixPathError if a unix socket's path cannot be had).
         """
         policy = compiled.policy
         check_transport(transport, name or policy.name, compiled)
@@ -258,15 +280,12 @@ class ContainerChanges(Containers):
             and self._maps.containers.get(ctypes.c_uint32(scope.container)) is None
         ):
             attachments.detach(self._settings, path)  # left on it by a command that was killed
-        other = attachments.find_nested(path)
+        other = attachments.find_above(path)
         if other == path:
             raise ConflictError(f"cgroup: {path} is already attached", "graft ps")
+        other = other or next((one.cgroup_path for one in self.listing() if path in one.cgroup_path.parents), None)
         if other is not None:
-            where = "below" if path.is_relative_to(other) else "above"
-            raise RefusedError(
-                f"cgroup: {path} lies {where} {other}, which is attached: each call would be decided twice",
-                "detach the other one first: graft detach",
-            )
+            raise _nested(path, other)
 
     def _forget(self, number: int) -> None:
         key = ctypes.c_uint32(number)

@@ -7,8 +7,10 @@ command line.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import stat
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +22,10 @@ from graft.kernel import cgroup
 from graft.kernel.pidfd import MAX_PID
 from graft.model import json_text
 from graft.model.address import shown
+from graft.state import helper_process, members
 
 _TIMEOUT = 15.0
+_SEARCH_TIMEOUT = 10.0
 _MAX_BYTES = 16 << 20
 _CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 _UNIT_NAME = re.compile(r"[A-Za-z0-9_:.@\\][A-Za-z0-9_:.@\\-]*", re.ASCII)
@@ -111,13 +115,24 @@ def _from_path(text: str) -> FoundContainer:
         candidates.insert(0, Path(text))
     for path in candidates:
         real = path.resolve()
-        if real.is_relative_to(top) and real != top and (real / "cgroup.procs").exists():
+        if real.is_relative_to(top) and real != top and _is_cgroup(real, top):
             return FoundContainer(real, "cgroup", str(real.relative_to(top)), pid=_first_process(real))
     raise NotFoundError(f"cgroup: no cgroup {shown(text)} below {top}", "give a folder of the v2 tree")
 
 
+def _is_cgroup(path: Path, top: Path) -> bool:
+    """Whether that is a folder of the tree at ``top``. (What is in it may be held: members.py.)"""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return stat.S_ISDIR(found.st_mode) and found.st_dev == top.stat().st_dev
+    return False
+
+
 def _first_process(path: Path) -> int:
-    return next(iter(cgroup.processes(path)), 0)
+    """A process of a cgroup; 0 where there is none, or its folder is held."""
+    with contextlib.suppress(KernelError):
+        return next(iter(members.processes(path)), 0)
+    return 0
 
 
 # ---- docker and podman ------------------------------------------------------------------------------
@@ -169,9 +184,11 @@ def _last_line(text: str) -> str:
 def _cgroup_of(engine: str, container_id: str, pid: int) -> Path:
     """The cgroup of a container, from one of its processes: the part of the path up to the folder with the id."""
     try:
-        path = cgroup.of_process(pid)
+        path = helper_process.run_one(lambda: cgroup.of_process(pid))  # which can hold its folder in /proc
     except FileNotFoundError:
         raise NotFoundError(f"{engine}: its process {pid} is gone") from None
+    if path is None:
+        raise KernelError(f"{engine}: somebody holds the directory /proc/{pid}", "give the path of the cgroup")
     found = cut_at_id(path, container_id)
     if found is None:
         raise KernelError(
@@ -216,14 +233,17 @@ def _unit_at(unit: str, path: str, pid: int) -> FoundContainer:
     found = top if "\0" in path else (top / path.lstrip("/")).resolve()
     if found.name != unit or not found.is_relative_to(top) or not found.is_dir():
         raise KernelError(f"unit: systemd reports that {unit} is in {path}, which does not exist in the v2 tree")
-    if pid and pid not in cgroup.processes(found):
-        pid = 0
-    return FoundContainer(found, "systemd", unit, pid=pid or _first_process(found))
+    pids = members.of_each([found]).get(found, members.Members((), frozenset())).pids
+    return FoundContainer(found, "systemd", unit, pid=pid if pid in pids else next(iter(pids), 0))
 
 
 def _unit_in_tree(unit: str) -> FoundContainer:
     """If systemd does not answer: a cgroup with the unit's name."""
-    found = [folder for folder in cgroup.tree(cgroup.v2_mount()) if folder.name == unit]
+    found = helper_process.run_one(
+        lambda: [folder for folder in cgroup.tree(cgroup.v2_mount()) if folder.name == unit], _SEARCH_TIMEOUT
+    )
+    if found is None:
+        raise members.held(str(cgroup.v2_mount()))
     if not found:
         raise NotFoundError(f"unit: systemd does not answer, and no cgroup is named {unit}")
     if len(found) > 1:

@@ -2,30 +2,26 @@
 
 Who may read a folder can keep its lock for as long as he likes: getdents64(2) into a page of memory that never comes
 (FUSE, userfaultfd). Whoever looks a name up there, or makes or removes one, then waits, and cannot be killed. So Graft
-does that in a child. If it does not finish in time, the child is killed and left behind, and until it has gone, and for
-a while at least, nothing more is tried in that folder: a folder has one such child at most, and costs a process that
-serves others one timeout now and then.
+does that in a child. If it does not finish in time, the child is killed and left behind (left_children.py).
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from graft.kernel.unix_files import UnixPathError
 from graft.state import helper_process
+from graft.state.left_children import LeftChildren
 
 T = TypeVar("T")
 
 _TIMEOUT = 1.0  # seconds
 _EXIT_TIMEOUT = 0.1  # after it was killed: it is waited for later
-_REST = 10.0  # seconds without another attempt
 
-_left: dict[str, tuple[int, float]] = {}  # folder -> the child that was left there, and when to try again
-_leaving: set[int] = set()  # children that have answered, and are exiting
+_left = LeftChildren()
 
 
 def in_folder_of(path: str, work: Callable[[], T], keep: Collection[int] = ()) -> T:
@@ -34,8 +30,7 @@ def in_folder_of(path: str, work: Callable[[], T], keep: Collection[int] = ()) -
     Raises what ``work`` raises, and UnixPathError where the folder is held.
     """
     folder = os.path.dirname(path)
-    _reap()
-    if folder in _left:
+    if _left.has_one(folder):
         raise _held(path, folder)
 
     def attempt() -> tuple[list[T], Exception | None]:
@@ -46,10 +41,9 @@ def in_folder_of(path: str, work: Callable[[], T], keep: Collection[int] = ()) -
 
     found = helper_process.run_each(lambda _: attempt(), (None,), _TIMEOUT, keep=keep, exit_timeout=_EXIT_TIMEOUT)
     if 0 not in found.results:
-        _left[folder] = found.helper_pid, time.monotonic() + _REST
+        _left.leave(folder, found.helper_pid)
         raise _held(path, folder)
-    if found.helper_pid:
-        _leaving.add(found.helper_pid)
+    _left.reap_later(found.helper_pid)
     results, error = found.results[0]
     if error is not None:
         raise error
@@ -58,26 +52,10 @@ def in_folder_of(path: str, work: Callable[[], T], keep: Collection[int] = ()) -
 
 def left_in(path: str) -> int:
     """The child that this process has left in the folder of ``path``; 0: none."""
-    return _left.get(os.path.dirname(path), (0, 0.0))[0]
+    return _left.child_in(os.path.dirname(path))
 
 
 def _held(path: str, folder: str) -> UnixPathError:
     return UnixPathError(
         errno.EBUSY, f"{path}: somebody holds the directory {folder}", f"let only root read it: chmod 0711 {folder}"
     )
-
-
-def _reap() -> None:
-    for pid in list(_leaving):
-        if _is_gone(pid):
-            _leaving.discard(pid)
-    for folder, (pid, until) in list(_left.items()):
-        if time.monotonic() >= until and (not pid or _is_gone(pid)):
-            del _left[folder]
-
-
-def _is_gone(pid: int) -> bool:
-    try:
-        return os.waitpid(pid, os.WNOHANG) != (0, 0)
-    except ChildProcessError:  # a fork of the process that started it
-        return True

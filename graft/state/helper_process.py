@@ -10,6 +10,8 @@ make such calls in a child, and continue without it when there is no answer in t
 One thread does many quick items one after the other; a thousand items that hang take a thousand threads, and do not
 block the next item. (Only where the hanging call releases the interpreter's lock: ctypes does, the methods of
 socket.socket do not all.) For commands that have a single thread.
+
+graftd, which must not wait, asks a `Question`: one item, whose result it fetches when it is there.
 """
 
 from __future__ import annotations
@@ -92,6 +94,39 @@ def run_each(
 def run_one(work: Callable[[], ResultT], timeout: float = TIMEOUT) -> ResultT | None:
     """The result of ``work``, None if it hung. Raises what it raised."""
     return run_each(lambda _: work(), (None,), timeout).results.get(0)
+
+
+class Question(Generic[ResultT]):
+    """Runs ``work`` in such a child, while the caller does something else. To be closed."""
+
+    def __init__(self, work: Callable[[], ResultT]) -> None:
+        self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(writer, True)
+        self._raw = bytearray()
+        parent = os.getpid()
+        self.child = os.fork()
+        if self.child == 0:
+            _run_child(lambda _: work(), (None,), writer, (), parent)
+        os.close(writer)
+
+    def answer(self) -> list[ResultT]:
+        """The result, if it is there, as the only item. Raises what ``work`` raised, OSError where the child died."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._reader, 1 << 16):
+                self._raw += data
+            if len(self._raw) < _LENGTH.size or len(self._raw) < _LENGTH.size + _LENGTH.unpack_from(self._raw)[0]:
+                raise OSError("the process that was asked has died")
+            _, result, error = pickle.loads(self._raw[_LENGTH.size :])
+            if error is not None:
+                raise error
+            return [result]
+        return []
+
+    def close(self) -> int:
+        """Kill the child; returns its process id if it has not exited by now, else 0."""
+        os.close(self._reader)
+        os.kill(self.child, signal.SIGKILL)
+        return 0 if _wait_for_exit(self.child, 0) else self.child
 
 
 def _receive(reader: int, count: int, timeout: float, deadline: float, results: dict[int, ResultT]) -> None:

@@ -20,15 +20,16 @@ from pathlib import Path
 
 from graft.datapath import layout
 from graft.datapath.maps import Maps
-from graft.kernel import bpf, cgroup, netns, sockets
+from graft.kernel import bpf, netns, sockets
 from graft.kernel.sockets import ListedSocket
 from graft.model.address import format_ip
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home, Transport
-from graft.state import helper_process, socket_holders
+from graft.state import helper_process, members, socket_holders
 from graft.state.installation import Installation
+from graft.state.members import Members
 from graft.state.records import Container
 from graft.state.socket_holders import Place
 
@@ -78,21 +79,27 @@ class ContainerSocket:
 
 
 def sockets_by_container(
-    settings: Settings, containers: Sequence[Container], stack: HostStack
+    settings: Settings,
+    containers: Sequence[Container],
+    stack: HostStack,
+    listed: Mapping[Path, Members] | None = None,
 ) -> dict[int, list[ContainerSocket]] | None:
     """The sockets of each of ``containers``, by its id. Each namespace is listed once for all of them.
 
-    None if the kernel does not answer in time. Raises OSError.
+    ``listed`` is what is in their cgroups, if that is known already. Of a container that holds a folder of its cgroups
+    only those sockets are found that have its tag, or that were made in its first cgroup. None if the kernel does not
+    answer in time. Raises OSError.
     """
     on_host = _list_stack(settings, stack)
     if on_host is None:
         return None
-    searches = helper_process.run_each(
-        lambda container: _find_descriptors(settings, cgroup.processes(container.cgroup_path), on_host), containers
-    ).results
+    if listed is None:
+        listed = members.of_each([container.cgroup_path for container in containers])
+    inside = [listed.get(one.cgroup_path, Members((), frozenset([one.cgroup_id]))) for one in containers]
+    searches = helper_process.run_each(lambda one: _find_descriptors(settings, one.pids, on_host), inside).results
     by_container: dict[int, list[ContainerSocket]] = {}
     for index, container in enumerate(containers):
-        cgroup_ids, search = cgroup.ids(container.cgroup_path), searches.get(index, _NONE_FOUND)
+        cgroup_ids, search = inside[index].cgroups, searches.get(index, _NONE_FOUND)
         by_container[container.id] = [
             _with_grant(container, stack, search.add_to(sock))
             for sock in on_host

@@ -2,23 +2,39 @@
 
 A container can block its own supervisor, in a call that takes the lock of one of the container's sockets or reads the
 container's memory. Such a process sleeps uninterruptibly, and uses no CPU time.
+
+A child reads /proc: whoever may list the folder of a process there can hold it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from graft.kernel import tasks
+from graft.state import helper_process
 
 _DURATION, _INTERVAL = 1.0, 0.05
+_TIMEOUT = 2.0  # seconds
 
 
-def stuck(pids: Iterable[int], seconds: float = _DURATION) -> frozenset[int]:
+def parents(pids: Sequence[int]) -> dict[int, int]:
+    """The parent of each of these processes that has not ended, and whose folder in /proc nobody holds."""
+    found = helper_process.run_each(tasks.activity, pids, _TIMEOUT).results
+    return {pids[index]: activity.parent for index, activity in sorted(found.items()) if activity is not None}
+
+
+def stuck(pids: Sequence[int], seconds: float = _DURATION) -> frozenset[int]:
     """Those of ``pids`` that sleep uninterruptibly, or are stopped, and have not run for ``seconds``.
 
-    Returns at once if none of them may be stuck.
+    Returns as soon as none of them may be stuck.
     """
+    if not pids:
+        return frozenset()
+    return helper_process.run_one(lambda: _stuck(pids, seconds), seconds + _TIMEOUT) or frozenset()
+
+
+def _stuck(pids: Iterable[int], seconds: float) -> frozenset[int]:
     first = {pid: tasks.activity(pid) for pid in pids}
     suspects = {pid: activity for pid, activity in first.items() if activity is not None and activity.may_be_stuck}
     deadline = time.monotonic() + seconds

@@ -61,6 +61,9 @@ class Container:
     def exists(self) -> bool:
         """Whether its cgroup still exists: the same one, not a later one at that path."""
         with contextlib.suppress(OSError):
+            if self.cgroup_id:
+                return cgroup.has_id(self.cgroup_id)
+        with contextlib.suppress(OSError):
             return self.cgroup_id in (0, cgroup.cgroup_id(self.cgroup_path))
         return False
 

@@ -144,9 +144,9 @@ def _free_slot(maps: Maps) -> int:
 def open_desk(graft: Installation, container: int) -> Desk:
     """A desk for the calling process, in its current cgroup. Raises KernelError where none is free."""
     maps = graft.maps
+    own = cgroup.cgroup_id(cgroup.of_process(os.getpid()))  # before the lock: others can hold this folder of /proc
     with graft.transaction():
         slot = _free_slot(maps)
-        own = cgroup.cgroup_id(cgroup.of_process(os.getpid()))
         maps.desk_slots.put(ctypes.c_uint32(os.getpid()), layout.DeskSlot(cgroup=own, desk=slot))
     return Desk(maps, slot, container)
 

@@ -229,11 +229,10 @@ def _own_namespace(graft: Installation, container: Container) -> str:
 def _namespace_path(graft: Installation, container: Container, cookie: int) -> Path | None:
     """The path of a namespace that is not the host's: the container's own, or an endpoint's."""
     if cookie == container.netns:
-        for pid in cgroup.processes(container.cgroup_path):
-            path = Path(f"/proc/{pid}/ns/net")
+        for pid in cgroup.each_process(container.cgroup_path):
             with contextlib.suppress(OSError):
-                if netns.cookie(path) == cookie:
-                    return path
+                if netns.cookie(pid) == cookie:
+                    return Path(f"/proc/{pid}/ns/net")
         return None
     for stored in graft.endpoints.listing():
         if stored.cookie == cookie:

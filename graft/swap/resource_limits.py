@@ -36,7 +36,7 @@ def enter_own_cgroup(settings: Settings, container: int, path: Path, containers:
     parent = supervisors_cgroup(settings)
     _remove_others(parent, {container, *containers})
     own = _own(parent, container)
-    own.mkdir(exist_ok=True)
+    cgroup.make(own)
     _limit(own / "memory.max", str(memory_limit(path)))
     _limit(own / "memory.swap.max", "0")
     _limit(own / "cpu.max", cpu_limit(path))

@@ -345,10 +345,10 @@ def _aside() -> None:
 
 def _cgroup_id() -> None:
     """A cgroup is known by its path."""
-    from graft.splice import listeners, relays
+    from graft.splice import listeners
 
     Container.exists = property(lambda self: self.cgroup_path.exists())  # type: ignore[assignment]
-    vars(relays)["cgroup_ids"] = lambda path, _root: listeners.cgroup_ids(path, 0)
+    vars(listeners)["cgroup_ids"] = lambda path, _root: cgroup.ids(path)
 
 
 def _terminal() -> None:
@@ -410,7 +410,9 @@ def _asking() -> None:
 def _tags() -> None:
     """A container's sockets were those of its processes, and of a process those of its first thread."""
 
-    def sockets_by_container(settings: Settings, listed: Sequence[Container], stack: inventory.HostStack) -> Any:
+    def sockets_by_container(
+        settings: Settings, listed: Sequence[Container], stack: inventory.HostStack, _inside: Any = None
+    ) -> Any:
         found = by_tags(settings, listed, stack)
         for container in listed:
             inside = cgroup.processes(container.cgroup_path)

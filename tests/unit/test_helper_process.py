@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.errors import NotFoundError
 from graft.state import helper_process
 from tests.support.wait import PATIENCE, until
 
@@ -101,3 +102,46 @@ def test_the_helper_process_has_no_descriptor_of_the_caller() -> None:
 
     with open(os.devnull):
         assert helper_process.run_each(open_ones, [1]).results == {0: ["/dev/null"] * 3}
+
+
+def answered(question: helper_process.Question[str]) -> str:
+    """The answer to a question, which is closed."""
+    try:
+        while not (found := question.answer()):
+            time.sleep(0.005)
+        return found[0]
+    finally:
+        question.close()
+
+
+def test_a_question_is_answered_while_the_asker_does_something_else() -> None:
+    def slow() -> str:
+        time.sleep(0.2)
+        return "x" * 1_000_000
+
+    start = time.monotonic()
+    question = helper_process.Question(slow)
+    assert question.answer() == []
+    assert time.monotonic() - start < 0.2 * PATIENCE
+    assert answered(question) == "x" * 1_000_000
+
+
+def test_what_a_question_raises_is_raised_and_a_child_that_died_is_an_error() -> None:
+    def fail() -> str:
+        raise NotFoundError("gone", "here")
+
+    def die() -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return ""
+
+    with pytest.raises(NotFoundError, match="gone"):
+        answered(helper_process.Question(fail))
+    with pytest.raises(OSError, match="has died"):
+        answered(helper_process.Question(die))
+
+
+def test_the_child_of_a_question_that_hangs_is_killed() -> None:
+    question = helper_process.Question(lambda: threading.Event().wait())
+    assert question.answer() == []
+    if question.close():
+        assert os.waitpid(question.child, 0)[0] == question.child

@@ -1,9 +1,12 @@
-"""A container's cgroups and listeners are found in steps: however many there are, one step is short."""
+"""A container's listeners are found in steps: however many there are, one step is short. Its cgroups and processes are
+asked of a child, and only about what is new.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import TypeVar
@@ -11,24 +14,26 @@ from typing import TypeVar
 import pytest
 
 from graft.errors import NotFoundError
-from graft.kernel import cgroup
+from graft.kernel import cgroup, netns
 from graft.kernel.sockdiag import ListeningSocket
 from graft.model.settings import Settings
+from graft.splice import questions
 from graft.splice.container_list import ContainerList
-from graft.splice.listeners import cgroup_ids, collect_listeners
-from graft.splice.namespaces import Namespaces
+from graft.splice.listeners import ContainerCgroups, cgroup_ids, collect_listeners
+from graft.splice.namespaces import find_process
 from graft.splice.publication import PublicationPlan
 from graft.state import records
+from graft.state.left_children import LeftChildren
 from graft.state.records import Container
 
 T = TypeVar("T")
 
 
-def finished(steps: Generator[None, None, T]) -> tuple[T, int]:
+def finished(steps: Generator[float | None, None, T]) -> tuple[T, int]:
     """The result of work in steps, and how many those were."""
     for count in itertools.count():
         try:
-            next(steps)
+            time.sleep(next(steps) or 0)
         except StopIteration as end:
             return end.value, count
     raise AssertionError("not reached")
@@ -64,19 +69,40 @@ def test_few_listeners_are_added_in_a_step() -> None:
     assert asked == [port for port in range(1, 641) if port != 80]
 
 
-def test_the_ids_of_a_tree_of_cgroups_are_found_in_steps(tmp_path: Path) -> None:
-    for number in range(10):
-        (tmp_path / f"{number}" / "below" / "that").mkdir(parents=True)
-    found, steps = finished(cgroup_ids(tmp_path, tmp_path.stat().st_ino))
-    assert found == {Path(folder).stat().st_ino for folder, _, _ in os.walk(tmp_path)}
-    assert steps == 31 // 16
+def test_the_tree_of_cgroups_is_listed_when_a_listener_is_in_one_that_was_not_seen_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "below" / "that").mkdir(parents=True)
+    every = {Path(folder).stat().st_ino for folder, _, _ in os.walk(tmp_path)}
+    root, inner = tmp_path.stat().st_ino, (tmp_path / "below" / "that").stat().st_ino
+    known = ContainerCgroups(tmp_path, root)
+    assert known.own == {root}
+    assert not finished(known.look_up(()))[0]
+    assert finished(known.look_up({inner, 1}))[0]
+    assert known.own == every
+    monkeypatch.setattr(questions, "Question", lambda _: pytest.fail("asked again"))
+    assert not finished(known.look_up({1}))[0]
+
+
+def test_where_the_tree_cannot_be_listed_what_was_known_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(questions, "_TIMEOUT", 0.1)
+    monkeypatch.setattr(questions, "_left", LeftChildren())
+    monkeypatch.setattr("graft.splice.listeners.cgroup_ids", lambda *_: time.sleep(60))
+    root = tmp_path.stat().st_ino
+    known = ContainerCgroups(tmp_path, root)
+    changed, steps = finished(known.look_up({1}))
+    assert steps > 5
+    assert not changed
+    assert known.own == {root}
+    assert "holds the directory" in known.problem
+    assert finished(known.look_up({1}))[1] == 0  # not again for a while
 
 
 def test_another_cgroup_at_the_same_path_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
-        finished(cgroup_ids(tmp_path, tmp_path.stat().st_ino + 1))
+        cgroup_ids(tmp_path, 1)
     with pytest.raises(NotFoundError):
-        finished(cgroup_ids(tmp_path / "gone", 0))
+        cgroup_ids(tmp_path / "gone", 0)
 
 
 def test_a_tree_is_read_no_further_than_its_caller_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,14 +134,17 @@ def test_a_tree_deeper_than_recursion_goes_is_walked(tmp_path: Path) -> None:
         deep = deep.parent
 
 
-def test_a_namespace_is_searched_for_in_steps_and_each_one_is_tried_once(tmp_path: Path) -> None:
-    (tmp_path / "cgroup.procs").write_text(f"{os.getpid()}\n" * 1000)
-    tried: list[int] = []
-    steps = Namespaces.of_container(container(tmp_path))
-    with pytest.raises(NotFoundError):
-        for _ in steps:
-            tried.append(1)
-    assert len(tried) == 1000
+def test_a_process_is_found_by_its_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cookie(pid: int) -> int:
+        if pid == 3:
+            raise ProcessLookupError
+        return pid * 100
+
+    monkeypatch.setattr(netns, "cookie", cookie)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "cgroup.procs").write_text("3\n4\n")
+    (tmp_path / "below" / "cgroup.procs").write_text("5\n")
+    assert [find_process(tmp_path, wanted) for wanted in (300, 400, 500)] == [0, 4, 5]
 
 
 def test_records_are_read_again_only_when_one_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
