@@ -2,6 +2,9 @@
 
 from typing_extensions import Buffer
 
+LAYOUT_VERSION: int
+"""Of the structures that it was compiled with (bpf/graft.h)."""
+
 class FastCalls:
     """Answers the plain calls of one container, and hands everything else back."""
 

@@ -13,7 +13,7 @@ from _socket import socket as Socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from graft.datapath.layout import PROBED, PROBED_EPOLL, PROBED_FLAGS
+from graft.datapath.layout import LAYOUT_VERSION, PROBED, PROBED_EPOLL, PROBED_FLAGS
 from graft.kernel.pidfd import file_ids, threads_have_pidfds
 from graft.kernel.seccomp_filter import architecture
 from graft.model.sockaddr import Sockaddr
@@ -37,9 +37,11 @@ def why_not(transport: Transport) -> str:
     if os.environ.get(NOT_COMPILED):
         return f"{NOT_COMPILED} is set"
     try:
-        from graft.swap import _fast_calls  # noqa: F401
+        from graft.swap import _fast_calls
     except ImportError:
         return "no compiler, or no python3-dev, when Graft was installed"
+    if _fast_calls.LAYOUT_VERSION != LAYOUT_VERSION:
+        return "it was compiled from another version of Graft: install it again"
     if transport is Transport.BORN:
         return "" if threads_have_pidfds() and _tells_ids() else "the kernel is older than 6.13"
     return "" if threads_have_pidfds() else "the kernel is older than 6.9"

@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -82,12 +83,12 @@ def test_an_ipv6_socket_is_replaced_by_one_that_is_ipv6_only_where_it_was(host: 
 
 def test_an_address_that_is_not_of_the_sockets_family_is_pythons(host: Host, server: socket.socket) -> None:
     mapped = f"connect('::ffff:{CLIENT4}', {server.getsockname()[1]}, 10)"
+    raw = f"connect_raw({server_bytes(server) + bytes(12)!r}, 28, family=10)"
     with client(host, out(host), out(host, "[::]:dynamic", "::/0")) as one, host.client.listener(CLIENT6) as six:
         assert [one.connect(server), one.connect(six, family=10)] == [PLAIN, PLAIN]
         for _ in range(2):
             assert one.tally(lambda: one.do(mapped)) == (PLAIN, 1, 0)
-        raw = f"libc.connect(socket.socket(10, 1).fileno(), {bytes(server_bytes(server))!r}, 16)"
-        assert one.tally(lambda: one.do(raw)) == (-1, 1, 0)  # the kernel's EAFNOSUPPORT
+            assert one.tally(lambda: one.do(raw)) == ("EAFNOSUPPORT", 1, 0)
         assert one.tally(lambda: one.connect(six, family=10)) == (PLAIN, 0, 1)
 
 
@@ -99,14 +100,12 @@ def server_bytes(server: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("size", ["0", "7", "8", "15", "129", "-1", "1 << 31"])
 def test_an_address_that_is_too_short_or_too_long_is_pythons(host: Host, server: socket.socket, size: str) -> None:
-    code = f"libc.connect(socket.socket(2, 1).fileno(), {server_bytes(server) + bytes(200)!r}, {size})"
     with client(host, out(host)) as one:
         assert one.connect(server) == PLAIN
-        assert one.tally(lambda: one.do(code)) == (-1, 1, 0)  # the kernel's EINVAL
-    with client(host, out(host)) as one:
-        assert one.connect(server) == PLAIN
-        bad = "libc.connect(socket.socket(2, 1).fileno(), ctypes.c_void_p(8), 16)"
-        assert one.tally(lambda: one.do(bad)) == (-1, 1, 0)  # EFAULT
+        code = f"connect_raw({server_bytes(server) + bytes(200)!r}, {size})"
+        assert one.tally(lambda: one.do(code)) == ("EINVAL", 1, 0)
+        assert one.tally(lambda: one.do("connect_raw(ctypes.c_void_p(8))")) == ("EFAULT", 1, 0)
+        assert one.tally(lambda: one.do(f"connect_raw({server_bytes(server) + bytes(200)!r}, 128)")) == ("", 0, 1)
 
 
 NOT_PLAIN = {
@@ -211,6 +210,11 @@ def test_without_spares_every_call_is_pythons(
         assert one.tally(lambda: [one.connect(server) for _ in range(3)]) == ([PLAIN] * 3, 3, 0)
 
 
+def test_every_call_is_pythons_where_each_is_to_be_printed(host: Host, server: socket.socket) -> None:
+    with client(host, out(host), verbose=True) as one:
+        assert one.tally(lambda: [one.connect(server) for _ in range(3)]) == ([PLAIN] * 3, 3, 0)
+
+
 def test_the_peer_sees_the_end_when_the_program_closes_its_socket(host: Host, server: socket.socket) -> None:
     with client(host, out(host)) as one:
         for _ in range(3):
@@ -232,13 +236,25 @@ def test_a_supervisor_that_is_killed_is_followed_by_one_that_learns_anew(host: H
         assert said == [PLAIN] * 3 and handed >= 1
 
 
-@pytest.mark.parametrize(
-    "what", ["os.open('/dev/null', 0)", "99", "socket.socket(1, 1).fileno()", "socket.socket(2, 2).fileno()"]
-)
-def test_what_is_no_tcp_socket_is_pythons(host: Host, server: socket.socket, what: str) -> None:
+@pytest.mark.parametrize(("kind", "said"), [((1, 1), "EINVAL"), ((2, 2), "ENETUNREACH")])
+def test_what_is_no_tcp_socket_is_pythons(host: Host, server: socket.socket, kind: tuple[int, int], said: str) -> None:
     with client(host, out(host)) as one:
         assert one.connect(server) == PLAIN
-        assert one.tally(lambda: one.do(f"libc.connect({what}, {server_bytes(server)!r}, 16)")) == (-1, 1, 0)
+        step = "connect_raw({!r}, 16, {}, {})".format(server_bytes(server), *kind)
+        assert one.tally(lambda: one.do(step)) == (said, 1, 0)
+        for number in (0, 99, -1, 1 << 31):  # the program's standard input, and none
+            step = f"libc.connect({number}, {server_bytes(server)!r}, 16)"
+            assert one.tally(partial(one.do, step)) == (-1, 1, 0)
+
+
+def test_a_spare_that_could_not_be_used_is_no_spare_any_more(host: Host, server: socket.socket) -> None:
+    address, port = server.getsockname()
+    with client(host, out(host)) as one:
+        assert one.connect(server, flags=NONBLOCK) == [True, True, 0, 0, 0]
+        assert one.connect(server) == PLAIN
+        step = f"connect_past_limit({address!r}, {port}, 2, {NONBLOCK})"
+        assert one.tally(lambda: [one.do(step) for _ in range(4)]) == (["EBADF"] * 4, 4, 0)
+        assert one.tally(lambda: [one.connect(server) for _ in range(20)])[0] == [PLAIN] * 20
 
 
 def test_a_thread_with_the_id_of_one_that_has_ended_is_pythons_and_served_then(
@@ -266,7 +282,9 @@ def test_a_socket_that_is_not_the_containers_is_left_alone(host: Host, server: s
         assert one.connect(server) == PLAIN
         for _ in range(2):
             socket.send_fds(one.gifts, [b"."], [foreign.fileno()])
-            assert one.tally(lambda: one.do(f"same_after_connect({raw!r})")) == (True, 1, 0)
+            # Right after a connect whose answer is still on the desk.
+            said = one.tally(lambda: [one.connect(server), one.do(f"same_after_connect({raw!r})")])
+            assert said == ([PLAIN, True], 1, 1)
 
 
 def test_a_number_that_gets_other_files_meanwhile_leaks_nothing(

@@ -26,7 +26,7 @@ from tests.support.installation import Host
 
 # What the program can do. It makes the steps that it reads, one JSON line each, and answers in the same way.
 PROGRAM = """
-import ctypes, errno, fcntl, json, os, select, socket, subprocess, sys, threading
+import ctypes, errno, fcntl, json, os, resource, select, socket, subprocess, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
 kept = []
 
@@ -67,14 +67,29 @@ def same_after_connect(raw):
     libc.connect(fd, raw, len(raw))
     return os.fstat(fd).st_ino == before
 
+def connect_raw(raw, size=16, family=2, kind=1):
+    "The errno's name of a connect with these bytes, or with this pointer."
+    with socket.socket(family, kind) as s:
+        s.set_inheritable(True)  # as those of connect() are
+        return errno.errorcode[ctypes.get_errno()] if libc.connect(s.fileno(), raw, size) else ""
+
+def connect_past_limit(*where):
+    "The same as connect, of a socket whose number the process may not give to another one now."
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        return connect(*where, before=f"resource.setrlimit(7, (s.fileno(), {hard}))")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
 def finish():
     "Ends the compiled part's turn: this is Python's."
-    return libc.listen(socket.socket(1, 1).fileno(), 1)
+    with socket.socket(1, 1) as s:
+        return libc.listen(s.fileno(), 1)
 
 for line in sys.stdin:
     print(json.dumps(eval(line)), flush=True)
 """
-GIFTS = 19  # a descriptor of the program's
+GIFTS = 150  # a descriptor of the program's, that nothing has in the test
 
 
 @dataclass
@@ -135,7 +150,7 @@ class Client:
 
 
 @contextlib.contextmanager
-def client(host: Host, *egress: str) -> Iterator[Client]:
+def client(host: Host, *egress: str, verbose: bool = False) -> Iterator[Client]:
     """A program with those rules. Its supervisor counts into shared memory what comes to Python."""
     policy = policy_from_flags("fast", [], egress)
     (ours, theirs), (gifts, given) = socket.socketpair(), socket.socketpair()
@@ -148,7 +163,8 @@ def client(host: Host, *egress: str) -> Iterator[Client]:
             os.dup2(theirs.fileno(), 1)
             os.dup2(given.fileno(), GIFTS)
             _count_into(counts)
-            run(host.installation, RunPlan((sys.executable, "-Ic", f"GIFTS = {GIFTS}\n{PROGRAM}"), policy))
+            command = (sys.executable, "-Ic", f"GIFTS = {GIFTS}\n{PROGRAM}")
+            run(host.installation, RunPlan(command, policy, verbose=verbose))
         finally:
             os._exit(0)
     theirs.close()

@@ -215,6 +215,8 @@ def test_plain_python_serves_where_a_part_is_missing(monkeypatch: pytest.MonkeyP
     assert "6.13" in fast_calls.why_not(Transport.BORN) and not fast_calls.why_not(Transport.SWAP)
     monkeypatch.setattr(fast_calls, "threads_have_pidfds", lambda: False)
     assert "6.13" in fast_calls.why_not(Transport.BORN) and "6.9" in fast_calls.why_not(Transport.SWAP)
+    monkeypatch.setattr(fast_calls, "LAYOUT_VERSION", layout.LAYOUT_VERSION + 1)
+    assert all("another version" in fast_calls.why_not(transport) for transport in BOTH)
     monkeypatch.setitem(sys.modules, "graft.swap._fast_calls", None)
     monkeypatch.delattr("graft.swap._fast_calls")
     assert all("compiler" in fast_calls.why_not(transport) for transport in BOTH)

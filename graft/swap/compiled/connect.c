@@ -81,7 +81,8 @@ static int write_address(const struct seccomp_notif *call, struct desk *desk)
 }
 
 /* Ask the hooks about the socket; the known answer that theirs is equal to, or NULL. (`container` is Python's to write,
- * and never changes.) */
+ * and never changes. `answered` is part of the answer. Rules for the two families name different endpoints, so that the
+ * answers differ where the families do; but who knows what rules there will be.) */
 static const struct known_answer *ask(struct connects *connects, struct desk *desk, const struct caller *caller,
 				      int number, int duplicate)
 {
@@ -92,7 +93,7 @@ static const struct known_answer *ask(struct connects *connects, struct desk *de
 	desk->fd = number;
 	desk->call = GRAFT_CALL_CONNECT;
 	desk->answered = 0;
-	if (getsockname(duplicate, &name.any, &size) || !desk->answered || desk->socket_family != desk->family)
+	if (getsockname(duplicate, &name.any, &size) || desk->socket_family != desk->family)
 		return NULL;
 	for (size_t i = 0; i < connects->count; i++)
 		if (!memcmp(connects->answers[i].bytes, (const char *)desk + ANSWER_AT, ANSWER_SIZE))
@@ -125,15 +126,14 @@ static int copy_v6only(int from, int to)
 	       !setsockopt(to, IPPROTO_IPV6, IPV6_V6ONLY, &value, size);
 }
 
-static int set_blocking(int fd, int blocking)
+static int unblock(int fd)
 {
-	int value = !blocking;
+	int on = 1;
 
-	return !ioctl(fd, FIONBIO, &value);
+	return !ioctl(fd, FIONBIO, &on);
 }
 
-/* Put a spare at the number of the program's socket, with its flags. Where that fails the spare blocks again, as all do;
- * of IPV6_V6ONLY nobody expects anything. */
+/* Put a spare at the number of the program's socket, with its flags. */
 static int put_in_place(const struct fast_calls *self, const struct seccomp_notif *call, int spare, int duplicate)
 {
 	const struct desk *desk = self->stock.desk;
@@ -147,31 +147,30 @@ static int put_in_place(const struct fast_calls *self, const struct seccomp_noti
 
 	if (desk->socket_family == GRAFT_IPV6 && !copy_v6only(duplicate, spare))
 		return 0;
-	if (desk->flags & O_NONBLOCK && !set_blocking(spare, 0))
+	if (desk->flags & O_NONBLOCK && !unblock(spare))
 		return 0;
-	if (add_descriptor(self, &add) >= 0)
-		return 1;
-	if (desk->flags & O_NONBLOCK)
-		set_blocking(spare, 1);
-	return 0;
+	return add_descriptor(self, &add) >= 0;
 }
 
 /* Replace the socket; whether that was done, and the kind that was used. This process's copy of the new one is closed
- * before the program goes on: its close() must be the last one, or its peer sees no end. */
+ * before the program goes on: its close() must be the last one, or its peer sees no end. One that did not get there is
+ * not as spares are any more. */
 static int replace(struct fast_calls *self, const struct seccomp_notif *call, const struct caller *caller,
 		   int duplicate, struct kind *kind)
 {
 	struct desk *desk = self->stock.desk;
 	const struct known_answer *known = ask(&self->connects, desk, caller, (int)call->data.args[0], duplicate);
-	int index;
+	int index, spare, done;
 
 	if (!known || !find_kind(desk, known, duplicate, kind))
 		return 0;
 	index = find_spare(&self->stock, kind);
-	if (index < 0 || !put_in_place(self, call, self->stock.spares[index].fd, duplicate))
+	if (index < 0)
 		return 0;
-	close(remove_spare(&self->stock, index));
-	return 1;
+	spare = remove_spare(&self->stock, index);
+	done = put_in_place(self, call, spare, duplicate);
+	close(spare);
+	return done;
 }
 
 /* The old socket is open here only, is registered nowhere, and has no port (all of which its answer says): it is closed

@@ -254,7 +254,8 @@ PyMODINIT_FUNC PyInit__fast_calls(void)
 	PyObject *module = PyModule_Create(&definition);
 	PyObject *type = module ? PyType_FromSpec(&spec) : NULL;
 
-	if (!type || PyModule_AddObjectRef(module, "FastCalls", type)) {
+	if (!type || PyModule_AddObjectRef(module, "FastCalls", type) ||
+	    PyModule_AddIntConstant(module, "LAYOUT_VERSION", GRAFT_LAYOUT_VERSION)) {
 		Py_XDECREF(type);
 		Py_XDECREF(module);
 		return NULL;
