@@ -162,6 +162,7 @@ def client(host: Host, *egress: str, verbose: bool = False) -> Iterator[Client]:
             os.dup2(theirs.fileno(), 0)
             os.dup2(theirs.fileno(), 1)
             os.dup2(given.fileno(), GIFTS)
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # not pytest's: its file is closed
             _count_into(counts)
             command = (sys.executable, "-Ic", f"GIFTS = {GIFTS}\n{PROGRAM}")
             run(host.installation, RunPlan(command, policy, verbose=verbose))
