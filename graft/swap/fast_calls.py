@@ -84,6 +84,7 @@ def is_plain_connect(call: Call, address: Sockaddr | None, decision: Decision, a
     return (
         call is Call.CONNECT
         and decision.action is Action.TO_HOST
+        and not decision.v6only  # the compiled part copies what the socket is
         and address is not None
         and not address.mapped
         and facts.home == Home.CONTAINER

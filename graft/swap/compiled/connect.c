@@ -5,8 +5,8 @@
  *
  * Nothing is decided here. Python served a call first, and said what its socket was replaced by and what the hooks'
  * answer was, byte for byte (graft/swap/fast_calls.py says which calls it does that for). The answer has all that a
- * decision about a connect is made of, and more (graft/swap/decision.py; of the address it takes no more than the
- * family): the namespaces, the rule's verdict and endpoint as the policy in force has it, the socket's state, its flags,
+ * decision about a connect of a container's socket is made of, and more (graft/swap/decision.py; of the address it takes
+ * no more than the family, and whether the socket is IPv6-only makes no difference): the namespaces, the rule's verdict and endpoint as the policy in force has it, the socket's state, its flags,
  * how many options were set, and what refers to its file. So an answer that is equal means the same decision.
  *
  * Sources: process_vm_readv(2), pidfd_getfd(2), ip(7), ipv6(7).
