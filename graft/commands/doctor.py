@@ -22,8 +22,9 @@ from graft.errors import GraftError, KernelError
 from graft.kernel import cgroup, netns, pidfd, seccomp
 from graft.kernel.seccomp import Listener
 from graft.kernel.seccomp_filter import swap_filter
+from graft.model.transport import Transport
 from graft.splice import selftest_result
-from graft.swap import fast_birth
+from graft.swap import fast_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,12 @@ def _basic() -> Iterator[Feature]:
     yield Feature(
         "killable wait", killable, False, "signals do not restart a trapped call (5.19)", "Go programs retry more"
     )
-    reason = fast_birth.why_not()
-    without = f"plain Python serves{': ' if reason else ''}{reason}"
-    yield Feature("compiled birth", not reason, False, "socket(2) takes less time in transport born", without)
+    for name, call, transport in (("connect", "connect(2)", Transport.SWAP), ("birth", "socket(2)", Transport.BORN)):
+        reason = fast_calls.why_not(transport)
+        without = f"plain Python serves{': ' if reason else ''}{reason}"
+        yield Feature(
+            f"compiled {name}", not reason, False, f"{call} takes less time in transport {transport}", without
+        )
 
 
 def _splice_and_pidfds() -> Iterator[Feature]:

@@ -10,7 +10,7 @@ kernel before 5.19, a profile without the flag) it would keep a descriptor that 
 one step, and the copy is closed right after.
 
 Where Graft was compiled, the plain calls of threads that were served here once do not come here
-(graft/swap/fast_birth.py).
+(graft/swap/fast_calls.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from graft.swap.processes import Processes
 from graft.swap.socket_pool import SocketKind, SocketPool
 
 if TYPE_CHECKING:
-    from graft.swap._fast_birth import FastBirth
+    from graft.swap._fast_calls import FastCalls
 
 _CLOEXEC = int(names.SOCK_CLOEXEC)
 _UINT = 0xFFFFFFFF
@@ -60,10 +60,10 @@ class SocketBirth:
         netns: str,
         log: Callable[[BirthEntry], None] | None = None,
         killable: bool = False,
-        fast: FastBirth | None = None,
+        fast: FastCalls | None = None,
     ) -> None:
         self._desk, self._pool, self._listener, self._processes = desk, pool, listener, processes
-        self._netns, self._log, self._killable, self.fast = netns, log, killable, fast
+        self._netns, self._log, self._killable, self._fast = netns, log, killable, fast
         self._has_mptcp: bool | None = None
 
     def serve(self, notification: Notification) -> None:
@@ -89,9 +89,9 @@ class SocketBirth:
                 self._listener.answer_with(notification.id, born.fileno(), bool(flags & _CLOEXEC))
         finally:
             born.close()
-        if self.fast is not None:
+        if self._fast is not None:
             with contextlib.suppress(OSError):  # it has ended, or there is no descriptor left: plain Python goes on
-                self._processes.show(notification.pid, self.fast.know)
+                self._processes.show(notification.pid, self._fast.know)
 
     def _can_serve(self, family: int, kind: int, protocol: int) -> bool:
         """Whether such a socket can be born. (A container's own profile notifies all of both families.)"""

@@ -64,10 +64,14 @@ class Descriptor(NamedTuple):
 
 
 class DeskAnswer(NamedTuple):
-    """What the hooks know about a socket, and about the descriptor in the question."""
+    """What the hooks know about a socket, and about the descriptor in the question. ``raw``: the bytes of all that.
+
+    (The desk itself has another answer as soon as this process makes an object of any socket: that asks for its name.)
+    """
 
     facts: SocketFacts
     descriptor: Descriptor
+    raw: bytes
 
 
 @lru_cache(maxsize=256)
@@ -78,6 +82,7 @@ def _parse_answer(raw: bytes) -> DeskAnswer:
     return DeskAnswer(
         SocketFacts(**{name: values[name] for name in SocketFacts._fields}),
         Descriptor(**{name: values[name] for name in Descriptor._fields}),
+        raw,
     )
 
 
@@ -89,6 +94,7 @@ class Desk:
         whole = mmap.mmap(maps.desks.fd, layout.MAX_DESKS * size)
         self._view = memoryview(whole)[slot * size : (slot + 1) * size]
         self._view[:] = bytes(size)
+        self.memory = self._view  # struct desk, for who asks it without this object (graft/swap/compiled/connect.c)
         layout.DeskValue.from_buffer(self._view).container = self._container = container
         self._answer = self._view[_QUESTION.size : _QUESTION.size + _ANSWER.size]
         self._options = layout.OptionsValue.from_buffer(self._view, layout.DeskValue.options.offset)

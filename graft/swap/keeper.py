@@ -33,7 +33,7 @@ from graft.state.records import Container
 from graft.swap.birth import BirthEntry, SocketBirth
 from graft.swap.call_log import format_entry
 from graft.swap.desk import open_desk, release_desk
-from graft.swap.fast_birth import CompiledStock, open_fast_birth
+from graft.swap.fast_calls import CompiledStock, open_fast_calls
 from graft.swap.processes import Processes
 from graft.swap.resource_limits import enter_own_cgroup
 from graft.swap.socket_pool import NamespaceSwitch, SocketPool
@@ -206,13 +206,14 @@ def _make_supervisor(
     desk = open_desk(graft, container.id)
     is_born = container.transport is Transport.BORN
     netns = _own_namespace(graft, container) if is_born else ""  # in swap no socket(2) is trapped
-    fast = open_fast_birth(listener.fd, netns, desk) if is_born and killable and not verbose else None
-    stock = None if fast is None else CompiledStock(fast)
+    can_be_fast = not verbose and (killable or not is_born)  # a connect that is interrupted finds its socket replaced
+    fast = open_fast_calls(listener.fd, container.transport, netns, desk) if can_be_fast else None
+    stock = None if fast is None else CompiledStock(fast, container.transport)
     pool = SocketPool(graft.maps.tags, desk, container.id, namespaces, stock)
     processes = Processes()
     birth = SocketBirth(desk, pool, listener, processes, netns, log, killable, fast)
     unix = UnixBinder(graft, container.id)
-    return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, log, unix)
+    return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, log, unix, fast)
 
 
 def _own_namespace(graft: Installation, container: Container) -> str:

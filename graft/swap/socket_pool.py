@@ -117,11 +117,12 @@ class SocketPool:
     ) -> None:
         self._tags, self._next_home, self._container, self._namespaces = tags, desk.next_home, container, namespaces
         self._stock = stock or PlainStock()
+        self.host_cookie = namespaces.host_cookie
         self._missing: SocketKind | None = None
 
     def get(self, home: Home, cookie: int, kind: SocketKind) -> Socket:
         """A new socket in the namespace of that cookie. Raises OSError."""
-        if home is Home.HOST and cookie == self._namespaces.host_cookie:
+        if home is Home.HOST and cookie == self.host_cookie:
             return self.get_for_host(kind)
         with self._namespaces.inside(cookie), owning_files_as(*kind.owner):
             return self._make(home, kind)

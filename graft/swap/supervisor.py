@@ -30,7 +30,7 @@ import os
 from _socket import socket as Socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from graft.datapath import layout
 from graft.datapath.layout import PROBED_FLAGS, PROBED_OWNED
@@ -47,10 +47,14 @@ from graft.swap.birth import SocketBirth
 from graft.swap.decision import RESUME, Action, Call, Decision, SocketFacts, decide
 from graft.swap.desk import Desk, DeskAnswer
 from graft.swap.end_watcher import EndWatcher
+from graft.swap.fast_calls import is_plain_connect
 from graft.swap.processes import Process, Processes
 from graft.swap.socket_pool import ROOT, Owner, SocketKind, SocketPool
 from graft.swap.unix_bind import UnixBinder
 from graft.swap.unreported import UnreportedBinds
+
+if TYPE_CHECKING:
+    from graft.swap._fast_calls import FastCalls
 
 _IPPROTO_MPTCP = 262
 _CLOSE_TOGETHER = 8  # replaced sockets, of which this process has the last descriptor
@@ -96,12 +100,13 @@ class Supervisor:
         birth: SocketBirth,
         log: Callable[[LogEntry], None] | None = None,
         unix: UnixBinder | None = None,
+        fast: FastCalls | None = None,
     ) -> None:
         self._tags, self._desk, self._pool, self._birth = tags, desk, pool, birth
         self._listener = listener
         self._memory = MemoryReader(SOCKADDR_SIZE)
         self._processes = processes
-        self._log, self._unix = log, unix
+        self._log, self._unix, self._fast = log, unix, fast
         self._architecture, numbers = architecture()
         self._calls = {numbers[name]: Call[name.upper()] for name in TRAPPED}
         self._socket_number = numbers["socket"]
@@ -243,7 +248,7 @@ class Supervisor:
 
     def _replace(self, trapped: TrappedCall, decision: Decision, v6only: bool) -> int | None:
         """Replace the socket. Gives what `_decide_and_apply` gives."""
-        facts, (references, flags, probed, options, overflow) = trapped.answer
+        facts, (references, flags, probed, options, overflow), _ = trapped.answer
         notification, duplicate = trapped.notification, trapped.duplicate
         if not probed & PROBED_FLAGS:
             flags = descriptors.descriptor_flags(trapped.process.fdinfo, notification.fd)
@@ -267,9 +272,25 @@ class Supervisor:
                 elif not facts.local_port:
                     # The old socket is open here only, is registered nowhere, and has no port: it can be closed later.
                     self._replaced.append(duplicate)
+                    self._show_plain(trapped, decision)
         finally:
             replacement.close()
         return error
+
+    def _show_plain(self, trapped: TrappedCall, decision: Decision) -> None:
+        """Have the compiled part do the same where the hooks give the same answer, for this thread and those it knows.
+
+        A spare socket is of the host's namespace. An answer about a socket with fewer references than expected is as
+        good as another one.
+        """
+        if self._fast is None or decision.netns != self._pool.host_cookie:
+            return
+        if is_plain_connect(trapped.call, trapped.address, decision, trapped.answer):
+            facts = trapped.answer.facts
+            family = socket_copy.AF_INET if facts.family == 4 else socket_copy.AF_INET6
+            self._fast.remember(trapped.answer.raw, family, socket_copy.SOCK_STREAM, facts.protocol)
+            with contextlib.suppress(OSError):  # it has ended, or there is no descriptor left: Python goes on
+                self._processes.show(trapped.notification.pid, self._fast.know)
 
     def _get_replacement(self, decision: Decision, facts: SocketFacts, owner: Owner) -> Socket:
         family = socket_copy.AF_INET if facts.family == 4 else socket_copy.AF_INET6
@@ -311,10 +332,9 @@ class Supervisor:
     def receive(self, page: ctypes.Array[ctypes.c_char]) -> bool:
         """Whether ``page`` has a notification for `handle` now; if not, it is still zero. Blocks where none is waiting.
 
-        The plain calls of transport born may be answered meanwhile (graft/swap/fast_birth.py).
+        Plain calls may be answered meanwhile (graft/swap/fast_calls.py).
         """
-        fast = self._birth.fast
-        return self._listener.receive(page) if fast is None else fast.serve(page)
+        return self._listener.receive(page) if self._fast is None else self._fast.serve(page)
 
 
 def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, keeper: int) -> None:

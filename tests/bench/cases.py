@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from graft.swap import fast_birth
+from graft.model.transport import Transport
+from graft.swap import fast_calls
 from tests.bench.process import BenchError, Environment, kept, run, wait_until
 from tests.bench.report import Wanted, at_least, at_most
 from tests.bench.topology import Netns, Topology
@@ -147,6 +148,26 @@ class SwapCase:
         run([graft_command(), *arguments], environment=self._environment)
 
 
+class OnlyConnects:
+    """What sockets do once they are there is the same as in another case: only connects are measured."""
+
+    @contextmanager
+    def serve(self, net: Topology, server: Server) -> Iterator[int]:
+        """Raises NotOffered."""
+        raise NotOffered("the same as where the plain case is compiled")
+        yield
+
+
+@dataclass
+class PlainSwapCase(OnlyConnects, SwapCase):
+    """Swap, where nothing was compiled."""
+
+    name: str = "swap-plain"
+    title: str = "swap, plain Python"
+    wanted: Wanted = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=lambda: {fast_calls.NOT_COMPILED: "1"})
+
+
 @dataclass
 class BornCase(SwapCase):
     """The same under a policy that leaves nothing to the container: its sockets are born on the host's stack."""
@@ -160,28 +181,22 @@ class BornCase(SwapCase):
     @contextmanager
     def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
         """Raises NotOffered where it would be the case below."""
-        if reason := fast_birth.why_not():
+        if reason := fast_calls.why_not(Transport.BORN):
             raise NotOffered(reason)
         with super().prepared(net, workdir):
             yield
 
 
 @dataclass
-class PlainBornCase(SwapCase):
-    """Born, where nothing was compiled. What sockets do once they are made is the same: only connects are measured."""
+class PlainBornCase(OnlyConnects, SwapCase):
+    """Born, where nothing was compiled."""
 
     name: str = "born-plain"
     title: str = "born, plain Python"
     wanted: Wanted = field(default_factory=lambda: {"connect": [at_most(2.1)]})
     port: int = BORN_PORT + 1
     flags: tuple[str, ...] = ("--deny",)
-    variables: dict[str, str] = field(default_factory=lambda: {fast_birth.NOT_COMPILED: "1"})
-
-    @contextmanager
-    def serve(self, net: Topology, server: Server) -> Iterator[int]:
-        """Raises NotOffered."""
-        raise NotOffered("as born")
-        yield
+    variables: dict[str, str] = field(default_factory=lambda: {fast_calls.NOT_COMPILED: "1"})
 
 
 def graft_command() -> str:
@@ -208,6 +223,7 @@ CASES: tuple[Case, ...] = (
     # As a container usually runs. nftables does the NAT in the kernel; no proxy is in the way.
     PlainCase("bridge", "bridge + NAT", lambda net: net.container, INNER_PORT, BRIDGE_PORT),
     SwapCase(),
+    PlainSwapCase(),
     BornCase(),
     PlainBornCase(),
 )

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from graft.swap import fast_birth
+from graft.model.transport import Transport
+from graft.swap import fast_calls
 from tests.support.building import Programs
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, HOST4, HOST6
@@ -30,14 +31,14 @@ def host(host: Host, request: pytest.FixtureRequest) -> Host:
     """The host, where every `graft run` has transport born, answered by the compiled part or by plain Python alone."""
     born = host.with_transport("born")
     if request.param == "plain":
-        return replace(born, environment={**born.environment, fast_birth.NOT_COMPILED: "1"})
-    if reason := fast_birth.why_not():
+        return replace(born, environment={**born.environment, fast_calls.NOT_COMPILED: "1"})
+    if reason := fast_calls.why_not(Transport.BORN):
         pytest.skip(reason)
     return born
 
 
 def is_compiled(host: Host) -> bool:
-    return fast_birth.NOT_COMPILED not in host.environment
+    return fast_calls.NOT_COMPILED not in host.environment
 
 
 def web_rule(host: Host, address: str = "0.0.0.0") -> tuple[list[str], int]:

@@ -48,6 +48,7 @@ from tests.unit.test_layout import CONSTANTS, STRUCTS
 
 AUDIT_ARCHES = {"x86_64": "AUDIT_ARCH_X86_64", "aarch64": "AUDIT_ARCH_AARCH64"}
 LISTENER = seccomp.Listener(-1)
+COMPILED = sorted((bpf_source_dir().parent / "graft/swap/compiled").glob("*.c"))
 C_PROGRAMS = [*sorted(SOURCES.glob("*.c")), SOURCES.parent / "bench" / "peer.c"]
 
 
@@ -395,3 +396,9 @@ def test_the_structures_of_the_bpf_programs_are_laid_out_as_python_has_them(mach
 @pytest.mark.parametrize("file", C_PROGRAMS, ids=lambda file: file.stem)
 def test_the_c_programs_of_tests_and_benchmark_compile(machine: str, file: Path) -> None:
     assert not complaints(machine, file.read_text(), "-pthread", "-I", file.parent)
+
+
+@pytest.mark.parametrize("file", [file for file in COMPILED if file.name != "module.c"], ids=lambda file: file.stem)
+def test_the_compiled_part_compiles(machine: str, file: Path) -> None:
+    """All but what speaks to Python, whose headers are there for one architecture only."""
+    assert not complaints(machine, file.read_text(), "-Wextra", "-I", bpf_source_dir(), "-I", file.parent)

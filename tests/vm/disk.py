@@ -45,7 +45,8 @@ def cache_folder() -> Path:
 
 def _key() -> str:
     """Changes with whatever the root file system is made of."""
-    compiled = [ROOT / "setup.py", ROOT / "graft/swap/_fast_birth.c"]  # the guest has what was built with the disk
+    # The guest has what was built with the disk.
+    compiled = [ROOT / "setup.py", ROOT / "bpf/graft.h", *sorted((ROOT / "graft/swap/compiled").iterdir())]
     made_of = [ROOT / ".ci/setup", *compiled, Path(__file__), Path(initrd.__file__), *sorted(FILES.iterdir())]
     dependencies = (ROOT / "pyproject.toml").read_text().partition("\n[tool.ruff")[0]  # as .ci/setup looks at it
     return hashlib.sha256(b"".join([dependencies.encode(), *(file.read_bytes() for file in made_of)])).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The compiled part of transport born with a real listener: what it answers, and what it leaves to Python."""
+"""The compiled socket(2) of transport born with a real listener: what it answers, and what it leaves to Python."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from typing import Any
 
 import pytest
 
+from graft.datapath import layout
 from graft.kernel.netns import unshare_netns
 from graft.kernel.pidfd import pidfd_open_thread
 from graft.kernel.process import User, switch_user
 from graft.kernel.seccomp import Listener, Notification, install_listener
 from graft.kernel.seccomp_filter import IPPROTO_MPTCP, architecture, born_filter
-from graft.swap import fast_birth
-from graft.swap._fast_birth import FastBirth
+from graft.model.transport import Transport
+from graft.swap import fast_calls
+from graft.swap._fast_calls import FastCalls
 from graft.swap.processes import Processes
 
 TCP, UDP = (socket.AF_INET, socket.SOCK_STREAM, 0), (socket.AF_INET6, socket.SOCK_DGRAM, 17)
 ROOT = (0, 0)
+MAX_SPARES = 64
 LAST = (socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP)  # what a child ends with: never answered in C
 BLANK = bytes(Listener.SIZE)
 
@@ -47,7 +50,7 @@ class Child:
 
     pid: int
     listener: Listener
-    fast: FastBirth
+    fast: FastCalls
     control: socket.socket
     page: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, mmap.PAGESIZE))
     handed: list[Notification] = field(default_factory=list)
@@ -87,9 +90,17 @@ class Child:
         self.said = json.loads(self.control.recv(65536))
 
 
+def no_desk() -> bytearray:
+    return bytearray(ctypes.sizeof(layout.DeskValue))
+
+
 @contextlib.contextmanager
 def child(
-    work: Callable[[], object], arch: int | None = None, netns: str | None = None, more: str = ""
+    work: Callable[[], object],
+    arch: int | None = None,
+    netns: str | None = None,
+    more: str = "",
+    desk: bytearray | None = None,
 ) -> Iterator[Child]:
     ours, theirs = socket.socketpair()
     pid = os.fork()
@@ -109,8 +120,10 @@ def child(
     _, (fd,), _, _ = socket.recv_fds(ours, 1, 1)
     own_arch, numbers = architecture()
     name = (os.readlink(f"/proc/{pid}/ns/net") if netns is None else netns) + more
+    fast = FastCalls(fd, arch or own_arch, desk or no_desk())
+    fast.answer_births(numbers["socket"], name)
     try:
-        yield Child(pid, Listener(fd), FastBirth(fd, name, arch or own_arch, numbers["socket"]), ours)
+        yield Child(pid, Listener(fd), fast, ours)
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -120,9 +133,9 @@ def child(
 
 @pytest.fixture(autouse=True)
 def can_serve(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(fast_birth.NOT_COMPILED, raising=False)
-    if fast_birth.why_not():
-        pytest.skip(fast_birth.why_not())
+    monkeypatch.delenv(fast_calls.NOT_COMPILED, raising=False)
+    if reason := fast_calls.why_not(Transport.BORN):
+        pytest.skip(reason)
 
 
 def described(fd: int) -> list[int]:
@@ -351,7 +364,7 @@ def test_many_threads_are_served() -> None:
 
 def test_a_signal_ends_the_wait_and_leaves_the_page_zero() -> None:
     """So the watcher of the end stops a supervisor, one that is never without a call too."""
-    with child(lambda: len(inodes(65))) as one:
+    with child(lambda: len(inodes(MAX_SPARES + 1))) as one:
         one.know()
         before = signal.signal(signal.SIGUSR1, lambda *_: None)
         try:
@@ -365,23 +378,24 @@ def test_a_signal_ends_the_wait_and_leaves_the_page_zero() -> None:
             signal.signal(signal.SIGUSR1, before)
         one.control.send(b"go")
         for _ in range(4):
-            one.stock(TCP, 64)
+            one.stock(TCP, MAX_SPARES)
         returned = 0
         while not one.fast.serve(one.page):
             returned += 1
-            one.stock(TCP, 64)
-        assert one.fast.served == 64
+            one.stock(TCP, MAX_SPARES)
+        assert one.fast.served == MAX_SPARES
 
 
 def test_without_the_hook_no_spare_is_made_here() -> None:
     """A socket without a tag would be no container's."""
-    byte = bytearray(1)
+    desk = no_desk()
     before = len(os.listdir("/proc/self/fd"))
-    with child(lambda: inodes(2)) as one:
+    with child(lambda: inodes(2), desk=desk) as one:
         one.know()
-        one.fast.make_spares(byte, 2, 16)
+        one.fast.make_spares(16)
         one.stock(TCP)
         one.go()
-        assert (one.fast.served, len(one.handed), one.fast.count(*TCP, *ROOT), byte[0]) == (1, 1, 0, 0)
+        assert (one.fast.served, len(one.handed), one.fast.count(*TCP, *ROOT)) == (1, 1, 0)
+        assert desk[layout.DeskValue.next_home.offset] == 0
     del one
     assert len(os.listdir("/proc/self/fd")) == before
