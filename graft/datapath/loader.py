@@ -58,16 +58,12 @@ SOURCES = (
     "local_address.bpf.c",
     "bind.bpf.c",
     "connect.bpf.c",
-    "sendmsg.bpf.c",
     "desk.bpf.c",
     "create.bpf.c",
     "sockname.bpf.c",
     "options.bpf.c",
     "listen.bpf.c",
     "packet.bpf.c",
-    "destination.bpf.c",
-    "ingress.bpf.c",
-    "egress.bpf.c",
     "splice.bpf.c",
 )
 

@@ -76,8 +76,8 @@ CONSTANTS = {
 
 C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES"}
 C_ONLY |= {"GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT"}
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c, bpf/egress.bpf.c), limit a loop
-(bpf/connect.bpf.c), or are of what only the hooks read of a tag.
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), limit a loop (bpf/connect.bpf.c), or
+are of what only the hooks read of a tag.
 """
 
 
