@@ -127,7 +127,7 @@ static __always_inline void record_source(struct request *request, struct endpoi
 	if (!request->tag)
 		return;
 	request->tag->source = request->endpoint;
-	request->tag->lent = (is_unspecified(from) ? 0 : GRAFT_LENT_ADDRESS) | (from->port ? GRAFT_LENT_PORT : 0);
+	request->tag->lent = (is_unspecified(from->addr) ? 0 : GRAFT_LENT_ADDRESS) | (from->port ? GRAFT_LENT_PORT : 0);
 }
 
 /* How many ports of a range a connect tries. */
@@ -165,19 +165,25 @@ static __always_inline int has_other_familys_port(struct tag *tag, struct reques
 	return lender && lender->family != request->family;
 }
 
+/* What `sending` is: a connect, a datagram to the address of the send, or one to the socket's peer. */
+#define GRAFT_CONNECTS 0
+#define GRAFT_SENDS 1
+#define GRAFT_SENDS_TO_PEER 2
+
 /* Decides a destination. Returns the endpoint to take the source from, or NULL with *verdict set. */
 static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr *ctx, struct request *request,
 							   int *verdict, int sending)
 {
 	struct owner owner;
 	struct endpoint *endpoint;
+	struct ferry *ferry;
 	u32 rule, id = 0;
 	int bound;
 
 	*verdict = PASS;
 	owner_of(ctx, &owner);
-	if (!owner.id)
-		return 0;
+	if (!owner.id || owner.home == GRAFT_HOME_FERRY)
+		return 0; /* (of what a ferry sends the packet hook judges where it arrives) */
 	if (!owner.container) {
 		if (owner.home == GRAFT_HOME_HOST)
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
@@ -186,6 +192,11 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	if (is_exempt(owner.container, request->protocol))
 		return 0;
 	substitute_loopback(request, owner.home == GRAFT_HOME_HOST);
+	if (owner.home == GRAFT_HOME_HOST && is_ferry(&owner, request, &ferry)) {
+		/* What its addresses stand for was judged for the sends that took them, not for this one. */
+		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
+		return 0;
+	}
 	rule = egress_rule(owner.container, request, &id);
 	if (rule == GRAFT_VERDICT_DENY) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
@@ -211,6 +222,10 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	bound = is_bound(ctx->sk, owner.tag, owner.container, bpf_get_netns_cookie(ctx));
 	request->bound = bound;
 	request->any_source = bound || has_earlier_port(ctx->sk, owner.tag);
+	if (sending == GRAFT_SENDS && is_for_inside(&owner, request, rule) && !is_diverted(ctx->sk)) {
+		*verdict = call_ferry(&owner, request);
+		return 0;
+	}
 	if (rule != GRAFT_VERDICT_GRANT) {
 		/* direct: the host's namespace is the container's own, so its default applies. A swapped
 		 * socket is outside the container's namespace, and may do only what a rule grants. */
@@ -259,7 +274,7 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	int verdict;
 
 	read_request4(ctx, &request);
-	from = decide_destination(ctx, &request, &verdict, 0);
+	from = decide_destination(ctx, &request, &verdict, GRAFT_CONNECTS);
 	if (request.relay) {
 		write_loopback4(ctx);
 		ctx->user_port = bpf_htons(request.relay->port);
@@ -297,7 +312,7 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	int verdict;
 
 	read_request6(ctx, &request);
-	from = decide_destination(ctx, &request, &verdict, 0);
+	from = decide_destination(ctx, &request, &verdict, GRAFT_CONNECTS);
 	if (request.relay) {
 		write_loopback6(ctx, goes_to_ip6_relay(ctx, &request));
 		ctx->user_port = bpf_htons(request.relay->port);
@@ -360,7 +375,7 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 {
 	struct request request;
 	struct endpoint *from;
-	int verdict;
+	int verdict, sending = GRAFT_SENDS;
 	u32 ip = 0;
 
 	read_request4(ctx, &request);
@@ -369,8 +384,13 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 
 		__builtin_memcpy(request.addr, &peer, 4);
 		request.port = bpf_ntohs(ctx->sk->dst_port);
+		sending = GRAFT_SENDS_TO_PEER;
 	}
-	from = decide_destination(ctx, &request, &verdict, 1);
+	from = decide_destination(ctx, &request, &verdict, sending);
+	if (request.ferry) {
+		write_ferry4(ctx, &request);
+		return verdict;
+	}
 	if (request.to_loopback)
 		write_loopback4(ctx);
 	if (!from) {
@@ -393,7 +413,7 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	struct request request;
 	struct endpoint *from;
 	struct local_address local;
-	int verdict;
+	int verdict, sending = GRAFT_SENDS;
 	u32 ip[4] = {};
 
 	read_request6(ctx, &request);
@@ -404,8 +424,11 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 		ip[3] = ctx->sk->dst_ip6[3];
 		__builtin_memcpy(request.addr, ip, 16);
 		request.port = bpf_ntohs(ctx->sk->dst_port);
+		sending = GRAFT_SENDS_TO_PEER;
 	}
-	from = decide_destination(ctx, &request, &verdict, 1);
+	from = decide_destination(ctx, &request, &verdict, sending);
+	if (request.ferry)
+		return write_ferry6(ctx, &request);
 	if (request.to_loopback)
 		write_loopback6(ctx, !request.mapped);
 	if (!from) {

@@ -26,6 +26,7 @@
 /* Where a socket lives. */
 #define GRAFT_HOME_CONTAINER 0
 #define GRAFT_HOME_HOST 1
+#define GRAFT_HOME_FERRY 2 /* a socket of the container's ferry, on the host's loopback */
 
 /* How a container's sockets reach the host's stack. */
 #define GRAFT_TRANSPORT_DIRECT 1
@@ -185,6 +186,7 @@ struct desk_slot {
 #define GRAFT_NEXT_HOME_NONE 0
 #define GRAFT_NEXT_HOME_CONTAINER 1 /* its home + 1 */
 #define GRAFT_NEXT_HOME_HOST 2
+#define GRAFT_NEXT_HOME_FERRY 3
 
 /* Bits of desk.probed. */
 #define GRAFT_PROBED 1       /* references was read from the kernel */
@@ -207,7 +209,7 @@ struct desk {
 	__u64 endpoint_netns;
 	__u32 endpoint;        /* that a rule names; 0: none */
 	__u16 local_port;      /* 0: not bound */
-	__u8 answered;         /* 0: not a TCP socket of this container */
+	__u8 answered;         /* 0: not a TCP or UDP socket of this container */
 	__u8 home;
 	__u8 socket_family;
 	__u8 state;            /* TCP_*, include/net/tcp_states.h */
@@ -217,7 +219,7 @@ struct desk {
 	__u8 bind_default;
 	__u8 connect_default;
 	__u8 next_home;        /* not an answer: set before socket(), and NONE again once that socket has its tag */
-	__u16 protocol;        /* IPPROTO_TCP or IPPROTO_MPTCP */
+	__u16 protocol;        /* IPPROTO_TCP, IPPROTO_MPTCP or IPPROTO_UDP */
 	__u16 endpoint_flags;
 	/* the part of the answer about the descriptor */
 	__u32 references;      /* to the socket's file: more than expected means a dup or a fork */
@@ -231,6 +233,34 @@ struct relay {
 	__u16 port;      /* on 127.0.0.1, and on ::1 where six is set */
 	__u8 six;
 	__u8 zero;
+};
+
+/* `ferries`: container -> the sockets on the host's loopback that relay datagrams to and from its own namespace. */
+#define GRAFT_BERTHS4 256
+#define GRAFT_BERTHS6 16
+#define GRAFT_FERRY_NET 0x7ffe0000 /* 127.254.0.0/16; a place is the lower half */
+struct ferry {
+	__u32 mark;      /* of datagrams to it: a secret, and nothing but a hook sets it */
+	__u16 port;      /* at 127.254.0.0/16; 0: none */
+	__u16 zero;
+	__u16 ports6[GRAFT_BERTHS6]; /* at ::1; 0: none */
+};
+
+/* `berths`: which address of a ferry's -> the address inside that it stands for. A place has an address of 127.254.0.0/16,
+ * or one of ports6. */
+struct berth_key {
+	__u32 container;
+	__u16 place;
+	__u8 family;
+	__u8 zero;
+};
+
+struct berth {
+	__u8 addr[16];
+	__u16 port;
+	__u8 family;
+	__u8 zero[5];
+	__u64 used;      /* when the hook last sent there, CLOCK_MONOTONIC in nanoseconds */
 };
 
 /* Which socket a crossing is stored with, and so what its address is. */
@@ -295,6 +325,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 6
+#define GRAFT_LAYOUT_VERSION 7
 
 #endif

@@ -62,14 +62,6 @@ static __always_inline int matches_endpoint(struct local_address *local, struct 
 	return ip[0] == local->ip[0] && ip[1] == local->ip[1] && ip[2] == local->ip[2] && ip[3] == local->ip[3];
 }
 
-static __always_inline int is_unspecified(struct endpoint *endpoint)
-{
-	u64 word[2];
-
-	__builtin_memcpy(word, endpoint->addr, 16);
-	return !(word[0] | word[1]);
-}
-
 #define ANY_NETNS 0 /* where the namespace is not known: no cookie is 0 */
 
 /* Whether the current rules map what the program requested to the endpoint that its tag names, and the socket,
@@ -159,7 +151,7 @@ static __always_inline int leaves_from(struct local_address *source, struct loca
 	if (endpoint->port ? !is_port_of(endpoint, own->port) : keeps_lent_port(tag, endpoint))
 		return 0;
 	source->port = own->port;
-	if (!is_unspecified(endpoint))
+	if (!is_unspecified(endpoint->addr))
 		return matches_endpoint(source, endpoint, 0);
 	if (tag->source && tag->lent & GRAFT_LENT_ADDRESS)
 		return 0;

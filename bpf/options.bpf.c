@@ -89,13 +89,14 @@ static __always_inline int is_confined(struct owner *owner)
 	return owner->tag && owner->tag->endpoint;
 }
 
-/* Whether the socket may still be replaced: one of a swap container, neither bound nor connected. */
+/* Whether the socket may still be replaced: one of a swap container, neither bound nor connected. (A datagram socket may
+ * be connected again.) */
 static __always_inline int may_be_replaced(struct owner *owner, struct bpf_sock *sk)
 {
 	if (!owner->container || owner->container->transport != GRAFT_TRANSPORT_SWAP)
 		return 0;
 	return owner->home == GRAFT_HOME_CONTAINER ||
-	       (owner->tag && !owner->tag->bound_port && sk->state == BPF_TCP_CLOSE);
+	       (owner->tag && !owner->tag->bound_port && (sk->state == BPF_TCP_CLOSE || sk->protocol == IPPROTO_UDP));
 }
 
 int graft_setsockopt(struct bpf_sockopt *ctx)

@@ -17,6 +17,8 @@ struct request {
 	u8 fixed_source;     /* the socket may not choose a source of its own */
 	u8 any_source;       /* but without an address of its own it may send from any of the host's */
 	u8 bound;            /* the socket is bound to an endpoint that it is granted now */
+	u16 place;           /* transport swap: of the ferry's addresses, the one for this destination */
+	struct ferry *ferry; /* a datagram to the container's own stack goes to it */
 };
 
 /* The container that a socket belongs to, and where the socket lives. */
@@ -96,6 +98,14 @@ static __always_inline int denies_anything(struct container *container)
 {
 	return container->bind_default == GRAFT_DEFAULT_DENY || container->connect_default == GRAFT_DEFAULT_DENY ||
 	       container->flags & GRAFT_CONTAINER_DENIES;
+}
+
+/* Whether a socket of a swap container may have a port of the kernel's choice that is no endpoint: the one that it would
+ * get with its first datagram. It receives there only from where it may send to. */
+static __always_inline int may_have_any_port(struct container *container, u8 protocol)
+{
+	return container->transport == GRAFT_TRANSPORT_SWAP && protocol == IPPROTO_UDP &&
+	       container->bind_default == GRAFT_DEFAULT_CONTAINER;
 }
 
 /* Whether binds that no rule names are permitted although the socket is host-homed: in a direct container

@@ -13,6 +13,23 @@ static __always_inline int is_exempt(struct container *container, u8 protocol)
 	       !protocol_bit(protocol);
 }
 
+static __always_inline int is_same_address(u8 *one, u8 *other)
+{
+	u64 first[2], second[2];
+
+	__builtin_memcpy(first, one, 16);
+	__builtin_memcpy(second, other, 16);
+	return first[0] == second[0] && first[1] == second[1];
+}
+
+static __always_inline int is_unspecified(u8 *addr)
+{
+	u64 word[2];
+
+	__builtin_memcpy(word, addr, 16);
+	return !(word[0] | word[1]);
+}
+
 /* What a bind becomes, NULL where no rule names the address. The exact address first, then "any". */
 static __always_inline struct ingress_value *ingress_rule(struct container *container, struct request *request)
 {

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 6
+LAYOUT_VERSION = 7
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -41,6 +41,8 @@ PROBED_EPOLL = 2
 PROBED_FLAGS = 4
 PROBED_OWNED = 8
 MAX_DESKS = 8192
+BERTHS4, BERTHS6 = 256, 16
+FERRY_NET = 0x7FFE0000  # 127.254.0.0/16
 
 _ADDR = ctypes.c_ubyte * 16
 
@@ -222,6 +224,40 @@ class DeskValue(ctypes.Structure):
         ("flags", ctypes.c_uint32),
         ("probed", ctypes.c_uint32),
         ("options", OptionsValue),
+    )
+
+
+class FerryValue(ctypes.Structure):
+    """`ferries`: container -> its ferry's sockets on the host's loopback."""
+
+    _fields_ = (
+        ("mark", ctypes.c_uint32),
+        ("port", ctypes.c_uint16),
+        ("zero", ctypes.c_uint16),
+        ("ports6", ctypes.c_uint16 * BERTHS6),
+    )
+
+
+class BerthKey(ctypes.Structure):
+    """`berths`: an address of a ferry's -> BerthValue."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("place", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+    )
+
+
+class BerthValue(ctypes.Structure):
+    """The address inside that an address of a ferry's stands for."""
+
+    _fields_ = (
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 5),
+        ("used", ctypes.c_uint64),
     )
 
 

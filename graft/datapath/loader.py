@@ -45,6 +45,8 @@ MAPS = (
     "relays",
     "arrivals",
     "crossings",
+    "ferries",
+    "berths",
     "counters",
     "desks",
     "desk_slots",
@@ -56,6 +58,7 @@ SOURCES = (
     "owner.bpf.c",
     "rules.bpf.c",
     "local_address.bpf.c",
+    "ferry.bpf.c",
     "bind.bpf.c",
     "connect.bpf.c",
     "desk.bpf.c",
@@ -85,6 +88,7 @@ SIZES = {
     "GRAFT_MAX_COUNTERS": 65536,
     "GRAFT_MAX_ARRIVALS": 65536,
     "GRAFT_MAX_DESKS": MAX_DESKS,
+    "GRAFT_MAX_BERTHS": 32768,
 }
 
 _OLDEST = "Graft needs Linux 5.15 or later"

@@ -114,6 +114,16 @@ class Maps:
         return self._open("arrivals", layout.ArrivalKey, layout.CrossingValue)
 
     @cached_property
+    def ferries(self) -> Map[ctypes.c_uint32, layout.FerryValue]:
+        """Container -> its ferry's sockets on the host's loopback."""
+        return self._open("ferries", ctypes.c_uint32, layout.FerryValue)
+
+    @cached_property
+    def berths(self) -> Map[layout.BerthKey, layout.BerthValue]:
+        """An address of a ferry's -> the address inside that it stands for."""
+        return self._open("berths", layout.BerthKey, layout.BerthValue)
+
+    @cached_property
     def counters(self) -> Map[layout.CounterKey, ctypes.c_uint64]:
         """(container, decision) -> how often."""
         return self._open("counters", layout.CounterKey, ctypes.c_uint64)

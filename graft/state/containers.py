@@ -20,12 +20,12 @@ from graft.model.address import shown
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.transport import Transport
-from graft.policy.born import why_not_born
+from graft.policy.born import grants_datagrams, why_not_born
 from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.limits import check_size
 from graft.policy.model import Policy
 from graft.policy.validator import needs_unix_relay
-from graft.state import records, unix_sockets
+from graft.state import ferries, records, unix_sockets
 from graft.state.endpoints import EndpointChanges
 from graft.state.records import Container
 
@@ -70,6 +70,11 @@ class CompiledPolicy:
     def supervised_transport(self) -> Transport:
         """The transport of a container that a supervisor serves under it: born where the policy permits, or swap."""
         return Transport.SWAP if why_not_born(self.policy, self.endpoints) else Transport.BORN
+
+    @property
+    def bears_datagrams(self) -> bool:
+        """Whether UDP sockets of a container that is started under it are born on the host's stack."""
+        return grants_datagrams(self.policy, self.endpoints)
 
 
 def compile_for(
@@ -272,6 +277,7 @@ class ContainerChanges(Containers):
         key = ctypes.c_uint32(number)
         value = self._maps.containers.get(key)
         self._maps.containers.delete(key)
+        ferries.end(self._settings, self._maps, number)
         if value is not None:
             rulesets.erase(self._maps, value.ruleset)
         for counter in self._maps.counters.keys():  # noqa: SIM118

@@ -22,8 +22,8 @@ from graft.kernel.capabilities import CAP_NET_ADMIN
 from graft.kernel.credentials import as_user, with_capabilities
 from graft.kernel.socket_calls import SO_ATTACH_FILTER, SO_LOCK_FILTER, attach_filter, read_filter
 
-AF_INET, AF_INET6, SOCK_STREAM = 2, 10, 1
-SOL_IP, SOL_SOCKET, SOL_TCP, SOL_IPV6 = 0, 1, 6, 41
+AF_INET, AF_INET6, SOCK_STREAM, SOCK_DGRAM = 2, 10, 1, 2
+SOL_IP, SOL_SOCKET, SOL_TCP, SOL_UDP, SOL_IPV6 = 0, 1, 6, 17, 41
 
 _SNDBUF, _RCVBUF, _SNDBUFFORCE, _RCVBUFFORCE = 7, 8, 32, 33
 _PRIORITY = 12
@@ -47,6 +47,8 @@ _UNCHANGED: dict[int, frozenset[int]] = {
     SOL_TCP: frozenset(
         {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 18, 23, 24, 25, 27, 30, 33, 34, 36, 37, 44, 45, 46}
     ),
+    # NO_CHECK6_TX NO_CHECK6_RX SEGMENT GRO (not CORK: what was begun stays with the old socket)
+    SOL_UDP: frozenset({101, 102, 103, 104}),
     # TOS TTL RECVOPTS RETOPTS PKTINFO MTU_DISCOVER RECVERR RECVTTL RECVTOS FREEBIND PASSSEC MINTTL
     # BIND_ADDRESS_NO_PORT RECVERR_RFC4884 (not LOCAL_PORT_RANGE: it would choose a port of the host's)
     SOL_IP: frozenset({1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 18, 21, 24, 26}),
@@ -135,10 +137,15 @@ def _attach_filter(sock: Socket, code: bytes) -> None:
             attach_filter(sock.fileno(), code)
 
 
+def type_of(protocol: int) -> int:
+    """The type of a socket of that protocol."""
+    return SOCK_DGRAM if protocol == SOL_UDP else SOCK_STREAM
+
+
 @contextlib.contextmanager
 def as_socket(fd: int, family: int, protocol: int) -> Iterator[Socket]:
-    """The stream socket ``fd`` as an object, which does not close the descriptor."""
-    sock = Socket(AF_INET if family == 4 else AF_INET6, SOCK_STREAM, protocol, fileno=fd)
+    """The socket ``fd`` as an object, which does not close the descriptor."""
+    sock = Socket(AF_INET if family == 4 else AF_INET6, type_of(protocol), protocol, fileno=fd)
     try:
         yield sock
     finally:

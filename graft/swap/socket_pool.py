@@ -45,8 +45,8 @@ class NamespaceSwitch:
     """Moves the calling thread between namespaces. Outside of `inside` it is in the host's."""
 
     def __init__(self, host: Path, paths: Callable[[int], Path | None]) -> None:
-        self._host = os.open(host, os.O_RDONLY | os.O_CLOEXEC)
-        netns.setns(self._host)
+        self.host = os.open(host, os.O_RDONLY | os.O_CLOEXEC)
+        netns.setns(self.host)
         self.host_cookie = netns.cookie()
         self._paths = paths
 
@@ -56,20 +56,30 @@ class NamespaceSwitch:
         if cookie == self.host_cookie:
             yield
             return
+        fd = self.open(cookie)
+        try:
+            with self.entered(fd):
+                if netns.cookie() != cookie:
+                    raise OSError(errno.ENONET, os.strerror(errno.ENONET))
+                yield
+        finally:
+            os.close(fd)
+
+    def open(self, cookie: int) -> int:
+        """A descriptor of what should be the namespace of that cookie. Raises OSError(ENONET) where it is not found."""
         path = self._paths(cookie)
         if path is None:
             raise OSError(errno.ENONET, os.strerror(errno.ENONET))
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    @contextlib.contextmanager
+    def entered(self, fd: int) -> Iterator[None]:
+        """In the namespace of a descriptor."""
+        netns.setns(fd)
         try:
-            netns.setns(fd)
-        finally:
-            os.close(fd)
-        try:
-            if netns.cookie() != cookie:
-                raise OSError(errno.ENONET, os.strerror(errno.ENONET))
             yield
         finally:
-            netns.setns(self._host)
+            netns.setns(self.host)
 
 
 class Stock(Protocol):

@@ -150,6 +150,13 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "kept source": (("packet.bpf.c", "&kept, netns, &source, own)", "&kept, netns, &source, 0)"),),
     # Established connections pass with any mark.
     "mark": (("packet.bpf.c", "state != BPF_TCP_SYN_SENT && !mark &&\n", "state != BPF_TCP_SYN_SENT &&\n"),),
+    # A ferry hears whoever knows its address, and delivers to whoever has the port.
+    "ferry's mark": (
+        _at_once("packet.bpf.c", "int arrives_at_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
+    ),
+    "ferry's receiver": (
+        _at_once("packet.bpf.c", "int leaves_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
+    ),
     # A datagram socket that is connected to port 0 is not connected.
     "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.

@@ -202,6 +202,8 @@ def test_bpf_has_the_kernels_numbers_and_layouts(machine: str) -> None:
         "sk_skb_stream_verdict": "BPF_SK_SKB_STREAM_VERDICT",
         "sendmsg4": "BPF_CGROUP_UDP4_SENDMSG",
         "sendmsg6": "BPF_CGROUP_UDP6_SENDMSG",
+        "recvmsg4": "BPF_CGROUP_UDP4_RECVMSG",
+        "recvmsg6": "BPF_CGROUP_UDP6_RECVMSG",
         "setsockopt": "BPF_CGROUP_SETSOCKOPT",
         **{f"post_bind{family}": f"BPF_CGROUP_INET{family}_POST_BIND" for family in (4, 6)},
     }

@@ -38,6 +38,9 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "relay": layout.RelayValue,
     "crossing": layout.CrossingValue,
     "arrival": layout.ArrivalKey,
+    "ferry": layout.FerryValue,
+    "berth_key": layout.BerthKey,
+    "berth": layout.BerthValue,
 }
 
 CONSTANTS = {
@@ -58,6 +61,9 @@ CONSTANTS = {
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
     "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,
     "GRAFT_PROBED_OWNED": layout.PROBED_OWNED,
+    "GRAFT_BERTHS4": layout.BERTHS4,
+    "GRAFT_BERTHS6": layout.BERTHS6,
+    "GRAFT_FERRY_NET": layout.FERRY_NET,
     "GRAFT_IPV4": 4,
     "GRAFT_IPV6": 6,
     "GRAFT_TCP": Protocol.TCP.value,
@@ -73,9 +79,12 @@ CONSTANTS = {
     **{f"GRAFT_DECISION_{one.name}": one.value for one in layout.HookDecision},
 }
 
-C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES"}
-C_ONLY |= {"GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT"}
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), limit a loop (bpf/connect.bpf.c), or
+C_ONLY = {
+    "GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES",
+    "GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT",
+    "GRAFT_FERRY_NET_MASK", "GRAFT_BERTH_TRIES", "GRAFT_CONNECTS", "GRAFT_SENDS", "GRAFT_SENDS_TO_PEER",
+}  # fmt: skip
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), limit a loop, name a case of C's, or
 are of what only the hooks read of a tag.
 """
 

@@ -99,6 +99,24 @@ def test_born_leaves_every_other_socket_at_home(machine: str, family: int, kind:
 
 
 @every_machine
+@given(family=ANY, kind=ANY, protocol=ANY)
+def test_swap_traps_sockets_of_udp_alone_where_the_policy_has_rules_for_it(
+    machine: str, family: int, kind: int, protocol: int
+) -> None:
+    arch, calls = architecture(machine)
+
+    def interpreted(name: str, *arguments: int) -> int:
+        padded = (*arguments, *(0,) * (6 - len(arguments)))
+        data = classic_bpf.seccomp_data(calls[name], arch, padded)
+        return classic_bpf.interpret(swap_filter(machine, datagrams=True), data)
+
+    known = family in (2, 10) and kind & ~TYPE_FLAGS == 2 and protocol in (0, 17)
+    assert interpreted("socket", family, kind, protocol) == (NOTIFY if known else ALLOW)
+    assert interpret(calls["socket"], arch, machine) == ALLOW
+    assert {interpreted(name) for name in TRAPPED} == {NOTIFY}
+
+
+@every_machine
 @given(number=st.integers(0, 2**32 - 1))
 def test_born_traps_no_other_call(machine: str, number: int) -> None:
     arch, calls = architecture(machine)
@@ -127,6 +145,7 @@ def test_the_filter_ends_on_every_path_and_reads_only_number_and_architecture(ma
 @every_machine
 def test_the_filter_of_born_ends_on_every_path(machine: str) -> None:
     check_ends(list(struct.iter_unpack("=HBBI", born_filter(machine))))
+    check_ends(list(struct.iter_unpack("=HBBI", swap_filter(machine, datagrams=True))))
 
 
 def check_ends(program: list[tuple[int, int, int, int]]) -> None:
