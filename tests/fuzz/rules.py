@@ -141,6 +141,12 @@ def binds_freely(world: World, direct: bool) -> bool:
     return direct and world.policy.bind == "container"
 
 
+def may_have_any_port(world: World, protocol: str, asked: tuple[str, int], own: tuple[str, int]) -> bool:
+    """Whether a datagram socket that asked for no address and no port may have a port of the kernel's choice (swap)."""
+    named = not is_any(asked[0]) or asked[1] or not is_any(own[0])
+    return protocol == "udp" and not named and world.policy.bind == "container" and own[1] in KERNELS_CHOICE
+
+
 def may_hold(world: World, direct: bool, protocol: str, address: str, port: int) -> bool:
     """Whether some bind of the container's may stand there."""
     endpoints = (world.endpoint(rule.endpoint) for rule in world.policy.ingress)

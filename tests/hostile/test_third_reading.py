@@ -216,8 +216,10 @@ def test_a_container_has_so_many_supervisors_and_no_more(monkeypatch: pytest.Mon
             return False
 
     monkeypatch.setattr(shim, "Keeper", Keeper)
-    monkeypatch.setattr(shim, "Installation", lambda _settings: None)
-    attachment = shim.Attachment(SimpleNamespace(killable=False, id="image", settings=None))  # type: ignore[arg-type]
+    rules = SimpleNamespace(bears_datagrams=False)
+    monkeypatch.setattr(shim, "Installation", lambda _settings: SimpleNamespace(compile=lambda _policy: rules))
+    plan = SimpleNamespace(killable=False, id="image", settings=None, policy=None)
+    attachment = shim.Attachment(plan)  # type: ignore[arg-type]
     attachment.container = SimpleNamespace(killable=False, cgroup_path=tmp_path)  # type: ignore[assignment]
     try:
         with pytest.raises(RefusedError, match="supervisors"):
