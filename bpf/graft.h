@@ -41,6 +41,7 @@
 /* Bits of container.flags. */
 #define GRAFT_CONTAINER_DENIES 1 /* some rule denies a destination, whatever the defaults are */
 #define GRAFT_CONTAINER_OTHERS 2 /* sockets of protocols that no rule can name are left alone */
+#define GRAFT_CONTAINER_ICMP 4   /* some rule is for ICMP: sockets that ping are judged by the rules */
 
 /* What an egress rule says about a destination. NONE: no rule covers it, the default decides. */
 #define GRAFT_VERDICT_NONE 0
@@ -100,7 +101,7 @@ struct ingress_value {
 struct egress_key {
 	__u32 prefixlen;
 	__u32 ruleset;
-	__u8 protocol;
+	__u8 protocol;   /* IPPROTO_ICMP for ICMPv6 too */
 	__u8 family;
 	__u8 zero[2];
 	__u8 addr[16];

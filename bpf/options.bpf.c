@@ -9,6 +9,7 @@
 #define SO_BINDTOIFINDEX 62
 #define IP_HDRINCL 3
 #define IP_OPTIONS 4
+#define IP_FREEBIND 15
 #define IP_TRANSPARENT 19
 #define IP_IPSEC_POLICY 16
 #define IP_XFRM_POLICY 17
@@ -24,6 +25,7 @@
 #define IPV6_RTHDR 57
 #define IPV6_DSTOPTS 59
 #define IPV6_TRANSPARENT 75
+#define IPV6_FREEBIND 78
 #define IPV6_UNICAST_IF 76
 #define SOL_TCP 6
 #define TCP_REPAIR 19
@@ -52,6 +54,14 @@ static __always_inline int bypasses_policy(int level, int name)
 	if (level == SOL_TCP)
 		return name == TCP_REPAIR || name == TCP_REPAIR_WINDOW;
 	return 0;
+}
+
+/* An echo request leaves from the address that its socket is bound to, or that a control message names: with these, from
+ * one that is not the host's. (Of other sockets the hooks set both.) */
+static __always_inline int frees_source(u32 type, u32 protocol, int level, int name)
+{
+	return is_ping(type, protocol) &&
+	       ((level == SOL_IP && name == IP_FREEBIND) || (level == SOL_IPV6 && name == IPV6_FREEBIND));
 }
 
 /* An option that cannot be recorded is refused: without it the replacement socket would differ from the program's. */
@@ -104,6 +114,7 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct scope *scope = scopes.get_local_storage(0);
 	struct owner owner = {};
+	u32 type, protocol;
 
 	/* The kernel passes at most a page of a long value; with a length of 0 it uses the caller's own
 	 * copy instead of failing the call (Documentation/bpf/prog_cgroup_sockopt.rst). */
@@ -112,7 +123,9 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	if (!sk)
 		return PASS;
 	resolve_owner(&owner, tags.sk_storage_get(sk, 0, 0), scope->container);
-	if (bypasses_policy(ctx->level, ctx->optname)) {
+	type = sk->type;
+	protocol = sk->protocol;
+	if (bypasses_policy(ctx->level, ctx->optname) || frees_source(type, protocol, ctx->level, ctx->optname)) {
 		if (!owner.tag && shares_host_netns(owner.container, bpf_get_netns_cookie(ctx)))
 			owner.home = GRAFT_HOME_HOST;
 		if (owner.home == GRAFT_HOME_HOST && is_confined(&owner)) {

@@ -93,6 +93,19 @@ static __always_inline int has_rules(u32 type, u32 protocol)
 	return is_tcp(type, protocol) || (type == SOCK_DGRAM && protocol == IPPROTO_UDP);
 }
 
+/* Whether a socket is of the kind that may ping without privileges (net/ipv4/ping.c). */
+static __always_inline int is_ping(u32 type, u32 protocol)
+{
+	return type == SOCK_DGRAM && (protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6);
+}
+
+/* Whether the policy judges such sockets. The kernel calls no hook for what they send, and the one at connect from 6.0
+ * on: their packets are judged (packet.bpf.c). */
+static __always_inline int may_ping(struct container *container, u32 type, u32 protocol)
+{
+	return container && container->flags & GRAFT_CONTAINER_ICMP && is_ping(type, protocol);
+}
+
 /* Whether a policy denies anything, so that protocols that no rule can name must not bypass it. */
 static __always_inline int denies_anything(struct container *container)
 {
@@ -115,6 +128,16 @@ static __always_inline int binds_freely(struct container *container)
 	return container->transport == GRAFT_TRANSPORT_DIRECT && container->bind_default == GRAFT_DEFAULT_CONTAINER;
 }
 
+/* Rules have one number for ICMP of both families, and no ports. */
+static __always_inline void read_protocol(struct bpf_sock_addr *ctx, struct request *request)
+{
+	request->protocol = ctx->protocol;
+	if (ctx->protocol == IPPROTO_ICMPV6)
+		request->protocol = IPPROTO_ICMP;
+	if (request->protocol == IPPROTO_ICMP)
+		request->port = 0;
+}
+
 static __always_inline void read_request4(struct bpf_sock_addr *ctx, struct request *request)
 {
 	u32 ip = ctx->user_ip4;
@@ -123,7 +146,7 @@ static __always_inline void read_request4(struct bpf_sock_addr *ctx, struct requ
 	__builtin_memcpy(request->addr, &ip, 4);
 	request->port = bpf_ntohs((u16)ctx->user_port);
 	request->family = GRAFT_IPV4;
-	request->protocol = ctx->protocol;
+	read_protocol(ctx, request);
 }
 
 static __always_inline void read_request6(struct bpf_sock_addr *ctx, struct request *request)
@@ -132,7 +155,7 @@ static __always_inline void read_request6(struct bpf_sock_addr *ctx, struct requ
 
 	__builtin_memset(request, 0, sizeof(*request));
 	request->port = bpf_ntohs((u16)ctx->user_port);
-	request->protocol = ctx->protocol;
+	read_protocol(ctx, request);
 	if (!ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff)) {
 		__builtin_memcpy(request->addr, &ip[3], 4);
 		request->family = GRAFT_IPV4;

@@ -6,11 +6,19 @@ static __always_inline u8 protocol_bit(u8 protocol)
 	return protocol == IPPROTO_TCP ? GRAFT_TCP : protocol == IPPROTO_UDP ? GRAFT_UDP : 0;
 }
 
+/* Whether an endpoint serves a protocol. ICMP has no ports: one that is for any protocol lends its address. */
+static __always_inline int serves(struct endpoint *endpoint, u8 protocol)
+{
+	if (protocol == IPPROTO_ICMP)
+		return endpoint->protocols == (GRAFT_TCP | GRAFT_UDP);
+	return endpoint->protocols & protocol_bit(protocol);
+}
+
 /* Whether this is a socket of a direct container whose protocol no rule can name, and the policy permits such. */
 static __always_inline int is_exempt(struct container *container, u8 protocol)
 {
 	return container->transport == GRAFT_TRANSPORT_DIRECT && container->flags & GRAFT_CONTAINER_OTHERS &&
-	       !protocol_bit(protocol);
+	       !protocol_bit(protocol) && !(protocol == IPPROTO_ICMP && container->flags & GRAFT_CONTAINER_ICMP);
 }
 
 static __always_inline int is_same_address(u8 *one, u8 *other)
@@ -138,7 +146,7 @@ static __always_inline struct endpoint *endpoint_for(struct bpf_sock_addr *ctx, 
 {
 	struct endpoint *endpoint = endpoints.lookup(&id);
 
-	if (!endpoint || !(endpoint->protocols & protocol_bit(request->protocol)))
+	if (!endpoint || !serves(endpoint, request->protocol))
 		return 0;
 	if (endpoint->netns != bpf_get_netns_cookie(ctx))
 		return 0;

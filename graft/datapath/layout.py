@@ -36,6 +36,7 @@ ENDPOINT_DUAL_STACK = 4
 ENDPOINT_UNIX = 8
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
+CONTAINER_ICMP = 4
 PROBED = 1
 PROBED_EPOLL = 2
 PROBED_FLAGS = 4
@@ -47,9 +48,9 @@ FERRY_NET = 0x7FFE0000  # 127.254.0.0/16
 _ADDR = ctypes.c_ubyte * 16
 
 
-def container_flags(denies: bool, leaves_others: bool) -> int:
+def container_flags(denies: bool, leaves_others: bool, names_icmp: bool = False) -> int:
     """ContainerValue.flags of a ruleset."""
-    return CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others
+    return CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others | CONTAINER_ICMP * names_icmp
 
 
 class EndpointValue(ctypes.Structure):

@@ -35,11 +35,13 @@ IPPROTO_MPTCP = 262
 FAMILIES = (int(socket.AF_INET), int(socket.AF_INET6))
 PROTOCOLS = {
     int(socket.SOCK_STREAM): (0, int(socket.IPPROTO_TCP), IPPROTO_MPTCP),
-    int(socket.SOCK_DGRAM): (0, int(socket.IPPROTO_UDP)),
+    int(socket.SOCK_DGRAM): (0, int(socket.IPPROTO_UDP), int(socket.IPPROTO_ICMP), int(socket.IPPROTO_ICMPV6)),
 }
 """The sockets that can be born on the host's stack: their protocols by their types."""
+PING_PROTOCOLS = (int(socket.IPPROTO_ICMP), int(socket.IPPROTO_ICMPV6))
+"""Those of sockets that ping, which are born only under a policy with a rule for ICMP."""
 
-DATAGRAMS = {int(socket.SOCK_DGRAM): PROTOCOLS[int(socket.SOCK_DGRAM)]}
+DATAGRAMS = {int(socket.SOCK_DGRAM): (0, int(socket.IPPROTO_UDP))}
 """Those of transport swap: UDP alone, where its policy has rules for it."""
 
 TYPE_FLAGS = int(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)

@@ -34,10 +34,11 @@ _PATH_MAX = 4095  # PATH_MAX of linux/limits.h without the closing NUL
 
 
 class Protocol(IntFlag):
-    """Transport protocols: GRAFT_TCP and GRAFT_UDP of bpf/graft.h."""
+    """Transport protocols: GRAFT_TCP and GRAFT_UDP of bpf/graft.h. ICMP: only in rules of egress, for echo requests."""
 
     TCP = 1
     UDP = 2
+    ICMP = 4
 
     @property
     def label(self) -> str:
@@ -47,8 +48,8 @@ class Protocol(IntFlag):
 
 ANY_PROTOCOL = Protocol.TCP | Protocol.UDP
 
-IP_PROTOCOLS: dict[Protocol, int] = {Protocol.TCP: 6, Protocol.UDP: 17}
-"""Numbers in the maps' keys: IPPROTO_TCP and IPPROTO_UDP of linux/in.h."""
+IP_PROTOCOLS: dict[Protocol, int] = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.ICMP: 1}
+"""Numbers in the maps' keys: IPPROTO_TCP, IPPROTO_UDP and IPPROTO_ICMP (of both families) of linux/in.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,16 @@ def parse_protocol(text: str, field: str = "protocol") -> Protocol:
     if text not in protocols:
         raise UsageError(f"{field}: {shown(text)} is not a protocol", "tcp, udp or any")
     return protocols[text]
+
+
+def parse_egress_protocol(text: str, field: str = "protocol") -> Protocol:
+    """The same, or icmp."""
+    if text == "icmp":
+        return Protocol.ICMP
+    try:
+        return parse_protocol(text, field)
+    except UsageError as error:
+        raise UsageError(error.message, "tcp, udp, any or icmp") from None
 
 
 def parse_netns(text: str, field: str = "netns") -> str:

@@ -96,7 +96,7 @@ class RuleSet:
     """A whole policy as map entries. Nodes are numbered from 1; a node may have no ports at all.
 
     ``denies``: some rule denies, whatever the defaults are. ``leaves_others``: sockets that no rule can match are left
-    alone.
+    alone. ``names_icmp``: the rules judge sockets that ping.
     """
 
     ingress: tuple[IngressEntry, ...]
@@ -106,6 +106,7 @@ class RuleSet:
     connect_default: Default
     denies: bool = False
     leaves_others: bool = False
+    names_icmp: bool = False
 
     @property
     def entries(self) -> int:
@@ -134,6 +135,7 @@ def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet
         connect_default=policy.connect_default,
         denies=policy.other_default is Default.DENY or any(rule.verdict is Verdict.DENY for rule in policy.egress),
         leaves_others=policy.other_default is Default.CONTAINER,
+        names_icmp=policy.names_icmp,
     )
 
 
@@ -248,7 +250,7 @@ def _own_layouts(
     layouts: dict[tuple[Protocol, int], dict[Prefix, PortLayout[Outcome]]] = defaultdict(dict)
     for rule in policy.egress:
         mask = rule.port_mask
-        for protocol in egress_protocols(rule, endpoints):
+        for protocol in egress_protocols(rule, policy, endpoints):
             layout = layouts[protocol, rule.to.family].setdefault(rule.to, {})
             layout[rule.outcome] = layout.get(rule.outcome, 0) | mask
     for own in layouts.values():

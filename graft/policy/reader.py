@@ -21,6 +21,7 @@ from graft.model.endpoint import (
     check_dual_stack,
     check_no_owner,
     check_unix_options,
+    parse_egress_protocol,
     parse_endpoint_address,
     parse_name,
     parse_netns,
@@ -190,7 +191,7 @@ class _PolicyReader:
                 _check_one_outcome(fields, value)
             to = fields.required("to", parse_prefix)
             ports = fields.texts("ports", parse_port_range, "such as [80, 443, 8000-8099]")
-            protocols = fields.text("protocol", parse_protocol)
+            protocols = fields.text("protocol", parse_egress_protocol)
             endpoint = fields.text("endpoint", self._parse_endpoint_name)
             verdict = fields.text("action", _parse_action) or Verdict.GRANT
             if to is not None and fields.valid:

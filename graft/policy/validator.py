@@ -82,11 +82,14 @@ def ingress_claims(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterato
                 yield IngressClaim(rule, protocol, family, address, target)
 
 
-def egress_protocols(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Protocol:
-    """The protocols that ``rule`` is for; its endpoint, if it has one, must be among ``endpoints``."""
+def egress_protocols(rule: EgressRule, policy: Policy, endpoints: Mapping[str, Endpoint]) -> Protocol:
+    """The protocols that ``rule`` of ``policy`` is for; its endpoint, if it has one, must be among ``endpoints``."""
     if rule.protocols is not None:
         return rule.protocols
-    return ANY_PROTOCOL if rule.endpoint is None else endpoints[rule.endpoint].protocols
+    if rule.endpoint is not None:
+        return endpoints[rule.endpoint].protocols
+    has_icmp = policy.names_icmp and rule.ports is None
+    return ANY_PROTOCOL | Protocol.ICMP if has_icmp else ANY_PROTOCOL
 
 
 def grants_without_tcp(policy: Policy, endpoints: Mapping[str, Endpoint]) -> tuple[str, ...]:
@@ -194,9 +197,14 @@ def _check_egress(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Iterat
         loopback = LOOPBACKS[UNSPECIFIED.index(rule.to)]
         message = f"{rule.to.network.network_address} is the container's own loopback: no rule applies to it"
         yield Problem(rule.line, _part(rule, "to"), message, f"{loopback} for loopback, /0 for everything else")
+    is_icmp = rule.protocols is Protocol.ICMP
+    if is_icmp and rule.ports is not None:
+        yield Problem(rule.line, _part(rule, "ports"), "icmp has no ports", "leave them out, or another protocol")
     endpoint = endpoints.get(rule.endpoint) if rule.endpoint is not None else None
     if endpoint is None:
         return
+    if is_icmp:
+        yield from _check_icmp(rule, endpoint)
     if endpoint.unix is not None:
         if rule.to.length != rule.to.network.max_prefixlen:
             message = f"{endpoint.name} is a unix socket, which connections reach, and no source of connections"
@@ -205,7 +213,17 @@ def _check_egress(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Iterat
         wanted = f"IPv{rule.to.family}"
         message = f"{wanted} destinations cannot be reached from the IPv{endpoint.family} endpoint {endpoint.name}"
         yield Problem(rule.line, _part(rule, "endpoint"), message, f"an {wanted} endpoint")
-    yield from _check_protocols(rule, endpoint)
+    if not is_icmp:
+        yield from _check_protocols(rule, endpoint)
+
+
+def _check_icmp(rule: EgressRule, endpoint: Endpoint) -> Iterator[Problem]:
+    """ICMP takes an endpoint's address alone."""
+    if endpoint.port or endpoint.protocols != ANY_PROTOCOL:
+        what = "has a port" if endpoint.port else f"is for {endpoint.protocols.label} only"
+        message = f"the rule is for icmp, its endpoint {endpoint.name} {what}"
+        hint = f"an endpoint for any protocol, such as {endpoint.spec_at(0)}"
+        yield Problem(rule.line, _part(rule, "endpoint"), message, hint)
 
 
 def _check_unix_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
@@ -281,7 +299,7 @@ def _egress_conflicts(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iter
     for rule in policy.egress:
         if rule.endpoint is not None and rule.endpoint not in endpoints:
             continue
-        for protocol in egress_protocols(rule, endpoints):
+        for protocol in egress_protocols(rule, policy, endpoints):
             found = earlier.setdefault((protocol, rule.to), _PortOutcomes()).add(rule)
             if found is not None and id(rule) not in reported:
                 reported.add(id(rule))

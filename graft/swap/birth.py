@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import contextlib
 import socket as names
+from _socket import socket as Socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from graft.kernel.seccomp import Listener, Notification
-from graft.kernel.seccomp_filter import IPPROTO_MPTCP, Protocols, can_be_born
+from graft.kernel.seccomp_filter import IPPROTO_MPTCP, PING_PROTOCOLS, Protocols, can_be_born
 from graft.swap.desk import Desk
 from graft.swap.ferry_client import FerryClient
 from graft.swap.processes import Processes
@@ -53,8 +54,9 @@ class SocketBirth:
     """Answers socket(2) for one container. ``netns`` is its own network namespace (`Processes.caller`).
 
     ``protocols``: of which sockets are born. ``ferry``: what its datagram sockets need; None in transport born.
-    ``killable``: only a signal that kills ends a caller's wait. ``fast``, where it is there, gets to know the threads
-    that are served; it is for such callers only, and for transport born.
+    ``may_ping``: whether its policy now has a rule for ICMP. ``killable``: only a signal that kills ends a caller's
+    wait. ``fast``, where it is there, gets to know the threads that are served; it is for such callers only, and for
+    transport born.
     """
 
     def __init__(
@@ -66,13 +68,14 @@ class SocketBirth:
         netns: str,
         protocols: Protocols,
         ferry: FerryClient | None,
+        may_ping: Callable[[], bool],
         log: Callable[[BirthEntry], None] | None = None,
         killable: bool = False,
         fast: FastBirth | None = None,
     ) -> None:
         self._desk, self._pool, self._listener, self._processes = desk, pool, listener, processes
         self._netns, self._protocols, self._ferry, self._log = netns, protocols, ferry, log
-        self._killable, self.fast = killable, fast
+        self._may_ping, self._killable, self.fast = may_ping, killable, fast
         self._has_mptcp: bool | None = None
 
     def serve(self, notification: Notification) -> None:
@@ -92,7 +95,7 @@ class SocketBirth:
         if at_home:
             self._listener.resume(notification.id)
             return
-        born = self._pool.get_for_host(SocketKind(family, flags & ~_CLOEXEC, protocol, caller.owner))
+        born = self._get(notification.pid, SocketKind(family, flags & ~_CLOEXEC, protocol, caller.owner))
         try:
             if self._killable:
                 number = self._listener.add(notification.id, born.fileno(), bool(flags & _CLOEXEC))
@@ -106,8 +109,15 @@ class SocketBirth:
             with contextlib.suppress(OSError):  # it has ended, or there is no descriptor left: plain Python goes on
                 self._processes.show(notification.pid, self.fast.know)
 
+    def _get(self, tid: int, kind: SocketKind) -> Socket:
+        if kind.protocol in PING_PROTOCOLS:
+            return self._pool.make_ping(kind, *self._processes.groups(tid))
+        return self._pool.get_for_host(kind)
+
     def _can_serve(self, family: int, kind: int, protocol: int) -> bool:
         """Whether such a socket can be born. (A container's own profile notifies all of both families.)"""
+        if protocol in PING_PROTOCOLS and not self._may_ping():
+            return False
         return can_be_born(family, kind, protocol, self._protocols) and (
             protocol != IPPROTO_MPTCP or self._can_serve_mptcp()
         )

@@ -9,6 +9,7 @@ did not start the container, serves it to its end and cleans up then.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import mmap
 import os
@@ -17,8 +18,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from graft.datapath import layout
 from graft.errors import KernelError
 from graft.kernel import cgroup, netns, process
 from graft.kernel.pidfd import has_ended
@@ -227,9 +230,16 @@ def _make_supervisor(
     processes = Processes()
     ferry = FerryClient(graft.settings, graft.maps, container, namespaces)
     needed = ferry if container.transport is Transport.SWAP else None
-    birth = SocketBirth(desk, pool, listener, processes, netns, protocols, needed, log, killable, fast)
+    may_ping = partial(_may_ping, graft, container)
+    birth = SocketBirth(desk, pool, listener, processes, netns, protocols, needed, may_ping, log, killable, fast)
     unix = UnixBinder(graft, container.id)
     return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, ferry, log, unix)
+
+
+def _may_ping(graft: Installation, container: Container) -> bool:
+    """Whether its policy has a rule for ICMP now."""
+    value = graft.maps.containers.get(ctypes.c_uint32(container.id))
+    return value is not None and bool(value.flags & layout.CONTAINER_ICMP)
 
 
 def _own_namespace(graft: Installation, container: Container) -> str:

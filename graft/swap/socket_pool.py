@@ -13,14 +13,14 @@ import ctypes
 import errno
 import os
 from _socket import socket as Socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from graft.datapath import layout
 from graft.kernel import netns
 from graft.kernel.bpf import Map
-from graft.kernel.credentials import owning_files_as
+from graft.kernel.credentials import in_groups, owning_files_as
 from graft.model.transport import Home
 from graft.swap.desk import Desk
 
@@ -143,6 +143,14 @@ class SocketPool:
             return spare
         self._missing = kind
         with owning_files_as(*kind.owner):
+            return self._make(Home.HOST, kind)
+
+    def make_ping(self, kind: SocketKind, gid: int, groups: Sequence[int]) -> Socket:
+        """A new host-homed socket that pings, if the host lets somebody of these groups have one. Raises OSError.
+
+        The kernel compares the caller's groups with net.ipv4.ping_group_range when the socket is made, and never again.
+        """
+        with in_groups(gid, groups), owning_files_as(*kind.owner):
             return self._make(Home.HOST, kind)
 
     def refill(self) -> None:

@@ -116,6 +116,11 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("options.bpf.c", "int bypasses_policy(int level, int name)", "return 0;"),
         _at_once("local_address.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),
     ),
+    # A socket that pings may have a source that is not the host's, or not its endpoint's.
+    "free source": (
+        _at_once("options.bpf.c", "int frees_source(u32 type, u32 protocol, int level, int name)", "return 0;"),
+    ),
+    "ping source": (("packet.bpf.c", "\treturn !(ip[0] | ip[1] | ip[2] | ip[3]) ||\n", "\treturn !(ip[0] & 0) ||\n"),),
     # Flow labels are leased by whoever likes.
     "flow labels": (("options.bpf.c", "name == IPV6_FLOWLABEL_MGR || ", ""),),
     # Nobody looks at whether a socket is bound to what it is granted no more.

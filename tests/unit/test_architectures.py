@@ -381,7 +381,8 @@ def test_the_numbers_that_the_bpf_programs_define_themselves_are_the_kernels(mac
     kernels_only = {
         name: values.pop(name) for name in ("IPV6_FLOWLABEL_MGR",)
     }  # in6.h hides it where libc's is read too
-    headers = ["fcntl.h", "errno.h", "sys/socket.h", "asm/socket.h", "netinet/in.h", "netinet/tcp.h"]
+    headers = ["fcntl.h", "errno.h", "sys/socket.h", "asm/socket.h", "netinet/in.h", "netinet/tcp.h", "linux/icmp.h"]
+    headers.append("linux/icmpv6.h")
     assert not differences(machine, headers, values)
     assert not differences(machine, ["linux/in6.h"], kernels_only)
 

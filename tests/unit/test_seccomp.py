@@ -78,7 +78,7 @@ ANY = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
 
 @every_machine
 @given(known=KNOWN, flags=FLAGS, upper=st.tuples(*[st.integers(0, 2**32 - 1)] * 3))
-def test_born_traps_tcp_mptcp_and_udp_sockets(
+def test_born_traps_tcp_mptcp_udp_and_ping_sockets(
     machine: str, known: tuple[int, int, int], flags: int, upper: tuple[int, int, int]
 ) -> None:
     arch, calls = architecture(machine)
@@ -93,7 +93,8 @@ def test_born_traps_tcp_mptcp_and_udp_sockets(
 @given(family=ANY, kind=ANY, protocol=ANY)
 def test_born_leaves_every_other_socket_at_home(machine: str, family: int, kind: int, protocol: int) -> None:
     arch, calls = architecture(machine)
-    known = family in (2, 10) and ((kind & ~TYPE_FLAGS, protocol) in {(1, 0), (1, 6), (1, 262), (2, 0), (2, 17)})
+    kinds = {(1, 0), (1, 6), (1, 262), (2, 0), (2, 17), (2, 1), (2, 58)}
+    known = family in (2, 10) and (kind & ~TYPE_FLAGS, protocol) in kinds
     assert interpret_born(calls["socket"], arch, machine, family, kind, protocol) == (NOTIFY if known else ALLOW)
     assert can_be_born(family, kind, protocol) == known
 
