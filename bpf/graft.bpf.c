@@ -58,6 +58,7 @@
 BPF_ARRAY(settings, struct settings, 1);
 BPF_HASH(endpoints, u32, struct endpoint, GRAFT_MAX_ENDPOINTS);
 BPF_HASH(endpoint_names, struct endpoint_name, u32, GRAFT_MAX_ENDPOINTS);
+BPF_HASH(groups, struct group, u32, GRAFT_MAX_GROUPS);
 BPF_HASH(containers, u32, struct container, GRAFT_MAX_CONTAINERS);
 BPF_LPM_TRIE(ingress, struct ingress_key, struct ingress_value, GRAFT_MAX_RULES);
 BPF_LPM_TRIE(egress, struct egress_key, struct egress_value, GRAFT_MAX_RULES);

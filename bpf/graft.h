@@ -42,6 +42,7 @@
 #define GRAFT_CONTAINER_DENIES 1 /* some rule denies a destination, whatever the defaults are */
 #define GRAFT_CONTAINER_OTHERS 2 /* sockets of protocols that no rule can name are left alone */
 #define GRAFT_CONTAINER_ICMP 4   /* some rule is for ICMP: sockets that ping are judged by the rules */
+#define GRAFT_CONTAINER_MULTICAST 8 /* a rule names an endpoint with groups, or grants sending to some */
 
 /* What an egress rule says about a destination. NONE: no rule covers it, the default decides. */
 #define GRAFT_VERDICT_NONE 0
@@ -63,6 +64,14 @@ struct endpoint {
 /* `endpoint_names`: struct endpoint_name -> id. */
 struct endpoint_name {
 	char name[GRAFT_NAME_LEN];
+};
+
+/* `groups`: which multicast groups an endpoint has, and which a ruleset: those of all endpoints that binds become. */
+struct group {
+	__u32 id;        /* of the endpoint or the ruleset: no two things have the same one */
+	__u8 family;
+	__u8 zero[3];
+	__u8 addr[16];
 };
 
 /* `containers`: id -> struct container. One update of an entry switches a whole policy: the rules

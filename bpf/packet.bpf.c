@@ -356,8 +356,9 @@ int graft_skb_ingress(struct __sk_buff *skb)
 		return open ? PASS : drop(&owner);
 	if (!read_packet(skb, &packet))
 		return drop(&owner);
-	/* A socket that was bound before there was a policy continues as before. */
-	if (is_multicast(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint))
+	/* At an endpoint only its groups. A socket that was bound before there was a policy continues as before. */
+	if (is_multicast(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint) &&
+	    !(open && owner.tag && has_group(owner.tag->endpoint, packet.family, packet.to)))
 		return drop(&owner);
 	if (open)
 		return PASS;

@@ -140,6 +140,15 @@ static __always_inline int is_relayed(struct container *container, u32 id)
 	return container->transport == GRAFT_TRANSPORT_SPLICE || is_unix(endpoints.lookup(&id));
 }
 
+/* Whether an endpoint, or a ruleset, has a multicast group; `addr` as in an address field. */
+static __always_inline int has_group(u32 id, u8 family, void *addr)
+{
+	struct group key = { .id = id, .family = family };
+
+	__builtin_memcpy(key.addr, addr, 16);
+	return groups.lookup(&key) != 0;
+}
+
 /* The endpoint, if this socket may use it: of its protocol, and in the namespace where the socket is.
  * A socket that was made in one namespace must not follow an endpoint that moved to another. */
 static __always_inline struct endpoint *endpoint_for(struct bpf_sock_addr *ctx, struct request *request, u32 id)

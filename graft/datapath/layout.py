@@ -37,6 +37,7 @@ ENDPOINT_UNIX = 8
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
 CONTAINER_ICMP = 4
+CONTAINER_MULTICAST = 8
 PROBED = 1
 PROBED_EPOLL = 2
 PROBED_FLAGS = 4
@@ -48,9 +49,10 @@ FERRY_NET = 0x7FFE0000  # 127.254.0.0/16
 _ADDR = ctypes.c_ubyte * 16
 
 
-def container_flags(denies: bool, leaves_others: bool, names_icmp: bool = False) -> int:
+def container_flags(denies: bool, leaves_others: bool, names_icmp: bool, names_groups: bool) -> int:
     """ContainerValue.flags of a ruleset."""
-    return CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others | CONTAINER_ICMP * names_icmp
+    flags = CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others
+    return flags | CONTAINER_ICMP * names_icmp | CONTAINER_MULTICAST * names_groups
 
 
 class EndpointValue(ctypes.Structure):
@@ -71,6 +73,17 @@ class EndpointNameKey(ctypes.Structure):
     """`endpoint_names`: this -> id."""
 
     _fields_ = (("name", ctypes.c_char * NAME_LEN),)
+
+
+class GroupKey(ctypes.Structure):
+    """`groups`: this -> 1. ``id``: an endpoint's or a ruleset's."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint32),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 3),
+        ("addr", _ADDR),
+    )
 
 
 class ContainerValue(ctypes.Structure):

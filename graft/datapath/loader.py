@@ -35,6 +35,7 @@ MAPS = (
     "settings",
     "endpoints",
     "endpoint_names",
+    "groups",
     "containers",
     "scopes",
     "ingress",
@@ -84,6 +85,7 @@ RELAY_SIZES = {
 SIZES = {
     "GRAFT_MAX_ENDPOINTS": 4096,
     "GRAFT_MAX_CONTAINERS": 8192,
+    "GRAFT_MAX_GROUPS": 16384,
     "GRAFT_MAX_RULES": 262144,
     "GRAFT_MAX_COUNTERS": 65536,
     "GRAFT_MAX_ARRIVALS": 65536,

@@ -54,6 +54,11 @@ class Maps:
         return self._open("endpoint_names", layout.EndpointNameKey, ctypes.c_uint32)
 
     @cached_property
+    def groups(self) -> Map[layout.GroupKey, ctypes.c_uint32]:
+        """A multicast group of an endpoint, or of a ruleset -> 1."""
+        return self._open("groups", layout.GroupKey, ctypes.c_uint32)
+
+    @cached_property
     def containers(self) -> Map[ctypes.c_uint32, layout.ContainerValue]:
         """id -> container."""
         return self._open("containers", ctypes.c_uint32, layout.ContainerValue)

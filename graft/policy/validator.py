@@ -30,12 +30,11 @@ LOOPBACKS = (Prefix(IPv4Network("127.0.0.0/8")), Prefix(IPv6Network("::1/128")))
 UNSPECIFIED = (Prefix(IPv4Network("0.0.0.0/32")), Prefix(IPv6Network("::/128")))
 """Destinations that the kernel takes as loopback: no rule applies to them."""
 
-LINK_LOCAL = (Prefix(IPv6Network("fe80::/10")), Prefix(IPv6Network("ff00::/8")))
-"""Destinations that need an interface beside the address, which no rule names (of multicast, those of a link): a wider
-rule does not grant them.
-"""
+MULTICAST = (Prefix(IPv4Network("224.0.0.0/4")), Prefix(IPv6Network("ff00::/8")))
+NAMED_ONLY = (*MULTICAST, Prefix(IPv4Network("255.255.255.255/32")), Prefix(IPv6Network("fe80::/10")))
+"""Destinations that a wider rule does not grant: many at once, and those that need an interface beside the address."""
 
-SPECIAL_PREFIXES = (*LOOPBACKS, *UNSPECIFIED, *LINK_LOCAL)
+SPECIAL_PREFIXES = (*LOOPBACKS, *UNSPECIFIED, *NAMED_ONLY)
 """Destinations to which a wider rule does not apply, or only in part."""
 
 
@@ -127,7 +126,8 @@ def check_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> list[Probl
 
 
 def check_splice(policy: Policy) -> list[Problem]:
-    """A problem for each rule that transport splice cannot serve as it is meant.
+    """A problem for each rule that transport splice cannot serve as it is meant. (Groups are not relayed either; but a
+    unicast datagram to such an endpoint is.)
 
     A program that binds port 0 is told the port that it got inside its namespace, and tells others; the host may have
     given that one to somebody else.

@@ -246,7 +246,7 @@ class ContainerChanges(Containers):
             self._endpoints.restore_superseded(superseded)
             self._endpoints.delete_unused()
             raise
-        flags = layout.container_flags(rules.denies, rules.leaves_others, rules.names_icmp)
+        flags = layout.container_flags(rules.denies, rules.leaves_others, rules.names_icmp, rules.names_groups)
         relayed = needs_unix_relay(policy, known)
         return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded, relayed)
 

@@ -121,6 +121,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("options.bpf.c", "int frees_source(u32 type, u32 protocol, int level, int name)", "return 0;"),
     ),
     "ping source": (("packet.bpf.c", "\treturn !(ip[0] | ip[1] | ip[2] | ip[3]) ||\n", "\treturn !(ip[0] & 0) ||\n"),),
+    # Every endpoint has every multicast group.
+    "groups": (_at_once("rules.bpf.c", "int has_group(u32 id, u8 family, void *addr)", "return 1;"),),
     # Flow labels are leased by whoever likes.
     "flow labels": (("options.bpf.c", "name == IPV6_FLOWLABEL_MGR || ", ""),),
     # Nobody looks at whether a socket is bound to what it is granted no more.

@@ -118,6 +118,8 @@ def _perform(sockets: dict[int, socket.socket], words: Sequence[Any]) -> Any:
         return [data[0], where[0]]
     elif call == "option":
         sock.setsockopt(rest[1], rest[2], rest[3].encode() if isinstance(rest[3], str) else rest[3])
+    elif call == "bytes":
+        sock.setsockopt(rest[1], rest[2], bytes.fromhex(rest[3]))
     elif call == "answer":
         peer, where = sock.accept()
         peer.sendall(str(rest[1]).encode())

@@ -18,6 +18,7 @@ from graft.swap import decision, desk
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "endpoint": layout.EndpointValue,
+    "group": layout.GroupKey,
     "endpoint_name": layout.EndpointNameKey,
     "container": layout.ContainerValue,
     "ingress_key": layout.IngressKey,
@@ -58,6 +59,7 @@ CONSTANTS = {
     "GRAFT_CONTAINER_DENIES": layout.CONTAINER_DENIES,
     "GRAFT_CONTAINER_OTHERS": layout.CONTAINER_OTHERS,
     "GRAFT_CONTAINER_ICMP": layout.CONTAINER_ICMP,
+    "GRAFT_CONTAINER_MULTICAST": layout.CONTAINER_MULTICAST,
     "GRAFT_PROBED": layout.PROBED,
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
     "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,
@@ -84,9 +86,10 @@ C_ONLY = {
     "GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES",
     "GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT",
     "GRAFT_FERRY_NET_MASK", "GRAFT_BERTH_TRIES", "GRAFT_CONNECTS", "GRAFT_SENDS", "GRAFT_SENDS_TO_PEER",
+    "GRAFT_GROUP_REQ_FAMILY", "GRAFT_GROUP_REQ_ADDR4", "GRAFT_GROUP_REQ_ADDR6", "GRAFT_MAX_JOIN",
 }  # fmt: skip
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), limit a loop, name a case of C's, or
-are of what only the hooks read of a tag.
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c) or an option's value
+(bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.
 """
 
 
