@@ -72,13 +72,28 @@ static __always_inline int relay_listens(struct bpf_sock_addr *ctx, struct owner
 	return ours;
 }
 
+/* Stores the requested destination with a socket, for getpeername and for graftd. Returns 0 where there is no memory. */
+static __always_inline int store_crossing(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
+{
+	struct crossing *crossing = crossings.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	u64 ids = bpf_get_current_uid_gid();
+
+	if (!crossing)
+		return 0;
+	__builtin_memcpy(crossing->addr, request->addr, 16);
+	crossing->port = request->port;
+	crossing->family = request->family;
+	crossing->role = GRAFT_CROSSING_REDIRECTED;
+	crossing->container = owner->id;
+	crossing->uid = ids;
+	crossing->gid = ids >> 32;
+	return 1;
+}
+
 /* Transport splice, and unix sockets: a granted connection goes to Graft's relay inside the container's namespace, which
  * connects from the endpoint, or to the unix socket; the requested destination is stored with the socket. */
 static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
 {
-	struct crossing *crossing;
-	u64 ids;
-
 	request->relay = relays.lookup(&owner->id);
 	if (!request->relay || !relay_listens(ctx, owner, request)) {
 		request->relay = 0;
@@ -86,19 +101,10 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *own
 		 * operator did not intend. */
 		return refuse_with(ECONNREFUSED);
 	}
-	crossing = crossings.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!crossing) {
+	if (!store_crossing(ctx, owner, request)) {
 		request->relay = 0;
 		return refuse_with(EACCES);
 	}
-	__builtin_memcpy(crossing->addr, request->addr, 16);
-	crossing->port = request->port;
-	crossing->family = request->family;
-	crossing->role = GRAFT_CROSSING_REDIRECTED;
-	crossing->container = owner->id;
-	ids = bpf_get_current_uid_gid();
-	crossing->uid = ids;
-	crossing->gid = ids >> 32;
 	return PASS;
 }
 
@@ -212,6 +218,21 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		crossings.sk_storage_delete(ctx->sk); /* of an earlier connect that failed */
 	}
 	if (owner.home == GRAFT_HOME_CONTAINER) {
+		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && request->protocol == IPPROTO_UDP) {
+			if (!sending)
+				crossings.sk_storage_delete(ctx->sk);
+			/* An IPv6 socket cannot send to an IPv4 address by this hook, but it can be connected to one. */
+			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns &&
+			    !(sending && request->family == GRAFT_IPV6)) {
+				*verdict = redirect_datagrams(ctx, &owner, request);
+				if (*verdict == PASS && !sending && !store_crossing(ctx, &owner, request)) {
+					request->relay = 0;
+					request->exchange = 0;
+					*verdict = refuse_with(EACCES);
+				}
+				return 0;
+			}
+		}
 		/* Also where a rule grants the destination: this socket was not swapped (a 32-bit or
 		 * io_uring call), so it can reach only what the container's own namespace reaches. */
 		if (rule != GRAFT_VERDICT_CONTAINER && owner.container->connect_default == GRAFT_DEFAULT_DENY)
@@ -261,6 +282,13 @@ static __always_inline void write_loopback6(struct bpf_sock_addr *ctx, int plain
 	ctx->user_ip6[3] = plain ? bpf_htonl(1) : bpf_htonl(0x7f000001);
 }
 
+static __always_inline int write_exchange4(struct bpf_sock_addr *ctx, struct request *request)
+{
+	ctx->user_ip4 = bpf_htonl(request->exchange);
+	ctx->user_port = bpf_htons(request->relay->datagram_port);
+	return PASS;
+}
+
 int graft_connect4(struct bpf_sock_addr *ctx)
 {
 	struct request request;
@@ -275,6 +303,8 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 
 	read_request4(ctx, &request);
 	from = decide_destination(ctx, &request, &verdict, GRAFT_CONNECTS);
+	if (request.exchange)
+		return write_exchange4(ctx, &request);
 	if (request.relay) {
 		write_loopback4(ctx);
 		ctx->user_port = bpf_htons(request.relay->port);
@@ -313,6 +343,12 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 
 	read_request6(ctx, &request);
 	from = decide_destination(ctx, &request, &verdict, GRAFT_CONNECTS);
+	if (request.exchange) {
+		write_loopback6(ctx, 0);
+		ctx->user_ip6[3] = bpf_htonl(request.exchange);
+		ctx->user_port = bpf_htons(request.relay->datagram_port);
+		return PASS;
+	}
 	if (request.relay) {
 		write_loopback6(ctx, goes_to_ip6_relay(ctx, &request));
 		ctx->user_port = bpf_htons(request.relay->port);
@@ -368,6 +404,17 @@ static __always_inline int leaves_source_to_kernel(struct request *request)
 	return request->fixed_source && !request->any_source;
 }
 
+/* Whether a send is to the peer of a socket whose connect was redirected to Graft's relay. */
+static __always_inline int goes_to_relayed_peer(struct bpf_sock_addr *ctx, struct request *request)
+{
+	struct crossing *crossing;
+
+	if (!goes_to_peer(ctx, request))
+		return 0;
+	crossing = crossings.sk_storage_get(ctx->sk, 0, 0);
+	return crossing && crossing->role == GRAFT_CROSSING_REDIRECTED;
+}
+
 /* The source address of a datagram can be set for it alone, and is set: a control message may have named another one,
  * also on a connected socket. Its source port cannot: an endpoint with a port serves sockets that are bound or
  * connected. */
@@ -379,6 +426,8 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 	u32 ip = 0;
 
 	read_request4(ctx, &request);
+	if (goes_to_relayed_peer(ctx, &request))
+		return PASS;
 	if (goes_to_peer(ctx, &request)) {
 		u32 peer = ctx->sk->dst_ip4;
 
@@ -391,6 +440,8 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 		write_ferry4(ctx, &request);
 		return verdict;
 	}
+	if (request.exchange)
+		return write_exchange4(ctx, &request);
 	if (request.to_loopback)
 		write_loopback4(ctx);
 	if (!from) {
@@ -417,6 +468,8 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	u32 ip[4] = {};
 
 	read_request6(ctx, &request);
+	if (goes_to_relayed_peer(ctx, &request))
+		return PASS;
 	if (goes_to_peer(ctx, &request)) {
 		ip[0] = ctx->sk->dst_ip6[0];
 		ip[1] = ctx->sk->dst_ip6[1];

@@ -163,13 +163,12 @@ static __always_inline int is_ferry(struct owner *owner, struct request *remote,
 					      berth6_of(*found, owner->id, remote->port, &key);
 }
 
-/* What a datagram's sender stands for; NULL where it is no ferry's. `ip`: of IPv4, 0 for ::1. */
-static __always_inline struct berth *shown_sender(struct bpf_sock_addr *ctx, u32 ip)
+/* What the sender of a datagram, `ip` at `port`, stands for; NULL where it is no ferry's. `ip`: of IPv4, 0 for ::1. */
+static __always_inline struct berth *ferried_sender(struct bpf_sock_addr *ctx, u32 ip, u16 port)
 {
 	struct tag *tag = tags.sk_storage_get(ctx->sk, 0, 0);
 	struct berth_key key = {};
 	struct ferry *ferry;
-	u16 port = bpf_ntohs((u16)ctx->user_port);
 
 	if (!tag || tag->home != GRAFT_HOME_HOST)
 		return 0;
@@ -179,44 +178,4 @@ static __always_inline struct berth *shown_sender(struct bpf_sock_addr *ctx, u32
 	if (ip ? !berth_of(ferry, tag->container, ip, port, &key) : !berth6_of(ferry, tag->container, port, &key))
 		return 0;
 	return berths.lookup(&key);
-}
-
-int graft_recvmsg4(struct bpf_sock_addr *ctx)
-{
-	struct berth *sender;
-	u32 ip = ctx->user_ip4;
-
-	if ((ip & bpf_htonl(GRAFT_FERRY_NET_MASK)) != bpf_htonl(GRAFT_FERRY_NET))
-		return PASS;
-	sender = shown_sender(ctx, ip);
-	if (!sender)
-		return PASS;
-	__builtin_memcpy(&ip, sender->addr, 4);
-	ctx->user_ip4 = ip;
-	ctx->user_port = bpf_htons(sender->port);
-	return PASS;
-}
-
-int graft_recvmsg6(struct bpf_sock_addr *ctx)
-{
-	u32 ip[4] = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] };
-	int mapped = !ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff);
-	struct berth *sender;
-
-	if (mapped ? (ip[3] & bpf_htonl(GRAFT_FERRY_NET_MASK)) != bpf_htonl(GRAFT_FERRY_NET) :
-		     ip[0] | ip[1] | ip[2] || ip[3] != bpf_htonl(1))
-		return PASS;
-	sender = shown_sender(ctx, mapped ? ip[3] : 0);
-	if (!sender)
-		return PASS;
-	if (mapped)
-		__builtin_memcpy(&ip[3], sender->addr, 4);
-	else
-		__builtin_memcpy(ip, sender->addr, 16);
-	ctx->user_ip6[0] = ip[0];
-	ctx->user_ip6[1] = ip[1];
-	ctx->user_ip6[2] = ip[2];
-	ctx->user_ip6[3] = ip[3];
-	ctx->user_port = bpf_htons(sender->port);
-	return PASS;
 }

@@ -109,6 +109,8 @@ SK_STORAGE(options, struct options, BPF_F_NO_PREALLOC);
 BPF_HASH(relays, u32, struct relay, GRAFT_MAX_CONTAINERS);
 BPF_TABLE("lru_hash", struct arrival, struct crossing, arrivals, GRAFT_MAX_ARRIVALS);
 SK_STORAGE(crossings, struct crossing, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct exchange_slot, struct exchange, exchanges, GRAFT_MAX_EXCHANGES, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct exchange_client, u32, exchange_clients, GRAFT_MAX_EXCHANGES, BPF_F_NO_PREALLOC);
 
 /* Of transport swap (ferry.bpf.c). */
 BPF_F_TABLE("hash", u32, struct ferry, ferries, GRAFT_MAX_CONTAINERS, BPF_F_NO_PREALLOC);

@@ -243,6 +243,37 @@ struct relay {
 	__u16 port;      /* on 127.0.0.1, and on ::1 where six is set */
 	__u8 six;
 	__u8 zero;
+	__u16 datagram_port; /* in 127.0.0.0/8 (exchange.bpf.c); 0: none */
+	__u16 zero2;
+};
+
+/* `exchanges`: what Graft relays between a container's datagram socket and a remote end (exchange.bpf.c). */
+#define GRAFT_EXCHANGE_SLOT_BITS 12
+#define GRAFT_EXCHANGE_SLOTS 4096      /* of a container, in each direction */
+#define GRAFT_EXCHANGE_GENERATIONS 2046 /* from 1 on */
+struct exchange_slot {
+	__u32 container;
+	__u16 slot;
+	__u8 out;        /* 1: begun by a socket of the container */
+	__u8 zero;
+};
+
+struct exchange {
+	__u8 addr[16];   /* the remote end */
+	__u64 used;      /* when a hook found it last; out only */
+	__u64 cookie;    /* of the socket that began it; out only */
+	__u16 port;
+	__u8 family;
+	__u8 zero;
+	__u32 generation;
+};
+
+/* `exchange_clients`: a client of a container's socket at `local_port` -> its exchange's address, in host order. */
+struct exchange_client {
+	__u32 container;
+	__u16 local_port;
+	__u16 port;
+	__u8 addr[4];
 };
 
 /* `ferries`: container -> the sockets on the host's loopback that relay datagrams to and from its own namespace. */

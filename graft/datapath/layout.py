@@ -45,6 +45,9 @@ PROBED_OWNED = 8
 MAX_DESKS = 8192
 BERTHS4, BERTHS6 = 256, 16
 FERRY_NET = 0x7FFE0000  # 127.254.0.0/16
+EXCHANGE_SLOT_BITS = 12
+EXCHANGE_SLOTS = 4096
+EXCHANGE_GENERATIONS = 2046
 
 _ADDR = ctypes.c_ubyte * 16
 
@@ -288,7 +291,49 @@ class Crossing(enum.IntEnum):
 class RelayValue(ctypes.Structure):
     """`relays`: container -> where Graft listens inside its namespace."""
 
-    _fields_ = (("port", ctypes.c_uint16), ("six", ctypes.c_uint8), ("zero", ctypes.c_uint8))
+    _fields_ = (
+        ("port", ctypes.c_uint16),
+        ("six", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+        ("datagram_port", ctypes.c_uint16),
+        ("zero2", ctypes.c_uint16),
+    )
+
+
+class ExchangeSlot(ctypes.Structure):
+    """`exchanges`: this -> ExchangeValue."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("slot", ctypes.c_uint16),
+        ("out", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+    )
+
+
+class ExchangeValue(ctypes.Structure):
+    """The remote end of an exchange of datagrams."""
+
+    _fields_ = (
+        ("addr", _ADDR),
+        ("used", ctypes.c_uint64),
+        ("cookie", ctypes.c_uint64),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+        ("generation", ctypes.c_uint32),
+    )
+
+
+class ExchangeClient(ctypes.Structure):
+    """`exchange_clients`: this -> the exchange's address."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("local_port", ctypes.c_uint16),
+        ("port", ctypes.c_uint16),
+        ("addr", ctypes.c_ubyte * 4),
+    )
 
 
 class CrossingValue(ctypes.Structure):

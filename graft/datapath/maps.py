@@ -129,6 +129,16 @@ class Maps:
         return self._open("berths", layout.BerthKey, layout.BerthValue)
 
     @cached_property
+    def exchanges(self) -> Map[layout.ExchangeSlot, layout.ExchangeValue]:
+        """Slot of a container -> the remote end of an exchange of datagrams."""
+        return self._open("exchanges", layout.ExchangeSlot, layout.ExchangeValue)
+
+    @cached_property
+    def exchange_clients(self) -> Map[layout.ExchangeClient, ctypes.c_uint32]:
+        """Client of a container's datagram socket -> the exchange's address."""
+        return self._open("exchange_clients", layout.ExchangeClient, ctypes.c_uint32)
+
+    @cached_property
     def counters(self) -> Map[layout.CounterKey, ctypes.c_uint64]:
         """(container, decision) -> how often."""
         return self._open("counters", layout.CounterKey, ctypes.c_uint64)

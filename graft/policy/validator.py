@@ -91,12 +91,19 @@ def egress_protocols(rule: EgressRule, policy: Policy, endpoints: Mapping[str, E
     return ANY_PROTOCOL | Protocol.ICMP if has_icmp else ANY_PROTOCOL
 
 
-def grants_without_tcp(policy: Policy, endpoints: Mapping[str, Endpoint]) -> tuple[str, ...]:
-    """Fields of the rules that grant something but no TCP. ``endpoints`` has all that they name."""
+def grants_that_splice_lacks(policy: Policy, endpoints: Mapping[str, Endpoint]) -> tuple[str, ...]:
+    """Fields of the rules that grant only what transport splice does not relay. ``endpoints`` has all that they name.
+
+    It relays TCP; UDP to servers over IPv4, and from clients over both, if these are connected; no ICMP.
+    """
     granted: list[IngressRule | EgressRule] = [*policy.ingress, *(rule for rule in policy.egress if rule.endpoint)]
-    return tuple(
-        rule.field for rule in granted if not (rule.protocols or endpoints[str(rule.endpoint)].protocols) & Protocol.TCP
-    )
+    return tuple(rule.field for rule in granted if not _relayed_protocols(rule, endpoints[str(rule.endpoint)]))
+
+
+def _relayed_protocols(rule: IngressRule | EgressRule, endpoint: Endpoint) -> Protocol:
+    has_udp = isinstance(rule, EgressRule) or endpoint.family == 4
+    relayed = Protocol.TCP | Protocol.UDP if has_udp else Protocol.TCP
+    return (rule.protocols or endpoint.protocols) & relayed
 
 
 def needs_unix_relay(policy: Policy, endpoints: Mapping[str, Endpoint]) -> bool:

@@ -52,3 +52,13 @@ def collect_listeners(
                 plan.add(read(listener))
             if number % _STEP_ITEMS == 0:
                 yield
+
+
+def collect_datagram_sockets(diagnostics: Diagnostics, plan: PublicationPlan) -> Stepwise[None]:
+    """Add every UDP socket without a peer to ``plan``. Raises OSError."""
+    for piece in diagnostics.unconnected():
+        yield
+        for number, one in enumerate(piece, 1):
+            plan.add(one)
+            if number % _STEP_ITEMS == 0:
+                yield

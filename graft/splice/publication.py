@@ -56,6 +56,7 @@ class Publication:
     v6only: bool
     dialled: tuple[int, bytes, int] | None = None
     """(family, address, port) of the listener, where those are not what its program bound."""
+    protocol: int = socket.IPPROTO_TCP
 
     @property
     def takes_no_ipv4(self) -> bool:
@@ -88,15 +89,15 @@ def target(family: int, address: bytes, port: int, v6only: bool) -> DialTarget:
 class PublicationPlan:
     """Which of a namespace's listeners to publish: those of the container's own ``cgroups`` that a rule names.
 
-    ``lookup`` gives the endpoint that a bind of (family, address, port) becomes. A fixed port of an endpoint is for one
-    listener; one with a dynamic port is for any number, each on a port that the kernel picks. At most ``limit``
-    are published, and first those that are already (``published``).
+    ``lookup`` gives the endpoint that a bind of (protocol, family, address, port) becomes. A fixed port of an endpoint
+    is for one listener; one with a dynamic port is for any number, each on a port that the kernel picks. At most
+    ``limit`` are published, and first those that are already (``published``).
     """
 
     def __init__(
         self,
         cgroups: Collection[int],
-        lookup: Callable[[int, bytes, int], ResolvedEndpoint | None],
+        lookup: Callable[[int, int, bytes, int], ResolvedEndpoint | None],
         limit: int,
         published: Collection[Publication] = (),
     ) -> None:
@@ -114,6 +115,8 @@ class PublicationPlan:
         if listener.cgroup and listener.cgroup not in self._cgroups:
             return
         found = self._publication(listener)
+        if found is None and listener.protocol != socket.IPPROTO_TCP:
+            return  # any client has such a socket
         if found is None:
             self._note_unpublished((listener.family, listener.address, listener.port))
             return
@@ -131,13 +134,13 @@ class PublicationPlan:
         place = listener.family, listener.address, listener.port
         family, address, port = listener.asked or place
         asked = unmapped_bytes(address) if family == 6 else (family, address)
-        endpoint = self._lookup(asked[0], asked[1], port)
+        endpoint = self._lookup(listener.protocol, asked[0], asked[1], port)
         if endpoint is None:
             return None
         if endpoint.unix is None and endpoint.family == 4 and family == 6 and listener.v6only:
             return None
         dialled = place if listener.asked else None
-        return Publication(endpoint, family, address, port, listener.v6only, dialled)
+        return Publication(endpoint, family, address, port, listener.v6only, dialled, listener.protocol)
 
     def _add_publication(self, found: Publication) -> None:
         if found not in self._published:
@@ -167,7 +170,7 @@ class PublicationPlan:
 def _key(found: Publication) -> tuple[object, ...]:
     if found.endpoint.unix:
         return (found.endpoint.id,)
-    return (found.endpoint.id, found.endpoint.port or _place(found))
+    return (found.protocol, found.endpoint.id, found.endpoint.port or _place(found))
 
 
 def _place(found: Publication) -> tuple[int, bytes, int]:

@@ -19,6 +19,9 @@ from graft.swap import decision, desk
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "endpoint": layout.EndpointValue,
     "group": layout.GroupKey,
+    "exchange_slot": layout.ExchangeSlot,
+    "exchange": layout.ExchangeValue,
+    "exchange_client": layout.ExchangeClient,
     "endpoint_name": layout.EndpointNameKey,
     "container": layout.ContainerValue,
     "ingress_key": layout.IngressKey,
@@ -58,6 +61,9 @@ CONSTANTS = {
     "GRAFT_UNIX": UNIX_FAMILY,
     "GRAFT_CONTAINER_DENIES": layout.CONTAINER_DENIES,
     "GRAFT_CONTAINER_OTHERS": layout.CONTAINER_OTHERS,
+    "GRAFT_EXCHANGE_SLOT_BITS": layout.EXCHANGE_SLOT_BITS,
+    "GRAFT_EXCHANGE_SLOTS": layout.EXCHANGE_SLOTS,
+    "GRAFT_EXCHANGE_GENERATIONS": layout.EXCHANGE_GENERATIONS,
     "GRAFT_CONTAINER_ICMP": layout.CONTAINER_ICMP,
     "GRAFT_CONTAINER_MULTICAST": layout.CONTAINER_MULTICAST,
     "GRAFT_PROBED": layout.PROBED,
@@ -87,6 +93,7 @@ C_ONLY = {
     "GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT",
     "GRAFT_FERRY_NET_MASK", "GRAFT_BERTH_TRIES", "GRAFT_CONNECTS", "GRAFT_SENDS", "GRAFT_SENDS_TO_PEER",
     "GRAFT_GROUP_REQ_FAMILY", "GRAFT_GROUP_REQ_ADDR4", "GRAFT_GROUP_REQ_ADDR6", "GRAFT_MAX_JOIN",
+    "GRAFT_LOOPBACK_FIRST",
 }  # fmt: skip
 """Constants that Python does not use: they describe packets (bpf/packet.bpf.c) or an option's value
 (bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.

@@ -54,7 +54,7 @@ def container(path: Path, number: int = 1, **more: object) -> Container:
 def test_few_listeners_are_added_in_a_step() -> None:
     asked: list[int] = []
 
-    def lookup(_family: int, _address: bytes, port: int) -> None:
+    def lookup(_protocol: int, _family: int, _address: bytes, port: int) -> None:
         asked.append(port)
 
     steps, before = collect_listeners(Storm(10), PublicationPlan({7}, lookup, 10), {80}), 0  # type: ignore[arg-type]
