@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
-from graft.datapath import layout
+from graft.datapath import exchanges, layout
 from graft.datapath.maps import Maps
 from graft.datapath.rulesets import Lookup
 from graft.errors import GraftError
@@ -197,6 +197,7 @@ class DatagramRelay:
         self._destinations: OrderedDict[int, Destination] = OrderedDict()
         self._next_slot = itertools.cycle(range(layout.EXCHANGE_SLOTS))
         self._stopped = False
+        exchanges.erase(maps, self._container)  # of a daemon that was killed
         self.inner = container_netns.run(_inner_socket)
         self.port = int(self.inner.getsockname()[1])
         resources.watch(self.inner.fileno(), select.EPOLLIN, self._on_event)
@@ -361,9 +362,6 @@ class DatagramRelay:
         for one in list(self._destinations.values()):
             one.reset()
         self.resources.loop.close_listener(self.inner)
-        for key in self._maps.exchanges.keys():  # noqa: SIM118
-            if key.container == self._container:
-                self._maps.exchanges.delete(key)
 
 
 def _inner_socket() -> socket.socket:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from graft.datapath import attachments, layout, rulesets
+from graft.datapath import attachments, exchanges, layout, rulesets
 from graft.datapath.maps import Maps
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
 from graft.kernel import bpf, cgroup
@@ -280,6 +280,7 @@ class ContainerChanges(Containers):
         ferries.end(self._settings, self._maps, number)
         if value is not None:
             rulesets.erase(self._maps, value.ruleset)
+        exchanges.erase(self._maps, number)
         for counter in self._maps.counters.keys():  # noqa: SIM118
             if counter.container == number:
                 self._maps.counters.delete(counter)

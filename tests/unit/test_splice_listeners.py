@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,6 +45,9 @@ class Storm:
             yield [
                 ListeningSocket(4, bytes(16), port, False, 7, 0) for port in range(number * 64 + 1, number * 64 + 65)
             ]
+
+    def unconnected(self) -> Iterator[list[ListeningSocket]]:
+        return iter(())
 
 
 def container(path: Path, number: int = 1, **more: object) -> Container:
