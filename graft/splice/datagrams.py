@@ -18,7 +18,7 @@ import socket
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from graft.datapath import exchanges, layout
@@ -166,7 +166,7 @@ class Destination:
 
     def __init__(self, relay: DatagramRelay, number: ExchangeId, sock: socket.socket, program: Address) -> None:
         self._relay, self.id, self.sock, self.program = relay, number, sock, program
-        self.used = time.monotonic()
+        self.begun = self.used = time.monotonic()
         relay.resources.watch(sock.fileno(), select.EPOLLIN, self._on_event)
 
     def _on_event(self, _mask: int) -> None:
@@ -335,6 +335,12 @@ class DatagramRelay:
             del self._destinations[gone.id.slot]
             del self.resources.connections[gone]
             self.resources.descriptors.give_back()
+
+    def keep_programs(self, ports: Collection[int], since: float) -> None:
+        """Close what belongs to sockets that are gone: all of the namespace's ports were listed, after ``since``."""
+        for one in list(self._destinations.values()):
+            if one.begun < since and one.program[1] not in ports:
+                one.reset()
 
     # ---- aging
 

@@ -55,10 +55,10 @@ def collect_listeners(
 
 
 def collect_datagram_sockets(diagnostics: Diagnostics, plan: PublicationPlan) -> Stepwise[None]:
-    """Add every UDP socket without a peer to ``plan``. Raises OSError."""
-    for piece in diagnostics.unconnected():
+    """Add every UDP socket of the namespace to ``plan``. Raises OSError."""
+    for piece in diagnostics.datagram_sockets():
         yield
         for number, one in enumerate(piece, 1):
-            plan.add(one)
+            plan.add_datagram_socket(one)
             if number % _STEP_ITEMS == 0:
                 yield

@@ -107,6 +107,8 @@ class PublicationPlan:
         self._wanted: dict[tuple[object, ...], Publication] = {}
         self.unpublished: dict[tuple[int, bytes, int], None] = {}
         """(family, address, port) of listeners that are not published: the first `MAX_UNPUBLISHED` of them."""
+        self.datagram_ports: set[int] = set()
+        """The ports of all UDP sockets of the namespace."""
         self.more_unpublished = self.too_many = 0
         """How many more are not published; how many of all these are beyond ``limit``, though a rule names them."""
 
@@ -127,6 +129,12 @@ class PublicationPlan:
             kept, other = sorted((before, found), key=_preference)
             self._wanted[_key(found)] = kept
             self._note_unpublished(_place(other))
+
+    def add_datagram_socket(self, one: ListeningSocket) -> None:
+        """Add a UDP socket of the namespace: a server's, if it has no peer and a rule names it."""
+        self.datagram_ports.add(one.port)
+        if not one.connected:
+            self.add(one)
 
     def _publication(self, listener: ListeningSocket) -> Publication | None:
         if listener.device:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import itertools
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address
@@ -122,7 +123,10 @@ class Relays:
     def update(self) -> Stepwise[None]:
         """Publish what the container listens on now, and withdraw the rest. Raises OSError, NotFoundError."""
         yield from self._replace_lost()
+        begun = time.monotonic()
         plan = self._plan = yield from self._make_plan()
+        if self._datagrams is not None:
+            self._datagrams.keep_programs(plan.datagram_ports, begun)
         wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
         # If an endpoint has moved, its old listener stays until the new one listens.

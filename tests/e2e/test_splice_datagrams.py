@@ -172,6 +172,21 @@ def test_destinations_are_bounded_too(container: Plain) -> None:
         until("the answer", lambda: _answered(sock))
 
 
+def test_the_hosts_socket_is_closed_with_the_programs(container: Plain) -> None:
+    container.attach("-e", f"{CLIENT4}={container.host.endpoint('0.0.0.0:dynamic')}")
+    with container.udp() as sock, container.udp() as other, closing(udp(container.host.client, CLIENT4)) as far:
+        for one in (sock, other):
+            one.sendto(b"question", far.getsockname())
+            far.recv(100)
+        assert container.described()["datagrams"]["destinations"] == 2
+        sock.close()
+        until("it is closed", lambda: container.described()["datagrams"]["destinations"] == 1)
+        other.sendto(b"question", far.getsockname())
+        _, peer = far.recvfrom(100)
+        far.sendto(b"answer", peer)
+        assert other.recv(100) == b"answer"
+
+
 def _answered(sock: socket.socket) -> bool:
     try:
         return sock.recv(100) == b"answer"

@@ -46,7 +46,7 @@ class Storm:
                 ListeningSocket(4, bytes(16), port, False, 7, 0) for port in range(number * 64 + 1, number * 64 + 65)
             ]
 
-    def unconnected(self) -> Iterator[list[ListeningSocket]]:
+    def datagram_sockets(self) -> Iterator[list[ListeningSocket]]:
         return iter(())
 
 
