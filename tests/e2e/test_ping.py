@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,27 +30,33 @@ default: deny
 
 
 @pytest.fixture
-def policy(host: Host, tmp_path: Path) -> Path:
+def folder() -> Iterator[Path]:
+    """A folder that everybody may enter. (Those above pytest's own are closed again by each run of it.)"""
+    with tempfile.TemporaryDirectory(prefix="grafttest-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def policy(host: Host, folder: Path) -> Path:
     """A policy with rules for ICMP, on a host where the user nobody may ping."""
     host.netns.run("sysctl", "-qw", f"net.ipv4.ping_group_range={NOBODY} {NOBODY}")
-    file = tmp_path / "policy.yaml"
+    file = folder / "policy.yaml"
     file.write_text(POLICY)
     return file
 
 
-def plain_ping(tmp_path: Path) -> Path:
+def plain_ping(folder: Path) -> Path:
     """A ping without the capability that the package gives the file."""
-    copy = tmp_path / "ping"
+    copy = folder / "ping"
     copy.write_bytes(Path("/usr/bin/ping").read_bytes())
     copy.chmod(0o755)
-    for folder in (tmp_path, *tmp_path.parents[:-2]):
-        folder.chmod(folder.stat().st_mode | 0o111)
     return copy
 
 
-def pings(host: Host, policy: Path, tmp_path: Path, transport: str, *words: str) -> Result:
+def pings(host: Host, policy: Path, folder: Path, transport: str, *words: str) -> Result:
     """ping's result, in the container."""
-    command: list[Word] = [plain_ping(tmp_path), "-n", "-c", "3", "-i", "0.2", "-W", "10", *words]
+    command: list[Word] = [plain_ping(folder), "-n", "-c", "3", "-i", "0.2", "-W", "10", *words]
     if transport == "born":
         return host.graft("run", "--policy", policy, "--user", "nobody", "--", *command, status=None)
     with new_cgroup("ping") as path:
@@ -61,24 +69,24 @@ def pings(host: Host, policy: Path, tmp_path: Path, transport: str, *words: str)
 
 @pytest.mark.parametrize("transport", ["born", "direct"])
 @pytest.mark.parametrize("address", [CLIENT4, CLIENT6])
-def test_ping_gets_its_answers(host: Host, policy: Path, tmp_path: Path, transport: str, address: str) -> None:
-    result = pings(host, policy, tmp_path, transport, address)
+def test_ping_gets_its_answers(host: Host, policy: Path, folder: Path, transport: str, address: str) -> None:
+    result = pings(host, policy, folder, transport, address)
     assert "3 packets transmitted, 3 received" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("transport", ["born", "direct"])
-def test_ping_reaches_nobody_else(host: Host, policy: Path, tmp_path: Path, transport: str) -> None:
-    result = pings(host, policy, tmp_path, transport, HOST4)
+def test_ping_reaches_nobody_else(host: Host, policy: Path, folder: Path, transport: str) -> None:
+    result = pings(host, policy, folder, transport, HOST4)
     assert " 0 received" in result.stdout
 
 
 @pytest.mark.parametrize("group", [NOBODY - 1, 0])
-def test_the_hosts_range_counts_for_the_programs_groups(host: Host, policy: Path, tmp_path: Path, group: int) -> None:
+def test_the_hosts_range_counts_for_the_programs_groups(host: Host, policy: Path, folder: Path, group: int) -> None:
     """Not for the supervisor's, which is root's and makes the socket."""
     host.netns.run("sysctl", "-qw", f"net.ipv4.ping_group_range={group} {group}")
-    result = pings(host, policy, tmp_path, "born", CLIENT4)
+    result = pings(host, policy, folder, "born", CLIENT4)
     assert result.returncode and "permitted" in result.stderr
-    as_root = host.graft("run", "--policy", policy, "--", plain_ping(tmp_path), "-c", "1", CLIENT4, status=None)
+    as_root = host.graft("run", "--policy", policy, "--", plain_ping(folder), "-c", "1", CLIENT4, status=None)
     assert ("1 received" in as_root.stdout) == (group == 0)
 
 
@@ -91,8 +99,8 @@ def test_a_supplementary_group_counts_too(host: Host, policy: Path) -> None:
         assert ("made" in result.stdout) == made, result.stderr
 
 
-def test_without_a_rule_for_icmp_a_ping_stays_in_its_own_namespace(host: Host, policy: Path, tmp_path: Path) -> None:
+def test_without_a_rule_for_icmp_a_ping_stays_in_its_own_namespace(host: Host, policy: Path, folder: Path) -> None:
     policy.write_text(POLICY.replace("protocol: icmp, ", "protocol: tcp, "))
-    result = pings(host, policy, tmp_path, "born", CLIENT4)
+    result = pings(host, policy, folder, "born", CLIENT4)
     assert " 0 received" in result.stdout or result.returncode
     assert "bytes from" not in result.stdout
