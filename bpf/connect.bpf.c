@@ -422,7 +422,7 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 {
 	struct request request;
 	struct endpoint *from;
-	int verdict, sending = GRAFT_SENDS;
+	int verdict, sending = GRAFT_SENDS, has_ip6 = 0;
 	u32 ip = 0;
 
 	read_request4(ctx, &request);
@@ -453,8 +453,8 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 		__builtin_memcpy(&ip, from->addr, 4);
 	}
 	if (!ip && request.fixed_source)
-		ip = ctx->sk->src_ip4;
-	if (ip || leaves_source_to_kernel(&request))
+		ip = own_ip4(ctx->sk, &has_ip6);
+	if (ip || has_ip6 || leaves_source_to_kernel(&request))
 		ctx->msg_src_ip4 = ip;
 	return verdict;
 }

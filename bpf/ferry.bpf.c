@@ -76,7 +76,8 @@ static __always_inline int call_ferry(struct owner *owner, struct request *reque
 /* To the ferry, from the socket's own address or loopback: whatever a control message says. */
 static __always_inline void write_ferry4(struct bpf_sock_addr *ctx, struct request *request)
 {
-	u32 own = ctx->sk->src_ip4;
+	int has_ip6 = 0;
+	u32 own = own_ip4(ctx->sk, &has_ip6);
 
 	ctx->user_ip4 = bpf_htonl(GRAFT_FERRY_NET | request->place);
 	ctx->user_port = bpf_htons(request->ferry->port);

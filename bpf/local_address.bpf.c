@@ -165,3 +165,16 @@ static __always_inline int has_own_source(struct bpf_sock *sk, struct owner *own
 {
 	return bound || !owner->tag || has_earlier_port(sk, owner->tag) || binds_freely(owner->container);
 }
+
+/* A socket's own IPv4 address. (An IPv6 address of its own is 127.0.0.6 to the kernel here: it cannot be the source.) */
+static __always_inline u32 own_ip4(struct bpf_sock *sk, int *has_ip6)
+{
+	struct local_address local;
+	u32 ip = 0;
+
+	read_local_address(&local, sk);
+	*has_ip6 = local.family == GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3]);
+	if (local.family == GRAFT_IPV4)
+		ip = local.ip[0];
+	return ip;
+}

@@ -457,6 +457,19 @@ static __always_inline int may_reach(struct bpf_sock *sk, struct owner *owner, s
 	return !own || !endpoint || leaves_from(source, own, owner->tag, endpoint, remote->endpoint);
 }
 
+/* Whether a datagram may be one to the socket's peer. (An IPv6 socket sends to IPv4 destinations too.) */
+static __always_inline int may_go_to_peer(struct bpf_sock *sk, u8 family)
+{
+	u32 ip[4] = { sk->dst_ip6[0], sk->dst_ip6[1], sk->dst_ip6[2], sk->dst_ip6[3] };
+
+	asm volatile("" : "+r"(ip[0]), "+r"(ip[1]), "+r"(ip[2]), "+r"(ip[3]));
+	if (!is_connected(sk))
+		return 0;
+	if (sk->family == AF_INET)
+		return family == GRAFT_IPV4;
+	return (!ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff)) == (family == GRAFT_IPV4);
+}
+
 /* Whether a datagram, or the first packet of a connection, may go to its destination. The connect hook judged a
  * connection when it was requested; it may start later (TCP_FASTOPEN_CONNECT), to another address (an IPv6 socket that
  * the kernel still treats as IPv4), or to an address that the remote end announced (another subflow of MPTCP). So may the
@@ -479,7 +492,7 @@ static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk,
 	has_kept = protocol == IPPROTO_UDP && read_kept_flow(skb, sk, &kept, &source, family, connected);
 	if (has_kept && !may_reach(sk, owner, &kept, netns, &source, own) && !is_ferry(owner, &kept, &ferry))
 		return 0;
-	if (protocol == IPPROTO_UDP && !connected)
+	if (protocol == IPPROTO_UDP && !may_go_to_peer(sk, family))
 		return has_kept || !is_diverted(sk);
 	if (protocol == IPPROTO_TCP && goes_to_relay(sk, owner, &remote))
 		return 1;

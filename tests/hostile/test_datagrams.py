@@ -12,7 +12,7 @@ import pytest
 
 from tests.hostile.conftest import TRANSPORTS, Confine, Confined, Without
 from tests.support.installation import Host
-from tests.support.namespaces import CLIENT4, CLIENT6, HOST4
+from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
 from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
@@ -96,6 +96,31 @@ def test_a_connected_socket_may_still_send_with_a_control_message(host: Host, co
         one = confine(host, "direct", policy(HOST4), *steps, "cmsg", 0, IP_PKTINFO, where, "-", "-", "wait")
         assert one.lines(3)[1:] == ["connect ok", "cmsg ok"]
         assert came(far, 10) == HOST4
+
+
+@pytest.mark.parametrize("source", ["0.0.0.0", HOST4])
+@pytest.mark.parametrize("transport", ["born", "direct"])
+def test_a_socket_with_a_peer_of_ipv6_sends_to_ipv4_too(
+    host: Host, confine: Confine, transport: str, source: str
+) -> None:
+    """An IPv6 address that it has is 127.0.0.6 to the kernel, as a source of IPv4."""
+    with datagrams(host) as far, datagrams(host, CLIENT6) as far6:
+        steps = ["make", INET6, DGRAM, 0, "connect", CLIENT6, far6.getsockname()[1]]
+        steps += ["send", f"::ffff:{CLIENT4}", far.getsockname()[1], "send", CLIENT6, far6.getsockname()[1], "wait"]
+        one = confine(host, transport, policy(source), *steps)
+        assert one.lines(4)[1:] == ["connect ok", "send ok", "send ok"]
+        assert came(far, 10) == HOST4
+        assert came(far6, 10) == HOST6
+
+
+@pytest.mark.parametrize("transport", ["born", "direct"])
+def test_a_socket_with_a_peer_of_ipv4_sends_to_no_other(host: Host, confine: Confine, transport: str) -> None:
+    with datagrams(host) as far, datagrams(host) as other:
+        ports = far.getsockname()[1], other.getsockname()[1]
+        steps = ["make", INET6, DGRAM, 0, "connect", f"::ffff:{CLIENT4}", ports[0], "send", "::ffff:10.98.0.99", 9]
+        one = confine(host, transport, policy(), *steps, "send", f"::ffff:{CLIENT4}", ports[1], "wait")
+        assert one.lines(4)[1:] == ["connect ok", "send EACCES", "send ok"]
+        assert came(other, 10) == HOST4
 
 
 def send_to_unbound(host: Host, confine: Confine) -> Confined:

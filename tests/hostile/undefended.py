@@ -107,7 +107,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A datagram leaves from the address that it names.
     "source": (
-        ("connect.bpf.c", "\tif (ip || leaves_source_to_kernel(&request))\n", "\tif (0)\n"),
+        ("connect.bpf.c", "\tif (ip || has_ip6 || leaves_source_to_kernel(&request))\n", "\tif (0)\n"),
         ("connect.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)", "0"),
         ("connect.bpf.c", "if ((has_address || bound) && local.family != endpoint->family)", "if (0)"),
     ),
