@@ -87,16 +87,25 @@ ANSWERS = """
 import socket, struct, sys
 six = ':' in sys.argv[1]
 s = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_DGRAM)
-s.setsockopt(*((41, 49) if six else (0, 8)), 1); s.bind((sys.argv[1], int(sys.argv[2]))); print('serves', flush=True)
+for option in ((41, 49), (41, 74)) if six else ((0, 8), (0, 20)):
+    s.setsockopt(*option, 1)
+s.bind((sys.argv[1], int(sys.argv[2]))); print('serves', flush=True)
 for _ in range(3):
-    data, found, _, peer = s.recvmsg(100, 100)
-    (level, kind, value), = found
+    data, found, _, peer = s.recvmsg(100, 200)
+    told = {kind: (level, value) for level, kind, value in found}
+    kind = 50 if six else 8
+    level, value = told[kind]
     to = value[:16] if six else value[8:]
+    asked = told[74 if six else 20][1]
+    assert to == (asked[8:24] if six else asked[4:8]), told
+    print(int.from_bytes(asked[2:4], 'big'), end=' ')
     print(socket.inet_ntop(s.family, to), flush=True)
     own = to + bytes(4) if six else bytes(4) + to + bytes(4)
     s.sendmsg([data.upper()], [(level, kind, own)], 0, peer)
 """
-"""Answers from the address that a client has sent to, as DNS servers do that are bound to all addresses."""
+"""Answers from the address that a client has sent to, as DNS servers do that are bound to all addresses. Prints it,
+with the port of IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR.
+"""
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -112,7 +121,7 @@ def test_a_server_is_told_which_address_a_client_sent_to_and_answers_from_there(
         for address in (first, other, first):
             assert ask(served, address, port) == (b"QUERY", address)
         assert program.wait() == 0
-    assert program.said.split() == ["serves", first, other, first]
+    assert program.said.splitlines() == ["serves", f"{port} {first}", f"{port} {other}", f"{port} {first}"]
 
 
 def ask(host: Host, address: str, port: int) -> tuple[bytes, str]:

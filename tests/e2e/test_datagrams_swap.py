@@ -104,6 +104,31 @@ def test_an_unconnected_socket_talks_to_both_worlds(host: Host, family: str, add
     assert lines[1::2] == [f"('{outside}', {port})"] * 3
 
 
+def test_an_ipv6_socket_talks_to_both_worlds_over_both_families(host: Host) -> None:
+    """Unconnected, as the sockets of Go's and of many QUIC programs; then with an address of its own by a connect."""
+    with echo(host, CLIENT4) as far4, echo(host, CLIENT6) as far6:
+        ports = far4.getsockname()[1], far6.getsockname()[1]
+        script = INSIDE + (
+            "server(socket.AF_INET, '127.0.0.1'); server(socket.AF_INET6, '::1')\n"
+            "s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); s.settimeout(20)\n"
+            "inside = [('::ffff:127.0.0.1', 5300), ('::1', 5300)]\n"
+            f"outside = [('::ffff:{CLIENT4}', {ports[0]}), ('{CLIENT6}', {ports[1]})]\n"
+            "for turn in range(2):\n"
+            "    for one in inside + outside:\n"
+            "        s.sendto(b'x', one); data, peer = s.recvfrom(100); print(data[:1], peer[:2] == one)\n"
+            "s.connect(outside[1]); s.sendto(b'x', inside[1]); print(s.getpeername()[:2] == outside[1])\n"
+            "for one in inside: s.sendto(b'end', one)\n"
+        )
+        program = host.start(*out_rule(host), "--", *PYTHON, script)
+        for _ in range(2):
+            for far in (far4, far6):
+                data, peer = far.recvfrom(100)
+                assert data == b"x"
+                far.sendto(b"Y", peer)
+        assert program.wait() == 0, program.complained
+    assert program.said.splitlines() == ["b'X' True", "b'X' True", "b'Y' True", "b'Y' True"] * 2 + ["True"]
+
+
 ANY_PORT = """
 import os, socket, sys
 family = socket.AF_INET if sys.argv[1] == '4' else socket.AF_INET6

@@ -35,13 +35,15 @@ publish-hinfo=no
 """
 
 
-def policy(port: int, group: str, asked: int) -> str:
+def policy(port: int, group: str, asked: int, transport: str = "born") -> str:
+    """One that gives a container that transport, born or swap."""
     return (
         f"name: finder\nendpoints:\n  found: {{address: '0.0.0.0:{port}', protocol: udp, multicast: [{group}]}}\n"
         "  out: 0.0.0.0:dynamic\n"
         f"ingress:\n  - {{bind: '*:{asked}', endpoint: found}}\n"
         f"egress:\n  - {{to: {group}, protocol: udp, endpoint: out}}\n"
-        "  - {to: 10.98.0.0/24, protocol: udp, endpoint: out}\ndefault: deny\n"
+        "  - {to: 10.98.0.0/24, protocol: udp, endpoint: out}\n"
+        f"default: {'deny' if transport == 'born' else 'container'}\n"
     )
 
 
@@ -56,9 +58,10 @@ def member(host: Host) -> socket.socket:
     return sock
 
 
-def test_socat_receives_what_is_sent_to_its_group(host: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["born", "swap"])
+def test_socat_receives_what_is_sent_to_its_group(host: Host, tmp_path: Path, transport: str) -> None:
     port, file = host.port(), tmp_path / "policy.yaml"
-    file.write_text(policy(port, GROUP, 5000))
+    file.write_text(policy(port, GROUP, 5000, transport))
     source = f"UDP4-RECV:5000,ip-add-membership={GROUP}:{HOST4}"
     program = host.start_command([GRAFT, "run", "--policy", file, "--", "socat", "-u", source, "STDOUT"])
     with closing(member(host)) as client:
@@ -68,20 +71,22 @@ def test_socat_receives_what_is_sent_to_its_group(host: Host, tmp_path: Path) ->
             return "to all" in program.said
 
         program.until("a datagram to the group", hears)
-    assert [one["transport"] for one in host.ps()] == ["born"]
+    assert [one["transport"] for one in host.ps()] == [transport]
 
 
-def test_socat_joins_no_other_group(host: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["born", "swap"])
+def test_socat_joins_no_other_group(host: Host, tmp_path: Path, transport: str) -> None:
     file = tmp_path / "policy.yaml"
-    file.write_text(policy(host.port(), GROUP, 5000))
+    file.write_text(policy(host.port(), GROUP, 5000, transport))
     source = f"UDP4-RECV:5000,ip-add-membership=239.1.1.2:{HOST4}"
     result = host.graft("run", "--policy", file, "--", "socat", "-u", source, "STDOUT", status=None)
     assert result.returncode and "Operation not permitted" in result.stderr
 
 
-def test_socat_sends_to_its_group(host: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["born", "swap"])
+def test_socat_sends_to_its_group(host: Host, tmp_path: Path, transport: str) -> None:
     port, file = host.port(), tmp_path / "policy.yaml"
-    file.write_text(policy(port, GROUP, 5000))
+    file.write_text(policy(port, GROUP, 5000, transport))
     with closing(member(host)) as client:
         to = f"UDP4-DATAGRAM:{GROUP}:{client.getsockname()[1]},ip-multicast-if={HOST4},bind=0.0.0.0:5000"
         host.graft("run", "--policy", file, "--", "sh", "-c", f"echo from socat | socat -u STDIN {to}")

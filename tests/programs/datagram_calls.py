@@ -113,7 +113,7 @@ def many_at_once() -> None:
 
 
 def segments() -> None:
-    for by_message in (False, True):
+    for by_message, connected in ((False, False), (False, True), (True, False), (True, True)):
         sock = new()
         sock.setsockopt(SOL_UDP, GRO, 1)
         if by_message:
@@ -121,7 +121,9 @@ def segments() -> None:
         else:
             sock.setsockopt(SOL_UDP, SEGMENT, 100)
             control = []
-        print("segments", sock.sendmsg([b"y" * 350], control, 0, ECHO))
+        if connected:
+            sock.connect(ECHO)
+        print("segments", sock.sendmsg([b"y" * 350], control, 0, *(() if connected else (ECHO,))))
         size = 0
         while size < 350:
             data, _, _, sender = sock.recvmsg(1000, 100)
