@@ -1,6 +1,7 @@
 """In which network namespace should this socket live? A pure function from a trapped call to an action.
 
     bind      rule, in the container         -> replaced by a socket of the host's stack that is bound already
+              UDP, an IPv6-only endpoint     -> made IPv6-only where it is, and the call runs
               UDP, no address, port 0        -> bound where it is, on the host's stack, and reached from both sides
     connect   rule, in the container         -> replaced by a socket of the host's stack; the call runs on that
     either    rule for a unix socket         -> the same as without a rule: graftd relays, in the container
@@ -79,6 +80,7 @@ class Action(enum.Enum):
     TO_HOST = "to host"
     TO_CONTAINER = "to container"
     TO_BOTH = "to both"
+    IPV6_ONLY = "IPv6 only"
     REFUSE = "refuse"
 
 
@@ -86,7 +88,8 @@ class Action(enum.Enum):
 class Decision:
     """An action; TO_HOST with an endpoint's id and its namespace's cookie, REFUSE with an errno.
 
-    TO_BOTH: a datagram socket on the host's stack gets a port of the kernel's choice there, and is reached from inside.
+    IPV6_ONLY: the socket becomes that, and the call runs. TO_BOTH: a datagram socket on the host's stack gets a port of
+    the kernel's choice there, and is reached from inside.
     ``v6only``: the replacement socket is IPv6-only, also where the socket is not.
     """
 
@@ -100,6 +103,7 @@ class Decision:
 RESUME = Decision(Action.RESUME)
 _TO_CONTAINER = Decision(Action.TO_CONTAINER)
 _TO_BOTH = Decision(Action.TO_BOTH)
+_IPV6_ONLY = Decision(Action.IPV6_ONLY)
 _REFUSED = Decision(Action.REFUSE, error=errno.EACCES)
 
 
@@ -134,8 +138,11 @@ def _decide_bind(address: Sockaddr, facts: SocketFacts, v6only: bool) -> Decisio
     # An IPv6-only socket cannot have an IPv4 endpoint.
     if facts.endpoint and not (facts.endpoint_family == 4 and address.family == 6 and v6only):
         only = facts.endpoint_is_ipv6_only and facts.family == 6
-        if facts.home == Home.HOST and facts.endpoint_netns == facts.netns and (v6only or not only):
-            return RESUME
+        if facts.home == Home.HOST and facts.endpoint_netns == facts.netns:
+            if v6only or not only:
+                return RESUME
+            if facts.protocol == IPPROTO_UDP:
+                return _IPV6_ONLY  # it keeps what the program has done to it: groups that it joined, what it received
         return Decision(Action.TO_HOST, facts.endpoint, facts.endpoint_netns, v6only=only)
     if facts.protocol == IPPROTO_UDP and facts.home == Home.HOST and _names_nothing(address):
         return _REFUSED if facts.bind_default == Default.DENY else _TO_BOTH

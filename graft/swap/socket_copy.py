@@ -49,12 +49,14 @@ _UNCHANGED: dict[int, frozenset[int]] = {
     ),
     # NO_CHECK6_TX NO_CHECK6_RX SEGMENT GRO (not CORK: what was begun stays with the old socket)
     SOL_UDP: frozenset({101, 102, 103, 104}),
-    # TOS TTL RECVOPTS RETOPTS PKTINFO MTU_DISCOVER RECVERR RECVTTL RECVTOS FREEBIND PASSSEC MINTTL
-    # BIND_ADDRESS_NO_PORT RECVERR_RFC4884 (not LOCAL_PORT_RANGE: it would choose a port of the host's)
-    SOL_IP: frozenset({1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 18, 21, 24, 26}),
-    # UNICAST_HOPS MTU_DISCOVER RECVERR RECVERR_RFC4884 FLOWINFO_SEND RECVPKTINFO RECVHOPLIMIT DONTFRAG
-    # RECVTCLASS TCLASS AUTOFLOWLABEL ADDR_PREFERENCES MINHOPCOUNT FREEBIND
-    SOL_IPV6: frozenset({16, 23, 25, 31, 33, 49, 51, 62, 66, 67, 70, 72, 73, 78}),
+    # TOS TTL RECVOPTS RETOPTS PKTINFO MTU_DISCOVER RECVERR RECVTTL RECVTOS FREEBIND PASSSEC RECVORIGDSTADDR MINTTL
+    # CHECKSUM BIND_ADDRESS_NO_PORT RECVFRAGSIZE RECVERR_RFC4884 (not LOCAL_PORT_RANGE: it would choose a port of the
+    # host's)
+    SOL_IP: frozenset({1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 18, 20, 21, 23, 24, 25, 26}),
+    # UNICAST_HOPS MULTICAST_HOPS MULTICAST_LOOP MTU_DISCOVER RECVERR RECVERR_RFC4884 FLOWINFO_SEND RECVPKTINFO
+    # RECVHOPLIMIT DONTFRAG RECVTCLASS TCLASS AUTOFLOWLABEL ADDR_PREFERENCES MINHOPCOUNT RECVORIGDSTADDR RECVFRAGSIZE
+    # FREEBIND
+    SOL_IPV6: frozenset({16, 18, 19, 23, 25, 31, 33, 49, 51, 62, 66, 67, 70, 72, 73, 74, 77, 78}),
 }
 
 # Asked of every socket where the hook could not tell which options were set.
@@ -156,6 +158,12 @@ def is_v6only(fd: int, protocol: int) -> bool:
     """Whether the AF_INET6 socket ``fd`` is IPv6-only."""
     with as_socket(fd, 6, protocol) as sock:
         return bool(sock.getsockopt(SOL_IPV6, IPV6_V6ONLY))
+
+
+def make_v6only(fd: int, protocol: int) -> None:
+    """Make the AF_INET6 socket ``fd`` IPv6-only. Without effect where it has got a port meanwhile."""
+    with as_socket(fd, 6, protocol) as sock, contextlib.suppress(OSError):
+        sock.setsockopt(SOL_IPV6, IPV6_V6ONLY, 1)
 
 
 def owner_of(fd: int) -> tuple[int, int]:

@@ -57,6 +57,7 @@ _IPPROTO_MPTCP = 262
 _CLOSE_TOGETHER = 8  # replaced sockets, of which this process has the last descriptor
 _BIND, _LISTEN = Call.BIND, Call.LISTEN  # constants, because an enum's attributes are slow to look up
 _REFUSE, _RESUME, _TO_HOST, _TO_BOTH = Action.REFUSE, Action.RESUME, Action.TO_HOST, Action.TO_BOTH
+_IPV6_ONLY = Action.IPV6_ONLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +238,8 @@ class Supervisor:
         self._bound_port = 0
         if decision.action is _REFUSE:
             error = decision.error
+        elif decision.action is _IPV6_ONLY:
+            socket_copy.make_v6only(trapped.duplicate, facts.protocol)
         elif decision.action is _TO_BOTH:
             error = self._bind_for_both(trapped, v6only)
         elif decision.action is not _RESUME:

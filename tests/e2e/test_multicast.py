@@ -83,6 +83,50 @@ def test_socat_joins_no_other_group(host: Host, tmp_path: Path, transport: str) 
     assert result.returncode and "Operation not permitted" in result.stderr
 
 
+GROUP6 = "ff15::1:1"
+JOINS = """
+import socket, struct, sys
+s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+interface = struct.pack('=I', int(sys.argv[2]))
+for call in sys.argv[3:]:
+    if call == 'join':
+        s.setsockopt(41, 20, socket.inet_pton(socket.AF_INET6, sys.argv[1]) + interface)
+    else:
+        s.bind(('::', 5000))
+print('joined', flush=True); print(s.recv(100).decode(), s.getsockopt(41, 26))
+"""
+
+
+@pytest.mark.parametrize("calls", [("join", "bind"), ("bind", "join")])
+def test_an_ipv6_socket_that_is_bound_in_swap_keeps_its_group(
+    host: Host, tmp_path: Path, calls: tuple[str, str]
+) -> None:
+    """Its endpoint is IPv6-only: the socket becomes that, and is not replaced by another one."""
+    port, file = host.port(), tmp_path / "policy.yaml"
+    file.write_text(
+        f"name: finder\nendpoints:\n  found: {{address: '[::]:{port}', protocol: udp, multicast: ['{GROUP6}']}}\n"
+        "ingress:\n  - {bind: '*:5000', endpoint: found}\n"
+    )
+    with host.netns.inside():
+        interface = socket.if_nametoindex("eth0")
+    words: list[Word] = [*("/usr/bin/python3", "-ISc", JOINS), GROUP6, str(interface), *calls]
+    program = host.start_command([GRAFT, "run", "--policy", file, "--", *words])
+    program.says("joined")
+    assert [one["transport"] for one in host.ps()] == ["swap"]
+    with host.client.inside():
+        client = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        there = socket.if_nametoindex("eth0")
+    with closing(client):
+
+        def hears() -> bool:
+            client.sendto(b"to all", (GROUP6, port, 0, there))
+            return "to all" in program.said
+
+        program.until("a datagram to the group", hears)
+    assert program.wait() == 0
+    assert program.said.splitlines() == ["joined", "to all 1"]
+
+
 @pytest.mark.parametrize("transport", ["born", "swap"])
 def test_socat_sends_to_its_group(host: Host, tmp_path: Path, transport: str) -> None:
     port, file = host.port(), tmp_path / "policy.yaml"

@@ -155,6 +155,11 @@ def test_a_socket_at_an_ipv6_endpoint_is_ipv6_only_unless_that_is_dual_stack() -
     assert decide(BIND, WEB6, facts._replace(**there), v6only=False) == ONLY_IPV6
     assert decide(BIND, WEB6, facts._replace(**there), v6only=True) == RESUME
     assert decide(BIND, WEB6, dual._replace(**there), v6only=False) == RESUME
+    # A datagram socket becomes IPv6-only itself.
+    assert decide(BIND, WEB6, facts._replace(**there, **UDP), v6only=False) == Decision(Action.IPV6_ONLY)
+    assert decide(BIND, WEB6, facts._replace(**there, **UDP), v6only=True) == RESUME
+    assert decide(BIND, WEB6, dual._replace(**there, **UDP), v6only=False) == RESUME
+    assert decide(BIND, WEB6, facts._replace(**UDP), v6only=False) == ONLY_IPV6
 
 
 FACTS = st.builds(
