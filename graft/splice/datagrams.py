@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import itertools
 import random
 import select
@@ -42,6 +43,7 @@ _LONGEST = 65536
 _PKTINFO = struct.Struct("=i4s4s")  # struct in_pktinfo: interface, local address, destination of the header
 _IP_PKTINFO = 8
 _BUFFER_BYTES = 1 << 20
+_BIND_TRIES = 16
 
 Address = tuple[str, int]
 
@@ -371,10 +373,21 @@ class DatagramRelay:
 
 
 def _inner_socket() -> socket.socket:
-    sock = datagram_socket()
-    try:
-        sock.bind(("0.0.0.0", 0))
-    except OSError:
-        sock.close()
-        raise
-    return sock
+    """At a port that is bound by its number: the kernel leaves it to a socket that root of the namespace destroys.
+
+    (udp_abort, net/ipv4/udp.c: then the socket goes on, with one error. Otherwise it has no port any more.)
+    """
+    for left in reversed(range(_BIND_TRIES)):
+        with datagram_socket() as asked:
+            asked.bind(("0.0.0.0", 0))
+            place = asked.getsockname()
+        sock = datagram_socket()
+        try:
+            sock.bind(place)
+        except OSError as error:
+            sock.close()
+            if error.errno != errno.EADDRINUSE or not left:  # somebody was quicker
+                raise
+            continue
+        return sock
+    raise AssertionError("a try is left")

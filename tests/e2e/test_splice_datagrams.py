@@ -93,6 +93,22 @@ def test_a_connected_socket_is_relayed(container: Plain, address: str, source: s
         assert far.recv(100) == b"with a control message"
 
 
+def test_a_relay_whose_socket_root_of_the_namespace_destroys_goes_on_at_its_port(container: Plain) -> None:
+    """Nobody else can take the port, and what is sent to it, either."""
+    server, port = served(container)
+    with server, closing(udp(container.host.client, CLIENT4)) as client:
+        for turn in range(2):
+            client.sendto(b"question", (HOST4, port))
+            _, peer = server.recvfrom(100)
+            assert peer == client.getsockname()
+            server.sendto(b"answer", peer)
+            assert client.recvfrom(100) == (b"answer", (HOST4, port))
+            if not turn:
+                (relay,) = (value.datagram_port for _, value in container.host.maps.relays.items())
+                assert f":{relay} " in container.netns.run("ss", "-KHuan", f"sport = :{relay}")
+                assert f":{relay} " in container.netns.run("ss", "-Huan")
+
+
 def test_a_destination_that_no_rule_grants_is_not_reached(container: Plain) -> None:
     out = container.host.endpoint("0.0.0.0:dynamic")
     container.attach("-e", f"192.0.2.1={out}", "--deny")
