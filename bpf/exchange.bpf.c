@@ -82,6 +82,27 @@ static __always_inline u32 destination_exchange(struct bpf_sock_addr *ctx, struc
 	return exchange_address(1, made.generation, chosen);
 }
 
+/* Whether the socket that receives at an exchange's address is the relay of this container (see connect.bpf.c,
+ * relay_listens). */
+static __always_inline int relay_receives(struct bpf_sock_addr *ctx, struct owner *owner, u16 port, u32 address)
+{
+	struct bpf_sock_tuple to = {};
+	struct crossing *mark;
+	struct bpf_sock *sk;
+	int ours;
+
+	to.ipv4.saddr = bpf_htonl(0x7f000001);
+	to.ipv4.daddr = bpf_htonl(address);
+	to.ipv4.dport = bpf_htons(port);
+	sk = bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
+	if (!sk)
+		return 0;
+	mark = crossings.sk_storage_get(sk, 0, 0);
+	ours = mark && mark->role == GRAFT_CROSSING_LISTENER && mark->container == owner->id;
+	bpf_sk_release(sk);
+	return ours;
+}
+
 /* A datagram to a granted destination, or a connect to one: it goes to the relay, at the exchange's address. */
 static __always_inline int redirect_datagrams(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
 {
@@ -96,6 +117,8 @@ static __always_inline int redirect_datagrams(struct bpf_sock_addr *ctx, struct 
 		address = destination_exchange(ctx, owner, request);
 	if (!address)
 		return refuse_with(EACCES);
+	if (!relay_receives(ctx, owner, relay->datagram_port, address))
+		return refuse_with(ECONNREFUSED);
 	request->exchange = address;
 	request->relay = relay;
 	return PASS;

@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from graft.datapath import exchanges, layout
+from graft.datapath.layout import Crossing
 from graft.datapath.maps import Maps
 from graft.datapath.rulesets import Lookup
 from graft.errors import GraftError
@@ -202,6 +203,9 @@ class DatagramRelay:
         exchanges.erase(maps, self._container)  # of a daemon that was killed
         self.inner = container_netns.run(_inner_socket)
         self.port = int(self.inner.getsockname()[1])
+        # The hooks send to a socket that has this mark, and to no other.
+        mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
+        maps.crossings.put(ctypes.c_int32(self.inner.fileno()), mark)
         resources.watch(self.inner.fileno(), select.EPOLLIN, self._on_event)
         resources.after(AGING_SECONDS, self._age)
 

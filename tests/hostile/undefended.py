@@ -174,6 +174,10 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "relay's mark": (
         ("connect.bpf.c", "if (!request->relay || !relay_listens(ctx, owner, request)) {", "if (!request->relay) {"),
     ),
+    # Whoever has the port of the relay for datagrams gets what is sent there.
+    "relay's mark for datagrams": (
+        ("exchange.bpf.c", "if (!relay_receives(ctx, owner, relay->datagram_port, address))", "if (0)"),
+    ),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
     # Anybody on the host reaches the listener that graftd alone is to reach.

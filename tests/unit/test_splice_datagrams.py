@@ -54,7 +54,12 @@ class Setting:
         self.loop = EventLoop(lambda: None)
         self.resources = DaemonResources(self.loop, 10000).add_container(CONTAINER)
         self.maps = SimpleNamespace(
-            exchanges=Table(), exchange_clients=Table(), ingress=None, egress=None, egress_ports=None
+            exchanges=Table(),
+            exchange_clients=Table(),
+            crossings=Table(),
+            ingress=None,
+            egress=None,
+            egress_ports=None,
         )
         self.relay = DatagramRelay(self.resources, self.maps, Here(), Here())  # type: ignore[arg-type]
         self.program = datagram_socket()
