@@ -32,6 +32,10 @@ _ETC = Path("/etc/graft/policies")
 _CRUN_FILTERS = ("run.oci.seccomp.receiver", "run.oci.seccomp.plugins", "run.oci.seccomp_bpf_data")
 # Those by which it puts a container into a cgroup below the container's own (crun(1)).
 _CRUN_SUBGROUPS = ("run.oci.systemd.subgroup", "run.oci.delegate-cgroup")
+# All of crun's own begin so. With one that an image sets, crun would do what the image wants, as root: it writes what
+# hooks say to any file of the host's, and Graft's container has a hook. Those that podman itself writes are let through.
+_CRUN = "run.oci."
+_PODMANS_OWN = ("run.oci.keep_original_groups", "run.oci.mount_context_type")
 
 
 class Source(enum.Enum):
@@ -87,21 +91,27 @@ def _is_podmans(config: Mapping[str, Any]) -> bool:
 
 
 def check_annotations(config: Mapping[str, Any], options: RuntimeOptions, notified: bool) -> None:
-    """Raises ConflictError, RefusedError for annotations that would have crun put the container into another cgroup
-    than the one that Graft attaches, or (``notified``) its seccomp listener elsewhere.
+    """Raises RefusedError for annotations of crun's that an image may have set, and ConflictError for those that would
+    have it put the container into another cgroup than Graft attaches, or (``notified``) its seccomp listener elsewhere.
     """
     found = container_annotations(config)
+    if not annotations_are_trusted(config, options):
+        _refuse_annotations_for_crun(found)
     for name in _CRUN_SUBGROUPS:
         if ".." in found.get(name, "").split("/"):
             raise ConflictError(f"annotation {name}: it leads out of the container's cgroup")
-        if found.get(name) and not annotations_are_trusted(config, options):
-            raise RefusedError(
-                f"annotation {name}: podman copies an image's annotations, which cannot choose a cgroup",
-                f"leave it out, or trust-annotations: true in {FILE}",
-            )
     for name in _CRUN_FILTERS:
         if notified and found.get(name):
             raise ConflictError(f"annotation {name}: the container's seccomp filter comes from elsewhere")
+
+
+def _refuse_annotations_for_crun(found: Mapping[str, str]) -> None:
+    for name, value in found.items():
+        if value and name.startswith(_CRUN) and name not in _PODMANS_OWN:
+            raise RefusedError(
+                f"annotation {name}: podman copies an image's annotations, which cannot tell crun what to do",
+                f"leave it out, or trust-annotations: true in {FILE}",
+            )
 
 
 def check_capabilities(config: Mapping[str, Any], options: RuntimeOptions, own_user_namespace: bool) -> None:

@@ -201,9 +201,9 @@ def test_an_image_names_no_cgroup_below_its_containers(name: str, at: str) -> No
     else:
         check_annotations({**config, "annotations": {name: ""}}, RuntimeOptions(), notified=True)
         check_annotations(config, RuntimeOptions(trust_annotations=True), notified=True)
-        with pytest.raises(RefusedError, match="cannot choose a cgroup"):
+        with pytest.raises(RefusedError, match="cannot tell crun what to do"):
             check_annotations(config, RuntimeOptions(), notified=False)
-    with pytest.raises(RefusedError, match="cannot choose a cgroup"):
+    with pytest.raises(RefusedError, match="cannot tell crun what to do"):
         check_annotations(config, RuntimeOptions(trust_annotations=False), notified=False)
 
 
