@@ -61,7 +61,7 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 
 	*verdict = PASS;
 	owner_of(ctx, &owner);
-	if (!owner.id)
+	if (!owner.id || owner.home == GRAFT_HOME_FERRY)
 		return 0;
 	if (!owner.container) {
 		/* The container was detached: its host-homed sockets may not be bound again; Graft no
@@ -88,7 +88,9 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		return 0;
 	}
 	rule = is_diverted(ctx->sk) ? 0 : ingress_rule(owner.container, request);
-	if (!rule && binds_freely(owner.container)) {
+	if (!rule && (binds_freely(owner.container) ||
+		      (may_have_any_port(owner.container, request->protocol) && !request->port &&
+		       is_unspecified(request->addr) && !is_diverted(ctx->sk)))) {
 		clear_endpoint(ctx, &owner);
 		return 0;
 	}
@@ -208,6 +210,9 @@ static __always_inline int check_bind(struct bpf_sock *ctx, struct local_address
 		return refuse_with(EACCES);
 	}
 	if (!tag->endpoint) {
+		if (container && may_have_any_port(container, protocol) &&
+		    !(local->ip[0] | local->ip[1] | local->ip[2] | local->ip[3]))
+			return PASS; /* (the hook before passed no other port than the kernel's choice) */
 		if (!container || !binds_freely(container))
 			return refuse_with(EACCES);
 		if (protocol == IPPROTO_UDP)

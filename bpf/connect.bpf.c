@@ -72,13 +72,28 @@ static __always_inline int relay_listens(struct bpf_sock_addr *ctx, struct owner
 	return ours;
 }
 
+/* Stores the requested destination with a socket, for getpeername and for graftd. Returns 0 where there is no memory. */
+static __always_inline int store_crossing(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
+{
+	struct crossing *crossing = crossings.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	u64 ids = bpf_get_current_uid_gid();
+
+	if (!crossing)
+		return 0;
+	__builtin_memcpy(crossing->addr, request->addr, 16);
+	crossing->port = request->port;
+	crossing->family = request->family;
+	crossing->role = GRAFT_CROSSING_REDIRECTED;
+	crossing->container = owner->id;
+	crossing->uid = ids;
+	crossing->gid = ids >> 32;
+	return 1;
+}
+
 /* Transport splice, and unix sockets: a granted connection goes to Graft's relay inside the container's namespace, which
  * connects from the endpoint, or to the unix socket; the requested destination is stored with the socket. */
 static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
 {
-	struct crossing *crossing;
-	u64 ids;
-
 	request->relay = relays.lookup(&owner->id);
 	if (!request->relay || !relay_listens(ctx, owner, request)) {
 		request->relay = 0;
@@ -86,19 +101,10 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *own
 		 * operator did not intend. */
 		return refuse_with(ECONNREFUSED);
 	}
-	crossing = crossings.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!crossing) {
+	if (!store_crossing(ctx, owner, request)) {
 		request->relay = 0;
 		return refuse_with(EACCES);
 	}
-	__builtin_memcpy(crossing->addr, request->addr, 16);
-	crossing->port = request->port;
-	crossing->family = request->family;
-	crossing->role = GRAFT_CROSSING_REDIRECTED;
-	crossing->container = owner->id;
-	ids = bpf_get_current_uid_gid();
-	crossing->uid = ids;
-	crossing->gid = ids >> 32;
 	return PASS;
 }
 
@@ -128,7 +134,7 @@ static __always_inline void record_source(struct request *request, struct endpoi
 		return;
 	request->tag->source = request->endpoint;
 	request->tag->lent_family = from->family;
-	request->tag->lent = (is_unspecified(from) ? 0 : GRAFT_LENT_ADDRESS) | (from->port ? GRAFT_LENT_PORT : 0);
+	request->tag->lent = (is_unspecified(from->addr) ? 0 : GRAFT_LENT_ADDRESS) | (from->port ? GRAFT_LENT_PORT : 0);
 }
 
 /* The source that a connect binds to: a struct sockaddr_in6, or a struct sockaddr_in in its place. */
@@ -190,7 +196,7 @@ static __always_inline int bind_source(struct bpf_sock_addr *ctx, struct source 
  * not have that any more, or lose their datagrams. */
 static __always_inline int takes_ipv4_port_along(struct bpf_sock_addr *ctx, struct endpoint *from)
 {
-	return from->family == GRAFT_IPV6 && is_unspecified(from) && from->port &&
+	return from->family == GRAFT_IPV6 && is_unspecified(from->addr) && from->port &&
 	       !(from->flags & GRAFT_ENDPOINT_DUAL_STACK) && !is_requester_v6only(ctx);
 }
 
@@ -204,7 +210,7 @@ static __always_inline int take_source(struct bpf_sock_addr *ctx, struct request
 		return REFUSE;
 	/* A bind to the unspecified address is needed only to clear another endpoint's address. The kernel does
 	 * that, or returns an error where it is too late. */
-	if (is_unspecified(from) && !from->port && !has_other_source(request) && !must_clear_address(ctx->sk, request))
+	if (is_unspecified(from->addr) && !from->port && !has_other_source(request) && !must_clear_address(ctx->sk, request))
 		return verdict;
 	if (takes_ipv4_port_along(ctx, from))
 		return refuse_with(EACCES);
@@ -222,19 +228,25 @@ static __always_inline int has_other_familys_port(struct tag *tag, struct reques
 	return tag && tag->lent & GRAFT_LENT_PORT && tag->lent_family != request->family;
 }
 
+/* What `sending` is: a connect, a datagram to the address of the send, or one to the socket's peer. */
+#define GRAFT_CONNECTS 0
+#define GRAFT_SENDS 1
+#define GRAFT_SENDS_TO_PEER 2
+
 /* Decides a destination. Returns the endpoint to take the source from, or NULL with *verdict set. */
 static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr *ctx, struct request *request,
 							   int *verdict, int sending)
 {
 	struct owner owner;
 	struct endpoint *endpoint;
+	struct ferry *ferry;
 	u32 rule, id = 0;
 	int bound;
 
 	*verdict = PASS;
 	owner_of(ctx, &owner);
-	if (!owner.id)
-		return 0;
+	if (!owner.id || owner.home == GRAFT_HOME_FERRY)
+		return 0; /* (of what a ferry sends the packet hook judges where it arrives) */
 	if (!owner.container) {
 		if (owner.home == GRAFT_HOME_HOST)
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
@@ -243,6 +255,11 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	if (is_exempt(owner.container, request->protocol))
 		return 0;
 	substitute_loopback(request, owner.home == GRAFT_HOME_HOST);
+	if (owner.home == GRAFT_HOME_HOST && is_ferry(&owner, request, &ferry)) {
+		/* What its addresses stand for was judged for the sends that took them, not for this one. */
+		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
+		return 0;
+	}
 	rule = egress_rule(owner.container, request, &id);
 	if (rule == GRAFT_VERDICT_DENY) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
@@ -258,6 +275,21 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		crossings.sk_storage_delete(ctx->sk); /* of an earlier connect that failed */
 	}
 	if (owner.home == GRAFT_HOME_CONTAINER) {
+		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && request->protocol == IPPROTO_UDP) {
+			if (!sending)
+				crossings.sk_storage_delete(ctx->sk);
+			/* An IPv6 socket cannot send to an IPv4 address by this hook, but it can be connected to one. */
+			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns &&
+			    !(sending && request->family == GRAFT_IPV6)) {
+				*verdict = redirect_datagrams(ctx, &owner, request);
+				if (*verdict == PASS && !sending && !store_crossing(ctx, &owner, request)) {
+					request->relay = 0;
+					request->exchange = 0;
+					*verdict = refuse_with(EACCES);
+				}
+				return 0;
+			}
+		}
 		/* Also where a rule grants the destination: this socket was not swapped (a 32-bit or
 		 * io_uring call), so it can reach only what the container's own namespace reaches. */
 		if (rule != GRAFT_VERDICT_CONTAINER && owner.container->connect_default == GRAFT_DEFAULT_DENY)
@@ -268,6 +300,10 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	bound = is_bound(ctx->sk, owner.tag, owner.container, bpf_get_netns_cookie(ctx));
 	request->bound = bound;
 	request->any_source = bound || has_earlier_port(ctx->sk, owner.tag);
+	if (sending == GRAFT_SENDS && is_for_inside(&owner, request, rule) && !is_diverted(ctx->sk)) {
+		*verdict = call_ferry(&owner, request);
+		return 0;
+	}
 	if (rule != GRAFT_VERDICT_GRANT) {
 		/* direct: the host's namespace is the container's own, so its default applies. A swapped
 		 * socket is outside the container's namespace, and may do only what a rule grants. */
@@ -303,6 +339,13 @@ static __always_inline void write_loopback6(struct bpf_sock_addr *ctx, int plain
 	ctx->user_ip6[3] = plain ? bpf_htonl(1) : bpf_htonl(0x7f000001);
 }
 
+static __always_inline int write_exchange4(struct bpf_sock_addr *ctx, struct request *request)
+{
+	ctx->user_ip4 = bpf_htonl(request->exchange);
+	ctx->user_port = bpf_htons(request->relay->datagram_port);
+	return PASS;
+}
+
 int graft_connect4(struct bpf_sock_addr *ctx)
 {
 	struct request request;
@@ -310,7 +353,9 @@ int graft_connect4(struct bpf_sock_addr *ctx)
 	int verdict;
 
 	read_request4(ctx, &request);
-	from = decide_destination(ctx, &request, &verdict, 0);
+	from = decide_destination(ctx, &request, &verdict, GRAFT_CONNECTS);
+	if (request.exchange)
+		return write_exchange4(ctx, &request);
 	if (request.relay) {
 		write_loopback4(ctx);
 		ctx->user_port = bpf_htons(request.relay->port);
@@ -328,7 +373,13 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 	int verdict;
 
 	read_request6(ctx, &request);
-	from = decide_destination(ctx, &request, &verdict, 0);
+	from = decide_destination(ctx, &request, &verdict, GRAFT_CONNECTS);
+	if (request.exchange) {
+		write_loopback6(ctx, 0);
+		ctx->user_ip6[3] = bpf_htonl(request.exchange);
+		ctx->user_port = bpf_htons(request.relay->datagram_port);
+		return PASS;
+	}
 	if (request.relay) {
 		write_loopback6(ctx, goes_to_ip6_relay(ctx, &request));
 		ctx->user_port = bpf_htons(request.relay->port);
@@ -373,17 +424,15 @@ static __always_inline int may_name_source(struct bpf_sock_addr *ctx, struct req
 	return !request->any_source || !(ip[0] | ip[1] | ip[2] | ip[3]) || is_hosts(bpf_get_netns_cookie(ctx), ip, family);
 }
 
-/* A socket's own IPv4 address. (An IPv6 address of its own is 127.0.0.6 to the kernel here: it cannot be the source.) */
-static __always_inline u32 own_ip4(struct bpf_sock *sk, int *has_ip6)
+/* Whether a send is to the peer of a socket whose connect was redirected to Graft's relay. */
+static __always_inline int goes_to_relayed_peer(struct bpf_sock_addr *ctx, struct request *request)
 {
-	struct local_address local;
-	u32 ip = 0;
+	struct crossing *crossing;
 
-	read_local_address(&local, sk);
-	*has_ip6 = local.family == GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3]);
-	if (local.family == GRAFT_IPV4)
-		ip = local.ip[0];
-	return ip;
+	if (!goes_to_peer(ctx, request))
+		return 0;
+	crossing = crossings.sk_storage_get(ctx->sk, 0, 0);
+	return crossing && crossing->role == GRAFT_CROSSING_REDIRECTED;
 }
 
 /* The source address of a datagram can be set for it alone, and is set: a control message may have named another one,
@@ -393,17 +442,26 @@ int graft_sendmsg4(struct bpf_sock_addr *ctx)
 {
 	struct request request;
 	struct endpoint *from;
-	int verdict, has_ip6 = 0;
+	int verdict, sending = GRAFT_SENDS, has_ip6 = 0;
 	u32 ip = 0, named[4] = {};
 
 	read_request4(ctx, &request);
+	if (goes_to_relayed_peer(ctx, &request))
+		return PASS;
 	if (goes_to_peer(ctx, &request)) {
 		u32 peer = ctx->sk->dst_ip4;
 
 		__builtin_memcpy(request.addr, &peer, 4);
 		request.port = bpf_ntohs(ctx->sk->dst_port);
+		sending = GRAFT_SENDS_TO_PEER;
 	}
-	from = decide_destination(ctx, &request, &verdict, 1);
+	from = decide_destination(ctx, &request, &verdict, sending);
+	if (request.ferry) {
+		write_ferry4(ctx, &request);
+		return verdict;
+	}
+	if (request.exchange)
+		return write_exchange4(ctx, &request);
 	if (request.to_loopback)
 		write_loopback4(ctx);
 	if (!from) {
@@ -429,10 +487,12 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	struct request request;
 	struct endpoint *from;
 	struct local_address local;
-	int verdict;
+	int verdict, sending = GRAFT_SENDS;
 	u32 ip[4] = {};
 
 	read_request6(ctx, &request);
+	if (goes_to_relayed_peer(ctx, &request))
+		return PASS;
 	if (goes_to_peer(ctx, &request)) {
 		ip[0] = ctx->sk->dst_ip6[0];
 		ip[1] = ctx->sk->dst_ip6[1];
@@ -440,8 +500,11 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 		ip[3] = ctx->sk->dst_ip6[3];
 		__builtin_memcpy(request.addr, ip, 16);
 		request.port = bpf_ntohs(ctx->sk->dst_port);
+		sending = GRAFT_SENDS_TO_PEER;
 	}
-	from = decide_destination(ctx, &request, &verdict, 1);
+	from = decide_destination(ctx, &request, &verdict, sending);
+	if (request.ferry)
+		return write_ferry6(ctx, &request);
 	if (request.to_loopback)
 		write_loopback6(ctx, !request.mapped);
 	if (!from) {

@@ -15,13 +15,13 @@ static __always_inline int tag_replacement(struct bpf_sock *ctx, struct desk *de
 	return PASS;
 }
 
-/* A socket of a direct container that denies something. One of another protocol (SCTP, UDP-Lite, ICMP, raw) would not
- * reach any hook; and one that cannot be tagged now might not be recognised later. */
+/* A socket of a direct container that denies something. One of another protocol (SCTP, UDP-Lite, raw; ICMP without a
+ * rule) would not reach any hook; and one that cannot be tagged now might not be recognised later. */
 static __always_inline int tag_confined(struct bpf_sock *ctx, struct container *container, u32 id)
 {
 	struct tag *tag;
 
-	if (!has_rules(ctx->type, ctx->protocol)) {
+	if (!has_rules(ctx->type, ctx->protocol) && !may_ping(container, ctx->type, ctx->protocol)) {
 		if (container->flags & GRAFT_CONTAINER_OTHERS)
 			return PASS;
 		count(id, GRAFT_DECISION_REFUSED_BIND);

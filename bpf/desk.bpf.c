@@ -82,7 +82,8 @@ static __always_inline void probe_descriptor(struct desk *desk, void *file) {}
  * references it has. And what would take several calls. */
 static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk)
 {
-	void *sk = bpf_skc_to_tcp_sock(ctx->sk);
+	/* (Of UDP the kernel has no such helper; the context is its own struct bpf_sock_addr_kern, which begins so.) */
+	void *sk = ctx->type == SOCK_DGRAM ? read_pointer(ctx) : bpf_skc_to_tcp_sock(ctx->sk);
 	void *socket = sk ? read_pointer(sk + GRAFT_SK_SOCKET) : 0;
 	void *file = socket ? read_pointer(socket + GRAFT_SOCKET_FILE) : 0;
 	void *epolls = 0;
@@ -102,9 +103,9 @@ static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk) 
 #endif
 
 /* The rule for the address in the question, looked up by the code that the bind and connect hooks use. */
-static __always_inline void answer_rule(struct desk *desk, struct container *container)
+static __always_inline void answer_rule(struct desk *desk, struct container *container, u8 protocol)
 {
-	struct request request = { .port = desk->port, .family = desk->family, .protocol = IPPROTO_TCP };
+	struct request request = { .port = desk->port, .family = desk->family, .protocol = protocol };
 	struct ingress_value *bind;
 	struct endpoint *endpoint;
 	u32 id = 0;
@@ -122,7 +123,7 @@ static __always_inline void answer_rule(struct desk *desk, struct container *con
 		desk->verdict = egress_rule(container, &request, &id);
 	}
 	endpoint = id ? endpoints.lookup(&id) : 0;
-	if (!endpoint || !(endpoint->protocols & GRAFT_TCP)) {
+	if (!endpoint || !(endpoint->protocols & protocol_bit(protocol))) {
 		if (desk->verdict == GRAFT_VERDICT_GRANT)
 			desk->verdict = GRAFT_VERDICT_NONE;
 		return;
@@ -135,12 +136,14 @@ static __always_inline void answer_rule(struct desk *desk, struct container *con
 
 /* Where the kernel has no helper that finds the MPTCP socket of a subflow, the hooks could not find the tag of a
  * host-homed one: there MPTCP sockets stay in the container. */
-static __always_inline int is_swappable(u32 protocol)
+static __always_inline int is_swappable(u32 type, u32 protocol)
 {
+	if (type == SOCK_DGRAM)
+		return protocol == IPPROTO_UDP;
 #ifdef GRAFT_HAVE_MPTCP
-	return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP;
+	return type == SOCK_STREAM && (protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP);
 #else
-	return protocol == IPPROTO_TCP;
+	return type == SOCK_STREAM && protocol == IPPROTO_TCP;
 #endif
 }
 
@@ -159,7 +162,7 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 	desk->references = 0;
 	desk->flags = 0;
 	desk->probed = 0;
-	if (ctx->type != SOCK_STREAM || !is_swappable(ctx->protocol))
+	if (!is_swappable(ctx->type, ctx->protocol))
 		return 1;
 	probe(ctx, desk);
 	owner_of(ctx, &owner);
@@ -177,7 +180,7 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 	/* Not ctx->user_port: it keeps its value when a failed connect has released the port. */
 	desk->local_port = ctx->sk->src_port;
 	if (desk->family)
-		answer_rule(desk, owner.container);
+		answer_rule(desk, owner.container, ctx->type == SOCK_DGRAM ? IPPROTO_UDP : IPPROTO_TCP);
 	desk->options.count = 0;
 	desk->options.overflow = 0;
 	seen = options.sk_storage_get(ctx->sk, 0, 0);

@@ -45,8 +45,10 @@
 #define EADDRINUSE 98
 #define EADDRNOTAVAIL 99
 #define ECONNREFUSED 111
+#define IPPROTO_ICMP 1
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
+#define IPPROTO_ICMPV6 58
 #define IPPROTO_MPTCP 262
 #define SOCK_STREAM 1
 #define SOCK_DGRAM 2
@@ -56,6 +58,7 @@
 BPF_ARRAY(settings, struct settings, 1);
 BPF_HASH(endpoints, u32, struct endpoint, GRAFT_MAX_ENDPOINTS);
 BPF_HASH(endpoint_names, struct endpoint_name, u32, GRAFT_MAX_ENDPOINTS);
+BPF_HASH(groups, struct group, u32, GRAFT_MAX_GROUPS);
 BPF_HASH(containers, u32, struct container, GRAFT_MAX_CONTAINERS);
 BPF_LPM_TRIE(ingress, struct ingress_key, struct ingress_value, GRAFT_MAX_RULES);
 BPF_LPM_TRIE(egress, struct egress_key, struct egress_value, GRAFT_MAX_RULES);
@@ -114,3 +117,9 @@ SK_STORAGE(options, struct options, BPF_F_NO_PREALLOC);
 BPF_HASH(relays, u32, struct relay, GRAFT_MAX_CONTAINERS);
 BPF_TABLE("lru_hash", struct arrival, struct crossing, arrivals, GRAFT_MAX_ARRIVALS);
 SK_STORAGE(crossings, struct crossing, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct exchange_slot, struct exchange, exchanges, GRAFT_MAX_EXCHANGES, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct exchange_client, u32, exchange_clients, GRAFT_MAX_EXCHANGES, BPF_F_NO_PREALLOC);
+
+/* Of transport swap (ferry.bpf.c). */
+BPF_F_TABLE("hash", u32, struct ferry, ferries, GRAFT_MAX_CONTAINERS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct berth_key, struct berth, berths, GRAFT_MAX_BERTHS, BPF_F_NO_PREALLOC);

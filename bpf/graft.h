@@ -27,6 +27,7 @@
 /* Where a socket lives. */
 #define GRAFT_HOME_CONTAINER 0
 #define GRAFT_HOME_HOST 1
+#define GRAFT_HOME_FERRY 2 /* a socket of the container's ferry, on the host's loopback */
 
 /* How a container's sockets reach the host's stack. */
 #define GRAFT_TRANSPORT_DIRECT 1
@@ -41,6 +42,8 @@
 /* Bits of container.flags. */
 #define GRAFT_CONTAINER_DENIES 1 /* some rule denies a destination, whatever the defaults are */
 #define GRAFT_CONTAINER_OTHERS 2 /* sockets of protocols that no rule can name are left alone */
+#define GRAFT_CONTAINER_ICMP 4   /* some rule is for ICMP: sockets that ping are judged by the rules */
+#define GRAFT_CONTAINER_MULTICAST 8 /* a rule names an endpoint with groups, or grants sending to some */
 
 /* What an egress rule says about a destination. NONE: no rule covers it, the default decides. */
 #define GRAFT_VERDICT_NONE 0
@@ -62,6 +65,14 @@ struct endpoint {
 /* `endpoint_names`: struct endpoint_name -> id. */
 struct endpoint_name {
 	char name[GRAFT_NAME_LEN];
+};
+
+/* `groups`: which multicast groups an endpoint has, and which a ruleset: those of all endpoints that binds become. */
+struct group {
+	__u32 id;        /* of the endpoint or the ruleset: no two things have the same one */
+	__u8 family;
+	__u8 zero[3];
+	__u8 addr[16];
 };
 
 /* `containers`: id -> struct container. One update of an entry switches a whole policy: the rules
@@ -100,7 +111,7 @@ struct ingress_value {
 struct egress_key {
 	__u32 prefixlen;
 	__u32 ruleset;
-	__u8 protocol;
+	__u8 protocol;   /* IPPROTO_ICMP for ICMPv6 too */
 	__u8 family;
 	__u8 zero[2];
 	__u8 addr[16];
@@ -188,6 +199,7 @@ struct desk_slot {
 #define GRAFT_NEXT_HOME_NONE 0
 #define GRAFT_NEXT_HOME_CONTAINER 1 /* its home + 1 */
 #define GRAFT_NEXT_HOME_HOST 2
+#define GRAFT_NEXT_HOME_FERRY 3
 
 /* Bits of desk.probed. */
 #define GRAFT_PROBED 1       /* references was read from the kernel */
@@ -210,7 +222,7 @@ struct desk {
 	__u64 endpoint_netns;
 	__u32 endpoint;        /* that a rule names; 0: none */
 	__u16 local_port;      /* 0: not bound */
-	__u8 answered;         /* 0: not a TCP socket of this container */
+	__u8 answered;         /* 0: not a TCP or UDP socket of this container */
 	__u8 home;
 	__u8 socket_family;
 	__u8 state;            /* TCP_*, include/net/tcp_states.h */
@@ -220,7 +232,7 @@ struct desk {
 	__u8 bind_default;
 	__u8 connect_default;
 	__u8 next_home;        /* not an answer: set before socket(), and NONE again once that socket has its tag */
-	__u16 protocol;        /* IPPROTO_TCP or IPPROTO_MPTCP */
+	__u16 protocol;        /* IPPROTO_TCP, IPPROTO_MPTCP or IPPROTO_UDP */
 	__u16 endpoint_flags;
 	/* the part of the answer about the descriptor */
 	__u32 references;      /* to the socket's file: more than expected means a dup or a fork */
@@ -234,6 +246,65 @@ struct relay {
 	__u16 port;      /* on 127.0.0.1, and on ::1 where six is set */
 	__u8 six;
 	__u8 zero;
+	__u16 datagram_port; /* in 127.0.0.0/8 (exchange.bpf.c); 0: none */
+	__u16 zero2;
+};
+
+/* `exchanges`: what Graft relays between a container's datagram socket and a remote end (exchange.bpf.c). */
+#define GRAFT_EXCHANGE_SLOT_BITS 12
+#define GRAFT_EXCHANGE_SLOTS 4096      /* of a container, in each direction */
+#define GRAFT_EXCHANGE_GENERATIONS 2046 /* from 1 on */
+struct exchange_slot {
+	__u32 container;
+	__u16 slot;
+	__u8 out;        /* 1: begun by a socket of the container */
+	__u8 zero;
+};
+
+struct exchange {
+	__u8 addr[16];   /* the remote end */
+	__u64 used;      /* when a hook found it last; out only */
+	__u64 cookie;    /* of the socket that began it; out only */
+	__u16 port;
+	__u8 family;
+	__u8 zero;
+	__u32 generation;
+};
+
+/* `exchange_clients`: a client of a container's socket at `local_port` -> its exchange's address, in host order. */
+struct exchange_client {
+	__u32 container;
+	__u16 local_port;
+	__u16 port;
+	__u8 addr[4];
+};
+
+/* `ferries`: container -> the sockets on the host's loopback that relay datagrams to and from its own namespace. */
+#define GRAFT_BERTHS4 256
+#define GRAFT_BERTHS6 16
+#define GRAFT_FERRY_NET 0x7ffe0000 /* 127.254.0.0/16; a place is the lower half */
+struct ferry {
+	__u32 mark;      /* of datagrams to it: a secret, and nothing but a hook sets it */
+	__u16 port;      /* at 127.254.0.0/16; 0: none */
+	__u16 zero;
+	__u16 ports6[GRAFT_BERTHS6]; /* at ::1; 0: none */
+};
+
+/* `berths`: which address of a ferry's -> the address inside that it stands for. A place has an address of 127.254.0.0/16,
+ * or one of ports6. */
+struct berth_key {
+	__u32 container;
+	__u16 place;
+	__u8 family;
+	__u8 zero;
+};
+
+struct berth {
+	__u8 addr[16];
+	__u16 port;
+	__u8 family;
+	__u8 zero[5];
+	__u64 used;      /* when the hook last sent there, CLOCK_MONOTONIC in nanoseconds */
 };
 
 /* Which socket a crossing is stored with, and so what its address is. */

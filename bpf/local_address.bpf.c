@@ -62,14 +62,6 @@ static __always_inline int matches_endpoint(struct local_address *local, struct 
 	return ip[0] == local->ip[0] && ip[1] == local->ip[1] && ip[2] == local->ip[2] && ip[3] == local->ip[3];
 }
 
-static __always_inline int is_unspecified(struct endpoint *endpoint)
-{
-	u64 word[2];
-
-	__builtin_memcpy(word, endpoint->addr, 16);
-	return !(word[0] | word[1]);
-}
-
 #define ANY_NETNS 0 /* where the namespace is not known: no cookie is 0 */
 
 /* Whether the current rules map what the program requested to the endpoint that its tag names, and the socket,
@@ -159,7 +151,7 @@ static __always_inline int leaves_from(struct local_address *source, struct loca
 	if (endpoint->port ? !is_port_of(endpoint, own->port) : keeps_lent_port(tag, endpoint))
 		return 0;
 	source->port = own->port;
-	if (!is_unspecified(endpoint))
+	if (!is_unspecified(endpoint->addr))
 		return matches_endpoint(source, endpoint, 0);
 	if (tag->source && tag->lent & GRAFT_LENT_ADDRESS)
 		return 0;
@@ -240,3 +232,16 @@ static __always_inline int is_requester_v6only(struct bpf_sock_addr *ctx)
 	return 0;
 }
 #endif
+
+/* A socket's own IPv4 address. (An IPv6 address of its own is 127.0.0.6 to the kernel here: it cannot be the source.) */
+static __always_inline u32 own_ip4(struct bpf_sock *sk, int *has_ip6)
+{
+	struct local_address local;
+	u32 ip = 0;
+
+	read_local_address(&local, sk);
+	*has_ip6 = local.family == GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3]);
+	if (local.family == GRAFT_IPV4)
+		ip = local.ip[0];
+	return ip;
+}

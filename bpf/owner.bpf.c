@@ -11,12 +11,15 @@ struct request {
 	u8 mapped;   /* the socket is AF_INET6 and the address IPv4 */
 	u8 to_loopback;      /* no address was requested, and the one here must be written for it */
 	struct relay *relay; /* transport splice: where a granted connection is redirected to */
+	u32 exchange;        /* and the address there, of datagrams (exchange.bpf.c) */
 	struct tag *tag;     /* of a socket whose source must be an endpoint */
 	u32 endpoint;        /* its id */
 	u16 endpoint_port;   /* a bind: the port of the endpoint that it becomes; 0: the kernel picks */
 	u8 fixed_source;     /* the socket may not choose a source of its own */
 	u8 any_source;       /* but without an address of its own it may send from any of the host's */
 	u8 bound;            /* the socket is bound to an endpoint that it is granted now */
+	u16 place;           /* transport swap: of the ferry's addresses, the one for this destination */
+	struct ferry *ferry; /* a datagram to the container's own stack goes to it */
 };
 
 /* The container that a socket belongs to, and where the socket lives. */
@@ -91,6 +94,19 @@ static __always_inline int has_rules(u32 type, u32 protocol)
 	return is_tcp(type, protocol) || (type == SOCK_DGRAM && protocol == IPPROTO_UDP);
 }
 
+/* Whether a socket is of the kind that may ping without privileges (net/ipv4/ping.c). */
+static __always_inline int is_ping(u32 type, u32 protocol)
+{
+	return type == SOCK_DGRAM && (protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6);
+}
+
+/* Whether the policy judges such sockets. The kernel calls no hook for what they send, and the one at connect from 6.0
+ * on: their packets are judged (packet.bpf.c). */
+static __always_inline int may_ping(struct container *container, u32 type, u32 protocol)
+{
+	return container && container->flags & GRAFT_CONTAINER_ICMP && is_ping(type, protocol);
+}
+
 /* Whether a policy denies anything, so that protocols that no rule can name must not bypass it. */
 static __always_inline int denies_anything(struct container *container)
 {
@@ -98,11 +114,29 @@ static __always_inline int denies_anything(struct container *container)
 	       container->flags & GRAFT_CONTAINER_DENIES;
 }
 
+/* Whether a socket of a swap container may have a port of the kernel's choice that is no endpoint: the one that it would
+ * get with its first datagram. It receives there only from where it may send to. */
+static __always_inline int may_have_any_port(struct container *container, u8 protocol)
+{
+	return container->transport == GRAFT_TRANSPORT_SWAP && protocol == IPPROTO_UDP &&
+	       container->bind_default == GRAFT_DEFAULT_CONTAINER;
+}
+
 /* Whether binds that no rule names are permitted although the socket is host-homed: in a direct container
  * the host's namespace is the container's own. */
 static __always_inline int binds_freely(struct container *container)
 {
 	return container->transport == GRAFT_TRANSPORT_DIRECT && container->bind_default == GRAFT_DEFAULT_CONTAINER;
+}
+
+/* Rules have one number for ICMP of both families, and no ports. */
+static __always_inline void read_protocol(struct bpf_sock_addr *ctx, struct request *request)
+{
+	request->protocol = ctx->protocol;
+	if (ctx->protocol == IPPROTO_ICMPV6)
+		request->protocol = IPPROTO_ICMP;
+	if (request->protocol == IPPROTO_ICMP)
+		request->port = 0;
 }
 
 static __always_inline void read_request4(struct bpf_sock_addr *ctx, struct request *request)
@@ -113,7 +147,7 @@ static __always_inline void read_request4(struct bpf_sock_addr *ctx, struct requ
 	__builtin_memcpy(request->addr, &ip, 4);
 	request->port = bpf_ntohs((u16)ctx->user_port);
 	request->family = GRAFT_IPV4;
-	request->protocol = ctx->protocol;
+	read_protocol(ctx, request);
 }
 
 static __always_inline void read_request6(struct bpf_sock_addr *ctx, struct request *request)
@@ -122,7 +156,7 @@ static __always_inline void read_request6(struct bpf_sock_addr *ctx, struct requ
 
 	__builtin_memset(request, 0, sizeof(*request));
 	request->port = bpf_ntohs((u16)ctx->user_port);
-	request->protocol = ctx->protocol;
+	read_protocol(ctx, request);
 	if (!ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff)) {
 		__builtin_memcpy(request->addr, &ip[3], 4);
 		request->family = GRAFT_IPV4;

@@ -17,14 +17,17 @@
 #define GRAFT_IPV6_HEADER 40
 #define GRAFT_IPV4_PLAIN 0x45 /* version 4, five words: no options */
 #define IPPROTO_HOPOPTS 0
+#define ICMP_ECHO 8
+#define ICMPV6_ECHO_REQUEST 128
 #define GRAFT_JUMBO 65535 /* the longest payload that the length field of an IPv6 header can express */
 #define ETH_P_IP 0x0800
 
-/* The needed fields of an IP header, and the source port after it. */
+/* The needed fields of an IP header, and the ports after it. */
 struct packet {
 	u32 from[4];
 	u32 to[4];
 	u16 from_port;
+	u16 to_port;
 	u8 family;
 	u8 plain;    /* no options, no extension headers */
 	u8 protocol; /* IPv6: the first next header */
@@ -34,7 +37,7 @@ struct packet {
 static __always_inline int read_packet(struct __sk_buff *skb, struct packet *packet)
 {
 	u8 head[GRAFT_IPV6_HEADER];
-	u16 port = 0;
+	u16 port[2] = {};
 
 	__builtin_memset(packet, 0, sizeof(*packet));
 	if (bpf_skb_load_bytes(skb, 0, head, GRAFT_IPV4_HEADER))
@@ -46,7 +49,7 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 		__builtin_memcpy(packet->from, head + 12, 4);
 		__builtin_memcpy(packet->to, head + 16, 4);
 		if (packet->plain)
-			bpf_skb_load_bytes(skb, GRAFT_IPV4_HEADER, &port, 2);
+			bpf_skb_load_bytes(skb, GRAFT_IPV4_HEADER, port, 4);
 	} else {
 		if (bpf_skb_load_bytes(skb, 0, head, GRAFT_IPV6_HEADER))
 			return 0;
@@ -56,9 +59,10 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 		__builtin_memcpy(packet->from, head + 8, 16);
 		__builtin_memcpy(packet->to, head + 24, 16);
 		if (packet->plain)
-			bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, &port, 2);
+			bpf_skb_load_bytes(skb, GRAFT_IPV6_HEADER, port, 4);
 	}
-	packet->from_port = bpf_ntohs(port);
+	packet->from_port = bpf_ntohs(port[0]);
+	packet->to_port = bpf_ntohs(port[1]);
 	return 1;
 }
 
@@ -135,6 +139,55 @@ static __always_inline int may_exchange_with(struct container *container, struct
 	}
 	return container->transport == GRAFT_TRANSPORT_DIRECT && rule != GRAFT_VERDICT_DENY &&
 	       (rule == GRAFT_VERDICT_CONTAINER || container->connect_default == GRAFT_DEFAULT_CONTAINER);
+}
+
+/* An echo request's type and code; a ping socket can send it and the extended one, which asks for an interface by name. */
+static __always_inline int is_echo_request(struct __sk_buff *skb, u8 family)
+{
+	u8 head[2] = {};
+
+	if (bpf_skb_load_bytes(skb, family == GRAFT_IPV4 ? GRAFT_IPV4_HEADER : GRAFT_IPV6_HEADER, head, sizeof(head)))
+		return 0;
+	return head[0] == (family == GRAFT_IPV4 ? ICMP_ECHO : ICMPV6_ECHO_REQUEST) && !head[1];
+}
+
+/* Whether ICMP may pass between a container and the remote end `other`, which a rule leads there from an endpoint:
+ * without an address of its own from any of the host's. `own`: the packet's other address. */
+static __always_inline int may_echo(struct bpf_sock *sk, struct owner *owner, struct packet *packet, u32 *other, u32 *own,
+				    u64 netns)
+{
+	struct request remote;
+	struct endpoint *from;
+	u32 ip[4];
+
+	__builtin_memset(&remote, 0, sizeof(remote));
+	__builtin_memcpy(remote.addr, other, 16);
+	remote.family = packet->family;
+	remote.protocol = IPPROTO_ICMP;
+	if ((is_diverted(sk) && !is_link_local(&remote)) || !may_exchange_with(owner->container, &remote, netns, &from))
+		return 0;
+	if (!from)
+		return 1;
+	if (!serves(from, IPPROTO_ICMP))
+		return 0;
+	__builtin_memcpy(ip, from->addr, 16);
+	return !(ip[0] | ip[1] | ip[2] | ip[3]) ||
+	       (ip[0] == own[0] && ip[1] == own[1] && ip[2] == own[2] && ip[3] == own[3]);
+}
+
+/* A packet of a socket that pings, judged by itself: no hook has seen where it is sent. Where the host's own NAT has
+ * changed its addresses, by those that it has now. */
+static __always_inline int is_permitted_ping(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner, int outgoing)
+{
+	struct packet packet;
+
+	if (!read_packet(skb, &packet) ||
+	    packet.protocol != (packet.family == GRAFT_IPV4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+		return 0;
+	if (!outgoing)
+		return may_echo(sk, owner, &packet, packet.from, packet.to, ANY_NETNS);
+	return (packet.family == GRAFT_IPV6 || packet.plain) && is_echo_request(skb, packet.family) &&
+	       may_echo(sk, owner, &packet, packet.to, packet.from, netns_of(skb));
 }
 
 static __always_inline int drop(struct owner *owner)
@@ -223,6 +276,46 @@ static __always_inline int is_multicast(struct packet *packet)
 	u8 first = packet->to[0] & 0xff;
 
 	return packet->family == GRAFT_IPV4 ? first >= 224 && first < 240 : first == 0xff;
+}
+
+/* The ferry hears nobody but the sockets of its container, whose datagrams have its mark. */
+static __always_inline int arrives_at_ferry(struct __sk_buff *skb, struct owner *owner)
+{
+	struct ferry *ferry = ferries.lookup(&owner->id);
+
+	return ferry && ferry->mark && skb->mark == ferry->mark ? PASS : drop(owner);
+}
+
+/* It sends only to datagram sockets of its container: another socket may have got the port of one that was closed. */
+static __always_inline int leaves_ferry(struct __sk_buff *skb, struct owner *owner)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct packet packet;
+	struct bpf_sock *to;
+	struct tag *tag;
+	int found;
+
+	if (!read_packet(skb, &packet) || !packet.plain || packet.protocol != IPPROTO_UDP)
+		return drop(owner);
+	if (packet.family == GRAFT_IPV4) {
+		tuple.ipv4.saddr = packet.from[0];
+		tuple.ipv4.daddr = packet.to[0];
+		tuple.ipv4.sport = bpf_htons(packet.from_port);
+		tuple.ipv4.dport = bpf_htons(packet.to_port);
+		to = bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		__builtin_memcpy(tuple.ipv6.saddr, packet.from, 16);
+		__builtin_memcpy(tuple.ipv6.daddr, packet.to, 16);
+		tuple.ipv6.sport = bpf_htons(packet.from_port);
+		tuple.ipv6.dport = bpf_htons(packet.to_port);
+		to = bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!to)
+		return drop(owner);
+	tag = tags.sk_storage_get(to, 0, 0);
+	found = tag && tag->home == GRAFT_HOME_HOST && tag->container == owner->id;
+	bpf_sk_release(to);
+	return found ? PASS : drop(owner);
 }
 
 /* Where a socket's packets of that family go, read from the socket: the host's own NAT may have changed the address in
@@ -336,6 +429,7 @@ static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk,
 	u64 netns = netns_of(skb);
 	struct local_address local, source, *own;
 	struct request remote, kept;
+	struct ferry *ferry;
 	int has_kept, connected = is_connected(sk), bound = is_bound(sk, owner->tag, owner->container, netns);
 
 	if (has_lost_endpoint(sk, owner->tag, bound))
@@ -344,7 +438,7 @@ static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk,
 	own = has_own_source(sk, owner, bound) ? 0 : &local;
 	read_remote(&remote, sk, family, protocol);
 	has_kept = protocol == IPPROTO_UDP && read_kept_flow(skb, sk, &kept, &source, family, connected);
-	if (has_kept && !may_reach(sk, owner, &kept, netns, &source, own))
+	if (has_kept && !may_reach(sk, owner, &kept, netns, &source, own) && !is_ferry(owner, &kept, &ferry))
 		return 0;
 	if (protocol == IPPROTO_UDP && !may_go_to_peer(sk, family))
 		return has_kept || !is_diverted(sk);
@@ -370,7 +464,7 @@ static __always_inline void note_arrival(struct owner *owner, struct packet *pac
 {
 	struct endpoint *endpoint = owner->tag && owner->tag->endpoint ? endpoints.lookup(&owner->tag->endpoint) : 0;
 
-	if (!endpoint || is_unspecified(endpoint))
+	if (!endpoint || is_unspecified(endpoint->addr))
 		note_as_hosts(endpoint ? endpoint->netns : owner->container->netns, packet->to, packet->family);
 }
 
@@ -381,6 +475,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	struct owner owner;
 	struct endpoint *endpoint;
 	struct request remote;
+	struct ferry *ferry;
 	u32 type, protocol;
 	int open;
 
@@ -392,7 +487,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	if (is_tcp(type, protocol) && sk->state != BPF_TCP_LISTEN && sk->state != BPF_TCP_SYN_SENT)
 		return PASS;
 	if (!is_host_homed(skb, sk, &owner))
-		return PASS;
+		return owner.home == GRAFT_HOME_FERRY ? arrives_at_ferry(skb, &owner) : PASS;
 	/* A container that no longer exists has no listeners, even if a process still has one open. */
 	if (!owner.container)
 		return drop(&owner);
@@ -402,6 +497,8 @@ int graft_skb_ingress(struct __sk_buff *skb)
 		return accepts_anyone(skb, sk, &owner) && is_from_relay(skb, sk, &owner) ? PASS : drop(&owner);
 	if (binds_freely(owner.container) && !denies_anything(owner.container))
 		return PASS;
+	if (may_ping(owner.container, type, protocol))
+		return is_permitted_ping(skb, sk, &owner, 0) ? PASS : drop(&owner);
 	if (!has_rules(type, protocol))
 		return binds_freely(owner.container) || owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
 	open = binds_freely(owner.container) || accepts_anyone(skb, sk, &owner);
@@ -411,8 +508,9 @@ int graft_skb_ingress(struct __sk_buff *skb)
 		return open ? PASS : drop(&owner);
 	if (!read_packet(skb, &packet))
 		return drop(&owner);
-	/* A socket that was bound before there was a policy continues as before. */
-	if (is_multicast(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint))
+	/* At an endpoint only its groups. A socket that was bound before there was a policy continues as before. */
+	if (is_multicast(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint) &&
+	    !(open && owner.tag && has_group(owner.tag->endpoint, packet.family, packet.to)))
 		return drop(&owner);
 	if (open) {
 		if (!is_multicast(&packet))
@@ -423,7 +521,8 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	if (has_lost_endpoint(sk, owner.tag, 0) || keeps_lost_source(sk, owner.tag) || !packet.plain)
 		return drop(&owner);
 	read_sender(&remote, &packet);
-	return may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) ? PASS : drop(&owner);
+	return may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) || is_ferry(&owner, &remote, &ferry) ?
+		       PASS : drop(&owner);
 }
 
 #if defined(GRAFT_SKB_SK) && defined(GRAFT_NET_FWMARK_ACCEPT)
@@ -454,6 +553,25 @@ static __always_inline int has_marked(struct __sk_buff *skb, struct bpf_sock *sk
 	return !(accepted && are_accepted_marked(skb));
 }
 
+/* A datagram to the container's ferry gets the ferry's mark; no other one may have it. Returns 0 for one that has. */
+static __always_inline int set_ferry_mark(struct __sk_buff *skb, struct owner *owner)
+{
+	struct request remote = { .protocol = IPPROTO_UDP };
+	struct packet packet;
+	struct ferry *ferry;
+
+	if (owner->container->transport != GRAFT_TRANSPORT_SWAP)
+		return 1;
+	if (!read_packet(skb, &packet))
+		return 0;
+	__builtin_memcpy(remote.addr, packet.to, 16);
+	remote.port = packet.to_port;
+	remote.family = packet.family;
+	if (is_ferry(owner, &remote, &ferry))
+		skb->mark = ferry->mark;
+	return 1;
+}
+
 int graft_skb_egress(struct __sk_buff *skb)
 {
 	u8 head[12] = {};
@@ -477,9 +595,11 @@ int graft_skb_egress(struct __sk_buff *skb)
 	    (head[0] == GRAFT_IPV4_PLAIN || (ipv6 && head[6] == IPPROTO_TCP)))
 		return PASS;
 	if (!is_host_homed(skb, sk, &owner))
-		return PASS;
+		return owner.home == GRAFT_HOME_FERRY ? leaves_ferry(skb, &owner) : PASS;
 	if (owner.container && owner.container->transport == GRAFT_TRANSPORT_DIRECT && !denies_anything(owner.container))
 		return PASS;
+	if (may_ping(owner.container, type, protocol))
+		return is_permitted_ping(skb, sk, &owner, 1) ? PASS : drop(&owner);
 	if (!has_rules(type, protocol))
 		return owner.container && owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
 	/* Options, or extension headers. */
@@ -492,5 +612,5 @@ int graft_skb_egress(struct __sk_buff *skb)
 	if (!owner.container ||
 	    !may_leave(skb, sk, &owner, ipv6 ? GRAFT_IPV6 : GRAFT_IPV4, tcp ? IPPROTO_TCP : IPPROTO_UDP))
 		return drop(&owner);
-	return PASS;
+	return tcp || set_ferry_mark(skb, &owner) ? PASS : drop(&owner);
 }

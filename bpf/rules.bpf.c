@@ -6,11 +6,36 @@ static __always_inline u8 protocol_bit(u8 protocol)
 	return protocol == IPPROTO_TCP ? GRAFT_TCP : protocol == IPPROTO_UDP ? GRAFT_UDP : 0;
 }
 
+/* Whether an endpoint serves a protocol. ICMP has no ports: one that is for any protocol lends its address. */
+static __always_inline int serves(struct endpoint *endpoint, u8 protocol)
+{
+	if (protocol == IPPROTO_ICMP)
+		return endpoint->protocols == (GRAFT_TCP | GRAFT_UDP);
+	return endpoint->protocols & protocol_bit(protocol);
+}
+
 /* Whether this is a socket of a direct container whose protocol no rule can name, and the policy permits such. */
 static __always_inline int is_exempt(struct container *container, u8 protocol)
 {
 	return container->transport == GRAFT_TRANSPORT_DIRECT && container->flags & GRAFT_CONTAINER_OTHERS &&
-	       !protocol_bit(protocol);
+	       !protocol_bit(protocol) && !(protocol == IPPROTO_ICMP && container->flags & GRAFT_CONTAINER_ICMP);
+}
+
+static __always_inline int is_same_address(u8 *one, u8 *other)
+{
+	u64 first[2], second[2];
+
+	__builtin_memcpy(first, one, 16);
+	__builtin_memcpy(second, other, 16);
+	return first[0] == second[0] && first[1] == second[1];
+}
+
+static __always_inline int is_unspecified(u8 *addr)
+{
+	u64 word[2];
+
+	__builtin_memcpy(word, addr, 16);
+	return !(word[0] | word[1]);
 }
 
 /* What a bind becomes, NULL where no rule names the address. The exact address first, then "any". */
@@ -115,13 +140,22 @@ static __always_inline int is_relayed(struct container *container, u32 id)
 	return container->transport == GRAFT_TRANSPORT_SPLICE || is_unix(endpoints.lookup(&id));
 }
 
+/* Whether an endpoint, or a ruleset, has a multicast group; `addr` as in an address field. */
+static __always_inline int has_group(u32 id, u8 family, void *addr)
+{
+	struct group key = { .id = id, .family = family };
+
+	__builtin_memcpy(key.addr, addr, 16);
+	return groups.lookup(&key) != 0;
+}
+
 /* The endpoint, if this socket may use it: of its protocol, and in the namespace where the socket is.
  * A socket that was made in one namespace must not follow an endpoint that moved to another. */
 static __always_inline struct endpoint *endpoint_for(struct bpf_sock_addr *ctx, struct request *request, u32 id)
 {
 	struct endpoint *endpoint = endpoints.lookup(&id);
 
-	if (!endpoint || !(endpoint->protocols & protocol_bit(request->protocol)))
+	if (!endpoint || !serves(endpoint, request->protocol))
 		return 0;
 	if (endpoint->netns != bpf_get_netns_cookie(ctx))
 		return 0;

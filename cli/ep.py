@@ -33,6 +33,10 @@ Netns = Annotated[
     str | None, typer.Option("--netns", help="Its network namespace: a name, a pid or a path. Default: the host's.")
 ]
 Open = Annotated[bool, typer.Option("--open", help="Let containers ask for it in their environment.")]
+Multicast = Annotated[
+    list[str] | None,
+    typer.Option("--multicast", help="A multicast group that its sockets may join, such as 239.1.1.1. Repeatable."),
+]
 DualStack = Annotated[bool, typer.Option("--dual-stack", help="At [::]: serve IPv4 clients too, not only IPv6.")]
 
 Owner = Annotated[
@@ -60,10 +64,11 @@ def _register(verb: str, summary: str, write: Callable[[EndpointChanges, Endpoin
         netns: Netns = None,
         open_: Open = False,
         dual_stack: DualStack = False,
+        multicast: Multicast = None,
         owner: Owner = None,
         mode: Mode = None,
     ) -> None:
-        endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack, owner, mode)
+        endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack, multicast or (), owner, mode)
         with _change() as change:
             write(change.endpoints, endpoint)
 
@@ -99,6 +104,7 @@ def show(name: Annotated[str | None, typer.Argument(help="This endpoint only.")]
             "netns": stored.endpoint.netns,
             "open": stored.endpoint.open,
             "dual_stack": stored.endpoint.dual_stack,
+            "multicast": [str(group) for group in stored.endpoint.multicast],
             "declared": stored.declared,
             **_file_of(stored.endpoint),
         }

@@ -16,7 +16,7 @@ from graft.kernel import netns
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.policy.model import Policy
-from graft.policy.validator import grants_without_tcp
+from graft.policy.validator import grants_that_splice_lacks
 from graft.splice import client as splice
 from graft.state import inventory, members
 from graft.state.containers import refuse_below
@@ -161,7 +161,7 @@ def _attach_splice(
 def _without_effect(graft: Installation, choice: TransportChoice, policy: Policy) -> tuple[str, ...]:
     if choice.transport is Transport.DIRECT:
         return ()
-    return grants_without_tcp(policy, policy.resolve(graft.endpoints.by_name()))
+    return grants_that_splice_lacks(policy, policy.resolve(graft.endpoints.by_name()))
 
 
 def _without_supervisor(choice: TransportChoice, policy: Policy) -> tuple[str, ...]:

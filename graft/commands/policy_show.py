@@ -21,7 +21,8 @@ from graft.state import unix_sockets
 from graft.state.installation import Installation
 from graft.state.records import Container
 
-_PROTOCOLS = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
+_PROTOCOLS = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp", socket.IPPROTO_ICMP: "icmp"}
+_ANY = {"tcp", "udp"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -155,7 +156,7 @@ def _egress(maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list
 
 
 def _merge(entries: list[_Entry]) -> list[ActiveRule]:
-    """Rules: adjacent port ranges are merged, and entries that are the same for both protocols (`any`)."""
+    """Rules: adjacent port ranges are merged, and entries that are the same for TCP and UDP (`any`)."""
     merged: list[_Entry] = []
     for entry in sorted(entries, key=lambda one: (one[:3], one.first)):
         before = merged[-1] if merged else None
@@ -169,11 +170,12 @@ def _merge(entries: list[_Entry]) -> list[ActiveRule]:
     return [
         ActiveRule(
             entry.direction,
-            "any" if len(protocols) == 2 else next(iter(protocols)),
+            protocol,
             entry.address,
             entry.first,
             entry.last,
             entry.outcome.at(entry.first, entry.last),
         )
         for entry, protocols in by_rest.items()
+        for protocol in sorted({"any", *protocols} - _ANY if protocols >= _ANY else protocols)
     ]

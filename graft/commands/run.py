@@ -72,7 +72,19 @@ def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[sign
     compiled = graft.compile(plan.policy)
     host = netns.cookie(graft.settings.host_netns)
     supervised = compiled.supervised_transport
-    launched = launch(Launch(plan.command, path, plan.net, host, plan.user, plan.keep_net_admin, mask, supervised))
+    launched = launch(
+        Launch(
+            plan.command,
+            path,
+            plan.net,
+            host,
+            plan.user,
+            plan.keep_net_admin,
+            mask,
+            supervised,
+            compiled.bears_datagrams,
+        )
+    )
     container: Container | None = None
     keeper: Keeper | None = None
     try:
@@ -82,7 +94,14 @@ def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[sign
             container = change.containers.create(compiled, path, launched.netns, transport, os.getpid())
         splice.serve(graft, container, launched.pid)
         if launched.listener is not None:
-            keeper = Keeper(graft.settings, container, launched.listener, plan.verbose, killable=launched.killable)
+            keeper = Keeper(
+                graft.settings,
+                container,
+                launched.listener,
+                plan.verbose,
+                killable=launched.killable,
+                datagrams=compiled.bears_datagrams,
+            )
             keeper.start()
         launched.go()
         return _wait(launched, keeper)

@@ -37,18 +37,26 @@ ENDPOINT_UNIX = 8
 ENDPOINT_HAS_PORT = 16
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
+CONTAINER_ICMP = 4
+CONTAINER_MULTICAST = 8
 PROBED = 1
 PROBED_EPOLL = 2
 PROBED_FLAGS = 4
 PROBED_OWNED = 8
 MAX_DESKS = 8192
+BERTHS4, BERTHS6 = 256, 16
+FERRY_NET = 0x7FFE0000  # 127.254.0.0/16
+EXCHANGE_SLOT_BITS = 12
+EXCHANGE_SLOTS = 4096
+EXCHANGE_GENERATIONS = 2046
 
 _ADDR = ctypes.c_ubyte * 16
 
 
-def container_flags(denies: bool, leaves_others: bool) -> int:
+def container_flags(denies: bool, leaves_others: bool, names_icmp: bool, names_groups: bool) -> int:
     """ContainerValue.flags of a ruleset."""
-    return CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others
+    flags = CONTAINER_DENIES * denies | CONTAINER_OTHERS * leaves_others
+    return flags | CONTAINER_ICMP * names_icmp | CONTAINER_MULTICAST * names_groups
 
 
 class EndpointValue(ctypes.Structure):
@@ -69,6 +77,17 @@ class EndpointNameKey(ctypes.Structure):
     """`endpoint_names`: this -> id."""
 
     _fields_ = (("name", ctypes.c_char * NAME_LEN),)
+
+
+class GroupKey(ctypes.Structure):
+    """`groups`: this -> 1. ``id``: an endpoint's or a ruleset's."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint32),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 3),
+        ("addr", _ADDR),
+    )
 
 
 class ContainerValue(ctypes.Structure):
@@ -228,6 +247,40 @@ class DeskValue(ctypes.Structure):
     )
 
 
+class FerryValue(ctypes.Structure):
+    """`ferries`: container -> its ferry's sockets on the host's loopback."""
+
+    _fields_ = (
+        ("mark", ctypes.c_uint32),
+        ("port", ctypes.c_uint16),
+        ("zero", ctypes.c_uint16),
+        ("ports6", ctypes.c_uint16 * BERTHS6),
+    )
+
+
+class BerthKey(ctypes.Structure):
+    """`berths`: an address of a ferry's -> BerthValue."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("place", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+    )
+
+
+class BerthValue(ctypes.Structure):
+    """The address inside that an address of a ferry's stands for."""
+
+    _fields_ = (
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 5),
+        ("used", ctypes.c_uint64),
+    )
+
+
 class Crossing(enum.IntEnum):
     """Which socket a crossing is stored with (CrossingValue.role)."""
 
@@ -241,7 +294,49 @@ class Crossing(enum.IntEnum):
 class RelayValue(ctypes.Structure):
     """`relays`: container -> where Graft listens inside its namespace."""
 
-    _fields_ = (("port", ctypes.c_uint16), ("six", ctypes.c_uint8), ("zero", ctypes.c_uint8))
+    _fields_ = (
+        ("port", ctypes.c_uint16),
+        ("six", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+        ("datagram_port", ctypes.c_uint16),
+        ("zero2", ctypes.c_uint16),
+    )
+
+
+class ExchangeSlot(ctypes.Structure):
+    """`exchanges`: this -> ExchangeValue."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("slot", ctypes.c_uint16),
+        ("out", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+    )
+
+
+class ExchangeValue(ctypes.Structure):
+    """The remote end of an exchange of datagrams."""
+
+    _fields_ = (
+        ("addr", _ADDR),
+        ("used", ctypes.c_uint64),
+        ("cookie", ctypes.c_uint64),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
+        ("generation", ctypes.c_uint32),
+    )
+
+
+class ExchangeClient(ctypes.Structure):
+    """`exchange_clients`: this -> the exchange's address."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("local_port", ctypes.c_uint16),
+        ("port", ctypes.c_uint16),
+        ("addr", ctypes.c_ubyte * 4),
+    )
 
 
 class CrossingValue(ctypes.Structure):

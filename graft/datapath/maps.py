@@ -54,6 +54,11 @@ class Maps:
         return self._open("endpoint_names", layout.EndpointNameKey, ctypes.c_uint32)
 
     @cached_property
+    def groups(self) -> Map[layout.GroupKey, ctypes.c_uint32]:
+        """A multicast group of an endpoint, or of a ruleset -> 1."""
+        return self._open("groups", layout.GroupKey, ctypes.c_uint32)
+
+    @cached_property
     def containers(self) -> Map[ctypes.c_uint32, layout.ContainerValue]:
         """id -> container."""
         return self._open("containers", ctypes.c_uint32, layout.ContainerValue)
@@ -112,6 +117,26 @@ class Maps:
     def arrivals(self) -> Map[layout.ArrivalKey, layout.CrossingValue]:
         """Source address of a connection between a relay and a container -> its remote end."""
         return self._open("arrivals", layout.ArrivalKey, layout.CrossingValue)
+
+    @cached_property
+    def ferries(self) -> Map[ctypes.c_uint32, layout.FerryValue]:
+        """Container -> its ferry's sockets on the host's loopback."""
+        return self._open("ferries", ctypes.c_uint32, layout.FerryValue)
+
+    @cached_property
+    def berths(self) -> Map[layout.BerthKey, layout.BerthValue]:
+        """An address of a ferry's -> the address inside that it stands for."""
+        return self._open("berths", layout.BerthKey, layout.BerthValue)
+
+    @cached_property
+    def exchanges(self) -> Map[layout.ExchangeSlot, layout.ExchangeValue]:
+        """Slot of a container -> the remote end of an exchange of datagrams."""
+        return self._open("exchanges", layout.ExchangeSlot, layout.ExchangeValue)
+
+    @cached_property
+    def exchange_clients(self) -> Map[layout.ExchangeClient, ctypes.c_uint32]:
+        """Client of a container's datagram socket -> the exchange's address."""
+        return self._open("exchange_clients", layout.ExchangeClient, ctypes.c_uint32)
 
     @cached_property
     def counters(self) -> Map[layout.CounterKey, ctypes.c_uint64]:

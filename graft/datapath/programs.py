@@ -51,6 +51,7 @@ PROGRAMS = (
     *_both("bind", "only addresses of granted endpoints"),
     *_both("connect", "only granted destinations"),
     *_both("sendmsg", "only granted destinations, UDP"),
+    *_both("recvmsg", "shows who sent what a ferry or graftd brings"),
     *_both("getsockname", "shows the requested address; answers supervisors"),
     *_both("post_bind", "undoes a bind that is not its endpoint's", bpf.PROG_CGROUP_SOCK),
     Program("sock_create", bpf.PROG_CGROUP_SOCK, "sock_create", "tags sockets as they are made"),

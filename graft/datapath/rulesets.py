@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from ipaddress import ip_address
 
 from graft.datapath import layout
 from graft.datapath.maps import Maps
 from graft.kernel.bpf import Map
+from graft.model.address import IPAddress, pack16
+from graft.model.endpoint import in_order
 from graft.policy.compiler import RuleSet
 from graft.policy.model import Verdict
 
@@ -50,6 +53,7 @@ def write(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, in
             )
             endpoint = 0 if port.endpoint is None else endpoint_ids[port.endpoint]
             maps.egress_ports.put(port_key, layout.EgressPortValue(port.verdict, endpoint))
+        write_groups(maps, number, rules.groups)
     except BaseException:
         erase(maps, number)
         raise
@@ -57,11 +61,30 @@ def write(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, in
 
 def erase(maps: Maps, number: int) -> None:
     """Remove every entry of ruleset ``number``."""
+    write_groups(maps, number, ())
     tables: tuple[Map, ...] = (maps.ingress, maps.egress, maps.egress_ports)  # type: ignore[type-arg]
     for table in tables:
         for key in table.keys():  # noqa: SIM118
             if key.ruleset == number:
                 table.delete(key)
+
+
+def write_groups(maps: Maps, number: int, groups: Collection[IPAddress]) -> None:
+    """Give an endpoint, or a ruleset, these multicast groups and no others."""
+    wanted = {(group.version, pack16(group)) for group in groups}
+    for key in maps.groups.keys():  # noqa: SIM118
+        if key.id == number and (key.family, bytes(key.addr)) not in wanted:
+            maps.groups.delete(key)
+    for family, packed in wanted:
+        new = layout.GroupKey(id=number, family=family)
+        new.addr[:] = packed
+        maps.groups.put(new, ctypes.c_uint32(1))
+
+
+def groups_of(maps: Maps, number: int) -> tuple[IPAddress, ...]:
+    """The multicast groups of an endpoint, in their order."""
+    found = [(key.family, bytes(key.addr)) for key in maps.groups.keys() if key.id == number]  # noqa: SIM118
+    return in_order(ip_address(packed[:4] if family == 4 else packed) for family, packed in found)
 
 
 def using(maps: Maps, endpoint: int) -> set[int]:

@@ -28,6 +28,7 @@ _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
 _ARRAY, _ARRAY_OF_MAPS = 2, 12
 
 ALLOW_MULTI = 2
+_NOEXIST = 1  # BPF_NOEXIST
 QUERY_EFFECTIVE = 1
 
 # enum bpf_attach_type
@@ -46,6 +47,8 @@ ATTACH_TYPES = {
     "sendmsg4": 14,
     "sendmsg6": 15,
     "setsockopt": 22,
+    "recvmsg4": 19,
+    "recvmsg6": 20,
     "getpeername4": 29,
     "getpeername6": 30,
     "getsockname4": 31,
@@ -316,6 +319,15 @@ class Map(Generic[KeyT, ValueT]):
         if _libc.syscall(*self._update, self._attr_size) != 0:
             code = ctypes.get_errno()
             raise OSError(code, f"bpf(BPF_MAP_UPDATE_ELEM): {os.strerror(code)}")
+
+    def insert(self, key: KeyT, value: ValueT) -> bool:
+        """Write where there is no entry; False where there is one."""
+        attr = _ElemAttr(self.fd, 0, ctypes.addressof(key), ctypes.addressof(value), _NOEXIST)
+        try:
+            _bpf(_MAP_UPDATE_ELEM, attr)
+        except FileExistsError:
+            return False
+        return True
 
     def delete(self, key: KeyT) -> bool:
         """Remove an entry; False where there was none."""

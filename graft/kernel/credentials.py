@@ -1,4 +1,4 @@
-"""The calling thread with fewer rights than root's, temporarily: user ids, capabilities.
+"""The calling thread with fewer rights than root's, temporarily: user ids, groups, capabilities.
 
 What a supervisor repeats for a program must not be done with root's rights where the kernel checks, or records, who
 did it. The system calls are made directly: they change only the calling thread, while libc's functions of the
@@ -8,15 +8,17 @@ The saved user id stays root's, so that the thread can switch back, and so that 
 /proc check all three ids. Another user's process can only send a signal to this thread meanwhile (kill(2) checks the
 real or the saved id). A supervisor that is killed so is started again by its keeper.
 
-Sources: setresuid(2), setfsuid(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c (kill_ok_by_cred).
+Sources: setresuid(2), setfsuid(2), setgroups(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c
+(kill_ok_by_cred).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from graft.errors import PrivilegeError
 from graft.kernel import capabilities
@@ -86,6 +88,27 @@ def owning_files_as(uid: int, gid: int) -> Iterator[None]:
     finally:
         with _or_exit():
             _set_file_ids(_ROOT, _ROOT)
+
+
+@contextlib.contextmanager
+def in_groups(gid: int, groups: Sequence[int]) -> Iterator[None]:
+    """The calling thread, root's, with the effective group ``gid`` and those supplementary groups, then its own again.
+
+    Its user stays root. Raises OSError.
+    """
+    before = os.getgroups()
+    try:
+        _set_groups(groups)
+        syscall("setresgid", _UNMAPPED, gid, _UNMAPPED)
+        yield
+    finally:
+        with _or_exit():
+            syscall("setresgid", _UNMAPPED, _ROOT, _UNMAPPED)
+            _set_groups(before)
+
+
+def _set_groups(groups: Sequence[int]) -> None:
+    syscall("setgroups", len(groups), (ctypes.c_uint32 * len(groups))(*groups))
 
 
 def _set_file_ids(uid: int, gid: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from graft.kernel.syscalls import MACHINE
@@ -34,16 +35,24 @@ IPPROTO_MPTCP = 262
 FAMILIES = (int(socket.AF_INET), int(socket.AF_INET6))
 PROTOCOLS = {
     int(socket.SOCK_STREAM): (0, int(socket.IPPROTO_TCP), IPPROTO_MPTCP),
-    int(socket.SOCK_DGRAM): (0, int(socket.IPPROTO_UDP)),
+    int(socket.SOCK_DGRAM): (0, int(socket.IPPROTO_UDP), int(socket.IPPROTO_ICMP), int(socket.IPPROTO_ICMPV6)),
 }
 """The sockets that can be born on the host's stack: their protocols by their types."""
+PING_PROTOCOLS = (int(socket.IPPROTO_ICMP), int(socket.IPPROTO_ICMPV6))
+"""Those of sockets that ping, which are born only under a policy with a rule for ICMP."""
+
+DATAGRAMS = {int(socket.SOCK_DGRAM): (0, int(socket.IPPROTO_UDP))}
+"""Those of transport swap: UDP alone, where its policy has rules for it."""
 
 TYPE_FLAGS = int(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 
-def can_be_born(family: int, kind: int, protocol: int) -> bool:
-    """Whether `born_filter` traps such a socket. ``kind`` is a type with its flags."""
-    return family in FAMILIES and protocol in PROTOCOLS.get(kind & ~TYPE_FLAGS, ())
+Protocols = Mapping[int, tuple[int, ...]]
+
+
+def can_be_born(family: int, kind: int, protocol: int, protocols: Protocols = PROTOCOLS) -> bool:
+    """Whether a filter for ``protocols`` traps such a socket. ``kind`` is a type with its flags."""
+    return family in FAMILIES and protocol in protocols.get(kind & ~TYPE_FLAGS, ())
 
 
 def architecture(machine: str = MACHINE) -> tuple[int, dict[str, int]]:
@@ -65,30 +74,37 @@ class _Step:
     label: str = ""
 
 
-def swap_filter(machine: str = MACHINE) -> bytes:
-    """Notify for bind, connect and listen of this architecture, allow all else."""
+def swap_filter(machine: str = MACHINE, datagrams: bool = False) -> bytes:
+    """Notify for bind, connect and listen of this architecture, allow all else.
+
+    ``datagrams``: notify for socket too, where it is of UDP.
+    """
     arch, calls = architecture(machine)
     steps = _for_architecture(arch)
     steps += [_Step(_JUMP_IF_EQUAL, calls[name], if_true="notify") for name in TRAPPED]
-    return _assemble(steps)
+    return _assemble(steps + _for_socket(calls["socket"], DATAGRAMS) if datagrams else steps)
 
 
 def born_filter(machine: str = MACHINE) -> bytes:
     """Notify for socket of this architecture, where it is of a kind that `PROTOCOLS` has, allow all else."""
     arch, calls = architecture(machine)
-    steps = _for_architecture(arch)
-    steps += [_Step(_JUMP_IF_EQUAL, calls["socket"], if_false="allow"), _load_argument(0)]
+    return _assemble(_for_architecture(arch) + _for_socket(calls["socket"], PROTOCOLS))
+
+
+def _for_socket(number: int, every: Protocols) -> list[_Step]:
+    """Notify for a socket of ``every``, and allow all other calls."""
+    steps = [_Step(_JUMP_IF_EQUAL, number, if_false="allow"), _load_argument(0)]
     steps += [_Step(_JUMP_IF_EQUAL, family, if_true="type") for family in FAMILIES]
     steps.append(_Step(_RETURN, _RET_ALLOW))
     steps.append(_load_argument(1, "type"))
     steps.append(_Step(_AND, ~TYPE_FLAGS & 0xFFFFFFFF))
-    steps += [_Step(_JUMP_IF_EQUAL, kind, if_true=f"type {kind}") for kind in PROTOCOLS]
+    steps += [_Step(_JUMP_IF_EQUAL, kind, if_true=f"type {kind}") for kind in every]
     steps.append(_Step(_RETURN, _RET_ALLOW))
-    for kind, protocols in PROTOCOLS.items():
+    for kind, protocols in every.items():
         steps.append(_load_argument(2, f"type {kind}"))
         steps += [_Step(_JUMP_IF_EQUAL, protocol, if_true="notify") for protocol in protocols]
         steps.append(_Step(_RETURN, _RET_ALLOW))
-    return _assemble(steps)
+    return steps
 
 
 def _load_argument(index: int, label: str = "") -> _Step:

@@ -19,14 +19,14 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST_ONE, _REQUEST_DUMP, _REQUEST_ACK = 0x1, 0x1 | 0x300, 0x1 | 0x4
-_TCP_LISTEN = 10
+_TCP_ESTABLISHED, _TCP_CLOSE, _TCP_LISTEN = 1, 7, 10
 _THE_KERNEL = 0  # its port id (netlink(7))
 _PIECE_BYTES = 8192  # enough for one message of any page size (NLMSG_GOODSIZE): 65 listeners
 _LARGE_BYTES = 1 << 16
@@ -54,8 +54,9 @@ _TRIES = 4096
 
 @dataclass(frozen=True, slots=True)
 class ListeningSocket:
-    """A listening TCP socket. ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it.
+    """A listening TCP socket, or a UDP socket that has a port.
 
+    ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it; ``connected``: it has a peer.
     ``stored`` is its value in the requested socket storage. ``asked`` is for a caller that knows what address its
     program bound: (family, address, port) of that, None for the same.
     """
@@ -69,6 +70,8 @@ class ListeningSocket:
     inode: int = 0
     stored: bytes | None = None
     asked: tuple[int, bytes, int] | None = None
+    protocol: int = socket.IPPROTO_TCP
+    connected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,16 @@ class Diagnostics:
                 return parse_listener(found[0]) if found else None
         except FileNotFoundError:
             return None
+
+    def datagram_sockets(self) -> Iterator[list[ListeningSocket]]:
+        """Every UDP socket of the namespace, likewise; none where the kernel does not list them."""
+        states = 1 << _TCP_ESTABLISHED | 1 << _TCP_CLOSE
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(FileNotFoundError):
+                for piece in self._dump(family, socket.IPPROTO_UDP, states, _PIECE_BYTES):
+                    with _refusing():
+                        found = [replace(parse_listener(message), protocol=socket.IPPROTO_UDP) for message in piece]
+                    yield found
 
     def sockets(self, protocol: int, storage: int, prefix: bytes = b"") -> list[FoundSocket]:
         """Every socket of a protocol, with its value in the socket storage map ``storage`` (a descriptor).
@@ -234,7 +247,7 @@ def split_messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 def parse_listener(message: bytes) -> ListeningSocket:
     """A listener from struct inet_diag_msg with its attributes. Raises ValueError where it is too short."""
-    family, _state, _timer, _retrans, port, _peer, source, _target, device, *rest = _fields(message)
+    family, state, _timer, _retrans, port, _peer, source, _target, device, *rest = _fields(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
     return ListeningSocket(
         family=4 if family == socket.AF_INET else 6,
@@ -245,6 +258,7 @@ def parse_listener(message: bytes) -> ListeningSocket:
         device=device,
         inode=rest[-1],
         stored=_stored(attributes),
+        connected=state == _TCP_ESTABLISHED,
     )
 
 

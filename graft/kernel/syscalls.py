@@ -23,10 +23,12 @@ MACHINE = platform.machine() if sys.maxsize > 1 << 32 else f"32-bit {platform.ma
 _TABLES: dict[str, dict[str, int]] = {
     "x86_64": {"bpf": 321, "seccomp": 317, "process_vm_readv": 310, "setns": 308, "unshare": 272, "prctl": 157}
     | {"setresuid": 117, "capget": 125, "capset": 126, "keyctl": 250, "kcmp": 312}
-    | {"setfsuid": 122, "setfsgid": 123, "setresgid": 119, "renameat2": 316, "open_by_handle_at": 304},
+    | {"setfsuid": 122, "setfsgid": 123, "setresgid": 119, "setgroups": 116, "renameat2": 316}
+    | {"open_by_handle_at": 304},
     "aarch64": {"bpf": 280, "seccomp": 277, "process_vm_readv": 270, "setns": 268, "unshare": 97, "prctl": 167}
     | {"setresuid": 147, "capget": 90, "capset": 91, "keyctl": 219, "kcmp": 272}
-    | {"setfsuid": 151, "setfsgid": 152, "setresgid": 149, "renameat2": 276, "open_by_handle_at": 265},
+    | {"setfsuid": 151, "setfsgid": 152, "setresgid": 149, "setgroups": 159, "renameat2": 276}
+    | {"open_by_handle_at": 265},
 }
 _COMMON = {"openat2": 437, "pidfd_getfd": 438}
 _NUMBERS = _TABLES.get(MACHINE, {}) | _COMMON

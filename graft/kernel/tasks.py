@@ -26,6 +26,8 @@ _STATE = re.compile(rb"^State:\t([A-Za-z])", re.M)
 _NUMBERS = re.compile(rb"^(PPid|voluntary_ctxt_switches|nonvoluntary_ctxt_switches):\t([0-9]{1,20})$", re.M)
 _THREAD_GROUP = re.compile(rb"^Tgid:\t([0-9]{1,10})$", re.M)
 _FILE_IDS = re.compile(rb"^(?:Uid|Gid):(?:\t[0-9]{1,10}){3}\t([0-9]{1,10})$", re.M)
+_EFFECTIVE_GROUP = re.compile(rb"^Gid:\t[0-9]{1,10}\t([0-9]{1,10})\t", re.M)
+_GROUPS = re.compile(rb"^Groups:\t([0-9 ]*)$", re.M)
 _STUCK_STATES = frozenset("DTt")
 
 
@@ -122,3 +124,11 @@ def parse_file_ids(status: bytes) -> tuple[int, int]:
     if len(found) < 2:
         raise ProcessLookupError(errno.ESRCH, "a thread's ids not found")
     return int(found[0]), int(found[1])
+
+
+def parse_groups(status: bytes) -> tuple[int, tuple[int, ...]]:
+    """Effective and supplementary groups of a thread, from its /proc/TID/status. Raises ProcessLookupError."""
+    effective, groups = _EFFECTIVE_GROUP.search(status), _GROUPS.search(status)
+    if effective is None or groups is None:
+        raise ProcessLookupError(errno.ESRCH, "a thread's groups not found")
+    return int(effective[1]), tuple(int(one) for one in groups[1].split())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from graft.errors import UsageError
 from graft.model.address import (
@@ -28,16 +29,20 @@ MAX_ENDPOINT_NAME = 31
 
 MAX_POLICY_NAME = 63
 
+MAX_GROUPS = 64
+"""Multicast groups of an endpoint: all of them share a map (GRAFT_MAX_GROUPS)."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 _NETNS_NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,255}", re.ASCII)
 _PATH_MAX = 4095  # PATH_MAX of linux/limits.h without the closing NUL
 
 
 class Protocol(IntFlag):
-    """Transport protocols: GRAFT_TCP and GRAFT_UDP of bpf/graft.h."""
+    """Transport protocols: GRAFT_TCP and GRAFT_UDP of bpf/graft.h. ICMP: only in rules of egress, for echo requests."""
 
     TCP = 1
     UDP = 2
+    ICMP = 4
 
     @property
     def label(self) -> str:
@@ -47,8 +52,8 @@ class Protocol(IntFlag):
 
 ANY_PROTOCOL = Protocol.TCP | Protocol.UDP
 
-IP_PROTOCOLS: dict[Protocol, int] = {Protocol.TCP: 6, Protocol.UDP: 17}
-"""Numbers in the maps' keys: IPPROTO_TCP and IPPROTO_UDP of linux/in.h."""
+IP_PROTOCOLS: dict[Protocol, int] = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.ICMP: 1}
+"""Numbers in the maps' keys: IPPROTO_TCP, IPPROTO_UDP and IPPROTO_ICMP (of both families) of linux/in.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,8 @@ class Endpoint:
 
     ``port`` 0 is dynamic: the kernel picks. ``netns`` is a name, a pid or a path, as the operator wrote
     it. ``open`` lets a container request it through its environment. An IPv6 endpoint accepts IPv6 clients only, unless
-    it is ``dual_stack``. ``last_port``: it is a range of ports that begins at ``port``; 0: it is one.
+    it is ``dual_stack``. ``last_port``: it is a range of ports that begins at ``port``; 0: it is one. Sockets that are
+    bound to it may join the groups in ``multicast``.
 
     One with ``unix`` is a unix socket of the host, which Graft relays TCP connections to or from; its address is then
     that of the relay (`unix_endpoint`).
@@ -71,6 +77,7 @@ class Endpoint:
     open: bool = False
     dual_stack: bool = False
     last_port: int = 0
+    multicast: tuple[IPAddress, ...] = ()
     unix: UnixSocket | None = None
 
     @property
@@ -111,30 +118,35 @@ def parse_endpoint(
     netns: str | None = None,
     open_: bool = False,
     dual_stack: bool = False,
+    multicast: Sequence[str] = (),
     owner: str | None = None,
     mode: str | None = None,
 ) -> Endpoint:
     """The endpoint ``name`` at ``spec``: ``ADDR:PORT``, ``[ADDR6]:PORT``, port also FIRST-LAST, ``dynamic`` or 0;
     ``unix:/PATH``.
 
-    Raises UsageError that names the field: name, address, protocol, netns, dual stack, owner or mode.
+    Raises UsageError that names the field: name, address, protocol, netns, dual stack, multicast, owner or mode.
     """
     parse_name(name)
     if is_unix(spec):
-        check_unix_options(parse_protocol(proto), netns, dual_stack)
+        check_unix_options(parse_protocol(proto), netns, dual_stack, multicast)
         return unix_endpoint(name, parse_unix_socket(spec, owner, mode), open_)
     check_no_owner(owner, mode)
     address = parse_endpoint_address(spec)
     check_dual_stack(dual_stack, address)
+    protocols = parse_protocol(proto)
+    groups = in_order(parse_group(group) for group in multicast)
+    check_multicast(groups, address, protocols)
     return Endpoint(
         name=name,
         address=address.ip,
         port=address.port,
-        protocols=parse_protocol(proto),
+        protocols=protocols,
         netns=None if netns is None else parse_netns(netns),
         open=open_,
         dual_stack=dual_stack,
         last_port=address.last_port,
+        multicast=groups,
     )
 
 
@@ -151,7 +163,7 @@ def unix_endpoint(name: str, unix: UnixSocket, open_: bool = False) -> Endpoint:
     return Endpoint(name, IPv4Address("127.0.0.1"), 0, Protocol.TCP, open=open_, unix=unix)
 
 
-def check_unix_options(protocols: Protocol, netns: str | None, dual_stack: bool) -> None:
+def check_unix_options(protocols: Protocol, netns: str | None, dual_stack: bool, multicast: object) -> None:
     """Raises UsageError for what an endpoint of a unix socket cannot have."""
     if not protocols & Protocol.TCP:
         raise UsageError("protocol: a unix socket carries TCP connections, no datagrams", "tcp, or leave it out")
@@ -159,6 +171,8 @@ def check_unix_options(protocols: Protocol, netns: str | None, dual_stack: bool)
         raise UsageError("netns: a unix socket is a file of the host, in no network namespace", "leave it out")
     if dual_stack:
         raise UsageError("dual stack: a unix socket has no IP address", "leave it out")
+    if multicast:
+        raise UsageError("multicast: a unix socket has no IP address", "leave it out")
 
 
 def check_no_owner(owner: object, mode: object) -> None:
@@ -166,6 +180,44 @@ def check_no_owner(owner: object, mode: object) -> None:
     for field, value in (("owner", owner), ("mode", mode)):
         if value is not None:
             raise UsageError(f"{field}: only a unix socket has one", "leave it out, or unix:/PATH as the address")
+
+
+def parse_group(text: str, field: str = "multicast") -> IPAddress:
+    """A multicast group. Raises UsageError."""
+    try:
+        group = ip_address(text)
+    except ValueError:
+        raise UsageError(
+            f"{field}: {shown(text)} is not an IP address", "a group such as 239.1.1.1 or ff02::fb"
+        ) from None
+    if not group.is_multicast or "%" in text:
+        raise UsageError(
+            f"{field}: {shown(text)} is not a multicast group", "in 224.0.0.0/4 or ff00::/8, without a zone"
+        )
+    return group
+
+
+def in_order(groups: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
+    """Each of ``groups`` once, in the order of their numbers."""
+    return tuple(sorted(set(groups), key=lambda group: (group.version, int(group))))
+
+
+def check_multicast(
+    groups: Collection[IPAddress], address: SocketAddress, protocols: Protocol, field: str = "multicast"
+) -> None:
+    """Raises UsageError where sockets at ``address`` cannot receive what is sent to these groups."""
+    if not groups:
+        return
+    if not address.ip.is_unspecified:  # the kernel hands a group's datagrams to no socket that has another address
+        raise UsageError(f"{field}: an endpoint with groups is at 0.0.0.0 or [::]", f"0.0.0.0:{address.port or 'PORT'}")
+    if not protocols & Protocol.UDP:
+        raise UsageError(f"{field}: groups are for udp, the endpoint is for {protocols.label}", "udp or any")
+    if len(groups) > MAX_GROUPS:
+        raise UsageError(f"{field}: more than {MAX_GROUPS} groups", "another endpoint for the others")
+    for group in groups:
+        if group.version != address.ip.version:
+            message = f"{field}: {group} is not of the endpoint's family, IPv{address.ip.version}"
+            raise UsageError(message, "an endpoint for each family")
 
 
 def parse_name(text: str, field: str = "name", longest: int = MAX_ENDPOINT_NAME) -> str:
@@ -191,6 +243,16 @@ def parse_protocol(text: str, field: str = "protocol") -> Protocol:
     if text not in protocols:
         raise UsageError(f"{field}: {shown(text)} is not a protocol", "tcp, udp or any")
     return protocols[text]
+
+
+def parse_egress_protocol(text: str, field: str = "protocol") -> Protocol:
+    """The same, or icmp."""
+    if text == "icmp":
+        return Protocol.ICMP
+    try:
+        return parse_protocol(text, field)
+    except UsageError as error:
+        raise UsageError(error.message, "tcp, udp, any or icmp") from None
 
 
 def parse_netns(text: str, field: str = "netns") -> str:

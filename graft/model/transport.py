@@ -37,3 +37,4 @@ class Home(enum.IntEnum):
 
     CONTAINER = 0
     HOST = 1
+    FERRY = 2

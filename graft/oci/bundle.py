@@ -36,7 +36,8 @@ class Edit:
 
     ``create_runtime`` is the hook's command that attaches the container before its program starts, ``poststop`` the
     one that removes its rules. ``listener`` None leaves the seccomp profile unchanged; ``born``: it is notified of
-    socket(2) alone. ``own_listeners`` is the prefix of the paths of Graft's own listeners.
+    socket(2) alone; ``datagrams``: of socket(2) too. ``own_listeners`` is the prefix of the paths of Graft's own
+    listeners.
     """
 
     create_runtime: tuple[str, ...]
@@ -47,6 +48,7 @@ class Edit:
     metadata: str = ""
     wait_killable: bool = False
     born: bool = False
+    datagrams: bool = False
 
 
 def container_annotations(config: Mapping[str, Any]) -> dict[str, str]:
@@ -89,7 +91,12 @@ def _is_ours(hook: Mapping[str, Any], kind: str) -> bool:
 def _edit_seccomp(profile: Mapping[str, Any], edit: Edit) -> seccomp_profile.Profile:
     assert edit.listener is not None
     edited = seccomp_profile.with_notifications(
-        profile or seccomp_profile.allow_all_profile(), edit.listener, edit.metadata, edit.own_listeners, edit.born
+        profile or seccomp_profile.allow_all_profile(),
+        edit.listener,
+        edit.metadata,
+        edit.own_listeners,
+        edit.born,
+        edit.datagrams,
     )
     if edit.wait_killable and seccomp_profile.WAIT_KILLABLE not in (edited.get("flags") or []):
         edited["flags"] = [*(edited.get("flags") or []), seccomp_profile.WAIT_KILLABLE]

@@ -56,7 +56,7 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeO
         transport = _choose_transport(config, settings, compiled)
         if transport is Transport.BORN and not divides_sockets(config):
             transport = Transport.SWAP
-        edit = _plan_edit(settings, folder, transport, runtime)
+        edit = _plan_edit(settings, folder, transport, runtime, compiled.bears_datagrams)
         check_annotations(config, options, notified=edit.listener is not None)
         edited = edit_config(config, edit)
         own = cgroup.of_process(os.getpid())
@@ -108,7 +108,7 @@ def _choose_transport(config: Mapping[str, Any], settings: Settings, compiled: C
     return Transport.DIRECT if joined == netns.cookie(settings.host_netns) else compiled.supervised_transport
 
 
-def _plan_edit(settings: Settings, folder: Path, transport: Transport, runtime: str) -> Edit:
+def _plan_edit(settings: Settings, folder: Path, transport: Transport, runtime: str, datagrams: bool) -> Edit:
     command = (sys.executable, "-I", "-m", HOOK)  # -I: nothing is imported from the working directory
     variables = {**settings.environment, "PATH": os.environ.get("PATH", os.defpath)}
     supervised = transport.is_supervised
@@ -121,4 +121,5 @@ def _plan_edit(settings: Settings, folder: Path, transport: Transport, runtime: 
         metadata=folder.name,
         wait_killable=supervised and supports_wait_killable(runtime, shims_folder(settings) / "features.json"),
         born=transport is Transport.BORN,
+        datagrams=transport is Transport.SWAP and datagrams,
     )

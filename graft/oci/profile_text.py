@@ -38,9 +38,10 @@ def parse_base(raw: bytes, source: str) -> Profile:
 
 
 def profile_text(base: Profile, listener: Path, born: bool = False) -> str:
-    """``base`` with bind, connect and listen notified at ``listener``, as JSON; ``born``: socket. Raises ConflictError.
+    """``base`` with bind, connect, listen and socket (of datagrams) notified at ``listener``, as JSON.
 
+    ``born``: with socket alone, of every type. Raises ConflictError.
     The runtime repeats the metadata to `graft listen`, which so knows what the profile traps.
     """
     metadata = BORN_METADATA if born else _METADATA
-    return json.dumps(with_notifications(base, str(listener), metadata, str(listener), born), indent=2)
+    return json.dumps(with_notifications(base, str(listener), metadata, str(listener), born, not born), indent=2)

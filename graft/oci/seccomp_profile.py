@@ -10,9 +10,11 @@ that of the profiles of podman and docker (`--security-opt seccomp=`) is the sam
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from graft.errors import ConflictError
@@ -56,11 +58,18 @@ def check_profile(profile: Any, field: str) -> Profile:
 
 
 def with_notifications(
-    profile: Mapping[str, Any], listener: str, metadata: str, own_listeners: str | None = None, born: bool = False
+    profile: Mapping[str, Any],
+    listener: str,
+    metadata: str,
+    own_listeners: str | None = None,
+    born: bool = False,
+    datagrams: bool = False,
 ) -> Profile:
     """A copy of ``profile`` (see `check_profile`) that notifies bind, connect and listen at ``listener``.
 
-    ``born``: it notifies socket instead, for AF_INET and AF_INET6. ``own_listeners`` is the prefix of the paths of
+    ``born``: it notifies socket instead, for AF_INET and AF_INET6. ``datagrams``: it notifies socket too, for datagrams
+    of these families, where its rules can be divided so (else a container's UDP sockets stay where they are).
+    ``own_listeners`` is the prefix of the paths of
     Graft's listeners: a profile that was edited before is edited again. Raises ConflictError where the profile has
     another listener, or where a notification would weaken a rule.
     """
@@ -83,6 +92,9 @@ def with_notifications(
     else:
         for name in TRAPPED:
             rules = _notify(name, rules, default)
+        if datagrams:
+            with contextlib.suppress(ConflictError):
+                rules = _notify_socket(rules, default, datagrams=True)
     edited["syscalls"] = rules
     edited["listenerPath"] = listener
     edited["listenerMetadata"] = metadata
@@ -135,18 +147,20 @@ def _notify(name: str, rules: list[Rule], default: str) -> list[Rule]:
     return [*without, {"names": [name], "action": NOTIFY}]
 
 
-def _notify_socket(rules: list[Rule], default: str) -> list[Rule]:
+def _notify_socket(rules: list[Rule], default: str, datagrams: bool = False) -> list[Rule]:
+    """``datagrams``: as for `notify_families`."""
+    replacement = partial(notify_families, notify=NOTIFY, datagrams=datagrams)
     if default not in _PASSING:
-        return list(_replace(_SOCKET, rules, _PASSING, _notified_for_families))
+        return list(_replace(_SOCKET, rules, _PASSING, replacement))
     denying = _denying(_SOCKET, rules)
     if any(not _has_condition(rule) for rule in denying):
-        return list(_replace(_SOCKET, rules, _PASSING - {default}, _notified_for_families))
+        return list(_replace(_SOCKET, rules, _PASSING - {default}, replacement))
     if any(admits_a_family(rule) for rule in denying):
         raise ConflictError("linux.seccomp: socket is denied for some of AF_INET and AF_INET6, and allowed for others")
     # Of all families but the two, what is allowed and not logged, or logged, stays so.
-    others = _replace(_SOCKET, rules, _PASSING - {default}, _notified_for_families)
+    others = _replace(_SOCKET, rules, _PASSING - {default}, replacement)
     kept = [_without(_SOCKET, rule) if rule.get("action") in (default, NOTIFY) else rule for rule in others]
-    return [*(rule for rule in kept if rule is not None), *family_rules(NOTIFY)]
+    return [*(rule for rule in kept if rule is not None), *family_rules(NOTIFY, datagrams)]
 
 
 def _denying(name: str, rules: list[Rule]) -> list[Rule]:
@@ -176,10 +190,6 @@ def _notified(rule: Rule) -> list[Rule]:
     """``rule`` with NOTIFY under the same conditions."""
     kept = {key: value for key, value in copy.deepcopy(rule).items() if key != "errnoRet"}
     return [{**kept, "action": NOTIFY}]
-
-
-def _notified_for_families(rule: Rule) -> Iterator[Rule]:
-    return notify_families(rule, NOTIFY)
 
 
 def _names(rule: Rule) -> list[str]:

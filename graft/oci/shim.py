@@ -131,7 +131,13 @@ class Attachment:
         plan, container = self._plan, self.container
         assert container is not None
         keeper = Keeper(
-            plan.settings, container, listener, False, lambda graft: _clean_up(plan, graft, container), plan.killable
+            plan.settings,
+            container,
+            listener,
+            False,
+            lambda graft: _clean_up(plan, graft, container),
+            plan.killable,
+            self._graft.compile(plan.policy).bears_datagrams,
         )
         self._start(keeper)
         self._keepers.append(keeper)

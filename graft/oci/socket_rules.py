@@ -1,9 +1,9 @@
 """The rules of a seccomp profile for socket(2), with AF_INET and AF_INET6 notified and all else as before. Pure.
 
 A rule's conditions are about one argument each (runtimes take several about the same argument for alternatives), so
-"any family but these two" is a rule for each family. Runtimes compare all 64 bits of an argument, the kernel looks at
-32: a family with something in the upper half is not notified, and its socket is one of the container's own namespace.
-Format: runtime-spec, config-linux.md (seccomp).
+"any family but these two" is a rule for each family; so is "any type but datagrams" one for each type. Runtimes compare
+all 64 bits of an argument, the kernel looks at 32: a family with something in the upper half is not notified, and its
+socket is one of the container's own namespace. Format: runtime-spec, config-linux.md (seccomp).
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from graft.model.json_text import mappings, number, text
 
 Rule = dict[str, Any]
 
-_FAMILY_ARGUMENT = 0
+_FAMILY_ARGUMENT, _TYPE_ARGUMENT = 0, 1
+_TYPES = 16  # SOCK_TYPE_MASK + 1, include/linux/net.h
+_DATAGRAM = 2  # SOCK_DGRAM
 _LAST_FAMILY = 63  # AF_MAX is 46 in include/linux/socket.h; there is room for more
 _MAX_VALUE = (1 << 64) - 1
 _ABOVE = (_LAST_FAMILY + 1, _LAST_FAMILY + 2, _MAX_VALUE - 1, _MAX_VALUE)
-_EQUAL, _GREATER = "SCMP_CMP_EQ", "SCMP_CMP_GT"
+_EQUAL, _GREATER, _MASKED = "SCMP_CMP_EQ", "SCMP_CMP_GT", "SCMP_CMP_MASKED_EQ"
 _ADMITS: Mapping[str, Callable[[int, int, int], bool]] = {
     "SCMP_CMP_NE": lambda family, value, _: family != value,
     "SCMP_CMP_LT": lambda family, value, _: family < value,
@@ -30,30 +32,48 @@ _ADMITS: Mapping[str, Callable[[int, int, int], bool]] = {
     _EQUAL: lambda family, value, _: family == value,
     "SCMP_CMP_GE": lambda family, value, _: family >= value,
     _GREATER: lambda family, value, _: family > value,
-    "SCMP_CMP_MASKED_EQ": lambda family, mask, value: family & mask == value,
+    _MASKED: lambda family, mask, value: family & mask == value,
 }
 
 
-def notify_families(rule: Rule, notify: str) -> Iterator[Rule]:
+def notify_families(rule: Rule, notify: str, datagrams: bool = False) -> Iterator[Rule]:
     """Rules that together are ``rule``, a passing one for socket alone, with the two families under ``notify``.
 
-    Raises ConflictError where its conditions cannot be divided, UsageError where they are not valid.
+    ``datagrams``: of these the datagram sockets alone, or all where ``rule`` has a condition about the type. Raises
+    ConflictError where its conditions cannot be divided, UsageError where they are not valid.
     """
     if not admits_a_family(rule):
         yield rule
         return
     admits = _family_condition(rule)
     for family in range(_LAST_FAMILY + 1):
-        if admits(family):
+        if admits(family) and family in FAMILIES and datagrams:
+            yield from _notify_datagrams(_for_family(rule, _EQUAL, family, None), notify)
+        elif admits(family):
             yield _for_family(rule, _EQUAL, family, notify if family in FAMILIES else None)
     # What admits only some of the families above, none of which there is, admits none of them now.
     if all(admits(family) for family in _ABOVE):
         yield _for_family(rule, _GREATER, _LAST_FAMILY, None)
 
 
-def family_rules(notify: str) -> list[Rule]:
-    """Rules for the two families, for a profile whose default allows them."""
-    return [_for_family({"names": ["socket"]}, _EQUAL, family, notify) for family in FAMILIES]
+def family_rules(notify: str, datagrams: bool = False) -> list[Rule]:
+    """Rules for the two families, for a profile whose default allows them. ``datagrams``: for these sockets alone."""
+    rules = [_for_family({"names": ["socket"]}, _EQUAL, family, notify) for family in FAMILIES]
+    return [{**one, "args": [*one["args"], _type_is(_DATAGRAM)]} for one in rules] if datagrams else rules
+
+
+def _notify_datagrams(rule: Rule, notify: str) -> Iterator[Rule]:
+    """``rule`` for each type of socket, with datagrams under ``notify``."""
+    notified = {key: value for key, value in rule.items() if key != "errnoRet"} | {"action": notify}
+    if any(one.get("index") == _TYPE_ARGUMENT for one in rule["args"]):
+        yield notified  # the supervisor lets the others run
+        return
+    for kind in range(_TYPES):
+        yield {**(notified if kind == _DATAGRAM else rule), "args": [*rule["args"], _type_is(kind)]}
+
+
+def _type_is(kind: int) -> dict[str, Any]:
+    return {"index": _TYPE_ARGUMENT, "op": _MASKED, "value": _TYPES - 1, "valueTwo": kind}
 
 
 def admits_a_family(rule: Rule) -> bool:

@@ -1,7 +1,8 @@
-"""Whether a container under a policy can have all its sockets born on the host's stack (transport born). Pure.
+"""Which sockets of a container under a policy can be born on the host's stack: all of them, or those of UDP. Pure.
 
-It can where nothing is left to the container's own network stack: whatever no rule grants is refused, and no rule keeps
-anything inside. The hooks then decide each bind, connect and send, and no supervisor needs to see them.
+All can (transport born) where nothing is left to the container's own network stack: whatever no rule grants is refused,
+and no rule keeps anything inside. The hooks then decide each bind, connect and send, and no supervisor needs to see
+them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from ipaddress import IPv6Address
 
-from graft.model.endpoint import Endpoint
+from graft.model.endpoint import Endpoint, Protocol
 from graft.policy.model import Default, Policy, Verdict
 
 
@@ -48,3 +49,13 @@ def _obstacles(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[st
 
 def _is_ipv6_only(endpoint: Endpoint | None) -> bool:
     return endpoint is not None and endpoint.address == IPv6Address(0) and not endpoint.dual_stack
+
+
+def grants_datagrams(policy: Policy, endpoints: Mapping[str, Endpoint]) -> bool:
+    """Whether ``policy`` grants anything for UDP: then, in transport swap, UDP sockets are born on the host's stack."""
+    named = [(rule.endpoint, rule.protocols) for rule in policy.ingress]
+    named += [(rule.endpoint, rule.protocols) for rule in policy.egress if rule.endpoint]
+    return any(
+        name in endpoints and endpoints[name].protocols & (protocols or endpoints[name].protocols) & Protocol.UDP
+        for name, protocols in named
+    )

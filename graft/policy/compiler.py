@@ -8,7 +8,7 @@ dual-stack [::]:80 is served by an IPv4 endpoint, as a v4-mapped address.
 Egress. The hooks look up the longest prefix that contains the destination, and then the port in that prefix's node.
 They do not fall back to a shorter prefix, so every node lists all ports: those of its own rules, and for the others
 the outcomes of the nearest shorter prefix. Loopback destinations stay the container's: where a wider rule would cover
-them, they get a prefix of their own with an empty node. Link-local ones and IPv6 multicast get one too, with
+them, they get a prefix of their own with an empty node. Link-local ones, multicast and broadcast get one too, with
 everything but the grants.
 """
 
@@ -24,8 +24,8 @@ from operator import or_
 from typing import TypeVar
 
 from graft.errors import UsageError
-from graft.model.address import Prefix, pack16
-from graft.model.endpoint import IP_PROTOCOLS, Endpoint, Protocol
+from graft.model.address import IPAddress, Prefix, pack16
+from graft.model.endpoint import IP_PROTOCOLS, Endpoint, Protocol, in_order
 from graft.model.ports import prefixes_of
 from graft.model.unix_socket import UNIX_FAMILY, path_key
 from graft.policy.limits import MAX_ENTRIES, check_size
@@ -33,8 +33,9 @@ from graft.policy.model import Default, Outcome, Policy, PolicyError, Verdict
 from graft.policy.validator import (
     ANY4,
     ANY6,
-    LINK_LOCAL,
     LOOPBACKS,
+    MULTICAST,
+    NAMED_ONLY,
     SPECIAL_PREFIXES,
     UNSPECIFIED,
     IngressClaim,
@@ -96,7 +97,8 @@ class RuleSet:
     """A whole policy as map entries. Nodes are numbered from 1; a node may have no ports at all.
 
     ``denies``: some rule denies, whatever the defaults are. ``leaves_others``: sockets that no rule can match are left
-    alone.
+    alone. ``names_icmp``: the rules judge sockets that ping. ``names_groups``: there are multicast groups
+    that a socket may join or send to. ``groups``: those that it may join, at one of the endpoints that have them.
     """
 
     ingress: tuple[IngressEntry, ...]
@@ -106,11 +108,14 @@ class RuleSet:
     connect_default: Default
     denies: bool = False
     leaves_others: bool = False
+    names_icmp: bool = False
+    names_groups: bool = False
+    groups: tuple[IPAddress, ...] = ()
 
     @property
     def entries(self) -> int:
         """How many map entries it takes."""
-        return len(self.ingress) + len(self.egress_prefixes) + len(self.egress_ports)
+        return len(self.ingress) + len(self.egress_prefixes) + len(self.egress_ports) + len(self.groups)
 
 
 def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet:
@@ -126,6 +131,7 @@ def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet
         raise PolicyError(policy.name, problems)
     ingress = _at_most(MAX_ENTRIES, chain(_ingress_entries(policy, resolved), _unix_entries(policy)))
     egress = _at_most(MAX_ENTRIES - len(ingress), _egress_entries(policy, resolved))
+    groups = in_order(group for rule in policy.ingress for group in resolved[rule.endpoint].multicast)
     return RuleSet(
         ingress=tuple(ingress),
         egress_prefixes=tuple(entry for entry in egress if isinstance(entry, EgressPrefixEntry)),
@@ -134,7 +140,16 @@ def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet
         connect_default=policy.connect_default,
         denies=policy.other_default is Default.DENY or any(rule.verdict is Verdict.DENY for rule in policy.egress),
         leaves_others=policy.other_default is Default.CONTAINER,
+        names_icmp=policy.names_icmp,
+        names_groups=bool(groups) or _sends_to_groups(policy),
+        groups=groups,
     )
+
+
+def _sends_to_groups(policy: Policy) -> bool:
+    """Whether a rule grants multicast groups as destinations."""
+    grants = (rule.to for rule in policy.egress if rule.verdict is Verdict.GRANT)
+    return any(to.inside(groups) for to in grants for groups in MULTICAST)
 
 
 def _at_most(limit: int, entries: Iterator[T]) -> list[T]:
@@ -225,7 +240,7 @@ def _egress_layouts(
         lengths = sorted({prefix.length for prefix in own}, reverse=True)
         for prefix in sorted(own, key=lambda prefix: prefix.length):
             parent = _parent(prefix, complete, lengths)
-            inherits = without_grants if _enters_link_local(prefix, parent) else complete
+            inherits = without_grants if _enters_named_only(prefix, parent) else complete
             complete[prefix] = own[prefix] if parent is None else _overlay(own[prefix], inherits[parent])
             own_without = _without_grants(own[prefix])
             without_grants[prefix] = own_without if parent is None else _overlay(own_without, without_grants[parent])
@@ -236,9 +251,9 @@ def _without_grants(layout: PortLayout[Outcome]) -> PortLayout[Outcome]:
     return {outcome: mask for outcome, mask in layout.items() if outcome.verdict is not Verdict.GRANT}
 
 
-def _enters_link_local(prefix: Prefix, parent: Prefix | None) -> bool:
-    """Whether ``prefix`` is link-local and ``parent`` is wider than link-local."""
-    return parent is not None and any(prefix.inside(local) and not parent.inside(local) for local in LINK_LOCAL)
+def _enters_named_only(prefix: Prefix, parent: Prefix | None) -> bool:
+    """Whether ``prefix`` has destinations to be granted by name only, and ``parent`` others too."""
+    return parent is not None and any(prefix.inside(named) and not parent.inside(named) for named in NAMED_ONLY)
 
 
 def _own_layouts(
@@ -248,7 +263,7 @@ def _own_layouts(
     layouts: dict[tuple[Protocol, int], dict[Prefix, PortLayout[Outcome]]] = defaultdict(dict)
     for rule in policy.egress:
         mask = rule.port_mask
-        for protocol in egress_protocols(rule, endpoints):
+        for protocol in egress_protocols(rule, policy, endpoints):
             layout = layouts[protocol, rule.to.family].setdefault(rule.to, {})
             layout[rule.outcome] = layout.get(rule.outcome, 0) | mask
     for own in layouts.values():

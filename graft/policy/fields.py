@@ -28,6 +28,7 @@ _EXAMPLES = {
     "to": "to: 10.0.0.0/8",
 }
 """What a missing key could look like."""
+_MEANT_BY_EMPTY = {"ports": "leave ports out to mean every port"}
 
 
 class Fields:
@@ -62,7 +63,7 @@ class Fields:
         if items is None:
             return None
         if not items:
-            self.report((key,), "the list is empty", f"leave {key} out to mean every port")
+            self.report((key,), "the list is empty", _MEANT_BY_EMPTY.get(key, f"leave {key} out"))
         parsed = [self.check((key, index), _parse_text, item, parse) for index, item in enumerate(items)]
         return tuple(item for item in parsed if item is not None)
 

@@ -81,7 +81,7 @@ class EgressRule:
     """Destinations in ``to``, at ``ports`` (None: at every port), get ``verdict``.
 
     ``endpoint`` is the source of a GRANT, None otherwise. ``protocols`` None means all that the endpoint
-    has; without an endpoint, both.
+    has; without an endpoint, TCP and UDP, and ICMP too in a policy that has a rule for it.
     """
 
     to: Prefix
@@ -125,6 +125,11 @@ class Policy:
     def every_ingress(self) -> tuple[IngressRule | UnixRule, ...]:
         """The ingress rules of both kinds."""
         return *self.ingress, *self.unix_ingress
+
+    @property
+    def names_icmp(self) -> bool:
+        """Whether a rule is for ICMP: sockets that ping may be made then, and the rules judge what they send."""
+        return any(rule.protocols is not None and rule.protocols & Protocol.ICMP for rule in self.egress)
 
     def resolve(self, known: Mapping[str, Endpoint]) -> dict[str, Endpoint]:
         """Endpoints by name: the ``known`` ones, and over them those that the policy declares."""

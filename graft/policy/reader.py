@@ -19,9 +19,13 @@ from graft.model.endpoint import (
     MAX_POLICY_NAME,
     Endpoint,
     check_dual_stack,
+    check_multicast,
     check_no_owner,
     check_unix_options,
+    in_order,
+    parse_egress_protocol,
     parse_endpoint_address,
+    parse_group,
     parse_name,
     parse_netns,
     parse_protocol,
@@ -142,7 +146,7 @@ class _PolicyReader:
     def _endpoints(self, section: dict[str, Value]) -> Iterator[Endpoint]:
         for name, value in self._within_limit(section.items(), "endpoints"):
             long_form: Value = {"address": value} if isinstance(value, str) else value
-            keys = ("address", "protocol", "netns", "open", "dual_stack", "owner", "mode")
+            keys = ("address", "protocol", "netns", "open", "dual_stack", "multicast", "owner", "mode")
             fields = Fields(self._document, ("endpoints", name), long_form, keys)
             if isinstance(long_form, dict) and _is_unix(long_form.get("address")):
                 yield from _unix_endpoint(fields, name)
@@ -152,12 +156,24 @@ class _PolicyReader:
             netns = fields.text("netns", parse_netns)
             is_open = fields.of_type("open", bool, _SWITCH_HINT) or False
             dual_stack = fields.of_type("dual_stack", bool, _SWITCH_HINT) or False
+            groups = fields.texts("multicast", parse_group, "such as [239.1.1.1]") or ()
             fields.check((), parse_name, name)
             if isinstance(long_form, dict):
                 fields.check_all(check_no_owner, long_form.get("owner"), long_form.get("mode"))
             if address is not None and fields.valid:
                 fields.check(("dual_stack",), check_dual_stack, dual_stack, address)
-                yield Endpoint(name, address.ip, address.port, protocols, netns, is_open, dual_stack, address.last_port)
+                fields.check(("multicast",), check_multicast, groups, address, protocols)
+                yield Endpoint(
+                    name=name,
+                    address=address.ip,
+                    port=address.port,
+                    protocols=protocols,
+                    netns=netns,
+                    open=is_open,
+                    dual_stack=dual_stack,
+                    last_port=address.last_port,
+                    multicast=in_order(groups),
+                )
 
     def _ingress_rules(self, section: list[Value]) -> Iterator[IngressRule]:
         for index, value in self._within_limit(enumerate(section), "ingress"):
@@ -190,7 +206,7 @@ class _PolicyReader:
                 _check_one_outcome(fields, value)
             to = fields.required("to", parse_prefix)
             ports = fields.texts("ports", parse_port_range, "such as [80, 443, 8000-8099]")
-            protocols = fields.text("protocol", parse_protocol)
+            protocols = fields.text("protocol", parse_egress_protocol)
             endpoint = fields.text("endpoint", self._parse_endpoint_name)
             verdict = fields.text("action", _parse_action) or Verdict.GRANT
             if to is not None and fields.valid:
@@ -231,10 +247,11 @@ def _unix_endpoint(fields: Fields, name: str) -> Iterator[Endpoint]:
     netns = fields.text("netns", parse_netns)
     is_open = fields.of_type("open", bool, _SWITCH_HINT) or False
     dual_stack = fields.of_type("dual_stack", bool, _SWITCH_HINT) or False
+    groups = fields.texts("multicast", parse_group, "such as [239.1.1.1]") or ()
     owner = fields.text("owner", parse_owner)
     mode = fields.text("mode", parse_mode)
     fields.check((), parse_name, name)
-    fields.check_all(check_unix_options, protocols, netns, dual_stack)
+    fields.check_all(check_unix_options, protocols, netns, dual_stack, groups)
     if path is not None and fields.valid:
         yield unix_endpoint(name, UnixSocket(path, owner, DEFAULT_MODE if mode is None else mode), is_open)
 

@@ -30,12 +30,11 @@ LOOPBACKS = (Prefix(IPv4Network("127.0.0.0/8")), Prefix(IPv6Network("::1/128")))
 UNSPECIFIED = (Prefix(IPv4Network("0.0.0.0/32")), Prefix(IPv6Network("::/128")))
 """Destinations that the kernel takes as loopback: no rule applies to them."""
 
-LINK_LOCAL = (Prefix(IPv6Network("fe80::/10")), Prefix(IPv6Network("ff00::/8")))
-"""Destinations that need an interface beside the address, which no rule names (of multicast, those of a link): a wider
-rule does not grant them.
-"""
+MULTICAST = (Prefix(IPv4Network("224.0.0.0/4")), Prefix(IPv6Network("ff00::/8")))
+NAMED_ONLY = (*MULTICAST, Prefix(IPv4Network("255.255.255.255/32")), Prefix(IPv6Network("fe80::/10")))
+"""Destinations that a wider rule does not grant: many at once, and those that need an interface beside the address."""
 
-SPECIAL_PREFIXES = (*LOOPBACKS, *UNSPECIFIED, *LINK_LOCAL)
+SPECIAL_PREFIXES = (*LOOPBACKS, *UNSPECIFIED, *NAMED_ONLY)
 """Destinations to which a wider rule does not apply, or only in part."""
 
 
@@ -82,19 +81,29 @@ def ingress_claims(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterato
                 yield IngressClaim(rule, protocol, family, address, target)
 
 
-def egress_protocols(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Protocol:
-    """The protocols that ``rule`` is for; its endpoint, if it has one, must be among ``endpoints``."""
+def egress_protocols(rule: EgressRule, policy: Policy, endpoints: Mapping[str, Endpoint]) -> Protocol:
+    """The protocols that ``rule`` of ``policy`` is for; its endpoint, if it has one, must be among ``endpoints``."""
     if rule.protocols is not None:
         return rule.protocols
-    return ANY_PROTOCOL if rule.endpoint is None else endpoints[rule.endpoint].protocols
+    if rule.endpoint is not None:
+        return endpoints[rule.endpoint].protocols
+    has_icmp = policy.names_icmp and rule.ports is None
+    return ANY_PROTOCOL | Protocol.ICMP if has_icmp else ANY_PROTOCOL
 
 
-def grants_without_tcp(policy: Policy, endpoints: Mapping[str, Endpoint]) -> tuple[str, ...]:
-    """Fields of the rules that grant something but no TCP. ``endpoints`` has all that they name."""
+def grants_that_splice_lacks(policy: Policy, endpoints: Mapping[str, Endpoint]) -> tuple[str, ...]:
+    """Fields of the rules that grant only what transport splice does not relay. ``endpoints`` has all that they name.
+
+    It relays TCP; UDP to servers over IPv4, and from clients over both, if these are connected; no ICMP.
+    """
     granted: list[IngressRule | EgressRule] = [*policy.ingress, *(rule for rule in policy.egress if rule.endpoint)]
-    return tuple(
-        rule.field for rule in granted if not (rule.protocols or endpoints[str(rule.endpoint)].protocols) & Protocol.TCP
-    )
+    return tuple(rule.field for rule in granted if not _relayed_protocols(rule, endpoints[str(rule.endpoint)]))
+
+
+def _relayed_protocols(rule: IngressRule | EgressRule, endpoint: Endpoint) -> Protocol:
+    has_udp = isinstance(rule, EgressRule) or endpoint.family == 4
+    relayed = Protocol.TCP | Protocol.UDP if has_udp else Protocol.TCP
+    return (rule.protocols or endpoint.protocols) & relayed
 
 
 def needs_unix_relay(policy: Policy, endpoints: Mapping[str, Endpoint]) -> bool:
@@ -124,7 +133,8 @@ def check_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> list[Probl
 
 
 def check_splice(policy: Policy) -> list[Problem]:
-    """A problem for each rule that transport splice cannot serve as it is meant.
+    """A problem for each rule that transport splice cannot serve as it is meant. (Groups are not relayed either; but a
+    unicast datagram to such an endpoint is.)
 
     A program that binds port 0 is told the port that it got inside its namespace, and tells others; the host may have
     given that one to somebody else.
@@ -194,9 +204,14 @@ def _check_egress(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Iterat
         loopback = LOOPBACKS[UNSPECIFIED.index(rule.to)]
         message = f"{rule.to.network.network_address} is the container's own loopback: no rule applies to it"
         yield Problem(rule.line, _part(rule, "to"), message, f"{loopback} for loopback, /0 for everything else")
+    is_icmp = rule.protocols is Protocol.ICMP
+    if is_icmp and rule.ports is not None:
+        yield Problem(rule.line, _part(rule, "ports"), "icmp has no ports", "leave them out, or another protocol")
     endpoint = endpoints.get(rule.endpoint) if rule.endpoint is not None else None
     if endpoint is None:
         return
+    if is_icmp:
+        yield from _check_icmp(rule, endpoint)
     if endpoint.unix is not None:
         if rule.to.length != rule.to.network.max_prefixlen:
             message = f"{endpoint.name} is a unix socket, which connections reach, and no source of connections"
@@ -205,7 +220,17 @@ def _check_egress(rule: EgressRule, endpoints: Mapping[str, Endpoint]) -> Iterat
         wanted = f"IPv{rule.to.family}"
         message = f"{wanted} destinations cannot be reached from the IPv{endpoint.family} endpoint {endpoint.name}"
         yield Problem(rule.line, _part(rule, "endpoint"), message, f"an {wanted} endpoint")
-    yield from _check_protocols(rule, endpoint)
+    if not is_icmp:
+        yield from _check_protocols(rule, endpoint)
+
+
+def _check_icmp(rule: EgressRule, endpoint: Endpoint) -> Iterator[Problem]:
+    """ICMP takes an endpoint's address alone."""
+    if endpoint.port or endpoint.protocols != ANY_PROTOCOL:
+        what = "has a port" if endpoint.port else f"is for {endpoint.protocols.label} only"
+        message = f"the rule is for icmp, its endpoint {endpoint.name} {what}"
+        hint = f"an endpoint for any protocol, such as {endpoint.spec_at(0)}"
+        yield Problem(rule.line, _part(rule, "endpoint"), message, hint)
 
 
 def _check_unix_rules(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterator[Problem]:
@@ -281,7 +306,7 @@ def _egress_conflicts(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iter
     for rule in policy.egress:
         if rule.endpoint is not None and rule.endpoint not in endpoints:
             continue
-        for protocol in egress_protocols(rule, endpoints):
+        for protocol in egress_protocols(rule, policy, endpoints):
             found = earlier.setdefault((protocol, rule.to), _PortOutcomes()).add(rule)
             if found is not None and id(rule) not in reported:
                 reported.add(id(rule))

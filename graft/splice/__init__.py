@@ -28,7 +28,8 @@
     unix_endpoint.py  a unix socket of the host in the place of either endpoint
     waiting.py      an accepted connection whose unix socket has no room yet
     outbound.py     the listener to which the connect hook redirects granted connections
-    relays.py       both, for one container
+    datagrams.py    UDP, both ways
+    relays.py       all three, for one container
     container_list.py     the containers to serve
     container_service.py  how one container is served
     service.py      all containers: what the daemon runs
@@ -40,6 +41,6 @@
     daemon_process.py  starts, asks and stops graftd
     client.py       what `graft attach`, `detach` and `ps` use: the interface of this package
 
-It may import state, datapath, policy, kernel and model. Its hooks are in bpf/splice.bpf.c, the relay in the kernel in
-bpf/relay.bpf.c.
+It may import state, datapath, policy, kernel and model. Its hooks are in bpf/splice.bpf.c and bpf/exchange.bpf.c, the
+relay in the kernel in bpf/relay.bpf.c.
 """

@@ -15,10 +15,11 @@ from ipaddress import ip_address
 from graft.datapath import layout
 from graft.datapath.layout import Crossing
 from graft.datapath.maps import Maps
-from graft.model.address import SocketAddress, unmapped
+from graft.model.address import SocketAddress, unmapped, unmapped_bytes
 from graft.model.transport import Home
 from graft.splice.acceptor import Acceptor, PeerAddress
 from graft.splice.connection import set_relay_options
+from graft.splice.datagrams import datagram_socket
 from graft.splice.far_check import FarCheck
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
@@ -34,6 +35,8 @@ def listen(
     maps: Maps, container: int, wanted: Publication, endpoint_netns: NamespaceSockets
 ) -> tuple[socket.socket, int]:
     """A listening socket on the endpoint, and its port. Raises OSError where the kernel or the hook refuses."""
+    if wanted.protocol == socket.IPPROTO_UDP:
+        return endpoint_netns.run(lambda: _bind_datagrams(maps, container, wanted))
     family = socket.AF_INET if wanted.family == 4 else socket.AF_INET6
 
     def make() -> tuple[socket.socket, int]:
@@ -57,6 +60,20 @@ def listen(
         return sock, port
 
     return endpoint_netns.run(make)
+
+
+def _bind_datagrams(maps: Maps, container: int, wanted: Publication) -> tuple[socket.socket, int]:
+    """A UDP socket on the endpoint, and its port. Where the container's is for both families, this one is for IPv4."""
+    sock = datagram_socket()
+    try:
+        maps.tags.put(ctypes.c_int32(sock.fileno()), layout.Tag(container=container, home=Home.HOST))
+        family, address = unmapped_bytes(wanted.address) if wanted.family == 6 else (4, wanted.address)
+        sock.bind((socket.inet_ntoa(address[:4]) if family == 4 else "0.0.0.0", wanted.port))
+        port = wanted.endpoint.port or _bound_port(maps, sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock, port
 
 
 def _bound_port(maps: Maps, sock: socket.socket) -> int:
@@ -106,6 +123,19 @@ class InboundRelay:
         self._crossings, self._container, self._container_netns = maps.crossings, resources.number, container_netns
         self.address = str(SocketAddress(ip_address(packed), port))
         self.acceptor = Acceptor(resources, sock, self._connect_far, sockmap, check_far)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether somebody else closed its listener."""
+        return self.acceptor.lost
+
+    def close(self) -> None:
+        """Stop listening. Connections stay."""
+        self.acceptor.close()
+
+    def describe(self) -> dict[str, int]:
+        """How many connections there are, and were."""
+        return {"connections": len(self.acceptor.connections), "served": self.acceptor.served}
 
     def _connect_far(self, _near: socket.socket, peer: PeerAddress) -> socket.socket:
         """A socket that connects to the container's listener."""

@@ -79,3 +79,13 @@ def collect_listeners(
                 plan.add(read(listener))
             if number % _STEP_ITEMS == 0:
                 yield
+
+
+def collect_datagram_sockets(diagnostics: Diagnostics, plan: PublicationPlan) -> Stepwise[None]:
+    """Add every UDP socket of the namespace to ``plan``. Raises OSError."""
+    for piece in diagnostics.datagram_sockets():
+        yield
+        for number, one in enumerate(piece, 1):
+            plan.add_datagram_socket(one)
+            if number % _STEP_ITEMS == 0:
+                yield

@@ -56,6 +56,7 @@ class Publication:
     v6only: bool
     dialled: tuple[int, bytes, int] | None = None
     """(family, address, port) of the listener, where those are not what its program bound."""
+    protocol: int = socket.IPPROTO_TCP
 
     @property
     def takes_no_ipv4(self) -> bool:
@@ -88,15 +89,15 @@ def target(family: int, address: bytes, port: int, v6only: bool) -> DialTarget:
 class PublicationPlan:
     """Which of a namespace's listeners to publish: those of the container's own ``cgroups`` that a rule names.
 
-    ``lookup`` gives the endpoint that a bind of (family, address, port) becomes. A fixed port of an endpoint is for one
-    listener; one with a dynamic port is for any number, each on a port that the kernel picks. At most ``limit``
-    are published, and first those that are already (``published``).
+    ``lookup`` gives the endpoint that a bind of (protocol, family, address, port) becomes. A fixed port of an endpoint
+    is for one listener; one with a dynamic port is for any number, each on a port that the kernel picks. At most
+    ``limit`` are published, and first those that are already (``published``).
     """
 
     def __init__(
         self,
         cgroups: Collection[int],
-        lookup: Callable[[int, bytes, int], ResolvedEndpoint | None],
+        lookup: Callable[[int, int, bytes, int], ResolvedEndpoint | None],
         limit: int,
         published: Collection[Publication] = (),
     ) -> None:
@@ -108,6 +109,8 @@ class PublicationPlan:
         """(family, address, port) of listeners that are not published: the first `MAX_UNPUBLISHED` of them."""
         self.elsewhere: set[int] = set()
         """Cgroups of listeners that are not among ``cgroups``."""
+        self.datagram_ports: set[int] = set()
+        """The ports of all UDP sockets of the namespace."""
         self.more_unpublished = self.too_many = 0
         """How many more are not published; how many of all these are beyond ``limit``, though a rule names them."""
 
@@ -117,6 +120,8 @@ class PublicationPlan:
             self.elsewhere.add(listener.cgroup)
             return
         found = self._publication(listener)
+        if found is None and listener.protocol != socket.IPPROTO_TCP:
+            return  # any client has such a socket
         if found is None:
             self._note_unpublished((listener.family, listener.address, listener.port))
             return
@@ -128,19 +133,25 @@ class PublicationPlan:
             self._wanted[_key(found)] = kept
             self._note_unpublished(_place(other))
 
+    def add_datagram_socket(self, one: ListeningSocket) -> None:
+        """Add a UDP socket of the namespace: a server's, if it has no peer and a rule names it."""
+        self.datagram_ports.add(one.port)
+        if not one.connected:
+            self.add(one)
+
     def _publication(self, listener: ListeningSocket) -> Publication | None:
         if listener.device:
             return None
         place = listener.family, listener.address, listener.port
         family, address, port = listener.asked or place
         asked = unmapped_bytes(address) if family == 6 else (family, address)
-        endpoint = self._lookup(asked[0], asked[1], port)
+        endpoint = self._lookup(listener.protocol, asked[0], asked[1], port)
         if endpoint is None:
             return None
         if endpoint.unix is None and endpoint.family == 4 and family == 6 and listener.v6only:
             return None
         dialled = place if listener.asked else None
-        return Publication(endpoint, family, address, port, listener.v6only, dialled)
+        return Publication(endpoint, family, address, port, listener.v6only, dialled, listener.protocol)
 
     def _add_publication(self, found: Publication) -> None:
         if found not in self._published:
@@ -170,7 +181,7 @@ class PublicationPlan:
 def _key(found: Publication) -> tuple[object, ...]:
     if found.endpoint.unix:
         return (found.endpoint.id,)
-    return (found.endpoint.id, found.endpoint.port or _place(found))
+    return (found.protocol, found.endpoint.id, found.endpoint.port or _place(found))
 
 
 def _place(found: Publication) -> tuple[int, bytes, int]:

@@ -6,8 +6,10 @@ import ctypes
 import errno
 import itertools
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
+from ipaddress import ip_address
 from typing import Any
 
 from graft.datapath.layout import ENDPOINT_DUAL_STACK, ENDPOINT_UNIX
@@ -15,15 +17,17 @@ from graft.datapath.maps import Maps
 from graft.datapath.rulesets import Lookup
 from graft.errors import GraftError
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
+from graft.model.address import SocketAddress
 from graft.model.endpoint import Protocol
 from graft.model.ports import mapped_port
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import unix_endpoint
+from graft.splice.datagrams import DatagramRelay, Server
 from graft.splice.far_check import FarCheck
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
-from graft.splice.listeners import ContainerCgroups, collect_listeners
+from graft.splice.listeners import ContainerCgroups, collect_datagram_sockets, collect_listeners
 from graft.splice.log import ContainerLog
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
@@ -61,7 +65,7 @@ class Relays:
         self._namespaces, self._container_netns = namespaces, container_netns
         self._sockmap, self._log = sockmap, log
         self._lookup = Lookup(maps)
-        self._published: dict[Publication, InboundRelay | UnixInboundRelay] = {}
+        self._published: dict[Publication, InboundRelay | UnixInboundRelay | Server] = {}
         self._errors: dict[Publication, str] = {}
         self._plan: PublicationPlan | None = None
         self._cgroups = ContainerCgroups(container.cgroup_path, container.cgroup_id)
@@ -70,6 +74,7 @@ class Relays:
         try:
             self._diagnostics = container_netns.run(Diagnostics)
             try:
+                self._datagrams = self._make_datagrams()
                 self._outbound = self._make_outbound()
             except BaseException:
                 self._diagnostics.close()
@@ -78,9 +83,21 @@ class Relays:
             container_netns.close()
             raise
 
+    def _make_datagrams(self) -> DatagramRelay | None:
+        """Only transport splice: in the others a container's UDP sockets are the host's, or stay where they are."""
+        if self.container.transport is not Transport.SPLICE:
+            return None
+        return DatagramRelay(self._resources, self._maps, self._container_netns, self._namespaces)
+
     def _make_outbound(self) -> OutboundRelay:
         return OutboundRelay(
-            self._settings, self._resources, self._maps, self._container_netns, self._namespaces, self._sockmap
+            self._settings,
+            self._resources,
+            self._maps,
+            self._container_netns,
+            self._namespaces,
+            self._sockmap,
+            0 if self._datagrams is None else self._datagrams.port,
         )
 
     def _replace_lost(self) -> Stepwise[None]:
@@ -91,12 +108,13 @@ class Relays:
             self._was_lost = True
             self._outbound.stop()
             self._outbound = self._make_outbound()
-        yield from self._withdraw(lambda key: self._published[key].acceptor.lost)
+        yield from self._withdraw(lambda key: self._published[key].is_lost)
 
     def set_sockmap(self, sockmap: Sockmap | None) -> None:
         """Relay new connections by ``sockmap`` from now on; None: by splice(2)."""
         self._sockmap = sockmap
-        for acceptor in (*self._outbound.acceptors, *(published.acceptor for published in self._published.values())):
+        inbound = (one.acceptor for one in self._published.values() if isinstance(one, InboundRelay))
+        for acceptor in (*self._outbound.acceptors, *inbound):
             acceptor.sockmap = sockmap
 
     @property
@@ -107,13 +125,17 @@ class Relays:
     def update(self) -> Stepwise[None]:
         """Publish what the container listens on now, and withdraw the rest. Raises OSError, NotFoundError."""
         yield from self._replace_lost()
+        begun = time.monotonic()
         plan = yield from self._make_plan()
-        yield from self._apply(plan)
+        yield from self._apply(plan, begun)
         if (yield from self._cgroups.look_up(plan.elsewhere)):  # last: the container decides how long it takes
-            yield from self._apply((yield from self._make_plan()))
+            begun = time.monotonic()
+            yield from self._apply((yield from self._make_plan()), begun)
 
-    def _apply(self, plan: PublicationPlan) -> Stepwise[None]:
+    def _apply(self, plan: PublicationPlan, begun: float) -> Stepwise[None]:
         self._plan = plan
+        if self._datagrams is not None:
+            self._datagrams.keep_programs(plan.datagram_ports, begun)
         wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
         # If an endpoint has moved, its old listener stays until the new one listens.
@@ -136,6 +158,8 @@ class Relays:
             plan = PublicationPlan(cgroups, lookup, self._resources.max_listeners, self._published.keys())
             try:
                 yield from collect_listeners(self._diagnostics, plan, {self._outbound.port}, *self._tag_reader())
+                if self._datagrams is not None:
+                    yield from collect_datagram_sockets(self._diagnostics, plan)
             except OSError:
                 self._diagnostics.close()
                 self._diagnostics = self._container_netns.run(Diagnostics)
@@ -153,10 +177,11 @@ class Relays:
         value = self._maps.containers.peek(ctypes.c_uint32(self.container.id))
         return 0 if value is None else int(value.ruleset)
 
-    def _endpoint(self, ruleset: int, family: int, address: bytes, port: int) -> ResolvedEndpoint | None:
-        number, first = self._lookup.ingress(ruleset, socket.IPPROTO_TCP, family, address, port) if ruleset else (0, 0)
+    def _endpoint(self, ruleset: int, protocol: int, family: int, address: bytes, port: int) -> ResolvedEndpoint | None:
+        number, first = self._lookup.ingress(ruleset, protocol, family, address, port) if ruleset else (0, 0)
         value = self._maps.endpoints.peek(ctypes.c_uint32(number)) if number else None
-        if value is None or not value.protocols & Protocol.TCP:
+        wanted = Protocol.TCP if protocol == socket.IPPROTO_TCP else Protocol.UDP
+        if value is None or not value.protocols & wanted or (wanted is Protocol.UDP and value.family == 6):
             return None
         unix = unix_sockets.load(self._settings, number) if value.flags & ENDPOINT_UNIX else None
         if unix is None and (value.flags & ENDPOINT_UNIX or self.container.transport is not Transport.SPLICE):
@@ -183,8 +208,11 @@ class Relays:
             self._log(f"{self.container.name}: {problem}")
         self._errors[wanted] = problem
 
-    def _start(self, wanted: Publication) -> InboundRelay:
+    def _start(self, wanted: Publication) -> InboundRelay | Server:
         sock, port = self._listen(wanted, self._namespaces.of_endpoint(wanted.endpoint.netns))
+        if self._datagrams is not None and wanted.protocol == socket.IPPROTO_UDP:
+            address = str(SocketAddress(ip_address(wanted.endpoint.address[:4]), port))
+            return Server(self._datagrams, sock, wanted.target, address)
         return InboundRelay(
             self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap, self._check_far
         )
@@ -204,15 +232,14 @@ class Relays:
             if error.errno != errno.EADDRINUSE or not wanted.endpoint.port:
                 raise
         # Perhaps another listener of this container has it, for the endpoint's old address or for a closed listener.
-        same_port = (wanted.endpoint.id, wanted.endpoint.port)
-        for key in [key for key in self._published if (key.endpoint.id, key.endpoint.port) == same_port]:
+        for key in [key for key in self._published if _port(key) == _port(wanted)]:
             self._unpublish(key)
         return listen(self._maps, self.container.id, wanted, endpoint_netns)
 
     def _unpublish(self, gone: Publication) -> None:
         if gone.endpoint.unix:
             unix_endpoint.withdraw(self._settings, self.container.id, gone.endpoint.id)
-        self._published.pop(gone).acceptor.close()
+        self._published.pop(gone).close()
         self._resources.descriptors.give_back()
 
     def _withdraw(self, is_gone: Callable[[Publication], bool]) -> Stepwise[None]:
@@ -232,6 +259,8 @@ class Relays:
             for connection in list(itertools.islice(self._resources.connections, _STEP_RESETS)):
                 connection.reset()
             yield
+        if self._datagrams is not None:
+            self._datagrams.stop()
         self._check_far.close()
         self._diagnostics.close()
         self._container_netns.close()
@@ -244,8 +273,7 @@ class Relays:
                 "address": one.address,
                 "listener": _text(key.family, key.address, key.port),
                 "dials": f"{key.target.address}:{key.target.port}",
-                "connections": len(one.acceptor.connections),
-                "served": one.acceptor.served,
+                **one.describe(),
             }
             for key, one in self._published.items()
         ]
@@ -262,9 +290,15 @@ class Relays:
             "more_not_granted": plan.more_unpublished if plan else 0,
             "too_many": plan.too_many if plan else 0,
             "out": {"port": self._outbound.port, "served": sum(one.served for one in self._outbound.acceptors)},
+            **({} if self._datagrams is None else {"datagrams": self._datagrams.describe()}),
             "connections": len(self._resources.connections),
             **({"problem": self._cgroups.problem} if self._cgroups.problem else {}),
         }
+
+
+def _port(key: Publication) -> tuple[int, int, int]:
+    """What only one socket can be bound to."""
+    return key.protocol, key.endpoint.id, key.endpoint.port
 
 
 def _text(family: int, address: bytes, port: int) -> str:

@@ -122,6 +122,19 @@ class UnixInboundRelay:
         self.address = wanted.endpoint.unix.spec
         self.acceptor = Acceptor(resources, sock, self._connect_far, None, check_far)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether somebody else closed its listener."""
+        return self.acceptor.lost
+
+    def close(self) -> None:
+        """Stop listening. Connections stay."""
+        self.acceptor.close()
+
+    def describe(self) -> dict[str, int]:
+        """How many connections there are, and were."""
+        return {"connections": len(self.acceptor.connections), "served": self.acceptor.served}
+
     def _connect_far(self, _near: socket.socket, _peer: PeerAddress) -> socket.socket:
         """A socket that connects to the container's listener."""
         target = self._target

@@ -3,6 +3,7 @@
     installation.py    settings, maps and lock in one object; `transaction` to change anything
     endpoints.py       endpoints in the maps
     containers.py      containers in the maps: a cgroup under a policy
+    ferries.py         a container's ferry, for those that know only its container
     records.py         a file for each container, with its name and what is in no map
     unix_sockets.py    endpoints that are unix sockets: their paths, and those of rules
     bound_sockets.py   which sockets are bound there

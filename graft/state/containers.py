@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from graft.datapath import attachments, layout, rulesets
+from graft.datapath import attachments, exchanges, layout, rulesets
 from graft.datapath.maps import Maps
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
 from graft.kernel import bpf, cgroup
@@ -20,12 +20,12 @@ from graft.model.address import shown
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.transport import Transport
-from graft.policy.born import why_not_born
+from graft.policy.born import grants_datagrams, why_not_born
 from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.limits import check_size
 from graft.policy.model import Policy
 from graft.policy.validator import needs_unix_relay
-from graft.state import bound_sockets, helper_process, members, records, unix_sockets
+from graft.state import bound_sockets, ferries, helper_process, members, records, unix_sockets
 from graft.state.endpoints import EndpointChanges
 from graft.state.records import Container
 
@@ -70,6 +70,11 @@ class CompiledPolicy:
     def supervised_transport(self) -> Transport:
         """The transport of a container that a supervisor serves under it: born where the policy permits, or swap."""
         return Transport.SWAP if why_not_born(self.policy, self.endpoints) else Transport.BORN
+
+    @property
+    def bears_datagrams(self) -> bool:
+        """Whether UDP sockets of a container that is started under it are born on the host's stack."""
+        return grants_datagrams(self.policy, self.endpoints)
 
 
 def compile_for(
@@ -263,7 +268,7 @@ class ContainerChanges(Containers):
             self._endpoints.restore_superseded(superseded)
             self._endpoints.delete_unused()
             raise
-        flags = layout.container_flags(rules.denies, rules.leaves_others)
+        flags = layout.container_flags(rules.denies, rules.leaves_others, rules.names_icmp, rules.names_groups)
         relayed = needs_unix_relay(policy, known)
         return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded, relayed)
 
@@ -291,8 +296,10 @@ class ContainerChanges(Containers):
         key = ctypes.c_uint32(number)
         value = self._maps.containers.get(key)
         self._maps.containers.delete(key)
+        ferries.end(self._settings, self._maps, number)
         if value is not None:
             rulesets.erase(self._maps, value.ruleset)
+        exchanges.erase(self._maps, number)
         for counter in self._maps.counters.keys():  # noqa: SIM118
             if counter.container == number:
                 self._maps.counters.delete(counter)

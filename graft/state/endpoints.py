@@ -104,6 +104,7 @@ class Endpoints:
             dual_stack=bool(value.flags & layout.ENDPOINT_DUAL_STACK),
             last_port=value.last_port,
             unix=unix_sockets.load(self._settings, number) if value.flags & layout.ENDPOINT_UNIX else None,
+            multicast=rulesets.groups_of(self._maps, number),
         )
         return StoredEndpoint(number, endpoint, int(value.netns), bool(value.flags & layout.ENDPOINT_DECLARED))
 
@@ -145,6 +146,8 @@ class EndpointChanges(Endpoints):
                 "add another endpoint for the other family",
             )
         self._refuse_other_ports(old, endpoint)
+        if old.endpoint.multicast != endpoint.multicast and rulesets.using(self._maps, old.id):
+            raise ConflictError(f"multicast: rules in force use {endpoint.name!r}", "add another endpoint")
         self._write(old.id, endpoint, old.declared)
 
     def _refuse_other_ports(self, old: StoredEndpoint, endpoint: Endpoint) -> None:
@@ -238,6 +241,7 @@ class EndpointChanges(Endpoints):
         self._maps.endpoints.delete(ctypes.c_uint32(number))
         bound_sockets.release(self._settings, lambda _container, endpoint: endpoint == number)
         unix_sockets.save(self._settings, number, None)
+        rulesets.write_groups(self._maps, number, ())
         netns.release(self._netns_pin(number))
         self._label(number).unlink(missing_ok=True)
 
@@ -262,6 +266,7 @@ class EndpointChanges(Endpoints):
             flags=flags,
         )
         value.addr[:] = endpoint.packed16
+        rulesets.write_groups(self._maps, number, endpoint.multicast)
         self._maps.endpoints.put(ctypes.c_uint32(number), value)
 
 

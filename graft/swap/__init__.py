@@ -5,6 +5,10 @@
     supervisor.py       serves trapped calls
     decision.py         what to do with a trapped call (pure)
     desk.py             what the hooks know about a socket, in one system call
+    birth.py            sockets that are made on the host's stack
+    ferry.py            brings datagrams from the host's stack to the container's namespace, and back
+    berths.py           which of a ferry's addresses stands for which peer inside
+    ferry_client.py     starts a container's ferry, and asks it
     socket_pool.py      replacement sockets, made in the right namespace, some ahead of time
     socket_copy.py      copies options, owner and flags of one socket to another
     descriptors.py      duplicates of a socket's descriptor, and its epoll registrations

@@ -43,6 +43,10 @@ def _format_call(entry: LogEntry, endpoints: Mapping[int, Endpoint]) -> str:
         else:
             name = f"{endpoint.name} = {endpoint.spec_at(entry.port) if entry.port else endpoint.spec}"
         return f"{head} -> {name}" if entry.call is Call.BIND else f"{head} from {name}"
+    if decision.action is Action.TO_BOTH:
+        return f"{head}: port {entry.port} of the host, and of the container"
+    if decision.action is Action.IPV6_ONLY:
+        return f"{head}: unchanged, but IPv6 only"
     if decision.action is Action.TO_CONTAINER:
         return f"{head}: back to the container"
     return f"{head}: unchanged"

@@ -1,6 +1,8 @@
 """In which network namespace should this socket live? A pure function from a trapped call to an action.
 
     bind      rule, in the container         -> replaced by a socket of the host's stack that is bound already
+              UDP, an IPv6-only endpoint     -> made IPv6-only where it is, and the call runs
+              UDP, no address, port 0        -> bound where it is, on the host's stack, and reached from both sides
     connect   rule, in the container         -> replaced by a socket of the host's stack; the call runs on that
     either    rule for a unix socket         -> the same as without a rule: graftd relays, in the container
     either    no rule, in the host's stack   -> replaced by a socket of the container, if it is not bound
@@ -24,6 +26,7 @@ from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home
 from graft.policy.model import Default, Verdict
 
+IPPROTO_UDP = 17
 TCP_CLOSE = 7  # include/net/tcp_states.h: neither connected, nor connecting, nor listening
 
 
@@ -76,6 +79,8 @@ class Action(enum.Enum):
     RESUME = "resume"
     TO_HOST = "to host"
     TO_CONTAINER = "to container"
+    TO_BOTH = "to both"
+    IPV6_ONLY = "IPv6 only"
     REFUSE = "refuse"
 
 
@@ -83,6 +88,8 @@ class Action(enum.Enum):
 class Decision:
     """An action; TO_HOST with an endpoint's id and its namespace's cookie, REFUSE with an errno.
 
+    IPV6_ONLY: the socket becomes that, and the call runs. TO_BOTH: a datagram socket on the host's stack gets a port of
+    the kernel's choice there, and is reached from inside.
     ``v6only``: the replacement socket is IPv6-only, also where the socket is not.
     """
 
@@ -95,17 +102,21 @@ class Decision:
 
 RESUME = Decision(Action.RESUME)
 _TO_CONTAINER = Decision(Action.TO_CONTAINER)
+_TO_BOTH = Decision(Action.TO_BOTH)
+_IPV6_ONLY = Decision(Action.IPV6_ONLY)
 _REFUSED = Decision(Action.REFUSE, error=errno.EACCES)
 
 
 @lru_cache(maxsize=1024)
 def decide(call: Call, address: Sockaddr | None, facts: SocketFacts, v6only: bool = False) -> Decision:
     """What to do with ``call``. ``v6only``: the socket is an IPv6-only one."""
-    if facts.state != TCP_CLOSE:
-        return RESUME
+    if facts.state != TCP_CLOSE and not (facts.protocol == IPPROTO_UDP and call is Call.CONNECT):
+        return RESUME  # (a datagram socket may be connected again, to the other world)
     if facts.home == Home.CONTAINER and facts.netns != facts.container_netns:
         return RESUME  # in a namespace that the program made itself, or a socket that it received
     if call is Call.LISTEN:
+        if facts.protocol == IPPROTO_UDP:
+            return RESUME  # the kernel's EOPNOTSUPP
         return _REFUSED if facts.home == Home.HOST and not facts.bound else RESUME
     if address is None or not _matches_family(address, facts.family):
         return RESUME
@@ -127,10 +138,19 @@ def _decide_bind(address: Sockaddr, facts: SocketFacts, v6only: bool) -> Decisio
     # An IPv6-only socket cannot have an IPv4 endpoint.
     if facts.endpoint and not (facts.endpoint_family == 4 and address.family == 6 and v6only):
         only = facts.endpoint_is_ipv6_only and facts.family == 6
-        if facts.home == Home.HOST and facts.endpoint_netns == facts.netns and (v6only or not only):
-            return RESUME
+        if facts.home == Home.HOST and facts.endpoint_netns == facts.netns:
+            if v6only or not only:
+                return RESUME
+            if facts.protocol == IPPROTO_UDP:
+                return _IPV6_ONLY  # it keeps what the program has done to it: groups that it joined, what it received
         return Decision(Action.TO_HOST, facts.endpoint, facts.endpoint_netns, v6only=only)
+    if facts.protocol == IPPROTO_UDP and facts.home == Home.HOST and _names_nothing(address):
+        return _REFUSED if facts.bind_default == Default.DENY else _TO_BOTH
     return _decide_without_rule(facts, facts.bind_default)
+
+
+def _names_nothing(address: Sockaddr) -> bool:
+    return not address.port and not address.mapped and not any(address.address)
 
 
 def _decide_connect(facts: SocketFacts, v6only: bool) -> Decision:

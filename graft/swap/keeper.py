@@ -9,6 +9,7 @@ did not start the container, serves it to its end and cleans up then.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import mmap
 import os
@@ -17,12 +18,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from graft.datapath import layout
 from graft.errors import KernelError
 from graft.kernel import cgroup, netns, process
 from graft.kernel.pidfd import has_ended
 from graft.kernel.seccomp import Listener, hung_up
+from graft.kernel.seccomp_filter import DATAGRAMS, PROTOCOLS, Protocols
 from graft.model.printable import printable
 from graft.model.settings import Settings
 from graft.model.transport import Transport
@@ -34,6 +38,7 @@ from graft.swap.birth import BirthEntry, SocketBirth
 from graft.swap.call_log import format_entry
 from graft.swap.desk import open_desk, release_desk
 from graft.swap.fast_calls import CompiledStock, open_fast_calls
+from graft.swap.ferry_client import FerryClient
 from graft.swap.processes import Processes
 from graft.swap.resource_limits import enter_own_cgroup
 from graft.swap.socket_pool import NamespaceSwitch, SocketPool
@@ -50,7 +55,8 @@ class Keeper:
 
     ``clean_up`` is called by a supervisor whose keeper's process has died, when it has served the container to its
     end. Without it, such a supervisor ends the container at once. ``killable``: the listener's filter has the flag for
-    which only a signal that kills ends the wait of a trapped call.
+    which only a signal that kills ends the wait of a trapped call. ``datagrams``: in transport swap, UDP sockets are
+    born.
     """
 
     def __init__(
@@ -61,9 +67,10 @@ class Keeper:
         verbose: bool,
         clean_up: Callable[[Installation], None] | None = None,
         killable: bool = False,
+        datagrams: bool = False,
     ) -> None:
         self._settings, self._container, self._verbose, self._clean_up = settings, container, verbose, clean_up
-        self._listener, self._killable = listener, killable
+        self._listener, self._killable, self._datagrams = listener, killable, datagrams
         self._journal = mmap.mmap(-1, mmap.PAGESIZE)
         self._starts: list[float] = []
         self.pid = 0
@@ -104,7 +111,10 @@ class Keeper:
             enter_own_cgroup(settings, container.id, container.cgroup_path, containers)
             namespaces = NamespaceSwitch(settings.host_netns, lambda cookie: _namespace_path(graft, container, cookie))
             gc.freeze()  # the collector then skips what is loaded now when it runs during a call
-            supervisor = _make_supervisor(graft, container, listener, namespaces, self._verbose, self._killable)
+            protocols = _born_protocols(container, self._datagrams)
+            supervisor = _make_supervisor(
+                graft, container, listener, namespaces, protocols, self._verbose, self._killable
+            )
             serve(supervisor, listener, self._journal, keeper)
             if has_ended(keeper):
                 self._continue_without_keeper(graft, supervisor, listener)
@@ -193,11 +203,19 @@ def _detach_from_terminal(verbose: bool) -> None:
         os.dup2(null, fd)
 
 
+def _born_protocols(container: Container, datagrams: bool) -> Protocols:
+    """Which sockets of a container are born on the host's stack."""
+    if container.transport is Transport.BORN:
+        return PROTOCOLS
+    return DATAGRAMS if datagrams else {}
+
+
 def _make_supervisor(
     graft: Installation,
     container: Container,
     listener: Listener,
     namespaces: NamespaceSwitch,
+    protocols: Protocols,
     verbose: bool,
     killable: bool,
 ) -> Supervisor:
@@ -205,15 +223,24 @@ def _make_supervisor(
     log = _call_logger(graft.endpoints) if verbose else None
     desk = open_desk(graft, container.id)
     is_born = container.transport is Transport.BORN
-    netns = _own_namespace(graft, container) if is_born else ""  # in swap no socket(2) is trapped
+    netns = _own_namespace(graft, container) if protocols else ""  # else no socket(2) is trapped
     can_be_fast = not verbose and (killable or not is_born)  # a connect that is interrupted finds its socket replaced
     fast = open_fast_calls(listener.fd, container.transport, netns, desk) if can_be_fast else None
     stock = None if fast is None else CompiledStock(fast, container.transport)
     pool = SocketPool(graft.maps.tags, desk, container.id, namespaces, stock)
     processes = Processes()
-    birth = SocketBirth(desk, pool, listener, processes, netns, log, killable, fast)
+    ferry = FerryClient(graft.settings, graft.maps, container, namespaces)
+    needed = ferry if container.transport is Transport.SWAP else None
+    may_ping = partial(_may_ping, graft, container)
+    birth = SocketBirth(desk, pool, listener, processes, netns, protocols, needed, may_ping, log, killable, fast)
     unix = UnixBinder(graft, container.id)
-    return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, log, unix, fast)
+    return Supervisor(graft.maps.tags, desk, pool, listener, processes, birth, ferry, log, unix, fast)
+
+
+def _may_ping(graft: Installation, container: Container) -> bool:
+    """Whether its policy has a rule for ICMP now."""
+    value = graft.maps.containers.get(ctypes.c_uint32(container.id))
+    return value is not None and bool(value.flags & layout.CONTAINER_ICMP)
 
 
 def _own_namespace(graft: Installation, container: Container) -> str:

@@ -29,7 +29,7 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126  # a shell's exit statuses for a command th
 class Launch:
     """A program and where it starts. ``net`` None: a new namespace. ``host_cookie``: the host's namespace.
 
-    ``transport``: the one that serves it in any other namespace, swap or born.
+    ``transport``: the one that serves it in any other namespace, swap or born; ``datagrams``: in swap, UDP is born.
     """
 
     command: tuple[str, ...]
@@ -40,6 +40,7 @@ class Launch:
     keep_net_admin: bool
     signal_mask: frozenset[signal.Signals]
     transport: Transport
+    datagrams: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +130,14 @@ def _prepare(plan: Launch, control: socket.socket) -> None:
     if cookie == plan.host_cookie:
         control.send(_HELLO.pack(cookie, 0, 0))
         return
-    listener, killable = seccomp.install_listener(filter_of(plan.transport))
+    listener, killable = seccomp.install_listener(filter_of(plan.transport, plan.datagrams))
     socket.send_fds(control, [_HELLO.pack(cookie, 1, killable)], [listener])
     os.close(listener)
 
 
-def filter_of(transport: Transport) -> bytes:
-    """The filter for a container's processes: of transport swap, or born."""
-    return born_filter() if transport is Transport.BORN else swap_filter()
+def filter_of(transport: Transport, datagrams: bool = False) -> bytes:
+    """The filter for a container's processes: of transport swap (``datagrams``: with UDP born), or born."""
+    return born_filter() if transport is Transport.BORN else swap_filter(datagrams=datagrams)
 
 
 def _execute(plan: Launch) -> None:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from graft.kernel.pidfd import file_ids, pidfd_getfd, pidfd_open_thread, threads_have_pidfds
-from graft.kernel.tasks import parse_file_ids
+from graft.kernel.tasks import parse_file_ids, parse_groups
 
 _CACHE_SIZE = 256
-_STATUS_SIZE = 4096
 _GONE = (errno.ESRCH, errno.ENOENT)
 _Result = TypeVar("_Result")
 
@@ -46,12 +45,16 @@ class Process:
         owner = file_ids(self.pidfd)
         return Caller(os.readlink("../ns/net", dir_fd=self.fdinfo), owner or self._file_ids_by_status())
 
+    def groups(self) -> tuple[int, tuple[int, ...]]:
+        """Effective and supplementary groups of its thread. Raises OSError (ESRCH, ENOENT)."""
+        return parse_groups(self._status())
+
     def _file_ids_by_status(self) -> tuple[int, int]:
-        status = os.open("../status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fdinfo)
-        try:
-            return parse_file_ids(os.read(status, _STATUS_SIZE))
-        finally:
-            os.close(status)
+        return parse_file_ids(self._status())
+
+    def _status(self) -> bytes:
+        with open(os.open("../status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fdinfo), "rb") as status:
+            return status.read()
 
     def close(self) -> None:
         """Close both descriptors."""
@@ -76,6 +79,10 @@ class Processes:
     def caller(self, tid: int) -> Caller:
         """Who thread ``tid`` is now. Raises OSError (ESRCH, ENOENT)."""
         return self._ask(tid, Process.caller)
+
+    def groups(self, tid: int) -> tuple[int, tuple[int, ...]]:
+        """Effective and supplementary groups of thread ``tid``. Raises OSError (ESRCH, ENOENT)."""
+        return self._ask(tid, Process.groups)
 
     def show(self, tid: int, to: Callable[[int, int, int], None]) -> None:
         """Call ``to`` with a thread's id, its pidfd and its /proc/TID/fdinfo, where it was asked about before."""

@@ -22,8 +22,8 @@ from graft.kernel.capabilities import CAP_NET_ADMIN
 from graft.kernel.credentials import as_user, with_capabilities
 from graft.kernel.socket_calls import SO_ATTACH_FILTER, SO_LOCK_FILTER, attach_filter, read_filter
 
-AF_INET, AF_INET6, SOCK_STREAM = 2, 10, 1
-SOL_IP, SOL_SOCKET, SOL_TCP, SOL_IPV6 = 0, 1, 6, 41
+AF_INET, AF_INET6, SOCK_STREAM, SOCK_DGRAM = 2, 10, 1, 2
+SOL_IP, SOL_SOCKET, SOL_TCP, SOL_UDP, SOL_IPV6 = 0, 1, 6, 17, 41
 
 _SNDBUF, _RCVBUF, _SNDBUFFORCE, _RCVBUFFORCE = 7, 8, 32, 33
 _PRIORITY = 12
@@ -47,13 +47,15 @@ _UNCHANGED: dict[int, frozenset[int]] = {
     SOL_TCP: frozenset(
         {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 18, 23, 24, 25, 27, 30, 33, 34, 36, 37, 44, 45, 46}
     ),
-    # TOS TTL RECVOPTS RETOPTS PKTINFO MTU_DISCOVER RECVERR RECVTTL RECVTOS PASSSEC MINTTL
-    # BIND_ADDRESS_NO_PORT RECVERR_RFC4884 (not LOCAL_PORT_RANGE: it would choose a port of the host's; not FREEBIND,
-    # which the setsockopt hook refuses)
-    SOL_IP: frozenset({1, 2, 6, 7, 8, 10, 11, 12, 13, 18, 21, 24, 26}),
-    # UNICAST_HOPS MTU_DISCOVER RECVERR RECVERR_RFC4884 FLOWINFO_SEND RECVPKTINFO RECVHOPLIMIT DONTFRAG
-    # RECVTCLASS TCLASS AUTOFLOWLABEL ADDR_PREFERENCES MINHOPCOUNT
-    SOL_IPV6: frozenset({16, 23, 25, 31, 33, 49, 51, 62, 66, 67, 70, 72, 73}),
+    # NO_CHECK6_TX NO_CHECK6_RX SEGMENT GRO (not CORK: what was begun stays with the old socket)
+    SOL_UDP: frozenset({101, 102, 103, 104}),
+    # TOS TTL RECVOPTS RETOPTS PKTINFO MTU_DISCOVER RECVERR RECVTTL RECVTOS PASSSEC RECVORIGDSTADDR MINTTL
+    # CHECKSUM BIND_ADDRESS_NO_PORT RECVFRAGSIZE RECVERR_RFC4884 (not LOCAL_PORT_RANGE: it would choose a port of the
+    # host's; not FREEBIND, which the setsockopt hook refuses)
+    SOL_IP: frozenset({1, 2, 6, 7, 8, 10, 11, 12, 13, 18, 20, 21, 23, 24, 25, 26}),
+    # UNICAST_HOPS MULTICAST_HOPS MULTICAST_LOOP MTU_DISCOVER RECVERR RECVERR_RFC4884 FLOWINFO_SEND RECVPKTINFO
+    # RECVHOPLIMIT DONTFRAG RECVTCLASS TCLASS AUTOFLOWLABEL ADDR_PREFERENCES MINHOPCOUNT RECVORIGDSTADDR RECVFRAGSIZE
+    SOL_IPV6: frozenset({16, 18, 19, 23, 25, 31, 33, 49, 51, 62, 66, 67, 70, 72, 73, 74, 77}),
 }
 
 # Asked of every socket where the hook could not tell which options were set.
@@ -136,10 +138,15 @@ def _attach_filter(sock: Socket, code: bytes) -> None:
             attach_filter(sock.fileno(), code)
 
 
+def type_of(protocol: int) -> int:
+    """The type of a socket of that protocol."""
+    return SOCK_DGRAM if protocol == SOL_UDP else SOCK_STREAM
+
+
 @contextlib.contextmanager
 def as_socket(fd: int, family: int, protocol: int) -> Iterator[Socket]:
-    """The stream socket ``fd`` as an object, which does not close the descriptor."""
-    sock = Socket(AF_INET if family == 4 else AF_INET6, SOCK_STREAM, protocol, fileno=fd)
+    """The socket ``fd`` as an object, which does not close the descriptor."""
+    sock = Socket(AF_INET if family == 4 else AF_INET6, type_of(protocol), protocol, fileno=fd)
     try:
         yield sock
     finally:
@@ -150,6 +157,12 @@ def is_v6only(fd: int, protocol: int) -> bool:
     """Whether the AF_INET6 socket ``fd`` is IPv6-only."""
     with as_socket(fd, 6, protocol) as sock:
         return bool(sock.getsockopt(SOL_IPV6, IPV6_V6ONLY))
+
+
+def make_v6only(fd: int, protocol: int) -> None:
+    """Make the AF_INET6 socket ``fd`` IPv6-only. Without effect where it has got a port meanwhile."""
+    with as_socket(fd, 6, protocol) as sock, contextlib.suppress(OSError):
+        sock.setsockopt(SOL_IPV6, IPV6_V6ONLY, 1)
 
 
 def owner_of(fd: int) -> tuple[int, int]:

@@ -13,14 +13,14 @@ import ctypes
 import errno
 import os
 from _socket import socket as Socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from graft.datapath import layout
 from graft.kernel import netns
 from graft.kernel.bpf import Map
-from graft.kernel.credentials import owning_files_as
+from graft.kernel.credentials import in_groups, owning_files_as
 from graft.model.transport import Home
 from graft.swap.desk import Desk
 
@@ -45,8 +45,8 @@ class NamespaceSwitch:
     """Moves the calling thread between namespaces. Outside of `inside` it is in the host's."""
 
     def __init__(self, host: Path, paths: Callable[[int], Path | None]) -> None:
-        self._host = os.open(host, os.O_RDONLY | os.O_CLOEXEC)
-        netns.setns(self._host)
+        self.host = os.open(host, os.O_RDONLY | os.O_CLOEXEC)
+        netns.setns(self.host)
         self.host_cookie = netns.cookie()
         self._paths = paths
 
@@ -56,20 +56,30 @@ class NamespaceSwitch:
         if cookie == self.host_cookie:
             yield
             return
+        fd = self.open(cookie)
+        try:
+            with self.entered(fd):
+                if netns.cookie() != cookie:
+                    raise OSError(errno.ENONET, os.strerror(errno.ENONET))
+                yield
+        finally:
+            os.close(fd)
+
+    def open(self, cookie: int) -> int:
+        """A descriptor of what should be the namespace of that cookie. Raises OSError(ENONET) where it is not found."""
         path = self._paths(cookie)
         if path is None:
             raise OSError(errno.ENONET, os.strerror(errno.ENONET))
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    @contextlib.contextmanager
+    def entered(self, fd: int) -> Iterator[None]:
+        """In the namespace of a descriptor."""
+        netns.setns(fd)
         try:
-            netns.setns(fd)
-        finally:
-            os.close(fd)
-        try:
-            if netns.cookie() != cookie:
-                raise OSError(errno.ENONET, os.strerror(errno.ENONET))
             yield
         finally:
-            netns.setns(self._host)
+            netns.setns(self.host)
 
 
 class Stock(Protocol):
@@ -134,6 +144,14 @@ class SocketPool:
             return spare
         self._missing = kind
         with owning_files_as(*kind.owner):
+            return self._make(Home.HOST, kind)
+
+    def make_ping(self, kind: SocketKind, gid: int, groups: Sequence[int]) -> Socket:
+        """A new host-homed socket that pings, if the host lets somebody of these groups have one. Raises OSError.
+
+        The kernel compares the caller's groups with net.ipv4.ping_group_range when the socket is made, and never again.
+        """
+        with in_groups(gid, groups), owning_files_as(*kind.owner):
             return self._make(Home.HOST, kind)
 
     def refill(self) -> None:

@@ -48,6 +48,7 @@ from graft.swap.decision import RESUME, Action, Call, Decision, SocketFacts, dec
 from graft.swap.desk import Desk, DeskAnswer
 from graft.swap.end_watcher import EndWatcher
 from graft.swap.fast_calls import is_plain_connect
+from graft.swap.ferry_client import FerryClient
 from graft.swap.processes import Process, Processes
 from graft.swap.socket_pool import ROOT, Owner, SocketKind, SocketPool
 from graft.swap.unix_bind import UnixBinder
@@ -59,7 +60,8 @@ if TYPE_CHECKING:
 _IPPROTO_MPTCP = 262
 _CLOSE_TOGETHER = 8  # replaced sockets, of which this process has the last descriptor
 _BIND, _LISTEN = Call.BIND, Call.LISTEN  # constants, because an enum's attributes are slow to look up
-_REFUSE, _RESUME, _TO_HOST = Action.REFUSE, Action.RESUME, Action.TO_HOST
+_REFUSE, _RESUME, _TO_HOST, _TO_BOTH = Action.REFUSE, Action.RESUME, Action.TO_HOST, Action.TO_BOTH
+_IPV6_ONLY = Action.IPV6_ONLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +100,12 @@ class Supervisor:
         listener: Listener,
         processes: Processes,
         birth: SocketBirth,
+        ferry: FerryClient,
         log: Callable[[LogEntry], None] | None = None,
         unix: UnixBinder | None = None,
         fast: FastCalls | None = None,
     ) -> None:
-        self._tags, self._desk, self._pool, self._birth = tags, desk, pool, birth
+        self._tags, self._desk, self._pool, self._birth, self._ferry = tags, desk, pool, birth, ferry
         self._listener = listener
         self._memory = MemoryReader(SOCKADDR_SIZE)
         self._processes = processes
@@ -240,6 +243,10 @@ class Supervisor:
         self._bound_port = 0
         if decision.action is _REFUSE:
             error = decision.error
+        elif decision.action is _IPV6_ONLY:
+            socket_copy.make_v6only(trapped.duplicate, facts.protocol)
+        elif decision.action is _TO_BOTH:
+            error = self._bind_for_both(trapped, v6only)
         elif decision.action is not _RESUME:
             error = self._replace(trapped, decision, v6only)
         if self._log is not None:
@@ -269,8 +276,9 @@ class Supervisor:
                 self._listener.replace(notification.id, fd, notification.fd, bool(flags & os.O_CLOEXEC))
                 if others is not None:
                     self._replace_references(trapped, others, fd)
-                elif not facts.local_port:
+                elif not facts.local_port and facts.home == Home.CONTAINER:
                     # The old socket is open here only, is registered nowhere, and has no port: it can be closed later.
+                    # (On the host's stack another thread's datagram may have given it one since.)
                     self._replaced.append(duplicate)
                     self._show_plain(trapped, decision)
         finally:
@@ -291,10 +299,24 @@ class Supervisor:
             self._fast.remember(trapped.answer.raw, family, socket_copy.SOCK_STREAM, facts.protocol)
             with contextlib.suppress(OSError):  # it has ended, or there is no descriptor left: Python goes on
                 self._processes.show(trapped.notification.pid, self._fast.know)
+    def _bind_for_both(self, trapped: TrappedCall, v6only: bool) -> int:
+        """Bind a datagram socket on the host's stack to a port of the kernel's choice there, and inside to the same.
+
+        Gives an errno.
+        """
+        family, protocol = trapped.answer.facts.family, trapped.answer.facts.protocol
+        with socket_copy.as_socket(trapped.duplicate, family, protocol) as sock:
+            try:
+                sock.bind(("0.0.0.0" if family == 4 else "::", 0))
+            except OSError as error:
+                return error.errno or errno.EIO
+            self._bound_port = sock.getsockname()[1]
+        self._ferry.stand_in(self._bound_port, ipv4=not v6only, ipv6=family == 6)
+        return 0
 
     def _get_replacement(self, decision: Decision, facts: SocketFacts, owner: Owner) -> Socket:
         family = socket_copy.AF_INET if facts.family == 4 else socket_copy.AF_INET6
-        kind = SocketKind(family, socket_copy.SOCK_STREAM, facts.protocol, owner)
+        kind = SocketKind(family, socket_copy.type_of(facts.protocol), facts.protocol, owner)
         if decision.action is _TO_HOST:
             return self._pool.get(Home.HOST, decision.netns, kind)
         return self._pool.get(Home.CONTAINER, facts.container_netns, kind)

@@ -144,14 +144,15 @@ def test_a_container_that_shares_the_hosts_namespace_has_no_relay(host: Host) ->
         assert "transport direct has no relay" in said
 
 
-def test_attach_says_that_a_rule_for_udp_has_no_effect(container: Plain) -> None:
+def test_attach_says_that_a_rule_for_udp_over_ipv6_has_no_effect(container: Plain) -> None:
     host = container.host
-    tcp, udp = (
-        f"0.0.0.0:{port}={host.endpoint('0.0.0.0:dynamic', proto)}" for port, proto in ((53, "tcp"), (54, "udp"))
+    udp4, udp6, tcp6 = (
+        f"{address}:{port}={host.endpoint(f'{address}:dynamic', proto)}"
+        for address, port, proto in (("0.0.0.0", 53, "udp"), ("[::]", 53, "udp"), ("[::]", 54, "tcp"))
     )
-    said = host.graft("attach", "--cgroup", container.cgroup, "-i", tcp, "-i", udp).stdout
-    assert f"-i {udp} has no effect: it is for UDP, and transport splice supports only TCP" in said
-    assert f"-i {tcp} has" not in said
+    said = host.graft("attach", "--cgroup", container.cgroup, "-i", udp4, "-i", udp6, "-i", tcp6).stdout
+    assert f"-i {udp6} has no effect: transport splice relays TCP, and UDP over IPv4" in said
+    assert f"-i {udp4} has" not in said and f"-i {tcp6} has" not in said
 
 
 def test_an_unknown_relay_is_a_usage_error(host: Host) -> None:

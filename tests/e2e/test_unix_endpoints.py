@@ -463,6 +463,7 @@ def test_an_endpoint_is_shown_with_its_path_owner_and_mode(host: Host, folder: P
         "netns": None,
         "open": False,
         "dual_stack": False,
+        "multicast": [],
         "declared": False,
         "owner": "nobody:daemon",
         "mode": "0600",

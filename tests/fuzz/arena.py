@@ -22,7 +22,7 @@ from graft.commands.policy_source import policy_of
 from graft.errors import GraftError
 from graft.model.endpoint import parse_endpoint
 from tests.fuzz.generate import FOREIGN, OTHER4, OTHER6, SERVED
-from tests.fuzz.model import Change, Policy, Transport, World
+from tests.fuzz.model import Change, Egress, Policy, Transport, World
 from tests.fuzz.seen import Timeline
 from tests.support.building import Programs
 from tests.support.cgroups import in_cgroup, new_cgroup
@@ -31,6 +31,7 @@ from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6, Netns, name
 from tests.support.shell import AS_NOBODY
 from tests.support.wait import PATIENCE, until
 
+_FOR_UDP = Egress("192.0.2.1/32", (9,), "for-udp", "udp")
 LOOPBACK4_IPV6 = "127.0.0.6"
 """The address from which a connected IPv6 socket sends to an IPv4-mapped address (include/net/ipv6.h)."""
 
@@ -241,14 +242,24 @@ def arena(host: Host, transport: Transport, world: World, programs: Programs, fo
                 change.endpoints.add(parse_endpoint(one.name, one.spec, one.protocol, dual_stack=one.dual_stack))
         program = programs["fuzzing"]
         if transport in ("swap", "born"):
-            # Which of the two serves is decided by the first policy; swap has to do with all that follow.
-            first = Policy() if transport == "born" else Policy(connect="container")
+            # Which of the two serves is decided by the first policy; swap has to do with all that follow. So is whether
+            # UDP sockets are born on the host's stack.
+            first = Policy() if transport == "born" else Policy(egress=(_FOR_UDP,), connect="container")
+            with host.installation.transaction() as change:
+                change.endpoints.add(parse_endpoint("for-udp", "0.0.0.0:dynamic", "udp"))
             player, path = _run(host, write_policy(folder, first), program, folder, stack)
             host.graft("policy", "apply", "--cgroup", path, write_policy(folder, world.policy))
+            with host.installation.transaction() as change:
+                change.endpoints.delete("for-udp", force=False)
         else:
             policy = write_policy(folder, world.policy)
             player, path = _attached(host, policy, program, folder, stack, transport == "splice")
         yield Arena(transport, host, far, player, Operator(host, path, folder, world))
+
+
+def ferry_ports(host: Host) -> frozenset[int]:
+    """The ports at which Graft's own processes carry datagrams between the host's stack and a container's."""
+    return frozenset(port for _, one in host.maps.ferries.items() for port in (one.port, *one.ports6) if port)
 
 
 def _start(command: list[str], host: Host, folder: Path) -> Player:

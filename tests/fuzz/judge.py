@@ -214,6 +214,7 @@ def ports(seen: Observed) -> Iterator[Finding]:
 def _bind_says(seen: Observed, stand: Stand, name: str, bind: Event) -> bool:
     return any(
         rules.binds_freely(world, _direct(seen))
+        or (seen.transport == "swap" and rules.may_have_any_port(world, name, bind.asked, stand.own))
         or any(
             rules.stands_at(endpoint, *stand.own) and (endpoint.address == stand.own[0] or endpoint.dual_stack)
             for endpoint in rules.bind_outcomes(world, name, *bind.asked)

@@ -13,7 +13,10 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from tests.fuzz.model import Egress, Endpoint, Ingress, World
 
 LOOPBACKS = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
-LINK_LOCAL = IPv6Network("fe80::/10"), IPv6Network("ff00::/8")
+BY_NAME = (
+    *(IPv6Network("fe80::/10"), IPv6Network("ff00::/8"), IPv4Network("224.0.0.0/4")),
+    IPv4Network("255.255.255.255/32"),
+)
 KERNELS_CHOICE = range(32768, 61000)
 """Where the kernel picks ports (net.ipv4.ip_local_port_range)."""
 
@@ -91,7 +94,7 @@ def speaks_of(rule: Egress, protocol: str, address: str, port: int) -> bool:
     if guard is not None:
         return _inside(prefix, guard)
     is_grant = rule.outcome not in ("deny", "container")
-    named = next((one for one in LINK_LOCAL if destination in one), None)
+    named = next((one for one in BY_NAME if destination in one), None)
     return not (is_grant and named is not None and not _inside(prefix, named))
 
 
@@ -139,6 +142,12 @@ def may_leave_from(world: World, direct: bool, protocol: str, source: tuple[str,
 def binds_freely(world: World, direct: bool) -> bool:
     """Whether the container has every port of the host's, for it lives there."""
     return direct and world.policy.bind == "container"
+
+
+def may_have_any_port(world: World, protocol: str, asked: tuple[str, int], own: tuple[str, int]) -> bool:
+    """Whether a datagram socket that asked for no address and no port may have a port of the kernel's choice (swap)."""
+    named = not is_any(asked[0]) or asked[1] or not is_any(own[0])
+    return protocol == "udp" and not named and world.policy.bind == "container" and own[1] in KERNELS_CHOICE
 
 
 def may_hold(world: World, direct: bool, protocol: str, address: str, port: int) -> bool:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 from tests.fuzz import rules
-from tests.fuzz.arena import Arena, addresses
+from tests.fuzz.arena import Arena, addresses, ferry_ports
 from tests.fuzz.judge import NAMES, OWN_PORTS, Finding, judge
 from tests.fuzz.model import Phase, Sequence
 from tests.fuzz.observe import Capture, Diagnostics, Stranger, memberships
@@ -119,7 +120,8 @@ class Runner:
         self._stranger.send(sockets)
         arena.player.say("drain")
         received = tuple(self._stranger.got(line) for line in arena.player.until("done") if line.startswith("h "))
-        packets += self._capture.packets()
+        ferry = ferry_ports(arena.host)
+        packets += (one for one in self._capture.packets() if not _is_carried(one, ferry))
         groups = tuple(sorted(memberships(arena.host.netns) - before))
         return Observed(
             arena.transport,
@@ -136,7 +138,9 @@ class Runner:
         )
 
     def _sockets(self) -> tuple[Stand, ...]:
-        return tuple(one for one in self._diagnostics.sockets() if one.cookie not in self._there)
+        ferry = ferry_ports(self._arena.host)
+        found = (one for one in self._diagnostics.sockets() if one.cookie not in self._there)
+        return tuple(one for one in found if one.protocol != UDP or one.own[1] not in ferry)
 
     def _left(self) -> list[Finding]:
         """Sockets that are still in the host's stack when the program has ended."""
@@ -146,6 +150,13 @@ class Runner:
                 return [Finding("left", f"{NAMES.get(one.protocol)} at {one.own[0]} {one.own[1]}") for one in sockets]
             time.sleep(0.02)
         return []
+
+
+def _is_carried(packet: Packet, ferry: frozenset[int]) -> bool:
+    """Whether it is a datagram between a socket of the container's and Graft's own process, on the host's loopback."""
+    to_ferry = packet.to[1] in ferry and ip_address(packet.to[0]).is_loopback
+    from_ferry = packet.source[1] in ferry and ip_address(packet.source[0]).is_loopback
+    return packet.protocol == UDP and (to_ferry or from_ferry)
 
 
 @contextmanager

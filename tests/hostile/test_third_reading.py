@@ -220,8 +220,10 @@ def test_a_container_has_so_many_supervisors_and_no_more(monkeypatch: pytest.Mon
             return False
 
     monkeypatch.setattr(shim, "Keeper", Keeper)
-    plan = SimpleNamespace(killable=False, id="image", settings=None)
-    attachment = shim.Attachment(plan, SimpleNamespace())  # type: ignore[arg-type]
+    rules = SimpleNamespace(bears_datagrams=False)
+    graft = SimpleNamespace(compile=lambda _policy: rules)
+    plan = SimpleNamespace(killable=False, id="image", settings=None, policy=None)
+    attachment = shim.Attachment(plan, graft)  # type: ignore[arg-type]
     attachment.container = SimpleNamespace(killable=False, cgroup_path=tmp_path)  # type: ignore[assignment]
     try:
         with pytest.raises(RefusedError, match="supervisors"):

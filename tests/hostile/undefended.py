@@ -127,6 +127,13 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("options.bpf.c", "int bypasses_policy(int level, int name)", "return 0;"),
         _at_once("local_address.bpf.c", "int is_diverted(struct bpf_sock *sk)", "return 0;"),
     ),
+    # A socket that pings may have a source that is not the host's, or not its endpoint's.
+    "free source": (
+        _at_once("options.bpf.c", "int frees_source(u32 type, u32 protocol, int level, int name)", "return 0;"),
+    ),
+    "ping source": (("packet.bpf.c", "\treturn !(ip[0] | ip[1] | ip[2] | ip[3]) ||\n", "\treturn !(ip[0] & 0) ||\n"),),
+    # Every endpoint has every multicast group.
+    "groups": (_at_once("rules.bpf.c", "int has_group(u32 id, u8 family, void *addr)", "return 1;"),),
     # Flow labels are leased by whoever likes.
     "flow labels": (("options.bpf.c", "name == IPV6_FLOWLABEL_MGR || ", ""),),
     # Nobody looks at whether a socket is bound to what it is granted no more.
@@ -161,6 +168,13 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "kept source": (("packet.bpf.c", "&kept, netns, &source, own)", "&kept, netns, &source, 0)"),),
     # Established connections pass with any mark.
     "mark": (("packet.bpf.c", "state != BPF_TCP_SYN_SENT && !mark &&\n", "state != BPF_TCP_SYN_SENT &&\n"),),
+    # A ferry hears whoever knows its address, and delivers to whoever has the port.
+    "ferry's mark": (
+        _at_once("packet.bpf.c", "int arrives_at_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
+    ),
+    "ferry's receiver": (
+        _at_once("packet.bpf.c", "int leaves_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
+    ),
     # A datagram socket that is connected to port 0 is not connected.
     "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
@@ -170,6 +184,10 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # Whoever listens at the relay's port gets what is redirected there.
     "relay's mark": (
         ("connect.bpf.c", "if (!request->relay || !relay_listens(ctx, owner, request)) {", "if (!request->relay) {"),
+    ),
+    # Whoever has the port of the relay for datagrams gets what is sent there.
+    "relay's mark for datagrams": (
+        ("exchange.bpf.c", "if (!relay_receives(ctx, owner, relay->datagram_port, address))", "if (0)"),
     ),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),

@@ -19,6 +19,7 @@
  *   bytes LEVEL NAME H  setsockopt of bytes in hexadecimal
  *   bytes32 LEVEL NAME H the same by int 0x80
  *   hide, unhide        the socket waits in the queue of a unix socket, and comes back
+ *   content H           what datagrams have from here on, in hexadecimal
  *   send A P            sendto of a datagram; `send - -` to the peer
  *   cmsg LEVEL TYPE H A P  the same with a control message
  *   fastopen A P        MSG_FASTOPEN with data; `cookieless` sets TCP_FASTOPEN_NO_COOKIE before
@@ -38,6 +39,7 @@
 #define BACKLOG 8
 
 static struct address *to;
+static struct iovec content = { "hello", 5 };
 static int fd = -1;
 
 static void say(const char *what, long result)
@@ -102,7 +104,7 @@ static void send_one(const char *what, const char *host, const char *port, int f
 		     size_t size, int level, int type)
 {
 	char space[512] __attribute__((aligned(8))) = {};
-	struct iovec data = { "hello", 5 };
+	struct iovec data = content;
 	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1 };
 	struct cmsghdr *header;
 
@@ -221,6 +223,11 @@ static int hostile(char **word)
 	if (!strcmp(*word, "hide") || !strcmp(*word, "unhide")) {
 		say(*word, hide_or_find(!strcmp(*word, "hide")));
 		return 1;
+	}
+	if (!strcmp(*word, "content")) {
+		content.iov_base = malloc(sizeof(bytes));
+		content.iov_len = parse_hex(word[1], content.iov_base, sizeof(bytes));
+		return 2;
 	}
 	if (!strcmp(*word, "send")) {
 		send_one(*word, word[1], word[2], 0, 0, 0, 0, 0);

@@ -61,9 +61,9 @@ class Netns:
         """Its TCP sockets, as `ss -tanp` lists them."""
         return self.run("ss", "-Htanp", *filters)
 
-    def listens(self, port: int) -> bool:
-        """Whether it has a TCP listener on that port."""
-        return bool(self.run("ss", "-Hltn", f"sport = :{port}").strip())
+    def listens(self, port: int, protocol: str = "tcp") -> bool:
+        """Whether it has a listener on that port; of UDP: a socket."""
+        return bool(self.run("ss", "-Hltn" if protocol == "tcp" else "-Haun", f"sport = :{port}").strip())
 
     def listener(self, address: str = "0.0.0.0", port: int = 0) -> socket.socket:
         """A TCP listener in it."""

@@ -29,8 +29,8 @@ from tests.support.wait import PATIENCE, until
 _MAKER = """
 import socket, sys
 requests = socket.socket(fileno=int(sys.argv[1]))
-while family := requests.recv(64):
-    made = socket.socket(int(family), socket.SOCK_STREAM)
+while wanted := requests.recv(64):
+    made = socket.socket(*map(int, wanted.split()))
     socket.send_fds(requests, [b"."], [made.fileno()])
     made.close()
 """
@@ -62,7 +62,14 @@ class Plain:
 
     def tcp(self, family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
         """A TCP socket of one of its programs."""
-        self.requests.send(str(int(family)).encode())
+        return self._make(family, socket.SOCK_STREAM)
+
+    def udp(self, family: socket.AddressFamily = socket.AF_INET) -> socket.socket:
+        """A UDP socket of one of its programs."""
+        return self._make(family, socket.SOCK_DGRAM)
+
+    def _make(self, family: int, kind: int) -> socket.socket:
+        self.requests.send(f"{int(family)} {int(kind)}".encode())
         _, fds, _, _ = socket.recv_fds(self.requests, 1, 1)
         made = socket.socket(fileno=fds[0])
         made.settimeout(15 * PATIENCE)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
-_KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+_KINDS = {"tcp": (socket.SOCK_STREAM, 0), "udp": (socket.SOCK_DGRAM, 0)}
+_KINDS |= {"icmp": (socket.SOCK_DGRAM, socket.IPPROTO_ICMP), "icmpv6": (socket.SOCK_DGRAM, socket.IPPROTO_ICMPV6)}
 
 
 class Puppet:
@@ -92,10 +93,13 @@ def _perform(sockets: dict[int, socket.socket], words: Sequence[Any]) -> Any:
         _unshare()
         return "ok"
     if call == "socket":
-        sock = socket.socket(_FAMILIES[rest[1]], _KINDS[rest[0]])
+        sock = socket.socket(_FAMILIES[rest[1]], *_KINDS[rest[0]])
         sock.settimeout(10 * float(os.environ.get("GRAFT_TEST_PATIENCE", "1")))  # run with -I: no import of wait
         sockets[sock.fileno()] = sock
         return sock.fileno()
+    if call == "raw":
+        socket.socket(*rest).close()
+        return "ok"
     sock = sockets[rest[0]]
     if call in ("bind", "connect"):
         getattr(sock, call)((rest[1], rest[2]))
@@ -103,8 +107,19 @@ def _perform(sockets: dict[int, socket.socket], words: Sequence[Any]) -> Any:
         sock.listen(16)
     elif call == "sendto":
         sock.sendto(b"hello", (rest[1], rest[2]))
+    elif call == "patience":
+        sock.settimeout(rest[1] * float(os.environ.get("GRAFT_TEST_PATIENCE", "1")))
+    elif call == "ping":
+        # Type, code, checksum and identifier (the kernel's), sequence: RFC 792, RFC 4443.
+        echo = bytes([rest[3] if len(rest) > 3 else 8 if sock.family == socket.AF_INET else 128, 0, 0, 0, 0, 0, 0, 1])
+        sock.sendto(echo + b"hello", (rest[1], rest[2]))
+    elif call == "await ping":
+        data, where = sock.recvfrom(100)
+        return [data[0], where[0]]
     elif call == "option":
         sock.setsockopt(rest[1], rest[2], rest[3].encode() if isinstance(rest[3], str) else rest[3])
+    elif call == "bytes":
+        sock.setsockopt(rest[1], rest[2], bytes.fromhex(rest[3]))
     elif call == "answer":
         peer, where = sock.accept()
         peer.sendall(str(rest[1]).encode())

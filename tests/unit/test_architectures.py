@@ -203,6 +203,8 @@ def test_bpf_has_the_kernels_numbers_and_layouts(machine: str) -> None:
         "sk_skb_stream_verdict": "BPF_SK_SKB_STREAM_VERDICT",
         "sendmsg4": "BPF_CGROUP_UDP4_SENDMSG",
         "sendmsg6": "BPF_CGROUP_UDP6_SENDMSG",
+        "recvmsg4": "BPF_CGROUP_UDP4_RECVMSG",
+        "recvmsg6": "BPF_CGROUP_UDP6_RECVMSG",
         "setsockopt": "BPF_CGROUP_SETSOCKOPT",
         **{f"post_bind{family}": f"BPF_CGROUP_INET{family}_POST_BIND" for family in (4, 6)},
     }
@@ -380,7 +382,8 @@ def test_the_numbers_that_the_bpf_programs_define_themselves_are_the_kernels(mac
     kernels_only = {
         name: values.pop(name) for name in ("IPV6_FLOWLABEL_MGR",)
     }  # in6.h hides it where libc's is read too
-    headers = ["fcntl.h", "errno.h", "sys/socket.h", "asm/socket.h", "netinet/in.h", "netinet/tcp.h"]
+    headers = ["fcntl.h", "errno.h", "sys/socket.h", "asm/socket.h", "netinet/in.h", "netinet/tcp.h", "linux/icmp.h"]
+    headers.append("linux/icmpv6.h")
     assert not differences(machine, headers, values)
     assert not differences(machine, ["linux/in6.h"], kernels_only)
 

@@ -123,16 +123,17 @@ def bind_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port: i
     return None
 
 
-LINK_LOCAL = IPv6Network("fe80::/10"), IPv6Network("ff00::/8")
+BY_NAME = [ip_network(one) for one in ("fe80::/10", "ff00::/8", "224.0.0.0/4", "255.255.255.255")]
+"""Link-local, multicast and broadcast."""
 
 
-def is_link_local(network: IPv4Network | IPv6Network) -> bool:
-    return isinstance(network, IPv6Network) and any(network.subnet_of(one) for one in LINK_LOCAL)
+def is_by_name(network: IPv4Network | IPv6Network) -> bool:
+    return any(network.version == one.version and network.subnet_of(one) for one in BY_NAME)  # type: ignore[arg-type]
 
 
 def connect_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port: int) -> tuple[Verdict, str | None]:
     """The longest prefix whose rule has the port. To loopback only rules inside loopback apply, and
-    only rules for link-local destinations grant those.
+    only rules for link-local destinations, multicast and broadcast grant those.
     """
     address = unmapped(address)
     matching = [
@@ -144,8 +145,8 @@ def connect_meaning(policy: Policy, protocol: Protocol, address: IPAddress, port
     ]
     if address.is_loopback or address.is_unspecified:
         matching = [rule for rule in matching if is_loopback(rule.to.network)]
-    if any(address in one for one in LINK_LOCAL):
-        matching = [rule for rule in matching if rule.verdict is not Verdict.GRANT or is_link_local(rule.to.network)]
+    if any(address in one for one in BY_NAME):
+        matching = [rule for rule in matching if rule.verdict is not Verdict.GRANT or is_by_name(rule.to.network)]
     if not matching:
         return Verdict.NONE, None
     rule = max(matching, key=lambda rule: rule.to.network.prefixlen)
@@ -181,6 +182,7 @@ PREFIXES = st.one_of(
     st.sampled_from(
         (
             *("0.0.0.0/0", "0.0.0.0/1", "0.0.0.0/8", "0.0.0.0/31", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.3/32"),
+            *("224.0.0.0/4", "224.0.0.251/32", "255.255.255.255/32", "224.0.0.0/3", "ff02::/16"),
             *("64.0.0.0/2", "127.0.0.0/8", "127.0.0.1/32", "127.1.0.0/16"),
             *("::/0", "::/64", "::/127", "::1/128", "::2/127", "8000::/1", "2001:db8::/32", "2001:db8::1/128"),
         )
@@ -239,7 +241,8 @@ def asked_binds(draw: st.DrawFn, policy: Policy) -> tuple[IPAddress, int]:
 def asked_destinations(draw: st.DrawFn, policy: Policy) -> tuple[IPAddress, int]:
     edges = [port for rule in policy.egress for ports in rule.ports or () for port in around(ports)]
     inside = [ip for rule in policy.egress for ip in (rule.to.network[0], rule.to.network[-1])]
-    special = ["127.0.0.1", "127.255.255.255", "0.0.0.0", "::1", "::", "128.0.0.0", "::ffff:127.0.0.1", "10.1.2.3"]
+    special = ["224.0.0.251", "239.1.1.1", "255.255.255.255", "255.255.255.254", "ff02::fb", "fe80::1"]
+    special += ["127.0.0.1", "127.255.255.255", "0.0.0.0", "::1", "::", "128.0.0.0", "::ffff:127.0.0.1", "10.1.2.3"]
     addresses = st.sampled_from(special).map(ip_address) | st.ip_addresses()
     address = draw(st.sampled_from(inside) | addresses if inside else addresses)
     return address, draw(st.sampled_from(edges) | PORT_NUMBERS if edges else PORT_NUMBERS)
@@ -546,7 +549,9 @@ def test_a_rule_for_all_of_loopback_is_inherited_inside_it() -> None:
 def test_special_prefixes_are_there_only_where_a_wider_rule_is() -> None:
     assert len(compiled("egress: [{to: 10.0.0.0/8, action: deny, protocol: tcp}]").egress_prefixes) == 1
     wide = compiled("egress: [{to: 0.0.0.0/0, action: deny, protocol: tcp}]").egress_prefixes
-    assert {(entry.address[0], entry.prefix_len) for entry in wide} == {(0, 0), (127, 8), (0, 32)}
+    assert {(entry.address[0], entry.prefix_len) for entry in wide} == {
+        *((0, 0), (127, 8), (0, 32), (224, 4), (255, 32))
+    }
 
 
 def test_prefixes_with_the_same_ports_share_a_node() -> None:

@@ -54,7 +54,30 @@ REFUSED = Decision(Action.REFUSE, error=errno.EACCES)
 BIND, CONNECT, LISTEN = Call.BIND, Call.CONNECT, Call.LISTEN
 bound = {"bound": 1, "local_port": 8080}
 
+UDP = {"protocol": socket.IPPROTO_UDP}
+CONNECTED = {"state": 1, "local_port": 40000}
+NOTHING, NOTHING6 = Sockaddr(4, bytes(16), 0), Sockaddr(6, bytes(16), 0)
+LOOPBACK_0 = Sockaddr(4, socket.inet_aton("127.0.0.1") + bytes(12), 0)
+TO_BOTH = Decision(Action.TO_BOTH)
+
 CASES = [
+    # datagrams, born on the host's stack
+    (BIND, WEB, HOST_SOCKET, UDP | GRANT, RESUME),
+    (BIND, WEB, HOST_SOCKET, UDP, TO_CONTAINER),
+    (BIND, NOTHING, HOST_SOCKET, UDP, TO_BOTH),
+    (BIND, NOTHING6, HOST_SOCKET, UDP | {"family": 6}, TO_BOTH),
+    (BIND, NOTHING, HOST_SOCKET, UDP | GRANT, RESUME),
+    (BIND, NOTHING, HOST_SOCKET, UDP | DENY_DEFAULTS, REFUSED),
+    (BIND, NOTHING, HOST_SOCKET, {}, TO_CONTAINER),
+    (BIND, NOTHING, CONTAINER_SOCKET, UDP, RESUME),
+    (BIND, LOOPBACK_0, HOST_SOCKET, UDP, TO_CONTAINER),
+    (CONNECT, WEB, HOST_SOCKET, UDP, TO_CONTAINER),
+    (CONNECT, WEB, HOST_SOCKET, UDP | CONNECTED, TO_CONTAINER),
+    (CONNECT, WEB, HOST_SOCKET, UDP | CONNECTED | GRANT, RESUME),
+    (CONNECT, WEB, CONTAINER_SOCKET, UDP | CONNECTED | GRANT, TO_HOST),
+    (CONNECT, WEB, CONTAINER_SOCKET, CONNECTED | GRANT, RESUME),
+    (CONNECT, WEB, HOST_SOCKET, UDP | bound, REFUSED),
+    (LISTEN, None, HOST_SOCKET, UDP, RESUME),
     # call, address, socket, changes -> decision
     (BIND, WEB, CONTAINER_SOCKET, GRANT, TO_HOST),
     (CONNECT, WEB, CONTAINER_SOCKET, GRANT, TO_HOST),
@@ -132,6 +155,11 @@ def test_a_socket_at_an_ipv6_endpoint_is_ipv6_only_unless_that_is_dual_stack() -
     assert decide(BIND, WEB6, facts._replace(**there), v6only=False) == ONLY_IPV6
     assert decide(BIND, WEB6, facts._replace(**there), v6only=True) == RESUME
     assert decide(BIND, WEB6, dual._replace(**there), v6only=False) == RESUME
+    # A datagram socket becomes IPv6-only itself.
+    assert decide(BIND, WEB6, facts._replace(**there, **UDP), v6only=False) == Decision(Action.IPV6_ONLY)
+    assert decide(BIND, WEB6, facts._replace(**there, **UDP), v6only=True) == RESUME
+    assert decide(BIND, WEB6, dual._replace(**there, **UDP), v6only=False) == RESUME
+    assert decide(BIND, WEB6, facts._replace(**UDP), v6only=False) == ONLY_IPV6
 
 
 def test_nor_does_one_that_connects_from_an_ipv6_port() -> None:

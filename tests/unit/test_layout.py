@@ -18,6 +18,10 @@ from graft.swap import decision, desk
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "endpoint": layout.EndpointValue,
+    "group": layout.GroupKey,
+    "exchange_slot": layout.ExchangeSlot,
+    "exchange": layout.ExchangeValue,
+    "exchange_client": layout.ExchangeClient,
     "endpoint_name": layout.EndpointNameKey,
     "container": layout.ContainerValue,
     "ingress_key": layout.IngressKey,
@@ -38,6 +42,9 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "relay": layout.RelayValue,
     "crossing": layout.CrossingValue,
     "arrival": layout.ArrivalKey,
+    "ferry": layout.FerryValue,
+    "berth_key": layout.BerthKey,
+    "berth": layout.BerthValue,
 }
 
 CONSTANTS = {
@@ -55,10 +62,18 @@ CONSTANTS = {
     "GRAFT_UNIX": UNIX_FAMILY,
     "GRAFT_CONTAINER_DENIES": layout.CONTAINER_DENIES,
     "GRAFT_CONTAINER_OTHERS": layout.CONTAINER_OTHERS,
+    "GRAFT_EXCHANGE_SLOT_BITS": layout.EXCHANGE_SLOT_BITS,
+    "GRAFT_EXCHANGE_SLOTS": layout.EXCHANGE_SLOTS,
+    "GRAFT_EXCHANGE_GENERATIONS": layout.EXCHANGE_GENERATIONS,
+    "GRAFT_CONTAINER_ICMP": layout.CONTAINER_ICMP,
+    "GRAFT_CONTAINER_MULTICAST": layout.CONTAINER_MULTICAST,
     "GRAFT_PROBED": layout.PROBED,
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
     "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,
     "GRAFT_PROBED_OWNED": layout.PROBED_OWNED,
+    "GRAFT_BERTHS4": layout.BERTHS4,
+    "GRAFT_BERTHS6": layout.BERTHS6,
+    "GRAFT_FERRY_NET": layout.FERRY_NET,
     "GRAFT_IPV4": 4,
     "GRAFT_IPV6": 6,
     "GRAFT_TCP": Protocol.TCP.value,
@@ -74,10 +89,15 @@ CONSTANTS = {
     **{f"GRAFT_DECISION_{one.name}": one.value for one in layout.HookDecision},
 }
 
-C_ONLY = {"GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES"}
-C_ONLY |= {"GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT"}
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c), limit a loop (bpf/connect.bpf.c), or
-are of what only the hooks read of a tag.
+C_ONLY = {
+    "GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_JUMBO", "GRAFT_PORT_TRIES",
+    "GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT",
+    "GRAFT_FERRY_NET_MASK", "GRAFT_BERTH_TRIES", "GRAFT_CONNECTS", "GRAFT_SENDS", "GRAFT_SENDS_TO_PEER",
+    "GRAFT_GROUP_REQ_FAMILY", "GRAFT_GROUP_REQ_ADDR4", "GRAFT_GROUP_REQ_ADDR6", "GRAFT_MAX_JOIN",
+    "GRAFT_LOOPBACK_FIRST",
+}  # fmt: skip
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c) or an option's value
+(bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.
 """
 
 

@@ -78,7 +78,7 @@ ANY = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
 
 @every_machine
 @given(known=KNOWN, flags=FLAGS, upper=st.tuples(*[st.integers(0, 2**32 - 1)] * 3))
-def test_born_traps_tcp_mptcp_and_udp_sockets(
+def test_born_traps_tcp_mptcp_udp_and_ping_sockets(
     machine: str, known: tuple[int, int, int], flags: int, upper: tuple[int, int, int]
 ) -> None:
     arch, calls = architecture(machine)
@@ -93,9 +93,28 @@ def test_born_traps_tcp_mptcp_and_udp_sockets(
 @given(family=ANY, kind=ANY, protocol=ANY)
 def test_born_leaves_every_other_socket_at_home(machine: str, family: int, kind: int, protocol: int) -> None:
     arch, calls = architecture(machine)
-    known = family in (2, 10) and ((kind & ~TYPE_FLAGS, protocol) in {(1, 0), (1, 6), (1, 262), (2, 0), (2, 17)})
+    kinds = {(1, 0), (1, 6), (1, 262), (2, 0), (2, 17), (2, 1), (2, 58)}
+    known = family in (2, 10) and (kind & ~TYPE_FLAGS, protocol) in kinds
     assert interpret_born(calls["socket"], arch, machine, family, kind, protocol) == (NOTIFY if known else ALLOW)
     assert can_be_born(family, kind, protocol) == known
+
+
+@every_machine
+@given(family=ANY, kind=ANY, protocol=ANY)
+def test_swap_traps_sockets_of_udp_alone_where_the_policy_has_rules_for_it(
+    machine: str, family: int, kind: int, protocol: int
+) -> None:
+    arch, calls = architecture(machine)
+
+    def interpreted(name: str, *arguments: int) -> int:
+        padded = (*arguments, *(0,) * (6 - len(arguments)))
+        data = classic_bpf.seccomp_data(calls[name], arch, padded)
+        return classic_bpf.interpret(swap_filter(machine, datagrams=True), data)
+
+    known = family in (2, 10) and kind & ~TYPE_FLAGS == 2 and protocol in (0, 17)
+    assert interpreted("socket", family, kind, protocol) == (NOTIFY if known else ALLOW)
+    assert interpret(calls["socket"], arch, machine) == ALLOW
+    assert {interpreted(name) for name in TRAPPED} == {NOTIFY}
 
 
 @every_machine
@@ -127,6 +146,7 @@ def test_the_filter_ends_on_every_path_and_reads_only_number_and_architecture(ma
 @every_machine
 def test_the_filter_of_born_ends_on_every_path(machine: str) -> None:
     check_ends(list(struct.iter_unpack("=HBBI", born_filter(machine))))
+    check_ends(list(struct.iter_unpack("=HBBI", swap_filter(machine, datagrams=True))))
 
 
 def check_ends(program: list[tuple[int, int, int, int]]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,6 +51,9 @@ class Storm:
                 ListeningSocket(4, bytes(16), port, False, 7, 0) for port in range(number * 64 + 1, number * 64 + 65)
             ]
 
+    def datagram_sockets(self) -> Iterator[list[ListeningSocket]]:
+        return iter(())
+
 
 def container(path: Path, number: int = 1, **more: object) -> Container:
     return Container(number, "c", str(path), "splice", 1, "p", (), **more)  # type: ignore[arg-type]
@@ -59,7 +62,7 @@ def container(path: Path, number: int = 1, **more: object) -> Container:
 def test_few_listeners_are_added_in_a_step() -> None:
     asked: list[int] = []
 
-    def lookup(_family: int, _address: bytes, port: int) -> None:
+    def lookup(_protocol: int, _family: int, _address: bytes, port: int) -> None:
         asked.append(port)
 
     steps, before = collect_listeners(Storm(10), PublicationPlan({7}, lookup, 10), {80}), 0  # type: ignore[arg-type]

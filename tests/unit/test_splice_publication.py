@@ -32,7 +32,7 @@ def listening(family: int, address: bytes, port: int = 80, v6only: bool = False,
 def plan(
     found: Iterable[ListeningSocket], lookup: Lookup, most: int = 100, published: Sequence[Publication] = ()
 ) -> PublicationPlan:
-    made = PublicationPlan({7}, lookup, most, published)
+    made = PublicationPlan({7}, lambda _protocol, *place: lookup(*place), most, published)
     for one in found:
         made.add(one)
     return made

@@ -53,6 +53,7 @@ def test_an_endpoint_of_a_unix_socket_has_a_path_an_owner_and_a_mode() -> None:
         ("unix:/a", {"proto": "udp"}, "protocol: a unix socket carries TCP connections, no datagrams"),
         ("unix:/a", {"netns": "blue"}, "netns: a unix socket is a file of the host, in no network namespace"),
         ("unix:/a", {"dual_stack": True}, "dual stack: a unix socket has no IP address"),
+        ("unix:/a", {"multicast": ["239.1.1.1"]}, "multicast: a unix socket has no IP address"),
         ("unix:/a", {"mode": "0999"}, "mode: '0999' is not a mode"),
         ("unix:/a", {"mode": "4755"}, "mode: '4755' is not a mode"),
         ("unix:/a", {"owner": "a:b:c"}, "owner: 'a:b:c' is not an owner"),

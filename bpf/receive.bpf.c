@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* recvfrom and recvmsg: who really sent a datagram that a ferry (ferry.bpf.c) or graftd's relay (exchange.bpf.c) brings. */
+
+#define GRAFT_LOOPBACK_FIRST 127
+
+struct sender {
+	u8 addr[16];
+	u16 port;
+	u8 family;
+};
+
+/* Finds who sent what came from `ip`, in IPv4's loopback network, or, where that is 0, from ::1. Returns 0 where it came by
+ * neither of the two. */
+static __always_inline int find_sender(struct bpf_sock_addr *ctx, u32 ip, struct sender *sender)
+{
+	u16 port = bpf_ntohs((u16)ctx->user_port);
+	struct berth *berth = ferried_sender(ctx, ip, port);
+	struct exchange *exchange;
+
+	if (berth) {
+		__builtin_memcpy(sender->addr, berth->addr, 16);
+		sender->port = berth->port;
+		sender->family = berth->family;
+		return 1;
+	}
+	exchange = ip ? relayed_sender(ctx, ip, port) : 0;
+	if (!exchange)
+		return 0;
+	__builtin_memcpy(sender->addr, exchange->addr, 16);
+	sender->port = exchange->port;
+	sender->family = exchange->family;
+	return 1;
+}
+
+int graft_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	struct sender sender;
+	u32 ip = ctx->user_ip4;
+
+	if (bpf_ntohl(ip) >> 24 != GRAFT_LOOPBACK_FIRST || !find_sender(ctx, ip, &sender) || sender.family != GRAFT_IPV4)
+		return PASS;
+	__builtin_memcpy(&ip, sender.addr, 4);
+	ctx->user_ip4 = ip;
+	ctx->user_port = bpf_htons(sender.port);
+	return PASS;
+}
+
+int graft_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	u32 ip[4] = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] };
+	int mapped = !ip[0] && !ip[1] && ip[2] == bpf_htonl(0xffff);
+	struct sender sender;
+
+	if (mapped ? bpf_ntohl(ip[3]) >> 24 != GRAFT_LOOPBACK_FIRST : ip[0] | ip[1] | ip[2] || ip[3] != bpf_htonl(1))
+		return PASS;
+	if (!find_sender(ctx, mapped ? ip[3] : 0, &sender))
+		return PASS;
+	if (sender.family == GRAFT_IPV4) {
+		ip[0] = 0;
+		ip[1] = 0;
+		ip[2] = bpf_htonl(0xffff);
+		__builtin_memcpy(&ip[3], sender.addr, 4);
+	} else {
+		__builtin_memcpy(ip, sender.addr, 16);
+	}
+	ctx->user_ip6[0] = ip[0];
+	ctx->user_ip6[1] = ip[1];
+	ctx->user_ip6[2] = ip[2];
+	ctx->user_ip6[3] = ip[3];
+	ctx->user_port = bpf_htons(sender.port);
+	return PASS;
+}
