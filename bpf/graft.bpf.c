@@ -66,7 +66,7 @@ BPF_LPM_TRIE(egress_ports, struct egress_port_key, struct egress_port_value, GRA
 BPF_HASH(desk_slots, u32, struct desk_slot, GRAFT_MAX_DESKS);
 BPF_TABLE("lru_hash", struct counter_key, u64, counters, GRAFT_MAX_COUNTERS);
 
-/* Addresses of the host at which a datagram has arrived (packet.bpf.c): no helper says of any other whether it is one. */
+/* Addresses of the host at which a datagram has arrived (ingress.bpf.c): no helper says of any other whether it is one. */
 struct host_address {
 	u64 netns;
 	u32 ip[4];

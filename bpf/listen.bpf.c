@@ -16,7 +16,7 @@ static __always_inline struct tag *tag_direct_listener(struct bpf_sock *sk, u32 
 
 /* No hook can refuse a listen(). The supervisor refuses the calls that it receives; a call that the filter does
  * not trap (32-bit, io_uring), or of a container that needs no supervisor, is handled here. A listener receives
- * nothing until this hook has written its port into its tag (packet.bpf.c). One that is not granted is
+ * nothing until this hook has written its port into its tag (ingress.bpf.c). One that is not granted is
  * also bound to the highest interface number, which no interface has, so that the kernel answers its
  * clients as if there were no listener. That may fail, where the socket is bound to another interface already. */
 int graft_sock_ops(struct bpf_sock_ops *ctx)

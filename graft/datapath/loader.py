@@ -65,6 +65,7 @@ SOURCES = (
     "bind.bpf.c",
     "exchange.bpf.c",
     "connect.bpf.c",
+    "sendmsg.bpf.c",
     "receive.bpf.c",
     "desk.bpf.c",
     "create.bpf.c",
@@ -72,6 +73,10 @@ SOURCES = (
     "options.bpf.c",
     "listen.bpf.c",
     "packet.bpf.c",
+    "destination.bpf.c",
+    "ping.bpf.c",
+    "ingress.bpf.c",
+    "egress.bpf.c",
     "splice.bpf.c",
 )
 

@@ -19,7 +19,7 @@ def structure_offsets() -> dict[str, int]:
     """The offsets that the hooks need; empty where the kernel has no type information.
 
     Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/local_address.bpf.c), a packet's namespace, a
-    pending datagram and a setting of the namespace (bpf/packet.bpf.c).
+    pending datagram and a setting of the namespace (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c).
     """
     try:
         btf = Btf.of_kernel()

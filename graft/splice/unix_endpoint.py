@@ -151,7 +151,7 @@ class UnixInboundRelay:
     def _announce(self, far: socket.socket) -> None:
         """Have the hooks note this connection, and show the program the peer that it would see without that.
 
-        A listener in the host's namespace accepts no other (packet.bpf.c), and the check of who has the connection
+        A listener in the host's namespace accepts no other (ingress.bpf.c), and the check of who has the connection
         looks for what they noted (graft/splice/far_check.py).
         """
         self._crossings.put(ctypes.c_int32(far.fileno()), crossing(self._container, far.getsockname()))

@@ -1,6 +1,6 @@
 """Closes what outlives a container: its sockets on the host's stack that another process was handed.
 
-They reach nobody (bpf/packet.bpf.c), but would keep their endpoints' ports. `graft detach` looks for all of a
+They reach nobody (bpf/ingress.bpf.c), but would keep their endpoints' ports. `graft detach` looks for all of a
 container's sockets (graft/state/withdrawal.py); this runs at the end of every container, nearly always in vain: one
 listing of the TCP sockets, by their tags, without a search for their processes. What cannot be closed by a request to
 the kernel stays: UDP and MPTCP sockets, those that are only bound, and all where a request could block others (before

@@ -18,7 +18,6 @@
     end_watcher.py      stops a supervisor that waits for a notification
     resource_limits.py  a supervisor's own cgroup
     call_log.py         a line for each trapped call
-    birth.py            answers socket(2) in transport born
     fast_calls.py       what the compiled part does (compiled/, C), which answers plain calls
 
 `launch.launch` and `keeper.Keeper` are its interface. It may import state, datapath, policy, kernel, model and errors.

@@ -74,7 +74,7 @@ def _at_once(file: str, function: str, statement: str) -> Change:
 
 # What completes a connection is not judged, as what begins it is not.
 _CONNECTING = _at_once(
-    "packet.bpf.c",
+    "ingress.bpf.c",
     "int may_connect(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)",
     "return 1;",
 )
@@ -92,34 +92,34 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     # No hook looks at what comes in, or at what goes out.
-    "packets in": (_at_once("packet.bpf.c", "int graft_skb_ingress(struct __sk_buff *skb)", "return PASS;"),),
+    "packets in": (_at_once("ingress.bpf.c", "int graft_skb_ingress(struct __sk_buff *skb)", "return PASS;"),),
     "packets out": (
-        _at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
+        _at_once("egress.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
         _CONNECTING,
     ),
     # A listener for whose tag there is no memory goes on.
     "memory": (
         _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
         ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->open_port = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
-        ("packet.bpf.c", "|| accepts_anyone(skb, sk, &owner);", "|| !owner.tag || accepts_anyone(skb, sk, &owner);"),
+        ("ingress.bpf.c", "|| accepts_anyone(skb, sk, &owner);", "|| !owner.tag || accepts_anyone(skb, sk, &owner);"),
     ),
     # An IPv6 bind takes the IPv4 port along.
     "ipv4": (
         _at_once("bind.bpf.c", "struct endpoint *endpoint)", "return 0;"),
-        _at_once("packet.bpf.c", "int is_of_other_family(struct __sk_buff *skb, struct tag *tag)", "return 0;"),
+        _at_once("ingress.bpf.c", "int is_of_other_family(struct __sk_buff *skb, struct tag *tag)", "return 0;"),
     ),
     # Sockets of any protocol are let through.
     "protocols": (_at_once("owner.bpf.c", "int has_rules(u32 type, u32 protocol)", "return 1;"),),
     # No address at all is judged as it stands.
     "unspecified": (
         _at_once("rules.bpf.c", "void substitute_loopback(struct request *request, int host)", "return;"),
-        _at_once("packet.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
+        _at_once("egress.bpf.c", "int graft_skb_egress(struct __sk_buff *skb)", "return PASS;"),
         _CONNECTING,
     ),
     # A datagram leaves from the address that it names.
     "source": (
-        ("connect.bpf.c", "\tif (ip || has_ip6 || leaves_source_to_kernel(&request)) {\n", "\tif (0) {\n"),
-        ("connect.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)", "0"),
+        ("sendmsg.bpf.c", "\tif (ip || has_ip6 || leaves_source_to_kernel(&request)) {\n", "\tif (0) {\n"),
+        ("sendmsg.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)", "0"),
         ("connect.bpf.c", "if ((has_address || bound) && local.family != endpoint->family)", "if (0)"),
     ),
     # Any option may be set, and nobody looks at whether a socket is tied to an interface.
@@ -131,7 +131,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "free source": (
         _at_once("options.bpf.c", "int frees_source(u32 type, u32 protocol, int level, int name)", "return 0;"),
     ),
-    "ping source": (("packet.bpf.c", "\treturn !(ip[0] | ip[1] | ip[2] | ip[3]) ||\n", "\treturn !(ip[0] & 0) ||\n"),),
+    "ping source": (("ping.bpf.c", "\treturn !(ip[0] | ip[1] | ip[2] | ip[3]) ||\n", "\treturn !(ip[0] & 0) ||\n"),),
     # Every endpoint has every multicast group.
     "groups": (_at_once("rules.bpf.c", "int has_group(u32 id, u8 family, void *addr)", "return 1;"),),
     # Flow labels are leased by whoever likes.
@@ -151,10 +151,14 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     # A datagram that was begun goes where its begin was judged to go, whatever the rules say when it ends.
-    "begun": (("packet.bpf.c", "\tif (!pending && !(connected", "\tif (pending || !(connected"),),
+    "begun": (("destination.bpf.c", "\tif (!pending && !(connected", "\tif (pending || !(connected"),),
     # Nor does anybody look at where a connected socket really sends.
     "kept flow": (
-        ("packet.bpf.c", "has_kept = protocol == IPPROTO_UDP && read_kept_flow(", "has_kept = 0 && read_kept_flow("),
+        (
+            "destination.bpf.c",
+            "has_kept = protocol == IPPROTO_UDP && read_kept_flow(",
+            "has_kept = 0 && read_kept_flow(",
+        ),
     ),
     # Or from where: what an endpoint lent a socket is the socket's.
     "lent": (
@@ -165,22 +169,24 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ),
         _at_once("local_address.bpf.c", "int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)", "return 0;"),
     ),
-    "kept source": (("packet.bpf.c", "&kept, netns, &source, own)", "&kept, netns, &source, 0)"),),
+    "kept source": (("destination.bpf.c", "&kept, netns, &source, own)", "&kept, netns, &source, 0)"),),
     # Established connections pass with any mark.
-    "mark": (("packet.bpf.c", "state != BPF_TCP_SYN_SENT && !mark &&\n", "state != BPF_TCP_SYN_SENT &&\n"),),
+    "mark": (("egress.bpf.c", "state != BPF_TCP_SYN_SENT && !mark &&\n", "state != BPF_TCP_SYN_SENT &&\n"),),
     # A ferry hears whoever knows its address, and delivers to whoever has the port.
     "ferry's mark": (
-        _at_once("packet.bpf.c", "int arrives_at_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
+        _at_once("ingress.bpf.c", "int arrives_at_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
     ),
     "ferry's receiver": (
-        _at_once("packet.bpf.c", "int leaves_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
+        _at_once("egress.bpf.c", "int leaves_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
     ),
     # A datagram socket that is connected to port 0 is not connected.
     "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
-    "big tcp": (("packet.bpf.c", "&next, 1) && next == IPPROTO_TCP;", "&next, 1);"),),
+    "big tcp": (("egress.bpf.c", "&next, 1) && next == IPPROTO_TCP;", "&next, 1);"),),
     # What a container listened with goes on without it.
-    "dead": (("packet.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),),
+    "dead": (
+        ("ingress.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),
+    ),
     # Whoever listens at the relay's port gets what is redirected there.
     "relay's mark": (
         ("connect.bpf.c", "if (!request->relay || !relay_listens(ctx, owner, request)) {", "if (!request->relay) {"),
@@ -214,7 +220,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("local_address.bpf.c", "int keeps_lost_source(struct bpf_sock *sk, struct tag *tag)", "return 0;"),
     ),
     # Anybody on the host reaches the listener that graftd alone is to reach.
-    "unix listener": (_at_once("packet.bpf.c", "int is_unix_listener(struct owner *owner)", "return 0;"),),
+    "unix listener": (_at_once("ingress.bpf.c", "int is_unix_listener(struct owner *owner)", "return 0;"),),
     # No hook refuses anything.
     "hooks": tuple(
         _at_once(f"{file}.bpf.c", f"int graft_{hook}(struct {context})", "return PASS;")
@@ -227,8 +233,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             ("connect", "connect6", "bpf_sock_addr *ctx"),
             ("options", "setsockopt", "bpf_sockopt *ctx"),
             ("listen", "sock_ops", "bpf_sock_ops *ctx"),
-            ("packet", "skb_ingress", "__sk_buff *skb"),
-            ("packet", "skb_egress", "__sk_buff *skb"),
+            ("ingress", "skb_ingress", "__sk_buff *skb"),
+            ("egress", "skb_egress", "__sk_buff *skb"),
         )
     ),
 }

@@ -96,7 +96,7 @@ C_ONLY = {
     "GRAFT_GROUP_REQ_FAMILY", "GRAFT_GROUP_REQ_ADDR4", "GRAFT_GROUP_REQ_ADDR6", "GRAFT_MAX_JOIN",
     "GRAFT_LOOPBACK_FIRST",
 }  # fmt: skip
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c) or an option's value
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c, bpf/egress.bpf.c) or an option's value
 (bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.
 """
 

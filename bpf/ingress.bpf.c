@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* Packets that come in: who may reach a listener, a datagram socket, or a socket that is connecting. */
+
+#define ETH_P_IP 0x0800
+
+/* Whether a packet arrives over IPv4 at an IPv6 endpoint that is not dual-stack. */
+static __always_inline int is_of_other_family(struct __sk_buff *skb, struct tag *tag)
+{
+	struct endpoint *endpoint = endpoints.lookup(&tag->endpoint);
+
+	return endpoint && endpoint->family == GRAFT_IPV6 && !(endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK) &&
+	       skb->protocol == bpf_htons(ETH_P_IP);
+}
+
+/* Whether a socket receives from any client: a listener at the port that the listen hook recorded, a datagram socket
+ * at the endpoint that it is granted now (or at a port that it had before there was a policy). Not one at an endpoint
+ * that a 32-bit call has tied to an interface since: in a VRF that is another address of the same name. */
+static __always_inline int accepts_anyone(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
+{
+	struct tag *tag = owner->tag;
+	struct local_address local;
+
+	if (!tag || !tag->open_port || tag->open_port != sk->src_port)
+		return 0;
+	if (!tag->endpoint)
+		return 1;
+	read_local_address(&local, sk);
+	/* (A link-local address ties its socket to an interface by itself.) */
+	if (is_diverted(sk) && !(local.family == GRAFT_IPV6 && (local.ip[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000)))
+		return 0;
+	if (sk->protocol == IPPROTO_TCP)
+		return 1;
+	return is_granted(owner->container, tag, &local, IPPROTO_UDP, netns_of(skb));
+}
+
+/* Whether a listener is one of a direct container whose endpoint was a unix socket when it was bound: the host's users
+ * must reach it by that, and not by the port on loopback; by neither when the endpoint is gone. */
+static __always_inline int is_unix_listener(struct owner *owner)
+{
+	return owner->tag && owner->tag->endpoint && owner->tag->at_unix;
+}
+
+/* Whether a packet is of a connection that graftd has begun (splice.bpf.c), until the listener's side has its socket. */
+static __always_inline int is_from_relay(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
+{
+	struct crossing *crossing;
+	struct packet packet;
+	struct arrival key;
+
+	if (!read_packet(skb, &packet) || !packet.plain)
+		return 0;
+	__builtin_memset(&key, 0, sizeof(key));
+	key.netns = owner->container->netns;
+	__builtin_memcpy(key.addr, packet.from, 16);
+	__builtin_memcpy(key.to, packet.to, 16);
+	key.port = packet.from_port;
+	key.to_port = sk->src_port;
+	key.family = packet.family;
+	crossing = arrivals.lookup(&key);
+	return crossing && crossing->role == GRAFT_CROSSING_DIALING && crossing->container == owner->id;
+}
+
+/* The setsockopt hook refuses to join a group, but the kernel does not call it for 32-bit callers. */
+static __always_inline int is_multicast(struct packet *packet)
+{
+	u8 first = packet->to[0] & 0xff;
+
+	return packet->family == GRAFT_IPV4 ? first >= 224 && first < 240 : first == 0xff;
+}
+
+/* Whether a packet may complete a connection that its socket has begun: an answer, or the remote end's own first packet
+ * (both ends connect, and neither listens), which needs no first packet of the socket's that the egress hook would have
+ * judged. */
+static __always_inline int may_connect(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
+{
+	u8 family = skb->protocol == bpf_htons(ETH_P_IP) ? GRAFT_IPV4 : GRAFT_IPV6;
+
+	if (owner->container->transport == GRAFT_TRANSPORT_DIRECT && !denies_anything(owner->container))
+		return 1;
+	return may_leave(skb, sk, owner, family, IPPROTO_TCP);
+}
+
+/* The sender of a packet, as a destination that rules judge. */
+static __always_inline void read_sender(struct request *request, struct packet *packet)
+{
+	__builtin_memset(request, 0, sizeof(*request));
+	__builtin_memcpy(request->addr, packet->from, 16);
+	request->port = packet->from_port;
+	request->family = packet->family;
+	request->protocol = packet->protocol;
+}
+
+/* A server at all addresses may answer from the one that its client asked: see is_hosts. */
+static __always_inline void note_arrival(struct owner *owner, struct packet *packet)
+{
+	struct endpoint *endpoint = owner->tag && owner->tag->endpoint ? endpoints.lookup(&owner->tag->endpoint) : 0;
+
+	if (!endpoint || is_unspecified(endpoint->addr))
+		note_as_hosts(endpoint ? endpoint->netns : owner->container->netns, packet->to, packet->family);
+}
+
+/* The ferry hears nobody but the sockets of its container, whose datagrams have its mark. */
+static __always_inline int arrives_at_ferry(struct __sk_buff *skb, struct owner *owner)
+{
+	struct ferry *ferry = ferries.lookup(&owner->id);
+
+	return ferry && ferry->mark && skb->mark == ferry->mark ? PASS : drop(owner);
+}
+
+int graft_skb_ingress(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct packet packet;
+	struct owner owner;
+	struct endpoint *endpoint;
+	struct request remote;
+	struct ferry *ferry;
+	u32 type, protocol;
+	int open;
+
+	sk = sk ? bpf_sk_fullsock(sk) : 0;
+	if (!sk)
+		return PASS;
+	type = sk->type;
+	protocol = sk->protocol;
+	if (is_tcp(type, protocol) && sk->state != BPF_TCP_LISTEN && sk->state != BPF_TCP_SYN_SENT)
+		return PASS;
+	if (!is_host_homed(skb, sk, &owner))
+		return owner.home == GRAFT_HOME_FERRY ? arrives_at_ferry(skb, &owner) : PASS;
+	/* A container that no longer exists has no listeners, even if a process still has one open. */
+	if (!owner.container)
+		return drop(&owner);
+	if (is_tcp(type, protocol) && sk->state == BPF_TCP_SYN_SENT)
+		return may_connect(skb, sk, &owner) ? PASS : drop(&owner);
+	if (is_tcp(type, protocol) && is_unix_listener(&owner))
+		return accepts_anyone(skb, sk, &owner) && is_from_relay(skb, sk, &owner) ? PASS : drop(&owner);
+	if (binds_freely(owner.container) && !denies_anything(owner.container))
+		return PASS;
+	if (may_ping(owner.container, type, protocol))
+		return is_permitted_ping(skb, sk, &owner, 0) ? PASS : drop(&owner);
+	if (!has_rules(type, protocol))
+		return binds_freely(owner.container) || owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
+	open = binds_freely(owner.container) || accepts_anyone(skb, sk, &owner);
+	if (owner.tag && owner.tag->endpoint && is_of_other_family(skb, owner.tag))
+		return drop(&owner);
+	if (is_tcp(type, protocol))
+		return open ? PASS : drop(&owner);
+	if (!read_packet(skb, &packet))
+		return drop(&owner);
+	/* At an endpoint only its groups. A socket that was bound before there was a policy continues as before. */
+	if (is_multicast(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint) &&
+	    !(open && owner.tag && has_group(owner.tag->endpoint, packet.family, packet.to)))
+		return drop(&owner);
+	if (open) {
+		if (!is_multicast(&packet))
+			note_arrival(&owner, &packet);
+		return PASS;
+	}
+	/* At an endpoint that it has lost, or whose address or port it keeps, it receives not even from permitted destinations. */
+	if (has_lost_endpoint(sk, owner.tag, 0) || keeps_lost_source(sk, owner.tag) || !packet.plain)
+		return drop(&owner);
+	read_sender(&remote, &packet);
+	return may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) || is_ferry(&owner, &remote, &ferry) ?
+		       PASS : drop(&owner);
+}
