@@ -25,13 +25,14 @@ from tests.bench.process import BenchError
 from tests.bench.relays import RELAYS
 from tests.bench.runner import measure_all
 from tests.bench.topology import topology
+from tests.bench.usernet import USERNETS
 from tests.bench.workloads import WORKLOADS, Place, Workload, build_peer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "performance.md"
 BUILD = ROOT / "build"
 
-CASES: tuple[Case, ...] = (*PLAIN_CASES, *RELAYS)
+CASES: tuple[Case, ...] = (*PLAIN_CASES, *RELAYS, *USERNETS)
 
 Item = TypeVar("Item")
 
