@@ -19,6 +19,7 @@ from rich.console import Console
 
 import graft
 from tests.bench import report
+from tests.bench.bypass4netns import BypassCase
 from tests.bench.cases import BRIDGE_PORT, INNER_PORT, Case
 from tests.bench.cases import CASES as PLAIN_CASES
 from tests.bench.process import BenchError
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "performance.md"
 BUILD = ROOT / "build"
 
-CASES: tuple[Case, ...] = (*PLAIN_CASES, *RELAYS, *USERNETS)
+CASES: tuple[Case, ...] = (*PLAIN_CASES, *RELAYS, BypassCase(), *USERNETS)
 
 Item = TypeVar("Item")
 
