@@ -19,19 +19,21 @@ from rich.console import Console
 
 import graft
 from tests.bench import report
+from tests.bench.bypass4netns import BypassCase
 from tests.bench.cases import BRIDGE_PORT, INNER_PORT, Case
 from tests.bench.cases import CASES as PLAIN_CASES
 from tests.bench.process import BenchError
 from tests.bench.relays import RELAYS
 from tests.bench.runner import measure_all
 from tests.bench.topology import topology
+from tests.bench.usernet import USERNETS
 from tests.bench.workloads import WORKLOADS, Place, Workload, build_peer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "performance.md"
 BUILD = ROOT / "build"
 
-CASES: tuple[Case, ...] = (*PLAIN_CASES, *RELAYS)
+CASES: tuple[Case, ...] = (*PLAIN_CASES, *RELAYS, BypassCase(), *USERNETS)
 
 Item = TypeVar("Item")
 

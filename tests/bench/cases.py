@@ -31,8 +31,16 @@ class NotOffered(Exception):
     """The case has no way to do this, or this machine has not got what it takes: its cell stays empty."""
 
 
-Server = Callable[[int], list[str]]
-"""The command of a server that listens on the given TCP port."""
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server: its command, from the port that it listens on, and whether that is one of TCP or of UDP."""
+
+    command: Callable[[int], list[str]]
+    protocol: str = "tcp"
+
+    def running(self, where: Netns, port: int) -> AbstractContextManager[None]:
+        """Keep it running in the namespace ``where``, once it listens on ``port`` there."""
+        return serving(where.enter(*self.command(port)), where, port, protocol=self.protocol)
 
 
 class Case(Protocol):
@@ -54,10 +62,12 @@ class Case(Protocol):
 
 
 @contextmanager
-def serving(command: list[str], listens_in: Netns, port: int, environment: Environment = None) -> Iterator[None]:
+def serving(
+    command: list[str], listens_in: Netns, port: int, environment: Environment = None, protocol: str = "tcp"
+) -> Iterator[None]:
     """Keep ``command`` running, once a socket listens on ``port`` in the namespace ``listens_in``."""
     with kept(command, environment) as process:
-        wait_until(f"listening on port {port}", lambda: listens_in.listens(port), process)
+        wait_until(f"listening on port {port}", lambda: listens_in.listens(port, protocol), process)
         yield
 
 
@@ -81,8 +91,7 @@ class PlainCase:
     @contextmanager
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Start the server in the namespace."""
-        where = self.namespace(net)
-        with serving(where.enter(*server(self.listens_on)), where, self.listens_on):
+        with server.running(self.namespace(net), self.listens_on):
             yield self.answers_on
 
     def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
@@ -99,6 +108,8 @@ def as_fast_as_host(connect: float) -> Wanted:
         "bulk-in": [at_least(0.98)],
         "bulk-out": [at_least(0.98)],
         "connect": [at_most(connect)],
+        "udp-pingpong": [at_least(0.97)],
+        "udp-packets": [at_least(0.97)],
     }
 
 
@@ -135,8 +146,8 @@ class SwapCase:
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Start the server under graft run; it listens in the host's namespace or not at all."""
         grant = ["-i", f"0.0.0.0:{INNER_PORT}=bench-http", "-e", "0.0.0.0/0=bench-out"]
-        command = [graft_command(), "run", *self.flags, *grant, "--net", "new", "--", *server(INNER_PORT)]
-        with serving(command, net.host, self.port, self._environment):
+        command = [graft_command(), "run", *self.flags, *grant, "--net", "new", "--", *server.command(INNER_PORT)]
+        with serving(command, net.host, self.port, self._environment, server.protocol):
             yield self.port
 
     def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:

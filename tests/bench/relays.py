@@ -61,10 +61,11 @@ class SpliceCase:
     @contextmanager
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Start the server in the container; the endpoint answers once Graft has seen it listen."""
-        with serving(self._inside(net, *server(INNER_PORT)), net.host, self.port):
+        command = self._inside(net, *server.command(INNER_PORT))
+        with serving(command, net.host, self.port, protocol=server.protocol):
             yield self.port
         assert self._resident is not None
-        wait_until("withdrawn", lambda: not net.host.listens(self.port), self._resident)
+        wait_until("withdrawn", lambda: not net.host.listens(self.port, server.protocol), self._resident)
 
     def reach_out(self, net: Topology, command: list[str], timeout: float) -> str:
         """Start the client in the container."""
@@ -97,8 +98,8 @@ class ProxyCase:
     title: str
     program: str
     port: int
-    command: Callable[[Path, int], list[str]]
-    """From a folder for files, and the port to listen on."""
+    command: Callable[[Path, int, str], list[str]]
+    """From a folder for files, the port to listen on, and tcp or udp. Raises NotOffered."""
     wanted: Wanted = field(default_factory=dict)
     _workdir: Path = Path()
 
@@ -113,10 +114,10 @@ class ProxyCase:
     @contextmanager
     def serve(self, net: Topology, server: Server) -> Iterator[int]:
         """Start the server in the container and the proxy on the host."""
-        proxy = net.host.enter(*self.command(self._workdir, self.port))
+        proxy = net.host.enter(*self.command(self._workdir, self.port, server.protocol))
         with (
-            serving(net.container.enter(*server(INNER_PORT)), net.container, INNER_PORT),
-            serving(proxy, net.host, self.port),
+            server.running(net.container, INNER_PORT),
+            serving(proxy, net.host, self.port, protocol=server.protocol),
         ):
             yield self.port
 
@@ -125,19 +126,27 @@ class ProxyCase:
         raise NotOffered("a proxy relays what comes in")
 
 
-def _docker_proxy(_folder: Path, port: int) -> list[str]:
+def _docker_proxy(_folder: Path, port: int, protocol: str) -> list[str]:
     # Descriptor 3 is where docker-proxy tells the docker daemon that it is ready.
-    words = f"docker-proxy -proto tcp -host-ip 0.0.0.0 -host-port {port}"
+    words = f"docker-proxy -proto {protocol} -host-ip 0.0.0.0 -host-port {port}"
     words += f" -container-ip {CONTAINER_ADDRESS} -container-port {INNER_PORT}"
     return ["sh", "-c", f"exec {words} 3>/dev/null"]
 
 
-def _socat(_folder: Path, port: int) -> list[str]:
+def _socat(_folder: Path, port: int, protocol: str) -> list[str]:
+    if protocol == "udp":
+        return ["socat", f"UDP4-LISTEN:{port},fork,reuseaddr", f"UDP4:{CONTAINER_ADDRESS}:{INNER_PORT}"]
     listen = f"TCP4-LISTEN:{port},fork,reuseaddr,nodelay,backlog=4096"
     return ["socat", listen, f"TCP4:{CONTAINER_ADDRESS}:{INNER_PORT},nodelay"]
 
 
-def _haproxy(folder: Path, port: int) -> list[str]:
+def _only_tcp(protocol: str) -> None:
+    if protocol != "tcp":
+        raise NotOffered("a proxy of TCP")
+
+
+def _haproxy(folder: Path, port: int, protocol: str) -> list[str]:
+    _only_tcp(protocol)
     file = folder / "haproxy.cfg"
     file.write_text(
         "global\n  maxconn 4096\n"
@@ -151,7 +160,8 @@ def _haproxy(folder: Path, port: int) -> list[str]:
 SOCKET_PROXYD = "/usr/lib/systemd/systemd-socket-proxyd"
 
 
-def _socket_proxyd(_folder: Path, port: int) -> list[str]:
+def _socket_proxyd(_folder: Path, port: int, protocol: str) -> list[str]:
+    _only_tcp(protocol)
     activate = ["systemd-socket-activate", "-l", f"0.0.0.0:{port}"]
     return [*activate, SOCKET_PROXYD, "--connections-max=4096", f"{CONTAINER_ADDRESS}:{INNER_PORT}"]
 
@@ -167,6 +177,8 @@ RELAYS: tuple[SpliceCase | ProxyCase, ...] = (
             "pingpong": MORE_THAN_PROXIES,
             "bulk-in": [at_least(0.9, of="bridge")],
             "bulk-out": [at_least(0.9, of="bridge")],
+            "udp-pingpong": [more_than(1, of="socat")],
+            "udp-packets": [more_than(1, of="socat")],
         },
     ),
     SpliceCase(

@@ -26,6 +26,8 @@ HOST_ADDRESS = "10.99.0.1"
 CLIENT_ADDRESS = "10.99.0.2"
 BRIDGE_ADDRESS = "172.30.99.1"
 CONTAINER_ADDRESS = "172.30.99.2"
+HOST_INTERFACE = "cl0"
+"""The host's, towards the client."""
 
 # The same in every namespace. Thousands of connections a second would use up the ports of one address in TIME_WAIT; the
 # lower ports are left to servers. Congestion control is one that every namespace may have and that paces nothing, like
@@ -48,6 +50,7 @@ table ip bench {{
     chain prerouting {{
         type nat hook prerouting priority dstnat; policy accept;
         ip daddr {host} tcp dport {public} dnat to {container}:{inner}
+        ip daddr {host} udp dport {public} dnat to {container}:{inner}
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat; policy accept;
@@ -72,9 +75,9 @@ class Netns:
         """``command`` run inside. (`ip netns exec` would hide bpffs, since it mounts a /sys of its own.)"""
         return ["nsenter", f"--net={self.path}", "--", *command]
 
-    def listens(self, port: int) -> bool:
-        """Whether some socket listens on TCP ``port`` here."""
-        return bool(run(self.enter("ss", "-Hltn", f"sport = :{port}")).strip())
+    def listens(self, port: int, protocol: str = "tcp") -> bool:
+        """Whether some socket listens on ``port`` here; of UDP: is bound to it."""
+        return bool(run(self.enter("ss", "-Hltn" if protocol == "tcp" else "-Haun", f"sport = :{port}")).strip())
 
     def set(self, sysctls: dict[str, str]) -> None:
         """Write ``sysctls``, named by their path below /proc/sys."""
@@ -93,11 +96,12 @@ class Topology:
 
 @contextmanager
 def topology(public: int, inner: int) -> Iterator[Topology]:
-    """Build the namespaces; TCP port ``public`` of the host leads to ``inner`` of the container. Removes them after."""
+    """Build the namespaces, and remove them after. Port ``public`` of the host leads to ``inner`` of the container."""
     sweep()
     with ExitStack() as stack:
         made = [
-            stack.enter_context(_netns(f"{PREFIX}-{os.getpid()}-{role}")) for role in ("host", "client", "container")
+            stack.enter_context(named_netns(f"{PREFIX}-{os.getpid()}-{role}"))
+            for role in ("host", "client", "container")
         ]
         net = Topology(*made)
         _join_client(net)
@@ -114,7 +118,8 @@ def sweep() -> None:
 
 
 @contextmanager
-def _netns(name: str) -> Iterator[Netns]:
+def named_netns(name: str) -> Iterator[Netns]:
+    """Make a namespace of that name with lo up. Removes it after."""
     run(["ip", "netns", "add", name])
     try:
         netns = Netns(name)
@@ -126,8 +131,8 @@ def _netns(name: str) -> Iterator[Netns]:
 
 
 def _join_client(net: Topology) -> None:
-    _veth(net.host, "cl0", net.client, "eth0")
-    _address(net.host, "cl0", HOST_ADDRESS)
+    _veth(net.host, HOST_INTERFACE, net.client, "eth0")
+    _address(net.host, HOST_INTERFACE, HOST_ADDRESS)
     _address(net.client, "eth0", CLIENT_ADDRESS)
 
 

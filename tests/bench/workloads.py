@@ -91,9 +91,24 @@ class PingPong:
 
     def measure(self, case: Case, place: Place) -> float:
         """Round trips a second, taken from the median of one."""
-        with case.serve(place.net, lambda port: [str(place.peer), "serve", str(port)]) as port:
+        with case.serve(place.net, Server(lambda port: [str(place.peer), "serve", str(port)])) as port:
             command = [str(place.peer), "pingpong", HOST_ADDRESS, str(port), str(place.seconds)]
             return 1e6 / median_us(run(place.net.client.enter(*command), place.seconds + 30))
+
+
+@dataclass(frozen=True, slots=True)
+class Datagrams:
+    """64 bytes there and back by UDP, one at a time (`udp-pingpong` of peer.c) or several (`udp-packets`)."""
+
+    metric: Metric
+
+    def measure(self, case: Case, place: Place) -> float:
+        """Datagrams a second that were answered: of one at a time from the median of a round trip, of several all."""
+        server = Server(lambda port: [str(place.peer), "udp-serve", str(port)], "udp")
+        with case.serve(place.net, server) as port:
+            command = [str(place.peer), self.metric.name, HOST_ADDRESS, str(port), str(place.seconds)]
+            output = run(place.net.client.enter(*command), place.seconds + 30)
+            return 1e6 / median_us(output) if self.metric.name == "udp-pingpong" else count_of(output) / place.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +120,7 @@ class Bulk:
 
     def measure(self, case: Case, place: Place) -> float:
         """Gigabits a second that arrived."""
-        with case.serve(place.net, lambda port: ["iperf3", "-s", "-1", "-p", str(port)]) as port:
+        with case.serve(place.net, Server(lambda port: ["iperf3", "-s", "-1", "-p", str(port)])) as port:
             direction = ["-R"] if self.outward else []
             command = ["iperf3", "-J", "-c", HOST_ADDRESS, "-p", str(port), "-t", str(max(1, round(place.seconds)))]
             return gigabits(run(place.net.client.enter(*command, *direction), place.seconds + 30))
@@ -158,6 +173,11 @@ def median_us(output: str) -> float:
     return float(json.loads(output)["median_us"])
 
 
+def count_of(output: str) -> int:
+    """How many rounds peer.c counted."""
+    return int(json.loads(output)["count"])
+
+
 def mean_us(output: str) -> float:
     """The mean that peer.c printed."""
     return float(json.loads(output)["mean_us"])
@@ -169,7 +189,7 @@ def _nginx(workdir: Path) -> Server:
         conf.write_text(NGINX_CONF.format(workdir=workdir, port=port))
         return ["nginx", "-c", str(conf), "-p", str(workdir), "-e", str(workdir / "nginx.log")]
 
-    return command
+    return Server(command)
 
 
 WORKLOADS: tuple[Workload, ...] = (
@@ -178,5 +198,7 @@ WORKLOADS: tuple[Workload, ...] = (
     PingPong(Metric("pingpong", "TCP ping-pong, 64 bytes", "round trips/s")),
     Bulk(Metric("bulk-in", "bulk TCP to the program", "Gb/s", digits=1), outward=False),
     Bulk(Metric("bulk-out", "bulk TCP from the program", "Gb/s", digits=1), outward=True),
+    Datagrams(Metric("udp-pingpong", "UDP ping-pong, 64 bytes", "round trips/s")),
+    Datagrams(Metric("udp-packets", "UDP, 32 datagrams under way", "answers/s")),
     Connect(Metric("connect", "connect + close by the program", "us", digits=1, more_is_better=False)),
 )

@@ -53,7 +53,7 @@ MEASUREMENTS: dict[tuple[str, str], list[float]] = {
 
 PLACE = Place(Topology(Netns("host"), Netns("client"), Netns("container")), Path(), Path(), seconds=1)
 HOST_CASE = PlainCase("host", "host", lambda net: net.host, 80, 80)
-MISSING_CASE = ProxyCase("missing", "a missing proxy", "/nonexistent/proxy", 81, lambda _folder, _port: [])
+MISSING_CASE = ProxyCase("missing", "a missing proxy", "/nonexistent/proxy", 81, lambda _folder, _port, _protocol: [])
 
 
 @dataclass(frozen=True)
