@@ -299,6 +299,7 @@ class Supervisor:
             self._fast.remember(trapped.answer.raw, family, socket_copy.SOCK_STREAM, facts.protocol)
             with contextlib.suppress(OSError):  # it has ended, or there is no descriptor left: Python goes on
                 self._processes.show(trapped.notification.pid, self._fast.know)
+
     def _bind_for_both(self, trapped: TrappedCall, v6only: bool) -> int:
         """Bind a datagram socket on the host's stack to a port of the kernel's choice there, and inside to the same.
 
