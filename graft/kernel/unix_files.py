@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import socket
 import stat
 import threading
@@ -204,7 +203,7 @@ def _private_folder(folder: int) -> Iterator[int]:
 
 
 def _fresh_name() -> str:
-    return f".graft-{secrets.token_hex(8)}"
+    return f".graft-{os.urandom(8).hex()}"
 
 
 def _require_new(fd: int, device: int) -> None:

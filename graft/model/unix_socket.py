@@ -8,7 +8,6 @@ Source: unix(7).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -106,4 +105,6 @@ def parse_unix_socket(spec: str, owner: str | None = None, mode: str | None = No
 
 def path_key(path: bytes) -> bytes:
     """16 bytes that stand for a rule's path in the maps, where an address has no room for it: of its SHA-256."""
-    return hashlib.sha256(path).digest()[:16]
+    from hashlib import sha256  # a library of megabytes, which only such rules need
+
+    return sha256(path).digest()[:16]

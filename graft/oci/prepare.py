@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 import shutil
 import sys
 import time
@@ -76,7 +75,7 @@ def shims_folder(settings: Settings) -> Path:
 
 def _make_folder(settings: Settings) -> tuple[Path, int]:
     """A shim's folder, and a descriptor of it with the lock that marks it as in use."""
-    folder = shims_folder(settings) / secrets.token_hex(6)
+    folder = shims_folder(settings) / os.urandom(6).hex()
     folder.mkdir(mode=0o700, parents=True)
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     fcntl.flock(lock, fcntl.LOCK_EX)

@@ -7,7 +7,7 @@ from typing import Any
 
 from graft.errors import KernelError
 from graft.model.settings import Settings
-from graft.splice import control, daemon_process, selftest_result
+from graft.splice import control, daemon_process
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -22,6 +22,8 @@ def check_relay(settings: Settings, name: str) -> None:
     """
     if name != "kernel":
         return
+    from graft.splice import selftest_result  # imports what compiles BPF programs
+
     problem = selftest_result.get(settings).problem
     if not problem and not (settings.pin_dir / "flows").exists():
         problem = "it was not loaded by graft up"

@@ -19,7 +19,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +73,7 @@ def bind(
     if dead is not None and dead in _files_of_others(settings, container):
         hint = "an endpoint of its own for each"
         raise UnixPathError(errno.EADDRINUSE, f"{unix.path}: another container has it", hint)
-    record = folder(settings) / f"{container}-{endpoint}-{secrets.token_hex(8)}.bound"
+    record = folder(settings) / f"{container}-{endpoint}-{os.urandom(8).hex()}.bound"
     target = Target(unix.path, uid, gid, unix.mode)
     try:
         file = in_folder_of(

@@ -12,6 +12,8 @@ block the next item. (Only where the hanging call releases the interpreter's loc
 socket.socket do not all.) For commands that have a single thread.
 
 graftd, which must not wait, asks a `Question`: one item, whose result it fetches when it is there.
+
+pickle and queue are imported where they are used: every supervisor has this module, and few ever ask.
 """
 
 from __future__ import annotations
@@ -19,8 +21,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import pickle
-import queue
 import select
 import signal
 import struct
@@ -116,7 +116,9 @@ class Question(Generic[ResultT]):
                 self._raw += data
             if len(self._raw) < _LENGTH.size or len(self._raw) < _LENGTH.size + _LENGTH.unpack_from(self._raw)[0]:
                 raise OSError("the process that was asked has died")
-            _, result, error = pickle.loads(self._raw[_LENGTH.size :])
+            from pickle import loads
+
+            _, result, error = loads(self._raw[_LENGTH.size :])
             if error is not None:
                 raise error
             return [result]
@@ -133,6 +135,8 @@ def _receive(reader: int, count: int, timeout: float, deadline: float, results: 
     """Read results until there are ``count``, or the child exits, or none arrives for ``timeout`` seconds, or the
     ``deadline`` is over.
     """
+    from pickle import loads
+
     poll = select.poll()
     poll.register(reader, select.POLLIN)
     raw = bytearray()
@@ -142,7 +146,7 @@ def _receive(reader: int, count: int, timeout: float, deadline: float, results: 
             return
         raw += data
         while len(raw) >= _LENGTH.size and len(raw) >= (end := _LENGTH.size + _LENGTH.unpack_from(raw)[0]):
-            index, result, error = pickle.loads(raw[_LENGTH.size : end])
+            index, result, error = loads(raw[_LENGTH.size : end])
             del raw[:end]
             if error is not None:
                 raise error
@@ -162,6 +166,8 @@ def _run_child(
     work: Callable[[ItemT], ResultT], items: Sequence[ItemT], writer: int, keep: Collection[int], parent: int
 ) -> NoReturn:
     """The child's side. ``parent``: to die with; 0: it may outlive it."""
+    from pickle import dumps
+
     with contextlib.suppress(BaseException):
         if parent:
             process.die_with(parent)
@@ -172,7 +178,7 @@ def _run_child(
             os.dup2(null, fd)
         process.set_process_name("graft-asks")
         for outcome in _run_items(work, items):
-            raw = pickle.dumps(outcome)
+            raw = dumps(outcome)
             with contextlib.suppress(BrokenPipeError), open(writer, "wb", closefd=False) as pipe:
                 pipe.write(_LENGTH.pack(len(raw)) + raw)
     os._exit(0)
@@ -180,8 +186,10 @@ def _run_child(
 
 def _run_items(work: Callable[[ItemT], object], items: Sequence[ItemT]) -> Iterator[Outcome]:
     """(index, result, error) of each item, in the order in which they finish."""
+    from queue import Empty, SimpleQueue
+
     indexes = itertools.count()
-    outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    outcomes: SimpleQueue[Outcome] = SimpleQueue()
 
     def run_next_items() -> None:
         while (index := next(indexes)) < len(items):
@@ -197,15 +205,17 @@ def _run_items(work: Callable[[ItemT], object], items: Sequence[ItemT]) -> Itera
             for _ in range(min(max(threads, 1), _MAX_THREADS - threads, len(items) - done - threads)):
                 threading.Thread(target=run_next_items, daemon=True).start()
                 threads += 1
-        with contextlib.suppress(queue.Empty):
+        with contextlib.suppress(Empty):
             while done < len(items):
                 yield outcomes.get(timeout=_STALL_TIME)
                 done += 1
 
 
 def _picklable(error: BaseException) -> BaseException:
+    from pickle import dumps, loads
+
     try:
-        pickle.loads(pickle.dumps(error))
+        loads(dumps(error))
     except Exception:
         return RuntimeError(repr(error))
     return error

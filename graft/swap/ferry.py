@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import secrets
+import os
 import selectors
 import socket
 import struct
@@ -86,7 +86,7 @@ class Ferry:
         self._host6 = [self._open6(maps) for _ in range(layout.BERTHS6)]
         self._inside = namespaces.open(container.netns)
         ports6 = [one.getsockname()[1] if one else 0 for one in self._host6]
-        value = layout.FerryValue(mark=secrets.randbits(32) | 1, port=self._host4.getsockname()[1])
+        value = layout.FerryValue(mark=int.from_bytes(os.urandom(4), "little") | 1, port=self._host4.getsockname()[1])
         value.ports6[:] = ports6
         maps.ferries.put(ctypes.c_uint32(container.id), value)
         self._watch(listener, self._accept)
