@@ -18,8 +18,9 @@ setup: ## install what is missing: Debian packages, .venv, bpffs (root; repeatab
 demo: setup ## nginx in a namespace that has only lo, answering through the host's stack (root)
 	@examples/demo
 
+# Two processes, each with namespaces, cgroups and an installation of its own; tests/conftest.py says what stays together.
 test: setup lint ## lint, then every test in one run (root)
-	$(PYTEST) tests/unit tests/kernel tests/e2e tests/hostile
+	$(PYTEST) -n 2 --dist loadgroup tests/unit tests/kernel tests/e2e tests/hostile
 
 unit: $(READY) ## the tests that need neither root nor a kernel feature
 	$(PYTEST) tests/unit

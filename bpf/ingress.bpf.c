@@ -156,10 +156,11 @@ int graft_skb_ingress(struct __sk_buff *skb)
 			note_arrival(&owner, &packet);
 		return PASS;
 	}
-	/* At an endpoint that it has lost, or whose address or port it keeps, it receives not even from permitted destinations. */
-	if (has_lost_endpoint(sk, owner.tag, 0) || keeps_lost_source(sk, owner.tag) || !packet.plain)
+	/* At an endpoint that it has lost it receives not even from permitted destinations. */
+	if (has_lost_endpoint(sk, owner.tag, 0) || !packet.plain)
 		return drop(&owner);
 	read_sender(&remote, &packet);
-	return may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) || is_ferry(&owner, &remote, &ferry) ?
-		       PASS : drop(&owner);
+	if (!may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) && !is_ferry(&owner, &remote, &ferry))
+		return drop(&owner);
+	return keeps_others_source(sk, owner.tag, endpoint ? remote.endpoint : 0) ? drop(&owner) : PASS;
 }

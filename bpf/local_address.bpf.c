@@ -160,14 +160,18 @@ static __always_inline int leaves_from(struct local_address *source, struct loca
 		own->ip[3] == source->ip[3]);
 }
 
-/* Whether a socket still has the address or the port that an endpoint lent it, and the endpoint is gone, or has another. */
-static __always_inline int keeps_lost_source(struct bpf_sock *sk, struct tag *tag)
+/* Whether a socket still has the address or the port that an endpoint lent it, and must not receive there from a remote
+ * end that the rules lead to from the endpoint `id`: another one, or the lender is gone, or has others now. (0: from none,
+ * where a container in direct may exchange with it.) */
+static __always_inline int keeps_others_source(struct bpf_sock *sk, struct tag *tag, u32 id)
 {
 	struct endpoint *lender;
 	struct local_address local;
 
 	if (!tag || !tag->source || !tag->lent)
 		return 0;
+	if (id && id != tag->source)
+		return 1;
 	lender = endpoints.lookup(&tag->source);
 	if (!lender || keeps_lent_port(tag, lender))
 		return 1;
@@ -177,6 +181,14 @@ static __always_inline int keeps_lost_source(struct bpf_sock *sk, struct tag *ta
 	return tag->lent & GRAFT_LENT_ADDRESS && !matches_endpoint(&local, lender, 0);
 }
 
+/* Every host has these, a whole network of IPv4: noted one by one they would push all others out. */
+static __always_inline int is_on_loopback(u32 *ip, u8 family)
+{
+	if (family == GRAFT_IPV4)
+		return (ip[0] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return !(ip[0] | ip[1] | ip[2]) && ip[3] == bpf_htonl(1);
+}
+
 /* Whether the address is one of the host's in that namespace. A program that may answer from whichever of these its client
  * asked could name any address there is, where it has set IP_FREEBIND (IPv6) or IP_TRANSPARENT by a 32-bit call, or the
  * host lets everybody (net.ipv6.ip_nonlocal_bind). */
@@ -184,6 +196,8 @@ static __always_inline int is_hosts(u64 netns, u32 *ip, u8 family)
 {
 	struct host_address address = { .netns = netns, .family = family };
 
+	if (is_on_loopback(ip, family))
+		return 1;
 	__builtin_memcpy(address.ip, ip, 16);
 	return host_addresses.lookup(&address) != 0;
 }
@@ -194,6 +208,8 @@ static __always_inline void note_as_hosts(u64 netns, u32 *ip, u8 family)
 	struct host_address address = { .netns = netns, .family = family };
 	u8 one = 1;
 
+	if (is_on_loopback(ip, family))
+		return;
 	__builtin_memcpy(address.ip, ip, 16);
 	if (!host_addresses.lookup(&address))
 		host_addresses.update(&address, &one);

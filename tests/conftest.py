@@ -29,6 +29,22 @@ settings.load_profile("graft")
 NEEDED = ("ip", "nsenter", "ss", "nginx", "iperf3", "curl", "gcc", "busybox", "webhook", "hey", "unshare")
 
 
+# Of the whole machine: container engines (dockerd gives cgroup v2 a controller, with which crun does not start), and tests
+# that count what is there.
+MACHINE_FIXTURES = {"podman", "docker", "dockerd", "engine"}
+MACHINE_FILES = ("test_lifecycle.py", "test_in_containers.py", "test_sixth_reading_images.py", "test_podman.py")
+MACHINE_FILES += ("test_docker.py", "test_born_engines.py", "test_attach_engines.py", "test_datagram_engines.py")
+MACHINE_FILES += ("test_eighth_reading_images.py",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In several processes (pytest-xdist) the tests of one file stay in one, and those of the machine in one."""
+    for item in items:
+        names: Any = getattr(item, "fixturenames", ())
+        of_machine = item.path.name in MACHINE_FILES or MACHINE_FIXTURES & set(names)
+        item.add_marker(pytest.mark.xdist_group("machine" if of_machine else str(item.path)))
+
+
 @contextmanager
 def installation(folder: Path, host: Netns, client: Netns, tag: str) -> Iterator[Host]:
     """An installation of its own; nothing of it is left afterwards, whatever the test did."""

@@ -178,7 +178,8 @@ def is_heard(host: Host, sock: socket.socket, address: str, port: int) -> bool:
 def both_families(four: str, six: str) -> str:
     return (
         f"name: t\nendpoints: {{four: {four}, six: {six}}}\n"
-        "egress: [{to: 0.0.0.0/0, endpoint: four}, {to: '::/0', endpoint: six}]\ndefault: deny\n"
+        "egress: [{to: 0.0.0.0/0, endpoint: four}, {to: 255.255.255.255, endpoint: four}, "
+        "{to: '::/0', endpoint: six}]\ndefault: deny\n"
     )
 
 
@@ -224,7 +225,8 @@ def test_it_leaves_from_where_its_endpoint_is_now(host: Host, confine: Confine) 
     """It was bound to all addresses, and so not known to have another one."""
     give_another_address(host)
     name = host.endpoint(f"{OTHER4}:dynamic")
-    text = f"name: t\negress: [{{to: 0.0.0.0/0, endpoint: {name}}}]\ndefault: deny\n"
+    rules = ", ".join(f"{{to: {to}, endpoint: {name}}}" for to in ("0.0.0.0/0", "255.255.255.255"))
+    text = f"name: t\negress: [{rules}]\ndefault: deny\n"
     with datagrams(host) as far:
         steps = ["make", INET6, DGRAM, 0, "connect", "255.255.255.255", 9, "wait"]
         one = confine(host, "born", text, *steps, "send", CLIENT4, far.getsockname()[1], "wait")

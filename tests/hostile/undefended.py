@@ -121,6 +121,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ("sendmsg.bpf.c", "\tif (ip || has_ip6 || leaves_source_to_kernel(&request)) {\n", "\tif (0) {\n"),
         ("sendmsg.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)", "0"),
         ("connect.bpf.c", "if ((has_address || bound) && local.family != endpoint->family)", "if (0)"),
+        _at_once("local_address.bpf.c", "int is_hosts(u64 netns, u32 *ip, u8 family)", "return 1;"),
     ),
     # Any option may be set, and nobody looks at whether a socket is tied to an interface.
     "options": (
@@ -215,9 +216,13 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ("options.bpf.c", "name == IPV6_FREEBIND ||", ""),
         _at_once("local_address.bpf.c", "int is_hosts(u64 netns, u32 *ip, u8 family)", "return 1;"),
     ),
+    # A connect to a group gives a socket the address of an option.
+    "chosen address": (_at_once("connect.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
     # What an endpoint lent is good for receiving, whatever became of it.
     "lost source": (
-        _at_once("local_address.bpf.c", "int keeps_lost_source(struct bpf_sock *sk, struct tag *tag)", "return 0;"),
+        _at_once(
+            "local_address.bpf.c", "int keeps_others_source(struct bpf_sock *sk, struct tag *tag, u32 id)", "return 0;"
+        ),
     ),
     # Anybody on the host reaches the listener that graftd alone is to reach.
     "unix listener": (_at_once("ingress.bpf.c", "int is_unix_listener(struct owner *owner)", "return 0;"),),
