@@ -29,12 +29,20 @@ settings.load_profile("graft")
 NEEDED = ("ip", "nsenter", "ss", "nginx", "iperf3", "curl", "gcc", "busybox", "webhook", "hey", "unshare")
 
 
-# Of the whole machine: container engines (dockerd gives cgroup v2 a controller, with which crun does not start), and tests
-# that count what is there.
-MACHINE_FIXTURES = {"podman", "docker", "dockerd", "engine"}
-MACHINE_FILES = ("test_lifecycle.py", "test_in_containers.py", "test_sixth_reading_images.py", "test_podman.py")
-MACHINE_FILES += ("test_docker.py", "test_born_engines.py", "test_attach_engines.py", "test_datagram_engines.py")
-MACHINE_FILES += ("test_eighth_reading_images.py",)
+# Tests of the whole machine: container engines (dockerd gives cgroup v2 a controller, with which crun does not start),
+# and those that compare what is there before and after.
+MACHINE_FIXTURES = {"podman", "docker", "_podman", "_docker"}
+MACHINE_FILES = {
+    "test_attach_engines.py",
+    "test_born_engines.py",
+    "test_datagram_engines.py",
+    "test_docker.py",
+    "test_eighth_reading_images.py",
+    "test_in_containers.py",
+    "test_lifecycle.py",
+    "test_podman.py",
+    "test_sixth_reading_images.py",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
