@@ -42,12 +42,14 @@ static __always_inline void clear_endpoint(struct bpf_sock_addr *ctx, struct own
 		own->home = GRAFT_HOME_HOST;
 		own->endpoint = 0;
 		own->bound_port = 0;
+		own->open_port = 0;
 		own->at_unix = 0;
 		own->binder = bpf_get_current_pid_tgid();
 	}
 	if (owner->tag) {
 		owner->tag->endpoint = 0;
 		owner->tag->bound_port = 0;
+		owner->tag->open_port = 0;
 		owner->tag->at_unix = 0;
 	}
 }

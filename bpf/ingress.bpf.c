@@ -148,7 +148,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	if (!read_packet(skb, &packet))
 		return drop(&owner);
 	/* At an endpoint only its groups. A socket that was bound before there was a policy continues as before. */
-	if (is_multicast(&packet) && !(owner.tag && owner.tag->open_port && !owner.tag->endpoint) &&
+	if (is_multicast(&packet) && !has_earlier_port(sk, owner.tag) &&
 	    !(open && owner.tag && has_group(owner.tag->endpoint, packet.family, packet.to)))
 		return drop(&owner);
 	if (open) {

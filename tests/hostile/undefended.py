@@ -218,6 +218,11 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A connect to a group gives a socket the address of an option.
     "chosen address": (_at_once("connect.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
+    # A bind to no endpoint leaves the port open that the last one gave.
+    "open port": (
+        ("bind.bpf.c", "\t\town->open_port = 0;\n\t\town->at_unix = 0;\n\t\town->binder", "\t\town->binder"),
+        ("bind.bpf.c", "\t\towner->tag->open_port = 0;\n", ""),
+    ),
     # What an endpoint lent is good for receiving, whatever became of it.
     "lost source": (
         _at_once(
