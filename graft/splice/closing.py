@@ -30,7 +30,11 @@ _EXIT_SECONDS = 1.0
 
 def _may_wait(sock: socket.socket) -> bool:
     """Whether to close ``sock`` may take long. Nothing more comes into its queue then."""
-    return sock.family == socket.AF_UNIX and not unix_rights.refused_by_kernel() and unix_rights.stop_receiving(sock)
+    if (
+        sock.fileno() < 0 or sock.family != socket.AF_UNIX or unix_rights.refused_by_kernel()
+    ):  # (closed already, perhaps)
+        return False
+    return unix_rights.stop_receiving(sock)
 
 
 class Closer:

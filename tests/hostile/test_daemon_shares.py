@@ -46,7 +46,10 @@ def start_daemon(host: Host) -> Iterator[StartDaemon]:
 
     yield begin
     for program in started:
-        assert program.stop() == 0
+        program.process.terminate()
+        program.process.wait(30)
+        said = program.complained
+        assert program.stop() == 0, said
 
 
 @pytest.fixture

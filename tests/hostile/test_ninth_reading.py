@@ -19,6 +19,7 @@ pytestmark = pytest.mark.e2e
 
 INET, INET6, DGRAM = 2, 10, 2
 GROUP = "224.0.0.99"
+NOBODYS4 = "10.98.0.123"
 
 
 # ---- IP_MULTICAST_IF, by a 32-bit call, with an address of the host's -----------------------------------------
@@ -69,7 +70,7 @@ def test_a_server_at_all_addresses_has_those_of_the_loopback_without_being_asked
     """None of them is noted: whoever sends to very many of them would push out what is. (EINVAL is the kernel's.)"""
     with datagrams(host) as far:
         steps = ["make", INET, DGRAM, 0, "bind", "0.0.0.0", 53]
-        for address in ("127.0.0.1", "127.4.5.6", OTHER4):
+        for address in ("127.0.0.1", "127.4.5.6", NOBODYS4):
             steps += ["cmsg", 0, 8, source4(address), CLIENT4, far.getsockname()[1]]
         one = confine(host, transport, serving(host.port(), "0.0.0.0", CLIENT4), *steps, "wait")
         assert one.lines(5)[2:] == ["cmsg EINVAL", "cmsg EINVAL", "cmsg EACCES"]

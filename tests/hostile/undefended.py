@@ -131,6 +131,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # A socket that pings may have a source that is not the host's, or not its endpoint's.
     "free source": (
         _at_once("options.bpf.c", "int frees_source(u32 type, u32 protocol, int level, int name)", "return 0;"),
+        ("options.bpf.c", "name == IPV6_FREEBIND ||", ""),
     ),
     "ping source": (("ping.bpf.c", "\treturn !(ip[0] | ip[1] | ip[2] | ip[3]) ||\n", "\treturn !(ip[0] & 0) ||\n"),),
     # Every endpoint has every multicast group.

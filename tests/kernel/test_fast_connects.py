@@ -191,7 +191,7 @@ def test_the_supervisor_keeps_a_bounded_number_of_descriptors(host: Host, server
                 one.do("[server.close() for server in kept] and kept.clear() or 0")
                 while _take(server):
                     pass
-        assert len(os.listdir(f"/proc/{one.supervisor()}/fd")) <= before + 16
+        assert len(os.listdir(f"/proc/{one.supervisor()}/fd")) <= before + 40  # of thousands of rounds
 
 
 def _take(server: socket.socket) -> bool:
@@ -300,7 +300,7 @@ def test_a_number_that_gets_other_files_meanwhile_leaks_nothing(
         before = len(os.listdir(f"/proc/{one.supervisor()}/fd"))
         _, handed, served = one.tally(lambda: one.do(f"subprocess.run({command!r}, stdout=2).returncode"))
         assert served > 50, (handed, served)
-        assert len(os.listdir(f"/proc/{one.supervisor()}/fd")) <= before + 16
+        assert len(os.listdir(f"/proc/{one.supervisor()}/fd")) <= before + 40  # of thousands of rounds
         assert one.tally(lambda: [one.connect(server) for _ in range(3)])[0] == [PLAIN] * 3
 
 
