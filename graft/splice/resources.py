@@ -15,7 +15,8 @@ from graft.splice.pipes import Pipe, PipePool
 from graft.splice.shares import Share, Shares
 
 _RESERVED_DESCRIPTORS = 512  # for the daemon itself
-_CONTAINER_DESCRIPTORS = 6  # without connections: its namespace, two netlink sockets, two listeners, datagrams
+_CONTAINER_DESCRIPTORS = 7
+"""Without connections: its cgroup, its namespace, two netlink sockets, two listeners, datagrams."""
 _CONNECTION_DESCRIPTORS = 2
 _MAX_LISTENERS = 1024
 
