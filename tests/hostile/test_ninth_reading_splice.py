@@ -6,6 +6,8 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +124,55 @@ def test_commands_end_while_a_folder_above_a_cgroup_is_held(host: Host, start_da
                 command.process.wait(20 * PATIENCE)
             assert above / "below" not in {one.cgroup_path for one in host.installation.containers.listing()}
         start_daemon()
+
+
+# ---- graftd's own folder in /proc, which every user may list ---------------------------------------------------------
+
+UNIX_SERVER = """
+import socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen(100)
+print("ready", flush=True)
+while True:
+    with listener.accept()[0] as accepted:
+        accepted.send(b"!")
+"""
+
+
+def served_while_its_folder_is_held(host: Host, start_daemon: StartDaemon, without: str = "") -> bool:
+    """Whether others are served when a container connects to a unix endpoint, while somebody holds /proc/GRAFTD."""
+    start_daemon(without)
+    with two(host) as (hostile, other, listener, port), tempfile.TemporaryDirectory(prefix="gu-", dir="/run") as made:
+        os.chmod(made, 0o711)
+        host.start_command([sys.executable, "-c", UNIX_SERVER, f"{made}/s"]).says("ready")
+        name = f"own{os.getpid()}{without.replace(' ', '')}"
+        host.graft("ep", "add", name, f"unix:{made}/s")
+        hostile.attach("-e", f"10.99.0.5/32={name}")
+
+        def connect() -> None:
+            with hostile.tcp() as sock, contextlib.suppress(OSError):
+                sock.settimeout(2)
+                sock.connect(("10.99.0.5", 80))
+                sock.recv(1)
+
+        connect()
+        with running(holder(f"/proc/{other.daemon()}")):
+            for _ in range(4):
+                forget_names()
+                connect()
+                connect()
+                if not served(other, listener, port, 3.0):
+                    break
+            else:
+                return True
+        until("served again", lambda: served(other, listener, port, 1.0))
+        return False
+
+
+def test_the_daemon_serves_others_while_its_folder_in_proc_is_held(host: Host, start_daemon: StartDaemon) -> None:
+    assert served_while_its_folder_is_held(host, start_daemon)
+
+
+def test_control_a_daemon_that_looks_itself_up_serves_nobody(host: Host, start_daemon: StartDaemon) -> None:
+    assert not served_while_its_folder_is_held(host, start_daemon, "own descriptors")

@@ -378,6 +378,11 @@ def _cgroup_id() -> None:
     vars(listeners)["cgroup_ids"] = lambda path, _root: cgroup.ids(path)
 
 
+def _own_descriptors() -> None:
+    """The daemon's own folder in /proc is looked up each time."""
+    unix_files.pin_own_descriptors = lambda: None
+
+
 def _cgroup_events() -> None:
     """The daemon asks by its id whether a cgroup exists, in its event loop."""
     from graft.splice.cgroups import Cgroups
@@ -514,6 +519,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "aside": _aside,
     "cgroup id": _cgroup_id,
     "cgroup events": _cgroup_events,
+    "own descriptors": _own_descriptors,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,
