@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ from graft.kernel import cgroup
 from tests.hostile.test_daemon_shares import StartDaemon, served, start_daemon
 from tests.hostile.test_eighth_reading_folders import holder, running
 from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import HOST4
 from tests.support.plain import Plain, plain
 from tests.support.relayed import published
-from tests.support.shell import Word
+from tests.support.shell import AS_NOBODY, Word
 from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
@@ -176,3 +178,119 @@ def test_the_daemon_serves_others_while_its_folder_in_proc_is_held(host: Host, s
 
 def test_control_a_daemon_that_looks_itself_up_serves_nobody(host: Host, start_daemon: StartDaemon) -> None:
     assert not served_while_its_folder_is_held(host, start_daemon, "own descriptors")
+
+
+# ---- a client whose own waiters make graftd's calls slow -------------------------------------------------------------
+
+WAITING_CLIENT = """
+import ctypes, resource, socket, sys, threading, time
+threads, host, port, seconds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+threading.stack_size(65536)
+entries, libc = 20000, ctypes.CDLL(None)
+class Pollfd(ctypes.Structure):
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+end = resets = 0
+while not end or time.monotonic() < end:
+    try:
+        sock = socket.create_connection((host, port), timeout=30)
+        array = (Pollfd * entries)(*[Pollfd(sock.fileno(), 0, 0)] * entries)
+        waiters = [threading.Thread(target=libc.poll, args=(array, entries, -1), daemon=True) for _ in range(threads)]
+        for waiter in waiters:
+            waiter.start()
+        time.sleep(0 if end else 3)
+        print("" if end else "ready", flush=True)
+        end = end or time.monotonic() + seconds
+        while time.monotonic() < end:
+            sock.send(b"?")
+            if not sock.recv(1):
+                raise ConnectionResetError
+            time.sleep(0.1)
+    except OSError:
+        resets += 1
+        for waiter in waiters:
+            waiter.join()
+print("finished", resets, flush=True)
+import os
+os._exit(0)
+"""
+ECHO = """
+import asyncio
+async def serve(reader, writer):
+    try:
+        while data := await reader.read(100):
+            writer.write(data)
+            await writer.drain()
+    except OSError:
+        pass
+    writer.close()
+async def main():
+    server = await asyncio.start_server(serve, "0.0.0.0", 80, backlog=1000)
+    print("ready", flush=True)
+    await server.serve_forever()
+asyncio.run(main())
+"""
+_ATTACKED_SECONDS = 12
+
+
+def asked(container: Plain, port: int, seconds: float) -> int:
+    """How often a remote client gets an answer, by a new connection each time."""
+    count, until_then = 0, time.monotonic() + seconds
+    while time.monotonic() < until_then:
+        with contextlib.suppress(OSError), container.host.client.connected(HOST4, port) as sock:
+            sock.settimeout(60)
+            sock.sendall(b"?")
+            count += sock.recv(1) == b"?"
+    return count
+
+
+def served_beside_a_waiting_client(
+    host: Host, start_daemon: StartDaemon, without: str = ""
+) -> tuple[float, float, int, int]:
+    """How often per second the container is served to which a local user connects, before that and meanwhile; how often
+    another one is; and how often his connection was reset.
+    """
+    start_daemon(without)
+    with plain(host) as victim, plain(host) as other:
+        for one in (victim, other):
+            one.start(sys.executable, "-c", ECHO).says("ready")
+        port, others_port = published(victim), published(other)
+        victim.until_published(port)
+        before = asked(victim, port, 3.0) / 3.0
+        words = [*AS_NOBODY, sys.executable, "-c", WAITING_CLIENT, "200", HOST4, str(port), str(_ATTACKED_SECONDS)]
+        client = host.start_command(host.netns.command(*words))
+        client.says("ready", 60)
+        counts = [0, 0]
+
+        def ask(index: int, container: Plain, where: int) -> None:
+            counts[index] = asked(container, where, _ATTACKED_SECONDS)
+
+        threads = [
+            threading.Thread(target=ask, args=(0, victim, port)),
+            threading.Thread(target=ask, args=(1, other, others_port)),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        client.until("finished", lambda: "finished" in client.said, 120)
+        resets = int(client.said.split("finished")[1])
+        print(
+            f"before {before:.1f}/s, meanwhile {counts[0] / _ATTACKED_SECONDS:.1f}/s, "
+            f"another {counts[1] / _ATTACKED_SECONDS:.1f}/s, resets {resets}"
+        )
+        return before, counts[0] / _ATTACKED_SECONDS, counts[1], resets
+
+
+def test_a_client_that_wakes_its_own_waiters_is_reset_and_the_container_serves_others(
+    host: Host, start_daemon: StartDaemon
+) -> None:
+    before, meanwhile, others, resets = served_beside_a_waiting_client(host, start_daemon)
+    assert resets > 0
+    assert meanwhile > before / 20
+    assert others > 30 * _ATTACKED_SECONDS
+
+
+def test_control_where_the_container_waits_it_serves_hardly_anybody(host: Host, start_daemon: StartDaemon) -> None:
+    before, meanwhile, _, _ = served_beside_a_waiting_client(host, start_daemon, "slow peers")
+    assert meanwhile < before / 20

@@ -378,6 +378,17 @@ def _cgroup_id() -> None:
     vars(listeners)["cgroup_ids"] = lambda path, _root: cgroup.ids(path)
 
 
+def _slow_peers() -> None:
+    """A container waits for what is slow on whatever side of its connections."""
+    from graft.splice import slow_calls
+
+    def note(self: slow_calls.SlowCalls, owner: int, seconds: float, now: float, _blamed: object = None) -> None:
+        noted(self, owner, seconds, now)
+
+    noted = slow_calls.SlowCalls.note
+    slow_calls.SlowCalls.note = note  # type: ignore[method-assign,assignment]
+
+
 def _own_descriptors() -> None:
     """The daemon's own folder in /proc is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
@@ -520,6 +531,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "cgroup id": _cgroup_id,
     "cgroup events": _cgroup_events,
     "own descriptors": _own_descriptors,
+    "slow peers": _slow_peers,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,
