@@ -80,7 +80,8 @@ def observe(settings: Settings, pids: Sequence[int], attached: Container | None)
 
 
 def _is_attached_name(graft: Installation, text: str) -> bool:
-    return any(text == one.name and one.engine == "graft" and one.exists for one in graft.containers.listing())
+    named = [one for one in graft.containers.listing() if text == one.name and one.engine == "graft"]
+    return len(members.gone(named)) < len(named)
 
 
 def _started_by_graft(graft: Installation, text: str) -> FoundContainer:
@@ -123,7 +124,7 @@ def _attach_direct(
     existing = inventory.host_sockets_of(settings, pids)
     compiled = graft.compile(policy)
     refuse_below(target.cgroup)
-    with graft.transaction() as change:
+    with members.within_reach(target.cgroup), graft.transaction() as change:
         container = change.containers.create(
             compiled,
             target.cgroup,
@@ -150,7 +151,7 @@ def _attach_splice(
         raise NotFoundError(f"cgroup: the processes of {target.name} have ended") from None
     compiled = graft.compile(policy)
     refuse_below(target.cgroup)
-    with graft.transaction() as change:
+    with members.within_reach(target.cgroup), graft.transaction() as change:
         container = change.containers.create(
             compiled, target.cgroup, cookie, Transport.SPLICE, name=target.name, engine=target.engine, relay=relay
         )

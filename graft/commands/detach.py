@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from graft.commands.find import find
 from graft.splice import client as splice
-from graft.state import inventory
+from graft.state import inventory, members
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.state.withdrawal import Withdrawal, withdraw
@@ -29,8 +29,8 @@ def detach(graft: Installation, text: str, keep_connections: bool = False) -> De
     graft.reap()
     container = find(graft, text)
     with inventory.host_stack(graft) as stack:  # removing the container may remove endpoints
-        with graft.transaction() as change:
-            change.containers.remove(container)
+        with members.pinned(container.cgroup_path) as reachable, graft.transaction() as change:
+            change.containers.remove(container, reachable)
         if container.is_relayed:
             splice.detach(graft, container)
         return Detached(container, withdraw(graft.settings, container, stack, keep_connections))

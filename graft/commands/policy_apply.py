@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from graft.commands.find import find
 from graft.errors import NotFoundError
 from graft.model.transport import Transport
 from graft.policy.model import Policy, PolicyError
-from graft.policy.validator import check_splice
+from graft.policy.validator import check_splice, needs_unix_relay
 from graft.splice import client as splice
+from graft.state import members
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -57,5 +60,7 @@ def replace_policy(
     if container.transport is Transport.SPLICE:
         refuse_in_splice(policy)
     compiled = graft.compile(policy)
-    with graft.transaction() as change:
+    attaches = not container.is_relayed and needs_unix_relay(compiled.policy, compiled.endpoints)
+    reach = members.within_reach(container.cgroup_path) if attaches else contextlib.nullcontext()
+    with reach, graft.transaction() as change:
         return change.containers.apply(container, compiled, name, relay)

@@ -90,6 +90,7 @@ def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[sign
     try:
         transport = Transport.DIRECT if launched.listener is None else supervised
         refuse_without_supervisor(plan.policy, transport)
+        graft.reap()
         with graft.transaction() as change:
             container = change.containers.create(compiled, path, launched.netns, transport, os.getpid())
         splice.serve(graft, container, launched.pid)

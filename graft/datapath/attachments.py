@@ -121,10 +121,14 @@ def set_scope(settings: Settings, path: Path, container: int) -> None:
     scopes.close()
 
 
-def detach(settings: Settings, path: Path) -> None:
-    """Detach the programs from a cgroup. Safe to repeat, and for a cgroup that was removed."""
+def detach(settings: Settings, path: Path, number: int = 0) -> None:
+    """Detach the programs from the cgroup at ``path``, if its id is ``number`` (0: any). Safe to repeat, and for a
+    cgroup that was removed.
+    """
     every = _loaded(settings, ALL_PROGRAMS)
     with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _opened_programs(settings, every) as fds:
+        if number not in (0, os.fstat(cgroup_fd).st_ino):
+            return
         for fd, kind in fds:
             with contextlib.suppress(OSError):
                 bpf.prog_detach(cgroup_fd, fd, kind)

@@ -58,18 +58,55 @@ def cgroup_id(path: Path) -> int:
 
 
 def has_id(number: int) -> bool:
-    """Whether there is a cgroup of that id. Its name is not looked up in the folder above, which others may hold.
+    """Whether there is a cgroup of that id. May never return: where its name is not in the kernel's cache, the folder
+    above is listed (reconnect_path() of fs/exportfs/expfs.c), which others may hold.
 
     Raises OSError where the kernel does not say (without CAP_DAC_READ_SEARCH).
     """
-    handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, _FILEID_KERNFS, number))
     try:
-        os.close(syscall("open_by_handle_at", _top(os.getpid()), handle, os.O_PATH | os.O_CLOEXEC))
+        os.close(_open_id(number, os.O_PATH))
     except OSError as error:
         if error.errno != errno.ESTALE:
             raise
         return False
     return True
+
+
+def _open_id(number: int, flags: int) -> int:
+    """The folder of the cgroup of that id. May never return, as `has_id`. Raises OSError (ESTALE: there is none)."""
+    handle = ctypes.create_string_buffer(struct.pack("=IiQ", 8, _FILEID_KERNFS, number))
+    return syscall("open_by_handle_at", _top(os.getpid()), handle, flags | os.O_CLOEXEC)
+
+
+def open_events(path: Path, number: int) -> int:
+    """The file cgroup.events of the cgroup at ``path``, whose id is ``number`` (0: any): `is_removed` asks it.
+
+    While it is open, the names of the cgroup and of those above it stay in the kernel's cache. May never return, as
+    `has_id`. Raises FileNotFoundError where there is no such cgroup.
+    """
+    try:
+        folder = _open_id(number, os.O_PATH) if number else os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ESTALE:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+        folder = os.open(path, os.O_PATH | os.O_CLOEXEC)  # without CAP_DAC_READ_SEARCH
+    try:
+        if number not in (0, os.fstat(folder).st_ino):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def is_removed(events: int) -> bool:
+    """Whether the cgroup of that cgroup.events was removed (kernfs refuses the read then, kernfs_seq_start()). Waits
+    for nobody.
+    """
+    try:
+        os.pread(events, 1, 0)
+    except OSError as error:
+        return error.errno == errno.ENODEV
+    return False
 
 
 @functools.cache

@@ -329,11 +329,20 @@ def remove(path: str, file: FileId) -> bool:
     return False
 
 
+def pin_own_descriptors() -> None:
+    """Keep /proc/self/fd open until this process ends, so that the names on the way there stay in the kernel's cache:
+    `connect` looks them up. Every user may list /proc/PID, and so hold it, and whoever looks up there what is not in
+    the cache waits for him. (The folder fd itself only root may list.)
+    """
+    os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
 def connect(sock: socket.socket, path: str, cached: bool = False) -> bool:
     """Connect ``sock``, which never blocks, to the socket at ``path``: never through a link. Raises OSError.
 
     ``cached``: only if the kernel knows the path without reading, and so without waiting for a folder's lock; False
-    where it does not. BlockingIOError: the server's backlog is full, and no event says when it has room.
+    where it does not. (`pin_own_descriptors` comes before that.) BlockingIOError: the server's backlog is full, and no
+    event says when it has room.
     """
     try:
         fd = _openat2(path, os.O_PATH | os.O_NOFOLLOW, _RESOLVE_CACHED if cached else 0)

@@ -36,14 +36,16 @@ def reap() -> None:
     """Remove the rules and records of containers whose cgroup is gone, and what others have of their sockets."""
     from graft.datapath.dataplane import is_up
     from graft.model.settings import Settings
-    from graft.state import leftovers
+    from graft.state import leftovers, members
     from graft.state.installation import Installation
 
     settings = Settings.from_environment()
     if is_up(settings):
         graft = Installation(settings)
-        with leftovers.closed_after(graft, *(one for one in graft.containers.listing() if not one.exists)):
-            graft.reap()
+        listed = graft.containers.listing()
+        gone = members.gone(listed)
+        with leftovers.closed_after(graft, *(one for one in listed if one.id in gone)):
+            graft.forget(gone)
 
 
 def report(text: str) -> None:

@@ -34,7 +34,7 @@ from graft.oci.state import Message, State
 from graft.policy.model import Policy
 from graft.policy.validator import refuse_without_supervisor
 from graft.splice import client as splice
-from graft.state import leftovers
+from graft.state import leftovers, members
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.swap.keeper import Keeper, stop_all
@@ -109,7 +109,8 @@ class Attachment:
         plan = self._plan
         refuse_without_supervisor(plan.policy, plan.transport)
         compiled = self._graft.compile(plan.policy)
-        with self._graft.transaction() as change:
+        self._graft.reap()
+        with members.within_reach(path), self._graft.transaction() as change:
             created = change.containers.create(
                 compiled, path, cookie, plan.transport, shim, name=plan.id[:12], engine=_ENGINE
             )
@@ -197,11 +198,11 @@ class Attachment:
     def close(self) -> None:
         """Stop the supervisors, and remove the container's rules, record and files."""
         stop_all(self._keepers)
-        if self._events is not None:
-            os.close(self._events)
-            self._events = None
         if self.container is not None:
             _remove_container(self._graft, self.container)
+        if self._events is not None:  # until here: it kept the cgroup's name in the kernel's cache
+            os.close(self._events)
+            self._events = None
         _remove_folder(self._plan.folder)
 
 

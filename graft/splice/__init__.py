@@ -11,6 +11,7 @@
     event_loop.py   the event loop
     turns.py        which owner's call is made next (pure)
     slow_calls.py   owners whose calls are slow wait
+    outside.py      connections that are slow on the side that is not the container's wait by themselves
     jobs.py         work that takes more than one turn
     background.py   calls that block, made in threads
     closing.py      sockets whose close may wait, closed by a process that exits
@@ -31,6 +32,7 @@
     datagrams.py    UDP, both ways
     relays.py       all three, for one container
     container_list.py     the containers to serve
+    cgroups.py            whether their cgroups still exist
     container_service.py  how one container is served
     service.py      all containers: what the daemon runs
     log.py          the daemon's log

@@ -11,6 +11,7 @@ from typing import Any
 
 from graft.errors import GraftError
 from graft.splice.connection import Connection
+from graft.splice.outside import OutsidePeer
 from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
 from graft.splice.waiting import WaitingConnection
@@ -18,6 +19,7 @@ from graft.splice.waiting import WaitingConnection
 _ACCEPTS = 8  # in one turn
 _LAST_ACCEPTS = 64  # when the listener is closed
 _RETRY_SECONDS = 0.2
+_OUT = "out"  # in place of the addresses of all servers outside, which the container chooses
 
 PeerAddress = tuple[Any, ...]
 ConnectFar = Callable[[socket.socket, PeerAddress], socket.socket | None]
@@ -29,7 +31,7 @@ class Acceptor:
     ``connect_far`` makes a socket that connects to the far end, for an accepted socket and its peer's address. Where
     it returns None, or raises OSError or GraftError, the accepted connection is reset; BlockingIOError: the far end has
     no room now. ``sockmap`` is the relay in the kernel, for TCP, None to relay by splice(2). ``check_far`` as for a
-    Connection.
+    Connection. ``far_is_outside``: the far end is outside of the container, not the near one.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class Acceptor:
         connect_far: ConnectFar,
         sockmap: Sockmap | None,
         check_far: Callable[[socket.socket], bool] | None = None,
+        far_is_outside: bool = False,
     ) -> None:
         self._resources, self._sock, self._connect_far = resources, sock, connect_far
-        self._check_far = check_far
+        self._check_far, self._far_is_outside = check_far, far_is_outside
         self.lost = False
         """Whether somebody else closed it: a user with CAP_NET_ADMIN over its network namespace can."""
         self.sockmap = sockmap
@@ -96,8 +99,15 @@ class Acceptor:
             WaitingConnection(self._resources, near, attempt)
             return
         if not done:
-            self._resources.loop.close(near)
+            blamed = None if self._far_is_outside else OutsidePeer(self._resources, self._address(near, peer)).count
+            self._resources.loop.close(near, blamed)
             self._resources.release_connection()
+
+    def _address(self, near: socket.socket, peer: PeerAddress) -> str:
+        """That of the peer outside."""
+        if self._far_is_outside:
+            return _OUT
+        return "" if near.family == socket.AF_UNIX else str(peer[0])
 
     def _connect(self, near: socket.socket, peer: PeerAddress) -> bool:
         """Relay an accepted connection; whether its far end could be reached. Raises BlockingIOError."""
@@ -111,7 +121,10 @@ class Acceptor:
             return False
         self.served += 1
         sockmap = None if socket.AF_UNIX in (near.family, far.family) else self.sockmap
-        Connection(self._resources, self.connections, near, far, sockmap, self._check_far)
+        outside = OutsidePeer(self._resources, self._address(near, peer))
+        Connection(
+            self._resources, self.connections, near, far, sockmap, self._check_far, outside, self._far_is_outside
+        )
         return True
 
     def close(self) -> None:

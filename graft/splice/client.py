@@ -8,6 +8,7 @@ from typing import Any
 from graft.errors import KernelError
 from graft.model.settings import Settings
 from graft.splice import control, daemon_process
+from graft.state import members
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -53,8 +54,8 @@ def serve(graft: Installation, container: Container, pid: int = 0) -> None:
     try:
         attach(graft.settings, container, pid)
     except BaseException:
-        with graft.transaction() as change:
-            change.containers.remove(container)
+        with members.pinned(container.cgroup_path) as reachable, graft.transaction() as change:
+            change.containers.remove(container, reachable)
         raise
 
 

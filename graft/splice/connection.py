@@ -36,8 +36,10 @@ from collections.abc import Callable
 
 from graft.kernel import unix_rights
 from graft.splice.kernel_flow import KernelFlow
+from graft.splice.outside import OutsidePeer
 from graft.splice.pipes import PIPE_BYTES, SLOW_BYTES, Pipe
 from graft.splice.resources import ContainerResources
+from graft.splice.slow_calls import Blamed
 from graft.splice.sockmap import Sockmap
 
 _END_EVENTS = select.EPOLLRDHUP | select.EPOLLHUP
@@ -68,6 +70,7 @@ class Side:
     """
 
     __slots__ = (
+        "blamed",
         "connection",
         "dialled",
         "ended",
@@ -88,6 +91,7 @@ class Side:
 
     def __init__(self, connection: Connection, sock: socket.socket, established: bool) -> None:
         self.connection = connection
+        self.blamed: Blamed | None = None
         self.sock = sock
         self.fd = sock.fileno()
         self.is_unix = sock.family == socket.AF_UNIX
@@ -208,7 +212,7 @@ class Flow:
                     return
                 if self.connection.loop.turn_is_over():
                     break
-            self.connection.resources.later(self.pump)
+            self.connection.later(self.pump)
         except OSError:
             self.connection.reset()
 
@@ -249,18 +253,20 @@ class Flow:
             if not target.writable:
                 return False
             assert pipe is not None
+            start = time.monotonic()
             try:
                 self.in_pipe -= os.splice(pipe.read, target.fd, self._limit(self.in_pipe))
             except BlockingIOError:
                 self.wait_for_target()
                 return False
+            self.connection.loop.blame(start, target.blamed)
             if self.in_pipe and self.connection.loop.turn_is_over():
                 break
         return True
 
     def _limit(self, count: int) -> int:
         """How many of so many bytes to move in one call."""
-        if count > SLOW_BYTES and self.connection.resources.is_slow:
+        if count > SLOW_BYTES and self.connection.is_slow:
             return SLOW_BYTES
         return count
 
@@ -286,6 +292,7 @@ class Flow:
         if pipe is None or self.urgent:
             self._return_pipe()
             return self._copy()
+        start = time.monotonic()
         try:
             got = os.splice(
                 source.fd, pipe.write, self._limit(PIPE_BYTES) if self.connection.loop.slow_owners else PIPE_BYTES
@@ -294,6 +301,7 @@ class Flow:
             source.readable = False
             self._return_pipe()
             return False
+        self.connection.loop.blame(start, source.blamed)
         if got == 0:
             self.eof = True
             return True
@@ -329,11 +337,13 @@ class Flow:
         if got == 0:
             self.eof = True
             return True
+        start = time.monotonic()
         try:
             sent = target.sock.send(buffer[:got])
         except BlockingIOError:
             self.wait_for_target()
             return False
+        self.connection.loop.blame(start, target.blamed)
         self.moved_before_handover += sent
         while sent:
             sent -= source.sock.recv_into(buffer, sent)
@@ -346,7 +356,9 @@ class Flow:
         self._return_pipe()
         self.shut = True
         if not self.target.flow_from.shut:  # else both are closed now, which sends a FIN too
+            start = time.monotonic()
             self.target.sock.shutdown(socket.SHUT_WR)
+            self.connection.loop.blame(start, self.target.blamed)
         self.connection.finish()
 
     def _return_pipe(self) -> None:
@@ -373,7 +385,7 @@ class Connection:
     Until it is closed, it is in ``registry`` and in ``resources.connections``. The caller has reserved its descriptors.
     """
 
-    __slots__ = ("check_far", "closed", "failing", "far", "loop", "near", "registry", "resources", "sockmap")
+    __slots__ = ("check_far", "closed", "failing", "far", "loop", "near", "outside", "registry", "resources", "sockmap")
 
     def __init__(
         self,
@@ -383,25 +395,52 @@ class Connection:
         far: socket.socket,
         sockmap: Sockmap | None = None,
         check_far: Callable[[socket.socket], bool] | None = None,
+        outside: OutsidePeer | None = None,
+        far_is_outside: bool = False,
     ) -> None:
         """``near`` is accepted, ``far`` is connecting; both are non-blocking and have the options of relayed sockets.
 
         ``sockmap`` is the relay in the kernel, None to relay by splice(2). ``check_far`` is called when ``far`` is
-        connected: where it returns False, or raises OSError, the connection is reset.
+        connected: where it returns False, or raises OSError, the connection is reset. ``outside`` is the peer that is
+        not in the container: of ``near``, or of ``far``.
         """
         self.check_far = check_far
         self.resources, self.loop, self.registry, self.sockmap = resources, resources.loop, registry, sockmap
         self.closed = self.failing = False
         self.near, self.far = Side(self, near, True), Side(self, far, False)
+        self.outside = outside or OutsidePeer(resources, "")
+        self.outside.on_slow(self._on_slow)
+        (self.far if far_is_outside else self.near).blamed = self.outside.count
         self.near.flow_from = self.far.flow_to = Flow(self, self.near, self.far)
         self.far.flow_from = self.near.flow_to = Flow(self, self.far, self.near)
         registry.add(self)
         resources.connections[self] = None
         try:
             for side in (self.far, self.near):
-                resources.watch(side.fd, side.watched_events, side.on_event)
+                self.loop.watch(side.fd, side.watched_events, side.on_event, self.outside.owner)
         except OSError:  # this user has too many watches (epoll(7), max_user_watches)
             self.reset()
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a call in these turns was slow lately."""
+        return self.outside.owner in self.loop.slow_owners
+
+    def later(self, call: Callable[[], None]) -> None:
+        """`EventLoop.later`, in this connection's turns."""
+        self.loop.later(call, self.outside.owner)
+
+    def after(self, seconds: float, call: Callable[[], None]) -> None:
+        """`EventLoop.after`, in this connection's turns."""
+        self.loop.after(seconds, call, self.outside.owner)
+
+    def _on_slow(self, is_last: bool) -> None:
+        """The peer outside was slow: from now on the connection has other turns; ``is_last``: it is reset there."""
+        if not self.closed:
+            for side in (self.near, self.far):
+                self.loop.set_owner(side.fd, self.outside.owner)
+            if is_last:
+                self.later(self.reset)
 
     def fail(self, side: Side) -> None:
         """``side`` has an error: its peer reset it, or never answered. What it sent before is still forwarded."""
@@ -435,6 +474,7 @@ class Connection:
         self.registry.discard(self)
         del self.resources.connections[self]
         self.resources.release_connection()
+        self.outside.close()
         for side in (self.near, self.far):
-            self.loop.close(side.sock)
+            self.loop.close(side.sock, side.blamed)
             del side.flow_from, side.flow_to  # else these reference cycles stay until the garbage collector runs

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from graft.datapath import attachments, dataplane
 from graft.errors import ConflictError, GraftError
-from graft.kernel import cgroup, process
+from graft.kernel import cgroup, process, unix_files
 from graft.model.printable import printable
 from graft.model.settings import Settings
 from graft.splice.daemon_process import daemon_lock
@@ -38,6 +38,7 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
         attachments.attach(settings, folder, 0, splice=True)
         cgroup.enter(folder)
         process.raise_descriptor_limit()
+        unix_files.pin_own_descriptors()
         os.setgroups(())  # servers of unix sockets would be shown them (SO_PEERGROUPS)
         service = Service(settings, keep)
         gc.freeze()

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from graft.splice.closing import Closer
-from graft.splice.slow_calls import SLOW_SECONDS, SlowCalls
+from graft.splice.slow_calls import SLOW_SECONDS, Blamed, SlowCalls
 from graft.splice.turns import Turns, Work
 
 EventHandler = Callable[[int], None]
@@ -51,6 +51,8 @@ class EventLoop:
         self.slow_owners = self._slow_calls.owners
         """Owners for which a call was slow lately."""
         self._call_started = 0.0
+        self._blamed: Blamed | None = None
+        self._has_blamed = False
         self._waiting: set[Work] = set()
         self._timers: list[tuple[float, int, Work, int]] = []
         self._sequence = itertools.count()
@@ -73,27 +75,41 @@ class EventLoop:
         """Watch ``fd`` for other events."""
         self._epoll.modify(fd, events)
 
+    def set_owner(self, fd: int, owner: int) -> None:
+        """Serve the events of ``fd`` in the turns of another owner."""
+        self._handlers[fd] = self._handlers[fd][0], owner
+
+    def blame(self, started: float, blamed: Blamed | None) -> None:
+        """If a system call of the call that is being made, which began at ``started``, was slow: ``blamed`` gives the
+        owner that waits for it (None: the one whose turn it is, whoever else was slow in this turn).
+        """
+        if time.monotonic() - started > SLOW_SECONDS:
+            self._blamed = None if self._has_blamed else blamed
+            self._has_blamed = blamed is None
+
     def unwatch(self, fd: int) -> None:
         """Stop watching a descriptor that stays open."""
         self._forget(fd)
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
 
-    def close(self, sock: socket.socket) -> None:
+    def close(self, sock: socket.socket, blamed: Blamed | None = None) -> None:
         """Close a socket in its owner's turns, and not before the fetched events are served: else its descriptor number
-        could be used again.
+        could be used again. ``blamed`` as for `blame`.
         """
         _, owner = self._handlers.get(sock.fileno(), (None, DAEMON))
         self._forget(sock.fileno())
         self._to_close.add(sock)
-        self._turns.put(owner, partial(self._close, sock, owner))
+        self._turns.put(owner, partial(self._close, sock, owner, blamed))
 
-    def _close(self, sock: socket.socket, owner: int) -> None:
+    def _close(self, sock: socket.socket, owner: int, blamed: Blamed | None = None) -> None:
+        started = time.monotonic()
         if self._closer.close(sock):
             self._to_close.discard(sock)
         else:
             self._to_close.add(sock)
-            self.after(_CLOSE_AGAIN_SECONDS, partial(self._close, sock, owner), owner)
+            self.after(_CLOSE_AGAIN_SECONDS, partial(self._close, sock, owner, blamed), owner)
+        self.blame(started, blamed)
 
     def close_listener(self, sock: socket.socket) -> None:
         """Close at once: its address is free when this returns. A fetched event for it may still be served to the
@@ -204,7 +220,7 @@ class EventLoop:
             active[owner] = end = time.monotonic()
             charge(owner, end - start)
             if end - start > SLOW_SECONDS:
-                self._slow_calls.note(owner, end - start, end)
+                self._note_slow(owner, end - start, end)
             if end > until:
                 self._defer(fetched[number + 1 :])
                 return
@@ -244,11 +260,15 @@ class EventLoop:
             self._guarded(call)
             end = time.monotonic()
             if end - start > SLOW_SECONDS:
-                self._slow_calls.note(owner, end - start, end)
+                self._note_slow(owner, end - start, end)
             turns.charge(owner, end - start)
             if end > until:
                 return
             start = end
+
+    def _note_slow(self, owner: int, seconds: float, now: float) -> None:
+        blamed, self._blamed, self._has_blamed = self._blamed, None, False
+        self._slow_calls.note(owner, seconds, now, blamed)
 
     @staticmethod
     def _guarded(call: Work) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from graft.kernel import tcp
@@ -46,6 +47,16 @@ class ConnectionLike(Protocol):
     """connection.Connection."""
 
     resources: ContainerResources
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a call in its turns was slow lately."""
+
+    def later(self, call: Callable[[], None]) -> None:
+        """Make ``call`` in its turns."""
+
+    def after(self, seconds: float, call: Callable[[], None]) -> None:
+        """Make ``call`` after that time, in its turns."""
 
     def reset(self) -> None:
         """Reset both sides."""
@@ -132,7 +143,7 @@ class KernelFlow:
         """The kernel left bytes with the source."""
         if not self._behind:
             self._behind = True
-            self._flow.connection.resources.later(self._flow.pump)
+            self._flow.connection.later(self._flow.pump)
 
     def fail(self) -> None:
         """The source was reset: what it sent before is still forwarded, then the target is reset too."""
@@ -176,7 +187,7 @@ class KernelFlow:
     def _copy(self) -> bool:
         """Copy what was left with the source. False where the target is full, or the turn is over."""
         source, target = self._flow.source, self._flow.target
-        limit = SLOW_BYTES if self._flow.connection.resources.is_slow else _COPY_BYTES
+        limit = SLOW_BYTES if self._flow.connection.is_slow else _COPY_BYTES
         for _ in range(_COPIES_PER_TURN):
             if not self._uncopied:
                 try:
@@ -194,7 +205,7 @@ class KernelFlow:
             self._uncopied = self._uncopied[sent:]
             if self._flow.connection.resources.loop.turn_is_over():
                 break
-        self._flow.connection.resources.later(self._flow.pump)
+        self._flow.connection.later(self._flow.pump)
         return False
 
     def _hand_back(self) -> bool:
@@ -232,7 +243,7 @@ class KernelFlow:
             return
         self._check_progress()
         self._check_scheduled = True
-        self._flow.connection.resources.after(self._pause, self._check_again)
+        self._flow.connection.after(self._pause, self._check_again)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _check_again(self) -> None:

@@ -80,7 +80,7 @@ class OutboundRelay:
             mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
             maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
         self.port = int(socks[0].getsockname()[1])
-        self.acceptors = [Acceptor(resources, sock, self._connect_far, sockmap) for sock in socks]
+        self.acceptors = [Acceptor(resources, sock, self._connect_far, sockmap, far_is_outside=True) for sock in socks]
         maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(socks) > 1, datagram_port=datagram_port))
 
     def _connect_far(self, near: socket.socket, _peer: PeerAddress) -> socket.socket | None:

@@ -7,7 +7,7 @@ killed. So a child looks, one for each question, and the container's own work go
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from graft.splice.jobs import Stepwise
@@ -25,8 +25,8 @@ _left = LeftChildren()
 _asked: set[int] = set()
 
 
-def ask(folder: str, work: Callable[[], T]) -> Stepwise[T]:
-    """The result of ``work``, which is about the cgroup ``folder`` and must be picklable.
+def ask(folder: str, work: Callable[[], T], keep: Collection[int] = ()) -> Stepwise[T]:
+    """The result of ``work``, which is about the cgroup ``folder`` and must be picklable; the child has ``keep``.
 
     Raises what ``work`` raises, and KernelError where the folder is held.
     """
@@ -35,7 +35,7 @@ def ask(folder: str, work: Callable[[], T]) -> Stepwise[T]:
         yield _INTERVAL
     if _left.has_one(folder):
         raise held(folder)
-    question = Question(work)
+    question = Question(work, keep)
     _asked.add(question.child)
     has_hung = False
     try:

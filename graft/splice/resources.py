@@ -15,9 +15,18 @@ from graft.splice.pipes import Pipe, PipePool
 from graft.splice.shares import Share, Shares
 
 _RESERVED_DESCRIPTORS = 512  # for the daemon itself
-_CONTAINER_DESCRIPTORS = 6  # without connections: its namespace, two netlink sockets, two listeners, datagrams
+_CONTAINER_DESCRIPTORS = 7
+"""Without connections: its cgroup, its namespace, two netlink sockets, two listeners, datagrams."""
 _CONNECTION_DESCRIPTORS = 2
 _MAX_LISTENERS = 1024
+
+
+_MAX_SLOW_PEERS = 1024
+
+
+def outside_owner(number: int) -> int:
+    """The owner, in the event loop, of those connections of a container that are slow outside of it (outside.py)."""
+    return -number
 
 
 class Resettable(Protocol):
@@ -39,7 +48,16 @@ class ContainerResources:
         self.descriptors, self.pipes = daemon.descriptors.join(), daemon.pipes.join()
         self.connections: dict[Resettable, None] = {}
         """All its relayed connections, oldest first."""
+        self.slow_peers: dict[str, float] = {}
+        """Addresses outside for which a call was slow, and until when that counts."""
         self._waiting_listeners: dict[Accept, None] = {}
+
+    def note_slow_peer(self, address: str, until: float) -> None:
+        """Note that a call was slow for a peer there; the oldest notes make room."""
+        self.slow_peers.pop(address, None)
+        while len(self.slow_peers) >= _MAX_SLOW_PEERS:
+            del self.slow_peers[next(iter(self.slow_peers))]
+        self.slow_peers[address] = until
 
     def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
         """`EventLoop.watch`, in this container's turns."""
@@ -158,6 +176,7 @@ class DaemonResources:
         self.descriptors.leave(container.descriptors)
         self.pipes.leave(container.pipes)
         self.loop.forget(container.number)
+        self.loop.forget(outside_owner(container.number))
         self.resume_listeners_later()
 
     def reclaim(self, count: int) -> None:

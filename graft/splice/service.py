@@ -17,11 +17,13 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from graft.model.settings import Settings
 from graft.splice.background import Background
+from graft.splice.cgroups import Cgroups
 from graft.splice.commands import Commands, Reply, failure
 from graft.splice.container_list import ContainerList
 from graft.splice.container_service import SCAN_SECONDS, ContainerService, Context
@@ -54,6 +56,7 @@ class Service:
         self._stopping: dict[int, ContainerService] = {}
         self._after_stop: list[Callable[[], None]] = []
         self._records = ContainerList(settings)
+        self._cgroups = Cgroups(self._loop, self._loop.tick_soon)
         self._reaping = False
         self._empty_since = time.monotonic()
         self._commands = Commands(settings, self._loop, self._handle)
@@ -70,6 +73,7 @@ class Service:
                 with contextlib.suppress(OSError):
                     service.stop_now()
             self._commands.close()
+            self._cgroups.close()
             self._context.namespaces.close()
             self._kernel_relay.close()
             self._context.daemon_resources.close()
@@ -103,7 +107,7 @@ class Service:
         for container in records.values():
             if container.id in self._services:
                 self._update(container)
-            elif container.exists:
+            elif not self._cgroups.is_pending(container.id) and not self._cgroups.gone((container.id,)):
                 self._start_serving(container)
         for service in self._services.values():
             service.scan_if_due()
@@ -114,17 +118,18 @@ class Service:
         """Stop services without a record, or whose cgroup is gone, though another may be at the same path."""
         for number in [number for number in self._services if number not in records]:
             self._stop_serving(number)
-        gone = [container for container in records.values() if not container.exists]
-        for container in gone:
-            self._stop_serving(container.id)
+        self._cgroups.update(records)
+        gone = self._cgroups.gone(records)
+        for number in gone:
+            self._stop_serving(number)
         if gone and not self._reaping:
             self._reaping = True
-            self._background.run(self._reap, self._reaped)
+            self._background.run(partial(self._reap, gone), self._reaped)
 
-    def _reap(self) -> None:
+    def _reap(self, gone: Collection[int]) -> None:
         """Remove the rules of containers that are gone. In a thread, with maps of its own: it waits for the lock."""
         with Installation(self._settings) as graft:
-            graft.reap()
+            graft.forget(gone)
 
     def _reaped(self, _result: None, error: Exception | None) -> None:
         if error is None:
@@ -215,7 +220,10 @@ class Service:
         records = self._records.current()
         self._stop_removed(records)
         container = records.get(number)
-        if container is None or not container.exists:
+        if container is not None and self._cgroups.is_pending(number):
+            self._cgroups.when_known(number, lambda: self._attach(number, pid, reply))
+            return
+        if container is None or self._cgroups.gone((number,)):
             reply({"error": f"container {number} has no record, or its cgroup is gone"})
             return
         if number in self._services:

@@ -10,6 +10,7 @@ Time in which the thread was ready and another process had the processor does no
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from graft.splice.turns import Turns
 
@@ -18,6 +19,9 @@ SLOW_SECONDS = 0.002
 _PAUSE_FACTOR = 10
 _ACTIVE_SECONDS = 1.0  # an owner without events for so long has nothing to do
 _SLOW_AGAIN_SECONDS = 10.0
+
+
+Blamed = Callable[[], int]
 
 
 class SlowCalls:
@@ -50,11 +54,13 @@ class SlowCalls:
             if owner not in self._turns.held:
                 del self.owners[owner]
 
-    def note(self, owner: int, seconds: float, now: float) -> None:
-        """A call for ``owner`` took more than SLOW_SECONDS."""
+    def note(self, owner: int, seconds: float, now: float, blamed: Blamed | None = None) -> None:
+        """A call for ``owner`` took more than SLOW_SECONDS. ``blamed`` gives the owner that waits for it instead."""
         seconds -= self._delay()
         if not owner or seconds <= SLOW_SECONDS:
             return
+        if blamed is not None:
+            owner = blamed()
         self.owners[owner] = now + _SLOW_AGAIN_SECONDS
         held = len(self._turns.held) + (owner not in self._turns.held)
         self._turns.hold(owner, now + _PAUSE_FACTOR * seconds * held)

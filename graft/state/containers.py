@@ -55,7 +55,9 @@ class Containers:
 
     def at(self, path: Path) -> Container | None:
         """The container whose cgroup is at ``path``, None if none is attached there."""
-        return next((found for found in self.listing() if found.cgroup == str(path) and found.exists), None)
+        found = [one for one in self.listing() if one.cgroup == str(path)]
+        gone = members.gone(found)
+        return next((one for one in found if one.id not in gone), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +166,15 @@ class ContainerChanges(Containers):
         """Put the cgroup at ``path`` under a policy. ``netns``: cookie of the namespace that its processes are in.
 
         ``name`` is by default the policy's. ``prepare`` is called with the container's id, after its rules are written
-        and before any hook is attached. Changes nothing if it fails (PolicyError, ConflictError, KernelError;
-        RefusedError if a cgroup above is attached, or one below that has a record (`refuse_below` finds the others);
-        UnixPathError if a unix socket's path cannot be had).
+        and before any hook is attached. Containers that have ended may be in its way: `Installation.reap` comes before.
+        The cgroup is to be kept open (`members.pinned`) where others may list a folder above it.
+
+        Changes nothing if it fails (PolicyError, ConflictError, KernelError; RefusedError if a cgroup above is
+        attached, or one below that has a record (`refuse_below` finds the others); UnixPathError if a unix socket's
+        path cannot be had).
         """
         policy = compiled.policy
         check_transport(transport, name or policy.name, compiled)
-        self.reap()
         self._refuse_nesting(path)
         bound_sockets.check_free(policy, compiled.endpoints)
         new = self._install(compiled)
@@ -241,16 +245,19 @@ class ContainerChanges(Containers):
         records.save(self._settings, changed)
         return changed
 
-    def remove(self, container: Container) -> None:
-        """Remove a container's rules and attachments. Safe to repeat."""
-        if container.exists:
-            attachments.detach(self._settings, container.cgroup_path)
+    def remove(self, container: Container, reachable: bool = True) -> None:
+        """Remove a container's rules and attachments. Safe to repeat.
+
+        Not ``reachable``: a folder above its cgroup is held. The hooks stay attached, and grant nothing.
+        """
+        if reachable:
+            attachments.detach(self._settings, container.cgroup_path, container.cgroup_id)
         self._forget(container.id)
 
-    def reap(self) -> None:
-        """Remove the rules and records of containers whose cgroup is gone."""
+    def reap(self, gone: Collection[int]) -> None:
+        """Remove the rules and records of these containers, whose cgroups are gone (`members.gone`)."""
         for container in self.listing():
-            if not container.exists:
+            if container.id in gone:
                 self._forget(container.id)
 
     def _install(self, compiled: CompiledPolicy, replaced: int = 0) -> _Installed:

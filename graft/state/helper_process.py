@@ -97,16 +97,18 @@ def run_one(work: Callable[[], ResultT], timeout: float = TIMEOUT) -> ResultT | 
 
 
 class Question(Generic[ResultT]):
-    """Runs ``work`` in such a child, while the caller does something else. To be closed."""
+    """Runs ``work`` in such a child, which has the descriptors ``keep``, while the caller does something else. To be
+    closed.
+    """
 
-    def __init__(self, work: Callable[[], ResultT]) -> None:
+    def __init__(self, work: Callable[[], ResultT], keep: Collection[int] = ()) -> None:
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(writer, True)
         self._raw = bytearray()
         parent = os.getpid()
         self.child = os.fork()
         if self.child == 0:
-            _run_child(lambda _: work(), (None,), writer, (), parent)
+            _run_child(lambda _: work(), (None,), writer, keep, parent)
         os.close(writer)
 
     def answer(self) -> list[ResultT]:

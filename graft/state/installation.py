@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from graft.datapath import dataplane
 from graft.datapath.maps import Maps
@@ -19,7 +19,7 @@ from graft.errors import PrivilegeError
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy
-from graft.state import bound_sockets
+from graft.state import bound_sockets, members
 from graft.state.containers import CompiledPolicy, ContainerChanges, Containers, compile_for
 from graft.state.endpoints import EndpointChanges, Endpoints
 
@@ -64,9 +64,13 @@ class Installation:
 
     def reap(self) -> None:
         """Remove the rules and records of containers whose cgroup is gone. Quick if there are none."""
-        if not all(container.exists for container in self.containers.listing()):
+        self.forget(members.gone(self.containers.listing()))
+
+    def forget(self, gone: Collection[int]) -> None:
+        """Remove the rules and records of these containers, whose cgroups are gone. Safe to repeat."""
+        if gone:
             with self.transaction() as change:
-                change.containers.reap()
+                change.containers.reap(gone)
 
 
 class Transaction:

@@ -2,12 +2,16 @@
 
 A process of a container can hold the folder of its cgroup, or of one below it, so that whoever lists it waits and
 cannot be killed (folder_calls.py). So a child lists them, with a timeout. A folder that is held is not tried again by
-the same command.
+the same command. Others can hold a folder above, and then whoever looks the cgroup up waits, by its name or by its id.
+So a child does that too, before the installation's lock is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +19,14 @@ from graft.errors import KernelError
 from graft.kernel import cgroup
 from graft.state import helper_process
 from graft.state.left_children import LeftChildren
+from graft.state.records import Container
 
 _TIMEOUT = 2.0  # seconds without an answer about any cgroup
 _EXIT_TIMEOUT = 0.1
 
 _left = LeftChildren()
+_left_above = LeftChildren()
+"""By the path of the cgroup that was asked about, one of whose folders above is held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,65 @@ def processes(path: Path) -> tuple[int, ...]:
     if found is None:
         raise held(str(path))
     return found.pids
+
+
+def gone(containers: Sequence[Container]) -> frozenset[int]:
+    """The numbers of those containers whose cgroup is gone. One that cannot be asked about, because a folder above is
+    held, counts as there.
+    """
+    free = [one for one in containers if not _left_above.has_one(one.cgroup)]
+    found = helper_process.run_each(lambda one: one.exists, free, _TIMEOUT, exit_timeout=_EXIT_TIMEOUT)
+    for index, one in enumerate(free):
+        if index not in found.results:
+            _left_above.leave(one.cgroup, found.helper_pid)
+    if len(found.results) == len(free):
+        _left_above.reap_later(found.helper_pid)
+    return frozenset(free[index].id for index, exists in found.results.items() if not exists)
+
+
+@contextlib.contextmanager
+def pinned(path: Path) -> Iterator[bool]:
+    """Keep a cgroup open while the block runs, which takes the installation's lock: its name, and those of the folders
+    above it, stay in the kernel's cache, so that to look them up waits for nobody.
+
+    False where a folder above is held: the block must not look it up.
+    """
+    if _left_above.has_one(str(path)):
+        yield False
+        return
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.ExitStack() as stack, ours, theirs:
+        asked = helper_process.run_each(
+            lambda one: _send_opened(one, theirs), (path,), _TIMEOUT, keep={theirs.fileno()}, exit_timeout=_EXIT_TIMEOUT
+        )
+        if 0 not in asked.results:
+            _left_above.leave(str(path), asked.helper_pid)
+        else:
+            _left_above.reap_later(asked.helper_pid)
+            if asked.results[0]:
+                for fd in socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)[1]:
+                    stack.callback(os.close, fd)
+        yield 0 in asked.results
+
+
+@contextlib.contextmanager
+def within_reach(path: Path) -> Iterator[None]:
+    """`pinned`, for a block that has to look the cgroup up. Raises KernelError where a folder above is held."""
+    with pinned(path) as reachable:
+        if not reachable:
+            raise KernelError(f"somebody holds a directory above the cgroup {path}", "end what runs there")
+        yield
+
+
+def _send_opened(path: Path, outbox: socket.socket) -> bool:
+    """Open the folder at ``path`` and send its descriptor. False where there is none."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    socket.send_fds(outbox, [b"."], [fd])
+    os.close(fd)
+    return True
 
 
 def held(path: str) -> KernelError:

@@ -59,7 +59,10 @@ class Container:
 
     @property
     def exists(self) -> bool:
-        """Whether its cgroup still exists: the same one, not a later one at that path."""
+        """Whether its cgroup still exists: the same one, not a later one at that path.
+
+        May never return (`cgroup.has_id`): members.gone() asks this in a child.
+        """
         with contextlib.suppress(OSError):
             if self.cgroup_id:
                 return cgroup.has_id(self.cgroup_id)

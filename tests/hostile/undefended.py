@@ -377,7 +377,36 @@ def _cgroup_id() -> None:
     from graft.splice import listeners
 
     Container.exists = property(lambda self: self.cgroup_path.exists())  # type: ignore[assignment]
+    cgroup.open_events = lambda path, number: os.open(path, os.O_PATH)
+    cgroup.is_removed = lambda events: (
+        not os.path.exists(os.readlink(f"/proc/self/fd/{events}").removesuffix(" (deleted)"))
+    )
     vars(listeners)["cgroup_ids"] = lambda path, _root: cgroup.ids(path)
+
+
+def _slow_peers() -> None:
+    """A container waits for what is slow on whatever side of its connections."""
+    from graft.splice import slow_calls
+
+    def note(self: slow_calls.SlowCalls, owner: int, seconds: float, now: float, _blamed: object = None) -> None:
+        noted(self, owner, seconds, now)
+
+    noted = slow_calls.SlowCalls.note
+    slow_calls.SlowCalls.note = note  # type: ignore[method-assign,assignment]
+
+
+def _own_descriptors() -> None:
+    """The daemon's own folder in /proc is looked up each time."""
+    unix_files.pin_own_descriptors = lambda: None
+
+
+def _cgroup_events() -> None:
+    """The daemon asks by its id whether a cgroup exists, in its event loop."""
+    from graft.splice.cgroups import Cgroups
+
+    known: dict[int, Container] = {}
+    Cgroups.update = lambda self, records: known.update(records)  # type: ignore[method-assign]
+    Cgroups.gone = lambda self, numbers: {one for one in numbers if not known[one].exists}  # type: ignore[method-assign]
 
 
 def _terminal() -> None:
@@ -506,6 +535,9 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "log": _log,
     "aside": _aside,
     "cgroup id": _cgroup_id,
+    "cgroup events": _cgroup_events,
+    "own descriptors": _own_descriptors,
+    "slow peers": _slow_peers,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,
