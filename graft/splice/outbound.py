@@ -71,9 +71,8 @@ class OutboundRelay:
         sockmap: Sockmap | None,
         datagrams: layout.RelayValue | None = None,
     ) -> None:
-        """Listens at once, and writes its port to the map `relays`, with what the hooks read of the relay of ``datagrams``.
-
-        Raises OSError.
+        """Listens at once, and writes its port to the map `relays`, into what the hooks read there of the relay for
+        datagrams. Raises OSError.
         """
         self._settings, self._maps, self._container, self._namespaces = settings, maps, resources.number, namespaces
         self._lookup, self._close = Lookup(maps), resources.loop.close
