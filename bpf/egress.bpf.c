@@ -122,7 +122,7 @@ int graft_skb_egress(struct __sk_buff *skb)
 	    (head[0] == GRAFT_IPV4_PLAIN || (ipv6 && head[6] == IPPROTO_TCP)))
 		return PASS;
 	if (!is_host_homed(skb, sk, &owner))
-		return owner.home == GRAFT_HOME_FERRY ? leaves_ferry(skb, &owner) : PASS;
+		return owner.home == GRAFT_HOME_FERRY ? leaves_ferry(skb, &owner) : leaves_inside(skb, sk, &owner);
 	if (owner.container && owner.container->transport == GRAFT_TRANSPORT_DIRECT && !denies_anything(owner.container))
 		return PASS;
 	if (may_ping(owner.container, type, protocol))

@@ -248,6 +248,9 @@ struct relay {
 	__u8 zero;
 	__u16 datagram_port; /* in 127.0.0.0/8 (exchange.bpf.c); 0: none */
 	__u16 zero2;
+	__u64 cgroup;    /* the container's: datagrams go to sockets of it, or below it */
+	__u32 mark;      /* of datagrams to the relay: a secret, and nothing but a hook sets it */
+	__u32 zero3;
 };
 
 /* `exchanges`: what Graft relays between a container's datagram socket and a remote end (exchange.bpf.c). */
@@ -370,6 +373,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 7
+#define GRAFT_LAYOUT_VERSION 8
 
 #endif

@@ -126,7 +126,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	if (is_tcp(type, protocol) && sk->state != BPF_TCP_LISTEN && sk->state != BPF_TCP_SYN_SENT)
 		return PASS;
 	if (!is_host_homed(skb, sk, &owner))
-		return owner.home == GRAFT_HOME_FERRY ? arrives_at_ferry(skb, &owner) : PASS;
+		return owner.home == GRAFT_HOME_FERRY ? arrives_at_ferry(skb, &owner) : arrives_inside(skb, sk, &owner);
 	/* A container that no longer exists has no listeners, even if a process still has one open. */
 	if (!owner.container)
 		return drop(&owner);

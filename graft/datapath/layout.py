@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 7
+LAYOUT_VERSION = 8
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -300,6 +300,9 @@ class RelayValue(ctypes.Structure):
         ("zero", ctypes.c_uint8),
         ("datagram_port", ctypes.c_uint16),
         ("zero2", ctypes.c_uint16),
+        ("cgroup", ctypes.c_uint64),
+        ("mark", ctypes.c_uint32),
+        ("zero3", ctypes.c_uint32),
     )
 
 

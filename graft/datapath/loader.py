@@ -73,6 +73,7 @@ SOURCES = (
     "options.bpf.c",
     "listen.bpf.c",
     "packet.bpf.c",
+    "exchange_packet.bpf.c",
     "destination.bpf.c",
     "ping.bpf.c",
     "ingress.bpf.c",

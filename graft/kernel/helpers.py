@@ -36,6 +36,7 @@ HELPERS = {
     "sk_storage_delete": 108,
     "probe_read_kernel": 113,
     "get_netns_cookie": 122,
+    "sk_ancestor_cgroup_id": 129,
     "ringbuf_output": 130,
     "skc_to_tcp_sock": 137,
     "set_retval": 187,

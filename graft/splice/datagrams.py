@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import errno
 import itertools
+import os
 import random
 import select
 import socket
@@ -189,9 +190,15 @@ class DatagramRelay:
     """Relays the datagrams of one container until `stop`."""
 
     def __init__(
-        self, resources: ContainerResources, maps: Maps, container_netns: NamespaceSockets, namespaces: Namespaces
+        self,
+        resources: ContainerResources,
+        maps: Maps,
+        container_netns: NamespaceSockets,
+        namespaces: Namespaces,
+        cgroup: int = 0,
     ) -> None:
-        """Raises OSError."""
+        """``cgroup`` is the id of the container's. Raises OSError."""
+        self._cgroup, self._mark = cgroup, int.from_bytes(os.urandom(4), "little") | 1
         self.resources, self._maps, self._namespaces = resources, maps, namespaces
         self._container = resources.number
         self._lookup = Lookup(maps)
@@ -208,6 +215,10 @@ class DatagramRelay:
         maps.crossings.put(ctypes.c_int32(self.inner.fileno()), mark)
         resources.watch(self.inner.fileno(), select.EPOLLIN, self._on_event)
         resources.after(AGING_SECONDS, self._age)
+
+    def value(self) -> layout.RelayValue:
+        """What the hooks read of it, for the map `relays`."""
+        return layout.RelayValue(datagram_port=self.port, cgroup=self._cgroup, mark=self._mark)
 
     def each_datagram(self, sock: socket.socket, serve: Callable[[Datagram], None]) -> None:
         """Serve what a socket has received, as much as fits into a turn; its event comes again for the rest."""

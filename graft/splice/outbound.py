@@ -69,9 +69,11 @@ class OutboundRelay:
         container_netns: NamespaceSockets,
         namespaces: Namespaces,
         sockmap: Sockmap | None,
-        datagram_port: int = 0,
+        datagrams: layout.RelayValue | None = None,
     ) -> None:
-        """Listens at once, and writes its port to the map `relays`, with that for datagrams. Raises OSError."""
+        """Listens at once, and writes its port to the map `relays`, into what the hooks read there of the relay for
+        datagrams. Raises OSError.
+        """
         self._settings, self._maps, self._container, self._namespaces = settings, maps, resources.number, namespaces
         self._lookup, self._close = Lookup(maps), resources.loop.close
         self._key = ctypes.c_uint32(resources.number)
@@ -81,7 +83,9 @@ class OutboundRelay:
             maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
         self.port = int(socks[0].getsockname()[1])
         self.acceptors = [Acceptor(resources, sock, self._connect_far, sockmap, far_is_outside=True) for sock in socks]
-        maps.relays.put(self._key, layout.RelayValue(port=self.port, six=len(socks) > 1, datagram_port=datagram_port))
+        value = datagrams or layout.RelayValue()
+        value.port, value.six = self.port, len(socks) > 1
+        maps.relays.put(self._key, value)
 
     def _connect_far(self, near: socket.socket, _peer: PeerAddress) -> socket.socket | None:
         """A socket that connects to the program's destination; None where that is not granted. BlockingIOError: the

@@ -87,7 +87,9 @@ class Relays:
         """Only transport splice: in the others a container's UDP sockets are the host's, or stay where they are."""
         if self.container.transport is not Transport.SPLICE:
             return None
-        return DatagramRelay(self._resources, self._maps, self._container_netns, self._namespaces)
+        return DatagramRelay(
+            self._resources, self._maps, self._container_netns, self._namespaces, self.container.cgroup_id
+        )
 
     def _make_outbound(self) -> OutboundRelay:
         return OutboundRelay(
@@ -97,7 +99,7 @@ class Relays:
             self._container_netns,
             self._namespaces,
             self._sockmap,
-            0 if self._datagrams is None else self._datagrams.port,
+            None if self._datagrams is None else self._datagrams.value(),
         )
 
     def _replace_lost(self) -> Stepwise[None]:

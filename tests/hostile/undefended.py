@@ -196,6 +196,22 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # Whoever has the port of the relay for datagrams gets what is sent there.
     "relay's mark for datagrams": (
         ("exchange.bpf.c", "if (!relay_receives(ctx, owner, relay->datagram_port, address))", "if (0)"),
+        ("exchange_packet.bpf.c", "if (!ours)", "if (0)"),
+    ),
+    # The relay for datagrams hears whoever knows its address, and delivers to whoever has the port; an exchange is for
+    # any socket of the container.
+    "datagram relay's mark": (
+        _at_once(
+            "exchange_packet.bpf.c",
+            "int arrives_inside(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)",
+            "return PASS;",
+        ),
+    ),
+    "datagram relay's receiver": (
+        _at_once("exchange_packet.bpf.c", "int is_of_cgroup(struct bpf_sock *sk, u64 cgroup)", "return 1;"),
+    ),
+    "exchange's own socket": (
+        ("exchange_packet.bpf.c", "(!key.out || found->cookie == bpf_get_socket_cookie(skb))", "1"),
     ),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),

@@ -94,7 +94,7 @@ C_ONLY = {
     "GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT",
     "GRAFT_FERRY_NET_MASK", "GRAFT_BERTH_TRIES", "GRAFT_CONNECTS", "GRAFT_SENDS", "GRAFT_SENDS_TO_PEER",
     "GRAFT_GROUP_REQ_FAMILY", "GRAFT_GROUP_REQ_ADDR4", "GRAFT_GROUP_REQ_ADDR6", "GRAFT_MAX_JOIN",
-    "GRAFT_LOOPBACK_FIRST",
+    "GRAFT_LOOPBACK_FIRST", "GRAFT_CGROUP_LEVELS",
 }  # fmt: skip
 """Constants that Python does not use: they describe packets (bpf/packet.bpf.c, bpf/egress.bpf.c) or an option's value
 (bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.

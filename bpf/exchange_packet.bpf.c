@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* Datagrams between a container's sockets and Graft's relay (exchange.bpf.c), as packets: nobody else in their network
+ * namespace has a part in them. Other containers of a pod may share it, and /proc/net/udp shows all its addresses.
+ *
+ *      egress    of a container's socket: what goes to the relay, by an exchange of that socket, gets the relay's mark
+ *      ingress   the relay receives nothing without its mark
+ *      egress    of the relay: only to sockets that were made in the container's cgroup or below
+ */
+
+#define GRAFT_CGROUP_LEVELS 32 /* the root is 0 */
+
+/* The socket that will receive a packet of UDP over IPv4, or NULL; to be released. */
+static __always_inline struct bpf_sock *receiver4(struct __sk_buff *skb, struct packet *packet)
+{
+	struct bpf_sock_tuple tuple = {};
+
+	tuple.ipv4.saddr = packet->from[0];
+	tuple.ipv4.daddr = packet->to[0];
+	tuple.ipv4.sport = bpf_htons(packet->from_port);
+	tuple.ipv4.dport = bpf_htons(packet->to_port);
+	return bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+}
+
+static __always_inline int is_plain_udp4(struct __sk_buff *skb, struct packet *packet)
+{
+	return read_packet(skb, packet) && packet->plain && packet->family == GRAFT_IPV4 && packet->protocol == IPPROTO_UDP;
+}
+
+/* Whether a packet goes to the address of an exchange that its socket may use: one with a client, or one that it began. */
+static __always_inline int is_own_exchange(struct __sk_buff *skb, struct owner *owner, struct packet *packet)
+{
+	struct exchange_slot key = { .container = owner->id };
+	u32 address = bpf_ntohl(packet->to[0]);
+	struct exchange *found;
+
+	key.slot = address % GRAFT_EXCHANGE_SLOTS;
+	key.out = address >> 23 & 1;
+	found = exchanges.lookup(&key);
+	return found && exchange_address(key.out, found->generation, key.slot) == address &&
+	       (!key.out || found->cookie == bpf_get_socket_cookie(skb));
+}
+
+/* Whether a packet goes to the peer of a socket whose connect was redirected to the relay: no hook on a system call sees
+ * a plain send() there. */
+static __always_inline int goes_to_redirected_peer(struct bpf_sock *sk, struct packet *packet)
+{
+	struct crossing *crossing = crossings.sk_storage_get(sk, 0, 0);
+
+	return crossing && crossing->role == GRAFT_CROSSING_REDIRECTED && packet->to_port == bpf_ntohs(sk->dst_port);
+}
+
+/* What a container's socket sends to the relay. The mark is shown to the relay only: if somebody else receives at that
+ * address by now, what is for the relay is dropped. */
+static __always_inline int leaves_for_relay(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
+{
+	struct relay *relay = relays.lookup(&owner->id);
+	struct packet packet;
+	struct crossing *mark;
+	struct bpf_sock *to;
+	int own, redirected, ours;
+
+	if (!is_plain_udp4(skb, &packet) || (packet.to[0] & 0xff) != 127)
+		return PASS;
+	redirected = goes_to_redirected_peer(sk, &packet);
+	own = relay && relay->datagram_port == packet.to_port && is_own_exchange(skb, owner, &packet);
+	if (!own && !redirected)
+		return PASS;
+	to = receiver4(skb, &packet);
+	if (!to)
+		return PASS; /* it is told that nobody does */
+	mark = crossings.sk_storage_get(to, 0, 0);
+	ours = mark && mark->role == GRAFT_CROSSING_LISTENER && mark->container == owner->id;
+	bpf_sk_release(to);
+	if (!ours)
+		return drop(owner);
+	if (own)
+		skb->mark = relay->mark;
+	return PASS;
+}
+
+/* The relay that a socket of graftd's is: of the container that becomes `owner`. NULL for any other socket. */
+static __always_inline struct relay *relay_of(struct bpf_sock *sk, struct owner *owner)
+{
+	struct crossing *mark = crossings.sk_storage_get(sk, 0, 0);
+
+	if (!mark || mark->role != GRAFT_CROSSING_LISTENER)
+		return 0;
+	owner->id = mark->container;
+	return relays.lookup(&owner->id);
+}
+
+/* Whether a socket was made in that cgroup or below it. */
+static __always_inline int is_of_cgroup(struct bpf_sock *sk, u64 cgroup)
+{
+	u64 above;
+	int level;
+
+	for (level = 0; level < GRAFT_CGROUP_LEVELS; level++) {
+		above = bpf_sk_ancestor_cgroup_id(sk, level);
+		if (!above || above == cgroup)
+			return above != 0;
+	}
+	return 0;
+}
+
+/* What the relay sends: the port of a socket of the container's that was closed may be another program's since. */
+static __always_inline int leaves_relay(struct __sk_buff *skb, struct relay *relay, struct owner *owner)
+{
+	struct packet packet;
+	struct bpf_sock *to;
+	int found;
+
+	if (!is_plain_udp4(skb, &packet))
+		return drop(owner);
+	to = receiver4(skb, &packet);
+	if (!to)
+		return drop(owner);
+	found = is_of_cgroup(to, relay->cgroup);
+	bpf_sk_release(to);
+	return found ? PASS : drop(owner);
+}
+
+/* A packet out of a network namespace of a container's: of one of its own sockets, or of graftd's there. */
+static __always_inline int leaves_inside(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
+{
+	struct relay *relay;
+
+	if (sk->protocol != IPPROTO_UDP)
+		return PASS;
+	if (owner->id)
+		return owner->container && owner->container->transport == GRAFT_TRANSPORT_SPLICE ?
+			       leaves_for_relay(skb, sk, owner) :
+			       PASS;
+	relay = relay_of(sk, owner);
+	if (!owner->id)
+		return PASS;
+	return relay ? leaves_relay(skb, relay, owner) : drop(owner);
+}
+
+/* A packet that comes in there. */
+static __always_inline int arrives_inside(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
+{
+	struct relay *relay;
+
+	if (owner->id || sk->protocol != IPPROTO_UDP)
+		return PASS;
+	relay = relay_of(sk, owner);
+	if (!owner->id)
+		return PASS;
+	return relay && relay->mark && skb->mark == relay->mark ? PASS : drop(owner);
+}
