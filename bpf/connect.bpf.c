@@ -315,7 +315,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	request->bound = bound;
 	request->any_source = bound || has_earlier_port(ctx->sk, owner.tag);
 	if (sending == GRAFT_SENDS && is_for_inside(&owner, request, rule) && !is_diverted(ctx->sk)) {
-		*verdict = call_ferry(&owner, request);
+		*verdict = call_ferry(ctx, &owner, request);
 		return 0;
 	}
 	if (rule != GRAFT_VERDICT_GRANT) {

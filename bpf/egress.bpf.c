@@ -48,39 +48,43 @@ static __always_inline int has_marked(struct __sk_buff *skb, struct bpf_sock *sk
 	return !(accepted && are_accepted_marked(skb));
 }
 
-/* It sends only to datagram sockets of its container: another socket may have got the port of one that was closed. */
-static __always_inline int leaves_ferry(struct __sk_buff *skb, struct owner *owner)
+/* Whether a datagram is for a socket of that home of the container's. */
+static __always_inline int is_received_by(struct __sk_buff *skb, struct packet *packet, u32 container, u8 home)
 {
 	struct bpf_sock_tuple tuple = {};
-	struct packet packet;
 	struct bpf_sock *to;
-	struct tag *tag;
-	int found;
 
-	if (!read_packet(skb, &packet) || !packet.plain || packet.protocol != IPPROTO_UDP)
-		return drop(owner);
-	if (packet.family == GRAFT_IPV4) {
-		tuple.ipv4.saddr = packet.from[0];
-		tuple.ipv4.daddr = packet.to[0];
-		tuple.ipv4.sport = bpf_htons(packet.from_port);
-		tuple.ipv4.dport = bpf_htons(packet.to_port);
+	if (packet->family == GRAFT_IPV4) {
+		tuple.ipv4.saddr = packet->from[0];
+		tuple.ipv4.daddr = packet->to[0];
+		tuple.ipv4.sport = bpf_htons(packet->from_port);
+		tuple.ipv4.dport = bpf_htons(packet->to_port);
 		to = bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
 	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, packet.from, 16);
-		__builtin_memcpy(tuple.ipv6.daddr, packet.to, 16);
-		tuple.ipv6.sport = bpf_htons(packet.from_port);
-		tuple.ipv6.dport = bpf_htons(packet.to_port);
+		__builtin_memcpy(tuple.ipv6.saddr, packet->from, 16);
+		__builtin_memcpy(tuple.ipv6.daddr, packet->to, 16);
+		tuple.ipv6.sport = bpf_htons(packet->from_port);
+		tuple.ipv6.dport = bpf_htons(packet->to_port);
 		to = bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
 	}
-	if (!to)
-		return drop(owner);
-	tag = tags.sk_storage_get(to, 0, 0);
-	found = tag && tag->home == GRAFT_HOME_HOST && tag->container == owner->id;
-	bpf_sk_release(to);
-	return found ? PASS : drop(owner);
+	return is_released_of(to, container, home);
 }
 
-/* A datagram to the container's ferry gets the ferry's mark; no other one may have it. Returns 0 for one that has. */
+/* It sends only to datagram sockets of its container: another socket may have got the port of one that was closed. They
+ * know by the mark that it is the ferry's. */
+static __always_inline int leaves_ferry(struct __sk_buff *skb, struct owner *owner)
+{
+	struct ferry *ferry = ferries.lookup(&owner->id);
+	struct packet packet;
+
+	if (!ferry || !read_packet(skb, &packet) || !packet.plain || packet.protocol != IPPROTO_UDP ||
+	    !is_received_by(skb, &packet, owner->id, GRAFT_HOME_HOST))
+		return drop(owner);
+	skb->mark = ferry->mark;
+	return PASS;
+}
+
+/* A datagram to the container's ferry gets the ferry's mark. Returns 0 for one at whose address is no ferry any more. */
 static __always_inline int set_ferry_mark(struct __sk_buff *skb, struct owner *owner)
 {
 	struct request remote = { .protocol = IPPROTO_UDP };
@@ -94,8 +98,11 @@ static __always_inline int set_ferry_mark(struct __sk_buff *skb, struct owner *o
 	__builtin_memcpy(remote.addr, packet.to, 16);
 	remote.port = packet.to_port;
 	remote.family = packet.family;
-	if (is_ferry(owner, &remote, &ferry))
-		skb->mark = ferry->mark;
+	if (!is_ferry(owner, &remote, &ferry))
+		return 1;
+	if (!is_received_by(skb, &packet, owner->id, GRAFT_HOME_FERRY))
+		return 0;
+	skb->mark = ferry->mark;
 	return 1;
 }
 

@@ -8,9 +8,9 @@
  *   which sends it on from a socket inside; answers come back the same way (graft/swap/ferry.py).
  *
  *      sendmsg   the destination becomes the ferry's address that stands for it: 127.254.x.y, or one of its ports at ::1
- *      egress    the datagram gets the ferry's mark
- *      ingress   the ferry receives nothing without its mark; a socket of the container receives from its ferry
- *      egress    of the ferry: only to sockets of its container
+ *      egress    the datagram gets the ferry's mark, if it is the ferry that receives it
+ *      ingress   the ferry receives nothing without its mark, and from its addresses a socket of the container neither
+ *      egress    of the ferry: only to sockets of its container, with the mark
  *      recvmsg   an address of the ferry's is shown as the one that it stands for
  *
  *   Which address stands for which is a table of a fixed number of places for each container (`berths`). The hook only
@@ -59,8 +59,47 @@ static __always_inline int is_for_inside(struct owner *owner, struct request *re
 	       (rule == GRAFT_VERDICT_NONE && owner->container->connect_default == GRAFT_DEFAULT_CONTAINER);
 }
 
+/* Whether a socket, which it releases, is of that home of the container's. */
+static __always_inline int is_released_of(struct bpf_sock *sk, u32 container, u8 home)
+{
+	struct tag *tag;
+	int found;
+
+	if (!sk)
+		return 0;
+	tag = tags.sk_storage_get(sk, 0, 0);
+	found = tag && tag->home == home && tag->container == container;
+	bpf_sk_release(sk);
+	return found;
+}
+
+/* Whether the socket that receives at the ferry's address for this request is the ferry's: when a ferry has died, whoever
+ * takes its port has it. */
+static __always_inline int ferry_receives(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request,
+					  struct ferry *ferry)
+{
+	struct bpf_sock_tuple to = {};
+	u16 place = request->place;
+	struct bpf_sock *sk;
+
+	if (request->family == GRAFT_IPV4) {
+		to.ipv4.saddr = bpf_htonl(0x7f000001);
+		to.ipv4.daddr = bpf_htonl(GRAFT_FERRY_NET | place);
+		to.ipv4.dport = bpf_htons(ferry->port);
+		sk = bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		if (place >= GRAFT_BERTHS6)
+			return 0;
+		to.ipv6.saddr[3] = bpf_htonl(1);
+		to.ipv6.daddr[3] = bpf_htonl(1);
+		to.ipv6.dport = bpf_htons(ferry->ports6[place]);
+		sk = bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
+	return is_released_of(sk, owner->id, GRAFT_HOME_FERRY);
+}
+
 /* Finds the ferry's address for a destination inside: request->ferry and request->place. Returns a verdict. */
-static __always_inline int call_ferry(struct owner *owner, struct request *request)
+static __always_inline int call_ferry(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
 {
 	struct ferry *ferry = ferries.lookup(&owner->id);
 
@@ -69,6 +108,8 @@ static __always_inline int call_ferry(struct owner *owner, struct request *reque
 		return refuse(owner, GRAFT_DECISION_REFUSED_CONNECT);
 	if (!find_berth(owner->id, request, &request->place))
 		return refuse_with(ENOBUFS);
+	if (!ferry_receives(ctx, owner, request, ferry))
+		return refuse_with(ECONNREFUSED);
 	request->ferry = ferry;
 	return PASS;
 }

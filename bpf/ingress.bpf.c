@@ -107,6 +107,24 @@ static __always_inline int arrives_at_ferry(struct __sk_buff *skb, struct owner 
 	return ferry && ferry->mark && skb->mark == ferry->mark ? PASS : drop(owner);
 }
 
+/* Whether a datagram comes from an address of the container's ferry, but not from the ferry, whose datagrams have its mark:
+ * any user of the host can name such a source. Behind options its port is not seen. The mark is removed: a program could
+ * read it by a socket filter. */
+static __always_inline int is_forged(struct __sk_buff *skb, struct owner *owner, struct request *remote, int plain)
+{
+	struct ferry *ferry;
+
+	if (!plain)
+		return owner->container->transport == GRAFT_TRANSPORT_SWAP &&
+		       (remote->family == GRAFT_IPV4 ? remote->addr[0] == 127 : is_loopback6(remote->addr));
+	if (!is_ferry(owner, remote, &ferry))
+		return 0;
+	if (!ferry->mark || skb->mark != ferry->mark)
+		return 1;
+	skb->mark = 0;
+	return 0;
+}
+
 int graft_skb_ingress(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk;
@@ -151,6 +169,9 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	if (is_multicast(&packet) && !has_earlier_port(sk, owner.tag) &&
 	    !(open && owner.tag && has_group(owner.tag->endpoint, packet.family, packet.to)))
 		return drop(&owner);
+	read_sender(&remote, &packet);
+	if (is_forged(skb, &owner, &remote, packet.plain))
+		return drop(&owner);
 	if (open) {
 		if (!is_multicast(&packet))
 			note_arrival(&owner, &packet);
@@ -159,7 +180,6 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	/* At an endpoint that it has lost it receives not even from permitted destinations. */
 	if (has_lost_endpoint(sk, owner.tag, 0) || !packet.plain)
 		return drop(&owner);
-	read_sender(&remote, &packet);
 	if (!may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) && !is_ferry(&owner, &remote, &ferry))
 		return drop(&owner);
 	return keeps_others_source(sk, owner.tag, endpoint ? remote.endpoint : 0) ? drop(&owner) : PASS;

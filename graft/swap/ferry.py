@@ -44,7 +44,6 @@ from graft.swap.socket_pool import NamespaceSwitch
 
 _SOL_IP, _SOL_IPV6 = 0, 41
 _IP_PKTINFO, _IPV6_V6ONLY = 8, 26
-_SO_BINDTODEVICE = 25
 _PKTINFO = struct.Struct("=I4s4s")
 _LARGEST = 65535
 _AT_ONCE = 64
@@ -125,9 +124,10 @@ class Ferry:
     # ---- sockets on the host's loopback
 
     def _open4(self, maps: Maps) -> socket.socket:
-        """All of 127.254.0.0/16 at one port. (Tied to lo: at other addresses of the host's there is nothing.)"""
+        """All of 127.254.0.0/16 at one port. (Not tied to lo: the hook that looks for who receives there would not find
+        it. And beside it another socket, tied to another interface, could have that port.)
+        """
         sock = self._tagged(maps, socket.AF_INET)
-        sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, b"lo\0")
         sock.setsockopt(_SOL_IP, _IP_PKTINFO, 1)
         sock.bind(("", 0))
         return sock

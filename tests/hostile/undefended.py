@@ -181,6 +181,18 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "ferry's receiver": (
         _at_once("egress.bpf.c", "int leaves_ferry(struct __sk_buff *skb, struct owner *owner)", "return PASS;"),
     ),
+    # Whoever names the ferry's address as his own is the ferry; and so is whoever has its port.
+    "ferry's mark on answers": (
+        (
+            "ingress.bpf.c",
+            "\tif (is_forged(skb, &owner, &remote, packet.plain))\n\t\treturn drop(&owner);\n",
+            "",
+        ),
+    ),
+    "ferry's own port": (
+        ("ferry.bpf.c", "\tif (!ferry_receives(ctx, owner, request, ferry))\n", "\tif (0)\n"),
+        ("egress.bpf.c", "if (!is_received_by(skb, &packet, owner->id, GRAFT_HOME_FERRY))", "if (0)"),
+    ),
     # A datagram socket that is connected to port 0 is not connected.
     "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
