@@ -194,6 +194,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # Whoever has the port of the relay for datagrams gets what is sent there.
     "relay's mark for datagrams": (
         ("exchange.bpf.c", "if (!relay_receives(ctx, owner, relay->datagram_port, address))", "if (0)"),
+        ("stand_in.bpf.c", "if (!relay_receives(ctx, owner, port, 0))", "if (0)"),
     ),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
