@@ -307,7 +307,7 @@ def test_a_container_whose_firewall_takes_long_waits_itself_and_graft_ps_says_so
     start_daemon()
     with hostile.listener(), other.listener() as listener:
         port, slow = published(other), published(hostile)
-        made = subprocess.run(hostile.netns.command("nft", "-f", "-"), input=rules(4, 12), text=True)
+        made = subprocess.run(hostile.netns.command("nft", "-f", "-"), input=rules(4, 13), text=True)
         assert made.returncode == 0
         listener.settimeout(60 * PATIENCE)
         with Pings(other, listener, port), hostile.host.client.connected(HOST4, slow):
