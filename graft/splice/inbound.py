@@ -101,7 +101,26 @@ def crossing(container: int, peer: PeerAddress) -> layout.CrossingValue:
     return value
 
 
-class InboundRelay:
+class ListenerRelay:
+    """What the relay of a listener is, whatever kind of endpoint it listens on. It has an ``acceptor``."""
+
+    acceptor: Acceptor
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether somebody else closed its listener."""
+        return self.acceptor.lost
+
+    def close(self) -> None:
+        """Stop listening. Connections stay."""
+        self.acceptor.close()
+
+    def describe(self) -> dict[str, int]:
+        """How many connections there are, and were."""
+        return {"connections": len(self.acceptor.connections), "served": self.acceptor.served}
+
+
+class InboundRelay(ListenerRelay):
     """The relay of one listener of a container, on one endpoint."""
 
     def __init__(
@@ -123,19 +142,6 @@ class InboundRelay:
         self._crossings, self._container, self._container_netns = maps.crossings, resources.number, container_netns
         self.address = str(SocketAddress(ip_address(packed), port))
         self.acceptor = Acceptor(resources, sock, self._connect_far, sockmap, check_far)
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether somebody else closed its listener."""
-        return self.acceptor.lost
-
-    def close(self) -> None:
-        """Stop listening. Connections stay."""
-        self.acceptor.close()
-
-    def describe(self) -> dict[str, int]:
-        """How many connections there are, and were."""
-        return {"connections": len(self.acceptor.connections), "served": self.acceptor.served}
 
     def _connect_far(self, _near: socket.socket, peer: PeerAddress) -> socket.socket:
         """A socket that connects to the container's listener."""

@@ -23,7 +23,7 @@ from graft.model.transport import Home
 from graft.model.unix_socket import UnixSocket
 from graft.splice.acceptor import Acceptor, PeerAddress
 from graft.splice.far_check import FarCheck
-from graft.splice.inbound import crossing
+from graft.splice.inbound import ListenerRelay, crossing
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
 from graft.splice.resources import ContainerResources
@@ -103,7 +103,7 @@ def read_asked(listener: ListeningSocket, container: int) -> ListeningSocket:
     return replace(listener, asked=(tag.family, bytes(tag.addr), tag.port))
 
 
-class UnixInboundRelay:
+class UnixInboundRelay(ListenerRelay):
     """The relay of one listener of a container, at one unix socket of the host."""
 
     def __init__(
@@ -121,19 +121,6 @@ class UnixInboundRelay:
         self._crossings, self._container, self._container_netns = maps.crossings, resources.number, container_netns
         self.address = wanted.endpoint.unix.spec
         self.acceptor = Acceptor(resources, sock, self._connect_far, None, check_far)
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether somebody else closed its listener."""
-        return self.acceptor.lost
-
-    def close(self) -> None:
-        """Stop listening. Connections stay."""
-        self.acceptor.close()
-
-    def describe(self) -> dict[str, int]:
-        """How many connections there are, and were."""
-        return {"connections": len(self.acceptor.connections), "served": self.acceptor.served}
 
     def _connect_far(self, _near: socket.socket, _peer: PeerAddress) -> socket.socket:
         """A socket that connects to the container's listener."""

@@ -124,10 +124,6 @@ def _parse(record: Path) -> _Record:
     return _Record(json_text.path(found.get("path"), "path"), (device, inode), binder)
 
 
-def _container_of(record: Path) -> int:
-    return int(record.stem.split("-")[0])
-
-
 def _mark_gone(record: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         record.rename(record.with_suffix(".gone"))

@@ -40,10 +40,9 @@ def in_folder_of(path: str, work: Callable[[], T], keep: Collection[int] = ()) -
             return [], error
 
     found = helper_process.run_each(lambda _: attempt(), (None,), _TIMEOUT, keep=keep, exit_timeout=_EXIT_TIMEOUT)
+    _left.note([folder], found.results, found.helper_pid)
     if 0 not in found.results:
-        _left.leave(folder, found.helper_pid)
         raise _held(path, folder)
-    _left.reap_later(found.helper_pid)
     results, error = found.results[0]
     if error is not None:
         raise error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection, Sequence
 
 _REST = 10.0  # seconds without another attempt
 
@@ -31,6 +32,16 @@ class LeftChildren:
     def leave(self, folder: str, pid: int) -> None:
         """Note that a child hung there; ``pid`` is 0 if it has exited all the same."""
         self._left[folder] = pid, time.monotonic() + _REST
+
+    def note(self, folders: Sequence[str], answered: Collection[int], child: int) -> None:
+        """Note what a child was asked about, which of it (by index) it has answered, and its process id, 0 if it has
+        exited.
+        """
+        for index, folder in enumerate(folders):
+            if index not in answered:
+                self.leave(folder, child)
+        if len(answered) == len(folders):
+            self.reap_later(child)
 
     def reap_later(self, pid: int) -> None:
         """Note that a child has answered, and is exiting."""

@@ -41,11 +41,7 @@ def of_each(paths: Sequence[Path]) -> dict[Path, Members]:
     """What is in each of these cgroups; those of which a folder is held are left out."""
     free = [path for path in paths if not _left.has_one(str(path))]
     found = helper_process.run_each(_list, free, _TIMEOUT, exit_timeout=_EXIT_TIMEOUT)
-    for index, path in enumerate(free):
-        if index not in found.results:
-            _left.leave(str(path), found.helper_pid)
-    if len(found.results) == len(free):
-        _left.reap_later(found.helper_pid)
+    _left.note([str(path) for path in free], found.results, found.helper_pid)
     return {path: found.results[index] for index, path in enumerate(free) if index in found.results}
 
 
@@ -63,11 +59,7 @@ def gone(containers: Sequence[Container]) -> frozenset[int]:
     """
     free = [one for one in containers if not _left_above.has_one(one.cgroup)]
     found = helper_process.run_each(lambda one: one.exists, free, _TIMEOUT, exit_timeout=_EXIT_TIMEOUT)
-    for index, one in enumerate(free):
-        if index not in found.results:
-            _left_above.leave(one.cgroup, found.helper_pid)
-    if len(found.results) == len(free):
-        _left_above.reap_later(found.helper_pid)
+    _left_above.note([one.cgroup for one in free], found.results, found.helper_pid)
     return frozenset(free[index].id for index, exists in found.results.items() if not exists)
 
 
@@ -86,13 +78,10 @@ def pinned(path: Path) -> Iterator[bool]:
         asked = helper_process.run_each(
             lambda one: _send_opened(one, theirs), (path,), _TIMEOUT, keep={theirs.fileno()}, exit_timeout=_EXIT_TIMEOUT
         )
-        if 0 not in asked.results:
-            _left_above.leave(str(path), asked.helper_pid)
-        else:
-            _left_above.reap_later(asked.helper_pid)
-            if asked.results[0]:
-                for fd in socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)[1]:
-                    stack.callback(os.close, fd)
+        _left_above.note([str(path)], asked.results, asked.helper_pid)
+        if asked.results.get(0):
+            for fd in socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)[1]:
+                stack.callback(os.close, fd)
         yield 0 in asked.results
 
 

@@ -23,6 +23,7 @@ from graft.kernel import cgroup
 from graft.splice import client as splice
 from graft.splice import control
 from tests.hostile.test_daemon_shares import StartDaemon, served, start_daemon
+from tests.support.holding import NOBODY_WITH_A_PAGE
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import HOST4
 from tests.support.plain import Plain, plain
@@ -33,17 +34,9 @@ from tests.support.wait import PATIENCE, until
 pytestmark = pytest.mark.e2e
 __all__ = ["start_daemon"]
 
-HOLDER = r"""
-import ctypes, fcntl, mmap, os, signal, struct, sys, threading, time
-signal.alarm(100)
-libc = ctypes.CDLL(None, use_errno=True)
-uffd = libc.syscall(323, os.O_CLOEXEC)  # as root here; without any privilege a file of FUSE does
-assert uffd >= 0, os.strerror(ctypes.get_errno())
-fcntl.ioctl(uffd, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
-page = mmap.mmap(-1, 4096)
-at = ctypes.addressof(ctypes.c_char.from_buffer(page))
-fcntl.ioctl(uffd, 0xC020AA00, bytearray(struct.pack("QQQQ", at, 4096, 1, 0)))
-os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+HOLDER = (
+    NOBODY_WITH_A_PAGE
+    + r"""
 libc.prctl(4, 1, 0, 0, 0)
 path = f"/proc/{os.getpid()}" if sys.argv[1] == "self" else sys.argv[1]
 times = int(sys.argv[2])
@@ -74,6 +67,7 @@ if times:
     hold(0.0005)
 signal.pause()
 """
+)
 
 LISTENS_WHEN_TOLD = """
 import socket, sys

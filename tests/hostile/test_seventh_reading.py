@@ -18,6 +18,7 @@ from graft.kernel import unix_files
 from graft.kernel.unix_files import Target, UnixPathError
 from tests.hostile.test_daemon_shares import StartDaemon, served, start_daemon
 from tests.hostile.test_sixth_reading_splice import in_one_place, socket_of
+from tests.support.holding import NOBODY_WITH_A_PAGE
 from tests.support.installation import Host
 from tests.support.plain import plain
 from tests.support.relayed import published
@@ -210,21 +211,14 @@ def test_an_endpoint_leads_to_nobody_who_takes_a_closed_listeners_port(
 
 # ---- a folder whose lock somebody holds -------------------------------------------------------------
 
-HOLDS = r"""
-import ctypes, fcntl, mmap, os, signal, struct, sys
-signal.alarm(100)
-libc = ctypes.CDLL(None, use_errno=True)
-uffd = libc.syscall(323, os.O_CLOEXEC)  # as root here; without any privilege a file of FUSE does
-assert uffd >= 0, os.strerror(ctypes.get_errno())
-fcntl.ioctl(uffd, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
-page = mmap.mmap(-1, 4096)
-at = ctypes.addressof(ctypes.c_char.from_buffer(page))
-fcntl.ioctl(uffd, 0xC020AA00, bytearray(struct.pack("QQQQ", at, 4096, 1, 0)))
-os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+HOLDS = (
+    NOBODY_WITH_A_PAGE
+    + r"""
 fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY)
 print("holds", flush=True)
 libc.syscall(217, fd, ctypes.c_void_p(at), 4096)
 """
+)
 
 
 @contextlib.contextmanager
