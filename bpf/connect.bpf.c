@@ -43,14 +43,11 @@ static __always_inline int goes_to_ip6_relay(struct bpf_sock_addr *ctx, struct r
 	return ctx->user_family == AF_INET6 && !request->mapped && request->relay->six;
 }
 
-/* Whether what listens at the relay's port is the relay of this container. graftd marks its listeners with what only
- * root can write: anybody in the namespace may have taken the port since, if graftd was killed or its listener closed. */
+/* Whether what listens at the relay's port is the relay of this container. */
 static __always_inline int relay_listens(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
 {
 	struct bpf_sock_tuple to = {};
-	struct crossing *mark;
 	struct bpf_sock *sk;
-	int ours;
 
 	/* From port 0: the kernel finds no connection, only who listens. */
 	if (goes_to_ip6_relay(ctx, request)) {
@@ -64,12 +61,7 @@ static __always_inline int relay_listens(struct bpf_sock_addr *ctx, struct owner
 		to.ipv4.dport = bpf_htons(request->relay->port);
 		sk = bpf_skc_lookup_tcp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
 	}
-	if (!sk)
-		return 0;
-	mark = crossings.sk_storage_get(sk, 0, 0);
-	ours = mark && mark->role == GRAFT_CROSSING_LISTENER && mark->container == owner->id;
-	bpf_sk_release(sk);
-	return ours;
+	return is_released_relay(sk, owner->id);
 }
 
 /* Stores the requested destination with a socket, for getpeername and for graftd. Returns 0 where there is no memory. */

@@ -51,23 +51,7 @@ static __always_inline int has_marked(struct __sk_buff *skb, struct bpf_sock *sk
 /* Whether a datagram is for a socket of that home of the container's. */
 static __always_inline int is_received_by(struct __sk_buff *skb, struct packet *packet, u32 container, u8 home)
 {
-	struct bpf_sock_tuple tuple = {};
-	struct bpf_sock *to;
-
-	if (packet->family == GRAFT_IPV4) {
-		tuple.ipv4.saddr = packet->from[0];
-		tuple.ipv4.daddr = packet->to[0];
-		tuple.ipv4.sport = bpf_htons(packet->from_port);
-		tuple.ipv4.dport = bpf_htons(packet->to_port);
-		to = bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
-	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, packet->from, 16);
-		__builtin_memcpy(tuple.ipv6.daddr, packet->to, 16);
-		tuple.ipv6.sport = bpf_htons(packet->from_port);
-		tuple.ipv6.dport = bpf_htons(packet->to_port);
-		to = bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
-	}
-	return is_released_of(to, container, home);
+	return is_released_of(receiver_of(skb, packet), container, home);
 }
 
 /* It sends only to datagram sockets of its container: another socket may have got the port of one that was closed. They

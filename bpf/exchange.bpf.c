@@ -82,25 +82,17 @@ static __always_inline u32 destination_exchange(struct bpf_sock_addr *ctx, struc
 	return exchange_address(1, made.generation, chosen);
 }
 
-/* Whether the socket that receives at an exchange's address is the relay of this container (see connect.bpf.c,
- * relay_listens). */
+/* Whether the socket that receives at an exchange's address is the relay of this container. */
 static __always_inline int relay_receives(struct bpf_sock_addr *ctx, struct owner *owner, u16 port, u32 address)
 {
 	struct bpf_sock_tuple to = {};
-	struct crossing *mark;
 	struct bpf_sock *sk;
-	int ours;
 
 	to.ipv4.saddr = bpf_htonl(0x7f000001);
 	to.ipv4.daddr = bpf_htonl(address);
 	to.ipv4.dport = bpf_htons(port);
 	sk = bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
-	if (!sk)
-		return 0;
-	mark = crossings.sk_storage_get(sk, 0, 0);
-	ours = mark && mark->role == GRAFT_CROSSING_LISTENER && mark->container == owner->id;
-	bpf_sk_release(sk);
-	return ours;
+	return is_released_relay(sk, owner->id);
 }
 
 /* A datagram to a granted destination, or a connect to one: it goes to the relay, at the exchange's address. */

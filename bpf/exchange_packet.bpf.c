@@ -9,18 +9,6 @@
 
 #define GRAFT_CGROUP_LEVELS 32 /* the root is 0 */
 
-/* The socket that will receive a packet of UDP over IPv4, or NULL; to be released. */
-static __always_inline struct bpf_sock *receiver4(struct __sk_buff *skb, struct packet *packet)
-{
-	struct bpf_sock_tuple tuple = {};
-
-	tuple.ipv4.saddr = packet->from[0];
-	tuple.ipv4.daddr = packet->to[0];
-	tuple.ipv4.sport = bpf_htons(packet->from_port);
-	tuple.ipv4.dport = bpf_htons(packet->to_port);
-	return bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
-}
-
 static __always_inline int is_plain_udp4(struct __sk_buff *skb, struct packet *packet)
 {
 	return read_packet(skb, packet) && packet->plain && packet->family == GRAFT_IPV4 && packet->protocol == IPPROTO_UDP;
@@ -55,9 +43,8 @@ static __always_inline int leaves_for_relay(struct __sk_buff *skb, struct bpf_so
 {
 	struct relay *relay = relays.lookup(&owner->id);
 	struct packet packet;
-	struct crossing *mark;
 	struct bpf_sock *to;
-	int own, redirected, ours;
+	int own, redirected;
 
 	if (!is_plain_udp4(skb, &packet) || (packet.to[0] & 0xff) != 127)
 		return PASS;
@@ -65,13 +52,10 @@ static __always_inline int leaves_for_relay(struct __sk_buff *skb, struct bpf_so
 	own = relay && relay->datagram_port == packet.to_port && is_own_exchange(skb, owner, &packet);
 	if (!own && !redirected)
 		return PASS;
-	to = receiver4(skb, &packet);
+	to = receiver_of(skb, &packet);
 	if (!to)
 		return PASS; /* it is told that nobody does */
-	mark = crossings.sk_storage_get(to, 0, 0);
-	ours = mark && mark->role == GRAFT_CROSSING_LISTENER && mark->container == owner->id;
-	bpf_sk_release(to);
-	if (!ours)
+	if (!is_released_relay(to, owner->id))
 		return drop(owner);
 	if (own)
 		skb->mark = relay->mark;
@@ -112,7 +96,7 @@ static __always_inline int leaves_relay(struct __sk_buff *skb, struct relay *rel
 
 	if (!is_plain_udp4(skb, &packet))
 		return drop(owner);
-	to = receiver4(skb, &packet);
+	to = receiver_of(skb, &packet);
 	if (!to)
 		return drop(owner);
 	found = is_of_cgroup(to, relay->cgroup);

@@ -193,3 +193,18 @@ static __always_inline int refuse(struct owner *owner, u32 decision)
 	count(owner->id, decision);
 	return refuse_with(EACCES);
 }
+
+/* Whether a socket, which it releases, is one of graftd's that listens for the container. graftd marks them with what only
+ * root can write: anybody in the namespace may have taken the port since, if graftd was killed or its socket closed. */
+static __always_inline int is_released_relay(struct bpf_sock *sk, u32 container)
+{
+	struct crossing *mark;
+	int ours;
+
+	if (!sk)
+		return 0;
+	mark = crossings.sk_storage_get(sk, 0, 0);
+	ours = mark && mark->role == GRAFT_CROSSING_LISTENER && mark->container == container;
+	bpf_sk_release(sk);
+	return ours;
+}

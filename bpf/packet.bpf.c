@@ -61,6 +61,25 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 	return 1;
 }
 
+/* The socket that will receive a packet of UDP in this namespace, or NULL; to be released. */
+static __always_inline struct bpf_sock *receiver_of(struct __sk_buff *skb, struct packet *packet)
+{
+	struct bpf_sock_tuple tuple = {};
+
+	if (packet->family == GRAFT_IPV4) {
+		tuple.ipv4.saddr = packet->from[0];
+		tuple.ipv4.daddr = packet->to[0];
+		tuple.ipv4.sport = bpf_htons(packet->from_port);
+		tuple.ipv4.dport = bpf_htons(packet->to_port);
+		return bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	}
+	__builtin_memcpy(tuple.ipv6.saddr, packet->from, 16);
+	__builtin_memcpy(tuple.ipv6.daddr, packet->to, 16);
+	tuple.ipv6.sport = bpf_htons(packet->from_port);
+	tuple.ipv6.dport = bpf_htons(packet->to_port);
+	return bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+}
+
 #ifdef GRAFT_SKB_SK
 /* The kernel's struct net of the namespace that the packet's socket is in. */
 static __always_inline void *net_of(struct __sk_buff *skb)
