@@ -284,13 +284,14 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && request->protocol == IPPROTO_UDP) {
 			if (!sending)
 				crossings.sk_storage_delete(ctx->sk);
-			/* An IPv6 socket cannot send to an IPv4 address by this hook, but it can be connected to one. */
-			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns &&
-			    !(sending && request->family == GRAFT_IPV6)) {
-				*verdict = redirect_datagrams(ctx, &owner, request);
+			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns) {
+				*verdict = request->family == GRAFT_IPV4 ?
+						   redirect_datagrams(ctx, &owner, request) :
+						   redirect_datagrams6(ctx, &owner, request, !sending);
 				if (*verdict == PASS && !sending && !store_crossing(ctx, &owner, request)) {
 					request->relay = 0;
 					request->exchange = 0;
+					request->stand_in = 0;
 					*verdict = refuse_with(EACCES);
 				}
 				return 0;
@@ -385,6 +386,11 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 		write_loopback6(ctx, 0);
 		ctx->user_ip6[3] = bpf_htonl(request.exchange);
 		ctx->user_port = bpf_htons(request.relay->datagram_port);
+		return PASS;
+	}
+	if (request.stand_in) {
+		write_loopback6(ctx, 1);
+		ctx->user_port = bpf_htons(request.stand_in);
 		return PASS;
 	}
 	if (request.relay) {

@@ -12,6 +12,7 @@ struct request {
 	u8 to_loopback;      /* no address was requested, and the one here must be written for it */
 	struct relay *relay; /* transport splice: where a granted connection is redirected to */
 	u32 exchange;        /* and the address there, of datagrams (exchange.bpf.c) */
+	u16 stand_in;        /* or the port there, of datagrams over IPv6 (stand_in.bpf.c) */
 	struct tag *tag;     /* of a socket whose source must be an endpoint */
 	u32 endpoint;        /* its id */
 	u16 endpoint_port;   /* a bind: the port of the endpoint that it becomes; 0: the kernel picks */
