@@ -57,8 +57,8 @@ class ListeningSocket:
     """A listening TCP socket, or a UDP socket that has a port.
 
     ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it; ``connected``: it has a peer, at
-    ``peer_port``. ``stored`` is its value in the requested socket storage. ``asked`` is for a caller that knows what address its
-    program bound: (family, address, port) of that, None for the same.
+    ``peer_port``. ``stored`` is its value in the requested socket storage. ``asked`` is for a caller that knows what
+    address its program bound: (family, address, port) of that, None for the same.
     """
 
     family: int
