@@ -133,6 +133,14 @@ static __always_inline int is_bound(struct bpf_sock *sk, struct tag *tag, struct
 	return is_granted(container, tag, &local, type == SOCK_STREAM ? IPPROTO_TCP : IPPROTO_UDP, netns);
 }
 
+/* Whether the endpoint that a socket is bound to has its port in both families. */
+static __always_inline int is_dual_stack(struct tag *tag)
+{
+	struct endpoint *bound = tag ? endpoints.lookup(&tag->endpoint) : 0;
+
+	return bound && bound->flags & GRAFT_ENDPOINT_DUAL_STACK;
+}
+
 /* Whether a port is one that connections from the endpoint may leave from. */
 static __always_inline int is_port_of(struct endpoint *endpoint, u16 port)
 {

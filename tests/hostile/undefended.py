@@ -208,6 +208,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # Whoever has the port of the relay for datagrams gets what is sent there.
     "relay's mark for datagrams": (
         ("exchange.bpf.c", "if (!relay_receives(ctx, owner, relay->datagram_port, address))", "if (0)"),
+        ("stand_in.bpf.c", "if (!relay_receives(ctx, owner, port, 0))", "if (0)"),
         ("exchange_packet.bpf.c", "if (!is_released_relay(to, owner->id))", "if (bpf_sk_release(to), 0)"),
     ),
     # The relay for datagrams hears whoever knows its address, and delivers to whoever has the port; an exchange is for
