@@ -206,7 +206,7 @@ class StandIns:
 
     def _offer(self, count: int) -> None:
         """Let the hooks have so many. Raises OSError."""
-        made = []
+        made: list[StandIn] = []
         try:
             while len(self._offered) + len(made) < count:
                 made.append(self._make())
