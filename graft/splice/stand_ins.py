@@ -26,6 +26,7 @@ from graft.datapath import layout
 from graft.datapath.layout import Crossing
 from graft.datapath.maps import Maps
 from graft.errors import GraftError
+from graft.kernel.sockdiag import Diagnostics
 from graft.splice.datagram_clients import Client, Clients, Server
 from graft.splice.datagram_destinations import DESTINATION_SECONDS, Destinations
 from graft.splice.datagram_sockets import (
@@ -223,7 +224,7 @@ class StandIns:
         if one.taken is None and not self._note_taken(one):
             return  # somebody sent there by himself
         assert one.taken is not None
-        if one.program is None and one.taken.local_port in (0, datagram.sender[1]):
+        if one.program is None and self._took(one, one.taken, datagram.sender):
             one.program = datagram.sender
         if one.program != datagram.sender:
             return
@@ -238,6 +239,14 @@ class StandIns:
                 return
         if found is not None:
             found.send(datagram.data)
+
+    def _took(self, one: StandIn, taken: layout.StandInValue, sender: Address) -> bool:
+        """Whether this is the socket that took it. (One that was connected may have had no port yet.)"""
+        if taken.local_port:
+            return bool(taken.local_port == sender[1])
+        with contextlib.suppress(OSError), contextlib.closing(self._netns.run(Diagnostics)) as diagnostics:
+            return diagnostics.receives(sender[:2], (_LOOPBACK, one.port), taken.cookie)
+        return False
 
     def _note_taken(self, one: StandIn) -> bool:
         """Whether a hook has taken it."""

@@ -21,6 +21,8 @@ from tests.support.wait import PATIENCE, until
 pytestmark = pytest.mark.e2e
 
 INET6 = socket.AF_INET6
+OWN = "fd99::5"
+"""An address of the container's."""
 OUT = f"[{HOST6}]:dynamic"
 
 
@@ -31,12 +33,17 @@ def udp6(container: Plain, v6only: bool = False) -> socket.socket:
     return sock
 
 
+def give_address(container: Plain) -> None:
+    container.netns.run("ip", "address", "replace", f"{OWN}/128", "dev", "lo", "nodad")
+
+
 def served(
     container: Plain, address: str = "::", v6only: bool = False, dual_stack: bool = False
 ) -> tuple[socket.socket, int]:
     """A server in the container at port 53, and the port of the host at which it is published."""
     port = container.host.port()
     server = udp6(container, v6only)
+    give_address(container)
     server.bind((address, 53))
     endpoint = container.host.endpoint(f"[::]:{port}", dual_stack=dual_stack)
     rules = ["-e", f"{CLIENT6}/128={container.host.endpoint(OUT)}"]
@@ -47,7 +54,7 @@ def served(
 
 
 @pytest.mark.parametrize("v6only", [False, True])
-@pytest.mark.parametrize("address", ["::", "::1"])
+@pytest.mark.parametrize("address", ["::", "::1", OWN])
 def test_a_server_sees_its_clients_and_answers_each(container: Plain, address: str, v6only: bool) -> None:
     server, port = served(container, address, v6only)
     with server, ExitStack() as stack:
@@ -65,11 +72,12 @@ def test_a_server_sees_its_clients_and_answers_each(container: Plain, address: s
 
 def test_recvmsg_shows_a_client_too(container: Plain) -> None:
     server, port = served(container)
+    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
     with server, closing(udp(container.host.client, CLIENT6)) as client:
         client.sendto(b"question", (HOST6, port))
-        data, _, _, peer = server.recvmsg(100)
+        data, control, _, peer = server.recvmsg(100, 100)
         assert (data, peer[:2]) == (b"question", client.getsockname()[:2])
-        server.sendmsg([b"answer"], [], 0, peer)
+        server.sendmsg([b"answer"], control, 0, peer)  # from where it was sent to
         assert client.recv(100) == b"answer"
 
 
@@ -87,7 +95,7 @@ def test_a_dual_stack_server_at_a_dual_stack_endpoint_has_clients_of_both_famili
 
 
 def test_a_server_may_connect_to_its_client(container: Plain) -> None:
-    """And what it sends to one that is forgotten does not reach the next one."""
+    """So that its stand-in is no other client's while it is."""
     server, port = served(container)
     with server, closing(udp(container.host.client, CLIENT6)) as client:
         client.sendto(b"question", (HOST6, port))
@@ -98,12 +106,19 @@ def test_a_server_may_connect_to_its_client(container: Plain) -> None:
         assert client.recv(100) == b"answer"
         client.sendto(b"more", (HOST6, port))
         assert server.recv(100) == b"more"
+        ((_, noted),) = container.host.maps.stand_ins.items()
+        assert noted.connected
 
 
-@pytest.mark.parametrize("v6only", [False, True])
-def test_a_socket_sends_to_several_destinations_and_sees_who_answers(container: Plain, v6only: bool) -> None:
+@pytest.mark.parametrize("v6only, bound", [(False, ""), (True, ""), (False, OWN)])
+def test_a_socket_sends_to_several_destinations_and_sees_who_answers(
+    container: Plain, v6only: bool, bound: str
+) -> None:
     container.attach("-e", f"{CLIENT6}/128={container.host.endpoint(OUT)}")
     with udp6(container, v6only) as sock, ExitStack() as stack:
+        if bound:
+            give_address(container)
+            sock.bind((bound, 0))
         far = [stack.enter_context(closing(udp(container.host.client, CLIENT6))) for _ in range(3)]
         for turn in range(3):
             for one in far:
@@ -116,12 +131,13 @@ def test_a_socket_sends_to_several_destinations_and_sees_who_answers(container: 
             assert sorted(found) == sorted((str(one.getsockname()[1]).encode(), one.getsockname()) for one in far)
 
 
-@pytest.mark.parametrize("bound", ["", "::1"])
+@pytest.mark.parametrize("bound", ["", "::1", OWN])
 @pytest.mark.parametrize("v6only", [False, True])
 def test_a_connected_socket_is_relayed(container: Plain, v6only: bool, bound: str) -> None:
     container.attach("-e", f"{CLIENT6}={container.host.endpoint(OUT)}")
     with closing(udp(container.host.client, CLIENT6)) as far, udp6(container, v6only) as sock:
         if bound:
+            give_address(container)
             sock.bind((bound, 0))
         sock.connect(far.getsockname())
         assert sock.getpeername()[:2] == far.getsockname()[:2]
@@ -135,6 +151,20 @@ def test_a_connected_socket_is_relayed(container: Plain, v6only: bool, bound: st
             far.sendto(b"answer", peer)
             data, peer = sock.recvfrom(100)
             assert (data, peer[:2]) == (b"answer", far.getsockname()[:2])
+
+
+def test_where_there_is_no_ipv6_loopback_a_connected_socket_is_relayed_still(container: Plain) -> None:
+    container.netns.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+    container.attach("-e", f"{CLIENT6}={container.host.endpoint(OUT)}")
+    with closing(udp(container.host.client, CLIENT6)) as far, udp6(container) as sock:
+        sock.connect(far.getsockname())
+        sock.send(b"question")
+        data, peer = far.recvfrom(100)
+        assert (data, peer[0]) == (b"question", HOST6)
+        far.sendto(b"answer", peer)
+        assert sock.recv(100) == b"answer"
+        with udp6(container) as other, pytest.raises(OSError):
+            other.sendto(b"question", far.getsockname())
 
 
 def test_a_connected_socket_sends_to_others_too(container: Plain) -> None:
@@ -288,11 +318,30 @@ def test_nobody_else_sends_by_a_stand_in(container: Plain) -> None:
             far.recv(100)
 
 
+def test_nobody_else_sends_first_by_the_stand_in_of_a_socket_that_was_connected(container: Plain) -> None:
+    container.attach("-e", f"{CLIENT6}={container.host.endpoint(OUT)}")
+    with (
+        udp6(container, True) as sock,
+        closing(udp(container.host.client, CLIENT6)) as far,
+        closing(udp(container.netns, "::1")) as neighbour,
+    ):
+        sock.connect(far.getsockname())
+        (key,) = container.host.maps.stand_ins.keys()
+        neighbour.sendto(b"forged", ("::1", key.port))
+        sock.send(b"real")
+        data, peer = far.recvfrom(100)
+        assert data == b"real"
+        far.sendto(b"answer", peer)
+        assert sock.recv(100) == b"answer"
+
+
 def test_detaching_ends_it(container: Plain) -> None:
     server, port = served(container)
     with server, closing(udp(container.host.client, CLIENT6)) as client:
         client.sendto(b"first", (HOST6, port))
         server.recvfrom(100)
+        server.sendto(b"out", (CLIENT6, 9))
+        assert len(list(container.host.maps.stand_ins.keys())) == 2
         container.detach()
         for table in (container.host.maps.stand_ins, container.host.maps.stand_in_ports, container.host.maps.offers):
             assert not list(table.keys())

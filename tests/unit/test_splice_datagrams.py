@@ -228,7 +228,7 @@ def begun(setting: Setting) -> tuple[socket.socket, Any]:
 def test_what_was_sent_to_a_forgotten_client_does_not_reach_the_next_one(
     six: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stand_ins, "SPARE", 0)
+    monkeypatch.setattr(stand_ins, "SPARE", 1)
     first, peer = begun(six)
     with first, six.socket() as other:
         six.program.sendto(b"for the first", peer)  # not read yet
