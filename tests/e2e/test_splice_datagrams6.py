@@ -318,13 +318,16 @@ def test_nobody_else_sends_by_a_stand_in(container: Plain) -> None:
             far.recv(100)
 
 
-def test_nobody_else_sends_first_by_the_stand_in_of_a_socket_that_was_connected(container: Plain) -> None:
+@pytest.mark.parametrize("binds", [False, True])
+def test_nobody_else_sends_first_by_the_stand_in_of_a_socket_that_was_connected(container: Plain, binds: bool) -> None:
     container.attach("-e", f"{CLIENT6}={container.host.endpoint(OUT)}")
     with (
         udp6(container, True) as sock,
         closing(udp(container.host.client, CLIENT6)) as far,
         closing(udp(container.netns, "::1")) as neighbour,
     ):
+        if binds:
+            sock.bind(("::", 0))
         sock.connect(far.getsockname())
         (key,) = container.host.maps.stand_ins.keys()
         neighbour.sendto(b"forged", ("::1", key.port))

@@ -63,6 +63,25 @@ def test_a_listener_is_dialled_where_it_listens(
     assert found.family == (socket.AF_INET6 if ":" in dialled else socket.AF_INET)
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "address", "v6only", "dialled", "takes_no_ipv4"),
+    [
+        (FIXED, ANY, False, None, False),
+        (SIX, ANY, False, "::1", True),
+        (DUAL, ANY, False, "::1", False),
+        (DUAL, ANY, True, "::1", True),
+        (DUAL, bytes(15) + b"\1", False, "::1", True),
+        (DUAL, b"\xfd" + bytes(14) + b"\5", False, "fd00::5", True),
+    ],
+)
+def test_datagrams_of_ipv6_clients_go_to_an_address_of_ipv6(
+    endpoint: ResolvedEndpoint, address: bytes, v6only: bool, dialled: str | None, takes_no_ipv4: bool
+) -> None:
+    found = Publication(endpoint, 6, address, 53, v6only, protocol=socket.IPPROTO_UDP)
+    assert (found.target6.address if found.target6 else None) == dialled
+    assert found.takes_no_ipv4 is takes_no_ipv4
+
+
 def test_a_listener_that_no_rule_names_is_not_published() -> None:
     assert publications([listening(4, ANY)], lambda *_: None) == []
 
