@@ -22,7 +22,9 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct request 
 		return 0;
 	/* An IPv6 address cannot be the source towards IPv4. */
 	has_address = local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3] ? 1 : 0;
-	if ((has_address || bound) && local.family != endpoint->family && !(bound && !has_address && is_dual_stack(owner->tag)))
+	if (bound && !has_address && is_dual_stack(owner->tag))
+		return 1;
+	if ((has_address || bound) && local.family != endpoint->family)
 		return 0;
 	if (bound)
 		return 1;

@@ -75,6 +75,17 @@ static __always_inline u16 new_stand_in(struct bpf_sock_addr *ctx, struct owner 
 	return 0;
 }
 
+/* Whether a connect goes by an address of IPv4's, of which there are more: the socket may speak IPv4. (One that has an
+ * IPv6 address does not always receive what comes from there.) */
+static __always_inline int connects_by_address(struct bpf_sock_addr *ctx)
+{
+	struct local_address local;
+
+	read_local_address(&local, ctx->sk);
+	return !(local.family == GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3])) &&
+	       !is_requester_v6only(ctx);
+}
+
 /* Notes that a socket is connected to a stand-in, so that it is not given to another remote end meanwhile. Returns 0
  * where it stands for nothing any more. */
 static __always_inline int note_connected(struct owner *owner, u16 port)
@@ -100,7 +111,7 @@ static __always_inline int redirect_datagrams6(struct bpf_sock_addr *ctx, struct
 	if (!relay || !relay->datagram_port)
 		return refuse_with(ECONNREFUSED);
 	port = placed_stand_in(ctx, owner, request, 0);
-	if (!port && connects && !is_requester_v6only(ctx)) /* it may speak IPv4, which has more places */
+	if (!port && connects && connects_by_address(ctx))
 		return redirect_datagrams(ctx, owner, request);
 	if (!port)
 		port = placed_stand_in(ctx, owner, request, cookie);
