@@ -27,7 +27,6 @@ _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST_ONE, _REQUEST_DUMP, _REQUEST_ACK = 0x1, 0x1 | 0x300, 0x1 | 0x4
 _TCP_ESTABLISHED, _TCP_CLOSE, _TCP_LISTEN = 1, 7, 10
-_ANY_STATE = 0xFFFFFFFF
 _THE_KERNEL = 0  # its port id (netlink(7))
 _PIECE_BYTES = 8192  # enough for one message of any page size (NLMSG_GOODSIZE): 65 listeners
 _LARGE_BYTES = 1 << 16
@@ -143,20 +142,6 @@ class Diagnostics:
                 return parse_listener(found[0]) if found else None
         except FileNotFoundError:
             return None
-
-    def receives(self, local: tuple[str, int], remote: tuple[str, int], cookie: int) -> bool:
-        """Whether the UDP socket of IPv6 that receives at ``local`` what comes from ``remote`` has that cookie. Raises
-        OSError, also where the kernel does not say.
-        """
-        # The remote end first: udp_dump_one(), net/ipv4/udp_diag.c.
-        packed = [socket.inet_pton(socket.AF_INET6, address) for address, _ in (remote, local)]
-        numbers = struct.pack("=III", 0, cookie & 0xFFFFFFFF, cookie >> 32)
-        sockid = struct.pack("!HH", remote[1], local[1]) + b"".join(packed) + numbers
-        request = _REQUEST.pack(socket.AF_INET6, socket.IPPROTO_UDP, 0, 0, _ANY_STATE, sockid)
-        self._send(_SOCK_DIAG_BY_FAMILY, _REQUEST_ONE, request)
-        with _refusing():
-            found, _ = _answered(self._sock.recv(_PIECE_BYTES))
-        return bool(found)
 
     def datagram_sockets(self) -> Iterator[list[ListeningSocket]]:
         """Every UDP socket of the namespace, likewise; none where the kernel does not list them."""

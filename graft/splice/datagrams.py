@@ -200,9 +200,14 @@ class DatagramRelay:
         self._stopped = False
         resources.after(AGING_SECONDS, self._age)
 
+    @property
+    def port(self) -> int:
+        """The port of the slots' addresses."""
+        return self._slots.port
+
     def value(self) -> layout.RelayValue:
         """What the hooks read of it, for the map `relays`."""
-        return layout.RelayValue(datagram_port=self._slots.port, cgroup=self._cgroup, mark=self._mark)
+        return layout.RelayValue(datagram_port=self.port, cgroup=self._cgroup, mark=self._mark)
 
     def serve(self, wanted: Publication, sock: socket.socket, address: str) -> Server:
         """Relay what a socket on an endpoint receives to the container's."""
@@ -214,7 +219,7 @@ class DatagramRelay:
         to which ports of ::1 a socket is connected.
         """
         self._destinations.keep_programs(ports, since)
-        if self._slots.port in ports:  # the kernel lists them
+        if self.port in ports:  # the kernel lists them
             self._stand_ins.keep_programs(ports, peers, since)
 
     def _age(self) -> None:

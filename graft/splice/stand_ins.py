@@ -26,7 +26,6 @@ from graft.datapath import layout
 from graft.datapath.layout import Crossing
 from graft.datapath.maps import Maps
 from graft.errors import GraftError
-from graft.kernel.sockdiag import Diagnostics
 from graft.splice.datagram_clients import Client, Clients, Server
 from graft.splice.datagram_destinations import DESTINATION_SECONDS, Destinations
 from graft.splice.datagram_sockets import (
@@ -34,7 +33,6 @@ from graft.splice.datagram_sockets import (
     Datagram,
     bound_by_number,
     plain_datagram_socket,
-    receive,
     receive_each,
 )
 from graft.splice.namespace_sockets import NamespaceSockets
@@ -48,6 +46,7 @@ SPARE = 16
 FIRST_OFFERED = 16
 _LOOPBACK = "::1"
 _DRAINED = 4096
+_NOBODY = (1 << 64) - 1  # no socket's cookie
 
 
 class StandIn:
@@ -125,9 +124,12 @@ class StandIns:
     def _drain(one: StandIn) -> None:
         """Read what was sent to the remote end that it stood for, so that it does not reach the next one."""
         for _ in range(_DRAINED):
-            with contextlib.suppress(OSError):
-                if receive(one.sock) is None:
-                    return
+            try:
+                one.sock.recv_into(bytearray(1))
+            except BlockingIOError:
+                return
+            except OSError:  # an ICMP error
+                continue
 
     # ---- from clients of the host's, and back
 
@@ -167,10 +169,10 @@ class StandIns:
         one = self._for_clients[client.number]
         self.clients.discard(client)
         one.client = None
-        self._maps.stand_in_ports.delete(self._client_place(client))  # nothing more is sent there
-        self._drain(one)
+        self._maps.stand_in_ports.delete(self._client_place(client))
         noted = self._maps.stand_ins.get(self._key(one))
-        self._maps.stand_ins.delete(self._key(one))
+        self._maps.stand_ins.delete(self._key(one))  # nothing more gets there
+        self._drain(one)
         if noted is not None and self._may_be_connected(one, noted):
             one.retired = time.monotonic()
             self._retired[one.port] = one
@@ -224,7 +226,7 @@ class StandIns:
         if one.taken is None and not self._note_taken(one):
             return  # somebody sent there by himself
         assert one.taken is not None
-        if one.program is None and self._took(one, one.taken, datagram.sender):
+        if one.program is None and one.taken.local_port in (0, datagram.sender[1]):  # 0: it had none yet
             one.program = datagram.sender
         if one.program != datagram.sender:
             return
@@ -239,14 +241,6 @@ class StandIns:
                 return
         if found is not None:
             found.send(datagram.data)
-
-    def _took(self, one: StandIn, taken: layout.StandInValue, sender: Address) -> bool:
-        """Whether this is the socket that took it. (One that was connected may have had no port yet.)"""
-        if taken.local_port:
-            return bool(taken.local_port == sender[1])
-        with contextlib.suppress(OSError), contextlib.closing(self._netns.run(Diagnostics)) as diagnostics:
-            return diagnostics.receives(sender[:2], (_LOOPBACK, one.port), taken.cookie)
-        return False
 
     def _note_taken(self, one: StandIn) -> bool:
         """Whether a hook has taken it."""
@@ -291,7 +285,8 @@ class StandIns:
         place = layout.StandInPlace(addr=taken.addr, cookie=taken.cookie, container=self._container, port=taken.port)
         placed = self._maps.stand_in_ports.peek(place)
         if placed is not None and placed.value == one.port:
-            self._maps.stand_in_ports.delete(place)  # nothing more is sent there
+            self._maps.stand_in_ports.delete(place)
+        self._maps.stand_ins.put(self._key(one), layout.StandInValue(cookie=_NOBODY))  # nothing more gets there
         self._drain(one)
         del self._taken[one.port]
         one.taken = one.program = None
