@@ -225,6 +225,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     "exchange's own socket": (
         ("exchange_packet.bpf.c", "(!key.out || found->cookie == bpf_get_socket_cookie(skb))", "1"),
+        ("exchange_packet.bpf.c", "\treturn found->cookie == bpf_get_socket_cookie(skb);", "\treturn 1;"),
     ),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
