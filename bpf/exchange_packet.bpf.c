@@ -5,7 +5,8 @@
  *
  *      egress    of a container's socket: what goes to the relay, by an exchange of that socket, gets the relay's mark
  *      ingress   the relay receives nothing without its mark
- *      egress    of the relay: only to sockets that were made in the container's cgroup or below
+ *      egress    of the relay: only to sockets that were made in the container's cgroup or below, with the mark
+ *      ingress   from the relay's addresses a socket of the container receives nothing without it
  */
 
 #define GRAFT_CGROUP_LEVELS 32 /* the root is 0 */
@@ -126,7 +127,10 @@ static __always_inline int leaves_relay(struct __sk_buff *skb, struct relay *rel
 		return drop(owner);
 	found = is_of_cgroup(to, relay->cgroup);
 	bpf_sk_release(to);
-	return found ? PASS : drop(owner);
+	if (!found)
+		return drop(owner);
+	skb->mark = relay->mark;
+	return PASS;
 }
 
 /* A packet out of a network namespace of a container's: of one of its own sockets, or of graftd's there. */
@@ -146,13 +150,47 @@ static __always_inline int leaves_inside(struct __sk_buff *skb, struct bpf_sock 
 	return relay ? leaves_relay(skb, relay, owner) : drop(owner);
 }
 
+/* Whether a datagram's source is what the recvmsg hook takes for an address of the relay's. Behind options its port is not
+ * seen. */
+static __always_inline int has_relays_address(struct owner *owner, struct relay *relay, struct packet *packet)
+{
+	struct stand_in_key key = { .container = owner->id, .port = packet->from_port };
+
+	if (!is_on_loopback(packet->from, packet->family))
+		return 0;
+	if (!packet->plain)
+		return 1;
+	return packet->family == GRAFT_IPV4 ? relay->datagram_port == packet->from_port : stand_ins.lookup(&key) != 0;
+}
+
+/* What a socket of the container's receives: when graftd was killed, whoever takes a port of the relay's could pass for
+ * the remote ends that it stood for. The mark is removed: a program could read it by a socket filter. */
+static __always_inline int arrives_from_relay(struct __sk_buff *skb, struct owner *owner)
+{
+	struct relay *relay = relays.lookup(&owner->id);
+	struct packet packet;
+
+	if (!relay || !relay->datagram_port)
+		return PASS;
+	if (!read_packet(skb, &packet))
+		return drop(owner);
+	if (!has_relays_address(owner, relay, &packet))
+		return PASS;
+	if (!relay->mark || skb->mark != relay->mark)
+		return drop(owner);
+	skb->mark = 0;
+	return PASS;
+}
+
 /* A packet that comes in there. */
 static __always_inline int arrives_inside(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
 {
 	struct relay *relay;
 
-	if (owner->id || sk->protocol != IPPROTO_UDP)
+	if (sk->protocol != IPPROTO_UDP)
 		return PASS;
+	if (owner->id)
+		return arrives_from_relay(skb, owner);
 	relay = relay_of(sk, owner);
 	if (!owner->id)
 		return PASS;

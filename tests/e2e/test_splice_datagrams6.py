@@ -15,7 +15,7 @@ from graft.splice import datagram_destinations, stand_ins
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
 from tests.support.plain import Plain
 from tests.support.relayed import descriptors, resident_bytes
-from tests.support.udp import answers, drained, udp
+from tests.support.udp import answers, drained, give_address, udp
 from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
@@ -33,17 +33,13 @@ def udp6(container: Plain, v6only: bool = False) -> socket.socket:
     return sock
 
 
-def give_address(container: Plain) -> None:
-    container.netns.run("ip", "address", "replace", f"{OWN}/128", "dev", "lo", "nodad")
-
-
 def served(
     container: Plain, address: str = "::", v6only: bool = False, dual_stack: bool = False
 ) -> tuple[socket.socket, int]:
     """A server in the container at port 53, and the port of the host at which it is published."""
     port = container.host.port()
     server = udp6(container, v6only)
-    give_address(container)
+    give_address(container.netns, OWN)
     server.bind((address, 53))
     endpoint = container.host.endpoint(f"[::]:{port}", dual_stack=dual_stack)
     rules = ["-e", f"{CLIENT6}/128={container.host.endpoint(OUT)}"]
@@ -117,7 +113,7 @@ def test_a_socket_sends_to_several_destinations_and_sees_who_answers(
     container.attach("-e", f"{CLIENT6}/128={container.host.endpoint(OUT)}")
     with udp6(container, v6only) as sock, ExitStack() as stack:
         if bound:
-            give_address(container)
+            give_address(container.netns, OWN)
             sock.bind((bound, 0))
         far = [stack.enter_context(closing(udp(container.host.client, CLIENT6))) for _ in range(3)]
         for turn in range(3):
@@ -137,7 +133,7 @@ def test_a_connected_socket_is_relayed(container: Plain, v6only: bool, bound: st
     container.attach("-e", f"{CLIENT6}={container.host.endpoint(OUT)}")
     with closing(udp(container.host.client, CLIENT6)) as far, udp6(container, v6only) as sock:
         if bound:
-            give_address(container)
+            give_address(container.netns, OWN)
             sock.bind((bound, 0))
         sock.connect(far.getsockname())
         assert sock.getpeername()[:2] == far.getsockname()[:2]

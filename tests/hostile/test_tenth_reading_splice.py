@@ -17,23 +17,27 @@ from typing import NamedTuple
 import pytest
 
 from graft.splice.datagrams import ExchangeId
+from tests.hostile.test_daemon_shares import StartDaemon, start_daemon
 from tests.hostile.test_exchanges import NOBODY, THIEF
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
 from tests.support.plain import Plain, plain
 from tests.support.program import Program, start
-from tests.support.udp import udp
-from tests.support.wait import until
+from tests.support.udp import give_address, udp
+from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
+
+__all__ = ["start_daemon"]
 
 Without = Callable[[str], Host]
 DECEIVER = """
 import os, socket, sys
 assert os.getuid() == 65534
-source, port, to, relay = sys.argv[1:]
+source, port, to, relay, *options = sys.argv[1:]
 family = socket.AF_INET6 if ":" in source else socket.AF_INET
 stranger = socket.socket(family, socket.SOCK_DGRAM); stranger.bind((source, int(port)))
+for option in options: stranger.setsockopt(socket.SOL_IP, socket.IP_OPTIONS, bytes.fromhex(option))
 stranger.sendto(b"forged", (to, int(relay)))
 print("sent", flush=True); print(stranger.recv(100), flush=True)
 """
@@ -81,11 +85,9 @@ class Family(NamedTuple):
         return f"[{address}]:{port}" if self.six else f"{address}:{port}"
 
 
-FAMILIES = pytest.mark.parametrize(
-    "family",
-    [Family(CLIENT4, HOST4, "127.0.0.1", "127.0.0.2"), Family(CLIENT6, HOST6, "::1", "fd99::5")],
-    ids=["ipv4", "ipv6"],
-)
+IPV4 = Family(CLIENT4, HOST4, "127.0.0.1", "127.0.0.2")
+IPV6 = Family(CLIENT6, HOST6, "::1", "fd99::5")
+FAMILIES = pytest.mark.parametrize("family", [IPV4, IPV6], ids=["ipv4", "ipv6"])
 
 
 def own_udp(container: Plain, family: Family) -> socket.socket:
@@ -192,7 +194,7 @@ def answers_for_the_server(host: Host, family: Family) -> bool:
         data, peer = server.recvfrom(100)
         assert (data, peer) == (b"question", client.getsockname())
         if family.six:
-            container.netns.run("ip", "address", "add", f"{family.other}/128", "dev", "lo", "nodad")
+            give_address(container.netns, family.other)
         with stranger(container, DECEIVER, family.other, 5300, *exchange_of(container, family, False)) as other:
             other.says("sent")
             server.sendto(b"answer", peer)
@@ -265,6 +267,82 @@ def test_nobody_who_takes_the_relays_port_gets_what_connected_sockets_send(host:
 @FAMILIES
 def test_control_where_no_hook_looks_who_receives_he_gets_it(without: Without, family: Family) -> None:
     assert robs_a_connected_socket(without("relay's mark for datagrams"), family)
+
+
+def passes_for_the_far_end(host: Host, family: Family, *options: str) -> bool:
+    """Whether a program takes what a stranger sends, who has the port of a killed graftd, for the far end's."""
+    with plain(host) as container, own_udp(container, family) as program, far_end(host, family) as far:
+        container.attach(*grant(container, family))
+        program.sendto(b"question", far.getsockname())
+        far.sendto(b"answer", far.recvfrom(100)[1])
+        assert program.recvfrom(100) == (b"answer", far.getsockname())
+        pid, place = container.daemon(), exchange_of(container, family, True)
+        os.kill(pid, signal.SIGKILL)
+        until("graftd is gone", lambda: not Path(f"/proc/{pid}").exists())
+        to = family.loopback, program.getsockname()[1]
+        with stranger(container, DECEIVER, *place, *to, *options) as other:
+            other.says("sent")
+            program.settimeout(1)
+            try:
+                assert program.recvfrom(100) == (b"forged", far.getsockname())
+            except TimeoutError:
+                return False
+            return True
+
+
+NOPS = "01010101"  # options in the header, behind which the ports are not read
+
+
+@FAMILIES
+def test_nobody_who_takes_the_relays_port_passes_for_a_far_end(host: Host, family: Family) -> None:
+    assert not passes_for_the_far_end(host, family)
+
+
+def test_nobody_does_with_options_in_the_header(host: Host) -> None:
+    assert not passes_for_the_far_end(host, IPV4, NOPS)
+
+
+@FAMILIES
+def test_control_where_the_program_hears_anybody_he_does(without: Without, family: Family) -> None:
+    assert passes_for_the_far_end(without("datagram relay's mark on answers"), family)
+
+
+def test_control_where_it_hears_anybody_options_change_nothing(without: Without) -> None:
+    assert passes_for_the_far_end(without("datagram relay's mark on answers"), IPV4, NOPS)
+
+
+CONNECTED = """
+import socket, sys
+sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); sock.connect((sys.argv[1], int(sys.argv[2])))
+print("connected", flush=True); sock.recv(100)
+"""
+
+
+def keeps_a_stand_in(host: Host) -> bool:
+    """Whether a port of graftd's at ::1, of which a container has so many, stays taken when the socket that took it is
+    closed, and a stranger's is connected there.
+    """
+    with plain(host) as container, own_udp(container, IPV6) as program:
+        container.attach(*grant(container, IPV6))
+        program.connect((IPV6.far, 9))
+        with stranger(container, CONNECTED, *exchange_of(container, IPV6, True)) as other:
+            other.says("connected")
+            program.close()
+            end = time.monotonic() + 5 * PATIENCE
+            while time.monotonic() < end:
+                if not list(host.maps.stand_ins.keys()):
+                    return False
+                time.sleep(0.1)
+            return True
+
+
+def test_a_stranger_keeps_no_port_of_graftds_taken(host: Host) -> None:
+    assert not keeps_a_stand_in(host)
+
+
+def test_control_where_anybody_counts_as_connected_he_does(host: Host, start_daemon: StartDaemon) -> None:
+    start_daemon("datagram peers")
+    assert keeps_a_stand_in(host)
 
 
 @FAMILIES

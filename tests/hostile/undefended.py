@@ -27,6 +27,7 @@ from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
 from graft.kernel import capabilities, cgroup, keyring, sockets, terminal, unix_files, unix_rights
 from graft.kernel.pidfd import pidfd_getfd
+from graft.kernel.sockdiag import ListeningSocket
 from graft.kernel.syscalls import syscall
 from graft.model.settings import Settings
 from graft.model.transport import Home
@@ -217,6 +218,14 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once(
             "exchange_packet.bpf.c",
             "int arrives_inside(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)",
+            "return PASS;",
+        ),
+    ),
+    # And whoever has its port passes for it.
+    "datagram relay's mark on answers": (
+        _at_once(
+            "exchange_packet.bpf.c",
+            "int arrives_from_relay(struct __sk_buff *skb, struct owner *owner)",
             "return PASS;",
         ),
     ),
@@ -425,6 +434,18 @@ def _slow_peers() -> None:
     slow_calls.SlowCalls.note = note  # type: ignore[method-assign,assignment]
 
 
+def _datagram_peers() -> None:
+    """Whoever is connected to a port of the daemon's keeps it for the container."""
+    from graft.splice.publication import PublicationPlan
+
+    def add(self: PublicationPlan, one: ListeningSocket) -> None:
+        self._others = ()
+        added(self, one)
+
+    added = PublicationPlan.add_datagram_socket
+    PublicationPlan.add_datagram_socket = add  # type: ignore[method-assign]
+
+
 def _own_descriptors() -> None:
     """The daemon's own folder in /proc is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
@@ -568,6 +589,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "cgroup events": _cgroup_events,
     "own descriptors": _own_descriptors,
     "slow peers": _slow_peers,
+    "datagram peers": _datagram_peers,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 from tests.support.namespaces import Netns
-from tests.support.wait import PATIENCE
+from tests.support.wait import PATIENCE, until
 
 
 def udp(netns: Netns, address: str, port: int = 0) -> socket.socket:
@@ -15,6 +15,12 @@ def udp(netns: Netns, address: str, port: int = 0) -> socket.socket:
     sock.bind((address, port))
     sock.settimeout(10 * PATIENCE)
     return sock
+
+
+def give_address(netns: Netns, address: str) -> None:
+    """An IPv6 address of its own. (The kernel adds the route to it a little later, by a worker.)"""
+    netns.run("ip", "address", "replace", f"{address}/128", "dev", "lo", "nodad")
+    until("its route", lambda: address in netns.run("ip", "-6", "route", "show", "table", "local"))
 
 
 def drained(server: socket.socket) -> bool:
