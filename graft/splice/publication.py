@@ -111,8 +111,10 @@ class PublicationPlan:
         lookup: Callable[[int, int, bytes, int], ResolvedEndpoint | None],
         limit: int,
         published: Collection[Publication] = (),
+        others: Collection[int] = (),
     ) -> None:
-        self._cgroups, self._lookup = cgroups, lookup
+        """``others``: cgroups that are known not to be the container's."""
+        self._cgroups, self._lookup, self._others = cgroups, lookup, others
         self._published = published
         self._new_left = max(0, limit - len(published))
         self._wanted: dict[tuple[object, ...], Publication] = {}
@@ -123,14 +125,13 @@ class PublicationPlan:
         self.datagram_ports: set[int] = set()
         """The ports of all UDP sockets of the namespace."""
         self.datagram_peers: set[int] = set()
-        """The ports to which those of them are connected that are of IPv6."""
+        """The ports to which those of them are connected that are of IPv6, and not known to be somebody else's."""
         self.more_unpublished = self.too_many = 0
         """How many more are not published; how many of all these are beyond ``limit``, though a rule names them."""
 
     def add(self, listener: ListeningSocket) -> None:
         """Add one listener of the namespace."""
-        if listener.cgroup and listener.cgroup not in self._cgroups:
-            self.elsewhere.add(listener.cgroup)
+        if self._is_elsewhere(listener):
             return
         found = self._publication(listener)
         if found is None and listener.protocol != socket.IPPROTO_TCP:
@@ -151,8 +152,14 @@ class PublicationPlan:
         self.datagram_ports.add(one.port)
         if not one.connected:
             self.add(one)
-        elif one.family == 6:
+        elif one.family == 6 and not (self._is_elsewhere(one) and one.cgroup in self._others):
             self.datagram_peers.add(one.peer_port)
+
+    def _is_elsewhere(self, one: ListeningSocket) -> bool:
+        if not one.cgroup or one.cgroup in self._cgroups:
+            return False
+        self.elsewhere.add(one.cgroup)
+        return True
 
     def _publication(self, listener: ListeningSocket) -> Publication | None:
         if listener.device:

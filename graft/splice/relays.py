@@ -158,7 +158,9 @@ class Relays:
             before = self._ruleset()
             cgroups = self._check_far.cgroups = self._cgroups.own
             lookup = partial(self._endpoint, before)
-            plan = PublicationPlan(cgroups, lookup, self._resources.max_listeners, self._published.keys())
+            plan = PublicationPlan(
+                cgroups, lookup, self._resources.max_listeners, self._published.keys(), self._cgroups.others
+            )
             try:
                 yield from collect_listeners(self._diagnostics, plan, {self._outbound.port}, *self._tag_reader())
                 if self._datagrams is not None:

@@ -139,6 +139,9 @@ class StandIns:
         one = self._spare_one()
         client = Client(self, one.port, 0, server, datagram)
         place = self._client_place(client)
+        if self._is_anothers(place, client):
+            self._spare.append(one)
+            raise OSError(errno.EADDRINUSE, "a client of another link has this link-local address")
         value = layout.StandInValue(addr=place.addr, port=place.port, local_port=place.local_port)
         try:
             self._maps.stand_ins.put(self._key(one), value)
@@ -150,6 +153,18 @@ class StandIns:
         one.client = client
         self.clients.add(client)
         return client
+
+    def _is_anothers(self, place: layout.StandInPlace, client: Client) -> bool:
+        """Whether a client of another link is there: to the container, which sees no link, the two would be one."""
+        placed = self._maps.stand_in_ports.peek(place)
+        there = None if placed is None else self._for_clients.get(placed.value)
+        return there is not None and there.client is not None and there.client.address != client.address
+
+    def _remove_place(self, place: layout.StandInPlace, port: int) -> None:
+        """If it is still this port's."""
+        placed = self._maps.stand_in_ports.peek(place)
+        if placed is not None and placed.value == port:
+            self._maps.stand_in_ports.delete(place)
 
     def _spare_one(self) -> StandIn:
         """One that stands for nothing: of those that were used, the one that has rested longest. Raises OSError."""
@@ -169,7 +184,7 @@ class StandIns:
         one = self._for_clients[client.number]
         self.clients.discard(client)
         one.client = None
-        self._maps.stand_in_ports.delete(self._client_place(client))
+        self._remove_place(self._client_place(client), one.port)
         noted = self._maps.stand_ins.get(self._key(one))
         self._maps.stand_ins.delete(self._key(one))  # nothing more gets there
         self._drain(one)
@@ -283,9 +298,7 @@ class StandIns:
             destination.reset()
         taken = one.taken
         place = layout.StandInPlace(addr=taken.addr, cookie=taken.cookie, container=self._container, port=taken.port)
-        placed = self._maps.stand_in_ports.peek(place)
-        if placed is not None and placed.value == one.port:
-            self._maps.stand_in_ports.delete(place)
+        self._remove_place(place, one.port)
         self._maps.stand_ins.put(self._key(one), layout.StandInValue(cookie=_NOBODY))  # nothing more gets there
         self._drain(one)
         del self._taken[one.port]

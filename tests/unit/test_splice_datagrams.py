@@ -279,6 +279,33 @@ def test_stand_ins_are_as_many_as_the_containers_part_allows() -> None:
     setting.loop.shut_down()
 
 
+def test_the_same_link_local_address_on_another_link_is_not_the_same_client(six: Setting) -> None:
+    reached = socket.inet_pton(socket.AF_INET6, "fe80::2")
+    first = six.path.add_client(six.server, Datagram(b"", ("fe80::1%one", 5000, 0, 1), reached))
+    with pytest.raises(OSError):
+        six.path.add_client(six.server, Datagram(b"", ("fe80::1%two", 5000, 0, 2), reached))
+    six.path.add_client(six.server, Datagram(b"", ("fe80::1%two", 5001, 0, 2), reached))
+    six.path.remove_client(first)
+    six.path.add_client(six.server, Datagram(b"", ("fe80::1%two", 5000, 0, 2), reached))
+
+
+def test_a_stand_in_is_nobodys_before_what_was_sent_there_is_read(
+    six: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a datagram could get there that the next one to take it would seem to have sent."""
+    noted: list[layout.StandInValue | None] = []
+    path = six.relay._stand_ins
+    monkeypatch.setattr(path, "_drain", lambda one: noted.append(six.maps.stand_ins.get(path._key(one))))
+    client, _ = begun(six)
+    client.close()
+    path.remove_client(next(iter(six.clients)))
+    taken(six, 0, local_port=5001)
+    six.relay.keep_programs({six.relay.port}, (), 0.0)
+    six.relay.keep_programs({six.relay.port}, (), time.monotonic())
+    assert noted[0] is None and noted[1] is not None and noted[1].cookie == stand_ins._NOBODY
+    assert not six.noted[0]
+
+
 def taken(setting: Setting, at: int, connected: bool = False, local_port: int = 5000) -> int:
     """A hook takes one of those that are offered; its port."""
     (offer,) = setting.maps.offers.entries.values()
