@@ -151,7 +151,7 @@ class Server:
         resources.watch(sock.fileno(), select.EPOLLIN, self._on_event)
 
     def _on_event(self, _mask: int) -> None:
-        receive_each(self.sock, self._on_datagram)
+        receive_each(self.sock, self._on_datagram, self._resources.loop)
 
     def _on_datagram(self, datagram: Datagram) -> None:
         client = self.clients.get(datagram.sender)

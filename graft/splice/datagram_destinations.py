@@ -47,7 +47,7 @@ class Destination:
         table.resources.watch(sock.fileno(), select.EPOLLIN, self._on_event)
 
     def _on_event(self, _mask: int) -> None:
-        receive_each(self.sock, self._on_datagram)
+        receive_each(self.sock, self._on_datagram, self._table.resources.loop)
 
     def _on_datagram(self, datagram: Datagram) -> None:
         self.used = time.monotonic()

@@ -88,7 +88,7 @@ class Slots:
         resources.watch(self._inner.fileno(), select.EPOLLIN, self._on_event)
 
     def _on_event(self, _mask: int) -> None:
-        receive_each(self._inner, self._on_datagram)
+        receive_each(self._inner, self._on_datagram, self._resources.loop)
 
     def _on_datagram(self, datagram: Datagram) -> None:
         number = ExchangeId.parse(datagram.to)

@@ -109,7 +109,7 @@ class StandIns:
         self._resources.descriptors.give_back()
 
     def _on_event(self, one: StandIn, _mask: int) -> None:
-        receive_each(one.sock, partial(self._on_datagram, one))
+        receive_each(one.sock, partial(self._on_datagram, one), self._resources.loop)
 
     def _on_datagram(self, one: StandIn, datagram: Datagram) -> None:
         if one.client is not None:
