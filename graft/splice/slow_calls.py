@@ -56,6 +56,9 @@ class SlowCalls:
 
     def note(self, owner: int, seconds: float, now: float, blamed: Blamed | None = None) -> None:
         """A call for ``owner`` took more than SLOW_SECONDS. ``blamed`` gives the owner that waits for it instead."""
+        for other in self.active:  # while the call was made, nobody else could have an event
+            if other != owner:
+                self.active[other] += seconds
         seconds -= self._delay()
         if not owner or seconds <= SLOW_SECONDS:
             return

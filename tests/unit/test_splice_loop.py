@@ -146,6 +146,19 @@ def test_an_owner_waits_ten_times_as_long_however_long_its_call_was() -> None:
     calls.close()
 
 
+def test_the_time_of_a_slow_call_makes_nobody_else_idle() -> None:
+    turns = Turns()
+    calls = SlowCalls(turns)
+    now = time.monotonic()
+    calls.active[QUIET] = now - 20.1
+    calls.note(BUSY, 20.0, now)
+    calls.turn(now)
+    assert BUSY in turns.held
+    calls.turn(now + 1)
+    assert BUSY not in turns.held
+    calls.close()
+
+
 def test_what_a_slow_owner_closes_is_closed_in_its_turns(loop: EventLoop) -> None:
     ends = [socket.socketpair() for _ in range(2)]
     for one, _ in ends:
