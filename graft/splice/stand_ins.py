@@ -35,8 +35,10 @@ from graft.splice.datagram_sockets import (
     plain_datagram_socket,
     receive_each,
 )
+from graft.splice.jobs import Stepwise
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.resources import ContainerResources
+from graft.splice.shares import Share
 
 MAX_CLIENTS = 128
 """Clients of a container over IPv6 that it has answered, and as many that it has not."""
@@ -80,8 +82,14 @@ class StandIns:
         self._retired: dict[int, StandIn] = {}
         self._peers: Collection[int] = ()
         self._listed = 0.0
-        with contextlib.suppress(OSError):
-            self._offer(FIRST_OFFERED)
+        self._share: Share | None = resources.daemon.stand_ins.join()
+        try:
+            with contextlib.suppress(OSError):
+                self._offer(FIRST_OFFERED)
+        except BaseException:
+            for _ in self.stop():
+                pass
+            raise
 
     # ---- sockets
 
@@ -90,23 +98,28 @@ class StandIns:
         descriptors = self._resources.descriptors
         if not descriptors.within_part() or not descriptors.can_take():  # what is lent can be reclaimed, these cannot
             raise OSError(errno.ENOBUFS, "the container has as many descriptors as it may have")
+        if self._share is None or not self._share.within_part():
+            raise OSError(errno.ENOBUFS, "the container has as many stand-ins as it may have")
         new = partial(plain_datagram_socket, socket.AF_INET6)
         sock = self._netns.run(partial(bound_by_number, new, _LOOPBACK))
         try:
             # The hooks send to a socket that has this mark, and to no other.
             mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
             self._maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
-        except OSError:
-            sock.close()
+            made = StandIn(int(sock.getsockname()[1]), sock)
+            self._resources.watch(sock.fileno(), select.EPOLLIN, partial(self._on_event, made))
+        except BaseException:
+            self._resources.loop.close_listener(sock)
             raise
-        made = StandIn(int(sock.getsockname()[1]), sock)
         descriptors.take()
-        self._resources.watch(sock.fileno(), select.EPOLLIN, partial(self._on_event, made))
+        self._share.take()
         return made
 
     def _close(self, gone: StandIn) -> None:
         self._resources.loop.close_listener(gone.sock)
         self._resources.descriptors.give_back()
+        if self._share is not None:
+            self._share.give_back()
 
     def _on_event(self, one: StandIn, _mask: int) -> None:
         receive_each(one.sock, partial(self._on_datagram, one), self._resources.loop)
@@ -228,14 +241,15 @@ class StandIns:
         try:
             while len(self._offered) + len(made) < count:
                 made.append(self._make())
-        except OSError:
+            offered = [*self._offered, *made]
+            value = layout.Offer(count=count)
+            value.ports[:count] = [one.port for one in offered]
+            self._maps.offers.put(ctypes.c_uint32(self._container), value)
+        except BaseException:
             for one in made:
                 self._close(one)
             raise
-        self._offered += made
-        value = layout.Offer(count=count)
-        value.ports[:count] = [one.port for one in self._offered]
-        self._maps.offers.put(ctypes.c_uint32(self._container), value)
+        self._offered = offered
 
     def _send_out(self, one: StandIn, datagram: Datagram) -> None:
         if one.taken is None and not self._note_taken(one):
@@ -307,40 +321,70 @@ class StandIns:
 
     # ---- aging
 
-    def keep_programs(self, ports: Collection[int], peers: Collection[int], since: float) -> None:
+    def keep_programs(self, ports: Collection[int], peers: Collection[int], since: float) -> Stepwise[None]:
         """Free what belongs to sockets that are gone: all of the namespace's ports were listed, after ``since``, and to
         which ports of ::1 a socket is connected.
         """
+        loop = self._resources.loop
         self._peers, self._listed = peers, since
-        for one in self._offered:
+        for one in list(self._offered):
             if one.taken is None:
                 self._note_taken(one)  # by a socket that was connected, and has sent nothing
+            if loop.turn_is_over():
+                yield
         for one in list(self._taken.values()):
-            assert one.taken is not None
+            if one.taken is None:  # freed meanwhile
+                continue
             port = one.program[1] if one.program else one.taken.local_port
             is_there = port in ports if port else one.port in peers
             if not is_there and one.taken.begun / 1e9 < since:
                 self._free(one)
+            if loop.turn_is_over():
+                yield
         for one in [one for one in self._retired.values() if one.retired < since and one.port not in peers]:
             del self._retired[one.port]
             self._drain(one)
             self._spare.append(one)
+            if loop.turn_is_over():
+                yield
 
-    def age(self, now: float) -> None:
+    def age(self, now: float) -> Stepwise[None]:
         """Forget what was not used for too long."""
-        self.clients.age(now)
+        loop = self._resources.loop
+        yield from self.clients.age(now, loop)
         if not self._offered:
             with contextlib.suppress(OSError):
                 self._offer(FIRST_OFFERED)
         for one in [one for one in self._taken.values() if now - one.used > DESTINATION_SECONDS]:
-            if not self._is_connected(one):
+            if one.taken is not None and now - one.used > DESTINATION_SECONDS and not self._is_connected(one):
                 self._free(one)
+            if loop.turn_is_over():
+                yield
         while len(self._spare) > SPARE:
             gone = self._spare.pop()
             del self._for_clients[gone.port]
             self._close(gone)
+            if loop.turn_is_over():
+                yield
 
-    def stop(self) -> None:
-        """Close them all; what is in the maps is erased with the container."""
+    def stop(self) -> Stepwise[None]:
+        """Close them all, and remove what is in the maps: no hook takes one any more."""
+        loop = self._resources.loop
+        share, self._share = self._share, None  # so that none is made any more
+        self._maps.offers.delete(ctypes.c_uint32(self._container))
+        for client in self.clients:
+            if self.clients.get(client.number) is client:
+                self.remove_client(client)
+            if loop.turn_is_over():
+                yield
+        for one in self._offered:
+            if one.taken is not None or self._note_taken(one):
+                self._free(one)
+            if loop.turn_is_over():
+                yield
         for one in (*self._offered, *self._for_clients.values()):
             self._close(one)
+            if loop.turn_is_over():
+                yield
+        if share is not None:
+            self._resources.daemon.stand_ins.leave(share)
