@@ -1,5 +1,5 @@
-"""What an eleventh reading found: `graft listen` itself waited for the folder of one container that somebody held, and a
-container's namespace was found by the id of a process that had ended.
+"""What an eleventh reading found: `graft listen` itself waited for the folder of one container that somebody held, and
+a container's namespace was found by the id of a process that had ended.
 """
 
 from __future__ import annotations
