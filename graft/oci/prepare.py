@@ -32,6 +32,7 @@ from graft.oci.bundle import (
 )
 from graft.oci.features import supports_wait_killable
 from graft.oci.options import RuntimeOptions
+from graft.oci.plan import Plan
 from graft.oci.request import check_annotations, check_capabilities, choose_policy, requested
 from graft.state.containers import CompiledPolicy, compile_for
 from graft.state.installation import known_endpoints
@@ -59,7 +60,7 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeO
         check_annotations(config, options, notified=edit.listener is not None)
         edited = edit_config(config, edit)
         own = cgroup.of_process(os.getpid())
-        plan = shim.Plan(settings, policy, transport, invocation.id, folder, own, edit.wait_killable)
+        plan = Plan(settings, policy, transport, invocation.id, folder, own, edit.wait_killable)
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
             shim.start(plan, folder, hook, listeners, lock)
         write_config(invocation.config, edited)

@@ -33,7 +33,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
-from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, socket_holders
+from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, members, socket_holders
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
 from graft.swap.decision import Action, Decision, SocketFacts
@@ -612,6 +612,19 @@ def _holders() -> None:
     bound_sockets._files_of_others = lambda settings, container: set()
 
 
+def _found_apart() -> None:
+    """`graft listen` itself looks a container up, in folders that others may hold."""
+
+    def open_events(path: Path) -> int:
+        return os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+
+    def answer_about(_what: str, work: Callable[[], Any]) -> Any:
+        return work()
+
+    members.open_events = open_events
+    members.answer_about = answer_about  # type: ignore[assignment]
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
@@ -649,6 +662,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "liveness": _liveness,
     "links": _links,
     "holders": _holders,
+    "found apart": _found_apart,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 
