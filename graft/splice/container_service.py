@@ -29,7 +29,7 @@ from graft.splice.sockmap import Sockmap
 from graft.state.records import Container
 
 SCAN_SECONDS = 0.2
-_LONGEST_PAUSE = 30.0  # after a container could not be served again and again
+_LONGEST_PAUSE = 10.0  # after a container could not be served again and again
 _PAUSE_FACTOR = 10
 
 Done = Callable[[BaseException | None], None]

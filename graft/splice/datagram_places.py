@@ -34,9 +34,14 @@ class ClientPlaces:
         self._shares = Shares(limit, layout.EXCHANGE_OUT_SLOTS, _LEAST_CLIENTS)
         self._tables: dict[Share, ClientTable] = {}
 
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room for one container more."""
+        return self._shares.can_join()
+
     def join(self, table: ClientTable) -> Share:
         """The share of one container more. Raises OSError where there is no room for it."""
-        if not self._shares.can_join():
+        if not self.has_room:
             raise OSError(errno.ENOBUFS, "the datagrams of as many containers are relayed as there is room for")
         share = self._shares.join()
         self._tables[share] = table

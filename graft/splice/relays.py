@@ -86,6 +86,9 @@ class Relays:
         """Only transport splice: in the others a container's UDP sockets are the host's, or stay where they are."""
         if self.container.transport is not Transport.SPLICE:
             return None
+        if not self._resources.daemon.client_places.has_room:
+            self._log(f"{self.container.name}: no UDP: graftd relays that of as many containers as there is room for")
+            return None
         return DatagramRelay(
             self._resources, self._maps, self._container_netns, self._namespaces, self.container.cgroup_id
         )
