@@ -151,6 +151,14 @@ def test_an_owner_waits_ten_times_as_long_however_long_its_call_was() -> None:
     calls.close()
 
 
+def test_a_slow_call_that_is_nobodys_makes_nobody_wait() -> None:
+    turns = Turns()
+    calls = SlowCalls(turns)
+    calls.note(BUSY, 20.0, time.monotonic(), event_loop.nobody)
+    assert not turns.held and not calls.owners
+    calls.close()
+
+
 def test_the_time_of_a_slow_call_makes_nobody_else_idle() -> None:
     turns = Turns()
     calls = SlowCalls(turns)
