@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.datapath import layout
-from graft.splice import datagram_clients, stand_ins
+from graft.splice import datagram_clients, datagram_places, resources, stand_ins
 from graft.splice.datagram_clients import Clients
 from graft.splice.datagram_sockets import Datagram, datagram_socket
 from graft.splice.datagrams import DatagramRelay, ExchangeId, Slots
@@ -501,6 +501,25 @@ def test_what_cannot_be_made_is_not_left_half_made(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError):
         DatagramRelay(setting.resources, setting.maps, Here(), Here())  # type: ignore[arg-type]
     assert len(setting.loop._handlers) == taken_before
+    setting.server.close()
+    setting.stop_relay()
+    setting.program.close()
+    setting.loop.shut_down()
+
+
+def test_a_container_has_no_more_clients_than_its_share_of_the_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datagram_places, "_LEAST_CLIENTS", 1)
+    limit = layout.EXCHANGE_OUT_SLOTS + 16
+    monkeypatch.setattr(resources, "ClientPlaces", lambda: datagram_places.ClientPlaces(limit))
+    setting = Setting(False)
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(setting.socket()).sendto(b"noise", setting.address)
+            assert setting.hear()[0] == b"noise"
+    assert setting.noted == (12, 12)  # three quarters
+    for client in list(setting.clients):
+        setting.path.remove_client(client)
+    assert not setting.relay._slots._share.taken
     setting.server.close()
     setting.stop_relay()
     setting.program.close()
