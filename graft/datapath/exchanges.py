@@ -44,6 +44,6 @@ def _place(key: StandInKey, value: StandInValue) -> StandInPlace:
 
 
 def erase_all(maps: Maps) -> None:
-    """Remove the exchanges of all containers, which a daemon that was killed has left. Full maps take seconds."""
+    """Remove the exchanges of all containers, which a daemon that was killed has left."""
     for one in (maps.exchanges, maps.exchange_clients, maps.offers, maps.stand_ins, maps.stand_in_ports):
         one.clear()

@@ -22,6 +22,7 @@ _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 
 _MAP_CREATE = 0
 _OBJ_PIN, _OBJ_GET, _PROG_ATTACH, _PROG_DETACH = 6, 7, 8, 9
 _PROG_LOAD = 5
+_MAP_LOOKUP_AND_DELETE_BATCH = 25  # since 5.6
 _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
 
 # enum bpf_map_type
@@ -29,6 +30,7 @@ _ARRAY, _ARRAY_OF_MAPS = 2, 12
 
 ALLOW_MULTI = 2
 _NOEXIST = 1  # BPF_NOEXIST
+_AT_ONCE = 8192
 QUERY_EFFECTIVE = 1
 
 # enum bpf_attach_type
@@ -65,6 +67,19 @@ class _ElemAttr(ctypes.Structure):
         ("pad", ctypes.c_uint32),
         ("key", ctypes.c_uint64),
         ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+class _BatchAttr(ctypes.Structure):
+    _fields_ = (
+        ("in_batch", ctypes.c_uint64),
+        ("out_batch", ctypes.c_uint64),
+        ("keys", ctypes.c_uint64),
+        ("values", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("map_fd", ctypes.c_uint32),
+        ("elem_flags", ctypes.c_uint64),
         ("flags", ctypes.c_uint64),
     )
 
@@ -340,21 +355,33 @@ class Map(Generic[KeyT, ValueT]):
     def keys(self) -> list[KeyT]:
         """All current keys. Read at once, so that entries can be deleted while the caller iterates."""
         found: list[KeyT] = []
-        key: KeyT | None = None
-        while True:
-            following = self._key()
-            attr = _ElemAttr(self.fd, 0, 0 if key is None else ctypes.addressof(key), ctypes.addressof(following))
-            try:
-                _bpf(_MAP_GET_NEXT_KEY, attr)
-            except FileNotFoundError:
-                return found
-            found.append(following)
-            key = following
+        key = self._next(None)
+        while key is not None:
+            found.append(key)
+            key = self._next(key)
+        return found
+
+    def _next(self, key: KeyT | None) -> KeyT | None:
+        following = self._key()
+        attr = _ElemAttr(self.fd, 0, 0 if key is None else ctypes.addressof(key), ctypes.addressof(following))
+        try:
+            _bpf(_MAP_GET_NEXT_KEY, attr)
+        except FileNotFoundError:
+            return None
+        return following
 
     def clear(self) -> None:
-        """Remove all current entries."""
-        for key in self.keys():
-            self.delete(key)
+        """Remove all current entries of a hash, which may be very many."""
+        keys, values = (self._key * _AT_ONCE)(), (self._value * _AT_ONCE)()
+        after = ctypes.c_uint32()  # where the next call goes on, by the kernel's own number
+        attr = _BatchAttr(0, ctypes.addressof(after), ctypes.addressof(keys), ctypes.addressof(values), 0, self.fd)
+        while True:
+            attr.count = _AT_ONCE
+            try:
+                _bpf(_MAP_LOOKUP_AND_DELETE_BATCH, attr)
+            except FileNotFoundError:  # there are no more
+                return
+            attr.in_batch = ctypes.addressof(after)
 
     def items(self) -> Iterator[tuple[KeyT, ValueT]]:
         """All entries that still exist when they are read."""

@@ -6,6 +6,7 @@ which each look at a container's takes long: tests/unit/test_splice_listeners.py
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.datapath import layout
 from tests.hostile.test_daemon_shares import StartDaemon, served, start_daemon
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, HOST4
@@ -184,6 +186,21 @@ def test_nothing_is_left_of_a_container_that_is_detached(host: Host) -> None:
         maps = host.maps
         left = [*maps.exchanges.keys(), *maps.exchange_clients.keys(), *maps.stand_ins.keys()]
         assert number not in {key.container for key in left}
+
+
+def test_what_a_killed_graftd_has_left_is_removed_when_one_starts(host: Host, start_daemon: StartDaemon) -> None:
+    maps = host.maps
+    for number in range(20_000):
+        maps.exchanges.put(
+            layout.ExchangeSlot(container=1000 + number // 4096, slot=number % 4096), layout.ExchangeValue()
+        )
+    maps.exchange_clients.put(layout.ExchangeClient(container=1000), ctypes.c_uint32(1))
+    maps.stand_ins.put(layout.StandInKey(container=1000, port=1), layout.StandInValue())
+    maps.stand_in_ports.put(layout.StandInPlace(container=1000), ctypes.c_uint32(1))
+    maps.offers.put(ctypes.c_uint32(1000), layout.Offer())
+    start_daemon()
+    for one in (maps.exchanges, maps.exchange_clients, maps.stand_ins, maps.stand_in_ports, maps.offers):
+        assert not one.keys()
 
 
 # ---- a container that cannot be served
