@@ -279,7 +279,7 @@ def send_from_each_client(host: Host, kind: str, port: int) -> None:
             with udp(host.client, CLIENT4) as client:
                 client.sendto(b"secret%d" % number, (HOST4, port))
             continue
-        with host.client.connected(HOST4, port) as stream, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), host.client.connected(HOST4, port) as stream:
             stream.sendall(b"secret%d" % number)
             stream.settimeout(0.2)
             stream.recv(1)
@@ -350,10 +350,10 @@ def deferred(host: Host, stranger_too: bool) -> bytes:
             other = start(container.netns.command(*words))
             stack.callback(other.stop)
             other.says("ready")
-        client = stack.enter_context(host.client.connected(HOST4, port))
-        client.sendall(b"first")
-        server.settimeout(1)
+        server.settimeout(1.0 * PATIENCE)
         try:
+            client = stack.enter_context(host.client.connected(HOST4, port))
+            client.sendall(b"first")
             accepted = stack.enter_context(server.accept()[0])
             return accepted.recv(100)
         except (TimeoutError, ConnectionResetError):
