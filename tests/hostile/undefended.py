@@ -257,7 +257,27 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("local_address.bpf.c", "int is_hosts(u64 netns, u32 *ip, u8 family)", "return 1;"),
     ),
     # A connect to a group gives a socket the address of an option.
-    "chosen address": (_at_once("connect.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
+    "chosen address": (_at_once("chosen_source.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
+    # An address of the host's loopback that the kernel picked is good for any destination.
+    "loopback source": (
+        _at_once(
+            "local_address.bpf.c",
+            "int strays_from_loopback(struct local_address *source, struct request *remote)",
+            "return 0;",
+        ),
+    ),
+    "loopback source at calls": (
+        _at_once(
+            "chosen_source.bpf.c",
+            "int keeps_loopback(struct bpf_sock *sk, struct request *request, struct endpoint *endpoint)",
+            "return 0;",
+        ),
+    ),
+    # What an endpoint lends a socket without a tag is written down nowhere.
+    "lent without a tag": (
+        ("connect.bpf.c", "\tif (endpoint && !owner.tag)\n\t\towner.tag = ", "\tif (0)\n\t\towner.tag = "),
+        ("connect.bpf.c", "!owner.tag && lends(endpoint)", "0"),
+    ),
     # A bind to no endpoint leaves the port open that the last one gave.
     "open port": (
         ("bind.bpf.c", "\t\town->open_port = 0;\n\t\town->at_unix = 0;\n\t\town->binder", "\t\town->binder"),
