@@ -1,4 +1,4 @@
-"""Sources of datagrams: on the host's loopback, of an interface that a program chose, lent to a socket without a tag."""
+"""Sources of datagrams: on the host's loopback, of an interface that a program chose, lent without a tag."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def leaves_from(host: Host, confine: Confine, transport: str, family: int, text:
 def by_a_group(host: Host, confine: Confine, transport: str) -> str | None:
     """IPV6_MULTICAST_IF is permitted where a rule names a group; a connect to that takes the interface's address."""
     with another_link(host) as index:
-        calls = ["bytes", SOL_IPV6, 17, number(index), "connect", GROUP6, 9]
+        calls: list[Word] = ["bytes", SOL_IPV6, 17, number(index), "connect", GROUP6, 9]
         return leaves_from(host, confine, transport, INET6, granting(GROUP6, CLIENT6), *calls)
 
 
@@ -203,7 +203,7 @@ def by_an_interface(host: Host, confine: Confine, transport: str, family: int, w
             "IPV6_UNICAST_IF": ((SOL_IPV6, 76), number(index, ">"), number(0)),
             "IPV6_PKTINFO": ((SOL_IPV6, 50), "00" * 16 + number(index), "00" * 20),
         }[way]
-        calls = ["bytes32", *option, on, "connect", FAR[family], 9, "bytes32", *option, off]
+        calls: list[Word] = ["bytes32", *option, on, "connect", FAR[family], 9, "bytes32", *option, off]
         return leaves_from(host, confine, transport, family, granting(FAR[family]), *calls)
 
 

@@ -466,6 +466,13 @@ def _datagram_peers() -> None:
     PublicationPlan.add_datagram_socket = add  # type: ignore[method-assign]
 
 
+def _ferrys_owner() -> None:
+    """What a ferry makes inside is root's, and has the port that it asks for."""
+    from graft.swap import ferry
+
+    vars(ferry)["owning_files_as"] = vars(ferry)["with_capabilities"] = lambda *_: contextlib.nullcontext()
+
+
 def _own_descriptors() -> None:
     """The daemon's own folder in /proc is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
@@ -610,6 +617,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "own descriptors": _own_descriptors,
     "slow peers": _slow_peers,
     "datagram peers": _datagram_peers,
+    "ferry's owner": _ferrys_owner,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,
