@@ -5,8 +5,8 @@
  *
  *      egress    of a container's socket: what goes to the relay, by an exchange of that socket, gets the relay's mark
  *      ingress   the relay receives nothing without its mark
- *      egress    of the relay: only to sockets that were made in the container's cgroup or below, with the mark
- *      ingress   from the relay's addresses a socket of the container receives nothing without it
+ *      egress    of the relay: only to sockets that were made in the container's cgroup or below, with another mark
+ *      ingress   from the relay's addresses a socket of the container receives nothing without that
  */
 
 #define GRAFT_CGROUP_LEVELS 32 /* the root is 0 */
@@ -129,7 +129,7 @@ static __always_inline int leaves_relay(struct __sk_buff *skb, struct relay *rel
 	bpf_sk_release(to);
 	if (!found)
 		return drop(owner);
-	skb->mark = relay->mark;
+	skb->mark = relay->answer_mark;
 	return PASS;
 }
 
@@ -176,7 +176,7 @@ static __always_inline int arrives_from_relay(struct __sk_buff *skb, struct owne
 		return drop(owner);
 	if (!has_relays_address(owner, relay, &packet))
 		return PASS;
-	if (!relay->mark || skb->mark != relay->mark)
+	if (!relay->answer_mark || skb->mark != relay->answer_mark)
 		return drop(owner);
 	skb->mark = 0;
 	return PASS;

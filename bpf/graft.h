@@ -250,7 +250,7 @@ struct relay {
 	__u16 zero2;
 	__u64 cgroup;    /* the container's: datagrams go to sockets of it, or below it */
 	__u32 mark;      /* of datagrams to the relay: a secret, and nothing but a hook sets it */
-	__u32 zero3;
+	__u32 answer_mark; /* of those that it sends: another one, which a program inside may come to know */
 };
 
 /* `exchanges`: what Graft relays between a container's datagram socket and a remote end (exchange.bpf.c). */

@@ -10,8 +10,8 @@
  *      out   sendmsg or connect hook: a granted destination gets one of those that the relay offers
  *               the relay reads the destination from the table; answers come from there, recvmsg shows who sent them
  *
- *   A port has no generation. So a hook takes only what stands for nothing, and the relay decides when a stand-in is free
- *   again: it has read all that was sent there, and no socket is connected to it.
+ *   A port has no generation. So it stands for one remote end and no other: a hook takes only what stands for nothing yet,
+ *   and the relay closes what is not used any more, where no socket is connected to it, and offers another port.
  */
 
 /* The port of the stand-in for a remote end; 0: there is none. `cookie`: of the socket; 0: for a client of its port. */
@@ -86,8 +86,8 @@ static __always_inline int connects_by_address(struct bpf_sock_addr *ctx)
 	       !is_requester_v6only(ctx);
 }
 
-/* Notes that a socket is connected to a stand-in, so that it is not given to another remote end meanwhile. Returns 0
- * where it stands for nothing any more. */
+/* Notes that a socket is connected to a stand-in, so that it is not closed meanwhile. Returns 0 where it stands for nothing
+ * any more. */
 static __always_inline int note_connected(struct owner *owner, u16 port)
 {
 	struct stand_in_key key = { .container = owner->id, .port = port };
@@ -105,7 +105,7 @@ static __always_inline int redirect_datagrams6(struct bpf_sock_addr *ctx, struct
 {
 	struct relay *relay = relays.lookup(&owner->id);
 	u64 cookie = bpf_get_socket_cookie(ctx);
-	int is_new = 0;
+	int of_client;
 	u16 port;
 
 	if (!relay || !relay->datagram_port)
@@ -113,16 +113,15 @@ static __always_inline int redirect_datagrams6(struct bpf_sock_addr *ctx, struct
 	port = placed_stand_in(ctx, owner, request, 0);
 	if (!port && connects && connects_by_address(ctx))
 		return redirect_datagrams(ctx, owner, request);
+	of_client = port != 0;
 	if (!port)
 		port = placed_stand_in(ctx, owner, request, cookie);
-	if (!port) {
+	if (!port)
 		port = new_stand_in(ctx, owner, request, cookie);
-		is_new = 1;
-	}
 	if (!port)
 		return refuse_with(ENOBUFS);
 	if (!relay_receives(ctx, owner, port, 0)) {
-		if (is_new)
+		if (!of_client) /* the relay has just closed it, or is gone: the next send takes another one */
 			give_back_stand_in(owner, request, cookie, port);
 		return refuse_with(ECONNREFUSED);
 	}

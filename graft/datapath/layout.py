@@ -303,7 +303,7 @@ class RelayValue(ctypes.Structure):
         ("zero2", ctypes.c_uint16),
         ("cgroup", ctypes.c_uint64),
         ("mark", ctypes.c_uint32),
-        ("zero3", ctypes.c_uint32),
+        ("answer_mark", ctypes.c_uint32),
     )
 
 

@@ -191,7 +191,7 @@ class DatagramRelay:
         cgroup: int = 0,
     ) -> None:
         """``cgroup`` is the id of the container's. Raises OSError."""
-        self._cgroup, self._mark = cgroup, int.from_bytes(os.urandom(4), "little") | 1
+        self._cgroup, self._marks = cgroup, [int.from_bytes(os.urandom(4), "little") | 1 for _ in range(2)]
         self._resources = resources
         exchanges.erase(maps, resources.number)  # of a daemon that was killed
         self._destinations = Destinations(resources, maps, namespaces)
@@ -207,7 +207,8 @@ class DatagramRelay:
 
     def value(self) -> layout.RelayValue:
         """What the hooks read of it, for the map `relays`."""
-        return layout.RelayValue(datagram_port=self.port, cgroup=self._cgroup, mark=self._mark)
+        mark, answer_mark = self._marks
+        return layout.RelayValue(datagram_port=self.port, cgroup=self._cgroup, mark=mark, answer_mark=answer_mark)
 
     def serve(self, wanted: Publication, sock: socket.socket, address: str) -> Server:
         """Relay what a socket on an endpoint receives to the container's."""

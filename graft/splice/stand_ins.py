@@ -1,13 +1,13 @@
 """Datagrams over IPv6, relayed both ways for one container: bpf/stand_in.bpf.c has the picture.
 
-A stand-in is a socket of the relay's at a port of ::1 in the container's namespace, and stands for one remote end at a
-time: so here a client costs a descriptor, and a destination two. It is free again when what was sent to it has been
-read, and no socket of the container is connected to it:
+A stand-in is a socket of the relay's at a port of ::1 in the container's namespace: so here a client costs a
+descriptor, and a destination two. A port stands for one remote end and no other. What is queued, on either side, when
+that is forgotten could else seem to come from the next one, or go to it. So the socket is closed then, and the next one
+has a port that was not used lately, which the kernel picks at random:
 
-    spare ──▶ of a client ──▶ spare           or   ──▶ retired, while a socket is connected to it ──▶ spare
-    offered ──▶ taken by a hook ──▶ offered
+    made ──▶ of a client ──▶ closed           made ──▶ offered ──▶ taken by a hook ──▶ closed, and another is offered
 
-Connected sockets keep theirs until they are closed.
+A destination's is kept while a socket of the container is connected to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import errno
 import select
 import socket
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Collection
 from functools import partial
 
@@ -40,13 +40,11 @@ from graft.splice.resources import ContainerResources
 
 MAX_CLIENTS = 128
 """Clients of a container over IPv6 that it has answered, and as many that it has not."""
-MAX_STAND_INS = 2 * MAX_CLIENTS + 32
-"""For clients: also those that are retired, and spare ones."""
-SPARE = 16
 FIRST_OFFERED = 16
+LATELY = 4096
+"""So many ports that were closed last are not used."""
+_PORT_TRIES = 32
 _LOOPBACK = "::1"
-_DRAINED = 4096
-_NOBODY = (1 << 64) - 1  # no socket's cookie
 
 
 class StandIn:
@@ -60,8 +58,6 @@ class StandIn:
         self.program: Address | None = None
         """Where that one's datagrams come from."""
         self.used = 0.0
-        self.retired = 0.0
-        """When it stood for a client last, to whom a socket may be connected still."""
 
 
 class StandIns:
@@ -73,11 +69,11 @@ class StandIns:
         self._resources, self._maps, self._netns, self._destinations = resources, maps, container_netns, destinations
         self._container = resources.number
         self.clients = Clients(MAX_CLIENTS, self.remove_client)
-        self._offered: list[StandIn] = []
+        self._offered: list[StandIn | None] = []
+        """None: there was no room for one."""
         self._taken: OrderedDict[int, StandIn] = OrderedDict()
         self._for_clients: dict[int, StandIn] = {}
-        self._spare: deque[StandIn] = deque()
-        self._retired: dict[int, StandIn] = {}
+        self._lately: OrderedDict[int, None] = OrderedDict()
         self._peers: Collection[int] = ()
         self._listed = 0.0
         with contextlib.suppress(OSError):
@@ -90,8 +86,7 @@ class StandIns:
         descriptors = self._resources.descriptors
         if not descriptors.within_part() or not descriptors.can_take():  # what is lent can be reclaimed, these cannot
             raise OSError(errno.ENOBUFS, "the container has as many descriptors as it may have")
-        new = partial(plain_datagram_socket, socket.AF_INET6)
-        sock = self._netns.run(partial(bound_by_number, new, _LOOPBACK))
+        sock = self._netns.run(self._bound)
         try:
             # The hooks send to a socket that has this mark, and to no other.
             mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
@@ -104,7 +99,19 @@ class StandIns:
         self._resources.watch(sock.fileno(), select.EPOLLIN, partial(self._on_event, made))
         return made
 
+    def _bound(self) -> socket.socket:
+        new = partial(plain_datagram_socket, socket.AF_INET6)
+        for _ in range(_PORT_TRIES):
+            sock = bound_by_number(new, _LOOPBACK)
+            if sock.getsockname()[1] not in self._lately:
+                return sock
+            sock.close()
+        raise OSError(errno.EADDRINUSE, "the container's namespace has too few ports for its clients")
+
     def _close(self, gone: StandIn) -> None:
+        self._lately[gone.port] = None
+        if len(self._lately) > LATELY:
+            self._lately.popitem(last=False)
         self._resources.loop.close_listener(gone.sock)
         self._resources.descriptors.give_back()
 
@@ -114,45 +121,43 @@ class StandIns:
     def _on_datagram(self, one: StandIn, datagram: Datagram) -> None:
         if one.client is not None:
             self._answer(one.client, datagram)
-        elif one.port not in self._for_clients:
+        else:
             self._send_out(one, datagram)
 
     def _key(self, one: StandIn) -> layout.StandInKey:
         return layout.StandInKey(container=self._container, port=one.port)
 
-    @staticmethod
-    def _drain(one: StandIn) -> None:
-        """Read what was sent to the remote end that it stood for, so that it does not reach the next one."""
-        for _ in range(_DRAINED):
-            try:
-                one.sock.recv_into(bytearray(1))
-            except BlockingIOError:
-                return
-            except OSError:  # an ICMP error
-                continue
-
     # ---- from clients of the host's, and back
 
     def add_client(self, server: Server, datagram: Datagram) -> Client:
-        """Give a client a stand-in, that of the longest unanswered one where there are too many. Raises OSError."""
+        """Give a client a stand-in; of too many, the longest unanswered one is forgotten. Raises OSError."""
         self.clients.make_room()
-        one = self._spare_one()
-        client = Client(self, one.port, 0, server, datagram)
+        client = Client(self, 0, 0, server, datagram)
         place = self._client_place(client)
         if self._is_anothers(place, client):
-            self._spare.append(one)
             raise OSError(errno.EADDRINUSE, "a client of another link has this link-local address")
+        one = self._make_for_client()
         value = layout.StandInValue(addr=place.addr, port=place.port, local_port=place.local_port)
         try:
             self._maps.stand_ins.put(self._key(one), value)
             self._maps.stand_in_ports.put(place, ctypes.c_uint32(one.port))
         except OSError:
             self._maps.stand_ins.delete(self._key(one))
-            self._spare.append(one)
+            self._close(one)
             raise
-        one.client = client
+        client.number, one.client = one.port, client
+        self._for_clients[one.port] = one
         self.clients.add(client)
         return client
+
+    def _make_for_client(self) -> StandIn:
+        """A new one; while there is no room the longest unanswered clients are forgotten. Raises OSError."""
+        while True:
+            try:
+                return self._make()
+            except OSError:
+                if not self.clients.remove_longest_unanswered():
+                    raise
 
     def _is_anothers(self, place: layout.StandInPlace, client: Client) -> bool:
         """Whether a client of another link is there: to the container, which sees no link, the two would be one."""
@@ -166,33 +171,13 @@ class StandIns:
         if placed is not None and placed.value == port:
             self._maps.stand_in_ports.delete(place)
 
-    def _spare_one(self) -> StandIn:
-        """One that stands for nothing: of those that were used, the one that has rested longest. Raises OSError."""
-        if len(self._spare) < SPARE and len(self._for_clients) < MAX_STAND_INS:
-            with contextlib.suppress(OSError):
-                made = self._make()
-                self._for_clients[made.port] = made
-                return made
-        while not self._spare and self.clients.remove_longest_unanswered():
-            pass
-        if not self._spare:
-            raise OSError(errno.ENOBUFS, "no stand-in is free")
-        return self._spare.popleft()
-
     def remove_client(self, client: Client) -> None:
         """Forget a client. Its next datagram begins a new exchange."""
-        one = self._for_clients[client.number]
+        one = self._for_clients.pop(client.number)
         self.clients.discard(client)
-        one.client = None
         self._remove_place(self._client_place(client), one.port)
-        noted = self._maps.stand_ins.get(self._key(one))
-        self._maps.stand_ins.delete(self._key(one))  # nothing more gets there
-        self._drain(one)
-        if noted is not None and self._may_be_connected(one, noted):
-            one.retired = time.monotonic()
-            self._retired[one.port] = one
-        else:
-            self._spare.append(one)
+        self._maps.stand_ins.delete(self._key(one))
+        self._close(one)
 
     def hand_over(self, client: Client, data: bytes) -> None:
         """Send the container's socket what the client sent."""
@@ -233,9 +218,19 @@ class StandIns:
                 self._close(one)
             raise
         self._offered += made
-        value = layout.Offer(count=count)
-        value.ports[:count] = [one.port for one in self._offered]
+        self._write_offer()
+
+    def _write_offer(self) -> None:
+        value = layout.Offer(count=len(self._offered))
+        value.ports[: value.count] = [0 if one is None else one.port for one in self._offered]
         self._maps.offers.put(ctypes.c_uint32(self._container), value)
+
+    def _fill(self) -> None:
+        """Make those that are missing among the offered ones."""
+        with contextlib.suppress(OSError):
+            for at in [at for at, one in enumerate(self._offered) if one is None]:
+                self._offered[at] = self._make()
+        self._write_offer()
 
     def _send_out(self, one: StandIn, datagram: Datagram) -> None:
         if one.taken is None and not self._note_taken(one):
@@ -264,12 +259,12 @@ class StandIns:
             return False
         one.used = time.monotonic()
         self._taken[one.port] = one
-        self._keep_some_free()
+        self._keep_some_free(one)
         return True
 
-    def _keep_some_free(self) -> None:
+    def _keep_some_free(self, newest: StandIn) -> None:
         """A quarter of those that are offered, so that a new destination finds one: more are made, up to a limit; then
-        the longest unused one to which no socket is connected is free.
+        the longest unused one to which no socket is connected gives way.
         """
         count = len(self._offered)
         if len(self._taken) <= count * 3 // 4:
@@ -278,20 +273,27 @@ class StandIns:
             with contextlib.suppress(OSError):
                 self._offer(2 * count)
                 return
-        unused = next((one for one in self._taken.values() if not self._is_connected(one)), None)
+        others = (one for one in self._taken.values() if one is not newest)
+        unused = next((one for one in others if not self._is_connected(one)), None)
         if unused is not None:
-            self._free(unused)
+            self._replace([unused])
 
     def _is_connected(self, one: StandIn) -> bool:
-        noted = self._maps.stand_ins.peek(self._key(one))
-        return noted is not None and self._may_be_connected(one, noted)
-
-    def _may_be_connected(self, one: StandIn, noted: layout.StandInValue) -> bool:
         """Whether a socket may be connected to it: one was when they were listed last, or was connected since."""
-        return bool(noted.connected) and (one.port in self._peers or noted.connected / 1e9 >= self._listed)
+        noted = self._maps.stand_ins.peek(self._key(one))
+        if noted is None or not noted.connected:
+            return False
+        return one.port in self._peers or noted.connected / 1e9 >= self._listed
 
-    def _free(self, one: StandIn) -> None:
-        """A hook may take it again."""
+    def _replace(self, old: Collection[StandIn]) -> None:
+        """Close them, and offer others to the hooks instead."""
+        self._offered = [None if one in old else one for one in self._offered]
+        self._write_offer()  # so that no hook takes one of them once more
+        for one in old:
+            self._forget(one)
+        self._fill()
+
+    def _forget(self, one: StandIn) -> None:
         assert one.taken is not None
         destination = self._destinations.get((6, one.port))
         if destination is not None:
@@ -299,32 +301,28 @@ class StandIns:
         taken = one.taken
         place = layout.StandInPlace(addr=taken.addr, cookie=taken.cookie, container=self._container, port=taken.port)
         self._remove_place(place, one.port)
-        self._maps.stand_ins.put(self._key(one), layout.StandInValue(cookie=_NOBODY))  # nothing more gets there
-        self._drain(one)
-        del self._taken[one.port]
-        one.taken = one.program = None
         self._maps.stand_ins.delete(self._key(one))
+        del self._taken[one.port]
+        self._close(one)
 
     # ---- aging
 
     def keep_programs(self, ports: Collection[int], peers: Collection[int], since: float) -> None:
-        """Free what belongs to sockets that are gone: all of the namespace's ports were listed, after ``since``, and to
+        """Close what belongs to sockets that are gone: all ports of the namespace were listed, after ``since``, and to
         which ports of ::1 a socket is connected.
         """
         self._peers, self._listed = peers, since
-        for one in self._offered:
-            if one.taken is None:
-                self._note_taken(one)  # by a socket that was connected, and has sent nothing
-        for one in list(self._taken.values()):
-            assert one.taken is not None
-            port = one.program[1] if one.program else one.taken.local_port
-            is_there = port in ports if port else one.port in peers
-            if not is_there and one.taken.begun / 1e9 < since:
-                self._free(one)
-        for one in [one for one in self._retired.values() if one.retired < since and one.port not in peers]:
-            del self._retired[one.port]
-            self._drain(one)
-            self._spare.append(one)
+        for one in [one for one in self._offered if one is not None and one.taken is None]:
+            self._note_taken(one)  # by a socket that was connected, and has sent nothing
+        gone = [one for one in self._taken.values() if self._is_gone(one, ports, since)]
+        if gone:
+            self._replace(gone)
+
+    def _is_gone(self, one: StandIn, ports: Collection[int], since: float) -> bool:
+        assert one.taken is not None
+        port = one.program[1] if one.program else one.taken.local_port
+        is_there = port in ports if port else one.port in self._peers
+        return not is_there and one.taken.begun / 1e9 < since
 
     def age(self, now: float) -> None:
         """Forget what was not used for too long."""
@@ -332,15 +330,13 @@ class StandIns:
         if not self._offered:
             with contextlib.suppress(OSError):
                 self._offer(FIRST_OFFERED)
-        for one in [one for one in self._taken.values() if now - one.used > DESTINATION_SECONDS]:
-            if not self._is_connected(one):
-                self._free(one)
-        while len(self._spare) > SPARE:
-            gone = self._spare.pop()
-            del self._for_clients[gone.port]
-            self._close(gone)
+        idle = [one for one in self._taken.values() if now - one.used > DESTINATION_SECONDS]
+        idle = [one for one in idle if not self._is_connected(one)]
+        if idle or None in self._offered:
+            self._replace(idle)
 
     def stop(self) -> None:
         """Close them all; what is in the maps is erased with the container."""
         for one in (*self._offered, *self._for_clients.values()):
-            self._close(one)
+            if one is not None:
+                self._close(one)

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -309,6 +309,26 @@ def test_control_where_the_program_hears_anybody_he_does(without: Without, famil
 
 def test_control_where_it_hears_anybody_options_change_nothing(without: Without) -> None:
     assert passes_for_the_far_end(without("datagram relay's mark on answers"), IPV4, NOPS)
+
+
+@FAMILIES
+def test_what_a_server_has_not_read_yet_is_not_shown_as_from_a_later_client(host: Host, family: Family) -> None:
+    """A flood makes graftd forget clients, while what they sent waits to be read."""
+    with served(host, family) as (_, server, client):
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        clients = 1500 if family is IPV4 else 400
+        for _ in range(clients):
+            with far_end(host, family) as one:
+                one.sendto(b"%d" % one.getsockname()[1], client.getpeername())
+        server.settimeout(PATIENCE)
+        wrong, known = [], 0
+        with suppress(TimeoutError):
+            while True:
+                data, peer = server.recvfrom(100)
+                known += peer[0] == family.far
+                if peer[0] == family.far and peer[1] != int(data):
+                    wrong.append(peer)
+        assert known and not wrong
 
 
 CONNECTED = """

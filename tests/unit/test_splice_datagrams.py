@@ -225,10 +225,8 @@ def begun(setting: Setting) -> tuple[socket.socket, Any]:
     return client, setting.hear()[1]
 
 
-def test_what_was_sent_to_a_forgotten_client_does_not_reach_the_next_one(
-    six: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stand_ins, "SPARE", 1)
+def test_what_was_sent_to_a_forgotten_client_does_not_reach_the_next_one(six: Setting) -> None:
+    """Nor does what he sent, and the program has not read yet, seem to come from that one."""
     first, peer = begun(six)
     with first, six.socket() as other:
         six.program.sendto(b"for the first", peer)  # not read yet
@@ -237,7 +235,7 @@ def test_what_was_sent_to_a_forgotten_client_does_not_reach_the_next_one(
         added = six.path.add_client(
             six.server, Datagram(b"", other.getsockname(), socket.inet_pton(socket.AF_INET6, six.host))
         )
-        assert added.number == peer[1]
+        assert added.number != peer[1]
         six.loop.turn()
         other.settimeout(0.1)
         with pytest.raises(TimeoutError):
@@ -248,19 +246,6 @@ def noted_of(setting: Setting, port: int) -> layout.StandInValue:
     found = setting.maps.stand_ins.get(layout.StandInKey(container=CONTAINER, port=port))
     assert isinstance(found, layout.StandInValue)
     return found
-
-
-def test_a_stand_in_that_a_socket_is_connected_to_is_no_other_clients(six: Setting) -> None:
-    path = six.relay._stand_ins
-    first, peer = begun(six)
-    with first:
-        noted_of(six, peer[1]).connected = time.monotonic_ns()  # as the hook does
-        path.remove_client(next(iter(six.clients)))
-        assert not path._spare
-        six.relay.keep_programs({six.relay.port}, {peer[1]}, time.monotonic())
-        assert not path._spare
-        six.relay.keep_programs({six.relay.port}, set(), time.monotonic())
-        assert [one.port for one in path._spare] == [peer[1]]
 
 
 def test_stand_ins_are_as_many_as_the_containers_part_allows() -> None:
@@ -289,21 +274,62 @@ def test_the_same_link_local_address_on_another_link_is_not_the_same_client(six:
     six.path.add_client(six.server, Datagram(b"", ("fe80::1%two", 5000, 0, 2), reached))
 
 
-def test_a_stand_in_is_nobodys_before_what_was_sent_there_is_read(
-    six: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else a datagram could get there that the next one to take it would seem to have sent."""
-    noted: list[layout.StandInValue | None] = []
-    path = six.relay._stand_ins
-    monkeypatch.setattr(path, "_drain", lambda one: noted.append(six.maps.stand_ins.get(path._key(one))))
-    client, _ = begun(six)
-    client.close()
-    path.remove_client(next(iter(six.clients)))
-    taken(six, 0, local_port=5001)
-    six.relay.keep_programs({six.relay.port}, (), 0.0)
+def offered(setting: Setting) -> set[int]:
+    (offer,) = setting.maps.offers.entries.values()
+    return set(offer.ports[: offer.count])
+
+
+def test_a_port_that_was_used_lately_is_not_used(six: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would pick one of so many again soon."""
+    path, picked = six.relay._stand_ins, [0]
+
+    def bound(new: Callable[[], socket.socket], address: str) -> socket.socket:
+        sock = new()
+        sock.bind((address, picked.pop(0)))
+        return sock
+
+    monkeypatch.setattr(stand_ins, "bound_by_number", bound)
+    first = path._make()
+    path._close(first)
+    picked += [first.port, 0]
+    again = path._make()
+    assert again.port != first.port and not picked
+    path._close(again)
+    monkeypatch.setattr(stand_ins, "_PORT_TRIES", 1)
+    picked.append(again.port)
+    with pytest.raises(OSError):
+        path._make()
+
+
+def test_a_port_stands_for_one_destination_only(six: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = taken(six, 0, local_port=5001)
+    six.relay.keep_programs({six.relay.port, 5001}, (), 0.0)
+    assert port in offered(six)
     six.relay.keep_programs({six.relay.port}, (), time.monotonic())
-    assert noted[0] is None and noted[1] is not None and noted[1].cookie == stand_ins._NOBODY
-    assert not six.noted[0]
+    assert port not in offered(six) and 0 not in offered(six) and len(offered(six)) == stand_ins.FIRST_OFFERED
+    with monkeypatch.context() as patched:
+        patched.setattr(six.relay._stand_ins, "_make", no_room)
+        taken(six, 1, local_port=5001)
+        six.relay.keep_programs({six.relay.port}, (), time.monotonic())
+        assert 0 in offered(six) and len(offered(six)) == stand_ins.FIRST_OFFERED
+    six.relay._age()
+    assert 0 not in offered(six)
+
+
+def no_room() -> None:
+    raise OSError
+
+
+def test_the_newest_destination_does_not_give_way(six: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAX_OFFERED", stand_ins.FIRST_OFFERED)
+    path = six.relay._stand_ins
+    monkeypatch.setattr(six.relay._destinations, "open", lambda *_: None)
+    connected = {taken(six, at, connected=True) for at in range(stand_ins.FIRST_OFFERED - 1)}
+    six.relay.keep_programs({six.relay.port, 5000}, connected, 0.0)
+    newest = taken(six, stand_ins.FIRST_OFFERED - 1, local_port=six.program.getsockname()[1])
+    six.program.sendto(b"question", ("::1", newest))
+    six.loop.turn()
+    assert newest in path._taken and newest in offered(six)
 
 
 def taken(setting: Setting, at: int, connected: bool = False, local_port: int = 5000) -> int:
