@@ -1,6 +1,8 @@
-"""Exchanges of datagrams in the maps (bpf/exchange.bpf.c), removed as a whole."""
+"""Exchanges of datagrams in the maps (bpf/exchange.bpf.c, bpf/stand_in.bpf.c), removed as a whole."""
 
 from __future__ import annotations
+
+import ctypes
 
 from graft.datapath.maps import Maps
 
@@ -13,3 +15,10 @@ def erase(maps: Maps, container: int) -> None:
     for client in maps.exchange_clients.keys():  # noqa: SIM118
         if client.container == container:
             maps.exchange_clients.delete(client)
+    maps.offers.delete(ctypes.c_uint32(container))
+    for place in maps.stand_in_ports.keys():  # noqa: SIM118
+        if place.container == container:
+            maps.stand_in_ports.delete(place)
+    for stand_in in maps.stand_ins.keys():  # noqa: SIM118
+        if stand_in.container == container:
+            maps.stand_ins.delete(stand_in)

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 8
+LAYOUT_VERSION = 9
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -49,6 +49,7 @@ FERRY_NET = 0x7FFE0000  # 127.254.0.0/16
 EXCHANGE_SLOT_BITS = 12
 EXCHANGE_SLOTS = 4096
 EXCHANGE_GENERATIONS = 2046
+MAX_OFFERED = 128
 
 _ADDR = ctypes.c_ubyte * 16
 
@@ -302,7 +303,7 @@ class RelayValue(ctypes.Structure):
         ("zero2", ctypes.c_uint16),
         ("cgroup", ctypes.c_uint64),
         ("mark", ctypes.c_uint32),
-        ("zero3", ctypes.c_uint32),
+        ("answer_mark", ctypes.c_uint32),
     )
 
 
@@ -339,6 +340,51 @@ class ExchangeClient(ctypes.Structure):
         ("local_port", ctypes.c_uint16),
         ("port", ctypes.c_uint16),
         ("addr", ctypes.c_ubyte * 4),
+    )
+
+
+class StandInKey(ctypes.Structure):
+    """`stand_ins`: this -> StandInValue."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("port", ctypes.c_uint16),
+        ("zero", ctypes.c_uint8 * 2),
+    )
+
+
+class StandInValue(ctypes.Structure):
+    """The remote end that a stand-in stands for."""
+
+    _fields_ = (
+        ("addr", _ADDR),
+        ("cookie", ctypes.c_uint64),
+        ("begun", ctypes.c_uint64),
+        ("connected", ctypes.c_uint64),
+        ("port", ctypes.c_uint16),
+        ("local_port", ctypes.c_uint16),
+        ("zero", ctypes.c_uint32),
+    )
+
+
+class StandInPlace(ctypes.Structure):
+    """`stand_in_ports`: this -> the stand-in's port."""
+
+    _fields_ = (
+        ("addr", _ADDR),
+        ("cookie", ctypes.c_uint64),
+        ("container", ctypes.c_uint32),
+        ("port", ctypes.c_uint16),
+        ("local_port", ctypes.c_uint16),
+    )
+
+
+class Offer(ctypes.Structure):
+    """`offers`: container -> this."""
+
+    _fields_ = (
+        ("count", ctypes.c_uint32),
+        ("ports", ctypes.c_uint16 * MAX_OFFERED),
     )
 
 

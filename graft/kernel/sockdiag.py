@@ -56,9 +56,9 @@ _TRIES = 4096
 class ListeningSocket:
     """A listening TCP socket, or a UDP socket that has a port.
 
-    ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it; ``connected``: it has a peer.
-    ``stored`` is its value in the requested socket storage. ``asked`` is for a caller that knows what address its
-    program bound: (family, address, port) of that, None for the same.
+    ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it; ``connected``: it has a peer, at
+    ``peer_port``. ``stored`` is its value in the requested socket storage. ``asked`` is for a caller that knows what
+    address its program bound: (family, address, port) of that, None for the same.
     """
 
     family: int
@@ -72,6 +72,7 @@ class ListeningSocket:
     asked: tuple[int, bytes, int] | None = None
     protocol: int = socket.IPPROTO_TCP
     connected: bool = False
+    peer_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,7 @@ def split_messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 def parse_listener(message: bytes) -> ListeningSocket:
     """A listener from struct inet_diag_msg with its attributes. Raises ValueError where it is too short."""
-    family, state, _timer, _retrans, port, _peer, source, _target, device, *rest = _fields(message)
+    family, state, _timer, _retrans, port, peer, source, _target, device, *rest = _fields(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
     return ListeningSocket(
         family=4 if family == socket.AF_INET else 6,
@@ -259,6 +260,7 @@ def parse_listener(message: bytes) -> ListeningSocket:
         inode=rest[-1],
         stored=_stored(attributes),
         connected=state == _TCP_ESTABLISHED,
+        peer_port=int.from_bytes(peer, "big"),
     )
 
 

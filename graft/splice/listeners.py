@@ -28,21 +28,22 @@ class ContainerCgroups:
     def __init__(self, path: Path, root: int) -> None:
         self._path, self._root = path, root
         self.own: frozenset[int] = frozenset([root] if root else [])
-        self._others: frozenset[int] = frozenset()
+        self.others: frozenset[int] = frozenset()
+        """Those of other sockets of the namespace, when the tree was listed last."""
         self.problem = ""
         """Why the tree could not be listed, "" if it was."""
 
     def look_up(self, unknown: Collection[int]) -> Stepwise[bool]:
         """Find out about cgroups that are not known to be the container's; whether `own` has changed."""
         before = self.own
-        if self._others.issuperset(unknown) and (self.own or self._root):
+        if self.others.issuperset(unknown) and (self.own or self._root):
             return False
         try:
             self.own = yield from ask(str(self._path), partial(cgroup_ids, self._path, self._root))
         except (GraftError, OSError) as error:
             self._note(error.message if isinstance(error, GraftError) else str(error))
             return False
-        self.problem, self._others = "", frozenset(unknown) - self.own
+        self.problem, self.others = "", frozenset(unknown) - self.own
         return self.own != before
 
     def _note(self, problem: str) -> None:

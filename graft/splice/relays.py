@@ -23,7 +23,8 @@ from graft.model.ports import mapped_port
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import unix_endpoint
-from graft.splice.datagrams import DatagramRelay, Server
+from graft.splice.datagram_clients import Server
+from graft.splice.datagrams import DatagramRelay
 from graft.splice.far_check import FarCheck
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
@@ -137,7 +138,7 @@ class Relays:
     def _apply(self, plan: PublicationPlan, begun: float) -> Stepwise[None]:
         self._plan = plan
         if self._datagrams is not None:
-            self._datagrams.keep_programs(plan.datagram_ports, begun)
+            self._datagrams.keep_programs(plan.datagram_ports, plan.datagram_peers, begun)
         wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
         # If an endpoint has moved, its old listener stays until the new one listens.
@@ -157,7 +158,9 @@ class Relays:
             before = self._ruleset()
             cgroups = self._check_far.cgroups = self._cgroups.own
             lookup = partial(self._endpoint, before)
-            plan = PublicationPlan(cgroups, lookup, self._resources.max_listeners, self._published.keys())
+            plan = PublicationPlan(
+                cgroups, lookup, self._resources.max_listeners, self._published.keys(), self._cgroups.others
+            )
             try:
                 yield from collect_listeners(self._diagnostics, plan, {self._outbound.port}, *self._tag_reader())
                 if self._datagrams is not None:
@@ -183,7 +186,7 @@ class Relays:
         number, first = self._lookup.ingress(ruleset, protocol, family, address, port) if ruleset else (0, 0)
         value = self._maps.endpoints.peek(ctypes.c_uint32(number)) if number else None
         wanted = Protocol.TCP if protocol == socket.IPPROTO_TCP else Protocol.UDP
-        if value is None or not value.protocols & wanted or (wanted is Protocol.UDP and value.family == 6):
+        if value is None or not value.protocols & wanted:
             return None
         unix = unix_sockets.load(self._settings, number) if value.flags & ENDPOINT_UNIX else None
         if unix is None and (value.flags & ENDPOINT_UNIX or self.container.transport is not Transport.SPLICE):
@@ -213,8 +216,8 @@ class Relays:
     def _start(self, wanted: Publication) -> InboundRelay | Server:
         sock, port = self._listen(wanted, self._namespaces.of_endpoint(wanted.endpoint.netns))
         if self._datagrams is not None and wanted.protocol == socket.IPPROTO_UDP:
-            address = str(SocketAddress(ip_address(wanted.endpoint.address[:4]), port))
-            return Server(self._datagrams, sock, wanted.target, address)
+            packed = wanted.endpoint.address[: 4 if wanted.endpoint.family == 4 else 16]
+            return self._datagrams.serve(wanted, sock, str(SocketAddress(ip_address(packed), port)))
         return InboundRelay(
             self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap, self._check_far
         )
