@@ -14,8 +14,9 @@
  *      out   sendmsg or connect hook: a granted destination gets a slot, and the datagram goes to the slot's address
  *               the relay reads the destination from the slot; its answers come from there, recvmsg shows who sent them
  *
- *   A container has so many slots in each direction and no more: a new exchange takes the one, of a few, that was used
- *   longest ago. The generation tells the relay, and the hooks, that a slot is not theirs any more.
+ *   A container has so many slots in each direction and no more, so it takes none of another one's room in the map: a new
+ *   exchange takes the one, of a few, that was used longest ago. The relay frees those of sockets that are closed. The
+ *   generation tells the relay, and the hooks, that a slot is not theirs any more.
  *
  *   IPv6 has one loopback address, so there each remote end is a port at ::1: stand_in.bpf.c. But an IPv6 socket that is
  *   connected to an IPv6 destination, and may speak IPv4, gets a slot too, of ::ffff:127.0.0.0/104.
@@ -66,7 +67,7 @@ static __always_inline u32 destination_exchange(struct bpf_sock_addr *ctx, struc
 	first = (u32)(((made.cookie ^ word[0] ^ (word[1] << 7) ^ (u64)request->port << 40) * 0x9e3779b97f4a7c15ULL) >> 40);
 #pragma unroll
 	for (way = 0; way < GRAFT_EXCHANGE_WAYS; way++) {
-		key.slot = (first + way) % GRAFT_EXCHANGE_SLOTS;
+		key.slot = (first + way) % GRAFT_EXCHANGE_OUT_SLOTS;
 		found = exchanges.lookup(&key);
 		if (found && is_exchange(found, made.cookie, request)) {
 			found->used = now;

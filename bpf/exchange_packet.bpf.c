@@ -26,8 +26,14 @@ static __always_inline int is_own_exchange(struct __sk_buff *skb, struct owner *
 	key.slot = address % GRAFT_EXCHANGE_SLOTS;
 	key.out = address >> 23 & 1;
 	found = exchanges.lookup(&key);
-	return found && exchange_address(key.out, found->generation, key.slot) == address &&
-	       (!key.out || found->cookie == bpf_get_socket_cookie(skb));
+	if (!found || exchange_address(key.out, found->generation, key.slot) != address)
+		return 0;
+	if (!key.out)
+		return 1;
+	if (found->cookie != bpf_get_socket_cookie(skb))
+		return 0;
+	found->used = bpf_ktime_get_ns(); /* no hook on a system call sees a send() of a connected socket */
+	return 1;
 }
 
 /* The same of a stand-in: one for a client of its port, or one that it took. */
@@ -113,7 +119,8 @@ static __always_inline int is_of_cgroup(struct bpf_sock *sk, u64 cgroup)
 	return 0;
 }
 
-/* What the relay sends: the port of a socket of the container's that was closed may be another program's since. */
+/* What the relay sends: the port of a socket of the container's that was closed may be another program's since, and a
+ * socket that shares its address with others' is not the container's alone. */
 static __always_inline int leaves_relay(struct __sk_buff *skb, struct relay *relay, struct owner *owner)
 {
 	struct packet packet;
@@ -125,7 +132,7 @@ static __always_inline int leaves_relay(struct __sk_buff *skb, struct relay *rel
 	to = receiver_of(skb, &packet);
 	if (!to)
 		return drop(owner);
-	found = is_of_cgroup(to, relay->cgroup);
+	found = is_of_cgroup(to, relay->cgroup) && is_groups_own(to, relay->cgroup);
 	bpf_sk_release(to);
 	if (!found)
 		return drop(owner);

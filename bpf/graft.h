@@ -255,7 +255,8 @@ struct relay {
 
 /* `exchanges`: what Graft relays between a container's datagram socket and a remote end (exchange.bpf.c). */
 #define GRAFT_EXCHANGE_SLOT_BITS 12
-#define GRAFT_EXCHANGE_SLOTS 4096      /* of a container, in each direction */
+#define GRAFT_EXCHANGE_SLOTS 4096      /* of a container, for its clients */
+#define GRAFT_EXCHANGE_OUT_SLOTS 512   /* for what its sockets begin */
 #define GRAFT_EXCHANGE_GENERATIONS 2046 /* from 1 on */
 struct exchange_slot {
 	__u32 container;
@@ -266,12 +267,13 @@ struct exchange_slot {
 
 struct exchange {
 	__u8 addr[16];   /* the remote end */
-	__u64 used;      /* when a hook found it last; out only */
+	__u64 used;      /* when a hook found it last, CLOCK_MONOTONIC in nanoseconds; out only */
 	__u64 cookie;    /* of the socket that began it; out only */
 	__u16 port;
 	__u8 family;
 	__u8 zero;
-	__u32 generation;
+	__u16 generation;
+	__u16 local_port; /* of the container's socket; in only */
 };
 
 /* `exchange_clients`: a client of a container's socket at `local_port` -> its exchange's address, in host order. */
@@ -407,6 +409,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 9
+#define GRAFT_LAYOUT_VERSION 10
 
 #endif

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 9
+LAYOUT_VERSION = 10
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -44,10 +44,13 @@ PROBED_EPOLL = 2
 PROBED_FLAGS = 4
 PROBED_OWNED = 8
 MAX_DESKS = 8192
+MAX_EXCHANGES = 524288
+MAX_STAND_INS = 65536
 BERTHS4, BERTHS6 = 256, 16
 FERRY_NET = 0x7FFE0000  # 127.254.0.0/16
 EXCHANGE_SLOT_BITS = 12
 EXCHANGE_SLOTS = 4096
+EXCHANGE_OUT_SLOTS = 512
 EXCHANGE_GENERATIONS = 2046
 MAX_OFFERED = 128
 
@@ -328,7 +331,8 @@ class ExchangeValue(ctypes.Structure):
         ("port", ctypes.c_uint16),
         ("family", ctypes.c_uint8),
         ("zero", ctypes.c_uint8),
-        ("generation", ctypes.c_uint32),
+        ("generation", ctypes.c_uint16),
+        ("local_port", ctypes.c_uint16),
     )
 
 

@@ -32,6 +32,7 @@
     datagrams.py    UDP, both ways, and how it is relayed over IPv4
     stand_ins.py    how over IPv6
     datagram_clients.py       clients of a container's UDP sockets, and the sockets at endpoints that hear them
+    datagram_places.py        how many clients of all containers have an entry in the maps
     datagram_destinations.py  destinations of a container's UDP sockets
     datagram_sockets.py       UDP sockets of the daemon
     relays.py       all three, for one container

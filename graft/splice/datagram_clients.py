@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 
 from graft.model.address import unmapped
 from graft.splice.datagram_sockets import Address, Datagram, receive_each, send
+from graft.splice.event_loop import EventLoop
+from graft.splice.jobs import Stepwise
 from graft.splice.publication import DialTarget
 from graft.splice.resources import ContainerResources
 
@@ -98,6 +100,13 @@ class Clients:
         self._remove(next(iter(self._unanswered.values())))
         return True
 
+    def remove_longest_answered(self) -> bool:
+        """False where there is none."""
+        if not self._answered:
+            return False
+        self._remove(next(iter(self._answered.values())))
+        return True
+
     def add(self, client: Client) -> None:
         """Add one, not answered yet, for which there is room; its server has it too."""
         self._unanswered[client.number] = client.server.clients[client.address] = client
@@ -119,14 +128,17 @@ class Clients:
         self._unanswered.pop(client.number)
         client.answered = True
         while len(self._answered) >= self.limit:
-            self._remove(next(iter(self._answered.values())))
+            self.remove_longest_answered()
         self._answered[client.number] = client
 
-    def age(self, now: float) -> None:
+    def age(self, now: float, loop: EventLoop) -> Stepwise[None]:
         """Remove what was not used for too long."""
         for client in self:
-            if now - client.used > (ANSWERED_SECONDS if client.answered else UNANSWERED_SECONDS):
+            limit = ANSWERED_SECONDS if client.answered else UNANSWERED_SECONDS
+            if now - client.used > limit and self.get(client.number) is client:
                 self._remove(client)
+                if loop.turn_is_over():
+                    yield
 
 
 class Server:
@@ -148,10 +160,14 @@ class Server:
         self.clients: dict[Address, Client] = {}
         self.served = 0
         self.is_lost = False  # it is in the endpoint's namespace, where the container closes nothing
-        resources.watch(sock.fileno(), select.EPOLLIN, self._on_event)
+        try:
+            resources.watch(sock.fileno(), select.EPOLLIN, self._on_event)
+        except BaseException:
+            resources.loop.close_listener(sock)
+            raise
 
     def _on_event(self, _mask: int) -> None:
-        receive_each(self.sock, self._on_datagram)
+        receive_each(self.sock, self._on_datagram, self._resources.loop)
 
     def _on_datagram(self, datagram: Datagram) -> None:
         client = self.clients.get(datagram.sender)
@@ -170,6 +186,13 @@ class Server:
 
     def close(self) -> None:
         """Stop receiving at the endpoint."""
-        for client in list(self.clients.values()):
-            client.path.remove_client(client)
         self._resources.loop.close_listener(self.sock)
+        self._resources.later(self._forget_clients)
+
+    def _forget_clients(self) -> None:
+        while self.clients:
+            client = next(iter(self.clients.values()))
+            client.path.remove_client(client)
+            if self._resources.loop.turn_is_over():
+                self._resources.later(self._forget_clients)
+                return

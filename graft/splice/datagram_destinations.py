@@ -16,6 +16,7 @@ from graft.datapath.rulesets import Lookup
 from graft.model.transport import Home
 from graft.policy.model import Verdict
 from graft.splice.datagram_sockets import Address, Datagram, plain_datagram_socket, receive_each
+from graft.splice.jobs import Stepwise
 from graft.splice.namespaces import Namespaces
 from graft.splice.resources import ContainerResources
 
@@ -47,7 +48,7 @@ class Destination:
         table.resources.watch(sock.fileno(), select.EPOLLIN, self._on_event)
 
     def _on_event(self, _mask: int) -> None:
-        receive_each(self.sock, self._on_datagram)
+        receive_each(self.sock, self._on_datagram, self._table.resources.loop)
 
     def _on_datagram(self, datagram: Datagram) -> None:
         self.used = time.monotonic()
@@ -60,9 +61,9 @@ class Destination:
             self.sock.send(data)
 
     def reset(self) -> None:
-        """Close it, and release its descriptor."""
-        self._table.forget(self)
-        self._table.resources.loop.close(self.sock)
+        """Close it, and release its descriptor. Safe to repeat."""
+        if self._table.forget(self):
+            self._table.resources.loop.close(self.sock)
 
 
 class Destinations:
@@ -107,10 +108,11 @@ class Destinations:
             self._maps.tags.put(ctypes.c_int32(sock.fileno()), tag)
             # The connect hook decides again, and binds the socket to the endpoint.
             sock.connect((socket.inet_ntop(kind, address[: 4 if family == 4 else 16]), port))
+            made = Destination(self, key, generation, sock, program, answer)
         except BaseException:
-            sock.close()
+            self.resources.loop.close_listener(sock)
             raise
-        made = self._open[key] = Destination(self, key, generation, sock, program, answer)
+        self._open[key] = made
         self.resources.descriptors.take()
         self.resources.connections[made] = None
         return made
@@ -125,25 +127,31 @@ class Destinations:
         used.used = time.monotonic()
         self._open.move_to_end(used.key)
 
-    def forget(self, gone: Destination) -> None:
-        """It is closed. (What the hooks have noted stays: the program's next datagram opens it again.)"""
-        if self._open.get(gone.key) is gone:
-            del self._open[gone.key]
-            del self.resources.connections[gone]
-            self.resources.descriptors.give_back()
+    def forget(self, gone: Destination) -> bool:
+        """It is closed; False where it was before. (What the hooks have noted stays: the program's next datagram opens
+        it again.)
+        """
+        if self._open.get(gone.key) is not gone:
+            return False
+        del self._open[gone.key]
+        del self.resources.connections[gone]
+        self.resources.descriptors.give_back()
+        return True
 
-    def keep_programs(self, ports: Collection[int], since: float) -> None:
-        """Close what belongs to sockets that are gone: all of the namespace's ports were listed, after ``since``."""
-        for one in list(self._open.values()):
-            if one.begun < since and one.program[1] not in ports:
-                one.reset()
+    def of_closed_sockets(self, ports: Collection[int], since: float) -> list[Destination]:
+        """Those of sockets that are gone: all of the namespace's ports were listed, after ``since``."""
+        return [one for one in self._open.values() if one.begun < since and one.program[1] not in ports]
 
-    def age(self, now: float) -> None:
+    def age(self, now: float) -> Stepwise[None]:
         """Close what was not used for too long."""
-        for one in [one for one in self._open.values() if now - one.used > DESTINATION_SECONDS]:
-            one.reset()
+        return self._reset_each([one for one in self._open.values() if now - one.used > DESTINATION_SECONDS])
 
-    def stop(self) -> None:
+    def stop(self) -> Stepwise[None]:
         """Close them all."""
-        for one in list(self._open.values()):
+        return self._reset_each(list(self._open.values()))
+
+    def _reset_each(self, gone: Collection[Destination]) -> Stepwise[None]:
+        for one in gone:
             one.reset()
+            if self.resources.loop.turn_is_over():
+                yield

@@ -9,6 +9,8 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from graft.splice.event_loop import EventLoop
+
 _DATAGRAMS = 32  # in one turn
 _LONGEST = 65536
 _PKTINFO4 = struct.Struct("=i4s4s")  # struct in_pktinfo: interface, local address, destination of the header
@@ -86,8 +88,10 @@ def receive(sock: socket.socket) -> Datagram | None:
     return Datagram(data, sender, to)
 
 
-def receive_each(sock: socket.socket, serve: Callable[[Datagram], None]) -> None:
-    """Serve what a socket has received, as much as fits into a turn; its event comes again for the rest."""
+def receive_each(sock: socket.socket, serve: Callable[[Datagram], None], loop: EventLoop) -> None:
+    """Serve what a socket has received, as much as fits into a turn; its event comes again for the rest. (To send one
+    of them can take long: the kernel wakes whoever waits at the other end.)
+    """
     for _ in range(_DATAGRAMS):
         try:
             found = receive(sock)
@@ -96,6 +100,8 @@ def receive_each(sock: socket.socket, serve: Callable[[Datagram], None]) -> None
         if found is None:
             return
         serve(found)
+        if loop.turn_is_over():
+            return
 
 
 def send(sock: socket.socket, data: bytes, source: bytes, to: Address) -> None:

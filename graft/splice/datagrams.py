@@ -21,21 +21,23 @@ from functools import partial
 from typing import NamedTuple
 
 from graft.datapath import exchanges, layout
-from graft.datapath.layout import Crossing
+from graft.datapath.layout import Crossing, ExchangeSlot
 from graft.datapath.maps import Maps
 from graft.errors import GraftError
 from graft.splice.datagram_clients import Client, Clients, Paths, Server
-from graft.splice.datagram_destinations import Destination, Destinations
+from graft.splice.datagram_destinations import DESTINATION_SECONDS, Destination, Destinations
 from graft.splice.datagram_sockets import Address, Datagram, bound_by_number, datagram_socket, receive_each, send
+from graft.splice.jobs import Job, Stepwise
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
-from graft.splice.publication import Publication
+from graft.splice.publication import Peers, Publication
 from graft.splice.resources import ContainerResources
 from graft.splice.stand_ins import StandIns
 
 MAX_CLIENTS = 1024
 """Clients of a container over IPv4 that it has answered, and as many that it has not."""
 AGING_SECONDS = 5.0
+_AGED_SLOTS = 32  # each time, of those of destinations
 
 
 class ExchangeId(NamedTuple):
@@ -79,16 +81,33 @@ class Slots:
         self._resources, self._maps, self._destinations = resources, maps, destinations
         self._container = resources.number
         self.clients = Clients(MAX_CLIENTS, self.remove_client)
+        self._places = resources.daemon.client_places
         self._next_slot = itertools.cycle(range(layout.EXCHANGE_SLOTS))
-        self._inner = container_netns.run(partial(bound_by_number, datagram_socket, "0.0.0.0"))
+        self._next_aged = itertools.cycle(range(layout.EXCHANGE_OUT_SLOTS))
+        self._peers: Collection[int] = ()
+        self._listed = 0.0
+        self._share = self._places.join(self)
+        try:
+            self._inner = self._make_socket(container_netns)
+        except BaseException:
+            self._places.leave(self._share)
+            raise
         self.port = int(self._inner.getsockname()[1])
-        # The hooks send to a socket that has this mark, and to no other.
-        mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
-        maps.crossings.put(ctypes.c_int32(self._inner.fileno()), mark)
-        resources.watch(self._inner.fileno(), select.EPOLLIN, self._on_event)
+
+    def _make_socket(self, container_netns: NamespaceSockets) -> socket.socket:
+        sock = container_netns.run(partial(bound_by_number, datagram_socket, "0.0.0.0"))
+        try:
+            # The hooks send to a socket that has this mark, and to no other.
+            mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
+            self._maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
+            self._resources.watch(sock.fileno(), select.EPOLLIN, self._on_event)
+        except BaseException:
+            self._resources.loop.close_listener(sock)
+            raise
+        return sock
 
     def _on_event(self, _mask: int) -> None:
-        receive_each(self._inner, self._on_datagram)
+        receive_each(self._inner, self._on_datagram, self._resources.loop)
 
     def _on_datagram(self, datagram: Datagram) -> None:
         number = ExchangeId.parse(datagram.to)
@@ -104,21 +123,38 @@ class Slots:
     def add_client(self, server: Server, datagram: Datagram) -> Client:
         """Give a client a slot, which the longest unanswered one loses where there are too many. Raises OSError."""
         self.clients.make_room()
+        self._places.make_room(self._share)
         slot = next(slot for slot in self._next_slot if self.clients.get(slot) is None)
         client = Client(self, slot, random.randint(1, layout.EXCHANGE_GENERATIONS), server, datagram)
-        value = layout.ExchangeValue(port=client.address[1], family=4, generation=client.generation)
-        ctypes.memmove(value.addr, client.packed, 4)
+        value = self._value(client)
         number = _number_of(client)
         self._maps.exchanges.put(self._slot(number), value)
-        self._maps.exchange_clients.put(self._client_key(client), ctypes.c_uint32(number.number))
+        try:
+            self._maps.exchange_clients.put(self._client_key(client), ctypes.c_uint32(number.number))
+        except OSError:
+            self._maps.exchanges.delete(self._slot(number))
+            raise
+        self._share.take()
         self.clients.add(client)
         return client
 
     def remove_client(self, client: Client) -> None:
         """Forget a client. Its next datagram begins a new exchange."""
         self.clients.discard(client)
-        self._maps.exchanges.delete(self._slot(_number_of(client)))
-        self._maps.exchange_clients.delete(self._client_key(client))
+        self._share.give_back()
+        number, key = _number_of(client), self._client_key(client)
+        self._maps.exchanges.delete(self._slot(number))
+        noted = self._maps.exchange_clients.peek(key)
+        if noted is not None and noted.value == number.number:  # not that of the same client with a newer server
+            self._maps.exchange_clients.delete(key)
+
+    def remove_unanswered(self) -> bool:
+        """Remove the longest unanswered client; False where there is none."""
+        return self.clients.remove_longest_unanswered()
+
+    def remove_any(self) -> bool:
+        """The same, or else one that was answered."""
+        return self.clients.remove_longest_unanswered() or self.clients.remove_longest_answered()
 
     def hand_over(self, client: Client, data: bytes) -> None:
         """Send the container's socket what the client sent."""
@@ -133,12 +169,15 @@ class Slots:
         self.clients.note_answer(client)
         client.answer(datagram.data)
 
+    @staticmethod
+    def _value(client: Client) -> layout.ExchangeValue:
+        value = layout.ExchangeValue(port=client.address[1], family=4, generation=client.generation)
+        value.local_port = client.server.target.port
+        ctypes.memmove(value.addr, client.packed, 4)
+        return value
+
     def _client_key(self, client: Client) -> layout.ExchangeClient:
-        key = layout.ExchangeClient(
-            container=self._container, local_port=client.server.target.port, port=client.address[1]
-        )
-        key.addr[:] = client.packed
-        return key
+        return exchanges.client_key(self._container, self._value(client))
 
     # ---- from the container to destinations, and back
 
@@ -167,12 +206,55 @@ class Slots:
     def _answer_program(self, number: ExchangeId, data: bytes, program: Address) -> None:
         send(self._inner, data, number.packed, program)
 
-    def _slot(self, number: ExchangeId) -> layout.ExchangeSlot:
-        return layout.ExchangeSlot(container=self._container, slot=number.slot, out=number.out)
+    def _slot(self, number: ExchangeId) -> ExchangeSlot:
+        return ExchangeSlot(container=self._container, slot=number.slot, out=number.out)
 
-    def stop(self) -> None:
-        """Close its own socket."""
-        self._resources.loop.close_listener(self._inner)
+    # ---- aging
+
+    def keep_peers(self, peers: Collection[int], since: float) -> None:
+        """Note to which addresses of exchanges a socket is connected, listed after ``since``."""
+        self._peers, self._listed = peers, since
+
+    def free(self, gone: Destination) -> None:
+        """Free the slot of a destination whose program has closed its socket: unless a hook has found it since the
+        sockets were listed, for one that has another port by now.
+        """
+        slot = ExchangeSlot(container=self._container, slot=gone.key[1], out=True)
+        noted = self._maps.exchanges.peek(slot)
+        if noted is not None and noted.generation == gone.generation and noted.used / 1e9 < self._listed:
+            self._maps.exchanges.delete(slot)
+
+    def age(self, now: float) -> Stepwise[None]:
+        """Forget what was not used for too long."""
+        yield from self.clients.age(now, self._resources.loop)
+        for number in itertools.islice(self._next_aged, _AGED_SLOTS):
+            self._age_slot(number, min(now - DESTINATION_SECONDS, self._listed))
+            if self._resources.loop.turn_is_over():
+                yield
+
+    def _age_slot(self, number: int, before: float) -> None:
+        """Free the slot of a destination that was not used since, if no socket is connected there."""
+        slot = ExchangeSlot(container=self._container, slot=number, out=True)
+        noted = self._maps.exchanges.peek(slot)
+        if noted is None or noted.used / 1e9 >= before or self._destinations.get((4, number)) is not None:
+            return
+        if ExchangeId(True, noted.generation, number).number not in self._peers:
+            self._maps.exchanges.delete(slot)
+
+    def stop(self) -> Stepwise[None]:
+        """Close its own socket, and remove its exchanges: no hook begins one any more."""
+        loop = self._resources.loop
+        loop.close_listener(self._inner)
+        for client in self.clients:
+            if self.clients.get(client.number) is client:
+                self.remove_client(client)
+            if loop.turn_is_over():
+                yield
+        for number in range(layout.EXCHANGE_OUT_SLOTS):
+            self._maps.exchanges.delete(ExchangeSlot(container=self._container, slot=number, out=True))
+            if loop.turn_is_over():
+                yield
+        self._places.leave(self._share)
 
 
 def _number_of(client: Client) -> ExchangeId:
@@ -193,10 +275,15 @@ class DatagramRelay:
         """``cgroup`` is the id of the container's. Raises OSError."""
         self._cgroup, self._marks = cgroup, [int.from_bytes(os.urandom(4), "little") | 1 for _ in range(2)]
         self._resources = resources
-        exchanges.erase(maps, resources.number)  # of a daemon that was killed
         self._destinations = Destinations(resources, maps, namespaces)
         self._slots = Slots(resources, maps, container_netns, self._destinations)
-        self._stand_ins = StandIns(resources, maps, container_netns, self._destinations)
+        try:
+            self._stand_ins = StandIns(resources, maps, container_netns, self._destinations)
+        except BaseException:
+            for _ in self._slots.stop():
+                pass
+            raise
+        self._aging: Job | None = None
         self._stopped = False
         resources.after(AGING_SECONDS, self._age)
 
@@ -215,21 +302,32 @@ class DatagramRelay:
         paths = Paths(self._slots, self._stand_ins)
         return Server(self._resources, paths, sock, wanted.target, wanted.target6, address)
 
-    def keep_programs(self, ports: Collection[int], peers: Collection[int], since: float) -> None:
+    def keep_programs(self, ports: Collection[int], peers: Peers, since: float) -> Stepwise[None]:
         """Close what belongs to sockets that are gone: all of the namespace's ports were listed, after ``since``, and
-        to which ports of ::1 a socket is connected.
+        to which addresses of the relay's a socket is connected.
         """
-        self._destinations.keep_programs(ports, since)
-        if self.port in ports:  # the kernel lists them
-            self._stand_ins.keep_programs(ports, peers, since)
+        if self.port not in ports:  # the kernel does not list them
+            return
+        self._slots.keep_peers(peers.four, since)
+        for gone in self._destinations.of_closed_sockets(ports, since):
+            gone.reset()
+            if gone.key[0] == 4:
+                self._slots.free(gone)
+            if self._resources.loop.turn_is_over():
+                yield
+        yield from self._stand_ins.keep_programs(ports, peers.six, since)
 
     def _age(self) -> None:
-        if self._stopped:
-            return
+        if not self._stopped:
+            self._aging = Job(self._resources.loop, self._resources.number, self._age_each(), self._aged)
+
+    def _age_each(self) -> Stepwise[None]:
         now = time.monotonic()
-        self._slots.clients.age(now)
-        self._destinations.age(now)
-        self._stand_ins.age(now)
+        yield from self._slots.age(now)
+        yield from self._destinations.age(now)
+        yield from self._stand_ins.age(now)
+
+    def _aged(self, _error: BaseException | None) -> None:
         self._resources.after(AGING_SECONDS, self._age)
 
     def describe(self) -> dict[str, int]:
@@ -237,9 +335,11 @@ class DatagramRelay:
         clients = len(self._slots.clients) + len(self._stand_ins.clients)
         return {"clients": clients, "destinations": len(self._destinations)}
 
-    def stop(self) -> None:
+    def stop(self) -> Stepwise[None]:
         """Close its own sockets. Servers are closed before, destinations as connections."""
         self._stopped = True
-        self._destinations.stop()
-        self._slots.stop()
-        self._stand_ins.stop()
+        if self._aging is not None:
+            self._aging.stop()
+        yield from self._destinations.stop()
+        yield from self._slots.stop()
+        yield from self._stand_ins.stop()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from graft.kernel.sockdiag import ListeningSocket
 from graft.model.address import unmapped_bytes
@@ -17,7 +18,7 @@ from graft.model.unix_socket import UnixSocket
 
 MAX_UNPUBLISHED = 64
 _ANY = bytes(16)
-_LOOPBACK4 = "127.0.0.1"
+_LOOPBACK4, _LOOPBACK_NET = "127.0.0.1", 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,15 @@ def target(family: int, address: bytes, port: int, v6only: bool) -> DialTarget:
     return DialTarget(socket.AF_INET6, text, port, None if text == "::1" else "::1")
 
 
+class Peers(NamedTuple):
+    """What UDP sockets of the namespace are connected to, of that which may be the relay's."""
+
+    four: set[int]
+    """Addresses of IPv4's loopback network."""
+    six: set[int]
+    """Ports, of the sockets that are of IPv6, and not known to be somebody else's than the container's."""
+
+
 class PublicationPlan:
     """Which of a namespace's listeners to publish: those of the container's own ``cgroups`` that a rule names.
 
@@ -124,8 +134,7 @@ class PublicationPlan:
         """Cgroups of listeners that are not among ``cgroups``."""
         self.datagram_ports: set[int] = set()
         """The ports of all UDP sockets of the namespace."""
-        self.datagram_peers: set[int] = set()
-        """The ports to which those of them are connected that are of IPv6, and not known to be somebody else's."""
+        self.datagram_peers = Peers(set(), set())
         self.more_unpublished = self.too_many = 0
         """How many more are not published; how many of all these are beyond ``limit``, though a rule names them."""
 
@@ -152,8 +161,13 @@ class PublicationPlan:
         self.datagram_ports.add(one.port)
         if not one.connected:
             self.add(one)
-        elif one.family == 6 and not (self._is_elsewhere(one) and one.cgroup in self._others):
-            self.datagram_peers.add(one.peer_port)
+            return
+        family, address = unmapped_bytes(one.peer) if one.family == 6 else (4, one.peer)
+        if family == 4:
+            if address[0] == _LOOPBACK_NET:
+                self.datagram_peers.four.add(int.from_bytes(address[:4], "big"))
+        elif not (self._is_elsewhere(one) and one.cgroup in self._others):
+            self.datagram_peers.six.add(one.peer_port)
 
     def _is_elsewhere(self, one: ListeningSocket) -> bool:
         if not one.cgroup or one.cgroup in self._cgroups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import itertools
@@ -65,32 +66,38 @@ class Relays:
         self._settings, self._resources, self._maps = settings, resources, maps
         self._namespaces, self._container_netns = namespaces, container_netns
         self._sockmap, self._log = sockmap, log
-        self._lookup = Lookup(maps)
         self._published: dict[Publication, InboundRelay | UnixInboundRelay | Server] = {}
         self._errors: dict[Publication, str] = {}
         self._plan: PublicationPlan | None = None
         self._cgroups = ContainerCgroups(container.cgroup_path, container.cgroup_id)
         self._check_far = FarCheck(maps, container_netns)
         self._was_lost = False
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(container_netns.close)
+            self._lookup = Lookup(maps)
             self._diagnostics = container_netns.run(Diagnostics)
-            try:
-                self._datagrams = self._make_datagrams()
-                self._outbound = self._make_outbound()
-            except BaseException:
-                self._diagnostics.close()
-                raise
-        except BaseException:
-            container_netns.close()
-            raise
+            undo.callback(self._diagnostics.close)
+            self._datagrams = self._make_datagrams()
+            undo.callback(self._stop_datagrams)
+            self._outbound = self._make_outbound()
+            undo.pop_all()
 
     def _make_datagrams(self) -> DatagramRelay | None:
         """Only transport splice: in the others a container's UDP sockets are the host's, or stay where they are."""
         if self.container.transport is not Transport.SPLICE:
             return None
+        if not self._resources.daemon.client_places.has_room:
+            self._log(f"{self.container.name}: no UDP: graftd relays that of as many containers as there is room for")
+            return None
         return DatagramRelay(
             self._resources, self._maps, self._container_netns, self._namespaces, self.container.cgroup_id
         )
+
+    def _stop_datagrams(self) -> None:
+        """At once."""
+        if self._datagrams is not None:
+            for _ in self._datagrams.stop():
+                pass
 
     def _make_outbound(self) -> OutboundRelay:
         return OutboundRelay(
@@ -138,7 +145,7 @@ class Relays:
     def _apply(self, plan: PublicationPlan, begun: float) -> Stepwise[None]:
         self._plan = plan
         if self._datagrams is not None:
-            self._datagrams.keep_programs(plan.datagram_ports, plan.datagram_peers, begun)
+            yield from self._datagrams.keep_programs(plan.datagram_ports, plan.datagram_peers, begun)
         wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
         # If an endpoint has moved, its old listener stays until the new one listens.
@@ -162,9 +169,11 @@ class Relays:
                 cgroups, lookup, self._resources.max_listeners, self._published.keys(), self._cgroups.others
             )
             try:
-                yield from collect_listeners(self._diagnostics, plan, {self._outbound.port}, *self._tag_reader())
+                yield from collect_listeners(
+                    self._diagnostics, plan, self._resources.loop, {self._outbound.port}, *self._tag_reader()
+                )
                 if self._datagrams is not None:
-                    yield from collect_datagram_sockets(self._diagnostics, plan)
+                    yield from collect_datagram_sockets(self._diagnostics, plan, self._resources.loop)
             except OSError:
                 self._diagnostics.close()
                 self._diagnostics = self._container_netns.run(Diagnostics)
@@ -228,7 +237,11 @@ class Relays:
             self._unpublish(key)
         close = self._resources.loop.close
         sock, _file = unix_endpoint.listen(self._settings, self._maps, self.container.id, wanted, close)
-        return UnixInboundRelay(self._resources, self._maps, wanted, sock, self._container_netns, self._check_far)
+        try:
+            return UnixInboundRelay(self._resources, self._maps, wanted, sock, self._container_netns, self._check_far)
+        except BaseException:
+            unix_endpoint.withdraw(self._settings, self.container.id, wanted.endpoint.id)
+            raise
 
     def _listen(self, wanted: Publication, endpoint_netns: NamespaceSockets) -> tuple[socket.socket, int]:
         try:
@@ -265,7 +278,7 @@ class Relays:
                 connection.reset()
             yield
         if self._datagrams is not None:
-            self._datagrams.stop()
+            yield from self._datagrams.stop()
         self._check_far.close()
         self._diagnostics.close()
         self._container_netns.close()

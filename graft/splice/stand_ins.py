@@ -19,7 +19,7 @@ import select
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 
 from graft.datapath import layout
@@ -35,8 +35,10 @@ from graft.splice.datagram_sockets import (
     plain_datagram_socket,
     receive_each,
 )
+from graft.splice.jobs import Stepwise
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.resources import ContainerResources
+from graft.splice.shares import Share
 
 MAX_CLIENTS = 128
 """Clients of a container over IPv6 that it has answered, and as many that it has not."""
@@ -44,6 +46,7 @@ FIRST_OFFERED = 16
 LATELY = 4096
 """So many ports that were closed last are not used."""
 _PORT_TRIES = 32
+_STEP_REPLACED = 8
 _LOOPBACK = "::1"
 
 
@@ -76,8 +79,14 @@ class StandIns:
         self._lately: OrderedDict[int, None] = OrderedDict()
         self._peers: Collection[int] = ()
         self._listed = 0.0
-        with contextlib.suppress(OSError):
-            self._offer(FIRST_OFFERED)
+        self._share: Share | None = resources.daemon.stand_ins.join()
+        try:
+            with contextlib.suppress(OSError):
+                self._offer(FIRST_OFFERED)
+        except BaseException:
+            for _ in self.stop():
+                pass
+            raise
 
     # ---- sockets
 
@@ -86,17 +95,20 @@ class StandIns:
         descriptors = self._resources.descriptors
         if not descriptors.within_part() or not descriptors.can_take():  # what is lent can be reclaimed, these cannot
             raise OSError(errno.ENOBUFS, "the container has as many descriptors as it may have")
+        if self._share is None or not self._share.within_part():
+            raise OSError(errno.ENOBUFS, "the container has as many stand-ins as it may have")
         sock = self._netns.run(self._bound)
         try:
             # The hooks send to a socket that has this mark, and to no other.
             mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
             self._maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
-        except OSError:
-            sock.close()
+            made = StandIn(int(sock.getsockname()[1]), sock)
+            self._resources.watch(sock.fileno(), select.EPOLLIN, partial(self._on_event, made))
+        except BaseException:
+            self._resources.loop.close_listener(sock)
             raise
-        made = StandIn(int(sock.getsockname()[1]), sock)
         descriptors.take()
-        self._resources.watch(sock.fileno(), select.EPOLLIN, partial(self._on_event, made))
+        self._share.take()
         return made
 
     def _bound(self) -> socket.socket:
@@ -114,9 +126,11 @@ class StandIns:
             self._lately.popitem(last=False)
         self._resources.loop.close_listener(gone.sock)
         self._resources.descriptors.give_back()
+        if self._share is not None:
+            self._share.give_back()
 
     def _on_event(self, one: StandIn, _mask: int) -> None:
-        receive_each(one.sock, partial(self._on_datagram, one))
+        receive_each(one.sock, partial(self._on_datagram, one), self._resources.loop)
 
     def _on_datagram(self, one: StandIn, datagram: Datagram) -> None:
         if one.client is not None:
@@ -213,7 +227,7 @@ class StandIns:
         try:
             while len(self._offered) + len(made) < count:
                 made.append(self._make())
-        except OSError:
+        except BaseException:
             for one in made:
                 self._close(one)
             raise
@@ -307,16 +321,17 @@ class StandIns:
 
     # ---- aging
 
-    def keep_programs(self, ports: Collection[int], peers: Collection[int], since: float) -> None:
+    def keep_programs(self, ports: Collection[int], peers: Collection[int], since: float) -> Stepwise[None]:
         """Close what belongs to sockets that are gone: all ports of the namespace were listed, after ``since``, and to
         which ports of ::1 a socket is connected.
         """
         self._peers, self._listed = peers, since
         for one in [one for one in self._offered if one is not None and one.taken is None]:
-            self._note_taken(one)  # by a socket that was connected, and has sent nothing
-        gone = [one for one in self._taken.values() if self._is_gone(one, ports, since)]
-        if gone:
-            self._replace(gone)
+            if one in self._offered:  # still
+                self._note_taken(one)  # by a socket that was connected, and has sent nothing
+            if self._resources.loop.turn_is_over():
+                yield
+        yield from self._replace_each(lambda one: self._is_gone(one, ports, since))
 
     def _is_gone(self, one: StandIn, ports: Collection[int], since: float) -> bool:
         assert one.taken is not None
@@ -324,19 +339,46 @@ class StandIns:
         is_there = port in ports if port else one.port in self._peers
         return not is_there and one.taken.begun / 1e9 < since
 
-    def age(self, now: float) -> None:
+    def age(self, now: float) -> Stepwise[None]:
         """Forget what was not used for too long."""
-        self.clients.age(now)
+        yield from self.clients.age(now, self._resources.loop)
         if not self._offered:
             with contextlib.suppress(OSError):
                 self._offer(FIRST_OFFERED)
-        idle = [one for one in self._taken.values() if now - one.used > DESTINATION_SECONDS]
-        idle = [one for one in idle if not self._is_connected(one)]
-        if idle or None in self._offered:
-            self._replace(idle)
+        yield from self._replace_each(lambda one: now - one.used > DESTINATION_SECONDS and not self._is_connected(one))
+        if None in self._offered:
+            self._fill()
 
-    def stop(self) -> None:
-        """Close them all; what is in the maps is erased with the container."""
-        for one in (*self._offered, *self._for_clients.values()):
-            if one is not None:
+    def _replace_each(self, is_unused: Callable[[StandIn], bool]) -> Stepwise[None]:
+        """Replace those that are, some at a time."""
+        unused = [one for one in self._taken.values() if is_unused(one)]
+        for at in range(0, len(unused), _STEP_REPLACED):
+            some = [one for one in unused[at : at + _STEP_REPLACED] if one.port in self._taken and is_unused(one)]
+            if some:
+                self._replace(some)
+                yield
+
+    def stop(self) -> Stepwise[None]:
+        """Close them all, and remove what is in the maps: no hook takes one any more."""
+        loop = self._resources.loop
+        share, self._share = self._share, None  # so that none is made any more
+        self._maps.offers.delete(ctypes.c_uint32(self._container))
+        for client in self.clients:
+            if self.clients.get(client.number) is client:
+                self.remove_client(client)
+            if loop.turn_is_over():
+                yield
+        offered, self._offered = self._offered, []
+        for one in offered:
+            if one is None:
+                continue
+            one.taken = one.taken or self._maps.stand_ins.get(self._key(one))
+            if one.taken is None:
                 self._close(one)
+            else:
+                self._taken[one.port] = one
+                self._forget(one)
+            if loop.turn_is_over():
+                yield
+        if share is not None:
+            self._resources.daemon.stand_ins.leave(share)

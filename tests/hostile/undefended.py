@@ -27,7 +27,7 @@ from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
 from graft.kernel import capabilities, cgroup, keyring, sockets, terminal, unix_files, unix_rights
 from graft.kernel.pidfd import pidfd_getfd
-from graft.kernel.sockdiag import ListeningSocket
+from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.kernel.syscalls import syscall
 from graft.model.settings import Settings
 from graft.model.transport import Home
@@ -232,8 +232,12 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "datagram relay's receiver": (
         _at_once("exchange_packet.bpf.c", "int is_of_cgroup(struct bpf_sock *sk, u64 cgroup)", "return 1;"),
     ),
+    # A socket that shares its address with a stranger's counts for both, and a container has as many slots as there are
+    # addresses for them.
+    "group of receivers": (("exchange_packet.bpf.c", " && is_groups_own(to, relay->cgroup)", ""),),
+    "slots of a container": (("exchange.bpf.c", "% GRAFT_EXCHANGE_OUT_SLOTS", "% GRAFT_EXCHANGE_SLOTS"),),
     "exchange's own socket": (
-        ("exchange_packet.bpf.c", "(!key.out || found->cookie == bpf_get_socket_cookie(skb))", "1"),
+        ("exchange_packet.bpf.c", "if (found->cookie != bpf_get_socket_cookie(skb))", "if (0)"),
         ("exchange_packet.bpf.c", "\treturn found->cookie == bpf_get_socket_cookie(skb);", "\treturn 1;"),
     ),
     # A second bind is judged, and written down, like the first.
@@ -473,6 +477,44 @@ def _ferrys_owner() -> None:
     vars(ferry)["owning_files_as"] = vars(ferry)["with_capabilities"] = lambda *_: contextlib.nullcontext()
 
 
+def _datagram_turns() -> None:
+    """So many datagrams of a socket are relayed in one turn, however long each takes."""
+    from graft.splice import datagram_clients, datagram_sockets
+    from graft.splice.event_loop import EventLoop
+
+    def receive_each(sock: socket.socket, serve: Callable[[Any], None], _loop: EventLoop) -> None:
+        received(sock, serve, type("Loop", (), {"turn_is_over": lambda self: False})())
+
+    received = datagram_sockets.receive_each
+    vars(datagram_clients)["receive_each"] = receive_each
+
+
+def _freed_slots() -> None:
+    """The slots of a container are its own for as long as it is attached."""
+    from graft.splice.datagrams import Slots
+
+    Slots.free = Slots._age_slot = lambda *_: None  # type: ignore[method-assign,assignment]
+
+
+def _half_made_relays() -> None:
+    """What was made of the relays of a container stays open where the rest could not be made."""
+    from graft.splice.relays import Relays
+
+    Relays._stop_datagrams = lambda self: None  # type: ignore[method-assign]
+
+
+def _group_of_listeners() -> None:
+    """The daemon asks for one of the listeners that share an address: here it is always the container's."""
+    from graft.splice.far_check import FarCheck
+
+    def is_containers(self: FarCheck, sock: socket.socket) -> bool:
+        self._diagnostics = self._diagnostics or self._netns.run(Diagnostics)
+        listeners = self._diagnostics.listeners_at(sock.family, *sock.getpeername()[:2])
+        return any(one.cgroup in self.cgroups for one in listeners)
+
+    FarCheck._is_containers = is_containers  # type: ignore[method-assign]
+
+
 def _own_descriptors() -> None:
     """The daemon's own folder in /proc is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
@@ -631,6 +673,10 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "slow peers": _slow_peers,
     "datagram peers": _datagram_peers,
     "ferry's owner": _ferrys_owner,
+    "datagram turns": _datagram_turns,
+    "freed slots": _freed_slots,
+    "half-made relays": _half_made_relays,
+    "group of listeners": _group_of_listeners,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from graft.splice.datagram_clients import Clients
 from graft.splice.datagram_sockets import Datagram, datagram_socket
 from graft.splice.datagrams import DatagramRelay, ExchangeId, Slots
 from graft.splice.event_loop import EventLoop
-from graft.splice.publication import Publication, ResolvedEndpoint
+from graft.splice.publication import Peers, Publication, ResolvedEndpoint
 from graft.splice.resources import DaemonResources
 
 T = TypeVar("T")
@@ -113,10 +114,23 @@ class Setting:
         tables = (maps.stand_ins, maps.stand_in_ports) if self.six else (maps.exchanges, maps.exchange_clients)
         return len(tables[0].entries), len(tables[1].entries)
 
+    def finish_aging(self) -> None:
+        """All that is done every few seconds."""
+        deque(self.relay._age_each(), 0)
+
+    def stop_relay(self) -> None:
+        """At once."""
+        deque(self.relay.stop(), 0)
+
     def hear(self) -> tuple[bytes, Any]:
         """What the program receives next, and from whom."""
         self.loop.turn()
         return self.program.recvfrom(100)
+
+
+def keep(setting: Setting, ports: Collection[int], peers: Collection[int], since: float) -> None:
+    """The relay learns what sockets there are."""
+    deque(setting.relay.keep_programs(ports, Peers(set(peers), set(peers)), since), 0)
 
 
 @pytest.fixture(params=[False, True], ids=["ipv4", "ipv6"])
@@ -124,7 +138,7 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
     made = Setting(request.param)
     yield made
     made.server.close()
-    made.relay.stop()
+    made.stop_relay()
     made.program.close()
     made.loop.shut_down()
 
@@ -134,7 +148,7 @@ def six() -> Iterator[Setting]:
     made = Setting(True)
     yield made
     made.server.close()
-    made.relay.stop()
+    made.stop_relay()
     made.program.close()
     made.loop.shut_down()
 
@@ -179,7 +193,7 @@ def test_a_slot_of_another_generation_is_not_the_clients() -> None:
         with pytest.raises(TimeoutError):
             client.recv(100)
     setting.server.close()
-    setting.relay.stop()
+    setting.stop_relay()
     setting.program.close()
     setting.loop.shut_down()
 
@@ -210,7 +224,7 @@ def test_clients_age(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     unanswered, answered = datagram_clients.UNANSWERED_SECONDS, datagram_clients.ANSWERED_SECONDS
     for seconds, left in ((0.0, 2), (unanswered + 5, 1), (answered + 5, 0)):
         monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
-        setting.relay._age()
+        setting.finish_aging()
         monkeypatch.undo()
         assert setting.relay.describe()["clients"] == left == setting.noted[0]
 
@@ -258,7 +272,7 @@ def test_stand_ins_are_as_many_as_the_containers_part_allows() -> None:
             assert setting.hear()[0] == b"noise"
     assert setting.resources.descriptors.taken <= part
     setting.server.close()
-    setting.relay.stop()
+    setting.stop_relay()
     assert not setting.resources.descriptors.taken
     setting.program.close()
     setting.loop.shut_down()
@@ -303,16 +317,16 @@ def test_a_port_that_was_used_lately_is_not_used(six: Setting, monkeypatch: pyte
 
 def test_a_port_stands_for_one_destination_only(six: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     port = taken(six, 0, local_port=5001)
-    six.relay.keep_programs({six.relay.port, 5001}, (), 0.0)
+    keep(six, {six.relay.port, 5001}, (), 0.0)
     assert port in offered(six)
-    six.relay.keep_programs({six.relay.port}, (), time.monotonic())
+    keep(six, {six.relay.port}, (), time.monotonic())
     assert port not in offered(six) and 0 not in offered(six) and len(offered(six)) == stand_ins.FIRST_OFFERED
     with monkeypatch.context() as patched:
         patched.setattr(six.relay._stand_ins, "_make", no_room)
         taken(six, 1, local_port=5001)
-        six.relay.keep_programs({six.relay.port}, (), time.monotonic())
+        keep(six, {six.relay.port}, (), time.monotonic())
         assert 0 in offered(six) and len(offered(six)) == stand_ins.FIRST_OFFERED
-    six.relay._age()
+    six.finish_aging()
     assert 0 not in offered(six)
 
 
@@ -325,7 +339,7 @@ def test_the_newest_destination_does_not_give_way(six: Setting, monkeypatch: pyt
     path = six.relay._stand_ins
     monkeypatch.setattr(six.relay._destinations, "open", lambda *_: None)
     connected = {taken(six, at, connected=True) for at in range(stand_ins.FIRST_OFFERED - 1)}
-    six.relay.keep_programs({six.relay.port, 5000}, connected, 0.0)
+    keep(six, {six.relay.port, 5000}, connected, 0.0)
     newest = taken(six, stand_ins.FIRST_OFFERED - 1, local_port=six.program.getsockname()[1])
     six.program.sendto(b"question", ("::1", newest))
     six.loop.turn()
@@ -345,7 +359,7 @@ def taken(setting: Setting, at: int, connected: bool = False, local_port: int = 
 def test_more_stand_ins_are_offered_when_most_are_taken(six: Setting) -> None:
     for at in range(stand_ins.FIRST_OFFERED):
         taken(six, at)
-    six.relay.keep_programs({six.relay.port, 5000}, (), 0.0)
+    keep(six, {six.relay.port, 5000}, (), 0.0)
     (offer,) = six.maps.offers.entries.values()
     assert offer.count == 2 * stand_ins.FIRST_OFFERED and all(offer.ports[: offer.count])
 
@@ -357,7 +371,7 @@ def test_then_those_that_no_socket_is_connected_to_are_free_again(
     connected = {taken(six, at, connected=True) for at in range(8)}
     for at in range(8, stand_ins.FIRST_OFFERED):
         taken(six, at)
-    six.relay.keep_programs({six.relay.port, 5000}, connected, 0.0)
+    keep(six, {six.relay.port, 5000}, connected, 0.0)
     left = {layout.StandInKey.from_buffer_copy(key).port for key in six.maps.stand_ins.entries}
     assert connected < left and len(left) == stand_ins.FIRST_OFFERED * 3 // 4
 
@@ -365,15 +379,129 @@ def test_then_those_that_no_socket_is_connected_to_are_free_again(
 def test_a_stand_in_is_free_when_its_socket_is_gone_or_idle(six: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     connected, idle = taken(six, 0, connected=True, local_port=0), taken(six, 1)
     listed = {six.relay.port, 5000}
-    six.relay.keep_programs(listed, {connected}, time.monotonic())
+    keep(six, listed, {connected}, time.monotonic())
     assert six.noted[0] == 2
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 100)
-    six.relay._age()
+    six.finish_aging()
     monkeypatch.undo()
     assert noted_of(six, connected) and six.noted[0] == 1 and idle != connected
-    six.relay.keep_programs(listed, (), time.monotonic())
+    keep(six, listed, (), time.monotonic())
     assert six.noted[0] == 0
     taken(six, 2, local_port=5001)
-    six.relay.keep_programs(listed, (), time.monotonic())
+    keep(six, listed, (), time.monotonic())
     assert six.noted[0] == 0
+
+
+# ---- slots of destinations
+
+
+def noted_slot(setting: Setting, number: int, generation: int, used: float) -> layout.ExchangeSlot:
+    """A hook has noted a destination, and found it last at that time."""
+    slot = layout.ExchangeSlot(container=CONTAINER, slot=number, out=1)
+    setting.maps.exchanges.put(slot, layout.ExchangeValue(generation=generation, used=int(used * 1e9), family=4))
+    return slot
+
+
+def aged(setting: Setting, slot: layout.ExchangeSlot, peers: set[int], since: float) -> bool:
+    """Whether it is free when all slots were looked at."""
+    ports = {setting.relay.port}
+    for _ in setting.relay.keep_programs(ports, Peers(peers, set()), since):
+        pass
+    for _ in range(layout.EXCHANGE_OUT_SLOTS // 32):
+        setting.finish_aging()
+    return setting.maps.exchanges.get(slot) is None
+
+
+@pytest.fixture
+def four() -> Iterator[Setting]:
+    made = Setting(False)
+    yield made
+    made.server.close()
+    made.stop_relay()
+    made.program.close()
+    made.loop.shut_down()
+
+
+def test_a_slot_that_was_not_used_for_long_is_free(four: Setting) -> None:
+    now = time.monotonic()
+    assert not aged(four, noted_slot(four, 5, 9, now - 1), set(), now)
+    assert aged(four, noted_slot(four, 5, 9, now - 100), set(), now)
+
+
+def test_a_slot_to_which_a_socket_is_connected_is_kept(four: Setting) -> None:
+    """One may be connected for hours before it sends: no hook sees that, and it cannot begin anew."""
+    now = time.monotonic()
+    slot, peer = noted_slot(four, 5, 9, now - 100), ExchangeId(True, 9, 5).number
+    assert not aged(four, slot, {peer}, now)
+    assert aged(four, slot, {ExchangeId(True, 8, 5).number}, now)
+
+
+def test_a_slot_that_a_socket_was_connected_to_after_the_listing_is_kept(four: Setting) -> None:
+    now = time.monotonic()
+    assert not aged(four, noted_slot(four, 5, 9, now - 100), set(), now - 101)
+
+
+def test_a_relay_that_stops_leaves_nothing_in_the_maps() -> None:
+    for is_six in (False, True):
+        setting = Setting(is_six)
+        with setting.socket() as client:
+            client.sendto(b"question", setting.address)
+            setting.hear()
+        if is_six:
+            taken(setting, 0)
+        else:
+            noted_slot(setting, 5, 9, 0.0)
+        setting.stop_relay()
+        assert setting.noted == (0, 0) and not setting.maps.offers.entries
+        setting.server.close()
+        setting.program.close()
+        setting.loop.shut_down()
+
+
+def test_a_client_that_went_to_a_newer_server_keeps_that_one(four: Setting) -> None:
+    """Those of a server that is closed are forgotten a little later."""
+    with four.socket() as client:
+        client.sendto(b"question", four.address)
+        four.hear()
+        (old,) = four.clients
+        new = four.path.add_client(four.server, Datagram(b"", old.address, old.reached))
+        four.path.remove_client(old)
+        ((_, number),) = ((key, value.value) for key, value in four.maps.exchange_clients.entries.items())
+        assert number == ExchangeId(False, new.generation, new.number).number
+        four.server.clients[new.address] = new
+
+
+def test_no_datagram_is_relayed_when_the_turn_is_over(four: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there are more: one that was slow to deliver is followed by others' turns."""
+    with four.socket() as client:
+        for _ in range(3):
+            client.sendto(b"question", four.address)
+        monkeypatch.setattr(four.loop, "turn_is_over", lambda: True)
+        four.hear()
+        four.program.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            four.program.recv(100)
+        four.program.settimeout(5)
+        four.hear()
+        monkeypatch.undo()
+
+
+def test_what_cannot_be_made_is_not_left_half_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    setting = Setting(False)
+    taken_before = len(setting.loop._handlers)
+    monkeypatch.setattr(stand_ins.StandIns, "_offer", fail)
+    with pytest.raises(RuntimeError):
+        DatagramRelay(setting.resources, setting.maps, Here(), Here())  # type: ignore[arg-type]
+    assert len(setting.loop._handlers) == taken_before
+    monkeypatch.setattr(setting.maps.crossings, "put", fail)
+    with pytest.raises(RuntimeError):
+        DatagramRelay(setting.resources, setting.maps, Here(), Here())  # type: ignore[arg-type]
+    assert len(setting.loop._handlers) == taken_before
+    setting.server.close()
+    setting.stop_relay()
+    setting.program.close()
+    setting.loop.shut_down()

@@ -85,12 +85,24 @@ def test_datagrams_of_ipv6_clients_go_to_an_address_of_ipv6(
 def test_a_port_that_only_somebody_else_is_connected_to_has_no_peer() -> None:
     plan = PublicationPlan({7}, lambda *_: None, 10, (), {8})
     for cgroup, port in ((0, 1000), (7, 1007), (8, 1008), (9, 1009)):
-        one = ListeningSocket(
-            6, ANY, 5000, True, cgroup, 0, protocol=socket.IPPROTO_UDP, connected=True, peer_port=port
-        )
-        plan.add_datagram_socket(one)
-    assert plan.datagram_peers == {1000, 1007, 1009}  # whose 9 is, is not known yet
+        plan.add_datagram_socket(connected(6, bytes(15) + b"\1", port, cgroup))
+    assert plan.datagram_peers == (set(), {1000, 1007, 1009})  # whose 9 is, is not known yet
     assert plan.elsewhere == {8, 9}
+
+
+def test_addresses_of_the_loopback_network_that_somebody_is_connected_to_are_peers() -> None:
+    plan = PublicationPlan({7}, lambda *_: None, 10, (), {8})
+    for family, text in ((4, "127.128.0.1"), (6, "::ffff:127.128.0.2"), (4, "192.0.2.1")):
+        kind = socket.AF_INET if family == 4 else socket.AF_INET6
+        plan.add_datagram_socket(connected(family, socket.inet_pton(kind, text).ljust(16, b"\0"), 1000, 8))
+    assert plan.datagram_peers == ({0x7F800001, 0x7F800002}, set())
+
+
+def connected(family: int, peer: bytes, port: int, cgroup: int) -> ListeningSocket:
+    """A UDP socket with a peer."""
+    return ListeningSocket(
+        family, ANY, 5000, True, cgroup, 0, protocol=socket.IPPROTO_UDP, connected=True, peer_port=port, peer=peer
+    )
 
 
 def test_a_listener_that_no_rule_names_is_not_published() -> None:
