@@ -222,20 +222,6 @@ static __always_inline int has_other_familys_port(struct tag *tag, struct reques
 	return tag && tag->lent & GRAFT_LENT_PORT && tag->lent_family != request->family;
 }
 
-/* Whether the kernel would take a socket's address from an option, and keep it: a connect to a group takes that of
- * IP_MULTICAST_IF, which a 32-bit call can set to any of the host's. */
-static __always_inline int would_choose_address(struct bpf_sock_addr *ctx, struct request *request,
-						struct endpoint *endpoint, int bound)
-{
-	struct local_address local;
-
-	if (!request->fixed_source || request->protocol != IPPROTO_UDP || request->family != GRAFT_IPV4 ||
-	    (request->addr[0] & 0xf0) != 0xe0 || !(bound || is_unspecified(endpoint->addr)))
-		return 0;
-	read_local_address(&local, ctx->sk);
-	return !(local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3]);
-}
-
 /* What `sending` is: a connect, a datagram to the address of the send, or one to the socket's peer. */
 #define GRAFT_CONNECTS 0
 #define GRAFT_SENDS 1
@@ -323,8 +309,11 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		return 0;
 	}
 	endpoint = endpoint_for(ctx, request, id);
+	if (endpoint && !owner.tag)
+		owner.tag = tag_of_lent(ctx, &owner, endpoint, sending == GRAFT_CONNECTS);
 	if (!endpoint || is_unix(endpoint) || has_lost_endpoint(ctx->sk, owner.tag, bound) ||
 	    (is_diverted(ctx->sk) && !is_link_local(request)) ||
+	    (sending == GRAFT_CONNECTS && !owner.tag && lends(endpoint)) || keeps_loopback(ctx->sk, request, endpoint) ||
 	    (sending == GRAFT_CONNECTS && would_choose_address(ctx, request, endpoint, bound))) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;

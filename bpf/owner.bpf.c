@@ -1,6 +1,17 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
 /* Which container a socket belongs to, which address a call requests, and what a refusal returns. */
 
+#ifdef GRAFT_PROBE
+/* Offsets come from the kernel's own type information (/sys/kernel/btf/vmlinux). A pointer that cannot be
+ * followed reads as NULL. */
+static __always_inline void *read_pointer(void *pointer)
+{
+	void *found = 0;
+
+	return bpf_probe_read_kernel(&found, sizeof(found), pointer) ? 0 : found;
+}
+#endif
+
 /* A requested address as a hook sees it, and what was found out about it. ::ffff:1.2.3.4 is family 4 here. Rules also
  * judge the remote end of a packet as the destination of a request. */
 struct request {

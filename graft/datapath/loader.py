@@ -68,6 +68,7 @@ SOURCES = (
     "bind.bpf.c",
     "exchange.bpf.c",
     "stand_in.bpf.c",
+    "chosen_source.bpf.c",
     "connect.bpf.c",
     "sendmsg.bpf.c",
     "receive.bpf.c",

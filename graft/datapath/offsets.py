@@ -18,14 +18,16 @@ Offsets = Mapping[str, int | None]
 def structure_offsets() -> dict[str, int]:
     """The offsets that the hooks need; empty where the kernel has no type information.
 
-    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/local_address.bpf.c), a packet's namespace, a
-    pending datagram and a setting of the namespace (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c), and a group of
-    sockets with the cgroup of each (bpf/reuseport.bpf.c).
+    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/local_address.bpf.c), the interface that a
+    program has chosen (bpf/chosen_source.bpf.c), a packet's namespace, a pending datagram and a setting of the
+    namespace (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each
+    (bpf/reuseport.bpf.c).
     """
     try:
         btf = Btf.of_kernel()
         file = _all_or_none(_file(btf))
-        others = [_all_or_none(group(btf)) for group in (_descriptor, _v6only, _packet, _datagram, _mark, _group)]
+        groups = (_descriptor, _v6only, _interface, _packet, _datagram, _mark, _group)
+        others = [_all_or_none(group(btf)) for group in groups]
     except (OSError, ValueError):
         return {}
     return {name: value for group in (file, *others) for name, value in group.items()} if file else {}
@@ -65,6 +67,16 @@ def _v6only(btf: Btf) -> Offsets:
         "GRAFT_V6ONLY_BYTE": None if bit is None else bit // 8,
         "GRAFT_V6ONLY_MASK": None if bit is None else 1 << bit % 8,
         "GRAFT_SOCK_ADDR_SK": btf.offset("bpf_sock_addr_kern", "sk"),
+    }
+
+
+def _interface(btf: Btf) -> Offsets:
+    pktinfo, interface = btf.offset("ipv6_pinfo", "sticky_pktinfo"), btf.offset("in6_pktinfo", "ipi6_ifindex")
+    return {
+        "GRAFT_UNICAST_INTERFACE": btf.offset("inet_sock", "uc_index"),
+        "GRAFT_SOCK_INET6": btf.offset("inet_sock", "pinet6"),
+        "GRAFT_UNICAST_INTERFACE6": btf.offset("ipv6_pinfo", "ucast_oif"),
+        "GRAFT_PKTINFO_INTERFACE6": None if pktinfo is None or interface is None else pktinfo + interface,
     }
 
 

@@ -261,7 +261,27 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("local_address.bpf.c", "int is_hosts(u64 netns, u32 *ip, u8 family)", "return 1;"),
     ),
     # A connect to a group gives a socket the address of an option.
-    "chosen address": (_at_once("connect.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
+    "chosen address": (_at_once("chosen_source.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
+    # An address of the host's loopback that the kernel picked is good for any destination.
+    "loopback source": (
+        _at_once(
+            "local_address.bpf.c",
+            "int strays_from_loopback(struct local_address *source, struct request *remote)",
+            "return 0;",
+        ),
+    ),
+    "loopback source at calls": (
+        _at_once(
+            "chosen_source.bpf.c",
+            "int keeps_loopback(struct bpf_sock *sk, struct request *request, struct endpoint *endpoint)",
+            "return 0;",
+        ),
+    ),
+    # What an endpoint lends a socket without a tag is written down nowhere.
+    "lent without a tag": (
+        ("connect.bpf.c", "\tif (endpoint && !owner.tag)\n\t\towner.tag = ", "\tif (0)\n\t\towner.tag = "),
+        ("connect.bpf.c", "!owner.tag && lends(endpoint)", "0"),
+    ),
     # A bind to no endpoint leaves the port open that the last one gave.
     "open port": (
         ("bind.bpf.c", "\t\town->open_port = 0;\n\t\town->at_unix = 0;\n\t\town->binder", "\t\town->binder"),
@@ -448,6 +468,13 @@ def _datagram_peers() -> None:
 
     added = PublicationPlan.add_datagram_socket
     PublicationPlan.add_datagram_socket = add  # type: ignore[method-assign]
+
+
+def _ferrys_owner() -> None:
+    """What a ferry makes inside is root's, and has the port that it asks for."""
+    from graft.swap import ferry
+
+    vars(ferry)["owning_files_as"] = vars(ferry)["with_capabilities"] = lambda *_: contextlib.nullcontext()
 
 
 def _datagram_turns() -> None:
@@ -645,6 +672,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "own descriptors": _own_descriptors,
     "slow peers": _slow_peers,
     "datagram peers": _datagram_peers,
+    "ferry's owner": _ferrys_owner,
     "datagram turns": _datagram_turns,
     "freed slots": _freed_slots,
     "half-made relays": _half_made_relays,
