@@ -267,7 +267,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "loopback source": (
         _at_once(
             "local_address.bpf.c",
-            "int strays_from_loopback(struct local_address *source, struct request *remote)",
+            "u64 strays_from_loopback(struct local_address *source, struct request *remote)",
             "return 0;",
         ),
     ),
