@@ -15,8 +15,8 @@
  *               the relay reads the destination from the slot; its answers come from there, recvmsg shows who sent them
  *
  *   A container has so many slots in each direction and no more, so it takes none of another one's room in the map: a new
- *   exchange takes the one, of a few, that was used longest ago. The relay frees those of sockets that are closed. The
- *   generation tells the relay, and the hooks, that a slot is not theirs any more.
+ *   exchange takes the one, of a few, that was used longest ago. The relay notes that those of closed sockets were never
+ *   used. The generation tells the relay, and the hooks, that a slot is not theirs any more.
  *
  *   IPv6 has one loopback address, so there each remote end is a port at ::1: stand_in.bpf.c. But an IPv6 socket that is
  *   connected to an IPv6 destination, and may speak IPv4, gets a slot too, of ::ffff:127.0.0.0/104.

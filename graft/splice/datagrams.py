@@ -215,14 +215,21 @@ class Slots:
         """Note to which addresses of exchanges a socket is connected, listed after ``since``."""
         self._peers, self._listed = peers, since
 
-    def free(self, gone: Destination) -> None:
-        """Free the slot of a destination whose program has closed its socket: unless a hook has found it since the
-        sockets were listed, for one that has another port by now.
+    def give_up(self, gone: Destination) -> None:
+        """The program has closed its socket: its slot is the next one to be taken, unless a hook has found it since the
+        sockets were listed.
         """
         slot = ExchangeSlot(container=self._container, slot=gone.key[1], out=True)
         noted = self._maps.exchanges.peek(slot)
         if noted is not None and noted.generation == gone.generation and noted.used / 1e9 < self._listed:
-            self._maps.exchanges.delete(slot)
+            self._mark_unused(slot, noted)
+
+    def _mark_unused(self, slot: ExchangeSlot, noted: layout.ExchangeValue) -> None:
+        """It stays until another takes it: the kernel does not list all sockets at one moment, so one may be there that
+        was missing, and it has its slot again when it sends.
+        """
+        noted.used = 0
+        self._maps.exchanges.put(slot, noted)
 
     def age(self, now: float) -> Stepwise[None]:
         """Forget what was not used for too long."""
@@ -233,13 +240,15 @@ class Slots:
                 yield
 
     def _age_slot(self, number: int, before: float) -> None:
-        """Free the slot of a destination that was not used since, if no socket is connected there."""
+        """The slot of a destination that was not used since is the next one to be taken, if no socket is connected
+        there.
+        """
         slot = ExchangeSlot(container=self._container, slot=number, out=True)
         noted = self._maps.exchanges.peek(slot)
-        if noted is None or noted.used / 1e9 >= before or self._destinations.get((4, number)) is not None:
+        if noted is None or not noted.used or noted.used / 1e9 >= before or self._destinations.get((4, number)):
             return
         if ExchangeId(True, noted.generation, number).number not in self._peers:
-            self._maps.exchanges.delete(slot)
+            self._mark_unused(slot, noted)
 
     def stop(self) -> Stepwise[None]:
         """Close its own socket, and remove its exchanges: no hook begins one any more."""
@@ -312,7 +321,7 @@ class DatagramRelay:
         for gone in self._destinations.of_closed_sockets(ports, since):
             gone.reset()
             if gone.key[0] == 4:
-                self._slots.free(gone)
+                self._slots.give_up(gone)
             if self._resources.loop.turn_is_over():
                 yield
         yield from self._stand_ins.keep_programs(ports, peers.six, since)

@@ -491,10 +491,10 @@ def _datagram_turns() -> None:
 
 
 def _freed_slots() -> None:
-    """The slots of a container are its own for as long as it is attached."""
+    """The slot of a socket that is closed counts as used as long as any."""
     from graft.splice.datagrams import Slots
 
-    Slots.free = Slots._age_slot = lambda *_: None  # type: ignore[method-assign,assignment]
+    Slots.give_up = Slots._age_slot = lambda *_: None  # type: ignore[method-assign,assignment]
 
 
 def _half_made_relays() -> None:
