@@ -273,7 +273,7 @@ struct exchange {
 	__u8 family;
 	__u8 zero;
 	__u16 generation;
-	__u16 local_port; /* of the container's socket; in only */
+	__u16 local_port; /* of the container's socket; in only. 0: its client is forgotten */
 };
 
 /* `exchange_clients`: a client of a container's socket at `local_port` -> its exchange's address, in host order. */
@@ -294,11 +294,11 @@ struct stand_in_key {
 
 struct stand_in {
 	__u8 addr[16];
-	__u64 cookie;    /* of the socket that took it; 0: graftd gave it to a client */
+	__u64 cookie;    /* of the socket that took it; 0: graftd gave it to a client, or has forgotten it */
 	__u64 begun;     /* when it took it, CLOCK_MONOTONIC in nanoseconds */
 	__u64 connected; /* when a socket of the container was connected to it last; 0: never */
 	__u16 port;
-	__u16 local_port; /* of the container's socket; 0: it had none yet, when it was connected */
+	__u16 local_port; /* of the container's socket; 0: it had none yet, when it was connected, or it is forgotten */
 	__u32 zero;
 };
 
