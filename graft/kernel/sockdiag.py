@@ -52,8 +52,7 @@ _ATTRIBUTE = struct.Struct("=HH")
 _NUMBER = struct.Struct("=I")
 _TRIES = 4096
 _MAX_AT = 1024  # listeners at one address
-# struct inet_diag_bc_op: code, where to go on if so, and if not; struct inet_diag_hostcond: family, prefix, -, port; and
-# the address
+# struct inet_diag_bc_op: code, where to go on if so, and if not; struct inet_diag_hostcond: family, prefix, -, port
 _CONDITION = struct.Struct("=BBHBB2xi")
 _JUMP = struct.Struct("=BBH")
 _BC_JMP, _BC_S_COND, _ANY_PORT = 1, 7, -1
@@ -64,8 +63,8 @@ class ListeningSocket:
     """A listening TCP socket, or a UDP socket that has a port.
 
     ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it; ``connected``: it has a peer, at
-    ``peer`` and ``peer_port``; ``unread``: of UDP, the memory of what it has not read yet. ``stored`` is its value in the
-    requested socket storage. ``asked`` is for a caller that knows what address its program bound: (family, address,
+    ``peer`` and ``peer_port``; ``unread``: of UDP, the memory of what it has not read yet. ``stored`` is its value in
+    the requested socket storage. ``asked`` is for a caller that knows what address its program bound: (family, address,
     port) of that, None for the same.
     """
 
