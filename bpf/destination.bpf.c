@@ -81,12 +81,13 @@ static __always_inline int read_kept_flow(struct __sk_buff *skb, struct bpf_sock
 static __always_inline int may_reach(struct bpf_sock *sk, struct owner *owner, struct request *remote, u64 netns,
 				     struct local_address *source, struct local_address *own)
 {
+	u64 strays = own ? strays_from_loopback(source, remote) : 0;
 	struct endpoint *endpoint;
 
 	if ((is_diverted(sk) && !is_link_local(remote)) ||
 	    !may_exchange_with(owner->container, remote, netns, &endpoint))
 		return 0;
-	return !own || !endpoint || leaves_from(source, own, owner->tag, endpoint, remote);
+	return !own || !endpoint || leaves_from(source, own, owner->tag, endpoint, remote->endpoint, strays);
 }
 
 /* Whether a datagram may be one to the socket's peer. (An IPv6 socket sends to IPv4 destinations too.) */

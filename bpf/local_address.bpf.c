@@ -159,29 +159,39 @@ static __always_inline int is_on_loopback(u32 *ip, u8 family)
 
 /* Whether a datagram from the one address to the other would let its sender pass for a client on the host's loopback. The
  * kernel picks such a source for destinations there; the socket keeps it for later ones. One that was connected over IPv6
- * has 127.0.0.6 (LOOPBACK4_IPV6) for IPv4, which shows when it is made an IPv4 socket (IPV6_ADDRFORM). */
-static __always_inline int strays_from_loopback(struct local_address *source, struct request *remote)
+ * has 127.0.0.6 (LOOPBACK4_IPV6) for IPv4, which shows when it is made an IPv4 socket (IPV6_ADDRFORM). Without a branch for
+ * each word: the verifier would follow all of them through the rest of a program. */
+static __always_inline u64 strays_from_loopback(struct local_address *source, struct request *remote)
 {
+	u64 from, to;
 	u32 ip[4];
 
 	__builtin_memcpy(ip, remote->addr, 16);
-	return source->family == remote->family && is_on_loopback(source->ip, source->family) &&
-	       !is_on_loopback(ip, remote->family);
+	if (source->family == GRAFT_IPV4) {
+		from = (source->ip[0] ^ bpf_htonl(0x7f000000)) & bpf_htonl(0xff000000);
+		to = (ip[0] ^ bpf_htonl(0x7f000000)) & bpf_htonl(0xff000000);
+	} else {
+		from = source->ip[0] | source->ip[1] | source->ip[2] | (source->ip[3] ^ bpf_htonl(1));
+		to = ip[0] | ip[1] | ip[2] | (ip[3] ^ bpf_htonl(1));
+	}
+	from |= source->family ^ remote->family;
+	asm volatile("" : "+r"(from), "+r"(to));
+	return ((from - 1) & (0 - to)) >> 63;
 }
 
 /* Whether a source is what the connect and sendmsg hooks would give now: the endpoint's address and port; where it has
  * no address the socket's, and that not from when it had one. */
 static __always_inline int leaves_from(struct local_address *source, struct local_address *own, struct tag *tag,
-				       struct endpoint *endpoint, struct request *remote)
+				       struct endpoint *endpoint, u32 id, u64 strays)
 {
-	if (tag->source && tag->source != remote->endpoint)
+	if (tag->source && tag->source != id)
 		return 0;
 	if (endpoint->port ? !is_port_of(endpoint, own->port) : keeps_lent_port(tag, endpoint))
 		return 0;
 	source->port = own->port;
 	if (!is_unspecified(endpoint->addr))
 		return matches_endpoint(source, endpoint, 0);
-	if ((tag->source && tag->lent & GRAFT_LENT_ADDRESS) || strays_from_loopback(source, remote))
+	if ((tag->source && tag->lent & GRAFT_LENT_ADDRESS) || strays)
 		return 0;
 	return !(own->ip[0] | own->ip[1] | own->ip[2] | own->ip[3]) || own->family != source->family ||
 	       (own->ip[0] == source->ip[0] && own->ip[1] == source->ip[1] && own->ip[2] == source->ip[2] &&

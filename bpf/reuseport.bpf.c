@@ -23,39 +23,45 @@ struct group_check {
 };
 BPF_PERCPU_ARRAY(group_checks, struct group_check, 1);
 
-/* One socket of the group, or one cgroup above its own. Returns 0 where that one is not the container's. */
+#define GRAFT_GROUP_MORE 0
+#define GRAFT_GROUP_OWN 1
+#define GRAFT_GROUP_SHARED 2
+
+/* One socket of the group, or one cgroup above its own. */
 static __always_inline int check_step(volatile struct group_check *check, u64 cgroup)
 {
 	void *node, *socket;
 	u64 id = 0;
 
 	if (!check->cgroup) {
+		if (check->next >= check->count)
+			return GRAFT_GROUP_OWN;
 		socket = read_pointer(check->group + GRAFT_GROUP_SOCKETS + 8 * check->next);
 		check->next++;
 		check->cgroup = socket ? read_pointer(socket + GRAFT_SOCK_CGROUP) : 0;
 		if (!check->cgroup)
-			return 0;
+			return GRAFT_GROUP_SHARED;
 		if (check->cgroup == check->common)
 			check->cgroup = 0;
-		return 1;
+		return GRAFT_GROUP_MORE;
 	}
 	node = read_pointer(check->cgroup + GRAFT_CGROUP_NODE);
 	if (!node || bpf_probe_read_kernel(&id, sizeof(id), node + GRAFT_NODE_ID))
-		return 0;
+		return GRAFT_GROUP_SHARED;
 	if (id == cgroup) {
 		check->cgroup = 0;
-		return 1;
+		return GRAFT_GROUP_MORE;
 	}
 	node = read_pointer(check->cgroup + GRAFT_CGROUP_PARENT);
 	check->cgroup = node ? node - GRAFT_CGROUP_SELF : 0;
-	return node != 0;
+	return node ? GRAFT_GROUP_MORE : GRAFT_GROUP_SHARED;
 }
 
 /* Whether a socket, which is of that cgroup or below it, shares its address with none that is not. */
 static __always_inline int is_groups_own(struct bpf_sock *sk, u64 cgroup)
 {
 	volatile struct group_check *check;
-	int zero = 0, step;
+	int zero = 0, step = 0, found;
 	u16 count = 0;
 
 	check = group_checks.lookup(&zero);
@@ -70,13 +76,11 @@ static __always_inline int is_groups_own(struct bpf_sock *sk, u64 cgroup)
 	check->cgroup = 0;
 	check->next = 0;
 	check->count = count;
-	for (step = 0; step < GRAFT_GROUP_STEPS; step++) {
-		if (!check->cgroup && check->next >= check->count)
-			return 1;
-		if (!check_step(check, cgroup))
-			return 0;
-	}
-	return 0;
+	/* Before 6.7 the verifier takes a loop only if it goes back by a conditional jump. */
+	do
+		found = check_step(check, cgroup);
+	while (found == GRAFT_GROUP_MORE && ++step < GRAFT_GROUP_STEPS);
+	return found == GRAFT_GROUP_OWN;
 }
 #else
 static __always_inline int is_groups_own(struct bpf_sock *sk, u64 cgroup)

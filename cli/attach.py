@@ -94,9 +94,12 @@ def _attached_lines(done: Attached) -> list[str]:
         lines.append(
             "  cannot list the sockets that it had before: the kernel does not answer; they may receive nothing"
         )
-    elif done.existing:
+        return lines
+    if done.existing.sockets:
         lines.append("  existing sockets, which keep their addresses and connections:")
-        lines += [f"    {sock}" for sock in done.existing]
+        lines += [f"    {sock}" for sock in done.existing.sockets]
+    lines += [f"  process {pid} lets nobody list its sockets: there may be more" for pid in done.existing.unsearched]
+    lines += [f"  {sock} may receive nothing: no process lends it" for sock in done.cut_off]
     return lines
 
 

@@ -22,13 +22,16 @@ from graft.state import inventory, members
 from graft.state.containers import refuse_below
 from graft.state.engines import FoundContainer, resolve
 from graft.state.installation import Installation
-from graft.state.inventory import ContainerSocket
+from graft.state.inventory import ContainerSocket, Existing
 from graft.state.records import Container
+
+NO_SOCKETS = Existing(())
 
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """What `attach` found and did. ``existing`` are the sockets from before the policy (None: could not be listed).
+    """What `attach` found and did. ``existing`` are the sockets from before the policy (None: could not be listed), and
+    ``cut_off`` those of them that receive nothing any more, because no process lends them.
 
     ``without_effect`` are the fields of rules for UDP, ``without_supervisor`` those of rules for unix paths, that this
     transport does not support.
@@ -39,7 +42,8 @@ class Attached:
     choice: TransportChoice
     container: Container
     replaced: bool
-    existing: tuple[ContainerSocket, ...] | None = ()
+    existing: Existing | None = NO_SOCKETS
+    cut_off: tuple[ContainerSocket, ...] = ()
     without_effect: tuple[str, ...] = ()
     without_supervisor: tuple[str, ...] = ()
 
@@ -55,21 +59,23 @@ def attach(
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
     graft.reap()
     attached = graft.containers.at(target.cgroup)
-    pids = members.processes(target.cgroup)
-    observed = observe(graft.settings, pids, attached)
+    inside = members.inside(target.cgroup)
+    observed = observe(graft.settings, inside.pids, attached)
     choice = choose_transport(observed, wanted)
     if relay is not None:
         _check_relay(graft.settings, choice, relay)
-    existing: tuple[ContainerSocket, ...] | None = ()
+    existing: Existing | None = NO_SOCKETS
+    cut_off: tuple[ContainerSocket, ...] = ()
     if attached is not None:
         container = _replace_policy(graft, target, attached, choice, policy, relay)
     elif choice.transport is Transport.SPLICE:
-        container = _attach_splice(graft, target, pids, policy, relay or "splice")
+        container = _attach_splice(graft, target, inside.pids, policy, relay or "splice")
     else:
-        container, existing = _attach_direct(graft, target, pids, policy, choice)
+        existing = inventory.host_sockets_of(graft.settings, inside)
+        container, cut_off = _attach_direct(graft, target, existing or NO_SOCKETS, policy, choice)
     without_effect = _without_effect(graft, choice, policy)
     unix = _without_supervisor(choice, policy)
-    return Attached(target, observed, choice, container, attached is not None, existing, without_effect, unix)
+    return Attached(target, observed, choice, container, attached is not None, existing, cut_off, without_effect, unix)
 
 
 def observe(settings: Settings, pids: Sequence[int], attached: Container | None) -> Observed:
@@ -117,11 +123,11 @@ def _replace_policy(
 
 
 def _attach_direct(
-    graft: Installation, target: FoundContainer, pids: Sequence[int], policy: Policy, choice: TransportChoice
-) -> tuple[Container, tuple[ContainerSocket, ...] | None]:
-    """Attach the hooks, for transport direct. Returns the container, and the sockets that it had before."""
+    graft: Installation, target: FoundContainer, existing: Existing, policy: Policy, choice: TransportChoice
+) -> tuple[Container, tuple[ContainerSocket, ...]]:
+    """Attach the hooks, for transport direct. Returns the container, and those sockets of before that are cut off."""
     settings = graft.settings
-    existing = inventory.host_sockets_of(settings, pids)
+    cut_off: list[ContainerSocket] = []
     compiled = graft.compile(policy)
     refuse_below(target.cgroup)
     with members.within_reach(target.cgroup), graft.transaction() as change:
@@ -132,10 +138,10 @@ def _attach_direct(
             choice.transport,
             name=target.name,
             engine=target.engine,
-            prepare=lambda number: inventory.keep_reachable(settings, number, existing or ()),
+            prepare=lambda number: cut_off.extend(inventory.keep_reachable(settings, number, existing.sockets)),
         )
     splice.serve(graft, container)
-    return container, None if existing is None else tuple(existing)
+    return container, tuple(cut_off)
 
 
 def _attach_splice(

@@ -33,6 +33,8 @@ from graft.state.members import Members
 from graft.state.records import Container
 from graft.state.socket_holders import Place
 
+_UNDER_LOCK = 1.0  # seconds without an answer, where others wait for the installation's lock
+
 
 @dataclass(frozen=True, slots=True)
 class HostStack:
@@ -158,9 +160,20 @@ def _find_in_all_processes(settings: Settings, unlocated: Sequence[ContainerSock
     if not unlocated:
         return _NONE_FOUND
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    searches = helper_process.run_each(lambda pid: _find_descriptors(settings, [pid], unlocated), pids).results.values()
-    places = {inode: found for search in searches for inode, found in search.places.items()}
-    return _Search(places, {inode: tag for search in searches for inode, tag in search.tags.items()})
+    return _merged(
+        helper_process.run_each(lambda pid: _find_descriptors(settings, [pid], unlocated), pids).results.values()
+    )
+
+
+def _merged(searches: Iterable[_Search]) -> _Search:
+    """What several searches found together."""
+    places: socket_holders.Places = {}
+    tags: dict[int, bytes] = {}
+    for search in searches:
+        for inode, found in search.places.items():
+            places[inode] = (*places.get(inode, ()), *found)
+        tags.update(search.tags)
+    return _Search(places, tags)
 
 
 def _tag_of(sock: ContainerSocket) -> layout.Tag | None:
@@ -205,34 +218,56 @@ def _is_at(endpoint: Endpoint, local: str) -> bool:
     return address == format_ip(endpoint.address) and endpoint.port <= int(port) <= last
 
 
-def host_sockets_of(settings: Settings, pids: Iterable[int]) -> list[ContainerSocket] | None:
-    """The sockets of processes that are not attached yet, in the host's namespace only.
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """The sockets that a container had before it was attached. ``unsearched`` are processes whose descriptors could not
+    be listed: what only they have, and was made in another cgroup, is not among these.
+    """
+
+    sockets: tuple[ContainerSocket, ...]
+    unsearched: tuple[int, ...] = ()
+
+
+def host_sockets_of(settings: Settings, inside: Members) -> Existing | None:
+    """The sockets of a container that is not attached yet, in the host's namespace only.
 
     None if the kernel does not answer in time.
     """
     on_host = helper_process.run_one(lambda: _list_namespace(settings, settings.host_netns)[1])
     if on_host is None:
         return None
-    search = helper_process.run_one(lambda: _find_descriptors(settings, pids, on_host)) or _NONE_FOUND
-    return [search.add_to(sock) for sock in on_host if search.found(sock)]
+    found = helper_process.run_each(lambda pid: _find_descriptors(settings, [pid], on_host), inside.pids).results
+    search = _merged(found.values())
+    own = [sock for sock in on_host if search.found(sock) or sock.listed.cgroup in inside.cgroups]
+    unsearched = [pid for index, pid in enumerate(inside.pids) if index not in found]
+    return Existing(tuple(search.add_to(sock) for sock in own), tuple(unsearched))
 
 
-def keep_reachable(settings: Settings, container: int, existing: Sequence[ContainerSocket]) -> None:
+def keep_reachable(
+    settings: Settings, container: int, existing: Sequence[ContainerSocket]
+) -> tuple[ContainerSocket, ...]:
     """Tag listeners that were there before the direct container ``container`` was attached, so that the packet hooks
-    continue to let packets reach them.
+    continue to let packets reach them. Gives those of which no process answered, or none has it.
+
+    Under the installation's lock, so it takes two seconds at most: a process that executes another program lends its
+    descriptors to nobody until that has begun (exec_update_lock), which it can delay.
     """
     listeners = [sock for sock in existing if sock.listed.protocol == "udp" or sock.listed.state == "listening"]
-    helper_process.run_each(lambda sock: _tag_open_port(settings, container, sock), listeners)
+    tagged = helper_process.run_each(
+        lambda sock: _tag_open_port(settings, container, sock), listeners, timeout=_UNDER_LOCK, longest=2 * _UNDER_LOCK
+    ).results
+    return tuple(sock for index, sock in enumerate(listeners) if not tagged.get(index))
 
 
-def _tag_open_port(settings: Settings, container: int, sock: ContainerSocket) -> None:
-    """Through a copy of a process's descriptor. (Writing a tag does not take the socket's lock.)"""
+def _tag_open_port(settings: Settings, container: int, sock: ContainerSocket) -> bool:
+    """Through a copy of a process's descriptor. (Writing a tag does not take the socket's lock.) False without one."""
     tag = layout.Tag(container=container, home=Home.HOST, open_port=int(sock.listed.local.rpartition(":")[2]))
     for place in sock.places:
         with socket_holders.copied(place, sock.listed.inode) as copy, contextlib.suppress(OSError):
             if copy is not None:
                 Maps(settings.pin_dir).tags.put(ctypes.c_int32(copy), tag)
-                return
+                return True
+    return False
 
 
 def _list_stack(settings: Settings, stack: HostStack) -> list[ContainerSocket] | None:

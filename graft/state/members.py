@@ -50,12 +50,17 @@ def of_each(paths: Sequence[Path]) -> dict[Path, Members]:
     return {path: found.results[index] for index, path in enumerate(free) if index in found.results}
 
 
-def processes(path: Path) -> tuple[int, ...]:
-    """The processes of a cgroup and of those below it. Raises KernelError where a folder is held."""
+def inside(path: Path) -> Members:
+    """What is in a cgroup. Raises KernelError where a folder is held."""
     found = of_each([path]).get(path)
     if found is None:
         raise held(str(path))
-    return found.pids
+    return found
+
+
+def processes(path: Path) -> tuple[int, ...]:
+    """The processes of a cgroup and of those below it. Raises KernelError where a folder is held."""
+    return inside(path).pids
 
 
 def gone(containers: Sequence[Container]) -> frozenset[int]:

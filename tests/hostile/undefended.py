@@ -35,6 +35,7 @@ from graft.oci import listener
 from graft.oci.state import State
 from graft.splice.datagram_clients import Client
 from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, members, socket_holders
+from graft.state.members import Members
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
 from graft.swap.decision import Action, Decision, SocketFacts
@@ -269,7 +270,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "loopback source": (
         _at_once(
             "local_address.bpf.c",
-            "int strays_from_loopback(struct local_address *source, struct request *remote)",
+            "u64 strays_from_loopback(struct local_address *source, struct request *remote)",
             "return 0;",
         ),
     ),
@@ -697,6 +698,23 @@ def _found_apart() -> None:
     members.answer_about = answer_about  # type: ignore[assignment]
 
 
+def _search() -> None:
+    """All processes of a container are searched for sockets at once, and only what is found there is its own."""
+
+    def host_sockets_of(settings: Settings, inside: Members) -> inventory.Existing:
+        on_host = inventory._list_namespace(settings, settings.host_netns)[1]
+        search = helper_process.run_one(lambda: inventory._find_descriptors(settings, inside.pids, on_host))
+        found = () if search is None else tuple(search.add_to(one) for one in on_host if search.found(one))
+        return inventory.Existing(found)
+
+    inventory.host_sockets_of = host_sockets_of
+
+
+def _under_the_lock() -> None:
+    """Under the installation's lock as long is waited for a process as without."""
+    inventory._UNDER_LOCK = helper_process.LONGEST
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
@@ -739,6 +757,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "links": _links,
     "holders": _holders,
     "found apart": _found_apart,
+    "search": _search,
+    "under the lock": _under_the_lock,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 

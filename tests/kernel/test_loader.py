@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from graft.errors import KernelError
 from graft.kernel import helpers
 from tests.support.allowed_helpers import TABLE, table
 from tests.support.cgroups import attach_points, new_cgroup
+from tests.support.control_flow import loops_without_jump
 from tests.support.installation import Host
 
 pytestmark = pytest.mark.kernel
@@ -166,6 +168,22 @@ def test_the_error_names_the_first_needed_program() -> None:
 @pytest.mark.parametrize("kernel", sorted(json.loads(TABLE.read_text())))
 def test_the_programs_call_only_what_older_kernels_allow(root: None, kernel: str) -> None:
     assert refused_by(kernel) == {}
+
+
+def test_the_programs_have_only_loops_that_older_kernels_take(root: None) -> None:
+    """Else 6.1 refuses one, and all are loaded there without extensions."""
+    compiled, extensions = loader.compile_for(lambda *_: True)
+    assert extensions == EXTENSIONS
+    for program in ALL_PROGRAMS:
+        assert not loops_without_jump(compiled.instructions(program)), program.name
+
+
+def test_a_loop_that_goes_back_without_a_jump_is_noticed() -> None:
+    jump = struct.pack("=BBhi", 0x05, 0, 1, 0)  # over the body, to the loop's condition
+    body, condition = struct.pack("=BBhi", 0xB7, 0, 0, 0), struct.pack("=BBhi", 0x15, 0, -2, 0)
+    end = struct.pack("=BBhi", 0x95, 0, 0, 0)
+    assert loops_without_jump(jump + body + condition + end) == [(1, 2)]
+    assert loops_without_jump(body + condition + end) == []
 
 
 def test_a_helper_that_an_older_kernel_does_not_allow_is_noticed(

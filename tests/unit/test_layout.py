@@ -100,7 +100,8 @@ C_ONLY = {
     "GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT",
     "GRAFT_FERRY_NET_MASK", "GRAFT_BERTH_TRIES", "GRAFT_CONNECTS", "GRAFT_SENDS", "GRAFT_SENDS_TO_PEER",
     "GRAFT_GROUP_REQ_FAMILY", "GRAFT_GROUP_REQ_ADDR4", "GRAFT_GROUP_REQ_ADDR6", "GRAFT_MAX_JOIN",
-    "GRAFT_LOOPBACK_FIRST", "GRAFT_CGROUP_LEVELS", "GRAFT_GROUP_STEPS",
+    "GRAFT_LOOPBACK_FIRST", "GRAFT_CGROUP_LEVELS", "GRAFT_GROUP_STEPS", "GRAFT_GROUP_MORE",
+    "GRAFT_GROUP_OWN", "GRAFT_GROUP_SHARED",
 }  # fmt: skip
 """Constants that Python does not use: they describe packets (bpf/packet.bpf.c, bpf/egress.bpf.c) or an option's value
 (bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.
