@@ -340,16 +340,21 @@ class Map(Generic[KeyT, ValueT]):
     def keys(self) -> list[KeyT]:
         """All current keys. Read at once, so that entries can be deleted while the caller iterates."""
         found: list[KeyT] = []
-        key: KeyT | None = None
-        while True:
-            following = self._key()
-            attr = _ElemAttr(self.fd, 0, 0 if key is None else ctypes.addressof(key), ctypes.addressof(following))
-            try:
-                _bpf(_MAP_GET_NEXT_KEY, attr)
-            except FileNotFoundError:
-                return found
-            found.append(following)
-            key = following
+        key = self.next_key(None)
+        while key is not None:
+            found.append(key)
+            key = self.next_key(key)
+        return found
+
+    def next_key(self, key: KeyT | None) -> KeyT | None:
+        """The key behind this one, or the first; None behind the last. (Behind one that is not there: the first.)"""
+        following = self._key()
+        attr = _ElemAttr(self.fd, 0, 0 if key is None else ctypes.addressof(key), ctypes.addressof(following))
+        try:
+            _bpf(_MAP_GET_NEXT_KEY, attr)
+        except FileNotFoundError:
+            return None
+        return following
 
     def clear(self) -> None:
         """Remove all current entries."""
