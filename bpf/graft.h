@@ -137,6 +137,15 @@ struct egress_port_value {
 	__u32 endpoint;
 };
 
+/* `uses`: a ruleset and an endpoint that its rules name -> GRAFT_USE_*. No hook reads this: it spares commands a walk
+ * through the rules of all containers. */
+#define GRAFT_USE_INGRESS 1 /* binds become the endpoint */
+#define GRAFT_USE_PORT_0 2  /* those of port 0 too */
+struct use {
+	__u32 ruleset;
+	__u32 endpoint;
+};
+
 /* `scopes`: cgroup storage, one for each cgroup that the programs are attached to. container 0 is a
  * cgroup of Graft's own, where only tagged sockets are checked. */
 struct scope {
@@ -409,6 +418,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 10
+#define GRAFT_LAYOUT_VERSION 11
 
 #endif

@@ -148,7 +148,9 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "int has_lost_endpoint(struct bpf_sock *sk, struct tag *tag, int bound)",
             "return 0;",
         ),
-        _at_once("connect.bpf.c", "int must_clear_address(struct bpf_sock *sk, struct request *request)", "return 0;"),
+        _at_once(
+            "chosen_source.bpf.c", "int must_clear_address(struct bpf_sock *sk, struct request *request)", "return 0;"
+        ),
         _at_once(
             "local_address.bpf.c",
             "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)",
@@ -266,6 +268,14 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A connect to a group gives a socket the address of an option.
     "chosen address": (_at_once("chosen_source.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
+    # Nobody looks at whether a socket has a route of its own when it connects.
+    "chosen route": (_at_once("chosen_source.bpf.c", "int has_chosen_route(struct bpf_sock_addr *ctx)", "return 0;"),),
+    # An address that an endpoint lent is no reason to ask what the kernel takes when that is cleared.
+    "cleared address": (("chosen_source.bpf.c", "if (!bound && must_clear_address(ctx->sk, request))", "if (0)"),),
+    # The places of all ferries are in a table that a hundred containers can fill.
+    "berths": (("graft.bpf.c", "struct berth, berths, GRAFT_MAX_BERTHS,", "struct berth, berths, 32768,"),),
+    # A map of rules that is soon full. (No defence: for tests of what is said then.)
+    "room for rules": (("graft.bpf.c", "struct ingress_value, GRAFT_MAX_RULES", "struct ingress_value, 64"),),
     # An address of the host's loopback that the kernel picked is good for any destination.
     "loopback source": (
         _at_once(
