@@ -40,22 +40,71 @@ static __always_inline int has_chosen_interface(struct bpf_sock_addr *ctx)
 }
 #endif
 
+/* Whether the program has said by which way its packets go: a source route, a routing header, or a flow label of its own,
+ * which may have one. The kernel takes the address for the first hop. A program can say so only in a 32-bit call, and take
+ * it back before anything is sent, so that no packet shows it. */
+static __always_inline int has_chosen_route(struct bpf_sock_addr *ctx)
+{
+#if defined(GRAFT_SOCK_ADDR_SK) && defined(GRAFT_SOCK_INET6) && defined(GRAFT_IP_OPTIONS)
+	void *sk = 0, *six, *options; /* ctx is the kernel's own struct bpf_sock_addr_kern */
+	u8 route = 0;
+
+	if (bpf_probe_read_kernel(&sk, sizeof(sk), (void *)ctx + GRAFT_SOCK_ADDR_SK) || !sk)
+		return 0;
+	options = read_pointer(sk + GRAFT_IP_OPTIONS);
+	if (options)
+		bpf_probe_read_kernel(&route, sizeof(route), options + GRAFT_IP_OPTIONS_ROUTE);
+	six = ctx->family == AF_INET6 ? read_pointer(sk + GRAFT_SOCK_INET6) : 0;
+	if (!six || route)
+		return route;
+	options = read_pointer(six + GRAFT_IP6_OPTIONS);
+	if (options && read_pointer(options + GRAFT_IP6_OPTIONS_ROUTE))
+		return 1;
+#if defined(GRAFT_FLOW_LABELS)
+	return read_pointer(sk + GRAFT_FLOW_LABELS) != 0;
+#elif defined(GRAFT_FLOW_LABELS6)
+	return read_pointer(six + GRAFT_FLOW_LABELS6) != 0;
+#else
+	return 0;
+#endif
+#else
+	return 0;
+#endif
+}
+
 static __always_inline int is_to_group(struct request *request)
 {
 	return request->family == GRAFT_IPV4 ? (request->addr[0] & 0xf0) == 0xe0 : request->addr[0] == 0xff;
 }
 
-/* Whether the kernel would take a socket's address from an option, and keep it: a connect to a group takes that of
- * IP_MULTICAST_IF, which a 32-bit call can set to any of the host's, or one of IPV6_MULTICAST_IF's interface; another
- * connect one of the interface that the program has chosen. */
+/* Whether an address that the socket got from an endpoint must be cleared, because the endpoint that it must use now
+ * has the unspecified address. (An address that the kernel picked by its routes, or that the socket had before there
+ * was a policy, is kept.) */
+static __always_inline int must_clear_address(struct bpf_sock *sk, struct request *request)
+{
+	struct local_address local;
+
+	if (!request->tag || !(request->tag->endpoint || request->tag->source))
+		return 0;
+	read_local_address(&local, sk);
+	return local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3] ? 1 : 0;
+}
+
+/* Whether the kernel would take a socket's address from what the program has said, and keep it: a connect to a group takes
+ * that of IP_MULTICAST_IF, which a 32-bit call can set to any of the host's, or one of IPV6_MULTICAST_IF's interface; another
+ * connect one of the interface that the program has chosen, or of the way to the first hop that it has. */
 static __always_inline int would_choose_address(struct bpf_sock_addr *ctx, struct request *request,
 						struct endpoint *endpoint, int bound)
 {
 	struct local_address local;
 
-	if (!request->fixed_source || request->protocol != IPPROTO_UDP || !(bound || is_unspecified(endpoint->addr)) ||
-	    !(is_to_group(request) || has_chosen_interface(ctx)))
+	if (!request->fixed_source || !(bound || is_unspecified(endpoint->addr)))
 		return 0;
+	if (!has_chosen_route(ctx) &&
+	    (request->protocol != IPPROTO_UDP || !(is_to_group(request) || has_chosen_interface(ctx))))
+		return 0;
+	if (!bound && must_clear_address(ctx->sk, request))
+		return 1; /* it will have none */
 	read_local_address(&local, ctx->sk);
 	return !(local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3]);
 }

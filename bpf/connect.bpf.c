@@ -102,19 +102,6 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct owner *own
 	return PASS;
 }
 
-/* Whether an address that the socket got from an endpoint must be cleared, because the endpoint that it must use now
- * has the unspecified address. (An address that the kernel picked by its routes, or that the socket had before there
- * was a policy, is kept.) */
-static __always_inline int must_clear_address(struct bpf_sock *sk, struct request *request)
-{
-	struct local_address local;
-
-	if (!request->tag || !(request->tag->endpoint || request->tag->source))
-		return 0;
-	read_local_address(&local, sk);
-	return local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3] ? 1 : 0;
-}
-
 /* Whether a destination needs an interface, which the socket may be bound to for it. */
 static __always_inline int is_link_local(struct request *request)
 {
@@ -311,6 +298,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	endpoint = endpoint_for(ctx, request, id);
 	if (endpoint && !owner.tag)
 		owner.tag = tag_of_lent(ctx, &owner, endpoint, sending == GRAFT_CONNECTS);
+	request->tag = owner.tag;
 	if (!endpoint || is_unix(endpoint) || has_lost_endpoint(ctx->sk, owner.tag, bound) ||
 	    (is_diverted(ctx->sk) && !is_link_local(request)) ||
 	    (sending == GRAFT_CONNECTS && !owner.tag && lends(endpoint)) || keeps_loopback(ctx->sk, request, endpoint) ||
@@ -319,7 +307,6 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		return 0;
 	}
 	count(owner.id, GRAFT_DECISION_CONNECTED);
-	request->tag = owner.tag;
 	request->endpoint = id;
 	return has_source(ctx, request, &owner, endpoint, sending, bound) ? 0 : endpoint;
 }

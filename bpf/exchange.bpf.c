@@ -18,6 +18,11 @@
  *   exchange takes the one, of a few, that was used longest ago. The relay notes that those of closed sockets were never
  *   used. The generation tells the relay, and the hooks, that a slot is not theirs any more.
  *
+ *   Who sent a datagram is looked up when it is read, which may be long after its client was forgotten. So the entry of a
+ *   client stays until its slot is given to another one, with local_port 0: nothing is sent there any more. And it is given
+ *   to another one when the queue of its server was seen empty since (graft/splice/forgotten.py). Where there is no entry,
+ *   the sender is shown as nobody (receive.bpf.c).
+ *
  *   IPv6 has one loopback address, so there each remote end is a port at ::1: stand_in.bpf.c. But an IPv6 socket that is
  *   connected to an IPv6 destination, and may speak IPv4, gets a slot too, of ::ffff:127.0.0.0/104.
  */
@@ -76,11 +81,12 @@ static __always_inline u32 destination_exchange(struct bpf_sock_addr *ctx, struc
 		if (!found || found->used < oldest) {
 			oldest = found ? found->used : 0;
 			chosen = key.slot;
+			made.generation = found ? found->generation : bpf_get_prandom_u32() % GRAFT_EXCHANGE_GENERATIONS;
 		}
 	}
 	key.slot = chosen;
 	made.used = now;
-	made.generation = bpf_get_prandom_u32() % GRAFT_EXCHANGE_GENERATIONS + 1;
+	made.generation = made.generation % GRAFT_EXCHANGE_GENERATIONS + 1; /* not one that the slot had a short while ago */
 	if (exchanges.update(&key, &made))
 		return 0;
 	return exchange_address(1, made.generation, chosen);
@@ -127,22 +133,23 @@ static __always_inline int redirect_datagrams(struct bpf_sock_addr *ctx, struct 
 	return PASS;
 }
 
-/* Who sent a datagram that came from `ip`, at `port`; NULL where that is not the relay's. */
-static __always_inline struct exchange *relayed_sender(struct bpf_sock_addr *ctx, u32 ip, u16 port)
+/* Whether a port of 127.0.0.0/8 is the relay's, for the container of the socket: that is *owner. */
+static __always_inline int is_relays_port(struct bpf_sock_addr *ctx, u16 port, struct owner *owner)
 {
-	struct exchange_slot key = {};
-	struct exchange *found;
 	struct relay *relay;
-	struct owner owner;
+
+	owner_of(ctx, owner);
+	relay = relays.lookup(&owner->id);
+	return relay && relay->datagram_port && relay->datagram_port == port;
+}
+
+/* Who sent a datagram that came from `ip`, at the relay's port; NULL where nobody knows that any more. */
+static __always_inline struct exchange *relayed_sender(struct owner *owner, u32 ip)
+{
+	struct exchange_slot key = { .container = owner->id };
+	struct exchange *found;
 	u32 address = bpf_ntohl(ip);
 
-	if (address >> 24 != 127)
-		return 0;
-	owner_of(ctx, &owner);
-	relay = relays.lookup(&owner.id);
-	if (!relay || !relay->datagram_port || relay->datagram_port != port)
-		return 0;
-	key.container = owner.id;
 	key.slot = address % GRAFT_EXCHANGE_SLOTS;
 	key.out = address >> 23 & 1;
 	found = exchanges.lookup(&key);

@@ -29,7 +29,7 @@ static __always_inline int is_own_exchange(struct __sk_buff *skb, struct owner *
 	if (!found || exchange_address(key.out, found->generation, key.slot) != address)
 		return 0;
 	if (!key.out)
-		return 1;
+		return found->local_port != 0; /* 0: its client is forgotten */
 	if (found->cookie != bpf_get_socket_cookie(skb))
 		return 0;
 	found->used = bpf_ktime_get_ns(); /* no hook on a system call sees a send() of a connected socket */
@@ -45,7 +45,7 @@ static __always_inline int is_own_stand_in(struct __sk_buff *skb, struct owner *
 	if (!found)
 		return 0;
 	if (!found->cookie)
-		return found->local_port == packet->from_port;
+		return found->local_port == packet->from_port; /* 0: it is forgotten */
 	return found->cookie == bpf_get_socket_cookie(skb);
 }
 

@@ -63,6 +63,7 @@ BPF_HASH(containers, u32, struct container, GRAFT_MAX_CONTAINERS);
 BPF_LPM_TRIE(ingress, struct ingress_key, struct ingress_value, GRAFT_MAX_RULES);
 BPF_LPM_TRIE(egress, struct egress_key, struct egress_value, GRAFT_MAX_RULES);
 BPF_LPM_TRIE(egress_ports, struct egress_port_key, struct egress_port_value, GRAFT_MAX_RULES);
+BPF_F_TABLE("hash", struct use, u32, uses, GRAFT_MAX_RULES, BPF_F_NO_PREALLOC);
 BPF_HASH(desk_slots, u32, struct desk_slot, GRAFT_MAX_DESKS);
 BPF_TABLE("lru_hash", struct counter_key, u64, counters, GRAFT_MAX_COUNTERS);
 
@@ -124,5 +125,5 @@ BPF_F_TABLE("hash", struct stand_in_place, u32, stand_in_ports, GRAFT_MAX_STAND_
 BPF_F_TABLE("hash", u32, struct offer, offers, GRAFT_MAX_CONTAINERS, BPF_F_NO_PREALLOC);
 
 /* Of transport swap (ferry.bpf.c). */
-BPF_F_TABLE("hash", u32, struct ferry, ferries, GRAFT_MAX_CONTAINERS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", u32, struct ferry, ferries, GRAFT_MAX_FERRIES, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct berth_key, struct berth, berths, GRAFT_MAX_BERTHS, BPF_F_NO_PREALLOC);

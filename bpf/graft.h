@@ -137,6 +137,15 @@ struct egress_port_value {
 	__u32 endpoint;
 };
 
+/* `uses`: a ruleset and an endpoint that its rules name -> GRAFT_USE_*. No hook reads this: it spares commands a walk
+ * through the rules of all containers. */
+#define GRAFT_USE_INGRESS 1 /* binds become the endpoint */
+#define GRAFT_USE_PORT_0 2  /* those of port 0 too */
+struct use {
+	__u32 ruleset;
+	__u32 endpoint;
+};
+
 /* `scopes`: cgroup storage, one for each cgroup that the programs are attached to. container 0 is a
  * cgroup of Graft's own, where only tagged sockets are checked. */
 struct scope {
@@ -273,7 +282,7 @@ struct exchange {
 	__u8 family;
 	__u8 zero;
 	__u16 generation;
-	__u16 local_port; /* of the container's socket; in only */
+	__u16 local_port; /* of the container's socket; in only. 0: its client is forgotten */
 };
 
 /* `exchange_clients`: a client of a container's socket at `local_port` -> its exchange's address, in host order. */
@@ -294,11 +303,11 @@ struct stand_in_key {
 
 struct stand_in {
 	__u8 addr[16];
-	__u64 cookie;    /* of the socket that took it; 0: graftd gave it to a client */
+	__u64 cookie;    /* of the socket that took it; 0: graftd gave it to a client, or has forgotten it */
 	__u64 begun;     /* when it took it, CLOCK_MONOTONIC in nanoseconds */
 	__u64 connected; /* when a socket of the container was connected to it last; 0: never */
 	__u16 port;
-	__u16 local_port; /* of the container's socket; 0: it had none yet, when it was connected */
+	__u16 local_port; /* of the container's socket; 0: it had none yet, when it was connected, or it is forgotten */
 	__u32 zero;
 };
 
@@ -409,6 +418,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 10
+#define GRAFT_LAYOUT_VERSION 11
 
 #endif

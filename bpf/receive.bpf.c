@@ -11,13 +11,15 @@ struct sender {
 };
 
 /* Finds who sent what came from `ip`, in IPv4's loopback network, or, where that is 0, from ::1. Returns 0 where it came by
- * neither of the two. */
+ * neither of the two. Of an exchange that nobody knows any more the sender is 0.0.0.0 at port 0: nothing can be sent there,
+ * and nobody takes it for a program of this machine, as he would the relay's address. */
 static __always_inline int find_sender(struct bpf_sock_addr *ctx, u32 ip, struct sender *sender)
 {
 	u16 port = bpf_ntohs((u16)ctx->user_port);
 	struct berth *berth = ferried_sender(ctx, ip, port);
 	struct exchange *exchange;
 	struct stand_in *stand_in;
+	struct owner owner;
 
 	if (berth) {
 		__builtin_memcpy(sender->addr, berth->addr, 16);
@@ -34,9 +36,14 @@ static __always_inline int find_sender(struct bpf_sock_addr *ctx, u32 ip, struct
 		sender->family = GRAFT_IPV6;
 		return 1;
 	}
-	exchange = relayed_sender(ctx, ip, port);
-	if (!exchange)
+	if (!is_relays_port(ctx, port, &owner))
 		return 0;
+	exchange = relayed_sender(&owner, ip);
+	if (!exchange) {
+		__builtin_memset(sender, 0, sizeof(*sender));
+		sender->family = GRAFT_IPV4;
+		return 1;
+	}
 	__builtin_memcpy(sender->addr, exchange->addr, 16);
 	sender->port = exchange->port;
 	sender->family = exchange->family;
@@ -48,8 +55,10 @@ int graft_recvmsg4(struct bpf_sock_addr *ctx)
 	struct sender sender;
 	u32 ip = ctx->user_ip4;
 
-	if (bpf_ntohl(ip) >> 24 != GRAFT_LOOPBACK_FIRST || !find_sender(ctx, ip, &sender) || sender.family != GRAFT_IPV4)
+	if (bpf_ntohl(ip) >> 24 != GRAFT_LOOPBACK_FIRST || !find_sender(ctx, ip, &sender))
 		return PASS;
+	if (sender.family != GRAFT_IPV4) /* a socket that was of IPv6 before (IPV6_ADDRFORM) */
+		__builtin_memset(&sender, 0, sizeof(sender));
 	__builtin_memcpy(&ip, sender.addr, 4);
 	ctx->user_ip4 = ip;
 	ctx->user_port = bpf_htons(sender.port);

@@ -12,6 +12,10 @@
  *
  *   A port has no generation. So it stands for one remote end and no other: a hook takes only what stands for nothing yet,
  *   and the relay closes what is not used any more, where no socket is connected to it, and offers another port.
+ *
+ *   What it has sent from there may be read long after. So the entry stays, without a socket and a local port: nobody sends
+ *   there, but recvmsg shows whose it was. It goes, and the port may be used again, when the queue of the container's socket
+ *   was seen empty since (graft/splice/forgotten.py). Meanwhile nothing else is received from that port.
  */
 
 /* The port of the stand-in for a remote end; 0: there is none. `cookie`: of the socket; 0: for a client of its port. */
@@ -48,15 +52,17 @@ static __always_inline int take_stand_in(struct bpf_sock_addr *ctx, struct owner
 	return 0;
 }
 
-/* Undoes take_stand_in. */
+/* Undoes take_stand_in, unless the relay has written what was there. */
 static __always_inline void give_back_stand_in(struct owner *owner, struct request *request, u64 cookie, u16 port)
 {
 	struct stand_in_place place = { .cookie = cookie, .container = owner->id, .port = request->port };
 	struct stand_in_key key = { .container = owner->id, .port = port };
+	struct stand_in *found = stand_ins.lookup(&key);
 
 	__builtin_memcpy(place.addr, request->addr, 16);
 	stand_in_ports.delete(&place);
-	stand_ins.delete(&key);
+	if (found && found->cookie == cookie)
+		stand_ins.delete(&key);
 }
 
 /* A free one of the stand-ins that the relay offers, for a destination of the socket's; 0: there is none. */

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 10
+LAYOUT_VERSION = 11
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -35,6 +35,8 @@ ENDPOINT_DECLARED = 2
 ENDPOINT_DUAL_STACK = 4
 ENDPOINT_UNIX = 8
 ENDPOINT_HAS_PORT = 16
+USE_INGRESS = 1
+USE_PORT_0 = 2
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
 CONTAINER_ICMP = 4
@@ -44,9 +46,13 @@ PROBED_EPOLL = 2
 PROBED_FLAGS = 4
 PROBED_OWNED = 8
 MAX_DESKS = 8192
+MAX_RULES = 262144
 MAX_EXCHANGES = 524288
 MAX_STAND_INS = 65536
 BERTHS4, BERTHS6 = 256, 16
+MAX_FERRIES = 1920
+MAX_BERTHS = MAX_FERRIES * (BERTHS4 + BERTHS6)
+"""All places of as many ferries as there can be: no container can fill them for another one."""
 FERRY_NET = 0x7FFE0000  # 127.254.0.0/16
 EXCHANGE_SLOT_BITS = 12
 EXCHANGE_SLOTS = 4096
@@ -146,6 +152,12 @@ class EgressValue(ctypes.Structure):
     """The node that a destination's ports are listed under."""
 
     _fields_ = (("node", ctypes.c_uint32),)
+
+
+class Use(ctypes.Structure):
+    """`uses`: this -> USE_*."""
+
+    _fields_ = (("ruleset", ctypes.c_uint32), ("endpoint", ctypes.c_uint32))
 
 
 class EgressPortKey(ctypes.Structure):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from graft.datapath import offsets
 from graft.datapath.bcc_compiler import Compiled, NotLoaded, compile_text
-from graft.datapath.layout import MAX_DESKS, MAX_EXCHANGES, MAX_STAND_INS
+from graft.datapath.layout import MAX_BERTHS, MAX_DESKS, MAX_EXCHANGES, MAX_FERRIES, MAX_RULES, MAX_STAND_INS
 from graft.datapath.programs import (
     ALL_PROGRAMS,
     EXTENSIONS,
@@ -41,6 +41,7 @@ MAPS = (
     "ingress",
     "egress",
     "egress_ports",
+    "uses",
     "tags",
     "options",
     "relays",
@@ -102,7 +103,7 @@ SIZES = {
     "GRAFT_MAX_ENDPOINTS": 4096,
     "GRAFT_MAX_CONTAINERS": 8192,
     "GRAFT_MAX_GROUPS": 16384,
-    "GRAFT_MAX_RULES": 262144,
+    "GRAFT_MAX_RULES": MAX_RULES,
     "GRAFT_MAX_COUNTERS": 65536,
     "GRAFT_MAX_ARRIVALS": 65536,
     "GRAFT_MAX_HOST_ADDRESSES": 16384,
@@ -111,7 +112,8 @@ SIZES = {
     "GRAFT_MAX_STAND_INS": MAX_STAND_INS,
     "GRAFT_OFFER_TRIES": 16,
     "GRAFT_MAX_DESKS": MAX_DESKS,
-    "GRAFT_MAX_BERTHS": 32768,
+    "GRAFT_MAX_FERRIES": MAX_FERRIES,
+    "GRAFT_MAX_BERTHS": MAX_BERTHS,
 }
 
 _OLDEST = "Graft needs Linux 5.15 or later"

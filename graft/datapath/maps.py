@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +18,20 @@ class NotUpError(GraftError):
     """Graft's maps are not pinned."""
 
     exit_code = 3
+
+
+@contextlib.contextmanager
+def needs_room(field: str) -> Iterator[None]:
+    """Raises KernelError, naming ``field``, where a map has no room for what the block writes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.E2BIG):  # of a trie, and of a hash table
+            raise
+        raise KernelError(
+            f"{field}: no room: the tables that all containers share are full",
+            "detach containers, or write fewer rules",
+        ) from error
 
 
 class Maps:
@@ -82,6 +99,11 @@ class Maps:
     def egress_ports(self) -> Map[layout.EgressPortKey, layout.EgressPortValue]:
         """(node, port) -> verdict."""
         return self._open("egress_ports", layout.EgressPortKey, layout.EgressPortValue)
+
+    @cached_property
+    def uses(self) -> Map[layout.Use, ctypes.c_uint32]:
+        """A ruleset and an endpoint that its rules name -> how."""
+        return self._open("uses", layout.Use, ctypes.c_uint32)
 
     @cached_property
     def tags(self) -> Map[ctypes.c_int32, layout.Tag]:

@@ -18,15 +18,15 @@ Offsets = Mapping[str, int | None]
 def structure_offsets() -> dict[str, int]:
     """The offsets that the hooks need; empty where the kernel has no type information.
 
-    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/local_address.bpf.c), the interface that a
-    program has chosen (bpf/chosen_source.bpf.c), a packet's namespace, a pending datagram and a setting of the
-    namespace (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each
+    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/local_address.bpf.c), the interface and the
+    route that a program has chosen (bpf/chosen_source.bpf.c), a packet's namespace, a pending datagram and a setting of
+    the namespace (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each
     (bpf/reuseport.bpf.c).
     """
     try:
         btf = Btf.of_kernel()
         file = _all_or_none(_file(btf))
-        groups = (_descriptor, _v6only, _interface, _packet, _datagram, _mark, _group)
+        groups = (_descriptor, _v6only, _interface, _route, _labels, _packet, _datagram, _mark, _group)
         others = [_all_or_none(group(btf)) for group in groups]
     except (OSError, ValueError):
         return {}
@@ -78,6 +78,24 @@ def _interface(btf: Btf) -> Offsets:
         "GRAFT_UNICAST_INTERFACE6": btf.offset("ipv6_pinfo", "ucast_oif"),
         "GRAFT_PKTINFO_INTERFACE6": None if pktinfo is None or interface is None else pktinfo + interface,
     }
+
+
+def _route(btf: Btf) -> Offsets:
+    options, route = btf.offset("ip_options_rcu", "opt"), btf.offset("ip_options", "srr")
+    return {
+        "GRAFT_IP_OPTIONS": btf.offset("inet_sock", "inet_opt"),
+        "GRAFT_IP_OPTIONS_ROUTE": None if options is None or route is None else options + route,
+        "GRAFT_IP6_OPTIONS": btf.offset("ipv6_pinfo", "opt"),
+        "GRAFT_IP6_OPTIONS_ROUTE": btf.offset("ipv6_txoptions", "srcrt"),
+    }
+
+
+def _labels(btf: Btf) -> Offsets:
+    """Of the labels that a socket has leased: of struct inet_sock from 6.17 on, before of struct ipv6_pinfo."""
+    of_socket = btf.offset("inet_sock", "ipv6_fl_list")
+    if of_socket is not None:
+        return {"GRAFT_FLOW_LABELS": of_socket}
+    return {"GRAFT_FLOW_LABELS6": btf.offset("ipv6_pinfo", "ipv6_fl_list")}
 
 
 def _packet(btf: Btf) -> Offsets:

@@ -8,65 +8,114 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from ipaddress import ip_address
+from typing import Any
 
 from graft.datapath import layout
-from graft.datapath.maps import Maps
+from graft.datapath.maps import Maps, needs_room
 from graft.kernel.bpf import Map
 from graft.model.address import IPAddress, pack16
 from graft.model.endpoint import in_order
 from graft.policy.compiler import RuleSet
 from graft.policy.model import Verdict
 
+_Table = Map[Any, Any]
+_Value = ctypes.Structure | ctypes.c_uint32
+
 
 def write(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, int]) -> None:
-    """Put ``rules`` into the maps as ruleset ``number``. All of them, or none and the error is raised."""
+    """Put ``rules`` into the maps as ruleset ``number``. All of them, or none and the error is raised.
+
+    Raises KernelError where the maps have no room for them.
+    """
+    written: list[tuple[_Table, ctypes.Structure]] = []
     try:
-        for bind in rules.ingress:
-            any_ = bind.address is None
-            in_key = layout.IngressKey(
-                prefixlen=layout.INGRESS_FIXED_BITS + bind.port_bits,
-                ruleset=number,
-                protocol=bind.protocol,
-                family=bind.family,
-                any=any_,
-                port_be=socket.htons(bind.port),
-            )
-            in_key.addr[:] = bind.address or bytes(16)
-            maps.ingress.put(in_key, layout.IngressValue(endpoint_ids[bind.endpoint], bind.first_port))
-        for prefix in rules.egress_prefixes:
-            out_key = layout.EgressKey(
-                prefixlen=layout.EGRESS_FIXED_BITS + prefix.prefix_len,
-                ruleset=number,
-                protocol=prefix.protocol,
-                family=prefix.family,
-            )
-            out_key.addr[:] = prefix.address
-            maps.egress.put(out_key, layout.EgressValue(prefix.node))
-        for port in rules.egress_ports:
-            port_key = layout.EgressPortKey(
-                prefixlen=layout.EGRESS_PORT_FIXED_BITS + port.port_bits,
-                ruleset=number,
-                node=port.node,
-                port_be=socket.htons(port.port),
-            )
-            endpoint = 0 if port.endpoint is None else endpoint_ids[port.endpoint]
-            maps.egress_ports.put(port_key, layout.EgressPortValue(port.verdict, endpoint))
-        write_groups(maps, number, rules.groups)
+        with needs_room("policy"):
+            for table, key, value in _entries(maps, number, rules, endpoint_ids):
+                table.put(key, value)
+                written.append((table, key))
+            write_groups(maps, number, rules.groups)
     except BaseException:
-        erase(maps, number)
+        for table, key in written:
+            table.delete(key)
+        write_groups(maps, number, ())
         raise
+
+
+def _entries(
+    maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, int]
+) -> Iterator[tuple[_Table, ctypes.Structure, _Value]]:
+    uses: dict[int, int] = defaultdict(int)
+    for bind in rules.ingress:
+        in_key = layout.IngressKey(
+            prefixlen=layout.INGRESS_FIXED_BITS + bind.port_bits,
+            ruleset=number,
+            protocol=bind.protocol,
+            family=bind.family,
+            any=bind.address is None,
+            port_be=socket.htons(bind.port),
+        )
+        in_key.addr[:] = bind.address or bytes(16)
+        endpoint = endpoint_ids[bind.endpoint]
+        uses[endpoint] |= layout.USE_INGRESS | layout.USE_PORT_0 * (not bind.port and bind.port_bits == 16)
+        yield maps.ingress, in_key, layout.IngressValue(endpoint, bind.first_port)
+    for prefix in rules.egress_prefixes:
+        out_key = layout.EgressKey(
+            prefixlen=layout.EGRESS_FIXED_BITS + prefix.prefix_len,
+            ruleset=number,
+            protocol=prefix.protocol,
+            family=prefix.family,
+        )
+        out_key.addr[:] = prefix.address
+        yield maps.egress, out_key, layout.EgressValue(prefix.node)
+    for port in rules.egress_ports:
+        port_key = layout.EgressPortKey(
+            prefixlen=layout.EGRESS_PORT_FIXED_BITS + port.port_bits,
+            ruleset=number,
+            node=port.node,
+            port_be=socket.htons(port.port),
+        )
+        endpoint = 0 if port.endpoint is None else endpoint_ids[port.endpoint]
+        uses[endpoint] |= 0
+        yield maps.egress_ports, port_key, layout.EgressPortValue(port.verdict, endpoint)
+    for endpoint, how in uses.items():
+        if endpoint:
+            yield maps.uses, layout.Use(number, endpoint), ctypes.c_uint32(how)
 
 
 def erase(maps: Maps, number: int) -> None:
     """Remove every entry of ruleset ``number``."""
     write_groups(maps, number, ())
-    tables: tuple[Map, ...] = (maps.ingress, maps.egress, maps.egress_ports)  # type: ignore[type-arg]
-    for table in tables:
-        for key in table.keys():  # noqa: SIM118
-            if key.ruleset == number:
-                table.delete(key)
+    for table, first, value in (
+        (maps.ingress, layout.IngressKey(layout.INGRESS_FIXED_BITS + 16), layout.IngressValue()),
+        (maps.egress, layout.EgressKey(layout.EGRESS_FIXED_BITS + 128), layout.EgressValue()),
+        (maps.egress_ports, layout.EgressPortKey(layout.EGRESS_PORT_FIXED_BITS + 16), layout.EgressPortValue()),
+    ):
+        first.ruleset = number
+        for key in _keys_of(table, first, value):
+            table.delete(key)
+    for use in maps.uses.keys():  # noqa: SIM118
+        if use.ruleset == number:
+            maps.uses.delete(use)
+
+
+def _keys_of(table: _Table, first: Any, value: ctypes.Structure) -> list[Any]:
+    """The keys of ``first``'s ruleset, without a walk through those of all others, very many.
+
+    A trie gives its keys in the order of their bits, and the ruleset's number comes first (trie_get_next_key of the
+    kernel's kernel/bpf/lpm_trie.c, from 5.2 on). ``first`` is before all others of its ruleset, as no rule is for its
+    protocol, or its node; it is put there to begin with.
+    """
+    try:
+        table.put(first, value)
+    except OSError:  # there is no room for it
+        return [key for key in table.keys() if key.ruleset == first.ruleset]  # noqa: SIM118
+    found = [first]
+    while (key := table.next_key(found[-1])) is not None and key.ruleset == first.ruleset:
+        found.append(key)
+    return found
 
 
 def write_groups(maps: Maps, number: int, groups: Collection[IPAddress]) -> None:
@@ -89,26 +138,24 @@ def groups_of(maps: Maps, number: int) -> tuple[IPAddress, ...]:
 
 def using(maps: Maps, endpoint: int) -> set[int]:
     """The rulesets that name an endpoint."""
-    found = {key.ruleset for key, value in maps.ingress.items() if value.endpoint == endpoint}
-    found |= {key.ruleset for key, value in maps.egress_ports.items() if value.endpoint == endpoint}
-    return found
+    return {use.ruleset for use in maps.uses.keys() if use.endpoint == endpoint}  # noqa: SIM118
 
 
 def ingress_using(maps: Maps, endpoint: int) -> tuple[bool, bool]:
     """Whether rules redirect binds to an endpoint, and whether one of them is for binds of port 0."""
-    keys = [key for key, value in maps.ingress.items() if value.endpoint == endpoint]
-    return bool(keys), any(not key.port_be and key.prefixlen == layout.INGRESS_FIXED_BITS + 16 for key in keys)
+    how = [value.value for use, value in maps.uses.items() if use.endpoint == endpoint]
+    return any(one & layout.USE_INGRESS for one in how), any(one & layout.USE_PORT_0 for one in how)
 
 
 def endpoints_of(maps: Maps, ruleset: int) -> set[int]:
     """The endpoints to which binds are redirected by a ruleset."""
-    return {value.endpoint for key, value in maps.ingress.items() if key.ruleset == ruleset}
+    found = ((use, value.value) for use, value in maps.uses.items())
+    return {use.endpoint for use, how in found if use.ruleset == ruleset and how & layout.USE_INGRESS}
 
 
 def endpoints_in_use(maps: Maps) -> set[int]:
     """The endpoints that any rule names."""
-    used = {value.endpoint for _, value in maps.ingress.items()}
-    return used | {value.endpoint for _, value in maps.egress_ports.items()}
+    return {use.endpoint for use in maps.uses.keys()}  # noqa: SIM118
 
 
 class Lookup:

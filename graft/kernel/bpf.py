@@ -355,13 +355,14 @@ class Map(Generic[KeyT, ValueT]):
     def keys(self) -> list[KeyT]:
         """All current keys. Read at once, so that entries can be deleted while the caller iterates."""
         found: list[KeyT] = []
-        key = self._next(None)
+        key = self.next_key(None)
         while key is not None:
             found.append(key)
-            key = self._next(key)
+            key = self.next_key(key)
         return found
 
-    def _next(self, key: KeyT | None) -> KeyT | None:
+    def next_key(self, key: KeyT | None) -> KeyT | None:
+        """The key behind this one, or the first; None behind the last. (Behind one that is not there: the first.)"""
         following = self._key()
         attr = _ElemAttr(self.fd, 0, 0 if key is None else ctypes.addressof(key), ctypes.addressof(following))
         try:

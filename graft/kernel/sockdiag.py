@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,8 +35,9 @@ _NO_COOKIE = b"\xff" * 8  # INET_DIAG_NOCOOKIE
 IPPROTO_MPTCP = 262
 # INET_DIAG_*: attributes of a listed socket; the last since 5.9
 _SKV6ONLY, _SK_BPF_STORAGES, _CGROUP_ID = 11, 20, 21
-# INET_DIAG_REQ_* and SK_DIAG_BPF_STORAGE_*: attributes of a request: a socket storage (5.7), a protocol over 255 (5.10)
-_REQUEST_STORAGES, _REQUEST_PROTOCOL = 2, 3
+# INET_DIAG_REQ_* and SK_DIAG_BPF_STORAGE_*: attributes of a request: which sockets, a socket storage (5.7), a protocol
+# over 255 (5.10)
+_REQUEST_BYTECODE, _REQUEST_STORAGES, _REQUEST_PROTOCOL = 1, 2, 3
 _STORAGE_MAP, _STORAGE_VALUE = 1, 3
 _NESTED = 0x8000
 
@@ -50,6 +51,11 @@ _REMOTE_PORT = slice(2, 4)  # in that
 _ATTRIBUTE = struct.Struct("=HH")
 _NUMBER = struct.Struct("=I")
 _TRIES = 4096
+_MAX_AT = 1024  # listeners at one address
+# struct inet_diag_bc_op: code, where to go on if so, and if not; struct inet_diag_hostcond: family, prefix, -, port
+_CONDITION = struct.Struct("=BBHBB2xi")
+_JUMP = struct.Struct("=BBH")
+_BC_JMP, _BC_S_COND, _ANY_PORT = 1, 7, -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +63,9 @@ class ListeningSocket:
     """A listening TCP socket, or a UDP socket that has a port.
 
     ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it; ``connected``: it has a peer, at
-    ``peer`` and ``peer_port``. ``stored`` is its value in the requested socket storage. ``asked`` is for a caller that
-    knows what address its program bound: (family, address, port) of that, None for the same.
+    ``peer`` and ``peer_port``; ``unread``: of UDP, the memory of what it has not read yet. ``stored`` is its value in
+    the requested socket storage. ``asked`` is for a caller that knows what address its program bound: (family, address,
+    port) of that, None for the same.
     """
 
     family: int
@@ -74,6 +81,7 @@ class ListeningSocket:
     connected: bool = False
     peer_port: int = 0
     peer: bytes = bytes(16)
+    unread: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,21 +157,25 @@ class Diagnostics:
 
     def listeners_at(self, family: int, address: str, port: int) -> list[ListeningSocket]:
         """Every listener of the namespace that a connection to that address may reach: several with SO_REUSEPORT, of
-        which a program that one of them has set may choose any. Raises OSError.
+        which a program that one of them has set may choose any. Raises OSError, also where there are very many.
         """
         packed = socket.inet_pton(family, address)
-        places = {(6, packed), (6, bytes(16))}
+        places = [(socket.AF_INET6, [packed, bytes(16)])]
         if family == socket.AF_INET:
-            padded = packed.ljust(16, b"\0")
-            places = {(4, padded), (4, bytes(16)), (6, bytes(10) + b"\xff\xff" + packed), (6, bytes(16))}
-        found = []
-        for kind in (socket.AF_INET, socket.AF_INET6) if family == socket.AF_INET else (socket.AF_INET6,):
-            for piece in self._dump(kind, socket.IPPROTO_TCP, 1 << _TCP_LISTEN, _PIECE_BYTES, port=port):
+            mapped = bytes(10) + b"\xff\xff"
+            places = [
+                (socket.AF_INET, [packed, bytes(4)]),
+                (socket.AF_INET6, [mapped + packed, mapped + bytes(4), bytes(16)]),
+            ]
+        found: list[ListeningSocket] = []
+        for kind, addresses in places:
+            code = _at_one_of(kind, addresses)
+            for piece in self._dump(kind, socket.IPPROTO_TCP, 1 << _TCP_LISTEN, _PIECE_BYTES, port=port, code=code):
                 with _refusing():
                     found += [parse_listener(message) for message in piece]
-        if family == socket.AF_INET:
-            found = [one for one in found if not one.v6only]
-        return [one for one in found if one.port == port and (one.family, one.address) in places]
+                if len(found) > _MAX_AT:
+                    raise OSError(errno.EMSGSIZE, f"more than {_MAX_AT} sockets listen at {address}, port {port}")
+        return [one for one in found if family != socket.AF_INET or not one.v6only]
 
     def datagram_sockets(self) -> Iterator[list[ListeningSocket]]:
         """Every UDP socket of the namespace, likewise; none where the kernel does not list them."""
@@ -212,14 +224,23 @@ class Diagnostics:
         _answered(self._sock.recv(_LARGE_BYTES))
 
     def _dump(
-        self, family: int, protocol: int, states: int, at_once: int, storage: int | None = None, port: int = 0
+        self,
+        family: int,
+        protocol: int,
+        states: int,
+        at_once: int,
+        storage: int | None = None,
+        port: int = 0,
+        code: bytes = b"",
     ) -> Iterator[list[bytes]]:
         """The messages of a listing, ``at_once`` bytes at a time. No other request may be sent until its end. ``port``:
-        only of sockets at that one.
+        only of sockets at that one; ``code``: of those that it accepts (`_at_one_of`).
         """
         body = _REQUEST.pack(family, min(protocol, 255), 0, 0, states, port.to_bytes(2, "big") + bytes(46))
         if protocol > 255:
             body += _attribute(_REQUEST_PROTOCOL, _NUMBER.pack(protocol))
+        if code:
+            body += _attribute(_REQUEST_BYTECODE, code)
         if storage is not None:
             body += _attribute(_REQUEST_STORAGES | _NESTED, _attribute(_STORAGE_MAP, _NUMBER.pack(storage)))
         self._send(_SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, body)
@@ -230,6 +251,21 @@ class Diagnostics:
 
     def _send(self, kind: int, flags: int, body: bytes) -> None:
         self._sock.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, 0, 0) + body)
+
+
+def _at_one_of(family: int, addresses: Sequence[bytes]) -> bytes:
+    """Code for the kernel that accepts sockets at one of the addresses (inet_diag_bc_run, net/ipv4/inet_diag.c).
+
+    It accepts at its very end, and refuses 4 bytes after that. Each condition but the last has a jump to the end behind
+    it; where it does not hold, it goes on 4 bytes further, with the next one. A prefix of 0 would be any address.
+    """
+    code = b""
+    for packed in reversed(addresses):
+        if code:
+            code = _JUMP.pack(_BC_JMP, _JUMP.size, _JUMP.size + len(code)) + code
+        size = _CONDITION.size + len(packed)
+        code = _CONDITION.pack(_BC_S_COND, size, size + 4, family, 8 * len(packed), _ANY_PORT) + packed + code
+    return code
 
 
 @contextlib.contextmanager
@@ -274,6 +310,7 @@ def parse_listener(message: bytes) -> ListeningSocket:
     """A listener from struct inet_diag_msg with its attributes. Raises ValueError where it is too short."""
     family, state, _timer, _retrans, port, peer, source, target, device, *rest = _fields(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
+    *_, queued, _unsent, _uid, inode = rest
     return ListeningSocket(
         family=4 if family == socket.AF_INET else 6,
         address=source[:4].ljust(16, b"\0") if family == socket.AF_INET else source,
@@ -281,7 +318,8 @@ def parse_listener(message: bytes) -> ListeningSocket:
         v6only=attributes.get(_SKV6ONLY, b"")[:1] not in (b"", b"\0"),
         cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder),
         device=device,
-        inode=rest[-1],
+        inode=inode,
+        unread=queued,
         stored=_stored(attributes),
         connected=state == _TCP_ESTABLISHED,
         peer_port=int.from_bytes(peer, "big"),

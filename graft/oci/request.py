@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +167,7 @@ def choose_policy(
     if request.source is Source.PAIRS:
         return policy_from_pairs(request.value, known)
     from graft.policy.files import read_policy
+    from graft.policy.model import Origin
     from graft.policy.reader import load_policy
 
     trusted = request.source is Source.ANNOTATION and annotations_are_trusted(config, options)
@@ -181,7 +182,7 @@ def choose_policy(
             f"{request.source.value}: the policy {request.value!r} is not open to containers that ask for it ({why})",
             f"open: true in {path}{more}",
         )
-    return policy
+    return policy if trusted else replace(policy, origin=Origin.ASKED)
 
 
 def _refuse_two_requests(annotated: str, variables: Mapping[str, str]) -> None:
@@ -200,17 +201,18 @@ def _refuse_two_requests(annotated: str, variables: Mapping[str, str]) -> None:
 def policy_from_pairs(text: str, known: Mapping[str, Endpoint]) -> Policy:
     """The policy of GRAFT_CONV_PAIRS: ``ADDR:PORT[-PORT]=ENDPOINT``, several with spaces or commas between them.
 
-    An image can set it, so the limits of a policy file (graft/policy/limits.py) are checked before it is parsed.
+    An image can set it, so the limits of a policy file (graft/policy/limits.py) are checked before it is parsed, and
+    of map entries it may need fewer.
     Raises UsageError, and NotFoundError or RefusedError for an endpoint that does not exist or is not open.
     """
     from graft.policy.limits import check_count, check_text
-    from graft.policy.model import Policy, ingress_rules
+    from graft.policy.model import Origin, Policy, ingress_rules
 
     check_text(text, PAIRS_VARIABLE)
     pairs = text.replace(",", " ").split()
     check_count(len(pairs), PAIRS_VARIABLE)
     ingress, unix_ingress = ingress_rules(pairs, PAIRS_VARIABLE)
-    policy = Policy(name="pairs", ingress=ingress, unix_ingress=unix_ingress)
+    policy = Policy(name="pairs", ingress=ingress, unix_ingress=unix_ingress, origin=Origin.PAIRS)
     for rule in policy.every_ingress:
         _require_open(known, rule.endpoint)
     return policy

@@ -28,7 +28,7 @@ from graft.model.address import IPAddress, Prefix, pack16
 from graft.model.endpoint import IP_PROTOCOLS, Endpoint, Protocol, in_order
 from graft.model.ports import prefixes_of
 from graft.model.unix_socket import UNIX_FAMILY, path_key
-from graft.policy.limits import MAX_ENTRIES, check_size
+from graft.policy.limits import GROUP_ENTRIES, check_size, max_entries
 from graft.policy.model import Default, Outcome, Policy, PolicyError, Verdict
 from graft.policy.validator import (
     ANY4,
@@ -117,6 +117,11 @@ class RuleSet:
         """How many map entries it takes."""
         return len(self.ingress) + len(self.egress_prefixes) + len(self.egress_ports) + len(self.groups)
 
+    @property
+    def weight(self) -> int:
+        """The same, where each counts by how small its map is."""
+        return self.entries + (GROUP_ENTRIES - 1) * len(self.groups)
+
 
 def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet:
     """The entries of ``policy``; ``endpoints`` are those it may name besides the ones it declares.
@@ -129,8 +134,9 @@ def compile_policy(policy: Policy, endpoints: Mapping[str, Endpoint]) -> RuleSet
     problems = check_endpoints_exist(policy, resolved) + check_rules(policy, resolved)
     if problems:
         raise PolicyError(policy.name, problems)
-    ingress = _at_most(MAX_ENTRIES, chain(_ingress_entries(policy, resolved), _unix_entries(policy)))
-    egress = _at_most(MAX_ENTRIES - len(ingress), _egress_entries(policy, resolved))
+    limit = max_entries(policy)
+    ingress = _at_most(limit, limit, chain(_ingress_entries(policy, resolved), _unix_entries(policy)))
+    egress = _at_most(limit - len(ingress), limit, _egress_entries(policy, resolved))
     groups = in_order(group for rule in policy.ingress for group in resolved[rule.endpoint].multicast)
     return RuleSet(
         ingress=tuple(ingress),
@@ -152,11 +158,11 @@ def _sends_to_groups(policy: Policy) -> bool:
     return any(to.inside(groups) for to in grants for groups in MULTICAST)
 
 
-def _at_most(limit: int, entries: Iterator[T]) -> list[T]:
-    """All of ``entries``. Raises UsageError as soon as there are more than ``limit``."""
-    kept = list(islice(entries, limit + 1))
-    if len(kept) > limit:
-        raise UsageError(f"policy: it needs more than {MAX_ENTRIES} map entries", "fewer rules, prefixes or ports")
+def _at_most(count: int, limit: int, entries: Iterator[T]) -> list[T]:
+    """All of ``entries``. Raises UsageError, naming ``limit``, as soon as there are more than ``count``."""
+    kept = list(islice(entries, count + 1))
+    if len(kept) > count:
+        raise UsageError(f"policy: it needs more than {limit} map entries", "fewer rules, prefixes or ports")
     return kept
 
 

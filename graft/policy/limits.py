@@ -8,7 +8,7 @@ docs/policy.md has the same numbers.
 from __future__ import annotations
 
 from graft.errors import UsageError
-from graft.policy.model import Policy
+from graft.policy.model import Origin, Policy
 
 MAX_BYTES = 1 << 20
 """Of text, in UTF-8."""
@@ -25,7 +25,22 @@ MAX_RULES = 2048
 MAX_ENTRIES = 32768
 """Map entries of one policy. The maps are finite and shared (GRAFT_MAX_RULES of graft/datapath/loader.py)."""
 
+MAX_PAIRS_ENTRIES = 512
+"""The same of GRAFT_CONV_PAIRS, which nobody but the container's image may have written."""
+
+MAX_ASKED_ENTRIES = 131072
+"""Of all policies that containers have asked for in their environment: half of the maps, so that whatever images ask
+for, there is room for what the operator says."""
+
+GROUP_ENTRIES = 16
+"""For how many a multicast group counts there: its map is that much smaller (GRAFT_MAX_GROUPS)."""
+
 FEWER_RULES = "fewer, with wider prefixes or ranges"
+
+
+def max_entries(policy: Policy) -> int:
+    """How many map entries a policy may have."""
+    return MAX_PAIRS_ENTRIES if policy.origin is Origin.PAIRS else MAX_ENTRIES
 
 
 def check_text(text: str, field: str) -> None:

@@ -44,6 +44,16 @@ class Verdict(IntEnum):
     CONTAINER = 3
 
 
+class Origin(IntEnum):
+    """Who has written a policy, and who has chosen it."""
+
+    OPERATOR = 0
+    ASKED = 1
+    """The operator's, which a container has named in its environment, as its image may have."""
+    PAIRS = 2
+    """That environment's own."""
+
+
 @dataclass(frozen=True, slots=True)
 class IngressRule:
     """A bind that ``bind`` matches is redirected to ``endpoint``.
@@ -120,6 +130,7 @@ class Policy:
     open: bool = False
     other_default: Default | None = None
     unix_ingress: tuple[UnixRule, ...] = ()
+    origin: Origin = Origin.OPERATOR
 
     @property
     def every_ingress(self) -> tuple[IngressRule | UnixRule, ...]:

@@ -31,6 +31,8 @@
     outbound.py     the listener to which the connect hook redirects granted connections
     datagrams.py    UDP, both ways, and how it is relayed over IPv4
     stand_ins.py    how over IPv6
+    stand_in_sockets.py       its sockets: made, closed, and what is left of them
+    forgotten.py              what stood for a forgotten remote end, until nothing is left to read (pure)
     datagram_clients.py       clients of a container's UDP sockets, and the sockets at endpoints that hear them
     datagram_places.py        how many clients of all containers have an entry in the maps
     datagram_destinations.py  destinations of a container's UDP sockets

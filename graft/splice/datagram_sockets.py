@@ -51,11 +51,13 @@ def plain_datagram_socket(family: int) -> socket.socket:
     return socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 
-def bound_by_number(make: Callable[[], socket.socket], address: str) -> socket.socket:
+def bound_by_number(
+    make: Callable[[], socket.socket], address: str, is_late: Callable[[], bool] = lambda: False
+) -> socket.socket:
     """At a free port that is bound by its number: the kernel leaves it to a socket that root of the namespace destroys.
 
-    (udp_abort, net/ipv4/udp.c: then the socket goes on, with one error. Otherwise it has no port any more.) Raises
-    OSError.
+    (udp_abort, net/ipv4/udp.c: then the socket goes on, with one error. Otherwise it has no port any more.) Where
+    somebody else was quicker another port is tried, unless it ``is_late``. Raises OSError.
     """
     for left in reversed(range(_BIND_TRIES)):
         with make() as asked:
@@ -66,7 +68,7 @@ def bound_by_number(make: Callable[[], socket.socket], address: str) -> socket.s
             sock.bind(place)
         except OSError as error:
             sock.close()
-            if error.errno != errno.EADDRINUSE or not left:  # somebody was quicker
+            if error.errno != errno.EADDRINUSE or not left or is_late():
                 raise
             continue
         return sock

@@ -9,13 +9,16 @@ All tables are bounded and age.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import itertools
 import os
 import random
 import select
 import socket
 import time
+from collections import OrderedDict, deque
 from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
@@ -27,6 +30,7 @@ from graft.errors import GraftError
 from graft.splice.datagram_clients import Client, Clients, Paths, Server
 from graft.splice.datagram_destinations import DESTINATION_SECONDS, Destination, Destinations
 from graft.splice.datagram_sockets import Address, Datagram, bound_by_number, datagram_socket, receive_each, send
+from graft.splice.forgotten import Forgotten
 from graft.splice.jobs import Job, Stepwise
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
@@ -82,7 +86,10 @@ class Slots:
         self._container = resources.number
         self.clients = Clients(MAX_CLIENTS, self.remove_client)
         self._places = resources.daemon.client_places
-        self._next_slot = itertools.cycle(range(layout.EXCHANGE_SLOTS))
+        self._free_slots = deque(range(layout.EXCHANGE_SLOTS))
+        self._forgotten = Forgotten()
+        self._noted: OrderedDict[int, None] = OrderedDict()
+        """The forgotten slots of which the map still says whose they were."""
         self._next_aged = itertools.cycle(range(layout.EXCHANGE_OUT_SLOTS))
         self._peers: Collection[int] = ()
         self._listed = 0.0
@@ -121,11 +128,12 @@ class Slots:
     # ---- from clients of the host's, and back
 
     def add_client(self, server: Server, datagram: Datagram) -> Client:
-        """Give a client a slot, which the longest unanswered one loses where there are too many. Raises OSError."""
+        """Give a client a slot; of too many, the longest unanswered one is forgotten. Raises OSError."""
+        if not self._free_slots:
+            raise OSError(errno.ENOBUFS, "the container has not read yet what forgotten clients have sent")
         self.clients.make_room()
         self._places.make_room(self._share)
-        slot = next(slot for slot in self._next_slot if self.clients.get(slot) is None)
-        client = Client(self, slot, random.randint(1, layout.EXCHANGE_GENERATIONS), server, datagram)
+        client = Client(self, self._free_slots[0], random.randint(1, layout.EXCHANGE_GENERATIONS), server, datagram)
         value = self._value(client)
         number = _number_of(client)
         self._maps.exchanges.put(self._slot(number), value)
@@ -134,27 +142,54 @@ class Slots:
         except OSError:
             self._maps.exchanges.delete(self._slot(number))
             raise
+        self._free_slots.popleft()
         self._share.take()
         self.clients.add(client)
         return client
 
     def remove_client(self, client: Client) -> None:
-        """Forget a client. Its next datagram begins a new exchange."""
+        """Forget a client. Its next datagram begins a new exchange. The map still says whose the slot was."""
         self.clients.discard(client)
-        self._share.give_back()
         number, key = _number_of(client), self._client_key(client)
-        self._maps.exchanges.delete(self._slot(number))
+        value = self._value(client)
+        value.local_port = 0
+        with contextlib.suppress(OSError):  # else its entry stays as it was
+            self._maps.exchanges.put(self._slot(number), value)
+        self._forgotten.add(client.number, client.server.target.port)
+        self._noted[client.number] = None
         noted = self._maps.exchange_clients.peek(key)
         if noted is not None and noted.value == number.number:  # not that of the same client with a newer server
             self._maps.exchange_clients.delete(key)
 
     def remove_unanswered(self) -> bool:
-        """Remove the longest unanswered client; False where there is none."""
-        return self.clients.remove_longest_unanswered()
+        """Make room in the map: of a forgotten client, else the longest unanswered one. False where there is none."""
+        return self._erase_oldest() or (self.clients.remove_longest_unanswered() and self._erase_oldest())
 
     def remove_any(self) -> bool:
-        """The same, or else one that was answered."""
-        return self.clients.remove_longest_unanswered() or self.clients.remove_longest_answered()
+        """The same, or else of one that was answered."""
+        return self.remove_unanswered() or (self.clients.remove_longest_answered() and self._erase_oldest())
+
+    def _erase_oldest(self) -> bool:
+        """What the map says of the slot that was forgotten first: what is read from there now is nobody's."""
+        if not self._noted:
+            return False
+        self._erase(next(iter(self._noted)))
+        return True
+
+    def _erase(self, slot: int) -> None:
+        if slot in self._noted:
+            del self._noted[slot]
+            self._maps.exchanges.delete(ExchangeSlot(container=self._container, slot=slot))
+            self._share.give_back()
+
+    def free_read(self, unread: Collection[int], listed: float) -> Stepwise[None]:
+        """Free the slots from which nothing is left to read: see `Forgotten.read`."""
+        for slot in self._forgotten.read(unread, listed):
+            self._erase(slot)
+            if self._forgotten.remove(slot):
+                self._free_slots.append(slot)
+            if self._resources.loop.turn_is_over():
+                yield
 
     def hand_over(self, client: Client, data: bytes) -> None:
         """Send the container's socket what the client sent."""
@@ -259,6 +294,9 @@ class Slots:
                 self.remove_client(client)
             if loop.turn_is_over():
                 yield
+        while self._erase_oldest():
+            if loop.turn_is_over():
+                yield
         for number in range(layout.EXCHANGE_OUT_SLOTS):
             self._maps.exchanges.delete(ExchangeSlot(container=self._container, slot=number, out=True))
             if loop.turn_is_over():
@@ -311,20 +349,23 @@ class DatagramRelay:
         paths = Paths(self._slots, self._stand_ins)
         return Server(self._resources, paths, sock, wanted.target, wanted.target6, address)
 
-    def keep_programs(self, ports: Collection[int], peers: Peers, since: float) -> Stepwise[None]:
-        """Close what belongs to sockets that are gone: all of the namespace's ports were listed, after ``since``, and
-        to which addresses of the relay's a socket is connected.
+    def keep_programs(
+        self, ports: Collection[int], peers: Peers, unread: Collection[int], since: float
+    ) -> Stepwise[None]:
+        """Close what belongs to sockets that are gone: all of the namespace's ports were listed, after ``since``, to
+        which addresses of the relay's a socket is connected, and at which ports there is something to read.
         """
         if self.port not in ports:  # the kernel does not list them
             return
         self._slots.keep_peers(peers.four, since)
+        yield from self._slots.free_read(unread, since)
         for gone in self._destinations.of_closed_sockets(ports, since):
             gone.reset()
             if gone.key[0] == 4:
                 self._slots.give_up(gone)
             if self._resources.loop.turn_is_over():
                 yield
-        yield from self._stand_ins.keep_programs(ports, peers.six, since)
+        yield from self._stand_ins.keep_programs(ports, peers.six, unread, since)
 
     def _age(self) -> None:
         if not self._stopped:

@@ -135,6 +135,8 @@ class PublicationPlan:
         self.datagram_ports: set[int] = set()
         """The ports of all UDP sockets of the namespace."""
         self.datagram_peers = Peers(set(), set())
+        self.unread_ports: set[int] = set()
+        """Those at which a socket has something to read, that is not known to be somebody else's."""
         self.more_unpublished = self.too_many = 0
         """How many more are not published; how many of all these are beyond ``limit``, though a rule names them."""
 
@@ -159,6 +161,8 @@ class PublicationPlan:
     def add_datagram_socket(self, one: ListeningSocket) -> None:
         """Add a UDP socket of the namespace: a server's, if it has no peer and a rule names it."""
         self.datagram_ports.add(one.port)
+        if one.unread and not (self._is_elsewhere(one) and one.cgroup in self._others):
+            self.unread_ports.add(one.port)
         if not one.connected:
             self.add(one)
             return

@@ -145,7 +145,7 @@ class Relays:
     def _apply(self, plan: PublicationPlan, begun: float) -> Stepwise[None]:
         self._plan = plan
         if self._datagrams is not None:
-            yield from self._datagrams.keep_programs(plan.datagram_ports, plan.datagram_peers, begun)
+            yield from self._datagrams.keep_programs(plan.datagram_ports, plan.datagram_peers, plan.unread_ports, begun)
         wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
         # If an endpoint has moved, its old listener stays until the new one listens.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graft.datapath import attachments, exchanges, layout, rulesets
-from graft.datapath.maps import Maps
+from graft.datapath.maps import Maps, needs_room
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
 from graft.kernel import bpf, cgroup
 from graft.model.address import shown
@@ -22,8 +22,8 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.policy.born import grants_datagrams, why_not_born
 from graft.policy.compiler import RuleSet, compile_policy
-from graft.policy.limits import check_size
-from graft.policy.model import Policy
+from graft.policy.limits import MAX_ASKED_ENTRIES, check_size
+from graft.policy.model import Origin, Policy
 from graft.policy.validator import needs_unix_relay
 from graft.state import bound_sockets, ferries, helper_process, members, records, unix_sockets
 from graft.state.endpoints import EndpointChanges
@@ -120,6 +120,7 @@ class _Installed:
     flags: int
     superseded: dict[str, int]
     unix_relay: bool
+    asked: int
 
 
 def refuse_below(path: Path) -> None:
@@ -183,7 +184,8 @@ class ContainerChanges(Containers):
             value = layout.ContainerValue(
                 netns, new.ruleset, transport, new.bind_default, new.connect_default, new.flags
             )
-            self._maps.containers.put(ctypes.c_uint32(number), value)
+            with needs_room("container"):
+                self._maps.containers.put(ctypes.c_uint32(number), value)
             if prepare is not None:
                 prepare(number)
             attachments.attach(self._settings, path, number, splice=transport is Transport.SPLICE or new.unix_relay)
@@ -200,6 +202,7 @@ class ContainerChanges(Containers):
                 engine=engine,
                 relay=relay,
                 unix_relay=new.unix_relay,
+                asked=new.asked,
             )
             records.save(self._settings, container)
         except BaseException:
@@ -241,6 +244,7 @@ class ContainerChanges(Containers):
             endpoints=endpoint_names(compiled.policy),
             relay=relay or container.relay,
             unix_relay=new.unix_relay,
+            asked=new.asked,
         )
         records.save(self._settings, changed)
         return changed
@@ -268,6 +272,7 @@ class ContainerChanges(Containers):
             stored = {found.endpoint.name: found for found in self._endpoints.listing()}
             known = {name: found.endpoint for name, found in stored.items()}
             rules = compile_for(policy, known, compiled).rules
+            asked = self._asked_room(policy, rules)
             number = self._new_id()
             unix_sockets.save_rules(self._settings, policy.unix_ingress)
             rulesets.write(self._maps, number, rules, {name: found.id for name, found in stored.items()})
@@ -277,7 +282,21 @@ class ContainerChanges(Containers):
             raise
         flags = layout.container_flags(rules.denies, rules.leaves_others, rules.names_icmp, rules.names_groups)
         relayed = needs_unix_relay(policy, known)
-        return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded, relayed)
+        return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded, relayed, asked)
+
+    def _asked_room(self, policy: Policy, rules: RuleSet) -> int:
+        """How much of the maps a container asks for itself; 0 where the operator chose its policy.
+
+        Raises RefusedError where all such containers would have more of them than they may.
+        """
+        if policy.origin is Origin.OPERATOR:
+            return 0
+        if sum(one.asked for one in self.listing()) + rules.weight > MAX_ASKED_ENTRIES:
+            raise RefusedError(
+                "policy: containers have asked for as many rules by their environment as they may together",
+                "end some of them, or name the policy in an annotation",
+            )
+        return rules.weight
 
     def _release_unix(self, container: int, kept: Collection[int] = ()) -> None:
         """Remove a container's unix sockets from the host, except for those of the endpoints ``kept``."""

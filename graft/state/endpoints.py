@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from graft.datapath import layout, rulesets
-from graft.datapath.maps import Maps
+from graft.datapath.maps import Maps, needs_room
 from graft.errors import ConflictError, NotFoundError
 from graft.kernel import netns
 from graft.model.endpoint import Endpoint, Protocol
@@ -123,8 +123,12 @@ class EndpointChanges(Endpoints):
         if self._id_of(endpoint.name) is not None:
             raise ConflictError(f"name: endpoint {endpoint.name!r} already exists", "graft ep set changes it")
         number = self._new_id()
-        self._write(number, endpoint, declared)
-        self._set_id(endpoint.name, number)
+        try:
+            self._write(number, endpoint, declared)
+            self._set_id(endpoint.name, number)
+        except BaseException:
+            self._erase(number)
+            raise
         return number
 
     def change(self, endpoint: Endpoint) -> None:
@@ -231,7 +235,8 @@ class EndpointChanges(Endpoints):
                 self._remove(stored.endpoint.name, stored.id)
 
     def _set_id(self, name: str, number: int) -> None:
-        self._maps.endpoint_names.put(_key(name), ctypes.c_uint32(number))
+        with needs_room("endpoint"):
+            self._maps.endpoint_names.put(_key(name), ctypes.c_uint32(number))
 
     def _remove(self, name: str, number: int) -> None:
         self._maps.endpoint_names.delete(_key(name))
@@ -266,8 +271,9 @@ class EndpointChanges(Endpoints):
             flags=flags,
         )
         value.addr[:] = endpoint.packed16
-        rulesets.write_groups(self._maps, number, endpoint.multicast)
-        self._maps.endpoints.put(ctypes.c_uint32(number), value)
+        with needs_room("endpoint"):
+            rulesets.write_groups(self._maps, number, endpoint.multicast)
+            self._maps.endpoints.put(ctypes.c_uint32(number), value)
 
 
 def _key(name: str) -> layout.EndpointNameKey:

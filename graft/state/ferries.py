@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import socket
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def connect(settings: Settings, container: int) -> socket.socket | None:
 def end(settings: Settings, maps: Maps, container: int) -> None:
     """End a container's ferry, and remove what it had. Quick where there is none."""
     path = socket_path(settings, container)
-    if not path.exists():
+    if not path.exists() and maps.ferries.peek(ctypes.c_uint32(container)) is None:
         return
     ferry = connect(settings, container)
     if ferry is not None:
@@ -49,6 +50,21 @@ def end(settings: Settings, maps: Maps, container: int) -> None:
     path.unlink(missing_ok=True)
     path.with_suffix(".lock").unlink(missing_ok=True)
     forget(maps, container)
+
+
+def reserve(maps: Maps, container: int) -> None:
+    """Take a ferry's places in the maps, with nothing in them. Raises OSError where there are no more.
+
+    There are as many as the maps have room for: `forget` gives them back.
+    """
+    maps.ferries.put(ctypes.c_uint32(container), layout.FerryValue(mark=new_mark()))  # with 0, what has none would pass
+    for key in berth_keys(container):
+        maps.berths.delete(key)
+
+
+def new_mark() -> int:
+    """A mark that nobody knows."""
+    return int.from_bytes(os.urandom(4), "little") | 1
 
 
 def forget(maps: Maps, container: int) -> None:

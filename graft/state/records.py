@@ -27,6 +27,7 @@ class Container:
 
     ``cgroup_id`` distinguishes its cgroup from a later one at the same path; ``engine`` is what started it; ``relay``
     (splice, kernel) is how transport splice moves its bytes. ``unix_relay``: a rule for TCP leads to a unix socket.
+    ``asked``: how much of the maps it has by a policy that it asked for itself (0: the operator chose it).
     """
 
     id: int
@@ -41,6 +42,7 @@ class Container:
     engine: str = "graft"
     relay: str = "splice"
     unix_relay: bool = False
+    asked: int = 0
 
     @property
     def cgroup_path(self) -> Path:
@@ -104,6 +106,7 @@ def parse_record(raw: bytes, name: str) -> Container:
             engine=json_text.text(found.get("engine"), "engine") or "graft",
             relay=json_text.text(found.get("relay"), "relay") or "splice",
             unix_relay=found.get("unix_relay") is True,
+            asked=json_text.number(found.get("asked"), "asked", _MAX_ID),
         )
     except UsageError as error:
         raise UsageError(f"{name}: {error.message}") from None

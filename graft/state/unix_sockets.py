@@ -90,7 +90,10 @@ def rule_path(settings: Settings, key: bytes) -> str:
 
 def tidy_rules(settings: Settings, maps: Maps) -> None:
     """Remove the paths of rules that are no more."""
+    noted = list(folder(settings).glob("rule-*"))
+    if not noted:
+        return  # mostly: what follows goes through the rules of all containers
     used = {bytes(key.addr).hex() for key in maps.ingress.keys() if key.family == UNIX_FAMILY}  # noqa: SIM118
-    for path in folder(settings).glob("rule-*"):
+    for path in noted:
         if path.name.removeprefix("rule-") not in used:
             path.unlink(missing_ok=True)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import selectors
 import socket
 import struct
@@ -79,7 +78,7 @@ class Ferry:
         self._container, self._namespaces, self._listener = container, namespaces, listener
         self._containers = maps.containers
         self._socket_path = ferries.socket_path(settings, container.id)
-        ferries.forget(maps, container.id)
+        ferries.reserve(maps, container.id)
         self._berths = Berths(maps.berths, container.id)
         self._selector = selectors.DefaultSelector()
         self._stand_ins: dict[Source, StandIn] = {}
@@ -88,7 +87,7 @@ class Ferry:
         self._host6 = [self._open6(maps) for _ in range(layout.BERTHS6)]
         self._inside = namespaces.open(container.netns)
         ports6 = [one.getsockname()[1] if one else 0 for one in self._host6]
-        value = layout.FerryValue(mark=int.from_bytes(os.urandom(4), "little") | 1, port=self._host4.getsockname()[1])
+        value = layout.FerryValue(mark=ferries.new_mark(), port=self._host4.getsockname()[1])
         value.ports6[:] = ports6
         maps.ferries.put(ctypes.c_uint32(container.id), value)
         self._watch(listener, self._accept)

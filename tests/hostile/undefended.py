@@ -33,6 +33,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
+from graft.splice.datagram_clients import Client
 from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, members, socket_holders
 from graft.state.members import Members
 from graft.state.records import Container
@@ -147,7 +148,9 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "int has_lost_endpoint(struct bpf_sock *sk, struct tag *tag, int bound)",
             "return 0;",
         ),
-        _at_once("connect.bpf.c", "int must_clear_address(struct bpf_sock *sk, struct request *request)", "return 0;"),
+        _at_once(
+            "chosen_source.bpf.c", "int must_clear_address(struct bpf_sock *sk, struct request *request)", "return 0;"
+        ),
         _at_once(
             "local_address.bpf.c",
             "int has_own_source(struct bpf_sock *sk, struct owner *owner, int bound)",
@@ -237,6 +240,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # addresses for them.
     "group of receivers": (("exchange_packet.bpf.c", " && is_groups_own(to, relay->cgroup)", ""),),
     "slots of a container": (("exchange.bpf.c", "% GRAFT_EXCHANGE_OUT_SLOTS", "% GRAFT_EXCHANGE_SLOTS"),),
+    # An address of the relay's that stands for nobody any more is shown as it is.
+    "nobody": (("receive.bpf.c", "\tif (!exchange) {\n", "\tif (!exchange)\n\t\treturn 0;\n\tif (0) {\n"),),
     "exchange's own socket": (
         ("exchange_packet.bpf.c", "if (found->cookie != bpf_get_socket_cookie(skb))", "if (0)"),
         ("exchange_packet.bpf.c", "\treturn found->cookie == bpf_get_socket_cookie(skb);", "\treturn 1;"),
@@ -263,6 +268,14 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A connect to a group gives a socket the address of an option.
     "chosen address": (_at_once("chosen_source.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
+    # Nobody looks at whether a socket has a route of its own when it connects.
+    "chosen route": (_at_once("chosen_source.bpf.c", "int has_chosen_route(struct bpf_sock_addr *ctx)", "return 0;"),),
+    # An address that an endpoint lent is no reason to ask what the kernel takes when that is cleared.
+    "cleared address": (("chosen_source.bpf.c", "if (!bound && must_clear_address(ctx->sk, request))", "if (0)"),),
+    # The places of all ferries are in a table that a hundred containers can fill.
+    "berths": (("graft.bpf.c", "struct berth, berths, GRAFT_MAX_BERTHS,", "struct berth, berths, 32768,"),),
+    # A map of rules that is soon full. (No defence: for tests of what is said then.)
+    "room for rules": (("graft.bpf.c", "struct ingress_value, GRAFT_MAX_RULES", "struct ingress_value, 64"),),
     # An address of the host's loopback that the kernel picked is good for any destination.
     "loopback source": (
         _at_once(
@@ -497,6 +510,48 @@ def _freed_slots() -> None:
     Slots.give_up = Slots._age_slot = lambda *_: None  # type: ignore[method-assign,assignment]
 
 
+def _forgotten_clients() -> None:
+    """Nothing is left in the maps of a client that is forgotten."""
+    from graft.splice.datagrams import Slots
+    from graft.splice.stand_in_sockets import StandIn, StandInSockets
+
+    def remove_client(self: Slots, client: Client) -> None:
+        removed(self, client)
+        self._erase(client.number)
+
+    def forget(self: StandInSockets, gone: StandIn, address: bytes, port: int, local_port: int) -> None:
+        forgotten(self, gone, address, port, local_port)
+        self._maps.stand_ins.delete(self.key(gone.port))
+
+    removed, forgotten = Slots.remove_client, StandInSockets.forget
+    Slots.remove_client = remove_client  # type: ignore[method-assign]
+    StandInSockets.forget = forget  # type: ignore[method-assign]
+
+
+def _ports_again() -> None:
+    """A port is used again as soon as the kernel picks it."""
+    from graft.splice.forgotten import Forgotten
+
+    Forgotten.__contains__ = lambda *_: False  # type: ignore[method-assign]
+    Forgotten.__len__ = lambda _: 0  # type: ignore[method-assign]
+
+
+def _one_client_for_another() -> None:
+    """Clients are forgotten until there is room for one more."""
+    from graft.splice.stand_in_sockets import StandIn
+    from graft.splice.stand_ins import StandIns
+
+    def make_for_client(self: StandIns) -> StandIn:
+        while True:
+            try:
+                return self._sockets.make()
+            except OSError:
+                if not self.clients.remove_longest_unanswered():
+                    raise
+
+    StandIns._make_for_client = make_for_client  # type: ignore[method-assign]
+
+
 def _half_made_relays() -> None:
     """What was made of the relays of a container stays open where the rest could not be made."""
     from graft.splice.relays import Relays
@@ -693,6 +748,9 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "ferry's owner": _ferrys_owner,
     "datagram turns": _datagram_turns,
     "freed slots": _freed_slots,
+    "forgotten clients": _forgotten_clients,
+    "ports again": _ports_again,
+    "one client for another": _one_client_for_another,
     "half-made relays": _half_made_relays,
     "group of listeners": _group_of_listeners,
     "terminal": _terminal,

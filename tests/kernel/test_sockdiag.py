@@ -91,3 +91,23 @@ def test_the_other_end_of_a_connection_is_found_when_it_was_accepted(netns: Call
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
         with socket.create_connection(server.getsockname()) as near:
             assert diagnostics.far_end(near) is None
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_udp_socket_is_listed_with_what_it_has_not_read(netns: Callable[[], Netns], family: int) -> None:
+    with diagnostics_of(netns()) as diagnostics, socket.socket(family, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
+
+        def unread() -> int:
+            (found,) = [one for piece in diagnostics.datagram_sockets() for one in piece]
+            return found.unread
+
+        assert unread() == 0
+        with socket.socket(family, socket.SOCK_DGRAM) as client:
+            for data in (b"", b"x", b"x" * 1000):
+                client.sendto(data, server.getsockname())
+            client.close()
+        for _ in range(3):
+            assert unread() > 0
+            server.recv(2000)
+        assert unread() == 0

@@ -178,6 +178,16 @@ class Host:
         found += [str(path) for path in self.cgroup.glob("run-*")]
         found += [f"supervisor {pid}" for pid in cgroup.processes(self.cgroup / "supervisors")]
         maps = self.maps
-        for name in ("containers", "ingress", "egress", "egress_ports", "groups", "counters"):
+        for name in (
+            "containers",
+            "ingress",
+            "egress",
+            "egress_ports",
+            "uses",
+            "groups",
+            "counters",
+            "ferries",
+            "berths",
+        ):
             found += [f"entry of {name}" for _ in getattr(maps, name).keys()]  # noqa: SIM118
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from graft.oci import request
 from graft.oci.options import RuntimeOptions
 from graft.oci.request import Request, Source, requested
 from graft.policy.compiler import compile_policy
-from graft.policy.limits import MAX_BYTES, MAX_RULES
-from graft.policy.model import PolicyError
+from graft.policy.limits import MAX_BYTES, MAX_PAIRS_ENTRIES, MAX_RULES
+from graft.policy.model import Origin, PolicyError
 
 
 def asking(*variables: str, **annotations: str) -> dict[str, Any]:
@@ -102,10 +103,12 @@ def test_pairs_longer_than_a_policy_file_are_refused_before_they_are_split() -> 
 
 
 def test_pairs_that_would_take_very_many_map_entries_are_refused() -> None:
-    pairs = [f"127.0.{number // 256}.{number % 256}:1-65534=open" for number in range(600)]
+    pairs = [f"127.0.0.{number}:1-65534=open" for number in range(1, 10)]
+    assert compile_policy(request.policy_from_pairs(" ".join(pairs[:8]), KNOWN), KNOWN).entries == 480
     policy = request.policy_from_pairs(" ".join(pairs), KNOWN)
-    with pytest.raises(UsageError, match="more than 32768 map entries"):
+    with pytest.raises(UsageError, match=f"more than {MAX_PAIRS_ENTRIES} map entries"):
         compile_policy(policy, KNOWN)
+    assert compile_policy(replace(policy, origin=Origin.OPERATOR), KNOWN).entries == 540  # as a policy file has them
 
 
 def test_the_error_for_conflicting_pairs_names_both() -> None:
@@ -166,7 +169,9 @@ def test_a_request_that_an_image_could_make_reaches_open_policies_only(
 ) -> None:
     config = {"annotations": notes}
     if allowed:
-        assert request.choose_policy(settings, Request(source, name), config, chosen, KNOWN).name == name
+        policy = request.choose_policy(settings, Request(source, name), config, chosen, KNOWN)
+        is_operators = source is Source.ANNOTATION and request.annotations_are_trusted(config, chosen)
+        assert (policy.name, policy.origin) == (name, Origin.OPERATOR if is_operators else Origin.ASKED)
         return
     with pytest.raises(RefusedError, match="is not open"):
         request.choose_policy(settings, Request(source, name), config, chosen, KNOWN)

@@ -23,6 +23,7 @@ def test_the_page_has_the_actual_limits() -> None:
     (row,) = [line for line in PAGE.splitlines() if line.startswith("| more than")]
     assert f"{limits.MAX_BYTES >> 20} MiB of text" in row
     assert f"{limits.MAX_RULES} rules of a kind, {limits.MAX_ENTRIES} map entries" in row
+    assert f"need {limits.MAX_PAIRS_ENTRIES} map entries" in PAGE
     assert f"{limits.MAX_VALUES} values, or more than {limits.MAX_DEPTH} inside of each other" in row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.datapath import layout
-from graft.splice import datagram_clients, datagram_places, resources, stand_ins
+from graft.splice import datagram_clients, datagram_places, resources, stand_in_sockets, stand_ins
 from graft.splice.datagram_clients import Clients
 from graft.splice.datagram_sockets import Datagram, datagram_socket
 from graft.splice.datagrams import DatagramRelay, ExchangeId, Slots
@@ -64,6 +65,7 @@ class Setting:
         self.six = six
         self.host = "::1" if six else "127.0.0.1"
         self.loop = EventLoop(lambda: None)
+        self.loop._call_started = time.monotonic() + 100  # a turn, though no event has begun one
         self.resources = DaemonResources(self.loop, descriptors).add_container(CONTAINER)
         self.maps = SimpleNamespace(
             exchanges=Table(),
@@ -128,9 +130,11 @@ class Setting:
         return self.program.recvfrom(100)
 
 
-def keep(setting: Setting, ports: Collection[int], peers: Collection[int], since: float) -> None:
+def keep(
+    setting: Setting, ports: Collection[int], peers: Collection[int], since: float, unread: Collection[int] = ()
+) -> None:
     """The relay learns what sockets there are."""
-    deque(setting.relay.keep_programs(ports, Peers(set(peers), set(peers)), since), 0)
+    deque(setting.relay.keep_programs(ports, Peers(set(peers), set(peers)), set(unread), since), 0)
 
 
 @pytest.fixture(params=[False, True], ids=["ipv4", "ipv6"])
@@ -209,6 +213,8 @@ def test_unanswered_clients_give_way_to_new_ones(setting: Setting) -> None:
                 other.sendto(b"noise", setting.address)
                 setting.hear()
         assert setting.relay.describe() == {"clients": 5, "destinations": 0}
+        assert setting.noted[1] == 5
+        keep(setting, {setting.relay.port}, (), time.monotonic() + 1)
         assert setting.noted == (5, 5)
         assert client.getsockname()[1] in {address[1] for address in setting.server.clients}
 
@@ -226,7 +232,7 @@ def test_clients_age(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
         setting.finish_aging()
         monkeypatch.undo()
-        assert setting.relay.describe()["clients"] == left == setting.noted[0]
+        assert setting.relay.describe()["clients"] == left == setting.noted[1]
 
 
 # ---- stand-ins
@@ -293,26 +299,90 @@ def offered(setting: Setting) -> set[int]:
     return set(offer.ports[: offer.count])
 
 
-def test_a_port_that_was_used_lately_is_not_used(six: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_is_used_again_when_the_queue_of_its_server_is_empty(
+    six: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel would pick one of so many again soon."""
-    path, picked = six.relay._stand_ins, [0]
+    sockets, picked = six.relay._stand_ins._sockets, [0]
 
-    def bound(new: Callable[[], socket.socket], address: str) -> socket.socket:
+    def bound(new: Callable[[], socket.socket], address: str, _late: object) -> socket.socket:
         sock = new()
         sock.bind((address, picked.pop(0)))
         return sock
 
-    monkeypatch.setattr(stand_ins, "bound_by_number", bound)
-    first = path._make()
-    path._close(first)
+    monkeypatch.setattr(stand_in_sockets, "bound_by_number", bound)
+    first = sockets.make()
+    sockets.forget(first, bytes(16), 53, 5300)
     picked += [first.port, 0]
-    again = path._make()
+    again = sockets.make()
     assert again.port != first.port and not picked
-    path._close(again)
-    monkeypatch.setattr(stand_ins, "_PORT_TRIES", 1)
-    picked.append(again.port)
+    sockets.close(again)
+    listed, later = {six.relay.port}, time.monotonic() + 1
+    for unread, since in (([5300], later), ([], time.monotonic())):  # it is not; it was not listed since
+        keep(six, listed, (), since, unread)
+        assert noted_of(six, first.port).port == 53
+    keep(six, listed, (), later, [5301])
+    picked.append(first.port)
+    assert six.noted[0] == 0
+    sockets.close(sockets.make())
+    assert not picked
+
+
+def test_a_namespace_without_ports_is_not_asked_again_and_again(six: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no client is forgotten for it."""
+    known = begun(six)[0]
+    asked = []
+
+    def bound(*_: object) -> socket.socket:
+        asked.append(1)
+        raise OSError(errno.EADDRINUSE, "")
+
+    monkeypatch.setattr(stand_in_sockets, "bound_by_number", bound)
+    with ExitStack() as stack:
+        stack.enter_context(known)
+        for _ in range(10):
+            stack.enter_context(six.socket()).sendto(b"noise", six.address)
+            six.loop.turn()
+    assert len(asked) == 1 and len(six.clients) == 1
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 10)
+    with six.socket() as other:
+        other.sendto(b"noise", six.address)
+        six.loop.turn()
+    assert len(asked) == 2
+
+
+def test_no_more_ports_wait_than_there_may_be(six: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel lists UDP sockets; elsewhere the one that waits longest is free."""
+    monkeypatch.setattr(stand_in_sockets, "MAX_FORGOTTEN", 3)
+    sockets = six.relay._stand_ins._sockets
+    for _ in range(5):
+        sockets.forget(sockets.make(), bytes(16), 53, 5300)
+    assert six.noted[0] == 3
+    keep(six, {six.relay.port}, (), time.monotonic() + 1, [5300])
     with pytest.raises(OSError):
-        path._make()
+        sockets.make()
+
+
+def test_a_slot_is_used_again_when_the_queue_of_its_server_is_empty(four: Setting) -> None:
+    slots = four.relay._slots
+    with four.socket() as client:
+        client.sendto(b"question", four.address)
+        four.hear()
+        (forgotten,) = four.clients
+        slots.remove_client(forgotten)
+    while slots._free_slots:
+        slots._free_slots.popleft()
+    (left,) = four.maps.exchanges.entries.values()
+    assert (left.port, left.local_port) == (forgotten.address[1], 0)
+    port, again = four.program.getsockname()[1], Datagram(b"", ("127.0.0.1", 9), bytes(4))
+    for unread, since in (([port], time.monotonic() + 1), ([], time.monotonic())):
+        keep(four, {four.relay.port}, (), since, unread)
+        with pytest.raises(OSError):
+            slots.add_client(four.server, again)
+    keep(four, {four.relay.port}, (), time.monotonic() + 1)
+    assert four.noted == (0, 0)
+    assert slots.add_client(four.server, again).number == forgotten.number
 
 
 def test_a_port_stands_for_one_destination_only(six: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +392,7 @@ def test_a_port_stands_for_one_destination_only(six: Setting, monkeypatch: pytes
     keep(six, {six.relay.port}, (), time.monotonic())
     assert port not in offered(six) and 0 not in offered(six) and len(offered(six)) == stand_ins.FIRST_OFFERED
     with monkeypatch.context() as patched:
-        patched.setattr(six.relay._stand_ins, "_make", no_room)
+        patched.setattr(six.relay._stand_ins._sockets, "make", no_room)
         taken(six, 1, local_port=5001)
         keep(six, {six.relay.port}, (), time.monotonic())
         assert 0 in offered(six) and len(offered(six)) == stand_ins.FIRST_OFFERED
@@ -406,7 +476,7 @@ def noted_slot(setting: Setting, number: int, generation: int, used: float) -> l
 def aged(setting: Setting, slot: layout.ExchangeSlot, peers: set[int], since: float) -> bool:
     """Whether it is the next to be taken when all slots were looked at."""
     ports = {setting.relay.port}
-    for _ in setting.relay.keep_programs(ports, Peers(peers, set()), since):
+    for _ in setting.relay.keep_programs(ports, Peers(peers, set()), (), since):
         pass
     for _ in range(layout.EXCHANGE_OUT_SLOTS // 32):
         setting.finish_aging()
@@ -519,6 +589,7 @@ def test_a_container_has_no_more_clients_than_its_share_of_the_maps(monkeypatch:
     assert setting.noted == (12, 12)  # three quarters
     for client in list(setting.clients):
         setting.path.remove_client(client)
+    keep(setting, {setting.relay.port}, (), time.monotonic() + 1)
     assert not setting.relay._slots._share.taken
     setting.server.close()
     setting.stop_relay()

@@ -105,6 +105,15 @@ def connected(family: int, peer: bytes, port: int, cgroup: int) -> ListeningSock
     )
 
 
+def test_the_ports_are_known_at_which_something_is_to_be_read() -> None:
+    """Not by others, of whom that is known: they could keep it so."""
+    plan = PublicationPlan({7}, lambda *_: None, 10, (), {8})
+    for port, cgroup, unread in ((5000, 7, 768), (5001, 7, 0), (5002, 8, 768), (5003, 9, 768), (5004, 0, 768)):
+        plan.add_datagram_socket(replace(listening(4, ANY, port, cgroup=cgroup), unread=unread))
+    plan.add_datagram_socket(replace(connected(4, LOOPBACK, 53, 7), port=5005, unread=768))
+    assert plan.unread_ports == {5000, 5003, 5004, 5005}
+
+
 def test_a_listener_that_no_rule_names_is_not_published() -> None:
     assert publications([listening(4, ANY)], lambda *_: None) == []
 
