@@ -59,6 +59,9 @@ class Here:
         return call()
 
 
+Socket = socket.socket  # the class below has a method of that name
+
+
 class Setting:
     """A relay, a server of the container, and the relay's socket for it."""
 
@@ -129,7 +132,7 @@ class Setting:
         """What the program receives next, and from whom."""
         return self.heard_by(self.program)
 
-    def heard_by(self, receiver: socket.socket) -> tuple[bytes, Any]:
+    def heard_by(self, receiver: Socket) -> tuple[bytes, Any]:
         """What a socket receives next, and from whom. (A turn may be over before all datagrams are relayed.)"""
         deadline = time.monotonic() + 5
         self.loop.turn()
