@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from graft.commands import saving
 from graft.commands.policy_apply import refuse_in_splice, replace_policy, update_relay
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import NotFoundError, RefusedError
@@ -31,7 +32,7 @@ class Attached:
     """What `attach` found and did. ``existing`` are the sockets from before the policy (None: could not be listed).
 
     ``without_effect`` are the fields of rules for UDP, ``without_supervisor`` those of rules for unix paths, that this
-    transport does not support.
+    transport does not support. ``saved``: it is attached again when it starts again.
     """
 
     target: FoundContainer
@@ -42,17 +43,36 @@ class Attached:
     existing: tuple[ContainerSocket, ...] | None = ()
     without_effect: tuple[str, ...] = ()
     without_supervisor: tuple[str, ...] = ()
+    saved: bool = False
 
 
 def attach(
-    graft: Installation, text: str, policy: Policy, wanted: Transport | None = None, relay: str | None = None
+    graft: Installation,
+    text: str,
+    policy: Policy,
+    wanted: Transport | None = None,
+    relay: str | None = None,
+    save: bool = False,
 ) -> Attached:
     """Put the container that ``text`` names under ``policy``, or replace its policy.
 
-    ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice.
-    Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
+    ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice. ``save``: for the next
+    boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
     """
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
+    return attach_target(graft, target, policy, wanted, relay, wanted, save)
+
+
+def attach_target(
+    graft: Installation,
+    target: FoundContainer,
+    policy: Policy,
+    wanted: Transport | None = None,
+    relay: str | None = None,
+    asked: Transport | None = None,
+    save: bool = False,
+) -> Attached:
+    """The same for a container that was found. ``asked`` is the transport that is saved as the operator's."""
     graft.reap()
     attached = graft.containers.at(target.cgroup)
     pids = members.processes(target.cgroup)
@@ -61,15 +81,18 @@ def attach(
     if relay is not None:
         _check_relay(graft.settings, choice, relay)
     existing: tuple[ContainerSocket, ...] | None = ()
-    if attached is not None:
-        container = _replace_policy(graft, target, attached, choice, policy, relay)
-    elif choice.transport is Transport.SPLICE:
-        container = _attach_splice(graft, target, pids, policy, relay or "splice")
-    else:
-        container, existing = _attach_direct(graft, target, pids, policy, choice)
+    saved = saving.of_attached(target, policy, choice.transport, asked, relay) if save else None
+    with saving.attachment(graft.settings, saved):
+        if attached is not None:
+            container = _replace_policy(graft, target, attached, choice, policy, relay)
+        elif choice.transport is Transport.SPLICE:
+            container = _attach_splice(graft, target, pids, policy, relay or "splice")
+        else:
+            container, existing = _attach_direct(graft, target, pids, policy, choice)
     without_effect = _without_effect(graft, choice, policy)
     unix = _without_supervisor(choice, policy)
-    return Attached(target, observed, choice, container, attached is not None, existing, without_effect, unix)
+    replaced, is_saved = attached is not None, saved is not None
+    return Attached(target, observed, choice, container, replaced, existing, without_effect, unix, is_saved)
 
 
 def observe(settings: Settings, pids: Sequence[int], attached: Container | None) -> Observed:
