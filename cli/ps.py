@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
 @command
 def ps(as_json: Json = False) -> None:
     """List the attached containers, with their sockets on the host's stack."""
+    from graft.commands import watcher_process
     from graft.commands.ps import overview, waiting
     from graft.datapath.dataplane import is_up
     from graft.state.installation import Installation
@@ -98,6 +99,8 @@ def ps(as_json: Json = False) -> None:
     ]
     title = ("ID", "NAME", "ENGINE", "TRANSPORT", "SUPERVISOR", "ENDPOINTS", "SOCKETS", "CGROUP")
     listing(title, rows, records, as_json)
+    if waits and not watcher_process.is_running(graft.settings):
+        warn("graft: nobody watches for the containers that wait (graft up)")
     warn(*(f"graft: cannot show a container: {error.message}" for error in graft.containers.read_all()[1]))
 
 

@@ -15,7 +15,8 @@ from graft.errors import ConflictError, KernelError
 from graft.model.settings import Settings
 
 MODULE = "graft.commands.watcher"
-_INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "LANG")
+_INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "LANG", "HOME")
+_ENGINES = ("DOCKER_", "CONTAINER_", "CONTAINERS_")  # which engine the operator's commands ask
 _STOP_SECONDS = 20.0
 
 
@@ -59,7 +60,7 @@ def ensure_running(settings: Settings) -> None:
     if is_running(settings):
         return
     log = os.open(settings.run_dir / "watcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
+    inherited = {name: value for name, value in os.environ.items() if _is_inherited(name)}
     try:
         starter = subprocess.Popen(
             [sys.executable, "-P", "-m", MODULE],
@@ -73,6 +74,10 @@ def ensure_running(settings: Settings) -> None:
     finally:
         os.close(log)
     starter.wait()  # it goes to the background at once
+
+
+def _is_inherited(name: str) -> bool:
+    return name in _INHERITED or name.startswith(_ENGINES)
 
 
 def stop(settings: Settings) -> bool:

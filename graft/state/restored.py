@@ -17,7 +17,6 @@ from graft.kernel.atomic_file import write_atomically
 from graft.model.settings import Settings
 
 MODULE = "graft.commands.up"
-_INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "LANG")
 
 
 def _marker(settings: Settings) -> bytes:
@@ -55,11 +54,10 @@ def ensure_restored(settings: Settings) -> None:
     """Restore what is saved, if this data plane is new. What goes wrong is printed: no command fails for it."""
     if not (settings.state_dir / "saved").exists() or is_restored(settings):
         return
-    inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
     subprocess.run(
         [sys.executable, "-P", "-m", MODULE],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        env={**inherited, **settings.environment},
+        env={**os.environ, **settings.environment},
         check=False,
     )
