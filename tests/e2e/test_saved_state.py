@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -20,7 +21,6 @@ from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.engines import Engine
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import HOST4, Netns
-from tests.support.plain import plain
 from tests.support.policies import one_endpoint
 from tests.support.puppet import puppet
 from tests.support.shell import run
@@ -51,13 +51,17 @@ def watcher_of(host: Host) -> int:
     return next(iter(cgroup.processes(host.cgroup / "watcher")), 0) if (host.cgroup / "watcher").exists() else 0
 
 
-def reboot(host: Host, *boxes: Path) -> None:
-    """What a reboot does: no process, no cgroup, no pin and no file of /run is left."""
-    for path in (host.cgroup, *boxes):
+def reboot(host: Host, box: Path | None = None, comes_back: bool = True) -> None:
+    """What a reboot does: no process, no cgroup, no pin and no file of /run is left. Then ``box`` is made again."""
+    for path in (host.cgroup, *([box] if box else [])):
         if path.exists():
             cgroup.kill(path)
             cgroup.remove(path)
+    for pin in (host.settings.run_dir / "netns").glob("*"):
+        run(["umount", "-l", pin])
     run(["rm", "-rf", host.settings.pin_dir, host.settings.run_dir], status=0)
+    if box and comes_back:
+        box.mkdir()
 
 
 def assert_confined(host: Host, path: Path, port: int) -> None:
@@ -104,7 +108,7 @@ def test_after_a_reboot_a_container_waits_and_is_attached_when_it_appears(
     saver: Host, box: Path, write_policy: WritePolicy
 ) -> None:
     port = confine(saver, box, write_policy)
-    reboot(saver, box)
+    reboot(saver, box, comes_back=False)
     name = str(box.relative_to(cgroup.v2_mount()))
     assert f"cgroup:{name} waits: it is not running" in saver.graft("up").stderr
     [waiting] = saver.ps()
@@ -133,7 +137,7 @@ def test_a_cgroup_deep_in_folders_that_are_not_there_either_is_attached(saver: H
     inner.mkdir(parents=True)
     saver.graft("ep", "add", "web", f"0.0.0.0:{saver.port()}")
     saver.graft("attach", "--cgroup", inner, "-i", "*:80=web")
-    reboot(saver, box)
+    reboot(saver, box, comes_back=False)
     saver.graft("up")
     for path in (box, inner.parent, inner):
         path.mkdir()
@@ -144,42 +148,35 @@ def test_whatever_command_is_the_first_after_a_reboot_restores(
     saver: Host, box: Path, write_policy: WritePolicy
 ) -> None:
     port = confine(saver, box, write_policy)
-    reboot(saver)
+    reboot(saver, box)
     assert "web" in saver.graft("ep", "show").stdout
     assert_confined(saver, box, port)
 
 
 def test_a_container_with_a_namespace_of_its_own_is_relayed_again_when_it_appears(
-    saver: Host, netns: Callable[[], Netns]
+    saver: Host, box: Path, netns: Callable[[], Netns]
 ) -> None:
     port = saver.port()
     saver.graft("ep", "add", "web", f"0.0.0.0:{port}")
-    with plain(saver, netns()) as container:
-        container.attach("-i", "*:80=web")
-        path = container.cgroup
-        listener = container.listener()
-        until("it is relayed", lambda: saver.client.reaches(HOST4, port))
-        listener.close()
-    reboot(saver, path)
+    with puppet(box, netns().path):
+        assert "transport splice" in saver.graft("attach", "--cgroup", box, "-i", "*:80=web").stdout
+    reboot(saver, box, comes_back=False)
     saver.graft("up")
-    path.mkdir()
-    try:
-        time.sleep(0.2)
-        assert not attached(saver, path), "an empty cgroup: it is not known yet to be in its own namespace"
-        inside = netns()
-        with puppet(path, inside.path) as server:
-            number = server.listener("0.0.0.0", 80)
-            until("it is attached", lambda: attached(saver, path))
-            assert [one["transport"] for one in saver.ps()] == ["splice"]
-            with until("it is relayed", lambda: _connected(saver, port)) as connection:
-                server.say("answer", number, "relayed")
-                assert connection.recv(100) == b"relayed"
-    finally:
-        cgroup.kill(path)
-        cgroup.remove(path)
+    box.mkdir()
+    time.sleep(0.2)
+    assert not attached(saver, box), "an empty cgroup: it is not known yet to be in its own namespace"
+    with puppet(box, netns().path) as server:
+        number = server.listener("0.0.0.0", 80)
+        until("it is attached", lambda: attached(saver, box))
+        assert [one["transport"] for one in saver.ps()] == ["splice"]
+        connection = until("it is relayed", lambda: _connected(saver, port))
+        assert connection is not None
+        with connection:
+            server.say("answer", number, "relayed")
+            assert connection.recv(100) == b"relayed"
 
 
-def _connected(host: Host, port: int) -> object:
+def _connected(host: Host, port: int) -> socket.socket | None:
     try:
         return host.client.connected(HOST4, port)
     except OSError:
@@ -191,7 +188,7 @@ def test_a_damaged_file_is_set_aside_and_the_rest_is_restored(
 ) -> None:
     port = confine(saver, box, write_policy)
     saver.graft("ep", "add", "other", "127.0.0.1:dynamic")
-    reboot(saver)
+    reboot(saver, box)
     path = saver.settings.state_dir / "saved" / "endpoints" / "other"
     raw = bytearray(path.read_bytes())
     raw[-20] ^= 4
@@ -209,7 +206,7 @@ def test_a_container_whose_endpoint_was_lost_says_so_and_is_attached_when_it_is_
     saver: Host, box: Path, write_policy: WritePolicy
 ) -> None:
     port = confine(saver, box, write_policy)
-    reboot(saver)
+    reboot(saver, box)
     (saver.settings.state_dir / "saved" / "endpoints" / "web").unlink()
     assert "endpoint 'web' not found" in saver.graft("up").stderr
     assert "endpoint 'web' not found" in saver.ps()[0]["waits"]
@@ -220,7 +217,7 @@ def test_a_container_whose_endpoint_was_lost_says_so_and_is_attached_when_it_is_
 
 def test_what_others_can_write_is_not_restored(saver: Host, box: Path, write_policy: WritePolicy) -> None:
     confine(saver, box, write_policy)
-    reboot(saver)
+    reboot(saver, box)
     folder = saver.settings.state_dir / "saved" / "attachments"
     folder.chmod(0o777)
     assert "others can write it; nothing that is saved was read" in saver.graft("up", status=7).stderr
@@ -247,7 +244,7 @@ def test_a_detached_container_is_not_attached_again(saver: Host, box: Path, writ
     confine(saver, box, write_policy)
     saver.graft("detach", "--cgroup", box)
     saver.graft("ep", "del", "web")
-    reboot(saver)
+    reboot(saver, box)
     saver.graft("up")
     assert saver.ps() == [] and saver.graft("ep", "show").stdout == ""
 
@@ -284,7 +281,7 @@ def test_no_save_lasts_until_the_next_boot(saver: Host, box: Path, write_policy:
     saver.graft("up")
     time.sleep(0.5)
     assert saver.ps() == [] and "web" not in saver.graft("ep", "show").stdout, "not before the next boot"
-    reboot(saver)
+    reboot(saver, box)
     saver.graft("up")
     assert saver.graft("ep", "show").stdout.split()[:2] == ["web", f"0.0.0.0:{port}"]
     assert_confined(saver, box, port)
