@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from graft.commands import endpoints
 from graft.kernel.credentials import require_root
 from graft.model.endpoint import Endpoint, parse_endpoint
 from graft.model.settings import Settings
@@ -49,6 +48,18 @@ def _installation() -> Installation:
     return Installation.open(Settings.from_environment())
 
 
+def _add(graft: Installation, endpoint: Endpoint, save: bool) -> str | None:
+    from graft.commands import endpoints  # imports yaml
+
+    return endpoints.add(graft, endpoint, save)
+
+
+def _set(graft: Installation, endpoint: Endpoint, save: bool) -> str | None:
+    from graft.commands import endpoints
+
+    return endpoints.change(graft, endpoint, save)
+
+
 def _register(verb: str, summary: str, write: Callable[[Installation, Endpoint, bool], str | None]) -> None:
     """`graft ep add` and `graft ep set`: the same options, another function of graft/commands/endpoints.py."""
 
@@ -73,8 +84,8 @@ def _register(verb: str, summary: str, write: Callable[[Installation, Endpoint, 
             warn(f"graft: {name} is not saved for the next boot: {obstacle}")
 
 
-_register("add", "Add an endpoint.", endpoints.add)
-_register("set", "Change an endpoint, from the next bind or connect on.", endpoints.change)
+_register("add", "Add an endpoint.", _add)
+_register("set", "Change an endpoint, from the next bind or connect on.", _set)
 
 
 @app.command("del")
@@ -85,6 +96,8 @@ def del_(
     no_save: NoSave = False,
 ) -> None:
     """Delete an endpoint."""
+    from graft.commands import endpoints
+
     with _installation() as graft:
         endpoints.delete(graft, name, force, not no_save)
 

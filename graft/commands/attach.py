@@ -60,7 +60,8 @@ def attach(
     boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
     """
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
-    return attach_target(graft, target, policy, wanted, relay, wanted, save)
+    with saving.alone(graft.settings, save):  # nobody restores it meanwhile
+        return attach_target(graft, target, policy, wanted, relay, wanted, save)
 
 
 def attach_target(
@@ -72,7 +73,10 @@ def attach_target(
     asked: Transport | None = None,
     save: bool = False,
 ) -> Attached:
-    """The same for a container that was found. ``asked`` is the transport that is saved as the operator's."""
+    """The same for a container that was found, under the lock on what is saved, if anything is or is to be.
+
+    ``asked`` is the transport that is saved as the operator's.
+    """
     graft.reap()
     attached = graft.containers.at(target.cgroup)
     pids = members.processes(target.cgroup)

@@ -45,13 +45,24 @@ def endpoint(settings: Settings, changed: Endpoint, save: bool) -> Iterator[None
 
 
 @contextlib.contextmanager
+def alone(settings: Settings, save: bool) -> Iterator[None]:
+    """Have the lock on what is saved, if anything is, or (``save``) is to be."""
+    store = Store(settings)
+    if not save and not store.exists:
+        yield
+        return
+    with store.locked():
+        yield
+
+
+@contextlib.contextmanager
 def attachment(settings: Settings, saved: SavedAttachment | None) -> Iterator[None]:
-    """The same for an attachment; None: save nothing."""
+    """As `endpoint`, for an attachment (None: save nothing), and under the lock already (`alone`)."""
     store = Store(settings)
     if saved is None:
         yield
         return
-    with store.locked(), _in_place_after(store.prepare_attachment(saved)):
+    with _in_place_after(store.prepare_attachment(saved)):
         yield
         _forget_others_at(store, saved)
         store.resume(ATTACHMENTS, file_name(saved.target))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -186,3 +188,11 @@ def test_an_endpoint_in_the_namespace_of_a_process_does_not_outlive_a_boot(netns
 def test_a_target_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"^container: "):
         parse_target(text)
+
+
+def test_what_runs_for_long_has_nothing_of_it_in_memory() -> None:
+    program = (
+        "import sys, graft_cli.main, graft.commands.run, graft.oci.shim, graft.splice.daemon\n"
+        "assert not [name for name in sys.modules if name == 'yaml' or name.startswith('graft.saved')]"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -177,7 +177,7 @@ def test_of_two_names_for_one_cgroup_the_later_is_kept(store: Store, settings: S
     from graft.saved.model import Target
 
     renamed = replace(ATTACHMENT, target=Target("cgroup", ATTACHMENT.last.cgroup))
-    with saving.attachment(settings, renamed):
+    with saving.alone(settings, True), saving.attachment(settings, renamed):
         pass
     assert store.read()[0].attachments == (renamed,)
 
