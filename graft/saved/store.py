@@ -13,7 +13,6 @@ The files are root's. One that others can write is not read, and neither is a fo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import stat
@@ -25,6 +24,7 @@ from typing import TypeVar
 
 from graft.errors import KernelError, RefusedError, UsageError
 from graft.kernel.atomic_file import PreparedFile, exchange, prepare_file, sync_folder
+from graft.kernel.file_lock import locked_file
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.saved import envelope
@@ -38,6 +38,9 @@ from graft.saved.values import (
 )
 
 T = TypeVar("T")
+
+_LOCK_SECONDS = 60.0
+"""How long to wait for other commands: one may be waiting for a container that blocks it, for some seconds."""
 
 ENDPOINTS, ATTACHMENTS = "endpoints", "attachments"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -72,16 +75,13 @@ class Store:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock on what is saved, until the block ends or the process dies. Raises KernelError."""
-        try:
-            self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(self._state_dir / "saved.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise _unsaved(self._state_dir, error) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            try:
+                self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+                stack.enter_context(locked_file(self._state_dir / "saved.lock", _LOCK_SECONDS))
+            except OSError as error:
+                raise _unsaved(self._state_dir, error) from error
             yield
-        finally:
-            os.close(fd)
 
     # ---- reading --------------------------------------------------------------------------------
 

@@ -7,16 +7,17 @@ commands, which are above this package.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
 from graft.kernel.atomic_file import write_atomically
+from graft.kernel.file_lock import locked_file
 from graft.model.settings import Settings
 
 MODULE = "graft.commands.up"
+_LOCK_SECONDS = 120.0
 
 
 def _marker(settings: Settings) -> bytes:
@@ -40,14 +41,10 @@ def set_restored(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def only_one(settings: Settings) -> Iterator[None]:
-    """Wait until nobody else restores."""
+    """Wait until nobody else restores. Raises KernelError if that takes too long."""
     settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(settings.run_dir / "restore.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with locked_file(settings.run_dir / "restore.lock", _LOCK_SECONDS):
         yield
-    finally:
-        os.close(fd)
 
 
 def ensure_restored(settings: Settings) -> None:

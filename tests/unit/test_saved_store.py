@@ -14,6 +14,7 @@ from graft.kernel import atomic_file
 from graft.model.endpoint import parse_endpoint
 from graft.model.settings import Settings
 from graft.saved import envelope
+from graft.saved import store as store_module
 from graft.saved.model import SavedState, saved_state
 from graft.saved.store import Store, file_name
 from tests.support.saved import ATTACHMENT, ENDPOINT
@@ -180,6 +181,18 @@ def test_of_two_names_for_one_cgroup_the_later_is_kept(store: Store, settings: S
     with saving.alone(settings, True), saving.attachment(settings, renamed):
         pass
     assert store.read()[0].attachments == (renamed,)
+
+
+def test_who_waits_for_the_lock_too_long_is_told_who_holds_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_LOCK_SECONDS", 0.05)
+    with (
+        store.locked(),
+        pytest.raises(KernelError, match=rf"process {os.getpid()} holds .*/saved.lock"),
+        store.locked(),
+    ):
+        pass
+    with store.locked():
+        pass
 
 
 def test_forgetting_leaves_nothing_but_the_lock(store: Store) -> None:
