@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -102,5 +103,6 @@ def _send_end(settings: Settings) -> None:
         try:
             if is_running(settings) and int(path.read_text()) == pid:
                 signal.pidfd_send_signal(process, signal.SIGTERM)
+                select.select([process], [], [], _STOP_SECONDS)  # its cgroup is empty only when it has ended
         finally:
             os.close(process)

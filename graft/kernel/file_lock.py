@@ -18,7 +18,7 @@ _PAUSE_SECONDS = 0.01
 def locked_file(path: Path, seconds: float) -> Iterator[None]:
     """Hold the lock of the file at ``path`` until the block ends, waiting for it at most so many ``seconds``.
 
-    Raises KernelError, which names the process that holds it (one that was stopped would have others wait for ever), and
+    Raises KernelError, which names the process that holds it (one that was stopped would block all others), and
     OSError if the file cannot be made.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

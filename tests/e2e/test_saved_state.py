@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.commands.watcher import TRIES
 from graft.kernel import cgroup
 from graft.saved.store import Store
 from tests.e2e.conftest import WritePolicy
@@ -139,6 +140,7 @@ def test_a_cgroup_deep_in_folders_that_are_not_there_either_is_attached(saver: H
     saver.graft("attach", "--cgroup", inner, "-i", "*:80=web")
     reboot(saver, box, comes_back=False)
     saver.graft("up")
+    time.sleep(TRIES[-1] + 2)  # by then it tries no more of its own accord
     for path in (box, inner.parent, inner):
         path.mkdir()
     until("it is attached", lambda: attached(saver, inner))
@@ -480,7 +482,9 @@ def test_where_bpffs_is_gone_the_policy_stays_in_force_all_the_time(
 
         def try_always() -> None:
             while not stop.is_set():
-                results.add(str(server.connect(*where)))
+                number = server.socket()
+                results.add(str(server.say("connect", number, *where)))
+                server.say("close", number)
 
         thread = threading.Thread(target=try_always)
         thread.start()
