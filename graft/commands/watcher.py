@@ -6,8 +6,8 @@
 containers are, or will be, or in what is saved. A container is made in steps: its cgroup, its processes, their network
 namespace, and last the engine's own note that it runs. So after a change it tries several times, at growing distances.
 
-It attaches in its own process, which has everything loaded: the time until a container that starts is under its policy
-is that of two or three system calls, and of the engine, where that has to be asked.
+It attaches in its own process, which has everything loaded: until a container that starts is under its policy it takes
+the time of some short children (graft/state/helper_process.py), and of the engine, where that has to be asked.
 """
 
 from __future__ import annotations
@@ -159,8 +159,7 @@ class Watcher:
                 return
             ready, _, _ = select.select([self._inotify], [], [], self._timeout())
             if ready and self._changed():
-                self._watch()
-                self._schedule.start()
+                self._schedule.start()  # first it is tried; what has to be watched now is looked up after that
 
     def _timeout(self) -> float | None:
         nothing = not self._keep and not self._watched_state().attachments
