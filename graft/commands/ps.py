@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graft.commands import saving
+from graft.commands.restore import NOT_THERE, why_waiting
 from graft.datapath.dataplane import supervisors_cgroup
 from graft.errors import GraftError
 from graft.kernel import netns
 from graft.model.settings import Settings
+from graft.saved.model import SavedAttachment
+from graft.saved.store import ATTACHMENTS, Store, file_name
 from graft.splice import client as splice
 from graft.state import inventory, liveness, members
+from graft.state.containers import endpoint_names
 from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket
 from graft.state.records import Container
@@ -65,6 +70,30 @@ def overview(graft: Installation) -> list[ContainerOverview]:
             )
         )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A container that is saved and not there: it is attached when it appears. ``why`` is from when that was tried."""
+
+    saved: SavedAttachment
+    why: str
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Those that its rules name."""
+        return endpoint_names(self.saved.policy)
+
+
+def waiting(graft: Installation) -> list[Waiting]:
+    """Every container that is waited for. Raises RefusedError if others can write what is saved."""
+    reasons = why_waiting(graft.settings)
+    store = Store(graft.settings)
+    return [
+        Waiting(one, reasons.get(one.target.text, NOT_THERE))
+        for one in saving.waiting(graft)
+        if not store.is_paused(ATTACHMENTS, file_name(one.target))
+    ]
 
 
 def _relays(settings: Settings, listed: Sequence[Container]) -> dict[int, Mapping[str, Any]]:

@@ -46,6 +46,11 @@ class Host:
         return replace(self, run_flags=("--deny",) if transport == "born" else ())
 
     @property
+    def saving(self) -> Host:
+        """The same host, where commands save what they change, as they do for an operator."""
+        return replace(self, environment={**self.environment, "GRAFT_NO_SAVE": ""})
+
+    @property
     def settings(self) -> Settings:
         """What a Graft command reads from the environment."""
         return Settings.from_environment(self.environment)
