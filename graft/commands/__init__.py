@@ -1,6 +1,6 @@
 """What the commands do, without reading options and printing (cli/): one module for each command.
 
-    run.py  attach.py  detach.py  ps.py  down.py  doctor.py  policy_show.py  policy_apply.py
+    run.py  run_client.py  run_job.py  attach.py  detach.py  ps.py  down.py  doctor.py  policy_show.py  policy_apply.py
 
     transport_choice.py   which transport a container can have (pure)
     find.py               the attached container that has a name, an id or a cgroup

@@ -17,6 +17,7 @@ from graft.model.transport import Transport
 from graft.splice import client as splice
 from graft.state import bound_sockets, helper_process, leftovers, members, records
 from graft.state.installation import Installation
+from graft.swap import fork_servers
 
 _TIMEOUT = 2.0  # seconds, for each kind of call about folders that a process can hold
 _SEARCH_TIMEOUT = 10.0
@@ -36,6 +37,7 @@ def down(settings: Settings, force: bool = False) -> None:
     graft_cgroup = cgroup.v2_mount() / settings.cgroup
     if force or not any(records.folder_of(settings).glob("*.json")):
         splice.stop(settings)
+        fork_servers.stop_all(settings)
     with dataplane.locked(settings):
         own = members.of_each([graft_cgroup]).get(graft_cgroup)
         running = "some" if own is None else len(own.pids)
