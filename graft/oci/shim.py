@@ -22,6 +22,7 @@ import socket
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from graft.datapath.dataplane import keepers_cgroup
 from graft.errors import GraftError, RefusedError
@@ -29,6 +30,7 @@ from graft.kernel import cgroup, netns, process
 from graft.kernel.pidfd import has_ended
 from graft.model.settings import Settings
 from graft.model.transport import Transport
+from graft.oci.children import in_child
 from graft.oci.message_loop import MessageLoop
 from graft.oci.state import Message, State
 from graft.policy.model import Policy
@@ -55,7 +57,7 @@ class Plan:
     """How to attach one container.
 
     ``folder`` is the shim's own, None where it has none; ``engine_cgroup`` is where the runtime was started.
-    ``killable``: the container's filter is known to have the flag that `Keeper` asks for.
+    ``killable``, ``datagrams``: as `Keeper` asks for them.
     """
 
     settings: Settings
@@ -65,6 +67,7 @@ class Plan:
     folder: Path | None
     engine_cgroup: Path
     killable: bool = False
+    datagrams: bool = False
 
 
 class Attachment:
@@ -93,7 +96,10 @@ class Attachment:
             raise RefusedError("the container's first process has ended")
         shim = 0 if plan.transport is Transport.DIRECT else os.getpid()
         known = self._attached_before(path, cookie) if plan.folder is None else None
-        self.container = known or self._create(path, cookie, shim, state.pid)
+        if plan.folder is None:
+            self.container = known or self._create(path, cookie, shim, state.pid)
+        else:  # a shim stays for as long as its container: what it does once takes no memory of its own
+            self.container = in_child(lambda: self._create(path, cookie, shim, state.pid))
         self._events = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
 
     def _attached_before(self, path: Path, cookie: int) -> Container | None:
@@ -138,7 +144,7 @@ class Attachment:
             False,
             lambda graft: _clean_up(plan, graft, container),
             plan.killable,
-            self._graft.compile(plan.policy).bears_datagrams,
+            plan.datagrams,
         )
         self._start(keeper)
         self._keepers.append(keeper)
@@ -358,28 +364,34 @@ def listen(path: Path) -> socket.socket:
     return sock
 
 
-def start(plan: Plan, folder: Path, hook: socket.socket, listeners: socket.socket, lock: int) -> None:
-    """Start the shim as a daemon. It ends when the calling process ends without a container.
+def start(plan: Plan, hook: socket.socket, listeners: socket.socket, lock: int, runtime: int) -> None:
+    """Start the shim as a daemon. It ends when the process of the pidfd ``runtime`` ends without a container.
 
-    ``lock`` is a locked descriptor of ``folder``, which the shim keeps open while it runs.
+    ``lock`` is a locked descriptor of its folder, which the shim keeps open while it runs.
     """
-    runtime = os.pidfd_open(os.getpid())
     child = os.fork()
     if child:
-        os.close(runtime)
         os.waitpid(child, 0)
         return
-    code = 1
     try:
         os.setsid()
         if os.fork() == 0:
-            _become_daemon({hook.fileno(), listeners.fileno(), runtime, lock})
-            cgroup.enter(keepers_cgroup(plan.settings))
-            Shim(plan, hook, listeners, runtime).serve()
+            serve(plan, hook, listeners, lock, runtime)
+    finally:
+        os._exit(0)
+
+
+def serve(plan: Plan, hook: socket.socket, listeners: socket.socket, lock: int, runtime: int) -> NoReturn:
+    """Be the shim, in a process that was forked for it."""
+    code = 1
+    try:
+        _become_daemon({hook.fileno(), listeners.fileno(), runtime, lock})
+        cgroup.enter(keepers_cgroup(plan.settings))
+        Shim(plan, hook, listeners, runtime).serve()
         code = 0
     except BaseException:
-        if os.environ.get("GRAFT_DEBUG"):
-            with open(folder.with_name("debug.log"), "a") as log:
+        if os.environ.get("GRAFT_DEBUG") and plan.folder is not None:
+            with open(plan.folder.with_name("debug.log"), "a") as log:
                 traceback.print_exc(file=log)
     finally:
         os._exit(code)
