@@ -20,7 +20,7 @@ demo: setup ## nginx in a namespace that has only lo, answering through the host
 
 # Two processes, each with namespaces, cgroups and an installation of its own; tests/conftest.py says what stays together.
 test: setup lint ## lint, then every test in one run (root)
-	$(PYTEST) -n 2 --dist loadgroup tests/unit tests/kernel tests/e2e tests/hostile
+	$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder tests/unit tests/kernel tests/e2e tests/hostile
 
 unit: $(READY) ## the tests that need neither root nor a kernel feature
 	$(PYTEST) tests/unit

@@ -22,6 +22,8 @@ static __always_inline int has_source(struct bpf_sock_addr *ctx, struct request 
 		return 0;
 	/* An IPv6 address cannot be the source towards IPv4. */
 	has_address = local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3] ? 1 : 0;
+	if (bound && !has_address && is_dual_stack(owner->tag))
+		return 1;
 	if ((has_address || bound) && local.family != endpoint->family)
 		return 0;
 	if (bound)
@@ -220,20 +222,6 @@ static __always_inline int has_other_familys_port(struct tag *tag, struct reques
 	return tag && tag->lent & GRAFT_LENT_PORT && tag->lent_family != request->family;
 }
 
-/* Whether the kernel would take a socket's address from an option, and keep it: a connect to a group takes that of
- * IP_MULTICAST_IF, which a 32-bit call can set to any of the host's. */
-static __always_inline int would_choose_address(struct bpf_sock_addr *ctx, struct request *request,
-						struct endpoint *endpoint, int bound)
-{
-	struct local_address local;
-
-	if (!request->fixed_source || request->protocol != IPPROTO_UDP || request->family != GRAFT_IPV4 ||
-	    (request->addr[0] & 0xf0) != 0xe0 || !(bound || is_unspecified(endpoint->addr)))
-		return 0;
-	read_local_address(&local, ctx->sk);
-	return !(local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3]);
-}
-
 /* What `sending` is: a connect, a datagram to the address of the send, or one to the socket's peer. */
 #define GRAFT_CONNECTS 0
 #define GRAFT_SENDS 1
@@ -284,13 +272,14 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && request->protocol == IPPROTO_UDP) {
 			if (!sending)
 				crossings.sk_storage_delete(ctx->sk);
-			/* An IPv6 socket cannot send to an IPv4 address by this hook, but it can be connected to one. */
-			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns &&
-			    !(sending && request->family == GRAFT_IPV6)) {
-				*verdict = redirect_datagrams(ctx, &owner, request);
+			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns) {
+				*verdict = request->family == GRAFT_IPV4 ?
+						   redirect_datagrams(ctx, &owner, request) :
+						   redirect_datagrams6(ctx, &owner, request, !sending);
 				if (*verdict == PASS && !sending && !store_crossing(ctx, &owner, request)) {
 					request->relay = 0;
 					request->exchange = 0;
+					request->stand_in = 0;
 					*verdict = refuse_with(EACCES);
 				}
 				return 0;
@@ -320,8 +309,11 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		return 0;
 	}
 	endpoint = endpoint_for(ctx, request, id);
+	if (endpoint && !owner.tag)
+		owner.tag = tag_of_lent(ctx, &owner, endpoint, sending == GRAFT_CONNECTS);
 	if (!endpoint || is_unix(endpoint) || has_lost_endpoint(ctx->sk, owner.tag, bound) ||
 	    (is_diverted(ctx->sk) && !is_link_local(request)) ||
+	    (sending == GRAFT_CONNECTS && !owner.tag && lends(endpoint)) || keeps_loopback(ctx->sk, request, endpoint) ||
 	    (sending == GRAFT_CONNECTS && would_choose_address(ctx, request, endpoint, bound))) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
@@ -385,6 +377,11 @@ int graft_connect6(struct bpf_sock_addr *ctx)
 		write_loopback6(ctx, 0);
 		ctx->user_ip6[3] = bpf_htonl(request.exchange);
 		ctx->user_port = bpf_htons(request.relay->datagram_port);
+		return PASS;
+	}
+	if (request.stand_in) {
+		write_loopback6(ctx, 1);
+		ctx->user_port = bpf_htons(request.stand_in);
 		return PASS;
 	}
 	if (request.relay) {

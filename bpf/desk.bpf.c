@@ -16,15 +16,6 @@ static __always_inline struct desk *desk_of_caller(void)
 }
 
 #ifdef GRAFT_PROBE
-/* Offsets come from the kernel's own type information (/sys/kernel/btf/vmlinux). A pointer that cannot be
- * followed reads as NULL. */
-static __always_inline void *read_pointer(void *pointer)
-{
-	void *found = 0;
-
-	return bpf_probe_read_kernel(&found, sizeof(found), pointer) ? 0 : found;
-}
-
 #ifdef GRAFT_TASK_FILES
 /* The file at descriptor `fd` of `task`; *cloexec: whether the descriptor is closed on exec. */
 static __always_inline void *file_at(void *task, s32 fd, u32 *cloexec)

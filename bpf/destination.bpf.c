@@ -86,7 +86,7 @@ static __always_inline int may_reach(struct bpf_sock *sk, struct owner *owner, s
 	if ((is_diverted(sk) && !is_link_local(remote)) ||
 	    !may_exchange_with(owner->container, remote, netns, &endpoint))
 		return 0;
-	return !own || !endpoint || leaves_from(source, own, owner->tag, endpoint, remote->endpoint);
+	return !own || !endpoint || leaves_from(source, own, owner->tag, endpoint, remote);
 }
 
 /* Whether a datagram may be one to the socket's peer. (An IPv6 socket sends to IPv4 destinations too.) */

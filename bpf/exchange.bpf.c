@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* Transport splice, datagrams over IPv4: Graft's relay and the sockets of a container tell exchanges apart by address.
+/* Transport splice, datagrams: Graft's relay and the sockets of a container tell exchanges apart by address.
  *
  * Theory of operation
  *
@@ -14,8 +14,12 @@
  *      out   sendmsg or connect hook: a granted destination gets a slot, and the datagram goes to the slot's address
  *               the relay reads the destination from the slot; its answers come from there, recvmsg shows who sent them
  *
- *   A container has so many slots in each direction and no more: a new exchange takes the one, of a few, that was used
- *   longest ago. The generation tells the relay, and the hooks, that a slot is not theirs any more.
+ *   A container has so many slots in each direction and no more, so it takes none of another one's room in the map: a new
+ *   exchange takes the one, of a few, that was used longest ago. The relay frees those of sockets that are closed. The
+ *   generation tells the relay, and the hooks, that a slot is not theirs any more.
+ *
+ *   IPv6 has one loopback address, so there each remote end is a port at ::1: stand_in.bpf.c. But an IPv6 socket that is
+ *   connected to an IPv6 destination, and may speak IPv4, gets a slot too, of ::ffff:127.0.0.0/104.
  */
 
 static __always_inline u32 exchange_address(int out, u32 generation, u32 slot)
@@ -63,7 +67,7 @@ static __always_inline u32 destination_exchange(struct bpf_sock_addr *ctx, struc
 	first = (u32)(((made.cookie ^ word[0] ^ (word[1] << 7) ^ (u64)request->port << 40) * 0x9e3779b97f4a7c15ULL) >> 40);
 #pragma unroll
 	for (way = 0; way < GRAFT_EXCHANGE_WAYS; way++) {
-		key.slot = (first + way) % GRAFT_EXCHANGE_SLOTS;
+		key.slot = (first + way) % GRAFT_EXCHANGE_OUT_SLOTS;
 		found = exchanges.lookup(&key);
 		if (found && is_exchange(found, made.cookie, request)) {
 			found->used = now;
@@ -82,16 +86,23 @@ static __always_inline u32 destination_exchange(struct bpf_sock_addr *ctx, struc
 	return exchange_address(1, made.generation, chosen);
 }
 
-/* Whether the socket that receives at an exchange's address is the relay of this container. */
+/* Whether the socket that receives at an exchange's address, or where that is 0 at ::1, is the relay of this container. */
 static __always_inline int relay_receives(struct bpf_sock_addr *ctx, struct owner *owner, u16 port, u32 address)
 {
 	struct bpf_sock_tuple to = {};
 	struct bpf_sock *sk;
 
-	to.ipv4.saddr = bpf_htonl(0x7f000001);
-	to.ipv4.daddr = bpf_htonl(address);
-	to.ipv4.dport = bpf_htons(port);
-	sk = bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
+	if (address) {
+		to.ipv4.saddr = bpf_htonl(0x7f000001);
+		to.ipv4.daddr = bpf_htonl(address);
+		to.ipv4.dport = bpf_htons(port);
+		sk = bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		to.ipv6.saddr[3] = bpf_htonl(1);
+		to.ipv6.daddr[3] = bpf_htonl(1);
+		to.ipv6.dport = bpf_htons(port);
+		sk = bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
 	return is_released_relay(sk, owner->id);
 }
 

@@ -125,6 +125,24 @@ static __always_inline void write_ferry4(struct bpf_sock_addr *ctx, struct reque
 	ctx->msg_src_ip4 = own ? own : bpf_htonl(0x7f000001);
 }
 
+/* To a port at ::1, from the socket's own address or ::1: whatever a control message says. */
+static __always_inline void write_loopback_port6(struct bpf_sock_addr *ctx, struct local_address *local, u16 port)
+{
+	u32 ip[4] = { 0, 0, 0, bpf_htonl(1) };
+
+	ctx->user_ip6[0] = 0;
+	ctx->user_ip6[1] = 0;
+	ctx->user_ip6[2] = 0;
+	ctx->user_ip6[3] = bpf_htonl(1);
+	ctx->user_port = bpf_htons(port);
+	if (local->family == GRAFT_IPV6 && (local->ip[0] | local->ip[1] | local->ip[2] | local->ip[3]))
+		__builtin_memcpy(ip, local->ip, 16);
+	ctx->msg_src_ip6[0] = ip[0];
+	ctx->msg_src_ip6[1] = ip[1];
+	ctx->msg_src_ip6[2] = ip[2];
+	ctx->msg_src_ip6[3] = ip[3];
+}
+
 static __always_inline int write_ferry6(struct bpf_sock_addr *ctx, struct request *request)
 {
 	u16 place = request->place;
@@ -134,22 +152,7 @@ static __always_inline int write_ferry6(struct bpf_sock_addr *ctx, struct reques
 	if (place >= GRAFT_BERTHS6 || !request->ferry->ports6[place] ||
 	    (local.family != GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3])))
 		return refuse_with(EACCES);
-	ctx->user_ip6[0] = 0;
-	ctx->user_ip6[1] = 0;
-	ctx->user_ip6[2] = 0;
-	ctx->user_ip6[3] = bpf_htonl(1);
-	ctx->user_port = bpf_htons(request->ferry->ports6[place]);
-	if (local.family == GRAFT_IPV6 && (local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3])) {
-		ctx->msg_src_ip6[0] = local.ip[0];
-		ctx->msg_src_ip6[1] = local.ip[1];
-		ctx->msg_src_ip6[2] = local.ip[2];
-		ctx->msg_src_ip6[3] = local.ip[3];
-		return PASS;
-	}
-	ctx->msg_src_ip6[0] = 0;
-	ctx->msg_src_ip6[1] = 0;
-	ctx->msg_src_ip6[2] = 0;
-	ctx->msg_src_ip6[3] = bpf_htonl(1);
+	write_loopback_port6(ctx, &local, request->ferry->ports6[place]);
 	return PASS;
 }
 

@@ -119,6 +119,9 @@ BPF_TABLE("lru_hash", struct arrival, struct crossing, arrivals, GRAFT_MAX_ARRIV
 SK_STORAGE(crossings, struct crossing, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct exchange_slot, struct exchange, exchanges, GRAFT_MAX_EXCHANGES, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct exchange_client, u32, exchange_clients, GRAFT_MAX_EXCHANGES, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct stand_in_key, struct stand_in, stand_ins, GRAFT_MAX_STAND_INS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct stand_in_place, u32, stand_in_ports, GRAFT_MAX_STAND_INS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", u32, struct offer, offers, GRAFT_MAX_CONTAINERS, BPF_F_NO_PREALLOC);
 
 /* Of transport swap (ferry.bpf.c). */
 BPF_F_TABLE("hash", u32, struct ferry, ferries, GRAFT_MAX_CONTAINERS, BPF_F_NO_PREALLOC);

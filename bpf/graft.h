@@ -250,12 +250,13 @@ struct relay {
 	__u16 zero2;
 	__u64 cgroup;    /* the container's: datagrams go to sockets of it, or below it */
 	__u32 mark;      /* of datagrams to the relay: a secret, and nothing but a hook sets it */
-	__u32 zero3;
+	__u32 answer_mark; /* of those that it sends: another one, which a program inside may come to know */
 };
 
 /* `exchanges`: what Graft relays between a container's datagram socket and a remote end (exchange.bpf.c). */
 #define GRAFT_EXCHANGE_SLOT_BITS 12
-#define GRAFT_EXCHANGE_SLOTS 4096      /* of a container, in each direction */
+#define GRAFT_EXCHANGE_SLOTS 4096      /* of a container, for its clients */
+#define GRAFT_EXCHANGE_OUT_SLOTS 512   /* for what its sockets begin */
 #define GRAFT_EXCHANGE_GENERATIONS 2046 /* from 1 on */
 struct exchange_slot {
 	__u32 container;
@@ -266,12 +267,13 @@ struct exchange_slot {
 
 struct exchange {
 	__u8 addr[16];   /* the remote end */
-	__u64 used;      /* when a hook found it last; out only */
+	__u64 used;      /* when a hook found it last, CLOCK_MONOTONIC in nanoseconds; out only */
 	__u64 cookie;    /* of the socket that began it; out only */
 	__u16 port;
 	__u8 family;
 	__u8 zero;
-	__u32 generation;
+	__u16 generation;
+	__u16 local_port; /* of the container's socket; in only */
 };
 
 /* `exchange_clients`: a client of a container's socket at `local_port` -> its exchange's address, in host order. */
@@ -280,6 +282,40 @@ struct exchange_client {
 	__u16 local_port;
 	__u16 port;
 	__u8 addr[4];
+};
+
+/* `stand_ins`: a port of graftd's at ::1 in a container's namespace -> the remote end that it stands for
+ * (stand_in.bpf.c). */
+struct stand_in_key {
+	__u32 container;
+	__u16 port;
+	__u8 zero[2];
+};
+
+struct stand_in {
+	__u8 addr[16];
+	__u64 cookie;    /* of the socket that took it; 0: graftd gave it to a client */
+	__u64 begun;     /* when it took it, CLOCK_MONOTONIC in nanoseconds */
+	__u64 connected; /* when a socket of the container was connected to it last; 0: never */
+	__u16 port;
+	__u16 local_port; /* of the container's socket; 0: it had none yet, when it was connected */
+	__u32 zero;
+};
+
+/* `stand_in_ports`: a remote end of a container's socket -> the port of the stand-in for it. */
+struct stand_in_place {
+	__u8 addr[16];
+	__u64 cookie;
+	__u32 container;
+	__u16 port;
+	__u16 local_port; /* of a server that has a client there; 0 where there is a cookie */
+};
+
+/* `offers`: container -> the stand-ins that a hook may take, those of them that stand for nothing. */
+#define GRAFT_MAX_OFFERED 128
+struct offer {
+	__u32 count; /* a power of two; 0: none */
+	__u16 ports[GRAFT_MAX_OFFERED];
 };
 
 /* `ferries`: container -> the sockets on the host's loopback that relay datagrams to and from its own namespace. */
@@ -373,6 +409,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 8
+#define GRAFT_LAYOUT_VERSION 10
 
 #endif

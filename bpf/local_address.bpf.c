@@ -133,6 +133,14 @@ static __always_inline int is_bound(struct bpf_sock *sk, struct tag *tag, struct
 	return is_granted(container, tag, &local, type == SOCK_STREAM ? IPPROTO_TCP : IPPROTO_UDP, netns);
 }
 
+/* Whether the endpoint that a socket is bound to has its port in both families. */
+static __always_inline int is_dual_stack(struct tag *tag)
+{
+	struct endpoint *bound = tag ? endpoints.lookup(&tag->endpoint) : 0;
+
+	return bound && bound->flags & GRAFT_ENDPOINT_DUAL_STACK;
+}
+
 /* Whether a port is one that connections from the endpoint may leave from. */
 static __always_inline int is_port_of(struct endpoint *endpoint, u16 port)
 {
@@ -141,19 +149,39 @@ static __always_inline int is_port_of(struct endpoint *endpoint, u16 port)
 	return !endpoint->port || (port >= endpoint->port && port <= last);
 }
 
+/* Every host has these, a whole network of IPv4. (Noted one by one they would push all others out of host_addresses.) */
+static __always_inline int is_on_loopback(u32 *ip, u8 family)
+{
+	if (family == GRAFT_IPV4)
+		return (ip[0] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return !(ip[0] | ip[1] | ip[2]) && ip[3] == bpf_htonl(1);
+}
+
+/* Whether a datagram from the one address to the other would let its sender pass for a client on the host's loopback. The
+ * kernel picks such a source for destinations there; the socket keeps it for later ones. One that was connected over IPv6
+ * has 127.0.0.6 (LOOPBACK4_IPV6) for IPv4, which shows when it is made an IPv4 socket (IPV6_ADDRFORM). */
+static __always_inline int strays_from_loopback(struct local_address *source, struct request *remote)
+{
+	u32 ip[4];
+
+	__builtin_memcpy(ip, remote->addr, 16);
+	return source->family == remote->family && is_on_loopback(source->ip, source->family) &&
+	       !is_on_loopback(ip, remote->family);
+}
+
 /* Whether a source is what the connect and sendmsg hooks would give now: the endpoint's address and port; where it has
  * no address the socket's, and that not from when it had one. */
 static __always_inline int leaves_from(struct local_address *source, struct local_address *own, struct tag *tag,
-				       struct endpoint *endpoint, u32 id)
+				       struct endpoint *endpoint, struct request *remote)
 {
-	if (tag->source && tag->source != id)
+	if (tag->source && tag->source != remote->endpoint)
 		return 0;
 	if (endpoint->port ? !is_port_of(endpoint, own->port) : keeps_lent_port(tag, endpoint))
 		return 0;
 	source->port = own->port;
 	if (!is_unspecified(endpoint->addr))
 		return matches_endpoint(source, endpoint, 0);
-	if (tag->source && tag->lent & GRAFT_LENT_ADDRESS)
+	if ((tag->source && tag->lent & GRAFT_LENT_ADDRESS) || strays_from_loopback(source, remote))
 		return 0;
 	return !(own->ip[0] | own->ip[1] | own->ip[2] | own->ip[3]) || own->family != source->family ||
 	       (own->ip[0] == source->ip[0] && own->ip[1] == source->ip[1] && own->ip[2] == source->ip[2] &&
@@ -179,14 +207,6 @@ static __always_inline int keeps_others_source(struct bpf_sock *sk, struct tag *
 	if (tag->lent & GRAFT_LENT_PORT && !is_port_of(lender, local.port))
 		return 1;
 	return tag->lent & GRAFT_LENT_ADDRESS && !matches_endpoint(&local, lender, 0);
-}
-
-/* Every host has these, a whole network of IPv4: noted one by one they would push all others out. */
-static __always_inline int is_on_loopback(u32 *ip, u8 family)
-{
-	if (family == GRAFT_IPV4)
-		return (ip[0] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
-	return !(ip[0] | ip[1] | ip[2]) && ip[3] == bpf_htonl(1);
 }
 
 /* Whether the address is one of the host's in that namespace. A program that may answer from whichever of these its client

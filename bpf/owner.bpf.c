@@ -1,6 +1,17 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
 /* Which container a socket belongs to, which address a call requests, and what a refusal returns. */
 
+#ifdef GRAFT_PROBE
+/* Offsets come from the kernel's own type information (/sys/kernel/btf/vmlinux). A pointer that cannot be
+ * followed reads as NULL. */
+static __always_inline void *read_pointer(void *pointer)
+{
+	void *found = 0;
+
+	return bpf_probe_read_kernel(&found, sizeof(found), pointer) ? 0 : found;
+}
+#endif
+
 /* A requested address as a hook sees it, and what was found out about it. ::ffff:1.2.3.4 is family 4 here. Rules also
  * judge the remote end of a packet as the destination of a request. */
 struct request {
@@ -12,6 +23,7 @@ struct request {
 	u8 to_loopback;      /* no address was requested, and the one here must be written for it */
 	struct relay *relay; /* transport splice: where a granted connection is redirected to */
 	u32 exchange;        /* and the address there, of datagrams (exchange.bpf.c) */
+	u16 stand_in;        /* or the port there, of datagrams over IPv6 (stand_in.bpf.c) */
 	struct tag *tag;     /* of a socket whose source must be an endpoint */
 	u32 endpoint;        /* its id */
 	u16 endpoint_port;   /* a bind: the port of the endpoint that it becomes; 0: the kernel picks */

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0-only)
-/* recvfrom and recvmsg: who really sent a datagram that a ferry (ferry.bpf.c) or graftd's relay (exchange.bpf.c) brings. */
+/* recvfrom and recvmsg: who really sent a datagram that a ferry (ferry.bpf.c) or graftd's relay (exchange.bpf.c,
+ * stand_in.bpf.c) brings. */
 
 #define GRAFT_LOOPBACK_FIRST 127
 
@@ -16,6 +17,7 @@ static __always_inline int find_sender(struct bpf_sock_addr *ctx, u32 ip, struct
 	u16 port = bpf_ntohs((u16)ctx->user_port);
 	struct berth *berth = ferried_sender(ctx, ip, port);
 	struct exchange *exchange;
+	struct stand_in *stand_in;
 
 	if (berth) {
 		__builtin_memcpy(sender->addr, berth->addr, 16);
@@ -23,7 +25,16 @@ static __always_inline int find_sender(struct bpf_sock_addr *ctx, u32 ip, struct
 		sender->family = berth->family;
 		return 1;
 	}
-	exchange = ip ? relayed_sender(ctx, ip, port) : 0;
+	if (!ip) {
+		stand_in = stood_for_sender(ctx, port);
+		if (!stand_in)
+			return 0;
+		__builtin_memcpy(sender->addr, stand_in->addr, 16);
+		sender->port = stand_in->port;
+		sender->family = GRAFT_IPV6;
+		return 1;
+	}
+	exchange = relayed_sender(ctx, ip, port);
 	if (!exchange)
 		return 0;
 	__builtin_memcpy(sender->addr, exchange->addr, 16);

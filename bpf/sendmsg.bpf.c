@@ -116,6 +116,8 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	from = decide_destination(ctx, &request, &verdict, sending);
 	if (request.ferry)
 		return write_ferry6(ctx, &request);
+	if (request.stand_in)
+		return write_stand_in(ctx, &request);
 	if (request.to_loopback)
 		write_loopback6(ctx, !request.mapped);
 	if (!from) {

@@ -83,8 +83,7 @@ def _attached_lines(done: Attached) -> list[str]:
         lines.append(f"  {done.observed.outside} of them are in namespaces of their own, where nothing is granted")
     lines.append(f"  policy {done.container.policy}" + (", which replaces the old one" if done.replaced else ""))
     lines += [
-        f"  {field} has no effect: transport {choice.transport} relays TCP, and UDP over IPv4"
-        for field in done.without_effect
+        f"  {field} has no effect: transport {choice.transport} relays TCP and UDP" for field in done.without_effect
     ]
     lines += [
         f"  {field} has no effect: a unix socket of the program's own is bound by a supervisor, and transport"

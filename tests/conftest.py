@@ -44,13 +44,29 @@ MACHINE_FILES = {
     "test_sixth_reading_images.py",
 }
 
+LONG = "tests/hostile/test_fuzz.py"
+"""A few tests that take a long time each: they need not stay together."""
+
+
+def _group(item: pytest.Item) -> str:
+    """What stays in one of several processes (pytest-xdist): the tests of a file, and those of the whole machine."""
+    names: Any = getattr(item, "fixturenames", ())
+    if item.path.name in MACHINE_FILES or MACHINE_FIXTURES & set(names):
+        return "machine"
+    return item.nodeid if item.nodeid.startswith(LONG) else str(item.path)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In several processes (pytest-xdist) the tests of one file stay in one, and those of the machine in one."""
+    """The longest groups go first and the quick unit tests last, so that no process has to wait for another at the end
+    (with --no-loadscope-reorder).
+    """
+    longest: dict[str, int] = {}
     for item in items:
-        names: Any = getattr(item, "fixturenames", ())
-        of_machine = item.path.name in MACHINE_FILES or MACHINE_FIXTURES & set(names)
-        item.add_marker(pytest.mark.xdist_group("machine" if of_machine else str(item.path)))
+        group = _group(item)
+        item.add_marker(pytest.mark.xdist_group(group))
+        is_unit = "tests/unit/" in item.nodeid
+        longest.setdefault(group, 0 if item.nodeid.startswith(LONG) else 1 if group == "machine" else 2 + is_unit)
+    items.sort(key=lambda item: longest[_group(item)])
 
 
 @contextmanager

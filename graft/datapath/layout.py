@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 8
+LAYOUT_VERSION = 10
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -44,11 +44,15 @@ PROBED_EPOLL = 2
 PROBED_FLAGS = 4
 PROBED_OWNED = 8
 MAX_DESKS = 8192
+MAX_EXCHANGES = 524288
+MAX_STAND_INS = 65536
 BERTHS4, BERTHS6 = 256, 16
 FERRY_NET = 0x7FFE0000  # 127.254.0.0/16
 EXCHANGE_SLOT_BITS = 12
 EXCHANGE_SLOTS = 4096
+EXCHANGE_OUT_SLOTS = 512
 EXCHANGE_GENERATIONS = 2046
+MAX_OFFERED = 128
 
 _ADDR = ctypes.c_ubyte * 16
 
@@ -302,7 +306,7 @@ class RelayValue(ctypes.Structure):
         ("zero2", ctypes.c_uint16),
         ("cgroup", ctypes.c_uint64),
         ("mark", ctypes.c_uint32),
-        ("zero3", ctypes.c_uint32),
+        ("answer_mark", ctypes.c_uint32),
     )
 
 
@@ -327,7 +331,8 @@ class ExchangeValue(ctypes.Structure):
         ("port", ctypes.c_uint16),
         ("family", ctypes.c_uint8),
         ("zero", ctypes.c_uint8),
-        ("generation", ctypes.c_uint32),
+        ("generation", ctypes.c_uint16),
+        ("local_port", ctypes.c_uint16),
     )
 
 
@@ -339,6 +344,51 @@ class ExchangeClient(ctypes.Structure):
         ("local_port", ctypes.c_uint16),
         ("port", ctypes.c_uint16),
         ("addr", ctypes.c_ubyte * 4),
+    )
+
+
+class StandInKey(ctypes.Structure):
+    """`stand_ins`: this -> StandInValue."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("port", ctypes.c_uint16),
+        ("zero", ctypes.c_uint8 * 2),
+    )
+
+
+class StandInValue(ctypes.Structure):
+    """The remote end that a stand-in stands for."""
+
+    _fields_ = (
+        ("addr", _ADDR),
+        ("cookie", ctypes.c_uint64),
+        ("begun", ctypes.c_uint64),
+        ("connected", ctypes.c_uint64),
+        ("port", ctypes.c_uint16),
+        ("local_port", ctypes.c_uint16),
+        ("zero", ctypes.c_uint32),
+    )
+
+
+class StandInPlace(ctypes.Structure):
+    """`stand_in_ports`: this -> the stand-in's port."""
+
+    _fields_ = (
+        ("addr", _ADDR),
+        ("cookie", ctypes.c_uint64),
+        ("container", ctypes.c_uint32),
+        ("port", ctypes.c_uint16),
+        ("local_port", ctypes.c_uint16),
+    )
+
+
+class Offer(ctypes.Structure):
+    """`offers`: container -> this."""
+
+    _fields_ = (
+        ("count", ctypes.c_uint32),
+        ("ports", ctypes.c_uint16 * MAX_OFFERED),
     )
 
 

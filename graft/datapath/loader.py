@@ -14,7 +14,7 @@ from pathlib import Path
 
 from graft.datapath import offsets
 from graft.datapath.bcc_compiler import Compiled, NotLoaded, compile_text
-from graft.datapath.layout import MAX_DESKS
+from graft.datapath.layout import MAX_DESKS, MAX_EXCHANGES, MAX_STAND_INS
 from graft.datapath.programs import (
     ALL_PROGRAMS,
     EXTENSIONS,
@@ -47,6 +47,9 @@ MAPS = (
     "arrivals",
     "exchanges",
     "exchange_clients",
+    "stand_ins",
+    "stand_in_ports",
+    "offers",
     "crossings",
     "ferries",
     "berths",
@@ -64,6 +67,8 @@ SOURCES = (
     "ferry.bpf.c",
     "bind.bpf.c",
     "exchange.bpf.c",
+    "stand_in.bpf.c",
+    "chosen_source.bpf.c",
     "connect.bpf.c",
     "sendmsg.bpf.c",
     "receive.bpf.c",
@@ -73,6 +78,7 @@ SOURCES = (
     "options.bpf.c",
     "listen.bpf.c",
     "packet.bpf.c",
+    "reuseport.bpf.c",
     "exchange_packet.bpf.c",
     "destination.bpf.c",
     "ping.bpf.c",
@@ -100,8 +106,10 @@ SIZES = {
     "GRAFT_MAX_COUNTERS": 65536,
     "GRAFT_MAX_ARRIVALS": 65536,
     "GRAFT_MAX_HOST_ADDRESSES": 16384,
-    "GRAFT_MAX_EXCHANGES": 262144,
+    "GRAFT_MAX_EXCHANGES": MAX_EXCHANGES,
     "GRAFT_EXCHANGE_WAYS": 8,
+    "GRAFT_MAX_STAND_INS": MAX_STAND_INS,
+    "GRAFT_OFFER_TRIES": 16,
     "GRAFT_MAX_DESKS": MAX_DESKS,
     "GRAFT_MAX_BERTHS": 32768,
 }

@@ -139,6 +139,21 @@ class Maps:
         return self._open("exchange_clients", layout.ExchangeClient, ctypes.c_uint32)
 
     @cached_property
+    def stand_ins(self) -> Map[layout.StandInKey, layout.StandInValue]:
+        """A port at ::1 of a container -> the remote end that it stands for."""
+        return self._open("stand_ins", layout.StandInKey, layout.StandInValue)
+
+    @cached_property
+    def stand_in_ports(self) -> Map[layout.StandInPlace, ctypes.c_uint32]:
+        """Remote end of a container's socket -> the port of its stand-in."""
+        return self._open("stand_in_ports", layout.StandInPlace, ctypes.c_uint32)
+
+    @cached_property
+    def offers(self) -> Map[ctypes.c_uint32, layout.Offer]:
+        """Container -> the stand-ins that its hooks may take."""
+        return self._open("offers", ctypes.c_uint32, layout.Offer)
+
+    @cached_property
     def counters(self) -> Map[layout.CounterKey, ctypes.c_uint64]:
         """(container, decision) -> how often."""
         return self._open("counters", layout.CounterKey, ctypes.c_uint64)

@@ -18,13 +18,16 @@ Offsets = Mapping[str, int | None]
 def structure_offsets() -> dict[str, int]:
     """The offsets that the hooks need; empty where the kernel has no type information.
 
-    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/local_address.bpf.c), a packet's namespace, a
-    pending datagram and a setting of the namespace (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c).
+    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/local_address.bpf.c), the interface that a
+    program has chosen (bpf/chosen_source.bpf.c), a packet's namespace, a pending datagram and a setting of the
+    namespace (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each
+    (bpf/reuseport.bpf.c).
     """
     try:
         btf = Btf.of_kernel()
         file = _all_or_none(_file(btf))
-        others = [_all_or_none(group(btf)) for group in (_descriptor, _v6only, _packet, _datagram, _mark)]
+        groups = (_descriptor, _v6only, _interface, _packet, _datagram, _mark, _group)
+        others = [_all_or_none(group(btf)) for group in groups]
     except (OSError, ValueError):
         return {}
     return {name: value for group in (file, *others) for name, value in group.items()} if file else {}
@@ -67,6 +70,16 @@ def _v6only(btf: Btf) -> Offsets:
     }
 
 
+def _interface(btf: Btf) -> Offsets:
+    pktinfo, interface = btf.offset("ipv6_pinfo", "sticky_pktinfo"), btf.offset("in6_pktinfo", "ipi6_ifindex")
+    return {
+        "GRAFT_UNICAST_INTERFACE": btf.offset("inet_sock", "uc_index"),
+        "GRAFT_SOCK_INET6": btf.offset("inet_sock", "pinet6"),
+        "GRAFT_UNICAST_INTERFACE6": btf.offset("ipv6_pinfo", "ucast_oif"),
+        "GRAFT_PKTINFO_INTERFACE6": None if pktinfo is None or interface is None else pktinfo + interface,
+    }
+
+
 def _packet(btf: Btf) -> Offsets:
     return {
         "GRAFT_SKB_SK": btf.offset("sk_buff", "sk"),
@@ -92,6 +105,21 @@ def _datagram(btf: Btf) -> Offsets:
 def _mark(btf: Btf) -> Offsets:
     ipv4, accept = btf.offset("net", "ipv4"), btf.offset("netns_ipv4", "sysctl_tcp_fwmark_accept")
     return {"GRAFT_NET_FWMARK_ACCEPT": None if ipv4 is None or accept is None else ipv4 + accept}
+
+
+def _group(btf: Btf) -> Offsets:
+    cgroup, data = btf.offset("sock_cgroup_data", "cgroup"), btf.offset("sock", "sk_cgrp_data")
+    own, parent = btf.offset("cgroup", "self"), btf.offset("cgroup_subsys_state", "parent")
+    return {
+        "GRAFT_SOCK_REUSEPORT": btf.offset("sock", "sk_reuseport_cb"),
+        "GRAFT_SOCK_CGROUP": None if cgroup is None or data is None else cgroup + data,
+        "GRAFT_GROUP_COUNT": btf.offset("sock_reuseport", "num_socks"),
+        "GRAFT_GROUP_SOCKETS": btf.offset("sock_reuseport", "socks"),
+        "GRAFT_CGROUP_SELF": own,
+        "GRAFT_CGROUP_PARENT": None if own is None or parent is None else own + parent,
+        "GRAFT_CGROUP_NODE": btf.offset("cgroup", "kn"),
+        "GRAFT_NODE_ID": btf.offset("kernfs_node", "id"),
+    }
 
 
 def write_seq_offset() -> int | None:

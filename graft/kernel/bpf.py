@@ -351,6 +351,11 @@ class Map(Generic[KeyT, ValueT]):
             found.append(following)
             key = following
 
+    def clear(self) -> None:
+        """Remove all current entries."""
+        for key in self.keys():
+            self.delete(key)
+
     def items(self) -> Iterator[tuple[KeyT, ValueT]]:
         """All entries that still exist when they are read."""
         for key in self.keys():

@@ -26,7 +26,7 @@ NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQUEST_ONE, _REQUEST_DUMP, _REQUEST_ACK = 0x1, 0x1 | 0x300, 0x1 | 0x4
-_TCP_ESTABLISHED, _TCP_CLOSE, _TCP_LISTEN = 1, 7, 10
+_TCP_ESTABLISHED, _TCP_SYN_RECV, _TCP_CLOSE, _TCP_LISTEN, _TCP_NEW_SYN_RECV = 1, 3, 7, 10, 12
 _THE_KERNEL = 0  # its port id (netlink(7))
 _PIECE_BYTES = 8192  # enough for one message of any page size (NLMSG_GOODSIZE): 65 listeners
 _LARGE_BYTES = 1 << 16
@@ -56,9 +56,9 @@ _TRIES = 4096
 class ListeningSocket:
     """A listening TCP socket, or a UDP socket that has a port.
 
-    ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it; ``connected``: it has a peer.
-    ``stored`` is its value in the requested socket storage. ``asked`` is for a caller that knows what address its
-    program bound: (family, address, port) of that, None for the same.
+    ``address`` as in the maps; ``cgroup`` is 0 where the kernel does not report it; ``connected``: it has a peer, at
+    ``peer`` and ``peer_port``. ``stored`` is its value in the requested socket storage. ``asked`` is for a caller that
+    knows what address its program bound: (family, address, port) of that, None for the same.
     """
 
     family: int
@@ -72,6 +72,8 @@ class ListeningSocket:
     asked: tuple[int, bytes, int] | None = None
     protocol: int = socket.IPPROTO_TCP
     connected: bool = False
+    peer_port: int = 0
+    peer: bytes = bytes(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +131,39 @@ class Diagnostics:
                     found = [parse_listener(message) for message in piece]
                 yield found
 
-    def listener_at(self, family: socket.AddressFamily, address: str, port: int) -> ListeningSocket | None:
-        """Which listener of the namespace a connection to that address reaches. Raises OSError."""
-        local = socket.inet_pton(family, address).ljust(16, b"\0")
-        # From no port: the kernel finds no connection then, only who listens (inet_diag_find_one_icsk).
-        sockid = struct.pack("!HH", port, 0) + local + bytes(20) + _NO_COOKIE
-        self._send(_SOCK_DIAG_BY_FAMILY, _REQUEST_ONE, _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0, sockid))
+    def far_end(self, sock: socket.socket) -> FoundSocket | None:
+        """The other end of a connection within the namespace, of which ``sock`` is one; None where nobody has accepted
+        it (a listener is found then, or a connection request). Raises OSError.
+        """
+        remote, local = sock.getpeername(), sock.getsockname()
+        ends = [socket.inet_pton(sock.family, one[0]).ljust(16, b"\0") for one in (remote, local)]
+        sockid = struct.pack("!HH", remote[1], local[1]) + ends[0] + ends[1] + bytes(4) + _NO_COOKIE
+        self._send(_SOCK_DIAG_BY_FAMILY, _REQUEST_ONE, _REQUEST.pack(sock.family, socket.IPPROTO_TCP, 0, 0, 0, sockid))
         try:
             with _refusing():
                 found, _ = _answered(self._sock.recv(_PIECE_BYTES))
-                return parse_listener(found[0]) if found else None
+                one = parse_socket(socket.IPPROTO_TCP, found[0]) if found else None
         except FileNotFoundError:
             return None
+        return None if one is None or one.state in (_TCP_LISTEN, _TCP_NEW_SYN_RECV, _TCP_SYN_RECV) else one
+
+    def listeners_at(self, family: int, address: str, port: int) -> list[ListeningSocket]:
+        """Every listener of the namespace that a connection to that address may reach: several with SO_REUSEPORT, of
+        which a program that one of them has set may choose any. Raises OSError.
+        """
+        packed = socket.inet_pton(family, address)
+        places = {(6, packed), (6, bytes(16))}
+        if family == socket.AF_INET:
+            padded = packed.ljust(16, b"\0")
+            places = {(4, padded), (4, bytes(16)), (6, bytes(10) + b"\xff\xff" + packed), (6, bytes(16))}
+        found = []
+        for kind in (socket.AF_INET, socket.AF_INET6) if family == socket.AF_INET else (socket.AF_INET6,):
+            for piece in self._dump(kind, socket.IPPROTO_TCP, 1 << _TCP_LISTEN, _PIECE_BYTES, port=port):
+                with _refusing():
+                    found += [parse_listener(message) for message in piece]
+        if family == socket.AF_INET:
+            found = [one for one in found if not one.v6only]
+        return [one for one in found if one.port == port and (one.family, one.address) in places]
 
     def datagram_sockets(self) -> Iterator[list[ListeningSocket]]:
         """Every UDP socket of the namespace, likewise; none where the kernel does not list them."""
@@ -189,10 +212,12 @@ class Diagnostics:
         _answered(self._sock.recv(_LARGE_BYTES))
 
     def _dump(
-        self, family: int, protocol: int, states: int, at_once: int, storage: int | None = None
+        self, family: int, protocol: int, states: int, at_once: int, storage: int | None = None, port: int = 0
     ) -> Iterator[list[bytes]]:
-        """The messages of a listing, ``at_once`` bytes at a time. No other request may be sent until its end."""
-        body = _REQUEST.pack(family, min(protocol, 255), 0, 0, states, bytes(48))
+        """The messages of a listing, ``at_once`` bytes at a time. No other request may be sent until its end. ``port``:
+        only of sockets at that one.
+        """
+        body = _REQUEST.pack(family, min(protocol, 255), 0, 0, states, port.to_bytes(2, "big") + bytes(46))
         if protocol > 255:
             body += _attribute(_REQUEST_PROTOCOL, _NUMBER.pack(protocol))
         if storage is not None:
@@ -247,7 +272,7 @@ def split_messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 def parse_listener(message: bytes) -> ListeningSocket:
     """A listener from struct inet_diag_msg with its attributes. Raises ValueError where it is too short."""
-    family, state, _timer, _retrans, port, _peer, source, _target, device, *rest = _fields(message)
+    family, state, _timer, _retrans, port, peer, source, target, device, *rest = _fields(message)
     attributes = dict(_attributes(message, _MESSAGE.size))
     return ListeningSocket(
         family=4 if family == socket.AF_INET else 6,
@@ -259,6 +284,8 @@ def parse_listener(message: bytes) -> ListeningSocket:
         inode=rest[-1],
         stored=_stored(attributes),
         connected=state == _TCP_ESTABLISHED,
+        peer_port=int.from_bytes(peer, "big"),
+        peer=target[:4].ljust(16, b"\0") if family == socket.AF_INET else target,
     )
 
 

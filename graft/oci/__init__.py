@@ -13,6 +13,7 @@
     features.py         what the real runtime supports
     prepare.py          all of that before the container is made
     hook.py             the commands that the runtime runs as hooks
+    plan.py             how one container is attached, and where it is
     shim.py             the process beside one container: its supervisors' keeper
     listener.py         `graft listen`: the same for many containers
     message_loop.py     messages of runtimes, and descriptors to wait for

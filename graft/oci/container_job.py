@@ -11,6 +11,7 @@ from typing import Any
 from graft.errors import GraftError, KernelError
 from graft.kernel import cgroup, fork_messages, surroundings
 from graft.oci import arguments, main, options, shim
+from graft.oci.plan import Plan
 from graft.oci.prepare import Caller
 from graft.swap import fork_client
 
@@ -34,7 +35,7 @@ def prepare_container(connection: socket.socket, request: dict[str, Any], fds: S
     fork_messages.send(connection, answer)
 
 
-def _start_shim(plan: shim.Plan, hook: socket.socket, listeners: socket.socket, lock: int, runtime: int) -> None:
+def _start_shim(plan: Plan, hook: socket.socket, listeners: socket.socket, lock: int, runtime: int) -> None:
     """Have a new child of the server become the shim: this process has used more memory than that one will."""
     server = fork_client.connect_to(plan.settings, surroundings.of().name)
     if server is None:
@@ -53,7 +54,7 @@ def be_shim(connection: socket.socket, request: dict[str, Any], fds: Sequence[in
     hook, listeners, runtime, lock = fds
     if request["debug"]:
         os.environ["GRAFT_DEBUG"] = request["debug"]
-    plan: shim.Plan = pickle.loads(bytes.fromhex(request["plan"]))
+    plan: Plan = pickle.loads(bytes.fromhex(request["plan"]))
     connection.send(b"+")
     connection.close()
     shim.serve(plan, _accepting(hook), _accepting(listeners), lock, runtime)

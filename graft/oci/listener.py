@@ -24,6 +24,7 @@ from graft.oci import shim
 from graft.oci.bundle import has_own_user_namespace, read_config
 from graft.oci.message_loop import MessageLoop
 from graft.oci.options import RuntimeOptions
+from graft.oci.plan import Plan
 from graft.oci.profile_text import BORN_METADATA
 from graft.oci.request import POLICY_ANNOTATION, check_annotations, check_capabilities, choose_policy, requested
 from graft.oci.state import Message, State
@@ -149,7 +150,7 @@ class ListenerServer:
             attachment.watch(self._loop)
             self._report(f"{state.id[:12]}: attached")
 
-    def _plan(self, state: State) -> shim.Plan:
+    def _plan(self, state: State) -> Plan:
         """How to attach the container. Raises GraftError where its request is refused."""
         path = os.path.join(state.bundle, "config.json")
         config = read_config(path)
@@ -171,7 +172,7 @@ class ListenerServer:
         compiled = compile_for(policy, policy.resolve(known))
         transport = Transport.BORN if state.metadata == BORN_METADATA else Transport.SWAP
         check_transport(transport, state.id[:12], compiled)
-        return shim.Plan(
+        return Plan(
             self._settings,
             policy,
             transport,

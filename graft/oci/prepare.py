@@ -34,6 +34,7 @@ from graft.oci.bundle import (
 )
 from graft.oci.features import supports_wait_killable
 from graft.oci.options import RuntimeOptions
+from graft.oci.plan import Plan
 from graft.oci.request import check_annotations, check_capabilities, choose_policy, requested
 from graft.state.containers import CompiledPolicy, compile_for
 from graft.state.installation import known_endpoints
@@ -49,7 +50,7 @@ class Caller(NamedTuple):
     pidfd: int
 
 
-StartShim = Callable[[shim.Plan, socket.socket, socket.socket, int, int], None]
+StartShim = Callable[[Plan, socket.socket, socket.socket, int, int], None]
 """`shim.start`, or what does the same."""
 
 
@@ -83,7 +84,7 @@ def prepare(
         edit = _plan_edit(settings, folder, transport, runtime, compiled.bears_datagrams)
         check_annotations(config, options, notified=edit.listener is not None)
         edited = edit_config(config, edit)
-        plan = shim.Plan(
+        plan = Plan(
             settings,
             policy,
             transport,

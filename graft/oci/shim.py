@@ -20,20 +20,18 @@ import shutil
 import signal
 import socket
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from graft.datapath.dataplane import keepers_cgroup
 from graft.errors import GraftError, RefusedError
-from graft.kernel import cgroup, netns, process
+from graft.kernel import cgroup, process
 from graft.kernel.pidfd import has_ended
-from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.oci.children import in_child
 from graft.oci.message_loop import MessageLoop
+from graft.oci.plan import Plan, cgroup_of, find_container
 from graft.oci.state import Message, State
-from graft.policy.model import Policy
 from graft.policy.validator import refuse_without_supervisor
 from graft.splice import client as splice
 from graft.state import leftovers, members
@@ -43,31 +41,12 @@ from graft.swap.keeper import Keeper, stop_all
 
 HOOK_SOCKET, LISTENER_SOCKET = "hook", "seccomp"
 _ENGINE = "oci"  # of a container's record
-_ID_LENGTH = 64  # of an engine's id, which is in the name of the container's cgroup
 _EMPTY_TIMEOUT_MS = 2000
 _MAX_SUPERVISORS = 64
 """Of one container. Each is a process of the host's, for as long as what an engine's `exec` started, or left behind, is
 there: an image may have a health check do so every second.
 """
 _SHARE = 16  # a container has at most one in so many of the descriptors that a process may have, for its listeners
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How to attach one container.
-
-    ``folder`` is the shim's own, None where it has none; ``engine_cgroup`` is where the runtime was started.
-    ``killable``, ``datagrams``: as `Keeper` asks for them.
-    """
-
-    settings: Settings
-    policy: Policy
-    transport: Transport
-    id: str
-    folder: Path | None
-    engine_cgroup: Path
-    killable: bool = False
-    datagrams: bool = False
 
 
 class Attachment:
@@ -90,17 +69,24 @@ class Attachment:
             raise RefusedError(f"the container is {state.id!r}, and this supervisor is for {plan.id!r}")
         if self.container is not None:
             return
-        path, cookie = _find_container(state.pid, plan)
+        path, cookie = find_container(state.pid, plan)
         if first is not None and has_ended(first):
             # Its id may be another process's by now, and what was found by it not the container's.
             raise RefusedError("the container's first process has ended")
         shim = 0 if plan.transport is Transport.DIRECT else os.getpid()
-        known = self._attached_before(path, cookie) if plan.folder is None else None
-        if plan.folder is None:
-            self.container = known or self._create(path, cookie, shim, state.pid)
-        else:  # a shim stays for as long as its container: what it does once takes no memory of its own
-            self.container = in_child(lambda: self._create(path, cookie, shim, state.pid))
-        self._events = os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        events = members.open_events(path)  # from now on, to look the cgroup up waits for nobody
+        try:
+            self.container = self._attached_or_created(path, cookie, shim, state.pid)
+        except BaseException:
+            os.close(events)
+            raise
+        self._events = events
+
+    def _attached_or_created(self, path: Path, cookie: int, shim: int, pid: int) -> Container:
+        if self._plan.folder is None:
+            return self._attached_before(path, cookie) or self._create(path, cookie, shim, pid)
+        # A shim stays for as long as its container: what it does once takes no memory of its own.
+        return in_child(lambda: self._create(path, cookie, shim, pid))
 
     def _attached_before(self, path: Path, cookie: int) -> Container | None:
         """This container, where a `graft listen` before this one has attached it. Raises RefusedError where another is
@@ -116,7 +102,7 @@ class Attachment:
         refuse_without_supervisor(plan.policy, plan.transport)
         compiled = self._graft.compile(plan.policy)
         self._graft.reap()
-        with members.within_reach(path), self._graft.transaction() as change:
+        with self._graft.transaction() as change:
             created = change.containers.create(
                 compiled, path, cookie, plan.transport, shim, name=plan.id[:12], engine=_ENGINE
             )
@@ -161,7 +147,7 @@ class Attachment:
     def _check_cgroup(self, pid: int) -> None:
         """Raises RefusedError where process ``pid`` (0: not known) is not in the container's cgroup."""
         assert self.container is not None
-        path = cgroup.of_process(pid) if pid else self.container.cgroup_path
+        path = cgroup_of(pid, self._plan) if pid else self.container.cgroup_path
         if not path.is_relative_to(self.container.cgroup_path):
             raise RefusedError(f"process {pid} is in the cgroup {path}, not in the container's")
 
@@ -210,33 +196,6 @@ class Attachment:
             os.close(self._events)
             self._events = None
         _remove_folder(self._plan.folder)
-
-
-def _find_container(pid: int, plan: Plan) -> tuple[Path, int]:
-    """The cgroup and the namespace's cookie of a container, by its first process. Raises GraftError, OSError."""
-    path = _cgroup_of(pid, plan)
-    top = cgroup.v2_mount()
-    if path == top or plan.engine_cgroup.is_relative_to(path):
-        raise RefusedError(
-            "the container has no cgroup (v2) of its own: it shares its engine's", "an engine that creates one"
-        )
-    cookie = netns.cookie(Path(f"/proc/{pid}/ns/net"))
-    shared = cookie == netns.cookie(plan.settings.host_netns)
-    if shared != (plan.transport is Transport.DIRECT):
-        raise RefusedError("the container's network namespace is not the one in its configuration")
-    return path, cookie
-
-
-def _cgroup_of(pid: int, plan: Plan) -> Path:
-    """The container's cgroup, by its first process. Raises KernelError, OSError."""
-    path = cgroup.whole_of_process(pid)
-    if plan.folder is None and len(plan.id) == _ID_LENGTH:
-        # That process does not wait (`graft listen`): it may have made a cgroup below the container's already, and a
-        # namespace with its root there, while it still has a mount of the first one. The engine's name is above both.
-        from graft.state.engines import cut_at_id
-
-        return cut_at_id(path, plan.id) or path
-    return path
 
 
 def _remove_container(graft: Installation, container: Container) -> None:

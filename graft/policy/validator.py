@@ -94,16 +94,14 @@ def egress_protocols(rule: EgressRule, policy: Policy, endpoints: Mapping[str, E
 def grants_that_splice_lacks(policy: Policy, endpoints: Mapping[str, Endpoint]) -> tuple[str, ...]:
     """Fields of the rules that grant only what transport splice does not relay. ``endpoints`` has all that they name.
 
-    It relays TCP; UDP to servers over IPv4, and from clients over both, if these are connected; no ICMP.
+    It relays TCP and UDP; no ICMP.
     """
     granted: list[IngressRule | EgressRule] = [*policy.ingress, *(rule for rule in policy.egress if rule.endpoint)]
     return tuple(rule.field for rule in granted if not _relayed_protocols(rule, endpoints[str(rule.endpoint)]))
 
 
 def _relayed_protocols(rule: IngressRule | EgressRule, endpoint: Endpoint) -> Protocol:
-    has_udp = isinstance(rule, EgressRule) or endpoint.family == 4
-    relayed = Protocol.TCP | Protocol.UDP if has_udp else Protocol.TCP
-    return (rule.protocols or endpoint.protocols) & relayed
+    return (rule.protocols or endpoint.protocols) & (Protocol.TCP | Protocol.UDP)
 
 
 def needs_unix_relay(policy: Policy, endpoints: Mapping[str, Endpoint]) -> bool:

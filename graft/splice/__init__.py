@@ -29,7 +29,12 @@
     unix_endpoint.py  a unix socket of the host in the place of either endpoint
     waiting.py      an accepted connection whose unix socket has no room yet
     outbound.py     the listener to which the connect hook redirects granted connections
-    datagrams.py    UDP, both ways
+    datagrams.py    UDP, both ways, and how it is relayed over IPv4
+    stand_ins.py    how over IPv6
+    datagram_clients.py       clients of a container's UDP sockets, and the sockets at endpoints that hear them
+    datagram_places.py        how many clients of all containers have an entry in the maps
+    datagram_destinations.py  destinations of a container's UDP sockets
+    datagram_sockets.py       UDP sockets of the daemon
     relays.py       all three, for one container
     container_list.py     the containers to serve
     cgroups.py            whether their cgroups still exist
@@ -43,6 +48,6 @@
     daemon_process.py  starts, asks and stops graftd
     client.py       what `graft attach`, `detach` and `ps` use: the interface of this package
 
-It may import state, datapath, policy, kernel and model. Its hooks are in bpf/splice.bpf.c and bpf/exchange.bpf.c, the
-relay in the kernel in bpf/relay.bpf.c.
+It may import state, datapath, policy, kernel and model. Its hooks are in bpf/splice.bpf.c, bpf/exchange.bpf.c and
+bpf/stand_in.bpf.c, the relay in the kernel in bpf/relay.bpf.c.
 """

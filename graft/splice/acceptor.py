@@ -26,7 +26,7 @@ ConnectFar = Callable[[socket.socket, PeerAddress], socket.socket | None]
 
 
 class Acceptor:
-    """``sock`` listens and never blocks.
+    """``sock`` listens and never blocks; it is closed where it cannot be watched (OSError).
 
     ``connect_far`` makes a socket that connects to the far end, for an accepted socket and its peer's address. Where
     it returns None, or raises OSError or GraftError, the accepted connection is reset; BlockingIOError: the far end has
@@ -52,7 +52,11 @@ class Acceptor:
         self.served = 0
         self._waiting = self._closed = False
         # Edge-triggered: a listener that waits for room costs nothing, however many clients connect.
-        resources.watch(sock.fileno(), select.EPOLLIN | select.EPOLLET, self._on_event)
+        try:
+            resources.watch(sock.fileno(), select.EPOLLIN | select.EPOLLET, self._on_event)
+        except BaseException:
+            resources.loop.close_listener(sock)
+            raise
 
     def _on_event(self, _mask: int) -> None:
         if not self._waiting:

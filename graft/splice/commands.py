@@ -45,9 +45,12 @@ class Commands:
     def _on_command(self, _mask: int) -> None:
         with contextlib.suppress(OSError):
             sock, _ = self._listener.accept()
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, control.MAX_BYTES)
-            self._loop.watch(sock.fileno(), select.EPOLLIN, lambda _mask: self._on_request(sock))
+            try:
+                sock.setblocking(False)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, control.MAX_BYTES)
+                self._loop.watch(sock.fileno(), select.EPOLLIN, lambda _mask: self._on_request(sock))
+            except OSError:
+                self._loop.close(sock)
 
     def _on_request(self, sock: socket.socket) -> None:
         self._loop.unwatch(sock.fileno())

@@ -29,6 +29,7 @@ from graft.splice.sockmap import Sockmap
 from graft.state.records import Container
 
 SCAN_SECONDS = 0.2
+_LONGEST_PAUSE = 10.0  # after a container could not be served again and again
 _PAUSE_FACTOR = 10
 
 Done = Callable[[BaseException | None], None]
@@ -57,6 +58,8 @@ class ContainerService:
         self._relays: Relays | None = None
         self._job: Job | None = None
         self._due = 0.0
+        self._failures = 0
+        """How often in a row no relays could be made."""
         self._scan_callbacks: list[Done] = []
         self._next_scan_callbacks: list[Done] = []
         """Called after the running scan; called after the next one."""
@@ -118,7 +121,9 @@ class ContainerService:
     def _scanned(self, error: BaseException | None) -> None:
         assert self._job is not None
         pause = _PAUSE_FACTOR * self._job.spent * self._context.daemon_resources.container_count
-        self._due = time.monotonic() + max(SCAN_SECONDS, pause)
+        self._failures = self._failures + 1 if self._relays is None else 0
+        retry = min(_LONGEST_PAUSE, SCAN_SECONDS * 2 ** min(self._failures, 10))
+        self._due = time.monotonic() + max(retry, pause)
         self._job = None
         self._note_problem(error)
         for callback in self._scan_callbacks:

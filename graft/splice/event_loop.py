@@ -21,17 +21,24 @@ import os
 import select
 import socket
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from graft.splice.closing import Closer
+from graft.splice.log import log_failure
 from graft.splice.slow_calls import SLOW_SECONDS, Blamed, SlowCalls
 from graft.splice.turns import Turns, Work
 
 EventHandler = Callable[[int], None]
 DAEMON = 0
 """The owner of work that is not for a container."""
+
+
+def nobody() -> int:
+    """For `EventLoop.blame`: no container made this call slow."""
+    return DAEMON
+
+
 _BATCH, _LARGE_BATCH = 256, 4096
 _SLICE_SECONDS = 0.0005
 _BUSY_POLL_SECONDS = 0.0001
@@ -216,7 +223,7 @@ class EventLoop:
             try:
                 handler(mask)
             except Exception:  # a failure of one connection must not end the others
-                traceback.print_exc()
+                log_failure()
             active[owner] = end = time.monotonic()
             charge(owner, end - start)
             if end - start > SLOW_SECONDS:
@@ -275,7 +282,7 @@ class EventLoop:
         try:
             call()
         except Exception:
-            traceback.print_exc()
+            log_failure()
 
     def shut_down(self) -> None:
         """Close what the loop itself has open."""

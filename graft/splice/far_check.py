@@ -4,7 +4,8 @@ A network namespace may be shared, as in a pod. When the container's listener cl
 and it takes a moment until the endpoint is withdrawn. So before the first byte is relayed:
 
     the arrival (bpf/splice.bpf.c) is marked as taken by the container's hook       its socket has the connection
-    it is not: a full backlog, TCP_DEFER_ACCEPT, or somebody else's listener        the kernel is asked who listens
+    it is not: a full backlog, TCP_DEFER_ACCEPT, or somebody else's listener        the kernel is asked who has it, or
+                                                                                    who may get it: all who listen there
     there is none: others have pushed it out of the map                             nobody knows: reset
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Collection
 from graft.datapath import layout
 from graft.datapath.layout import Crossing
 from graft.datapath.maps import Maps
-from graft.kernel.sockdiag import Diagnostics, ListeningSocket
+from graft.kernel.sockdiag import Diagnostics
 from graft.splice.namespace_sockets import NamespaceSockets
 
 
@@ -39,9 +40,7 @@ class FarCheck:
         if arrival.role == Crossing.ACCEPTED:
             self._arrivals.delete(key)
             return True
-        address, port = sock.getpeername()[:2]
-        listener = self._listener_at(sock.family, address, port)
-        return listener is not None and (not listener.cgroup or listener.cgroup in self.cgroups)
+        return self._is_containers(sock)
 
     def _key(self, sock: socket.socket) -> layout.ArrivalKey:
         local, remote = sock.getsockname(), sock.getpeername()
@@ -52,14 +51,19 @@ class FarCheck:
             field[: len(packed)] = packed
         return key
 
-    def _listener_at(self, family: int, address: str, port: int) -> ListeningSocket | None:
+    def _is_containers(self, sock: socket.socket) -> bool:
+        """Whether the container has the other end; if nobody has yet, whether nobody else can get it."""
         if self._diagnostics is None:
             self._diagnostics = self._netns.run(Diagnostics)
         try:
-            return self._diagnostics.listener_at(socket.AddressFamily(family), address, port)
+            far = self._diagnostics.far_end(sock)
+            if far is not None:
+                return far.cgroup in self.cgroups
+            listeners = self._diagnostics.listeners_at(sock.family, *sock.getpeername()[:2])
         except OSError:
             self.close()
             raise
+        return bool(listeners) and all(not one.cgroup or one.cgroup in self.cgroups for one in listeners)
 
     def close(self) -> None:
         """Close what is open. Safe to repeat."""

@@ -19,7 +19,7 @@ from graft.model.address import SocketAddress, unmapped, unmapped_bytes
 from graft.model.transport import Home
 from graft.splice.acceptor import Acceptor, PeerAddress
 from graft.splice.connection import set_relay_options
-from graft.splice.datagrams import datagram_socket
+from graft.splice.datagram_sockets import datagram_socket
 from graft.splice.far_check import FarCheck
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
@@ -63,12 +63,20 @@ def listen(
 
 
 def _bind_datagrams(maps: Maps, container: int, wanted: Publication) -> tuple[socket.socket, int]:
-    """A UDP socket on the endpoint, and its port. Where the container's is for both families, this one is for IPv4."""
-    sock = datagram_socket()
+    """A UDP socket on the endpoint, and its port. Where the container's is for both families, this is for those of the
+    endpoint.
+    """
+    family, address = unmapped_bytes(wanted.address) if wanted.family == 6 else (4, wanted.address)
+    if wanted.endpoint.family == 4:
+        kind, host = socket.AF_INET, socket.inet_ntoa(address[:4]) if family == 4 else "0.0.0.0"
+    else:
+        kind, host = socket.AF_INET6, socket.inet_ntop(socket.AF_INET6, wanted.address)
+    sock = datagram_socket(kind)
     try:
+        if kind == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, wanted.takes_no_ipv4)
         maps.tags.put(ctypes.c_int32(sock.fileno()), layout.Tag(container=container, home=Home.HOST))
-        family, address = unmapped_bytes(wanted.address) if wanted.family == 6 else (4, wanted.address)
-        sock.bind((socket.inet_ntoa(address[:4]) if family == 4 else "0.0.0.0", wanted.port))
+        sock.bind((host, wanted.port))
         port = wanted.endpoint.port or _bound_port(maps, sock)
     except BaseException:
         sock.close()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from graft.errors import GraftError
 from graft.splice.event_loop import EventLoop
+from graft.splice.log import log_failure
 
 T = TypeVar("T")
 Stepwise = Generator[Any, None, T]
@@ -40,7 +40,7 @@ class Job:
         except (GraftError, OSError) as error:
             self._end(start, error)
         except Exception as error:
-            traceback.print_exc()
+            log_failure()
             self._end(start, error)
         else:
             self.spent += time.monotonic() - start

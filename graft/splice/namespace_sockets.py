@@ -45,7 +45,11 @@ class NamespaceSockets:
         if found != cookie:
             os.close(self._fd)
             raise NotFoundError(f"{name} is another one now")
-        self._turn_off_pacing = loopback_only and self.run(_uses_bbr)
+        try:
+            self._turn_off_pacing = loopback_only and self.run(_uses_bbr)
+        except OSError:
+            os.close(self._fd)
+            raise
 
     def run(self, call: Callable[[], T]) -> T:
         """Make ``call`` in the namespace; returns its result, and raises what it raises."""

@@ -78,14 +78,21 @@ class OutboundRelay:
         self._lookup, self._close = Lookup(maps), resources.loop.close
         self._key = ctypes.c_uint32(resources.number)
         socks = container_netns.run(make_listeners)
-        for sock in socks:  # the connect hook redirects to a listener that has this mark, and to no other
-            mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
-            maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
         self.port = int(socks[0].getsockname()[1])
-        self.acceptors = [Acceptor(resources, sock, self._connect_far, sockmap, far_is_outside=True) for sock in socks]
-        value = datagrams or layout.RelayValue()
-        value.port, value.six = self.port, len(socks) > 1
-        maps.relays.put(self._key, value)
+        try:
+            for sock in socks:  # the connect hook redirects to a listener that has this mark, and to no other
+                mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
+                maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
+            self.acceptors = [
+                Acceptor(resources, sock, self._connect_far, sockmap, far_is_outside=True) for sock in socks
+            ]
+            value = datagrams or layout.RelayValue()
+            value.port, value.six = self.port, len(socks) > 1
+            maps.relays.put(self._key, value)
+        except BaseException:
+            for sock in socks:
+                resources.loop.close_listener(sock)
+            raise
 
     def _connect_far(self, near: socket.socket, _peer: PeerAddress) -> socket.socket | None:
         """A socket that connects to the program's destination; None where that is not granted. BlockingIOError: the

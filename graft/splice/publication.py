@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from graft.kernel.sockdiag import ListeningSocket
 from graft.model.address import unmapped_bytes
@@ -17,7 +18,7 @@ from graft.model.unix_socket import UnixSocket
 
 MAX_UNPUBLISHED = 64
 _ANY = bytes(16)
-_LOOPBACK4 = "127.0.0.1"
+_LOOPBACK4, _LOOPBACK_NET = "127.0.0.1", 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,24 @@ class Publication:
 
     @property
     def takes_no_ipv4(self) -> bool:
-        """Whether the listener on the endpoint is for IPv6 only: if the endpoint is, or the container's listener."""
-        return self.v6only or (self.endpoint.family == 6 and not self.endpoint.dual_stack)
+        """Whether the listener on the endpoint is for IPv6 only: if the endpoint is, or the container's listener. (A
+        datagram's IPv4 client needs one at an address of IPv4.)
+        """
+        if self.v6only or (self.endpoint.family == 6 and not self.endpoint.dual_stack):
+            return True
+        return self.protocol == socket.IPPROTO_UDP and self.target.family == socket.AF_INET6
 
     @property
     def target(self) -> DialTarget:
         """The container's listener, to dial for each connection."""
         return target(*(self.dialled or (self.family, self.address, self.port)), self.v6only)
+
+    @property
+    def target6(self) -> DialTarget | None:
+        """The same for datagrams of IPv6 clients; None where there are none."""
+        if self.endpoint.family == 4:
+            return None
+        return target(self.family, self.address, self.port, v6only=True)
 
 
 def target(family: int, address: bytes, port: int, v6only: bool) -> DialTarget:
@@ -86,6 +98,15 @@ def target(family: int, address: bytes, port: int, v6only: bool) -> DialTarget:
     return DialTarget(socket.AF_INET6, text, port, None if text == "::1" else "::1")
 
 
+class Peers(NamedTuple):
+    """What UDP sockets of the namespace are connected to, of that which may be the relay's."""
+
+    four: set[int]
+    """Addresses of IPv4's loopback network."""
+    six: set[int]
+    """Ports, of the sockets that are of IPv6, and not known to be somebody else's than the container's."""
+
+
 class PublicationPlan:
     """Which of a namespace's listeners to publish: those of the container's own ``cgroups`` that a rule names.
 
@@ -100,8 +121,10 @@ class PublicationPlan:
         lookup: Callable[[int, int, bytes, int], ResolvedEndpoint | None],
         limit: int,
         published: Collection[Publication] = (),
+        others: Collection[int] = (),
     ) -> None:
-        self._cgroups, self._lookup = cgroups, lookup
+        """``others``: cgroups that are known not to be the container's."""
+        self._cgroups, self._lookup, self._others = cgroups, lookup, others
         self._published = published
         self._new_left = max(0, limit - len(published))
         self._wanted: dict[tuple[object, ...], Publication] = {}
@@ -111,13 +134,13 @@ class PublicationPlan:
         """Cgroups of listeners that are not among ``cgroups``."""
         self.datagram_ports: set[int] = set()
         """The ports of all UDP sockets of the namespace."""
+        self.datagram_peers = Peers(set(), set())
         self.more_unpublished = self.too_many = 0
         """How many more are not published; how many of all these are beyond ``limit``, though a rule names them."""
 
     def add(self, listener: ListeningSocket) -> None:
         """Add one listener of the namespace."""
-        if listener.cgroup and listener.cgroup not in self._cgroups:
-            self.elsewhere.add(listener.cgroup)
+        if self._is_elsewhere(listener):
             return
         found = self._publication(listener)
         if found is None and listener.protocol != socket.IPPROTO_TCP:
@@ -138,6 +161,19 @@ class PublicationPlan:
         self.datagram_ports.add(one.port)
         if not one.connected:
             self.add(one)
+            return
+        family, address = unmapped_bytes(one.peer) if one.family == 6 else (4, one.peer)
+        if family == 4:
+            if address[0] == _LOOPBACK_NET:
+                self.datagram_peers.four.add(int.from_bytes(address[:4], "big"))
+        elif not (self._is_elsewhere(one) and one.cgroup in self._others):
+            self.datagram_peers.six.add(one.peer_port)
+
+    def _is_elsewhere(self, one: ListeningSocket) -> bool:
+        if not one.cgroup or one.cgroup in self._cgroups:
+            return False
+        self.elsewhere.add(one.cgroup)
+        return True
 
     def _publication(self, listener: ListeningSocket) -> Publication | None:
         if listener.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import itertools
@@ -23,7 +24,8 @@ from graft.model.ports import mapped_port
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import unix_endpoint
-from graft.splice.datagrams import DatagramRelay, Server
+from graft.splice.datagram_clients import Server
+from graft.splice.datagrams import DatagramRelay
 from graft.splice.far_check import FarCheck
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
@@ -64,32 +66,38 @@ class Relays:
         self._settings, self._resources, self._maps = settings, resources, maps
         self._namespaces, self._container_netns = namespaces, container_netns
         self._sockmap, self._log = sockmap, log
-        self._lookup = Lookup(maps)
         self._published: dict[Publication, InboundRelay | UnixInboundRelay | Server] = {}
         self._errors: dict[Publication, str] = {}
         self._plan: PublicationPlan | None = None
         self._cgroups = ContainerCgroups(container.cgroup_path, container.cgroup_id)
         self._check_far = FarCheck(maps, container_netns)
         self._was_lost = False
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(container_netns.close)
+            self._lookup = Lookup(maps)
             self._diagnostics = container_netns.run(Diagnostics)
-            try:
-                self._datagrams = self._make_datagrams()
-                self._outbound = self._make_outbound()
-            except BaseException:
-                self._diagnostics.close()
-                raise
-        except BaseException:
-            container_netns.close()
-            raise
+            undo.callback(self._diagnostics.close)
+            self._datagrams = self._make_datagrams()
+            undo.callback(self._stop_datagrams)
+            self._outbound = self._make_outbound()
+            undo.pop_all()
 
     def _make_datagrams(self) -> DatagramRelay | None:
         """Only transport splice: in the others a container's UDP sockets are the host's, or stay where they are."""
         if self.container.transport is not Transport.SPLICE:
             return None
+        if not self._resources.daemon.client_places.has_room:
+            self._log(f"{self.container.name}: no UDP: graftd relays that of as many containers as there is room for")
+            return None
         return DatagramRelay(
             self._resources, self._maps, self._container_netns, self._namespaces, self.container.cgroup_id
         )
+
+    def _stop_datagrams(self) -> None:
+        """At once."""
+        if self._datagrams is not None:
+            for _ in self._datagrams.stop():
+                pass
 
     def _make_outbound(self) -> OutboundRelay:
         return OutboundRelay(
@@ -137,7 +145,7 @@ class Relays:
     def _apply(self, plan: PublicationPlan, begun: float) -> Stepwise[None]:
         self._plan = plan
         if self._datagrams is not None:
-            self._datagrams.keep_programs(plan.datagram_ports, begun)
+            yield from self._datagrams.keep_programs(plan.datagram_ports, plan.datagram_peers, begun)
         wanted = plan.publications
         endpoints = {key.endpoint.id for key in wanted}
         # If an endpoint has moved, its old listener stays until the new one listens.
@@ -157,11 +165,15 @@ class Relays:
             before = self._ruleset()
             cgroups = self._check_far.cgroups = self._cgroups.own
             lookup = partial(self._endpoint, before)
-            plan = PublicationPlan(cgroups, lookup, self._resources.max_listeners, self._published.keys())
+            plan = PublicationPlan(
+                cgroups, lookup, self._resources.max_listeners, self._published.keys(), self._cgroups.others
+            )
             try:
-                yield from collect_listeners(self._diagnostics, plan, {self._outbound.port}, *self._tag_reader())
+                yield from collect_listeners(
+                    self._diagnostics, plan, self._resources.loop, {self._outbound.port}, *self._tag_reader()
+                )
                 if self._datagrams is not None:
-                    yield from collect_datagram_sockets(self._diagnostics, plan)
+                    yield from collect_datagram_sockets(self._diagnostics, plan, self._resources.loop)
             except OSError:
                 self._diagnostics.close()
                 self._diagnostics = self._container_netns.run(Diagnostics)
@@ -183,7 +195,7 @@ class Relays:
         number, first = self._lookup.ingress(ruleset, protocol, family, address, port) if ruleset else (0, 0)
         value = self._maps.endpoints.peek(ctypes.c_uint32(number)) if number else None
         wanted = Protocol.TCP if protocol == socket.IPPROTO_TCP else Protocol.UDP
-        if value is None or not value.protocols & wanted or (wanted is Protocol.UDP and value.family == 6):
+        if value is None or not value.protocols & wanted:
             return None
         unix = unix_sockets.load(self._settings, number) if value.flags & ENDPOINT_UNIX else None
         if unix is None and (value.flags & ENDPOINT_UNIX or self.container.transport is not Transport.SPLICE):
@@ -213,8 +225,8 @@ class Relays:
     def _start(self, wanted: Publication) -> InboundRelay | Server:
         sock, port = self._listen(wanted, self._namespaces.of_endpoint(wanted.endpoint.netns))
         if self._datagrams is not None and wanted.protocol == socket.IPPROTO_UDP:
-            address = str(SocketAddress(ip_address(wanted.endpoint.address[:4]), port))
-            return Server(self._datagrams, sock, wanted.target, address)
+            packed = wanted.endpoint.address[: 4 if wanted.endpoint.family == 4 else 16]
+            return self._datagrams.serve(wanted, sock, str(SocketAddress(ip_address(packed), port)))
         return InboundRelay(
             self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap, self._check_far
         )
@@ -225,7 +237,11 @@ class Relays:
             self._unpublish(key)
         close = self._resources.loop.close
         sock, _file = unix_endpoint.listen(self._settings, self._maps, self.container.id, wanted, close)
-        return UnixInboundRelay(self._resources, self._maps, wanted, sock, self._container_netns, self._check_far)
+        try:
+            return UnixInboundRelay(self._resources, self._maps, wanted, sock, self._container_netns, self._check_far)
+        except BaseException:
+            unix_endpoint.withdraw(self._settings, self.container.id, wanted.endpoint.id)
+            raise
 
     def _listen(self, wanted: Publication, endpoint_netns: NamespaceSockets) -> tuple[socket.socket, int]:
         try:
@@ -262,7 +278,7 @@ class Relays:
                 connection.reset()
             yield
         if self._datagrams is not None:
-            self._datagrams.stop()
+            yield from self._datagrams.stop()
         self._check_far.close()
         self._diagnostics.close()
         self._container_netns.close()

@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Callable
 from typing import Protocol
 
+from graft.datapath import layout
+from graft.splice.datagram_places import ClientPlaces
 from graft.splice.event_loop import EventLoop
 from graft.splice.pipes import Pipe, PipePool
 from graft.splice.shares import Share, Shares
@@ -153,6 +155,9 @@ class DaemonResources:
         self.loop = loop
         self.descriptors = Shares(for_connections, _CONTAINER_DESCRIPTORS, _CONNECTION_DESCRIPTORS)
         self.pipes = Shares(max_pipes)
+        self.client_places = ClientPlaces()
+        self.stand_ins = Shares(layout.MAX_STAND_INS)
+        """Entries of the maps for exchanges over IPv6 (bpf/stand_in.bpf.c)."""
         self.pipe_pool = PipePool()
         self.waiting: dict[ContainerResources, None] = {}
         """Containers with listeners that wait for room."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+from graft.datapath import exchanges
 from graft.model.settings import Settings
 from graft.splice.background import Background
 from graft.splice.cgroups import Cgroups
@@ -65,6 +66,7 @@ class Service:
         """Serve until SIGTERM or SIGINT, or, without ``keep``, until there is no container left."""
         wakeup = self._handle_signals()
         try:
+            exchanges.erase_all(self._context.maps)  # of a daemon that was killed
             self._tick()
             ready()
             self._loop.run()

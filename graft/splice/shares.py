@@ -27,6 +27,11 @@ class Shares:
         """How many are reserved for each member; how many are not taken."""
         self._divide()
 
+    def can_join(self) -> bool:
+        """Whether there is so much for one member more that no part gets less than the least."""
+        members = len(self._members) + 1
+        return self._limit - self._base * members >= 2 * (members + 1) * self._min_part
+
     def join(self) -> Share:
         """A new member, which has nothing yet."""
         made = Share(self)

@@ -55,7 +55,9 @@ class SlowCalls:
                 del self.owners[owner]
 
     def note(self, owner: int, seconds: float, now: float, blamed: Blamed | None = None) -> None:
-        """A call for ``owner`` took more than SLOW_SECONDS. ``blamed`` gives the owner that waits for it instead."""
+        """A call for ``owner`` took more than SLOW_SECONDS. ``blamed`` gives the owner that waits for it instead, 0 for
+        none.
+        """
         for other in self.active:  # while the call was made, nobody else could have an event
             if other != owner:
                 self.active[other] += seconds
@@ -64,6 +66,8 @@ class SlowCalls:
             return
         if blamed is not None:
             owner = blamed()
+            if not owner:
+                return
         self.owners[owner] = now + _SLOW_AGAIN_SECONDS
         held = len(self._turns.held) + (owner not in self._turns.held)
         self._turns.hold(owner, now + _PAUSE_FACTOR * seconds * held)

@@ -306,7 +306,8 @@ class ContainerChanges(Containers):
         ferries.end(self._settings, self._maps, number)
         if value is not None:
             rulesets.erase(self._maps, value.ruleset)
-        exchanges.erase(self._maps, number)
+        if value is None or value.transport == Transport.SPLICE:
+            exchanges.erase(self._maps, number)
         for counter in self._maps.counters.keys():  # noqa: SIM118
             if counter.container == number:
                 self._maps.counters.delete(counter)

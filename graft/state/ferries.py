@@ -11,9 +11,11 @@ from graft.datapath import layout
 from graft.datapath.maps import Maps
 from graft.model.settings import Settings
 
-END, STAND_IN = b"e", b"s"
-"""Requests: to end (its answer is that it hangs up), and to stand in for a port (followed by `STAND_IN_FORMAT`)."""
+END, STAND_IN, OWNER = b"e", b"s", b"o"
+"""Requests: to end (its answer is that it hangs up); to stand in for a port (followed by `STAND_IN_FORMAT`); to know
+of a user for whom sockets are made (followed by `OWNER_FORMAT`)."""
 STAND_IN_FORMAT = "=HBB"  # the port; whether over IPv4, over IPv6
+OWNER_FORMAT = "=II"  # the user; the group
 _END_SECONDS = 2.0
 
 

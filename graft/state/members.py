@@ -9,17 +9,22 @@ So a child does that too, before the installation's lock is taken.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from graft.errors import KernelError
 from graft.kernel import cgroup
 from graft.state import helper_process
 from graft.state.left_children import LeftChildren
 from graft.state.records import Container
+
+T = TypeVar("T")
 
 _TIMEOUT = 2.0  # seconds without an answer about any cgroup
 _EXIT_TIMEOUT = 0.1
@@ -70,19 +75,12 @@ def pinned(path: Path) -> Iterator[bool]:
 
     False where a folder above is held: the block must not look it up.
     """
-    if _left_above.has_one(str(path)):
-        yield False
-        return
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with contextlib.ExitStack() as stack, ours, theirs:
-        asked = helper_process.run_each(
-            lambda one: _send_opened(one, theirs), (path,), _TIMEOUT, keep={theirs.fileno()}, exit_timeout=_EXIT_TIMEOUT
-        )
-        _left_above.note([str(path)], asked.results, asked.helper_pid)
-        if asked.results.get(0):
-            for fd in socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)[1]:
-                stack.callback(os.close, fd)
-        yield 0 in asked.results
+    opened = _open_apart(path, _open_folder)
+    try:
+        yield opened is not None
+    finally:
+        for fd in opened or ():
+            os.close(fd)
 
 
 @contextlib.contextmanager
@@ -94,15 +92,65 @@ def within_reach(path: Path) -> Iterator[None]:
         yield
 
 
-def _send_opened(path: Path, outbox: socket.socket) -> bool:
-    """Open the folder at ``path`` and send its descriptor. False where there is none."""
+def open_events(path: Path) -> int:
+    """A descriptor of a cgroup's cgroup.events. As long as it is open, what `pinned` says of the names is true.
+
+    Raises KernelError where the folder is held or one above it, FileNotFoundError.
+    """
+    opened = _open_apart(path, partial(cgroup.open_events, number=0))
+    if opened is None:
+        raise held(str(path))
+    if not opened:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return opened[0]
+
+
+def _open_apart(path: Path, opening: Callable[[Path], int]) -> list[int] | None:
+    """What a child opens of a cgroup: one descriptor, none where it is not there. None where a folder is held."""
+    if _left_above.has_one(str(path)):
+        return None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        asked = helper_process.run_each(
+            lambda one: _send_opened(one, opening, theirs),
+            (path,),
+            _TIMEOUT,
+            keep={theirs.fileno()},
+            exit_timeout=_EXIT_TIMEOUT,
+        )
+        _left_above.note([str(path)], asked.results, asked.helper_pid)
+        if 0 not in asked.results:
+            return None
+        return socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)[1] if asked.results[0] else []
+
+
+def _open_folder(path: Path) -> int:
+    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _send_opened(path: Path, opening: Callable[[Path], int], outbox: socket.socket) -> bool:
+    """Open something at ``path`` and send its descriptor. False where there is none."""
     try:
-        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = opening(path)
     except OSError:
         return False
     socket.send_fds(outbox, [b"."], [fd])
     os.close(fd)
     return True
+
+
+def answer_about(what: str, work: Callable[[], T]) -> T:
+    """The result of ``work``, by a child: it looks into folders of ``what`` that somebody may hold.
+
+    Raises what ``work`` raises, KernelError where it does not answer; then it is not asked again for a while.
+    """
+    asked = None
+    if not _left.has_one(what):
+        asked = helper_process.run_each(lambda _: work(), (None,), _TIMEOUT, exit_timeout=_EXIT_TIMEOUT)
+        _left.note([what], asked.results, asked.helper_pid)
+    if asked is None or 0 not in asked.results:
+        raise KernelError(f"somebody holds a directory of {what}", "end what holds it")
+    return asked.results[0]
 
 
 def held(path: str) -> KernelError:

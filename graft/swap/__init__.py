@@ -11,6 +11,7 @@
     desk.py             what the hooks know about a socket, in one system call
     birth.py            sockets that are made on the host's stack
     ferry.py            brings datagrams from the host's stack to the container's namespace, and back
+    ferry_owners.py     as whose sockets
     berths.py           which of a ferry's addresses stands for which peer inside
     ferry_client.py     starts a container's ferry, and asks it
     socket_pool.py      replacement sockets, made in the right namespace, some ahead of time

@@ -88,7 +88,7 @@ class SocketBirth:
         at_home = (
             caller.netns != self._netns
             or not self._can_serve(family, flags, protocol)
-            or not (self._ferry is None or self._ferry.is_there())
+            or not (self._ferry is None or self._ferry.is_there_for(caller.owner))
         )
         if self._log is not None:
             self._log(BirthEntry(family, flags, protocol, at_home))

@@ -8,8 +8,9 @@ Theory of operation
 The hooks lead here what a host-homed datagram socket sends to a destination that its policy leaves in the container,
 and show the program who really sent what this process brings (bpf/ferry.bpf.c). An address of 127.254.0.0/16, or one of
 a few ports at ::1, stands for a peer inside: its berth. For each socket there is a stand-in inside, with the same port
-where nobody has it; so answers, and what others inside send there, find their way. Nothing that a stranger sends is
-received, and nothing is delivered to a stranger: the hooks see to both.
+where nobody has it; so answers, and what others inside send there, find their way. It belongs to the user
+who has that socket, and has no capability when it gets its port. Nothing that a stranger sends is received, and nothing
+is delivered to a stranger: the hooks see to both.
 
 All of it is bounded and ages: berths and stand-ins that were idle for a while are removed. A stand-in for a socket that
 was bound (to no address and no port in particular) stays for as long as the host has a socket at that port.
@@ -30,16 +31,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from graft.datapath import layout
 from graft.datapath.maps import Maps
 from graft.kernel import cgroup
+from graft.kernel.credentials import owning_files_as, with_capabilities
 from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.state import ferries
 from graft.state.records import Container
 from graft.swap.berths import Berths, Peer
+from graft.swap.ferry_owners import FerryOwners, host_sockets
 from graft.swap.socket_pool import NamespaceSwitch
 
 _SOL_IP, _SOL_IPV6 = 0, 41
@@ -81,6 +83,7 @@ class Ferry:
         self._berths = Berths(maps.berths, container.id)
         self._selector = selectors.DefaultSelector()
         self._stand_ins: dict[Source, StandIn] = {}
+        self._owners = FerryOwners()
         self._host4 = self._open4(maps)
         self._host6 = [self._open6(maps) for _ in range(layout.BERTHS6)]
         self._inside = namespaces.open(container.netns)
@@ -167,6 +170,10 @@ class Ferry:
                         self._stand_in((family, _LOOPBACK[family], port), bound=True)
                 connection.send(b"+")
                 return False
+            if request[:1] == ferries.OWNER:
+                self._owners.note(*struct.unpack(ferries.OWNER_FORMAT, request[1:]))
+                connection.send(b"+")
+                return False
             if request[:1] == ferries.END:
                 return True
         self._selector.unregister(connection)
@@ -242,18 +249,17 @@ class Ferry:
             self._sweep(idle=1.0)
         if len(self._stand_ins) >= MAX_STAND_INS:
             return None
-        family, _, port = source
-        with self._namespaces.entered(self._inside):
+        family, address, port = source
+        owner = self._owners.of(address, port)
+        with self._namespaces.entered(self._inside), owning_files_as(*owner):
             sock = socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
         sock.setblocking(False)
         if family == 6:
             sock.setsockopt(_SOL_IPV6, _IPV6_V6ONLY, 1)
-        for number in (port, 0):  # another one has it: answers find this one all the same
-            try:
+        for number in (port, 0):  # another one has it, or it is not for everybody: answers find this one all the same
+            with contextlib.suppress(OSError), with_capabilities():
                 sock.bind(("" if family == 4 else "::", number))
                 break
-            except OSError:
-                continue
         stand_in = self._stand_ins[source] = StandIn(source, sock, False)
         self._watch(sock, lambda _: self._from_inside(stand_in))
         return stand_in
@@ -267,17 +273,8 @@ class Ferry:
         """Remove what was not used for a while, and stand-ins for bound sockets that are gone."""
         now = time.monotonic()
         self._berths.sweep(IDLE_SECONDS)
-        ports = _datagram_ports() if any(one.bound for one in self._stand_ins.values()) else frozenset()
+        has_bound = any(one.bound for one in self._stand_ins.values())
+        ports = {one.port for one in host_sockets()} if has_bound else set()
         for one in list(self._stand_ins.values()):
             if one.source[2] not in ports if one.bound else now - one.used > idle:
                 self._remove(one)
-
-
-def _datagram_ports() -> frozenset[int]:
-    """The ports that datagram sockets of the calling thread's namespace have."""
-    found = set()
-    for name in ("udp", "udp6"):
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/thread-self/net", name).read_bytes().splitlines()[1:]:
-                found.add(int(line.split()[1].rpartition(b":")[2], 16))
-    return frozenset(found)

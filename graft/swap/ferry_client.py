@@ -22,7 +22,9 @@ from graft.model.settings import Settings
 from graft.state import ferries
 from graft.state.records import Container
 from graft.swap.ferry import Ferry
-from graft.swap.socket_pool import NamespaceSwitch
+from graft.swap.socket_pool import NamespaceSwitch, Owner
+
+_MAX_OWNERS = 256
 
 
 class FerryClient:
@@ -31,9 +33,21 @@ class FerryClient:
     def __init__(self, settings: Settings, maps: Maps, container: Container, namespaces: NamespaceSwitch) -> None:
         self._settings, self._maps, self._container, self._namespaces = settings, maps, container, namespaces
         self._connection: socket.socket | None = None
+        self._owners: set[Owner] = set()
         self._poll = select.poll()
 
-    def is_there(self) -> bool:
+    def is_there_for(self, owner: Owner) -> bool:
+        """Whether the container has a ferry, which knows that there are sockets of that user and group."""
+        if not self._is_there():
+            return False
+        if owner not in self._owners:
+            if len(self._owners) >= _MAX_OWNERS:
+                self._owners.clear()
+            self._owners.add(owner)
+            self._ask(ferries.OWNER + struct.pack(ferries.OWNER_FORMAT, *owner))
+        return self._connection is not None
+
+    def _is_there(self) -> bool:
         """Whether the container has a ferry; one is started where there is none."""
         if self._connection is not None:
             if not self._poll.poll(0):
@@ -44,17 +58,24 @@ class FerryClient:
         if self._connection is None:
             return False
         self._poll.register(self._connection, 0)  # hung up: it has ended
-        return True
+        for owner in self._owners:  # of sockets that another ferry stood in for
+            self._ask(ferries.OWNER + struct.pack(ferries.OWNER_FORMAT, *owner))
+        return self._connection is not None
 
     def stand_in(self, port: int, ipv4: bool, ipv6: bool) -> None:
         """Have what comes to ``port`` inside brought to the socket that has it on the host's stack.
 
         Without effect where another socket has that port inside.
         """
-        if not self.is_there() or self._connection is None:
+        if self._is_there():
+            self._ask(ferries.STAND_IN + struct.pack(ferries.STAND_IN_FORMAT, port, ipv4, ipv6))
+
+    def _ask(self, request: bytes) -> None:
+        """One request, and wait until it is done."""
+        if self._connection is None:
             return
         try:
-            self._connection.send(ferries.STAND_IN + struct.pack(ferries.STAND_IN_FORMAT, port, ipv4, ipv6))
+            self._connection.send(request)
             self._connection.recv(1)
         except OSError:
             self._drop()

@@ -59,18 +59,27 @@ class NamespaceSwitch:
         fd = self.open(cookie)
         try:
             with self.entered(fd):
-                if netns.cookie() != cookie:
-                    raise OSError(errno.ENONET, os.strerror(errno.ENONET))
                 yield
         finally:
             os.close(fd)
 
     def open(self, cookie: int) -> int:
-        """A descriptor of what should be the namespace of that cookie. Raises OSError(ENONET) where it is not found."""
+        """A descriptor of the namespace of that cookie. Raises OSError(ENONET) where it is not found.
+
+        It is compared once more when it is open: its path may have a process id, which another process may have by now.
+        """
         path = self._paths(cookie)
         if path is None:
             raise OSError(errno.ENONET, os.strerror(errno.ENONET))
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with self.entered(fd):
+                if netns.cookie() != cookie:
+                    raise OSError(errno.ENONET, os.strerror(errno.ENONET))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     @contextlib.contextmanager
     def entered(self, fd: int) -> Iterator[None]:

@@ -147,7 +147,7 @@ def _make_supervisor(
     log = _call_logger(graft.endpoints) if verbose else None
     desk = open_desk(graft, container.id)
     is_born = container.transport is Transport.BORN
-    netns = _own_namespace(graft, container) if protocols else ""  # else no socket(2) is trapped
+    netns = _own_namespace(namespaces, container) if protocols else ""  # else no socket(2) is trapped
     can_be_fast = not verbose and (killable or not is_born)  # a connect that is interrupted finds its socket replaced
     fast = open_fast_calls(listener.fd, container.transport, netns, desk) if can_be_fast else None
     stock = None if fast is None else CompiledStock(fast, container.transport)
@@ -167,15 +167,15 @@ def _may_ping(graft: Installation, container: Container) -> bool:
     return value is not None and bool(value.flags & layout.CONTAINER_ICMP)
 
 
-def _own_namespace(graft: Installation, container: Container) -> str:
+def _own_namespace(namespaces: NamespaceSwitch, container: Container) -> str:
     """The name of the container's own network namespace, as /proc/PID/ns/net gives it.
 
     It stays open here: a name that is in use is given to no other namespace.
     """
-    path = _namespace_path(graft, container, container.netns)
-    if path is None:
+    try:
+        return f"net:[{os.fstat(namespaces.open(container.netns)).st_ino}]"
+    except OSError:
         return ""
-    return f"net:[{os.fstat(os.open(path, os.O_RDONLY | os.O_CLOEXEC)).st_ino}]"
 
 
 def _namespace_path(graft: Installation, container: Container, cookie: int) -> Path | None:

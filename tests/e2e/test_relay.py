@@ -17,7 +17,7 @@ from graft.splice import selftest_result
 from graft.splice.selftest_result import SelftestResult
 from tests.support.cgroups import new_cgroup
 from tests.support.installation import Host
-from tests.support.namespaces import CLIENT4
+from tests.support.namespaces import CLIENT4, HOST4
 from tests.support.plain import Plain, plain
 from tests.support.relayed import pair, published, talk
 from tests.support.wait import until
@@ -144,15 +144,17 @@ def test_a_container_that_shares_the_hosts_namespace_has_no_relay(host: Host) ->
         assert "transport direct has no relay" in said
 
 
-def test_attach_says_that_a_rule_for_udp_over_ipv6_has_no_effect(container: Plain) -> None:
+def test_attach_says_that_a_rule_for_icmp_has_no_effect(container: Plain, tmp_path: Path) -> None:
     host = container.host
-    udp4, udp6, tcp6 = (
-        f"{address}:{port}={host.endpoint(f'{address}:dynamic', proto)}"
-        for address, port, proto in (("0.0.0.0", 53, "udp"), ("[::]", 53, "udp"), ("[::]", 54, "tcp"))
+    out, web = host.endpoint("0.0.0.0:dynamic"), host.endpoint("[::]:dynamic", "udp")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        f"name: t\ningress: [{{bind: '[::]:53', endpoint: {web}}}]\n"
+        f"egress: [{{to: {CLIENT4}, protocol: icmp, endpoint: {out}}}, {{to: {HOST4}, endpoint: {out}}}]\n"
     )
-    said = host.graft("attach", "--cgroup", container.cgroup, "-i", udp4, "-i", udp6, "-i", tcp6).stdout
-    assert f"-i {udp6} has no effect: transport splice relays TCP, and UDP over IPv4" in said
-    assert f"-i {udp4} has" not in said and f"-i {tcp6} has" not in said
+    said = host.graft("attach", "--cgroup", container.cgroup, "--policy", policy).stdout
+    assert "egress[0] has no effect: transport splice relays TCP and UDP" in said
+    assert "egress[1] has" not in said and "ingress[0] has" not in said
 
 
 def test_an_unknown_relay_is_a_usage_error(host: Host) -> None:

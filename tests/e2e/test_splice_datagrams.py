@@ -10,24 +10,16 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from graft.splice import datagrams
-from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6, Netns
+from graft.splice import datagram_destinations, datagrams
+from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
 from tests.support.plain import Plain
 from tests.support.relayed import descriptors, resident_bytes
-from tests.support.wait import PATIENCE, until
+from tests.support.udp import answers, drained, udp
+from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
 
 INET, INET6 = socket.AF_INET, socket.AF_INET6
-
-
-def udp(netns: Netns, address: str, port: int = 0) -> socket.socket:
-    """A bound UDP socket there."""
-    with netns.inside():
-        sock = socket.socket(INET6 if ":" in address else INET, socket.SOCK_DGRAM)
-    sock.bind((address, port))
-    sock.settimeout(10 * PATIENCE)
-    return sock
 
 
 def served(container: Plain, address: str = "0.0.0.0", v6only: bool = False) -> tuple[socket.socket, int]:
@@ -150,7 +142,7 @@ def test_a_flood_from_random_ports_grows_nothing_and_hurts_no_client(container: 
                 for _ in range(500):
                     one = stack.enter_context(closing(udp(host.client, CLIENT4)))
                     one.sendto(b"noise", (HOST4, port))
-            until("the flood is served", lambda: _drained(server))
+            until("the flood is served", lambda: drained(server))
         assert len(list(host.maps.exchanges.keys())) <= datagrams.MAX_CLIENTS + 1
         assert len(list(host.maps.exchange_clients.keys())) <= datagrams.MAX_CLIENTS + 1
         assert descriptors(daemon) <= before + 1
@@ -161,18 +153,6 @@ def test_a_flood_from_random_ports_grows_nothing_and_hurts_no_client(container: 
         assert server.recvfrom(100) == (b"second", peer)
 
 
-def _drained(server: socket.socket) -> bool:
-    server.settimeout(0.2)
-    try:
-        while server.recv(100):
-            pass
-    except TimeoutError:
-        return True
-    finally:
-        server.settimeout(10 * PATIENCE)
-    return False
-
-
 def test_destinations_are_bounded_too(container: Plain) -> None:
     """A socket that sends to thousands of ports has at most so many sockets of the host."""
     container.attach("-e", f"{CLIENT4}={container.host.endpoint('0.0.0.0:dynamic')}")
@@ -181,11 +161,13 @@ def test_destinations_are_bounded_too(container: Plain) -> None:
         before = descriptors(daemon)
         for port in range(20000, 22000):
             sock.sendto(b"scan", (CLIENT4, port))
-        assert descriptors(daemon) <= before + datagrams.MAX_DESTINATIONS + 64  # closed at the end of a turn
+        assert (
+            descriptors(daemon) <= before + datagram_destinations.MAX_DESTINATIONS + 64
+        )  # closed at the end of a turn
         sock.sendto(b"question", far.getsockname())
         _, peer = far.recvfrom(100)
         far.sendto(b"answer", peer)
-        until("the answer", lambda: _answered(sock))
+        until("the answer", lambda: answers(sock))
 
 
 def test_the_hosts_socket_is_closed_with_the_programs(container: Plain) -> None:
@@ -201,13 +183,6 @@ def test_the_hosts_socket_is_closed_with_the_programs(container: Plain) -> None:
         _, peer = far.recvfrom(100)
         far.sendto(b"answer", peer)
         assert other.recv(100) == b"answer"
-
-
-def _answered(sock: socket.socket) -> bool:
-    try:
-        return sock.recv(100) == b"answer"
-    except ConnectionRefusedError:  # of a port of the scan
-        return False
 
 
 def test_detaching_ends_it(container: Plain) -> None:

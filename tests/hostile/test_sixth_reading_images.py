@@ -25,6 +25,7 @@ from graft.model.transport import Transport
 from graft.oci import shim
 from graft.oci.listener import ListenerServer
 from graft.oci.options import RuntimeOptions
+from graft.oci.plan import Plan, find_container
 from graft.oci.request import check_annotations
 from graft.oci.state import State
 from graft.policy.model import Policy
@@ -136,9 +137,9 @@ def _below_its_root(path: Path, *moves: Path) -> Iterator[int]:
         theirs.close()
 
 
-def _plan(engine_cgroup: Path, container_id: str = "one") -> shim.Plan:
+def _plan(engine_cgroup: Path, container_id: str = "one") -> Plan:
     settings = Settings.from_environment({"GRAFT_HOST_NETNS": "/proc/self/ns/net"})
-    return shim.Plan(settings, Policy("any"), Transport.DIRECT, container_id, None, engine_cgroup)
+    return Plan(settings, Policy("any"), Transport.DIRECT, container_id, None, engine_cgroup)
 
 
 def test_a_container_is_the_cgroup_that_is_its_namespaces_root(root: None) -> None:
@@ -176,9 +177,9 @@ def test_the_root_is_found_wherever_the_caller_is(root: None) -> None:
 def test_a_namespace_whose_root_is_the_engines_cgroup_is_none_of_the_containers(root: None) -> None:
     with new_cgroup("engine") as engine, new_cgroup("container", engine) as own:
         with _below_its_root(engine, own) as pid, pytest.raises(RefusedError, match="shares its engine's"):
-            shim._find_container(pid, _plan(engine))
+            find_container(pid, _plan(engine))
         with _below_its_root(own) as pid:
-            assert shim._find_container(pid, _plan(engine))[0] == own
+            assert find_container(pid, _plan(engine))[0] == own
 
 
 def test_a_program_that_runs_before_it_is_attached_makes_no_root_of_its_own(root: None) -> None:
@@ -188,9 +189,9 @@ def test_a_program_that_runs_before_it_is_attached_makes_no_root_of_its_own(root
         own = parent / f"libpod-{container_id}"
         (own / "inner" / f"libpod-{container_id}").mkdir(parents=True)
         with _below_its_root(own / "inner") as pid:
-            assert shim._find_container(pid, _plan(engine, container_id))[0] == own
+            assert find_container(pid, _plan(engine, container_id))[0] == own
         with _below_its_root(own / "inner" / own.name) as pid:
-            assert shim._find_container(pid, _plan(engine, container_id))[0] == own
+            assert find_container(pid, _plan(engine, container_id))[0] == own
 
 
 @pytest.mark.parametrize("name", SUBGROUPS)
@@ -272,7 +273,7 @@ def _own_network() -> Iterator[int]:
 
 def _attach_again(host: Host, path: Path, container_id: str, netns_of: str) -> str:
     """What a new `graft listen` has of a container at a cgroup: its record's name. Raises RefusedError."""
-    plan = shim.Plan(host.settings, Policy("any"), Transport.SWAP, container_id, None, Path("/nowhere"))
+    plan = Plan(host.settings, Policy("any"), Transport.SWAP, container_id, None, Path("/nowhere"))
     found = shim.Attachment(plan, Installation(plan.settings))._attached_before(path, netns.cookie(Path(netns_of)))
     return found.name if found else ""
 

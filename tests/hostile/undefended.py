@@ -27,12 +27,13 @@ from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
 from graft.kernel import capabilities, cgroup, keyring, sockets, terminal, unix_files, unix_rights
 from graft.kernel.pidfd import pidfd_getfd
+from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.kernel.syscalls import syscall
 from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
-from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, socket_holders
+from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, members, socket_holders
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
 from graft.swap.decision import Action, Decision, SocketFacts
@@ -208,6 +209,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # Whoever has the port of the relay for datagrams gets what is sent there.
     "relay's mark for datagrams": (
         ("exchange.bpf.c", "if (!relay_receives(ctx, owner, relay->datagram_port, address))", "if (0)"),
+        ("stand_in.bpf.c", "if (!relay_receives(ctx, owner, port, 0))", "if (0)"),
         ("exchange_packet.bpf.c", "if (!is_released_relay(to, owner->id))", "if (bpf_sk_release(to), 0)"),
     ),
     # The relay for datagrams hears whoever knows its address, and delivers to whoever has the port; an exchange is for
@@ -219,11 +221,24 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "return PASS;",
         ),
     ),
+    # And whoever has its port passes for it.
+    "datagram relay's mark on answers": (
+        _at_once(
+            "exchange_packet.bpf.c",
+            "int arrives_from_relay(struct __sk_buff *skb, struct owner *owner)",
+            "return PASS;",
+        ),
+    ),
     "datagram relay's receiver": (
         _at_once("exchange_packet.bpf.c", "int is_of_cgroup(struct bpf_sock *sk, u64 cgroup)", "return 1;"),
     ),
+    # A socket that shares its address with a stranger's counts for both, and a container has as many slots as there are
+    # addresses for them.
+    "group of receivers": (("exchange_packet.bpf.c", " && is_groups_own(to, relay->cgroup)", ""),),
+    "slots of a container": (("exchange.bpf.c", "% GRAFT_EXCHANGE_OUT_SLOTS", "% GRAFT_EXCHANGE_SLOTS"),),
     "exchange's own socket": (
-        ("exchange_packet.bpf.c", "(!key.out || found->cookie == bpf_get_socket_cookie(skb))", "1"),
+        ("exchange_packet.bpf.c", "if (found->cookie != bpf_get_socket_cookie(skb))", "if (0)"),
+        ("exchange_packet.bpf.c", "\treturn found->cookie == bpf_get_socket_cookie(skb);", "\treturn 1;"),
     ),
     # A second bind is judged, and written down, like the first.
     "second bind": (("bind.bpf.c", "\tif (ctx->sk->src_port) {\n", "\tif (0) {\n"),),
@@ -246,7 +261,27 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once("local_address.bpf.c", "int is_hosts(u64 netns, u32 *ip, u8 family)", "return 1;"),
     ),
     # A connect to a group gives a socket the address of an option.
-    "chosen address": (_at_once("connect.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
+    "chosen address": (_at_once("chosen_source.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
+    # An address of the host's loopback that the kernel picked is good for any destination.
+    "loopback source": (
+        _at_once(
+            "local_address.bpf.c",
+            "int strays_from_loopback(struct local_address *source, struct request *remote)",
+            "return 0;",
+        ),
+    ),
+    "loopback source at calls": (
+        _at_once(
+            "chosen_source.bpf.c",
+            "int keeps_loopback(struct bpf_sock *sk, struct request *request, struct endpoint *endpoint)",
+            "return 0;",
+        ),
+    ),
+    # What an endpoint lends a socket without a tag is written down nowhere.
+    "lent without a tag": (
+        ("connect.bpf.c", "\tif (endpoint && !owner.tag)\n\t\towner.tag = ", "\tif (0)\n\t\towner.tag = "),
+        ("connect.bpf.c", "!owner.tag && lends(endpoint)", "0"),
+    ),
     # A bind to no endpoint leaves the port open that the last one gave.
     "open port": (
         ("bind.bpf.c", "\t\town->open_port = 0;\n\t\town->at_unix = 0;\n\t\town->binder", "\t\town->binder"),
@@ -423,6 +458,63 @@ def _slow_peers() -> None:
     slow_calls.SlowCalls.note = note  # type: ignore[method-assign,assignment]
 
 
+def _datagram_peers() -> None:
+    """Whoever is connected to a port of the daemon's keeps it for the container."""
+    from graft.splice.publication import PublicationPlan
+
+    def add(self: PublicationPlan, one: ListeningSocket) -> None:
+        self._others = ()
+        added(self, one)
+
+    added = PublicationPlan.add_datagram_socket
+    PublicationPlan.add_datagram_socket = add  # type: ignore[method-assign]
+
+
+def _ferrys_owner() -> None:
+    """What a ferry makes inside is root's, and has the port that it asks for."""
+    from graft.swap import ferry
+
+    vars(ferry)["owning_files_as"] = vars(ferry)["with_capabilities"] = lambda *_: contextlib.nullcontext()
+
+
+def _datagram_turns() -> None:
+    """So many datagrams of a socket are relayed in one turn, however long each takes."""
+    from graft.splice import datagram_clients, datagram_sockets
+    from graft.splice.event_loop import EventLoop
+
+    def receive_each(sock: socket.socket, serve: Callable[[Any], None], _loop: EventLoop) -> None:
+        received(sock, serve, type("Loop", (), {"turn_is_over": lambda self: False})())
+
+    received = datagram_sockets.receive_each
+    vars(datagram_clients)["receive_each"] = receive_each
+
+
+def _freed_slots() -> None:
+    """The slots of a container are its own for as long as it is attached."""
+    from graft.splice.datagrams import Slots
+
+    Slots.free = Slots._age_slot = lambda *_: None  # type: ignore[method-assign,assignment]
+
+
+def _half_made_relays() -> None:
+    """What was made of the relays of a container stays open where the rest could not be made."""
+    from graft.splice.relays import Relays
+
+    Relays._stop_datagrams = lambda self: None  # type: ignore[method-assign]
+
+
+def _group_of_listeners() -> None:
+    """The daemon asks for one of the listeners that share an address: here it is always the container's."""
+    from graft.splice.far_check import FarCheck
+
+    def is_containers(self: FarCheck, sock: socket.socket) -> bool:
+        self._diagnostics = self._diagnostics or self._netns.run(Diagnostics)
+        listeners = self._diagnostics.listeners_at(sock.family, *sock.getpeername()[:2])
+        return any(one.cgroup in self.cgroups for one in listeners)
+
+    FarCheck._is_containers = is_containers  # type: ignore[method-assign]
+
+
 def _own_descriptors() -> None:
     """The daemon's own folder in /proc is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
@@ -547,6 +639,19 @@ def _holders() -> None:
     bound_sockets._files_of_others = lambda settings, container: set()
 
 
+def _found_apart() -> None:
+    """`graft listen` itself looks a container up, in folders that others may hold."""
+
+    def open_events(path: Path) -> int:
+        return os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+
+    def answer_about(_what: str, work: Callable[[], Any]) -> Any:
+        return work()
+
+    members.open_events = open_events
+    members.answer_about = answer_about  # type: ignore[assignment]
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
@@ -566,6 +671,12 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "cgroup events": _cgroup_events,
     "own descriptors": _own_descriptors,
     "slow peers": _slow_peers,
+    "datagram peers": _datagram_peers,
+    "ferry's owner": _ferrys_owner,
+    "datagram turns": _datagram_turns,
+    "freed slots": _freed_slots,
+    "half-made relays": _half_made_relays,
+    "group of listeners": _group_of_listeners,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,
@@ -579,6 +690,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "liveness": _liveness,
     "links": _links,
     "holders": _holders,
+    "found apart": _found_apart,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -42,3 +43,51 @@ def test_control_a_socket_that_is_not_connected_receives_a_forged_answer(netns: 
         asking.bind((0, 0))
         forger.sendto(FORGED, asking.getsockname())
         assert asking.recv(1 << 16) == FORGED
+
+
+@contextmanager
+def diagnostics_of(place: Netns) -> Iterator[Diagnostics]:
+    with namespaces.entered(place.path):
+        diagnostics = Diagnostics()
+        try:
+            yield diagnostics
+        finally:
+            diagnostics.close()
+
+
+def listener(family: int, address: str, port: int = 0, v6only: bool = False) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if family == socket.AF_INET6:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+    made.bind((address, port))
+    made.listen()
+    return made
+
+
+def test_all_listeners_are_found_that_a_connection_may_reach(netns: Callable[[], Netns]) -> None:
+    with diagnostics_of(netns()) as diagnostics, ExitStack() as stack:
+        four, six = socket.AF_INET, socket.AF_INET6
+        first = stack.enter_context(listener(four, "127.0.0.1"))
+        port = first.getsockname()[1]
+        for family, address, v6only in ((four, "127.0.0.1", False), (four, "127.0.0.2", False), (six, "::1", False)):
+            stack.enter_context(listener(family, address, port, v6only))
+        assert len(diagnostics.listeners_at(four, "127.0.0.1", port)) == 2
+        assert len(diagnostics.listeners_at(four, "127.0.0.2", port)) == 1
+        assert len(diagnostics.listeners_at(six, "::1", port)) == 1
+        assert diagnostics.listeners_at(four, "127.0.0.1", port + 1 if port < 65535 else 1) == []
+        stack.enter_context(listener(six, "::", port, True))  # for IPv6 only
+        assert len(diagnostics.listeners_at(four, "127.0.0.1", port)) == 2
+        stack.enter_context(listener(six, "::ffff:127.0.0.1", port))
+        assert len(diagnostics.listeners_at(four, "127.0.0.1", port)) == 3
+        assert len(diagnostics.listeners_at(six, "::1", port)) == 2
+
+
+def test_the_other_end_of_a_connection_is_found_when_it_was_accepted(netns: Callable[[], Netns]) -> None:
+    with diagnostics_of(netns()) as diagnostics, listener(socket.AF_INET, "127.0.0.1") as server:
+        with socket.create_connection(server.getsockname()) as near:
+            far = diagnostics.far_end(near)
+            assert far is not None and far.remote[1] == near.getsockname()[1] and far.cgroup
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
+        with socket.create_connection(server.getsockname()) as near:
+            assert diagnostics.far_end(near) is None

@@ -22,6 +22,10 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "exchange_slot": layout.ExchangeSlot,
     "exchange": layout.ExchangeValue,
     "exchange_client": layout.ExchangeClient,
+    "stand_in_key": layout.StandInKey,
+    "stand_in": layout.StandInValue,
+    "stand_in_place": layout.StandInPlace,
+    "offer": layout.Offer,
     "endpoint_name": layout.EndpointNameKey,
     "container": layout.ContainerValue,
     "ingress_key": layout.IngressKey,
@@ -64,7 +68,9 @@ CONSTANTS = {
     "GRAFT_CONTAINER_OTHERS": layout.CONTAINER_OTHERS,
     "GRAFT_EXCHANGE_SLOT_BITS": layout.EXCHANGE_SLOT_BITS,
     "GRAFT_EXCHANGE_SLOTS": layout.EXCHANGE_SLOTS,
+    "GRAFT_EXCHANGE_OUT_SLOTS": layout.EXCHANGE_OUT_SLOTS,
     "GRAFT_EXCHANGE_GENERATIONS": layout.EXCHANGE_GENERATIONS,
+    "GRAFT_MAX_OFFERED": layout.MAX_OFFERED,
     "GRAFT_CONTAINER_ICMP": layout.CONTAINER_ICMP,
     "GRAFT_CONTAINER_MULTICAST": layout.CONTAINER_MULTICAST,
     "GRAFT_PROBED": layout.PROBED,
@@ -94,7 +100,7 @@ C_ONLY = {
     "GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT",
     "GRAFT_FERRY_NET_MASK", "GRAFT_BERTH_TRIES", "GRAFT_CONNECTS", "GRAFT_SENDS", "GRAFT_SENDS_TO_PEER",
     "GRAFT_GROUP_REQ_FAMILY", "GRAFT_GROUP_REQ_ADDR4", "GRAFT_GROUP_REQ_ADDR6", "GRAFT_MAX_JOIN",
-    "GRAFT_LOOPBACK_FIRST", "GRAFT_CGROUP_LEVELS",
+    "GRAFT_LOOPBACK_FIRST", "GRAFT_CGROUP_LEVELS", "GRAFT_GROUP_STEPS",
 }  # fmt: skip
 """Constants that Python does not use: they describe packets (bpf/packet.bpf.c, bpf/egress.bpf.c) or an option's value
 (bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.
@@ -148,6 +154,8 @@ def test_every_constant_of_the_bpf_sources_is_compared_or_used_in_c_alone() -> N
 
 def test_sizes_that_are_passed_to_the_compiler_are_those_that_python_uses() -> None:
     assert loader.SIZES["GRAFT_MAX_DESKS"] == layout.MAX_DESKS
+    assert loader.SIZES["GRAFT_MAX_EXCHANGES"] == layout.MAX_EXCHANGES
+    assert loader.SIZES["GRAFT_MAX_STAND_INS"] == layout.MAX_STAND_INS
     assert layout.NAME_LEN == MAX_ENDPOINT_NAME + 1
 
 

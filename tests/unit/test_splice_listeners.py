@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -19,7 +20,9 @@ from graft.kernel.sockdiag import ListeningSocket
 from graft.model.settings import Settings
 from graft.splice import questions
 from graft.splice.container_list import ContainerList
-from graft.splice.listeners import ContainerCgroups, cgroup_ids, collect_listeners
+from graft.splice.event_loop import EventLoop
+from graft.splice.jobs import Job
+from graft.splice.listeners import ContainerCgroups, cgroup_ids, collect_datagram_sockets, collect_listeners
 from graft.splice.namespaces import find_process
 from graft.splice.publication import PublicationPlan
 from graft.state import records
@@ -65,11 +68,50 @@ def test_few_listeners_are_added_in_a_step() -> None:
     def lookup(_protocol: int, _family: int, _address: bytes, port: int) -> None:
         asked.append(port)
 
-    steps, before = collect_listeners(Storm(10), PublicationPlan({7}, lookup, 10), {80}), 0  # type: ignore[arg-type]
+    storm, plan, loop = Storm(10), PublicationPlan({7}, lookup, 10), EventLoop(lambda: None)
+    steps, before = collect_listeners(storm, plan, loop, {80}), 0  # type: ignore[arg-type]
     for _ in steps:
         assert len(asked) - before <= 16
         before = len(asked)
     assert asked == [port for port in range(1, 641) if port != 80]
+
+
+class LongLook(Storm):
+    """One that takes the kernel long, because of other sockets in its tables."""
+
+    def datagram_sockets(self) -> Iterator[list[ListeningSocket]]:
+        for _ in range(self.pieces):
+            until = time.thread_time() + 0.005
+            while time.thread_time() < until:
+                pass
+            yield []
+
+
+def held_for(blame: bool, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a container waits for a long look at its sockets, while another one has something to do."""
+    loop, ended, held = EventLoop(lambda: None), list[object](), False
+    if not blame:
+        monkeypatch.setattr(loop, "blame", lambda *_: None)
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    loop.watch(reader, select.EPOLLIN, lambda _mask: None, 2)
+    plan = PublicationPlan({7}, lambda *_: None, 10)
+    Job(loop, 1, collect_datagram_sockets(LongLook(3), plan, loop), ended.append)  # type: ignore[arg-type]
+    while not ended:
+        loop.turn()
+        held = held or loop.waits(1) > 0
+    loop.shut_down()
+    os.close(reader)
+    os.close(writer)
+    return held
+
+
+def test_a_long_look_at_its_sockets_is_no_slow_call_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not held_for(True, monkeypatch)
+
+
+def test_control_if_it_was_one_the_container_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert held_for(False, monkeypatch)
 
 
 def test_the_tree_of_cgroups_is_listed_when_a_listener_is_in_one_that_was_not_seen_before(

@@ -9,13 +9,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from graft.errors import NotFoundError
+from graft.splice import event_loop
 from graft.splice.background import Background
+from graft.splice.container_service import SCAN_SECONDS, ContainerService
 from graft.splice.event_loop import EventLoop
 from graft.splice.jobs import Job, Stepwise
+from graft.splice.log import FailureLog
 from graft.splice.slow_calls import SlowCalls
 from graft.splice.turns import Turns
 
@@ -146,6 +151,14 @@ def test_an_owner_waits_ten_times_as_long_however_long_its_call_was() -> None:
     calls.close()
 
 
+def test_a_slow_call_that_is_nobodys_makes_nobody_wait() -> None:
+    turns = Turns()
+    calls = SlowCalls(turns)
+    calls.note(BUSY, 20.0, time.monotonic(), event_loop.nobody)
+    assert not turns.held and not calls.owners
+    calls.close()
+
+
 def test_the_time_of_a_slow_call_makes_nobody_else_idle() -> None:
     turns = Turns()
     calls = SlowCalls(turns)
@@ -207,6 +220,38 @@ def test_a_call_that_fails_stops_no_other(loop: EventLoop, capsys: pytest.Captur
     loop.turn()
     assert made == [1]
     assert "IndexError" in capsys.readouterr().err
+
+
+def test_failures_that_come_again_and_again_do_not_fill_the_log(
+    loop: EventLoop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_loop, "log_failure", FailureLog())
+
+    def fail() -> None:
+        raise ValueError
+
+    for _ in range(50):
+        loop.later(fail)
+        loop.turn()
+    assert capsys.readouterr().err.count("Traceback") == FailureLog.LINES
+
+
+def test_the_pause_after_a_container_that_cannot_be_served_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    service: Any = ContainerService.__new__(ContainerService)
+    service.container = SimpleNamespace(name="c")
+    service._context = SimpleNamespace(daemon_resources=SimpleNamespace(container_count=1))
+    service._relays, service._failures, service._problem, service._log = None, 0, "", lambda _text: None
+    service._scan_callbacks, service._next_scan_callbacks = [], []
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    pauses = []
+    for _ in range(12):
+        service._job = SimpleNamespace(spent=0.0)
+        service._scanned(OSError("again"))
+        pauses.append(service._due)
+    assert pauses == sorted(pauses) and pauses[0] < 0.5 and pauses[4] > 5 and pauses[-1] == 10
+    service._job, service._relays = SimpleNamespace(spent=0.0), object()
+    service._scanned(None)
+    assert service._due == SCAN_SECONDS
 
 
 def test_what_is_due_is_called_in_its_owners_turns(loop: EventLoop) -> None:

@@ -63,6 +63,48 @@ def test_a_listener_is_dialled_where_it_listens(
     assert found.family == (socket.AF_INET6 if ":" in dialled else socket.AF_INET)
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "address", "v6only", "dialled", "takes_no_ipv4"),
+    [
+        (FIXED, ANY, False, None, False),
+        (SIX, ANY, False, "::1", True),
+        (DUAL, ANY, False, "::1", False),
+        (DUAL, ANY, True, "::1", True),
+        (DUAL, bytes(15) + b"\1", False, "::1", True),
+        (DUAL, b"\xfd" + bytes(14) + b"\5", False, "fd00::5", True),
+    ],
+)
+def test_datagrams_of_ipv6_clients_go_to_an_address_of_ipv6(
+    endpoint: ResolvedEndpoint, address: bytes, v6only: bool, dialled: str | None, takes_no_ipv4: bool
+) -> None:
+    found = Publication(endpoint, 6, address, 53, v6only, protocol=socket.IPPROTO_UDP)
+    assert (found.target6.address if found.target6 else None) == dialled
+    assert found.takes_no_ipv4 is takes_no_ipv4
+
+
+def test_a_port_that_only_somebody_else_is_connected_to_has_no_peer() -> None:
+    plan = PublicationPlan({7}, lambda *_: None, 10, (), {8})
+    for cgroup, port in ((0, 1000), (7, 1007), (8, 1008), (9, 1009)):
+        plan.add_datagram_socket(connected(6, bytes(15) + b"\1", port, cgroup))
+    assert plan.datagram_peers == (set(), {1000, 1007, 1009})  # whose 9 is, is not known yet
+    assert plan.elsewhere == {8, 9}
+
+
+def test_addresses_of_the_loopback_network_that_somebody_is_connected_to_are_peers() -> None:
+    plan = PublicationPlan({7}, lambda *_: None, 10, (), {8})
+    for family, text in ((4, "127.128.0.1"), (6, "::ffff:127.128.0.2"), (4, "192.0.2.1")):
+        kind = socket.AF_INET if family == 4 else socket.AF_INET6
+        plan.add_datagram_socket(connected(family, socket.inet_pton(kind, text).ljust(16, b"\0"), 1000, 8))
+    assert plan.datagram_peers == ({0x7F800001, 0x7F800002}, set())
+
+
+def connected(family: int, peer: bytes, port: int, cgroup: int) -> ListeningSocket:
+    """A UDP socket with a peer."""
+    return ListeningSocket(
+        family, ANY, 5000, True, cgroup, 0, protocol=socket.IPPROTO_UDP, connected=True, peer_port=port, peer=peer
+    )
+
+
 def test_a_listener_that_no_rule_names_is_not_published() -> None:
     assert publications([listening(4, ANY)], lambda *_: None) == []
 

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* Addresses that a socket has by the kernel's choice, and keeps until it is disconnected: a program must not make that
+ * choice, nor use it for what it was not made for. And the tag that says what an endpoint has lent.
+ */
+
+/* Whether the socket has an address of the host's loopback, by the kernel's choice, and the destination is elsewhere. */
+static __always_inline int keeps_loopback(struct bpf_sock *sk, struct request *request, struct endpoint *endpoint)
+{
+	struct local_address local;
+
+	if (!request->fixed_source || request->any_source || !is_unspecified(endpoint->addr))
+		return 0;
+	read_local_address(&local, sk);
+	return strays_from_loopback(&local, request);
+}
+
+#if defined(GRAFT_SOCK_ADDR_SK) && defined(GRAFT_UNICAST_INTERFACE)
+/* Whether the program has named the interface that its datagrams leave by (IP_UNICAST_IF, IPV6_UNICAST_IF, IPV6_PKTINFO):
+ * of that the kernel takes the address. The setsockopt hook refuses these options, but the kernel does not call it for
+ * 32-bit callers. */
+static __always_inline int has_chosen_interface(struct bpf_sock_addr *ctx)
+{
+	u32 index = 0, index6 = 0, pktinfo = 0;
+	void *sk = 0, *six; /* ctx is the kernel's own struct bpf_sock_addr_kern */
+
+	if (bpf_probe_read_kernel(&sk, sizeof(sk), (void *)ctx + GRAFT_SOCK_ADDR_SK) || !sk)
+		return 0;
+	bpf_probe_read_kernel(&index, sizeof(index), sk + GRAFT_UNICAST_INTERFACE);
+	six = ctx->sk->family == AF_INET6 ? read_pointer(sk + GRAFT_SOCK_INET6) : 0;
+	if (six) {
+		bpf_probe_read_kernel(&index6, sizeof(index6), six + GRAFT_UNICAST_INTERFACE6);
+		bpf_probe_read_kernel(&pktinfo, sizeof(pktinfo), six + GRAFT_PKTINFO_INTERFACE6);
+	}
+	return index || index6 || pktinfo;
+}
+#else
+static __always_inline int has_chosen_interface(struct bpf_sock_addr *ctx)
+{
+	return 0;
+}
+#endif
+
+static __always_inline int is_to_group(struct request *request)
+{
+	return request->family == GRAFT_IPV4 ? (request->addr[0] & 0xf0) == 0xe0 : request->addr[0] == 0xff;
+}
+
+/* Whether the kernel would take a socket's address from an option, and keep it: a connect to a group takes that of
+ * IP_MULTICAST_IF, which a 32-bit call can set to any of the host's, or one of IPV6_MULTICAST_IF's interface; another
+ * connect one of the interface that the program has chosen. */
+static __always_inline int would_choose_address(struct bpf_sock_addr *ctx, struct request *request,
+						struct endpoint *endpoint, int bound)
+{
+	struct local_address local;
+
+	if (!request->fixed_source || request->protocol != IPPROTO_UDP || !(bound || is_unspecified(endpoint->addr)) ||
+	    !(is_to_group(request) || has_chosen_interface(ctx)))
+		return 0;
+	read_local_address(&local, ctx->sk);
+	return !(local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3]);
+}
+
+/* Whether a connect takes an address or a port from the endpoint, which the socket's tag must say. */
+static __always_inline int lends(struct endpoint *endpoint)
+{
+	return endpoint->port || !is_unspecified(endpoint->addr);
+}
+
+/* The tag that says what this endpoint lends, of a socket of a direct container that has none (it was made before there was
+ * a policy, or before that denied anything). A tag of an earlier container's is this one's from here on: what was lent then
+ * stays written down. NULL: there is no memory for it, or no need. */
+static __always_inline struct tag *tag_of_lent(struct bpf_sock_addr *ctx, struct owner *owner, struct endpoint *endpoint,
+					       int connects)
+{
+	struct tag *tag = tags.sk_storage_get(ctx->sk, 0, 0);
+
+	if (!tag && connects && lends(endpoint))
+		tag = tags.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (tag && tag->container != owner->id) {
+		tag->container = owner->id;
+		tag->home = GRAFT_HOME_HOST;
+		tag->open_port = 0;
+	}
+	return tag;
+}

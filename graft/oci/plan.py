@@ -1,0 +1,73 @@
+"""How one container of an OCI runtime is attached, and where it is: its cgroup and its network namespace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.errors import RefusedError
+from graft.kernel import cgroup, netns
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.policy.model import Policy
+from graft.state import members
+
+_ID_LENGTH = 64  # of an engine's id, which is in the name of the container's cgroup
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to attach one container.
+
+    ``folder`` is the shim's own, None where it has none; ``engine_cgroup`` is where the runtime was started.
+    ``killable``, ``datagrams``: as `Keeper` asks for them.
+    """
+
+    settings: Settings
+    policy: Policy
+    transport: Transport
+    id: str
+    folder: Path | None
+    engine_cgroup: Path
+    killable: bool = False
+    datagrams: bool = False
+
+
+def find_container(pid: int, plan: Plan) -> tuple[Path, int]:
+    """The cgroup and the namespace's cookie of a container, by its first process. Raises GraftError, OSError."""
+    path = _apart(plan, lambda: _whole_cgroup_of(pid, plan))
+    if path == cgroup.v2_mount() or plan.engine_cgroup.is_relative_to(path):
+        raise RefusedError(
+            "the container has no cgroup (v2) of its own: it shares its engine's", "an engine that creates one"
+        )
+    cookie = netns.cookie(pid)
+    shared = cookie == netns.cookie(plan.settings.host_netns)
+    if shared != (plan.transport is Transport.DIRECT):
+        raise RefusedError("the container's network namespace is not the one in its configuration")
+    return path, cookie
+
+
+def cgroup_of(pid: int, plan: Plan) -> Path:
+    """The cgroup of a process that a container's runtime names. Raises GraftError, OSError."""
+    return _apart(plan, lambda: cgroup.of_process(pid))
+
+
+def _apart(plan: Plan, work: Callable[[], Path]) -> Path:
+    """The result of ``work``, which looks into a folder of /proc that somebody may hold. Raises GraftError, OSError.
+
+    `graft listen` serves other containers too, so there a child looks.
+    """
+    return work() if plan.folder is not None else members.answer_about(f"container {plan.id[:12]} in /proc", work)
+
+
+def _whole_cgroup_of(pid: int, plan: Plan) -> Path:
+    """The container's cgroup, by its first process. Raises KernelError, OSError."""
+    path = cgroup.whole_of_process(pid)
+    if plan.folder is None and len(plan.id) == _ID_LENGTH:
+        # That process does not wait (`graft listen`): it may have made a cgroup below the container's already, and a
+        # namespace with its root there, while it still has a mount of the first one. The engine's name is above both.
+        from graft.state.engines import cut_at_id
+
+        return cut_at_id(path, plan.id) or path
+    return path
