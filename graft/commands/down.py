@@ -19,6 +19,7 @@ from graft.saved.store import Store
 from graft.splice import client as splice
 from graft.state import bound_sockets, helper_process, leftovers, members, records
 from graft.state.installation import Installation
+from graft.swap import fork_servers
 
 _TIMEOUT = 2.0  # seconds, for each kind of call about folders that a process can hold
 _SEARCH_TIMEOUT = 10.0
@@ -52,6 +53,7 @@ def _down(settings: Settings, force: bool) -> None:
     graft_cgroup = cgroup.v2_mount() / settings.cgroup
     if force or not any(records.folder_of(settings).glob("*.json")):
         splice.stop(settings)
+        fork_servers.stop_all(settings)
     with dataplane.locked(settings):
         own = members.of_each([graft_cgroup]).get(graft_cgroup)
         running = "some" if own is None else len(own.pids)

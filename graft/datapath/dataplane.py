@@ -72,6 +72,11 @@ def keepers_cgroup(settings: Settings) -> Path:
     return supervisors_cgroup(settings) / "keepers"
 
 
+def forks_cgroup(settings: Settings) -> Path:
+    """The cgroup of the fork server, and of its children before they enter their own (graft/kernel/fork_server.py)."""
+    return cgroup.v2_mount() / settings.cgroup / "forks"
+
+
 def is_up(settings: Settings) -> bool:
     """Whether the data plane is pinned. Raises ConflictError for another version's."""
     maps = Maps(settings.pin_dir)

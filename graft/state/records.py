@@ -80,8 +80,17 @@ def save(settings: Settings, container: Container) -> None:
     """Write a container's record, in one step."""
     folder = folder_of(settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    record = {**asdict(container), "transport": str(container.transport)}
-    write_atomically(folder / f"{container.id}.json", json.dumps(record).encode())
+    write_atomically(folder / f"{container.id}.json", encode(container).encode())
+
+
+def encode(container: Container) -> str:
+    """A container as text, which `decode` reads."""
+    return json.dumps({**asdict(container), "transport": str(container.transport)})
+
+
+def decode(text: str) -> Container:
+    """The container in what `encode` made."""
+    return parse_record(text.encode(), f"{json.loads(text)['id']}.json")
 
 
 def parse_record(raw: bytes, name: str) -> Container:
