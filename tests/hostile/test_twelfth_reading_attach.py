@@ -101,7 +101,7 @@ def said_beside_lenders(host: Host, programs: Programs, fuse: Path, without: str
             fuse / "fuse",
             fuse / "mount",
             3,
-            1.7,
+            "1.7",
         )
         with in_cgroup(host, path, *hold):
             said = attach(host, path, without)
