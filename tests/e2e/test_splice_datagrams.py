@@ -15,7 +15,7 @@ from graft.splice import datagram_destinations, datagrams
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
 from tests.support.plain import Plain
 from tests.support.relayed import descriptors, resident_bytes
-from tests.support.udp import answers, drained, udp
+from tests.support.udp import answers, flood, udp
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
@@ -138,12 +138,7 @@ def test_a_flood_from_random_ports_grows_nothing_and_hurts_no_client(container: 
         assert client.recv(100) == b"answer"
         daemon = container.daemon()
         before, memory = descriptors(daemon), resident_bytes(daemon)
-        for _ in range(8):
-            with ExitStack() as stack:
-                for _ in range(500):
-                    one = stack.enter_context(closing(udp(host.client, CLIENT4)))
-                    one.sendto(b"noise", (HOST4, port))
-            until("the flood is served", lambda: drained(server))
+        flood(host.client, CLIENT4, (HOST4, port), server)
         assert len(list(host.maps.exchanges.keys())) <= layout.EXCHANGE_SLOTS
         until("slots are free", lambda: len(list(host.maps.exchanges.keys())) <= datagrams.MAX_CLIENTS + 1)
         assert len(list(host.maps.exchange_clients.keys())) <= datagrams.MAX_CLIENTS + 1

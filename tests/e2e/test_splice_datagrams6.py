@@ -15,7 +15,7 @@ from graft.splice import datagram_destinations, stand_in_sockets, stand_ins
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
 from tests.support.plain import Plain
 from tests.support.relayed import descriptors, resident_bytes
-from tests.support.udp import answers, drained, give_address, udp
+from tests.support.udp import answers, flood, give_address, udp
 from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
@@ -230,12 +230,7 @@ def test_a_flood_from_random_ports_grows_nothing_and_hurts_no_client(container: 
         assert client.recv(100) == b"answer"
         daemon = container.daemon()
         before, memory = descriptors(daemon), resident_bytes(daemon)
-        for _ in range(8):
-            with ExitStack() as stack:
-                for _ in range(500):
-                    one = stack.enter_context(closing(udp(host.client, CLIENT6)))
-                    one.sendto(b"noise", (HOST6, port))
-            until("the flood is served", lambda: drained(server))
+        flood(host.client, CLIENT6, (HOST6, port), server)
         assert len(list(host.maps.stand_ins.keys())) <= stand_in_sockets.MAX_FORGOTTEN + stand_ins.MAX_CLIENTS + 1
         until("ports are free", lambda: len(list(host.maps.stand_ins.keys())) <= stand_ins.MAX_CLIENTS + 1)
         assert len(list(host.maps.stand_in_ports.keys())) <= stand_ins.MAX_CLIENTS + 1

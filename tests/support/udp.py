@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack, closing
 
 from tests.support.namespaces import Netns
 from tests.support.wait import PATIENCE, until
@@ -34,6 +35,15 @@ def drained(server: socket.socket) -> bool:
     finally:
         server.settimeout(10 * PATIENCE)
     return False
+
+
+def flood(client: Netns, own: str, target: tuple[str, int], server: socket.socket) -> None:
+    """Thousands of datagrams to ``target``, each from a port of its own; ``server`` reads what reaches it."""
+    for _ in range(8):
+        with ExitStack() as stack:
+            for _ in range(500):
+                stack.enter_context(closing(udp(client, own))).sendto(b"noise", target)
+        until("the flood is served", lambda: drained(server))
 
 
 def answers(sock: socket.socket) -> bool:
