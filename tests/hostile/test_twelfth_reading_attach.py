@@ -96,7 +96,8 @@ def said_beside_lenders(host: Host, programs: Programs, fuse: Path, without: str
         hold = (
             *AS_NOBODY,
             PYTHON,
-            SOURCES / "hold_exec.py",
+            "-c",
+            (SOURCES / "hold_exec.py").read_text(),
             programs["execing"],
             fuse / "fuse",
             fuse / "mount",
