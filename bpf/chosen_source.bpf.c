@@ -21,9 +21,9 @@ static __always_inline int keeps_loopback(struct bpf_sock *sk, struct request *r
 static __always_inline int has_chosen_interface(struct bpf_sock_addr *ctx)
 {
 	u32 index = 0, index6 = 0, pktinfo = 0;
-	void *sk = 0, *six; /* ctx is the kernel's own struct bpf_sock_addr_kern */
+	void *sk = requesting_socket(ctx), *six;
 
-	if (bpf_probe_read_kernel(&sk, sizeof(sk), (void *)ctx + GRAFT_SOCK_ADDR_SK) || !sk)
+	if (!sk)
 		return 0;
 	bpf_probe_read_kernel(&index, sizeof(index), sk + GRAFT_UNICAST_INTERFACE);
 	six = ctx->sk->family == AF_INET6 ? read_pointer(sk + GRAFT_SOCK_INET6) : 0;
@@ -46,10 +46,10 @@ static __always_inline int has_chosen_interface(struct bpf_sock_addr *ctx)
 static __always_inline int has_chosen_route(struct bpf_sock_addr *ctx)
 {
 #if defined(GRAFT_SOCK_ADDR_SK) && defined(GRAFT_SOCK_INET6) && defined(GRAFT_IP_OPTIONS)
-	void *sk = 0, *six, *options; /* ctx is the kernel's own struct bpf_sock_addr_kern */
+	void *sk = requesting_socket(ctx), *six, *options;
 	u8 route = 0;
 
-	if (bpf_probe_read_kernel(&sk, sizeof(sk), (void *)ctx + GRAFT_SOCK_ADDR_SK) || !sk)
+	if (!sk)
 		return 0;
 	options = read_pointer(sk + GRAFT_IP_OPTIONS);
 	if (options)

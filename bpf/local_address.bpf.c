@@ -263,9 +263,9 @@ static __always_inline int is_v6only(void *sk)
 /* The same of a socket whose address a hook decides about. */
 static __always_inline int is_requester_v6only(struct bpf_sock_addr *ctx)
 {
-	void *sk = 0; /* ctx is the kernel's own struct bpf_sock_addr_kern */
+	void *sk = requesting_socket(ctx);
 
-	return !bpf_probe_read_kernel(&sk, sizeof(sk), (void *)ctx + GRAFT_SOCK_ADDR_SK) && sk && is_v6only(sk);
+	return sk && is_v6only(sk);
 }
 #else
 static __always_inline int is_v6only(void *sk)

@@ -10,6 +10,14 @@ static __always_inline void *read_pointer(void *pointer)
 
 	return bpf_probe_read_kernel(&found, sizeof(found), pointer) ? 0 : found;
 }
+
+#ifdef GRAFT_SOCK_ADDR_SK
+/* The kernel's own struct sock of the socket that a hook decides about: ctx is a struct bpf_sock_addr_kern. */
+static __always_inline void *requesting_socket(struct bpf_sock_addr *ctx)
+{
+	return read_pointer((void *)ctx + GRAFT_SOCK_ADDR_SK);
+}
+#endif
 #endif
 
 /* A requested address as a hook sees it, and what was found out about it. ::ffff:1.2.3.4 is family 4 here. Rules also

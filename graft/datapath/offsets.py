@@ -71,20 +71,18 @@ def _v6only(btf: Btf) -> Offsets:
 
 
 def _interface(btf: Btf) -> Offsets:
-    pktinfo, interface = btf.offset("ipv6_pinfo", "sticky_pktinfo"), btf.offset("in6_pktinfo", "ipi6_ifindex")
     return {
         "GRAFT_UNICAST_INTERFACE": btf.offset("inet_sock", "uc_index"),
         "GRAFT_SOCK_INET6": btf.offset("inet_sock", "pinet6"),
         "GRAFT_UNICAST_INTERFACE6": btf.offset("ipv6_pinfo", "ucast_oif"),
-        "GRAFT_PKTINFO_INTERFACE6": None if pktinfo is None or interface is None else pktinfo + interface,
+        "GRAFT_PKTINFO_INTERFACE6": _nested(btf, "ipv6_pinfo.sticky_pktinfo", "in6_pktinfo.ipi6_ifindex"),
     }
 
 
 def _route(btf: Btf) -> Offsets:
-    options, route = btf.offset("ip_options_rcu", "opt"), btf.offset("ip_options", "srr")
     return {
         "GRAFT_IP_OPTIONS": btf.offset("inet_sock", "inet_opt"),
-        "GRAFT_IP_OPTIONS_ROUTE": None if options is None or route is None else options + route,
+        "GRAFT_IP_OPTIONS_ROUTE": _nested(btf, "ip_options_rcu.opt", "ip_options.srr"),
         "GRAFT_IP6_OPTIONS": btf.offset("ipv6_pinfo", "opt"),
         "GRAFT_IP6_OPTIONS_ROUTE": btf.offset("ipv6_txoptions", "srcrt"),
     }
@@ -107,10 +105,9 @@ def _packet(btf: Btf) -> Offsets:
 
 
 def _datagram(btf: Btf) -> Offsets:
-    cork, flow = btf.offset("inet_sock", "cork"), btf.offset("inet_cork_full", "fl")
     return {
         "GRAFT_UDP_PENDING": btf.offset("udp_sock", "pending"),
-        "GRAFT_CORK_FLOW": None if cork is None or flow is None else cork + flow,
+        "GRAFT_CORK_FLOW": _nested(btf, "inet_sock.cork", "inet_cork_full.fl"),
         "GRAFT_FLOW4_SADDR": btf.offset("flowi4", "saddr"),
         "GRAFT_FLOW4_DADDR": btf.offset("flowi4", "daddr"),
         "GRAFT_FLOW4_PORTS": btf.offset("flowi4", "uli"),
@@ -121,20 +118,17 @@ def _datagram(btf: Btf) -> Offsets:
 
 
 def _mark(btf: Btf) -> Offsets:
-    ipv4, accept = btf.offset("net", "ipv4"), btf.offset("netns_ipv4", "sysctl_tcp_fwmark_accept")
-    return {"GRAFT_NET_FWMARK_ACCEPT": None if ipv4 is None or accept is None else ipv4 + accept}
+    return {"GRAFT_NET_FWMARK_ACCEPT": _nested(btf, "net.ipv4", "netns_ipv4.sysctl_tcp_fwmark_accept")}
 
 
 def _group(btf: Btf) -> Offsets:
-    cgroup, data = btf.offset("sock_cgroup_data", "cgroup"), btf.offset("sock", "sk_cgrp_data")
-    own, parent = btf.offset("cgroup", "self"), btf.offset("cgroup_subsys_state", "parent")
     return {
         "GRAFT_SOCK_REUSEPORT": btf.offset("sock", "sk_reuseport_cb"),
-        "GRAFT_SOCK_CGROUP": None if cgroup is None or data is None else cgroup + data,
+        "GRAFT_SOCK_CGROUP": _nested(btf, "sock.sk_cgrp_data", "sock_cgroup_data.cgroup"),
         "GRAFT_GROUP_COUNT": btf.offset("sock_reuseport", "num_socks"),
         "GRAFT_GROUP_SOCKETS": btf.offset("sock_reuseport", "socks"),
-        "GRAFT_CGROUP_SELF": own,
-        "GRAFT_CGROUP_PARENT": None if own is None or parent is None else own + parent,
+        "GRAFT_CGROUP_SELF": btf.offset("cgroup", "self"),
+        "GRAFT_CGROUP_PARENT": _nested(btf, "cgroup.self", "cgroup_subsys_state.parent"),
         "GRAFT_CGROUP_NODE": btf.offset("cgroup", "kn"),
         "GRAFT_NODE_ID": btf.offset("kernfs_node", "id"),
     }
@@ -146,6 +140,12 @@ def write_seq_offset() -> int | None:
         return Btf.of_kernel().offset("tcp_sock", "write_seq")
     except (OSError, ValueError):
         return None
+
+
+def _nested(btf: Btf, outer: str, inner: str) -> int | None:
+    """The offset of a member of a structure (``inner``) that is itself one of another (``outer``)."""
+    first, second = btf.offset(*outer.split(".")), btf.offset(*inner.split("."))
+    return None if first is None or second is None else first + second
 
 
 def _all_or_none(offsets: Offsets) -> dict[str, int]:
