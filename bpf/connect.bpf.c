@@ -209,6 +209,15 @@ static __always_inline int has_other_familys_port(struct tag *tag, struct reques
 	return tag && tag->lent & GRAFT_LENT_PORT && tag->lent_family != request->family;
 }
 
+/* Whether a socket is bound to an endpoint that has no port in the family of its request (an IPv6 socket at an IPv4
+ * endpoint): that port would be shown to others as one of the other family's. */
+static __always_inline int is_at_other_familys_endpoint(struct tag *tag, struct request *request)
+{
+	struct endpoint *bound = tag ? endpoints.lookup(&tag->endpoint) : 0;
+
+	return bound && bound->family != request->family && !(bound->flags & GRAFT_ENDPOINT_DUAL_STACK);
+}
+
 /* What `sending` is: a connect, a datagram to the address of the send, or one to the socket's peer. */
 #define GRAFT_CONNECTS 0
 #define GRAFT_SENDS 1
@@ -291,7 +300,8 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		 * socket is outside the container's namespace, and may do only what a rule grants. */
 		if (owner.container->transport != GRAFT_TRANSPORT_DIRECT ||
 		    (rule == GRAFT_VERDICT_NONE && owner.container->connect_default == GRAFT_DEFAULT_DENY) ||
-		    has_other_familys_port(owner.tag, request))
+		    has_other_familys_port(owner.tag, request) ||
+		    (bound && is_at_other_familys_endpoint(owner.tag, request)))
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}

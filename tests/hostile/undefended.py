@@ -266,6 +266,10 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ("options.bpf.c", "name == IPV6_FREEBIND ||", ""),
         _at_once("local_address.bpf.c", "int is_hosts(u64 netns, u32 *ip, u8 family)", "return 1;"),
     ),
+    # A port is good for the family that its endpoint does not have, where no rule speaks of the destination.
+    "family of the endpoint": (
+        ("connect.bpf.c", " ||\n\t\t    (bound && is_at_other_familys_endpoint(owner.tag, request)))", ")"),
+    ),
     # A connect to a group gives a socket the address of an option.
     "chosen address": (_at_once("chosen_source.bpf.c", "struct endpoint *endpoint, int bound)", "return 0;"),),
     # Nobody looks at whether a socket has a route of its own when it connects.
