@@ -7,7 +7,7 @@ PYTEST := $(PYTHON) -m pytest
 READY := $(VENV)/.graft-setup
 
 .NOTPARALLEL:
-.PHONY: help setup demo test unit kernel e2e lint format check fuzz bench test-kernels allowed-helpers wheel clean
+.PHONY: help setup demo test unit kernel e2e lint format check fuzz bench bench-lean test-kernels allowed-helpers wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ fuzz: setup ## socket calls out of a seed, by a program under random policies, w
 bench: setup ## measure host, bridge with NAT and swap; writes build/bench.json and docs/performance.md (root)
 	$(PYTHON) -m tests.bench $(BENCH)
 
+# LEAN="--counts 1,60": how many programs at once.
+bench-lean: setup ## memory and CPU time of many programs under `graft run`, and of containers; prints a table (root)
+	$(PYTHON) -m tests.bench.lean $(LEAN)
+
 # QUICK=1: boot and `graft up`, half a minute a kernel. KERNELS="6.1 newest" chooses. GUESTS=3: at a time.
 VM := $(PYTHON) -m tests.vm $(if $(KERNELS),--kernels "$(KERNELS)") $(if $(GUESTS),--guests $(GUESTS))
 
@@ -72,6 +76,6 @@ clean: ## remove everything that can be made again, .venv too
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made by `make setup`; older than pyproject.toml it is made anew.
-$(READY): pyproject.toml setup.py bpf/graft.h $(wildcard graft/swap/compiled/*) .ci/setup
+$(READY): pyproject.toml setup.py bpf/graft.h $(wildcard graft/swap/compiled/* graft/swap/compiled_waiter/* graft/oci/compiled/*) .ci/setup
 	@.ci/setup
 	@touch $@

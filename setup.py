@@ -1,30 +1,54 @@
-"""The one part of Graft that is compiled at installation; pyproject.toml has all the rest.
+"""What of Graft is compiled at installation; pyproject.toml has all the rest.
 
 It is optional: without a compiler or Python's headers nothing is built, and plain Python serves in its place.
 """
 
+import os
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+OPTIONS = ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+PROGRAMS = {
+    "graft.swap.graft-wait": "graft/swap/compiled_waiter/waiter.c",
+    "graft.oci.graft-hook": "graft/oci/compiled/hook.c",
+}
+
+
+class BuildAll(build_ext):
+    """Builds extensions, and programs."""
+
+    def get_ext_filename(self, fullname):
+        """Where what was built is put; ``fullname`` with or without its package."""
+        parts = fullname.split(".")
+        is_program = any(name.split(".")[-1] == parts[-1] for name in PROGRAMS)
+        return os.path.join(*parts) if is_program else super().get_ext_filename(fullname)
+
+    def build_extension(self, ext):
+        """Compile and link one of them."""
+        if ext.name not in PROGRAMS:
+            super().build_extension(ext)
+            return
+        objects = self.compiler.compile(ext.sources, output_dir=self.build_temp, extra_postargs=OPTIONS)
+        target = self.get_ext_fullpath(ext.name)
+        self.mkpath(os.path.dirname(target))
+        self.compiler.link_executable(objects, target)
+
 
 setup(
+    cmdclass={"build_ext": BuildAll},
     ext_modules=[
         Extension(
             "graft.swap._fast_calls",
             sorted(glob("graft/swap/compiled/*.c")),
             include_dirs=["bpf"],  # graft.h
             depends=["setup.py", "bpf/graft.h", *glob("graft/swap/compiled/*.h")],
-            extra_compile_args=[
-                "-O2",
-                "-fvisibility=hidden",
-                "-Wall",
-                "-Wextra",
-                "-Wno-unused-parameter",
-                "-Wno-cast-function-type",
-            ],
+            extra_compile_args=[*OPTIONS, "-fvisibility=hidden", "-Wno-cast-function-type"],
             py_limited_api=True,
             optional=True,
-        )
+        ),
+        *(Extension(name, [source], depends=["setup.py"], optional=True) for name, source in PROGRAMS.items()),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -12,7 +12,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.state.installation import Installation
 
-from .options import Deny, Egress, Ingress, PolicyFile
+from .options import Deny, Egress, Ingress, NoSave, PolicyFile
 from .output import command, say
 
 if TYPE_CHECKING:
@@ -50,8 +50,13 @@ def attach(
         str | None,
         typer.Option("--relay", help="How transport splice moves bytes: splice or kernel.", show_default="splice"),
     ] = None,
+    no_save: NoSave = False,
 ) -> None:
-    """Put a running container under a policy, or replace the policy that it has."""
+    """Put a running container under a policy, or replace the policy that it has.
+
+    The policy is saved: the container gets it again when it starts again, also after a reboot.
+    """
+    from graft.commands import watcher_process
     from graft.commands.attach import attach as attach_container
     from graft.commands.policy_source import policy_of
     from graft.splice import client as splice
@@ -62,7 +67,9 @@ def attach(
     require_root()
     settings = Settings.from_environment()
     rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [], deny)
-    done = attach_container(Installation.open(settings), which, rules, wanted, relay)
+    done = attach_container(Installation.open(settings), which, rules, wanted, relay, save=not no_save)
+    if done.saved:
+        watcher_process.ensure_running(settings)
     say(*_attached_lines(done))
     if done.container.is_relayed:
         say(*_relay_lines(splice.describe(settings, done.container)))
@@ -129,12 +136,17 @@ def detach(
     keep: Annotated[
         bool, typer.Option("--keep-connections", help="Do not close connections through endpoints.")
     ] = False,
+    no_save: NoSave = False,
 ) -> None:
-    """Remove a container's policy, and close the sockets that it was granted."""
+    """Remove a container's policy, and close the sockets that it was granted; or stop waiting for the container."""
+    from graft.commands.detach import Detached
     from graft.commands.detach import detach as detach_container
 
     require_root()
-    done = detach_container(Installation.open(Settings.from_environment()), which, keep)
+    done = detach_container(Installation.open(Settings.from_environment()), which, keep, save=not no_save)
+    if not isinstance(done, Detached):
+        say(f"{done.target.text}: not waited for any more")
+        return
     say(*_detached_lines(done))
     _raise_if_unfinished(done)
 

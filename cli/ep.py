@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -11,11 +10,10 @@ import typer
 from graft.kernel.credentials import require_root
 from graft.model.endpoint import Endpoint, parse_endpoint
 from graft.model.settings import Settings
-from graft.state.endpoints import EndpointChanges
-from graft.state.installation import Installation, Transaction
+from graft.state.installation import Installation
 
-from .options import Json
-from .output import command, listing
+from .options import Json, NoSave
+from .output import command, listing, warn
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -45,15 +43,25 @@ Owner = Annotated[
 Mode = Annotated[str | None, typer.Option("--mode", metavar="OCTAL", help="unix: its mode. Default: 0660.")]
 
 
-@contextlib.contextmanager
-def _change() -> Iterator[Transaction]:
+def _installation() -> Installation:
     require_root()
-    with Installation.open(Settings.from_environment()) as graft, graft.transaction() as change:
-        yield change
+    return Installation.open(Settings.from_environment())
 
 
-def _register(verb: str, summary: str, write: Callable[[EndpointChanges, Endpoint], object]) -> None:
-    """`graft ep add` and `graft ep set`: the same options, another method of EndpointChanges."""
+def _add(graft: Installation, endpoint: Endpoint, save: bool) -> str | None:
+    from graft.commands import endpoints  # imports yaml
+
+    return endpoints.add(graft, endpoint, save)
+
+
+def _set(graft: Installation, endpoint: Endpoint, save: bool) -> str | None:
+    from graft.commands import endpoints
+
+    return endpoints.change(graft, endpoint, save)
+
+
+def _register(verb: str, summary: str, write: Callable[[Installation, Endpoint, bool], str | None]) -> None:
+    """`graft ep add` and `graft ep set`: the same options, another function of graft/commands/endpoints.py."""
 
     @app.command(verb, help=summary)
     @command
@@ -67,24 +75,31 @@ def _register(verb: str, summary: str, write: Callable[[EndpointChanges, Endpoin
         multicast: Multicast = None,
         owner: Owner = None,
         mode: Mode = None,
+        no_save: NoSave = False,
     ) -> None:
         endpoint = parse_endpoint(name, spec, proto, netns, open_, dual_stack, multicast or (), owner, mode)
-        with _change() as change:
-            write(change.endpoints, endpoint)
+        with _installation() as graft:
+            obstacle = write(graft, endpoint, not no_save)
+        if obstacle:
+            warn(f"graft: {name} is not saved for the next boot: {obstacle}")
 
 
-_register("add", "Add an endpoint.", EndpointChanges.add)
-_register("set", "Change an endpoint, from the next bind or connect on.", EndpointChanges.change)
+_register("add", "Add an endpoint.", _add)
+_register("set", "Change an endpoint, from the next bind or connect on.", _set)
 
 
 @app.command("del")
 @command
 def del_(
-    name: Name, force: Annotated[bool, typer.Option("--force", help="Delete it even if a container uses it.")] = False
+    name: Name,
+    force: Annotated[bool, typer.Option("--force", help="Delete it even if a container uses it.")] = False,
+    no_save: NoSave = False,
 ) -> None:
     """Delete an endpoint."""
-    with _change() as change:
-        change.endpoints.delete(name, force)
+    from graft.commands import endpoints
+
+    with _installation() as graft:
+        endpoints.delete(graft, name, force, not no_save)
 
 
 @app.command()

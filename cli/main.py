@@ -6,7 +6,7 @@ import typer
 
 from graft import __version__
 
-from . import attach, daemon, doctor, ep, policy, ps, run, runtime, system
+from . import attach, daemon, doctor, ep, policy, ps, run, runtime, state, system
 
 app = typer.Typer(
     name="graft",
@@ -22,6 +22,7 @@ runtime.register(app)
 attach.register(app)
 ps.register(app)
 system.register(app)
+state.register(app)
 daemon.register(app)
 doctor.register(app)
 

@@ -19,4 +19,8 @@ Deny = Annotated[
     bool, typer.Option("--deny", help="With -i and -e: refuse all else, instead of leaving it in the container.")
 ]
 PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A policy file, instead of -i and -e.")]
+NoSave = Annotated[
+    bool,
+    typer.Option("--no-save", envvar="GRAFT_NO_SAVE", help="Only until the next `graft up` of a new boot."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

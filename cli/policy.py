@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import NoSave
 from .output import command, say
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def apply(
             "--cgroup", metavar="CONTAINER", help="This container only. Default: all whose policy has the same name."
         ),
     ] = None,
+    no_save: NoSave = False,
 ) -> None:
     """Replace the policy of containers by FILE, in one step for each."""
     from graft.commands.policy_apply import apply as apply_policy
@@ -105,5 +107,8 @@ def apply(
     require_root()
     graft = Installation.open(Settings.from_environment())
     policy = policy_of(graft.settings, "", file, (), ())
-    for changed in apply_policy(graft, policy, cgroup):
+    done = apply_policy(graft, policy, cgroup, save=not no_save)
+    for changed in done.containers:
         say(f"{changed.name}: policy {changed.policy}")
+    for saved in done.waiting:
+        say(f"{saved.target.text}: policy {policy.name}, when it is there")

@@ -16,7 +16,7 @@ from .options import Json
 from .output import command, listing, warn
 
 if TYPE_CHECKING:
-    from graft.commands.ps import ContainerOverview
+    from graft.commands.ps import ContainerOverview, Waiting
     from graft.state.inventory import ContainerSocket
 
 
@@ -28,7 +28,8 @@ def register(app: typer.Typer) -> None:
 @command
 def ps(as_json: Json = False) -> None:
     """List the attached containers, with their sockets on the host's stack."""
-    from graft.commands.ps import overview
+    from graft.commands import watcher_process
+    from graft.commands.ps import overview, waiting
     from graft.datapath.dataplane import is_up
     from graft.state.installation import Installation
 
@@ -37,6 +38,7 @@ def ps(as_json: Json = False) -> None:
     overviews = overview(graft) if is_up(graft.settings) else []
     records = [
         {
+            "state": "attached",
             "id": one.container.id,
             "name": one.container.name,
             "engine": one.container.engine,
@@ -67,7 +69,7 @@ def ps(as_json: Json = False) -> None:
         }
         for one in overviews
     ]
-    rows = [
+    rows: list[tuple[object, ...]] = [
         (
             one.container.id,
             one.container.name,
@@ -80,9 +82,50 @@ def ps(as_json: Json = False) -> None:
         )
         for one in overviews
     ]
+    waits = waiting(graft)
+    records += [_waiting_record(one) for one in waits]
+    rows += [
+        (
+            "-",
+            one.saved.target.name,
+            one.saved.target.engine,
+            "-",
+            "-",
+            ",".join(one.endpoints) or "-",
+            f"waiting: {one.why}",
+            one.saved.last.cgroup or "-",
+        )
+        for one in waits
+    ]
     title = ("ID", "NAME", "ENGINE", "TRANSPORT", "SUPERVISOR", "ENDPOINTS", "SOCKETS", "CGROUP")
     listing(title, rows, records, as_json)
+    if waits and not watcher_process.is_running(graft.settings):
+        warn("graft: nobody watches for the containers that wait (graft up)")
     warn(*(f"graft: cannot show a container: {error.message}" for error in graft.containers.read_all()[1]))
+
+
+def _waiting_record(one: Waiting) -> dict[str, Any]:
+    """As that of a container, as far as one that is not there has anything; and why it waits."""
+    saved = one.saved
+    return {
+        "state": "waiting",
+        "waits": one.why,
+        "id": None,
+        "name": saved.target.name,
+        "engine": saved.target.engine,
+        "cgroup": None,
+        "last_cgroup": saved.last.cgroup or None,
+        "transport": None,
+        "netns": None,
+        "policy": saved.policy.name,
+        "endpoints": list(one.endpoints),
+        "processes": 0,
+        "namespaces": [],
+        "supervisor": None,
+        "stuck": [],
+        "relay": None,
+        "sockets": [],
+    }
 
 
 def _served_by(one: ContainerOverview) -> str:

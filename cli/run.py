@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
 
 @command
 def run(
+    context: typer.Context,
     program: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="The program and its arguments.")],
     ingress: Ingress = None,
     egress: Egress = None,
@@ -55,7 +56,13 @@ def run(
         keep_net_admin=keep_net_admin,
         verbose=verbose,
     )
-    status = run_program(Installation.open(settings), plan)
+    graft = Installation.open(settings)
+    if context.obj is not None:
+        from graft.commands import run_job
+
+        run_job.start(context.obj, graft, plan)
+        return
+    status = run_program(graft, plan)
     if status < 0:
         process.die_by_signal(-status)
     raise SystemExit(status)

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from graft.datapath import dataplane
 from graft.model.settings import Settings
 
-from .output import command
+from .output import command, warn
 
 
 def register(app: typer.Typer) -> None:
@@ -20,8 +19,10 @@ def register(app: typer.Typer) -> None:
 
 @command
 def up() -> None:
-    """Load and pin the BPF programs. Other commands do it when necessary."""
-    dataplane.up(Settings.from_environment())
+    """Load and pin the BPF programs, and restore what is saved. Other commands do it when necessary."""
+    from graft.commands.up import bring_up, lines_of
+
+    warn(*(f"graft: {line}" for line in lines_of(bring_up(Settings.from_environment()))))
 
 
 @command
@@ -30,8 +31,11 @@ def down(
         bool,
         typer.Option("--force", help="Also while containers run: kill those of transport swap, detach the others."),
     ] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Also what is saved, which the next `graft up` would restore.")
+    ] = False,
 ) -> None:
-    """Remove every pin, attachment, cgroup and file of Graft."""
+    """Remove every pin, attachment, cgroup and file of Graft. What is saved stays, unless --forget."""
     from graft.commands.down import down as take_down
 
-    take_down(Settings.from_environment(), force)
+    take_down(Settings.from_environment(), force, forget)

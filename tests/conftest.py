@@ -82,6 +82,7 @@ def installation(folder: Path, host: Netns, client: Netns, tag: str) -> Iterator
             "GRAFT_RUN_DIR": str(folder / "run"),
             "GRAFT_STATE_DIR": str(folder / "state"),
             "GRAFT_CGROUP": name,
+            "GRAFT_NO_SAVE": "1",  # the tests of what is saved take it away (tests/e2e/test_saved_state.py)
         },
         folder,
     )

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from graft.commands import saving
 from graft.commands.policy_apply import refuse_in_splice, replace_policy, update_relay
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import NotFoundError, RefusedError
@@ -34,7 +35,7 @@ class Attached:
     ``cut_off`` those of them that receive nothing any more, because no process lends them.
 
     ``without_effect`` are the fields of rules for UDP, ``without_supervisor`` those of rules for unix paths, that this
-    transport does not support.
+    transport does not support. ``saved``: it is attached again when it starts again.
     """
 
     target: FoundContainer
@@ -46,17 +47,40 @@ class Attached:
     cut_off: tuple[ContainerSocket, ...] = ()
     without_effect: tuple[str, ...] = ()
     without_supervisor: tuple[str, ...] = ()
+    saved: bool = False
 
 
 def attach(
-    graft: Installation, text: str, policy: Policy, wanted: Transport | None = None, relay: str | None = None
+    graft: Installation,
+    text: str,
+    policy: Policy,
+    wanted: Transport | None = None,
+    relay: str | None = None,
+    save: bool = False,
 ) -> Attached:
     """Put the container that ``text`` names under ``policy``, or replace its policy.
 
-    ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice.
-    Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
+    ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice. ``save``: for the next
+    boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
     """
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
+    with saving.alone(graft.settings, save):  # nobody restores it meanwhile
+        return attach_target(graft, target, policy, wanted, relay, wanted, save)
+
+
+def attach_target(
+    graft: Installation,
+    target: FoundContainer,
+    policy: Policy,
+    wanted: Transport | None = None,
+    relay: str | None = None,
+    asked: Transport | None = None,
+    save: bool = False,
+) -> Attached:
+    """The same for a container that was found, under the lock on what is saved, if anything is or is to be.
+
+    ``asked`` is the transport that is saved as the operator's.
+    """
     graft.reap()
     attached = graft.containers.at(target.cgroup)
     inside = members.inside(target.cgroup)
@@ -66,16 +90,21 @@ def attach(
         _check_relay(graft.settings, choice, relay)
     existing: Existing | None = NO_SOCKETS
     cut_off: tuple[ContainerSocket, ...] = ()
-    if attached is not None:
-        container = _replace_policy(graft, target, attached, choice, policy, relay)
-    elif choice.transport is Transport.SPLICE:
-        container = _attach_splice(graft, target, inside.pids, policy, relay or "splice")
-    else:
-        existing = inventory.host_sockets_of(graft.settings, inside)
-        container, cut_off = _attach_direct(graft, target, existing or NO_SOCKETS, policy, choice)
+    saved = saving.of_attached(target, policy, choice.transport, asked, relay) if save else None
+    with saving.attachment(graft.settings, saved):
+        if attached is not None:
+            container = _replace_policy(graft, target, attached, choice, policy, relay)
+        elif choice.transport is Transport.SPLICE:
+            container = _attach_splice(graft, target, inside.pids, policy, relay or "splice")
+        else:
+            existing = inventory.host_sockets_of(graft.settings, inside)
+            container, cut_off = _attach_direct(graft, target, existing or NO_SOCKETS, policy, choice)
     without_effect = _without_effect(graft, choice, policy)
     unix = _without_supervisor(choice, policy)
-    return Attached(target, observed, choice, container, attached is not None, existing, cut_off, without_effect, unix)
+    is_saved = saved is not None
+    return Attached(
+        target, observed, choice, container, attached is not None, existing, cut_off, without_effect, unix, is_saved
+    )
 
 
 def observe(settings: Settings, pids: Sequence[int], attached: Container | None) -> Observed:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graft.commands import saving
 from graft.commands.find import find
+from graft.saved.model import SavedAttachment
+from graft.saved.store import Store
 from graft.splice import client as splice
 from graft.state import inventory, members
 from graft.state.installation import Installation
@@ -20,16 +23,29 @@ class Detached:
     withdrawal: Withdrawal
 
 
-def detach(graft: Installation, text: str, keep_connections: bool = False) -> Detached:
+def detach(
+    graft: Installation, text: str, keep_connections: bool = False, save: bool = False
+) -> Detached | SavedAttachment:
     """Remove a container's policy: no rule is in force from the next call on, and what it was granted is closed.
 
-    Its listeners stop listening; its connections through endpoints are reset, unless ``keep_connections``.
-    Raises NotFoundError.
+    Its listeners stop listening; its connections through endpoints are reset, unless ``keep_connections``. ``save``:
+    it is not attached again; without, the next `graft up` attaches it, if it is saved. Where the container is not there
+    and only waited for, that ends, and the result is what was saved. Raises NotFoundError.
     """
     graft.reap()
+    waiting = None if saving.is_attached(graft, text) else saving.find_waiting(graft, text)
+    if waiting is not None:
+        store = Store(graft.settings)
+        with store.locked():
+            saving.forget(store, waiting, save)
+        return waiting
     container = find(graft, text)
     with inventory.host_stack(graft) as stack:  # removing the container may remove endpoints
-        with members.pinned(container.cgroup_path) as reachable, graft.transaction() as change:
+        with (
+            saving.removed(graft.settings, container, save),
+            members.pinned(container.cgroup_path) as reachable,
+            graft.transaction() as change,
+        ):
             change.containers.remove(container, reachable)
         if container.is_relayed:
             splice.detach(graft, container)

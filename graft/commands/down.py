@@ -8,22 +8,27 @@ import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from graft.commands import watcher_process
 from graft.datapath import attachments, dataplane
 from graft.errors import ConflictError, GraftError, KernelError
 from graft.kernel import cgroup, netns
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 from graft.model.transport import Transport
+from graft.saved.store import Store
 from graft.splice import client as splice
 from graft.state import bound_sockets, helper_process, leftovers, members, records
 from graft.state.installation import Installation
+from graft.swap import fork_servers
 
 _TIMEOUT = 2.0  # seconds, for each kind of call about folders that a process can hold
 _SEARCH_TIMEOUT = 10.0
 
 
-def down(settings: Settings, force: bool = False) -> None:
+def down(settings: Settings, force: bool = False, forget: bool = False) -> None:
     """Remove every pin, attachment, cgroup and file of Graft. Safe to repeat.
+
+    What is saved stays, for the next `graft up`, unless ``forget``.
 
     Raises ConflictError while containers are running, unless ``force``. Then it also kills the processes of containers
     with transport swap: their sockets on the host's stack must not outlive the hooks that confine them. Other
@@ -33,9 +38,22 @@ def down(settings: Settings, force: bool = False) -> None:
     are not Graft's own are made in children. Raises KernelError where something could not be removed for that.
     """
     require_root()
+    was_watching = watcher_process.stop(settings)
+    try:
+        _down(settings, force)
+    except ConflictError:
+        if was_watching:
+            watcher_process.ensure_running(settings)
+        raise
+    if forget:
+        Store(settings).forget_all()
+
+
+def _down(settings: Settings, force: bool) -> None:
     graft_cgroup = cgroup.v2_mount() / settings.cgroup
     if force or not any(records.folder_of(settings).glob("*.json")):
         splice.stop(settings)
+        fork_servers.stop_all(settings)
     with dataplane.locked(settings):
         own = members.of_each([graft_cgroup]).get(graft_cgroup)
         running = "some" if own is None else len(own.pids)
@@ -75,6 +93,7 @@ def _detach_all(settings: Settings, own: Collection[int]) -> bool:
 
     ``own`` are the ids of Graft's own cgroups, which are gone by now.
     """
+    helper_process.run_each(attachments.detach_predecessors, records.put_aside_paths(settings), _TIMEOUT)
     if not (settings.pin_dir / "scopes").exists():
         return True
     recorded = records.read_all(settings)[0]

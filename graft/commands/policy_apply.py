@@ -3,36 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
+from graft.commands import saving
 from graft.commands.find import find
 from graft.errors import NotFoundError
 from graft.model.transport import Transport
 from graft.policy.model import Policy, PolicyError
 from graft.policy.validator import check_splice, needs_unix_relay
+from graft.saved.model import SavedAttachment
 from graft.splice import client as splice
 from graft.state import members
 from graft.state.installation import Installation
 from graft.state.records import Container
 
 
-def apply(graft: Installation, policy: Policy, text: str | None = None) -> list[Container]:
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """Containers with a new policy: those that are attached, and those that are saved and wait."""
+
+    containers: list[Container]
+    waiting: list[SavedAttachment]
+
+
+def apply(graft: Installation, policy: Policy, text: str | None = None, save: bool = False) -> Applied:
     """Replace the policy of the container ``text``, or of every container whose policy has the same name.
 
-    Raises NotFoundError if there is none, PolicyError, ConflictError.
+    ``save``: for the next boot too, and of those that wait. Raises NotFoundError if there is none, PolicyError,
+    ConflictError, KernelError.
     """
     graft.reap()
-    if text is not None:
-        chosen = [find(graft, text)]
-    else:
+    waiting = saving.find_each_waiting(graft, policy.name, text) if save else []
+    if text is None:
         chosen = [one for one in graft.containers.listing() if one.policy == policy.name]
-    if not chosen:
+    else:
+        chosen = [] if waiting else [find(graft, text)]
+    if not chosen and not waiting:
         raise NotFoundError(
             f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
         )
-    changed = [replace_policy(graft, container, policy) for container in chosen]
+    changed = []
+    for container in chosen:
+        with saving.policy_of(graft.settings, container, policy, save):
+            changed.append(replace_policy(graft, container, policy))
     for before, container in zip(chosen, changed, strict=True):
         update_relay(graft, before, container)
-    return changed
+    for one in waiting:
+        saving.replace_waiting(graft.settings, one, policy)
+    return Applied(changed, waiting)
 
 
 def refuse_in_splice(policy: Policy) -> None:

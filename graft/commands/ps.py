@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from graft.datapath.dataplane import supervisors_cgroup
+from graft.commands import saving
+from graft.commands.restore import NOT_THERE, why_waiting
 from graft.errors import GraftError
 from graft.kernel import netns
 from graft.model.settings import Settings
+from graft.saved.model import SavedAttachment
+from graft.saved.store import ATTACHMENTS, Store, file_name
 from graft.splice import client as splice
 from graft.state import inventory, liveness, members
+from graft.state.containers import endpoint_names
 from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket
 from graft.state.records import Container
+from graft.swap.resource_limits import own_cgroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +47,18 @@ def overview(graft: Installation) -> list[ContainerOverview]:
     settings = graft.settings
     graft.reap()
     listed = graft.containers.listing()
-    own = supervisors_cgroup(settings)
-    inside = members.of_each([own, *(container.cgroup_path for container in listed)])
+    inside = members.of_each(
+        [*(container.cgroup_path for container in listed), *(own_cgroup(settings, one.id) for one in listed)]
+    )
     with inventory.host_stack(graft) as stack:
         sockets = inventory.sockets_by_container(settings, listed, stack, inside)
-    supervisors = inside[own].pids if own in inside else ()
-    parents = liveness.parents(supervisors)
-    stuck = liveness.stuck(supervisors)
+    supervisors = _supervisors(graft, listed, inside)
+    stuck = liveness.stuck([pid for pids in supervisors.values() for pid in pids])
     relays = _relays(settings, listed)
     found = []
     for container in listed:
         its_members = inside.get(container.cgroup_path)
-        its_supervisors = tuple(pid for pid, parent in parents.items() if parent == container.pid)
+        its_supervisors = supervisors[container.id]
         found.append(
             ContainerOverview(
                 container=container,
@@ -65,6 +71,42 @@ def overview(graft: Installation) -> list[ContainerOverview]:
             )
         )
     return found
+
+
+def _supervisors(
+    graft: Installation, listed: Sequence[Container], inside: Mapping[Path, members.Members]
+) -> dict[int, tuple[int, ...]]:
+    """The supervisors of each container: what has a desk, in the cgroup of its supervisors."""
+    with_desk = {pid.value for pid in graft.maps.desk_slots.keys()}  # noqa: SIM118
+    found = {}
+    for container in listed:
+        own = inside.get(own_cgroup(graft.settings, container.id))
+        found[container.id] = tuple(sorted(with_desk.intersection(own.pids))) if own is not None else ()
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A container that is saved and not there: it is attached when it appears. ``why`` is from when that was tried."""
+
+    saved: SavedAttachment
+    why: str
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Those that its rules name."""
+        return endpoint_names(self.saved.policy)
+
+
+def waiting(graft: Installation) -> list[Waiting]:
+    """Every container that is waited for. Raises RefusedError if others can write what is saved."""
+    reasons = why_waiting(graft.settings)
+    store = Store(graft.settings)
+    return [
+        Waiting(one, reasons.get(one.target.text, NOT_THERE))
+        for one in saving.waiting(graft)
+        if not store.is_paused(ATTACHMENTS, file_name(one.target))
+    ]
 
 
 def _relays(settings: Settings, listed: Sequence[Container]) -> dict[int, Mapping[str, Any]]:

@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graft.kernel import cgroup, netns, process
+from graft.kernel.seccomp_filter import born_filter, swap_filter
 from graft.model.transport import Transport
 from graft.policy.model import Policy
 from graft.policy.validator import refuse_without_supervisor
 from graft.splice import client as splice
+from graft.state.containers import CompiledPolicy
 from graft.state.installation import Installation
 from graft.state.records import Container
-from graft.swap.keeper import Keeper, end_container
+from graft.swap.keeper import Keeper
 from graft.swap.launch import Launch, Launched, launch
+from graft.swap.supervision import end_container
 
 _SI_KERNEL = 0x80  # include/uapi/asm-generic/siginfo.h; from the terminal here
 _NOT_FORWARDED = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
@@ -70,30 +73,11 @@ def _signals_blocked() -> Iterator[frozenset[signal.Signals]]:
 
 def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[signal.Signals]) -> int:
     compiled = graft.compile(plan.policy)
-    host = netns.cookie(graft.settings.host_netns)
-    supervised = compiled.supervised_transport
-    launched = launch(
-        Launch(
-            plan.command,
-            path,
-            plan.net,
-            host,
-            plan.user,
-            plan.keep_net_admin,
-            mask,
-            supervised,
-            compiled.bears_datagrams,
-        )
-    )
+    launched = launch(launch_of(graft, plan, compiled, path, mask))
     container: Container | None = None
     keeper: Keeper | None = None
     try:
-        transport = Transport.DIRECT if launched.listener is None else supervised
-        refuse_without_supervisor(plan.policy, transport)
-        graft.reap()
-        with graft.transaction() as change:
-            container = change.containers.create(compiled, path, launched.netns, transport, os.getpid())
-        splice.serve(graft, container, launched.pid)
+        container = attach(graft, plan, compiled, path, launched, os.getpid())
         if launched.listener is not None:
             keeper = Keeper(
                 graft.settings,
@@ -116,6 +100,36 @@ def _run_in(graft: Installation, plan: RunPlan, path: Path, mask: frozenset[sign
             end_container(graft, container)
             if container.is_relayed:
                 splice.detach(graft, container)
+
+
+def launch_of(
+    graft: Installation, plan: RunPlan, compiled: CompiledPolicy, path: Path, mask: frozenset[signal.Signals]
+) -> Launch:
+    """How to start the program of ``plan`` in the cgroup at ``path``."""
+    born = compiled.supervised_transport is Transport.BORN
+    return Launch(
+        plan.command,
+        path,
+        plan.net,
+        netns.cookie(graft.settings.host_netns),
+        plan.user,
+        plan.keep_net_admin,
+        mask,
+        born_filter() if born else swap_filter(datagrams=compiled.bears_datagrams),
+    )
+
+
+def attach(
+    graft: Installation, plan: RunPlan, compiled: CompiledPolicy, path: Path, launched: Launched, keeper: int
+) -> Container:
+    """Make the container of a program that was launched; ``keeper`` is the process that waits for it."""
+    transport = Transport.DIRECT if launched.listener is None else compiled.supervised_transport
+    refuse_without_supervisor(plan.policy, transport)
+    graft.reap()
+    with graft.transaction() as change:
+        container = change.containers.create(compiled, path, launched.netns, transport, keeper)
+    splice.serve(graft, container, launched.pid)
+    return container
 
 
 def _wait(launched: Launched, keeper: Keeper | None) -> int:

@@ -19,6 +19,8 @@ from graft.errors import KernelError
 from graft.kernel import bpf, cgroup
 from graft.model.settings import Settings
 
+_NAME_BYTES = 15  # BPF_OBJ_NAME_LEN without its NUL
+
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
@@ -63,25 +65,53 @@ def _opened_programs(settings: Settings, programs: Sequence[Program]) -> Iterato
             os.close(fd)
 
 
-def attach(settings: Settings, path: Path, container: int, splice: bool = False) -> None:
+def attach(settings: Settings, path: Path, container: int, splice: bool = False, replaces: bool = False) -> None:
     """Attach the programs to the cgroup at ``path``, for ``container`` (0: Graft's own). Repeatable.
 
-    ``splice``: those of that transport too. All of them or none: what was attached before a failure is
-    detached again. Raises KernelError.
+    ``splice``: those of that transport too. ``replaces``: each in the place of its predecessor, which a data plane that
+    is gone has left there, in one step. All of them or none: what was attached before a failure is detached again.
+    Raises KernelError.
     """
     wanted = _wanted(settings, splice)
+    if replaces:  # the scope is there with the first one, which decides nothing, before the others replace any
+        wanted.sort(key=lambda program: program.name != "getsockname4")
     with _opened(path) as cgroup_fd, _opened_programs(settings, wanted) as programs:
         done: list[tuple[int, int]] = []
         try:
-            for fd, kind in programs:
+            for program, (fd, kind) in zip(wanted, programs, strict=True):
                 if bpf.prog_id(fd) not in bpf.prog_ids(cgroup_fd, kind):
-                    bpf.prog_attach(cgroup_fd, fd, kind)
+                    _attach_one(cgroup_fd, fd, kind, program.function if replaces else None)
                     done.append((fd, kind))
-            set_scope(settings, path, container)
+                if fd == programs[0][0]:
+                    set_scope(settings, path, container)
         except OSError as error:
             for fd, kind in done:
                 bpf.prog_detach(cgroup_fd, fd, kind)
             raise KernelError(f"cannot attach to the cgroup {path}: {error}") from error
+
+
+def _attach_one(cgroup_fd: int, fd: int, kind: int, replaced: str | None) -> None:
+    """Attach a program, in the place of one with the name ``replaced`` where there is one."""
+    for number in bpf.prog_ids(cgroup_fd, kind) if replaced else ():
+        if replaced and bpf.prog_name(number) == replaced[:_NAME_BYTES]:
+            old = bpf.prog_by_id(number)
+            try:
+                bpf.prog_replace(cgroup_fd, fd, old, kind)
+            finally:
+                os.close(old)
+            return
+    bpf.prog_attach(cgroup_fd, fd, kind)
+
+
+def detach_predecessors(path: Path) -> None:
+    """Detach from a cgroup what a data plane that is gone has left there. Safe to repeat."""
+    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd:
+        for kind in bpf.CGROUP_ATTACH_TYPES:
+            for number in bpf.prog_ids(cgroup_fd, kind):
+                if bpf.prog_name(number).startswith("graft_"):
+                    old = bpf.prog_by_id(number)
+                    bpf.prog_detach(cgroup_fd, old, kind)
+                    os.close(old)
 
 
 def _has_programs(path: Path, effective: bool = False) -> bool:

@@ -72,6 +72,11 @@ def keepers_cgroup(settings: Settings) -> Path:
     return supervisors_cgroup(settings) / "keepers"
 
 
+def forks_cgroup(settings: Settings) -> Path:
+    """The cgroup of the fork server, and of its children before they enter their own (graft/kernel/fork_server.py)."""
+    return cgroup.v2_mount() / settings.cgroup / "forks"
+
+
 def is_up(settings: Settings) -> bool:
     """Whether the data plane is pinned. Raises ConflictError for another version's."""
     maps = Maps(settings.pin_dir)
@@ -107,7 +112,7 @@ def _make(settings: Settings) -> None:
         staging.mkdir(mode=0o700, parents=True)
         loaded = _load(settings, staging)
         Map(loaded.map_fd("settings"), ctypes.c_uint32, layout.SettingsValue).put(
-            ctypes.c_uint32(0), layout.SettingsValue(version=layout.LAYOUT_VERSION)
+            ctypes.c_uint32(0), layout.SettingsValue(version=layout.LAYOUT_VERSION, last_id=_last_id(settings))
         )
         if settings.pin_dir.exists():
             settings.pin_dir.rmdir()
@@ -120,6 +125,14 @@ def _make(settings: Settings) -> None:
     except BaseException:
         unpin(staging)
         raise
+
+
+def _last_id(settings: Settings) -> int:
+    """The greatest id that a data plane before this one gave a container: its records are found by that (bpffs may
+    have been unmounted while they ran).
+    """
+    found = (settings.run_dir / "containers").glob("*.json")
+    return max((int(path.stem) for path in found if path.stem.isdecimal()), default=0)
 
 
 def _load(settings: Settings, folder: Path) -> Loaded:
@@ -147,7 +160,8 @@ def _make_supervisors_cgroup(settings: Settings) -> None:
     folder = supervisors_cgroup(settings)
     cgroup.make(keepers_cgroup(settings))
     cgroup.enable_controllers(folder, SUPERVISOR_CONTROLLERS)
-    attachments.attach(settings, folder, 0)
+    # In the place of those of a data plane that is gone, unless sockets of its containers are still made there.
+    attachments.attach(settings, folder, 0, replaces=not cgroup.populated(folder))
 
 
 def unpin(folder: Path) -> None:

@@ -9,7 +9,9 @@
     sockdiag.py sockets.py                    socket diagnostics: netlink messages; sockets listed and closed with them
     socket_calls.py tcp.py epoll.py           what can be asked of one socket, and done with it
     unix_files.py unix_rights.py              unix sockets of the host's file system; descriptors sent over them
-    atomic_file.py                            files that are replaced in one step
+    fork_server.py fork_messages.py           a process that forks for others; messages with descriptors
+    surroundings.py                           whether two processes have the same rights and see the same
+    atomic_file.py file_lock.py inotify.py    files replaced in one step; locks; folders that change
 
 It may import model and errors.
 """

@@ -29,6 +29,7 @@ _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
 _ARRAY, _ARRAY_OF_MAPS = 2, 12
 
 ALLOW_MULTI = 2
+_REPLACE = 4  # BPF_F_REPLACE, since 5.6
 _NOEXIST = 1  # BPF_NOEXIST
 _AT_ONCE = 8192
 QUERY_EFFECTIVE = 1
@@ -56,6 +57,8 @@ ATTACH_TYPES = {
     "getsockname4": 31,
     "getsockname6": 32,
 }
+CGROUP_ATTACH_TYPES = tuple(number for name, number in ATTACH_TYPES.items() if not name.startswith("sk_skb"))
+
 # enum bpf_prog_type
 PROG_CGROUP_SKB = 8
 PROG_CGROUP_SOCK, PROG_SOCK_OPS, PROG_SK_SKB, PROG_CGROUP_SOCK_ADDR, PROG_CGROUP_SOCKOPT = 9, 13, 14, 18, 25
@@ -211,6 +214,11 @@ def prog_attach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
     _bpf(_PROG_ATTACH, _AttachAttr(cgroup_fd, prog_fd, attach_type, ALLOW_MULTI))
 
 
+def prog_replace(cgroup_fd: int, prog_fd: int, old_fd: int, attach_type: int) -> None:
+    """Attach in the place of another program, in one step."""
+    _bpf(_PROG_ATTACH, _AttachAttr(cgroup_fd, prog_fd, attach_type, ALLOW_MULTI | _REPLACE, old_fd))
+
+
 def prog_attach_map(map_fd: int, prog_fd: int, attach_type: int) -> None:
     """Attach a program to a sockmap or sockhash: it runs for their sockets, and is detached when the map is freed."""
     _bpf(_PROG_ATTACH, _AttachAttr(map_fd, prog_fd, attach_type))
@@ -246,10 +254,15 @@ def prog_id(prog_fd: int) -> int:
     return int(_prog_info(prog_fd).id)
 
 
+def prog_by_id(number: int) -> int:
+    """A new descriptor of the program with that id."""
+    return _bpf(_PROG_GET_FD_BY_ID, _IdAttr(number))
+
+
 def prog_name(number: int) -> str:
     """The name of the program with that id, its first 15 bytes; empty where it no longer exists."""
     try:
-        fd = _bpf(_PROG_GET_FD_BY_ID, _IdAttr(number))
+        fd = prog_by_id(number)
     except FileNotFoundError:
         return ""
     try:

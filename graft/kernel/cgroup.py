@@ -263,6 +263,9 @@ def kill(path: Path) -> None:
         for pid in processes(path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+    except OSError as error:
+        if error.errno != errno.ENODEV:  # it was removed just now
+            raise
 
 
 def remove(path: Path, patience: float = 5.0) -> None:

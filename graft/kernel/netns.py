@@ -4,7 +4,7 @@ A process's namespace is entered by its pidfd, also where it is given as /proc/P
 opened by a socket: both without a look into /proc/PID, whose lock any user who may list it can hold.
 
 Sources: setns(2) (a pidfd: 5.8), SIOCGSKNS (net/socket.c), network_namespaces(7), ip-netns(8) for /run/netns,
-SO_NETNS_COOKIE (socket(7), 5.14).
+SO_NETNS_COOKIE (socket(7), 5.14), netdevice(7).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from graft.kernel.syscalls import syscall
 
 CLONE_NEWNET = 0x40000000
 SO_NETNS_COOKIE = 71
-_SIOCGSKNS = 0x894C  # linux/sockios.h
+_SIOCGSKNS, _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x894C, 0x8913, 0x8914  # linux/sockios.h
+_IFREQ = struct.Struct("=16sh22x")  # struct ifreq of linux/if.h: ifr_name, ifr_flags
+_IFF_UP = 1
 _OF_PROCESS = re.compile(r"/proc/([0-9]{1,10})/ns/net", re.ASCII)
 _MS_BIND, _MNT_DETACH = 0x1000, 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -156,8 +158,8 @@ def release(target: Path) -> None:
 
 
 def bring_lo_up() -> None:
-    """Set lo up in the calling thread's namespace; a new namespace has it down."""
-    from pyroute2 import IPRoute
-
-    with IPRoute() as route:
-        route.link("set", index=1, state="up")
+    """Set lo up in the calling thread's namespace; a new namespace has it down. Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        raw = fcntl.ioctl(sock.fileno(), _SIOCGIFFLAGS, _IFREQ.pack(b"lo", 0))
+        name, flags = _IFREQ.unpack(raw)
+        fcntl.ioctl(sock.fileno(), _SIOCSIFFLAGS, _IFREQ.pack(name, flags | _IFF_UP))

@@ -13,19 +13,17 @@ import pwd
 import resource
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from graft.errors import NotFoundError, UsageError
 from graft.kernel.syscalls import syscall
-from graft.model.address import shown
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _MAX_ID = (1 << 32) - 2  # the one above it is -1, by which setresuid(2) and setresgid(2) leave an id as it is
 
 
-@dataclass(frozen=True, slots=True)
-class User:
+class User(NamedTuple):
     """The ids that a program runs with."""
 
     uid: int
@@ -59,6 +57,8 @@ def _parse_id(text: str, field: str) -> int | None:
     if not (text.isascii() and text.isdigit()):
         return None
     if len(text) > len(str(_MAX_ID)) or int(text) > _MAX_ID:
+        from graft.model.address import shown
+
         raise UsageError(f"{field}: {shown(text)} is not an id", f"0 to {_MAX_ID}")
     return int(text)
 

@@ -1,6 +1,9 @@
 """The OCI runtime wrapper: runc or crun, with each container attached before its first program runs.
 
     main.py             `graft-runtime`: passes each command to runc or crun, and prepares those that start a container
+    quick.py            the same by way of the fork server
+    container_job.py    what that's children do
+    children.py         work that is done once, in a child
     arguments.py        the runtime's own command line
     options.py          what the operator configured
     bundle.py           config.json, read and edited
@@ -16,6 +19,6 @@
     message_loop.py     messages of runtimes, and descriptors to wait for
     state.py            a container's state, as a runtime sends it
 
-`main.main`, `listener.serve_listener_socket` and `profile_text.profile_text` are its face. It may import swap, state,
+`quick.run`, `listener.serve_listener_socket` and `profile_text.profile_text` are its face. It may import swap, state,
 datapath, policy, kernel and model.
 """

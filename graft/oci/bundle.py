@@ -25,7 +25,7 @@ from graft.model.json_text import mapping, mappings, text, text_by_name, texts
 from graft.oci import seccomp_profile
 
 Config = dict[str, Any]
-HOOK = "graft.oci.hook"
+HOOK, COMPILED_HOOK = "graft.oci.hook", "graft-hook"
 _HOST_USER_NAMESPACE = "/proc/1/ns/user"
 _MAX_BYTES = 16 << 20
 
@@ -85,7 +85,8 @@ def divides_sockets(config: Mapping[str, Any]) -> bool:
 
 
 def _is_ours(hook: Mapping[str, Any], kind: str) -> bool:
-    return HOOK in texts(hook.get("args"), f"hooks.{kind}.args")
+    words = texts(hook.get("args"), f"hooks.{kind}.args")
+    return HOOK in words or (bool(words) and os.path.basename(words[0]) == COMPILED_HOOK)
 
 
 def _edit_seccomp(profile: Mapping[str, Any], edit: Edit) -> seccomp_profile.Profile:

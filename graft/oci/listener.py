@@ -172,7 +172,15 @@ class ListenerServer:
         compiled = compile_for(policy, policy.resolve(known))
         transport = Transport.BORN if state.metadata == BORN_METADATA else Transport.SWAP
         check_transport(transport, state.id[:12], compiled)
-        return Plan(self._settings, policy, transport, state.id, None, self._engine_cgroup)
+        return Plan(
+            self._settings,
+            policy,
+            transport,
+            state.id,
+            None,
+            self._engine_cgroup,
+            datagrams=compiled.bears_datagrams,
+        )
 
     def _refuse(self, state: State, error: GraftError | OSError, first: int | None) -> None:
         self._report(f"{state.id[:12]}: refused, and ended: {shim.describe(error)}")

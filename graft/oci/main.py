@@ -9,11 +9,15 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from graft.errors import GraftError, RefusedError
 from graft.oci import arguments, options
 from graft.oci.arguments import Invocation
+from graft.oci.options import RuntimeOptions
+
+if TYPE_CHECKING:
+    from graft.oci.prepare import Caller, StartShim
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:
@@ -24,26 +28,46 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         chosen = options.load(os.environ)
         runtime = options.find_runtime(chosen)
         if invocation.command in arguments.STARTING | arguments.RESTORING:
-            from graft.oci.bundle import read_config
-            from graft.oci.request import requested
-
-            config = read_config(invocation.config)
-            if config is not None and requested(config) is not None:
-                if invocation.command in arguments.RESTORING:
-                    raise RefusedError("a checkpoint cannot be restored under a policy", "start the container anew")
-                from graft.oci.prepare import prepare
-
-                prepare(invocation, config, chosen, runtime)
+            prepare_if_asked(invocation, chosen, runtime)
         os.execv(runtime, [runtime, *given])
     except GraftError as error:
-        _fail(invocation, error.message + (f" ({error.hint})" if error.hint else ""))
+        fail(invocation, in_one_line(error))
     except Exception as error:
         if os.environ.get("GRAFT_DEBUG"):
             raise
-        _fail(invocation, f"{type(error).__name__}: {error}")
+        fail(invocation, f"{type(error).__name__}: {error}")
 
 
-def _fail(invocation: Invocation, reason: str) -> NoReturn:
+def prepare_if_asked(
+    invocation: Invocation,
+    chosen: RuntimeOptions,
+    runtime: str,
+    caller: Caller | None = None,
+    start_shim: StartShim | None = None,
+) -> None:
+    """Prepare the container, if it asks for a policy. Raises GraftError.
+
+    ``caller`` is the process that becomes the runtime, where it is not this one; ``start_shim`` starts the shim then.
+    """
+    from graft.oci.bundle import read_config
+    from graft.oci.request import requested
+
+    config = read_config(invocation.config)
+    if config is None or requested(config) is None:
+        return
+    if invocation.command in arguments.RESTORING:
+        raise RefusedError("a checkpoint cannot be restored under a policy", "start the container anew")
+    from graft.oci import prepare
+
+    prepare.prepare(invocation, config, chosen, runtime, caller, start_shim)
+
+
+def in_one_line(error: GraftError) -> str:
+    """An error with its hint."""
+    return error.message + (f" ({error.hint})" if error.hint else "")
+
+
+def fail(invocation: Invocation, reason: str) -> NoReturn:
     """Report an error on standard error, and in the log where the engine looks for a runtime's errors."""
     from graft.model.printable import printable
 

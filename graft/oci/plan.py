@@ -21,7 +21,7 @@ class Plan:
     """How to attach one container.
 
     ``folder`` is the shim's own, None where it has none; ``engine_cgroup`` is where the runtime was started.
-    ``killable``: the container's filter is known to have the flag that `Keeper` asks for.
+    ``killable``, ``datagrams``: as `Keeper` asks for them.
     """
 
     settings: Settings
@@ -31,6 +31,7 @@ class Plan:
     folder: Path | None
     engine_cgroup: Path
     killable: bool = False
+    datagrams: bool = False
 
 
 def find_container(pid: int, plan: Plan) -> tuple[Path, int]:

@@ -8,11 +8,12 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from graft.datapath import dataplane
 from graft.errors import NotFoundError
@@ -22,6 +23,7 @@ from graft.model.transport import Transport
 from graft.oci import shim
 from graft.oci.arguments import Invocation
 from graft.oci.bundle import (
+    COMPILED_HOOK,
     HOOK,
     Edit,
     divides_sockets,
@@ -38,10 +40,33 @@ from graft.state.containers import CompiledPolicy, compile_for
 from graft.state.installation import known_endpoints
 
 _MIN_AGE_SECONDS = 60.0
+_COMPILED_HOOK = Path(__file__).with_name(COMPILED_HOOK)
 
 
-def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeOptions, runtime: str) -> None:
-    """Edit the bundle for ``runtime``, and start a shim. Raises GraftError, and leaves nothing behind then."""
+class Caller(NamedTuple):
+    """The process that becomes the runtime: its cgroup, and a pidfd of it."""
+
+    cgroup: Path
+    pidfd: int
+
+
+StartShim = Callable[[Plan, socket.socket, socket.socket, int, int], None]
+"""`shim.start`, or what does the same."""
+
+
+def prepare(
+    invocation: Invocation,
+    config: Mapping[str, Any],
+    options: RuntimeOptions,
+    runtime: str,
+    caller: Caller | None = None,
+    start_shim: StartShim | None = None,
+) -> None:
+    """Edit the bundle for ``runtime``, and start a shim, for ``caller``, by default this process itself.
+
+    Raises GraftError, and leaves nothing behind then.
+    """
+    caller = caller or Caller(cgroup.of_process(os.getpid()), os.pidfd_open(os.getpid()))
     settings = Settings.from_environment()
     request = requested(config)
     assert request is not None
@@ -59,10 +84,18 @@ def prepare(invocation: Invocation, config: Mapping[str, Any], options: RuntimeO
         edit = _plan_edit(settings, folder, transport, runtime, compiled.bears_datagrams)
         check_annotations(config, options, notified=edit.listener is not None)
         edited = edit_config(config, edit)
-        own = cgroup.of_process(os.getpid())
-        plan = Plan(settings, policy, transport, invocation.id, folder, own, edit.wait_killable)
+        plan = Plan(
+            settings,
+            policy,
+            transport,
+            invocation.id,
+            folder,
+            caller.cgroup,
+            edit.wait_killable,
+            compiled.bears_datagrams,
+        )
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
-            shim.start(plan, folder, hook, listeners, lock)
+            (start_shim or shim.start)(plan, hook, listeners, lock, caller.pidfd)
         write_config(invocation.config, edited)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -108,12 +141,19 @@ def _choose_transport(config: Mapping[str, Any], settings: Settings, compiled: C
     return Transport.DIRECT if joined == netns.cookie(settings.host_netns) else compiled.supervised_transport
 
 
+def _attach_command(python: tuple[str, ...]) -> tuple[str, ...]:
+    """The hook that has the shim attach the container: compiled, or else in Python."""
+    compiled = str(_COMPILED_HOOK)
+    is_compiled = os.access(compiled, os.X_OK) and not os.environ.get("GRAFT_NO_COMPILED")
+    return (compiled, "attach") if is_compiled else (*python, "attach")
+
+
 def _plan_edit(settings: Settings, folder: Path, transport: Transport, runtime: str, datagrams: bool) -> Edit:
     command = (sys.executable, "-I", "-m", HOOK)  # -I: nothing is imported from the working directory
     variables = {**settings.environment, "PATH": os.environ.get("PATH", os.defpath)}
     supervised = transport.is_supervised
     return Edit(
-        create_runtime=(*command, "attach", str(folder / shim.HOOK_SOCKET)),
+        create_runtime=(*_attach_command(command), str(folder / shim.HOOK_SOCKET)),
         poststop=None if supervised else (*command, "reap"),
         environment=tuple(f"{name}={value}" for name, value in variables.items()),
         listener=str(folder / shim.LISTENER_SOCKET) if supervised else None,

@@ -21,12 +21,14 @@ import signal
 import socket
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from graft.datapath.dataplane import keepers_cgroup
 from graft.errors import GraftError, RefusedError
 from graft.kernel import cgroup, process
 from graft.kernel.pidfd import has_ended
 from graft.model.transport import Transport
+from graft.oci.children import in_child
 from graft.oci.message_loop import MessageLoop
 from graft.oci.plan import Plan, cgroup_of, find_container
 from graft.oci.state import Message, State
@@ -74,12 +76,17 @@ class Attachment:
         shim = 0 if plan.transport is Transport.DIRECT else os.getpid()
         events = members.open_events(path)  # from now on, to look the cgroup up waits for nobody
         try:
-            known = self._attached_before(path, cookie) if plan.folder is None else None
-            self.container = known or self._create(path, cookie, shim, state.pid)
+            self.container = self._attached_or_created(path, cookie, shim, state.pid)
         except BaseException:
             os.close(events)
             raise
         self._events = events
+
+    def _attached_or_created(self, path: Path, cookie: int, shim: int, pid: int) -> Container:
+        if self._plan.folder is None:
+            return self._attached_before(path, cookie) or self._create(path, cookie, shim, pid)
+        # A shim stays for as long as its container: what it does once takes no memory of its own.
+        return in_child(lambda: self._create(path, cookie, shim, pid))
 
     def _attached_before(self, path: Path, cookie: int) -> Container | None:
         """This container, where a `graft listen` before this one has attached it. Raises RefusedError where another is
@@ -123,7 +130,7 @@ class Attachment:
             False,
             lambda graft: _clean_up(plan, graft, container),
             plan.killable,
-            self._graft.compile(plan.policy).bears_datagrams,
+            plan.datagrams,
         )
         self._start(keeper)
         self._keepers.append(keeper)
@@ -316,28 +323,34 @@ def listen(path: Path) -> socket.socket:
     return sock
 
 
-def start(plan: Plan, folder: Path, hook: socket.socket, listeners: socket.socket, lock: int) -> None:
-    """Start the shim as a daemon. It ends when the calling process ends without a container.
+def start(plan: Plan, hook: socket.socket, listeners: socket.socket, lock: int, runtime: int) -> None:
+    """Start the shim as a daemon. It ends when the process of the pidfd ``runtime`` ends without a container.
 
-    ``lock`` is a locked descriptor of ``folder``, which the shim keeps open while it runs.
+    ``lock`` is a locked descriptor of its folder, which the shim keeps open while it runs.
     """
-    runtime = os.pidfd_open(os.getpid())
     child = os.fork()
     if child:
-        os.close(runtime)
         os.waitpid(child, 0)
         return
-    code = 1
     try:
         os.setsid()
         if os.fork() == 0:
-            _become_daemon({hook.fileno(), listeners.fileno(), runtime, lock})
-            cgroup.enter(keepers_cgroup(plan.settings))
-            Shim(plan, hook, listeners, runtime).serve()
+            serve(plan, hook, listeners, lock, runtime)
+    finally:
+        os._exit(0)
+
+
+def serve(plan: Plan, hook: socket.socket, listeners: socket.socket, lock: int, runtime: int) -> NoReturn:
+    """Be the shim, in a process that was forked for it."""
+    code = 1
+    try:
+        _become_daemon({hook.fileno(), listeners.fileno(), runtime, lock})
+        cgroup.enter(keepers_cgroup(plan.settings))
+        Shim(plan, hook, listeners, runtime).serve()
         code = 0
     except BaseException:
-        if os.environ.get("GRAFT_DEBUG"):
-            with open(folder.with_name("debug.log"), "a") as log:
+        if os.environ.get("GRAFT_DEBUG") and plan.folder is not None:
+            with open(plan.folder.with_name("debug.log"), "a") as log:
                 traceback.print_exc(file=log)
     finally:
         os._exit(code)

@@ -8,6 +8,7 @@
     validator.py    whether rules fit their endpoints and each other
     conflicts.py    which rules claim the same ports
     compiler.py     map entries
+    writer.py       a policy's values again, as its file would have them
     limits.py       how big a policy may be
 
 Other packages call `reader.load_policy`, `model.policy_from_flags` and `compiler.compile_policy`. It imports only

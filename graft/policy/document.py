@@ -8,7 +8,8 @@ YAML would convert `1:30` to 90.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import yaml
 
@@ -42,6 +43,19 @@ class Document:
             path = known
         self.problems.append(Problem(self.lines.get(known, 1), format_path(path), message, hint))
 
+    def below(self, path: FieldPath) -> Document:
+        """The document that the value at ``path`` is by itself; `take_problems` brings back what is wrong with it."""
+        size = len(path)
+        lines = {known[size:]: line for known, line in self.lines.items() if known[:size] == path}
+        return Document(self.at(path), lines)
+
+    def take_problems(self, path: FieldPath, problems: Iterable[Problem]) -> None:
+        """Add the problems of what is `below` ``path``, whose fields are named from there."""
+        prefix, whole = format_path(path), format_path(())
+        for problem in problems:
+            field = prefix if problem.field == whole else f"{prefix}.{problem.field}"
+            self.problems.append(replace(problem, field=field))
+
     def at(self, path: FieldPath) -> Value:
         """The value at ``path``, None where there is none."""
         value = self.value
@@ -66,16 +80,16 @@ def format_path(path: FieldPath) -> str:
     return text or "policy"
 
 
-def read_document(text: str) -> Document:
+def read_document(text: str, max_bytes: int = MAX_BYTES, max_values: int = MAX_VALUES) -> Document:
     """The document in ``text`` and its problems. After a syntax error the value is None."""
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
         return _refused(1, "the text is not UTF-8")
-    if size > MAX_BYTES:
-        return _refused(1, f"the text has {size} bytes", f"at most {MAX_BYTES}")
+    if size > max_bytes:
+        return _refused(1, f"the text has {size} bytes", f"at most {max_bytes}")
     try:
-        root = yaml.compose(text, _Loader)
+        root = _compose(text, max_values)
     except PolicyError as error:
         return Document(problems=list(error.problems))
     except yaml.YAMLError as error:
@@ -84,6 +98,14 @@ def read_document(text: str) -> Document:
     document = Document()
     document.value = _read_node(root, (), document)
     return document
+
+
+def _compose(text: str, max_values: int) -> yaml.Node | None:
+    loader = _Loader(text, max_values)
+    try:
+        return loader.get_single_node()
+    finally:
+        loader.dispose()  # its parser refers to itself
 
 
 def _refused(line: int, message: str, hint: str | None = None) -> Document:
@@ -107,10 +129,10 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str, str | Non
 class _Loader(yaml.BaseLoader):
     """Composes the nodes of one document, and stops at the first event that a policy may not have."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, max_values: int) -> None:
         super().__init__(text)
         self._path: FieldPath = ()
-        self._values = 0
+        self._values, self._max_values = 0, max_values
 
     def get_single_node(self) -> yaml.Node | None:
         if not self.check_node():
@@ -141,8 +163,8 @@ class _Loader(yaml.BaseLoader):
             raise self._refusal(self._path, f"tags ({_cut(event.tag)}) are not allowed", "the value without it")
         if len(self._path) > MAX_DEPTH:
             raise self._refusal(self._path[:2], "nested too deep")
-        if self._values > MAX_VALUES:
-            raise self._refusal((), f"more than {MAX_VALUES} values", "fewer rules")
+        if self._values > self._max_values:
+            raise self._refusal((), f"more than {self._max_values} values", "fewer rules")
         event.anchor = None  # without aliases it has no meaning; a duplicate is no error
 
     def _refusal(self, path: FieldPath, message: str, hint: str | None = None) -> PolicyError:

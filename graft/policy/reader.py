@@ -33,7 +33,7 @@ from graft.model.endpoint import (
 )
 from graft.model.unix_socket import DEFAULT_MODE, UnixSocket, is_unix, parse_mode, parse_owner, parse_path
 from graft.policy.compiler import RuleSet, compile_policy
-from graft.policy.document import Document, Value, format_path, read_document
+from graft.policy.document import Document, FieldPath, Value, format_path, read_document
 from graft.policy.fields import Fields, choice
 from graft.policy.limits import FEWER_RULES, MAX_RULES
 from graft.policy.model import Default, EgressRule, IngressRule, Policy, PolicyError, Problem, UnixRule, Verdict
@@ -67,6 +67,11 @@ def check_policy(text: str, known_endpoints: Mapping[str, Endpoint] | None) -> C
     document = read_document(text)
     if document.value is None and document.problems:
         return CheckResult(None, None, tuple(document.problems))
+    return check_document(document, known_endpoints)
+
+
+def check_document(document: Document, known_endpoints: Mapping[str, Endpoint] | None) -> CheckResult:
+    """`check_policy` of values that were read before."""
     policy = _PolicyReader(document, known_endpoints).read()
     ruleset = None
     if not document.problems and known_endpoints is not None:
@@ -145,35 +150,7 @@ class _PolicyReader:
 
     def _endpoints(self, section: dict[str, Value]) -> Iterator[Endpoint]:
         for name, value in self._within_limit(section.items(), "endpoints"):
-            long_form: Value = {"address": value} if isinstance(value, str) else value
-            keys = ("address", "protocol", "netns", "open", "dual_stack", "multicast", "owner", "mode")
-            fields = Fields(self._document, ("endpoints", name), long_form, keys)
-            if isinstance(long_form, dict) and _is_unix(long_form.get("address")):
-                yield from _unix_endpoint(fields, name)
-                continue
-            address = fields.required("address", parse_endpoint_address)
-            protocols = fields.text("protocol", parse_protocol) or ANY_PROTOCOL
-            netns = fields.text("netns", parse_netns)
-            is_open = fields.of_type("open", bool, _SWITCH_HINT) or False
-            dual_stack = fields.of_type("dual_stack", bool, _SWITCH_HINT) or False
-            groups = fields.texts("multicast", parse_group, "such as [239.1.1.1]") or ()
-            fields.check((), parse_name, name)
-            if isinstance(long_form, dict):
-                fields.check_all(check_no_owner, long_form.get("owner"), long_form.get("mode"))
-            if address is not None and fields.valid:
-                fields.check(("dual_stack",), check_dual_stack, dual_stack, address)
-                fields.check(("multicast",), check_multicast, groups, address, protocols)
-                yield Endpoint(
-                    name=name,
-                    address=address.ip,
-                    port=address.port,
-                    protocols=protocols,
-                    netns=netns,
-                    open=is_open,
-                    dual_stack=dual_stack,
-                    last_port=address.last_port,
-                    multicast=in_order(groups),
-                )
+            yield from read_endpoint(self._document, ("endpoints", name), name, value)
 
     def _ingress_rules(self, section: list[Value]) -> Iterator[IngressRule]:
         for index, value in self._within_limit(enumerate(section), "ingress"):
@@ -234,6 +211,39 @@ class _PolicyReader:
             self._document.problems += [
                 replace(problem, line=lines.get(problem.field, problem.line)) for problem in problems
             ]
+
+
+def read_endpoint(document: Document, path: FieldPath, name: str, value: Value) -> Iterator[Endpoint]:
+    """The endpoint ``name`` of the ``value`` at ``path``, if it is valid: ``ADDR:PORT``, or a mapping with more."""
+    long_form: Value = {"address": value} if isinstance(value, str) else value
+    keys = ("address", "protocol", "netns", "open", "dual_stack", "multicast", "owner", "mode")
+    fields = Fields(document, path, long_form, keys)
+    if isinstance(long_form, dict) and _is_unix(long_form.get("address")):
+        yield from _unix_endpoint(fields, name)
+        return
+    address = fields.required("address", parse_endpoint_address)
+    protocols = fields.text("protocol", parse_protocol) or ANY_PROTOCOL
+    netns = fields.text("netns", parse_netns)
+    is_open = fields.of_type("open", bool, _SWITCH_HINT) or False
+    dual_stack = fields.of_type("dual_stack", bool, _SWITCH_HINT) or False
+    groups = fields.texts("multicast", parse_group, "such as [239.1.1.1]") or ()
+    fields.check((), parse_name, name)
+    if isinstance(long_form, dict):
+        fields.check_all(check_no_owner, long_form.get("owner"), long_form.get("mode"))
+    if address is not None and fields.valid:
+        fields.check(("dual_stack",), check_dual_stack, dual_stack, address)
+        fields.check(("multicast",), check_multicast, groups, address, protocols)
+        yield Endpoint(
+            name=name,
+            address=address.ip,
+            port=address.port,
+            protocols=protocols,
+            netns=netns,
+            open=is_open,
+            dual_stack=dual_stack,
+            last_port=address.last_port,
+            multicast=in_order(groups),
+        )
 
 
 def _is_unix(value: Value) -> bool:

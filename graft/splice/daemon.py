@@ -35,7 +35,7 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
     with daemon_lock(settings):
         folder = relays_cgroup(settings)
         cgroup.make(folder)
-        attachments.attach(settings, folder, 0, splice=True)
+        attachments.attach(settings, folder, 0, splice=True, replaces=True)
         cgroup.enter(folder)
         process.raise_descriptor_limit()
         unix_files.pin_own_descriptors()

@@ -176,7 +176,9 @@ class ContainerChanges(Containers):
         """
         policy = compiled.policy
         check_transport(transport, name or policy.name, compiled)
-        self._refuse_nesting(path)
+        stale = records.put_aside_at(self._settings, path)
+        if not stale:
+            self._refuse_nesting(path)
         bound_sockets.check_free(policy, compiled.endpoints)
         new = self._install(compiled)
         number = self._new_id()
@@ -188,7 +190,8 @@ class ContainerChanges(Containers):
                 self._maps.containers.put(ctypes.c_uint32(number), value)
             if prepare is not None:
                 prepare(number)
-            attachments.attach(self._settings, path, number, splice=transport is Transport.SPLICE or new.unix_relay)
+            relayed = transport is Transport.SPLICE or new.unix_relay
+            attachments.attach(self._settings, path, number, splice=relayed, replaces=bool(stale))
             container = Container(
                 id=number,
                 name=name or policy.name,
@@ -209,6 +212,8 @@ class ContainerChanges(Containers):
             attachments.detach(self._settings, path)
             self._forget(number)
             raise
+        for file in stale:
+            file.unlink(missing_ok=True)
         return container
 
     def apply(

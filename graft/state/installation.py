@@ -19,7 +19,7 @@ from graft.errors import PrivilegeError
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy
-from graft.state import bound_sockets, members
+from graft.state import bound_sockets, members, restored
 from graft.state.containers import CompiledPolicy, ContainerChanges, Containers, compile_for
 from graft.state.endpoints import EndpointChanges, Endpoints
 
@@ -36,8 +36,12 @@ class Installation:
 
     @classmethod
     def open(cls, settings: Settings) -> Installation:
-        """The installation; brings Graft up if necessary. Raises PrivilegeError, KernelError, ConflictError."""
+        """The installation; brings Graft up if necessary, and restores what is saved into a new data plane.
+
+        Raises PrivilegeError, KernelError, ConflictError.
+        """
         dataplane.up(settings)
+        restored.ensure_restored(settings)
         return cls(settings)
 
     def __enter__(self) -> Installation:

@@ -18,12 +18,6 @@ _DURATION, _INTERVAL = 1.0, 0.05
 _TIMEOUT = 2.0  # seconds
 
 
-def parents(pids: Sequence[int]) -> dict[int, int]:
-    """The parent of each of these processes that has not ended, and whose folder in /proc nobody holds."""
-    found = helper_process.run_each(tasks.activity, pids, _TIMEOUT).results
-    return {pids[index]: activity.parent for index, activity in sorted(found.items()) if activity is not None}
-
-
 def stuck(pids: Sequence[int], seconds: float = _DURATION) -> frozenset[int]:
     """Those of ``pids`` that sleep uninterruptibly, or are stopped, and have not run for ``seconds``.
 

@@ -82,8 +82,17 @@ def save(settings: Settings, container: Container) -> None:
     """Write a container's record, in one step."""
     folder = folder_of(settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    record = {**asdict(container), "transport": str(container.transport)}
-    write_atomically(folder / f"{container.id}.json", json.dumps(record).encode())
+    write_atomically(folder / f"{container.id}.json", encode(container).encode())
+
+
+def encode(container: Container) -> str:
+    """A container as text, which `decode` reads."""
+    return json.dumps({**asdict(container), "transport": str(container.transport)})
+
+
+def decode(text: str) -> Container:
+    """The container in what `encode` made."""
+    return parse_record(text.encode(), f"{json.loads(text)['id']}.json")
 
 
 def parse_record(raw: bytes, name: str) -> Container:
@@ -134,3 +143,41 @@ def read_all(settings: Settings) -> tuple[list[Container], list[UsageError]]:
 def forget(settings: Settings, number: int) -> None:
     """Remove the record of container ``number``. Safe to repeat."""
     (folder_of(settings) / f"{number}.json").unlink(missing_ok=True)
+
+
+# ---- of a data plane that is gone -------------------------------------------------------------------
+#
+# When bpffs is unmounted, the maps can not be found any more, but the programs stay attached to the cgroups, with their
+# maps. Such a container is confined as it was, and its record is put aside here, until it is attached again.
+
+
+def _stale_folder(settings: Settings) -> Path:
+    return settings.run_dir / "stale"
+
+
+def put_aside(settings: Settings, container: Container) -> None:
+    """Take a record out of the list: its data plane is gone."""
+    folder = _stale_folder(settings)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    name = f"{container.id}.json"
+    (folder_of(settings) / name).rename(folder / name)
+
+
+def put_aside_at(settings: Settings, path: Path) -> list[Path]:
+    """The files of records that were put aside, of containers at that cgroup (and not of an earlier one there)."""
+    found = [(file, one) for file, one in _stale(settings) if one.cgroup == str(path)]
+    return [file for file, one in found if one.cgroup_id == cgroup.cgroup_id(path)]
+
+
+def put_aside_paths(settings: Settings) -> list[Path]:
+    """The cgroups of all of them."""
+    return [container.cgroup_path for _, container in _stale(settings)]
+
+
+def _stale(settings: Settings) -> list[tuple[Path, Container]]:
+    found = []
+    for path in _stale_folder(settings).glob("*.json"):
+        with contextlib.suppress(OSError, UsageError):
+            container = parse_record(path.read_bytes()[: _MAX_RECORD + 1], path.name)
+            found.append((path, container))
+    return found

@@ -2,6 +2,10 @@
 
     launch.py           starts a program in its namespace, with the filter that traps its calls
     keeper.py           keeps a listener open, and its supervisor running
+    waiter.py           what `graft run` becomes: the same for one program, small (compiled_waiter/: in C)
+    supervision.py      the process of a supervisor
+    fork_client.py      a child of the fork server for a command
+    fork_servers.py     the fork servers that run, and their end
     supervisor.py       serves trapped calls
     decision.py         what to do with a trapped call (pure)
     desk.py             what the hooks know about a socket, in one system call

@@ -34,8 +34,8 @@ def enter_own_cgroup(settings: Settings, container: int, path: Path, containers:
     Cgroups of supervisors whose containers are not among ``containers`` are removed. Raises OSError.
     """
     parent = supervisors_cgroup(settings)
-    _remove_others(parent, {container, *containers})
-    own = _own(parent, container)
+    _remove_others(parent, {f"container-{number}" for number in {container, *containers}})
+    own = own_cgroup(settings, container)
     cgroup.make(own)
     _limit(own / "memory.max", str(memory_limit(path)))
     _limit(own / "memory.swap.max", "0")
@@ -61,14 +61,16 @@ def memory_limit(path: Path) -> int:
     return max(MIN_BYTES, min([MAX_BYTES, *(int(text) for text in found if text.isdecimal())]))
 
 
-def _own(parent: Path, container: int) -> Path:
-    return parent / f"container-{container}"
+def own_cgroup(settings: Settings, container: int) -> Path:
+    """The cgroup of a container's supervisors, and of its ferry."""
+    return supervisors_cgroup(settings) / f"container-{container}"
 
 
-def _remove_others(parent: Path, containers: Collection[int]) -> None:
-    for folder in set(parent.glob("container-*")) - {_own(parent, container) for container in containers}:
-        with contextlib.suppress(OSError):  # a supervisor is still there, and about to end
-            folder.rmdir()
+def _remove_others(parent: Path, kept: Collection[str]) -> None:
+    for folder in parent.glob("container-*"):
+        if folder.name not in kept:
+            with contextlib.suppress(OSError):  # a supervisor is still there, and about to end
+                folder.rmdir()
 
 
 def _text(file: Path) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from graft.swap import fork_servers
 from tests.e2e.conftest import MakeCgroup
 from tests.support.engines import Engine, leftovers
 from tests.support.installation import GRAFT, Host
@@ -39,6 +42,32 @@ def test_nginx_without_a_network_is_served_by_the_host(host: Host, podman: Engin
     assert fetched(host, port).startswith("port 80, from 10.98.0.2")
     assert podman("exec", "nginx", "ls", "/sys/class/net").stdout.split() == ["lo"]
     assert "0050" not in podman("exec", "nginx", "cat", "/proc/net/tcp").stdout
+
+
+def test_a_container_costs_two_children_of_the_fork_server_and_goes_on_without_it(host: Host, podman: Engine) -> None:
+    port = host.port()
+    podman.started(
+        "nginx", ["--annotation", f"graft.policy={web_policy(host, port)}"], "nginx", "-c", "/etc/nginx.conf"
+    )
+    assert fetched(host, port).startswith("port 80")
+    supervisor = next(one for one in host.ps() if one["engine"] == "oci")["supervisor"]
+    shim = parent(supervisor)
+    server = parent(shim)
+    assert [name_of(pid) for pid in (shim, server)] == ["graft-shim", "graft-forks"]
+    assert server in fork_servers.running(host.settings)
+    os.kill(server, signal.SIGKILL)
+    assert fetched(host, port).startswith("port 80")
+    podman("exec", "nginx", "true")
+    podman("stop", "-t", "0", "nginx")
+    until("nothing is left", lambda: not leftovers(host))
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+
+
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 def test_a_process_of_podman_exec_is_grafted_too(host: Host, podman: Engine) -> None:

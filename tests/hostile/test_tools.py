@@ -264,8 +264,8 @@ def test_a_blocked_supervisor_affects_its_own_container_only(host: Host, blockin
     other = host.start(*rules, "--", "busybox", "nc", "-ll", "-p", "80", "-e", "true")
     other.until("another container listens", lambda: host.netns.listens(port))
     assert len(json.loads(output_of(host, blocking, [GRAFT], "ps", "--json"))) == 2
-    output_of(host, blocking, [GRAFT], "detach", "--cgroup", host.container(blocking).name)
     supervisor = host.supervisor(blocking)
+    output_of(host, blocking, [GRAFT], "detach", "--cgroup", host.container(blocking).name)
     blocking.process.terminate()
     blocking.wait()  # the program is gone, and with it what its supervisor waited for
     until("its supervisor is gone", lambda: not Path(f"/proc/{supervisor}").exists())

@@ -20,6 +20,7 @@ from graft.splice import client as splice
 from graft.splice import control
 from graft.state.installation import Installation
 from graft.state.records import Container
+from graft.swap.resource_limits import own_cgroup
 from tests.support.namespaces import Netns
 from tests.support.program import Program, start
 from tests.support.shell import Result, Word, run
@@ -44,6 +45,11 @@ class Host:
     def with_transport(self, transport: str) -> Host:
         """The same host, where every `graft run` with rules has that transport: swap or born."""
         return replace(self, run_flags=("--deny",) if transport == "born" else ())
+
+    @property
+    def saving(self) -> Host:
+        """The same host, where commands save what they change, as they do for an operator."""
+        return replace(self, environment={**self.environment, "GRAFT_NO_SAVE": ""})
 
     @property
     def settings(self) -> Settings:
@@ -157,9 +163,12 @@ class Host:
 
     def supervisor_or_0(self, program: Program) -> int:
         """The same, but 0 where there is none just now."""
-        children = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children").read_text().split()
-        supervisors = set(cgroup.processes(self.cgroup / "supervisors"))
-        return next((int(pid) for pid in children if int(pid) in supervisors), 0)
+        keeper = program.process.pid
+        container = next((one for one in self.installation.containers.listing() if one.pid == keeper), None)
+        if container is None:
+            return 0
+        desks = {pid.value for pid in self.maps.desk_slots.keys()}  # noqa: SIM118
+        return next((pid for pid in cgroup.processes(own_cgroup(self.settings, container.id)) if pid in desks), 0)
 
     def decisions(self, container: int) -> dict[HookDecision, int]:
         """How often the hooks decided what for a container."""

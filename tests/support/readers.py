@@ -6,6 +6,7 @@ tests/unit/test_foreign_bytes.py feeds them for some seconds; a fuzzer can take 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from graft.errors import GraftError
-from graft.kernel import cgroup, sockdiag, tasks
+from graft.kernel import cgroup, inotify, sockdiag, tasks
 from graft.kernel.btf import Btf
 from graft.kernel.seccomp import Notification
 from graft.model.endpoint import parse_egress_flag, parse_endpoint, parse_ingress_flag
@@ -27,6 +28,9 @@ from graft.policy.compiler import compile_policy
 from graft.policy.document import read_document
 from graft.policy.files import decode_policy
 from graft.policy.reader import load_policy
+from graft.saved import envelope
+from graft.saved.text import import_text
+from graft.saved.values import plain_document, read_endpoint_file
 from graft.splice import control, selftest_result
 from graft.state import records
 from graft.state.engines import parse_inspect, parse_show
@@ -185,6 +189,17 @@ _SOCKET += struct.pack("=HHB3x", 5, 11, 1) + struct.pack("=HHQ", 12, 21, 4711)
 _STORED = struct.pack("=HHHHHHIHHI", 24, 20, 20, 1, 8, 1, 8, 8, 3, 7)
 _STATUS = b"Name:\ta\nState:\tS (sleeping)\nTgid:\t42\nPPid:\t7\nvoluntary_ctxt_switches:\t3\n"
 _STATUS += b"nonvoluntary_ctxt_switches:\t4\n"
+_INOTIFY = struct.pack("=iIII", 1, 0x40000100, 0, 16) + b"docker".ljust(16, b"\0")
+_SAVED = envelope.encode({"name": "nx4", "endpoint": "0.0.0.0:80"})
+_EXPORTED = b"attachments: [{container: docker:web, policy: {name: p, default: deny}}]\n"
+
+
+def _saved_endpoint(raw: bytes) -> None:
+    """As a damaged file is read, and as one with the right checksum is that makes no sense."""
+    with contextlib.suppress(ValueError, RecursionError):
+        read_endpoint_file(plain_document(json.loads(raw[raw.find(b"\n") + 1 :])))
+    read_endpoint_file(plain_document(envelope.decode(raw, "f")))
+
 
 READERS = [
     Reader("policy", lambda raw: load_policy(decode_policy(raw, "p"), "p", KNOWN), (GraftError,), (_POLICY,)),
@@ -220,5 +235,8 @@ READERS = [
     Reader("mountinfo", cgroup.parse_mounts, (GraftError,), (b"28 21 0:24 / /sys/fs/cgroup rw - cgroup2 none rw\n",)),
     Reader("epoll's fdinfo", lambda raw: descriptors.parse_registrations(9, raw, frozenset({5}), 1), (), (_EPOLL,)),
     Reader("fdinfo", descriptors.parse_flags, (), (b"pos:\t0\nflags:\t02000002\n",)),
+    Reader("inotify", lambda raw: [*inotify.parse_events(raw)], (struct.error,), (_INOTIFY,)),
+    Reader("saved endpoint", _saved_endpoint, (GraftError,), (_SAVED,)),
+    Reader("export", lambda raw: import_text(text_of(raw), "f"), (GraftError,), (b"version: 1\n" + _EXPORTED,)),
     Reader("terminal", _shown, (), (b"\x1b[2J\xe2\x80\xae",)),
 ]

@@ -48,7 +48,11 @@ from tests.unit.test_layout import CONSTANTS, STRUCTS
 
 AUDIT_ARCHES = {"x86_64": "AUDIT_ARCH_X86_64", "aarch64": "AUDIT_ARCH_AARCH64"}
 LISTENER = seccomp.Listener(-1)
-COMPILED = sorted((bpf_source_dir().parent / "graft/swap/compiled").glob("*.c"))
+COMPILED = [
+    file
+    for folder in ("swap/compiled", "swap/compiled_waiter", "oci/compiled")
+    for file in sorted((bpf_source_dir().parent / "graft" / folder).glob("*.c"))
+]
 C_PROGRAMS = [*sorted(SOURCES.glob("*.c")), SOURCES.parent / "bench" / "peer.c"]
 
 
@@ -264,6 +268,11 @@ def test_namespaces_processes_and_mounts_have_the_kernels_numbers(machine: str) 
         "SO_NETNS_COOKIE": netns.SO_NETNS_COOKIE,
         "MS_BIND": netns._MS_BIND,
         "MNT_DETACH": netns._MNT_DETACH,
+        "SIOCGIFFLAGS": netns._SIOCGIFFLAGS,
+        "SIOCSIFFLAGS": netns._SIOCSIFFLAGS,
+        "IFF_UP": netns._IFF_UP,
+        "sizeof(struct ifreq)": netns._IFREQ.size,
+        "__builtin_offsetof(struct ifreq, ifr_flags)": 16,
         "MS_NOSUID | MS_NODEV | MS_NOEXEC": mounts._MS_NOSUID_NODEV_NOEXEC,
         "O_EXCL": pidfd.PIDFD_THREAD,  # what linux/pidfd.h defines it as, from 6.9 on
         "sizeof(struct iovec)": 16,
@@ -287,8 +296,17 @@ def test_namespaces_processes_and_mounts_have_the_kernels_numbers(machine: str) 
         **members("struct __user_cap_header_struct", capabilities._Header),
         **members("struct __user_cap_data_struct", capabilities._Sets),
     }
-    headers = ["sched.h", "sys/socket.h", "sys/mount.h", "fcntl.h", "sys/uio.h", "sys/prctl.h"]
-    more = ["linux/capability.h", "linux/keyctl.h", "linux/kcmp.h"]
+    headers = [
+        "sched.h",
+        "sys/socket.h",
+        "sys/mount.h",
+        "fcntl.h",
+        "sys/uio.h",
+        "sys/prctl.h",
+        "sys/ioctl.h",
+        "net/if.h",
+    ]
+    more = ["net/if.h", "linux/capability.h", "linux/keyctl.h", "linux/kcmp.h"]
     assert not differences(machine, [*headers, *more], values)
 
 

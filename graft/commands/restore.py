@@ -1,0 +1,222 @@
+"""Restores what is saved: endpoints, and the policies of containers that are there. The others wait (watcher.py).
+
+`graft up` restores, and so does the first command after a boot that needs Graft (graft/state/installation.py, by way
+of up.py). Repeatable: what is in force already stays as it is, and so does what an operator took away
+with `--no-save`.
+
+A container is looked for where it was last seen, without asking its engine: at boot that may not have started, and may
+itself be waiting for `graft up`. Engines are asked only where containers of theirs run that are not known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from graft.commands import saving
+from graft.commands.attach import Attached, attach_target
+from graft.errors import GraftError, KernelError, NotFoundError, RefusedError, UsageError
+from graft.kernel import cgroup
+from graft.kernel.atomic_file import write_atomically
+from graft.model import json_text
+from graft.model.settings import Settings
+from graft.saved.model import SavedAttachment, SavedState
+from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
+from graft.state import helper_process, members
+from graft.state.engines import FoundContainer, resolve
+from graft.state.installation import Installation
+from graft.state.records import Container
+
+CONTAINER_NAME = re.compile(r"(?:^|[^0-9a-f])[0-9a-f]{64}(?:[^0-9a-f]|$)", re.ASCII)
+"""The name of a container's cgroup has its id, whatever the engine and its cgroup driver."""
+
+ENGINE_FOLDERS = ("docker", "system.slice", "machine.slice", "libpod_parent")
+"""Where docker and podman make cgroups, with either cgroup driver."""
+
+NOT_THERE = "it is not running"
+_FOLDER_SECONDS = 2.0
+_MAX_NOTES = 4 << 20
+
+
+@dataclass(slots=True)
+class Restored:
+    """What was done: the names of endpoints and containers, and who waits and why.
+
+    ``set_aside`` are lines about files that cannot be used, ``problems`` about endpoints that cannot be made now.
+    """
+
+    endpoints: list[str] = field(default_factory=list)
+    attached: list[str] = field(default_factory=list)
+    waiting: dict[str, str] = field(default_factory=dict)
+    set_aside: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    state: SavedState = field(default_factory=SavedState)
+
+    @property
+    def may_succeed_later(self) -> bool:
+        """Whether something failed that may succeed without a new cgroup: it is to be tried again after a time."""
+        return bool(self.problems) or any(why != NOT_THERE for why in self.waiting.values())
+
+
+def restore(graft: Installation, settled: bool = True) -> Restored:
+    """Make the endpoints and attach the containers that are saved, as far as that is possible now.
+
+    Not ``settled``: a container that is just starting may not be in its own network namespace yet, so it has to have
+    the transport that it had. Raises RefusedError if others can write what is saved, NotUpError.
+    """
+    store, done = Store(graft.settings), Restored()
+    if not store.exists:
+        return done
+    with store.locked():
+        store.tidy()
+        done.state, bad = store.read()
+        done.set_aside = [store.set_aside(one) for one in bad]
+        done.endpoints, done.problems = _restore_endpoints(graft, store, done.state)
+    graft.reap()
+    left = [one for one in done.state.attachments if not store.is_paused(ATTACHMENTS, file_name(one.target))]
+    finder = _Finder(graft, left)
+    progress = True
+    while left and progress:  # a policy may name an endpoint that the next one declares
+        reasons = {one.target.text: _restore_attachment(graft, store, one, finder, settled, done) for one in left}
+        done.waiting = {name: why for name, why in reasons.items() if why is not None}
+        progress = 0 < len(done.waiting) < len(left)
+        left = [one for one in left if one.target.text in done.waiting]
+    _note_waiting(graft.settings, done.waiting)
+    return done
+
+
+def _restore_endpoints(graft: Installation, store: Store, state: SavedState) -> tuple[list[str], list[str]]:
+    """The names of those that were made, and a line for each that could not be."""
+    made, problems = [], []
+    there = graft.endpoints.by_name()
+    for endpoint in state.endpoints:
+        if endpoint.name in there or store.is_paused(ENDPOINTS, endpoint.name):
+            continue
+        try:
+            with graft.transaction() as change:
+                change.endpoints.add(endpoint)
+            made.append(endpoint.name)
+        except (GraftError, OSError) as error:
+            problems.append(f"endpoint {endpoint.name}: not restored: {_message(error)}")
+    return made, problems
+
+
+def _message(error: GraftError | OSError) -> str:
+    return error.message if isinstance(error, GraftError) else (error.strerror or str(error))
+
+
+def _restore_attachment(
+    graft: Installation, store: Store, saved: SavedAttachment, finder: _Finder, settled: bool, done: Restored
+) -> str | None:
+    """Attach a container, if it is there and not attached. Returns why it waits, None if it does not."""
+    try:
+        found = finder.find(saved)
+        if found is None:
+            return NOT_THERE
+        with store.locked():
+            current = store.attachment(saved.target)
+            if current is None:  # it was detached just now
+                return None
+            container = graft.containers.at(found.cgroup)
+            if container is None:
+                container = _attach(graft, found, current, settled).container
+                done.attached.append(saved.target.text)
+            _note_last(store, current, found, container)
+    except (GraftError, OSError) as error:
+        return _message(error)
+    return None
+
+
+def _attach(graft: Installation, found: FoundContainer, saved: SavedAttachment, settled: bool) -> Attached:
+    """Attach with the transport that was asked for, or that it had. Raises GraftError."""
+    wanted = saved.transport or saved.last.transport
+    if wanted is None and not settled and not members.processes(found.cgroup):
+        raise NotFoundError("it has no process yet")
+    try:
+        return attach_target(graft, found, saved.policy, wanted, saved.relay)
+    except RefusedError:
+        if not settled or saved.transport is not None:
+            raise
+    return attach_target(graft, found, saved.policy, None, saved.relay)
+
+
+def _note_last(store: Store, saved: SavedAttachment, found: FoundContainer, container: Container) -> None:
+    """Save where a container is now."""
+    now = saving.of_attached(found, saved.policy, container.transport, saved.transport, saved.relay)
+    if now is not None and now.last != saved.last:
+        saving.put_in_place(store.prepare_attachment(replace(saved, last=now.last)).commit)
+
+
+class _Finder:
+    """Finds the cgroups of saved containers: where they were last seen, or by asking an engine."""
+
+    def __init__(self, graft: Installation, attachments: Sequence[SavedAttachment]) -> None:
+        self._top = cgroup.v2_mount()
+        paths = [path for one in attachments if (path := self._last_path(one)) is not None]
+        seen = helper_process.run_each(os.path.isdir, paths, _FOLDER_SECONDS).results  # somebody may hold a folder
+        self._there = {path for index, path in enumerate(paths) if seen.get(index)}
+        known = {one.cgroup_path.name for one in graft.containers.listing()}
+        self._strangers = {name for name in container_folders(self._top) if name not in known}
+        self._silent: dict[str, str] = {}
+
+    def _last_path(self, saved: SavedAttachment) -> Path | None:
+        """Where a container was, if its folder has a name that no other one's would have."""
+        if saved.target.kind == "cgroup":
+            return self._top / saved.target.name
+        path = self._top / saved.last.cgroup
+        mark = saved.target.name if saved.target.kind == "unit" else saved.last.id
+        return path if mark and mark in path.name else None
+
+    def find(self, saved: SavedAttachment) -> FoundContainer | None:
+        """The container; None if it is not there. Raises GraftError if its engine does not answer."""
+        path, target = self._last_path(saved), saved.target
+        if path in self._there and path is not None:
+            return FoundContainer(path, target.engine, target.name, saved.last.id)
+        is_engine = target.kind in ("docker", "podman")
+        if target.kind == "cgroup" or (path is not None and not is_engine) or (is_engine and not self._strangers):
+            return None
+        if target.kind in self._silent:
+            raise KernelError(self._silent[target.kind])
+        try:
+            return resolve(target.text)
+        except NotFoundError:
+            return None
+        except KernelError as error:
+            self._silent[target.kind] = error.message
+            raise
+
+
+def container_folders(top: Path) -> list[str]:
+    """The names of the cgroups of containers of docker and podman, where their engines make them."""
+    return helper_process.run_one(lambda: [*_container_folders(top)], _FOLDER_SECONDS) or []
+
+
+def _container_folders(top: Path) -> Iterator[str]:
+    for name in ENGINE_FOLDERS:
+        with contextlib.suppress(OSError):
+            yield from (found for found in os.listdir(top / name) if CONTAINER_NAME.search(found))
+
+
+# ---- for `graft ps` ---------------------------------------------------------------------------------
+
+
+def _notes(settings: Settings) -> Path:
+    return settings.run_dir / "waiting.json"
+
+
+def _note_waiting(settings: Settings, waiting: Mapping[str, str]) -> None:
+    with contextlib.suppress(OSError):
+        write_atomically(_notes(settings), json.dumps(waiting).encode())
+
+
+def why_waiting(settings: Settings) -> dict[str, str]:
+    """Why each container waited, when that was last tried."""
+    try:
+        return json_text.text_by_name(json_text.parse(_notes(settings).read_bytes(), "waiting", _MAX_NOTES), "waiting")
+    except (OSError, UsageError):
+        return {}

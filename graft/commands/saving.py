@@ -1,0 +1,213 @@
+"""Saves what a command changes: written before the change, put in place after it.
+
+    with saving.endpoint(settings, endpoint, save):     # on a full disk this fails, and nothing is changed
+        change.endpoints.add(endpoint)                  # if this fails, what was saved before stays
+
+All of it has the lock on what is saved (graft/saved/store.py), so that nobody restores meanwhile what is being taken
+away. That lock is taken before the installation's.
+
+A container belongs to the saved attachment that was last seen at its cgroup: its name may have been written in several
+ways.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from graft.errors import ConflictError, KernelError, NotFoundError
+from graft.kernel import cgroup
+from graft.kernel.atomic_file import PreparedFile
+from graft.model.address import shown
+from graft.model.endpoint import Endpoint
+from graft.model.settings import Settings
+from graft.model.transport import Transport
+from graft.policy.model import Policy
+from graft.saved.model import LastSeen, SavedAttachment, Target
+from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
+from graft.state.engines import FoundContainer
+from graft.state.installation import Installation
+from graft.state.records import Container
+
+
+@contextlib.contextmanager
+def endpoint(settings: Settings, changed: Endpoint, save: bool) -> Iterator[None]:
+    """Save an endpoint with the change that the block makes. Raises KernelError if it cannot be saved."""
+    store = Store(settings)
+    if not save:
+        yield
+        return
+    with store.locked(), _in_place_after(store.prepare_endpoint(changed)):
+        yield
+        store.resume(ENDPOINTS, changed.name)
+
+
+@contextlib.contextmanager
+def alone(settings: Settings, save: bool) -> Iterator[None]:
+    """Have the lock on what is saved, if anything is, or (``save``) is to be."""
+    store = Store(settings)
+    if not save and not store.exists:
+        yield
+        return
+    with store.locked():
+        yield
+
+
+@contextlib.contextmanager
+def attachment(settings: Settings, saved: SavedAttachment | None) -> Iterator[None]:
+    """As `endpoint`, for an attachment (None: save nothing), and under the lock already (`alone`)."""
+    store = Store(settings)
+    if saved is None:
+        yield
+        return
+    with _in_place_after(store.prepare_attachment(saved)):
+        yield
+        _forget_others_at(store, saved)
+        store.resume(ATTACHMENTS, file_name(saved.target))
+
+
+@contextlib.contextmanager
+def policy_of(settings: Settings, container: Container, policy: Policy, save: bool) -> Iterator[None]:
+    """The same for another policy of a container, if its attachment is saved."""
+    store = Store(settings)
+    if not save or not store.exists:
+        yield
+        return
+    with store.locked():
+        saved = at(store, container.cgroup_path)
+        if saved is None:
+            yield
+            return
+        with _in_place_after(store.prepare_attachment(replace(saved, policy=policy))):
+            yield
+
+
+@contextlib.contextmanager
+def removed(settings: Settings, container: Container, save: bool) -> Iterator[None]:
+    """Forget a container's attachment after the block has removed it; without ``save`` only until `graft up`.
+
+    After it: a command that is killed between the two leaves a container that is attached again.
+    """
+    store = Store(settings)
+    if not store.exists:
+        yield
+        return
+    with store.locked():
+        saved = at(store, container.cgroup_path)
+        yield
+        if saved is not None:
+            forget(store, saved, save)
+
+
+def forget(store: Store, saved: SavedAttachment, save: bool) -> None:
+    """Forget an attachment, or (without ``save``) leave it alone until the next `graft up`. Under the lock."""
+    if save:
+        store.remove_attachment(saved.target)
+    else:
+        store.pause(ATTACHMENTS, file_name(saved.target))
+
+
+def waiting(graft: Installation) -> list[SavedAttachment]:
+    """What is saved and not attached now."""
+    store = Store(graft.settings)
+    if not store.exists:
+        return []
+    attached = {below_mount(one.cgroup_path) for one in graft.containers.listing()}
+    return [one for one in store.read()[0].attachments if one.last.cgroup not in attached]
+
+
+def find_each_waiting(graft: Installation, policy: str, text: str | None) -> list[SavedAttachment]:
+    """The one that waits and that ``text`` names; None: all that wait under a policy with that name."""
+    if text is None:
+        return [one for one in waiting(graft) if one.policy.name == policy]
+    if is_attached(graft, text):
+        return []
+    named = find_waiting(graft, text)
+    return [] if named is None else [named]
+
+
+def is_attached(graft: Installation, text: str) -> bool:
+    """Whether `graft ps` shows a container of that name, cgroup or id."""
+    try:
+        graft.containers.find(text)
+    except NotFoundError:
+        return False
+    return True
+
+
+def replace_waiting(settings: Settings, saved: SavedAttachment, policy: Policy) -> None:
+    """Give one that waits another policy. Raises KernelError."""
+    store = Store(settings)
+    with store.locked():
+        if store.attachment(saved.target) is not None:
+            put_in_place(store.prepare_attachment(replace(saved, policy=policy)).commit)
+
+
+def find_waiting(graft: Installation, text: str) -> SavedAttachment | None:
+    """The one that waits and that ``text`` names: KIND:NAME, a name that only one has, or the path of its cgroup."""
+    every = waiting(graft)
+    for one in every:
+        if text == one.target.text:
+            return one
+    path = below_mount(Path(text)) if text.startswith("/") else text.rstrip("/")
+    named = [one for one in every if text == one.target.name or (path and path == one.last.cgroup)]
+    named += [one for one in every if one.target == Target("unit", f"{text}.service")]
+    if len(named) > 1:
+        several = ", ".join(one.target.text for one in named)
+        raise ConflictError(f"cgroup: {shown(text)} is ambiguous: {several}", "write one of them")
+    return named[0] if named else None
+
+
+def of_attached(
+    target: FoundContainer, policy: Policy, transport: Transport, asked: Transport | None, relay: str | None
+) -> SavedAttachment | None:
+    """What is saved of a container that is attached with ``transport``; ``asked`` is the one that was asked for.
+
+    None for one that Graft started, which ends with its program.
+    """
+    named = Target.of(target.engine, target.name)
+    if named is None or transport.is_supervised:
+        return None
+    last = LastSeen(below_mount(target.cgroup), target.id if target.engine in ("docker", "podman") else "", transport)
+    return SavedAttachment(named, policy, asked, relay, last)
+
+
+def below_mount(path: Path) -> str:
+    """The path of a cgroup below the v2 mount."""
+    top = cgroup.v2_mount()
+    return str(path.relative_to(top)) if path.is_relative_to(top) else ""
+
+
+def at(store: Store, path: Path) -> SavedAttachment | None:
+    """The attachment that was last seen at a cgroup."""
+    where = below_mount(path)
+    return next((one for one in store.read()[0].attachments if one.last.cgroup == where != ""), None)
+
+
+def _forget_others_at(store: Store, saved: SavedAttachment) -> None:
+    """One cgroup has one policy, whatever the container was called before."""
+    for other in store.read()[0].attachments:
+        if other.last.cgroup == saved.last.cgroup and other.target != saved.target:
+            store.remove_attachment(other.target)
+
+
+@contextlib.contextmanager
+def _in_place_after(prepared: PreparedFile) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        prepared.discard()
+        raise
+    put_in_place(prepared.commit)
+
+
+def put_in_place(commit: Callable[[], None]) -> None:
+    """Put in place what was written before a change that is made. Raises KernelError that says so."""
+    try:
+        commit()
+    except OSError as error:
+        raise KernelError(
+            f"the change is in force, but was not saved: {error.strerror}", "repeat the command"
+        ) from error

@@ -1,0 +1,233 @@
+"""`graft export`, `graft import`: the whole of what is saved, as YAML.
+
+An import makes the machine what the file says: endpoints are made, changed and deleted, containers attached, given
+other policies, and detached. It is all or nothing:
+
+    1. the file is read and every policy in it checked; what is to be saved is written beside what is saved
+    2. endpoints are made and changed, attached containers given their policies; each step has one that undoes it
+    3. what was written is put in the place of what was saved, in one step
+    4. containers that the file does not have are detached, endpoints deleted, and other containers attached
+
+Steps 1 to 3 are undone if anything fails. Step 4 takes away what was looked at before, and attaches as `graft up` does:
+what cannot be attached waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from graft.commands import saving, watcher_process
+from graft.commands.policy_apply import replace_policy, update_relay
+from graft.commands.restore import restore
+from graft.commands.up import bring_up
+from graft.errors import ConflictError, GraftError, NotFoundError, UsageError
+from graft.kernel.atomic_file import write_atomically
+from graft.kernel.credentials import require_root
+from graft.model.settings import Settings
+from graft.policy.model import Policy, PolicyError, Problem
+from graft.saved.model import SavedState, Target, outlives_boot
+from graft.saved.store import Store
+from graft.saved.text import MAX_BYTES, export_text, import_text
+from graft.splice import client as splice
+from graft.state import inventory, members
+from graft.state.endpoints import EndpointChanges
+from graft.state.installation import Installation
+from graft.state.records import Container
+from graft.state.withdrawal import withdraw
+
+
+def exported(settings: Settings) -> tuple[str, list[str]]:
+    """What is saved, as text; and a line for each file that cannot be read. Raises RefusedError."""
+    state, bad = Store(settings).read()
+    return export_text(state), [f"{one.path}: {one.reason}; left out" for one in bad]
+
+
+def export_to(path: Path, text: str) -> None:
+    """Write an export to a file that only its owner can read, in one step. Raises UsageError."""
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_export(path: Path) -> SavedState:
+    """The state in a file. Raises NotFoundError, PolicyError with every problem and its line."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode()
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} not found") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text") from None
+    if not text.strip():
+        raise UsageError(f"{path} is empty", "a file of `graft export`")
+    state = import_text(text, str(path))
+    if of_process := [one for one in state.endpoints if not outlives_boot(one)]:
+        message = "a process's namespace ends with it"
+        raise PolicyError(
+            str(path), [Problem(None, f"endpoints.{one.name}.netns", message, "a name") for one in of_process]
+        )
+    return state
+
+
+@dataclass(slots=True)
+class Imported:
+    """What an import did, by name."""
+
+    made: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+    attached: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    detached: list[str] = field(default_factory=list)
+    waiting: dict[str, str] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """A line for each kind of change that there was."""
+        lists = {
+            "endpoints made": self.made,
+            "endpoints changed": self.changed,
+            "endpoints deleted": self.deleted,
+            "attached": self.attached,
+            "policy replaced": self.replaced,
+            "detached": self.detached,
+        }
+        lines = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
+        lines += [f"{name} waits: {why}" for name, why in sorted(self.waiting.items())]
+        return lines or ["nothing to change"]
+
+
+def import_state(settings: Settings, state: SavedState) -> Imported:
+    """Make ``state`` what is saved and what is in force. Raises GraftError; nothing is changed then."""
+    require_root()
+    bring_up(settings)
+    store = Store(settings)
+    with Installation(settings) as graft:
+        graft.reap()
+        with store.locked():
+            done = _Import(graft, store, state).run()
+        done.waiting = restore(graft).waiting
+    if state.attachments:
+        watcher_process.ensure_running(settings)
+    return done
+
+
+class _Import:
+    """One import, under the lock on what is saved."""
+
+    def __init__(self, graft: Installation, store: Store, state: SavedState) -> None:
+        self._graft, self._store, self._state = graft, store, state
+        self._before = store.read()[0]
+        self._done = Imported()
+        self._undo: list[Callable[[], object]] = []
+
+    def run(self) -> Imported:
+        """Make all of it, or nothing."""
+        removed = self._removed()
+        self._refuse_deleting_used(removed)
+        put_in_place = self._store.prepare_all(self._state)
+        try:
+            self._change_endpoints()
+            self._replace_policies()
+            put_in_place()
+        except BaseException:
+            self._roll_back()
+            raise
+        for container in removed:
+            self._detach(container)
+        self._delete_endpoints()
+        return self._done
+
+    def _roll_back(self) -> None:
+        self._store.tidy()
+        for undo in reversed(self._undo):
+            with contextlib.suppress(GraftError, OSError):
+                undo()
+
+    # ---- endpoints ------------------------------------------------------------------------------
+
+    def _change_endpoints(self) -> None:
+        there = {one.endpoint.name: one for one in self._graft.endpoints.listing()}
+        for endpoint in self._state.endpoints:
+            old = there.get(endpoint.name)
+            if old is None:
+                self._under_lock(partial(EndpointChanges.add, endpoint=endpoint))
+                undo = partial(EndpointChanges.delete, name=endpoint.name, force=True)
+                self._undo.append(partial(self._under_lock, undo))
+                self._done.made.append(endpoint.name)
+            elif old.declared:
+                raise ConflictError(f"endpoints.{endpoint.name}: a policy declares it", "detach its container first")
+            elif old.endpoint != endpoint:
+                self._under_lock(partial(EndpointChanges.change, endpoint=endpoint))
+                self._undo.append(partial(self._under_lock, partial(EndpointChanges.change, endpoint=old.endpoint)))
+                self._done.changed.append(endpoint.name)
+
+    def _under_lock(self, change: Callable[[EndpointChanges], object]) -> None:
+        with self._graft.transaction() as changes:
+            change(changes.endpoints)
+
+    def _deleted(self) -> list[str]:
+        """Endpoints that were saved, and are not to be any more."""
+        kept = {one.name for one in self._state.endpoints}
+        there = self._graft.endpoints.by_name()
+        return [one.name for one in self._before.endpoints if one.name not in kept and one.name in there]
+
+    def _refuse_deleting_used(self, removed: list[Container]) -> None:
+        """Raises ConflictError if a container that stays, and is not saved, uses an endpoint that is to be deleted."""
+        gone = set(self._deleted())
+        own = {one.id for one in (*removed, *self._attached().values())}
+        for container in self._graft.containers.listing():
+            used = gone.intersection(container.endpoints)
+            if used and container.id not in own:
+                names = ", ".join(sorted(used))
+                raise ConflictError(f"{container.name} uses {names}, which the file does not have", "graft ps")
+
+    def _delete_endpoints(self) -> None:
+        for name in self._deleted():
+            self._under_lock(partial(EndpointChanges.delete, name=name, force=True))
+            self._done.deleted.append(name)
+
+    # ---- containers -----------------------------------------------------------------------------
+
+    def _attached(self) -> dict[Target, Container]:
+        """The containers that are saved and attached now."""
+        by_path = {saving.below_mount(one.cgroup_path): one for one in self._graft.containers.listing()}
+        return {one.target: by_path[one.last.cgroup] for one in self._before.attachments if one.last.cgroup in by_path}
+
+    def _removed(self) -> list[Container]:
+        kept = {one.target for one in self._state.attachments}
+        return [container for target, container in self._attached().items() if target not in kept]
+
+    def _replace_policies(self) -> None:
+        """Give each attached container the policy of the file: another may be in force than the one that was saved."""
+        before = {one.target: one.policy for one in self._before.attachments}
+        attached = self._attached()
+        for one in self._state.attachments:
+            container = attached.get(one.target)
+            if container is not None:
+                self._apply(container, one.policy)
+                self._undo.append(partial(self._apply, container, before[one.target]))
+                if before[one.target] != one.policy:
+                    self._done.replaced.append(one.target.text)
+
+    def _apply(self, container: Container, policy: Policy) -> None:
+        changed = replace_policy(self._graft, container, policy)
+        update_relay(self._graft, container, changed)
+
+    def _detach(self, container: Container) -> None:
+        """As `graft detach`: sockets that were granted are closed."""
+        graft = self._graft
+        with inventory.host_stack(graft) as stack:
+            with members.pinned(container.cgroup_path) as reachable, graft.transaction() as change:
+                change.containers.remove(container, reachable)
+            if container.is_relayed:
+                splice.detach(graft, container)
+            withdraw(graft.settings, container, stack, False)
+        self._done.detached.append(container.name)

@@ -1,0 +1,63 @@
+"""`graft up`: loads the BPF programs, and restores what is saved."""
+
+from __future__ import annotations
+
+import sys
+
+from graft.commands import watcher_process
+from graft.commands.restore import Restored, restore
+from graft.commands.stale import remove_stale
+from graft.datapath import dataplane
+from graft.errors import GraftError
+from graft.kernel.credentials import require_root
+from graft.model.printable import printable
+from graft.model.settings import Settings
+from graft.saved.store import Store
+from graft.state import restored
+from graft.state.installation import Installation
+
+
+def bring_up(settings: Settings, only_if_new: bool = False) -> Restored:
+    """Make the data plane, if it is not there, and restore what is saved and not in force.
+
+    ``only_if_new``: restore nothing where that was done already. Raises PrivilegeError, KernelError, ConflictError,
+    RefusedError.
+    """
+    require_root()
+    dataplane.up(settings)
+    with restored.only_one(settings), Installation(settings) as graft:
+        is_new = not restored.is_restored(settings)
+        if only_if_new and not is_new:
+            return Restored()
+        if is_new:
+            Store(settings).resume_all()
+            remove_stale(graft)
+        try:
+            done = restore(graft)
+        finally:
+            restored.set_restored(settings)
+    if done.state.attachments or done.problems:
+        watcher_process.ensure_running(settings)
+    return done
+
+
+def lines_of(done: Restored) -> list[str]:
+    """What an operator has to know of it."""
+    waiting = [f"{name} waits: {why}" for name, why in sorted(done.waiting.items())]
+    return [*done.set_aside, *done.problems, *waiting]
+
+
+def main() -> int:
+    """Restore for a command that found a new data plane (graft/state/restored.py)."""
+    try:
+        done = bring_up(Settings.from_environment(), only_if_new=True)
+    except GraftError as error:
+        print(printable(f"graft: not restored: {error.message}"), file=sys.stderr)
+        return error.exit_code
+    for line in (*done.set_aside, *done.problems):
+        print(printable(f"graft: {line}"), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Whether two processes are in the same place: what one does for the other happens as if the other had done it itself.
+
+Compared are ids, capabilities, namespaces, the root folder, and what confines a process besides (seccomp, a security
+module). A process must not have another one do what itself it could not; one with another view of files, processes or
+cgroups would mean others by the same names.
+
+Sources: namespaces(7), capabilities(7), proc(5), unix(7) (SO_PEERCRED).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import zlib
+from typing import NamedTuple
+
+_UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+_NAMESPACES = ("mnt", "pid", "user", "cgroup", "net", "ipc", "uts", "time")
+_RIGHTS = (b"Uid", b"CapEff", b"CapPrm", b"CapBnd", b"NoNewPrivs", b"Seccomp")
+
+
+class Surroundings(NamedTuple):
+    """Of one process: lines of its status, inodes of the namespaces that the kernel has, its root, its label."""
+
+    rights: tuple[bytes, ...]
+    namespaces: tuple[int, ...]
+    root: tuple[int, int]
+    label: bytes
+
+    @property
+    def name(self) -> str:
+        """A short name; two that have the same one may still differ."""
+        return f"{zlib.crc32(repr(tuple(self)).encode()):08x}"
+
+
+def of(process: int | str = "self") -> Surroundings:
+    """Those of a process. Raises OSError where it has ended, or is out of reach."""
+    folder = f"/proc/{process}"
+    with open(f"{folder}/status", "rb") as file:
+        status = dict(line.split(b":", 1) for line in file.read().splitlines() if b":" in line)
+    label = b""
+    with contextlib.suppress(OSError), open(f"{folder}/attr/current", "rb") as file:
+        label = file.read()
+    inodes = []
+    for name in _NAMESPACES:
+        with contextlib.suppress(FileNotFoundError):
+            inodes.append(os.stat(f"{folder}/ns/{name}").st_ino)
+    root = os.stat(f"{folder}/root/")
+    rights = tuple(status.get(name, b"") for name in _RIGHTS)
+    return Surroundings(rights, tuple(inodes), (root.st_dev, root.st_ino), label)
+
+
+def peer_pid(connection: socket.socket) -> int:
+    """The process that connected."""
+    return int(_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])

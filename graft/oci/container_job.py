@@ -1,0 +1,66 @@
+"""What children of the fork server do for the OCI runtime (quick.py): prepare a container, and be its shim."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from graft.errors import GraftError, KernelError
+from graft.kernel import cgroup, fork_messages, surroundings
+from graft.oci import arguments, main, options, shim
+from graft.oci.plan import Plan
+from graft.oci.prepare import Caller
+from graft.swap import fork_client
+
+
+def prepare_container(connection: socket.socket, request: dict[str, Any], fds: Sequence[int]) -> None:
+    """Prepare the container that a runtime is about to start. Answers with the error, if there is one."""
+    cwd, runtime = fds
+    os.fchdir(cwd)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    answer: dict[str, Any] = {}
+    try:
+        caller = Caller(cgroup.of_process(request["pid"]), runtime)
+        chosen = options.load(os.environ)
+        invocation = arguments.parse(request["words"])
+        main.prepare_if_asked(invocation, chosen, options.find_runtime(chosen), caller, _start_shim)
+    except GraftError as error:
+        answer = {"error": main.in_one_line(error)}
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    fork_messages.send(connection, answer)
+
+
+def _start_shim(plan: Plan, hook: socket.socket, listeners: socket.socket, lock: int, runtime: int) -> None:
+    """Have a new child of the server become the shim: this process has used more memory than that one will."""
+    server = fork_client.connect_to(plan.settings, surroundings.of().name)
+    if server is None:
+        shim.start(plan, hook, listeners, lock, runtime)
+        return
+    debug = os.environ.get("GRAFT_DEBUG", "")
+    with server:
+        request = {"do": "shim", "plan": pickle.dumps(plan).hex(), "debug": debug}
+        fork_messages.send(server, request, [hook.fileno(), listeners.fileno(), runtime, lock])
+        if not server.recv(1):
+            raise KernelError("cannot start the container's shim: its process has died")
+
+
+def be_shim(connection: socket.socket, request: dict[str, Any], fds: Sequence[int]) -> None:
+    """Be the shim of a container, to its end. The client is the root that this process is (fork_server.is_served)."""
+    hook, listeners, runtime, lock = fds
+    if request["debug"]:
+        os.environ["GRAFT_DEBUG"] = request["debug"]
+    plan: Plan = pickle.loads(bytes.fromhex(request["plan"]))
+    connection.send(b"+")
+    connection.close()
+    shim.serve(plan, _accepting(hook), _accepting(listeners), lock, runtime)
+
+
+def _accepting(fd: int) -> socket.socket:
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    return sock

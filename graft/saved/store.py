@@ -1,0 +1,305 @@
+"""The files of what is saved: `saved/` in the state directory, one for each endpoint and one for each attachment.
+
+    saved/endpoints/NAME       saved/attachments/HASH (of KIND:NAME)
+    set-aside/                 what could not be read
+    saved.lock                 whoever changes what is saved, or restores it, has this lock
+
+A change writes one file: first beside its place (`prepare_endpoint`, `prepare_attachment`), which is what fails on a
+full disk; then the change is made; then the file is renamed. A killed command leaves the old file or the new one.
+
+The files are root's. One that others can write is not read, and neither is a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+
+from graft.errors import KernelError, RefusedError, UsageError
+from graft.kernel.atomic_file import PreparedFile, exchange, prepare_file, sync_folder
+from graft.kernel.file_lock import locked_file
+from graft.model.endpoint import Endpoint
+from graft.model.settings import Settings
+from graft.saved import envelope
+from graft.saved.model import SavedAttachment, SavedState, Target, saved_state
+from graft.saved.values import (
+    attachment_value,
+    endpoint_file_value,
+    plain_document,
+    read_attachment,
+    read_endpoint_file,
+)
+
+T = TypeVar("T")
+
+_LOCK_SECONDS = 60.0
+"""How long to wait for other commands: one may be waiting for a container that blocks it, for some seconds."""
+
+ENDPOINTS, ATTACHMENTS = "endpoints", "attachments"
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+@dataclass(frozen=True, slots=True)
+class BadFile:
+    """A saved file that cannot be used, and why: one line without the path."""
+
+    path: Path
+    reason: str
+
+
+def file_name(target: Target) -> str:
+    """The name of an attachment's file: a path of a cgroup is longer than a file's name may be."""
+    return sha256(target.text.encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+class Store:
+    """What is saved under one state directory. Reading needs no lock: each file is replaced in one step."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._state_dir = settings.state_dir
+        self.folder = settings.state_dir / "saved"
+        self._paused = settings.run_dir / "paused"
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything was ever saved, and not forgotten since."""
+        return self.folder.exists()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock on what is saved, until the block ends or the process dies. Raises KernelError."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+                stack.enter_context(locked_file(self._state_dir / "saved.lock", _LOCK_SECONDS))
+            except OSError as error:
+                raise _unsaved(self._state_dir, error) from error
+            yield
+
+    # ---- reading --------------------------------------------------------------------------------
+
+    def read(self) -> tuple[SavedState, list[BadFile]]:
+        """All that is saved and can be read, and what cannot. Raises RefusedError if others can write the folder."""
+        bad: list[BadFile] = []
+        endpoints = [one for _, one in self._each(ENDPOINTS, _endpoint_of, bad)]
+        attachments = [one for _, one in self._each(ATTACHMENTS, _attachment_of, bad)]
+        return saved_state(endpoints, attachments), bad
+
+    def attachment(self, target: Target) -> SavedAttachment | None:
+        """That of one container; None if none is saved, or it cannot be read."""
+        try:
+            return _attachment_of(self.folder / ATTACHMENTS / file_name(target))
+        except (OSError, UsageError):
+            return None
+
+    def endpoint(self, name: str) -> Endpoint | None:
+        """The same of one endpoint."""
+        try:
+            return _endpoint_of(self.folder / ENDPOINTS / name)
+        except (OSError, UsageError):
+            return None
+
+    def _each(self, kind: str, read: Callable[[Path], T], bad: list[BadFile]) -> Iterator[tuple[Path, T]]:
+        folder = self.folder / kind
+        if not folder.exists():
+            return
+        _check_folder(self._state_dir, follow=True)  # an operator may have it elsewhere
+        for checked in (self.folder, folder):
+            _check_folder(checked)
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):  # written by a command that was killed
+                continue
+            try:
+                yield path, read(path)
+            except FileNotFoundError:  # removed just now
+                continue
+            except OSError as error:
+                bad.append(BadFile(path, f"cannot be read: {error.strerror}"))
+            except UsageError as error:
+                bad.append(BadFile(path, error.message.removeprefix(f"{path.name}: ")))
+
+    # ---- changes, under the lock ----------------------------------------------------------------
+
+    def prepare_endpoint(self, endpoint: Endpoint) -> PreparedFile:
+        """The file of an endpoint, not yet in its place. Raises KernelError."""
+        return self._prepare(self.folder / ENDPOINTS / endpoint.name, envelope.encode(endpoint_file_value(endpoint)))
+
+    def prepare_attachment(self, saved: SavedAttachment) -> PreparedFile:
+        """The same of an attachment."""
+        path = self.folder / ATTACHMENTS / file_name(saved.target)
+        return self._prepare(path, envelope.encode(attachment_value(saved)))
+
+    def _prepare(self, path: Path, data: bytes) -> PreparedFile:
+        try:
+            _check_folder(self._state_dir, follow=True)
+            _make_folders(self.folder)
+            return prepare_file(path, data, durable=True)
+        except OSError as error:
+            raise _unsaved(path, error) from error
+
+    def remove_endpoint(self, name: str) -> None:
+        """Forget an endpoint. Safe to repeat. Raises KernelError."""
+        _remove(self.folder / ENDPOINTS / name)
+
+    def remove_attachment(self, target: Target) -> None:
+        """Forget an attachment. Safe to repeat. Raises KernelError."""
+        _remove(self.folder / ATTACHMENTS / file_name(target))
+
+    def tidy(self) -> None:
+        """Remove what killed commands left, and finish what one began (graft.kernel.atomic_file.exchange)."""
+        old = self.folder.with_name("saved.old")
+        if old.exists():
+            shutil.rmtree(old, ignore_errors=True) if self.folder.exists() else old.rename(self.folder)
+        for path in (*self.folder.glob("*/.*"), self._beside):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def set_aside(self, bad: BadFile) -> str:
+        """Move a file away that cannot be used. Returns the line that says so."""
+        where = self._state_dir / "set-aside"
+        try:
+            where.mkdir(mode=0o700, exist_ok=True)
+            name = f"{bad.path.parent.name}-{bad.path.name}"
+            free = next(path for n in range(1, 1 << 20) if not (path := where / f"{name}.{n}").exists())
+            bad.path.rename(free)
+        except OSError as error:
+            return f"{bad.path}: {bad.reason}; not restored, and cannot be set aside: {error.strerror}"
+        return f"{bad.path}: {bad.reason}; set aside as {free}"
+
+    # ---- the whole ------------------------------------------------------------------------------
+
+    @property
+    def _beside(self) -> Path:
+        return self.folder.with_name("saved.new")
+
+    def prepare_all(self, state: SavedState) -> Callable[[], None]:
+        """Write all of ``state`` beside what is saved. Returns what puts it there, in one step, and removes the old.
+
+        Raises KernelError.
+        """
+        new = self._beside
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            _make_folders(new)
+            _make_folders(self.folder)
+            for endpoint in state.endpoints:
+                data = envelope.encode(endpoint_file_value(endpoint))
+                prepare_file(new / ENDPOINTS / endpoint.name, data, durable=True).commit()
+            for one in state.attachments:
+                data = envelope.encode(attachment_value(one))
+                prepare_file(new / ATTACHMENTS / file_name(one.target), data, durable=True).commit()
+        except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
+            raise _unsaved(new, error) from error
+        return self._switch
+
+    def _switch(self) -> None:
+        try:
+            exchange(self._beside, self.folder)
+            sync_folder(self._state_dir)
+        except OSError as error:
+            raise _unsaved(self.folder, error) from error
+        finally:
+            shutil.rmtree(self._beside, ignore_errors=True)
+
+    def forget_all(self) -> None:
+        """Remove all that is saved."""
+        with self.locked():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.tidy()
+            sync_folder(self._state_dir)
+
+    # ---- what is saved, and not wanted until the next `graft up` --------------------------------
+
+    def pause(self, kind: str, name: str) -> None:
+        """Do not restore it while Graft is up: it was taken away for now only (`--no-save`)."""
+        self._paused.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (self._paused / f"{kind}-{name}").touch(mode=0o600)
+
+    def resume(self, kind: str, name: str) -> None:
+        """Take `pause` back. Safe to repeat."""
+        (self._paused / f"{kind}-{name}").unlink(missing_ok=True)
+
+    def is_paused(self, kind: str, name: str) -> bool:
+        """Whether it is not to be restored."""
+        return (self._paused / f"{kind}-{name}").exists()
+
+    def resume_all(self) -> None:
+        """Take every `pause` back: a new data plane has nothing yet."""
+        shutil.rmtree(self._paused, ignore_errors=True)
+
+
+def _make_folders(folder: Path) -> None:
+    for one in (folder, folder / ENDPOINTS, folder / ATTACHMENTS):
+        if not one.exists():
+            one.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_folder(one.parent)
+        _check_folder(one)
+
+
+def _check_folder(path: Path, follow: bool = False) -> None:
+    """Raises RefusedError if another user than root and the caller can write there."""
+    if problem := _not_ours(path.stat() if follow else path.lstat()):
+        raise RefusedError(f"{path}: {problem}; nothing that is saved was read or written", f"chmod go-w {path}")
+
+
+def _not_ours(found: os.stat_result) -> str | None:
+    if stat.S_ISLNK(found.st_mode):
+        return "it is a symbolic link"
+    if found.st_uid not in (0, os.geteuid()):
+        return f"user {found.st_uid} owns it"
+    return "others can write it" if found.st_mode & _OTHERS_WRITE else None
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+        if path.parent.exists():
+            sync_folder(path.parent)
+    except OSError as error:
+        message = f"cannot remove {path}: {error.strerror}; what was removed comes back with the next `graft up`"
+        raise KernelError(message) from error
+
+
+def _unsaved(path: Path, error: OSError) -> KernelError:
+    reason = error.strerror or str(error)
+    return KernelError(f"cannot save to {path}: {reason}; nothing was changed", "--no-save changes it for this boot")
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a saved file. Raises OSError, and UsageError for one that root alone did not write."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageError(f"{path.name}: not a regular file")
+        if problem := _not_ours(found):
+            raise UsageError(f"{path.name}: {problem}")
+        return file.read(envelope.MAX_BYTES + 1)
+
+
+def _endpoint_of(path: Path) -> Endpoint:
+    document = plain_document(envelope.decode(_read(path), path.name))
+    found = read_endpoint_file(document)
+    if found is None:
+        raise UsageError(f"{path.name}: {document.problems[0].field}: {document.problems[0].message}")
+    if found.name != path.name:
+        raise UsageError(f"{path.name}: it is that of another endpoint, {found.name}")
+    return found
+
+
+def _attachment_of(path: Path) -> SavedAttachment:
+    document = plain_document(envelope.decode(_read(path), path.name))
+    found = read_attachment(document)
+    if found is None:
+        raise UsageError(f"{path.name}: {document.problems[0].field}: {document.problems[0].message}")
+    if file_name(found.target) != path.name:
+        raise UsageError(f"{path.name}: it is that of another container, {found.target.text}")
+    return found

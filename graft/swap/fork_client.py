@@ -1,0 +1,127 @@
+"""How a command gets a process that has everything loaded: a child of the fork server (graft/kernel/fork_server.py).
+
+The server is started by the first command that needs one, and ends when it has not been needed for a while. There is
+one for each kind of surroundings that commands are started in (graft/kernel/surroundings.py). A command for which there
+is none does its work by itself. Few imports: every `graft run` has this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from graft.kernel import surroundings
+from graft.model.settings import Settings
+
+NO_SERVER = "GRAFT_NO_FORK_SERVER"
+"""In the environment, not empty: each command does its work by itself."""
+MODULE = "graft_cli.fork_server"
+_INHERITED = ("PATH", "PYTHONPATH", "LANG")
+_START_SECONDS = 20.0
+LOCK = ".lock"
+
+
+def folder_of(settings: Settings) -> Path:
+    """The folder of the servers' sockets and locks, for root only."""
+    return settings.run_dir / "forks"
+
+
+def is_wanted(environment: Mapping[str, str]) -> bool:
+    """Whether a server may be used."""
+    return not environment.get(NO_SERVER)
+
+
+def connect(settings: Settings) -> socket.socket | None:
+    """A connection to the server, which is started where there is none; None where there can be none."""
+    try:
+        name = surroundings.of().name
+        found = connect_to(settings, name)
+        if found is None:
+            folder_of(settings).mkdir(mode=0o700, parents=True, exist_ok=True)
+            with lock(settings, f"{name}-start"):  # many commands at once start one
+                found = connect_to(settings, name)
+                if found is None and _start(settings, name):
+                    found = connect_to(settings, name)
+        return found
+    except OSError:
+        return None
+
+
+def connect_to(settings: Settings, name: str) -> socket.socket | None:
+    """A connection to the server of that name; None where there is none."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with address(settings, name) as path:
+            sock.connect(path)
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+@contextlib.contextmanager
+def address(settings: Settings, name: str) -> Iterator[str]:
+    """A path of that server's socket that fits into struct sockaddr_un (unix(7)), however long run_dir is."""
+    folder = os.open(folder_of(settings), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{name}"
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def lock(settings: Settings, name: str, wait: bool = True) -> Iterator[None]:
+    """Have the lock of that name, until the block ends or this process dies; its id is in the file. Raises
+    BlockingIOError.
+    """
+    fd = os.open(folder_of(settings) / f"{name}{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d" % os.getpid(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _start(settings: Settings, name: str) -> bool:
+    """Start a server, which outlives the caller and gets nothing from it but the settings; whether it is ready."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        starter = spawn(settings, ["serve", name], writer)
+    finally:
+        os.close(writer)
+    with open(reader, "rb", buffering=0) as ready:
+        poll = select.poll()
+        poll.register(ready, select.POLLIN)
+        is_ready = bool(poll.poll(_START_SECONDS * 1000)) and bool(ready.read(1))
+    os.waitpid(starter, 0)
+    return is_ready
+
+
+def spawn(settings: Settings, words: list[str], fd: int) -> int:
+    """Start the module of the server, with ``fd`` as its descriptor 3; gives its process."""
+    command, environment = command_and_environment(settings, words)
+    null, moved = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, fd, 3)
+    return os.posix_spawn(
+        command[0],
+        command,
+        environment,
+        file_actions=[null, (os.POSIX_SPAWN_DUP2, 0, 1), (os.POSIX_SPAWN_DUP2, 0, 2), moved],
+        setsigmask=(),
+        setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+        setsid=True,
+    )
+
+
+def command_and_environment(settings: Settings, words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """How to start the module of the server."""
+    inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
+    return [sys.executable, "-P", "-m", MODULE, *words], {**inherited, **settings.environment}

@@ -1,0 +1,262 @@
+"""`graft run` by way of the fork server: what runs, what it shares, and what happens when a part of it dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from graft.kernel import cgroup, surroundings
+from graft.swap import fork_client, fork_servers
+from tests.e2e.test_run import is_alive
+from tests.support.building import Programs
+from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import CLIENT4
+from tests.support.program import Program
+from tests.support.shell import run
+from tests.support.wait import until
+
+pytestmark = pytest.mark.e2e
+
+COMPILED = {"compiled": {}, "python": {"GRAFT_NO_COMPILED": "1"}}
+
+
+@pytest.fixture(params=COMPILED)
+def either(request: pytest.FixtureRequest, host: Host) -> Host:
+    """A host where what can be compiled is, or is not."""
+    return replace(host, environment=host.environment | COMPILED[request.param])
+
+
+@pytest.fixture
+def alone(host: Host) -> Iterator[Host]:
+    """A host without fork servers, before and after."""
+    fork_servers.stop_all(host.settings)
+    yield replace(host, environment=host.environment | {fork_client.NO_SERVER: "1"})
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+
+
+def words(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+
+
+def descriptors(pid: int) -> list[str]:
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def one_server(host: Host) -> int:
+    """The server of programs that are started as this process is."""
+    server = int((fork_client.folder_of(host.settings) / f"{surroundings.of().name}{fork_client.LOCK}").read_text())
+    assert server in fork_servers.running(host.settings)
+    return server
+
+
+def test_all_programs_have_one_server_and_each_a_waiter_and_a_supervisor(host: Host) -> None:
+    started = [host.start("--", "sleep", "600") for _ in range(3)]
+    supervisors = [host.supervisor(one) for one in started]
+    server = one_server(host)
+    assert [parent(one) for one in supervisors] == [server] * 3
+    assert not set(supervisors) & set(cgroup.processes(host.cgroup / "forks"))
+    assert sorted(cgroup.processes(host.cgroup / "supervisors")) == sorted(supervisors)
+    for one in started:
+        assert Path(words(one.process.pid)[0]).name == "graft-wait"
+        children = Path(f"/proc/{one.process.pid}/task/{one.process.pid}/children").read_text().split()
+        assert children == [str(one.child())]
+    server_maps, own_maps = (Path(f"/proc/{pid}/maps").read_text() for pid in (server, supervisors[0]))
+    assert "python" in server_maps and "python" in own_maps
+    for pid in (one.process.pid for one in started):
+        assert "python" not in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_supervisor_has_no_descriptor_of_another_ones(host: Host) -> None:
+    started = [host.start("--", "sleep", "600") for _ in range(3)]
+    supervisors = [host.supervisor(one) for one in started]
+    for pid in (*supervisors, one_server(host)):
+        listeners = [name for name in descriptors(pid) if "seccomp notify" in name]
+        assert len(listeners) == (pid in supervisors)
+        assert not [name for name in descriptors(pid) if name.endswith(fork_client.LOCK) and pid in supervisors]
+    assert len({cgroup.of_process(pid) for pid in supervisors}) == 3
+    for pid in supervisors:
+        assert os.getsid(pid) == pid
+        assert Path(f"/proc/{pid}/environ").read_bytes() == Path(f"/proc/{one_server(host)}/environ").read_bytes()
+
+
+def test_the_server_has_no_descriptor_of_its_clients(host: Host) -> None:
+    program = host.start("--", "sh", "-c", "echo up; cat", talk=True)
+    program.says("up")
+    before = sorted(descriptors(one_server(host)))
+    host.run([], "true")
+    assert sorted(descriptors(one_server(host))) == before
+    assert program.out.name not in before
+
+
+def test_programs_go_on_when_the_server_is_killed(either: Host, programs: Programs) -> None:
+    host = either
+    listener = host.client.listener()
+    port = listener.getsockname()[1]
+    steps = ["socket", "4", "connect", CLIENT4, port, "wait"] * 2
+    rules = ["-e", f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}", "--"]
+    program = host.start(*rules, programs["calls"], *steps, "socket", "4", "connect", CLIENT4, port, "home", talk=True)
+    program.says("connect ok")
+    first = host.supervisor(program)
+    server = one_server(host)
+    os.kill(server, signal.SIGKILL)
+    until("the server's end", lambda: server not in fork_servers.running(host.settings))
+    assert is_alive(first)
+    program.tell("\n")
+    program.until("the second connect", lambda: program.said.count("connect ok") == 2)
+    os.kill(first, signal.SIGKILL)  # the next supervisor has no server to come from
+    second = program.until("another supervisor", lambda: host.supervisor_or_0(program) not in (0, first))
+    assert second
+    program.tell("\n")
+    assert program.wait() == 0, program.complained
+    assert program.said.splitlines()[-2:] == ["connect ok", f"home {host.netns.cookie}"]
+    assert host.leftovers() == []
+    listener.close()
+
+
+def test_the_next_program_starts_another_server(host: Host) -> None:
+    host.run([], "true")
+    first = one_server(host)
+    os.kill(first, signal.SIGKILL)
+    until("the server's end", lambda: first not in fork_servers.running(host.settings))
+    host.run([], "true")
+    assert one_server(host) != first
+
+
+def test_many_at_once_start_one_server(host: Host) -> None:
+    fork_servers.stop_all(host.settings)
+    started = [host.start("--", "sh", "-c", "echo up; sleep 600") for _ in range(8)]
+    for one in started:
+        one.says("up", timeout=60)
+    assert {parent(host.supervisor(one)) for one in started} == {one_server(host)}
+
+
+def test_a_supervisor_that_dies_again_and_again_ends_its_program_alone(either: Host) -> None:
+    host = either
+    other, program = host.start("--", "sleep", "600"), host.start("--", "sleep", "600")
+    host.supervisor(other)
+    host.supervisor(program)
+    container = host.container(program)
+    killed: set[int] = set()
+
+    def kill_again() -> bool:
+        if program.process.poll() is None and (found := host.supervisor_or_0(program)) and found not in killed:
+            killed.add(found)
+            os.kill(found, signal.SIGKILL)
+        return program.process.poll() is not None
+
+    until("its end", kill_again, timeout=60)
+    assert program.process.returncode == 6
+    assert program.complained == f"graft: the supervisor of {container.name} died 10 times in a row\n"
+    assert other.process.poll() is None and is_alive(host.supervisor(other))
+    other.stop()
+    assert host.leftovers() == []
+
+
+def test_without_a_server_a_program_runs_as_well(alone: Host) -> None:
+    program = alone.start("--", "sh", "-c", "echo up; read word; exit 5", talk=True)
+    program.says("up")
+    assert parent(alone.supervisor(program)) == program.process.pid
+    assert fork_servers.running(alone.settings) == []
+    program.tell("\n")
+    assert program.wait() == 5
+    assert alone.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    "confined",
+    [
+        ["setpriv", "--bounding-set=-sys_boot", "--"],
+        ["setpriv", "--no-new-privs", "--"],
+        ["unshare", "--uts", "--"],
+        ["unshare", "--ipc", "--"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_who_is_not_as_the_server_is_gets_nothing_from_it(host: Host, confined: list[str]) -> None:
+    host.run([], "true")
+    ordinary = one_server(host)
+    program = host.start_command([*confined, str(GRAFT), "run", "--", "sleep", "600"])
+    assert parent(host.supervisor(program)) != ordinary
+    program.stop()
+
+
+def test_a_request_over_somebody_elses_connection_is_refused(host: Host) -> None:
+    """By the name of the server alone anybody of root's could connect: who connected is looked at."""
+    host.run([], "true")
+    script = (
+        "import sys; from graft.kernel import fork_messages; from graft.swap import fork_client;"
+        "from graft.model.settings import Settings;"
+        "sock = fork_client.connect_to(Settings.from_environment(), sys.argv[1]);"
+        "fork_messages.send(sock, {'do': 'end'}); print(fork_messages.receive(sock)[0])"
+    )
+    python = [str(GRAFT.with_name("python")), "-P", "-c", script, surroundings.of().name]
+    said = run(["unshare", "--uts", "--", *python], environment=host.environment, status=0).stdout
+    assert said == "{'refused': 'surroundings'}\n"
+
+
+def test_a_policy_may_come_from_a_descriptor(host: Host) -> None:
+    port = host.port()
+    policy = f"endpoints: {{web: '0.0.0.0:{port}'}}\\ningress: [{{bind: '*:80', endpoint: web}}]\\n"
+    script = f'exec {GRAFT} run --policy <(printf "name: x\\n{policy}") -- echo ran'
+    assert run(["bash", "-c", script], environment=host.environment, status=0).stdout == "ran\n"
+
+
+def test_a_relative_policy_is_that_of_the_working_directory(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "here.yaml").write_text("name: here\n")
+    script = f"cd {tmp_path} && exec {GRAFT} run --policy here.yaml -- pwd"
+    assert run(["bash", "-c", script], environment=host.environment, status=0).stdout == f"{tmp_path}\n"
+
+
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(host: Host, closing: str, tmp_path: Path) -> None:
+    script = f"{GRAFT} run -- sh -c 'exit 3' {closing}"
+    assert subprocess.run(["bash", "-c", script], env={**os.environ, **host.environment}).returncode == 3
+
+
+def test_a_server_whose_files_were_replaced_ends_and_another_one_serves(host: Host) -> None:
+    host.run([], "true")
+    first = one_server(host)
+    module = Path(fork_client.__file__).with_name("call_log.py")
+    os.utime(module)
+    host.run([], "true")
+    assert one_server(host) != first
+
+
+def test_down_ends_the_server(bare_host: Host) -> None:
+    bare_host.run([], "true")
+    server = one_server(bare_host)
+    bare_host.graft("down")
+    assert not is_alive(server)
+    assert not bare_host.cgroup.exists()
+
+
+def test_killing_the_process_that_prepares_leaves_nothing(host: Host) -> None:
+    """It waits for the installation's lock here."""
+    host.run([], "true")
+
+    forks = host.cgroup / "forks"
+    before = set(cgroup.processes(forks))
+    with host.installation.transaction():
+        program: Program = host.start("--", "sleep", "600")
+        path = host.cgroup / f"run-{program.process.pid}"
+        program.until("the program's process", lambda: cgroup.processes(path))
+        (preparing,) = set(cgroup.processes(forks)) - before
+        os.kill(preparing, signal.SIGKILL)
+    assert program.wait() == 1
+    assert "has died" in program.complained
+    until("nothing left", lambda: not host.leftovers())

@@ -1,0 +1,118 @@
+"""What `graft run` becomes: small, and the same in C and in Python."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import socket
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graft.swap import waiter
+from tests.support.wait import until
+
+FILE = Path(waiter.__file__)
+COMPILED = FILE.with_name("graft-wait")
+SMALL = {"sys", "posix", "time", "_signal", "_socket", "fcntl", "select", "resource"}
+WAYS = [[sys.executable, "-I", "-S", str(FILE)], *([[str(COMPILED)]] if COMPILED.exists() else [])]
+
+
+def state(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Of a program that needs no supervisor, where no fork server listens and none can be started."""
+    return {
+        "name": b"web",
+        "folder": os.fsencode(folder),
+        "server": b"none",
+        "start": b"start",
+        "end": b"end",
+        "command": [b"/bin/false"],
+        "environment": [b"A=b"],
+        "program": 0,
+        **dict.fromkeys(waiter.DESCRIPTORS, -1),
+        **changes,
+    }
+
+
+def test_it_imports_nothing_that_is_written_in_python() -> None:
+    top = ast.parse(FILE.read_text()).body
+    imported = {name.name for node in top if isinstance(node, ast.Import) for name in node.names}
+    assert imported <= SMALL
+    assert not [node for node in top if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in imported if Path(sysconfig.get_path("stdlib"), f"{name}.py").exists()]
+
+
+def test_its_state_is_read_as_it_was_written(tmp_path: Path) -> None:
+    wanted = state(tmp_path, name=b"\xff\0 n", command=[b"a", b"", b"b c"], environment=[])
+    found = waiter.decoded(waiter.encoded(wanted))
+    assert found == {name: wanted[name] for name in (*waiter.TEXTS, *waiter.LISTS)}
+
+
+class Started:
+    """A waiter for a shell script, and what the fork server would be for it."""
+
+    def __init__(self, way: list[str], folder: Path, script: str) -> None:
+        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listening.bind(str(folder / "server"))
+        self._listening.listen()
+        self._listening.settimeout(30)
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(way, folder, script)
+
+    def end(self, answer: bytes) -> int:
+        """Answer its request for the end; gives its exit status."""
+        connection, _ = self._listening.accept()
+        with connection, self._listening:
+            assert connection.recv(100) == b"end"
+            connection.sendall(answer)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def _become(way: list[str], folder: Path, script: str) -> None:
+    try:
+        mask = waiter.block_signals()
+        program = os.fork()
+        if program == 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.execv("/bin/sh", ["sh", "-c", script])
+        file = os.memfd_create("state", 0)
+        os.write(file, waiter.encoded(state(folder, server=b"server")))
+        os.execv(way[0], [*way, *map(str, (file, program, *[-1] * len(waiter.DESCRIPTORS)))])
+    finally:
+        os._exit(99)
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: Path(way[0]).name)
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Started]:
+    """Starts one for a shell script."""
+    return lambda script: Started(request.param, tmp_path, script)
+
+
+@pytest.mark.parametrize(
+    ("script", "status"), [("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -TERM $$", -15), ("kill -9 $$", -9)]
+)
+def test_it_ends_as_the_program_did(start: Callable[[str], Started], script: str, status: int) -> None:
+    assert start(script).end(b"\0") == status
+
+
+def test_a_failure_to_remove_the_container_is_its_status(start: Callable[[str], Started]) -> None:
+    assert start("exit 0").end(b"\4") == 4
+
+
+def test_where_nobody_can_remove_the_container_that_is_a_failure(start: Callable[[str], Started]) -> None:
+    assert start("exit 0").end(b"") == waiter.FAILED
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGRTMIN + 3])
+def test_it_passes_signals_on(start: Callable[[str], Started], tmp_path: Path, signum: int) -> None:
+    script = f"trap 'exit 9' {int(signum)}; touch {tmp_path}/ready; while :; do sleep 0.02; done"
+    started = start(script)
+    until("the program is ready", (tmp_path / "ready").exists)
+    os.kill(started.pid, signum)
+    assert started.end(b"\0") == 9
