@@ -75,6 +75,7 @@ def serve(settings: Settings, name: str, ready: int) -> None:
 
     def do_if_served(connection: socket.socket) -> None:
         if fork_server.is_served(connection, own):
+            process.set_oom_score(process.oom_score(surroundings.peer_pid(connection)))
             jobs.do(connection)
         else:
             fork_messages.send(connection, {"refused": "surroundings"})
@@ -116,7 +117,9 @@ def main() -> NoReturn:
         if sys.argv[1] == "serve":
             serve(Settings.from_environment(), sys.argv[2], 3)
         else:
-            Jobs().do(socket.socket(fileno=3))
+            jobs, connection = Jobs(), socket.socket(fileno=3)
+            connection.send(fork_messages.HELLO)
+            jobs.do(connection)
         code = 0
     finally:
         os._exit(code)

@@ -42,12 +42,14 @@ def try_run(words: Sequence[str]) -> None:
         return
     settings = Settings.from_environment()
     for _ in range(2):
-        connection = fork_client.connect(settings)
-        if connection is None:
-            return
         try:
+            connection = fork_client.connect(settings)
+            if connection is None:
+                return
             with connection:
                 _Client(connection).run(words)
+        except KeyboardInterrupt:
+            process.die_by_signal(signal.SIGINT)
         except _NotServed as error:
             if error.reason != OUTDATED:
                 return
@@ -76,9 +78,6 @@ class _Client:
         try:
             self._ask(words)
             message, _ = fork_messages.receive(self._connection)
-        except KeyboardInterrupt:
-            process.die_by_signal(signal.SIGINT)
-            raise
         except (EOFError, OSError, ValueError):
             raise _NotServed from None
         if "refused" in message:

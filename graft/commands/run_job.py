@@ -173,14 +173,17 @@ def _go(
 
 
 def _start_supervisor(settings: Settings, name: str, request: bytes, fds: list[int]) -> tuple[socket.socket, int]:
-    """Start a supervisor as a child of the server: a socket that hangs up when it dies, and its pidfd."""
+    """Start a supervisor, as a child of the server if that is possible: a socket that hangs up when it dies, and its
+    pidfd.
+    """
     ours, theirs = socket.socketpair()
-    server = fork_client.connect_to(settings, name)
-    if server is None:
-        raise KernelError("cannot start a supervisor: the fork server has ended", "try again")
-    with server, theirs:
-        fork_messages.send_encoded(server, request, [*fds, theirs.fileno(), 2])
-        answer, received, _, _ = socket.recv_fds(server, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    with theirs:
+        try:
+            with fork_client.connect_to(settings, name) or fork_client.connect_to_another(settings) as server:
+                fork_messages.send_encoded(server, request, [*fds, theirs.fileno(), 2])
+                answer, received, _, _ = socket.recv_fds(server, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            raise KernelError(f"cannot start a supervisor: {error.strerror or error}") from error
     if not answer or not received:
         raise KernelError("cannot start a supervisor: its process has died")
     return ours, received[0]

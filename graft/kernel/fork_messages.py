@@ -18,6 +18,8 @@ MAX_BYTES = 32 << 20
 of one.
 """
 MAX_DESCRIPTORS = 8
+HELLO = b"+"
+"""What comes before any message: somebody is there for this connection."""
 
 
 def encode(message: dict[str, Any]) -> bytes:

@@ -7,6 +7,9 @@
 A child shares the server's memory until one of the two writes to it. It has nothing else of the server's, nor of other
 clients: no descriptor but its connection, no lock, no signal handler. The server reads nothing that a client sends, so
 that no client can keep it from the others; it has no maps, no threads and no state. When it dies, its children go on.
+
+A child says HELLO first, and its client asks for nothing before that: a server that is stopped forks none, and the
+client, which does without it then, must not have left a request with it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import time
 from collections.abc import Callable
 
 from graft.kernel import process, surroundings
+from graft.kernel.fork_messages import HELLO
 from graft.kernel.surroundings import Surroundings
 
 Job = Callable[[socket.socket], None]
@@ -72,6 +76,7 @@ class Server:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             process.close_all_but({connection.fileno()})
             connection.setblocking(True)
+            connection.send(HELLO)
             self._job(connection)
             code = 0
         finally:

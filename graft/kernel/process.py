@@ -99,6 +99,18 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def oom_score(pid: int) -> bytes:
+    """How likely the kernel kills a process when there is no memory: its oom_score_adj (proc(5)). Raises OSError."""
+    with open(f"/proc/{pid}/oom_score_adj", "rb") as file:
+        return file.read()
+
+
+def set_oom_score(score: bytes) -> None:
+    """Give the calling process what `oom_score` gave, if it may have that (lower: by CAP_SYS_RESOURCE only)."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "wb") as file:
+        file.write(score)
+
+
 def close_all_but(keep: Iterable[int]) -> None:
     """Close every descriptor above 2 that is not in ``keep``. For a new child that shares nothing with its parent."""
     first = 3

@@ -1,10 +1,10 @@
 """Whether two processes are in the same place: what one does for the other happens as if the other had done it itself.
 
-Compared are ids, capabilities, namespaces, the root folder, and what confines a process besides (seccomp, a security
-module). A process must not have another one do what itself it could not; one with another view of files, processes or
-cgroups would mean others by the same names.
+Compared are ids, capabilities, namespaces, the root folder, hard limits, and what confines a process besides (seccomp,
+a security module). A process must not have another one do what itself it could not; one with another view of files,
+processes or cgroups would mean others by the same names; one with lower limits could not do as much.
 
-Sources: namespaces(7), capabilities(7), proc(5), unix(7) (SO_PEERCRED).
+Sources: namespaces(7), capabilities(7), proc(5), unix(7) (SO_PEERCRED), proc_pid_limits() in fs/proc/base.c.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from typing import NamedTuple
 
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _NAMESPACES = ("mnt", "pid", "user", "cgroup", "net", "ipc", "uts", "time")
+_HARD = slice(47, 67)  # the third column, "%-25s %-20s %-20s %-10s\n"
 _RIGHTS = (b"Uid", b"CapEff", b"CapPrm", b"CapBnd", b"NoNewPrivs", b"Seccomp")
 
 
 class Surroundings(NamedTuple):
-    """Of one process: lines of its status, inodes of the namespaces that the kernel has, its root, its label."""
+    """Of one process: lines of its status, inodes of the namespaces that the kernel has, its root, its label, and the
+    hard limits of its resources.
+    """
 
     rights: tuple[bytes, ...]
     namespaces: tuple[int, ...]
     root: tuple[int, int]
     label: bytes
+    limits: tuple[bytes, ...]
 
     @property
     def name(self) -> str:
@@ -49,7 +53,12 @@ def of(process: int | str = "self") -> Surroundings:
             inodes.append(os.stat(f"{folder}/ns/{name}").st_ino)
     root = os.stat(f"{folder}/root/")
     rights = tuple(status.get(name, b"") for name in _RIGHTS)
-    return Surroundings(rights, tuple(inodes), (root.st_dev, root.st_ino), label)
+    return Surroundings(rights, tuple(inodes), (root.st_dev, root.st_ino), label, _hard_limits(folder))
+
+
+def _hard_limits(folder: str) -> tuple[bytes, ...]:
+    with open(f"{folder}/limits", "rb") as file:
+        return tuple(line[_HARD].strip() for line in file.read().splitlines()[1:])
 
 
 def peer_pid(connection: socket.socket) -> int:

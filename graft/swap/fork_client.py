@@ -2,7 +2,7 @@
 
 The server is started by the first command that needs one, and ends when it has not been needed for a while. There is
 one for each kind of surroundings that commands are started in (graft/kernel/surroundings.py). A command for which there
-is none does its work by itself. Few imports: every `graft run` has this module.
+is none, or that gets no answer from it, does its work by itself. Few imports: every `graft run` has this module.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from graft.kernel import surroundings
+from graft.kernel.fork_messages import HELLO
 from graft.model.settings import Settings
 
 NO_SERVER = "GRAFT_NO_FORK_SERVER"
@@ -25,7 +27,10 @@ NO_SERVER = "GRAFT_NO_FORK_SERVER"
 MODULE = "graft_cli.fork_server"
 _INHERITED = ("PATH", "PYTHONPATH", "LANG")
 _START_SECONDS = 20.0
+_HELLO_SECONDS = 20.0  # many clients at once have to wait for each other
+_LOOK_MILLISECONDS = 100
 LOCK = ".lock"
+_LOCK_PAUSE = 0.005
 
 
 def folder_of(settings: Settings) -> Path:
@@ -47,7 +52,7 @@ def connect(settings: Settings) -> socket.socket | None:
             folder_of(settings).mkdir(mode=0o700, parents=True, exist_ok=True)
             with lock(settings, f"{name}-start"):  # many commands at once start one
                 found = connect_to(settings, name)
-                if found is None and _start(settings, name):
+                if found is None and not _is_there(settings, name) and _start(settings, name):
                     found = connect_to(settings, name)
         return found
     except OSError:
@@ -55,15 +60,47 @@ def connect(settings: Settings) -> socket.socket | None:
 
 
 def connect_to(settings: Settings, name: str) -> socket.socket | None:
-    """A connection to the server of that name; None where there is none."""
+    """A connection to a child of the server of that name; None where there is none, or the server forks none."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with address(settings, name) as path:
+            sock.setblocking(False)  # not to wait until a server that is stopped accepts others
             sock.connect(path)
+            sock.setblocking(True)
+        if _is_answered(sock):
+            return sock
     except OSError:
-        sock.close()
-        return None
-    return sock
+        pass
+    sock.close()
+    return None
+
+
+def connect_to_another(settings: Settings) -> socket.socket:
+    """A connection to a process that is started for it alone, and does what a child of the server would. Raises OSError."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        starter = spawn(settings, ["serve-one"], theirs.fileno())
+    os.waitpid(starter, 0)
+    if not _is_answered(ours):
+        ours.close()
+        raise OSError("no process can be started")
+    return ours
+
+
+def _is_answered(sock: socket.socket) -> bool:
+    """Whether somebody is there for this connection: not where the process that listens is stopped. Raises OSError."""
+    server, deadline = surroundings.peer_pid(sock), time.monotonic() + _HELLO_SECONDS
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    while not poll.poll(_LOOK_MILLISECONDS):
+        if time.monotonic() > deadline or _is_stopped(server):
+            return False
+    return sock.recv(1) == HELLO
+
+
+def _is_stopped(pid: int) -> bool:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b") ")[2][:1] in (b"T", b"t")
 
 
 @contextlib.contextmanager
@@ -79,16 +116,39 @@ def address(settings: Settings, name: str) -> Iterator[str]:
 @contextlib.contextmanager
 def lock(settings: Settings, name: str, wait: bool = True) -> Iterator[None]:
     """Have the lock of that name, until the block ends or this process dies; its id is in the file. Raises
-    BlockingIOError.
+    BlockingIOError, with ``wait`` after a time: who has it may be stopped.
     """
     fd = os.open(folder_of(settings) / f"{name}{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        _lock(fd, time.monotonic() + (_START_SECONDS if wait else 0))
         os.ftruncate(fd, 0)
         os.pwrite(fd, b"%d" % os.getpid(), 0)
         yield
     finally:
         os.close(fd)
+
+
+def _is_there(settings: Settings, name: str) -> bool:
+    """Whether there is a server of that name, whatever it does: another one could not be."""
+    fd = os.open(folder_of(settings) / f"{name}{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _lock(fd: int, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_LOCK_PAUSE)
 
 
 def _start(settings: Settings, name: str) -> bool:

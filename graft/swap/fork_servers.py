@@ -32,7 +32,7 @@ def stop_all(settings: Settings) -> None:
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             try:
-                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # also one that is stopped; it has nothing to end
                 poll = select.poll()
                 poll.register(pidfd, select.POLLIN)
                 poll.poll(_TIMEOUT * 1000)

@@ -31,6 +31,9 @@ TEXTS = ("name", "folder", "server", "start", "end")
 LISTS = ("command", "environment")
 NOT_COMPILED = b"GRAFT_NO_COMPILED"
 """In the environment, not empty: this file serves, compiled or not."""
+HELLO = b"+"
+"""As in graft/kernel/fork_messages.py."""
+HELLO_SECONDS, LOOK_MILLISECONDS = 20.0, 100
 FAILED = 6  # the exit status of graft.errors.KernelError
 
 
@@ -121,6 +124,8 @@ class Waiter:
             except OSError:
                 continue
             try:
+                if not is_answered(sock):
+                    continue
                 sent = sock.sendmsg([request], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed(fds))])
                 if sent < len(request):
                     sock.sendall(request[sent:])
@@ -138,7 +143,9 @@ class Waiter:
         opened = posix.open(self.state["folder"], posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
         try:
             sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+            sock.setblocking(False)  # not to wait until a server that is stopped accepts others
             sock.connect(b"/proc/self/fd/%d/%b" % (opened, self.state["server"]))
+            sock.setblocking(True)
             return sock
         finally:
             posix.close(opened)
@@ -154,6 +161,27 @@ class Waiter:
         theirs.close()
         posix.waitpid(pid, 0)  # it leaves a child
         return ours
+
+
+def is_answered(sock: _socket.socket) -> bool:
+    """Whether somebody is there for this connection: not where the process that listens is stopped."""
+    peer = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+    server, deadline = int.from_bytes(peer[:4], sys.byteorder), time.monotonic() + HELLO_SECONDS
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    while not poll.poll(LOOK_MILLISECONDS):
+        if time.monotonic() > deadline or is_stopped(server):
+            return False
+    return sock.recv(1) == HELLO
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped."""
+    fd = posix.open(f"/proc/{pid}/stat", posix.O_RDONLY | posix.O_CLOEXEC)
+    try:
+        return posix.read(fd, 4096).rpartition(b") ")[2][:1] in (b"T", b"t")
+    finally:
+        posix.close(fd)
 
 
 def packed(fds: list[int]) -> bytes:

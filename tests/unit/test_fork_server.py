@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 
 from graft.kernel import fork_messages, fork_server, surroundings
 from graft.kernel.fork_server import Server
+from graft.model.settings import Settings
+from graft.swap import fork_client
 from tests.support.wait import until
 
 
@@ -42,7 +46,12 @@ def connected(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(20)
     sock.connect(str(path))
+    assert sock.recv(1) == fork_messages.HELLO
     return sock
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
 def say_descriptors(connection: socket.socket) -> None:
@@ -112,6 +121,40 @@ def test_it_ends_when_nobody_needs_it_and_not_before(tmp_path: Path) -> None:
         )
 
 
+def echo(connection: socket.socket) -> None:
+    fork_messages.send(connection, fork_messages.receive(connection)[0])
+
+
+def test_a_client_of_a_server_that_is_stopped_is_told_so_and_has_asked_for_nothing(tmp_path: Path) -> None:
+    settings = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path)})
+    fork_client.folder_of(settings).mkdir()
+    path = fork_client.folder_of(settings) / "s"
+    with serving(path, echo) as server:
+        connected(path).close()  # now it is the process that listens
+        os.kill(server, signal.SIGSTOP)
+        until("it is stopped", lambda: is_stopped(server))
+        before = time.monotonic()
+        for _ in range(3):
+            assert fork_client.connect_to(settings, "s") is None
+        assert time.monotonic() - before < 5
+        os.kill(server, signal.SIGCONT)
+        connection = fork_client.connect_to(settings, "s")
+        assert connection is not None
+        with connection:
+            fork_messages.send(connection, {"said": True})
+            assert fork_messages.receive(connection)[0] == {"said": True}
+
+
+def test_where_somebody_has_the_lock_to_start_a_server_nobody_waits_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path)})
+    fork_client.folder_of(settings).mkdir()
+    monkeypatch.setattr(fork_client, "_START_SECONDS", 0.2)
+    with fork_client.lock(settings, f"{surroundings.of().name}-start"):
+        assert fork_client.connect(settings) is None
+
+
 def test_a_message_arrives_with_its_descriptors_and_any_bytes() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -164,10 +207,21 @@ def test_only_who_is_as_the_server_is_gets_served() -> None:
     with ours, theirs:
         own = surroundings.of()
         assert fork_server.is_served(theirs, own)
-        for field, value in (("root", (1, 2)), ("namespaces", (1,)), ("rights", (b"0",)), ("label", b"confined")):
+        for field, value in (("root", (1, 2)), ("namespaces", (1,)), ("rights", (b"0",)), ("label", b"confined"), ("limits", (b"0",))):
             other = own._replace(**{field: value})  # type: ignore[arg-type]
             assert not fork_server.is_served(theirs, other)
             assert other.name != own.name
+
+
+def test_hard_limits_are_among_what_is_compared() -> None:
+    script = "from graft.kernel import surroundings; print(surroundings.of().name)"
+    names = [
+        subprocess.run(
+            ["prlimit", f"--nofile={limits}", sys.executable, "-P", "-c", script], capture_output=True, check=True
+        ).stdout
+        for limits in ("100:200", "50:200", "100:150")
+    ]
+    assert names[0] == names[1] != names[2]
 
 
 @pytest.mark.parametrize("lines", [(b"CapEff", b"CapBnd"), (b"Seccomp", b"NoNewPrivs"), (b"Uid",)])

@@ -8,12 +8,14 @@ import signal
 import socket
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from graft.kernel import fork_messages
 from graft.swap import waiter
 from tests.support.wait import until
 
@@ -69,9 +71,11 @@ class Started:
         """Answer its request for the end; gives its exit status."""
         connection, _ = self._listening.accept()
         with connection, self._listening:
+            connection.sendall(waiter.HELLO)
             assert connection.recv(100) == b"end"
             connection.sendall(answer)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
 
 
 def _become(way: list[str], folder: Path, script: str) -> None:
@@ -103,6 +107,33 @@ def test_it_ends_as_the_program_did(start: Callable[[str], Started], script: str
 
 def test_a_failure_to_remove_the_container_is_its_status(start: Callable[[str], Started]) -> None:
     assert start("exit 0").end(b"\4") == 4
+
+
+def test_the_hello_is_the_servers() -> None:
+    assert waiter.HELLO == fork_messages.HELLO
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: Path(way[0]).name)
+def test_a_server_that_is_stopped_is_not_waited_for(way: list[str], tmp_path: Path) -> None:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(str(tmp_path / "server"))
+    server = os.fork()
+    if server == 0:
+        listening.listen()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    os.waitpid(server, os.WUNTRACED)
+    before = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        _become(way, tmp_path, "exit 0")
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == waiter.FAILED  # nor could another one be started
+        assert time.monotonic() - before < 10
+    finally:
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
+        listening.close()
 
 
 def test_where_nobody_can_remove_the_container_that_is_a_failure(start: Callable[[str], Started]) -> None:

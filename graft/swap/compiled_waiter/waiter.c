@@ -29,8 +29,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_RESTARTS = 10, FAILED = 6 /* graft.errors.KernelError */ };
-static const double IN_SECONDS = 5.0;
+enum { MAX_RESTARTS = 10, LOOK_MILLISECONDS = 100, HELLO = '+', FAILED = 6 /* graft.errors.KernelError */ };
+static const double IN_SECONDS = 5.0, HELLO_SECONDS = 20.0;
 
 struct text {
 	char *bytes; /* ends with 0, which does not count */
@@ -105,13 +105,22 @@ static void load(int fd)
 	close(fd);
 }
 
+static double now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return time.tv_sec + time.tv_nsec / 1e9;
+}
+
 /* ---- requests -------------------------------------------------------------------------------------- */
 
 static int connect_to_server(void)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	int opened = open(folder.bytes, O_PATH | O_DIRECTORY | O_CLOEXEC);
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	/* not to wait until a server that is stopped accepts others */
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
 	/* short enough, however long the folder's path is */
 	snprintf(address.sun_path, sizeof(address.sun_path), "/proc/self/fd/%d/%s", opened, server.bytes);
@@ -119,6 +128,8 @@ static int connect_to_server(void)
 		close(fd);
 		fd = -1;
 	}
+	if (fd >= 0)
+		fcntl(fd, F_SETFL, 0);
 	if (opened >= 0)
 		close(opened);
 	return fd;
@@ -155,6 +166,41 @@ static int spawn_server(void)
 	while (waitpid(pid, NULL, 0) < 0 && errno == EINTR)
 		;
 	return ends[0];
+}
+
+static int is_stopped(pid_t pid)
+{
+	char path[32], text[512], *name_end;
+	ssize_t size;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	size = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	if (size <= 0)
+		return 0;
+	text[size] = 0;
+	name_end = strrchr(text, ')');
+	return name_end && (!strncmp(name_end, ") T", 3) || !strncmp(name_end, ") t", 3));
+}
+
+/* Whether somebody is there for this connection: not where the process that listens is stopped. */
+static int is_answered(int fd)
+{
+	struct pollfd polled = {.fd = fd, .events = POLLIN};
+	struct ucred peer = {0};
+	socklen_t size = sizeof(peer);
+	double deadline = now() + HELLO_SECONDS;
+	char hello;
+
+	getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size);
+	while (poll(&polled, 1, LOOK_MILLISECONDS) <= 0)
+		if (is_stopped(peer.pid) || now() > deadline)
+			return 0;
+	return recv(fd, &hello, 1, 0) == 1 && hello == HELLO;
 }
 
 /* The answer, one byte, to a request with descriptors; -1 where there is none. *received is a descriptor that came. */
@@ -202,7 +248,8 @@ static int ask(struct text request, const int *fds, size_t count, int *received)
 		int fd = ways[way]();
 
 		if (fd >= 0) {
-			answer = ask_at(fd, request, fds, count, received);
+			if (is_answered(fd))
+				answer = ask_at(fd, request, fds, count, received);
 			close(fd);
 		}
 	}
@@ -223,14 +270,6 @@ static int has_died(void)
 	struct pollfd polled = {.fd = control};
 
 	return control >= 0 && poll(&polled, 1, 0) > 0;
-}
-
-static double now(void)
-{
-	struct timespec time;
-
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return time.tv_sec + time.tv_nsec / 1e9;
 }
 
 /* Note a start; whether there were too many of late. */
