@@ -82,8 +82,10 @@ def attach(settings: Settings, path: Path, container: int, splice: bool = False,
                 if bpf.prog_id(fd) not in bpf.prog_ids(cgroup_fd, kind):
                     _attach_one(cgroup_fd, fd, kind, program.function if replaces else None)
                     done.append((fd, kind))
-                if fd == programs[0][0]:
+                if replaces and fd == programs[0][0]:
                     set_scope(settings, path, container)
+            if not replaces:
+                set_scope(settings, path, container)
         except OSError as error:
             for fd, kind in done:
                 bpf.prog_detach(cgroup_fd, fd, kind)
