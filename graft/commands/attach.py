@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from graft.commands import saving
 from graft.commands.policy_apply import refuse_in_splice, replace_policy, update_relay
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
-from graft.errors import NotFoundError, RefusedError
+from graft.errors import ConflictError, NotFoundError, RefusedError
 from graft.kernel import netns
 from graft.model.settings import Settings
 from graft.model.transport import Transport
@@ -27,6 +28,7 @@ from graft.state.inventory import ContainerSocket, Existing
 from graft.state.records import Container
 
 NO_SOCKETS = Existing(())
+_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +66,40 @@ def attach(
     boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
     """
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
-    with saving.alone(graft.settings, save):  # nobody restores it meanwhile
-        return attach_target(graft, target, policy, wanted, relay, wanted, save)
+    for _ in range(_TRIES):
+        seen = look_at(graft, target, wanted, relay)
+        with saving.alone(graft.settings, save):  # nobody restores it meanwhile
+            if seen.is_current(graft):
+                return attach_seen(graft, seen, policy, relay, wanted, save)
+    raise ConflictError("cgroup: others attach and detach it at the same time", "try again")
 
 
-def attach_target(
-    graft: Installation,
-    target: FoundContainer,
-    policy: Policy,
-    wanted: Transport | None = None,
-    relay: str | None = None,
-    asked: Transport | None = None,
-    save: bool = False,
-) -> Attached:
-    """The same for a container that was found, under the lock on what is saved, if anything is or is to be.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A container as it was when it was looked at, which takes as long as it likes to have it take: under no lock.
 
-    ``asked`` is the transport that is saved as the operator's.
+    ``record`` is there if it was attached then; ``attached``, if its cgroup was there too.
     """
+
+    target: FoundContainer
+    record: Container | None
+    attached: Container | None
+    pids: tuple[int, ...]
+    observed: Observed
+    choice: TransportChoice
+    existing: Existing | None
+
+    def is_current(self, graft: Installation) -> bool:
+        """Whether nobody has attached it since, detached it, or replaced its policy."""
+        return _record_at(graft, self.target.cgroup) == self.record
+
+
+def look_at(
+    graft: Installation, target: FoundContainer, wanted: Transport | None = None, relay: str | None = None
+) -> Seen:
+    """What `attach_seen` has to know of a container. Raises NotFoundError, RefusedError, KernelError."""
     graft.reap()
+    record = _record_at(graft, target.cgroup)
     attached = graft.containers.at(target.cgroup)
     inside = members.inside(target.cgroup)
     observed = observe(graft.settings, inside.pids, attached)
@@ -89,21 +107,51 @@ def attach_target(
     if relay is not None:
         _check_relay(graft.settings, choice, relay)
     existing: Existing | None = NO_SOCKETS
+    if attached is None:
+        refuse_below(target.cgroup)
+        if choice.transport is not Transport.SPLICE:
+            existing = inventory.host_sockets_of(graft.settings, inside)
+    return Seen(target, record, attached, inside.pids, observed, choice, existing)
+
+
+def _record_at(graft: Installation, path: Path) -> Container | None:
+    return next((one for one in graft.containers.listing() if one.cgroup == str(path)), None)
+
+
+def attach_seen(
+    graft: Installation,
+    seen: Seen,
+    policy: Policy,
+    relay: str | None = None,
+    asked: Transport | None = None,
+    save: bool = False,
+) -> Attached:
+    """Attach a container that was looked at and `is_current`, under the lock on what is saved, if anything is or is to
+    be.
+
+    ``asked`` is the transport that is saved as the operator's.
+    """
+    target, choice = seen.target, seen.choice
     cut_off: tuple[ContainerSocket, ...] = ()
     saved = saving.of_attached(target, policy, choice.transport, asked, relay) if save else None
     with saving.attachment(graft.settings, saved):
-        if attached is not None:
-            container = _replace_policy(graft, target, attached, choice, policy, relay)
+        if seen.attached is not None:
+            container = _replace_policy(graft, target, seen.attached, choice, policy, relay)
         elif choice.transport is Transport.SPLICE:
-            container = _attach_splice(graft, target, inside.pids, policy, relay or "splice")
+            container = _attach_splice(graft, target, seen.pids, policy, relay or "splice")
         else:
-            existing = inventory.host_sockets_of(graft.settings, inside)
-            container, cut_off = _attach_direct(graft, target, existing or NO_SOCKETS, policy, choice)
-    without_effect = _without_effect(graft, choice, policy)
-    unix = _without_supervisor(choice, policy)
-    is_saved = saved is not None
+            container, cut_off = _attach_direct(graft, target, seen.existing or NO_SOCKETS, policy, choice)
     return Attached(
-        target, observed, choice, container, attached is not None, existing, cut_off, without_effect, unix, is_saved
+        target,
+        seen.observed,
+        choice,
+        container,
+        seen.attached is not None,
+        seen.existing,
+        cut_off,
+        _without_effect(graft, choice, policy),
+        _without_supervisor(choice, policy),
+        saved is not None,
     )
 
 
@@ -158,7 +206,6 @@ def _attach_direct(
     settings = graft.settings
     cut_off: list[ContainerSocket] = []
     compiled = graft.compile(policy)
-    refuse_below(target.cgroup)
     with members.within_reach(target.cgroup), graft.transaction() as change:
         container = change.containers.create(
             compiled,
@@ -185,7 +232,6 @@ def _attach_splice(
     except OSError:
         raise NotFoundError(f"cgroup: the processes of {target.name} have ended") from None
     compiled = graft.compile(policy)
-    refuse_below(target.cgroup)
     with members.within_reach(target.cgroup), graft.transaction() as change:
         container = change.containers.create(
             compiled, target.cgroup, cookie, Transport.SPLICE, name=target.name, engine=target.engine, relay=relay

@@ -42,8 +42,8 @@ def detach(
     container = find(graft, text)
     with inventory.host_stack(graft) as stack:  # removing the container may remove endpoints
         with (
+            members.pinned(container.cgroup_path) as reachable,  # may take a while: before any lock
             saving.removed(graft.settings, container, save),
-            members.pinned(container.cgroup_path) as reachable,
             graft.transaction() as change,
         ):
             change.containers.remove(container, reachable)

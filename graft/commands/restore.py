@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graft.commands import saving
-from graft.commands.attach import Attached, attach_target
+from graft.commands.attach import Seen, attach_seen, look_at
 from graft.errors import GraftError, KernelError, NotFoundError, RefusedError, UsageError
 from graft.kernel import cgroup
 from graft.kernel.atomic_file import write_atomically
@@ -39,6 +39,7 @@ ENGINE_FOLDERS = ("docker", "system.slice", "machine.slice", "libpod_parent")
 """Where docker and podman make cgroups, with either cgroup driver."""
 
 NOT_THERE = "it is not running"
+_CHANGED = "a command changed it at the same time"
 _FOLDER_SECONDS = 2.0
 _MAX_NOTES = 4 << 20
 
@@ -118,31 +119,35 @@ def _restore_attachment(
         found = finder.find(saved)
         if found is None:
             return NOT_THERE
+        container = graft.containers.at(found.cgroup)
+        seen = _look_at(graft, found, saved, settled) if container is None else None
         with store.locked():
             current = store.attachment(saved.target)
-            if current is None:  # it was detached just now
+            if current is None or store.is_paused(ATTACHMENTS, file_name(saved.target)):  # it was detached just now
                 return None
-            container = graft.containers.at(found.cgroup)
-            if container is None:
-                container = _attach(graft, found, current, settled).container
+            if seen is not None:
+                if (current.transport, current.relay) != (saved.transport, saved.relay) or not seen.is_current(graft):
+                    return _CHANGED
+                container = attach_seen(graft, seen, current.policy, current.relay).container
                 done.attached.append(saved.target.text)
-            _note_last(store, current, found, container)
+            if container is not None:
+                _note_last(store, current, found, container)
     except (GraftError, OSError) as error:
         return _message(error)
     return None
 
 
-def _attach(graft: Installation, found: FoundContainer, saved: SavedAttachment, settled: bool) -> Attached:
-    """Attach with the transport that was asked for, or that it had. Raises GraftError."""
+def _look_at(graft: Installation, found: FoundContainer, saved: SavedAttachment, settled: bool) -> Seen:
+    """Look at it for the transport that was asked for, or that it had. Raises GraftError."""
     wanted = saved.transport or saved.last.transport
     if wanted is None and not settled and not members.processes(found.cgroup):
         raise NotFoundError("it has no process yet")
     try:
-        return attach_target(graft, found, saved.policy, wanted, saved.relay)
+        return look_at(graft, found, wanted, saved.relay)
     except RefusedError:
         if not settled or saved.transport is not None:
             raise
-    return attach_target(graft, found, saved.policy, None, saved.relay)
+    return look_at(graft, found, None, saved.relay)
 
 
 def _note_last(store: Store, saved: SavedAttachment, found: FoundContainer, container: Container) -> None:

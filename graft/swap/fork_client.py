@@ -76,7 +76,7 @@ def connect_to(settings: Settings, name: str) -> socket.socket | None:
 
 
 def connect_to_another(settings: Settings) -> socket.socket:
-    """A connection to a process that is started for it alone, and does what a child of the server would. Raises OSError."""
+    """A connection to a process that is started for it, and does what a child of the server would. Raises OSError."""
     ours, theirs = socket.socketpair()
     with theirs:
         starter = spawn(settings, ["serve-one"], theirs.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -126,6 +127,76 @@ def test_programs_go_on_when_the_server_is_killed(either: Host, programs: Progra
     assert program.said.splitlines()[-2:] == ["connect ok", f"home {host.netns.cookie}"]
     assert host.leftovers() == []
     listener.close()
+
+
+def test_nobody_waits_for_a_server_that_is_stopped(either: Host, programs: Programs) -> None:
+    host = either
+    listener = host.client.listener()
+    steps = ["socket", "4", "connect", CLIENT4, listener.getsockname()[1], "wait"]
+    rule = f"0.0.0.0/0={host.endpoint('0.0.0.0:dynamic')}"
+    program = host.start("-e", rule, "--", programs["calls"], *steps, *steps[:-1], talk=True)
+    program.says("connect ok")
+    server, first = one_server(host), host.supervisor(program)
+    os.kill(server, signal.SIGSTOP)
+    try:
+        assert host.run(["-e", rule], "sh", "-c", "echo ran").stdout == "ran\n"
+        os.kill(first, signal.SIGKILL)
+        program.tell("\n")
+        program.until("the second connect", lambda: program.said.count("connect ok") == 2)
+        assert program.wait() == 0, program.complained
+        assert host.leftovers() == []
+    finally:
+        os.kill(server, signal.SIGCONT)
+    host.run([], "true")
+    assert one_server(host) == server
+    listener.close()
+
+
+def test_a_server_that_is_stopped_is_ended_by_down(bare_host: Host) -> None:
+    bare_host.run([], "true")
+    server = one_server(bare_host)
+    os.kill(server, signal.SIGSTOP)
+    bare_host.graft("down")
+    assert not is_alive(server)
+    assert not bare_host.cgroup.exists()
+
+
+LOOK = """
+env | grep -v NO_FORK_SERVER | sort; umask; pwd; ulimit -a; ulimit -aH; nice; cat /proc/self/oom_score_adj
+grep -E '^(Sig[A-Z]|Cap|Seccomp:|NoNew|Uid|Groups)' /proc/$$/status
+cut -d' ' -f6-8 /proc/$$/stat; readlink /proc/$$/fd/*; true
+"""
+"""The last line is session, terminal, and the terminal's foreground group."""
+
+
+def test_a_program_has_what_it_would_have_without_a_server(host: Host, tmp_path: Path) -> None:
+    host.run([], "true")  # the server is another command's
+    before = "umask 037; ulimit -n 100; ulimit -c 0; trap '' HUP; export A=$'b\\nc'; exec 7</dev/null 2>&1"
+    command = f'exec nice -n 5 choom -n 300 -- {GRAFT} run -- bash -c "$LOOK"'
+    environment = {**host.environment, "LOOK": LOOK}
+
+    def said(more: dict[str, str], descriptors: str) -> list[str]:
+        script = f"cd {tmp_path}; {before} {descriptors}; {command}"
+        words = ["bash", "-c", script]
+        found = run(words, environment=environment | more, status=0).stdout.splitlines()
+        return [line for line in found if "pipe:" not in line and not line.startswith("SHLVL")]
+
+    for descriptors in ("", "<&-"):
+        ours = said({}, descriptors)
+        assert ours == said({fork_client.NO_SERVER: "1"}, descriptors)
+        assert {"0037", str(tmp_path), "A=b", "5", "300"} <= set(ours)
+
+
+def test_a_supervisor_has_the_limits_and_the_oom_score_of_its_own_command(host: Host) -> None:
+    host.run([], "true")
+    ordinary = one_server(host)
+    adjusted = host.start_command(["choom", "-n", "300", "--", str(GRAFT), "run", "--", "sleep", "600"])
+    limited = host.start_command(["prlimit", "--nofile=500:500", str(GRAFT), "run", "--", "sleep", "600"])
+    first, second = host.supervisor(adjusted), host.supervisor(limited)
+    assert parent(first) == ordinary != parent(second)
+    assert Path(f"/proc/{first}/oom_score_adj").read_text() == "300\n"
+    assert resource.prlimit(second, resource.RLIMIT_NOFILE) == (500, 500)
+    assert resource.prlimit(first, resource.RLIMIT_NOFILE) == resource.prlimit(ordinary, resource.RLIMIT_NOFILE)
 
 
 def test_the_next_program_starts_another_server(host: Host) -> None:

@@ -191,7 +191,7 @@ def test_supervisors_killed_again_and_again_cost_no_call(host: Host, programs: P
     script = (
         "import socket\n"
         f"for number in range({count}):\n"
-        f"    with socket.create_connection(('{CLIENT4}', {port}), 20): pass\n"
+        f"    with socket.create_connection(('{CLIENT4}', {port}), 20) as one: one.recv(1)\n"
         "    print(number, flush=True)\n"
     )
     program = host.start(

@@ -207,7 +207,13 @@ def test_only_who_is_as_the_server_is_gets_served() -> None:
     with ours, theirs:
         own = surroundings.of()
         assert fork_server.is_served(theirs, own)
-        for field, value in (("root", (1, 2)), ("namespaces", (1,)), ("rights", (b"0",)), ("label", b"confined"), ("limits", (b"0",))):
+        for field, value in (
+            ("root", (1, 2)),
+            ("namespaces", (1,)),
+            ("rights", (b"0",)),
+            ("label", b"confined"),
+            ("limits", (b"0",)),
+        ):
             other = own._replace(**{field: value})  # type: ignore[arg-type]
             assert not fork_server.is_served(theirs, other)
             assert other.name != own.name

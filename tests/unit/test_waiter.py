@@ -77,7 +77,6 @@ class Started:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-
 def _become(way: list[str], folder: Path, script: str) -> None:
     try:
         mask = waiter.block_signals()
