@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def attach(
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
     for _ in range(_TRIES):
         seen = look_at(graft, target, wanted, relay)
-        with saving.alone(graft.settings, save):  # nobody restores it meanwhile
+        with seen.within_reach(), saving.alone(graft.settings, save):  # nobody restores it meanwhile
             if seen.is_current(graft):
                 return attach_seen(graft, seen, policy, relay, wanted, save)
     raise ConflictError("cgroup: others attach and detach it at the same time", "try again")
@@ -92,6 +93,10 @@ class Seen:
     def is_current(self, graft: Installation) -> bool:
         """Whether nobody has attached it since, detached it, or replaced its policy."""
         return _record_at(graft, self.target.cgroup) == self.record
+
+    def within_reach(self) -> AbstractContextManager[None]:
+        """For the block that attaches it (graft/state/members.py). Before the lock is taken: this takes time too."""
+        return nullcontext() if self.attached is not None else members.within_reach(self.target.cgroup)
 
 
 def look_at(
@@ -127,7 +132,7 @@ def attach_seen(
     save: bool = False,
 ) -> Attached:
     """Attach a container that was looked at and `is_current`, under the lock on what is saved, if anything is or is to
-    be.
+    be, and `within_reach`.
 
     ``asked`` is the transport that is saved as the operator's.
     """
@@ -206,7 +211,7 @@ def _attach_direct(
     settings = graft.settings
     cut_off: list[ContainerSocket] = []
     compiled = graft.compile(policy)
-    with members.within_reach(target.cgroup), graft.transaction() as change:
+    with graft.transaction() as change:
         container = change.containers.create(
             compiled,
             target.cgroup,
@@ -232,7 +237,7 @@ def _attach_splice(
     except OSError:
         raise NotFoundError(f"cgroup: the processes of {target.name} have ended") from None
     compiled = graft.compile(policy)
-    with members.within_reach(target.cgroup), graft.transaction() as change:
+    with graft.transaction() as change:
         container = change.containers.create(
             compiled, target.cgroup, cookie, Transport.SPLICE, name=target.name, engine=target.engine, relay=relay
         )

@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def _restore_attachment(
             return NOT_THERE
         container = graft.containers.at(found.cgroup)
         seen = _look_at(graft, found, saved, settled) if container is None else None
-        with store.locked():
+        with nullcontext() if seen is None else seen.within_reach(), store.locked():
             current = store.attachment(saved.target)
             if current is None or store.is_paused(ATTACHMENTS, file_name(saved.target)):  # it was detached just now
                 return None

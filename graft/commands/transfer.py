@@ -112,7 +112,11 @@ def import_state(settings: Settings, state: SavedState) -> Imported:
     with Installation(settings) as graft:
         graft.reap()
         with store.locked():
-            done = _Import(graft, store, state).run()
+            job = _Import(graft, store, state)
+            job.change()
+        job.detach_removed()  # a container can prolong that: under no lock
+        with store.locked():
+            done = job.delete_endpoints()
         done.waiting = restore(graft).waiting
     if state.attachments:
         watcher_process.ensure_running(settings)
@@ -120,18 +124,19 @@ def import_state(settings: Settings, state: SavedState) -> Imported:
 
 
 class _Import:
-    """One import, under the lock on what is saved."""
+    """One import. `change` and `delete_endpoints` are called under the lock on what is saved."""
 
     def __init__(self, graft: Installation, store: Store, state: SavedState) -> None:
         self._graft, self._store, self._state = graft, store, state
         self._before = store.read()[0]
         self._done = Imported()
+        self._removed: list[Container] = []
         self._undo: list[Callable[[], object]] = []
 
-    def run(self) -> Imported:
-        """Make all of it, or nothing."""
-        removed = self._removed()
-        self._refuse_deleting_used(removed)
+    def change(self) -> None:
+        """Make all of it, or nothing, but for what has to go then."""
+        self._removed = self._to_be_removed()
+        self._refuse_deleting_used(self._removed)
         put_in_place = self._store.prepare_all(self._state)
         try:
             self._change_endpoints()
@@ -140,9 +145,18 @@ class _Import:
         except BaseException:
             self._roll_back()
             raise
-        for container in removed:
+
+    def detach_removed(self) -> None:
+        """Detach the containers that were saved, and are not any more."""
+        for container in self._removed:
             self._detach(container)
-        self._delete_endpoints()
+
+    def delete_endpoints(self) -> Imported:
+        """Delete the endpoints that were saved, and are not any more. Returns what the import did."""
+        for name in self._deleted():
+            if self._store.endpoint(name) is None:  # nobody has saved it again
+                self._under_lock(partial(EndpointChanges.delete, name=name, force=True))
+                self._done.deleted.append(name)
         return self._done
 
     def _roll_back(self) -> None:
@@ -189,11 +203,6 @@ class _Import:
                 names = ", ".join(sorted(used))
                 raise ConflictError(f"{container.name} uses {names}, which the file does not have", "graft ps")
 
-    def _delete_endpoints(self) -> None:
-        for name in self._deleted():
-            self._under_lock(partial(EndpointChanges.delete, name=name, force=True))
-            self._done.deleted.append(name)
-
     # ---- containers -----------------------------------------------------------------------------
 
     def _attached(self) -> dict[Target, Container]:
@@ -201,7 +210,7 @@ class _Import:
         by_path = {saving.below_mount(one.cgroup_path): one for one in self._graft.containers.listing()}
         return {one.target: by_path[one.last.cgroup] for one in self._before.attachments if one.last.cgroup in by_path}
 
-    def _removed(self) -> list[Container]:
+    def _to_be_removed(self) -> list[Container]:
         kept = {one.target for one in self._state.attachments}
         return [container for target, container in self._attached().items() if target not in kept]
 

@@ -11,12 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from graft.commands import attach as attach_command
+from graft.commands import detach as detach_command
+from graft.commands import transfer
+from graft.commands.attach import Seen, look_at
+from graft.commands.restore import restore
 from graft.commands.watcher import TRIES
 from graft.kernel import cgroup
+from graft.kernel.file_lock import locked_file
+from graft.saved.model import SavedState
 from graft.saved.store import Store
+from graft.state import inventory, members
+from graft.state.installation import Installation
 from tests.e2e.conftest import WritePolicy
 from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.engines import Engine
@@ -103,6 +113,71 @@ def test_after_down_and_up_the_same_policy_is_enforced(saver: Host, box: Path, w
     assert said.stderr == ""
     assert_confined(saver, box, port)
     assert [one["name"] for one in saver.ps()] == [str(box.relative_to(cgroup.v2_mount()))]
+
+
+@pytest.fixture
+def unlocked(saver: Host, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The looks at containers in this process, each of which fails where the lock on what is saved is held."""
+    looks: list[str] = []
+
+    def checked(look: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*given: object) -> object:
+            with locked_file(saver.settings.state_dir / "saved.lock", 0):
+                looks.append(look.__name__)
+            return look(*given)
+
+        return wrapped
+
+    for module, name in (
+        (members, "inside"),
+        (members, "of_each"),
+        (members, "pinned"),
+        (inventory, "host_sockets_of"),
+        (inventory, "host_stack"),
+        (detach_command, "withdraw"),
+        (transfer, "withdraw"),
+    ):
+        monkeypatch.setattr(module, name, checked(getattr(module, name)))
+    return looks
+
+
+def test_a_container_that_prolongs_a_look_has_nobody_wait_for_the_lock(
+    saver: Host, box: Path, write_policy: WritePolicy, unlocked: list[str]
+) -> None:
+    confine(saver, box, write_policy)
+    policy = Store(saver.settings).read()[0].attachments[0].policy
+    with Installation(saver.settings) as graft:
+        detach_command.detach(graft, str(box), save=True)
+        attach_command.attach(graft, str(box), policy, save=True)
+        detach_command.detach(graft, str(box), save=False)
+        Store(saver.settings).resume_all()
+        restore(graft)
+    assert attached(saver, box)
+    transfer.import_state(saver.settings, SavedState())
+    assert not attached(saver, box)
+    assert {"inside", "host_sockets_of", "pinned", "host_stack", "withdraw"} <= set(unlocked)
+
+
+def test_what_changes_between_the_look_and_the_lock_is_looked_at_again(
+    saver: Host, box: Path, write_policy: WritePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confine(saver, box, write_policy)
+    policy = Store(saver.settings).read()[0].attachments[0].policy
+    saver.graft("detach", "--cgroup", box)
+    file, looks = write_policy(one_endpoint("web")), []
+
+    def look(*given: Any) -> Seen:
+        seen = look_at(*given)
+        looks.append(seen.attached is not None)
+        if len(looks) == 1:
+            saver.graft("attach", "--cgroup", box, "--policy", file)
+        return seen
+
+    monkeypatch.setattr(attach_command, "look_at", look)
+    with Installation(saver.settings) as graft:
+        assert attach_command.attach(graft, str(box), policy).replaced
+    assert looks == [False, True]
+    assert len(saver.ps()) == 1
 
 
 def test_after_a_reboot_a_container_waits_and_is_attached_when_it_appears(
