@@ -85,7 +85,7 @@ def serve(settings: Settings, name: str, ready: int) -> None:
         path = fork_client.folder_of(settings) / name
         path.unlink(missing_ok=True)
         with fork_client.address(settings, name) as short:
-            listening.bind(short)  # 0600: by the umask
+            listening.bind(short)  # 0700: by the umask
         server = fork_server.Server(listening, do_if_served)
         os.write(ready, b"+")
         os.close(ready)

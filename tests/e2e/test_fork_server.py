@@ -208,6 +208,13 @@ def test_the_next_program_starts_another_server(host: Host) -> None:
     assert one_server(host) != first
 
 
+def test_its_socket_is_roots_only(host: Host) -> None:
+    host.run([], "true")
+    folder = fork_client.folder_of(host.settings)
+    for path in (folder, folder / surroundings.of().name):
+        assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (0, 0o700)
+
+
 def test_many_at_once_start_one_server(host: Host) -> None:
     fork_servers.stop_all(host.settings)
     started = [host.start("--", "sh", "-c", "echo up; sleep 600") for _ in range(8)]
