@@ -47,20 +47,27 @@ def connect(settings: Settings) -> socket.socket | None:
     """A connection to the server, which is started where there is none; None where there can be none."""
     try:
         name = surroundings.of().name
-        found = connect_to(settings, name)
+        found = _connect(settings, name)
         if found is None:
             folder_of(settings).mkdir(mode=0o700, parents=True, exist_ok=True)
             with lock(settings, f"{name}-start"):  # many commands at once start one
-                found = connect_to(settings, name)
-                if found is None and not _is_there(settings, name) and _start(settings, name):
-                    found = connect_to(settings, name)
+                found = _connect(settings, name)
+                if found is None and _start(settings, name):
+                    found = _connect(settings, name)
         return found
     except OSError:
         return None
 
 
 def connect_to(settings: Settings, name: str) -> socket.socket | None:
-    """A connection to a child of the server of that name; None where there is none, or the server forks none."""
+    """A connection to a child of the server of that name; None where there is no server, or it forks none."""
+    with contextlib.suppress(OSError):
+        return _connect(settings, name)
+    return None
+
+
+def _connect(settings: Settings, name: str) -> socket.socket | None:
+    """The same. Raises TimeoutError where there is a server that forks none: then there can be no other one."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with address(settings, name) as path:
@@ -69,6 +76,9 @@ def connect_to(settings: Settings, name: str) -> socket.socket | None:
             sock.setblocking(True)
         if _is_answered(sock):
             return sock
+    except TimeoutError:
+        sock.close()
+        raise
     except OSError:
         pass
     sock.close()
@@ -88,13 +98,15 @@ def connect_to_another(settings: Settings) -> socket.socket:
 
 
 def _is_answered(sock: socket.socket) -> bool:
-    """Whether somebody is there for this connection: not where the process that listens is stopped. Raises OSError."""
+    """Whether somebody is there for this connection; False where it was hung up. Raises TimeoutError where the process
+    that listens is stopped, or does not get to it; OSError.
+    """
     server, deadline = surroundings.peer_pid(sock), time.monotonic() + _HELLO_SECONDS
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while not poll.poll(_LOOK_MILLISECONDS):
         if time.monotonic() > deadline or _is_stopped(server):
-            return False
+            raise TimeoutError
     return sock.recv(1) == HELLO
 
 
@@ -126,18 +138,6 @@ def lock(settings: Settings, name: str, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _is_there(settings: Settings, name: str) -> bool:
-    """Whether there is a server of that name, whatever it does: another one could not be."""
-    fd = os.open(folder_of(settings) / f"{name}{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def _lock(fd: int, deadline: float) -> None:
