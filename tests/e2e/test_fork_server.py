@@ -163,7 +163,7 @@ def test_a_server_that_is_stopped_is_ended_by_down(bare_host: Host) -> None:
 
 LOOK = """
 env | grep -v NO_FORK_SERVER | sort; umask; pwd; ulimit -a; ulimit -aH; nice; cat /proc/self/oom_score_adj
-grep -E '^(Sig[A-Z]|Cap|Seccomp:|NoNew|Uid|Groups)' /proc/$$/status
+grep -E '^(Sig[BCIP]|Cap|Seccomp:|NoNew|Uid|Groups)' /proc/$$/status
 cut -d' ' -f6-8 /proc/$$/stat; readlink /proc/$$/fd/*; true
 """
 """The last line is session, terminal, and the terminal's foreground group."""
@@ -280,7 +280,7 @@ def test_a_request_over_somebody_elses_connection_is_refused(host: Host) -> None
         "import sys; from graft.kernel import fork_messages; from graft.swap import fork_client;"
         "from graft.model.settings import Settings;"
         "sock = fork_client.connect_to(Settings.from_environment(), sys.argv[1]);"
-        "fork_messages.send(sock, {'do': 'end'}); print(fork_messages.receive(sock)[0])"
+        "print(fork_messages.receive(sock)[0])"
     )
     python = [str(GRAFT.with_name("python")), "-P", "-c", script, surroundings.of().name]
     said = run(["unshare", "--uts", "--", *python], environment=host.environment, status=0).stdout
