@@ -62,6 +62,24 @@ def test_a_container_costs_two_children_of_the_fork_server_and_goes_on_without_i
     until("nothing is left", lambda: not leftovers(host))
 
 
+def test_a_container_starts_though_the_fork_server_is_stopped(host: Host, podman: Engine) -> None:
+    host.run([], "true")
+    servers = fork_servers.running(host.settings)
+    assert servers
+    for server in servers:
+        os.kill(server, signal.SIGSTOP)
+    port = host.port()
+    try:
+        policy = f"graft.policy={web_policy(host, port)}"
+        podman.started("nginx", ["--annotation", policy], "nginx", "-c", "/etc/nginx.conf")
+        assert fetched(host, port).startswith("port 80")
+        podman("stop", "-t", "0", "nginx")
+        until("nothing is left", lambda: not leftovers(host))
+    finally:
+        for server in servers:
+            os.kill(server, signal.SIGCONT)
+
+
 def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
 
