@@ -120,6 +120,8 @@ struct egress_key {
 
 struct egress_value {
 	__u32 node;
+	__u32 verdict;  /* where it is the same for all ports, or 0 */
+	__u32 endpoint;
 };
 
 /* `egress_ports`: (node, port prefix) -> what to do. */
@@ -172,6 +174,10 @@ struct tag {
 	__u8 lent_family; /* of that endpoint, which may be gone since */
 	__u8 zero;
 	__u32 binder;     /* the thread whose bind wrote this last; 0: none has */
+	__u32 zero2;
+	__u64 found_endpoint; /* what the rules of a ruleset, which never change, say of that request: see found_rule */
+	__u64 found_port;
+	__u64 netns;      /* the cookie of its namespace; 0: not read yet */
 };
 
 /* `options`: socket storage, which options a program set before its socket was swapped. Only their
@@ -418,6 +424,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 11
+#define GRAFT_LAYOUT_VERSION 12
 
 #endif

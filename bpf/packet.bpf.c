@@ -15,6 +15,8 @@
 
 #define GRAFT_IPV4_HEADER 20
 #define GRAFT_IPV6_HEADER 40
+#define GRAFT_IPV4_DESTINATION 16
+#define GRAFT_IPV6_DESTINATION 24
 #define GRAFT_IPV4_PLAIN 0x45 /* version 4, five words: no options */
 
 /* The needed fields of an IP header, and the ports after it. */
@@ -106,6 +108,14 @@ static __always_inline u64 netns_of(struct __sk_buff *skb)
 	return ANY_NETNS;
 }
 #endif
+
+/* The same of a socket with a tag, found once: a socket stays in its namespace. */
+static __always_inline u64 netns_of_tagged(struct __sk_buff *skb, struct tag *tag)
+{
+	if (!tag->netns)
+		tag->netns = netns_of(skb);
+	return tag->netns;
+}
 
 static __always_inline int is_in_other_netns(struct __sk_buff *skb, struct container *container)
 {

@@ -104,12 +104,18 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "memory": (
         _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
         ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->open_port = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
-        ("ingress.bpf.c", "|| accepts_anyone(skb, sk, &owner);", "|| !owner.tag || accepts_anyone(skb, sk, &owner);"),
+        (
+            "ingress.bpf.c",
+            "|| accepts_anyone(skb, sk, &owner, id, endpoint);",
+            "|| !owner.tag || accepts_anyone(skb, sk, &owner, id, endpoint);",
+        ),
     ),
     # An IPv6 bind takes the IPv4 port along.
     "ipv4": (
         _at_once("bind.bpf.c", "struct endpoint *endpoint)", "return 0;"),
-        _at_once("ingress.bpf.c", "int is_of_other_family(struct __sk_buff *skb, struct tag *tag)", "return 0;"),
+        _at_once(
+            "ingress.bpf.c", "int is_of_other_family(struct __sk_buff *skb, struct endpoint *endpoint)", "return 0;"
+        ),
     ),
     # Sockets of any protocol are let through.
     "protocols": (_at_once("owner.bpf.c", "int has_rules(u32 type, u32 protocol)", "return 1;"),),
