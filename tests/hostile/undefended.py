@@ -85,6 +85,14 @@ _CONNECTING = _at_once(
 HOOKS: dict[str, tuple[Change, ...]] = {
     # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
     "bound": (("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", "\treturn 1;\n"),),
+    # What one ruleset said of a request is good for all that follow.
+    "number of the ruleset": (
+        (
+            "local_address.bpf.c",
+            "if (tag->found_endpoint == (ruleset | rule->endpoint) && port >> 16 == (ruleset >> 16 | tag->port))",
+            "if ((u32)tag->found_endpoint == rule->endpoint)",
+        ),
+    ),
     # And each port of a range that is an endpoint is as good as the one that the socket's own request becomes.
     "port by port": (
         ("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", ""),
