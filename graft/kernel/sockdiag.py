@@ -52,6 +52,8 @@ _ATTRIBUTE = struct.Struct("=HH")
 _NUMBER = struct.Struct("=I")
 _TRIES = 4096
 _MAX_AT = 1024  # listeners at one address
+_NO_PORT = 0  # of the remote end: no connection has it
+_LO = 1  # LOOPBACK_IFINDEX (net/flow.h), of each namespace
 # struct inet_diag_bc_op: code, where to go on if so, and if not; struct inet_diag_hostcond: family, prefix, -, port
 _CONDITION = struct.Struct("=BBHBB2xi")
 _JUMP = struct.Struct("=BBH")
@@ -145,19 +147,36 @@ class Diagnostics:
         """
         remote, local = sock.getpeername(), sock.getsockname()
         ends = [socket.inet_pton(sock.family, one[0]).ljust(16, b"\0") for one in (remote, local)]
-        sockid = struct.pack("!HH", remote[1], local[1]) + ends[0] + ends[1] + bytes(4) + _NO_COOKIE
-        self._send(_SOCK_DIAG_BY_FAMILY, _REQUEST_ONE, _REQUEST.pack(sock.family, socket.IPPROTO_TCP, 0, 0, 0, sockid))
+        one = self._one(sock.family, struct.pack("!HH", remote[1], local[1]) + ends[0] + ends[1] + bytes(4))
+        return None if one is None or one.state in (_TCP_LISTEN, _TCP_NEW_SYN_RECV, _TCP_SYN_RECV) else one
+
+    def chosen_at(self, family: int, address: str, port: int) -> FoundSocket | None:
+        """The listener that the kernel chooses now for a connection over lo to that address; None where there is none.
+        Raises OSError.
+        """
+        end = socket.inet_pton(family, address).ljust(16, b"\0")
+        return self._one(family, struct.pack("!HH", port, _NO_PORT) + end + end + _NUMBER.pack(_LO))
+
+    def _one(self, family: int, place: bytes) -> FoundSocket | None:
+        """The TCP socket that would receive a packet; ``place`` is a struct inet_diag_sockid without the cookie."""
+        self._send(
+            _SOCK_DIAG_BY_FAMILY,
+            _REQUEST_ONE,
+            _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0, place + _NO_COOKIE),
+        )
         try:
             with _refusing():
                 found, _ = _answered(self._sock.recv(_PIECE_BYTES))
-                one = parse_socket(socket.IPPROTO_TCP, found[0]) if found else None
+                return parse_socket(socket.IPPROTO_TCP, found[0]) if found else None
         except FileNotFoundError:
             return None
-        return None if one is None or one.state in (_TCP_LISTEN, _TCP_NEW_SYN_RECV, _TCP_SYN_RECV) else one
 
-    def listeners_at(self, family: int, address: str, port: int) -> list[ListeningSocket]:
-        """Every listener of the namespace that a connection to that address may reach: several with SO_REUSEPORT, of
-        which a program that one of them has set may choose any. Raises OSError, also where there are very many.
+    def listeners_at(self, family: int, address: str, port: int, every: bool = True) -> Iterator[list[ListeningSocket]]:
+        """Every listener of the namespace that a connection to that address may reach, some at a time: several with
+        SO_REUSEPORT, of which a program that one of them has set may choose any. Not usable any more unless read to the
+        end. Without ``every`` those at [::] are left out of an IPv4 address's.
+
+        Raises OSError: EMSGSIZE where there are very many, also of those at [::] that an IPv4 connection cannot reach.
         """
         packed = socket.inet_pton(family, address)
         places = [(socket.AF_INET6, [packed, bytes(16)])]
@@ -165,17 +184,17 @@ class Diagnostics:
             mapped = bytes(10) + b"\xff\xff"
             places = [
                 (socket.AF_INET, [packed, bytes(4)]),
-                (socket.AF_INET6, [mapped + packed, mapped + bytes(4), bytes(16)]),
+                (socket.AF_INET6, [mapped + packed, mapped + bytes(4), *([bytes(16)] if every else [])]),
             ]
-        found: list[ListeningSocket] = []
         for kind, addresses in places:
-            code = _at_one_of(kind, addresses)
+            code, count = _at_one_of(kind, addresses), 0
             for piece in self._dump(kind, socket.IPPROTO_TCP, 1 << _TCP_LISTEN, _PIECE_BYTES, port=port, code=code):
-                with _refusing():
-                    found += [parse_listener(message) for message in piece]
-                if len(found) > _MAX_AT:
+                count += len(piece)
+                if count > _MAX_AT:
                     raise OSError(errno.EMSGSIZE, f"more than {_MAX_AT} sockets listen at {address}, port {port}")
-        return [one for one in found if family != socket.AF_INET or not one.v6only]
+                with _refusing():
+                    found = [parse_listener(message) for message in piece]
+                yield [one for one in found if family != socket.AF_INET or not one.v6only]
 
     def datagram_sockets(self) -> Iterator[list[ListeningSocket]]:
         """Every UDP socket of the namespace, likewise; none where the kernel does not list them."""

@@ -570,9 +570,19 @@ def _group_of_listeners() -> None:
     def is_containers(self: FarCheck, sock: socket.socket) -> bool:
         self._diagnostics = self._diagnostics or self._netns.run(Diagnostics)
         listeners = self._diagnostics.listeners_at(sock.family, *sock.getpeername()[:2])
-        return any(one.cgroup in self.cgroups for one in listeners)
+        return any(one.cgroup in self.cgroups for piece in list(listeners) for one in piece)
 
     FarCheck._is_containers = is_containers  # type: ignore[method-assign]
+
+
+def _listeners_counted() -> None:
+    """Listeners that take no IPv4 connection are counted with those that may get it, and decide by their number."""
+    from graft.splice.far_check import FarCheck
+
+    def listens_alone(self: FarCheck, family: int, address: str, port: int) -> bool:
+        return self._has_all(self._asked().listeners_at(family, address, port))
+
+    FarCheck._listens_alone = listens_alone  # type: ignore[method-assign]
 
 
 def _own_descriptors() -> None:
@@ -757,6 +767,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "one client for another": _one_client_for_another,
     "half-made relays": _half_made_relays,
     "group of listeners": _group_of_listeners,
+    "listeners counted": _listeners_counted,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,
