@@ -76,7 +76,7 @@ class FarCheck:
         except OSError as error:
             if error.errno != errno.EMSGSIZE or family != socket.AF_INET:
                 raise
-        # Anybody may have any number of listeners at [::] that take IPv6 only. Another user's that takes IPv4 too stands
+        # Anybody may have any number of listeners at [::] that take IPv6 only. Another user's that takes IPv4 too is
         # beside the container's only at other interfaces: none of them counts if the kernel chooses one not at [::].
         self.close()
         chosen = self._asked().chosen_at(family, address, port)
