@@ -35,6 +35,7 @@ from graft.oci import listener
 from graft.oci.state import State
 from graft.splice.datagram_clients import Client
 from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, members, socket_holders
+from graft.state.leftovers_aside import LeftoversAside
 from graft.state.members import Members
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
@@ -684,6 +685,14 @@ def _leftovers() -> None:
     """What others have of a container's sockets is theirs when it has ended."""
     leftovers.closed_after = lambda graft, *containers: contextlib.nullcontext()  # type: ignore[assignment]
     leftovers.close_all = lambda graft: None
+    LeftoversAside.closed_after = lambda self, graft, container: leftovers.closed_after(graft)  # type: ignore[method-assign]
+
+
+def _leftovers_waited_for() -> None:
+    """`graft listen` itself waits until what others have of a container's sockets is closed."""
+    LeftoversAside.closed_after = (  # type: ignore[method-assign]
+        lambda self, graft, container: leftovers.closed_after(graft, container)
+    )
 
 
 def _listing() -> None:
@@ -777,6 +786,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "tags": _tags,
     "destroy": _destroy,
     "leftovers": _leftovers,
+    "leftovers waited for": _leftovers_waited_for,
     "listing": _listing,
     "liveness": _liveness,
     "links": _links,
