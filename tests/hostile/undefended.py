@@ -34,7 +34,16 @@ from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
 from graft.splice.datagram_clients import Client
-from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, members, socket_holders
+from graft.state import (
+    bound_sockets,
+    helper_process,
+    inventory,
+    leftovers,
+    liveness,
+    members,
+    socket_holders,
+    withdrawal,
+)
 from graft.state.leftovers_aside import LeftoversAside
 from graft.state.members import Members
 from graft.state.records import Container
@@ -660,20 +669,21 @@ def _tags() -> None:
     """A container's sockets were those of its processes, and of a process those of its first thread."""
 
     def sockets_by_container(
-        settings: Settings, listed: Sequence[Container], stack: inventory.HostStack, _inside: Any = None
+        settings: Settings, listed: Sequence[Container], stack: inventory.HostStack, *_: Any, **__: Any
     ) -> Any:
         found = by_tags(settings, listed, stack)
         for container in listed:
             inside = cgroup.processes(container.cgroup_path)
-            found[container.id] = [
+            found.sockets[container.id] = [
                 one
-                for one in found[container.id]
+                for one in found.sockets[container.id]
                 if any(place.pid in inside and place.tid == place.pid for place in one.places)
             ]
         return found
 
     by_tags: Any = inventory.sockets_by_container
     inventory.sockets_by_container = sockets_by_container  # type: ignore[assignment]
+    inventory.tagged = lambda settings, container, stack: []
 
 
 def _destroy() -> None:
@@ -698,6 +708,7 @@ def _leftovers_waited_for() -> None:
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
     sockets.list_sockets = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
+    sockets.list_tcp = lambda storage, prefix=b"": threading.Event().wait()  # type: ignore[assignment, return-value]
 
 
 def _liveness() -> None:
@@ -736,11 +747,35 @@ def _search() -> None:
 
     def host_sockets_of(settings: Settings, inside: Members) -> inventory.Existing:
         on_host = inventory._list_namespace(settings, settings.host_netns)[1]
-        search = helper_process.run_one(lambda: inventory._find_descriptors(settings, inside.pids, on_host))
+        search = helper_process.run_one(
+            lambda: inventory._find_descriptors(settings, inside.pids, inventory.Candidates.of(on_host))
+        )
         found = () if search is None else tuple(search.add_to(one) for one in on_host if search.found(one))
         return inventory.Existing(found)
 
     inventory.host_sockets_of = host_sockets_of
+
+
+def _search_in_time() -> None:
+    """A search of processes may take a minute."""
+
+    def search_each(settings: Settings, groups: Any, listed: Any, seconds: float) -> Any:
+        return search(settings, groups, listed, helper_process.LONGEST)
+
+    search = inventory._search_each
+    inventory.SEARCH, inventory._search_each = helper_process.LONGEST, search_each
+
+
+def _made_meanwhile() -> None:
+    """What a container makes while its processes are searched is not looked for."""
+    from graft.commands import attach as attaching
+
+    attaching._made_meanwhile = lambda graft, container, before, existing: ()
+
+
+def _closed_by_tag() -> None:
+    """What a container was granted is closed when its processes have been searched."""
+    withdrawal._close_tagged = lambda settings, container, stack, keep_connections, done: set()
 
 
 def _under_the_lock() -> None:
@@ -793,6 +828,9 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "holders": _holders,
     "found apart": _found_apart,
     "search": _search,
+    "search in time": _search_in_time,
+    "made meanwhile": _made_meanwhile,
+    "closed by tag": _closed_by_tag,
     "under the lock": _under_the_lock,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
