@@ -20,7 +20,7 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
@@ -48,6 +48,7 @@ _REQUEST = struct.Struct("=BBBBI48s")
 _MESSAGE = struct.Struct("=BBBB2s2s16s16sIII5I")
 _IDENTITY = slice(4, 52)  # the struct inet_diag_sockid in it, as a request names a socket
 _REMOTE_PORT = slice(2, 4)  # in that
+_COOKIE, _INODE = slice(44, 52), slice(68, 72)
 _ATTRIBUTE = struct.Struct("=HH")
 _NUMBER = struct.Struct("=I")
 _TRIES = 4096
@@ -219,6 +220,18 @@ class Diagnostics:
                     found += [parse_socket(protocol, message) for message in piece if prefix in message]
         return [one for one in found if not prefix or (one.stored or b"").startswith(prefix)]
 
+    def messages(self, protocol: int, storage: int) -> list[bytes]:
+        """Every socket of a protocol, as `sockets` has it, not parsed: what anybody has very many of costs little then.
+
+        `seen` and `parse_socket` read one. Raises OSError.
+        """
+        found: list[bytes] = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(FileNotFoundError):
+                for piece in self._dump(family, protocol, _EVERY_STATE, _LARGE_BYTES, storage):
+                    found += piece
+        return found
+
     def destroy(self, one: Identity, shared: bool = False) -> None:
         """Close a socket: a connection is reset, a listener stops listening. Needs CAP_NET_ADMIN, takes its lock.
 
@@ -360,6 +373,26 @@ def parse_socket(protocol: int, message: bytes) -> FoundSocket:
         cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder),
         stored=_stored(attributes),
     )
+
+
+class Seen(NamedTuple):
+    """What a message says at first sight. ``is_stored``: the socket has a value in the requested storage."""
+
+    inode: int
+    state: int
+    cookie: bytes
+    cgroup: int
+    is_stored: bool
+
+
+def seen(message: bytes) -> Seen:
+    """A socket at first sight. Raises ValueError."""
+    if len(message) < _MESSAGE.size:
+        raise ValueError(f"a socket in {len(message)} bytes")
+    attributes = dict(_attributes(message, _MESSAGE.size))
+    cgroup = int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder)
+    inode = int.from_bytes(message[_INODE], sys.byteorder)
+    return Seen(inode, message[1], message[_COOKIE], cgroup, _SK_BPF_STORAGES in attributes)
 
 
 def _stored(attributes: Mapping[int, bytes]) -> bytes | None:

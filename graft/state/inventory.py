@@ -22,7 +22,7 @@ from pathlib import Path
 from graft.datapath import layout
 from graft.datapath.maps import Maps
 from graft.kernel import bpf, netns, sockets
-from graft.kernel.sockets import ListedSocket
+from graft.kernel.sockets import ListedSocket, Listing, SeenSocket
 from graft.model.address import format_ip
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
@@ -111,16 +111,24 @@ def sockets_by_container(
     the kernel may list no more, which are to be found in processes too. ``seconds`` are searched at most, and a little
     longer where no process of a container has a socket. None if the kernel does not answer in time. Raises OSError.
     """
-    on_host = _list_stack(settings, stack)
-    if on_host is None:
+    seen = _list_stack(settings, stack)
+    if seen is None:
         return None
-    cookies = {sock.listed.identity.cookie for sock in on_host}
-    on_host += [sock for sock in closed if sock.listed.identity.cookie not in cookies]
+    cookies = {sock.cookie for _, sock in seen}
+    missing = [sock for sock in closed if sock.listed.identity.cookie not in cookies]
     if listed is None:
         listed = members.of_each([container.cgroup_path for container in containers])
     inside = [listed.get(one.cgroup_path, Members((), frozenset([one.cgroup_id]))) for one in containers]
     until = time.monotonic() + seconds
-    searches = _search_each(settings, [one.pids for one in inside], on_host, seconds)
+    candidates = Candidates.of([*(sock for _, sock in seen), *(sock.listed for sock in missing)])
+    searches = _search_each(settings, [one.pids for one in inside], candidates, seconds)
+    inodes = {inode for search, _ in searches for inode in search.places}
+    cgroups = {cgroup for one in inside for cgroup in one.cgroups}
+    on_host = [
+        ContainerSocket(sock.read(), path)
+        for path, sock in seen
+        if sock.is_stored or sock.inode in inodes or sock.cgroup in cgroups
+    ] + missing
     by_container: dict[int, list[ContainerSocket]] = {}
     for container, its, (search, _) in zip(containers, inside, searches, strict=True):
         by_container[container.id] = [
@@ -177,11 +185,10 @@ class Candidates:
     untagged: frozenset[int]
 
     @classmethod
-    def of(cls, listed: Iterable[ContainerSocket]) -> Candidates:
+    def of(cls, listed: Iterable[ListedSocket | SeenSocket]) -> Candidates:
         """Those of a listing."""
-        every = [sock.listed for sock in listed]
-        untagged = (one.inode for one in every if one.protocol == "udp" or one.state == "bound")
-        return cls(frozenset(one.inode for one in every), frozenset(untagged))
+        every = [(one.inode, one.protocol == "udp" or one.state == "bound") for one in listed]
+        return cls(frozenset(inode for inode, _ in every), frozenset(inode for inode, untagged in every if untagged))
 
 
 def _find_descriptors(settings: Settings, pids: Iterable[int], candidates: Candidates) -> _Search:
@@ -198,12 +205,11 @@ def _find_descriptors(settings: Settings, pids: Iterable[int], candidates: Candi
 
 
 def _search_each(
-    settings: Settings, groups: Sequence[Sequence[int]], listed: Iterable[ContainerSocket], seconds: float
+    settings: Settings, groups: Sequence[Sequence[int]], candidates: Candidates, seconds: float
 ) -> list[tuple[_Search, tuple[int, ...]]]:
     """Search the processes of each group: what was found, and those that could not be searched in time. Each process is
     searched on its own, so that one hides nothing of the others.
     """
-    candidates = Candidates.of(listed)
     items = [(index, pid) for index, pids in enumerate(groups) for pid in pids]
     found = helper_process.run_each(
         lambda item: _find_descriptors(settings, [item[1]], candidates), items, min(seconds, SEARCH), longest=seconds
@@ -222,7 +228,7 @@ def _find_in_all_processes(settings: Settings, unlocated: Sequence[ContainerSock
     if not unlocated:
         return _NONE_FOUND
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return _search_each(settings, [pids], unlocated, seconds)[0][0]
+    return _search_each(settings, [pids], Candidates.of(sock.listed for sock in unlocated), seconds)[0][0]
 
 
 def _merged(searches: Iterable[_Search]) -> _Search:
@@ -293,12 +299,12 @@ def host_sockets_of(settings: Settings, inside: Members) -> Existing | None:
 
     None if the kernel does not answer in time.
     """
-    on_host = helper_process.run_one(lambda: _list_namespace(settings, settings.host_netns)[1])
-    if on_host is None:
+    seen = _list_host(settings)
+    if seen is None:
         return None
-    [(search, unsearched)] = _search_each(settings, [inside.pids], on_host, SEARCH)
-    own = [sock for sock in on_host if search.found(sock) or sock.listed.cgroup in inside.cgroups]
-    return Existing(tuple(search.add_to(sock) for sock in own), unsearched)
+    [(search, unsearched)] = _search_each(settings, [inside.pids], Candidates.of(seen), SEARCH)
+    own = [sock.read() for sock in seen if sock.inode in search.places or sock.cgroup in inside.cgroups]
+    return Existing(tuple(search.add_to(ContainerSocket(one, settings.host_netns)) for one in own), unsearched)
 
 
 def made_since(
@@ -309,16 +315,19 @@ def made_since(
 
     By the cgroups where they were made: no process is searched for what is there, only for the tags of these.
     """
-    on_host = helper_process.run_one(lambda: _list_namespace(settings, settings.host_netns)[1])
-    if on_host is None:
+    seen = _list_host(settings)
+    if seen is None:
         return None
     known = {sock.listed.identity.cookie for sock in before.sockets}
     new = [
-        sock for sock in on_host if sock.listed.cgroup in inside.cgroups and sock.listed.identity.cookie not in known
+        ContainerSocket(sock.read(), settings.host_netns)
+        for sock in seen
+        if sock.cgroup in inside.cgroups and sock.cookie not in known
     ]
     if not new:
         return ()
-    [(search, _)] = _search_each(settings, [inside.pids], new, _UNDER_LOCK)
+    candidates = Candidates.of(sock.listed for sock in new)
+    [(search, _)] = _search_each(settings, [inside.pids], candidates, _UNDER_LOCK)
     tags = [(sock, _tag_of(sock)) for sock in map(search.add_to, new)]
     return tuple(sock for sock, tag in tags if tag is None or tag.container != container)
 
@@ -355,23 +364,32 @@ def _tag_open_port(settings: Settings, container: int, sock: ContainerSocket) ->
     return False
 
 
-def _list_stack(settings: Settings, stack: HostStack) -> list[ContainerSocket] | None:
-    """Every socket on the host's stack, of containers or not. None if the kernel does not answer in time."""
+def _list_host(settings: Settings) -> list[SeenSocket] | None:
+    """Every socket in the host's namespace. None if the kernel does not answer in time."""
+    answer = helper_process.run_one(lambda: _list_namespace(settings, settings.host_netns)[1])
+    return None if answer is None else list(answer)
+
+
+def _list_stack(settings: Settings, stack: HostStack) -> list[tuple[Path, SeenSocket]] | None:
+    """Every socket on the host's stack, of containers or not, with the path of its namespace. None if the kernel does
+    not answer in time.
+    """
     answers = helper_process.run_each(lambda path: _list_namespace(settings, path), stack.namespaces).results
     if len(answers) < len(stack.namespaces):
         return None
-    by_namespace: dict[int, list[ContainerSocket]] = {}
-    for index in range(len(answers)):
-        by_namespace.setdefault(*answers[index])
-    return [sock for listed in by_namespace.values() for sock in listed]
+    by_namespace: dict[int, tuple[Path, Listing]] = {}
+    for index, path in enumerate(stack.namespaces):
+        cookie, listing = answers[index]
+        by_namespace.setdefault(cookie, (path, listing))
+    return [(path, sock) for path, listing in by_namespace.values() for sock in listing]
 
 
-def _list_namespace(settings: Settings, path: Path) -> tuple[int, list[ContainerSocket]]:
-    """The cookie of the namespace at ``path``, and its sockets; (0, []) if it is gone. Raises OSError."""
+def _list_namespace(settings: Settings, path: Path) -> tuple[int, Listing]:
+    """The cookie of the namespace at ``path``, and its sockets; none of cookie 0 if it is gone. Raises OSError."""
     storage = bpf.obj_get(settings.pin_dir / "tags")
     try:
         with contextlib.suppress(FileNotFoundError), netns.entered(path):
-            return netns.cookie(), [ContainerSocket(listed, path) for listed in sockets.list_sockets(storage)]
+            return netns.cookie(), sockets.list_sockets(storage)
     finally:
         os.close(storage)
-    return 0, []
+    return 0, Listing({}, {})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,13 +16,15 @@ from pathlib import Path
 import pytest
 
 from graft.kernel import sockets
+from graft.kernel.sockdiag import FoundSocket, parse_socket
+from graft.state import inventory, members
 from tests.hostile.conftest import graft_without
 from tests.hostile.test_eighth_reading_folders import holder
 from tests.hostile.test_twelfth_reading_attach import PYTHON, attach, in_cgroup
 from tests.support.building import Programs
 from tests.support.cgroups import new_cgroup
 from tests.support.installation import Host
-from tests.support.namespaces import CLIENT4
+from tests.support.namespaces import CLIENT4, HOST4
 from tests.support.program import Program
 from tests.support.shell import AS_NOBODY, Word
 from tests.support.wait import until
@@ -153,3 +156,31 @@ def test_a_listener_is_closed_before_processes_are_searched(host: Host) -> None:
 def test_control_where_it_is_closed_after_that_it_is_later(host: Host) -> None:
     before, after, _ = closed_and_ended(host, "closed by tag")
     assert before > after
+
+
+# ---- sockets of strangers --------------------------------------------------------------------------------------------
+
+STRANGERS = 400
+
+
+def test_of_strangers_sockets_none_is_read(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it does not matter to `attach` how many there are."""
+    read: list[int] = []
+
+    def reads(protocol: int, message: bytes) -> FoundSocket:
+        read.append(protocol)
+        return parse_socket(protocol, message)
+
+    monkeypatch.setattr(sockets, "parse_socket", reads)
+    with ExitStack() as stack, new_cgroup("own") as path:
+        with host.netns.inside():
+            for _ in range(STRANGERS):
+                stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)).bind((HOST4, 0))
+        with in_cgroup(host, path, *AS_NOBODY, PYTHON, "-ISc", SERVER) as server:
+            assert server.stdin is not None and server.stdout is not None
+            server.stdin.write("\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "listens\n"
+            found = inventory.host_sockets_of(host.settings, members.inside(path))
+            assert found is not None and [one.listed.local for one in found.sockets] == ["0.0.0.0:8080"]
+    assert len(read) == 1

@@ -746,12 +746,12 @@ def _search() -> None:
     """All processes of a container are searched for sockets at once, and only what is found there is its own."""
 
     def host_sockets_of(settings: Settings, inside: Members) -> inventory.Existing:
-        on_host = inventory._list_namespace(settings, settings.host_netns)[1]
+        on_host = list(inventory._list_namespace(settings, settings.host_netns)[1])
         search = helper_process.run_one(
             lambda: inventory._find_descriptors(settings, inside.pids, inventory.Candidates.of(on_host))
         )
-        found = () if search is None else tuple(search.add_to(one) for one in on_host if search.found(one))
-        return inventory.Existing(found)
+        read = [inventory.ContainerSocket(one.read(), settings.host_netns) for one in on_host]
+        return inventory.Existing(tuple(search.add_to(one) for one in read if search.found(one)) if search else ())
 
     inventory.host_sockets_of = host_sockets_of
 
@@ -759,8 +759,8 @@ def _search() -> None:
 def _search_in_time() -> None:
     """A search of processes may take a minute."""
 
-    def search_each(settings: Settings, groups: Any, listed: Any, seconds: float) -> Any:
-        return search(settings, groups, listed, helper_process.LONGEST)
+    def search_each(settings: Settings, groups: Any, candidates: Any, seconds: float) -> Any:
+        return search(settings, groups, candidates, helper_process.LONGEST)
 
     search = inventory._search_each
     inventory.SEARCH, inventory._search_each = helper_process.LONGEST, search_each
