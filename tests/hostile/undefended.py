@@ -754,6 +754,7 @@ def _search() -> None:
         return inventory.Existing(tuple(search.add_to(one) for one in read if search.found(one)) if search else ())
 
     inventory.host_sockets_of = host_sockets_of
+    _made_meanwhile()  # nor is what was made in its cgroups
 
 
 def _search_in_time() -> None:
