@@ -64,6 +64,7 @@ def ps(as_json: Json = False) -> None:
                 }
                 for sock in one.sockets
             ],
+            "unsearched": list(one.unsearched),
         }
         for one in overviews
     ]
@@ -75,7 +76,7 @@ def ps(as_json: Json = False) -> None:
             one.container.transport,
             _served_by(one),
             ",".join(one.container.endpoints) or "-",
-            _summary(one) + ("; somebody holds its cgroup's directory" if one.processes is None else ""),
+            _summary(one) + _doubts(one),
             one.container.cgroup,
         )
         for one in overviews
@@ -83,6 +84,13 @@ def ps(as_json: Json = False) -> None:
     title = ("ID", "NAME", "ENGINE", "TRANSPORT", "SUPERVISOR", "ENDPOINTS", "SOCKETS", "CGROUP")
     listing(title, rows, records, as_json)
     warn(*(f"graft: cannot show a container: {error.message}" for error in graft.containers.read_all()[1]))
+
+
+def _doubts(one: ContainerOverview) -> str:
+    """Why the container may have more sockets than these."""
+    if one.processes is None:
+        return "; somebody holds its cgroup's directory"
+    return f"; {len(one.unsearched)} of its processes could not be searched" if one.unsearched else ""
 
 
 def _served_by(one: ContainerOverview) -> str:

@@ -23,6 +23,7 @@ from graft.state.containers import refuse_below
 from graft.state.engines import FoundContainer, resolve
 from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket, Existing
+from graft.state.members import Members
 from graft.state.records import Container
 
 NO_SOCKETS = Existing(())
@@ -31,7 +32,8 @@ NO_SOCKETS = Existing(())
 @dataclass(frozen=True, slots=True)
 class Attached:
     """What `attach` found and did. ``existing`` are the sockets from before the policy (None: could not be listed), and
-    ``cut_off`` those of them that receive nothing any more, because no process lends them.
+    ``cut_off`` those of them that receive nothing any more, because no process lends them. ``late`` are sockets that
+    the container made while it was attached, before its hooks saw them (None: could not be listed).
 
     ``without_effect`` are the fields of rules for UDP, ``without_supervisor`` those of rules for unix paths, that this
     transport does not support.
@@ -44,6 +46,7 @@ class Attached:
     replaced: bool
     existing: Existing | None = NO_SOCKETS
     cut_off: tuple[ContainerSocket, ...] = ()
+    late: tuple[ContainerSocket, ...] | None = ()
     without_effect: tuple[str, ...] = ()
     without_supervisor: tuple[str, ...] = ()
 
@@ -66,6 +69,7 @@ def attach(
         _check_relay(graft.settings, choice, relay)
     existing: Existing | None = NO_SOCKETS
     cut_off: tuple[ContainerSocket, ...] = ()
+    late: tuple[ContainerSocket, ...] | None = ()
     if attached is not None:
         container = _replace_policy(graft, target, attached, choice, policy, relay)
     elif choice.transport is Transport.SPLICE:
@@ -73,9 +77,24 @@ def attach(
     else:
         existing = inventory.host_sockets_of(graft.settings, inside)
         container, cut_off = _attach_direct(graft, target, existing or NO_SOCKETS, policy, choice)
+        late = _made_meanwhile(graft, container, inside, existing)
     without_effect = _without_effect(graft, choice, policy)
     unix = _without_supervisor(choice, policy)
-    return Attached(target, observed, choice, container, attached is not None, existing, cut_off, without_effect, unix)
+    replaced = attached is not None
+    return Attached(target, observed, choice, container, replaced, existing, cut_off, late, without_effect, unix)
+
+
+def _made_meanwhile(
+    graft: Installation, container: Container, before: Members, existing: Existing | None
+) -> tuple[ContainerSocket, ...] | None:
+    """What the container has made since its sockets were listed: a search of its processes takes as long as their
+    number of descriptors has it take.
+    """
+    if existing is None:
+        return None
+    now = members.of_each([container.cgroup_path]).get(container.cgroup_path, before)
+    inside = Members(now.pids, now.cgroups | before.cgroups)
+    return inventory.made_since(graft.settings, container.id, inside, existing)
 
 
 def observe(settings: Settings, pids: Sequence[int], attached: Container | None) -> Observed:

@@ -24,6 +24,7 @@ class ContainerOverview:
     ``namespaces`` are inodes; ``supervisors`` is empty if it needs none.
 
     ``stuck`` are those of the supervisors that are stuck; ``sockets`` is None if the kernel did not list them in time.
+    ``unsearched`` are processes that could not be searched for sockets in time.
     """
 
     container: Container
@@ -34,6 +35,7 @@ class ContainerOverview:
     sockets: tuple[ContainerSocket, ...] | None
     relay: Mapping[str, Any] | None = None
     """Where graftd relays for it: the result of graft.splice.client.describe."""
+    unsearched: tuple[int, ...] = ()
 
 
 def overview(graft: Installation) -> list[ContainerOverview]:
@@ -44,7 +46,7 @@ def overview(graft: Installation) -> list[ContainerOverview]:
     own = supervisors_cgroup(settings)
     inside = members.of_each([own, *(container.cgroup_path for container in listed)])
     with inventory.host_stack(graft) as stack:
-        sockets = inventory.sockets_by_container(settings, listed, stack, inside)
+        found_sockets = inventory.sockets_by_container(settings, listed, stack, inside)
     supervisors = inside[own].pids if own in inside else ()
     parents = liveness.parents(supervisors)
     stuck = liveness.stuck(supervisors)
@@ -60,8 +62,9 @@ def overview(graft: Installation) -> list[ContainerOverview]:
                 namespaces=tuple(sorted(netns.inodes_of(its_members.pids))) if its_members else (),
                 supervisors=its_supervisors,
                 stuck=stuck.intersection(its_supervisors),
-                sockets=None if sockets is None else tuple(sockets[container.id]),
+                sockets=None if found_sockets is None else tuple(found_sockets.sockets[container.id]),
                 relay=relays.get(container.id),
+                unsearched=() if found_sockets is None else found_sockets.unsearched[container.id],
             )
         )
     return found

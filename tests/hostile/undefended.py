@@ -34,7 +34,17 @@ from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
 from graft.splice.datagram_clients import Client
-from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, members, socket_holders
+from graft.state import (
+    bound_sockets,
+    helper_process,
+    inventory,
+    leftovers,
+    liveness,
+    members,
+    socket_holders,
+    withdrawal,
+)
+from graft.state.leftovers_aside import LeftoversAside
 from graft.state.members import Members
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
@@ -584,9 +594,19 @@ def _group_of_listeners() -> None:
     def is_containers(self: FarCheck, sock: socket.socket) -> bool:
         self._diagnostics = self._diagnostics or self._netns.run(Diagnostics)
         listeners = self._diagnostics.listeners_at(sock.family, *sock.getpeername()[:2])
-        return any(one.cgroup in self.cgroups for one in listeners)
+        return any(one.cgroup in self.cgroups for piece in list(listeners) for one in piece)
 
     FarCheck._is_containers = is_containers  # type: ignore[method-assign]
+
+
+def _listeners_counted() -> None:
+    """Listeners that take no IPv4 connection are counted with those that may get it, and decide by their number."""
+    from graft.splice.far_check import FarCheck
+
+    def listens_alone(self: FarCheck, family: int, address: str, port: int) -> bool:
+        return self._has_all(self._asked().listeners_at(family, address, port))
+
+    FarCheck._listens_alone = listens_alone  # type: ignore[method-assign]
 
 
 def _own_descriptors() -> None:
@@ -663,20 +683,21 @@ def _tags() -> None:
     """A container's sockets were those of its processes, and of a process those of its first thread."""
 
     def sockets_by_container(
-        settings: Settings, listed: Sequence[Container], stack: inventory.HostStack, _inside: Any = None
+        settings: Settings, listed: Sequence[Container], stack: inventory.HostStack, *_: Any, **__: Any
     ) -> Any:
         found = by_tags(settings, listed, stack)
         for container in listed:
             inside = cgroup.processes(container.cgroup_path)
-            found[container.id] = [
+            found.sockets[container.id] = [
                 one
-                for one in found[container.id]
+                for one in found.sockets[container.id]
                 if any(place.pid in inside and place.tid == place.pid for place in one.places)
             ]
         return found
 
     by_tags: Any = inventory.sockets_by_container
     inventory.sockets_by_container = sockets_by_container  # type: ignore[assignment]
+    inventory.tagged = lambda settings, container, stack: []
 
 
 def _destroy() -> None:
@@ -688,11 +709,20 @@ def _leftovers() -> None:
     """What others have of a container's sockets is theirs when it has ended."""
     leftovers.closed_after = lambda graft, *containers: contextlib.nullcontext()  # type: ignore[assignment]
     leftovers.close_all = lambda graft: None
+    LeftoversAside.closed_after = lambda self, graft, container: leftovers.closed_after(graft)  # type: ignore[method-assign]
+
+
+def _leftovers_waited_for() -> None:
+    """`graft listen` itself waits until what others have of a container's sockets is closed."""
+    LeftoversAside.closed_after = (  # type: ignore[method-assign]
+        lambda self, graft, container: leftovers.closed_after(graft, container)
+    )
 
 
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
     sockets.list_sockets = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
+    sockets.list_tcp = lambda storage, prefix=b"": threading.Event().wait()  # type: ignore[assignment, return-value]
 
 
 def _liveness() -> None:
@@ -730,12 +760,37 @@ def _search() -> None:
     """All processes of a container are searched for sockets at once, and only what is found there is its own."""
 
     def host_sockets_of(settings: Settings, inside: Members) -> inventory.Existing:
-        on_host = inventory._list_namespace(settings, settings.host_netns)[1]
-        search = helper_process.run_one(lambda: inventory._find_descriptors(settings, inside.pids, on_host))
-        found = () if search is None else tuple(search.add_to(one) for one in on_host if search.found(one))
-        return inventory.Existing(found)
+        on_host = list(inventory._list_namespace(settings, settings.host_netns)[1])
+        search = helper_process.run_one(
+            lambda: inventory._find_descriptors(settings, inside.pids, inventory.Candidates.of(on_host))
+        )
+        read = [inventory.ContainerSocket(one.read(), settings.host_netns) for one in on_host]
+        return inventory.Existing(tuple(search.add_to(one) for one in read if search.found(one)) if search else ())
 
     inventory.host_sockets_of = host_sockets_of
+    _made_meanwhile()  # nor is what was made in its cgroups
+
+
+def _search_in_time() -> None:
+    """A search of processes may take a minute."""
+
+    def search_each(settings: Settings, groups: Any, candidates: Any, seconds: float) -> Any:
+        return search(settings, groups, candidates, helper_process.LONGEST)
+
+    search = inventory._search_each
+    inventory.SEARCH, inventory._search_each = helper_process.LONGEST, search_each
+
+
+def _made_meanwhile() -> None:
+    """What a container makes while its processes are searched is not looked for."""
+    from graft.commands import attach as attaching
+
+    attaching._made_meanwhile = lambda graft, container, before, existing: ()
+
+
+def _closed_by_tag() -> None:
+    """What a container was granted is closed when its processes have been searched."""
+    withdrawal._close_tagged = lambda settings, container, stack, keep_connections, done: set()
 
 
 def _under_the_lock() -> None:
@@ -771,6 +826,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "one client for another": _one_client_for_another,
     "half-made relays": _half_made_relays,
     "group of listeners": _group_of_listeners,
+    "listeners counted": _listeners_counted,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,
@@ -780,12 +836,16 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "tags": _tags,
     "destroy": _destroy,
     "leftovers": _leftovers,
+    "leftovers waited for": _leftovers_waited_for,
     "listing": _listing,
     "liveness": _liveness,
     "links": _links,
     "holders": _holders,
     "found apart": _found_apart,
     "search": _search,
+    "search in time": _search_in_time,
+    "made meanwhile": _made_meanwhile,
+    "closed by tag": _closed_by_tag,
     "under the lock": _under_the_lock,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
