@@ -495,6 +495,19 @@ def _ferrys_owner() -> None:
     vars(ferry)["owning_files_as"] = vars(ferry)["with_capabilities"] = lambda *_: contextlib.nullcontext()
 
 
+def _ferrys_question() -> None:
+    """A ferry looks for a port in the list of all datagram sockets that the machine has (proc_net_udp(5))."""
+    from graft.swap.ferry_owners import HostSockets
+
+    def owner_at(self: HostSockets, family: int, address: str, port: int) -> tuple[int, int] | None:
+        at = f":{port:04X}".encode()
+        lists = [Path("/proc/thread-self/net", name).read_bytes().splitlines() for name in ("udp", "udp6")]
+        users = [int(line.split()[7]) for lines in lists for line in lines[1:] if line.split()[1].endswith(at)]
+        return (users[0], users[0]) if users else None
+
+    HostSockets.owner_at = owner_at  # type: ignore[method-assign]
+
+
 def _datagram_turns() -> None:
     """So many datagrams of a socket are relayed in one turn, however long each takes."""
     from graft.splice import datagram_clients, datagram_sockets
@@ -750,6 +763,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "slow peers": _slow_peers,
     "datagram peers": _datagram_peers,
     "ferry's owner": _ferrys_owner,
+    "ferry's question": _ferrys_question,
     "datagram turns": _datagram_turns,
     "freed slots": _freed_slots,
     "forgotten clients": _forgotten_clients,
