@@ -198,6 +198,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ("ferry.bpf.c", "\tif (!ferry_receives(ctx, owner, request, ferry))\n", "\tif (0)\n"),
         ("egress.bpf.c", "if (!is_received_by(skb, &packet, owner->id, GRAFT_HOME_FERRY))", "if (0)"),
     ),
+    # A datagram that no hook at a call has judged since its endpoint is for TCP only.
+    "exchange's protocol": (("packet.bpf.c", " && serves(endpoint, remote->protocol) &&\n", " &&\n"),),
     # A datagram socket that is connected to port 0 is not connected.
     "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
