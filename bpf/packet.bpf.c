@@ -149,7 +149,8 @@ static __always_inline int may_exchange_with(struct container *container, struct
 		endpoint = endpoints.lookup(&id);
 		*from = endpoint;
 		remote->endpoint = id;
-		return endpoint && !is_unix(endpoint) && (netns == ANY_NETNS || endpoint->netns == netns);
+		return endpoint && !is_unix(endpoint) && serves(endpoint, remote->protocol) &&
+		       (netns == ANY_NETNS || endpoint->netns == netns);
 	}
 	return container->transport == GRAFT_TRANSPORT_DIRECT && rule != GRAFT_VERDICT_DENY &&
 	       (rule == GRAFT_VERDICT_CONTAINER || container->connect_default == GRAFT_DEFAULT_CONTAINER);

@@ -37,6 +37,8 @@ ENDPOINT_UNIX = 8
 ENDPOINT_HAS_PORT = 16
 USE_INGRESS = 1
 USE_PORT_0 = 2
+OWNED_KNOWN = 1
+OWNED_UNKNOWN = 2
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
 CONTAINER_ICMP = 4
@@ -200,9 +202,11 @@ class Tag(ctypes.Structure):
         ("lent", ctypes.c_uint8),
         ("at_unix", ctypes.c_uint8),
         ("lent_family", ctypes.c_uint8),
-        ("zero", ctypes.c_uint8),
+        ("owned", ctypes.c_uint8),
         ("binder", ctypes.c_uint32),
-        ("zero2", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("gid", ctypes.c_uint32),
+        ("zero", ctypes.c_uint32),
         ("found_endpoint", ctypes.c_uint64),
         ("found_port", ctypes.c_uint64),
         ("netns", ctypes.c_uint64),

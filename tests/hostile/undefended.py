@@ -222,6 +222,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ("ferry.bpf.c", "\tif (!ferry_receives(ctx, owner, request, ferry))\n", "\tif (0)\n"),
         ("egress.bpf.c", "if (!is_received_by(skb, &packet, owner->id, GRAFT_HOME_FERRY))", "if (0)"),
     ),
+    # A datagram that no hook at a call has judged since its endpoint is for TCP only.
+    "exchange's protocol": (("packet.bpf.c", " && serves(endpoint, remote->protocol) &&\n", " &&\n"),),
     # A datagram socket that is connected to port 0 is not connected.
     "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
@@ -517,6 +519,19 @@ def _ferrys_owner() -> None:
     from graft.swap import ferry
 
     vars(ferry)["owning_files_as"] = vars(ferry)["with_capabilities"] = lambda *_: contextlib.nullcontext()
+
+
+def _ferrys_question() -> None:
+    """A ferry looks for a port in the list of all datagram sockets that the machine has (proc_net_udp(5))."""
+    from graft.swap.ferry_owners import HostSockets
+
+    def owner_at(self: HostSockets, family: int, address: str, port: int) -> tuple[int, int] | None:
+        at = f":{port:04X}".encode()
+        lists = [Path("/proc/thread-self/net", name).read_bytes().splitlines() for name in ("udp", "udp6")]
+        users = [int(line.split()[7]) for lines in lists for line in lines[1:] if line.split()[1].endswith(at)]
+        return (users[0], users[0]) if users else None
+
+    HostSockets.owner_at = owner_at  # type: ignore[method-assign]
 
 
 def _datagram_turns() -> None:
@@ -819,6 +834,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "slow peers": _slow_peers,
     "datagram peers": _datagram_peers,
     "ferry's owner": _ferrys_owner,
+    "ferry's question": _ferrys_question,
     "datagram turns": _datagram_turns,
     "freed slots": _freed_slots,
     "forgotten clients": _forgotten_clients,
