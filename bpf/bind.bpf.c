@@ -13,6 +13,7 @@ static __always_inline void write_tag(struct tag *tag, u32 container, struct req
 	tag->bound_port = 0;
 	tag->at_unix = at_unix;
 	tag->binder = bpf_get_current_pid_tgid();
+	tag->found_endpoint = 0;
 	__builtin_memcpy(tag->addr, request->addr, 16);
 }
 
@@ -76,7 +77,7 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		/* In transport splice, and where the endpoint is a unix socket, a granted bind stays in the container's
 		 * namespace, and is published. */
 		if (owner.container->bind_default == GRAFT_DEFAULT_DENY) {
-			rule = ingress_rule(owner.container, request);
+			rule = ingress_rule(owner.container->ruleset, request);
 			if (!rule || !is_relayed(owner.container, rule->endpoint))
 				*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		}
@@ -89,7 +90,7 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		*verdict = refuse_with(EINVAL);
 		return 0;
 	}
-	rule = is_diverted(ctx->sk) ? 0 : ingress_rule(owner.container, request);
+	rule = is_diverted(ctx->sk) ? 0 : ingress_rule(owner.container->ruleset, request);
 	if (!rule && (binds_freely(owner.container) ||
 		      (may_have_any_port(owner.container, request->protocol) && !request->port &&
 		       is_unspecified(request->addr) && !is_diverted(ctx->sk)))) {

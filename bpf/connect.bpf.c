@@ -235,6 +235,8 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 
 	*verdict = PASS;
 	owner_of(ctx, &owner);
+	if (owner.home == GRAFT_HOME_FERRY && sending == GRAFT_CONNECTS)
+		*verdict = answer_ferry(ctx, &owner, request);
 	if (!owner.id || owner.home == GRAFT_HOME_FERRY)
 		return 0; /* (of what a ferry sends the packet hook judges where it arrives) */
 	if (!owner.container) {

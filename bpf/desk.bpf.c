@@ -104,7 +104,7 @@ static __always_inline void answer_rule(struct desk *desk, struct container *con
 	desk->verdict = GRAFT_VERDICT_NONE;
 	__builtin_memcpy(request.addr, desk->addr, 16);
 	if (desk->call == GRAFT_CALL_BIND) {
-		bind = ingress_rule(container, &request);
+		bind = ingress_rule(container->ruleset, &request);
 		if (bind) {
 			id = bind->endpoint;
 			desk->verdict = GRAFT_VERDICT_GRANT;

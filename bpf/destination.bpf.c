@@ -111,7 +111,7 @@ static __always_inline int may_go_to_peer(struct bpf_sock *sk, u8 family)
 static __always_inline int may_leave(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner, u8 family,
 				     u8 protocol)
 {
-	u64 netns = netns_of(skb);
+	u64 netns = owner->tag ? netns_of_tagged(skb, owner->tag) : netns_of(skb);
 	struct local_address local, source, *own;
 	struct request remote, kept;
 	struct ferry *ferry;

@@ -69,13 +69,19 @@ static __always_inline int leaves_ferry(struct __sk_buff *skb, struct owner *own
 }
 
 /* A datagram to the container's ferry gets the ferry's mark. Returns 0 for one at whose address is no ferry any more. */
-static __always_inline int set_ferry_mark(struct __sk_buff *skb, struct owner *owner)
+static __always_inline int set_ferry_mark(struct __sk_buff *skb, struct owner *owner, int ipv6)
 {
 	struct request remote = { .protocol = IPPROTO_UDP };
 	struct packet packet;
 	struct ferry *ferry;
+	u8 first = 0;
 
 	if (owner->container->transport != GRAFT_TRANSPORT_SWAP)
+		return 1;
+	/* Nearly every datagram is for a network, which one byte tells: a ferry is at 127.254.0.0/16 or ::1. */
+	if (bpf_skb_load_bytes(skb, ipv6 ? GRAFT_IPV6_DESTINATION : GRAFT_IPV4_DESTINATION, &first, 1))
+		return 0;
+	if (first != (ipv6 ? 0 : 127))
 		return 1;
 	if (!read_packet(skb, &packet))
 		return 0;
@@ -130,5 +136,5 @@ int graft_skb_egress(struct __sk_buff *skb)
 	if (!owner.container ||
 	    !may_leave(skb, sk, &owner, ipv6 ? GRAFT_IPV6 : GRAFT_IPV4, tcp ? IPPROTO_TCP : IPPROTO_UDP))
 		return drop(&owner);
-	return tcp || set_ferry_mark(skb, &owner) ? PASS : drop(&owner);
+	return tcp || set_ferry_mark(skb, &owner, ipv6) ? PASS : drop(&owner);
 }

@@ -12,6 +12,7 @@
  *      ingress   the ferry receives nothing without its mark, and from its addresses a socket of the container neither
  *      egress    of the ferry: only to sockets of its container, with the mark
  *      recvmsg   an address of the ferry's is shown as the one that it stands for
+ *      connect   of the ferry: a question, whose socket receives at an address
  *
  *   Which address stands for which is a table of a fixed number of places for each container (`berths`). The hook only
  *   fills places that are free, and the ferry empties those that were not used for a while.
@@ -96,6 +97,40 @@ static __always_inline int ferry_receives(struct bpf_sock_addr *ctx, struct owne
 		sk = bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv6), BPF_F_CURRENT_NETNS, 0);
 	}
 	return is_released_of(sk, owner->id, GRAFT_HOME_FERRY);
+}
+
+/* A ferry asks whose socket receives what it sends to an address, by a connect, which is always refused. The answer is in
+ * the tag of the socket that it asks with. It costs what the kernel's own lookup costs, whatever sockets others have. */
+static __always_inline int answer_ferry(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
+{
+	struct tag *answer = owner->tag, *tag;
+	struct bpf_sock_tuple to = {};
+	struct bpf_sock *sk;
+
+	if (!answer)
+		return refuse_with(EACCES);
+	answer->owned = 0;
+	if (request->family == GRAFT_IPV4) {
+		to.ipv4.saddr = bpf_htonl(GRAFT_FERRY_NET);
+		__builtin_memcpy(&to.ipv4.daddr, request->addr, 4);
+		to.ipv4.dport = bpf_htons(request->port);
+		sk = bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		to.ipv6.saddr[3] = bpf_htonl(1);
+		__builtin_memcpy(to.ipv6.daddr, request->addr, 16);
+		to.ipv6.dport = bpf_htons(request->port);
+		sk = bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return refuse_with(EACCES);
+	tag = tags.sk_storage_get(sk, 0, 0);
+	if (tag && tag->home == GRAFT_HOME_HOST && tag->container == owner->id) {
+		answer->uid = tag->uid;
+		answer->gid = tag->gid;
+		answer->owned = tag->owned ? GRAFT_OWNED_KNOWN : GRAFT_OWNED_UNKNOWN;
+	}
+	bpf_sk_release(sk);
+	return refuse_with(EACCES);
 }
 
 /* Finds the ferry's address for a destination inside: request->ferry and request->place. Returns a verdict. */

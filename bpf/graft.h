@@ -120,6 +120,8 @@ struct egress_key {
 
 struct egress_value {
 	__u32 node;
+	__u32 verdict;  /* where it is the same for all ports, or 0 */
+	__u32 endpoint;
 };
 
 /* `egress_ports`: (node, port prefix) -> what to do. */
@@ -157,6 +159,8 @@ struct scope {
  * needs to know whether a socket is bound to its endpoint checks its local address (local_address.bpf.c). */
 #define GRAFT_LENT_ADDRESS 1
 #define GRAFT_LENT_PORT 2
+#define GRAFT_OWNED_KNOWN 1
+#define GRAFT_OWNED_UNKNOWN 2 /* only in an answer to a ferry: the container has a socket there, and nobody said whose */
 struct tag {
 	__u32 container;
 	__u32 endpoint;
@@ -170,8 +174,14 @@ struct tag {
 	__u8 lent;        /* GRAFT_LENT_*: which of the two, when it took them */
 	__u8 at_unix;     /* 1: the endpoint was a unix socket at the bind: whatever became of it, its clients come by graftd */
 	__u8 lent_family; /* of that endpoint, which may be gone since */
-	__u8 zero;
+	__u8 owned;       /* GRAFT_OWNED_* */
 	__u32 binder;     /* the thread whose bind wrote this last; 0: none has */
+	__u32 uid;        /* for whom a supervisor made a datagram socket, where it is owned; of a ferry's: its answer */
+	__u32 gid;
+	__u32 zero;
+	__u64 found_endpoint; /* what the rules of a ruleset, which never change, say of that request: see found_rule */
+	__u64 found_port;
+	__u64 netns;      /* the cookie of its namespace; 0: not read yet */
 };
 
 /* `options`: socket storage, which options a program set before its socket was swapped. Only their
@@ -418,6 +428,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 11
+#define GRAFT_LAYOUT_VERSION 12
 
 #endif

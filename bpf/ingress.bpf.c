@@ -4,10 +4,8 @@
 #define ETH_P_IP 0x0800
 
 /* Whether a packet arrives over IPv4 at an IPv6 endpoint that is not dual-stack. */
-static __always_inline int is_of_other_family(struct __sk_buff *skb, struct tag *tag)
+static __always_inline int is_of_other_family(struct __sk_buff *skb, struct endpoint *endpoint)
 {
-	struct endpoint *endpoint = endpoints.lookup(&tag->endpoint);
-
 	return endpoint && endpoint->family == GRAFT_IPV6 && !(endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK) &&
 	       skb->protocol == bpf_htons(ETH_P_IP);
 }
@@ -15,14 +13,15 @@ static __always_inline int is_of_other_family(struct __sk_buff *skb, struct tag 
 /* Whether a socket receives from any client: a listener at the port that the listen hook recorded, a datagram socket
  * at the endpoint that it is granted now (or at a port that it had before there was a policy). Not one at an endpoint
  * that a 32-bit call has tied to an interface since: in a VRF that is another address of the same name. */
-static __always_inline int accepts_anyone(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
+static __always_inline int accepts_anyone(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner, u32 id,
+					  struct endpoint *endpoint)
 {
 	struct tag *tag = owner->tag;
 	struct local_address local;
 
 	if (!tag || !tag->open_port || tag->open_port != sk->src_port)
 		return 0;
-	if (!tag->endpoint)
+	if (!id)
 		return 1;
 	read_local_address(&local, sk);
 	/* (A link-local address ties its socket to an interface by itself.) */
@@ -30,7 +29,7 @@ static __always_inline int accepts_anyone(struct __sk_buff *skb, struct bpf_sock
 		return 0;
 	if (sk->protocol == IPPROTO_TCP)
 		return 1;
-	return is_granted(owner->container, tag, &local, IPPROTO_UDP, netns_of(skb));
+	return is_granted_at(owner->container, tag, id, endpoint, &local, IPPROTO_UDP, netns_of_tagged(skb, tag));
 }
 
 /* Whether a listener is one of a direct container whose endpoint was a unix socket when it was bound: the host's users
@@ -91,10 +90,8 @@ static __always_inline void read_sender(struct request *request, struct packet *
 }
 
 /* A server at all addresses may answer from the one that its client asked: see is_hosts. */
-static __always_inline void note_arrival(struct owner *owner, struct packet *packet)
+static __always_inline void note_arrival(struct owner *owner, struct packet *packet, struct endpoint *endpoint)
 {
-	struct endpoint *endpoint = owner->tag && owner->tag->endpoint ? endpoints.lookup(&owner->tag->endpoint) : 0;
-
 	if (!endpoint || is_unspecified(endpoint->addr))
 		note_as_hosts(endpoint ? endpoint->netns : owner->container->netns, packet->to, packet->family);
 }
@@ -133,7 +130,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	struct endpoint *endpoint;
 	struct request remote;
 	struct ferry *ferry;
-	u32 type, protocol;
+	u32 type, protocol, id;
 	int open;
 
 	sk = sk ? bpf_sk_fullsock(sk) : 0;
@@ -150,16 +147,18 @@ int graft_skb_ingress(struct __sk_buff *skb)
 		return drop(&owner);
 	if (is_tcp(type, protocol) && sk->state == BPF_TCP_SYN_SENT)
 		return may_connect(skb, sk, &owner) ? PASS : drop(&owner);
+	id = owner.tag ? owner.tag->endpoint : 0;
+	endpoint = id ? endpoints.lookup(&id) : 0;
 	if (is_tcp(type, protocol) && is_unix_listener(&owner))
-		return accepts_anyone(skb, sk, &owner) && is_from_relay(skb, sk, &owner) ? PASS : drop(&owner);
+		return accepts_anyone(skb, sk, &owner, id, endpoint) && is_from_relay(skb, sk, &owner) ? PASS : drop(&owner);
 	if (binds_freely(owner.container) && !denies_anything(owner.container))
 		return PASS;
 	if (may_ping(owner.container, type, protocol))
 		return is_permitted_ping(skb, sk, &owner, 0) ? PASS : drop(&owner);
 	if (!has_rules(type, protocol))
 		return binds_freely(owner.container) || owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
-	open = binds_freely(owner.container) || accepts_anyone(skb, sk, &owner);
-	if (owner.tag && owner.tag->endpoint && is_of_other_family(skb, owner.tag))
+	open = binds_freely(owner.container) || accepts_anyone(skb, sk, &owner, id, endpoint);
+	if (is_of_other_family(skb, endpoint))
 		return drop(&owner);
 	if (is_tcp(type, protocol))
 		return open ? PASS : drop(&owner);
@@ -174,7 +173,7 @@ int graft_skb_ingress(struct __sk_buff *skb)
 		return drop(&owner);
 	if (open) {
 		if (!is_multicast(&packet))
-			note_arrival(&owner, &packet);
+			note_arrival(&owner, &packet, endpoint);
 		return PASS;
 	}
 	/* At an endpoint that it has lost it receives not even from permitted destinations. */

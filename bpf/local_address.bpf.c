@@ -64,27 +64,56 @@ static __always_inline int matches_endpoint(struct local_address *local, struct 
 
 #define ANY_NETNS 0 /* where the namespace is not known: no cookie is 0 */
 
-/* Whether the current rules map what the program requested to the endpoint that its tag names, and the socket,
- * in the namespace `netns`, is bound there. */
-static __always_inline int is_granted(struct container *container, struct tag *tag, struct local_address *local,
-				      u8 protocol, u64 netns)
+/* The rule for what a socket's program requested, looked up once for each ruleset: its rules never change, and no other
+ * ruleset ever has its number. Each half names the ruleset, and what the request was: of two hooks that write at the same
+ * time for different requests, no mixture counts. 0: it does not lead to `rule->endpoint`. */
+static __always_inline int found_rule(struct container *container, struct tag *tag, u8 protocol, struct ingress_value *rule)
 {
-	struct endpoint *endpoint = endpoints.lookup(&tag->endpoint);
-	struct ingress_value *rule;
+	u32 number = container->ruleset;
+	u64 ruleset = (u64)number << 32, port = tag->found_port;
+	struct ingress_value *found;
 	struct request request;
-	u16 port;
 
-	if (!endpoint || (netns != ANY_NETNS && endpoint->netns != netns) ||
-	    !(endpoint->protocols & protocol_bit(protocol)))
-		return 0;
+	if (tag->found_endpoint == (ruleset | rule->endpoint) && port >> 16 == (ruleset >> 16 | tag->port)) {
+		rule->first_port = port;
+		return 1;
+	}
 	__builtin_memset(&request, 0, sizeof(request));
 	__builtin_memcpy(request.addr, tag->addr, 16);
 	request.port = tag->port;
 	request.family = tag->family;
 	request.protocol = protocol;
-	rule = ingress_rule(container, &request);
-	return rule && rule->endpoint == tag->endpoint && endpoint_port(endpoint, rule, tag->port, &port) &&
+	found = ingress_rule(number, &request);
+	if (!found || found->endpoint != rule->endpoint)
+		return 0;
+	rule->first_port = found->first_port;
+	tag->found_endpoint = ruleset | rule->endpoint;
+	tag->found_port = ruleset | (u32)request.port << 16 | rule->first_port;
+	return 1;
+}
+
+/* Whether the current rules map what the program requested to the endpoint `id`, and the socket, in the namespace `netns`,
+ * is bound there. */
+static __always_inline int is_granted_at(struct container *container, struct tag *tag, u32 id, struct endpoint *endpoint,
+					 struct local_address *local, u8 protocol, u64 netns)
+{
+	struct ingress_value rule = { .endpoint = id };
+	u16 port;
+
+	if (!endpoint || (netns != ANY_NETNS && endpoint->netns != netns) ||
+	    !(endpoint->protocols & protocol_bit(protocol)))
+		return 0;
+	return found_rule(container, tag, protocol, &rule) && endpoint_port(endpoint, &rule, tag->port, &port) &&
 	       matches_endpoint(local, endpoint, port);
+}
+
+/* The same of the endpoint that its tag names. */
+static __always_inline int is_granted(struct container *container, struct tag *tag, struct local_address *local,
+				      u8 protocol, u64 netns)
+{
+	u32 id = tag->endpoint;
+
+	return is_granted_at(container, tag, id, endpoints.lookup(&id), local, protocol, netns);
 }
 
 /* Whether a socket still has the port that it got from an endpoint, and the endpoint is no longer granted. */

@@ -15,6 +15,8 @@
 
 #define GRAFT_IPV4_HEADER 20
 #define GRAFT_IPV6_HEADER 40
+#define GRAFT_IPV4_DESTINATION 16
+#define GRAFT_IPV6_DESTINATION 24
 #define GRAFT_IPV4_PLAIN 0x45 /* version 4, five words: no options */
 
 /* The needed fields of an IP header, and the ports after it. */
@@ -107,6 +109,14 @@ static __always_inline u64 netns_of(struct __sk_buff *skb)
 }
 #endif
 
+/* The same of a socket with a tag, found once: a socket stays in its namespace. */
+static __always_inline u64 netns_of_tagged(struct __sk_buff *skb, struct tag *tag)
+{
+	if (!tag->netns)
+		tag->netns = netns_of(skb);
+	return tag->netns;
+}
+
 static __always_inline int is_in_other_netns(struct __sk_buff *skb, struct container *container)
 {
 	u64 netns = netns_of(skb);
@@ -139,7 +149,8 @@ static __always_inline int may_exchange_with(struct container *container, struct
 		endpoint = endpoints.lookup(&id);
 		*from = endpoint;
 		remote->endpoint = id;
-		return endpoint && !is_unix(endpoint) && (netns == ANY_NETNS || endpoint->netns == netns);
+		return endpoint && !is_unix(endpoint) && serves(endpoint, remote->protocol) &&
+		       (netns == ANY_NETNS || endpoint->netns == netns);
 	}
 	return container->transport == GRAFT_TRANSPORT_DIRECT && rule != GRAFT_VERDICT_DENY &&
 	       (rule == GRAFT_VERDICT_CONTAINER || container->connect_default == GRAFT_DEFAULT_CONTAINER);

@@ -31,8 +31,6 @@ static __always_inline int may_echo(struct bpf_sock *sk, struct owner *owner, st
 		return 0;
 	if (!from)
 		return 1;
-	if (!serves(from, IPPROTO_ICMP))
-		return 0;
 	__builtin_memcpy(ip, from->addr, 16);
 	return !(ip[0] | ip[1] | ip[2] | ip[3]) ||
 	       (ip[0] == own[0] && ip[1] == own[1] && ip[2] == own[2] && ip[3] == own[3]);

@@ -39,11 +39,11 @@ static __always_inline int is_unspecified(u8 *addr)
 }
 
 /* What a bind becomes, NULL where no rule names the address. The exact address first, then "any". */
-static __always_inline struct ingress_value *ingress_rule(struct container *container, struct request *request)
+static __always_inline struct ingress_value *ingress_rule(u32 ruleset, struct request *request)
 {
 	struct ingress_key key = {
 		.prefixlen = GRAFT_INGRESS_FIXED_BITS + 16,
-		.ruleset = container->ruleset,
+		.ruleset = ruleset,
 		.protocol = request->protocol,
 		.family = request->family,
 		.port_be = bpf_htons(request->port),
@@ -114,6 +114,10 @@ static __always_inline u32 egress_rule(struct container *container, struct reque
 	node = egress.lookup(&key);
 	if (!node)
 		return GRAFT_VERDICT_NONE;
+	if (node->verdict) {
+		*endpoint = node->endpoint;
+		return node->verdict;
+	}
 
 	struct egress_port_key port = {
 		.prefixlen = GRAFT_EGRESS_PORT_FIXED_BITS + 16,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from .output import command, say
 if TYPE_CHECKING:
     from graft.commands.attach import Attached
     from graft.commands.detach import Detached
+    from graft.state.inventory import ContainerSocket
 
 Which = Annotated[
     str,
@@ -28,6 +30,9 @@ Which = Annotated[
         show_default=False,
     ),
 ]
+
+
+_MOST_UNSEARCHED = 8  # that are named
 
 
 def register(app: typer.Typer) -> None:
@@ -105,8 +110,27 @@ def _attached_lines(done: Attached) -> list[str]:
     if done.existing.sockets:
         lines.append("  existing sockets, which keep their addresses and connections:")
         lines += [f"    {sock}" for sock in done.existing.sockets]
-    lines += [f"  process {pid} lets nobody list its sockets: there may be more" for pid in done.existing.unsearched]
+    lines += _unsearched_lines(done.existing.unsearched)
     lines += [f"  {sock} may receive nothing: no process lends it" for sock in done.cut_off]
+    return lines + _late_lines(done.late)
+
+
+def _late_lines(late: Sequence[ContainerSocket] | None) -> list[str]:
+    if late is None:
+        return ["  cannot list the sockets that it made meanwhile: the kernel does not answer"]
+    from graft.state.inventory import is_cut_off
+
+    lines = ["  made while it was attached, which keep their addresses and connections:"] if late else []
+    lines += [f"    {sock}" + (", which may receive nothing" if is_cut_off(sock) else "") for sock in late]
+    return lines
+
+
+def _unsearched_lines(unsearched: Sequence[int]) -> list[str]:
+    """Which processes may have sockets that are not listed."""
+    shown = unsearched[:_MOST_UNSEARCHED]
+    lines = [f"  process {pid} does not let its sockets be listed in time: there may be more" for pid in shown]
+    if len(unsearched) > len(shown):
+        lines.append(f"  nor do {len(unsearched) - len(shown)} other processes")
     return lines
 
 
@@ -161,7 +185,7 @@ def _detached_lines(done: Detached) -> list[str]:
         if found:
             lines.append(f"  {heading}:")
             lines += [f"    {sock}" for sock in found]
-    return lines
+    return lines + _unsearched_lines(withdrawal.unsearched)
 
 
 def _raise_if_unfinished(done: Detached) -> None:

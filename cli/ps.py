@@ -66,6 +66,7 @@ def ps(as_json: Json = False) -> None:
                 }
                 for sock in one.sockets
             ],
+            "unsearched": list(one.unsearched),
         }
         for one in overviews
     ]
@@ -77,7 +78,7 @@ def ps(as_json: Json = False) -> None:
             one.container.transport,
             _served_by(one),
             ",".join(one.container.endpoints) or "-",
-            _summary(one) + ("; somebody holds its cgroup's directory" if one.processes is None else ""),
+            _summary(one) + _doubts(one),
             one.container.cgroup,
         )
         for one in overviews
@@ -126,6 +127,13 @@ def _waiting_record(one: Waiting) -> dict[str, Any]:
         "relay": None,
         "sockets": [],
     }
+
+
+def _doubts(one: ContainerOverview) -> str:
+    """Why the container may have more sockets than these."""
+    if one.processes is None:
+        return "; somebody holds its cgroup's directory"
+    return f"; {len(one.unsearched)} of its processes could not be searched" if one.unsearched else ""
 
 
 def _served_by(one: ContainerOverview) -> str:

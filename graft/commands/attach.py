@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graft.commands import saving
@@ -26,6 +26,7 @@ from graft.state.containers import refuse_below
 from graft.state.engines import FoundContainer, resolve
 from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket, Existing
+from graft.state.members import Members
 from graft.state.records import Container
 
 NO_SOCKETS = Existing(())
@@ -35,7 +36,8 @@ _TRIES = 5
 @dataclass(frozen=True, slots=True)
 class Attached:
     """What `attach` found and did. ``existing`` are the sockets from before the policy (None: could not be listed), and
-    ``cut_off`` those of them that receive nothing any more, because no process lends them.
+    ``cut_off`` those of them that receive nothing any more, because no process lends them. ``late`` are sockets that
+    the container made while it was attached, before its hooks saw them (None: could not be listed).
 
     ``without_effect`` are the fields of rules for UDP, ``without_supervisor`` those of rules for unix paths, that this
     transport does not support. ``saved``: it is attached again when it starts again.
@@ -48,6 +50,7 @@ class Attached:
     replaced: bool
     existing: Existing | None = NO_SOCKETS
     cut_off: tuple[ContainerSocket, ...] = ()
+    late: tuple[ContainerSocket, ...] | None = ()
     without_effect: tuple[str, ...] = ()
     without_supervisor: tuple[str, ...] = ()
     saved: bool = False
@@ -71,8 +74,13 @@ def attach(
         seen = look_at(graft, target, wanted, relay)
         with seen.within_reach(), saving.alone(graft.settings, save):  # nobody restores it meanwhile
             if seen.is_current(graft):
-                return attach_seen(graft, seen, policy, relay, wanted, save)
-    raise ConflictError("cgroup: others attach and detach it at the same time", "try again")
+                done = attach_seen(graft, seen, policy, relay, wanted, save)
+                break
+    else:
+        raise ConflictError("cgroup: others attach and detach it at the same time", "try again")
+    if seen.attached is not None or done.choice.transport is Transport.SPLICE:
+        return done
+    return replace(done, late=_made_meanwhile(graft, done.container, seen.inside, seen.existing))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,7 @@ class Seen:
     target: FoundContainer
     record: Container | None
     attached: Container | None
-    pids: tuple[int, ...]
+    inside: Members
     observed: Observed
     choice: TransportChoice
     existing: Existing | None
@@ -116,7 +124,7 @@ def look_at(
         refuse_below(target.cgroup)
         if choice.transport is not Transport.SPLICE:
             existing = inventory.host_sockets_of(graft.settings, inside)
-    return Seen(target, record, attached, inside.pids, observed, choice, existing)
+    return Seen(target, record, attached, inside, observed, choice, existing)
 
 
 def _record_at(graft: Installation, path: Path) -> Container | None:
@@ -143,7 +151,7 @@ def attach_seen(
         if seen.attached is not None:
             container = _replace_policy(graft, target, seen.attached, choice, policy, relay)
         elif choice.transport is Transport.SPLICE:
-            container = _attach_splice(graft, target, seen.pids, policy, relay or "splice")
+            container = _attach_splice(graft, target, seen.inside.pids, policy, relay or "splice")
         else:
             container, cut_off = _attach_direct(graft, target, seen.existing or NO_SOCKETS, policy, choice)
     return Attached(
@@ -154,10 +162,23 @@ def attach_seen(
         seen.attached is not None,
         seen.existing,
         cut_off,
-        _without_effect(graft, choice, policy),
-        _without_supervisor(choice, policy),
-        saved is not None,
+        without_effect=_without_effect(graft, choice, policy),
+        without_supervisor=_without_supervisor(choice, policy),
+        saved=saved is not None,
     )
+
+
+def _made_meanwhile(
+    graft: Installation, container: Container, before: Members, existing: Existing | None
+) -> tuple[ContainerSocket, ...] | None:
+    """What the container has made since its sockets were listed: a search of its processes takes as long as their
+    number of descriptors has it take.
+    """
+    if existing is None:
+        return None
+    now = members.of_each([container.cgroup_path]).get(container.cgroup_path, before)
+    inside = Members(now.pids, now.cgroups | before.cgroups)
+    return inventory.made_since(graft.settings, container.id, inside, existing)
 
 
 def observe(settings: Settings, pids: Sequence[int], attached: Container | None) -> Observed:

@@ -30,6 +30,7 @@ class ContainerOverview:
     ``namespaces`` are inodes; ``supervisors`` is empty if it needs none.
 
     ``stuck`` are those of the supervisors that are stuck; ``sockets`` is None if the kernel did not list them in time.
+    ``unsearched`` are processes that could not be searched for sockets in time.
     """
 
     container: Container
@@ -40,6 +41,7 @@ class ContainerOverview:
     sockets: tuple[ContainerSocket, ...] | None
     relay: Mapping[str, Any] | None = None
     """Where graftd relays for it: the result of graft.splice.client.describe."""
+    unsearched: tuple[int, ...] = ()
 
 
 def overview(graft: Installation) -> list[ContainerOverview]:
@@ -51,7 +53,7 @@ def overview(graft: Installation) -> list[ContainerOverview]:
         [*(container.cgroup_path for container in listed), *(own_cgroup(settings, one.id) for one in listed)]
     )
     with inventory.host_stack(graft) as stack:
-        sockets = inventory.sockets_by_container(settings, listed, stack, inside)
+        found_sockets = inventory.sockets_by_container(settings, listed, stack, inside)
     supervisors = _supervisors(graft, listed, inside)
     stuck = liveness.stuck([pid for pids in supervisors.values() for pid in pids])
     relays = _relays(settings, listed)
@@ -66,8 +68,9 @@ def overview(graft: Installation) -> list[ContainerOverview]:
                 namespaces=tuple(sorted(netns.inodes_of(its_members.pids))) if its_members else (),
                 supervisors=its_supervisors,
                 stuck=stuck.intersection(its_supervisors),
-                sockets=None if sockets is None else tuple(sockets[container.id]),
+                sockets=None if found_sockets is None else tuple(found_sockets.sockets[container.id]),
                 relay=relays.get(container.id),
+                unsearched=() if found_sockets is None else found_sockets.unsearched[container.id],
             )
         )
     return found

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 11
+LAYOUT_VERSION = 12
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -37,6 +37,8 @@ ENDPOINT_UNIX = 8
 ENDPOINT_HAS_PORT = 16
 USE_INGRESS = 1
 USE_PORT_0 = 2
+OWNED_KNOWN = 1
+OWNED_UNKNOWN = 2
 CONTAINER_DENIES = 1
 CONTAINER_OTHERS = 2
 CONTAINER_ICMP = 4
@@ -149,9 +151,9 @@ class EgressKey(ctypes.Structure):
 
 
 class EgressValue(ctypes.Structure):
-    """The node that a destination's ports are listed under."""
+    """The node that a destination's ports are listed under; and what holds for all of them, where one thing does."""
 
-    _fields_ = (("node", ctypes.c_uint32),)
+    _fields_ = (("node", ctypes.c_uint32), ("verdict", ctypes.c_uint32), ("endpoint", ctypes.c_uint32))
 
 
 class Use(ctypes.Structure):
@@ -200,8 +202,14 @@ class Tag(ctypes.Structure):
         ("lent", ctypes.c_uint8),
         ("at_unix", ctypes.c_uint8),
         ("lent_family", ctypes.c_uint8),
-        ("zero", ctypes.c_uint8),
+        ("owned", ctypes.c_uint8),
         ("binder", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("gid", ctypes.c_uint32),
+        ("zero", ctypes.c_uint32),
+        ("found_endpoint", ctypes.c_uint64),
+        ("found_port", ctypes.c_uint64),
+        ("netns", ctypes.c_uint64),
     )
 
 

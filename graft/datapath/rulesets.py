@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from ipaddress import ip_address
 from typing import Any
@@ -61,6 +61,7 @@ def _entries(
         endpoint = endpoint_ids[bind.endpoint]
         uses[endpoint] |= layout.USE_INGRESS | layout.USE_PORT_0 * (not bind.port and bind.port_bits == 16)
         yield maps.ingress, in_key, layout.IngressValue(endpoint, bind.first_port)
+    of_all_ports = _of_all_ports(rules, endpoint_ids)
     for prefix in rules.egress_prefixes:
         out_key = layout.EgressKey(
             prefixlen=layout.EGRESS_FIXED_BITS + prefix.prefix_len,
@@ -69,7 +70,7 @@ def _entries(
             family=prefix.family,
         )
         out_key.addr[:] = prefix.address
-        yield maps.egress, out_key, layout.EgressValue(prefix.node)
+        yield maps.egress, out_key, layout.EgressValue(prefix.node, *of_all_ports.get(prefix.node, (Verdict.NONE, 0)))
     for port in rules.egress_ports:
         port_key = layout.EgressPortKey(
             prefixlen=layout.EGRESS_PORT_FIXED_BITS + port.port_bits,
@@ -83,6 +84,16 @@ def _entries(
     for endpoint, how in uses.items():
         if endpoint:
             yield maps.uses, layout.Use(number, endpoint), ctypes.c_uint32(how)
+
+
+def _of_all_ports(rules: RuleSet, endpoint_ids: Mapping[str, int]) -> dict[int, tuple[Verdict, int]]:
+    """Of the nodes whose ports all have the same entry: its verdict and endpoint, which spare the hooks a lookup."""
+    entries = Counter(one.node for one in rules.egress_ports)
+    return {
+        one.node: (one.verdict, endpoint_ids[one.endpoint] if one.endpoint is not None else 0)
+        for one in rules.egress_ports
+        if not one.port_bits and entries[one.node] == 1
+    }
 
 
 def erase(maps: Maps, number: int) -> None:

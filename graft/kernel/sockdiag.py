@@ -20,7 +20,7 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
@@ -48,10 +48,13 @@ _REQUEST = struct.Struct("=BBBBI48s")
 _MESSAGE = struct.Struct("=BBBB2s2s16s16sIII5I")
 _IDENTITY = slice(4, 52)  # the struct inet_diag_sockid in it, as a request names a socket
 _REMOTE_PORT = slice(2, 4)  # in that
+_COOKIE, _INODE = slice(44, 52), slice(68, 72)
 _ATTRIBUTE = struct.Struct("=HH")
 _NUMBER = struct.Struct("=I")
 _TRIES = 4096
 _MAX_AT = 1024  # listeners at one address
+_NO_PORT = 0  # of the remote end: no connection has it
+_LO = 1  # LOOPBACK_IFINDEX (net/flow.h), of each namespace
 # struct inet_diag_bc_op: code, where to go on if so, and if not; struct inet_diag_hostcond: family, prefix, -, port
 _CONDITION = struct.Struct("=BBHBB2xi")
 _JUMP = struct.Struct("=BBH")
@@ -145,19 +148,36 @@ class Diagnostics:
         """
         remote, local = sock.getpeername(), sock.getsockname()
         ends = [socket.inet_pton(sock.family, one[0]).ljust(16, b"\0") for one in (remote, local)]
-        sockid = struct.pack("!HH", remote[1], local[1]) + ends[0] + ends[1] + bytes(4) + _NO_COOKIE
-        self._send(_SOCK_DIAG_BY_FAMILY, _REQUEST_ONE, _REQUEST.pack(sock.family, socket.IPPROTO_TCP, 0, 0, 0, sockid))
+        one = self._one(sock.family, struct.pack("!HH", remote[1], local[1]) + ends[0] + ends[1] + bytes(4))
+        return None if one is None or one.state in (_TCP_LISTEN, _TCP_NEW_SYN_RECV, _TCP_SYN_RECV) else one
+
+    def chosen_at(self, family: int, address: str, port: int) -> FoundSocket | None:
+        """The listener that the kernel chooses now for a connection over lo to that address; None where there is none.
+        Raises OSError.
+        """
+        end = socket.inet_pton(family, address).ljust(16, b"\0")
+        return self._one(family, struct.pack("!HH", port, _NO_PORT) + end + end + _NUMBER.pack(_LO))
+
+    def _one(self, family: int, place: bytes) -> FoundSocket | None:
+        """The TCP socket that would receive a packet; ``place`` is a struct inet_diag_sockid without the cookie."""
+        self._send(
+            _SOCK_DIAG_BY_FAMILY,
+            _REQUEST_ONE,
+            _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 0, place + _NO_COOKIE),
+        )
         try:
             with _refusing():
                 found, _ = _answered(self._sock.recv(_PIECE_BYTES))
-                one = parse_socket(socket.IPPROTO_TCP, found[0]) if found else None
+                return parse_socket(socket.IPPROTO_TCP, found[0]) if found else None
         except FileNotFoundError:
             return None
-        return None if one is None or one.state in (_TCP_LISTEN, _TCP_NEW_SYN_RECV, _TCP_SYN_RECV) else one
 
-    def listeners_at(self, family: int, address: str, port: int) -> list[ListeningSocket]:
-        """Every listener of the namespace that a connection to that address may reach: several with SO_REUSEPORT, of
-        which a program that one of them has set may choose any. Raises OSError, also where there are very many.
+    def listeners_at(self, family: int, address: str, port: int, every: bool = True) -> Iterator[list[ListeningSocket]]:
+        """Every listener of the namespace that a connection to that address may reach, some at a time: several with
+        SO_REUSEPORT, of which a program that one of them has set may choose any. Not usable any more unless read to the
+        end. Without ``every`` those at [::] are left out of an IPv4 address's.
+
+        Raises OSError: EMSGSIZE where there are very many, also of those at [::] that an IPv4 connection cannot reach.
         """
         packed = socket.inet_pton(family, address)
         places = [(socket.AF_INET6, [packed, bytes(16)])]
@@ -165,17 +185,17 @@ class Diagnostics:
             mapped = bytes(10) + b"\xff\xff"
             places = [
                 (socket.AF_INET, [packed, bytes(4)]),
-                (socket.AF_INET6, [mapped + packed, mapped + bytes(4), bytes(16)]),
+                (socket.AF_INET6, [mapped + packed, mapped + bytes(4), *([bytes(16)] if every else [])]),
             ]
-        found: list[ListeningSocket] = []
         for kind, addresses in places:
-            code = _at_one_of(kind, addresses)
+            code, count = _at_one_of(kind, addresses), 0
             for piece in self._dump(kind, socket.IPPROTO_TCP, 1 << _TCP_LISTEN, _PIECE_BYTES, port=port, code=code):
-                with _refusing():
-                    found += [parse_listener(message) for message in piece]
-                if len(found) > _MAX_AT:
+                count += len(piece)
+                if count > _MAX_AT:
                     raise OSError(errno.EMSGSIZE, f"more than {_MAX_AT} sockets listen at {address}, port {port}")
-        return [one for one in found if family != socket.AF_INET or not one.v6only]
+                with _refusing():
+                    found = [parse_listener(message) for message in piece]
+                yield [one for one in found if family != socket.AF_INET or not one.v6only]
 
     def datagram_sockets(self) -> Iterator[list[ListeningSocket]]:
         """Every UDP socket of the namespace, likewise; none where the kernel does not list them."""
@@ -199,6 +219,18 @@ class Diagnostics:
                 for piece in self._dump(family, protocol, _EVERY_STATE, _LARGE_BYTES, storage):
                     found += [parse_socket(protocol, message) for message in piece if prefix in message]
         return [one for one in found if not prefix or (one.stored or b"").startswith(prefix)]
+
+    def messages(self, protocol: int, storage: int) -> list[bytes]:
+        """Every socket of a protocol, as `sockets` has it, not parsed: what anybody has very many of costs little then.
+
+        `seen` and `parse_socket` read one. Raises OSError.
+        """
+        found: list[bytes] = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(FileNotFoundError):
+                for piece in self._dump(family, protocol, _EVERY_STATE, _LARGE_BYTES, storage):
+                    found += piece
+        return found
 
     def destroy(self, one: Identity, shared: bool = False) -> None:
         """Close a socket: a connection is reset, a listener stops listening. Needs CAP_NET_ADMIN, takes its lock.
@@ -341,6 +373,26 @@ def parse_socket(protocol: int, message: bytes) -> FoundSocket:
         cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder),
         stored=_stored(attributes),
     )
+
+
+class Seen(NamedTuple):
+    """What a message says at first sight. ``is_stored``: the socket has a value in the requested storage."""
+
+    inode: int
+    state: int
+    cookie: bytes
+    cgroup: int
+    is_stored: bool
+
+
+def seen(message: bytes) -> Seen:
+    """A socket at first sight. Raises ValueError."""
+    if len(message) < _MESSAGE.size:
+        raise ValueError(f"a socket in {len(message)} bytes")
+    attributes = dict(_attributes(message, _MESSAGE.size))
+    cgroup = int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder)
+    inode = int.from_bytes(message[_INODE], sys.byteorder)
+    return Seen(inode, message[1], message[_COOKIE], cgroup, _SK_BPF_STORAGES in attributes)
 
 
 def _stored(attributes: Mapping[int, bytes]) -> bytes | None:

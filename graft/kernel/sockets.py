@@ -10,11 +10,12 @@ import os
 import re
 import socket
 import struct
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
-from graft.kernel.sockdiag import IPPROTO_MPTCP, Diagnostics, FoundSocket, Identity
+from graft.kernel.sockdiag import IPPROTO_MPTCP, Diagnostics, FoundSocket, Identity, parse_socket, seen
 from graft.kernel.socket_calls import attach_filter, lock_filter
 from graft.model.address import format_ip, unmapped
 
@@ -66,21 +67,56 @@ class ListedSocket:
         return self.state not in WITHOUT_PEER
 
 
-def list_sockets(storage: int) -> list[ListedSocket]:
-    """Every TCP and UDP socket of the calling thread's namespace that has an address, and that a program has open.
+@dataclass(frozen=True, slots=True)
+class SeenSocket:
+    """A socket at first sight, as it comes from the kernel: most of very many are nobody's, and are never read.
 
-    ``storage`` is a descriptor of a socket storage map. An MPTCP socket is listed as the TCP socket that it listens or
-    connects with. Takes no socket's lock. Raises OSError.
+    ``is_stored``: it has a value in the requested socket storage, or is of MPTCP. ``cookie`` and ``cgroup`` as in
+    `Identity` and `ListedSocket`.
+    """
+
+    inode: int
+    protocol: str
+    state: str
+    cookie: bytes
+    cgroup: int
+    is_stored: bool
+    message: bytes
+    parents: Mapping[int, bytes | None]
+
+    def read(self) -> ListedSocket:
+        """All of it. An MPTCP socket is read as the TCP socket that it listens or connects with."""
+        return _with_parent(_read(self.protocol, parse_socket(PROTOCOLS[self.protocol], self.message)), self.parents)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The sockets of a namespace as the kernel lists them: messages by protocol; and the values of MPTCP sockets."""
+
+    messages: Mapping[str, list[bytes]]
+    parents: Mapping[int, bytes | None]
+
+    def __iter__(self) -> Iterator[SeenSocket]:
+        """Every socket that a program has open. Raises ValueError where one is malformed."""
+        for protocol, messages in self.messages.items():
+            for message in messages:
+                one = seen(message)
+                if one.inode:
+                    is_stored = one.is_stored or one.inode in self.parents
+                    state = _state(protocol, one.state)
+                    yield SeenSocket(
+                        one.inode, protocol, state, one.cookie, one.cgroup, is_stored, message, self.parents
+                    )
+
+
+def list_sockets(storage: int) -> Listing:
+    """Every TCP and UDP socket of the calling thread's namespace that has an address.
+
+    ``storage`` is a descriptor of a socket storage map. Takes no socket's lock. Raises OSError.
     """
     with closing(Diagnostics()) as diagnostics:
         parents = {one.inode: one.stored for one in diagnostics.sockets(IPPROTO_MPTCP, storage)}
-        found = [
-            _read(protocol, one)
-            for protocol, number in PROTOCOLS.items()
-            for one in diagnostics.sockets(number, storage)
-            if one.inode
-        ]
-    return [_with_parent(one, parents) for one in found]
+        return Listing({name: diagnostics.messages(number, storage) for name, number in PROTOCOLS.items()}, parents)
 
 
 def list_tcp(storage: int, prefix: bytes = b"") -> list[ListedSocket]:
@@ -93,7 +129,7 @@ def list_tcp(storage: int, prefix: bytes = b"") -> list[ListedSocket]:
     return [_read("tcp", one) for one in found if one.inode and one.stored is not None]
 
 
-def _with_parent(one: ListedSocket, parents: dict[int, bytes | None]) -> ListedSocket:
+def _with_parent(one: ListedSocket, parents: Mapping[int, bytes | None]) -> ListedSocket:
     """A subflow of an MPTCP socket with the storage of that socket, which is the one that the program has."""
     if one.protocol != "tcp" or one.inode not in parents:
         return one

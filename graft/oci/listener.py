@@ -30,6 +30,7 @@ from graft.oci.request import POLICY_ANNOTATION, check_annotations, check_capabi
 from graft.oci.state import Message, State
 from graft.state.containers import check_transport, compile_for
 from graft.state.installation import Installation, known_endpoints
+from graft.state.leftovers_aside import LeftoversAside
 
 Report = Callable[[str], None]
 
@@ -95,6 +96,7 @@ class ListenerServer:
         self._settings, self._options, self._report = settings, options, report
         self._graft = Installation(settings)
         self._engine_cgroup = engine_cgroup
+        self._leftovers = LeftoversAside(self._graft)
         self._attachments: dict[str, shim.Attachment] = {}
         self._loop = MessageLoop()
         self._stopping = False
@@ -111,6 +113,7 @@ class ListenerServer:
         self._stopping = True
 
     def _check_containers(self) -> bool:
+        self._leftovers.go_on()
         for name, attachment in list(self._attachments.items()):
             attachment.check_supervisors()
             if attachment.has_ended:
@@ -140,7 +143,7 @@ class ListenerServer:
         try:
             if known is None and first is None:
                 raise RefusedError("the container's first process has ended")
-            attachment = known or shim.Attachment(self._plan(state), self._graft)
+            attachment = known or shim.Attachment(self._plan(state), self._graft, self._leftovers.closed_after)
         except BaseException:
             os.close(listener)
             raise

@@ -20,6 +20,8 @@ import shutil
 import signal
 import socket
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,15 +48,18 @@ _MAX_SUPERVISORS = 64
 """Of one container. Each is a process of the host's, for as long as what an engine's `exec` started, or left behind, is
 there: an image may have a health check do so every second.
 """
+Closing = Callable[[Installation, Container], AbstractContextManager[None]]
 _SHARE = 16  # a container has at most one in so many of the descriptors that a process may have, for its listeners
 
 
 class Attachment:
     """One container: attached once, with a supervisor for each listener."""
 
-    def __init__(self, plan: Plan, graft: Installation) -> None:
+    def __init__(self, plan: Plan, graft: Installation, closing: Closing | None = None) -> None:
+        """``closing`` is a substitute for `leftovers.closed_after`, which may wait for sockets of the container."""
         self._plan = plan
         self._graft = graft
+        self._closing = closing
         self._keepers: list[Keeper] = []
         self._events: int | None = None
         self.container: Container | None = None
@@ -191,17 +196,17 @@ class Attachment:
         """Stop the supervisors, and remove the container's rules, record and files."""
         stop_all(self._keepers)
         if self.container is not None:
-            _remove_container(self._graft, self.container)
+            _remove_container(self._graft, self.container, self._closing)
         if self._events is not None:  # until here: it kept the cgroup's name in the kernel's cache
             os.close(self._events)
             self._events = None
         _remove_folder(self._plan.folder)
 
 
-def _remove_container(graft: Installation, container: Container) -> None:
+def _remove_container(graft: Installation, container: Container, closing: Closing | None = None) -> None:
     with (
         contextlib.suppress(GraftError, OSError),
-        leftovers.closed_after(graft, container),
+        (closing or leftovers.closed_after)(graft, container),
         graft.transaction() as change,
     ):
         change.containers.remove(container)  # graftd sees that by itself, if it serves the container

@@ -12,13 +12,15 @@ and it takes a moment until the endpoint is withdrawn. So before the first byte 
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 
 from graft.datapath import layout
 from graft.datapath.layout import Crossing
 from graft.datapath.maps import Maps
-from graft.kernel.sockdiag import Diagnostics
+from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.splice.namespace_sockets import NamespaceSockets
 
 
@@ -53,17 +55,44 @@ class FarCheck:
 
     def _is_containers(self, sock: socket.socket) -> bool:
         """Whether the container has the other end; if nobody has yet, whether nobody else can get it."""
-        if self._diagnostics is None:
-            self._diagnostics = self._netns.run(Diagnostics)
         try:
-            far = self._diagnostics.far_end(sock)
+            far = self._asked().far_end(sock)
             if far is not None:
                 return far.cgroup in self.cgroups
-            listeners = self._diagnostics.listeners_at(sock.family, *sock.getpeername()[:2])
+            return self._listens_alone(sock.family, *sock.getpeername()[:2])
         except OSError:
             self.close()
             raise
-        return bool(listeners) and all(not one.cgroup or one.cgroup in self.cgroups for one in listeners)
+
+    def _asked(self) -> Diagnostics:
+        if self._diagnostics is None:
+            self._diagnostics = self._netns.run(Diagnostics)
+        return self._diagnostics
+
+    def _listens_alone(self, family: int, address: str, port: int) -> bool:
+        """Whether the container listens at an address, and nobody else there. Raises OSError."""
+        try:
+            return self._has_all(self._asked().listeners_at(family, address, port))
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE or family != socket.AF_INET:
+                raise
+        # Anybody may have any number of listeners at [::] that take IPv6 only. Another user's that takes IPv4 too is
+        # beside the container's only at other interfaces: none of them counts if the kernel chooses one not at [::].
+        self.close()
+        chosen = self._asked().chosen_at(family, address, port)
+        if chosen is None or (chosen.identity.family == socket.AF_INET6 and not any(chosen.local[0])):
+            return False
+        return self._has_all(self._asked().listeners_at(family, address, port, every=False))
+
+    def _has_all(self, listeners: Iterable[Sequence[ListeningSocket]]) -> bool:
+        """Whether there are listeners, and each is the container's. Raises OSError."""
+        found = False
+        for one in itertools.chain.from_iterable(listeners):
+            found = True
+            if one.cgroup and one.cgroup not in self.cgroups:
+                self.close()  # the others are not read
+                return False
+        return found
 
     def close(self) -> None:
         """Close what is open. Safe to repeat."""

@@ -13,6 +13,7 @@
     socket_holders.py  which processes have a descriptor of a socket
     withdrawal.py      closes the sockets that a container was granted
     leftovers.py       closes the sockets that others have of a container that has ended
+    leftovers_aside.py    the same for a process that waits for none of them
     helper_process.py  runs system calls that may never return in a child process
     folder_calls.py    makes calls in such a child that are about a folder which somebody may hold
     left_children.py   children that were left behind there

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,18 +22,23 @@ from pathlib import Path
 from graft.datapath import layout
 from graft.datapath.maps import Maps
 from graft.kernel import bpf, netns, sockets
-from graft.kernel.sockets import ListedSocket
+from graft.kernel.sockets import ListedSocket, Listing, SeenSocket
 from graft.model.address import format_ip
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home, Transport
-from graft.state import helper_process, members, socket_holders
+from graft.state import helper_process, leftovers, members, socket_holders
 from graft.state.installation import Installation
 from graft.state.members import Members
 from graft.state.records import Container
 from graft.state.socket_holders import Place
 
+SEARCH = 5.0
+"""Seconds for a search of processes, however steadily results come: by the number of its descriptors each process
+decides when its own does.
+"""
+_ANYWHERE = 1.0  # seconds that a search of all processes has at least
 _UNDER_LOCK = 1.0  # seconds without an answer, where others wait for the installation's lock
 
 
@@ -80,42 +86,74 @@ class ContainerSocket:
         return f"{listed.protocol} {listed.state} {listed.local}{peer} ({where}{grant})"
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The sockets of containers, by their ids. ``unsearched`` are processes of each whose descriptors could not be
+    listed in time: what only they have, and was made in another cgroup, is not among these.
+    """
+
+    sockets: dict[int, list[ContainerSocket]]
+    unsearched: dict[int, tuple[int, ...]]
+
+
 def sockets_by_container(
     settings: Settings,
     containers: Sequence[Container],
     stack: HostStack,
     listed: Mapping[Path, Members] | None = None,
-) -> dict[int, list[ContainerSocket]] | None:
-    """The sockets of each of ``containers``, by its id. Each namespace is listed once for all of them.
+    closed: Sequence[ContainerSocket] = (),
+    seconds: float = SEARCH,
+) -> Found | None:
+    """The sockets of each of ``containers``. Each namespace is listed once for all of them.
 
     ``listed`` is what is in their cgroups, if that is known already. Of a container that holds a folder of its cgroups
-    only those sockets are found that have its tag, or that were made in its first cgroup. None if the kernel does not
-    answer in time. Raises OSError.
+    only those sockets are found that have its tag, or that were made in its first cgroup. ``closed`` are sockets that
+    the kernel may list no more, which are to be found in processes too. ``seconds`` are searched at most, and a little
+    longer where no process of a container has a socket. None if the kernel does not answer in time. Raises OSError.
     """
-    on_host = _list_stack(settings, stack)
-    if on_host is None:
+    seen = _list_stack(settings, stack)
+    if seen is None:
         return None
+    cookies = {sock.cookie for _, sock in seen}
+    missing = [sock for sock in closed if sock.listed.identity.cookie not in cookies]
     if listed is None:
         listed = members.of_each([container.cgroup_path for container in containers])
     inside = [listed.get(one.cgroup_path, Members((), frozenset([one.cgroup_id]))) for one in containers]
-    searches = helper_process.run_each(lambda one: _find_descriptors(settings, one.pids, on_host), inside).results
+    until = time.monotonic() + seconds
+    candidates = Candidates.of([*(sock for _, sock in seen), *(sock.listed for sock in missing)])
+    searches = _search_each(settings, [one.pids for one in inside], candidates, seconds)
+    inodes = {inode for search, _ in searches for inode in search.places}
+    cgroups = {cgroup for one in inside for cgroup in one.cgroups}
+    on_host = [
+        ContainerSocket(sock.read(), path)
+        for path, sock in seen
+        if sock.is_stored or sock.inode in inodes or sock.cgroup in cgroups
+    ] + missing
     by_container: dict[int, list[ContainerSocket]] = {}
-    for index, container in enumerate(containers):
-        cgroup_ids, search = inside[index].cgroups, searches.get(index, _NONE_FOUND)
+    for container, its, (search, _) in zip(containers, inside, searches, strict=True):
         by_container[container.id] = [
             _with_grant(container, stack, search.add_to(sock))
             for sock in on_host
-            if search.found(sock) or sock.listed.cgroup in cgroup_ids or _is_tagged_for(container, sock)
+            if search.found(sock) or sock.listed.cgroup in its.cgroups or _is_tagged_for(container, sock)
         ]
     unlocated = [sock for found in by_container.values() for sock in found if not sock.places]
-    anywhere = _find_in_all_processes(settings, unlocated)
-    return {
+    anywhere = _find_in_all_processes(settings, unlocated, max(until - time.monotonic(), _ANYWHERE))
+    sockets_found = {
         container.id: [
             sock if sock.places else _with_grant(container, stack, anywhere.add_to(sock))
             for sock in by_container[container.id]
         ]
         for container in containers
     }
+    return Found(sockets_found, {one.id: searches[index][1] for index, one in enumerate(containers)})
+
+
+def tagged(settings: Settings, container: Container, stack: HostStack) -> list[ContainerSocket]:
+    """The TCP sockets that a container was granted, by their tags alone: no process is searched for them, and whoever
+    has them cannot delay this. None of MPTCP. Empty where the kernel does not answer in time.
+    """
+    found = helper_process.run_one(lambda: leftovers.left_of(settings, stack.namespaces, container.id)) or []
+    return [_with_grant(container, stack, ContainerSocket(listed, path)) for path, listed in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +177,26 @@ class _Search:
 _NONE_FOUND = _Search({}, {})
 
 
-def _find_descriptors(settings: Settings, pids: Iterable[int], candidates: Sequence[ContainerSocket]) -> _Search:
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Sockets that processes are searched for, by inode. ``untagged``: their tags do not come with the listing."""
+
+    inodes: frozenset[int]
+    untagged: frozenset[int]
+
+    @classmethod
+    def of(cls, listed: Iterable[ListedSocket | SeenSocket]) -> Candidates:
+        """Those of a listing."""
+        every = [(one.inode, one.protocol == "udp" or one.state == "bound") for one in listed]
+        return cls(frozenset(inode for inode, _ in every), frozenset(inode for inode, untagged in every if untagged))
+
+
+def _find_descriptors(settings: Settings, pids: Iterable[int], candidates: Candidates) -> _Search:
     """Search processes for descriptors of the candidates. (Reading a socket's storage does not take its lock.)"""
-    places = socket_holders.find(pids, frozenset(sock.listed.inode for sock in candidates))
+    places = socket_holders.find(pids, candidates.inodes)
     maps, tags = Maps(settings.pin_dir), {}
-    for sock in candidates:
-        if sock.listed.protocol != "udp" and sock.listed.state != "bound":
-            continue  # its tag comes with the listing
-        inode = sock.listed.inode
-        for place in places.get(inode, ()):
+    for inode in candidates.untagged.intersection(places):
+        for place in places[inode]:
             with socket_holders.copied(place, inode) as copy:
                 tag = None if copy is None else maps.tags.get(ctypes.c_int32(copy))
                 if tag is not None:
@@ -155,14 +204,31 @@ def _find_descriptors(settings: Settings, pids: Iterable[int], candidates: Seque
     return _Search(places, tags)
 
 
-def _find_in_all_processes(settings: Settings, unlocated: Sequence[ContainerSocket]) -> _Search:
+def _search_each(
+    settings: Settings, groups: Sequence[Sequence[int]], candidates: Candidates, seconds: float
+) -> list[tuple[_Search, tuple[int, ...]]]:
+    """Search the processes of each group: what was found, and those that could not be searched in time. Each process is
+    searched on its own, so that one hides nothing of the others.
+    """
+    items = [(index, pid) for index, pids in enumerate(groups) for pid in pids]
+    found = helper_process.run_each(
+        lambda item: _find_descriptors(settings, [item[1]], candidates), items, min(seconds, SEARCH), longest=seconds
+    ).results
+    by_group: list[tuple[list[_Search], list[int]]] = [([], []) for _ in groups]
+    for number, (index, pid) in enumerate(items):
+        if number in found:
+            by_group[index][0].append(found[number])
+        else:
+            by_group[index][1].append(pid)
+    return [(_merged(searches), tuple(unsearched)) for searches, unsearched in by_group]
+
+
+def _find_in_all_processes(settings: Settings, unlocated: Sequence[ContainerSocket], seconds: float) -> _Search:
     """Search every process of the machine for sockets that no process of a container has."""
     if not unlocated:
         return _NONE_FOUND
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return _merged(
-        helper_process.run_each(lambda pid: _find_descriptors(settings, [pid], unlocated), pids).results.values()
-    )
+    return _search_each(settings, [pids], Candidates.of(sock.listed for sock in unlocated), seconds)[0][0]
 
 
 def _merged(searches: Iterable[_Search]) -> _Search:
@@ -233,14 +299,42 @@ def host_sockets_of(settings: Settings, inside: Members) -> Existing | None:
 
     None if the kernel does not answer in time.
     """
-    on_host = helper_process.run_one(lambda: _list_namespace(settings, settings.host_netns)[1])
-    if on_host is None:
+    seen = _list_host(settings)
+    if seen is None:
         return None
-    found = helper_process.run_each(lambda pid: _find_descriptors(settings, [pid], on_host), inside.pids).results
-    search = _merged(found.values())
-    own = [sock for sock in on_host if search.found(sock) or sock.listed.cgroup in inside.cgroups]
-    unsearched = [pid for index, pid in enumerate(inside.pids) if index not in found]
-    return Existing(tuple(search.add_to(sock) for sock in own), tuple(unsearched))
+    [(search, unsearched)] = _search_each(settings, [inside.pids], Candidates.of(seen), SEARCH)
+    own = [sock.read() for sock in seen if sock.inode in search.places or sock.cgroup in inside.cgroups]
+    return Existing(tuple(search.add_to(ContainerSocket(one, settings.host_netns)) for one in own), unsearched)
+
+
+def made_since(
+    settings: Settings, container: int, inside: Members, before: Existing
+) -> tuple[ContainerSocket, ...] | None:
+    """What a container that is attached now has made since `host_sockets_of` listed its sockets, and before its hooks
+    saw it. None if the kernel does not answer in time.
+
+    By the cgroups where they were made: no process is searched for what is there, only for the tags of these.
+    """
+    seen = _list_host(settings)
+    if seen is None:
+        return None
+    known = {sock.listed.identity.cookie for sock in before.sockets}
+    new = [
+        ContainerSocket(sock.read(), settings.host_netns)
+        for sock in seen
+        if sock.cgroup in inside.cgroups and sock.cookie not in known
+    ]
+    if not new:
+        return ()
+    candidates = Candidates.of(sock.listed for sock in new)
+    [(search, _)] = _search_each(settings, [inside.pids], candidates, _UNDER_LOCK)
+    tags = [(sock, _tag_of(sock)) for sock in map(search.add_to, new)]
+    return tuple(sock for sock, tag in tags if tag is None or tag.container != container)
+
+
+def is_cut_off(sock: ContainerSocket) -> bool:
+    """Whether it receives nothing in a container with transport direct, unless `keep_reachable` has tagged it."""
+    return sock.listed.protocol == "udp" or sock.listed.state == "listening"
 
 
 def keep_reachable(
@@ -252,7 +346,7 @@ def keep_reachable(
     Under the installation's lock, so it takes two seconds at most: a process that executes another program lends its
     descriptors to nobody until that has begun (exec_update_lock), which it can delay.
     """
-    listeners = [sock for sock in existing if sock.listed.protocol == "udp" or sock.listed.state == "listening"]
+    listeners = [sock for sock in existing if is_cut_off(sock)]
     tagged = helper_process.run_each(
         lambda sock: _tag_open_port(settings, container, sock), listeners, timeout=_UNDER_LOCK, longest=2 * _UNDER_LOCK
     ).results
@@ -270,23 +364,32 @@ def _tag_open_port(settings: Settings, container: int, sock: ContainerSocket) ->
     return False
 
 
-def _list_stack(settings: Settings, stack: HostStack) -> list[ContainerSocket] | None:
-    """Every socket on the host's stack, of containers or not. None if the kernel does not answer in time."""
+def _list_host(settings: Settings) -> list[SeenSocket] | None:
+    """Every socket in the host's namespace. None if the kernel does not answer in time."""
+    answer = helper_process.run_one(lambda: _list_namespace(settings, settings.host_netns)[1])
+    return None if answer is None else list(answer)
+
+
+def _list_stack(settings: Settings, stack: HostStack) -> list[tuple[Path, SeenSocket]] | None:
+    """Every socket on the host's stack, of containers or not, with the path of its namespace. None if the kernel does
+    not answer in time.
+    """
     answers = helper_process.run_each(lambda path: _list_namespace(settings, path), stack.namespaces).results
     if len(answers) < len(stack.namespaces):
         return None
-    by_namespace: dict[int, list[ContainerSocket]] = {}
-    for index in range(len(answers)):
-        by_namespace.setdefault(*answers[index])
-    return [sock for listed in by_namespace.values() for sock in listed]
+    by_namespace: dict[int, tuple[Path, Listing]] = {}
+    for index, path in enumerate(stack.namespaces):
+        cookie, listing = answers[index]
+        by_namespace.setdefault(cookie, (path, listing))
+    return [(path, sock) for path, listing in by_namespace.values() for sock in listing]
 
 
-def _list_namespace(settings: Settings, path: Path) -> tuple[int, list[ContainerSocket]]:
-    """The cookie of the namespace at ``path``, and its sockets; (0, []) if it is gone. Raises OSError."""
+def _list_namespace(settings: Settings, path: Path) -> tuple[int, Listing]:
+    """The cookie of the namespace at ``path``, and its sockets; none of cookie 0 if it is gone. Raises OSError."""
     storage = bpf.obj_get(settings.pin_dir / "tags")
     try:
         with contextlib.suppress(FileNotFoundError), netns.entered(path):
-            return netns.cookie(), [ContainerSocket(listed, path) for listed in sockets.list_sockets(storage)]
+            return netns.cookie(), sockets.list_sockets(storage)
     finally:
         os.close(storage)
-    return 0, []
+    return 0, Listing({}, {})

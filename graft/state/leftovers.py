@@ -17,6 +17,7 @@ from pathlib import Path
 from graft.datapath import layout
 from graft.kernel import bpf, netns, sockets
 from graft.kernel.sockets import ListedSocket
+from graft.model.settings import Settings
 from graft.model.transport import Home, Transport
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -38,8 +39,7 @@ def closed_after(graft: Installation, *containers: Container) -> Iterator[None]:
     with graft.endpoints.namespaces(graft.endpoints.listing()) as paths:  # the block may remove endpoints
         yield
         for number in numbers:
-            prefix = bytes(layout.Tag(container=number))[: layout.Tag.endpoint.offset]
-            _close(graft, paths, prefix, lambda _: True)
+            _close(graft, paths, _prefix(number), lambda _: True)
 
 
 def close_all(graft: Installation) -> None:
@@ -49,6 +49,30 @@ def close_all(graft: Installation) -> None:
     others = {key.value for key, value in graft.maps.containers.items() if not Transport(value.transport).is_supervised}
     with graft.endpoints.namespaces(graft.endpoints.listing()) as paths:
         _close(graft, paths, b"", lambda tag: tag.container not in others)
+
+
+def left_of(settings: Settings, paths: Sequence[Path], number: int) -> list[Left]:
+    """The TCP sockets that a container has in those namespaces of the host's stack. Takes no socket's lock.
+
+    Raises OSError.
+    """
+    storage = bpf.obj_get(settings.pin_dir / "tags")
+    try:
+        return _find(storage, paths, _prefix(number), lambda _: True)
+    finally:
+        os.close(storage)
+
+
+def destroy(left: Left) -> None:
+    """Close a socket, if it is still there. May never return."""
+    path, one = left
+    with contextlib.suppress(OSError), netns.entered(path):
+        sockets.destroy(one)
+
+
+def _prefix(number: int) -> bytes:
+    """How the tags of a container begin."""
+    return bytes(layout.Tag(container=number))[: layout.Tag.endpoint.offset]
 
 
 def _close(graft: Installation, paths: Sequence[Path], prefix: bytes, is_left: Callable[[layout.Tag], bool]) -> None:
@@ -61,7 +85,7 @@ def _close(graft: Installation, paths: Sequence[Path], prefix: bytes, is_left: C
                     return
                 from graft.state import helper_process  # nearly never needed
 
-                helper_process.run_each(_destroy, left, timeout=_TIMEOUT, longest=_LONGEST)
+                helper_process.run_each(destroy, left, timeout=_TIMEOUT, longest=_LONGEST)
         finally:
             os.close(storage)
 
@@ -75,9 +99,3 @@ def _find(storage: int, paths: Sequence[Path], prefix: bytes, is_left: Callable[
                 listed[cookie] = [(path, one) for one in sockets.list_tcp(storage, prefix)]
     tagged = [(one, layout.Tag.from_buffer_copy(one[1].stored or b"")) for found in listed.values() for one in found]
     return [one for one, tag in tagged if tag.home == Home.HOST and is_left(tag)]
-
-
-def _destroy(left: Left) -> None:
-    path, one = left
-    with contextlib.suppress(OSError), netns.entered(path):
-        sockets.destroy(one)

@@ -1,6 +1,9 @@
 """Withdraws what a container was granted: closes its sockets on the host's stack.
 
-    list ── close each that a rule granted, wherever its descriptor is ── list again, for new ones ...
+    list by tags ── close ── list all, search for who has them ── close what a rule granted ── list all again ...
+
+First what the kernel closes by its number alone: to search the processes for the others takes seconds, if these have
+very many descriptors.
 
 Closing takes the socket's lock, and a process that has the lock can keep it (in a send() that waits for a page of
 memory which never arrives). So this runs in a child process, which continues with the sockets that hang after all
@@ -12,8 +15,8 @@ supported, and for MPTCP and UDP, of which a request would close only a part, a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from graft.kernel import netns, sockets
 from graft.model.settings import Settings
@@ -22,6 +25,7 @@ from graft.state.inventory import ContainerSocket, HostStack
 from graft.state.records import Container
 
 _ROUNDS = 4
+_AGAIN = 1.0  # seconds for a search of processes after the first
 _HARMLESS = "bound"  # it can only be closed by its program; the hooks let it neither listen nor connect
 
 
@@ -30,7 +34,7 @@ class Withdrawal:
     """What was done with a container's sockets: closed; still open, though they should be closed; kept on purpose.
 
     ``all_listed`` is False if the kernel did not list the sockets in time. ``helper_pid`` is the process that still
-    tries to close those that are open (0: none does).
+    tries to close those that are open (0: none does). ``unsearched`` are processes that could not be searched in time.
     """
 
     closed: list[ContainerSocket] = field(default_factory=list)
@@ -38,6 +42,7 @@ class Withdrawal:
     kept: list[ContainerSocket] = field(default_factory=list)
     all_listed: bool = True
     helper_pid: int = 0
+    unsearched: tuple[int, ...] = ()
 
 
 def withdraw(settings: Settings, container: Container, stack: HostStack, keep_connections: bool) -> Withdrawal:
@@ -46,16 +51,20 @@ def withdraw(settings: Settings, container: Container, stack: HostStack, keep_co
     ``stack`` is the host stack from before the rules went.
     """
     done = Withdrawal()
-    tried: set[bytes] = set()
+    tried = _close_tagged(settings, container, stack, keep_connections, done)
+    seconds = inventory.SEARCH
     for rounds_left in reversed(range(_ROUNDS)):
-        found = inventory.sockets_by_container(settings, [container], stack)
+        found = inventory.sockets_by_container(settings, [container], stack, closed=done.closed, seconds=seconds)
         if found is None:
             done.all_listed = False
             break
-        present = found[container.id]
+        seconds = _AGAIN
+        present = {sock.listed.identity.cookie: sock for sock in found.sockets[container.id]}
+        done.unsearched = found.unsearched[container.id]
+        done.closed = [_located(sock, present) for sock in done.closed]
         closed = {sock.listed.identity.cookie for sock in done.closed}
-        done.still_open = [sock for sock in present if sock.listed.identity.cookie in tried]
-        done.kept = [sock for sock in present if sock.listed.identity.cookie not in closed | tried]
+        done.still_open = [sock for cookie, sock in present.items() if cookie in tried]
+        done.kept = [sock for cookie, sock in present.items() if cookie not in closed | tried]
         to_close = [sock for sock in done.kept if _must_close(sock, keep_connections)]
         if not to_close:
             break
@@ -63,20 +72,47 @@ def withdraw(settings: Settings, container: Container, stack: HostStack, keep_co
             done.still_open += to_close
             done.kept = [sock for sock in done.kept if sock not in to_close]
             break
-        tried |= _close_all(to_close, done)
+        hung, failed = _close_all(to_close, done)
+        tried |= hung | failed
     return done
+
+
+def _close_tagged(
+    settings: Settings, container: Container, stack: HostStack, keep_connections: bool, done: Withdrawal
+) -> set[bytes]:
+    """Close the TCP sockets that their tags name, without a look into any process; the cookies of those that hang."""
+    hung: set[bytes] = set()
+    seen: set[bytes] = set()
+    if sockets.can_destroy():
+        for _ in range(_ROUNDS):
+            found = inventory.tagged(settings, container, stack)
+            new = [
+                one for one in found if one.listed.identity.cookie not in seen and _must_close(one, keep_connections)
+            ]
+            if not new:
+                break
+            seen |= {one.listed.identity.cookie for one in new}
+            hung |= _close_all(new, done)[0]
+    return hung
+
+
+def _located(sock: ContainerSocket, present: Mapping[bytes, ContainerSocket]) -> ContainerSocket:
+    """A socket with the processes that have it, if a search has found any."""
+    return replace(sock, places=sock.places or present.get(sock.listed.identity.cookie, sock).places)
 
 
 def _must_close(sock: ContainerSocket, keep_connections: bool) -> bool:
     return sock.granted and sock.listed.state != _HARMLESS and not (keep_connections and sock.listed.is_connection)
 
 
-def _close_all(to_close: Sequence[ContainerSocket], done: Withdrawal) -> set[bytes]:
-    """Close them; returns the cookies of those for which it failed or hung."""
+def _close_all(to_close: Sequence[ContainerSocket], done: Withdrawal) -> tuple[set[bytes], set[bytes]]:
+    """Close them; the cookies of those for which it hung, and of those for which it failed."""
     outcome = helper_process.run_each(close, to_close, keep_running=True)
     done.helper_pid = outcome.helper_pid or done.helper_pid
     done.closed += [sock for index, sock in enumerate(to_close) if outcome.results.get(index)]
-    return {sock.listed.identity.cookie for index, sock in enumerate(to_close) if not outcome.results.get(index)}
+    cookies = [sock.listed.identity.cookie for sock in to_close]
+    hung = {cookie for index, cookie in enumerate(cookies) if index not in outcome.results}
+    return hung, {cookie for index, cookie in enumerate(cookies) if outcome.results.get(index) is False}
 
 
 def close(sock: ContainerSocket) -> bool:

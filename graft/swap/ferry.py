@@ -13,7 +13,8 @@ who has that socket, and has no capability when it gets its port. Nothing that a
 is delivered to a stranger: the hooks see to both.
 
 All of it is bounded and ages: berths and stand-ins that were idle for a while are removed. A stand-in for a socket that
-was bound (to no address and no port in particular) stays for as long as the host has a socket at that port.
+was bound (to no address and no port in particular) stays for as long as the container has a socket on the host's stack
+that receives at that port.
 
 One process for each container that has datagram sockets on the host's stack, in the cgroup of the supervisor that
 started it. It ends with its container.
@@ -40,7 +41,7 @@ from graft.model.transport import Home
 from graft.state import ferries
 from graft.state.records import Container
 from graft.swap.berths import Berths, Peer
-from graft.swap.ferry_owners import FerryOwners, host_sockets
+from graft.swap.ferry_owners import FerryOwners, HostSockets
 from graft.swap.socket_pool import NamespaceSwitch
 
 _SOL_IP, _SOL_IPV6 = 0, 41
@@ -82,9 +83,10 @@ class Ferry:
         self._berths = Berths(maps.berths, container.id)
         self._selector = selectors.DefaultSelector()
         self._stand_ins: dict[Source, StandIn] = {}
-        self._owners = FerryOwners()
         self._host4 = self._open4(maps)
         self._host6 = [self._open6(maps) for _ in range(layout.BERTHS6)]
+        self._host_sockets = HostSockets(maps.tags, self._open_asking(maps))
+        self._owners = FerryOwners(self._host_sockets)
         self._inside = namespaces.open(container.netns)
         ports6 = [one.getsockname()[1] if one else 0 for one in self._host6]
         value = layout.FerryValue(mark=ferries.new_mark(), port=self._host4.getsockname()[1])
@@ -101,7 +103,8 @@ class Ferry:
         """What this process needs besides the sockets in its selector."""
         sockets = {int(key.fd) for key in self._selector.get_map().values()}
         maps = {self._containers.fd, self._berths.map_fd}
-        return {*sockets, *maps, self._selector.fileno(), self._inside, self._namespaces.host}
+        others = {self._selector.fileno(), self._inside, self._namespaces.host}
+        return {*sockets, *maps, *others, *self._host_sockets.descriptors}
 
     def run(self) -> None:
         """Until the container has ended."""
@@ -142,6 +145,12 @@ class Ferry:
             return sock
         return None
 
+    def _open_asking(self, maps: Maps) -> dict[int, socket.socket]:
+        found = {4: self._tagged(maps, socket.AF_INET)}
+        with contextlib.suppress(OSError):  # a host without IPv6
+            found[6] = self._tagged(maps, socket.AF_INET6)
+        return found
+
     def _tagged(self, maps: Maps, family: int) -> socket.socket:
         """Before it has a port: the hooks keep strangers away from it."""
         sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -170,7 +179,8 @@ class Ferry:
                 connection.send(b"+")
                 return False
             if request[:1] == ferries.OWNER:
-                self._owners.note(*struct.unpack(ferries.OWNER_FORMAT, request[1:]))
+                uid, gid = struct.unpack(ferries.OWNER_FORMAT, request[1:])
+                self._owners.note((uid, gid))
                 connection.send(b"+")
                 return False
             if request[:1] == ferries.END:
@@ -248,8 +258,8 @@ class Ferry:
             self._sweep(idle=1.0)
         if len(self._stand_ins) >= MAX_STAND_INS:
             return None
-        family, address, port = source
-        owner = self._owners.of(address, port)
+        family, _, port = source
+        owner = self._owners.of(*source)
         with self._namespaces.entered(self._inside), owning_files_as(*owner):
             sock = socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
         sock.setblocking(False)
@@ -272,8 +282,6 @@ class Ferry:
         """Remove what was not used for a while, and stand-ins for bound sockets that are gone."""
         now = time.monotonic()
         self._berths.sweep(IDLE_SECONDS)
-        has_bound = any(one.bound for one in self._stand_ins.values())
-        ports = {one.port for one in host_sockets()} if has_bound else set()
         for one in list(self._stand_ins.values()):
-            if one.source[2] not in ports if one.bound else now - one.used > idle:
+            if self._host_sockets.owner_at(*one.source) is None if one.bound else now - one.used > idle:
                 self._remove(one)

@@ -1,74 +1,76 @@
 """Whose sockets a ferry stands in for: what it makes inside is to be that user's, and not root's.
 
-A firewall inside asks who opened a socket's file. The kernel's list of datagram sockets says the user of each; the
-group is what the supervisors have said of that user when they made sockets for him.
+A firewall inside asks who opened a socket's file. A supervisor notes in the tag of a datagram socket for whom it made
+it. The ferry asks the hooks for the tag of the socket that receives at an address (bpf/ferry.bpf.c): one call, however
+many sockets others of the host have. (A list of them all, as in /proc/net/udp or by sock_diag, takes as long as
+strangers like.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import socket
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
+from graft.datapath import layout
+from graft.kernel.bpf import Map
 from graft.swap.socket_pool import Owner
 
 NOBODY: Owner = (65534, 65534)
-_MAX_USERS = 1024
-_ANY = ("0.0.0.0", "::")
+_MAX_OWNERS = 1024
 
 
-class HostSocket(NamedTuple):
-    """A datagram socket of the calling thread's namespace. An IPv4-mapped address is one of IPv4."""
+class HostSockets:
+    """The sockets that a container has on the host's stack, as its ferry finds them.
 
-    address: str
-    port: int
-    uid: int
+    ``asking`` are sockets of the ferry's, by family (4, 6), which have its tag and are used for nothing else.
+    """
+
+    def __init__(self, tags: Map[ctypes.c_int32, layout.Tag], asking: dict[int, socket.socket]) -> None:
+        self._tags, self._asking = tags, asking
+
+    @property
+    def descriptors(self) -> set[int]:
+        """What is needed to ask."""
+        return {self._tags.fd, *(one.fileno() for one in self._asking.values())}
+
+    def owner_at(self, family: int, address: str, port: int) -> Owner | None:
+        """Whose the container's socket is that receives there what the ferry sends; None where it has none.
+
+        `NOBODY` where it is not known.
+        """
+        asking = self._asking.get(family)
+        if asking is None:
+            return None
+        with contextlib.suppress(OSError):
+            try:
+                asking.connect((address, port))
+            except PermissionError:  # the hook has answered
+                answer = self._tags.peek(ctypes.c_int32(asking.fileno()))
+                if answer is not None and answer.owned:
+                    return (answer.uid, answer.gid) if answer.owned == layout.OWNED_KNOWN else NOBODY
+        return None
 
 
 class FerryOwners:
-    """The users of one container, and their groups."""
+    """For whom sockets of one container were made."""
 
-    def __init__(self) -> None:
-        self._groups: dict[int, int] = {}
+    def __init__(self, sockets: HostSockets) -> None:
+        self._sockets = sockets
+        self._known: dict[Owner, None] = {}
 
-    def note(self, uid: int, gid: int) -> None:
+    def note(self, owner: Owner) -> None:
         """A supervisor makes sockets for that user and group."""
-        self._groups.pop(uid, None)
-        while len(self._groups) >= _MAX_USERS:
-            del self._groups[next(iter(self._groups))]
-        self._groups[uid] = gid
+        self._known.pop(owner, None)
+        while len(self._known) >= _MAX_OWNERS:
+            del self._known[next(iter(self._known))]
+        self._known[owner] = None
 
-    def of(self, address: str, port: int) -> Owner:
-        """Who has the socket on the host's stack with that address, or all, and that port.
+    def of(self, family: int, address: str, port: int) -> Owner:
+        """Who has the socket on the host's stack at that address and port.
 
-        Of one that has been closed since, or that several could have: the only user that there is, else nobody.
+        Of one that has been closed since, or receives nothing from the ferry: the only one that there is, else nobody.
         """
-        if len(self._groups) == 1:
-            return next(iter(self._groups.items()))
-        for at in ((address,), _ANY):
-            users = {one.uid for one in host_sockets() if one.port == port and one.address in at} & self._groups.keys()
-            if len(users) == 1:
-                (uid,) = users
-                return uid, self._groups[uid]
-        return NOBODY
-
-
-def host_sockets() -> Iterator[HostSocket]:
-    """The datagram sockets with a port that the calling thread's namespace has (/proc/net/udp, proc_net_udp(5))."""
-    for name in ("udp", "udp6"):
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/thread-self/net", name).read_bytes().splitlines()[1:]:
-                fields = line.split()
-                address, _, port = fields[1].decode().partition(":")
-                yield HostSocket(_text_of(address), int(port, 16), int(fields[7]))
-
-
-def _text_of(address: str) -> str:
-    """The kernel prints words of 32 bits as this machine stores them."""
-    words = (int(address[at : at + 8], 16) for at in range(0, len(address), 8))
-    packed = b"".join(socket.htonl(word).to_bytes(4, "big") for word in words)
-    if len(packed) == 4:
-        return socket.inet_ntop(socket.AF_INET, packed)
-    return socket.inet_ntop(socket.AF_INET6, packed).removeprefix("::ffff:")
+        if len(self._known) == 1:
+            return next(iter(self._known))
+        return self._sockets.owner_at(family, address, port) or NOBODY

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import socket as names
 from _socket import socket as Socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -178,11 +179,20 @@ class SocketPool:
         except OSError:
             next_home[0] = 0
             raise
-        if next_home[0]:  # the hook did not run
+        has_owner = home is Home.HOST and kind.type & ~names.SOCK_NONBLOCK == names.SOCK_DGRAM
+        if next_home[0] or has_owner:  # the hook did not run, or does not know all
             next_home[0] = 0
             try:
-                self._tags.put(ctypes.c_int32(new.fileno()), layout.Tag(container=self._container, home=home))
+                self._tags.put(ctypes.c_int32(new.fileno()), self._tag(home, kind.owner if has_owner else None))
             except OSError:
                 new.close()
                 raise
         return new
+
+    def _tag(self, home: Home, owner: Owner | None) -> layout.Tag:
+        """``owner``: of a socket about which the container's ferry may ask."""
+        tag = layout.Tag(container=self._container, home=home)
+        if owner is not None:
+            tag.owned = layout.OWNED_KNOWN
+            tag.uid, tag.gid = owner
+        return tag

@@ -242,6 +242,35 @@ def test_control_where_nobody_looks_at_that_it_connects(without: Without, confin
     assert connects_from_a_lost_endpoint(without("lost"), confine, tmp_path, "direct") == "connect ok"
 
 
+def heard_before_and_after(host: Host, confine: Confine, folder: Path, transport: str) -> list[str]:
+    """What a datagram socket at an endpoint hears of a stranger: while it has its rule, and without it."""
+    text = "name: t\ningress: [{}]\ndefault: deny\n"
+    rule, port = "{bind: '*:53', endpoint: dns}", host.port()
+    steps = ["make", 2, 2, 0, "bind", "0.0.0.0", 53, "wait", "receive", "wait", "receive", "wait"]
+    host.graft("ep", "add", "dns", f"0.0.0.0:{port}")
+    one = confine(host, transport, text.format(rule), *steps)
+    one.lines(2)
+    for lines, rules in ((3, rule), (4, "")):
+        apply(host, one, folder, text.format(rules))
+        with datagrams(host) as client:
+            client.sendto(b"stranger", (HOST4, port))
+        one.resume()
+        said = one.lines(lines)
+    return said[2:]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_datagram_socket_that_was_heard_is_deaf_when_its_rule_is_gone(
+    host: Host, confine: Confine, tmp_path: Path, transport: str
+) -> None:
+    assert heard_before_and_after(host, confine, tmp_path, transport) == ["receive stranger", "receive none"]
+
+
+def test_control_where_a_rule_that_was_found_stays_it_hears(without: Without, confine: Confine, tmp_path: Path) -> None:
+    heard = heard_before_and_after(without("number of the ruleset"), confine, tmp_path, "direct")
+    assert heard == ["receive stranger", "receive stranger"]
+
+
 def hears_at_what_it_let_go(host: Host, confine: Confine, folder: Path) -> list[str]:
     """What it says of a send from a port that it has let go of, taken again, and of a stranger's datagram there."""
     text = "name: t\nendpoints: {{dns: '0.0.0.0:dynamic'}}\ningress: [{}]\ndefault: deny\n"

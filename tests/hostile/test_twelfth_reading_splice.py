@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import chain
 from typing import NamedTuple
 
 import pytest
@@ -277,7 +278,7 @@ def listed_for_one_address(netns: Callable[[], Netns], monkeypatch: pytest.Monke
             one.bind((every, 80))
             one.listen()
         diagnostics = stack.enter_context(closing(sockdiag.Diagnostics()))
-        found = diagnostics.listeners_at(socket.AF_INET, address, 80)
+        found = list(chain.from_iterable(diagnostics.listeners_at(socket.AF_INET, address, 80)))
         assert any(socket.inet_ntoa(one.address[:4]) == address for one in found)
     return len(parsed)
 
@@ -305,7 +306,7 @@ def asks_for(netns: Callable[[], Netns], monkeypatch: pytest.MonkeyPatch, most: 
             one.bind(("127.0.0.1", 80))
             one.listen()
         diagnostics = stack.enter_context(closing(sockdiag.Diagnostics()))
-        return len(diagnostics.listeners_at(socket.AF_INET, "127.0.0.1", 80))
+        return sum(map(len, diagnostics.listeners_at(socket.AF_INET, "127.0.0.1", 80)))
 
 
 def test_of_very_many_at_one_address_nobody_says_whose_they_are(

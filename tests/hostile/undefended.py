@@ -34,7 +34,17 @@ from graft.model.transport import Home
 from graft.oci import listener
 from graft.oci.state import State
 from graft.splice.datagram_clients import Client
-from graft.state import bound_sockets, helper_process, inventory, leftovers, liveness, members, socket_holders
+from graft.state import (
+    bound_sockets,
+    helper_process,
+    inventory,
+    leftovers,
+    liveness,
+    members,
+    socket_holders,
+    withdrawal,
+)
+from graft.state.leftovers_aside import LeftoversAside
 from graft.state.members import Members
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
@@ -85,6 +95,14 @@ _CONNECTING = _at_once(
 HOOKS: dict[str, tuple[Change, ...]] = {
     # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
     "bound": (("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", "\treturn 1;\n"),),
+    # What one ruleset said of a request is good for all that follow.
+    "number of the ruleset": (
+        (
+            "local_address.bpf.c",
+            "if (tag->found_endpoint == (ruleset | rule->endpoint) && port >> 16 == (ruleset >> 16 | tag->port))",
+            "if ((u32)tag->found_endpoint == rule->endpoint)",
+        ),
+    ),
     # And each port of a range that is an endpoint is as good as the one that the socket's own request becomes.
     "port by port": (
         ("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", ""),
@@ -104,12 +122,18 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "memory": (
         _at_once("create.bpf.c", "struct container *container, u32 id)", "return PASS;"),
         ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->open_port = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
-        ("ingress.bpf.c", "|| accepts_anyone(skb, sk, &owner);", "|| !owner.tag || accepts_anyone(skb, sk, &owner);"),
+        (
+            "ingress.bpf.c",
+            "|| accepts_anyone(skb, sk, &owner, id, endpoint);",
+            "|| !owner.tag || accepts_anyone(skb, sk, &owner, id, endpoint);",
+        ),
     ),
     # An IPv6 bind takes the IPv4 port along.
     "ipv4": (
         _at_once("bind.bpf.c", "struct endpoint *endpoint)", "return 0;"),
-        _at_once("ingress.bpf.c", "int is_of_other_family(struct __sk_buff *skb, struct tag *tag)", "return 0;"),
+        _at_once(
+            "ingress.bpf.c", "int is_of_other_family(struct __sk_buff *skb, struct endpoint *endpoint)", "return 0;"
+        ),
     ),
     # Sockets of any protocol are let through.
     "protocols": (_at_once("owner.bpf.c", "int has_rules(u32 type, u32 protocol)", "return 1;"),),
@@ -198,6 +222,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ("ferry.bpf.c", "\tif (!ferry_receives(ctx, owner, request, ferry))\n", "\tif (0)\n"),
         ("egress.bpf.c", "if (!is_received_by(skb, &packet, owner->id, GRAFT_HOME_FERRY))", "if (0)"),
     ),
+    # A datagram that no hook at a call has judged since its endpoint is for TCP only.
+    "exchange's protocol": (("packet.bpf.c", " && serves(endpoint, remote->protocol) &&\n", " &&\n"),),
     # A datagram socket that is connected to port 0 is not connected.
     "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
@@ -495,6 +521,19 @@ def _ferrys_owner() -> None:
     vars(ferry)["owning_files_as"] = vars(ferry)["with_capabilities"] = lambda *_: contextlib.nullcontext()
 
 
+def _ferrys_question() -> None:
+    """A ferry looks for a port in the list of all datagram sockets that the machine has (proc_net_udp(5))."""
+    from graft.swap.ferry_owners import HostSockets
+
+    def owner_at(self: HostSockets, family: int, address: str, port: int) -> tuple[int, int] | None:
+        at = f":{port:04X}".encode()
+        lists = [Path("/proc/thread-self/net", name).read_bytes().splitlines() for name in ("udp", "udp6")]
+        users = [int(line.split()[7]) for lines in lists for line in lines[1:] if line.split()[1].endswith(at)]
+        return (users[0], users[0]) if users else None
+
+    HostSockets.owner_at = owner_at  # type: ignore[method-assign]
+
+
 def _datagram_turns() -> None:
     """So many datagrams of a socket are relayed in one turn, however long each takes."""
     from graft.splice import datagram_clients, datagram_sockets
@@ -570,9 +609,19 @@ def _group_of_listeners() -> None:
     def is_containers(self: FarCheck, sock: socket.socket) -> bool:
         self._diagnostics = self._diagnostics or self._netns.run(Diagnostics)
         listeners = self._diagnostics.listeners_at(sock.family, *sock.getpeername()[:2])
-        return any(one.cgroup in self.cgroups for one in listeners)
+        return any(one.cgroup in self.cgroups for piece in list(listeners) for one in piece)
 
     FarCheck._is_containers = is_containers  # type: ignore[method-assign]
+
+
+def _listeners_counted() -> None:
+    """Listeners that take no IPv4 connection are counted with those that may get it, and decide by their number."""
+    from graft.splice.far_check import FarCheck
+
+    def listens_alone(self: FarCheck, family: int, address: str, port: int) -> bool:
+        return self._has_all(self._asked().listeners_at(family, address, port))
+
+    FarCheck._listens_alone = listens_alone  # type: ignore[method-assign]
 
 
 def _own_descriptors() -> None:
@@ -649,20 +698,21 @@ def _tags() -> None:
     """A container's sockets were those of its processes, and of a process those of its first thread."""
 
     def sockets_by_container(
-        settings: Settings, listed: Sequence[Container], stack: inventory.HostStack, _inside: Any = None
+        settings: Settings, listed: Sequence[Container], stack: inventory.HostStack, *_: Any, **__: Any
     ) -> Any:
         found = by_tags(settings, listed, stack)
         for container in listed:
             inside = cgroup.processes(container.cgroup_path)
-            found[container.id] = [
+            found.sockets[container.id] = [
                 one
-                for one in found[container.id]
+                for one in found.sockets[container.id]
                 if any(place.pid in inside and place.tid == place.pid for place in one.places)
             ]
         return found
 
     by_tags: Any = inventory.sockets_by_container
     inventory.sockets_by_container = sockets_by_container  # type: ignore[assignment]
+    inventory.tagged = lambda settings, container, stack: []
 
 
 def _destroy() -> None:
@@ -674,11 +724,20 @@ def _leftovers() -> None:
     """What others have of a container's sockets is theirs when it has ended."""
     leftovers.closed_after = lambda graft, *containers: contextlib.nullcontext()  # type: ignore[assignment]
     leftovers.close_all = lambda graft: None
+    LeftoversAside.closed_after = lambda self, graft, container: leftovers.closed_after(graft)  # type: ignore[method-assign]
+
+
+def _leftovers_waited_for() -> None:
+    """`graft listen` itself waits until what others have of a container's sockets is closed."""
+    LeftoversAside.closed_after = (  # type: ignore[method-assign]
+        lambda self, graft, container: leftovers.closed_after(graft, container)
+    )
 
 
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
     sockets.list_sockets = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
+    sockets.list_tcp = lambda storage, prefix=b"": threading.Event().wait()  # type: ignore[assignment, return-value]
 
 
 def _liveness() -> None:
@@ -716,12 +775,37 @@ def _search() -> None:
     """All processes of a container are searched for sockets at once, and only what is found there is its own."""
 
     def host_sockets_of(settings: Settings, inside: Members) -> inventory.Existing:
-        on_host = inventory._list_namespace(settings, settings.host_netns)[1]
-        search = helper_process.run_one(lambda: inventory._find_descriptors(settings, inside.pids, on_host))
-        found = () if search is None else tuple(search.add_to(one) for one in on_host if search.found(one))
-        return inventory.Existing(found)
+        on_host = list(inventory._list_namespace(settings, settings.host_netns)[1])
+        search = helper_process.run_one(
+            lambda: inventory._find_descriptors(settings, inside.pids, inventory.Candidates.of(on_host))
+        )
+        read = [inventory.ContainerSocket(one.read(), settings.host_netns) for one in on_host]
+        return inventory.Existing(tuple(search.add_to(one) for one in read if search.found(one)) if search else ())
 
     inventory.host_sockets_of = host_sockets_of
+    _made_meanwhile()  # nor is what was made in its cgroups
+
+
+def _search_in_time() -> None:
+    """A search of processes may take a minute."""
+
+    def search_each(settings: Settings, groups: Any, candidates: Any, seconds: float) -> Any:
+        return search(settings, groups, candidates, helper_process.LONGEST)
+
+    search = inventory._search_each
+    inventory.SEARCH, inventory._search_each = helper_process.LONGEST, search_each
+
+
+def _made_meanwhile() -> None:
+    """What a container makes while its processes are searched is not looked for."""
+    from graft.commands import attach as attaching
+
+    attaching._made_meanwhile = lambda graft, container, before, existing: ()
+
+
+def _closed_by_tag() -> None:
+    """What a container was granted is closed when its processes have been searched."""
+    withdrawal._close_tagged = lambda settings, container, stack, keep_connections, done: set()
 
 
 def _under_the_lock() -> None:
@@ -750,6 +834,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "slow peers": _slow_peers,
     "datagram peers": _datagram_peers,
     "ferry's owner": _ferrys_owner,
+    "ferry's question": _ferrys_question,
     "datagram turns": _datagram_turns,
     "freed slots": _freed_slots,
     "forgotten clients": _forgotten_clients,
@@ -757,6 +842,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "one client for another": _one_client_for_another,
     "half-made relays": _half_made_relays,
     "group of listeners": _group_of_listeners,
+    "listeners counted": _listeners_counted,
     "terminal": _terminal,
     "keyring": _keyring,
     "capabilities": _capabilities,
@@ -766,12 +852,16 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "tags": _tags,
     "destroy": _destroy,
     "leftovers": _leftovers,
+    "leftovers waited for": _leftovers_waited_for,
     "listing": _listing,
     "liveness": _liveness,
     "links": _links,
     "holders": _holders,
     "found apart": _found_apart,
     "search": _search,
+    "search in time": _search_in_time,
+    "made meanwhile": _made_meanwhile,
+    "closed by tag": _closed_by_tag,
     "under the lock": _under_the_lock,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }

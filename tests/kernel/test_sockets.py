@@ -73,7 +73,7 @@ def inside(host: Host) -> Iterator[None]:
 def listed(host: Host, sock: socket.socket) -> ListedSocket | None:
     inode = os.fstat(sock.fileno()).st_ino
     tags = host.maps.tags
-    return next((one for one in sockets.list_sockets(tags.fd) if one.inode == inode), None)
+    return next((one.read() for one in sockets.list_sockets(tags.fd) if one.inode == inode), None)
 
 
 def is_ended(sock: socket.socket, before: ListedSocket) -> bool:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from graft.kernel import sockets
 from graft.kernel.sockdiag import Identity
 from graft.kernel.sockets import ListedSocket
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.state import helper_process, inventory, withdrawal
 from graft.state.helper_process import HelperResult
-from graft.state.inventory import ContainerSocket, HostStack
+from graft.state.inventory import ContainerSocket, Found, HostStack
 from graft.state.records import Container
 from graft.state.socket_holders import Place
 from graft.state.withdrawal import Withdrawal
@@ -34,32 +36,43 @@ Withdraw = Callable[..., Withdrawal]
 
 @pytest.fixture
 def withdraw(monkeypatch: pytest.MonkeyPatch) -> Withdraw:
-    """Withdraws the rules where the kernel lists these sockets, listing after listing (None: no answer). ``hang`` and
-    ``fail`` are cookies of sockets that it does not close.
+    """Withdraws the rules where the kernel lists these sockets, listing after listing (None: no answer). ``tagged``
+    is what it lists by tags before that; ``hang`` and ``fail`` are cookies of sockets that it does not close.
     """
 
     def run(
         *listings: Iterable[ContainerSocket] | None,
+        tagged: Sequence[Iterable[ContainerSocket]] = (),
         keep: bool = False,
         hang: Sequence[int] = (),
         fail: Sequence[int] = (),
     ) -> Withdrawal:
-        left = list(listings)
+        left, left_tagged = list(listings), list(tagged)
 
         def sockets_by_container(
-            settings: Settings, containers: Sequence[Container], stack: HostStack
-        ) -> dict[int, list[ContainerSocket]] | None:
+            settings: Settings,
+            containers: Sequence[Container],
+            stack: HostStack,
+            closed: Sequence[ContainerSocket],
+            seconds: float,
+        ) -> Found | None:
+            spent.append(seconds)
             found = left.pop(0) if len(left) > 1 else left[0]
-            return None if found is None else {CONTAINER.id: list(found)}
+            return None if found is None else Found({CONTAINER.id: list(found)}, {CONTAINER.id: ()})
 
         def run_each(work: Any, items: Sequence[ContainerSocket], keep_running: bool = False) -> HelperResult[bool]:
             numbers = {number: one.listed.inode for number, one in enumerate(items)}
             results = {number: inode not in fail for number, inode in numbers.items() if inode not in hang}
             return HelperResult(results, 0 if len(results) == len(items) else 99)
 
+        spent: list[float] = []
+        monkeypatch.setattr(sockets, "can_destroy", lambda: bool(tagged))
+        monkeypatch.setattr(inventory, "tagged", lambda *_: list(left_tagged.pop(0) if left_tagged else ()))
         monkeypatch.setattr(inventory, "sockets_by_container", sockets_by_container)
         monkeypatch.setattr(helper_process, "run_each", run_each)
-        return withdrawal.withdraw(SETTINGS, CONTAINER, STACK, keep)
+        done = withdrawal.withdraw(SETTINGS, CONTAINER, STACK, keep)
+        assert sum(spent) <= 2 * inventory.SEARCH, "however often it lists, it searches for seconds"
+        return done
 
     return run
 
@@ -117,3 +130,30 @@ def test_new_sockets_without_end_do_not_keep_it_busy_for_ever(withdraw: Withdraw
     done = withdraw(*([socket(number)] for number in range(1, 40)))
     assert len(done.closed) < 10
     assert done.still_open == [socket(len(done.closed) + 1)] and done.kept == []
+
+
+def unlocated(sock: ContainerSocket) -> ContainerSocket:
+    return replace(sock, places=())
+
+
+def test_what_is_known_by_its_tag_is_closed_before_processes_are_searched(withdraw: Withdraw) -> None:
+    listener, accepted, other = socket(1), socket(2, "established"), socket(3, protocol="udp")
+    done = withdraw([listener, other], [listener], tagged=[[unlocated(listener)], [accepted]])
+    assert (done.closed, done.still_open, done.kept) == ([listener, accepted, other], [], [])
+
+
+def test_one_whose_tag_is_known_and_that_hangs_is_not_tried_again(withdraw: Withdraw) -> None:
+    stuck = socket(1)
+    done = withdraw([stuck], tagged=[[stuck], [stuck]], hang=[1])
+    assert (done.closed, done.still_open, done.helper_pid) == ([], [stuck], 99)
+
+
+def test_one_that_failed_by_its_tag_is_tried_again_by_its_descriptor(withdraw: Withdraw) -> None:
+    done = withdraw([socket(2), socket(3)], [], tagged=[[unlocated(socket(2))]], fail=[3])
+    assert done.closed == [socket(2)]
+
+
+def test_connections_that_are_to_be_kept_are_not_closed_by_their_tags(withdraw: Withdraw) -> None:
+    connection = socket(2, "established")
+    done = withdraw([connection], tagged=[[unlocated(connection)]], keep=True)
+    assert (done.closed, done.kept) == ([], [connection])
