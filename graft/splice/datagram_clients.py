@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from typing import NamedTuple, Protocol
 
 from graft.model.address import unmapped
-from graft.splice.datagram_sockets import Address, Datagram, receive_each, send
+from graft.splice.datagram_sockets import Address, Datagram, Receiver, send
 from graft.splice.event_loop import EventLoop
 from graft.splice.jobs import Stepwise
 from graft.splice.publication import DialTarget
@@ -161,13 +161,10 @@ class Server:
         self.served = 0
         self.is_lost = False  # it is in the endpoint's namespace, where the container closes nothing
         try:
-            resources.watch(sock.fileno(), select.EPOLLIN, self._on_event)
+            resources.watch(sock.fileno(), select.EPOLLIN, Receiver(sock, self._on_datagram, resources.loop))
         except BaseException:
             resources.loop.close_listener(sock)
             raise
-
-    def _on_event(self, _mask: int) -> None:
-        receive_each(self.sock, self._on_datagram, self._resources.loop)
 
     def _on_datagram(self, datagram: Datagram) -> None:
         client = self.clients.get(datagram.sender)

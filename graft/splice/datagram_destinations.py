@@ -15,7 +15,7 @@ from graft.datapath.maps import Maps
 from graft.datapath.rulesets import Lookup
 from graft.model.transport import Home
 from graft.policy.model import Verdict
-from graft.splice.datagram_sockets import Address, Datagram, plain_datagram_socket, receive_each
+from graft.splice.datagram_sockets import Address, Datagram, Receiver, plain_datagram_socket
 from graft.splice.jobs import Stepwise
 from graft.splice.namespaces import Namespaces
 from graft.splice.resources import ContainerResources
@@ -45,10 +45,8 @@ class Destination:
         self._table, self.key, self.generation, self.sock = table, key, generation, sock
         self.program, self._answer = program, answer
         self.begun = self.used = time.monotonic()
-        table.resources.watch(sock.fileno(), select.EPOLLIN, self._on_event)
-
-    def _on_event(self, _mask: int) -> None:
-        receive_each(self.sock, self._on_datagram, self._table.resources.loop)
+        receiver = Receiver(sock, self._on_datagram, table.resources.loop)
+        table.resources.watch(sock.fileno(), select.EPOLLIN, receiver)
 
     def _on_datagram(self, datagram: Datagram) -> None:
         self.used = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import socket
 import struct
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 from graft.splice.event_loop import EventLoop
 
 _DATAGRAMS = 32  # in one turn
+_SINGLE = 32  # turns
+_SOURCES = 4096
 _LONGEST = 65536
 _PKTINFO4 = struct.Struct("=i4s4s")  # struct in_pktinfo: interface, local address, destination of the header
 _PKTINFO6 = struct.Struct("=16si")  # struct in6_pktinfo: address, interface
@@ -90,27 +93,45 @@ def receive(sock: socket.socket) -> Datagram | None:
     return Datagram(data, sender, to)
 
 
-def receive_each(sock: socket.socket, serve: Callable[[Datagram], None], loop: EventLoop) -> None:
-    """Serve what a socket has received, as much as fits into a turn; its event comes again for the rest. (To send one
-    of them can take long: the kernel wakes whoever waits at the other end.)
+class Receiver:
+    """Serves what a socket has received: to be called for its events.
+
+    As much as fits into a turn; its event comes again for the rest. (To send one of them can take long: the kernel
+    wakes whoever waits at the other end.) A socket that had only one is asked for one at a time for a while: to be told
+    that there is no other one takes as long as to receive it.
     """
-    for _ in range(_DATAGRAMS):
-        try:
-            found = receive(sock)
-        except OSError:  # an ICMP error of an earlier datagram
-            continue
-        if found is None:
-            return
-        serve(found)
-        if loop.turn_is_over():
-            return
+
+    def __init__(self, sock: socket.socket, serve: Callable[[Datagram], None], loop: EventLoop) -> None:
+        self._sock, self._serve, self._loop = sock, serve, loop
+        self._single = 0
+
+    def __call__(self, _mask: int) -> None:
+        """Serve what is there, or a part of it."""
+        limit = 1 if self._single else _DATAGRAMS
+        self._single = max(0, self._single - 1)
+        for count in range(limit):
+            try:
+                found = receive(self._sock)
+            except OSError:  # an ICMP error of an earlier datagram
+                continue
+            if found is None:
+                if count == 1:
+                    self._single = _SINGLE
+                return
+            self._serve(found)
+            if self._loop.turn_is_over():
+                return
 
 
 def send(sock: socket.socket, data: bytes, source: bytes, to: Address) -> None:
     """Send from one of the socket's addresses. What cannot be sent is lost, as any datagram may be."""
-    if len(source) == 4:
-        control = (socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO4.pack(0, source, bytes(4)))
-    else:
-        control = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, _PKTINFO6.pack(source, to[3]))
     with contextlib.suppress(OSError):
-        sock.sendmsg([data], [control], 0, to)
+        sock.sendmsg([data], [_from(source, to[3] if len(source) == 16 else 0)], 0, to)
+
+
+@functools.lru_cache(_SOURCES)
+def _from(source: bytes, scope: int) -> tuple[int, int, bytes]:
+    """The control message that names a source."""
+    if len(source) == 4:
+        return socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO4.pack(0, source, bytes(4))
+    return socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, _PKTINFO6.pack(source, scope)

@@ -29,7 +29,7 @@ from graft.datapath.maps import Maps
 from graft.errors import GraftError
 from graft.splice.datagram_clients import Client, Clients, Paths, Server
 from graft.splice.datagram_destinations import DESTINATION_SECONDS, Destination, Destinations
-from graft.splice.datagram_sockets import Address, Datagram, bound_by_number, datagram_socket, receive_each, send
+from graft.splice.datagram_sockets import Address, Datagram, Receiver, bound_by_number, datagram_socket, send
 from graft.splice.forgotten import Forgotten
 from graft.splice.jobs import Job, Stepwise
 from graft.splice.namespace_sockets import NamespaceSockets
@@ -107,14 +107,12 @@ class Slots:
             # The hooks send to a socket that has this mark, and to no other.
             mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
             self._maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
-            self._resources.watch(sock.fileno(), select.EPOLLIN, self._on_event)
+            receiver = Receiver(sock, self._on_datagram, self._resources.loop)
+            self._resources.watch(sock.fileno(), select.EPOLLIN, receiver)
         except BaseException:
             self._resources.loop.close_listener(sock)
             raise
         return sock
-
-    def _on_event(self, _mask: int) -> None:
-        receive_each(self._inner, self._on_datagram, self._resources.loop)
 
     def _on_datagram(self, datagram: Datagram) -> None:
         number = ExchangeId.parse(datagram.to)

@@ -20,7 +20,7 @@ from graft.datapath import layout
 from graft.datapath.layout import Crossing
 from graft.datapath.maps import Maps
 from graft.splice.datagram_clients import Client
-from graft.splice.datagram_sockets import Address, bound_by_number, plain_datagram_socket
+from graft.splice.datagram_sockets import Address, Datagram, Receiver, bound_by_number, plain_datagram_socket
 from graft.splice.forgotten import Forgotten
 from graft.splice.jobs import Stepwise
 from graft.splice.namespace_sockets import NamespaceSockets
@@ -49,16 +49,16 @@ class StandIn:
 
 
 class StandInSockets:
-    """Those of one container. ``on_event`` is called for one that has received something."""
+    """Those of one container. ``serve`` is called for each datagram that one has received."""
 
     def __init__(
         self,
         resources: ContainerResources,
         maps: Maps,
         container_netns: NamespaceSockets,
-        on_event: Callable[[StandIn, int], None],
+        serve: Callable[[StandIn, Datagram], None],
     ) -> None:
-        self._resources, self._maps, self._netns, self._on_event = resources, maps, container_netns, on_event
+        self._resources, self._maps, self._netns, self._serve = resources, maps, container_netns, serve
         self._share: Share = resources.daemon.stand_ins.join()
         self._forgotten = Forgotten()
         self._has_listing = self._is_stopped = False
@@ -79,7 +79,8 @@ class StandInSockets:
             mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._resources.number)
             self._maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
             made = StandIn(int(sock.getsockname()[1]), sock)
-            self._resources.watch(sock.fileno(), select.EPOLLIN, partial(self._on_event, made))
+            receiver = Receiver(sock, partial(self._serve, made), self._resources.loop)
+            self._resources.watch(sock.fileno(), select.EPOLLIN, receiver)
         except BaseException:
             self._resources.loop.close_listener(sock)
             raise

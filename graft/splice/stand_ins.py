@@ -25,7 +25,7 @@ from graft.datapath.maps import Maps
 from graft.errors import GraftError
 from graft.splice.datagram_clients import Client, Clients, Server
 from graft.splice.datagram_destinations import DESTINATION_SECONDS, Destinations
-from graft.splice.datagram_sockets import Address, Datagram, receive_each
+from graft.splice.datagram_sockets import Address, Datagram
 from graft.splice.jobs import Stepwise
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.resources import ContainerResources
@@ -45,7 +45,7 @@ class StandIns:
     ) -> None:
         self._resources, self._maps, self._destinations = resources, maps, destinations
         self._container = resources.number
-        self._sockets = StandInSockets(resources, maps, container_netns, self._on_event)
+        self._sockets = StandInSockets(resources, maps, container_netns, self._on_datagram)
         self.clients = Clients(MAX_CLIENTS, self.remove_client)
         self._offered: list[StandIn | None] = []
         """None: there was no room for one."""
@@ -60,9 +60,6 @@ class StandIns:
             for _ in self.stop():
                 pass
             raise
-
-    def _on_event(self, one: StandIn, _mask: int) -> None:
-        receive_each(one.sock, partial(self._on_datagram, one), self._resources.loop)
 
     def _on_datagram(self, one: StandIn, datagram: Datagram) -> None:
         if one.client is not None:

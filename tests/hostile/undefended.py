@@ -536,14 +536,14 @@ def _ferrys_question() -> None:
 
 def _datagram_turns() -> None:
     """So many datagrams of a socket are relayed in one turn, however long each takes."""
-    from graft.splice import datagram_clients, datagram_sockets
+    from graft.splice.datagram_sockets import Receiver
     from graft.splice.event_loop import EventLoop
 
-    def receive_each(sock: socket.socket, serve: Callable[[Any], None], _loop: EventLoop) -> None:
-        received(sock, serve, type("Loop", (), {"turn_is_over": lambda self: False})())
+    def make(self: Receiver, sock: socket.socket, serve: Callable[[Any], None], _loop: EventLoop) -> None:
+        made(self, sock, serve, type("Loop", (), {"turn_is_over": lambda self: False})())
 
-    received = datagram_sockets.receive_each
-    vars(datagram_clients)["receive_each"] = receive_each
+    made = Receiver.__init__
+    Receiver.__init__ = make  # type: ignore[method-assign,assignment]
 
 
 def _freed_slots() -> None:
