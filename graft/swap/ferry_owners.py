@@ -71,6 +71,7 @@ class FerryOwners:
 
         Of one that has been closed since, or receives nothing from the ferry: the only one that there is, else nobody.
         """
-        if len(self._known) == 1:
+        found = self._sockets.owner_at(family, address, port)
+        if found is None and len(self._known) == 1:
             return next(iter(self._known))
-        return self._sockets.owner_at(family, address, port) or NOBODY
+        return found or NOBODY

@@ -57,7 +57,7 @@ from graft.swap.unreported import UnreportedBinds
 if TYPE_CHECKING:
     from graft.swap._fast_calls import FastCalls
 
-_IPPROTO_MPTCP = 262
+_IPPROTO_MPTCP, _IPPROTO_UDP = 262, 17
 _CLOSE_TOGETHER = 8  # replaced sockets, of which this process has the last descriptor
 _BIND, _LISTEN = Call.BIND, Call.LISTEN  # constants, because an enum's attributes are slow to look up
 _REFUSE, _RESUME, _TO_HOST, _TO_BOTH = Action.REFUSE, Action.RESUME, Action.TO_HOST, Action.TO_BOTH
@@ -319,6 +319,8 @@ class Supervisor:
         family = socket_copy.AF_INET if facts.family == 4 else socket_copy.AF_INET6
         kind = SocketKind(family, socket_copy.type_of(facts.protocol), facts.protocol, owner)
         if decision.action is _TO_HOST:
+            if facts.protocol == _IPPROTO_UDP:  # not born, by a call that is not trapped
+                self._ferry.is_there_for(owner)
             return self._pool.get(Home.HOST, decision.netns, kind)
         return self._pool.get(Home.CONTAINER, facts.container_netns, kind)
 

@@ -521,6 +521,18 @@ def _ferrys_owner() -> None:
     vars(ferry)["owning_files_as"] = vars(ferry)["with_capabilities"] = lambda *_: contextlib.nullcontext()
 
 
+def _ferrys_only_owner() -> None:
+    """Where a ferry knows of one user only, everything is his; and who makes a socket untrapped, it is not told."""
+    from graft.swap.ferry_owners import FerryOwners
+
+    def of(self: FerryOwners, family: int, address: str, port: int) -> tuple[int, int]:
+        return next(iter(self._known)) if len(self._known) == 1 else asked(self, family, address, port)
+
+    asked = FerryOwners.of
+    FerryOwners.of = of  # type: ignore[method-assign]
+    supervisor.__dict__["_IPPROTO_UDP"] = -1
+
+
 def _ferrys_question() -> None:
     """A ferry looks for a port in the list of all datagram sockets that the machine has (proc_net_udp(5))."""
     from graft.swap.ferry_owners import HostSockets
@@ -834,6 +846,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "slow peers": _slow_peers,
     "datagram peers": _datagram_peers,
     "ferry's owner": _ferrys_owner,
+    "ferry's only owner": _ferrys_only_owner,
     "ferry's question": _ferrys_question,
     "datagram turns": _datagram_turns,
     "freed slots": _freed_slots,

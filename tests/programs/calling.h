@@ -100,6 +100,17 @@ static inline long by_int80(int call, int fd, struct address *to, int backlog)
 	return (int)result;
 }
 
+static inline long socket_by_int80(int family, int type, int protocol)
+{
+	long result;
+
+	asm volatile("int $0x80"
+		     : "=a"(result)
+		     : "a"(359L), "b"((long)family), "c"((long)type), "d"((long)protocol)
+		     : "memory", "r8", "r9", "r10", "r11");
+	return (int)result;
+}
+
 /* setsockopt of a value below 4 GiB. */
 static inline long option_by_int80(int fd, int level, int name, void *value, size_t size)
 {
@@ -116,6 +127,12 @@ static inline long option_by_int80(int fd, int level, int name, void *value, siz
 static inline long by_int80(int call, int fd, struct address *to, int backlog)
 {
 	(void)call, (void)fd, (void)to, (void)backlog;
+	return -ENOSYS;
+}
+
+static inline long socket_by_int80(int family, int type, int protocol)
+{
+	(void)family, (void)type, (void)protocol;
 	return -ENOSYS;
 }
 

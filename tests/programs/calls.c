@@ -11,6 +11,7 @@
  * and what a program does that wants more than it may:
  *
  *   make F T P          a socket of that family, type and protocol (numbers), the current one
+ *   make32 F T P        the same by int 0x80
  *   unspec, shutdown    connect(AF_UNSPEC), shutdown(SHUT_RDWR)
  *   accept              a connection is accepted and is the current socket
  *   connect A%IF P      a link-local destination
@@ -181,6 +182,13 @@ static int hostile(char **word)
 	if (!strcmp(*word, "make")) {
 		fd = socket(atoi(word[1]), atoi(word[2]), atoi(word[3]));
 		say("make", result_of(fd));
+		return 4;
+	}
+	if (!strcmp(*word, "make32")) {
+		long made = socket_by_int80(atoi(word[1]), atoi(word[2]), atoi(word[3]));
+
+		fd = made < 0 ? -1 : made;
+		say("make32", made);
 		return 4;
 	}
 	if (!strcmp(*word, "unspec")) {

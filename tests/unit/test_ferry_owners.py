@@ -35,9 +35,15 @@ def owners(*known: Owner) -> tuple[FerryOwners, Found]:
     return made, found
 
 
-def test_the_only_one_has_every_socket_and_nothing_is_asked() -> None:
-    made, found = owners(ONE, ONE)
-    assert (made.of(4, "127.0.0.1", 5000), found.asked) == (ONE, 0)
+def test_the_only_one_has_a_socket_that_is_gone() -> None:
+    made, _ = owners(ONE, ONE)
+    assert made.of(4, "127.0.0.1", 5000) == ONE
+
+
+def test_a_socket_of_one_who_is_not_known_is_his() -> None:
+    made, found = owners(ONE)
+    found.at = {(4, "127.0.0.1", 5000): OTHER}
+    assert made.of(4, "127.0.0.1", 5000) == OTHER
 
 
 def test_of_several_the_one_whose_it_is() -> None:
