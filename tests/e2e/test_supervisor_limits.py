@@ -20,7 +20,8 @@ CPU = "30000 100000"
 
 def test_its_address_space_is_limited(host: Host) -> None:
     program = host.start("--", "sleep", "600")
-    assert resource.prlimit(host.supervisor(program), resource.RLIMIT_AS) == (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES)
+    supervisor, limit = host.supervisor(program), (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES)
+    program.until("it has its limit", lambda: resource.prlimit(supervisor, resource.RLIMIT_AS) == limit)
 
 
 @pytest.mark.skipif(not {"memory", "cpu"} <= CONTROLLERS, reason="cgroup v2 has no memory and cpu controllers here")

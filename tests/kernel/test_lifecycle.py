@@ -37,10 +37,10 @@ def beside(host: Host) -> list[str]:
 
 
 def cgroups() -> set[str]:
-    """The topmost cgroups, without those that another process of the test run makes meanwhile."""
+    """The topmost cgroups, without those that another test run, or a benchmark, makes meanwhile."""
     mine = f"graft-test-{os.getpid()}-"
     names = {one.name for one in cgroup.v2_mount().iterdir() if one.is_dir()}
-    return {name for name in names if name.startswith(mine) or not name.startswith("graft-test-")}
+    return {name for name in names if name.startswith(mine) or not name.startswith("graft-")}
 
 
 def test_up_pins_every_map_and_program_for_root_only(host: Host) -> None:
