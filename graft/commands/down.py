@@ -37,9 +37,9 @@ def down(settings: Settings, force: bool = False, forget: bool = False) -> None:
     containers are detached, and continue to run.
 
     Whoever may list a folder of the cgroup tree can hold it (graft/state/folder_calls.py): all calls about those that
-    are not Graft's own are made in children. Whoever has a socket of a container's can keep a process of Graft's waiting
-    in the kernel for its lock (graft/state/helper_process.py), and with it Graft's cgroup. Raises KernelError where
-    something could not be removed for that, when all else is.
+    are not Graft's own are made in children. Whoever has a socket of a container can keep a process of Graft's in the
+    kernel by its lock (graft/state/helper_process.py), and with it Graft's cgroup. Raises KernelError where something
+    could not be removed for that, when all else is.
     """
     require_root()
     was_watching = watcher_process.stop(settings)
