@@ -31,7 +31,6 @@ from graft.oci.state import Message, State
 from graft.state.containers import check_transport, compile_for
 from graft.state.installation import Installation, known_endpoints
 from graft.state.leftovers_aside import LeftoversAside
-from graft.swap.keeper import reap_killed
 
 Report = Callable[[str], None]
 STOP_PATIENCE = 0.1
@@ -119,10 +118,10 @@ class ListenerServer:
 
     def _check_containers(self) -> bool:
         self._leftovers.go_on()
-        reap_killed()
         for attachment in self._attachments.values():
             attachment.check_supervisors()
         ended = {name: one for name, one in self._attachments.items() if one.has_ended}
+        # Also where none has: those that could not die before are reaped.
         shim.stop_supervisors(list(ended.values()), STOP_PATIENCE)
         for name, attachment in ended.items():
             attachment.unwatch(self._loop)

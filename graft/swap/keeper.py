@@ -111,17 +111,17 @@ def stop_all(keepers: Sequence[Keeper], patience: float | None = None) -> None:
 
     Those that wait in the kernel for another container (for the lock of a socket that the two share) are waited for
     together, for ``patience`` seconds at most (by default a few): the keepers' process may serve other containers too.
-    What has not died by then is reaped by `reap_killed`.
+    What has not died by then is reaped by a later call.
     """
     killed = {one._kill() for one in keepers}
     deadline = time.monotonic() + (_KILL_TIMEOUT if patience is None else patience)
-    while not killed.isdisjoint(reap_killed()) and time.monotonic() < deadline:
+    while not killed.isdisjoint(_reap_killed()) and time.monotonic() < deadline:
         time.sleep(0.002)
     for one in keepers:
         one._close()
 
 
-def reap_killed() -> list[int]:
+def _reap_killed() -> list[int]:
     """Reap the supervisors that were killed; gives those that have not died yet. Waits for none."""
     for pid in list(_killed):
         with contextlib.suppress(ChildProcessError):

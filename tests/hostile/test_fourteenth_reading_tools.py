@@ -238,13 +238,14 @@ def test_control_where_its_cgroup_comes_first_down_removes_nothing(bare_host: Ho
 
 
 def test_down_forgets_what_is_saved_all_the_same(bare_host: Host, tmp_path: Path) -> None:
+    saving = bare_host.saving
     with held(bare_host, tmp_path, True) as (_, holder):
-        bare_host.graft("ep", "add", "saved", "127.0.0.1:8080")
-        assert down(bare_host, "--force", "--forget").returncode == NOT_REMOVED
+        saving.graft("ep", "add", "saved", "127.0.0.1:8080")
+        assert down(saving, "--force", "--forget").returncode == NOT_REMOVED
         os.kill(holder, signal.SIGKILL)
         until("it can die", lambda: down(bare_host, "--force").returncode == 0, timeout=30)
-        bare_host.graft("up")
-        assert "saved" not in bare_host.graft("ep", "show").stdout
+        saving.graft("up")
+        assert "saved" not in saving.graft("ep", "show").stdout
 
 
 # ---- `graft down` after `graft detach` ------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_many_that_cannot_die_yet_are_waited_for_together(monkeypatch: pytest.Mo
     monkeypatch.setattr(keeper, "_KILL_TIMEOUT", 0.5)
     dying: list[int] = []
     monkeypatch.setattr(keeper, "_killed", dying)
-    monkeypatch.setattr(keeper, "reap_killed", lambda: dying)
+    monkeypatch.setattr(keeper, "_reap_killed", lambda: dying)
     monkeypatch.setattr(os, "kill", lambda pid, signum: None)
     began = time.monotonic()
     keeper.stop_all([keeper_of(pid) for pid in range(1, 65)])
