@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import shutil
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 from graft.commands import watcher_process
@@ -23,6 +24,7 @@ from graft.swap import fork_servers
 
 _TIMEOUT = 2.0  # seconds, for each kind of call about folders that a process can hold
 _SEARCH_TIMEOUT = 10.0
+_END_TIMEOUT = 5.0  # for processes of Graft's that were killed
 
 
 def down(settings: Settings, force: bool = False, forget: bool = False) -> None:
@@ -35,21 +37,26 @@ def down(settings: Settings, force: bool = False, forget: bool = False) -> None:
     containers are detached, and continue to run.
 
     Whoever may list a folder of the cgroup tree can hold it (graft/state/folder_calls.py): all calls about those that
-    are not Graft's own are made in children. Raises KernelError where something could not be removed for that.
+    are not Graft's own are made in children. Whoever has a socket of a container can keep a process of Graft's in the
+    kernel by its lock (graft/state/helper_process.py), and with it Graft's cgroup. Raises KernelError where something
+    could not be removed for that, when all else is.
     """
     require_root()
     was_watching = watcher_process.stop(settings)
     try:
-        _down(settings, force)
+        problems = _down(settings, force)
     except ConflictError:
         if was_watching:
             watcher_process.ensure_running(settings)
         raise
     if forget:
         Store(settings).forget_all()
+    if problems:
+        raise KernelError("; ".join(problems), "everything else is removed; `graft down` again when that has ended")
 
 
-def _down(settings: Settings, force: bool) -> None:
+def _down(settings: Settings, force: bool) -> list[str]:
+    """Gives what could not be removed, and why."""
     graft_cgroup = cgroup.v2_mount() / settings.cgroup
     if force or not any(records.folder_of(settings).glob("*.json")):
         splice.stop(settings)
@@ -66,19 +73,39 @@ def _down(settings: Settings, force: bool) -> None:
         _kill([path for path, swapped in populated.items() if swapped])
         if running:
             cgroup.kill(graft_cgroup)
-        if graft_cgroup.exists():
-            cgroup.remove(graft_cgroup)
+        _is_removed(graft_cgroup, _END_TIMEOUT)  # what ends now has ended before its hooks go
         _close_leftovers(settings)
-        is_detached = _detach_all(settings, frozenset() if own is None else own.cgroups)
+        is_detached = _detach_all(settings, graft_cgroup, frozenset() if own is None else own.cgroups)
         dataplane.unpin(settings.pin_dir)
         for pin in (settings.run_dir / "netns").glob("*"):
             netns.release(pin)
         bound_sockets.release(settings, lambda _container, _endpoint: True)
         bound_sockets.remove_released(settings)
-        if not helper_process.run_each(_remove_folder, [settings.run_dir], _TIMEOUT).results:
-            raise KernelError(f"cannot remove {settings.run_dir}: somebody holds the directory above")
-    if not is_detached:
-        raise KernelError("programs may still be attached: somebody holds a directory of the cgroup tree")
+        is_folder_removed = bool(helper_process.run_each(_remove_folder, [settings.run_dir], _TIMEOUT).results)
+        problems = []
+        if not _is_removed(graft_cgroup, patience=0):
+            problems.append(_why_kept(graft_cgroup))
+        if not is_folder_removed:
+            problems.append(f"cannot remove {settings.run_dir}: somebody holds the directory above")
+        if not is_detached:
+            problems.append("programs may still be attached: somebody holds a directory of the cgroup tree")
+        return problems
+
+
+def _is_removed(path: Path, patience: float) -> bool:
+    """Remove a cgroup whose processes were killed; False where one of them has not ended in time."""
+    try:
+        cgroup.remove(path, patience)
+    except KernelError:
+        return False
+    return True
+
+
+def _why_kept(path: Path) -> str:
+    own = members.of_each([path]).get(path)
+    pids = ", ".join(map(str, own.pids)) if own is not None else ""
+    what = f"killed processes wait in the kernel ({pids})" if pids else "somebody holds it"
+    return f"cannot remove the cgroup {path}: {what}"
 
 
 def _kill(paths: Sequence[Path]) -> None:
@@ -88,10 +115,10 @@ def _kill(paths: Sequence[Path]) -> None:
             raise members.held(str(path))
 
 
-def _detach_all(settings: Settings, own: Collection[int]) -> bool:
+def _detach_all(settings: Settings, graft_cgroup: Path, own: Collection[int]) -> bool:
     """Detach the programs from every cgroup; False if there may be more, which a search did not find in time.
 
-    ``own`` are the ids of Graft's own cgroups, which are gone by now.
+    Not from Graft's own, whose ids are ``own``: they are gone by now, or what is in them still is under the hooks.
     """
     helper_process.run_each(attachments.detach_predecessors, records.put_aside_paths(settings), _TIMEOUT)
     if not (settings.pin_dir / "scopes").exists():
@@ -103,7 +130,8 @@ def _detach_all(settings: Settings, own: Collection[int]) -> bool:
     known = {one.cgroup_id for index, one in enumerate(recorded) if index in done}.union(own)
     if attachments.scope_ids(settings) <= known:
         return True
-    return bool(helper_process.run_each(attachments.detach_all, [settings], _SEARCH_TIMEOUT).results)
+    search = partial(attachments.detach_all, settings)
+    return bool(helper_process.run_each(search, [graft_cgroup], _SEARCH_TIMEOUT).results)
 
 
 def _remove_folder(folder: Path) -> None:

@@ -185,7 +185,8 @@ def attached_cgroups(settings: Settings) -> list[Path]:
     return found
 
 
-def detach_all(settings: Settings) -> None:
-    """Detach the programs from every cgroup. May never return, as `attached_cgroups`."""
+def detach_all(settings: Settings, kept: Path) -> None:
+    """Detach the programs from every cgroup but ``kept`` and those below. May never return, as `attached_cgroups`."""
     for path in attached_cgroups(settings):
-        detach(settings, path)
+        if not path.is_relative_to(kept):
+            detach(settings, path)

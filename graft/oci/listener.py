@@ -33,6 +33,10 @@ from graft.state.installation import Installation, known_endpoints
 from graft.state.leftovers_aside import LeftoversAside
 
 Report = Callable[[str], None]
+STOP_PATIENCE = 0.1
+"""Seconds for the supervisors of containers that have ended, all together. They die within a few milliseconds, but for
+those that wait in the kernel for the lock of a socket that somebody keeps: the other containers do not wait for it.
+"""
 
 
 def default_path(settings: Settings) -> Path:
@@ -114,13 +118,16 @@ class ListenerServer:
 
     def _check_containers(self) -> bool:
         self._leftovers.go_on()
-        for name, attachment in list(self._attachments.items()):
+        for attachment in self._attachments.values():
             attachment.check_supervisors()
-            if attachment.has_ended:
-                attachment.unwatch(self._loop)
-                attachment.close()
-                del self._attachments[name]
-                self._report(f"{name[:12]}: ended")
+        ended = {name: one for name, one in self._attachments.items() if one.has_ended}
+        # Also where none has: those that could not die before are reaped.
+        shim.stop_supervisors(list(ended.values()), STOP_PATIENCE)
+        for name, attachment in ended.items():
+            attachment.unwatch(self._loop)
+            attachment.close()
+            del self._attachments[name]
+            self._report(f"{name[:12]}: ended")
         return self._stopping
 
     def _receive(self, message: Message, state: State) -> None:

@@ -20,7 +20,7 @@ import shutil
 import signal
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
@@ -60,7 +60,7 @@ class Attachment:
         self._plan = plan
         self._graft = graft
         self._closing = closing
-        self._keepers: list[Keeper] = []
+        self.keepers: list[Keeper] = []
         self._events: int | None = None
         self.container: Container | None = None
 
@@ -138,7 +138,7 @@ class Attachment:
             plan.datagrams,
         )
         self._start(keeper)
-        self._keepers.append(keeper)
+        self.keepers.append(keeper)
 
     @staticmethod
     def _start(keeper: Keeper) -> None:
@@ -159,9 +159,9 @@ class Attachment:
     def _check_count(self) -> None:
         """Raises RefusedError where the container has as many supervisors as one may have."""
         most = min(_MAX_SUPERVISORS, process.descriptor_limit() // _SHARE)
-        if len(self._keepers) >= most:
+        if len(self.keepers) >= most:
             self.check_supervisors()
-        if len(self._keepers) >= most:
+        if len(self.keepers) >= most:
             raise RefusedError(f"the container has {most} supervisors already", "end what `exec` has started in it")
 
     def watch(self, loop: MessageLoop) -> None:
@@ -176,16 +176,16 @@ class Attachment:
 
     def check_supervisors(self) -> None:
         """Restart supervisors that have died, and close the listeners whose processes have all ended."""
-        for keeper in list(self._keepers):
+        for keeper in list(self.keepers):
             if not keeper.reap():
                 continue
-            self._keepers.remove(keeper)
+            self.keepers.remove(keeper)
             if keeper.hung_up():
                 keeper.stop()
                 continue
             with contextlib.suppress(GraftError, OSError):
                 self._start(keeper)
-                self._keepers.append(keeper)
+                self.keepers.append(keeper)
 
     @property
     def has_ended(self) -> bool:
@@ -194,13 +194,21 @@ class Attachment:
 
     def close(self) -> None:
         """Stop the supervisors, and remove the container's rules, record and files."""
-        stop_all(self._keepers)
+        stop_supervisors([self])
         if self.container is not None:
             _remove_container(self._graft, self.container, self._closing)
         if self._events is not None:  # until here: it kept the cgroup's name in the kernel's cache
             os.close(self._events)
             self._events = None
         _remove_folder(self._plan.folder)
+
+
+def stop_supervisors(attachments: Sequence[Attachment], patience: float | None = None) -> None:
+    """Stop the supervisors of containers that have ended. ``patience``: as for `stop_all`."""
+    keepers = [keeper for one in attachments for keeper in one.keepers]
+    for one in attachments:
+        one.keepers.clear()
+    stop_all(keepers, patience)
 
 
 def _remove_container(graft: Installation, container: Container, closing: Closing | None = None) -> None:

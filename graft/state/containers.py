@@ -25,7 +25,7 @@ from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.limits import MAX_ASKED_ENTRIES, check_size
 from graft.policy.model import Origin, Policy
 from graft.policy.validator import needs_unix_relay
-from graft.state import bound_sockets, ferries, helper_process, members, records, unix_sockets
+from graft.state import bound_sockets, detached, ferries, helper_process, members, records, unix_sockets
 from graft.state.endpoints import EndpointChanges
 from graft.state.records import Container
 
@@ -182,6 +182,7 @@ class ContainerChanges(Containers):
         bound_sockets.check_free(policy, compiled.endpoints)
         new = self._install(compiled)
         number = self._new_id()
+        detached.forget(self._settings, number)
         try:
             value = layout.ContainerValue(
                 netns, new.ruleset, transport, new.bind_default, new.connect_default, new.flags
@@ -210,7 +211,7 @@ class ContainerChanges(Containers):
             records.save(self._settings, container)
         except BaseException:
             attachments.detach(self._settings, path)
-            self._forget(number)
+            self._forget_detached(number, transport)
             raise
         for file in stale:
             file.unlink(missing_ok=True)
@@ -261,7 +262,7 @@ class ContainerChanges(Containers):
         """
         if reachable:
             attachments.detach(self._settings, container.cgroup_path, container.cgroup_id)
-        self._forget(container.id)
+        self._forget_detached(container.id, container.transport)
 
     def reap(self, gone: Collection[int]) -> None:
         """Remove the rules and records of these containers, whose cgroups are gone (`members.gone`)."""
@@ -322,6 +323,12 @@ class ContainerChanges(Containers):
         other = other or next((one.cgroup_path for one in self.listing() if path in one.cgroup_path.parents), None)
         if other is not None:
             raise _nested(path, other)
+
+    def _forget_detached(self, number: int, transport: Transport) -> None:
+        """Remove the rules and the record of a container whose programs may go on."""
+        if not transport.is_supervised:
+            detached.note(self._settings, number)
+        self._forget(number)
 
     def _forget(self, number: int) -> None:
         key = ctypes.c_uint32(number)

@@ -19,6 +19,7 @@ from graft.kernel import bpf, netns, sockets
 from graft.kernel.sockets import ListedSocket
 from graft.model.settings import Settings
 from graft.model.transport import Home, Transport
+from graft.state import detached
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -43,10 +44,14 @@ def closed_after(graft: Installation, *containers: Container) -> Iterator[None]:
 
 
 def close_all(graft: Installation) -> None:
-    """Close what is left of every container, and what those with a supervisor have: before the hooks are removed."""
+    """Close what is left of every container, and what those with a supervisor have: before the hooks are removed.
+
+    Not what programs have that are, or were, attached without a supervisor, and go on.
+    """
     if not sockets.can_destroy():
         return
     others = {key.value for key, value in graft.maps.containers.items() if not Transport(value.transport).is_supervised}
+    others |= detached.numbers(graft.settings)
     with graft.endpoints.namespaces(graft.endpoints.listing()) as paths:
         _close(graft, paths, b"", lambda tag: tag.container not in others)
 

@@ -106,14 +106,15 @@ class Keeper:
             os.close(self._listener)
 
 
-def stop_all(keepers: Sequence[Keeper]) -> None:
+def stop_all(keepers: Sequence[Keeper], patience: float | None = None) -> None:
     """End their supervisors. The container's processes must be gone: their calls would fail from here on.
 
     Those that wait in the kernel for another container (for the lock of a socket that the two share) are waited for
-    together, and not longer than a few seconds: the keepers' process may serve other containers too.
+    together, for ``patience`` seconds at most (by default a few): the keepers' process may serve other containers too.
+    What has not died by then is reaped by a later call.
     """
     killed = {one._kill() for one in keepers}
-    deadline = time.monotonic() + _KILL_TIMEOUT
+    deadline = time.monotonic() + (_KILL_TIMEOUT if patience is None else patience)
     while not killed.isdisjoint(_reap_killed()) and time.monotonic() < deadline:
         time.sleep(0.002)
     for one in keepers:
@@ -121,7 +122,7 @@ def stop_all(keepers: Sequence[Keeper]) -> None:
 
 
 def _reap_killed() -> list[int]:
-    """Reap the supervisors that were killed; gives those that have not died yet."""
+    """Reap the supervisors that were killed; gives those that have not died yet. Waits for none."""
     for pid in list(_killed):
         with contextlib.suppress(ChildProcessError):
             if os.waitpid(pid, os.WNOHANG) == (0, 0):

@@ -31,11 +31,12 @@ from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.kernel.syscalls import syscall
 from graft.model.settings import Settings
 from graft.model.transport import Home
-from graft.oci import listener
+from graft.oci import listener, shim
 from graft.oci.state import State
 from graft.splice.datagram_clients import Client
 from graft.state import (
     bound_sockets,
+    detached,
     helper_process,
     inventory,
     leftovers,
@@ -44,6 +45,7 @@ from graft.state import (
     socket_holders,
     withdrawal,
 )
+from graft.state.installation import Installation
 from graft.state.leftovers_aside import LeftoversAside
 from graft.state.members import Members
 from graft.state.records import Container
@@ -746,6 +748,48 @@ def _leftovers_waited_for() -> None:
     )
 
 
+def _supervisors_waited_for() -> None:
+    """`graft listen` waits for the supervisors of each container that has ended."""
+
+    def stop_supervisors(attachments: Sequence[shim.Attachment], patience: float | None = None) -> None:
+        for one in attachments:
+            stop([one])
+
+    stop = shim.stop_supervisors
+    shim.stop_supervisors = stop_supervisors
+
+
+def _own_cgroups() -> None:
+    """A container's supervisors are those whose parent keeps its supervisors running."""
+    from graft.commands import ps
+
+    def supervisors(graft: Installation, listed: Sequence[Container], inside: object) -> dict[int, tuple[int, ...]]:
+        parents = {pid.value: _parent(pid.value) for pid in graft.maps.desk_slots.keys()}  # noqa: SIM118
+        return {one.id: tuple(pid for pid, parent in parents.items() if parent == one.pid) for one in listed}
+
+    ps._supervisors = supervisors
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+
+
+def _cgroup_last() -> None:
+    """Where `graft down` cannot remove Graft's cgroup, it goes no further."""
+    from graft.commands import down
+
+    def is_removed(path: Path, patience: float) -> bool:
+        cgroup.remove(path, patience)
+        return True
+
+    down._is_removed = is_removed
+
+
+def _detached() -> None:
+    """Of a container that was detached nobody knows whether it had a supervisor."""
+    detached.numbers = lambda settings: frozenset()
+
+
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
     sockets.list_sockets = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
@@ -866,6 +910,10 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "destroy": _destroy,
     "leftovers": _leftovers,
     "leftovers waited for": _leftovers_waited_for,
+    "supervisors waited for": _supervisors_waited_for,
+    "own cgroups": _own_cgroups,
+    "cgroup last": _cgroup_last,
+    "detached": _detached,
     "listing": _listing,
     "liveness": _liveness,
     "links": _links,
