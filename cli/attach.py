@@ -110,7 +110,7 @@ def _attached_lines(done: Attached) -> list[str]:
     if done.existing.sockets:
         lines.append("  existing sockets, which keep their addresses and connections:")
         lines += [f"    {sock}" for sock in done.existing.sockets]
-    lines += _unsearched_lines(done.existing.unsearched)
+    lines += _unsearched_lines(done.existing.unsearched) + _unlisted_lines(done.existing.doubts.names)
     lines += [f"  {sock} may receive nothing: no process lends it" for sock in done.cut_off]
     return lines + _late_lines(done.late)
 
@@ -132,6 +132,11 @@ def _unsearched_lines(unsearched: Sequence[int]) -> list[str]:
     if len(unsearched) > len(shown):
         lines.append(f"  nor do {len(unsearched) - len(shown)} other processes")
     return lines
+
+
+def _unlisted_lines(kinds: Sequence[str]) -> list[str]:
+    """Of which kinds it may have sockets that are not listed."""
+    return [f"  the kernel does not list all {kind} sockets in time: there may be more" for kind in kinds]
 
 
 def _relay_lines(relay: dict[str, Any]) -> list[str]:
@@ -185,7 +190,7 @@ def _detached_lines(done: Detached) -> list[str]:
         if found:
             lines.append(f"  {heading}:")
             lines += [f"    {sock}" for sock in found]
-    return lines + _unsearched_lines(withdrawal.unsearched)
+    return lines + _unsearched_lines(withdrawal.unsearched) + _unlisted_lines(withdrawal.doubts.names)
 
 
 def _raise_if_unfinished(done: Detached) -> None:

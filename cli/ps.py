@@ -67,6 +67,7 @@ def ps(as_json: Json = False) -> None:
                 for sock in one.sockets
             ],
             "unsearched": list(one.unsearched),
+            "unlisted": list(one.unlisted),
         }
         for one in overviews
     ]
@@ -133,7 +134,8 @@ def _doubts(one: ContainerOverview) -> str:
     """Why the container may have more sockets than these."""
     if one.processes is None:
         return "; somebody holds its cgroup's directory"
-    return f"; {len(one.unsearched)} of its processes could not be searched" if one.unsearched else ""
+    text = f"; {len(one.unsearched)} of its processes could not be searched" if one.unsearched else ""
+    return text + "".join(f"; not all {kind} sockets could be listed" for kind in one.unlisted)
 
 
 def _served_by(one: ContainerOverview) -> str:

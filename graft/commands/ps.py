@@ -30,7 +30,8 @@ class ContainerOverview:
     ``namespaces`` are inodes; ``supervisors`` is empty if it needs none.
 
     ``stuck`` are those of the supervisors that are stuck; ``sockets`` is None if the kernel did not list them in time.
-    ``unsearched`` are processes that could not be searched for sockets in time.
+    ``unsearched`` are processes that could not be searched for sockets in time, ``unlisted`` the kinds of sockets that
+    the kernel did not list in time.
     """
 
     container: Container
@@ -42,6 +43,7 @@ class ContainerOverview:
     relay: Mapping[str, Any] | None = None
     """Where graftd relays for it: the result of graft.splice.client.describe."""
     unsearched: tuple[int, ...] = ()
+    unlisted: tuple[str, ...] = ()
 
 
 def overview(graft: Installation) -> list[ContainerOverview]:
@@ -71,6 +73,7 @@ def overview(graft: Installation) -> list[ContainerOverview]:
                 sockets=None if found_sockets is None else tuple(found_sockets.sockets[container.id]),
                 relay=relays.get(container.id),
                 unsearched=() if found_sockets is None else found_sockets.unsearched[container.id],
+                unlisted=() if found_sockets is None else found_sockets.doubts.names,
             )
         )
     return found

@@ -72,6 +72,11 @@ def keepers_cgroup(settings: Settings) -> Path:
     return supervisors_cgroup(settings) / "keepers"
 
 
+def own_cgroup(settings: Settings, container: int) -> Path:
+    """The cgroup of a container's supervisors, and of its ferry: its replacement sockets are made there."""
+    return supervisors_cgroup(settings) / f"container-{container}"
+
+
 def forks_cgroup(settings: Settings) -> Path:
     """The cgroup of the fork server, and of its children before they enter their own (graft/kernel/fork_server.py)."""
     return cgroup.v2_mount() / settings.cgroup / "forks"

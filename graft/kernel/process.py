@@ -131,6 +131,11 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def end_after(seconds: int) -> None:
+    """Have the process end when so many seconds are over (alarm(2)), unless it handles SIGALRM; 0: not any more."""
+    signal.alarm(seconds)
+
+
 def set_process_name(name: str) -> None:
     """Set the calling process's name as `ps -o comm` shows it, up to 15 bytes."""
     buffer = ctypes.create_string_buffer(name.encode()[:15])

@@ -8,6 +8,11 @@ second, over one netlink socket, which is kept open, because it belongs to the n
 
 A listing takes no socket's lock, as long as it does not request tcp_info. Closing a socket takes its lock, and may
 never return (graft/state/helper_process.py).
+
+The kernel goes on with a listing where it was in a hash bucket by going through that from its start. Of UDP sockets at
+one port, and of TCP sockets that are only bound at one address, that takes time by the square of their number, which
+any user of the host decides (inet_diag_dump_icsk takes 16 of the bound at a time, udp_dump what fits into a message).
+So the bound are listed apart (`BOUND_STATE`). With code that accepts only sockets of some cgroups, one pass lists all.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +36,9 @@ _THE_KERNEL = 0  # its port id (netlink(7))
 _PIECE_BYTES = 8192  # enough for one message of any page size (NLMSG_GOODSIZE): 65 listeners
 _LARGE_BYTES = 1 << 16
 _EVERY_STATE = 0xFFFFFFFF
+BOUND_STATE = 1 << 13
+"""TCPF_BOUND_INACTIVE (6.8): TCP sockets that are bound, and neither listen nor connect."""
+OPEN_STATES = _EVERY_STATE & ~BOUND_STATE
 _NO_COOKIE = b"\xff" * 8  # INET_DIAG_NOCOOKIE
 IPPROTO_MPTCP = 262
 # INET_DIAG_*: attributes of a listed socket; the last since 5.9
@@ -56,9 +64,10 @@ _MAX_AT = 1024  # listeners at one address
 _NO_PORT = 0  # of the remote end: no connection has it
 _LO = 1  # LOOPBACK_IFINDEX (net/flow.h), of each namespace
 # struct inet_diag_bc_op: code, where to go on if so, and if not; struct inet_diag_hostcond: family, prefix, -, port
-_CONDITION = struct.Struct("=BBHBB2xi")
-_JUMP = struct.Struct("=BBH")
-_BC_JMP, _BC_S_COND, _ANY_PORT = 1, 7, -1
+_OPERATION = struct.Struct("=BBH")
+_HOST = struct.Struct("=BB2xi")
+_BC_JMP, _BC_S_COND, _BC_CGROUP_COND, _ANY_PORT = 1, 7, 13, -1  # the third since 5.9
+_CGROUPS_AT_ONCE = 512  # "where to go on" is of 16 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +217,8 @@ class Diagnostics:
                     yield found
 
     def sockets(self, protocol: int, storage: int, prefix: bytes = b"") -> list[FoundSocket]:
-        """Every socket of a protocol, with its value in the socket storage map ``storage`` (a descriptor).
+        """Every socket of a protocol, with its value in the socket storage map ``storage`` (a descriptor); none that is
+        only bound.
 
         With a ``prefix`` only those whose value begins with that: quick, as the others are not parsed. Empty for a
         protocol without diagnostics in this kernel. Raises OSError.
@@ -216,20 +226,23 @@ class Diagnostics:
         found: list[FoundSocket] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(FileNotFoundError), _refusing():
-                for piece in self._dump(family, protocol, _EVERY_STATE, _LARGE_BYTES, storage):
+                for piece in self._dump(family, protocol, OPEN_STATES, _LARGE_BYTES, storage):
                     found += [parse_socket(protocol, message) for message in piece if prefix in message]
         return [one for one in found if not prefix or (one.stored or b"").startswith(prefix)]
 
-    def messages(self, protocol: int, storage: int) -> list[bytes]:
+    def messages(
+        self, protocol: int, storage: int, states: int = OPEN_STATES, cgroups: Iterable[int] | None = None
+    ) -> list[bytes]:
         """Every socket of a protocol, as `sockets` has it, not parsed: what anybody has very many of costs little then.
 
-        `seen` and `parse_socket` read one. Raises OSError.
+        ``cgroups``: only those that were made in one of these. `seen` and `parse_socket` read one. Raises OSError.
         """
         found: list[bytes] = []
-        for family in (socket.AF_INET, socket.AF_INET6):
-            with contextlib.suppress(FileNotFoundError):
-                for piece in self._dump(family, protocol, _EVERY_STATE, _LARGE_BYTES, storage):
-                    found += piece
+        for code in [b""] if cgroups is None else _in_one_of(sorted(cgroups)):
+            for family in (socket.AF_INET, socket.AF_INET6):
+                with contextlib.suppress(FileNotFoundError):
+                    for piece in self._dump(family, protocol, states, _LARGE_BYTES, storage, code=code):
+                        found += piece
         return found
 
     def destroy(self, one: Identity, shared: bool = False) -> None:
@@ -286,17 +299,29 @@ class Diagnostics:
 
 
 def _at_one_of(family: int, addresses: Sequence[bytes]) -> bytes:
-    """Code for the kernel that accepts sockets at one of the addresses (inet_diag_bc_run, net/ipv4/inet_diag.c).
+    """Code for the kernel that accepts sockets at one of the addresses. (A prefix of 0 would be any address.)"""
+    return _one_of(_BC_S_COND, [_HOST.pack(family, 8 * len(packed), _ANY_PORT) + packed for packed in addresses])
+
+
+def _in_one_of(cgroups: Sequence[int]) -> list[bytes]:
+    """Codes each of which accepts the sockets that were made in some of the cgroups."""
+    packed = [number.to_bytes(8, sys.byteorder) for number in cgroups]
+    starts = range(0, len(packed), _CGROUPS_AT_ONCE)
+    return [_one_of(_BC_CGROUP_COND, packed[start : start + _CGROUPS_AT_ONCE]) for start in starts]
+
+
+def _one_of(condition: int, operands: Sequence[bytes]) -> bytes:
+    """Code for the kernel that accepts where the condition holds with one operand (inet_diag_bc_run, inet_diag.c).
 
     It accepts at its very end, and refuses 4 bytes after that. Each condition but the last has a jump to the end behind
-    it; where it does not hold, it goes on 4 bytes further, with the next one. A prefix of 0 would be any address.
+    it; where it does not hold, it goes on 4 bytes further, with the next one.
     """
     code = b""
-    for packed in reversed(addresses):
+    for operand in reversed(operands):
         if code:
-            code = _JUMP.pack(_BC_JMP, _JUMP.size, _JUMP.size + len(code)) + code
-        size = _CONDITION.size + len(packed)
-        code = _CONDITION.pack(_BC_S_COND, size, size + 4, family, 8 * len(packed), _ANY_PORT) + packed + code
+            code = _OPERATION.pack(_BC_JMP, _OPERATION.size, _OPERATION.size + len(code)) + code
+        size = _OPERATION.size + len(operand)
+        code = _OPERATION.pack(condition, size, size + 4) + operand + code
     return code
 
 

@@ -7,8 +7,11 @@ sk_attach_filter in net/core/filter.c of the kernel.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
+import struct
+from collections.abc import Callable
 
 SOCKADDR_SIZE = 28  # sizeof(struct sockaddr_in6)
 SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44  # asm-generic/socket.h
@@ -39,6 +42,36 @@ def read_filter(fd: int) -> bytes:
     if count.value:
         _check(_libc.getsockopt(fd, socket.SOL_SOCKET, _SO_GET_FILTER, code, ctypes.byref(count)), "getsockopt")
     return code.raw
+
+
+def option(fd: int, name: int, size: int) -> bytes:
+    """An option of a socket (SOL_SOCKET). Raises OSError."""
+    value, length = ctypes.create_string_buffer(size), ctypes.c_uint32(size)
+    _check(_libc.getsockopt(fd, socket.SOL_SOCKET, name, value, ctypes.byref(length)), "getsockopt")
+    return value.raw
+
+
+def place_of(fd: int) -> tuple[bytes, int]:
+    """Packed address and port of an IP socket. Waits for its lock, not with the interpreter's. Raises OSError."""
+    return _place(_libc.getsockname, fd, "getsockname")
+
+
+def peer_of(fd: int) -> tuple[bytes, int] | None:
+    """The same of its remote end, None where it has none. Raises OSError."""
+    try:
+        return _place(_libc.getpeername, fd, "getpeername")
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return None
+
+
+def _place(call: Callable[..., int], fd: int, name: str) -> tuple[bytes, int]:
+    address, length = ctypes.create_string_buffer(SOCKADDR_SIZE), ctypes.c_uint32(SOCKADDR_SIZE)
+    _check(call(fd, address, ctypes.byref(length)), name)
+    family, port = struct.unpack_from("=H2s", address.raw)
+    packed = address.raw[4:8] if family == socket.AF_INET else address.raw[8:24]
+    return packed, int.from_bytes(port, "big")
 
 
 def attach_filter(fd: int, code: bytes) -> None:

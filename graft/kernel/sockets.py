@@ -10,13 +10,25 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 from ipaddress import ip_address
 
-from graft.kernel.sockdiag import IPPROTO_MPTCP, Diagnostics, FoundSocket, Identity, parse_socket, seen
-from graft.kernel.socket_calls import attach_filter, lock_filter
+from graft.kernel.netns import SO_NETNS_COOKIE
+from graft.kernel.sockdiag import (
+    BOUND_STATE,
+    IPPROTO_MPTCP,
+    OPEN_STATES,
+    Diagnostics,
+    FoundSocket,
+    Identity,
+    parse_socket,
+    seen,
+)
+from graft.kernel.socket_calls import attach_filter, lock_filter, option, peer_of, place_of
 from graft.model.address import format_ip, unmapped
 
 # include/net/tcp_states.h; a UDP socket is CLOSE until it is connected. A TCP socket that is listed as CLOSE (6.8) is
@@ -109,14 +121,34 @@ class Listing:
                     )
 
 
-def list_sockets(storage: int) -> Listing:
-    """Every TCP and UDP socket of the calling thread's namespace that has an address.
-
-    ``storage`` is a descriptor of a socket storage map. Takes no socket's lock. Raises OSError.
+class Kind(Enum):
+    """What is listed in one go. Of the last two anybody has so many that the kernel takes too long for a listing
+    (graft/kernel/sockdiag.py).
     """
+
+    TCP = "tcp"
+    BOUND = "bound"
+    UDP = "udp"
+
+
+def list_sockets(
+    storage: int, kinds: tuple[Kind, ...] = tuple(Kind), cgroups: Collection[int] | None = None
+) -> Listing:
+    """Every TCP and UDP socket of the calling thread's namespace that has an address, of those kinds.
+
+    ``storage`` is a descriptor of a socket storage map. With ``cgroups`` only those that were made in one of these,
+    which is quick whatever others have. Takes no socket's lock. Raises OSError.
+    """
+    messages: dict[str, list[bytes]] = {}
     with closing(Diagnostics()) as diagnostics:
-        parents = {one.inode: one.stored for one in diagnostics.sockets(IPPROTO_MPTCP, storage)}
-        return Listing({name: diagnostics.messages(number, storage) for name, number in PROTOCOLS.items()}, parents)
+        subflows = [] if kinds == (Kind.UDP,) else diagnostics.sockets(IPPROTO_MPTCP, storage)
+        parents = {one.inode: one.stored for one in subflows}
+        for kind in kinds:
+            protocol = "udp" if kind is Kind.UDP else "tcp"
+            states = BOUND_STATE if kind is Kind.BOUND else OPEN_STATES
+            found = diagnostics.messages(PROTOCOLS[protocol], storage, states, cgroups)
+            messages[protocol] = [*messages.get(protocol, ()), *found]
+    return Listing(messages, parents)
 
 
 def list_tcp(storage: int, prefix: bytes = b"") -> list[ListedSocket]:
@@ -166,6 +198,32 @@ def destroy(one: ListedSocket) -> None:
     """
     with closing(Diagnostics()) as diagnostics:
         diagnostics.destroy(one.identity, shared=not one.is_connection)
+
+
+_UNCONNECTED, _CONNECTED = 7, 1
+_SO_COOKIE, _SO_BINDTOIFINDEX = 57, 62  # asm-generic/socket.h
+
+
+def datagram_socket_of(fd: int, inode: int) -> tuple[int, ListedSocket] | None:
+    """A UDP socket that has a port, by a descriptor of it, as `list_sockets` has it but for cgroup and tag; and the
+    cookie of its namespace (5.14). None for any other socket. Waits for the socket's lock. Raises OSError.
+    """
+    family, protocol = (
+        int.from_bytes(option(fd, one, 4), sys.byteorder) for one in (socket.SO_DOMAIN, socket.SO_PROTOCOL)
+    )
+    if family not in (socket.AF_INET, socket.AF_INET6) or protocol != socket.IPPROTO_UDP:
+        return None
+    cookie, namespace = (int.from_bytes(option(fd, one, 8), sys.byteorder) for one in (_SO_COOKIE, SO_NETNS_COOKIE))
+    local, peer = place_of(fd), peer_of(fd)
+    if not local[1]:
+        return None
+    remote = peer or (bytes(len(local[0])), 0)
+    ends = local[0].ljust(16, b"\0") + remote[0].ljust(16, b"\0") + option(fd, _SO_BINDTOIFINDEX, 4)
+    # The kernel writes the cookie as two numbers, the lower one first (sock_diag_save_cookie).
+    sockid = struct.pack("!HH", local[1], remote[1]) + ends + struct.pack("=II", cookie & 0xFFFFFFFF, cookie >> 32)
+    state = _CONNECTED if peer else _UNCONNECTED
+    found = FoundSocket(Identity(family, protocol, sockid), state, local, remote, inode, 0, None)
+    return namespace, _read("udp", found)
 
 
 # For a socket that may be locked no socket.socket is made: that calls getsockname() and sets an option while no other

@@ -74,7 +74,7 @@ def run_each(
         return HelperResult({}, 0)
     reader, writer = os.pipe2(os.O_CLOEXEC)
     parent = 0 if keep_running else os.getpid()
-    child = os.fork()
+    child = _forked(reader, writer)
     if child == 0:
         _run_child(work, items, writer, keep, parent)
     os.close(writer)
@@ -106,7 +106,7 @@ class Question(Generic[ResultT]):
         os.set_blocking(writer, True)
         self._raw = bytearray()
         parent = os.getpid()
-        self.child = os.fork()
+        self.child = _forked(self._reader, writer)
         if self.child == 0:
             _run_child(lambda _: work(), (None,), writer, keep, parent)
         os.close(writer)
@@ -131,6 +131,16 @@ class Question(Generic[ResultT]):
         os.close(self._reader)
         os.kill(self.child, signal.SIGKILL)
         return 0 if _wait_for_exit(self.child, 0) else self.child
+
+
+def _forked(*opened: int) -> int:
+    """As os.fork(); closes those descriptors where no process can be made."""
+    try:
+        return os.fork()
+    except OSError:
+        for fd in opened:
+            os.close(fd)
+        raise
 
 
 def _receive(reader: int, count: int, timeout: float, deadline: float, results: dict[int, ResultT]) -> None:
@@ -179,15 +189,15 @@ def _run_child(
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         process.set_process_name("graft-asks")
-        for outcome in _run_items(work, items):
+        for outcome in run_in_threads(work, items):
             raw = dumps(outcome)
             with contextlib.suppress(BrokenPipeError), open(writer, "wb", closefd=False) as pipe:
                 pipe.write(_LENGTH.pack(len(raw)) + raw)
     os._exit(0)
 
 
-def _run_items(work: Callable[[ItemT], object], items: Sequence[ItemT]) -> Iterator[Outcome]:
-    """(index, result, error) of each item, in the order in which they finish."""
+def run_in_threads(work: Callable[[ItemT], object], items: Sequence[ItemT]) -> Iterator[Outcome]:
+    """(index, result, error) of each item, in the order in which they finish. For the child."""
     from queue import Empty, SimpleQueue
 
     indexes = itertools.count()

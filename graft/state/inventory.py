@@ -20,19 +20,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graft.datapath import layout
+from graft.datapath.dataplane import own_cgroup
 from graft.datapath.maps import Maps
-from graft.kernel import bpf, netns, sockets
-from graft.kernel.sockets import ListedSocket, Listing, SeenSocket
+from graft.kernel import cgroup
+from graft.kernel.sockets import ListedSocket, SeenSocket
 from graft.model.address import format_ip
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home, Transport
-from graft.state import helper_process, leftovers, members, socket_holders
+from graft.state import helper_process, leftovers, members, socket_holders, stack_listing
 from graft.state.installation import Installation
 from graft.state.members import Members
 from graft.state.records import Container
 from graft.state.socket_holders import Place
+from graft.state.stack_listing import NO_DOUBTS, Doubts
 
 SEARCH = 5.0
 """Seconds for a search of processes, however steadily results come: by the number of its descriptors each process
@@ -89,11 +91,13 @@ class ContainerSocket:
 @dataclass(frozen=True, slots=True)
 class Found:
     """The sockets of containers, by their ids. ``unsearched`` are processes of each whose descriptors could not be
-    listed in time: what only they have, and was made in another cgroup, is not among these.
+    listed in time: what only they have, and was made in another cgroup, is not among these. ``doubts``: what the kernel
+    did not list in time.
     """
 
     sockets: dict[int, list[ContainerSocket]]
     unsearched: dict[int, tuple[int, ...]]
+    doubts: Doubts = NO_DOUBTS
 
 
 def sockets_by_container(
@@ -103,27 +107,32 @@ def sockets_by_container(
     listed: Mapping[Path, Members] | None = None,
     closed: Sequence[ContainerSocket] = (),
     seconds: float = SEARCH,
+    doubts: Doubts = NO_DOUBTS,
 ) -> Found | None:
     """The sockets of each of ``containers``. Each namespace is listed once for all of them.
 
     ``listed`` is what is in their cgroups, if that is known already. Of a container that holds a folder of its cgroups
     only those sockets are found that have its tag, or that were made in its first cgroup. ``closed`` are sockets that
     the kernel may list no more, which are to be found in processes too. ``seconds`` are searched at most, and a little
-    longer where no process of a container has a socket. None if the kernel does not answer in time. Raises OSError.
+    longer where no process of a container has a socket. ``doubts`` are from an earlier call. None if the kernel does
+    not answer in time. Raises OSError.
     """
-    seen = _list_stack(settings, stack)
-    if seen is None:
-        return None
-    cookies = {sock.cookie for _, sock in seen}
-    missing = [sock for sock in closed if sock.listed.identity.cookie not in cookies]
     if listed is None:
         listed = members.of_each([container.cgroup_path for container in containers])
     inside = [listed.get(one.cgroup_path, Members((), frozenset([one.cgroup_id]))) for one in containers]
+    cgroups = {number for one in inside for number in one.cgroups}
+    listing = stack_listing.list_stack(settings, stack.namespaces, cgroups | _own_cgroups(settings, containers), doubts)
+    if listing is None:
+        return None
+    seen = listing.sockets
     until = time.monotonic() + seconds
+    lent, locked = stack_listing.lent_datagram_sockets(listing, [pid for one in inside for pid in one.pids], seconds)
+    missing = [ContainerSocket(one, path) for path, one in lent]
+    cookies = {sock.cookie for _, sock in seen} | {sock.listed.identity.cookie for sock in missing}
+    missing += [sock for sock in closed if sock.listed.identity.cookie not in cookies]
     candidates = Candidates.of([*(sock for _, sock in seen), *(sock.listed for sock in missing)])
     searches = _search_each(settings, [one.pids for one in inside], candidates, seconds)
     inodes = {inode for search, _ in searches for inode in search.places}
-    cgroups = {cgroup for one in inside for cgroup in one.cgroups}
     on_host = [
         ContainerSocket(sock.read(), path)
         for path, sock in seen
@@ -145,7 +154,20 @@ def sockets_by_container(
         ]
         for container in containers
     }
-    return Found(sockets_found, {one.id: searches[index][1] for index, one in enumerate(containers)})
+    unsearched = {
+        container.id: tuple(sorted({*pids, *set(locked).intersection(its.pids)}))
+        for container, its, (_, pids) in zip(containers, inside, searches, strict=True)
+    }
+    return Found(sockets_found, unsearched, listing.doubts)
+
+
+def _own_cgroups(settings: Settings, containers: Sequence[Container]) -> set[int]:
+    """The cgroups of their supervisors, in which replacement sockets were made."""
+    found = set()
+    for container in containers:
+        with contextlib.suppress(OSError):
+            found.add(cgroup.cgroup_id(own_cgroup(settings, container.id)))
+    return found
 
 
 def tagged(settings: Settings, container: Container, stack: HostStack) -> list[ContainerSocket]:
@@ -287,11 +309,13 @@ def _is_at(endpoint: Endpoint, local: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class Existing:
     """The sockets that a container had before it was attached. ``unsearched`` are processes whose descriptors could not
-    be listed: what only they have, and was made in another cgroup, is not among these.
+    be listed: what only they have, and was made in another cgroup, is not among these. ``doubts``: what the kernel did
+    not list in time.
     """
 
     sockets: tuple[ContainerSocket, ...]
     unsearched: tuple[int, ...] = ()
+    doubts: Doubts = NO_DOUBTS
 
 
 def host_sockets_of(settings: Settings, inside: Members) -> Existing | None:
@@ -299,12 +323,20 @@ def host_sockets_of(settings: Settings, inside: Members) -> Existing | None:
 
     None if the kernel does not answer in time.
     """
-    seen = _list_host(settings)
-    if seen is None:
+    listing = stack_listing.list_stack(settings, (settings.host_netns,), inside.cgroups)
+    if listing is None:
         return None
-    [(search, unsearched)] = _search_each(settings, [inside.pids], Candidates.of(seen), SEARCH)
+    seen = [sock for _, sock in listing.sockets]
+    lent, locked = stack_listing.lent_datagram_sockets(listing, inside.pids, SEARCH)
+    candidates = Candidates.of([*seen, *(one for _, one in lent)])
+    [(search, unsearched)] = _search_each(settings, [inside.pids], candidates, SEARCH)
     own = [sock.read() for sock in seen if sock.inode in search.places or sock.cgroup in inside.cgroups]
-    return Existing(tuple(search.add_to(ContainerSocket(one, settings.host_netns)) for one in own), unsearched)
+    own += [one for _, one in lent]
+    return Existing(
+        tuple(search.add_to(ContainerSocket(one, settings.host_netns)) for one in own),
+        tuple(sorted({*unsearched, *locked})),
+        listing.doubts,
+    )
 
 
 def made_since(
@@ -315,13 +347,13 @@ def made_since(
 
     By the cgroups where they were made: no process is searched for what is there, only for the tags of these.
     """
-    seen = _list_host(settings)
-    if seen is None:
+    listing = stack_listing.list_stack(settings, (settings.host_netns,), inside.cgroups, before.doubts)
+    if listing is None:
         return None
     known = {sock.listed.identity.cookie for sock in before.sockets}
     new = [
         ContainerSocket(sock.read(), settings.host_netns)
-        for sock in seen
+        for _, sock in listing.sockets
         if sock.cgroup in inside.cgroups and sock.cookie not in known
     ]
     if not new:
@@ -362,34 +394,3 @@ def _tag_open_port(settings: Settings, container: int, sock: ContainerSocket) ->
                 Maps(settings.pin_dir).tags.put(ctypes.c_int32(copy), tag)
                 return True
     return False
-
-
-def _list_host(settings: Settings) -> list[SeenSocket] | None:
-    """Every socket in the host's namespace. None if the kernel does not answer in time."""
-    answer = helper_process.run_one(lambda: _list_namespace(settings, settings.host_netns)[1])
-    return None if answer is None else list(answer)
-
-
-def _list_stack(settings: Settings, stack: HostStack) -> list[tuple[Path, SeenSocket]] | None:
-    """Every socket on the host's stack, of containers or not, with the path of its namespace. None if the kernel does
-    not answer in time.
-    """
-    answers = helper_process.run_each(lambda path: _list_namespace(settings, path), stack.namespaces).results
-    if len(answers) < len(stack.namespaces):
-        return None
-    by_namespace: dict[int, tuple[Path, Listing]] = {}
-    for index, path in enumerate(stack.namespaces):
-        cookie, listing = answers[index]
-        by_namespace.setdefault(cookie, (path, listing))
-    return [(path, sock) for path, listing in by_namespace.values() for sock in listing]
-
-
-def _list_namespace(settings: Settings, path: Path) -> tuple[int, Listing]:
-    """The cookie of the namespace at ``path``, and its sockets; none of cookie 0 if it is gone. Raises OSError."""
-    storage = bpf.obj_get(settings.pin_dir / "tags")
-    try:
-        with contextlib.suppress(FileNotFoundError), netns.entered(path):
-            return netns.cookie(), sockets.list_sockets(storage)
-    finally:
-        os.close(storage)
-    return 0, Listing({}, {})

@@ -2,9 +2,11 @@
 
 They reach nobody (bpf/ingress.bpf.c), but would keep their endpoints' ports. `graft detach` looks for all of a
 container's sockets (graft/state/withdrawal.py); this runs at the end of every container, nearly always in vain: one
-listing of the TCP sockets, by their tags, without a search for their processes. What cannot be closed by a request to
-the kernel stays: UDP and MPTCP sockets, those that are only bound, and all where a request could block others (before
-6.9).
+listing of the TCP sockets, by their tags, without a search for their processes. A child does it, with a time limit: how
+long a listing takes is up to whoever has sockets on the host, and a socket that is locked hangs.
+
+What cannot be closed by a request to the kernel stays: UDP and MPTCP sockets, those that are only bound, and all where
+a request could block others (before 6.9).
 """
 
 from __future__ import annotations
@@ -15,19 +17,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from graft.datapath import layout
-from graft.kernel import bpf, netns, sockets
+from graft.kernel import bpf, netns, process, sockets
 from graft.kernel.sockets import ListedSocket
 from graft.model.settings import Settings
 from graft.model.transport import Home, Transport
-from graft.state import detached
+from graft.state import detached, helper_process
 from graft.state.installation import Installation
 from graft.state.records import Container
 
 _ROUNDS = 3  # whoever has a listener may accept what waits there until that is closed
-_TIMEOUT, _LONGEST = 1.0, 3.0  # seconds, of each; a socket that is locked is left
+_TIMEOUT = 3.0  # seconds in all; a socket that is locked is left
+_LISTING = 1  # seconds for each listing
 
 Left = tuple[Path, ListedSocket]
 """A socket, and the path of its namespace."""
+IsLeft = Callable[[layout.Tag], bool]
 
 
 @contextlib.contextmanager
@@ -40,7 +44,7 @@ def closed_after(graft: Installation, *containers: Container) -> Iterator[None]:
     with graft.endpoints.namespaces(graft.endpoints.listing()) as paths:  # the block may remove endpoints
         yield
         for number in numbers:
-            _close(graft, paths, _prefix(number), lambda _: True)
+            _close(graft, paths, prefix_of(number), lambda _: True)
 
 
 def close_all(graft: Installation) -> None:
@@ -63,9 +67,25 @@ def left_of(settings: Settings, paths: Sequence[Path], number: int) -> list[Left
     """
     storage = bpf.obj_get(settings.pin_dir / "tags")
     try:
-        return _find(storage, paths, _prefix(number), lambda _: True)
+        return _find(storage, paths, prefix_of(number), lambda _: True)
     finally:
         os.close(storage)
+
+
+def close_in_child(settings: Settings, paths: Sequence[Path], prefix: bytes, is_left: IsLeft = lambda _: True) -> None:
+    """Close the sockets whose tags begin with ``prefix``. Only for a child: this ends it if a listing takes too long,
+    and may never return.
+    """
+    with contextlib.suppress(OSError):
+        storage = bpf.obj_get(settings.pin_dir / "tags")
+        for _ in range(_ROUNDS):
+            process.end_after(_LISTING)
+            left = _find(storage, paths, prefix, is_left)
+            process.end_after(0)
+            if not left:
+                return
+            for _ in helper_process.run_in_threads(destroy, left):
+                pass
 
 
 def destroy(left: Left) -> None:
@@ -75,27 +95,17 @@ def destroy(left: Left) -> None:
         sockets.destroy(one)
 
 
-def _prefix(number: int) -> bytes:
+def prefix_of(number: int) -> bytes:
     """How the tags of a container begin."""
     return bytes(layout.Tag(container=number))[: layout.Tag.endpoint.offset]
 
 
-def _close(graft: Installation, paths: Sequence[Path], prefix: bytes, is_left: Callable[[layout.Tag], bool]) -> None:
+def _close(graft: Installation, paths: Sequence[Path], prefix: bytes, is_left: IsLeft) -> None:
     with contextlib.suppress(OSError):
-        storage = bpf.obj_get(graft.settings.pin_dir / "tags")
-        try:
-            for _ in range(_ROUNDS):
-                left = _find(storage, paths, prefix, is_left)
-                if not left:
-                    return
-                from graft.state import helper_process  # nearly never needed
-
-                helper_process.run_each(destroy, left, timeout=_TIMEOUT, longest=_LONGEST)
-        finally:
-            os.close(storage)
+        helper_process.run_one(lambda: close_in_child(graft.settings, paths, prefix, is_left), _TIMEOUT)
 
 
-def _find(storage: int, paths: Sequence[Path], prefix: bytes, is_left: Callable[[layout.Tag], bool]) -> list[Left]:
+def _find(storage: int, paths: Sequence[Path], prefix: bytes, is_left: IsLeft) -> list[Left]:
     listed: dict[int, list[Left]] = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError), netns.entered(path):

@@ -1,9 +1,10 @@
 """Closes what outlives containers (leftovers.py), for a process that serves others meanwhile and waits for no socket.
 
-    a container has ended ── anything left? ── a child closes that ── has it ended? ── anything left? ...
+    a container has ended ── a child: anything left? ── closes that ── anything left? ...
 
-A child is not waited for: who has a socket can keep it locked, and then it is not closed, and the child cannot be
-killed. So there are so many children and no more; what further containers have left waits until one of them has ended.
+A child is not waited for: by how many sockets there are, strangers decide how long a listing takes, and who has a
+socket can keep it locked; then it is not closed, and the child cannot be killed. So there are so many children and no
+more; further containers wait until one of them has ended.
 """
 
 from __future__ import annotations
@@ -17,23 +18,21 @@ from pathlib import Path
 
 from graft.kernel import sockets
 from graft.model.transport import Transport
-from graft.state import leftovers
+from graft.state import helper_process, leftovers
 from graft.state.installation import Installation
 from graft.state.records import Container
 
-_ROUNDS = 3  # whoever has a listener may accept what waits there until that is closed
 MOST_CHILDREN = 16
-_MOST_WAITING = 16  # each has the namespaces of endpoints open
+_MOST_WAITING = 64  # each has the namespaces of endpoints open
 
 
 @dataclass(slots=True)
 class _Ended:
-    """A container that has ended: where its sockets may be, and how often that is still looked at."""
+    """A container that has ended, and where its sockets may be."""
 
     number: int
     paths: Sequence[Path]
     opened: ExitStack
-    rounds: int = _ROUNDS
 
 
 class LeftoversAside:
@@ -53,44 +52,29 @@ class LeftoversAside:
         with ExitStack() as stack:
             paths = stack.enter_context(graft.endpoints.namespaces(graft.endpoints.listing()))
             yield
-            ended = _Ended(container.id, paths, stack.pop_all())
-        if self._is_full and (len(self._waiting) >= _MOST_WAITING or not self._left_of(ended)):
-            ended.opened.close()
-        else:
-            self._waiting.append(ended)
+            if len(self._waiting) < _MOST_WAITING:
+                self._waiting.append(_Ended(container.id, paths, stack.pop_all()))
         self.go_on()
 
     def go_on(self) -> None:
         """To be called when a child may have ended."""
         for pid in [pid for pid in self._children if os.waitpid(pid, os.WNOHANG) != (0, 0)]:
-            self._waiting.append(self._children.pop(pid))
-        while self._waiting and not self._is_full:
-            ended = self._waiting.pop(0)
-            child = self._close(ended)
+            self._children.pop(pid).opened.close()
+        while self._waiting and len(self._children) < MOST_CHILDREN:
+            ended = self._waiting[0]
+            try:
+                child = self._close(ended)
+            except OSError:  # no process can be made: it is tried again when it is called next
+                return
+            self._waiting.pop(0)
             if child:
                 self._children[child] = ended
             else:
                 ended.opened.close()
 
-    @property
-    def _is_full(self) -> bool:
-        return len(self._children) >= MOST_CHILDREN
-
     def _close(self, ended: _Ended) -> int:
-        """Start a child that closes what is left; its process id, 0 where nothing is left, or there was too often."""
-        while ended.rounds:
-            ended.rounds -= 1
-            left = self._left_of(ended)
-            if not left:
-                return 0
-            from graft.state import helper_process  # nearly never needed
-
-            child = helper_process.run_each(leftovers.destroy, left, timeout=0, keep_running=True).helper_pid
-            if child:
-                return child
-        return 0
-
-    def _left_of(self, ended: _Ended) -> list[leftovers.Left]:
-        with contextlib.suppress(OSError):
-            return leftovers.left_of(self._graft.settings, ended.paths, ended.number)
-        return []
+        """Start a child that closes what is left; its process id, 0 where it has ended. Raises OSError."""
+        settings, prefix = self._graft.settings, leftovers.prefix_of(ended.number)
+        return helper_process.run_each(
+            lambda paths: leftovers.close_in_child(settings, paths, prefix), (ended.paths,), 0, keep_running=True
+        ).helper_pid

@@ -19,10 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from graft.kernel import netns, sockets
+from graft.kernel.sockets import Kind
 from graft.model.settings import Settings
 from graft.state import helper_process, inventory, socket_holders
 from graft.state.inventory import ContainerSocket, HostStack
 from graft.state.records import Container
+from graft.state.stack_listing import NO_DOUBTS, Doubts
 
 _ROUNDS = 4
 _AGAIN = 1.0  # seconds for a search of processes after the first
@@ -33,8 +35,9 @@ _HARMLESS = "bound"  # it can only be closed by its program; the hooks let it ne
 class Withdrawal:
     """What was done with a container's sockets: closed; still open, though they should be closed; kept on purpose.
 
-    ``all_listed`` is False if the kernel did not list the sockets in time. ``helper_pid`` is the process that still
-    tries to close those that are open (0: none does). ``unsearched`` are processes that could not be searched in time.
+    ``all_listed`` is False if the kernel did not list in time what may have to be closed; ``doubts`` is what it did not
+    list. ``helper_pid`` is the process that still tries to close those that are open (0: none does). ``unsearched`` are
+    processes that could not be searched in time.
     """
 
     closed: list[ContainerSocket] = field(default_factory=list)
@@ -43,6 +46,7 @@ class Withdrawal:
     all_listed: bool = True
     helper_pid: int = 0
     unsearched: tuple[int, ...] = ()
+    doubts: Doubts = NO_DOUBTS
 
 
 def withdraw(settings: Settings, container: Container, stack: HostStack, keep_connections: bool) -> Withdrawal:
@@ -54,11 +58,13 @@ def withdraw(settings: Settings, container: Container, stack: HostStack, keep_co
     tried = _close_tagged(settings, container, stack, keep_connections, done)
     seconds = inventory.SEARCH
     for rounds_left in reversed(range(_ROUNDS)):
-        found = inventory.sockets_by_container(settings, [container], stack, closed=done.closed, seconds=seconds)
+        found = inventory.sockets_by_container(
+            settings, [container], stack, closed=done.closed, seconds=seconds, doubts=done.doubts
+        )
         if found is None:
             done.all_listed = False
             break
-        seconds = _AGAIN
+        seconds, done.doubts = _AGAIN, found.doubts
         present = {sock.listed.identity.cookie: sock for sock in found.sockets[container.id]}
         done.unsearched = found.unsearched[container.id]
         done.closed = [_located(sock, present) for sock in done.closed]
@@ -74,6 +80,7 @@ def withdraw(settings: Settings, container: Container, stack: HostStack, keep_co
             break
         hung, failed = _close_all(to_close, done)
         tried |= hung | failed
+    done.all_listed = done.all_listed and Kind.UDP not in done.doubts.unlisted
     return done
 
 

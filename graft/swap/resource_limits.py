@@ -14,6 +14,7 @@ import resource
 from collections.abc import Collection
 from pathlib import Path
 
+from graft.datapath.dataplane import own_cgroup as own_cgroup
 from graft.datapath.dataplane import supervisors_cgroup
 from graft.kernel import cgroup
 from graft.model.settings import Settings
@@ -59,11 +60,6 @@ def memory_limit(path: Path) -> int:
     """The lowest memory.max of the cgroup at ``path`` and those above it, in bytes, from MIN_BYTES to MAX_BYTES."""
     found = [_text(folder / "memory.max") for folder in (path, *path.parents)]
     return max(MIN_BYTES, min([MAX_BYTES, *(int(text) for text in found if text.isdecimal())]))
-
-
-def own_cgroup(settings: Settings, container: int) -> Path:
-    """The cgroup of a container's supervisors, and of its ferry."""
-    return supervisors_cgroup(settings) / f"container-{container}"
 
 
 def _remove_others(parent: Path, kept: Collection[str]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
-from graft.kernel import capabilities, cgroup, keyring, sockets, terminal, unix_files, unix_rights
+from graft.kernel import capabilities, cgroup, keyring, process, sockdiag, sockets, terminal, unix_files, unix_rights
 from graft.kernel.pidfd import pidfd_getfd
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.kernel.syscalls import syscall
@@ -43,6 +43,7 @@ from graft.state import (
     liveness,
     members,
     socket_holders,
+    stack_listing,
     withdrawal,
 )
 from graft.state.installation import Installation
@@ -792,8 +793,86 @@ def _detached() -> None:
 
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
-    sockets.list_sockets = lambda storage: threading.Event().wait()  # type: ignore[assignment, return-value]
+    sockets.list_sockets = lambda *_: threading.Event().wait()  # type: ignore[assignment]
     sockets.list_tcp = lambda storage, prefix=b"": threading.Event().wait()  # type: ignore[assignment, return-value]
+
+
+def _bound_apart() -> None:
+    """What is only bound is listed with all others."""
+    sockdiag.OPEN_STATES = sockets.OPEN_STATES = 0xFFFFFFFF  # type: ignore[attr-defined]
+
+
+def _bound_apart_in_process() -> None:
+    """And by who needs the list himself, whatever time that takes."""
+    _bound_apart()
+
+    def close(graft: Any, paths: Any, prefix: Any, is_left: Any) -> None:
+        leftovers.close_in_child(graft.settings, paths, prefix, is_left)
+
+    def close_aside(self: LeftoversAside, ended: Any) -> int:
+        close(self._graft, ended.paths, leftovers.prefix_of(ended.number), lambda _: True)
+        return 0
+
+    leftovers._close = close
+    LeftoversAside._close = close_aside  # type: ignore[method-assign]
+    process.end_after = lambda seconds: None
+
+
+def _silent(*, lists_tcp: bool) -> None:
+    def list_sockets(storage: int, kinds: Any = tuple(sockets.Kind), cgroups: Any = None) -> Any:
+        if cgroups is None and set(kinds) - {sockets.Kind.TCP}:
+            threading.Event().wait()
+        return listed(storage, kinds, cgroups)
+
+    listed = sockets.list_sockets
+    sockets.list_sockets = list_sockets
+    if not lists_tcp:
+        sockets.list_tcp = lambda storage, prefix=b"": threading.Event().wait()  # type: ignore[assignment, return-value]
+
+
+def _slow_listing() -> None:
+    """A kernel that lists TCP sockets, and UDP sockets by their cgroups only."""
+    _silent(lists_tcp=True)
+
+
+def _silent_kinds() -> None:
+    """A kernel that lists no others at all."""
+
+    def list_sockets(storage: int, kinds: Any = tuple(sockets.Kind), cgroups: Any = None) -> Any:
+        if set(kinds) - {sockets.Kind.TCP}:
+            threading.Event().wait()
+        return listed(storage, kinds, cgroups)
+
+    listed = sockets.list_sockets
+    sockets.list_sockets = list_sockets
+
+
+def _by_cgroup() -> None:
+    """On such a kernel, what was made in the container's cgroups is not listed apart."""
+
+    def list_apart(settings: Any, path: Any, kind: Any, cgroups: Any) -> Any:
+        return listed(settings, path, kind, None)
+
+    listed = stack_listing._list_namespace
+    stack_listing._list_namespace = list_apart
+    _made_elsewhere()
+
+
+def _made_elsewhere() -> None:
+    """Nor what processes have been handed."""
+    _silent(lists_tcp=True)
+    stack_listing.lent_datagram_sockets = lambda listing, pids, seconds: ([], ())
+
+
+def _silent_listing() -> None:
+    """A kernel that lists no TCP sockets by their tags."""
+    _silent(lists_tcp=False)
+
+
+def _silent_listing_in_process() -> None:
+    """And who needs the list waits for it."""
+    _bound_apart_in_process()
+    _silent_listing()
 
 
 def _liveness() -> None:
@@ -831,7 +910,8 @@ def _search() -> None:
     """All processes of a container are searched for sockets at once, and only what is found there is its own."""
 
     def host_sockets_of(settings: Settings, inside: Members) -> inventory.Existing:
-        on_host = list(inventory._list_namespace(settings, settings.host_netns)[1])
+        listing = stack_listing.list_stack(settings, (settings.host_netns,), ())
+        on_host = [sock for _, sock in listing.sockets] if listing else []
         search = helper_process.run_one(
             lambda: inventory._find_descriptors(settings, inside.pids, inventory.Candidates.of(on_host))
         )
@@ -915,6 +995,14 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "cgroup last": _cgroup_last,
     "detached": _detached,
     "listing": _listing,
+    "slow listing": _slow_listing,
+    "silent kinds": _silent_kinds,
+    "by cgroup": _by_cgroup,
+    "made elsewhere": _made_elsewhere,
+    "bound apart": _bound_apart,
+    "bound apart in process": _bound_apart_in_process,
+    "silent listing": _silent_listing,
+    "silent listing in process": _silent_listing_in_process,
     "liveness": _liveness,
     "links": _links,
     "holders": _holders,

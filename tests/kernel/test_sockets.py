@@ -7,17 +7,19 @@ import ctypes
 import os
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
 from graft.datapath import layout
-from graft.kernel import cgroup, sockets
-from graft.kernel.sockets import ListedSocket
+from graft.kernel import cgroup, netns, sockets
+from graft.kernel.sockets import Kind, ListedSocket
 from tests.support.installation import Host
 
 pytestmark = pytest.mark.kernel
 
 MPTCP = 262
+LISTS_BOUND = tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 8)
 Made = tuple[socket.socket, ...]
 
 
@@ -163,3 +165,69 @@ def test_a_request_that_could_keep_others_waiting_is_not_made_on_older_kernels()
         True,
         True,
     ]
+
+
+def test_what_is_only_bound_is_listed_apart(host: Host, inside: None) -> None:
+    with tcp("127.0.0.1") as bound, listener("127.0.0.1") as other:
+        bound.bind(("127.0.0.1", 0))
+        inodes = {os.fstat(sock.fileno()).st_ino: sock for sock in (bound, other)}
+        tags = host.maps.tags
+        of = {
+            kind: [inodes[one.inode] for one in sockets.list_sockets(tags.fd, (kind,)) if one.inode in inodes]
+            for kind in Kind
+        }
+        assert of == {Kind.TCP: [other], Kind.BOUND: [bound] if LISTS_BOUND else [], Kind.UDP: []}
+
+
+@pytest.mark.parametrize("number", [1, 512, 513, 1500])
+def test_of_some_cgroups_the_sockets_that_were_made_there_are_listed(host: Host, inside: None, number: int) -> None:
+    own, tags = cgroup.cgroup_id(cgroup.of_process(os.getpid())), host.maps.tags
+    with contextlib.ExitStack() as stack:
+        made = [listener("127.0.0.1"), *datagrams()]
+        for sock in made:
+            stack.enter_context(sock)
+        inodes = {os.fstat(sock.fileno()).st_ino for sock in made}
+        for cgroups, expected in (
+            ([1 << 40 | index for index in range(number - 1)] + [own], inodes),
+            ([own] + [1 << 40 | index for index in range(number - 1)], inodes),
+            ([1 << 40 | index for index in range(number)], set()),
+            ([], set()),
+        ):
+            found = [one.inode for one in sockets.list_sockets(tags.fd, cgroups=cgroups)]
+            assert len(found) == len(set(found)) and inodes.intersection(found) == expected
+
+
+DATAGRAMS: dict[str, Callable[[], Made]] = {
+    "bound": lambda: (datagram("127.0.0.1"),),
+    "on any address": lambda: (datagram("0.0.0.0"),),
+    "of IPv6": lambda: (datagram("::1"),),
+    "of both families": lambda: (datagram("::"),),
+    "of IPv6 on an IPv4 address": lambda: (datagram("::ffff:127.0.0.1"),),
+    "connected": datagrams,
+    "on an interface": lambda: (datagram("127.0.0.1", "lo"),),
+}
+
+
+def datagram(address: str, interface: str = "") -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((address, 0))
+    if interface:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+    return sock
+
+
+@pytest.mark.parametrize("kind", DATAGRAMS)
+def test_a_udp_socket_is_read_from_its_descriptor_as_it_is_listed(host: Host, inside: None, kind: str) -> None:
+    with contextlib.ExitStack() as stack:
+        sock, *_ = (stack.enter_context(sock) for sock in DATAGRAMS[kind]())
+        found = listed(host, sock)
+        assert found is not None
+        read = sockets.datagram_socket_of(sock.fileno(), found.inode)
+        assert read == (netns.cookie(), replace(found, cgroup=0))
+
+
+def test_of_other_sockets_nothing_is_read(inside: None) -> None:
+    kinds = (socket.AF_INET, socket.AF_UNIX)
+    with listener("127.0.0.1") as one, contextlib.ExitStack() as stack:
+        unbound = [stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for family in kinds]
+        assert [sockets.datagram_socket_of(sock.fileno(), 1) for sock in (one, *unbound)] == [None] * 3

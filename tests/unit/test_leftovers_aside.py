@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,25 +20,23 @@ from graft.state.records import Container
 
 
 class Simulated:
-    """How many sockets each container has left, and the containers whose sockets the running children close."""
+    """The containers whose sockets the running children list and close; ``full``: no more can be made."""
 
     def __init__(self) -> None:
-        self.left: dict[int, int] = {}
-        self.children: dict[int, int] = {}
+        self.children: dict[int, Path] = {}
         self.namespaces = 0
+        self.full = False
         self._last = 100
 
-    def left_of(self, settings: Any, paths: Any, number: int) -> list[Any]:
-        return [number] * self.left.get(number, 0)
-
-    def run_each(self, work: Any, items: list[Any], timeout: float, keep_running: bool) -> HelperResult[None]:
+    def run_each(
+        self, work: Any, items: Sequence[Sequence[Path]], timeout: float, keep_running: bool
+    ) -> HelperResult[None]:
         assert not timeout and keep_running
+        if self.full:
+            raise BlockingIOError
         self._last += 1
-        self.children[self._last] = items[0]
+        self.children[self._last] = items[0][0]
         return HelperResult({}, self._last)
-
-    def end(self, child: int, left: int = 0) -> None:
-        self.left[self.children.pop(child)] = left
 
     def waitpid(self, pid: int, options: int) -> tuple[int, int]:
         return (0, 0) if pid in self.children else (pid, 0)
@@ -46,7 +44,7 @@ class Simulated:
     @contextlib.contextmanager
     def open(self, stored: Any) -> Iterator[list[Path]]:
         self.namespaces += 1
-        yield []
+        yield [Path(f"/{self.namespaces}")]
         self.namespaces -= 1
 
 
@@ -54,13 +52,13 @@ class Simulated:
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
     made = Simulated()
     monkeypatch.setattr(sockets, "can_destroy", lambda: True)
-    monkeypatch.setattr(leftovers, "left_of", made.left_of)
+    monkeypatch.setattr(leftovers, "_find", lambda *_: pytest.fail("listed by the process that serves others"))
     monkeypatch.setattr(helper_process, "run_each", made.run_each)
     monkeypatch.setattr(os, "waitpid", made.waitpid)
     return made
 
 
-Ends = Callable[[int, int], None]
+Ends = Callable[[int], None]
 
 
 @pytest.fixture
@@ -70,10 +68,9 @@ def aside(simulated: Simulated) -> LeftoversAside:
 
 @pytest.fixture
 def ends(simulated: Simulated, aside: LeftoversAside) -> Ends:
-    """A container ends, and so many of its sockets are left."""
+    """A container ends."""
 
-    def end(number: int, left: int) -> None:
-        simulated.left[number] = left
+    def end(number: int) -> None:
         container = Container(number, "web", "/none", Transport.SWAP, 1, "web", ())
         with aside.closed_after(graft_of(simulated), container):
             pass
@@ -85,43 +82,49 @@ def graft_of(simulated: Simulated) -> Any:
     return SimpleNamespace(settings=None, endpoints=SimpleNamespace(listing=lambda: (), namespaces=simulated.open))
 
 
-def test_a_container_that_has_left_nothing_gets_no_child(simulated: Simulated, ends: Ends) -> None:
-    ends(1, 0)
-    assert not simulated.children and not simulated.namespaces
-
-
-def test_what_is_there_when_the_child_has_ended_gets_another_one(
+def test_a_child_does_it_and_the_namespaces_stay_open_until_it_has_ended(
     simulated: Simulated, aside: LeftoversAside, ends: Ends
 ) -> None:
-    ends(1, 2)
+    ends(1)
     aside.go_on()
-    assert simulated.children == {101: 1} and simulated.namespaces == 1
-    simulated.end(101, left=1)
+    assert list(simulated.children) == [101] and simulated.namespaces == 1
+    simulated.children.clear()
     aside.go_on()
-    assert simulated.children == {102: 1}
-    simulated.end(102)
-    aside.go_on()
-    assert not simulated.children and not simulated.namespaces
-
-
-def test_new_ones_without_end_do_not_keep_it_busy_for_ever(
-    simulated: Simulated, aside: LeftoversAside, ends: Ends
-) -> None:
-    ends(1, 1)
-    for child in (101, 102, 103):
-        simulated.end(child, left=1)
-        aside.go_on()
     assert not simulated.children and not simulated.namespaces
 
 
 def test_there_are_so_many_children_and_the_next_waits_for_one(
     simulated: Simulated, aside: LeftoversAside, ends: Ends
 ) -> None:
-    for number in range(1, 10 * MOST_CHILDREN):
-        ends(number, number % 2)
+    for number in range(1, 100 * MOST_CHILDREN):
+        ends(number)
     assert len(simulated.children) == MOST_CHILDREN
-    assert simulated.namespaces <= 2 * MOST_CHILDREN
-    later = 2 * MOST_CHILDREN + 1
-    simulated.end(101)
+    assert simulated.namespaces <= 5 * MOST_CHILDREN
+    del simulated.children[101]
     aside.go_on()
-    assert len(simulated.children) == MOST_CHILDREN and later in simulated.children.values()
+    assert len(simulated.children) == MOST_CHILDREN and 101 + MOST_CHILDREN in simulated.children
+
+
+def test_where_no_process_can_be_made_it_is_tried_again(
+    simulated: Simulated, aside: LeftoversAside, ends: Ends
+) -> None:
+    simulated.full = True
+    ends(1)
+    aside.go_on()
+    assert not simulated.children and simulated.namespaces == 1
+    simulated.full = False
+    aside.go_on()
+    assert len(simulated.children) == 1
+
+
+def test_a_process_that_cannot_be_made_costs_no_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", fork)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(BlockingIOError):
+        helper_process.run_each(str, [1])
+    with pytest.raises(BlockingIOError):
+        helper_process.Question(lambda: 1)
+    assert os.listdir("/proc/self/fd") == before

@@ -11,7 +11,7 @@ import pytest
 
 from graft.kernel import sockets
 from graft.kernel.sockdiag import Identity
-from graft.kernel.sockets import ListedSocket
+from graft.kernel.sockets import Kind, ListedSocket
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.state import helper_process, inventory, withdrawal
@@ -19,6 +19,7 @@ from graft.state.helper_process import HelperResult
 from graft.state.inventory import ContainerSocket, Found, HostStack
 from graft.state.records import Container
 from graft.state.socket_holders import Place
+from graft.state.stack_listing import NO_DOUBTS, Doubts
 from graft.state.withdrawal import Withdrawal
 
 CONTAINER = Container(7, "web", "/none", Transport.DIRECT, 1, "web", ())
@@ -46,6 +47,7 @@ def withdraw(monkeypatch: pytest.MonkeyPatch) -> Withdraw:
         keep: bool = False,
         hang: Sequence[int] = (),
         fail: Sequence[int] = (),
+        unlisted: Doubts = NO_DOUBTS,
     ) -> Withdrawal:
         left, left_tagged = list(listings), list(tagged)
 
@@ -55,10 +57,11 @@ def withdraw(monkeypatch: pytest.MonkeyPatch) -> Withdraw:
             stack: HostStack,
             closed: Sequence[ContainerSocket],
             seconds: float,
+            doubts: Doubts,
         ) -> Found | None:
             spent.append(seconds)
             found = left.pop(0) if len(left) > 1 else left[0]
-            return None if found is None else Found({CONTAINER.id: list(found)}, {CONTAINER.id: ()})
+            return None if found is None else Found({CONTAINER.id: list(found)}, {CONTAINER.id: ()}, unlisted)
 
         def run_each(work: Any, items: Sequence[ContainerSocket], keep_running: bool = False) -> HelperResult[bool]:
             numbers = {number: one.listed.inode for number, one in enumerate(items)}
@@ -157,3 +160,14 @@ def test_connections_that_are_to_be_kept_are_not_closed_by_their_tags(withdraw: 
     connection = socket(2, "established")
     done = withdraw([connection], tagged=[[unlocated(connection)]], keep=True)
     assert (done.closed, done.kept) == ([], [connection])
+
+
+def test_without_the_udp_sockets_what_is_listed_is_closed_and_the_rest_reported(withdraw: Withdraw) -> None:
+    done = withdraw([socket(1)], [], unlisted=Doubts(frozenset([Kind.UDP]), frozenset([Kind.UDP])))
+    assert [one.listed.inode for one in done.closed] == [1] and not done.all_listed
+    assert done.doubts.names == ("UDP",)
+
+
+def test_what_is_only_bound_need_not_be_listed(withdraw: Withdraw) -> None:
+    done = withdraw([socket(1)], [], unlisted=Doubts(frozenset([Kind.BOUND]), frozenset([Kind.BOUND])))
+    assert done.all_listed and done.doubts.names == ("bound TCP",)
