@@ -97,9 +97,9 @@ def _wake_for_children() -> int:
 
 
 def is_served(connection: socket.socket, own: Surroundings) -> bool:
-    """Whether the client is as this process is, which may do for it what it asks then."""
+    """Whether the client is as this process is, which may do for it what it asks then. Neither is under a filter."""
     try:
-        return surroundings.of(surroundings.peer_pid(connection)) == own
+        return not own.is_filtered and surroundings.of(surroundings.peer_pid(connection)) == own
     except OSError:
         return False
 
