@@ -9,7 +9,8 @@ clients: no descriptor but its connection, no lock, no signal handler. The serve
 that no client can keep it from the others; it has no maps, no threads and no state. When it dies, its children go on.
 
 A child says HELLO first, and its client asks for nothing before that: a server that is stopped forks none, and the
-client, which does without it then, must not have left a request with it.
+client, which does without it then, must not have left a request with it. Before HELLO a child looks up what it needs in
+its folder in /proc: somebody may hold that (graft/kernel/surroundings.py).
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Server:
         """What a child does. Never returns."""
         code = 1
         try:
+            surroundings.pin_own()  # the names stay in the kernel's cache when it is closed, if there is memory
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             process.close_all_but({connection.fileno()})

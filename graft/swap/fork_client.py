@@ -54,8 +54,10 @@ def connect(settings: Settings) -> socket.socket | None:
         own = surroundings.of()
         if own.is_filtered:
             return None
+        if _has_failed(settings, own.name):
+            return None
         found = _connect(settings, own.name)
-        if found is None and not _has_failed(settings, own.name):
+        if found is None:
             folder_of(settings).mkdir(mode=0o700, parents=True, exist_ok=True)
             with lock(settings, f"{own.name}-start"):  # many commands at once start one
                 found = _connect(settings, own.name)
@@ -65,8 +67,15 @@ def connect(settings: Settings) -> socket.socket | None:
                         return None
                     found = _connect(settings, own.name)
         return found
+    except _NoAnswer:
+        _note_failure(settings, own.name)
     except OSError:
-        return None
+        pass
+    return None
+
+
+class _NoAnswer(TimeoutError):
+    """There is a server, which is not stopped, and nobody answers for it: the next command would wait as long."""
 
 
 def connect_to(settings: Settings, name: str) -> socket.socket | None:
@@ -115,8 +124,10 @@ def _is_answered(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while not poll.poll(_LOOK_MILLISECONDS):
-        if time.monotonic() > deadline or _is_stopped(server):
+        if _is_stopped(server):
             raise TimeoutError
+        if time.monotonic() > deadline:
+            raise _NoAnswer
     return sock.recv(1) == HELLO
 
 
