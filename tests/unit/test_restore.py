@@ -37,7 +37,7 @@ class NoContainers:
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in the place of the v2 tree, with nothing of an engine's in it."""
     monkeypatch.setattr(cgroup, "v2_mount", lambda: tmp_path)
-    monkeypatch.setattr(restore, "_FOLDER_SECONDS", 0.5)
+    monkeypatch.setattr(restore, "_FOLDER_SECONDS", 30)
     return tmp_path
 
 
@@ -46,6 +46,7 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Has every look into a folder hang."""
 
     def hold_folder(folder: Path) -> None:
+        monkeypatch.setattr(restore, "_FOLDER_SECONDS", 2)
         for module, name in ((os, "listdir"), (os.path, "isdir")):
             look = getattr(module, name)
 
