@@ -14,7 +14,7 @@ from graft.model.transport import Transport
 from graft.state.installation import Installation
 
 from .options import Deny, Egress, Ingress, NoSave, PolicyFile
-from .output import command, say
+from .output import command, say, warn
 
 if TYPE_CHECKING:
     from graft.commands.attach import Attached
@@ -73,11 +73,12 @@ def attach(
     settings = Settings.from_environment()
     rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [], deny)
     done = attach_container(Installation.open(settings), which, rules, wanted, relay, save=not no_save)
-    if done.saved:
-        watcher_process.ensure_running(settings)
+    watched = not done.saved or watcher_process.ensure_running(settings)
     say(*_attached_lines(done))
     if done.container.is_relayed:
         say(*_relay_lines(splice.describe(settings, done.container)))
+    if not watched:
+        warn(*(f"graft: {line}" for line in watcher_process.warnings(settings)))
 
 
 def _attached_lines(done: Attached) -> list[str]:

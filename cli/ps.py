@@ -101,8 +101,8 @@ def ps(as_json: Json = False) -> None:
     ]
     title = ("ID", "NAME", "ENGINE", "TRANSPORT", "SUPERVISOR", "ENDPOINTS", "SOCKETS", "CGROUP")
     listing(title, rows, records, as_json)
-    if waits and not watcher_process.is_running(graft.settings):
-        warn("graft: nobody watches for the containers that wait (graft up)")
+    if waits or watcher_process.is_running(graft.settings):
+        warn(*(f"graft: {line}" for line in watcher_process.warnings(graft.settings)))
     warn(*(f"graft: cannot show a container: {error.message}" for error in graft.containers.read_all()[1]))
 
 

@@ -6,6 +6,7 @@
     saving.py             saves what these commands change
     restore.py            restores it
     watcher.py            attaches saved containers when they appear; watcher_process.py starts and stops it
+    watched_folders.py    the folders that it watches
     stale.py              containers whose data plane is gone
     transfer.py           export and import
 

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from graft.kernel import cgroup
 from graft.kernel.atomic_file import write_atomically
 from graft.model import json_text
 from graft.model.settings import Settings
-from graft.saved.model import SavedAttachment, SavedState
+from graft.saved.model import SavedAttachment, SavedState, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
 from graft.state import helper_process, members
 from graft.state.engines import FoundContainer, resolve
@@ -39,6 +39,7 @@ CONTAINER_NAME = re.compile(r"(?:^|[^0-9a-f])[0-9a-f]{64}(?:[^0-9a-f]|$)", re.AS
 ENGINE_FOLDERS = ("docker", "system.slice", "machine.slice", "libpod_parent")
 """Where docker and podman make cgroups, with either cgroup driver."""
 
+_ENGINE_KINDS = ("docker", "podman")
 NOT_THERE = "it is not running"
 _CHANGED = "a command changed it at the same time"
 _FOLDER_SECONDS = 2.0
@@ -103,13 +104,15 @@ def _restore_endpoints(graft: Installation, store: Store, state: SavedState) -> 
             with graft.transaction() as change:
                 change.endpoints.add(endpoint)
             made.append(endpoint.name)
-        except (GraftError, OSError) as error:
+        except Exception as error:
             problems.append(f"endpoint {endpoint.name}: not restored: {_message(error)}")
     return made, problems
 
 
-def _message(error: GraftError | OSError) -> str:
-    return error.message if isinstance(error, GraftError) else (error.strerror or str(error))
+def _message(error: Exception) -> str:
+    if isinstance(error, GraftError):
+        return error.message
+    return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
 
 
 def _restore_attachment(
@@ -133,7 +136,7 @@ def _restore_attachment(
                 done.attached.append(saved.target.text)
             if container is not None:
                 _note_last(store, current, found, container)
-    except (GraftError, OSError) as error:
+    except Exception as error:  # of this one: the others are restored
         return _message(error)
     return None
 
@@ -166,8 +169,10 @@ class _Finder:
         paths = [path for one in attachments if (path := self._last_path(one)) is not None]
         seen = helper_process.run_each(os.path.isdir, paths, _FOLDER_SECONDS).results  # somebody may hold a folder
         self._there = {path for index, path in enumerate(paths) if seen.get(index)}
+        self._unknown = {path for index, path in enumerate(paths) if index not in seen} - self._there
         known = {one.cgroup_path.name for one in graft.containers.listing()}
-        self._strangers = {name for name in container_folders(self._top) if name not in known}
+        names, self._held = container_folders(self._top)
+        self._strangers = {name for name in names if name not in known}
         self._silent: dict[str, str] = {}
 
     def _last_path(self, saved: SavedAttachment) -> Path | None:
@@ -179,33 +184,54 @@ class _Finder:
         return path if mark and mark in path.name else None
 
     def find(self, saved: SavedAttachment) -> FoundContainer | None:
-        """The container; None if it is not there. Raises GraftError if its engine does not answer."""
+        """The container; None if it is not there. Raises GraftError if that cannot be known: its engine does not
+        answer, or somebody holds a folder where it may be.
+        """
         path, target = self._last_path(saved), saved.target
         if path in self._there and path is not None:
             return FoundContainer(path, target.engine, target.name, saved.last.id)
-        is_engine = target.kind in ("docker", "podman")
-        if target.kind == "cgroup" or (path is not None and not is_engine) or (is_engine and not self._strangers):
-            return None
+        held = [str(path)] if path in self._unknown else []
+        if target.kind in _ENGINE_KINDS:
+            held += [str(self._top / name) for name in self._held]
+            found = self._ask(target) if self._strangers or held else None
+        else:
+            found = self._ask(target) if path is None else None
+        if found is None and held:
+            raise members.held(held[0])
+        return found
+
+    def _ask(self, target: Target) -> FoundContainer | None:
+        """The container of this very name: engines also answer for one whose id begins so."""
         if target.kind in self._silent:
             raise KernelError(self._silent[target.kind])
         try:
-            return resolve(target.text)
+            found = resolve(target.text)
         except NotFoundError:
             return None
         except KernelError as error:
             self._silent[target.kind] = error.message
             raise
+        return None if target.kind in _ENGINE_KINDS and found.name != target.name else found
 
 
-def container_folders(top: Path) -> list[str]:
-    """The names of the cgroups of containers of docker and podman, where their engines make them."""
-    return helper_process.run_one(lambda: [*_container_folders(top)], _FOLDER_SECONDS) or []
+def container_folders(top: Path) -> tuple[list[str], list[str]]:
+    """The names of the cgroups of containers of docker and podman, where their engines make them; and which of those
+    folders could not be listed, because somebody holds them.
+    """
+    folders = [top / name for name in ENGINE_FOLDERS]
+    listed = helper_process.run_each(_containers_in, folders, _FOLDER_SECONDS).results
+    held = [name for index, name in enumerate(ENGINE_FOLDERS) if listed.get(index) is None]
+    return [name for names in listed.values() for name in names or ()], held
 
 
-def _container_folders(top: Path) -> Iterator[str]:
-    for name in ENGINE_FOLDERS:
-        with contextlib.suppress(OSError):
-            yield from (found for found in os.listdir(top / name) if CONTAINER_NAME.search(found))
+def _containers_in(folder: Path) -> list[str] | None:
+    """None: it is there, and cannot be listed."""
+    try:
+        return [name for name in os.listdir(folder) if CONTAINER_NAME.search(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError:
+        return None
 
 
 # ---- for `graft ps` ---------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ def bring_up(settings: Settings, only_if_new: bool = False) -> Restored:
             done = restore(graft)
         finally:
             restored.set_restored(settings)
-    if done.state.attachments or done.problems:
-        watcher_process.ensure_running(settings)
+    if (done.state.attachments or done.problems) and not watcher_process.ensure_running(settings):
+        done.problems += watcher_process.warnings(settings)
     return done
 
 

@@ -5,6 +5,7 @@
 `graft up` and `graft attach` start it. It sleeps until the kernel reports a change in one of the folders where saved
 containers are, or will be, or in what is saved. A container is made in steps: its cgroup, its processes, their network
 namespace, and last the engine's own note that it runs. So after a change it tries several times, at growing distances.
+Folders that the kernel does not watch (watched_folders.py) it looks at every few seconds.
 
 It attaches in its own process, which has everything loaded: until a container that starts is under its policy it takes
 the time of some short children (graft/state/helper_process.py), and of the engine, where that has to be asked.
@@ -19,20 +20,18 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from graft.commands.restore import CONTAINER_NAME, ENGINE_FOLDERS, Restored, restore
-from graft.commands.watcher_process import watcher_lock
+from graft.commands.restore import Restored, restore
+from graft.commands.watched_folders import HELD, Interest, WatchedFolders
+from graft.commands.watcher_process import note_problems, watcher_lock
 from graft.errors import ConflictError, GraftError
-from graft.kernel import cgroup, inotify
+from graft.kernel import cgroup
 from graft.kernel.credentials import require_root
 from graft.model.printable import printable
 from graft.model.settings import Settings
-from graft.saved.model import SavedAttachment, SavedState
+from graft.saved.model import SavedState
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store
-from graft.state import helper_process
 from graft.state.installation import Installation
 
 TRIES = (0.0, 0.02, 0.1, 0.3, 0.8, 2.0, 4.0, 8.0)
@@ -43,65 +42,8 @@ SETTLED_SECONDS = 3.5
 
 _RETRY_SECONDS = 30.0
 _IDLE_SECONDS = 3.0
-_FOLDER_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Interest:
-    """What of a folder's changes matters: these names, and (``containers``) those with a container's id in them."""
-
-    names: frozenset[str] = frozenset()
-    containers: bool = False
-    everything: bool = False
-
-    def matches(self, name: str) -> bool:
-        """Whether a change of ``name`` matters."""
-        return self.everything or name in self.names or (self.containers and bool(CONTAINER_NAME.search(name)))
-
-    def __or__(self, other: Interest) -> Interest:
-        return Interest(
-            self.names | other.names, self.containers or other.containers, self.everything or other.everything
-        )
-
-
-def paths_of(saved: SavedAttachment) -> tuple[str, ...]:
-    """Below the v2 mount: where a container's cgroup was, or will be."""
-    if saved.target.kind == "cgroup":
-        return (saved.target.name,)
-    paths = [saved.last.cgroup] if saved.last.cgroup else []
-    if saved.target.kind == "unit":
-        paths.append(f"system.slice/{saved.target.name}")
-    return tuple(paths)
-
-
-def nearest(top: Path, path: str) -> tuple[Path, str]:
-    """The deepest folder above ``path`` that exists, and the next name on the way."""
-    folder, parts = top, path.split("/")
-    for index, part in enumerate(parts):
-        if index == len(parts) - 1 or not (folder / part).is_dir():
-            return folder, part
-        folder /= part
-    return folder, parts[-1]
-
-
-def interests(top: Path, state: SavedState) -> dict[Path, Interest]:
-    """The folders to watch for what is saved. Looks at the tree: in a child, because somebody may hold a folder."""
-    found: dict[Path, Interest] = {}
-
-    def add(folder: Path, interest: Interest) -> None:
-        found[folder] = found.get(folder, Interest()) | interest
-
-    for one in state.attachments:
-        for path in paths_of(one):
-            folder, name = nearest(top, path)
-            add(folder, Interest(frozenset({name})))
-        if one.target.kind in ("docker", "podman"):
-            add(top, Interest(frozenset(ENGINE_FOLDERS)))
-            parents = {top / name for name in ENGINE_FOLDERS} | {(top / one.last.cgroup).parent}
-            for folder in parents:
-                if folder != top and folder.is_dir():
-                    add(folder, Interest(containers=True))
-    return found
+LOOK_SECONDS = 3.0
+"""How often a folder is looked at that the kernel does not watch."""
 
 
 @dataclass(slots=True)
@@ -142,11 +84,20 @@ class Watcher:
     def __init__(self, settings: Settings, keep: bool) -> None:
         self._settings, self._keep = settings, keep
         self._store = Store(settings)
-        self._top = cgroup.v2_mount()
-        self._inotify = inotify.open_inotify()
-        self._watched: dict[int, tuple[str, Interest]] = {}
+        everything = Interest(everything=True)
+        self._folders = WatchedFolders(
+            cgroup.v2_mount(),
+            {
+                self._store.folder / ATTACHMENTS: everything,
+                self._store.folder / ENDPOINTS: everything,
+                self._store.folder.parent: Interest(frozenset({self._store.folder.name})),
+            },
+        )
+        self._looked = 0.0
+        self._is_blind = False
         self._schedule = _Schedule()
-        self._said: frozenset[str] = frozenset()
+        self._said: dict[str, frozenset[str]] = {}
+        self._noted: list[str] | None = None
 
     def run(self) -> None:
         """Watch until a signal ends the process, or (without ``keep``) nothing is saved any more."""
@@ -157,19 +108,26 @@ class Watcher:
                 self._try()
             elif self._is_done():
                 return
-            ready, _, _ = select.select([self._inotify], [], [], self._timeout())
-            if ready and self._changed():
+            fds = [] if self._folders.fd is None else [self._folders.fd]
+            ready, _, _ = select.select(fds, [], [], self._timeout())
+            if ready and self._has_changed():
                 self._schedule.start()  # first it is tried; what has to be watched now is looked up after that
+            elif self._is_blind and time.monotonic() >= self._looked + LOOK_SECONDS:
+                self._watch()
 
     def _timeout(self) -> float | None:
-        nothing = not self._keep and not self._watched_state().attachments
-        return _IDLE_SECONDS if nothing and self._schedule.timeout is None else self._schedule.timeout
+        times = [] if self._schedule.timeout is None else [self._schedule.timeout]
+        if self._is_blind:
+            times.append(max(0.0, self._looked + LOOK_SECONDS - time.monotonic()))
+        if not times and not self._keep and not self._watched_state().attachments:
+            times.append(_IDLE_SECONDS)
+        return min(times, default=None)
 
     def _watched_state(self) -> SavedState:
         try:
             return self._store.read()[0] if self._store.exists else SavedState()
         except (GraftError, OSError) as error:
-            self._say([str(error)])
+            self._say("saved", [str(error)])
             return SavedState()
 
     def _is_done(self) -> bool:
@@ -179,8 +137,8 @@ class Watcher:
         try:
             with Installation(self._settings) as graft:
                 done = restore(graft, self._schedule.settled)
-        except (GraftError, OSError) as error:
-            self._say([str(error)])
+        except Exception as error:  # whatever it is, it must not leave every container without its policy
+            self._say("restored", [_text(error)])
             self._schedule.later()
             return
         self._report(done)
@@ -193,65 +151,59 @@ class Watcher:
     def _report(self, done: Restored) -> None:
         for line in (*done.set_aside, *(f"attached {name}" for name in done.attached)):
             _log(line)
-        self._say([*done.problems, *(f"{name} waits: {why}" for name, why in done.waiting.items())])
+        self._say("restored", [*done.problems, *(f"{name} waits: {why}" for name, why in done.waiting.items())])
 
-    def _say(self, lines: list[str]) -> None:
+    def _say(self, about: str, lines: list[str]) -> None:
         """Log those that were not logged the last time too."""
         for line in lines:
-            if line not in self._said:
+            if line not in self._said.get(about, ()):
                 _log(line)
-        self._said = frozenset(lines)
+        self._said[about] = frozenset(lines)
 
     # ---- what is watched ------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Watch the folders of what is saved. Again until nothing was made meanwhile on the way to a cgroup."""
-        state = self._watched_state()
-        for _ in range(8):
-            found = helper_process.run_each(
-                lambda _: self._add_watches(state), (None,), _FOLDER_SECONDS, keep={self._inotify}
-            ).results.get(0)
-            if found is None:
-                self._say(["somebody holds a directory of the cgroup tree: no container that appears is seen"])
-                self._schedule.later()
-                return
-            wanted, again = found
-            self._watched = wanted
-            if not again:
-                return
+        """Watch the folders of what is saved, and look at those that cannot be watched."""
+        folders, problems = self._folders, {}
+        try:
+            if folders.watch(self._watched_state()):
+                self._schedule.start()
+            problems = folders.problems
+        except Exception as error:
+            problems = {str(cgroup.v2_mount()): _text(error)}
+        self._looked = time.monotonic()
+        self._is_blind = bool(problems) and not folders.is_held  # then each look would leave a process behind
+        lines = [f"{folder} is only looked at every {LOOK_SECONDS:.0f} s: {why}" for folder, why in problems.items()]
+        if folders.is_held:
+            lines.append(HELD)
+            self._schedule.later()
+        self._say("watched", lines)
+        if lines != self._noted:
+            note_problems(self._settings, lines)
+            self._noted = lines
 
-    def _add_watches(self, state: SavedState) -> tuple[dict[int, tuple[str, Interest]], bool]:
-        """In a child, which shares the descriptor: the watches, and whether a folder was made since it looked."""
-        wanted = interests(self._top, state)
-        watches: dict[int, tuple[str, Interest]] = {}
-        for folder, interest in (*wanted.items(), *self._own_folders()):
-            with contextlib.suppress(OSError):
-                watches[inotify.watch_folder(self._inotify, str(folder))] = (str(folder), interest)
-        return watches, interests(self._top, state) != wanted
+    def _has_changed(self) -> bool:
+        try:
+            return self._folders.have_changed()
+        except OSError as error:
+            self._say("read", [_text(error)])
+            return True
 
-    def _own_folders(self) -> Iterator[tuple[Path, Interest]]:
-        yield self._store.folder / ATTACHMENTS, Interest(everything=True)
-        yield self._store.folder / ENDPOINTS, Interest(everything=True)
-        yield self._store.folder.parent, Interest(frozenset({self._store.folder.name}))
 
-    def _changed(self) -> bool:
-        """Read what has changed; whether any of it matters."""
-        matters = False
-        for event in inotify.read_events(self._inotify):
-            watch = self._watched.get(event.watch)
-            if event.mask & (inotify.OVERFLOW | inotify.IGNORED | inotify.DELETE_SELF):
-                matters = True
-            elif watch is not None and not event.name.startswith("."):
-                matters |= watch[1].matches(event.name)
-        return matters
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, GraftError | OSError) else f"{type(error).__name__}: {error}"
 
 
 def _log(line: str) -> None:
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), printable(line), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # no space
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), printable(line), file=sys.stderr, flush=True)
 
 
-def run(settings: Settings, keep: bool = True) -> None:
-    """Run the watcher in the foreground. Raises ConflictError where one runs already."""
+def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None:
+    """Run the watcher in the foreground. Raises ConflictError where one runs already.
+
+    ``ready`` is a descriptor that a byte is written to when it watches.
+    """
     require_root()
     settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -261,6 +213,9 @@ def run(settings: Settings, keep: bool = True) -> None:
         cgroup.enter(folder)
         watcher = Watcher(settings, keep)
         gc.freeze()
+        if ready is not None:
+            os.write(ready, b"+")
+            os.close(ready)
         watcher.run()
 
 
@@ -269,7 +224,7 @@ def main() -> None:
     if os.fork():
         os._exit(0)
     try:
-        run(Settings.from_environment(), keep=False)
+        run(Settings.from_environment(), keep=False, ready=int(sys.argv[1]))
     except ConflictError:
         pass  # another command started one first
     except GraftError as error:

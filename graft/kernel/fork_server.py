@@ -9,7 +9,8 @@ clients: no descriptor but its connection, no lock, no signal handler. The serve
 that no client can keep it from the others; it has no maps, no threads and no state. When it dies, its children go on.
 
 A child says HELLO first, and its client asks for nothing before that: a server that is stopped forks none, and the
-client, which does without it then, must not have left a request with it.
+client, which does without it then, must not have left a request with it. Before HELLO a child looks up what it needs in
+its folder in /proc: somebody may hold that (graft/kernel/surroundings.py).
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Server:
         """What a child does. Never returns."""
         code = 1
         try:
+            surroundings.pin_own()  # the names stay in the kernel's cache when it is closed, if there is memory
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             process.close_all_but({connection.fileno()})
@@ -97,9 +99,9 @@ def _wake_for_children() -> int:
 
 
 def is_served(connection: socket.socket, own: Surroundings) -> bool:
-    """Whether the client is as this process is, which may do for it what it asks then."""
+    """Whether the client is as this process is, which may do for it what it asks then. Neither is under a filter."""
     try:
-        return surroundings.of(surroundings.peer_pid(connection)) == own
+        return not own.is_filtered and surroundings.of(surroundings.peer_pid(connection)) == own
     except OSError:
         return False
 

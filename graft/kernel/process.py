@@ -107,8 +107,12 @@ def oom_score(pid: int) -> bytes:
 
 def set_oom_score(score: bytes) -> None:
     """Give the calling process what `oom_score` gave, if it may have that (lower: by CAP_SYS_RESOURCE only)."""
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "wb") as file:
-        file.write(score)
+    with contextlib.suppress(OSError):
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)  # O_CREAT would wait for the folder's lock
+        try:
+            os.write(fd, score)
+        finally:
+            os.close(fd)
 
 
 def close_all_but(keep: Iterable[int]) -> None:

@@ -18,6 +18,10 @@ from typing import NamedTuple
 
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _NAMESPACES = ("mnt", "pid", "user", "cgroup", "net", "ipc", "uts", "time")
+_LOOKED_UP = (
+    *("status", "attr/current", "root", "limits", "mountinfo", "fd", "oom_score_adj", "task/{pid}/ns/cgroup"),
+    *(f"ns/{name}" for name in _NAMESPACES),
+)
 _HARD = slice(47, 67)  # the third column, "%-25s %-20s %-20s %-10s\n"
 _RIGHTS = (b"Uid", b"CapEff", b"CapPrm", b"CapBnd", b"NoNewPrivs", b"Seccomp")
 
@@ -32,6 +36,11 @@ class Surroundings(NamedTuple):
     root: tuple[int, int]
     label: bytes
     limits: tuple[bytes, ...]
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether a seccomp filter judges its calls. Two processes under one may be under different ones."""
+        return self.rights[_RIGHTS.index(b"Seccomp") :] not in ((b"\t0",), (b"",), ())
 
     @property
     def name(self) -> str:
@@ -54,6 +63,18 @@ def of(process: int | str = "self") -> Surroundings:
     root = os.stat(f"{folder}/root/")
     rights = tuple(status.get(name, b"") for name in _RIGHTS)
     return Surroundings(rights, tuple(inodes), (root.st_dev, root.st_ino), label, _hard_limits(folder))
+
+
+def pin_own() -> list[int]:
+    """Descriptors that keep what is looked up in /proc/self in the kernel's cache: each user may list that folder, and
+    so hold it, and whoever looks up there what is not in the cache waits for him. To be called first of all, by a child
+    that nobody has seen yet.
+    """
+    pinned, pid = [], os.getpid()
+    for name in _LOOKED_UP:
+        with contextlib.suppress(OSError):
+            pinned.append(os.open(f"/proc/self/{name.format(pid=pid)}", os.O_PATH | os.O_CLOEXEC))
+    return pinned
 
 
 def _hard_limits(folder: str) -> tuple[bytes, ...]:

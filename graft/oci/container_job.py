@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from graft.errors import GraftError, KernelError
 from graft.kernel import cgroup, fork_messages, surroundings
+from graft.model.settings import Settings
+from graft.model.transport import Transport
 from graft.oci import arguments, main, options, shim
 from graft.oci.plan import Plan
 from graft.oci.prepare import Caller
+from graft.policy.model import Origin, PolicyError
+from graft.policy.reader import check_document
+from graft.policy.writer import policy_value
+from graft.saved.values import plain_document
 from graft.swap import fork_client
 
 
@@ -43,7 +50,7 @@ def _start_shim(plan: Plan, hook: socket.socket, listeners: socket.socket, lock:
         return
     debug = os.environ.get("GRAFT_DEBUG", "")
     with server:
-        request = {"do": "shim", "plan": pickle.dumps(plan).hex(), "debug": debug}
+        request = {"do": "shim", "plan": plan_value(plan), "debug": debug}
         fork_messages.send(server, request, [hook.fileno(), listeners.fileno(), runtime, lock])
         if not server.recv(1):
             raise KernelError("cannot start the container's shim: its process has died")
@@ -54,10 +61,42 @@ def be_shim(connection: socket.socket, request: dict[str, Any], fds: Sequence[in
     hook, listeners, runtime, lock = fds
     if request["debug"]:
         os.environ["GRAFT_DEBUG"] = request["debug"]
-    plan: Plan = pickle.loads(bytes.fromhex(request["plan"]))
+    plan = plan_of(request["plan"])
     connection.send(b"+")
     connection.close()
     shim.serve(plan, _accepting(hook), _accepting(listeners), lock, runtime)
+
+
+def plan_value(plan: Plan) -> dict[str, Any]:
+    """The values of a plan that a message has: no pickle, which would be code of the sender's."""
+    return {
+        "settings": plan.settings.environment,
+        "policy": policy_value(plan.policy),
+        "origin": plan.policy.origin,
+        "transport": str(plan.transport),
+        "id": plan.id,
+        "folder": None if plan.folder is None else str(plan.folder),
+        "engine_cgroup": str(plan.engine_cgroup),
+        "killable": plan.killable,
+        "datagrams": plan.datagrams,
+    }
+
+
+def plan_of(value: dict[str, Any]) -> Plan:
+    """The plan of `plan_value`. Raises UsageError, KeyError, ValueError."""
+    checked = check_document(plain_document(value["policy"]), None)
+    if checked.policy is None:
+        raise PolicyError("policy", checked.problems)
+    return Plan(
+        Settings.from_environment(value["settings"]),
+        replace(checked.policy, origin=Origin(value["origin"])),
+        Transport.parse(value["transport"]),
+        value["id"],
+        None if value["folder"] is None else Path(value["folder"]),
+        Path(value["engine_cgroup"]),
+        value["killable"],
+        value["datagrams"],
+    )
 
 
 def _accepting(fd: int) -> socket.socket:

@@ -166,6 +166,9 @@ def _identity(answer: Any) -> tuple[str, str, int]:
 
 
 def _from_engine(engine: str, name: str, run: Run) -> FoundContainer:
+    """The container of that name. Where none has it, engines take it for the beginning of an id: ``name`` of the result
+    is the container's own, and who did not mean that has to compare it.
+    """
     if not _CONTAINER_NAME.fullmatch(name):
         raise UsageError(f"{engine}: {shown(name)} is not a container name")
     answer = run([engine, "container", "inspect", name])
@@ -174,6 +177,8 @@ def _from_engine(engine: str, name: str, run: Run) -> FoundContainer:
     if answer.status != 0:
         raise NotFoundError(f"{engine}: {engine} reports {shown(_last_line(answer.err))}")
     container_id, full_name, pid = parse_inspect(engine, answer.out)
+    if full_name != name and not container_id.startswith(name):
+        raise NotFoundError(f"{engine}: {engine} answers for the container {shown(full_name)}")
     return FoundContainer(_cgroup_of(engine, container_id, pid), engine, full_name, container_id, pid)
 
 

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 
 from graft.kernel import surroundings
@@ -25,8 +26,12 @@ from graft.model.settings import Settings
 NO_SERVER = "GRAFT_NO_FORK_SERVER"
 """In the environment, not empty: each command does its work by itself."""
 MODULE = "graft_cli.fork_server"
+LOOKED, READY = b"-", b"+"
+"""What a new server says: it depends on nobody else from now on; it can be connected to."""
 _INHERITED = ("PATH", "PYTHONPATH", "LANG")
+_LOOK_SECONDS = 3.0  # until a new server has looked at itself, for which somebody else may have it wait
 _START_SECONDS = 20.0
+_FAILED_SECONDS = 60.0
 _HELLO_SECONDS = 20.0  # many clients at once have to wait for each other
 _LOOK_MILLISECONDS = 100
 LOCK = ".lock"
@@ -46,17 +51,31 @@ def is_wanted(environment: Mapping[str, str]) -> bool:
 def connect(settings: Settings) -> socket.socket | None:
     """A connection to the server, which is started where there is none; None where there can be none."""
     try:
-        name = surroundings.of().name
-        found = _connect(settings, name)
+        own = surroundings.of()
+        if own.is_filtered:
+            return None
+        if _has_failed(settings, own.name):
+            return None
+        found = _connect(settings, own.name)
         if found is None:
             folder_of(settings).mkdir(mode=0o700, parents=True, exist_ok=True)
-            with lock(settings, f"{name}-start"):  # many commands at once start one
-                found = _connect(settings, name)
-                if found is None and _start(settings, name):
-                    found = _connect(settings, name)
+            with lock(settings, f"{own.name}-start"):  # many commands at once start one
+                found = _connect(settings, own.name)
+                if found is None and not _has_failed(settings, own.name):
+                    if not _start(settings, own.name):
+                        _note_failure(settings, own.name)
+                        return None
+                    found = _connect(settings, own.name)
         return found
+    except _NoAnswer:
+        _note_failure(settings, own.name)
     except OSError:
-        return None
+        pass
+    return None
+
+
+class _NoAnswer(TimeoutError):
+    """There is a server, which is not stopped, and nobody answers for it: the next command would wait as long."""
 
 
 def connect_to(settings: Settings, name: str) -> socket.socket | None:
@@ -105,8 +124,10 @@ def _is_answered(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while not poll.poll(_LOOK_MILLISECONDS):
-        if time.monotonic() > deadline or _is_stopped(server):
+        if _is_stopped(server):
             raise TimeoutError
+        if time.monotonic() > deadline:
+            raise _NoAnswer
     return sock.recv(1) == HELLO
 
 
@@ -151,6 +172,24 @@ def _lock(fd: int, deadline: float) -> None:
         time.sleep(_LOCK_PAUSE)
 
 
+def _has_failed(settings: Settings, name: str) -> bool:
+    """Whether none could be started just now: nobody waits for another attempt."""
+    try:
+        passed = time.monotonic() - float(_failure(settings, name).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return 0 <= passed < _FAILED_SECONDS  # less than 0: from before a boot
+
+
+def _note_failure(settings: Settings, name: str) -> None:
+    with contextlib.suppress(OSError):
+        _failure(settings, name).write_bytes(b"%f" % time.monotonic())
+
+
+def _failure(settings: Settings, name: str) -> Path:
+    return folder_of(settings) / f"{name}.failed"
+
+
 def _start(settings: Settings, name: str) -> bool:
     """Start a server, which outlives the caller and gets nothing from it but the settings; whether it is ready."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -158,12 +197,19 @@ def _start(settings: Settings, name: str) -> bool:
         starter = spawn(settings, ["serve", name], writer)
     finally:
         os.close(writer)
-    with open(reader, "rb", buffering=0) as ready:
-        poll = select.poll()
-        poll.register(ready, select.POLLIN)
-        is_ready = bool(poll.poll(_START_SECONDS * 1000)) and bool(ready.read(1))
+    with open(reader, "rb", buffering=0) as said:
+        has_looked = _reads(said, LOOKED, _LOOK_SECONDS)
+        is_ready = has_looked and _reads(said, READY, _START_SECONDS)
+    if not is_ready:
+        os.kill(starter, signal.SIGKILL)  # where it has not left a child yet
     os.waitpid(starter, 0)
     return is_ready
+
+
+def _reads(file: FileIO, byte: bytes, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(seconds * 1000)) and file.read(1) == byte
 
 
 def spawn(settings: Settings, words: list[str], fd: int) -> int:

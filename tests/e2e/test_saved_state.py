@@ -28,6 +28,7 @@ from graft.saved.store import Store
 from graft.state import inventory, members
 from graft.state.installation import Installation
 from tests.e2e.conftest import WritePolicy
+from tests.hostile.test_eighth_reading_folders import holder, running
 from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.engines import Engine
 from tests.support.installation import GRAFT, Host
@@ -641,3 +642,47 @@ def test_a_container_of_an_engine_gets_its_policy_again_under_its_name(host: Hos
         engine.remove_all()
         Store(saving.settings).forget_all()
         until("the watcher ends", lambda: watcher_of(host) == 0, 30)
+
+
+@contextmanager
+def waiting_for(host: Host, engine: Engine, name: str) -> Iterator[Host]:
+    """A host that has a policy saved for a container, which was removed."""
+    saving = host.saving
+    try:
+        saving.graft("ep", "add", "web", f"0.0.0.0:{host.port()}")
+        engine.started(name, [], "sleep", "600", network="host")
+        saving.graft("attach", "--cgroup", f"{engine.name}:{name}", "-i", "0.0.0.0:80=web")
+        engine.remove(name)
+        until("it waits", lambda: [one["state"] for one in saving.ps()] == ["waiting"])
+        yield saving
+    finally:
+        engine.remove_all()
+        Store(saving.settings).forget_all()
+        until("the watcher ends", lambda: watcher_of(host) == 0, 30)
+
+
+def test_a_container_whose_id_begins_as_a_saved_name_does_not_get_its_policy(host: Host, plain_engine: Engine) -> None:
+    engine, sleeps = plain_engine, ("sleep", "600")
+    made = engine("create", "--name", "stranger", "--network", "host", *engine.run_flags, *engine.image, *sleeps)
+    name = made.stdout.split()[-1][:4]
+    with waiting_for(host, engine, name) as saving:
+        engine("start", "stranger")
+        with Installation(saving.settings) as graft:
+            done = restore(graft)
+        assert (done.attached, done.waiting) == ([], {f"{engine.name}:{name}": "it is not running"})
+        number = engine.started(name, [], *sleeps, network="host")
+        until("it is attached", lambda: [one["state"] for one in saving.ps()] == ["attached"])
+        assert number in saving.ps()[0]["cgroup"]
+
+
+def test_a_container_is_attached_while_somebody_holds_another_engines_folder(host: Host, plain_engine: Engine) -> None:
+    engine, folder = plain_engine, cgroup.v2_mount() / "machine.slice"
+    made = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    try:
+        with waiting_for(host, engine, "shop") as saving, running(holder(folder)):
+            engine.started("shop", [], "sleep", "600", network="host")
+            until("it is attached", lambda: [one["state"] for one in saving.ps()] == ["attached"], 45)
+    finally:
+        if made:
+            folder.rmdir()

@@ -219,6 +219,57 @@ def test_only_who_is_as_the_server_is_gets_served() -> None:
             assert other.name != own.name
 
 
+def test_who_is_under_a_seccomp_filter_is_not_served_and_starts_no_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    own = surroundings.of()
+    with ours, theirs:
+        filtered = own._replace(rights=(*own.rights[:-1], b"\t2"))
+        assert (own.is_filtered, filtered.is_filtered) == (False, True)
+        monkeypatch.setattr(surroundings, "of", lambda *_: filtered)
+        assert not fork_server.is_served(theirs, filtered)
+    settings = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path)})
+    monkeypatch.setattr(fork_client, "_start", lambda *_: pytest.fail("it was started"))
+    assert fork_client.connect(settings) is None
+
+
+def test_after_a_server_that_did_not_start_nobody_waits_for_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, starts = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path)}), []
+    monkeypatch.setattr(fork_client, "_start", lambda *_: starts.append(1))
+    for _ in range(3):
+        assert fork_client.connect(settings) is None
+    assert len(starts) == 1
+    now = time.monotonic()
+    for later, count in ((59, 1), (61, 2), (-10, 3)):
+        monkeypatch.setattr(time, "monotonic", lambda later=later: now + later)
+        assert fork_client.connect(settings) is None
+        assert len(starts) == count
+
+
+@pytest.mark.parametrize("says", [b"", fork_client.LOOKED])
+def test_a_server_that_is_kept_from_its_start_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: bytes
+) -> None:
+    monkeypatch.setattr(fork_client, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(fork_client, "_START_SECONDS", 0.1)
+    started = []
+
+    def spawn(_settings: Settings, _words: list[str], fd: int) -> int:
+        os.write(fd, says)
+        fds = [(os.POSIX_SPAWN_DUP2, fd, 3)]
+        started.append(os.posix_spawn("/bin/sleep", ["sleep", "100"], os.environ, file_actions=fds))
+        return started[-1]
+
+    monkeypatch.setattr(fork_client, "spawn", spawn)
+    settings = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path)})
+    assert fork_client.connect(settings) is None
+    with pytest.raises(ChildProcessError):
+        os.waitpid(started[0], 0)
+
+
 def test_hard_limits_are_among_what_is_compared() -> None:
     script = "from graft.kernel import surroundings; print(surroundings.of().name)"
     names = [

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from graft.commands.watcher import Interest, interests, nearest
-from graft.kernel import inotify
+import pytest
+
+from graft.commands import watcher, watcher_process
+from graft.commands.watched_folders import Interest, WatchedFolders, interests, nearest
+from graft.kernel import cgroup, inotify
+from graft.model.settings import Settings
 from graft.saved.model import LastSeen, SavedAttachment, SavedState, Target
+from graft.state import helper_process
 from tests.support.saved import EVERY_RULE
 
 ID = "ab" * 32
@@ -67,3 +77,117 @@ def test_the_kernel_reports_folders_that_are_made_and_removed(tmp_path: Path) ->
 def test_an_attachment_that_was_seen_nowhere_is_watched_for_by_its_name(tmp_path: Path) -> None:
     one = replace(saved("cgroup", "box"), last=LastSeen())
     assert interests(tmp_path, SavedState((), (one,))) == {tmp_path: Interest(frozenset({"box"}))}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Iterator[WatchedFolders]:
+    (tmp_path / "own").mkdir()
+    one = WatchedFolders(tmp_path, {tmp_path / "own": Interest(everything=True)})
+    yield one
+    if one.fd is not None:
+        os.close(one.fd)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(code, f"{call}: {os.strerror(code)}")
+
+    monkeypatch.setattr(inotify, call, refused)
+
+
+BOX = SavedState((), (saved("cgroup", "box"),))
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [("watch_folder", errno.ENOSPC), ("watch_folder", errno.ENOMEM), ("open_inotify", errno.EMFILE)],
+)
+def test_a_folder_that_the_kernel_does_not_watch_is_looked_at(
+    tmp_path: Path, folders: WatchedFolders, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    with monkeypatch.context() as refusing:
+        refuse(refusing, call, code)
+        folders.watch(BOX)
+        assert folders.problems == dict.fromkeys(map(str, (tmp_path, tmp_path / "own")), f"{call}: {os.strerror(code)}")
+        assert not folders.watch(BOX)
+        (tmp_path / "other").mkdir()
+        assert not folders.watch(BOX)
+        (tmp_path / "box").mkdir()
+        assert folders.watch(BOX) and not folders.watch(BOX)
+        (tmp_path / "box").rmdir()
+        (tmp_path / "box2").mkdir()  # which may get the inode
+        (tmp_path / "box").mkdir()
+        assert folders.watch(BOX), "it is another one"
+        (tmp_path / "own" / "file").touch()
+        assert folders.watch(BOX)
+    assert folders.watch(BOX), "what was made since the last look"
+    assert folders.problems == {}
+    (tmp_path / "box").rmdir()
+    assert folders.have_changed()
+
+
+def test_a_folder_that_is_not_there_is_no_problem(tmp_path: Path) -> None:
+    one = WatchedFolders(tmp_path, {tmp_path / "none": Interest(everything=True)})
+    one.watch(BOX)
+    assert one.problems == {} and one.fd is not None
+    os.close(one.fd)
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_looked_for_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert nearest(tmp_path, f"a/{'x' * 300}/b") == (tmp_path / "a", "x" * 300)
+
+
+class Broken:
+    """Standard error on a full disk."""
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+
+@pytest.fixture
+def watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> watcher.Watcher:
+    """A watcher of an installation that has nothing saved."""
+    settings = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path), "GRAFT_STATE_DIR": str(tmp_path / "state")})
+    monkeypatch.setattr(cgroup, "v2_mount", lambda: tmp_path)
+    monkeypatch.setattr(watcher_process, "is_running", lambda _: True)
+    return watcher.Watcher(settings, keep=True)
+
+
+@pytest.mark.parametrize("error", [BlockingIOError(errno.EAGAIN, "no process"), MemoryError(), ValueError("x")])
+def test_an_error_does_not_end_it(
+    watching: watcher.Watcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as failing:
+        failing.setattr(helper_process, "run_each", fail)
+        watching._watch()
+        failing.setattr(watcher, "restore", fail)
+        failing.setattr(watcher, "Installation", nullcontext)
+        watching._try()
+    assert capsys.readouterr().err.count(str(error) or type(error).__name__) == 2
+    [line] = watcher_process.warnings(watching._settings)
+    assert "is only looked at every 3 s" in line
+    assert watching._timeout() is not None, "it looks again"
+    watching._watch()
+    assert watcher_process.warnings(watching._settings) == []
+
+
+def test_a_log_that_cannot_be_written_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Broken())
+    watcher._log("a line")
+
+
+def test_a_watcher_that_cannot_be_started_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path)})
+    monkeypatch.setattr(watcher_process, "MODULE", "graft.no_such_module")
+    assert not watcher_process.ensure_running(settings)
+    [line] = watcher_process.warnings(settings)
+    assert "nobody watches" in line
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: os.stat("/none"))
+    assert not watcher_process.ensure_running(settings)
