@@ -163,7 +163,7 @@ def test_a_server_that_is_stopped_is_ended_by_down(bare_host: Host) -> None:
 
 LOOK = """
 env | grep -v NO_FORK_SERVER | sort; umask; pwd; ulimit -a; ulimit -aH; nice; cat /proc/self/oom_score_adj
-grep -E '^(Sig[BCIP]|Cap|Seccomp:|NoNew|Uid|Groups)' /proc/$$/status
+grep -E '^(Sig[BCIP]|Cap|Seccomp:|NoNew|Uid|Groups)' /proc/self/status
 cut -d' ' -f6-8 /proc/$$/stat; readlink /proc/$$/fd/*; true
 """
 """The last line is session, terminal, and the terminal's foreground group."""
