@@ -222,7 +222,7 @@ def test_a_container_has_so_many_supervisors_and_no_more(monkeypatch: pytest.Mon
     monkeypatch.setattr(shim, "Keeper", Keeper)
     rules = SimpleNamespace(bears_datagrams=False)
     graft = SimpleNamespace(compile=lambda _policy: rules)
-    plan = SimpleNamespace(killable=False, id="image", settings=None, policy=None)
+    plan = SimpleNamespace(killable=False, id="image", settings=None, policy=None, datagrams=False)
     attachment = shim.Attachment(plan, graft)  # type: ignore[arg-type]
     attachment.container = SimpleNamespace(killable=False, cgroup_path=tmp_path)  # type: ignore[assignment]
     try:
