@@ -23,7 +23,7 @@ test: setup lint ## lint, then every test in one run (root)
 	$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder tests/unit tests/kernel tests/e2e tests/hostile
 
 unit: $(READY) ## the tests that need neither root nor a kernel feature
-	$(PYTEST) tests/unit
+	$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder tests/unit
 
 kernel: setup ## the tests with real BPF programs (root)
 	$(PYTEST) tests/kernel

@@ -373,7 +373,7 @@ def parse_listener(message: bytes) -> ListeningSocket:
         address=source[:4].ljust(16, b"\0") if family == socket.AF_INET else source,
         port=int.from_bytes(port, "big"),
         v6only=attributes.get(_SKV6ONLY, b"")[:1] not in (b"", b"\0"),
-        cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder),
+        cgroup=_cgroup(attributes),
         device=device,
         inode=inode,
         unread=queued,
@@ -395,7 +395,7 @@ def parse_socket(protocol: int, message: bytes) -> FoundSocket:
         local=(source[:size], int.from_bytes(port, "big")),
         remote=(target[:size], int.from_bytes(peer, "big")),
         inode=rest[-1],
-        cgroup=int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder),
+        cgroup=_cgroup(attributes),
         stored=_stored(attributes),
     )
 
@@ -415,9 +415,13 @@ def seen(message: bytes) -> Seen:
     if len(message) < _MESSAGE.size:
         raise ValueError(f"a socket in {len(message)} bytes")
     attributes = dict(_attributes(message, _MESSAGE.size))
-    cgroup = int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder)
     inode = int.from_bytes(message[_INODE], sys.byteorder)
-    return Seen(inode, message[1], message[_COOKIE], cgroup, _SK_BPF_STORAGES in attributes)
+    return Seen(inode, message[1], message[_COOKIE], _cgroup(attributes), _SK_BPF_STORAGES in attributes)
+
+
+def _cgroup(attributes: Mapping[int, bytes]) -> int:
+    """The id of the cgroup that a socket was created in, 0 where the kernel does not report it."""
+    return int.from_bytes(attributes.get(_CGROUP_ID, b"")[:8], sys.byteorder)
 
 
 def _stored(attributes: Mapping[int, bytes]) -> bytes | None:

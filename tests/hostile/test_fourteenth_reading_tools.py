@@ -22,14 +22,13 @@ import pytest
 
 from graft.datapath import attachments
 from graft.errors import KernelError
-from graft.kernel import cgroup, seccomp, sockets
-from graft.kernel.seccomp_filter import swap_filter
+from graft.kernel import cgroup, sockets
 from graft.model.transport import Transport
 from graft.policy.model import Policy
 from graft.state import detached
 from tests.hostile.conftest import graft_without
 from tests.hostile.test_listener import can_connect, container, end, send
-from tests.hostile.test_thirteenth_reading_listen import POLICY, outside, sends
+from tests.hostile.test_thirteenth_reading_listen import POLICY, giving, outside, sends
 from tests.hostile.test_twelfth_reading_attach import in_cgroup
 from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.installation import Host
@@ -44,35 +43,6 @@ pytestmark = pytest.mark.e2e
 CONTAINERS = 3
 TOO_LONG = 10.0  # seconds; where it waits for them, it waits for five for each
 NOT_REMOVED = 6  # the exit status of a KernelError
-
-
-@contextlib.contextmanager
-def handing(path: Path, inbox: socket.socket, port: int) -> Iterator[tuple[int, int, socket.socket]]:
-    """A container whose first process hands out two connections when it is told to, and listens with the first one when
-    it is told again: its process id, the filter's listener, and where it is told.
-    """
-    ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        with contextlib.suppress(BaseException):
-            (path / "cgroup.procs").write_text("0")
-            listener, _ = seccomp.install_listener(swap_filter())
-            socket.send_fds(theirs, [b"x"], [listener])
-            os.close(listener)
-            ours.close()
-            theirs.recv(1)
-            made = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
-            socket.send_fds(inbox, [b"x"], [one.fileno() for one in made])
-            theirs.recv(1)
-            made[0].listen(1)
-        os._exit(0)
-    try:
-        _, (listener,), _, _ = socket.recv_fds(ours, 1, 1)
-        yield pid, listener, ours
-    finally:
-        ours.close()
-        theirs.close()
-        end(pid)
 
 
 @dataclass(slots=True)
@@ -102,7 +72,7 @@ class Listening:
         inbox, holder = self.stack.enter_context(outside())
         path = self.stack.enter_context(new_cgroup(name))
         with self.inside.inside():
-            pid, listener, told = self.stack.enter_context(handing(path, inbox, self.port))
+            pid, listener, told = self.stack.enter_context(giving(path, inbox, self.port, listens=True))
         send(self.host, name, pid, self.folder, [listener])
         os.close(listener)
         self.serving.says(f"{name}: attached")

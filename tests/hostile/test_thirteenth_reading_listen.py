@@ -62,9 +62,11 @@ def outside() -> Iterator[tuple[socket.socket, int]]:
 
 
 @contextlib.contextmanager
-def giving(cgroup: Path, inbox: socket.socket, port: int) -> Iterator[tuple[int, int, socket.socket]]:
+def giving(
+    cgroup: Path, inbox: socket.socket, port: int, listens: bool = False
+) -> Iterator[tuple[int, int, socket.socket]]:
     """A container whose first process hands out two connections when it is told to: its process id, the filter's
-    listener, and where it is told.
+    listener, and where it is told. With ``listens`` it listens with the first one when it is told again.
     """
     ours, theirs = socket.socketpair()
     pid = os.fork()
@@ -79,6 +81,8 @@ def giving(cgroup: Path, inbox: socket.socket, port: int) -> Iterator[tuple[int,
             made = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
             socket.send_fds(inbox, [b"x"], [one.fileno() for one in made])
             theirs.recv(1)
+            if listens:
+                made[0].listen(1)
         os._exit(0)
     try:
         _, (listener,), _, _ = socket.recv_fds(ours, 1, 1)
