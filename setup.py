@@ -3,8 +3,11 @@
 It is optional: without a compiler or Python's headers nothing is built, and plain Python serves in its place.
 """
 
+import contextlib
 import os
+import runpy
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -14,10 +17,37 @@ PROGRAMS = {
     "graft.swap.graft-wait": "graft/swap/compiled_waiter/waiter.c",
     "graft.oci.graft-hook": "graft/oci/compiled/hook.c",
 }
+NATIVE = "graft.splice.native"
+MYPY_OPTIONS = ["--python-version=3.11", "--ignore-missing-imports", "--follow-imports=silent", "--config-file="]
+
+
+def native_modules():
+    """The extensions that mypyc makes of modules of graftd; none where there is no mypyc, or it refuses them."""
+    sources = runpy.run_path("graft/splice/native/sources.py")
+    library = sources["library"](Path("graft/splice"))
+    paths = [f"graft/splice/{name}.py" for name in sources["MODULES"]]
+    try:
+        from mypyc.build import mypycify
+
+        made = mypycify([*MYPY_OPTIONS, *paths], group_name=library.removesuffix("__mypyc"), target_dir="build/mypyc")
+    except (ImportError, SystemExit) as problem:
+        print(f"graftd is not compiled: {problem}")
+        return []
+    for extension in made:  # beside the sources everybody would import them
+        extension.name = f"{NATIVE}.{extension.name.split('.')[-1]}"
+        extension.optional = True
+    return made
 
 
 class BuildAll(build_ext):
     """Builds extensions, and programs."""
+
+    def run(self):
+        """Build all, in place of what was compiled from other sources."""
+        for old in glob("graft/splice/native/*.so"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(old)
+        super().run()
 
     def get_ext_filename(self, fullname):
         """Where what was built is put; ``fullname`` with or without its package."""
@@ -49,6 +79,7 @@ setup(
             optional=True,
         ),
         *(Extension(name, [source], depends=["setup.py"], optional=True) for name, source in PROGRAMS.items()),
+        *native_modules(),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -21,7 +21,10 @@ def daemon() -> None:
 
     `graft attach` starts one in the background if none is running.
     """
-    from graft.splice import daemon as graftd
+    from graft.splice import native
 
     require_root()
+    native.use()
+    from graft.splice import daemon as graftd
+
     graftd.run(Settings.from_environment())

@@ -23,7 +23,7 @@ from graft.kernel import cgroup, netns, pidfd, seccomp
 from graft.kernel.seccomp import Listener
 from graft.kernel.seccomp_filter import swap_filter
 from graft.model.transport import Transport
-from graft.splice import selftest_result
+from graft.splice import native, selftest_result
 from graft.swap import fast_calls
 
 
@@ -59,6 +59,9 @@ def _basic() -> Iterator[Feature]:
     yield Feature(
         "killable wait", killable, False, "signals do not restart a trapped call (5.19)", "Go programs retry more"
     )
+    reason = native.why_not()
+    without = f"plain Python serves{': ' if reason else ''}{reason}"
+    yield Feature("compiled graftd", not reason, False, "relays of transport splice take less time", without)
     for name, call, transport in (("connect", "connect(2)", Transport.SWAP), ("birth", "socket(2)", Transport.BORN)):
         reason = fast_calls.why_not(transport)
         without = f"plain Python serves{': ' if reason else ''}{reason}"

@@ -47,6 +47,8 @@
     control.py      how commands talk to the daemon
     commands.py     the daemon's end of that
 
+    __main__.py        the same as a program of its own
+    native/            the compiled form of some of these modules, for graftd only
     daemon_process.py  starts, asks and stops graftd
     client.py       what `graft attach`, `detach` and `ps` use: the interface of this package
 

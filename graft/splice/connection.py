@@ -86,6 +86,8 @@ class Side:
         "writable",
     )
 
+    __deletable__ = ("flow_to", "flow_from")  # mypyc asks for it
+
     flow_to: Flow
     flow_from: Flow
 

@@ -52,7 +52,7 @@ def _signal_ready(fd: int | None) -> None:
 
 
 def main(ready: int) -> None:
-    """The daemon in the background: a child that nobody has to wait for. `daemon_process` starts it."""
+    """The daemon in the background: a child that nobody has to wait for. __main__.py calls it."""
     if os.fork():
         os._exit(0)
     try:
@@ -62,7 +62,3 @@ def main(ready: int) -> None:
     except GraftError as error:
         print(f"graftd: {printable(error.message)}", file=sys.stderr)
         sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

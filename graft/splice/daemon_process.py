@@ -18,7 +18,7 @@ from graft.model.settings import Settings
 from graft.splice import control
 
 _START_SECONDS = 20.0
-_INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "LANG")
+_INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "GRAFT_NO_COMPILED", "LANG")
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def _start(settings: Settings) -> None:
     inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
     try:
         starter = subprocess.Popen(
-            [sys.executable, "-P", "-m", "graft.splice.daemon", str(writer)],
+            [sys.executable, "-P", "-m", "graft.splice", str(writer)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -1,0 +1,16 @@
+"""graftd as a program of its own, in the background: `python -m graft.splice DESCRIPTOR`.
+
+Nothing of graftd is imported before it is known whether its compiled modules are (native/).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from graft.splice import native
+
+if __name__ == "__main__":
+    native.use()
+    from graft.splice.daemon import main
+
+    main(int(sys.argv[1]))
