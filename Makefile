@@ -7,7 +7,7 @@ PYTEST := $(PYTHON) -m pytest
 READY := $(VENV)/.graft-setup
 
 .NOTPARALLEL:
-.PHONY: help setup demo test unit kernel e2e lint format check fuzz bench bench-lean test-kernels allowed-helpers wheel clean
+.PHONY: help setup demo test unit kernel e2e lint format check fuzz bench bench-lean test-kernels allowed-helpers wheel deb clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,15 @@ wheel: $(READY) ## build dist/graft-*.whl
 	rm -rf build/lib build/bdist.* dist
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+deb: ## build dist/graft_*.deb with Debian's tools, and check it with lintian (root for missing packages)
+	@.ci/setup deb
+	rm -rf build/deb && mkdir -p build/deb/graft dist
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -P --parents -t build/deb/graft
+	cd build/deb/graft && dpkg-buildpackage --build=binary --no-sign --jobs=auto
+	lintian --fail-on error build/deb/graft_*.changes
+	mv build/deb/graft_*.deb dist/
+	@ls dist/*.deb
 
 clean: ## remove everything that can be made again, .venv too
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

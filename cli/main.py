@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from graft import __version__
 
 from . import attach, daemon, doctor, ep, policy, ps, run, runtime, state, system
+
+COMPLETION = "_GRAFT_COMPLETE"
+"""In the environment by a shell that completes a command line: typer's name for it."""
 
 app = typer.Typer(
     name="graft",
@@ -42,4 +47,8 @@ def _root(
 
 def main() -> None:
     """The entry point of the command graft."""
-    app()
+    if os.environ.get(COMPLETION):  # a shell asks; otherwise its classes are not imported
+        from typer._completion_classes import completion_init
+
+        completion_init()
+    app(prog_name="graft")
