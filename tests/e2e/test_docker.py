@@ -75,9 +75,11 @@ def test_a_listener_in_a_container_answers_at_a_unix_socket_of_the_host(
     until("the path is gone", lambda: not path.exists())
 
 
+@pytest.mark.parametrize("name", ["docker", "podman"])
 def test_nginx_in_a_container_binds_its_own_unix_socket_on_the_host(
-    host: Host, docker: Engine, tmp_path_factory: pytest.TempPathFactory
+    host: Host, name: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    engine: Engine = request.getfixturevalue(name)
     path = tmp_path_factory.mktemp("s") / "a.sock"
     add_unix(host, "own", path)
     configuration = path.with_name("own.conf")
@@ -87,12 +89,12 @@ def test_nginx_in_a_container_binds_its_own_unix_socket_on_the_host(
         " scgi_temp_path /tmp/s; server { listen unix:/tmp/own.sock; return 200 'own\\n'; } }\n"
     )
     flags = ["-e", "GRAFT_CONV_PAIRS=unix:/tmp/own.sock=own", "-v", f"{configuration}:/etc/own.conf"]
-    docker.started("nginx", [*GRAFT, *flags], "nginx", "-c", "/etc/own.conf")
+    engine.started("nginx", [*(GRAFT if name == "docker" else []), *flags], "nginx", "-c", "/etc/own.conf")
     until("the socket", path.is_socket)
     fetch = ["curl", "-sS", "--max-time", "10", "--unix-socket", str(path), "http://app/"]
     assert until("an answer", lambda: run(fetch).stdout) == "own\n"
     assert not any(one["relay"] for one in host.ps())
-    docker("rm", "-f", "nginx")
+    engine.remove("nginx")
     until("the path is gone", lambda: not path.exists())
 
 
