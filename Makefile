@@ -7,7 +7,7 @@ PYTEST := $(PYTHON) -m pytest
 READY := $(VENV)/.graft-setup
 
 .NOTPARALLEL:
-.PHONY: help setup demo test unit kernel e2e lint format check fuzz bench bench-lean test-kernels allowed-helpers wheel deb clean
+.PHONY: help setup demo test unit kernel e2e lint format check fuzz bench bench-lean test-kernels test-package allowed-helpers wheel deb clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ VM := $(PYTHON) -m tests.vm $(if $(KERNELS),--kernels "$(KERNELS)") $(if $(GUEST
 test-kernels: ## Graft on Debian's kernels 6.1, 6.12 and its newest, in virtual machines; QUICK=1, KERNELS= (root, slow)
 	@.ci/setup vm
 	@$(VM) $(if $(QUICK),quick,whole)
+
+test-package: deb ## the Debian package in a virtual machine: installation, reboot, upgrade, removal (root, slow)
+	@.ci/setup vm
+	@$(VM) package --kernels 6.1
 
 allowed-helpers: ## what those kernels allow BPF programs, for tests/support/allowed_helpers.json (root)
 	@.ci/setup vm

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NoReturn, ParamSpec, TextIO, TypeVar
 
-from graft.errors import GraftError
+from graft.errors import GraftError, KernelError
 from graft.model.printable import printable
 
 P = ParamSpec("P")
@@ -55,10 +55,14 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             if os.environ.get("GRAFT_DEBUG"):
                 raise
             fail(error)
-        except PermissionError:
-            if os.environ.get("GRAFT_DEBUG") or os.geteuid() == 0:
+        except BrokenPipeError:
+            raise  # click ends then, silently
+        except OSError as error:
+            if os.environ.get("GRAFT_DEBUG"):
                 raise
-            fail(GraftError("this needs root", "run it with sudo"))
+            if isinstance(error, PermissionError) and os.geteuid() != 0:
+                fail(GraftError("this needs root", "run it with sudo"))
+            fail(KernelError(str(error), "GRAFT_DEBUG=1 shows where"))
 
     return guarded
 

@@ -19,7 +19,7 @@ from tests.vm.report import Result
 
 BUILD = ROOT / "build" / "test-kernels"
 _JOBS = Path(__file__).with_name("jobs")
-_SECONDS = {"whole": 5400.0, "units": 900.0, "quick": 600.0, "refusal": 600.0, "helpers": 600.0}
+_SECONDS = {"whole": 5400.0, "units": 900.0, "quick": 600.0, "refusal": 600.0, "helpers": 600.0, "package": 1800.0}
 _DEFAULT = "6.1 6.12 newest"
 _TOOLS = ("qemu-system-x86_64", "debootstrap", "mkfs.ext4")
 
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str]) -> int:
         kernels = choose(options.kernels.split(), listed(apt.kernel_packages()))
         disk = Disk(folder)
         disk.prepare(kernels, apt, _say)
+        results = _run_all(options.job, kernels, disk, options.guests)
     except (AptError, BuildError, NoSuchKernel) as error:
         return _fail(str(error), 1)
-    results = _run_all(options.job, kernels, disk, options.guests)
     for result in results:
         _explain(result)
     return 0 if all(result.passed for result in results) else 1
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests.vm", description="Run Graft on other kernels, in virtual machines.")
-    parser.add_argument("job", nargs="?", default="whole", choices=("whole", "quick", "units", "helpers"))
+    parser.add_argument("job", nargs="?", default="whole", choices=("whole", "quick", "units", "helpers", "package"))
     parser.add_argument("--kernels", default=_DEFAULT, help=f'beginnings of releases, or "newest"; default: {_DEFAULT}')
     parser.add_argument(
         "--guests", type=int, default=os.cpu_count() or 1, help="how many at a time; default: a core each"
@@ -62,11 +62,14 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 def _job(name: str, kernel: Kernel) -> Job:
     """``name``, or for a kernel that is too old the test that it is refused."""
     name = name if kernel.is_supported or name == "helpers" else "refusal"
-    return Job(name, _JOBS / name, _SECONDS[name])
+    return Job(name, _JOBS / name, _SECONDS[name], reboots=name == "package")
 
 
 def _run_all(name: str, kernels: Sequence[Kernel], disk: Disk, guests: int) -> list[Result]:
-    project = qemu.packed((file, ROOT / file) for file in project_files())
+    files = [(file, ROOT / file) for file in project_files()]
+    if name == "package":
+        files.append(("dist/graft.deb", _package()))
+    project = qemu.packed(files)
 
     def one(kernel: Kernel) -> Result:
         job = _job(name, kernel)
@@ -80,6 +83,14 @@ def _run_all(name: str, kernels: Sequence[Kernel], disk: Disk, guests: int) -> l
 
     with ThreadPoolExecutor(guests) as pool:
         return list(pool.map(one, kernels))
+
+
+def _package() -> Path:
+    """What `make deb` built last. Raises BuildError."""
+    found = sorted((ROOT / "dist").glob("graft_*.deb"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise BuildError("there is no package in dist/: make deb")
+    return found[-1]
 
 
 def _explain(result: Result) -> None:

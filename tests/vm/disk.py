@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from graft.splice.native.sources import MODULES
 from tests.vm import initrd
 from tests.vm.apt import Apt, mirror
 from tests.vm.kernels import Kernel
@@ -23,6 +24,7 @@ FILES = Path(__file__).with_name("files")
 PROJECT = "opt/graft"  # in the guest
 
 _PACKAGES = "systemd systemd-sysv dbus udev kmod ca-certificates make git procps iproute2 util-linux busybox-static"
+_PACKAGES_OF_OURS = "python3-yaml"  # what the Debian package depends on, and .ci/setup does not install
 # What .ci/setup leaves stopped and disabled where systemd runs; in a chroot it cannot.
 _SERVERS = "nginx iperf3 webhook redis-server postgresql haproxy docker.service docker.socket containerd podman.service"
 _TIMERS = "podman.socket podman-auto-update.timer podman-restart apt-daily.timer apt-daily-upgrade.timer fstrim.timer"
@@ -47,6 +49,8 @@ def _key() -> str:
     """Changes with whatever the root file system is made of."""
     # The guest has what was built with the disk.
     compiled = [ROOT / "setup.py", ROOT / "bpf/graft.h", *sorted((ROOT / "graft/swap/compiled").iterdir())]
+    compiled += [ROOT / f"graft/splice/{name}.py" for name in MODULES]
+    compiled += sorted((ROOT / "graft/splice/native").glob("*.py"))
     made_of = [ROOT / ".ci/setup", *compiled, Path(__file__), Path(initrd.__file__), *sorted(FILES.iterdir())]
     dependencies = (ROOT / "pyproject.toml").read_text().partition("\n[tool.ruff")[0]  # as .ci/setup looks at it
     return hashlib.sha256(b"".join([dependencies.encode(), *(file.read_bytes() for file in made_of)])).hexdigest()[:16]
@@ -137,7 +141,7 @@ def _make_tree(tree: Path, log: Path) -> None:
     aside = tree.with_name(f"{tree.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     log.unlink(missing_ok=True)
-    include = ",".join(_PACKAGES.split())
+    include = ",".join(f"{_PACKAGES} {_PACKAGES_OF_OURS}".split())
     _run(log, "debootstrap", "--variant=minbase", f"--include={include}", "bookworm", aside, mirror())
     for name in ("resolv.conf", "hosts", "ssl/certs/ca-certificates.crt"):
         if Path("/etc", name).exists():

@@ -32,11 +32,15 @@ _ARGUMENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A script that runs in a guest's checkout, and how many seconds it has."""
+    """A script that runs in a guest's checkout, and how many seconds it has.
+
+    ``reboots``: it may leave /out/reboot, and is run again after the guest's next boot.
+    """
 
     name: str
     script: Path
     seconds: float
+    reboots: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ def run(machine: Machine, job: Job, project: bytes, out: Path) -> float:
         file.truncate(_RESULT_BYTES)
     started = time.monotonic()
     process = subprocess.Popen(
-        _command(machine, entry, results, out),
+        _command(machine, job, entry, results, out),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=(out / "qemu.txt").open("wb"),
@@ -116,9 +120,9 @@ def _below() -> None:
     syscall("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _command(machine: Machine, entry: Path, results: Path, out: Path) -> list[str]:
-    words = "qemu-system-x86_64 -M q35 -accel tcg,tb-size=512 -cpu max -smp 1 -nodefaults -display none -no-reboot"
-    command = [*words.split(), "-m", str(_MEGABYTES)]
+def _command(machine: Machine, job: Job, entry: Path, results: Path, out: Path) -> list[str]:
+    words = "qemu-system-x86_64 -M q35 -accel tcg,tb-size=512 -cpu max -smp 1 -nodefaults -display none"
+    command = [*words.split(), "-m", str(_MEGABYTES), *([] if job.reboots else ["-no-reboot"])]
     command += ["-serial", f"file:{out / 'console.txt'}", "-serial", f"file:{out / 'stream.txt'}"]
     command += ["-kernel", str(machine.vmlinuz), "-initrd", str(machine.initrd), "-append", _ARGUMENTS]
     for name, file, options in (

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_TESTS = {"kernel": "kernel_tests", "e2e": "e2e", "units": "units"}
+_TESTS = {"kernel": "kernel_tests", "e2e": "e2e", "units": "units", "before": "before_reboot", "after": "after_reboot"}
 _STEPS = ("up", "down", "demo", "doctor", "helpers", *_TESTS)
 
 
