@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.shell import output
+from tests.support.wait import until
 from tests.vm.guest.package import (
     CGROUP,
     PACKAGE,
@@ -20,7 +21,7 @@ from tests.vm.guest.package import (
 
 
 def test_endpoints_and_policies_are_in_force_again() -> None:
-    assert is_active("graft.service")
+    until("graft.service", lambda: is_active("graft.service"), timeout=60, pause=1)
     assert "web" in output(["graft", "ep", "show"])
     until_answers(PORT)
     assert ":80 " not in listening()
