@@ -27,8 +27,8 @@ _PACKAGES = "systemd systemd-sysv dbus udev kmod ca-certificates make git procps
 _PACKAGES_OF_OURS = "python3-yaml"  # what the Debian package depends on, and .ci/setup does not install
 # What .ci/setup leaves stopped and disabled where systemd runs; in a chroot it cannot.
 _SERVERS = "nginx iperf3 webhook redis-server postgresql haproxy unbound docker.service docker.socket containerd"
-_TIMERS = "podman.service podman.socket podman-auto-update.timer podman-restart apt-daily.timer apt-daily-upgrade.timer fstrim.timer"
-_AT_BOOT = "podman-auto-update.service"  # its timer is not all that starts it
+_TIMERS = "podman.socket podman-auto-update.timer podman-restart apt-daily.timer apt-daily-upgrade.timer fstrim.timer"
+_AT_BOOT = "podman.service podman-auto-update.service"  # its timer is not all that starts it
 _BYTES = 8 << 30
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy")
 
