@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
+from graft.keeper import protocol
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 
@@ -19,9 +22,15 @@ def register(app: typer.Typer) -> None:
 def daemon() -> None:
     """Run graftd, which relays for attached containers (transport splice), in the foreground.
 
-    `graft attach` starts one in the background if none is running.
+    `graft attach` starts one in the background if none is running. It is started again when it dies, without losing
+    connections: by a small process in the place of this one, or by the service manager that started this one.
     """
     from graft.splice import daemon as graftd
+    from graft.splice import daemon_process
 
     require_root()
-    graftd.run(Settings.from_environment())
+    settings = Settings.from_environment()
+    if protocol.NOTIFY_SOCKET in os.environ:
+        graftd.run(settings)
+    else:
+        daemon_process.become_keeper(settings)

@@ -11,6 +11,7 @@ from typing import Any
 
 from graft.errors import GraftError
 from graft.splice.connection import Connection
+from graft.splice.kept_records import Record
 from graft.splice.outside import OutsidePeer
 from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
@@ -19,7 +20,7 @@ from graft.splice.waiting import WaitingConnection
 _ACCEPTS = 8  # in one turn
 _LAST_ACCEPTS = 64  # when the listener is closed
 _RETRY_SECONDS = 0.2
-_OUT = "out"  # in place of the addresses of all servers outside, which the container chooses
+OUT = "out"  # in place of the addresses of all servers outside, which the container chooses
 
 PeerAddress = tuple[Any, ...]
 ConnectFar = Callable[[socket.socket, PeerAddress], socket.socket | None]
@@ -31,7 +32,9 @@ class Acceptor:
     ``connect_far`` makes a socket that connects to the far end, for an accepted socket and its peer's address. Where
     it returns None, or raises OSError or GraftError, the accepted connection is reset; BlockingIOError: the far end has
     no room now. ``sockmap`` is the relay in the kernel, for TCP, None to relay by splice(2). ``check_far`` as for a
-    Connection. ``far_is_outside``: the far end is outside of the container, not the near one.
+    Connection. ``far_is_outside``: the far end is outside of the container, not the near one. ``slot``: of ``sock``, if
+    that outlives this process (kept.py). ``record``: what the next graftd has to know of each connection that it is to
+    take over; None: it takes over none.
     """
 
     def __init__(
@@ -42,7 +45,10 @@ class Acceptor:
         sockmap: Sockmap | None,
         check_far: Callable[[socket.socket], bool] | None = None,
         far_is_outside: bool = False,
+        slot: int | None = None,
+        record: Record | None = None,
     ) -> None:
+        self._slot, self._record = slot, record
         self._resources, self._sock, self._connect_far = resources, sock, connect_far
         self._check_far, self._far_is_outside = check_far, far_is_outside
         self.lost = False
@@ -110,7 +116,7 @@ class Acceptor:
     def _address(self, near: socket.socket, peer: PeerAddress) -> str:
         """That of the peer outside."""
         if self._far_is_outside:
-            return _OUT
+            return OUT
         return "" if near.family == socket.AF_UNIX else str(peer[0])
 
     def _connect(self, near: socket.socket, peer: PeerAddress) -> bool:
@@ -125,9 +131,10 @@ class Acceptor:
             return False
         self.served += 1
         sockmap = None if socket.AF_UNIX in (near.family, far.family) else self.sockmap
+        slot = None if self._record is None else self._resources.daemon.kept.add_connection(self._record, near, far)
         outside = OutsidePeer(self._resources, self._address(near, peer))
         Connection(
-            self._resources, self.connections, near, far, sockmap, self._check_far, outside, self._far_is_outside
+            self._resources, self.connections, near, far, sockmap, self._check_far, outside, self._far_is_outside, slot
         )
         return True
 
@@ -147,4 +154,5 @@ class Acceptor:
             self._resources.later(partial(self._relay, near, peer))
         self._closed = True
         self._resources.stop_waiting(self.accept)
+        self._resources.daemon.kept.end_listener(self._sock, self._slot)
         self._resources.loop.close_listener(self._sock)

@@ -1,7 +1,8 @@
 """graftd: the process that relays, in the foreground or in the background.
 
 There is one for all containers (daemon_process.py has its lock). It runs in a cgroup of Graft's own, where the hooks
-treat its sockets as their tags say.
+treat its sockets as their tags say. Its parent is its keeper, which starts it again when it dies: Graft's own
+(graft/keeper), or the service manager.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import sys
 from pathlib import Path
 
 from graft.datapath import attachments, dataplane
-from graft.errors import ConflictError, GraftError
+from graft.errors import GraftError
+from graft.keeper import protocol
 from graft.kernel import cgroup, process, unix_files
 from graft.model.printable import printable
 from graft.model.settings import Settings
+from graft.splice import descriptor_store
 from graft.splice.daemon_process import daemon_lock
 from graft.splice.service import Service
 
@@ -25,12 +28,14 @@ def relays_cgroup(settings: Settings) -> Path:
     return cgroup.v2_mount() / settings.cgroup / "relays"
 
 
-def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None:
+def run(settings: Settings, keep: bool = True) -> None:
     """Run the daemon, until a signal ends it, or (without ``keep``) nothing is left to serve.
 
-    ``ready`` is a descriptor to write to as soon as commands are answered. Raises ConflictError where a daemon runs
-    already.
+    Raises ConflictError where a daemon runs already.
     """
+    received, keeper = descriptor_store.received(), descriptor_store.connected()
+    for name in protocol.VARIABLES:
+        os.environ.pop(name, None)
     dataplane.up(settings)
     with daemon_lock(settings):
         folder = relays_cgroup(settings)
@@ -40,29 +45,19 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
         process.raise_descriptor_limit()
         unix_files.pin_own_descriptors()
         os.setgroups(())  # servers of unix sockets would be shown them (SO_PEERGROUPS)
-        service = Service(settings, keep)
+        service = Service(settings, keep, keeper, received)
         gc.freeze()
-        service.run(lambda: _signal_ready(ready))
+        service.run()
 
 
-def _signal_ready(fd: int | None) -> None:
-    if fd is not None:
-        os.write(fd, b"ready")
-        os.close(fd)
-
-
-def main(ready: int) -> None:
-    """The daemon in the background: a child that nobody has to wait for. `daemon_process` starts it."""
-    if os.fork():
-        os._exit(0)
+def main(keep: bool) -> None:
+    """The daemon as the child of Graft's own keeper, which `daemon_process` starts."""
     try:
-        run(Settings.from_environment(), keep=False, ready=ready)
-    except ConflictError:
-        pass  # another command started one first
+        run(Settings.from_environment(), keep)
     except GraftError as error:
         print(f"graftd: {printable(error.message)}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main("--keep" in sys.argv[1:])

@@ -342,10 +342,10 @@ class DatagramRelay:
         mark, answer_mark = self._marks
         return layout.RelayValue(datagram_port=self.port, cgroup=self._cgroup, mark=mark, answer_mark=answer_mark)
 
-    def serve(self, wanted: Publication, sock: socket.socket, address: str) -> Server:
-        """Relay what a socket on an endpoint receives to the container's."""
+    def serve(self, wanted: Publication, sock: socket.socket, address: str, slot: int | None = None) -> Server:
+        """Relay what a socket on an endpoint receives to the container's. ``slot``: that of ``sock`` (kept.py)."""
         paths = Paths(self._slots, self._stand_ins)
-        return Server(self._resources, paths, sock, wanted.target, wanted.target6, address)
+        return Server(self._resources, paths, sock, wanted.target, wanted.target6, address, slot)
 
     def keep_programs(
         self, ports: Collection[int], peers: Peers, unread: Collection[int], since: float

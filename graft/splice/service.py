@@ -17,18 +17,21 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 from graft.datapath import exchanges
+from graft.keeper import protocol
 from graft.model.settings import Settings
 from graft.splice.background import Background
 from graft.splice.cgroups import Cgroups
 from graft.splice.commands import Commands, Reply, failure
 from graft.splice.container_list import ContainerList
 from graft.splice.container_service import SCAN_SECONDS, ContainerService, Context
+from graft.splice.descriptor_store import keeper_pid
 from graft.splice.event_loop import EventLoop
+from graft.splice.kept import Kept
 from graft.splice.kernel_relay import KernelRelay
 from graft.splice.log import log
 from graft.splice.namespaces import Namespaces
@@ -42,14 +45,24 @@ _REAP_AGAIN_SECONDS = 10.0
 
 
 class Service:
-    """The daemon's work. ``keep``: run on when there is no container left to serve."""
+    """The daemon's work. ``keep``: run on when there is no container left to serve. ``keeper``: a socket that sends to
+    it; ``received``: what it had of the graftd before (descriptor_store.py).
+    """
 
-    def __init__(self, settings: Settings, keep: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        keep: bool,
+        keeper: socket.socket | None = None,
+        received: Sequence[tuple[str, int]] = (),
+    ) -> None:
         self._settings, self._keep = settings, keep
         self._loop = EventLoop(self._tick, SCAN_SECONDS)
         self._background = Background(self._loop)
         graft = Installation(settings)
-        daemon_resources = DaemonResources(self._loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._kept = Kept(self._loop, keeper, received)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        daemon_resources = DaemonResources(self._loop, limit, kept=self._kept)
         namespaces = Namespaces(settings, graft.endpoints)
         self._context = Context(settings, self._loop, graft.maps, namespaces, daemon_resources)
         self._kernel_relay = KernelRelay(settings, self._loop, self._background, self._on_relay_change)
@@ -60,15 +73,15 @@ class Service:
         self._cgroups = Cgroups(self._loop, self._loop.tick_soon)
         self._reaping = False
         self._empty_since = time.monotonic()
-        self._commands = Commands(settings, self._loop, self._handle)
+        self._commands = Commands(settings, self._loop, self._kept, self._handle)
 
-    def run(self, ready: Callable[[], None]) -> None:
+    def run(self) -> None:
         """Serve until SIGTERM or SIGINT, or, without ``keep``, until there is no container left."""
         wakeup = self._handle_signals()
         try:
             exchanges.erase_all(self._context.maps)  # of a daemon that was killed
             self._tick()
-            ready()
+            self._kept.store.say({protocol.READY: "1"})
             self._loop.run()
         finally:
             for service in (*self._services.values(), *self._stopping.values()):
@@ -79,6 +92,7 @@ class Service:
             self._context.namespaces.close()
             self._kernel_relay.close()
             self._context.daemon_resources.close()
+            self._kept.close()
             self._loop.shut_down()
             wakeup.close()
 
@@ -106,6 +120,7 @@ class Service:
         """Start and stop services as the records say, and start the scans that are due."""
         records = self._records.current()
         self._stop_removed(records)
+        self._kept.close_unserved(records)
         for container in records.values():
             if container.id in self._services:
                 self._update(container)
@@ -205,7 +220,7 @@ class Service:
             case "attach":
                 self._attach(number, int(request["pid"]), reply)
             case "detach":
-                self._stop_serving(number, lambda: reply({}))
+                self._stop_serving(number, lambda: self._kept.store.when_done(lambda: reply({})))
             case "describe":
                 reply(self._describe(number))
             case "stop":
@@ -214,7 +229,7 @@ class Service:
             case "ping":
                 self._empty_since = time.monotonic()
                 served = sorted(number for number, one in self._services.items() if one.serves)
-                reply({"pid": os.getpid(), "containers": served})
+                reply({"pid": os.getpid(), "keeper": keeper_pid(), "containers": served})
             case other:
                 reply({"error": f"the daemon does not know the command {other!r}"})
 
