@@ -4,6 +4,9 @@
           ▲                                          ── with REPLACED ──────▶ the next one at once
           └──── the next one, with all descriptors ◀── killed, failed ──────▶ the next one after a pause (restarts.py)
 
+One that is to be replaced may say by which command the next one is started (an upgrade). If that is never ready, the
+command before is used again.
+
 A first graftd that ends before it is ready is not started again: what its starter wants is impossible.
 
 A message counts if the kernel says that it is of the graftd that was started, and root's (SCM_CREDENTIALS); what came
@@ -53,6 +56,10 @@ class Keeper:
         self, folder: int, command: Sequence[str], environment: Mapping[str, str], ready: int, watchdog: float
     ) -> None:
         self._command, self._ready, self._watchdog = command, ready, watchdog
+        self._next: Sequence[str] = ()
+        """The command of the graftd that is to replace the one that runs, () for the same."""
+        self._previous: Sequence[str] = ()
+        """The command before, until the one that has replaced it is ready."""
         self._holdings, self._restarts = Holdings(), Restarts()
         self._child: Child | None = None
         self._due = 0.0
@@ -146,6 +153,7 @@ class Keeper:
         status = child.reap()
         if self._ending:
             return 0
+        self._choose_command(status == protocol.REPLACED)
         if status == 0 or not (self._was_ready or status == protocol.REPLACED):
             return max(status, 1) if status else 0
         pause = 0.0 if status == protocol.REPLACED else self._restarts.pause(child.ready_for())
@@ -154,6 +162,15 @@ class Keeper:
             log(f"graftd ({child.pid}) {how}; it is started again{f' in {pause:.1f} s' if pause else ''}")
         self._due = time.monotonic() + pause
         return None
+
+    def _choose_command(self, is_replaced: bool) -> None:
+        """That of the next graftd."""
+        if self._previous:
+            log("the new graftd is not ready; the previous one is started again")
+            self._command, self._previous = self._previous, ()
+        elif is_replaced and self._next:
+            self._previous, self._command = self._command, self._next
+        self._next = ()
 
     def _receive(self) -> None:
         """Read all messages that are there."""
@@ -178,7 +195,9 @@ class Keeper:
             if not self._holdings.add(message.get(protocol.NAME, "stored"), fds):
                 log("graftd stores more than can be kept")
             fds = ()
+        self._next = protocol.parse_command(message) or self._next
         if message.get(protocol.READY) == "1":
+            self._previous = ()
             child.note_ready()
             self._note_ready()
         return fds

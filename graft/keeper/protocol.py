@@ -16,6 +16,10 @@ STORE, REMOVE, NAME, POLL = "FDSTORE", "FDSTOREREMOVE", "FDNAME", "FDPOLL"
 WATCHDOG = "WATCHDOG"
 BARRIER = "BARRIER"
 
+COMMAND = "X_GRAFT_COMMAND"
+"""How to start the next graftd, word by word; for Graft's own keeper only, the service manager has its own."""
+_BETWEEN_WORDS = "\x1f"
+
 NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID = "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"
 _FDS, _NAMES, _PID = "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"
 VARIABLES = (NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID, _FDS, _NAMES, _PID)
@@ -65,6 +69,16 @@ def store(name: str) -> bytes:
 def remove(name: str) -> bytes:
     """Close all descriptors of that name."""
     return encode({REMOVE: "1", NAME: name})
+
+
+def command(words: Sequence[str]) -> dict[str, str]:
+    """The field by which the next graftd is started by this command."""
+    return {COMMAND: _BETWEEN_WORDS.join(words)}
+
+
+def parse_command(message: Mapping[str, str]) -> list[str]:
+    """The command in a message, nothing where there is none."""
+    return message[COMMAND].split(_BETWEEN_WORDS) if message.get(COMMAND) else []
 
 
 def listen_environment(names: Sequence[str], pid: int) -> dict[str, str]:

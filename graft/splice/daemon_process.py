@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from graft.datapath import dataplane
-from graft.errors import ConflictError, GraftError, KernelError
+from graft.errors import ConflictError, GraftError, KernelError, NotFoundError
 from graft.keeper.process import LOCK
 from graft.kernel import cgroup
 from graft.model.settings import Settings
@@ -27,6 +27,7 @@ from graft.splice import control
 
 _START_SECONDS = 20.0
 _STOP_SECONDS = 40.0
+_REPLACE_SECONDS = 60.0
 _KEEPER = (
     "import sys; sys.path.append(sys.argv[1]); from graft.keeper.process import main; sys.exit(main(*sys.argv[2:]))"
 )
@@ -109,9 +110,39 @@ def _keeper_command(settings: Settings, ready: int, keep: bool = False) -> list[
     """Starts a keeper, which starts graftd. ``ready``: a descriptor to write to then; -1: none."""
     import graft
 
-    graftd = [sys.executable, "-P", "-m", "graft.splice.daemon", *(["--keep"] if keep else [])]
+    graftd = graftd_command(sys.executable, keep)
     options = [str(settings.run_dir), str(ready), str(_WATCHDOG_SECONDS)]
     return [sys.executable, "-I", "-S", "-c", _KEEPER, str(Path(graft.__file__).parents[1]), *options, *graftd]
+
+
+def graftd_command(python: str, keep: bool) -> list[str]:
+    """Starts graftd, by the interpreter at that path, and so with the Graft that is installed for it."""
+    return [python, "-P", "-m", "graft.splice.daemon", *(["--keep"] if keep else [])]
+
+
+def replace(settings: Settings) -> int:
+    """Have graftd's keeper start another one in its place, with the Graft of this process; gives its process id.
+
+    No connection is lost, but those that the kernel relays. Raises NotFoundError where none runs, ConflictError where
+    the data plane is of another version, KernelError where the new one is not ready: then the previous one runs again.
+    """
+    before = control.ask(settings, {"do": "ping"}) if dataplane.is_up(settings) else None
+    if before is None:
+        raise NotFoundError("no daemon runs", "graft daemon")
+    dataplane.up(settings)  # this Graft can work with what is there, else nothing is replaced
+    control.ask(settings, {"do": "replace", "python": sys.executable})
+    log = f"see {settings.run_dir}/graftd.log"
+    deadline = time.monotonic() + _REPLACE_SECONDS
+    while time.monotonic() < deadline:
+        found = None
+        with contextlib.suppress(GraftError):  # it does not answer yet
+            found = control.ask(settings, {"do": "ping"}, timeout=max(0.1, deadline - time.monotonic()))
+        if found is not None and found["pid"] != before["pid"]:
+            if before["keeper"] and found["python"] != sys.executable:
+                raise KernelError("the new daemon did not start, the previous one runs again", log)
+            return int(found["pid"])
+        time.sleep(0.02)
+    raise KernelError("the new daemon does not start; its keeper tries again, and has its connections meanwhile", log)
 
 
 def become_keeper(settings: Settings) -> NoReturn:

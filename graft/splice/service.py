@@ -16,14 +16,16 @@ import resource
 import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from graft.datapath import exchanges
 from graft.keeper import protocol
 from graft.model.settings import Settings
+from graft.splice import daemon_process
 from graft.splice.background import Background
 from graft.splice.cgroups import Cgroups
 from graft.splice.commands import Commands, Reply, failure
@@ -41,6 +43,7 @@ from graft.state.installation import Installation
 from graft.state.records import Container
 
 _IDLE_SECONDS = 3.0
+_FLUSH_SECONDS = 2.0
 _REAP_AGAIN_SECONDS = 10.0
 
 
@@ -71,7 +74,7 @@ class Service:
         self._after_stop: list[Callable[[], None]] = []
         self._records = ContainerList(settings)
         self._cgroups = Cgroups(self._loop, self._loop.tick_soon)
-        self._reaping = False
+        self._reaping = self._is_replaced = False
         self._empty_since = time.monotonic()
         self._commands = Commands(settings, self._loop, self._kept, self._handle)
 
@@ -83,6 +86,8 @@ class Service:
             self._tick()
             self._kept.store.say({protocol.READY: "1"})
             self._loop.run()
+            if self._is_replaced:
+                self._make_room()
         finally:
             for service in (*self._services.values(), *self._stopping.values()):
                 with contextlib.suppress(OSError):
@@ -95,6 +100,23 @@ class Service:
             self._kept.close()
             self._loop.shut_down()
             wakeup.close()
+
+    def _make_room(self) -> NoReturn:
+        """End, and leave everything as it is to the graftd that the keeper starts next."""
+        self._kernel_relay.close()
+        if not self._kept.store.flush(_FLUSH_SECONDS):
+            log("the keeper does not take all that is to outlive this graftd")
+        os._exit(protocol.REPLACED)
+
+    def _replace(self, python: str, reply: Reply) -> None:
+        if not self._kept.store.is_kept:
+            hint = "graft down, or end it and start it again: its connections are reset"
+            reply({"error": "the daemon has no keeper, so nothing would outlive it", "hint": hint})
+            return
+        if python:
+            self._kept.store.say(protocol.command(daemon_process.graftd_command(python, self._keep)))
+        self._is_replaced = self._loop.stopping = True
+        reply({"pid": os.getpid()})
 
     def _handle_signals(self) -> socket.socket:
         reader, writer = socket.socketpair()
@@ -226,10 +248,13 @@ class Service:
             case "stop":
                 self._loop.stopping = True
                 reply({"pid": os.getpid()})
+            case "replace":
+                self._replace(str(request["python"]), reply)
             case "ping":
                 self._empty_since = time.monotonic()
                 served = sorted(number for number, one in self._services.items() if one.serves)
-                reply({"pid": os.getpid(), "keeper": keeper_pid(), "containers": served})
+                own = {"pid": os.getpid(), "keeper": keeper_pid(), "python": sys.executable}
+                reply({**own, "containers": served})
             case other:
                 reply({"error": f"the daemon does not know the command {other!r}"})
 

@@ -69,11 +69,11 @@ def inode(netns: Netns, port: int) -> str:
 
 
 class Connecting(threading.Thread):
-    """A client that connects again and again."""
+    """A client that connects again and again. ``reads``: and waits for the end of each connection."""
 
-    def __init__(self, host: Host, port: int) -> None:
+    def __init__(self, host: Host, port: int, reads: bool = False) -> None:
         super().__init__()
-        self._host, self._port = host, port
+        self._host, self._port, self._reads = host, port, reads
         self.ending = threading.Event()
         self.made, self.failures = 0, list[Exception]()
 
@@ -81,18 +81,24 @@ class Connecting(threading.Thread):
         """Count the connections."""
         while not self.ending.is_set():
             try:
-                self._host.client.connected(HOST4, self._port).close()
+                with self._host.client.connected(HOST4, self._port) as client:
+                    if self._reads:
+                        assert client.recv(1) == b""
                 self.made += 1
             except Exception as error:
                 self.failures.append(error)
 
 
-def accept_all(listener: socket.socket, ending: threading.Event) -> None:
+def accept_all(listener: socket.socket, ending: threading.Event) -> threading.Thread:
     """A server that closes what it accepts."""
     listener.settimeout(0.1)
-    while not ending.is_set():
-        with contextlib.suppress(TimeoutError):
-            listener.accept()[0].close()
+
+    def serve() -> None:
+        while not ending.is_set():
+            with contextlib.suppress(TimeoutError):
+                listener.accept()[0].close()
+
+    return threading.Thread(target=serve)
 
 
 def test_no_client_is_refused_while_graftd_is_killed_and_started_again(container: Plain) -> None:
@@ -100,7 +106,7 @@ def test_no_client_is_refused_while_graftd_is_killed_and_started_again(container
         port = published(container)
         client = Connecting(container.host, port)
         client.start()
-        server = threading.Thread(target=accept_all, args=(listener, client.ending))
+        server = accept_all(listener, client.ending)
         server.start()
         try:
             for _ in range(5):
