@@ -21,6 +21,7 @@ from graft.model.settings import Settings
 from graft.splice import descriptor_store
 from graft.splice.daemon_process import daemon_lock
 from graft.splice.service import Service
+from graft.splice.watchdog import Watchdog
 
 
 def relays_cgroup(settings: Settings) -> Path:
@@ -33,9 +34,8 @@ def run(settings: Settings, keep: bool = True) -> None:
 
     Raises ConflictError where a daemon runs already.
     """
-    received, keeper = descriptor_store.received(), descriptor_store.connected()
-    for name in protocol.VARIABLES:
-        os.environ.pop(name, None)
+    told = {name: os.environ.pop(name) for name in protocol.VARIABLES if name in os.environ}
+    received, keeper = descriptor_store.received(told), descriptor_store.connected(told)
     dataplane.up(settings)
     with daemon_lock(settings):
         folder = relays_cgroup(settings)
@@ -47,7 +47,9 @@ def run(settings: Settings, keep: bool = True) -> None:
         os.setgroups(())  # servers of unix sockets would be shown them (SO_PEERGROUPS)
         service = Service(settings, keep, keeper, received)
         gc.freeze()
+        watchdog = Watchdog(told, service.last_turn)
         service.run()
+        watchdog.close()
 
 
 def main(keep: bool) -> None:

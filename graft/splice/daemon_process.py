@@ -31,7 +31,7 @@ _REPLACE_SECONDS = 60.0
 _KEEPER = (
     "import sys; sys.path.append(sys.argv[1]); from graft.keeper.process import main; sys.exit(main(*sys.argv[2:]))"
 )
-_WATCHDOG_SECONDS = 0.0
+_WATCHDOG_SECONDS = 30.0
 _INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "LANG")
 
 

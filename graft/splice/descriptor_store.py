@@ -24,20 +24,20 @@ _SEND_BYTES = 1 << 20
 _BARRIER_SECONDS = 1.0
 
 
-def received(environment: Mapping[str, str] | None = None) -> list[tuple[str, int]]:
+def received(told: Mapping[str, str]) -> list[tuple[str, int]]:
     """The names and descriptors that this process was started with, none of which a program inherits that it executes.
 
-    Call it once, before anything else is opened.
+    ``told``: the environment. Call it once, before anything else is opened.
     """
-    found = protocol.listen_descriptors(os.environ if environment is None else environment, os.getpid())
+    found = protocol.listen_descriptors(told, os.getpid())
     for fd, _ in found:
         os.set_inheritable(fd, False)
     return [(name, fd) for fd, name in found]
 
 
-def connected(environment: Mapping[str, str] | None = None) -> socket.socket | None:
+def connected(told: Mapping[str, str]) -> socket.socket | None:
     """A socket that sends to the keeper, None where there is none: nothing outlives this process then."""
-    address = (os.environ if environment is None else environment).get(protocol.NOTIFY_SOCKET, "")
+    address = told.get(protocol.NOTIFY_SOCKET, "")
     if not address.startswith(("/", "@")):
         return None
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)

@@ -68,6 +68,8 @@ class EventLoop:
         self._to_close: set[socket.socket] = set()
         self._tick, self._interval = tick, interval
         self._due = 0.0
+        self.ticked = time.monotonic()
+        """When ``tick`` was called last."""
         self._busy_polling = False
         self.bulk = False
         """Set by a connection that moved a lot in this turn: then the processor is not used for busy polling."""
@@ -179,7 +181,7 @@ class EventLoop:
         now = time.monotonic()
         if now >= self._due:
             self._guarded(self._tick)
-            now = time.monotonic()
+            now = self.ticked = time.monotonic()
             self._due = now + self._interval
             self._slow_calls.tick(now)
         if self._slow_calls.owners:

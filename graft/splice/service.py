@@ -78,6 +78,10 @@ class Service:
         self._empty_since = time.monotonic()
         self._commands = Commands(settings, self._loop, self._kept, self._handle)
 
+    def last_turn(self) -> float:
+        """When the event loop's own turn was last, in the time of time.monotonic()."""
+        return self._loop.ticked
+
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, or, without ``keep``, until there is no container left."""
         wakeup = self._handle_signals()

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from graft.kernel import cgroup
-from graft.splice import control
+from graft.splice import client as splice
+from graft.splice import control, daemon_process
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, HOST4, Netns
 from tests.support.plain import Plain, plain
@@ -235,3 +236,23 @@ def test_a_talk_goes_on_with_the_next_graftd(container: Plain) -> None:
         client, accepted = pair(container, listener, port)
         with client, accepted:
             talk(client, accepted)
+
+
+def test_a_graftd_that_hangs_is_killed_and_loses_nothing(container: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
+    splice.stop(container.host.settings)
+    monkeypatch.setattr(daemon_process, "_WATCHDOG_SECONDS", 2.0 * PATIENCE)
+    daemon_process.ensure_running(container.host.settings)
+    try:
+        with container.listener() as listener:
+            port = published(container)
+            client, accepted = pair(container, listener, port)
+            with client, accepted:
+                talk(client, accepted)
+                before = processes(container.host)[0]
+                time.sleep(3.0 * PATIENCE)  # one that works is not killed
+                assert processes(container.host)[0] == before
+                os.kill(before, signal.SIGSTOP)
+                talk(client, accepted)
+                assert processes(container.host)[0] != before
+    finally:
+        splice.stop(container.host.settings)
