@@ -100,17 +100,28 @@ class Acceptor:
                 break
         self._resources.later(self.accept)
 
-    def _relay(self, near: socket.socket, peer: PeerAddress) -> None:
+    def take_over(self, near: socket.socket, slot: int) -> bool:
+        """Relay what the graftd before has accepted, and no more. False where there is no room."""
+        if not self._resources.reserve_connection():
+            return False
+        self._relay(near, near.getpeername(), slot)
+        return True
+
+    def _relay(self, near: socket.socket, peer: PeerAddress, slot: int | None = None) -> None:
         near.setblocking(False)
-        attempt = partial(self._connect, near, peer)
+        kept = self._resources.daemon.kept
+        if slot is None and self._record is not None:
+            slot = kept.add_accepted(self._record, near)
+        attempt = partial(self._connect, near, peer, slot)
         try:
             done = attempt()
         except BlockingIOError:
-            WaitingConnection(self._resources, near, attempt)
+            WaitingConnection(self._resources, near, attempt, slot)
             return
         if not done:
+            kept.drop(slot)
             blamed = None if self._far_is_outside else OutsidePeer(self._resources, self._address(near, peer)).count
-            self._resources.loop.close(near, blamed)
+            self._resources.loop.close(near, blamed, ends=slot is not None)
             self._resources.release_connection()
 
     def _address(self, near: socket.socket, peer: PeerAddress) -> str:
@@ -119,7 +130,7 @@ class Acceptor:
             return OUT
         return "" if near.family == socket.AF_UNIX else str(peer[0])
 
-    def _connect(self, near: socket.socket, peer: PeerAddress) -> bool:
+    def _connect(self, near: socket.socket, peer: PeerAddress, slot: int | None) -> bool:
         """Relay an accepted connection; whether its far end could be reached. Raises BlockingIOError."""
         try:
             far = self._connect_far(near, peer)
@@ -131,7 +142,8 @@ class Acceptor:
             return False
         self.served += 1
         sockmap = None if socket.AF_UNIX in (near.family, far.family) else self.sockmap
-        slot = None if self._record is None else self._resources.daemon.kept.add_connection(self._record, near, far)
+        if self._record is not None:
+            self._resources.daemon.kept.complete(slot, self._record.kind, far)
         outside = OutsidePeer(self._resources, self._address(near, peer))
         Connection(
             self._resources, self.connections, near, far, sockmap, self._check_far, outside, self._far_is_outside, slot

@@ -57,12 +57,12 @@ def keeper_pid() -> int:
 
 
 class _Message:
-    """One that waits: with a ``name``, it stores ``fds`` or removes what has that name."""
+    """One that waits: with a ``name``, it stores ``fds``. ``more``: others of that name were sent before."""
 
-    __slots__ = ("fds", "name", "raw")
+    __slots__ = ("fds", "more", "name", "raw")
 
-    def __init__(self, raw: bytes, name: str = "", fds: Sequence[int] = ()) -> None:
-        self.raw, self.name, self.fds = raw, name, fds
+    def __init__(self, raw: bytes, name: str = "", fds: Sequence[int] = (), more: bool = False) -> None:
+        self.raw, self.name, self.fds, self.more = raw, name, fds, more
 
 
 class DescriptorStore:
@@ -86,19 +86,28 @@ class DescriptorStore:
         """Whether the keeper was sent all that it is to be told."""
         return not self._waiting
 
-    def put(self, name: str, fds: Sequence[int]) -> None:
-        """Have the keeper open what ``fds`` are; they stay open here until then, or until `drop`."""
-        if self._sock is not None:
-            message = _Message(protocol.store(name), name, fds)
-            if not self._send(message):
-                self._unsent[name] = message
+    def put(self, name: str, fds: Sequence[int], more: bool = False) -> None:
+        """Have the keeper open what ``fds`` are; they stay open here until then, or until `drop`. ``more``: beside
+        others of that name.
+        """
+        if self._sock is None:
+            return
+        waiting = self._unsent.get(name)
+        if waiting is not None:
+            waiting.fds = [*waiting.fds, *fds]
+            return
+        message = _Message(protocol.store(name), name, fds, more)
+        if not self._send(message):
+            self._unsent[name] = message
 
     def drop(self, name: str) -> None:
         """Have the keeper close them."""
         message = self._unsent.pop(name, None)
         if message is not None:
             del self._waiting[message]
-        elif self._sock is not None:
+            if not message.more:
+                return
+        if self._sock is not None:
             self._send(_Message(protocol.remove(name)))
 
     def say(self, fields: Mapping[str, str], fds: Sequence[int] = ()) -> None:

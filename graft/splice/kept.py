@@ -123,6 +123,7 @@ class Kept:
         wanted = [record.near, record.far] if record.far else [record.near]
         found = Found(slot, record, tuple(socks.pop(cookie) for cookie in wanted if cookie in socks))
         for sock in socks.values():
+            socket_calls.end(sock)
             sock.close()
         if len(found.socks) == len(wanted):
             for sock in found.socks:
@@ -133,10 +134,9 @@ class Kept:
 
     # ---- what the graftd before has left
 
-    @property
-    def containers(self) -> set[int]:
-        """For which containers something was found that nobody has taken."""
-        return {found.record.container for found in self._found.values()}
+    def containers_with(self, kind: Kind) -> set[int]:
+        """For which containers something of that kind was found that nobody has taken."""
+        return {found.record.container for found in self._found.values() if found.record.kind is kind}
 
     def take(self, kind: Kind, container: int, is_it: Callable[[Found], bool] = lambda _: True) -> list[Found]:
         """What was found of that kind for a container, and ``is_it`` says yes to. It is the caller's now."""
@@ -202,16 +202,21 @@ class Kept:
             return None
         return self.add(Record(kind, container, near=tcp.cookie(sock), port=port, address=address), sock)
 
-    def add_connection(self, record: Record, near: socket.socket, far: socket.socket) -> int | None:
-        """The same, of a connection."""
+    def add_accepted(self, record: Record, near: socket.socket) -> int | None:
+        """The same, of a connection that was accepted just now. ``record``: what to note of it when it is complete."""
         if not self.store.is_kept:
             return None
-        cookies = tcp.cookie(near), tcp.cookie(far)
         made = Record(
-            record.kind, record.container, record.endpoint, *cookies, 0,
+            Kind.ACCEPTED, record.container, record.endpoint, tcp.cookie(near), 0, 0,
             record.family, record.v6only, record.port, record.address,
         )  # fmt: skip
-        return self.add(made, near, far)
+        return self.add(made, near)
+
+    def complete(self, slot: int | None, kind: Kind, far: socket.socket) -> None:
+        """It has its far end."""
+        if slot is not None and self._records is not None:
+            self.store.put(slot_name(slot), [far.fileno()], more=True)  # before it counts: else it would be missing
+            self._records.complete(slot, kind, tcp.cookie(far))
 
     def drop(self, slot: int | None) -> None:
         """What is in a slot is closed, or is to be, by its owner."""

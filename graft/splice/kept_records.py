@@ -22,6 +22,8 @@ MAX_SLOTS = 11_500
 """The names of so many connections, and of their pipes, are one string (MAX_NAMES of graft/keeper/protocol.py)."""
 _LAYOUT = struct.Struct("=BBBBHxxIIQQ16s")
 _PIPES_AT = _LAYOUT.size
+_FAR = struct.Struct("=Q")
+_FAR_AT = struct.calcsize("=BBBBHxxIIQ")
 assert _PIPES_AT % 2 == 0 and _PIPES_AT + 4 <= _BYTES
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 VERSION = 1
@@ -41,6 +43,10 @@ class Kind(IntEnum):
     CONTROL = 4
     INBOUND, OUTBOUND = 5, 6
     """Connections."""
+    ACCEPTED = 7
+    """Near alone: far is not there yet, and nothing was moved. ``endpoint`` 0: of one that goes out."""
+    INNER = 8
+    """The socket of UDP in the container's namespace, over IPv4."""
 
 
 CHECKED, COPYING = 1, 2
@@ -143,6 +149,12 @@ class KeptRecords:
         self._pipes[(at + _PIPES_AT) // 2 + 1] = record.pipes[1]
         self._memory[at] = record.kind
         return slot
+
+    def complete(self, slot: int, kind: Kind, far: int) -> None:
+        """What was accepted is a connection now, by the cookie of its far end."""
+        at = slot * _BYTES
+        _FAR.pack_into(self._memory, at + _FAR_AT, far)
+        self._memory[at] = kind
 
     def release(self, slot: int) -> None:
         """What was noted there does not exist any more."""

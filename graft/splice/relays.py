@@ -25,6 +25,7 @@ from graft.model.ports import mapped_port
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import unix_endpoint
+from graft.splice.acceptor import Acceptor
 from graft.splice.connection import Connection
 from graft.splice.datagram_clients import Server
 from graft.splice.datagrams import DatagramRelay
@@ -145,6 +146,7 @@ class Relays:
         begun = time.monotonic()
         plan = yield from self._make_plan()
         yield from self._apply(plan, begun)
+        yield from self._take_over_accepted()
         if (yield from self._cgroups.look_up(plan.elsewhere)):  # last: the container decides how long it takes
             begun = time.monotonic()
             yield from self._apply((yield from self._make_plan()), begun)
@@ -153,6 +155,35 @@ class Relays:
         """Continue with the connections of the graftd before."""
         judge = Judge(self._maps, self._lookup, self.container.id, self._container_netns.cookie)
         yield from restore(self._resources, judge, self._restored, self._sockmap, self._check_far)
+
+    def _take_over_accepted(self) -> Stepwise[None]:
+        """Relay what the graftd before has accepted, and no more, if its listener is there still."""
+        kept = self._resources.daemon.kept
+        for number, found in enumerate(kept.take(Kind.ACCEPTED, self.container.id), 1):
+            try:
+                acceptor = self._acceptor_of(found)
+                is_taken = acceptor is not None and acceptor.take_over(found.socks[0], found.slot)
+            except OSError:  # its client has gone
+                is_taken = False
+            if not is_taken:
+                kept.close_found(found)
+            if number % _STEP_RESETS == 0:
+                yield
+
+    def _acceptor_of(self, found: Found) -> Acceptor | None:
+        """The one that would have accepted it now, by what the kernel says of it. Raises OSError."""
+        near, number = found.socks[0], found.record.endpoint
+        if not number:  # the relay of what goes out asks by itself where it leads to
+            return self._outbound.acceptors[0] if netns.socket_cookie(near) == self._container_netns.cookie else None
+        if near.family != socket.AF_UNIX:
+            tag = self._maps.tags.get(ctypes.c_int32(near.fileno()))
+            if tag is None or (tag.container, tag.endpoint) != (self.container.id, number):
+                return None
+        what = found.record.family, found.record.address, found.record.port
+        for key, one in self._published.items():
+            if key.endpoint.id == number and (key.family, key.address, key.port) == what:
+                return None if isinstance(one, Server) else one.acceptor
+        return None
 
     def _apply(self, plan: PublicationPlan, begun: float) -> Stepwise[None]:
         self._plan = plan

@@ -34,6 +34,7 @@ from graft.splice.container_service import SCAN_SECONDS, ContainerService, Conte
 from graft.splice.descriptor_store import keeper_pid
 from graft.splice.event_loop import EventLoop
 from graft.splice.kept import Kept
+from graft.splice.kept_records import Kind
 from graft.splice.kernel_relay import KernelRelay
 from graft.splice.log import log
 from graft.splice.namespaces import Namespaces
@@ -86,7 +87,7 @@ class Service:
         """Serve until SIGTERM or SIGINT, or, without ``keep``, until there is no container left."""
         wakeup = self._handle_signals()
         try:
-            exchanges.erase_all(self._context.maps)  # of a daemon that was killed
+            exchanges.erase_all(self._context.maps, self._kept.containers_with(Kind.INNER))  # of one that was killed
             self._tick()
             self._kept.store.say({protocol.READY: "1"})
             self._loop.run()
