@@ -25,10 +25,18 @@ class Child:
         """When it was started, and when it said last that it works."""
         self.ready = 0.0
         """When it said first that it is ready; 0: it has not."""
-        self.pid = os.fork()
-        if self.pid == 0:
-            _execute(command, environment, descriptors)
+        self.is_stopping = False
+        """Whether it said that it ends by itself."""
+        self.pid = self._begin(command, environment, descriptors)
         self.pidfd = os.pidfd_open(self.pid)
+
+    def _begin(
+        self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]]
+    ) -> int:
+        pid = os.fork()
+        if pid == 0:
+            _execute(command, environment, descriptors)
+        return pid
 
     def note_ready(self) -> None:
         """It says that it is ready."""
@@ -46,6 +54,31 @@ class Child:
         """Its exit status, or the negative number of the signal that killed it. Waits until it has ended."""
         os.close(self.pidfd)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+class Adopted(Child):
+    """A graftd whose keeper was killed: no child of this process, but served like one."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises OSError where it has ended."""
+        self._pid = pid
+        super().__init__((), {}, ())
+        self.note_ready()
+
+    def _begin(self, *_: object) -> int:
+        return self._pid
+
+    def send(self, signum: int) -> None:
+        """As for a child: its number may be another's by now, its descriptor is not."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signum)
+        except ProcessLookupError:
+            pass
+
+    def reap(self) -> int:
+        """0 where it said that it ends, else as if it was killed: how it ended, its parent is told alone."""
+        os.close(self.pidfd)
+        return 0 if self.is_stopping else -signal.SIGKILL
 
 
 def _execute(command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]]) -> None:

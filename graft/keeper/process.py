@@ -7,6 +7,8 @@
 One that is to be replaced may say by which command the next one is started (an upgrade). If that is never ready, the
 command before is used again.
 
+A graftd whose keeper was killed starts another one, which adopts it: it is stored with again what it has.
+
 A first graftd that ends before it is ready is not started again: what its starter wants is impossible.
 
 A message counts if the kernel says that it is of the graftd that was started, and root's (SCM_CREDENTIALS); what came
@@ -28,7 +30,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from graft.keeper import protocol
-from graft.keeper.child import Child
+from graft.keeper.child import Adopted, Child
 from graft.keeper.holdings import Holdings, close
 from graft.keeper.restarts import Restarts
 
@@ -49,11 +51,18 @@ def log(text: str) -> None:
 class Keeper:
     """``folder``: run_dir, open. ``ready``: a descriptor to write to when graftd is ready, the first time; -1: none.
 
-    ``watchdog``: after how many seconds without a message graftd is killed; 0: never.
+    ``watchdog``: after how many seconds without a message graftd is killed; 0: never. ``adopted``: the process id of a
+    graftd that has no keeper any more, 0 to start one.
     """
 
     def __init__(
-        self, folder: int, command: Sequence[str], environment: Mapping[str, str], ready: int, watchdog: float
+        self,
+        folder: int,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        ready: int,
+        watchdog: float,
+        adopted: int = 0,
     ) -> None:
         self._command, self._ready, self._watchdog = command, ready, watchdog
         self._next: Sequence[str] = ()
@@ -72,7 +81,6 @@ class Keeper:
         self._environment = {
             **environment,
             protocol.NOTIFY_SOCKET: path,
-            protocol.KEEPER: str(os.getpid()),
             **({protocol.WATCHDOG_USEC: str(int(watchdog * 1e6))} if watchdog else {}),
         }
         self._wakeup, writer = socket.socketpair()
@@ -81,6 +89,9 @@ class Keeper:
         signal.set_wakeup_fd(writer.detach())
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: None)
+        if adopted:
+            self._child = Adopted(adopted)
+            self._note_ready()
 
     def run(self) -> int:
         """Keep a graftd running until one ends by itself, or SIGTERM. Gives the status to exit with."""
@@ -153,11 +164,12 @@ class Keeper:
         status = child.reap()
         if self._ending:
             return 0
-        self._choose_command(status == protocol.REPLACED)
-        if status == 0 or not (self._was_ready or status == protocol.REPLACED):
+        is_replaced = status == protocol.REPLACED or (isinstance(child, Adopted) and bool(self._next))
+        self._choose_command(is_replaced)
+        if status == 0 or not (self._was_ready or is_replaced):
             return max(status, 1) if status else 0
-        pause = 0.0 if status == protocol.REPLACED else self._restarts.pause(child.ready_for())
-        if status != protocol.REPLACED:
+        pause = 0.0 if is_replaced else self._restarts.pause(child.ready_for())
+        if not is_replaced:
             how = f"was killed by signal {-status}" if status < 0 else f"failed ({status})"
             log(f"graftd ({child.pid}) {how}; it is started again{f' in {pause:.1f} s' if pause else ''}")
         self._due = time.monotonic() + pause
@@ -195,6 +207,7 @@ class Keeper:
             if not self._holdings.add(message.get(protocol.NAME, "stored"), fds):
                 log("graftd stores more than can be kept")
             fds = ()
+        child.is_stopping = child.is_stopping or message.get(protocol.STOPPING) == "1"
         self._next = protocol.parse_command(message) or self._next
         if message.get(protocol.READY) == "1":
             self._previous = ()
@@ -260,8 +273,10 @@ def _lock(folder: int) -> bool:
     return True
 
 
-def main(folder: str, ready: str, watchdog: str, *command: str) -> int:
-    """The keeper for the installation with that run_dir. ``command`` is graftd's. Gives the status to exit with."""
+def main(folder: str, ready: str, watchdog: str, adopted: str, *command: str) -> int:
+    """The keeper for the installation with that run_dir. ``command`` is graftd's; ``adopted``: the process id of one
+    that runs, or 0. Gives the status to exit with.
+    """
     with open("/proc/self/comm", "w") as file:
         file.write("graft-keeper")
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -271,4 +286,4 @@ def main(folder: str, ready: str, watchdog: str, *command: str) -> int:
     if not _lock(opened):
         log("another keeper runs already")
         return 1
-    return Keeper(opened, command, os.environ, int(ready), float(watchdog)).run()
+    return Keeper(opened, command, os.environ, int(ready), float(watchdog), int(adopted)).run()

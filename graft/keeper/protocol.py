@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-READY = "READY"
+READY, STOPPING = "READY", "STOPPING"
 STORE, REMOVE, NAME, POLL = "FDSTORE", "FDSTOREREMOVE", "FDNAME", "FDPOLL"
 WATCHDOG = "WATCHDOG"
 BARRIER = "BARRIER"
@@ -24,9 +24,6 @@ NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID = "NOTIFY_SOCKET", "WATCHDOG_USEC", "
 _FDS, _NAMES, _PID = "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"
 VARIABLES = (NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID, _FDS, _NAMES, _PID)
 """Of the environment: for graftd alone, and for none of its children."""
-
-KEEPER = "GRAFT_KEEPER"
-"""Of the environment: the process id of Graft's own keeper."""
 
 FIRST_DESCRIPTOR = 3
 MAX_NAME = 255

@@ -29,10 +29,11 @@ def relays_cgroup(settings: Settings) -> Path:
     return cgroup.v2_mount() / settings.cgroup / "relays"
 
 
-def run(settings: Settings, keep: bool = True) -> None:
+def run(settings: Settings, keep: bool = True, keeper_pid: int = 0) -> None:
     """Run the daemon, until a signal ends it, or (without ``keep``) nothing is left to serve.
 
-    Raises ConflictError where a daemon runs already.
+    ``keeper_pid``: the process id of its keeper, if that is Graft's own. Raises ConflictError where a daemon runs
+    already.
     """
     told = {name: os.environ.pop(name) for name in protocol.VARIABLES if name in os.environ}
     received, keeper = descriptor_store.received(told), descriptor_store.connected(told)
@@ -45,9 +46,10 @@ def run(settings: Settings, keep: bool = True) -> None:
         process.raise_descriptor_limit()
         unix_files.pin_own_descriptors()
         os.setgroups(())  # servers of unix sockets would be shown them (SO_PEERGROUPS)
-        service = Service(settings, keep, keeper, received)
+        service = Service(settings, keep, keeper, received, keeper_pid)
         gc.freeze()
         watchdog = Watchdog(told, service.last_turn)
+        service.keeper_watch.on_another = watchdog.continue_with
         service.run()
         watchdog.close()
 
@@ -55,7 +57,7 @@ def run(settings: Settings, keep: bool = True) -> None:
 def main(keep: bool) -> None:
     """The daemon as the child of Graft's own keeper, which `daemon_process` starts."""
     try:
-        run(Settings.from_environment(), keep)
+        run(Settings.from_environment(), keep, os.getppid())
     except GraftError as error:
         print(f"graftd: {printable(error.message)}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -68,16 +68,18 @@ def request(settings: Settings, command: dict[str, Any]) -> dict[str, Any]:
             raise KernelError("the daemon ended before it answered", f"see {settings.run_dir}/graftd.log")
 
 
-def _start(settings: Settings) -> None:
-    """Start a daemon that outlives the caller, and gets nothing from it but the settings."""
+def start_keeper(settings: Settings, keep: bool = False, adopted: int = 0) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a keeper that outlives the caller, and gets nothing from it but the settings: gives its process, and a
+    descriptor at which it says that it is ready (or, without ``adopted``, that graftd is). Raises OSError.
+    """
     folder = keeper_cgroup(settings)
     cgroup.make(folder)
-    reader, writer = os.pipe()
     log = os.open(settings.run_dir / "graftd.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
+    reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        starter = subprocess.Popen(
-            _keeper_command(settings, writer),
+        started = subprocess.Popen(
+            _keeper_command(settings, writer, keep, adopted),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -87,10 +89,19 @@ def _start(settings: Settings) -> None:
             cwd="/",
         )
         with contextlib.suppress(OSError):  # it has ended
-            (folder / "cgroup.procs").write_text(str(starter.pid))
+            (folder / "cgroup.procs").write_text(str(started.pid))
+    except BaseException:
+        os.close(reader)
+        raise
     finally:
         os.close(log)
         os.close(writer)
+    return started, reader
+
+
+def _start(settings: Settings) -> None:
+    """Start a keeper and its graftd, and wait until that answers. Raises KernelError where it does not."""
+    starter, reader = start_keeper(settings)
     with open(reader, "rb") as file:
         is_ready = bool(file.read())
     starter.returncode = 0  # nobody waits for it: it outlives this process
@@ -106,12 +117,14 @@ def keeper_cgroup(settings: Settings) -> Path:
     return cgroup.v2_mount() / settings.cgroup / "keeper"
 
 
-def _keeper_command(settings: Settings, ready: int, keep: bool = False) -> list[str]:
-    """Starts a keeper, which starts graftd. ``ready``: a descriptor to write to then; -1: none."""
+def _keeper_command(settings: Settings, ready: int, keep: bool = False, adopted: int = 0) -> list[str]:
+    """Starts a keeper, which starts graftd, or adopts the one that has the process id ``adopted``. ``ready``: a
+    descriptor to write to then; -1: none.
+    """
     import graft
 
     graftd = graftd_command(sys.executable, keep)
-    options = [str(settings.run_dir), str(ready), str(_WATCHDOG_SECONDS)]
+    options = [str(settings.run_dir), str(ready), str(_WATCHDOG_SECONDS), str(adopted)]
     return [sys.executable, "-I", "-S", "-c", _KEEPER, str(Path(graft.__file__).parents[1]), *options, *graftd]
 
 

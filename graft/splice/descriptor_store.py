@@ -50,12 +50,6 @@ def connected(told: Mapping[str, str]) -> socket.socket | None:
     return sock
 
 
-def keeper_pid() -> int:
-    """The process id of Graft's own keeper, 0 where there is none, or the service manager is it."""
-    number = os.environ.get(protocol.KEEPER, "")
-    return int(number) if number.isdigit() and int(number) == os.getppid() else 0
-
-
 class _Message:
     """One that waits: with a ``name``, it stores ``fds``. ``more``: others of that name were sent before."""
 
@@ -69,17 +63,21 @@ class DescriptorStore:
     """Sends by ``sock``, which never blocks, and is closed with this; None: there is no keeper, and nothing is sent."""
 
     def __init__(self, loop: EventLoop, sock: socket.socket | None = None) -> None:
-        self._loop, self._sock = loop, sock
+        self._loop = loop
+        self._sock: socket.socket | None = None
+        self.is_kept = sock is not None
+        """Whether there is a keeper, or will be again."""
         self._waiting: OrderedDict[_Message, None] = OrderedDict()
         self._unsent: dict[str, _Message] = {}
         """Those of the waiting that store something."""
         if sock is not None:
-            loop.watch(sock.fileno(), 0, self._on_writable)
+            self.continue_with(sock)
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether there is a keeper."""
-        return self._sock is not None
+    def continue_with(self, sock: socket.socket) -> None:
+        """Send to another keeper, which has nothing yet."""
+        self.disconnect()
+        self._sock = sock
+        self._loop.watch(sock.fileno(), 0, self._on_writable)
 
     @property
     def has_sent_all(self) -> bool:
@@ -133,8 +131,8 @@ class DescriptorStore:
             socket.send_fds(self._sock, [message.raw], list(message.fds))
         except BlockingIOError:
             return False
-        except OSError as error:
-            self._lose_keeper(error)
+        except OSError:  # it has died: what it had open is closed
+            self.disconnect()
         return True
 
     def _on_writable(self, _mask: int) -> None:
@@ -146,10 +144,6 @@ class DescriptorStore:
                 self._unsent.pop(message.name, None)
         if self._sock is not None:
             self._loop.change(self._sock.fileno(), 0)
-
-    def _lose_keeper(self, _error: OSError) -> None:
-        """It has died: what it had open is closed."""
-        self.close()
 
     def flush(self, seconds: float) -> bool:
         """Send all that waits, for so long at the most. Whether nothing waits any more."""
@@ -182,6 +176,11 @@ class DescriptorStore:
 
     def close(self) -> None:
         """Send no more. Safe to repeat."""
+        self.is_kept = False
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Send no more to this keeper. Safe to repeat."""
         if self._sock is not None:
             sock, self._sock = self._sock, None
             with contextlib.suppress(OSError):

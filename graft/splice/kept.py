@@ -63,6 +63,10 @@ class Kept:
         self._loop = loop
         self._found: dict[int, Found] = {}
         self._found_pipes: dict[int, tuple[int, int]] = {}
+        self._socks: dict[int, tuple[socket.socket, ...]] = {}
+        """What every slot has, found or made."""
+        self._pipes: dict[int, tuple[int, int]] = {}
+        """Both ends of every pipe that the keeper has, or is to have."""
         self._free_pipes: list[int] = []
         self._next_pipe = 0
         self._records: KeptRecords | None = None
@@ -100,6 +104,7 @@ class Kept:
             self.store.drop(name)
         self._next_pipe = max(self._found_pipes, default=-1) + 1
         self._free_pipes = [number for number in range(self._next_pipe) if number not in self._found_pipes]
+        self._pipes = dict(self._found_pipes)
         self._close_unused_pipes(records.values())
         for slot, record in records.items():
             self._sort_slot(slot, record, by_slot.get(slot, {}))
@@ -116,6 +121,7 @@ class Kept:
         for fd in ends:
             if fd >= 0:
                 os.close(fd)
+        self._pipes.pop(number, None)
         self.store.drop(pipe_name(number))
         self._free_pipes.append(number)
 
@@ -128,7 +134,7 @@ class Kept:
         if len(found.socks) == len(wanted):
             for sock in found.socks:
                 sock.setblocking(False)
-            self._found[slot] = found
+            self._found[slot], self._socks[slot] = found, found.socks
         else:  # it was being stored, or closed
             self.close_found(found)
 
@@ -187,12 +193,23 @@ class Kept:
 
     # ---- what this one will leave
 
+    def store_all(self, sock: socket.socket) -> None:
+        """Store everything with another keeper: the one before was killed."""
+        self.store.continue_with(sock)
+        if self._records is not None:
+            self.store.put(RECORDS_NAME, [self._records.fd])
+        for slot, socks in self._socks.items():
+            self.store.put(slot_name(slot), [one.fileno() for one in socks])
+        for number, ends in self._pipes.items():
+            self.store.put(pipe_name(number), ends)
+
     def add(self, record: Record, *socks: socket.socket) -> int | None:
         """Have sockets outlive this process; gives their slot, None where they do not."""
         if self._records is None or not self.store.is_kept:
             return None
         slot = self._records.add(record)
         if slot is not None:
+            self._socks[slot] = socks
             self.store.put(slot_name(slot), [sock.fileno() for sock in socks])
         return slot
 
@@ -215,6 +232,7 @@ class Kept:
     def complete(self, slot: int | None, kind: Kind, far: socket.socket) -> None:
         """It has its far end."""
         if slot is not None and self._records is not None:
+            self._socks[slot] = (*self._socks[slot], far)
             self.store.put(slot_name(slot), [far.fileno()], more=True)  # before it counts: else it would be missing
             self._records.complete(slot, kind, tcp.cookie(far))
 
@@ -222,6 +240,7 @@ class Kept:
         """What is in a slot is closed, or is to be, by its owner."""
         if slot is not None and self._records is not None:
             self._records.release(slot)
+            self._socks.pop(slot, None)
             self.store.drop(slot_name(slot))
 
     def note(self, slot: int | None, flag: int, on: bool = True) -> None:
@@ -244,11 +263,13 @@ class Kept:
                 self._free_pipes.append(self._next_pipe)
                 self._next_pipe += 1
             pipe.number = self._free_pipes.pop()
+            self._pipes[pipe.number] = pipe.read, pipe.write
             self.store.put(pipe_name(pipe.number), [pipe.read, pipe.write])
 
     def drop_pipe(self, pipe: Pipe) -> None:
         """A pipe is to be closed."""
         if pipe.number < MAX_PIPES:
+            self._pipes.pop(pipe.number, None)
             self.store.drop(pipe_name(pipe.number))
             self._free_pipes.append(pipe.number)
             pipe.number = NOT_KEPT

@@ -31,8 +31,8 @@ from graft.splice.cgroups import Cgroups
 from graft.splice.commands import Commands, Reply, failure
 from graft.splice.container_list import ContainerList
 from graft.splice.container_service import SCAN_SECONDS, ContainerService, Context
-from graft.splice.descriptor_store import keeper_pid
 from graft.splice.event_loop import EventLoop
+from graft.splice.keeper_watch import KeeperWatch
 from graft.splice.kept import Kept
 from graft.splice.kept_records import Kind
 from graft.splice.kernel_relay import KernelRelay
@@ -50,7 +50,8 @@ _REAP_AGAIN_SECONDS = 10.0
 
 class Service:
     """The daemon's work. ``keep``: run on when there is no container left to serve. ``keeper``: a socket that sends to
-    it; ``received``: what it had of the graftd before (descriptor_store.py).
+    it; ``received``: what it had of the graftd before (descriptor_store.py); ``keeper_pid``: its process id, if it is
+    Graft's own.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class Service:
         keep: bool,
         keeper: socket.socket | None = None,
         received: Sequence[tuple[str, int]] = (),
+        keeper_pid: int = 0,
     ) -> None:
         self._settings, self._keep = settings, keep
         self._loop = EventLoop(self._tick, SCAN_SECONDS)
         self._background = Background(self._loop)
         graft = Installation(settings)
         self._kept = Kept(self._loop, keeper, received)
+        self.keeper_watch = KeeperWatch(settings, self._loop, self._kept, keeper_pid, keep)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         daemon_resources = DaemonResources(self._loop, limit, kept=self._kept)
         namespaces = Namespaces(settings, graft.endpoints)
@@ -102,6 +105,7 @@ class Service:
             self._context.namespaces.close()
             self._kernel_relay.close()
             self._context.daemon_resources.close()
+            self.keeper_watch.close()
             self._kept.close()
             self._loop.shut_down()
             wakeup.close()
@@ -258,7 +262,7 @@ class Service:
             case "ping":
                 self._empty_since = time.monotonic()
                 served = sorted(number for number, one in self._services.items() if one.serves)
-                own = {"pid": os.getpid(), "keeper": keeper_pid(), "python": sys.executable}
+                own = {"pid": os.getpid(), "keeper": self.keeper_watch.pid, "python": sys.executable}
                 reply({**own, "containers": served})
             case other:
                 reply({"error": f"the daemon does not know the command {other!r}"})

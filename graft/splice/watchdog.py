@@ -64,21 +64,27 @@ class Watchdog:
         self._pause, self._last_turn = seconds(told) / _LOOKS, last_turn
         self._watched = threading.get_native_id()
         self._ended = threading.Event()
-        self._sock = connected(told)
-        if self._pause and self._sock is not None:
-            threading.Thread(target=self._run, args=(self._sock,), daemon=True).start()
+        sock = connected(told)
+        if self._pause and sock is not None:
+            self._sock: socket.socket = sock
+            threading.Thread(target=self._run, daemon=True).start()
 
     def _activity(self) -> Activity:
         with open(f"/proc/self/task/{self._watched}/stat") as file:
             return parse_activity(file.read())
 
-    def _run(self, sock: socket.socket) -> None:
+    def continue_with(self, told: Mapping[str, str]) -> None:
+        """Tell another keeper, by what that one told."""
+        if self._pause:
+            self._sock = connected(told) or self._sock
+
+    def _run(self) -> None:
         before = self._activity()
         while not self._ended.wait(self._pause):
             now = self._activity()
             if works(time.monotonic() - self._last_turn(), _LATELY * self._pause, before, now):
                 with contextlib.suppress(OSError):  # it has not read the last one yet
-                    sock.send(protocol.encode({protocol.WATCHDOG: "1"}))
+                    self._sock.send(protocol.encode({protocol.WATCHDOG: "1"}))
             before = now
 
     def close(self) -> None:

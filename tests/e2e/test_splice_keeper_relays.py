@@ -289,3 +289,78 @@ def test_thousands_of_connections_are_taken_over_at_once(container: Plain) -> No
                 for sock in one:
                     sock.close()
         until("none left", lambda: container.described().get("connections") == 0)
+
+
+def test_graftd_starts_another_keeper_and_hands_everything_to_it(container: Plain) -> None:
+    host = container.host
+    with container.listener() as listener:
+        port = published(container)
+        client, accepted = pair(container, listener, port)
+        with client, accepted:
+            stream = Stream(client, accepted, 100, 1, 0.003)
+            stream.start()
+            for _ in range(3):
+                graftd, keeper = processes(host)
+                os.kill(keeper, signal.SIGKILL)
+                until("another keeper", lambda before=keeper: processes(host)[1] not in (0, before))  # type: ignore[misc]
+                assert processes(host)[0] == graftd
+                kill_graftd(host)
+                assert processes(host)[0] != graftd
+            stream.check()
+        for sock in pair(container, listener, port):
+            sock.close()
+    both = processes(host)
+    os.kill(both[1], signal.SIGKILL)
+    until("another keeper", lambda: processes(host)[1] not in (0, both[1]))
+    both = processes(host)
+    container.detach()
+    until("both have ended", lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in both))
+
+
+@pytest.mark.parametrize("role", ["client", "server"])
+def test_a_relay_to_a_unix_socket_goes_on(container: Plain, tmp_path: Path, role: str) -> None:
+    host, path = container.host, tmp_path / "app.sock"
+    name = host.endpoint(f"unix:{path}")
+    if role == "client":  # at the host's end
+        listener = container.listener()
+        container.attach("-i", f"0.0.0.0:80={name}")
+        outside, inside = socket.socket(socket.AF_UNIX), None
+        outside.connect(str(path))
+        inside, _ = listener.accept()
+    else:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen()
+        container.attach("-e", f"192.0.2.77/32={name}")
+        inside = container.tcp()
+        inside.connect(("192.0.2.77", 80))
+        outside, _ = listener.accept()
+    with listener, outside, inside:
+        for sock in (outside, inside):
+            sock.settimeout(15 * PATIENCE)
+        talk(outside, inside)
+        for _ in range(2):
+            kill_graftd(host)
+            talk(outside, inside)
+        inside.sendall(b"last")
+        inside.close()
+        assert read_all(outside) == b"last"
+
+
+def test_what_waits_for_room_at_a_unix_socket_is_dialled_by_the_next_one(container: Plain, tmp_path: Path) -> None:
+    """It was accepted, and has no far end."""
+    path = tmp_path / "full.sock"
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as first, container.tcp() as program:
+        server.bind(str(path))
+        server.listen(0)
+        first.connect(str(path))
+        container.attach("-e", f"192.0.2.77/32={container.host.endpoint(f'unix:{path}')}")
+        program.connect(("192.0.2.77", 80))
+        program.sendall(b"patient")
+        until("it waits", lambda: container.described()["connections"] == 1)
+        kill_graftd(container.host)
+        until("it waits again", lambda: container.described().get("connections") == 1)
+        server.accept()[0].close()
+        with server.accept()[0] as accepted:
+            accepted.settimeout(15 * PATIENCE)
+            assert accepted.recv(100) == b"patient"

@@ -167,7 +167,7 @@ def start_keeper(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
         boot = "import sys; sys.path.append(sys.argv[1]); from graft.keeper.process import main; "
         command = [sys.executable, "-I", "-S", "-c", boot + "sys.exit(main(*sys.argv[2:]))", str(ROOT), str(tmp_path)]
         graftd = [sys.executable, "-I", "-S", "-c", program]
-        process = subprocess.Popen([*command, str(writer), str(watchdog), *graftd], pass_fds=[writer])
+        process = subprocess.Popen([*command, str(writer), str(watchdog), "0", *graftd], pass_fds=[writer])
         os.close(writer)
         started.append(Kept(tmp_path, process, reader))
         return started[-1]
