@@ -56,6 +56,6 @@
     daemon_process.py  starts, asks, replaces and stops graftd, and its keeper
     client.py       what `graft attach`, `detach` and `ps` use: the interface of this package
 
-It may import state, datapath, policy, kernel, keeper and model. Its hooks are in bpf/splice.bpf.c, bpf/exchange.bpf.c and
-bpf/stand_in.bpf.c, the relay in the kernel in bpf/relay.bpf.c.
+It may import state, datapath, policy, kernel, keeper and model. Its hooks are in bpf/splice.bpf.c, bpf/exchange.bpf.c
+and bpf/stand_in.bpf.c, the relay in the kernel in bpf/relay.bpf.c.
 """

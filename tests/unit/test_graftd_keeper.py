@@ -161,13 +161,13 @@ class Kept:
 def start_keeper(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
     started: list[Kept] = []
 
-    def make(body: str, watchdog: float = 0.0) -> Kept:
+    def make(body: str, watchdog: float = 0.0, adopted: int = 0) -> Kept:
         reader, writer = os.pipe()
         program = CHILD.format(root=str(ROOT), folder=str(tmp_path)) + body
         boot = "import sys; sys.path.append(sys.argv[1]); from graft.keeper.process import main; "
         command = [sys.executable, "-I", "-S", "-c", boot + "sys.exit(main(*sys.argv[2:]))", str(ROOT), str(tmp_path)]
         graftd = [sys.executable, "-I", "-S", "-c", program]
-        process = subprocess.Popen([*command, str(writer), str(watchdog), "0", *graftd], pass_fds=[writer])
+        process = subprocess.Popen([*command, str(writer), str(watchdog), str(adopted), *graftd], pass_fds=[writer])
         os.close(writer)
         started.append(Kept(tmp_path, process, reader))
         return started[-1]
@@ -239,6 +239,7 @@ def test_one_that_says_nothing_for_too_long_is_killed(start_keeper: Callable[...
 
 def test_a_message_of_another_process_does_nothing(start_keeper: Callable[..., Kept]) -> None:
     kept = start_keeper(STORES + WAITS)
+    assert os.read(kept.ready, 10) == b"ready"
     [[first, _]] = kept.noted(1)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
         stranger.connect(str(kept.folder / SOCKET))
@@ -269,3 +270,20 @@ def test_it_takes_little_memory(start_keeper: Callable[..., Kept]) -> None:
     rollup = Path(f"/proc/{kept.process.pid}/smaps_rollup").read_text()
     private = [int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_")]
     assert sum(private) < 6 << 10
+
+
+def test_a_graftd_whose_keeper_was_killed_is_adopted(start_keeper: Callable[..., Kept], tmp_path: Path) -> None:
+    """Its messages count, it is started again when it dies, and its end ends the keeper where it said so."""
+    ends = "signal.signal(signal.SIGTERM, lambda *_: (again(), say(STOPPING='1'), sys.exit(0)))"
+    again = "def again():\n    global to\n    to = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
+    again += f"    to.connect({str(tmp_path / SOCKET)!r})\n"
+    first = start_keeper(STORES + again + ends + "\nwhile True:\n    signal.pause()\n")
+    assert os.read(first.ready, 10) == b"ready"
+    [[pid, _]] = first.noted(1)
+    first.process.kill()
+    first.process.wait()
+    second = start_keeper("sys.exit(1)\n", adopted=int(pid))
+    assert os.read(second.ready, 10) == b"ready"
+    assert second.process.poll() is None
+    os.kill(int(pid), signal.SIGTERM)
+    assert second.process.wait(10 * PATIENCE) == 0
