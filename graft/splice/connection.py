@@ -368,9 +368,8 @@ class Flow:
             return
         self._return_pipe()
         self.shut = True
-        if (
-            self.connection.is_shared or not self.target.flow_from.shut
-        ):  # else both are closed now, which sends a FIN too
+        # Else both are closed now, which sends a FIN too.
+        if self.connection.is_shared or not self.target.flow_from.shut:
             start = time.monotonic()
             self._shut_target()
             self.connection.loop.blame(start, self.target.blamed)

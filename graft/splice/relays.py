@@ -33,7 +33,7 @@ from graft.splice.far_check import FarCheck
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
 from graft.splice.kept import Found, digest
-from graft.splice.kept_records import Kind
+from graft.splice.kept_records import Kind, Record
 from graft.splice.listeners import ContainerCgroups, collect_datagram_sockets, collect_listeners
 from graft.splice.log import ContainerLog
 from graft.splice.namespace_sockets import NamespaceSockets
@@ -49,6 +49,10 @@ from graft.state.records import Container
 
 _STEP_ITEMS = 64  # quick ones, in one step
 _STEP_RESETS = 16
+
+
+Rule = tuple[int, int, bytes, int]
+"""What a listener is for: its endpoint, and family, address and port that the container bound."""
 
 
 class Relays:
@@ -74,7 +78,8 @@ class Relays:
         self._sockmap, self._log = sockmap, log
         self._published: dict[Publication, InboundRelay | UnixInboundRelay | Server] = {}
         self._errors: dict[Publication, str] = {}
-        self._restored: set[Connection] = set()
+        self._restored: dict[Rule, set[Connection]] = {}
+        """Connections of the graftd before, by what their listener is for."""
         self._plan: PublicationPlan | None = None
         self._cgroups = ContainerCgroups(container.cgroup_path, container.cgroup_id)
         self._check_far = FarCheck(maps, container_netns)
@@ -154,7 +159,11 @@ class Relays:
     def _restore(self) -> Stepwise[None]:
         """Continue with the connections of the graftd before."""
         judge = Judge(self._maps, self._lookup, self.container.id, self._container_netns.cookie)
-        yield from restore(self._resources, judge, self._restored, self._sockmap, self._check_far)
+        yield from restore(self._resources, judge, self._registry_of, self._sockmap, self._check_far)
+
+    def _registry_of(self, record: Record) -> set[Connection]:
+        """Where a connection is counted: with those of its listener, when that is published."""
+        return self._restored.setdefault((record.endpoint, record.family, record.address, record.port), set())
 
     def _take_over_accepted(self) -> Stepwise[None]:
         """Relay what the graftd before has accepted, and no more, if its listener is there still."""
@@ -258,6 +267,9 @@ class Relays:
         self._errors.pop(wanted, None)
         self._resources.descriptors.take()
         self._published[wanted] = relay
+        if not isinstance(relay, Server):
+            rule = wanted.endpoint.id, wanted.family, wanted.address, wanted.port
+            relay.acceptor.connections = self._restored.pop(rule, relay.acceptor.connections)
 
     def _note_error(self, wanted: Publication, error: OSError | GraftError) -> None:
         problem = error.strerror or str(error) if isinstance(error, OSError) else error.message

@@ -25,7 +25,7 @@ from graft.splice.acceptor import OUT
 from graft.splice.connection import Connection
 from graft.splice.jobs import Stepwise
 from graft.splice.kept import Found
-from graft.splice.kept_records import CHECKED, COPYING, Kind
+from graft.splice.kept_records import CHECKED, COPYING, Kind, Record
 from graft.splice.outside import OutsidePeer
 from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
@@ -90,15 +90,18 @@ class Judge:
 def restore(
     resources: ContainerResources,
     judge: Judge,
-    registry: set[Connection],
+    registry_of: Callable[[Record], set[Connection]],
     sockmap: Sockmap | None,
     check_far: Callable[[socket.socket], bool],
 ) -> Stepwise[None]:
-    """Continue with the connections of one container, and reset those that it may not have."""
+    """Continue with the connections of one container, and reset those that it may not have.
+
+    ``registry_of`` gives where a connection is to be counted.
+    """
     kept = resources.daemon.kept
     found_ones = [one for kind in (Kind.INBOUND, Kind.OUTBOUND) for one in kept.take(kind, resources.number)]
     for number, found in enumerate(found_ones, 1):
-        if not _is_continued(resources, judge, found, registry, sockmap, check_far):
+        if not _is_continued(resources, judge, found, registry_of(found.record), sockmap, check_far):
             kept.close_found(found)
         if number % _STEP_CONNECTIONS == 0:
             yield

@@ -177,6 +177,7 @@ def test_nothing_is_left_of_a_container_that_was_detached_meanwhile(container: P
         with dead_graftd(host):
             host.remove(container.container)
         until("refused", lambda: refused(container, port))
+        assert processes(host)  # it has not ended, which would close everything
 
 
 def test_a_container_that_ended_meanwhile_is_forgotten(host: Host, relay: str) -> None:

@@ -157,6 +157,7 @@ def test_an_idle_connection_goes_on_both_ways(container: Plain) -> None:
                     talk(server, program)
                     assert accepted.getpeername() == client.getsockname()
                     assert program.getpeername() == world.getsockname()
+                    until("counted", lambda: container.described()["published"][0]["connections"] == 1)
 
 
 @pytest.mark.parametrize("ended", ["near", "far", "both while dead"])
