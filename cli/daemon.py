@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from typing import Annotated
+
 import typer
 
+from graft.keeper import protocol
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 
-from .output import command
+from .output import command, say
 
 
 def register(app: typer.Typer) -> None:
@@ -16,15 +20,28 @@ def register(app: typer.Typer) -> None:
 
 
 @command
-def daemon() -> None:
+def daemon(
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace the daemon that runs by this version."),
+    ] = False,
+) -> None:
     """Run graftd, which relays for attached containers (transport splice), in the foreground.
 
-    `graft attach` starts one in the background if none is running.
+    `graft attach` starts one in the background if none is running. It is started again when it dies, without losing
+    connections: by a small process in the place of this one, or by the service manager that started this one. With
+    --replace that is done on purpose, for an upgrade.
     """
-    from graft.splice import native
+    from graft.splice import daemon_process, native
 
     require_root()
+    settings = Settings.from_environment()
+    if replace:
+        say(f"graftd {daemon_process.replace(settings)}")
+        return
+    if protocol.NOTIFY_SOCKET not in os.environ:
+        daemon_process.become_keeper(settings)
     native.use()
     from graft.splice import daemon as graftd
 
-    graftd.run(Settings.from_environment())
+    graftd.run(settings)

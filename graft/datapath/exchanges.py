@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 
 from graft.datapath import layout
 from graft.datapath.layout import ExchangeClient, ExchangeSlot, ExchangeValue, StandInKey, StandInPlace, StandInValue
@@ -21,8 +22,7 @@ def erase(maps: Maps, container: int) -> None:
 
     (Not in graftd, which knows what there is of a container that it serves.)
     """
-    for number in range(layout.EXCHANGE_OUT_SLOTS):
-        maps.exchanges.delete(ExchangeSlot(container=container, slot=number, out=1))
+    erase_begun(maps, container)
     for number in range(layout.EXCHANGE_SLOTS):
         slot = ExchangeSlot(container=container, slot=number)
         value = maps.exchanges.get(slot)
@@ -43,7 +43,21 @@ def _place(key: StandInKey, value: StandInValue) -> StandInPlace:
     )
 
 
-def erase_all(maps: Maps) -> None:
-    """Remove the exchanges of all containers, which a daemon that was killed has left."""
-    for one in (maps.exchanges, maps.exchange_clients, maps.offers, maps.stand_ins, maps.stand_in_ports):
+def erase_all(maps: Maps, continued: Collection[int] = ()) -> None:
+    """Remove the exchanges of all containers, which a daemon that was killed has left: but not those over IPv4 that the
+    containers in ``continued`` have begun.
+    """
+    if continued:
+        for key in maps.exchanges.keys():  # noqa: SIM118
+            if not key.out or key.container not in continued:
+                maps.exchanges.delete(key)
+    else:
+        maps.exchanges.clear()
+    for one in (maps.exchange_clients, maps.offers, maps.stand_ins, maps.stand_in_ports):
         one.clear()
+
+
+def erase_begun(maps: Maps, container: int) -> None:
+    """Remove the exchanges over IPv4 that a container has begun."""
+    for number in range(layout.EXCHANGE_OUT_SLOTS):
+        maps.exchanges.delete(ExchangeSlot(container=container, slot=number, out=1))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 SOCKADDR_SIZE = 28  # sizeof(struct sockaddr_in6)
 SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44  # asm-generic/socket.h
 _SO_GET_FILTER = SO_ATTACH_FILTER
+_UNSPECIFIED = bytes(16)  # struct sockaddr of AF_UNSPEC: connect(2)
 _INSTRUCTION_SIZE = 8  # sizeof(struct sock_filter)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -72,6 +73,16 @@ def _place(call: Callable[..., int], fd: int, name: str) -> tuple[bytes, int]:
     family, port = struct.unpack_from("=H2s", address.raw)
     packed = address.raw[4:8] if family == socket.AF_INET else address.raw[8:24]
     return packed, int.from_bytes(port, "big")
+
+
+def end(sock: socket.socket) -> None:
+    """End a connection at once, though other processes have the socket too: its peer sees a reset, that of a unix
+    socket the end of the stream. A listener refuses from now on. (tcp_disconnect, which close(2) calls too.)
+    """
+    if sock.family == socket.AF_UNIX:
+        _libc.shutdown(sock.fileno(), socket.SHUT_RDWR)
+    else:
+        _libc.connect(sock.fileno(), _UNSPECIFIED, len(_UNSPECIFIED))
 
 
 def attach_filter(fd: int, code: bytes) -> None:

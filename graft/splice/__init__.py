@@ -38,6 +38,12 @@
     datagram_destinations.py  destinations of a container's UDP sockets
     datagram_sockets.py       UDP sockets of the daemon
     relays.py       all three, for one container
+    kept.py               what outlives this graftd, and what the one before has left
+    kept_records.py           what is noted of it, in memory that both have
+    descriptor_store.py       how the keeper is told to have it open
+    keeper_watch.py           another keeper, when that is killed
+    restored_connections.py   which connections go on, and how
+    watchdog.py               tells the keeper that graftd works
     container_list.py     the containers to serve
     cgroups.py            whether their cgroups still exist
     container_service.py  how one container is served
@@ -49,9 +55,9 @@
 
     __main__.py        the same as a program of its own
     native/            the compiled form of some of these modules, for graftd only
-    daemon_process.py  starts, asks and stops graftd
+    daemon_process.py  starts, asks, replaces and stops graftd, and its keeper
     client.py       what `graft attach`, `detach` and `ps` use: the interface of this package
 
-It may import state, datapath, policy, kernel and model. Its hooks are in bpf/splice.bpf.c, bpf/exchange.bpf.c and
-bpf/stand_in.bpf.c, the relay in the kernel in bpf/relay.bpf.c.
+It may import state, datapath, policy, kernel, keeper and model. Its hooks are in bpf/splice.bpf.c, bpf/exchange.bpf.c
+and bpf/stand_in.bpf.c, the relay in the kernel in bpf/relay.bpf.c.
 """

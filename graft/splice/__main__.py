@@ -1,4 +1,4 @@
-"""graftd as a program of its own, in the background: `python -m graft.splice DESCRIPTOR`.
+"""graftd as a program of its own, the child of its keeper: `python -m graft.splice [--keep]`.
 
 Nothing of graftd is imported before it is known whether its compiled modules are (native/).
 """
@@ -13,4 +13,4 @@ if __name__ == "__main__":
     native.use()
     from graft.splice.daemon import main
 
-    main(int(sys.argv[1]))
+    main("--keep" in sys.argv[1:])

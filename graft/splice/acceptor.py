@@ -11,6 +11,7 @@ from typing import Any
 
 from graft.errors import GraftError
 from graft.splice.connection import Connection
+from graft.splice.kept_records import Record
 from graft.splice.outside import OutsidePeer
 from graft.splice.resources import ContainerResources
 from graft.splice.sockmap import Sockmap
@@ -19,7 +20,7 @@ from graft.splice.waiting import WaitingConnection
 _ACCEPTS = 8  # in one turn
 _LAST_ACCEPTS = 64  # when the listener is closed
 _RETRY_SECONDS = 0.2
-_OUT = "out"  # in place of the addresses of all servers outside, which the container chooses
+OUT = "out"  # in place of the addresses of all servers outside, which the container chooses
 
 PeerAddress = tuple[Any, ...]
 ConnectFar = Callable[[socket.socket, PeerAddress], socket.socket | None]
@@ -31,7 +32,9 @@ class Acceptor:
     ``connect_far`` makes a socket that connects to the far end, for an accepted socket and its peer's address. Where
     it returns None, or raises OSError or GraftError, the accepted connection is reset; BlockingIOError: the far end has
     no room now. ``sockmap`` is the relay in the kernel, for TCP, None to relay by splice(2). ``check_far`` as for a
-    Connection. ``far_is_outside``: the far end is outside of the container, not the near one.
+    Connection. ``far_is_outside``: the far end is outside of the container, not the near one. ``slot``: of ``sock``, if
+    that outlives this process (kept.py). ``record``: what the next graftd has to know of each connection that it is to
+    take over; None: it takes over none.
     """
 
     def __init__(
@@ -42,7 +45,10 @@ class Acceptor:
         sockmap: Sockmap | None,
         check_far: Callable[[socket.socket], bool] | None = None,
         far_is_outside: bool = False,
+        slot: int | None = None,
+        record: Record | None = None,
     ) -> None:
+        self._slot, self._record = slot, record
         self._resources, self._sock, self._connect_far = resources, sock, connect_far
         self._check_far, self._far_is_outside = check_far, far_is_outside
         self.lost = False
@@ -94,26 +100,37 @@ class Acceptor:
                 break
         self._resources.later(self.accept)
 
-    def _relay(self, near: socket.socket, peer: PeerAddress) -> None:
+    def take_over(self, near: socket.socket, slot: int) -> bool:
+        """Relay what the graftd before has accepted, and no more. False where there is no room."""
+        if not self._resources.reserve_connection():
+            return False
+        self._relay(near, near.getpeername(), slot)
+        return True
+
+    def _relay(self, near: socket.socket, peer: PeerAddress, slot: int | None = None) -> None:
         near.setblocking(False)
-        attempt = partial(self._connect, near, peer)
+        kept = self._resources.daemon.kept
+        if slot is None and self._record is not None:
+            slot = kept.add_accepted(self._record, near)
+        attempt = partial(self._connect, near, peer, slot)
         try:
             done = attempt()
         except BlockingIOError:
-            WaitingConnection(self._resources, near, attempt)
+            WaitingConnection(self._resources, near, attempt, slot)
             return
         if not done:
+            kept.drop(slot)
             blamed = None if self._far_is_outside else OutsidePeer(self._resources, self._address(near, peer)).count
-            self._resources.loop.close(near, blamed)
+            self._resources.loop.close(near, blamed, ends=slot is not None)
             self._resources.release_connection()
 
     def _address(self, near: socket.socket, peer: PeerAddress) -> str:
         """That of the peer outside."""
         if self._far_is_outside:
-            return _OUT
+            return OUT
         return "" if near.family == socket.AF_UNIX else str(peer[0])
 
-    def _connect(self, near: socket.socket, peer: PeerAddress) -> bool:
+    def _connect(self, near: socket.socket, peer: PeerAddress, slot: int | None) -> bool:
         """Relay an accepted connection; whether its far end could be reached. Raises BlockingIOError."""
         try:
             far = self._connect_far(near, peer)
@@ -125,9 +142,11 @@ class Acceptor:
             return False
         self.served += 1
         sockmap = None if socket.AF_UNIX in (near.family, far.family) else self.sockmap
+        if self._record is not None:
+            self._resources.daemon.kept.complete(slot, self._record.kind, far)
         outside = OutsidePeer(self._resources, self._address(near, peer))
         Connection(
-            self._resources, self.connections, near, far, sockmap, self._check_far, outside, self._far_is_outside
+            self._resources, self.connections, near, far, sockmap, self._check_far, outside, self._far_is_outside, slot
         )
         return True
 
@@ -147,4 +166,5 @@ class Acceptor:
             self._resources.later(partial(self._relay, near, peer))
         self._closed = True
         self._resources.stop_waiting(self.accept)
+        self._resources.daemon.kept.end_listener(self._sock, self._slot)
         self._resources.loop.close_listener(self._sock)

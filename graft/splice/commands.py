@@ -14,6 +14,8 @@ from graft.errors import GraftError
 from graft.model.settings import Settings
 from graft.splice import control
 from graft.splice.event_loop import EventLoop
+from graft.splice.kept import Kept
+from graft.splice.kept_records import Kind
 
 Reply = Callable[[dict[str, Any]], None]
 
@@ -37,9 +39,19 @@ def _send(sock: socket.socket, answer: dict[str, Any]) -> None:
 class Commands:
     """Calls ``handle`` with each request and a function that answers it, to be called once, now or later."""
 
-    def __init__(self, settings: Settings, loop: EventLoop, handle: Callable[[dict[str, Any], Reply], None]) -> None:
-        self._settings, self._loop, self._handle = settings, loop, handle
-        self._listener = control.listener(settings)
+    def __init__(
+        self, settings: Settings, loop: EventLoop, kept: Kept, handle: Callable[[dict[str, Any], Reply], None]
+    ) -> None:
+        self._settings, self._loop, self._handle, self._kept = settings, loop, handle, kept
+        has_name = (settings.run_dir / control.NAME).exists()
+        found = kept.take(Kind.CONTROL, 0, lambda _: has_name)
+        kept.close_untaken(lambda record: record.kind is Kind.CONTROL)
+        if found:  # commands wait in its queue
+            self._listener: socket.socket = found[0].socks[0]
+            self._slot: int | None = found[0].slot
+        else:
+            self._listener = control.listener(settings)
+            self._slot = kept.add_listener(Kind.CONTROL, 0, self._listener, 0, b"")
         loop.watch(self._listener.fileno(), select.EPOLLIN, self._on_command)
 
     def _on_command(self, _mask: int) -> None:
@@ -75,4 +87,5 @@ class Commands:
     def close(self) -> None:
         """Close the control socket."""
         (self._settings.run_dir / control.NAME).unlink(missing_ok=True)
+        self._kept.end_listener(self._listener, self._slot)
         self._listener.close()

@@ -17,7 +17,8 @@ which splice(2) does not pass, bytes are copied in user space, and stay in the s
 Sockets are watched edge-triggered, once, for everything: `readable` and `writable` are what the kernel reported last,
 until a call finds otherwise. Every socket has SO_LINGER with time 0 from the start: if this process is killed, or a
 connection fails, the peers see a reset, never an end of file in the middle. Only a connection that ended in both
-directions is closed without a reset.
+directions is closed without a reset. Where the keeper has the sockets too (kept.py), closing them ends nothing: the end
+is sent in both directions, and what fails is reset, before.
 
 With the relay in the kernel, a flow is handed over (kernel_flow.py) after a few small messages, when there is nothing
 more to read: for short connections that costs more than it saves, and splice(2) is better at bulk. If the kernel does
@@ -27,6 +28,7 @@ not take a flow, splice(2) continues. A side is then watched only for the events
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -35,6 +37,7 @@ import time
 from collections.abc import Callable
 
 from graft.kernel import unix_rights
+from graft.splice.kept_records import CHECKED, COPYING
 from graft.splice.kernel_flow import KernelFlow
 from graft.splice.outside import OutsidePeer
 from graft.splice.pipes import PIPE_BYTES, SLOW_BYTES, Pipe
@@ -144,6 +147,7 @@ class Side:
                 self.connection.reset()
                 return
             self.established = True
+            self.connection.note(CHECKED)
             self.flow_to.try_handover()
             self.flow_from.try_handover()
         flow = self.flow_to
@@ -168,6 +172,8 @@ class Flow:
         "kernel_flow",
         "kernel_refused",
         "moved_before_handover",
+        "notes",
+        "notes_at",
         "pipe",
         "shut",
         "small_reads",
@@ -178,6 +184,8 @@ class Flow:
 
     def __init__(self, connection: Connection, source: Side, target: Side) -> None:
         self.connection = connection
+        self.notes, self.notes_at = connection.pipe_notes(0 if source is connection.near else 1)
+        """Where to note which pipe it has."""
         self.source, self.target = source, target
         self.pipe: Pipe | None = None
         self.in_pipe = self.moved_before_handover = self.small_reads = 0
@@ -240,6 +248,8 @@ class Flow:
         if source.ended or not (source.established and target.established):
             return
         self._return_pipe()
+        if not self.connection.leave_keeper():
+            return
         try:
             self.kernel_flow = KernelFlow(sockmap, self)
         except OSError:
@@ -290,7 +300,7 @@ class Flow:
             return self._copy()
         pipe = self.pipe
         if pipe is None and not self.urgent:
-            pipe = self.pipe = self.connection.resources.take_pipe()
+            pipe = self._take_pipe()
         if pipe is None or self.urgent:
             self._return_pipe()
             return self._copy()
@@ -340,15 +350,18 @@ class Flow:
             self.eof = True
             return True
         start = time.monotonic()
+        self.connection.note(COPYING)
         try:
             sent = target.sock.send(buffer[:got])
         except BlockingIOError:
+            self.connection.note(COPYING, False)
             self.wait_for_target()
             return False
         self.connection.loop.blame(start, target.blamed)
         self.moved_before_handover += sent
         while sent:
             sent -= source.sock.recv_into(buffer, sent)
+        self.connection.note(COPYING, False)
         return True
 
     def forward_end(self) -> None:
@@ -357,14 +370,37 @@ class Flow:
             return
         self._return_pipe()
         self.shut = True
-        if not self.target.flow_from.shut:  # else both are closed now, which sends a FIN too
+        # Else both are closed now, which sends a FIN too.
+        if self.connection.is_shared or not self.target.flow_from.shut:
             start = time.monotonic()
-            self.target.sock.shutdown(socket.SHUT_WR)
+            self._shut_target()
             self.connection.loop.blame(start, self.target.blamed)
         self.connection.finish()
 
+    def _shut_target(self) -> None:
+        try:
+            self.target.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            # The graftd before has done it already, and the peer has ended its direction too.
+            if error.errno != errno.ENOTCONN or not self.connection.is_resumed:
+                raise
+
+    def _take_pipe(self) -> Pipe | None:
+        pipe = self.pipe = self.connection.resources.take_pipe()
+        if pipe is not None:
+            self.notes[self.notes_at] = pipe.number + 1  # before there is anything in it
+        return pipe
+
+    def continue_with(self, pipe: Pipe) -> None:
+        """Continue with a pipe that the graftd before has left, and what is in it."""
+        self.pipe, self.in_pipe = pipe, pipe.filled
+        self.connection.resources.pipes.take()
+        if not self.in_pipe:
+            self._return_pipe()
+
     def _return_pipe(self) -> None:
         if self.pipe is not None:
+            self.notes[self.notes_at] = 0
             self.connection.resources.return_pipe(self.pipe)
             self.pipe = None
 
@@ -387,7 +423,21 @@ class Connection:
     Until it is closed, it is in ``registry`` and in ``resources.connections``. The caller has reserved its descriptors.
     """
 
-    __slots__ = ("check_far", "closed", "failing", "far", "loop", "near", "outside", "registry", "resources", "sockmap")
+    __slots__ = (
+        "check_far",
+        "closed",
+        "failing",
+        "far",
+        "is_resumed",
+        "is_shared",
+        "loop",
+        "near",
+        "outside",
+        "registry",
+        "resources",
+        "slot",
+        "sockmap",
+    )
 
     def __init__(
         self,
@@ -399,13 +449,16 @@ class Connection:
         check_far: Callable[[socket.socket], bool] | None = None,
         outside: OutsidePeer | None = None,
         far_is_outside: bool = False,
+        slot: int | None = None,
     ) -> None:
-        """``near`` is accepted, ``far`` is connecting; both are non-blocking and have the options of relayed sockets.
+        """``near`` is accepted, ``far`` is connecting (or connected, by the graftd before); both are non-blocking and
+        have the options of relayed sockets.
 
         ``sockmap`` is the relay in the kernel, None to relay by splice(2). ``check_far`` is called when ``far`` is
         connected: where it returns False, or raises OSError, the connection is reset. ``outside`` is the peer that is
-        not in the container: of ``near``, or of ``far``.
+        not in the container: of ``near``, or of ``far``. ``slot``: that of both sockets, if they outlive this process.
         """
+        self.slot, self.is_shared, self.is_resumed = slot, slot is not None, False
         self.check_far = check_far
         self.resources, self.loop, self.registry, self.sockmap = resources, resources.loop, registry, sockmap
         self.closed = self.failing = False
@@ -422,6 +475,35 @@ class Connection:
                 self.loop.watch(side.fd, side.watched_events, side.on_event, self.outside.owner)
         except OSError:  # this user has too many watches (epoll(7), max_user_watches)
             self.reset()
+
+    def note(self, flag: int, on: bool = True) -> None:
+        """Note something for the graftd that may continue with it."""
+        if self.slot is not None:
+            self.resources.daemon.kept.note(self.slot, flag, on)
+
+    def pipe_notes(self, direction: int) -> tuple[memoryview | list[int], int]:
+        """Where to note the pipe of a flow: `Kept.pipe_notes`."""
+        return self.resources.daemon.kept.pipe_notes(self.slot, direction)
+
+    def leave_keeper(self) -> bool:
+        """From now on it ends with this process, because the kernel moves its bytes. False: that cannot be said now."""
+        kept = self.resources.daemon.kept
+        if self.slot is not None:
+            kept.drop(self.slot)
+            self.slot = None
+            for flow in (self.near.flow_from, self.near.flow_to):
+                flow.notes, flow.notes_at = self.pipe_notes(0)
+        return kept.store.has_sent_all
+
+    def resume(self, pipes: tuple[Pipe | None, Pipe | None]) -> None:
+        """Continue with one that another graftd began, and with what was in its pipes: from near, and to near. (That a
+        socket is readable or writable, epoll says as soon as it is watched.)
+        """
+        self.is_resumed = True
+        for flow, pipe in zip((self.near.flow_from, self.near.flow_to), pipes, strict=True):
+            if pipe is not None:
+                flow.continue_with(pipe)
+            self.later(flow.pump)
 
     @property
     def is_slow(self) -> bool:
@@ -467,10 +549,11 @@ class Connection:
     def reset(self) -> None:
         """Close so that both peers see a reset. Safe to repeat."""
         if not self.closed:
-            self._close()
+            self._close(ends=self.is_shared)
 
-    def _close(self) -> None:
+    def _close(self, ends: bool = False) -> None:
         self.closed = True
+        self.leave_keeper()
         self.near.flow_from.release()
         self.near.flow_to.release()
         self.registry.discard(self)
@@ -478,5 +561,5 @@ class Connection:
         self.resources.release_connection()
         self.outside.close()
         for side in (self.near, self.far):
-            self.loop.close(side.sock, side.blamed)
+            self.loop.close(side.sock, side.blamed, ends)
             del side.flow_from, side.flow_to  # else these reference cycles stay until the garbage collector runs

@@ -122,6 +122,8 @@ class ContainerService:
         assert self._job is not None
         pause = _PAUSE_FACTOR * self._job.spent * self._context.daemon_resources.container_count
         self._failures = self._failures + 1 if self._relays is None else 0
+        if error is None:
+            self._close_untaken()
         retry = min(_LONGEST_PAUSE, SCAN_SECONDS * 2 ** min(self._failures, 10))
         self._due = time.monotonic() + max(retry, pause)
         self._job = None
@@ -130,6 +132,10 @@ class ContainerService:
             callback(error)
         if self._next_scan_callbacks:
             self._start_scan()
+
+    def _close_untaken(self) -> None:
+        """What the graftd before has left of this container, and nobody wants now."""
+        self._context.daemon_resources.kept.close_untaken(lambda record: record.container == self.container.id)
 
     def _note_problem(self, error: BaseException | None) -> None:
         problem = "" if error is None else error.message if isinstance(error, GraftError) else str(error)
@@ -145,6 +151,7 @@ class ContainerService:
         for callback in (*self._scan_callbacks, *self._next_scan_callbacks):
             callback(gone)
         self._scan_callbacks, self._next_scan_callbacks = [], []
+        self._close_untaken()
 
         def stopped(error: BaseException | None) -> None:
             self._note_problem(error)

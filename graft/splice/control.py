@@ -79,4 +79,4 @@ def parse_request(raw: bytes) -> dict[str, Any]:
     """A command's request to the daemon. Raises UsageError."""
     found = mapping(json_text.parse(raw, "request", MAX_BYTES), "request")
     known = {name: number(found.get(name), name, MAX_NUMBER) for name in ("container", "pid")}
-    return found | known | {"do": text(found.get("do"), "do")}
+    return found | known | {name: text(found.get(name), name) for name in ("do", "python")}

@@ -1,7 +1,8 @@
 """graftd: the process that relays, in the foreground or in the background.
 
 There is one for all containers (daemon_process.py has its lock). It runs in a cgroup of Graft's own, where the hooks
-treat its sockets as their tags say.
+treat its sockets as their tags say. Its parent is its keeper, which starts it again when it dies: Graft's own
+(graft/keeper), or the service manager.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import sys
 from pathlib import Path
 
 from graft.datapath import attachments, dataplane
-from graft.errors import ConflictError, GraftError
+from graft.errors import GraftError
+from graft.keeper import protocol
 from graft.kernel import cgroup, process, unix_files
 from graft.model.printable import printable
 from graft.model.settings import Settings
+from graft.splice import descriptor_store
 from graft.splice.daemon_process import daemon_lock
 from graft.splice.service import Service
+from graft.splice.watchdog import Watchdog
 
 
 def relays_cgroup(settings: Settings) -> Path:
@@ -25,12 +29,14 @@ def relays_cgroup(settings: Settings) -> Path:
     return cgroup.v2_mount() / settings.cgroup / "relays"
 
 
-def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None:
+def run(settings: Settings, keep: bool = True, keeper_pid: int = 0) -> None:
     """Run the daemon, until a signal ends it, or (without ``keep``) nothing is left to serve.
 
-    ``ready`` is a descriptor to write to as soon as commands are answered. Raises ConflictError where a daemon runs
+    ``keeper_pid``: the process id of its keeper, if that is Graft's own. Raises ConflictError where a daemon runs
     already.
     """
+    told = {name: os.environ.pop(name) for name in protocol.VARIABLES if name in os.environ}
+    received, keeper = descriptor_store.received(told), descriptor_store.connected(told)
     dataplane.up(settings)
     with daemon_lock(settings):
         folder = relays_cgroup(settings)
@@ -40,25 +46,18 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
         process.raise_descriptor_limit()
         unix_files.pin_own_descriptors()
         os.setgroups(())  # servers of unix sockets would be shown them (SO_PEERGROUPS)
-        service = Service(settings, keep)
+        service = Service(settings, keep, keeper, received, keeper_pid)
         gc.freeze()
-        service.run(lambda: _signal_ready(ready))
+        watchdog = Watchdog(told, service.last_turn)
+        service.keeper_watch.on_another = watchdog.continue_with
+        service.run()
+        watchdog.close()
 
 
-def _signal_ready(fd: int | None) -> None:
-    if fd is not None:
-        os.write(fd, b"ready")
-        os.close(fd)
-
-
-def main(ready: int) -> None:
-    """The daemon in the background: a child that nobody has to wait for. __main__.py calls it."""
-    if os.fork():
-        os._exit(0)
+def main(keep: bool) -> None:
+    """The daemon as the child of Graft's own keeper, which starts __main__.py."""
     try:
-        run(Settings.from_environment(), keep=False, ready=ready)
-    except ConflictError:
-        pass  # another command started one first
+        run(Settings.from_environment(), keep, os.getppid())
     except GraftError as error:
         print(f"graftd: {printable(error.message)}", file=sys.stderr)
         sys.exit(error.exit_code)

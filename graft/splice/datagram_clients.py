@@ -143,7 +143,7 @@ class Clients:
 
 class Server:
     """The relay's socket on an endpoint, for one socket of the container at ``target``: that is for IPv4 clients,
-    ``target6`` for those of IPv6.
+    ``target6`` for those of IPv6. ``slot``: that of ``sock``, if it outlives this process (kept.py).
     """
 
     def __init__(
@@ -154,8 +154,10 @@ class Server:
         target: DialTarget,
         target6: DialTarget | None,
         address: str,
+        slot: int | None = None,
     ) -> None:
         self._resources, self._paths, self.sock, self.address = resources, paths, sock, address
+        self._slot = slot
         self.target, self.target6 = target, target6
         self.clients: dict[Address, Client] = {}
         self.served = 0
@@ -183,6 +185,7 @@ class Server:
 
     def close(self) -> None:
         """Stop receiving at the endpoint."""
+        self._resources.daemon.kept.drop(self._slot)
         self._resources.loop.close_listener(self.sock)
         self._resources.later(self._forget_clients)
 

@@ -27,11 +27,14 @@ from graft.datapath import exchanges, layout
 from graft.datapath.layout import Crossing, ExchangeSlot
 from graft.datapath.maps import Maps
 from graft.errors import GraftError
+from graft.kernel import netns
 from graft.splice.datagram_clients import Client, Clients, Paths, Server
 from graft.splice.datagram_destinations import DESTINATION_SECONDS, Destination, Destinations
 from graft.splice.datagram_sockets import Address, Datagram, Receiver, bound_by_number, datagram_socket, send
 from graft.splice.forgotten import Forgotten
 from graft.splice.jobs import Job, Stepwise
+from graft.splice.kept import Found
+from graft.splice.kept_records import Kind
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
 from graft.splice.publication import Peers, Publication
@@ -102,7 +105,13 @@ class Slots:
         self.port = int(self._inner.getsockname()[1])
 
     def _make_socket(self, container_netns: NamespaceSockets) -> socket.socket:
-        sock = container_netns.run(partial(bound_by_number, datagram_socket, "0.0.0.0"))
+        kept, slot = self._resources.daemon.kept, None
+        found = kept.take(Kind.INNER, self._container, partial(_is_inner, container_netns.cookie))[:1]
+        if found:  # what the container has begun goes on
+            sock, slot = found[0].socks[0], found[0].slot
+        else:
+            exchanges.erase_begun(self._maps, self._container)
+            sock = container_netns.run(partial(bound_by_number, datagram_socket, "0.0.0.0"))
         try:
             # The hooks send to a socket that has this mark, and to no other.
             mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
@@ -110,8 +119,12 @@ class Slots:
             receiver = Receiver(sock, self._on_datagram, self._resources.loop)
             self._resources.watch(sock.fileno(), select.EPOLLIN, receiver)
         except BaseException:
+            kept.drop(slot)
             self._resources.loop.close_listener(sock)
             raise
+        self._kept_slot = slot
+        if slot is None:
+            self._kept_slot = kept.add_listener(Kind.INNER, self._container, sock, sock.getsockname()[1], b"")
         return sock
 
     def _on_datagram(self, datagram: Datagram) -> None:
@@ -286,6 +299,7 @@ class Slots:
     def stop(self) -> Stepwise[None]:
         """Close its own socket, and remove its exchanges: no hook begins one any more."""
         loop = self._resources.loop
+        self._resources.daemon.kept.drop(self._kept_slot)
         loop.close_listener(self._inner)
         for client in self.clients:
             if self.clients.get(client.number) is client:
@@ -300,6 +314,12 @@ class Slots:
             if loop.turn_is_over():
                 yield
         self._places.leave(self._share)
+
+
+def _is_inner(cookie: int, found: Found) -> bool:
+    """Whether the socket of the graftd before has its port still, in the namespace with that cookie."""
+    sock = found.socks[0]
+    return netns.socket_cookie(sock) == cookie and sock.getsockname()[1] == found.record.port != 0
 
 
 def _number_of(client: Client) -> ExchangeId:
@@ -342,10 +362,10 @@ class DatagramRelay:
         mark, answer_mark = self._marks
         return layout.RelayValue(datagram_port=self.port, cgroup=self._cgroup, mark=mark, answer_mark=answer_mark)
 
-    def serve(self, wanted: Publication, sock: socket.socket, address: str) -> Server:
-        """Relay what a socket on an endpoint receives to the container's."""
+    def serve(self, wanted: Publication, sock: socket.socket, address: str, slot: int | None = None) -> Server:
+        """Relay what a socket on an endpoint receives to the container's. ``slot``: that of ``sock`` (kept.py)."""
         paths = Paths(self._slots, self._stand_ins)
-        return Server(self._resources, paths, sock, wanted.target, wanted.target6, address)
+        return Server(self._resources, paths, sock, wanted.target, wanted.target6, address, slot)
 
     def keep_programs(
         self, ports: Collection[int], peers: Peers, unread: Collection[int], since: float

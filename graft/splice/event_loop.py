@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from graft.kernel import socket_calls
 from graft.splice.closing import Closer
 from graft.splice.log import log_failure
 from graft.splice.slow_calls import SLOW_SECONDS, Blamed, SlowCalls
@@ -67,9 +68,13 @@ class EventLoop:
         self._to_close: set[socket.socket] = set()
         self._tick, self._interval = tick, interval
         self._due = 0.0
+        self.ticked = time.monotonic()
+        """When ``tick`` was called last."""
         self._busy_polling = False
         self.bulk = False
         """Set by a connection that moved a lot in this turn: then the processor is not used for busy polling."""
+        self.shares_sockets = False
+        """Set where another process has sockets open too: then epoll does not forget one when it is closed."""
         self._several_processors = len(os.sched_getaffinity(0)) > 1
         self.stopping = False
 
@@ -100,17 +105,19 @@ class EventLoop:
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
 
-    def close(self, sock: socket.socket, blamed: Blamed | None = None) -> None:
+    def close(self, sock: socket.socket, blamed: Blamed | None = None, ends: bool = False) -> None:
         """Close a socket in its owner's turns, and not before the fetched events are served: else its descriptor number
-        could be used again. ``blamed`` as for `blame`.
+        could be used again. ``blamed`` as for `blame`. ``ends``: end its connection, which another process has too.
         """
         _, owner = self._handlers.get(sock.fileno(), (None, DAEMON))
-        self._forget(sock.fileno())
+        self._forget_socket(sock)
         self._to_close.add(sock)
-        self._turns.put(owner, partial(self._close, sock, owner, blamed))
+        self._turns.put(owner, partial(self._close, sock, owner, blamed, ends))
 
-    def _close(self, sock: socket.socket, owner: int, blamed: Blamed | None = None) -> None:
+    def _close(self, sock: socket.socket, owner: int, blamed: Blamed | None = None, ends: bool = False) -> None:
         started = time.monotonic()
+        if ends:
+            socket_calls.end(sock)
         if self._closer.close(sock):
             self._to_close.discard(sock)
         else:
@@ -124,8 +131,14 @@ class EventLoop:
         already; it takes no more clients.)
         """
         _, owner = self._handlers.get(sock.fileno(), (None, DAEMON))
-        self._forget(sock.fileno())
+        self._forget_socket(sock)
         self._close(sock, owner)
+
+    def _forget_socket(self, sock: socket.socket) -> None:
+        self._forget(sock.fileno())
+        if self.shares_sockets:
+            with contextlib.suppress(OSError, ValueError):
+                self._epoll.unregister(sock)
 
     def _forget(self, fd: int) -> None:
         self._handlers.pop(fd, None)
@@ -168,7 +181,7 @@ class EventLoop:
         now = time.monotonic()
         if now >= self._due:
             self._guarded(self._tick)
-            now = time.monotonic()
+            now = self.ticked = time.monotonic()
             self._due = now + self._interval
             self._slow_calls.tick(now)
         if self._slow_calls.owners:

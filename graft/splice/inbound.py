@@ -21,6 +21,7 @@ from graft.splice.acceptor import Acceptor, PeerAddress
 from graft.splice.connection import set_relay_options
 from graft.splice.datagram_sockets import datagram_socket
 from graft.splice.far_check import FarCheck
+from graft.splice.kept_records import Kind, Record
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
 from graft.splice.resources import ContainerResources
@@ -109,6 +110,19 @@ def crossing(container: int, peer: PeerAddress) -> layout.CrossingValue:
     return value
 
 
+def record_of(resources: ContainerResources, wanted: Publication) -> Record:
+    """What the next graftd has to know of the connections of a listener: by which rule they came."""
+    return Record(
+        Kind.INBOUND,
+        resources.number,
+        wanted.endpoint.id,
+        family=wanted.family,
+        v6only=wanted.v6only,
+        port=wanted.port,
+        address=wanted.address,
+    )
+
+
 class ListenerRelay:
     """What the relay of a listener is, whatever kind of endpoint it listens on. It has an ``acceptor``."""
 
@@ -141,15 +155,19 @@ class InboundRelay(ListenerRelay):
         container_netns: NamespaceSockets,
         sockmap: Sockmap | None,
         check_far: FarCheck,
+        slot: int | None = None,
     ) -> None:
-        """``sock`` listens on ``port`` already; ``container_netns`` is the container's namespace."""
+        """``sock`` listens on ``port`` already, and has that ``slot`` (kept.py); ``container_netns`` is the container's
+        namespace.
+        """
         endpoint = wanted.endpoint
         packed = endpoint.address[: 4 if endpoint.family == 4 else 16]
         self._target = wanted.target
         self._destination = (self._target.address, self._target.port)
         self._crossings, self._container, self._container_netns = maps.crossings, resources.number, container_netns
         self.address = str(SocketAddress(ip_address(packed), port))
-        self.acceptor = Acceptor(resources, sock, self._connect_far, sockmap, check_far)
+        record = record_of(resources, wanted)
+        self.acceptor = Acceptor(resources, sock, self._connect_far, sockmap, check_far, slot=slot, record=record)
 
     def _connect_far(self, _near: socket.socket, peer: PeerAddress) -> socket.socket:
         """A socket that connects to the container's listener."""

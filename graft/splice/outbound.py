@@ -15,12 +15,15 @@ from graft.datapath import layout
 from graft.datapath.layout import ENDPOINT_UNIX, Crossing
 from graft.datapath.maps import Maps
 from graft.datapath.rulesets import Lookup
+from graft.kernel import netns
 from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.policy.model import Verdict
 from graft.splice import unix_endpoint
 from graft.splice.acceptor import Acceptor, PeerAddress
 from graft.splice.connection import set_relay_options
+from graft.splice.kept import Found
+from graft.splice.kept_records import Kind, Record
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.namespaces import Namespaces
 from graft.splice.resources import ContainerResources
@@ -58,6 +61,27 @@ def make_listeners() -> list[socket.socket]:
     raise AssertionError("not reached")
 
 
+def _kept_listeners(resources: ContainerResources, container_netns: NamespaceSockets) -> list[Found]:
+    """Those of the graftd before, IPv4's first, if they listen still; else none, and what is left of them is closed."""
+    kept = resources.daemon.kept
+
+    def is_there(found: Found) -> bool:
+        sock = found.socks[0]
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return bool(listens) and netns.socket_cookie(sock) == container_netns.cookie
+
+    taken = kept.take(Kind.OUT, resources.number, is_there)
+    kept.close_untaken(lambda record: record.kind is Kind.OUT and record.container == resources.number)
+    taken.sort(key=lambda found: found.socks[0].family != socket.AF_INET)
+    families = [found.socks[0].family for found in taken]
+    ports = {found.record.port for found in taken}
+    if families in ([socket.AF_INET], [socket.AF_INET, socket.AF_INET6]) and len(ports) == 1:
+        return taken
+    for found in taken:
+        kept.close_found(found)
+    return []
+
+
 class OutboundRelay:
     """The relay of one container's outgoing connections."""
 
@@ -77,20 +101,29 @@ class OutboundRelay:
         self._settings, self._maps, self._container, self._namespaces = settings, maps, resources.number, namespaces
         self._lookup, self._close = Lookup(maps), resources.loop.close
         self._key = ctypes.c_uint32(resources.number)
-        socks = container_netns.run(make_listeners)
+        kept = resources.daemon.kept
+        slots: dict[socket.socket, int | None] = {
+            found.socks[0]: found.slot for found in _kept_listeners(resources, container_netns)
+        }
+        socks = list(slots) or container_netns.run(make_listeners)
         self.port = int(socks[0].getsockname()[1])
         try:
             for sock in socks:  # the connect hook redirects to a listener that has this mark, and to no other
                 mark = layout.CrossingValue(role=Crossing.LISTENER, container=self._container)
                 maps.crossings.put(ctypes.c_int32(sock.fileno()), mark)
+            for sock in socks:
+                if sock not in slots:
+                    slots[sock] = kept.add_listener(Kind.OUT, self._container, sock, self.port, b"")
+            record = Record(Kind.OUTBOUND, self._container)
             self.acceptors = [
-                Acceptor(resources, sock, self._connect_far, sockmap, far_is_outside=True) for sock in socks
+                Acceptor(resources, sock, self._connect_far, sockmap, None, True, slots[sock], record) for sock in socks
             ]
             value = datagrams or layout.RelayValue()
             value.port, value.six = self.port, len(socks) > 1
             maps.relays.put(self._key, value)
         except BaseException:
             for sock in socks:
+                kept.end_listener(sock, slots.get(sock))
                 resources.loop.close_listener(sock)
             raise
 

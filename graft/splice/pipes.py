@@ -8,23 +8,39 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
+import termios
+from collections.abc import Callable
 
 PIPE_BYTES = 1 << 20
 SLOW_BYTES = 1 << 16
 """To move in one call where calls are slow: one or two packets over loopback."""
 
 
+NOT_KEPT = (1 << 16) - 2
+"""The number of a pipe that the keeper does not have."""
+
+
 class Pipe:
-    """One pipe: splice into ``write``, out of ``read``. Both descriptors never block."""
+    """One pipe: splice into ``write``, out of ``read``. Both descriptors never block. ``number``: by which the keeper
+    knows it (kept.py).
+    """
 
-    __slots__ = ("read", "slots", "write")
+    __slots__ = ("number", "read", "slots", "write")
 
-    def __init__(self) -> None:
-        self.read, self.write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    def __init__(self, ends: tuple[int, int] | None = None, number: int = NOT_KEPT) -> None:
+        """``ends``: those of one that is there already, to read and to write."""
+        self.number = number
+        self.read, self.write = ends or os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             self.slots = fcntl.fcntl(self.write, fcntl.F_SETPIPE_SZ, PIPE_BYTES) // os.sysconf("SC_PAGE_SIZE")
         except OSError:  # more than this user may have: a smaller one works too
             self.slots = fcntl.fcntl(self.write, fcntl.F_GETPIPE_SZ) // os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def filled(self) -> int:
+        """How many bytes are in it."""
+        return int.from_bytes(fcntl.ioctl(self.read, termios.FIONREAD, bytes(4)), sys.byteorder)
 
     def close(self) -> None:
         """Close both descriptors; data in the pipe is lost."""
@@ -32,11 +48,19 @@ class Pipe:
         os.close(self.write)
 
 
-class PipePool:
-    """Keeps up to ``kept`` pipes that are not in use."""
+def _ignore(_pipe: Pipe) -> None:
+    pass
 
-    def __init__(self, kept: int = 32) -> None:
-        self._kept = kept
+
+class PipePool:
+    """Keeps up to ``kept`` pipes that are not in use. ``made`` and ``closing`` are called for each that is made, and
+    before it is closed.
+    """
+
+    def __init__(
+        self, kept: int = 32, made: Callable[[Pipe], None] = _ignore, closing: Callable[[Pipe], None] = _ignore
+    ) -> None:
+        self._kept, self._made, self._closing = kept, made, closing
         self._free: list[Pipe] = []
 
     def get(self) -> Pipe | None:
@@ -44,16 +68,23 @@ class PipePool:
         if self._free:
             return self._free.pop()
         try:
-            return Pipe()
+            pipe = Pipe()
         except OSError:
             return None
+        self._made(pipe)
+        return pipe
 
     def put(self, pipe: Pipe) -> None:
         """Keep an empty pipe for its next use, or close it."""
         if len(self._free) < self._kept:
             self._free.append(pipe)
         else:
-            pipe.close()
+            self.discard(pipe)
+
+    def discard(self, pipe: Pipe) -> None:
+        """Close a pipe; data in it is lost."""
+        self._closing(pipe)
+        pipe.close()
 
     def close(self) -> None:
         """Close the pipes that are not in use."""

@@ -17,6 +17,7 @@ from graft.datapath.layout import ENDPOINT_DUAL_STACK, ENDPOINT_UNIX
 from graft.datapath.maps import Maps
 from graft.datapath.rulesets import Lookup
 from graft.errors import GraftError
+from graft.kernel import netns
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.model.address import SocketAddress
 from graft.model.endpoint import Protocol
@@ -24,11 +25,15 @@ from graft.model.ports import mapped_port
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import unix_endpoint
+from graft.splice.acceptor import Acceptor
+from graft.splice.connection import Connection
 from graft.splice.datagram_clients import Server
 from graft.splice.datagrams import DatagramRelay
 from graft.splice.far_check import FarCheck
 from graft.splice.inbound import InboundRelay, listen
 from graft.splice.jobs import Stepwise
+from graft.splice.kept import Found, digest
+from graft.splice.kept_records import Kind, Record
 from graft.splice.listeners import ContainerCgroups, collect_datagram_sockets, collect_listeners
 from graft.splice.log import ContainerLog
 from graft.splice.namespace_sockets import NamespaceSockets
@@ -36,6 +41,7 @@ from graft.splice.namespaces import Namespaces
 from graft.splice.outbound import OutboundRelay
 from graft.splice.publication import Publication, PublicationPlan, ResolvedEndpoint
 from graft.splice.resources import ContainerResources
+from graft.splice.restored_connections import Judge, restore
 from graft.splice.sockmap import Sockmap
 from graft.splice.unix_endpoint import UnixInboundRelay
 from graft.state import unix_sockets
@@ -43,6 +49,10 @@ from graft.state.records import Container
 
 _STEP_ITEMS = 64  # quick ones, in one step
 _STEP_RESETS = 16
+
+
+Rule = tuple[int, int, bytes, int]
+"""What a listener is for: its endpoint, and family, address and port that the container bound."""
 
 
 class Relays:
@@ -68,6 +78,8 @@ class Relays:
         self._sockmap, self._log = sockmap, log
         self._published: dict[Publication, InboundRelay | UnixInboundRelay | Server] = {}
         self._errors: dict[Publication, str] = {}
+        self._restored: dict[Rule, set[Connection]] = {}
+        """Connections of the graftd before, by what their listener is for."""
         self._plan: PublicationPlan | None = None
         self._cgroups = ContainerCgroups(container.cgroup_path, container.cgroup_id)
         self._check_far = FarCheck(maps, container_netns)
@@ -134,13 +146,53 @@ class Relays:
 
     def update(self) -> Stepwise[None]:
         """Publish what the container listens on now, and withdraw the rest. Raises OSError, NotFoundError."""
+        yield from self._restore()
         yield from self._replace_lost()
         begun = time.monotonic()
         plan = yield from self._make_plan()
         yield from self._apply(plan, begun)
+        yield from self._take_over_accepted()
         if (yield from self._cgroups.look_up(plan.elsewhere)):  # last: the container decides how long it takes
             begun = time.monotonic()
             yield from self._apply((yield from self._make_plan()), begun)
+
+    def _restore(self) -> Stepwise[None]:
+        """Continue with the connections of the graftd before."""
+        judge = Judge(self._maps, self._lookup, self.container.id, self._container_netns.cookie)
+        yield from restore(self._resources, judge, self._registry_of, self._sockmap, self._check_far)
+
+    def _registry_of(self, record: Record) -> set[Connection]:
+        """Where a connection is counted: with those of its listener, when that is published."""
+        return self._restored.setdefault((record.endpoint, record.family, record.address, record.port), set())
+
+    def _take_over_accepted(self) -> Stepwise[None]:
+        """Relay what the graftd before has accepted, and no more, if its listener is there still."""
+        kept = self._resources.daemon.kept
+        for number, found in enumerate(kept.take(Kind.ACCEPTED, self.container.id), 1):
+            try:
+                acceptor = self._acceptor_of(found)
+                is_taken = acceptor is not None and acceptor.take_over(found.socks[0], found.slot)
+            except OSError:  # its client has gone
+                is_taken = False
+            if not is_taken:
+                kept.close_found(found)
+            if number % _STEP_RESETS == 0:
+                yield
+
+    def _acceptor_of(self, found: Found) -> Acceptor | None:
+        """The one that would have accepted it now, by what the kernel says of it. Raises OSError."""
+        near, number = found.socks[0], found.record.endpoint
+        if not number:  # the relay of what goes out asks by itself where it leads to
+            return self._outbound.acceptors[0] if netns.socket_cookie(near) == self._container_netns.cookie else None
+        if near.family != socket.AF_UNIX:
+            tag = self._maps.tags.get(ctypes.c_int32(near.fileno()))
+            if tag is None or (tag.container, tag.endpoint) != (self.container.id, number):
+                return None
+        what = found.record.family, found.record.address, found.record.port
+        for key, one in self._published.items():
+            if key.endpoint.id == number and (key.family, key.address, key.port) == what:
+                return None if isinstance(one, Server) else one.acceptor
+        return None
 
     def _apply(self, plan: PublicationPlan, begun: float) -> Stepwise[None]:
         self._plan = plan
@@ -215,6 +267,9 @@ class Relays:
         self._errors.pop(wanted, None)
         self._resources.descriptors.take()
         self._published[wanted] = relay
+        if not isinstance(relay, Server):
+            rule = wanted.endpoint.id, wanted.family, wanted.address, wanted.port
+            relay.acceptor.connections = self._restored.pop(rule, relay.acceptor.connections)
 
     def _note_error(self, wanted: Publication, error: OSError | GraftError) -> None:
         problem = error.strerror or str(error) if isinstance(error, OSError) else error.message
@@ -223,13 +278,39 @@ class Relays:
         self._errors[wanted] = problem
 
     def _start(self, wanted: Publication) -> InboundRelay | Server:
-        sock, port = self._listen(wanted, self._namespaces.of_endpoint(wanted.endpoint.netns))
+        sock, port, slot = self._kept_listener(wanted) or self._new_listener(wanted)
         if self._datagrams is not None and wanted.protocol == socket.IPPROTO_UDP:
             packed = wanted.endpoint.address[: 4 if wanted.endpoint.family == 4 else 16]
-            return self._datagrams.serve(wanted, sock, str(SocketAddress(ip_address(packed), port)))
+            return self._datagrams.serve(wanted, sock, str(SocketAddress(ip_address(packed), port)), slot)
         return InboundRelay(
-            self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap, self._check_far
+            self._resources, self._maps, wanted, sock, port, self._container_netns, self._sockmap, self._check_far, slot
         )
+
+    def _new_listener(self, wanted: Publication) -> tuple[socket.socket, int, int | None]:
+        """A socket on the endpoint, its port, and its slot (kept.py)."""
+        sock, port = self._listen(wanted, self._namespaces.of_endpoint(wanted.endpoint.netns))
+        slot = self._resources.daemon.kept.add_listener(_kind(wanted), self.container.id, sock, port, digest(wanted))
+        return sock, port, slot
+
+    def _kept_listener(self, wanted: Publication) -> tuple[socket.socket, int, int | None] | None:
+        """The same, of the graftd before: if it is for the same, and by its tag the container's at that endpoint."""
+        what = digest(wanted)
+
+        def is_it(found: Found) -> bool:
+            sock = found.socks[0]
+            tag = self._maps.tags.get(ctypes.c_int32(sock.fileno()))
+            if tag is None or (tag.container, tag.endpoint) != (self.container.id, wanted.endpoint.id):
+                return False
+            if found.record.address != what or netns.socket_cookie(sock) != wanted.endpoint.netns:
+                return False
+            is_stream = wanted.protocol == socket.IPPROTO_TCP
+            return not is_stream or bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+        kept = self._resources.daemon.kept
+        taken = kept.take(_kind(wanted), self.container.id, is_it)
+        for found in taken[1:]:
+            kept.close_found(found)
+        return (taken[0].socks[0], taken[0].record.port, taken[0].slot) if taken else None
 
     def _start_unix(self, wanted: Publication) -> UnixInboundRelay:
         # Another listener of this container may have the endpoint until now.
@@ -312,6 +393,10 @@ class Relays:
             "connections": len(self._resources.connections),
             **({"problem": self._cgroups.problem} if self._cgroups.problem else {}),
         }
+
+
+def _kind(wanted: Publication) -> Kind:
+    return Kind.LISTENER if wanted.protocol == socket.IPPROTO_TCP else Kind.DATAGRAMS
 
 
 def _port(key: Publication) -> tuple[int, int, int]:

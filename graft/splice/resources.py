@@ -13,6 +13,7 @@ from typing import Protocol
 from graft.datapath import layout
 from graft.splice.datagram_places import ClientPlaces
 from graft.splice.event_loop import EventLoop
+from graft.splice.kept import Kept
 from graft.splice.pipes import Pipe, PipePool
 from graft.splice.shares import Share, Shares
 
@@ -139,7 +140,7 @@ class ContainerResources:
     def discard_pipe(self, pipe: Pipe) -> None:
         """Return a pipe with data of a connection that was reset."""
         self.pipes.give_back()
-        pipe.close()
+        self.daemon.pipe_pool.discard(pipe)
 
     def close(self) -> None:
         """The container is not served any more; its connections and listeners are closed."""
@@ -147,9 +148,13 @@ class ContainerResources:
 
 
 class DaemonResources:
-    """The descriptors and pipes of the daemon: ``descriptors`` in all, of which ``pipes`` pipes use two each."""
+    """The descriptors and pipes of the daemon: ``descriptors`` in all, of which ``pipes`` pipes use two each.
 
-    def __init__(self, loop: EventLoop, descriptors: int, pipes: int | None = None) -> None:
+    ``kept``: what outlives it.
+    """
+
+    def __init__(self, loop: EventLoop, descriptors: int, pipes: int | None = None, kept: Kept | None = None) -> None:
+        self.kept = kept or Kept(loop)
         max_pipes = max(8, min(1024, descriptors // 16)) if pipes is None else pipes
         for_connections = descriptors - min(_RESERVED_DESCRIPTORS, descriptors // 2) - 2 * max_pipes
         self.loop = loop
@@ -158,7 +163,7 @@ class DaemonResources:
         self.client_places = ClientPlaces()
         self.stand_ins = Shares(layout.MAX_STAND_INS)
         """Entries of the maps for exchanges over IPv6 (bpf/stand_in.bpf.c)."""
-        self.pipe_pool = PipePool()
+        self.pipe_pool = PipePool(made=self.kept.add_pipe, closing=self.kept.drop_pipe)
         self.waiting: dict[ContainerResources, None] = {}
         """Containers with listeners that wait for room."""
         self._containers: dict[Share, ContainerResources] = {}

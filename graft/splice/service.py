@@ -16,19 +16,25 @@ import resource
 import select
 import signal
 import socket
+import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from graft.datapath import exchanges
+from graft.keeper import protocol
 from graft.model.settings import Settings
+from graft.splice import daemon_process
 from graft.splice.background import Background
 from graft.splice.cgroups import Cgroups
 from graft.splice.commands import Commands, Reply, failure
 from graft.splice.container_list import ContainerList
 from graft.splice.container_service import SCAN_SECONDS, ContainerService, Context
 from graft.splice.event_loop import EventLoop
+from graft.splice.keeper_watch import KeeperWatch
+from graft.splice.kept import Kept
+from graft.splice.kept_records import Kind
 from graft.splice.kernel_relay import KernelRelay
 from graft.splice.log import log
 from graft.splice.namespaces import Namespaces
@@ -38,18 +44,32 @@ from graft.state.installation import Installation
 from graft.state.records import Container
 
 _IDLE_SECONDS = 3.0
+_FLUSH_SECONDS = 2.0
 _REAP_AGAIN_SECONDS = 10.0
 
 
 class Service:
-    """The daemon's work. ``keep``: run on when there is no container left to serve."""
+    """The daemon's work. ``keep``: run on when there is no container left to serve. ``keeper``: a socket that sends to
+    it; ``received``: what it had of the graftd before (descriptor_store.py); ``keeper_pid``: its process id, if it is
+    Graft's own.
+    """
 
-    def __init__(self, settings: Settings, keep: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        keep: bool,
+        keeper: socket.socket | None = None,
+        received: Sequence[tuple[str, int]] = (),
+        keeper_pid: int = 0,
+    ) -> None:
         self._settings, self._keep = settings, keep
         self._loop = EventLoop(self._tick, SCAN_SECONDS)
         self._background = Background(self._loop)
         graft = Installation(settings)
-        daemon_resources = DaemonResources(self._loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._kept = Kept(self._loop, keeper, received)
+        self.keeper_watch = KeeperWatch(settings, self._loop, self._kept, keeper_pid, keep)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        daemon_resources = DaemonResources(self._loop, limit, kept=self._kept)
         namespaces = Namespaces(settings, graft.endpoints)
         self._context = Context(settings, self._loop, graft.maps, namespaces, daemon_resources)
         self._kernel_relay = KernelRelay(settings, self._loop, self._background, self._on_relay_change)
@@ -58,18 +78,24 @@ class Service:
         self._after_stop: list[Callable[[], None]] = []
         self._records = ContainerList(settings)
         self._cgroups = Cgroups(self._loop, self._loop.tick_soon)
-        self._reaping = False
+        self._reaping = self._is_replaced = False
         self._empty_since = time.monotonic()
-        self._commands = Commands(settings, self._loop, self._handle)
+        self._commands = Commands(settings, self._loop, self._kept, self._handle)
 
-    def run(self, ready: Callable[[], None]) -> None:
+    def last_turn(self) -> float:
+        """When the event loop's own turn was last, in the time of time.monotonic()."""
+        return self._loop.ticked
+
+    def run(self) -> None:
         """Serve until SIGTERM or SIGINT, or, without ``keep``, until there is no container left."""
         wakeup = self._handle_signals()
         try:
-            exchanges.erase_all(self._context.maps)  # of a daemon that was killed
+            exchanges.erase_all(self._context.maps, self._kept.containers_with(Kind.INNER))  # of one that was killed
             self._tick()
-            ready()
+            self._kept.store.say({protocol.READY: "1"})
             self._loop.run()
+            if self._is_replaced:
+                self._make_room()
         finally:
             for service in (*self._services.values(), *self._stopping.values()):
                 with contextlib.suppress(OSError):
@@ -79,8 +105,27 @@ class Service:
             self._context.namespaces.close()
             self._kernel_relay.close()
             self._context.daemon_resources.close()
+            self.keeper_watch.close()
+            self._kept.close()
             self._loop.shut_down()
             wakeup.close()
+
+    def _make_room(self) -> NoReturn:
+        """End, and leave everything as it is to the graftd that the keeper starts next."""
+        self._kernel_relay.close()
+        if not self._kept.store.flush(_FLUSH_SECONDS):
+            log("the keeper does not take all that is to outlive this graftd")
+        os._exit(protocol.REPLACED)
+
+    def _replace(self, python: str, reply: Reply) -> None:
+        if not self._kept.store.is_kept:
+            hint = "graft down, or end it and start it again: its connections are reset"
+            reply({"error": "the daemon has no keeper, so nothing would outlive it", "hint": hint})
+            return
+        if python:
+            self._kept.store.say(protocol.command(daemon_process.graftd_command(python, self._keep)))
+        self._is_replaced = self._loop.stopping = True
+        reply({"pid": os.getpid()})
 
     def _handle_signals(self) -> socket.socket:
         reader, writer = socket.socketpair()
@@ -106,6 +151,7 @@ class Service:
         """Start and stop services as the records say, and start the scans that are due."""
         records = self._records.current()
         self._stop_removed(records)
+        self._kept.close_unserved(records)
         for container in records.values():
             if container.id in self._services:
                 self._update(container)
@@ -205,16 +251,19 @@ class Service:
             case "attach":
                 self._attach(number, int(request["pid"]), reply)
             case "detach":
-                self._stop_serving(number, lambda: reply({}))
+                self._stop_serving(number, lambda: self._kept.store.when_done(lambda: reply({})))
             case "describe":
                 reply(self._describe(number))
             case "stop":
                 self._loop.stopping = True
                 reply({"pid": os.getpid()})
+            case "replace":
+                self._replace(str(request["python"]), reply)
             case "ping":
                 self._empty_since = time.monotonic()
                 served = sorted(number for number, one in self._services.items() if one.serves)
-                reply({"pid": os.getpid(), "containers": served})
+                own = {"pid": os.getpid(), "keeper": self.keeper_watch.pid, "python": sys.executable}
+                reply({**own, "containers": served})
             case other:
                 reply({"error": f"the daemon does not know the command {other!r}"})
 

@@ -23,7 +23,7 @@ from graft.model.transport import Home
 from graft.model.unix_socket import UnixSocket
 from graft.splice.acceptor import Acceptor, PeerAddress
 from graft.splice.far_check import FarCheck
-from graft.splice.inbound import ListenerRelay, crossing
+from graft.splice.inbound import ListenerRelay, crossing, record_of
 from graft.splice.namespace_sockets import NamespaceSockets
 from graft.splice.publication import Publication
 from graft.splice.resources import ContainerResources
@@ -120,7 +120,9 @@ class UnixInboundRelay(ListenerRelay):
         self._target = wanted.target
         self._crossings, self._container, self._container_netns = maps.crossings, resources.number, container_netns
         self.address = wanted.endpoint.unix.spec
-        self.acceptor = Acceptor(resources, sock, self._connect_far, None, check_far)
+        self.acceptor = Acceptor(
+            resources, sock, self._connect_far, None, check_far, record=record_of(resources, wanted)
+        )
 
     def _connect_far(self, _near: socket.socket, _peer: PeerAddress) -> socket.socket:
         """A socket that connects to the container's listener."""

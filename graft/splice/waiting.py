@@ -15,10 +15,14 @@ _FIRST_SECONDS, _LONGEST_SECONDS, _GIVE_UP_SECONDS = 0.02, 1.0, 20.0
 
 
 class WaitingConnection:
-    """``near`` waits; ``attempt`` is called again and again, until it returns True: it has what `reset` would close."""
+    """``near`` waits; ``attempt`` is called again and again, until it returns True: it has what `reset` would close.
+    ``slot``: that of ``near``, if it outlives this process (kept.py).
+    """
 
-    def __init__(self, resources: ContainerResources, near: socket.socket, attempt: Callable[[], bool]) -> None:
-        self._resources, self._near, self._attempt = resources, near, attempt
+    def __init__(
+        self, resources: ContainerResources, near: socket.socket, attempt: Callable[[], bool], slot: int | None = None
+    ) -> None:
+        self._resources, self._near, self._attempt, self._slot = resources, near, attempt, slot
         self._pause, self._waited = _FIRST_SECONDS, 0.0
         self._closed = False
         resources.connections[self] = None
@@ -52,4 +56,5 @@ class WaitingConnection:
             self._closed = True
             del self._resources.connections[self]
             self._resources.release_connection()
-            self._resources.loop.close(self._near)
+            self._resources.daemon.kept.drop(self._slot)
+            self._resources.loop.close(self._near, ends=self._slot is not None)

@@ -236,7 +236,7 @@ def test_a_connection_to_the_relays_own_listener_is_reset(container: Plain) -> N
 
 def test_without_a_daemon_a_container_is_refused(container: Plain) -> None:
     published(container)
-    os.kill(container.daemon(), signal.SIGKILL)
+    container.host.kill_daemon()
     with container.tcp() as program:
         until("refused", lambda: program.connect_ex((CLIENT4, 9)) == errno.ECONNREFUSED)
 

@@ -32,7 +32,7 @@ def test_a_killed_daemon_resets_its_connections_and_the_next_one_takes_up_the_co
         client, accepted = pair(container, listener, port)
         with client, accepted:
             talk(client, accepted)
-            os.kill(container.daemon(), signal.SIGKILL)
+            container.host.kill_daemon()
             assert reset(client)
             assert reset(accepted)
         assert until("refused", lambda: refused(container, port))

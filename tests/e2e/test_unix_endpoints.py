@@ -6,7 +6,6 @@ import json
 import os
 import pwd
 import shutil
-import signal
 import socket
 import stat
 import tempfile
@@ -194,7 +193,7 @@ def test_the_next_daemon_replaces_what_one_that_was_killed_left(container: Plain
     listener, path = container.listener(), folder / "app.sock"
     container.attach("-i", f"0.0.0.0:80={endpoint(host, path)}")
     before = path.stat().st_ino
-    os.kill(container.daemon(), signal.SIGKILL)
+    container.host.kill_daemon()
     until("the daemon is dead", lambda: not container.described()["serves"])
     assert path.stat().st_ino == before
     daemon = host.start_daemon()

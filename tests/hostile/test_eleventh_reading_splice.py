@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tests.hostile.test_tenth_reading_splice import DECEIVER, FAMILIES, Family, exchange_of, served, stranger
 from tests.support.installation import Host
-from tests.support.wait import PATIENCE, until
+from tests.support.wait import PATIENCE
 
 pytestmark = pytest.mark.e2e
 
@@ -23,9 +20,8 @@ def passes_for_a_client(host: Host, family: Family) -> bool:
     with served(host, family) as (container, server, client):
         client.send(b"question")
         assert server.recvfrom(100) == (b"question", client.getsockname())
-        pid, place = container.daemon(), exchange_of(container, family, False)
-        os.kill(pid, signal.SIGKILL)
-        until("graftd is gone", lambda: not Path(f"/proc/{pid}").exists())
+        place = exchange_of(container, family, False)
+        host.kill_daemon()
         with stranger(container, DECEIVER, *place, family.loopback, 5300) as other:
             other.says("sent")
             server.settimeout(PATIENCE)

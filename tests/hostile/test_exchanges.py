@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST6
 from tests.support.plain import plain
-from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
 
@@ -47,9 +43,7 @@ def is_robbed(host: Host, address: str, connects: bool) -> bool:
         if six:  # else it is connected over IPv4
             victim.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         container.attach("-e", f"{address}={host.endpoint(f'[{HOST6}]:dynamic' if six else '0.0.0.0:dynamic')}")
-        pid = container.daemon()
-        os.kill(pid, signal.SIGKILL)
-        until("graftd is gone", lambda: not Path(f"/proc/{pid}").exists())
+        host.kill_daemon()
         thief = container.start(*NOBODY, sys.executable, "-c", THIEF, 6 if six else 4, *ports(host, six))
         thief.says("ready")
         try:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -113,9 +112,7 @@ NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--boun
 
 
 def kill_the_daemon(container: Plain, _port: int) -> None:
-    pid = container.daemon()
-    os.kill(pid, signal.SIGKILL)
-    until("graftd is gone", lambda: not Path(f"/proc/{pid}").exists())
+    container.host.kill_daemon()
 
 
 def stop_and_close(container: Plain, port: int) -> None:

@@ -4,14 +4,11 @@ other container, any process with any user) took part in what graftd relays for 
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -24,7 +21,7 @@ from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
 from tests.support.plain import Plain, plain
 from tests.support.program import Program, start
 from tests.support.udp import give_address, udp
-from tests.support.wait import PATIENCE, until
+from tests.support.wait import PATIENCE
 
 pytestmark = pytest.mark.e2e
 
@@ -246,9 +243,8 @@ def robs_a_connected_socket(host: Host, family: Family) -> bool:
     with plain(host) as container, own_udp(container, family) as program:
         container.attach(*grant(container, family))
         program.connect((family.far, 9))
-        (_, relay), pid = exchange_of(container, family, True), container.daemon()
-        os.kill(pid, signal.SIGKILL)
-        until("graftd is gone", lambda: not Path(f"/proc/{pid}").exists())
+        _, relay = exchange_of(container, family, True)
+        host.kill_daemon()
         with stranger(container, THIEF, 6 if family.six else 4, relay) as thief:
             thief.says("ready")
             try:
@@ -276,9 +272,8 @@ def passes_for_the_far_end(host: Host, family: Family, *options: str) -> bool:
         program.sendto(b"question", far.getsockname())
         far.sendto(b"answer", far.recvfrom(100)[1])
         assert program.recvfrom(100) == (b"answer", far.getsockname())
-        pid, place = container.daemon(), exchange_of(container, family, True)
-        os.kill(pid, signal.SIGKILL)
-        until("graftd is gone", lambda: not Path(f"/proc/{pid}").exists())
+        place = exchange_of(container, family, True)
+        host.kill_daemon()
         to = family.loopback, program.getsockname()[1]
         with stranger(container, DECEIVER, *place, *to, *options) as other:
             other.says("sent")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,19 @@ from graft.swap.resource_limits import own_cgroup
 from tests.support.namespaces import Netns
 from tests.support.program import Program, start
 from tests.support.shell import Result, Word, run
+from tests.support.wait import until
 
 GRAFT = Path(sys.executable).with_name("graft")
 _ports = itertools.count(20001)
 _names = itertools.count(1)
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether a process has ended, though nobody may have waited for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +127,24 @@ class Host:
         return self.start_command([GRAFT, "run", *self.run_flags, *words], talk)
 
     def start_daemon(self, command: Sequence[Word] = (GRAFT,), descriptors: int | None = None) -> Program:
-        """`graft daemon` in the place of one that runs, answering; with at most so many ``descriptors``."""
+        """`graft daemon` in the place of one that runs, answering; with at most so many ``descriptors``. It has no
+        keeper: its service manager does not listen.
+        """
         splice.stop(self.settings)
         limits = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
-        daemon = self.start_command([*limits, *command, "daemon"])
+        daemon = self.start_command([*limits, "env", f"NOTIFY_SOCKET={self.folder}/none", *command, "daemon"])
         daemon.until("the daemon answers", lambda: control.ask(self.settings, {"do": "ping"}))
         return daemon
+
+    def kill_daemon(self) -> None:
+        """Kill graftd and its keeper, so that nothing of them is left, and nothing starts graftd again."""
+        found = control.ask(self.settings, {"do": "ping"})
+        assert found is not None
+        os.kill(found["pid"], signal.SIGSTOP)
+        for pid in (found["keeper"], found["pid"]):
+            if pid:
+                os.kill(pid, signal.SIGKILL)
+                until("it is gone", partial(_is_gone, pid))
 
     def ps(self) -> list[dict[str, Any]]:
         """The records of `graft ps --json`."""

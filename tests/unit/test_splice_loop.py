@@ -239,7 +239,8 @@ def test_failures_that_come_again_and_again_do_not_fill_the_log(
 def test_the_pause_after_a_container_that_cannot_be_served_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     service: Any = ContainerService.__new__(ContainerService)
     service.container = SimpleNamespace(name="c")
-    service._context = SimpleNamespace(daemon_resources=SimpleNamespace(container_count=1))
+    resources = SimpleNamespace(container_count=1, kept=SimpleNamespace(close_untaken=lambda _: None))
+    service._context = SimpleNamespace(daemon_resources=resources)
     service._relays, service._failures, service._problem, service._log = None, 0, "", lambda _text: None
     service._scan_callbacks, service._next_scan_callbacks = [], []
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +74,41 @@ def test_a_unit_with_a_network_of_its_own_is_published_while_it_runs(graft: Path
     assert "splice" in output([graft, "ps"])
     output([graft, "detach", "--cgroup", "test-web.service"])
     assert answer() == ""
+
+
+def main_pid() -> int:
+    return int(output(["systemctl", "show", "--property=MainPID", "--value", "graftd.service"]))
+
+
+@pytest.mark.parametrize("how", [["kill", "--signal=KILL", "--kill-who=main"], ["reload"]])
+def test_systemd_keeps_the_connections_of_a_graftd_that_dies_or_is_replaced(graft: Path, how: list[str]) -> None:
+    shutil.copy(EXAMPLES / "graftd.service", "/run/systemd/system/")
+    output(["systemctl", "daemon-reload"])
+    output(["systemctl", "start", "graftd.service"])  # when this returns, graftd has said that it is ready
+    start("test-web", "--property=PrivateNetwork=yes")
+    output([graft, "ep", "add", "web", f"0.0.0.0:{PORT}"])
+    output([graft, "attach", "--cgroup", "test-web.service", "-i", "0.0.0.0:80=web"])
+    until("the server", answer, timeout=60, pause=1)
+    for _ in range(3):
+        before = main_pid()
+        with socket.create_connection(("127.0.0.1", PORT), timeout=120) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n")
+            until("it is relayed", lambda: relayed(graft) == 1, timeout=60, pause=1)
+            output(["systemctl", *how, "graftd.service"])
+            until("another graftd", lambda: main_pid() not in (0, before), timeout=60)  # noqa: B023
+            with socket.create_connection(("127.0.0.1", PORT), timeout=120) as other:  # nobody is refused
+                client.sendall(b"\r\n")
+                assert client.makefile("rb").read().endswith(b"127.0.0.1")
+                other.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                assert other.makefile("rb").read().endswith(b"127.0.0.1")
+    assert main_pid()
+    output([graft, "detach", "--cgroup", "test-web.service"])
+    assert answer() == ""
+
+
+def relayed(graft: Path) -> int:
+    [one] = json.loads(output([graft, "ps", "--json"]))
+    return int(one["relay"]["connections"])
 
 
 def test_the_example_of_nginx_in_a_unit_serves_and_leaves_nothing(graft: Path) -> None:

@@ -1,0 +1,12 @@
+"""graftd's keeper: a small process that starts graftd, starts it again, and has open what must outlive it.
+
+    protocol.py   what graftd and its keeper say to each other: systemd's sd_notify protocol (pure)
+    holdings.py   the descriptors that the keeper has, by their names
+    restarts.py   how long to wait before graftd is started again (pure)
+    child.py      graftd as the keeper's child: started with those descriptors, watched, killed
+    process.py    the keeper, the process
+
+Under systemd the service manager is the keeper: graftd speaks to it in the same way.
+
+It imports nothing else of Graft's, and little of Python's: all of it stays in memory as long as graftd runs.
+"""

@@ -1,0 +1,97 @@
+"""graftd as the child of its keeper.
+
+Source: pidfd_open(2), execve(2), wait(2).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+
+from graft.keeper import protocol
+from graft.keeper.holdings import arrange
+
+
+class Child:
+    """A graftd that was started with descriptors, each with a name. ``pidfd`` is readable when it has ended."""
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]]
+    ) -> None:
+        """Raises OSError where no process can be made."""
+        self.started = self.heard = time.monotonic()
+        """When it was started, and when it said last that it works."""
+        self.ready = 0.0
+        """When it said first that it is ready; 0: it has not."""
+        self.is_stopping = False
+        """Whether it said that it ends by itself."""
+        self.pid = self._begin(command, environment, descriptors)
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def _begin(
+        self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]]
+    ) -> int:
+        pid = os.fork()
+        if pid == 0:
+            _execute(command, environment, descriptors)
+        return pid
+
+    def note_ready(self) -> None:
+        """It says that it is ready."""
+        self.ready = self.ready or time.monotonic()
+
+    def ready_for(self) -> float:
+        """For how many seconds it has been ready."""
+        return time.monotonic() - self.ready if self.ready else 0.0
+
+    def send(self, signum: int) -> None:
+        """Send it a signal: it is not reaped yet, so the number is its own."""
+        os.kill(self.pid, signum)
+
+    def reap(self) -> int:
+        """Its exit status, or the negative number of the signal that killed it. Waits until it has ended."""
+        os.close(self.pidfd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+class Adopted(Child):
+    """A graftd whose keeper was killed: no child of this process, but served like one."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises OSError where it has ended."""
+        self._pid = pid
+        super().__init__((), {}, ())
+        self.note_ready()
+
+    def _begin(self, *_: object) -> int:
+        return self._pid
+
+    def send(self, signum: int) -> None:
+        """As for a child: its number may be another's by now, its descriptor is not."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signum)
+        except ProcessLookupError:
+            pass
+
+    def reap(self) -> int:
+        """0 where it said that it ends, else as if it was killed: how it ended, its parent is told alone."""
+        os.close(self.pidfd)
+        return 0 if self.is_stopping else -signal.SIGKILL
+
+
+def _execute(command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]]) -> None:
+    """The child's side."""
+    try:
+        signal.set_wakeup_fd(-1)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_DFL)
+        told = protocol.listen_environment([name for name, _ in descriptors], os.getpid())
+        if protocol.WATCHDOG_USEC in environment:
+            told[protocol.WATCHDOG_PID] = str(os.getpid())
+        arrange([fd for _, fd in descriptors], protocol.FIRST_DESCRIPTOR)
+        os.execve(command[0], list(command), {**environment, **told})
+    except BaseException as error:
+        os.write(2, f"graftd cannot be started: {error}\n".encode())
+    os._exit(1)

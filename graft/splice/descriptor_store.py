@@ -1,0 +1,190 @@
+"""graftd's end of the protocol with its keeper (graft/keeper/protocol.py): which of its descriptors must outlive it.
+
+What cannot be sent now, because the keeper has not read what was sent before, waits here, in order. A descriptor that
+is closed before it was sent is never sent.
+
+A stored descriptor is open in two processes: `close` in one of them ends nothing. So who closes one ends it first, by a
+call that does not wait for the keeper (`end` of graft/kernel/socket_calls.py), and then has the keeper close it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+
+from graft.keeper import protocol
+from graft.splice.event_loop import EventLoop
+
+_SEND_BYTES = 1 << 20
+_BARRIER_SECONDS = 1.0
+
+
+def received(told: Mapping[str, str]) -> list[tuple[str, int]]:
+    """The names and descriptors that this process was started with, none of which a program inherits that it executes.
+
+    ``told``: the environment. Call it once, before anything else is opened.
+    """
+    found = protocol.listen_descriptors(told, os.getpid())
+    for fd, _ in found:
+        os.set_inheritable(fd, False)
+    return [(name, fd) for fd, name in found]
+
+
+def connected(told: Mapping[str, str]) -> socket.socket | None:
+    """A socket that sends to the keeper, None where there is none: nothing outlives this process then."""
+    address = told.get(protocol.NOTIFY_SOCKET, "")
+    if not address.startswith(("/", "@")):
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+        sock.connect("\0" + address[1:] if address[0] == "@" else address)
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+class _Message:
+    """One that waits: with a ``name``, it stores ``fds``. ``more``: others of that name were sent before."""
+
+    __slots__ = ("fds", "more", "name", "raw")
+
+    def __init__(self, raw: bytes, name: str = "", fds: Sequence[int] = (), more: bool = False) -> None:
+        self.raw, self.name, self.fds, self.more = raw, name, fds, more
+
+
+class DescriptorStore:
+    """Sends by ``sock``, which never blocks, and is closed with this; None: there is no keeper, and nothing is sent."""
+
+    def __init__(self, loop: EventLoop, sock: socket.socket | None = None) -> None:
+        self._loop = loop
+        self._sock: socket.socket | None = None
+        self.is_kept = sock is not None
+        """Whether there is a keeper, or will be again."""
+        self._waiting: OrderedDict[_Message, None] = OrderedDict()
+        self._unsent: dict[str, _Message] = {}
+        """Those of the waiting that store something."""
+        if sock is not None:
+            self.continue_with(sock)
+
+    def continue_with(self, sock: socket.socket) -> None:
+        """Send to another keeper, which has nothing yet."""
+        self.disconnect()
+        self._sock = sock
+        self._loop.watch(sock.fileno(), 0, self._on_writable)
+
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether the keeper was sent all that it is to be told."""
+        return not self._waiting
+
+    def put(self, name: str, fds: Sequence[int], more: bool = False) -> None:
+        """Have the keeper open what ``fds`` are; they stay open here until then, or until `drop`. ``more``: beside
+        others of that name.
+        """
+        if self._sock is None:
+            return
+        waiting = self._unsent.get(name)
+        if waiting is not None:
+            waiting.fds = [*waiting.fds, *fds]
+            return
+        message = _Message(protocol.store(name), name, fds, more)
+        if not self._send(message):
+            self._unsent[name] = message
+
+    def drop(self, name: str) -> None:
+        """Have the keeper close them."""
+        message = self._unsent.pop(name, None)
+        if message is not None:
+            del self._waiting[message]
+            if not message.more:
+                return
+        if self._sock is not None:
+            self._send(_Message(protocol.remove(name)))
+
+    def say(self, fields: Mapping[str, str], fds: Sequence[int] = ()) -> None:
+        """Send another message."""
+        if self._sock is not None:
+            self._send(_Message(protocol.encode(fields), "", fds))
+
+    def _send(self, message: _Message) -> bool:
+        """Send at once, if nothing waits."""
+        if not self._waiting and self._sent(message):
+            return True
+        if self._sock is None:
+            return True
+        if not self._waiting:
+            self._loop.change(self._sock.fileno(), select.EPOLLOUT)
+        self._waiting[message] = None
+        return False
+
+    def _sent(self, message: _Message) -> bool:
+        """False: it has to wait."""
+        assert self._sock is not None
+        try:
+            socket.send_fds(self._sock, [message.raw], list(message.fds))
+        except BlockingIOError:
+            return False
+        except OSError:  # it has died: what it had open is closed
+            self.disconnect()
+        return True
+
+    def _on_writable(self, _mask: int) -> None:
+        while self._waiting and self._sock is not None:
+            message = next(iter(self._waiting))
+            if not self._sent(message):
+                return
+            if self._waiting.pop(message, message) is None:
+                self._unsent.pop(message.name, None)
+        if self._sock is not None:
+            self._loop.change(self._sock.fileno(), 0)
+
+    def flush(self, seconds: float) -> bool:
+        """Send all that waits, for so long at the most. Whether nothing waits any more."""
+        deadline = time.monotonic() + seconds
+        while self._waiting and self._sock is not None and time.monotonic() < deadline:
+            select.select([], [self._sock], [], 0.01)
+            self._on_writable(0)
+        return not self._waiting
+
+    def when_done(self, done: Callable[[], None]) -> None:
+        """Call ``done`` when the keeper has done what it was told so far, or soon where it does not answer."""
+        if self._sock is None:
+            done()
+            return
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        ended = False
+
+        def end(_mask: int = 0) -> None:
+            nonlocal ended
+            if not ended:
+                ended = True
+                self._loop.unwatch(reader)
+                os.close(reader)
+                done()
+
+        self._loop.watch(reader, 0, end)
+        self._loop.after(_BARRIER_SECONDS, end)
+        self.say({protocol.BARRIER: "1"}, [writer])
+        os.close(writer)
+
+    def close(self) -> None:
+        """Send no more. Safe to repeat."""
+        self.is_kept = False
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Send no more to this keeper. Safe to repeat."""
+        if self._sock is not None:
+            sock, self._sock = self._sock, None
+            with contextlib.suppress(OSError):
+                self._loop.unwatch(sock.fileno())
+            sock.close()
+        self._waiting.clear()
+        self._unsent.clear()

@@ -1,0 +1,303 @@
+"""What outlives this graftd, because its keeper has it open too; and what the graftd before has left.
+
+    this graftd:      socket made ──▶ slot noted (kept_records.py) ──▶ stored (descriptor_store.py)
+                      to be closed ──▶ slot freed ──▶ ended ──▶ removed from the keeper's, closed here
+    the next graftd:  received ──▶ sorted by slot, cookies compared ──▶ `Found`, until somebody takes it, or closes it
+
+What is found proves nothing: who takes it asks the kernel and the maps whose it is and whether that is granted now.
+What nobody takes is ended. Where there is no keeper, nothing is noted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import stat
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from graft.kernel import socket_calls, tcp
+from graft.splice.descriptor_store import DescriptorStore
+from graft.splice.event_loop import EventLoop
+from graft.splice.kept_records import RECORDS_NAME, KeptRecords, Kind, Record, parse_name, pipe_name, slot_name
+from graft.splice.log import log
+from graft.splice.pipes import NOT_KEPT, Pipe
+from graft.splice.publication import Publication
+
+_DIGEST_BYTES = 16
+MAX_PIPES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the graftd before has left in a slot: its sockets, as the record says: near, or near and far."""
+
+    slot: int
+    record: Record
+    socks: tuple[socket.socket, ...]
+
+
+def digest(wanted: Publication) -> bytes:
+    """What a listener is for: two publications have the same digest if they are equal."""
+    end, unix = wanted.endpoint, wanted.endpoint.unix
+    fields = [
+        [end.id, end.family, end.address.hex(), end.port, end.netns, end.dual_stack, unix.spec if unix else None],
+        [wanted.family, wanted.address.hex(), wanted.port, wanted.v6only, wanted.protocol],
+        [*wanted.dialled[:1], wanted.dialled[1].hex(), wanted.dialled[2]] if wanted.dialled else None,
+    ]
+    return hashlib.blake2b(json.dumps(fields).encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+class Kept:
+    """``sock`` sends to the keeper, None: there is none. ``received``: names and descriptors that the keeper gave."""
+
+    def __init__(
+        self, loop: EventLoop, sock: socket.socket | None = None, received: Sequence[tuple[str, int]] = ()
+    ) -> None:
+        self.store = DescriptorStore(loop, sock)
+        self._loop = loop
+        self._found: dict[int, Found] = {}
+        self._found_pipes: dict[int, tuple[int, int]] = {}
+        self._socks: dict[int, tuple[socket.socket, ...]] = {}
+        """What every slot has, found or made."""
+        self._pipes: dict[int, tuple[int, int]] = {}
+        """Both ends of every pipe that the keeper has, or is to have."""
+        self._free_pipes: list[int] = []
+        self._next_pipe = 0
+        self._records: KeptRecords | None = None
+        loop.shares_sockets = self.store.is_kept
+        with_records = [fd for name, fd in received if name == RECORDS_NAME]
+        if self.store.is_kept:
+            self._records = _opened(with_records)
+        if self._records is not None:
+            if self._records.fd not in with_records:
+                self.store.drop(RECORDS_NAME)
+                self.store.put(RECORDS_NAME, [self._records.fd])
+            self._sort(received)
+        else:
+            for _, fd in received:
+                os.close(fd)
+
+    def _sort(self, received: Sequence[tuple[str, int]]) -> None:
+        assert self._records is not None
+        records = self._records.occupied()
+        by_slot: dict[int, dict[int, socket.socket]] = {}
+        strange = set()
+        for name, fd in received:
+            kind, number = parse_name(name) or ("", 0)
+            if kind == "s" and number in records and stat.S_ISSOCK(os.fstat(fd).st_mode):
+                sock = socket.socket(fileno=fd)
+                by_slot.setdefault(number, {})[tcp.cookie(sock)] = sock
+            elif kind == "p" and stat.S_ISFIFO(os.fstat(fd).st_mode):
+                is_writer = (fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE) == os.O_WRONLY
+                ends = self._found_pipes.get(number, (-1, -1))
+                self._found_pipes[number] = (ends[0], fd) if is_writer else (fd, ends[1])
+            elif fd != self._records.fd:
+                strange.add(name)
+                os.close(fd)
+        for name in strange:
+            self.store.drop(name)
+        self._next_pipe = max(self._found_pipes, default=-1) + 1
+        self._free_pipes = [number for number in range(self._next_pipe) if number not in self._found_pipes]
+        self._pipes = dict(self._found_pipes)
+        self._close_unused_pipes(records.values())
+        for slot, record in records.items():
+            self._sort_slot(slot, record, by_slot.get(slot, {}))
+
+    def _close_unused_pipes(self, records: Collection[Record]) -> None:
+        """Those that no connection has, and those of which two say so, or an end is missing."""
+        users = Counter(number - 1 for record in records for number in record.pipes)
+        for number, ends in list(self._found_pipes.items()):
+            if users[number] != 1 or min(ends) < 0:
+                del self._found_pipes[number]
+                self._close_pipe(number, ends)
+
+    def _close_pipe(self, number: int, ends: tuple[int, int]) -> None:
+        for fd in ends:
+            if fd >= 0:
+                os.close(fd)
+        self._pipes.pop(number, None)
+        self.store.drop(pipe_name(number))
+        self._free_pipes.append(number)
+
+    def _sort_slot(self, slot: int, record: Record, socks: dict[int, socket.socket]) -> None:
+        wanted = [record.near, record.far] if record.far else [record.near]
+        found = Found(slot, record, tuple(socks.pop(cookie) for cookie in wanted if cookie in socks))
+        for sock in socks.values():
+            socket_calls.end(sock)
+            sock.close()
+        if len(found.socks) == len(wanted):
+            for sock in found.socks:
+                sock.setblocking(False)
+            self._found[slot], self._socks[slot] = found, found.socks
+        else:  # it was being stored, or closed
+            self.close_found(found)
+
+    # ---- what the graftd before has left
+
+    def containers_with(self, kind: Kind) -> set[int]:
+        """For which containers something of that kind was found that nobody has taken."""
+        return {found.record.container for found in self._found.values() if found.record.kind is kind}
+
+    def take(self, kind: Kind, container: int, is_it: Callable[[Found], bool] = lambda _: True) -> list[Found]:
+        """What was found of that kind for a container, and ``is_it`` says yes to. It is the caller's now."""
+        taken = []
+        for found in list(self._found.values()):
+            if found.record.kind is kind and found.record.container == container:
+                with contextlib.suppress(OSError):
+                    if is_it(found):
+                        taken.append(self._found.pop(found.slot))
+        return taken
+
+    def take_pipes(self, found: Found) -> tuple[Pipe | None, Pipe | None] | None:
+        """The pipes of the two flows of a connection; None where one of them is lost."""
+        pipes: list[Pipe | None] = []
+        for number in found.record.pipes:
+            ends = self._found_pipes.pop(number - 1, None)
+            pipes.append(None if ends is None else Pipe(ends, number - 1))
+        if [number != 0 for number in found.record.pipes] == [pipe is not None for pipe in pipes]:
+            return pipes[0], pipes[1]
+        for pipe in pipes:
+            if pipe is not None:
+                self.drop_pipe(pipe)
+                pipe.close()
+        return None
+
+    def close_found(self, found: Found) -> None:
+        """End what somebody took, and cannot use."""
+        self._found.pop(found.slot, None)
+        for number in found.record.pipes:
+            ends = self._found_pipes.pop(number - 1, None)
+            if ends is not None:
+                self._close_pipe(number - 1, ends)
+        for sock in found.socks:
+            socket_calls.end(sock)
+            self._loop.close(sock)
+        self.drop(found.slot)
+
+    def close_untaken(self, is_to_close: Callable[[Record], bool]) -> None:
+        """End what nobody has taken."""
+        for found in list(self._found.values()):
+            if is_to_close(found.record):
+                self.close_found(found)
+
+    def close_unserved(self, containers: Collection[int]) -> None:
+        """End what is for other containers than these (0: for none)."""
+        if self._found:
+            self.close_untaken(lambda record: bool(record.container) and record.container not in containers)
+
+    # ---- what this one will leave
+
+    def store_all(self, sock: socket.socket) -> None:
+        """Store everything with another keeper: the one before was killed."""
+        self.store.continue_with(sock)
+        if self._records is not None:
+            self.store.put(RECORDS_NAME, [self._records.fd])
+        for slot, socks in self._socks.items():
+            self.store.put(slot_name(slot), [one.fileno() for one in socks])
+        for number, ends in self._pipes.items():
+            self.store.put(pipe_name(number), ends)
+
+    def add(self, record: Record, *socks: socket.socket) -> int | None:
+        """Have sockets outlive this process; gives their slot, None where they do not."""
+        if self._records is None or not self.store.is_kept:
+            return None
+        slot = self._records.add(record)
+        if slot is not None:
+            self._socks[slot] = socks
+            self.store.put(slot_name(slot), [sock.fileno() for sock in socks])
+        return slot
+
+    def add_listener(self, kind: Kind, container: int, sock: socket.socket, port: int, address: bytes) -> int | None:
+        """The same, of a socket that has no peer."""
+        if not self.store.is_kept:
+            return None
+        return self.add(Record(kind, container, near=tcp.cookie(sock), port=port, address=address), sock)
+
+    def add_accepted(self, record: Record, near: socket.socket) -> int | None:
+        """The same, of a connection that was accepted just now. ``record``: what to note of it when it is complete."""
+        if not self.store.is_kept:
+            return None
+        made = Record(
+            Kind.ACCEPTED, record.container, record.endpoint, tcp.cookie(near), 0, 0,
+            record.family, record.v6only, record.port, record.address,
+        )  # fmt: skip
+        return self.add(made, near)
+
+    def complete(self, slot: int | None, kind: Kind, far: socket.socket) -> None:
+        """It has its far end."""
+        if slot is not None and self._records is not None:
+            self._socks[slot] = (*self._socks[slot], far)
+            self.store.put(slot_name(slot), [far.fileno()], more=True)  # before it counts: else it would be missing
+            self._records.complete(slot, kind, tcp.cookie(far))
+
+    def drop(self, slot: int | None) -> None:
+        """What is in a slot is closed, or is to be, by its owner."""
+        if slot is not None and self._records is not None:
+            self._records.release(slot)
+            self._socks.pop(slot, None)
+            self.store.drop(slot_name(slot))
+
+    def note(self, slot: int | None, flag: int, on: bool = True) -> None:
+        """Set a flag of a connection, or clear it."""
+        if slot is not None and self._records is not None:
+            self._records.set_flag(slot, flag, on)
+
+    def pipe_notes(self, slot: int | None, direction: int) -> tuple[memoryview | list[int], int]:
+        """Where to note which pipe a flow has, one more than its number, or 0 for none; and at which index.
+        ``direction`` 0 is the flow from near. (No call, because this is done for each message.)
+        """
+        if slot is None or self._records is None:
+            return [0], 0
+        return self._records.pipe_notes(slot, direction)
+
+    def add_pipe(self, pipe: Pipe) -> None:
+        """Have a new pipe outlive this process."""
+        if self.store.is_kept and (self._free_pipes or self._next_pipe < MAX_PIPES):
+            if not self._free_pipes:
+                self._free_pipes.append(self._next_pipe)
+                self._next_pipe += 1
+            pipe.number = self._free_pipes.pop()
+            self._pipes[pipe.number] = pipe.read, pipe.write
+            self.store.put(pipe_name(pipe.number), [pipe.read, pipe.write])
+
+    def drop_pipe(self, pipe: Pipe) -> None:
+        """A pipe is to be closed."""
+        if pipe.number < MAX_PIPES:
+            self._pipes.pop(pipe.number, None)
+            self.store.drop(pipe_name(pipe.number))
+            self._free_pipes.append(pipe.number)
+            pipe.number = NOT_KEPT
+
+    def end_listener(self, sock: socket.socket, slot: int | None) -> None:
+        """Before a listener is closed: it listens no more, whatever the keeper does."""
+        if slot is not None:
+            socket_calls.end(sock)
+            self.drop(slot)
+
+    def close(self) -> None:
+        """This process ends, and nothing is to outlive it."""
+        self.close_untaken(lambda _: True)
+        self.store.close()
+        if self._records is not None:
+            self._records.close()
+            self._records = None
+
+
+def _opened(fds: Sequence[int]) -> KeptRecords | None:
+    """The table of the graftd before, or a new one."""
+    for fd in fds:
+        try:
+            return KeptRecords(fd)
+        except (OSError, ValueError) as error:
+            log(f"what the previous graftd has left cannot be read: {error}")
+    try:
+        return KeptRecords()
+    except OSError as error:
+        log(f"nothing will outlive this graftd: {error}")
+        return None
