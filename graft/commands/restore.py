@@ -14,10 +14,11 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from graft.commands import saving
 from graft.commands.attach import Seen, attach_seen, look_at
@@ -31,7 +32,10 @@ from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
 from graft.state import helper_process, members
 from graft.state.engines import FoundContainer, resolve
 from graft.state.installation import Installation
+from graft.state.left_children import LeftChildren
 from graft.state.records import Container
+
+T = TypeVar("T")
 
 CONTAINER_NAME = re.compile(r"(?:^|[^0-9a-f])[0-9a-f]{64}(?:[^0-9a-f]|$)", re.ASCII)
 """The name of a container's cgroup has its id, whatever the engine and its cgroup driver."""
@@ -44,6 +48,9 @@ NOT_THERE = "it is not running"
 _CHANGED = "a command changed it at the same time"
 _FOLDER_SECONDS = 2.0
 _MAX_NOTES = 4 << 20
+
+_left = LeftChildren()
+"""The watcher asks again and again: by the path that was asked about."""
 
 
 @dataclass(slots=True)
@@ -167,9 +174,9 @@ class _Finder:
     def __init__(self, graft: Installation, attachments: Sequence[SavedAttachment]) -> None:
         self._top = cgroup.v2_mount()
         paths = [path for one in attachments if (path := self._last_path(one)) is not None]
-        seen = helper_process.run_each(os.path.isdir, paths, _FOLDER_SECONDS).results  # somebody may hold a folder
-        self._there = {path for index, path in enumerate(paths) if seen.get(index)}
-        self._unknown = {path for index, path in enumerate(paths) if index not in seen} - self._there
+        seen = _ask_of_each(os.path.isdir, paths)
+        self._there = {path for path, is_there in seen.items() if is_there}
+        self._unknown = set(paths) - seen.keys()
         known = {one.cgroup_path.name for one in graft.containers.listing()}
         names, self._held = container_folders(self._top)
         self._strangers = {name for name in names if name not in known}
@@ -214,13 +221,23 @@ class _Finder:
         return None if target.kind in _ENGINE_KINDS and found.name != target.name else found
 
 
+def _ask_of_each(look: Callable[[Path], T], paths: Sequence[Path]) -> dict[Path, T]:
+    """What a child sees at each of these paths. Left out are those on whose way somebody holds a folder: they are not
+    asked about again before the child that waits there has gone.
+    """
+    free = [path for path in dict.fromkeys(paths) if not _left.has_one(str(path))]
+    asked = helper_process.run_each(look, free, _FOLDER_SECONDS)
+    _left.note([str(path) for path in free], asked.results, asked.helper_pid)
+    return {path: asked.results[index] for index, path in enumerate(free) if index in asked.results}
+
+
 def container_folders(top: Path) -> tuple[list[str], list[str]]:
     """The names of the cgroups of containers of docker and podman, where their engines make them; and which of those
     folders could not be listed, because somebody holds them.
     """
     folders = [top / name for name in ENGINE_FOLDERS]
-    listed = helper_process.run_each(_containers_in, folders, _FOLDER_SECONDS).results
-    held = [name for index, name in enumerate(ENGINE_FOLDERS) if listed.get(index) is None]
+    listed = _ask_of_each(_containers_in, folders)
+    held = [folder.name for folder in folders if listed.get(folder) is None]
     return [name for names in listed.values() for name in names or ()], held
 
 

@@ -22,7 +22,7 @@ from graft.kernel import cgroup
 from graft.kernel.pidfd import MAX_PID
 from graft.model import json_text
 from graft.model.address import shown
-from graft.state import helper_process, members
+from graft.state import members
 
 _TIMEOUT = 15.0
 _SEARCH_TIMEOUT = 10.0
@@ -189,11 +189,9 @@ def _last_line(text: str) -> str:
 def _cgroup_of(engine: str, container_id: str, pid: int) -> Path:
     """The cgroup of a container, from one of its processes: the part of the path up to the folder with the id."""
     try:
-        path = helper_process.run_one(lambda: cgroup.of_process(pid))  # which can hold its folder in /proc
+        path = members.answer_about(f"/proc/{pid}", lambda: cgroup.of_process(pid))  # the process can hold that folder
     except FileNotFoundError:
         raise NotFoundError(f"{engine}: its process {pid} is gone") from None
-    if path is None:
-        raise KernelError(f"{engine}: somebody holds the directory /proc/{pid}", "give the path of the cgroup")
     found = cut_at_id(path, container_id)
     if found is None:
         raise KernelError(
@@ -244,11 +242,10 @@ def _unit_at(unit: str, path: str, pid: int) -> FoundContainer:
 
 def _unit_in_tree(unit: str) -> FoundContainer:
     """If systemd does not answer: a cgroup with the unit's name."""
-    found = helper_process.run_one(
-        lambda: [folder for folder in cgroup.tree(cgroup.v2_mount()) if folder.name == unit], _SEARCH_TIMEOUT
+    top = cgroup.v2_mount()
+    found = members.answer_about(
+        str(top), lambda: [folder for folder in cgroup.tree(top) if folder.name == unit], _SEARCH_TIMEOUT
     )
-    if found is None:
-        raise members.held(str(cgroup.v2_mount()))
     if not found:
         raise NotFoundError(f"unit: systemd does not answer, and no cgroup is named {unit}")
     if len(found) > 1:

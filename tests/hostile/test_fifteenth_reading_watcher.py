@@ -1,0 +1,80 @@
+"""What a fifteenth reading found about the watcher of saved containers: who keeps it from its work, or takes memory.
+
+What needs no kernel is in tests/unit/test_watcher.py and test_restore.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from graft.commands import watcher_process
+from tests.e2e.conftest import write_policy
+from tests.e2e.test_saved_state import attached, box, saver, watcher_of
+from tests.hostile.conftest import graft_without
+from tests.hostile.test_eighth_reading_folders import HOLDER, running
+from tests.support.cgroups import new_cgroup
+from tests.support.installation import Host
+from tests.support.wait import until
+
+pytestmark = pytest.mark.e2e
+__all__ = ["box", "saver", "write_policy"]
+
+
+def watch_without(host: Host, defence: str) -> int:
+    """Have the watcher of ``host`` lack a defence, or none. Its process id."""
+    watcher_process.stop(host.settings)
+    host.start_command([*graft_without(defence), "watch"])
+    return until("it watches", lambda: watcher_of(host))
+
+
+def children_of(pid: int) -> list[str]:
+    """The states of a process's children, zombies too (proc_pid_status(5))."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except OSError:
+            continue
+        if fields["PPid"] == str(pid):
+            found.append(fields["State"])
+    return found
+
+
+# ---- who holds a folder above a saved container's cgroup --------------------------------------------
+
+HOLDS_WITHOUT_CACHE = HOLDER.replace("signal.alarm(100)", "signal.alarm(600)").replace(
+    "fd = os.open(path", "os.mkdir(path + '/other')\nfd = os.open(path", 1
+)
+"""What the kernel has cached of names that are not there counts no more when another one is made."""
+
+
+@pytest.mark.parametrize("defence", ["", "left behind"])
+def test_who_holds_a_folder_has_the_watcher_leave_few_children_there(saver: Host, defence: str) -> None:
+    with new_cgroup("delegated") as outer:
+        os.chown(outer, 65534, 65534)
+        (outer / "inner").mkdir()
+        saver.graft("attach", "--cgroup", outer / "inner", "--deny")
+        watcher = watch_without(saver, defence)
+        (outer / "inner").rmdir()
+        until("it waits", lambda: [one["state"] for one in saver.ps()] == ["waiting"])
+        time.sleep(9)  # it has tried for the last time
+        assert children_of(watcher) == []
+        with running([sys.executable, "-c", HOLDS_WITHOUT_CACHE, str(outer), "0"]):
+            most = 0
+            for _ in range(8):  # each change that is saved has it try again, which nobody has to wait for
+                saver.graft("ep", "add", f"e{saver.port()}", f"10.98.0.1:{saver.port()}")
+                time.sleep(4)
+                most = max(most, len(children_of(watcher)))
+            if defence:
+                assert most > 6, "the control leaves one behind each time"
+                return
+            assert 0 < most <= 3, "one for what it watches, one for where the container was"
+        until("they are reaped", lambda: children_of(watcher) == [], timeout=60)
+        (outer / "other").rmdir()
+        (outer / "inner").mkdir()
+        until("it is attached", lambda: attached(saver, outer / "inner"), timeout=45)
