@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from graft.commands import saving
 from graft.commands.attach import Seen, attach_seen, look_at
+from graft.commands.sightings import Sightings
 from graft.errors import GraftError, KernelError, NotFoundError, RefusedError, UsageError
 from graft.kernel import cgroup
 from graft.kernel.atomic_file import write_atomically
@@ -73,11 +74,11 @@ class Restored:
         return bool(self.problems) or any(why != NOT_THERE for why in self.waiting.values())
 
 
-def restore(graft: Installation, settled: bool = True) -> Restored:
+def restore(graft: Installation, sightings: Sightings | None = None) -> Restored:
     """Make the endpoints and attach the containers that are saved, as far as that is possible now.
 
-    Not ``settled``: a container that is just starting may not be in its own network namespace yet, so it has to have
-    the transport that it had. Raises RefusedError if others can write what is saved, NotUpError.
+    With ``sightings``: a container that is just starting may not be in its own network namespace yet, so until it has
+    settled it has to have the transport that it had. Raises RefusedError if others can write what is saved, NotUpError.
     """
     store, done = Store(graft.settings), Restored()
     if not store.exists:
@@ -90,9 +91,11 @@ def restore(graft: Installation, settled: bool = True) -> Restored:
     graft.reap()
     left = [one for one in done.state.attachments if not store.is_paused(ATTACHMENTS, file_name(one.target))]
     finder = _Finder(graft, left)
+    if sightings is not None:
+        sightings.forget_others({one.target.text for one in left})
     progress = True
     while left and progress:  # a policy may name an endpoint that the next one declares
-        reasons = {one.target.text: _restore_attachment(graft, store, one, finder, settled, done) for one in left}
+        reasons = {one.target.text: _restore_attachment(graft, store, one, finder, sightings, done) for one in left}
         done.waiting = {name: why for name, why in reasons.items() if why is not None}
         progress = 0 < len(done.waiting) < len(left)
         left = [one for one in left if one.target.text in done.waiting]
@@ -123,7 +126,12 @@ def _message(error: Exception) -> str:
 
 
 def _restore_attachment(
-    graft: Installation, store: Store, saved: SavedAttachment, finder: _Finder, settled: bool, done: Restored
+    graft: Installation,
+    store: Store,
+    saved: SavedAttachment,
+    finder: _Finder,
+    sightings: Sightings | None,
+    done: Restored,
 ) -> str | None:
     """Attach a container, if it is there and not attached. Returns why it waits, None if it does not."""
     try:
@@ -131,7 +139,10 @@ def _restore_attachment(
         if found is None:
             return NOT_THERE
         container = graft.containers.at(found.cgroup)
-        seen = _look_at(graft, found, saved, settled) if container is None else None
+        seen = None
+        if container is None:
+            settled = sightings is None or sightings.is_settled(saved.target.text, finder.cgroup_id(found))
+            seen = _look_at(graft, found, saved, settled)
         with nullcontext() if seen is None else seen.within_reach(), store.locked():
             current = store.attachment(saved.target)
             if current is None or store.is_paused(ATTACHMENTS, file_name(saved.target)):  # it was detached just now
@@ -174,8 +185,8 @@ class _Finder:
     def __init__(self, graft: Installation, attachments: Sequence[SavedAttachment]) -> None:
         self._top = cgroup.v2_mount()
         paths = [path for one in attachments if (path := self._last_path(one)) is not None]
-        seen = _ask_of_each(os.path.isdir, paths)
-        self._there = {path for path, is_there in seen.items() if is_there}
+        seen = _ask_of_each(_cgroup_id, paths)
+        self._there = {path: number for path, number in seen.items() if number}
         self._unknown = set(paths) - seen.keys()
         known = {one.cgroup_path.name for one in graft.containers.listing()}
         names, self._held = container_folders(self._top)
@@ -206,6 +217,13 @@ class _Finder:
         if found is None and held:
             raise members.held(held[0])
         return found
+
+    def cgroup_id(self, found: FoundContainer) -> int:
+        """The id of the cgroup of a container that was found. Raises KernelError where somebody holds a folder above,
+        FileNotFoundError.
+        """
+        path = found.cgroup
+        return self._there.get(path) or members.answer_about(str(path), lambda: cgroup.cgroup_id(path))
 
     def _ask(self, target: Target) -> FoundContainer | None:
         """The container of this very name: engines also answer for one whose id begins so."""
@@ -239,6 +257,14 @@ def container_folders(top: Path) -> tuple[list[str], list[str]]:
     listed = _ask_of_each(_containers_in, folders)
     held = [folder.name for folder in folders if listed.get(folder) is None]
     return [name for names in listed.values() for name in names or ()], held
+
+
+def _cgroup_id(path: Path) -> int:
+    """Of the cgroup at ``path``; 0 where there is none."""
+    if os.path.isdir(path):
+        with contextlib.suppress(OSError):  # it was removed just now
+            return cgroup.cgroup_id(path)
+    return 0
 
 
 def _containers_in(folder: Path) -> list[str] | None:

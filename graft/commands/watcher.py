@@ -23,6 +23,7 @@ import time
 from dataclasses import dataclass, field
 
 from graft.commands.restore import Restored, restore
+from graft.commands.sightings import Sightings
 from graft.commands.watched_folders import HELD, Interest, WatchedFolders
 from graft.commands.watcher_process import note_problems, watcher_lock
 from graft.errors import ConflictError, GraftError
@@ -37,8 +38,10 @@ from graft.state.installation import Installation
 TRIES = (0.0, 0.02, 0.1, 0.3, 0.8, 2.0, 4.0, 8.0)
 """Seconds after a change at which it is tried to attach what waits."""
 
-SETTLED_SECONDS = 3.5
-"""After that a container's processes are in the namespace that they stay in."""
+_APART, _MOST_APART = 1 / 8, 0.25
+"""A try is left out where another one is as near as this part of its distance from the change, but at most so many
+seconds. So a few dozens are due at a time, however many changes there are.
+"""
 
 _RETRY_SECONDS = 30.0
 _IDLE_SECONDS = 3.0
@@ -47,34 +50,39 @@ LOOK_SECONDS = 3.0
 
 
 @dataclass(slots=True)
-class _Schedule:
-    """When to try next. ``changed``: when something was seen last."""
+class Schedule:
+    """When to try next."""
 
-    changed: float = field(default_factory=time.monotonic)
     due: list[float] = field(default_factory=list)
 
     def start(self) -> None:
-        self.changed = time.monotonic()
-        self.due = [self.changed + delay for delay in TRIES]
+        """Something has changed. The tries after earlier changes stay: whoever makes changes all the time keeps nobody
+        else's container from those that come late.
+        """
+        now = time.monotonic()
+        for delay in TRIES:
+            apart = min(delay * _APART, _MOST_APART)
+            if not any(abs(now + delay - one) <= apart for one in self.due):
+                self.due.append(now + delay)
 
     def later(self) -> None:
+        """Something may succeed without a change."""
         self.due = self.due or [time.monotonic() + _RETRY_SECONDS]
 
     def stop(self) -> None:
+        """Nothing is left to try."""
         self.due = []
 
     def take_due(self) -> bool:
+        """Whether it is to be tried now."""
         now = time.monotonic()
         is_due = any(one <= now for one in self.due)
         self.due = [one for one in self.due if one > now]
         return is_due
 
     @property
-    def settled(self) -> bool:
-        return time.monotonic() - self.changed > SETTLED_SECONDS
-
-    @property
     def timeout(self) -> float | None:
+        """Seconds until the next try; None: there is none."""
         return max(0.0, min(self.due) - time.monotonic()) if self.due else None
 
 
@@ -95,7 +103,8 @@ class Watcher:
         )
         self._looked = 0.0
         self._is_blind = False
-        self._schedule = _Schedule()
+        self._schedule = Schedule()
+        self._sightings = Sightings()
         self._said: dict[str, frozenset[str]] = {}
         self._noted: list[str] | None = None
 
@@ -136,7 +145,7 @@ class Watcher:
     def _try(self) -> None:
         try:
             with Installation(self._settings) as graft:
-                done = restore(graft, self._schedule.settled)
+                done = restore(graft, self._sightings)
         except Exception as error:  # whatever it is, it must not leave every container without its policy
             self._say("restored", [_text(error)])
             self._schedule.later()

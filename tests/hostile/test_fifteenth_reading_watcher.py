@@ -8,17 +8,24 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from graft.commands import watcher_process
-from tests.e2e.conftest import write_policy
+from graft.commands.sightings import SETTLED_SECONDS
+from graft.kernel import cgroup
+from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import attached, box, saver, watcher_of
 from tests.hostile.conftest import graft_without
 from tests.hostile.test_eighth_reading_folders import HOLDER, running
 from tests.support.cgroups import new_cgroup
 from tests.support.installation import Host
+from tests.support.namespaces import namespace
+from tests.support.policies import one_endpoint
+from tests.support.puppet import puppet
+from tests.support.shell import AS_NOBODY, Word, run
 from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
@@ -78,3 +85,44 @@ def test_who_holds_a_folder_has_the_watcher_leave_few_children_there(saver: Host
         (outer / "other").rmdir()
         (outer / "inner").mkdir()
         until("it is attached", lambda: attached(saver, outer / "inner"), timeout=45)
+
+
+# ---- who makes and removes a saved container's cgroup all the time ----------------------------------
+
+MAKES_AND_REMOVES = """
+import os, sys, time
+print("ready", flush=True)
+while True:
+    os.rmdir(sys.argv[1])
+    time.sleep(1.5)
+    os.mkdir(sys.argv[1])
+    time.sleep(1.5)
+"""
+
+
+@pytest.mark.parametrize("defence", ["", "own clocks"])
+def test_changes_of_one_container_do_not_keep_another_one_from_its_policy(
+    saver: Host, write_policy: WritePolicy, defence: str
+) -> None:
+    """It had a network namespace of its own, and comes back without: it gets another transport when it has settled."""
+    with new_cgroup("tenant") as tenant, new_cgroup("victim") as victim, namespace("inside") as inside:
+        os.chown(tenant, 65534, 65534)
+        run([*AS_NOBODY, "mkdir", tenant / "own"], status=0)
+        port = saver.port()
+        saver.graft("ep", "add", "web", f"0.0.0.0:{port}")
+        with puppet(victim, inside.path):
+            saver.graft("attach", "--cgroup", victim, "--policy", write_policy(one_endpoint("web")))
+        saver.graft("attach", "--cgroup", tenant / "own", "--deny")
+        watch_without(saver, defence)
+        cgroup.remove(victim)
+        words: list[Word] = [*AS_NOBODY, sys.executable, "-c", MAKES_AND_REMOVES, tenant / "own"]
+        with running(words), ExitStack() as stack:
+            time.sleep(3)
+            victim.mkdir()
+            program = stack.enter_context(puppet(victim, saver.netns.path))
+            if defence:
+                time.sleep(SETTLED_SECONDS + 12)
+                assert not attached(saver, victim) and program.bind("0.0.0.0", saver.port()) == "ok"
+                return
+            until("it is attached", lambda: attached(saver, victim), timeout=SETTLED_SECONDS + 10)
+            assert program.bind("0.0.0.0", saver.port()) == "EACCES"
