@@ -8,7 +8,8 @@ namespace, and last the engine's own note that it runs. So after a change it tri
 Folders that the kernel does not watch (watched_folders.py) it looks at every few seconds.
 
 It attaches in its own process, which has everything loaded: until a container that starts is under its policy it takes
-the time of some short children (graft/state/helper_process.py), and of the engine, where that has to be asked.
+the time of some short children (graft/state/helper_process.py), and of the engine, where that has to be asked. So it
+lives long, and every user can hold its folder in /proc meanwhile: what it looks up there is kept in the kernel's cache.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from graft.commands.restore import Restored, restore
@@ -27,7 +29,7 @@ from graft.commands.sightings import Sightings
 from graft.commands.watched_folders import HELD, Interest, WatchedFolders
 from graft.commands.watcher_process import note_problems, watcher_lock
 from graft.errors import ConflictError, GraftError
-from graft.kernel import cgroup
+from graft.kernel import cgroup, unix_files
 from graft.kernel.credentials import require_root
 from graft.model.printable import printable
 from graft.model.settings import Settings
@@ -89,8 +91,11 @@ class Schedule:
 class Watcher:
     """Watches for one installation, until nothing is saved."""
 
-    def __init__(self, settings: Settings, keep: bool) -> None:
-        self._settings, self._keep = settings, keep
+    def __init__(
+        self, settings: Settings, keep: bool, note_work: Callable[[bool], None] = lambda is_busy: None
+    ) -> None:
+        """``note_work`` is called when it begins to work, and when it goes to sleep."""
+        self._settings, self._keep, self._note_work = settings, keep, note_work
         self._store = Store(settings)
         everything = Interest(everything=True)
         self._folders = WatchedFolders(
@@ -118,7 +123,10 @@ class Watcher:
             elif self._is_done():
                 return
             fds = [] if self._folders.fd is None else [self._folders.fd]
-            ready, _, _ = select.select(fds, [], [], self._timeout())
+            timeout = self._timeout()
+            self._note_work(False)
+            ready, _, _ = select.select(fds, [], [], timeout)
+            self._note_work(True)
             if ready and self._has_changed():
                 self._schedule.start()  # first it is tried; what has to be watched now is looked up after that
             elif self._is_blind and time.monotonic() >= self._looked + LOOK_SECONDS:
@@ -213,14 +221,15 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
 
     ``ready`` is a descriptor that a byte is written to when it watches.
     """
+    unix_files.pin_own_descriptors()  # before anybody else has seen this process
     require_root()
     settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with watcher_lock(settings):
+    with watcher_lock(settings) as lock:
         folder = cgroup.v2_mount() / settings.cgroup / "watcher"
         cgroup.make(folder)
         cgroup.enter(folder)
-        watcher = Watcher(settings, keep)
+        watcher = Watcher(settings, keep, lock.note)
         gc.freeze()
         if ready is not None:
             os.write(ready, b"+")

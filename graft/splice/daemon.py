@@ -31,6 +31,7 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
     ``ready`` is a descriptor to write to as soon as commands are answered. Raises ConflictError where a daemon runs
     already.
     """
+    unix_files.pin_own_descriptors()  # before anybody else has seen this process
     dataplane.up(settings)
     with daemon_lock(settings):
         folder = relays_cgroup(settings)
@@ -38,7 +39,6 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
         attachments.attach(settings, folder, 0, splice=True, replaces=True)
         cgroup.enter(folder)
         process.raise_descriptor_limit()
-        unix_files.pin_own_descriptors()
         os.setgroups(())  # servers of unix sockets would be shown them (SO_PEERGROUPS)
         service = Service(settings, keep)
         gc.freeze()

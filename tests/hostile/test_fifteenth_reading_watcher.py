@@ -6,8 +6,10 @@ What needs no kernel is in tests/unit/test_watcher.py and test_restore.py.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,11 +17,13 @@ import pytest
 
 from graft.commands import watcher_process
 from graft.commands.sightings import SETTLED_SECONDS
-from graft.kernel import cgroup
+from graft.kernel import cgroup, netns
+from graft.state import helper_process
 from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import attached, box, saver, watcher_of
 from tests.hostile.conftest import graft_without
 from tests.hostile.test_eighth_reading_folders import HOLDER, running
+from tests.hostile.test_ninth_reading_splice import forget_names
 from tests.support.cgroups import new_cgroup
 from tests.support.installation import Host
 from tests.support.namespaces import namespace
@@ -126,3 +130,59 @@ def test_changes_of_one_container_do_not_keep_another_one_from_its_policy(
                 return
             until("it is attached", lambda: attached(saver, victim), timeout=SETTLED_SECONDS + 10)
             assert program.bind("0.0.0.0", saver.port()) == "EACCES"
+
+
+# ---- who holds the watcher's own folder in /proc ----------------------------------------------------
+
+HOLDS_FOR_LONG = HOLDER.replace("signal.alarm(100)", "signal.alarm(600)")
+
+
+@pytest.mark.parametrize("defence", ["", "own descriptors"])
+def test_the_watcher_attaches_while_its_folder_in_proc_is_held(saver: Host, box: Path, defence: str) -> None:
+    """The control: it hangs. `graft ps` says so then, and `graft down` removes all that it can."""
+    with namespace("inside") as inside, ExitStack() as stack:
+        saver.graft("ep", "add", "web", f"0.0.0.0:{saver.port()}")
+        with puppet(box, inside.path):
+            saver.graft("attach", "--cgroup", box, "-i", "0.0.0.0:80=web")
+        watcher = watch_without(saver, defence)
+        time.sleep(9)  # it has tried for the last time
+        forget_names()
+        stack.enter_context(running([sys.executable, "-c", HOLDS_FOR_LONG, f"/proc/{watcher}", "0"]))
+        cgroup.remove(box)
+        until("it waits", lambda: not attached(saver, box))
+        box.mkdir()
+        stack.enter_context(puppet(box, inside.path))
+        if not defence:
+            until("it is attached", lambda: attached(saver, box))
+            assert saver.graft("ps").stderr == ""
+            return
+        until("ps says so", lambda: f"(process {watcher}) has waited" in said(saver.graft("ps").stderr), timeout=90)
+        down = saver.graft("down", "--force", status=6)
+        assert "the watcher does not end" in said(down.stderr) and f"({watcher})" in said(down.stderr)
+        assert not saver.settings.pin_dir.exists() and not saver.settings.run_dir.exists()
+        stack.close()
+        until("it has ended", lambda: not watcher_of(saver))
+        saver.graft("down")
+        assert not saver.cgroup.exists()
+
+
+def said(lines: str) -> str:
+    """What was said, without the breaks of lines."""
+    return " ".join(lines.split())
+
+
+@pytest.mark.parametrize("asks", [netns.inode, lambda path: os.stat(path).st_ino], ids=["", "looked up"])
+def test_the_hosts_namespace_is_told_from_others_while_the_folder_of_its_process_is_held(
+    saver: Host, asks: Callable[[Path], int]
+) -> None:
+    """The watcher asks each time that it attaches; where the host's is that of a process (pid 1, if none is named)."""
+    with subprocess.Popen(saver.netns.command("sleep", "100")) as process:
+        try:
+            until("it is there", lambda: netns.inode(process.pid) == os.stat(saver.netns.path).st_ino)
+            path = Path(f"/proc/{process.pid}/ns/net")
+            forget_names()
+            with running([sys.executable, "-c", HOLDS_FOR_LONG, f"/proc/{process.pid}", "0"]):
+                found = helper_process.run_one(lambda: asks(path), 3)
+                assert found == (os.stat(saver.netns.path).st_ino if asks is netns.inode else None)
+        finally:
+            process.kill()

@@ -644,7 +644,7 @@ def _listeners_counted() -> None:
 
 
 def _own_descriptors() -> None:
-    """The daemon's own folder in /proc is looked up each time."""
+    """The own folder in /proc of a process of root's is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
 
 
