@@ -23,8 +23,10 @@ from graft.kernel.pidfd import MAX_PID
 from graft.model import json_text
 from graft.model.address import shown
 from graft.state import members
+from graft.state.left_children import LeftChildren
 
 _TIMEOUT = 15.0
+_EXIT_TIMEOUT = 1.0  # after it was killed
 _SEARCH_TIMEOUT = 10.0
 _MAX_BYTES = 16 << 20
 _CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
@@ -32,6 +34,9 @@ _UNIT_NAME = re.compile(r"[A-Za-z0-9_:.@\\][A-Za-z0-9_:.@\\-]*", re.ASCII)
 _UNIT_KINDS = (".service", ".slice", ".scope", ".socket", ".mount")
 
 Run = Callable[[Sequence[str]], "EngineAnswer"]
+
+_left = LeftChildren()
+"""Commands of engines, by the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +60,49 @@ class EngineAnswer:
 
 
 def run(command: Sequence[str]) -> EngineAnswer:
-    """Run an engine's command, with a time limit. Raises KernelError if it is exceeded."""
+    """Run an engine's command, with a time limit. Raises KernelError if it is exceeded.
+
+    What the command does in /proc, whoever may list that can have it wait for, so that it cannot be killed: it is left
+    behind then, and its engine is not asked again before it has ended.
+    """
+    if _left.has_one(command[0]):
+        raise _silent(command[0])
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": ""}
     try:
-        done = subprocess.run(
-            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_TIMEOUT, env=environment, check=False
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            close_fds=False,  # none of Graft's is inherited; to find others it would look into /proc
         )
     except (FileNotFoundError, PermissionError):
         return EngineAnswer(None)
+    try:
+        out, err = process.communicate(timeout=_TIMEOUT)
+    except BaseException as error:
+        _end(command[0], process)
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise _silent(command[0]) from None
+        raise
+    return EngineAnswer(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
+
+
+def _silent(engine: str) -> KernelError:
+    return KernelError(f"{engine} did not answer within {_TIMEOUT:.0f} s", "check its daemon")
+
+
+def _end(engine: str, process: subprocess.Popen[bytes]) -> None:
+    """Kill a command, and leave it behind if it does not end."""
+    process.kill()
+    try:
+        process.wait(_EXIT_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise KernelError(f"{command[0]} did not answer within {_TIMEOUT:.0f} s", "check its daemon") from None
-    return EngineAnswer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+        _left.leave(engine, process.pid)
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
 
 
 def resolve(text: str, run: Run = run) -> FoundContainer:

@@ -5,9 +5,11 @@ What needs no kernel is in tests/unit/test_watcher.py and test_restore.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,8 +19,9 @@ import pytest
 
 from graft.commands import watcher_process
 from graft.commands.sightings import SETTLED_SECONDS
+from graft.errors import KernelError
 from graft.kernel import cgroup, netns
-from graft.state import helper_process
+from graft.state import engines, helper_process
 from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import attached, box, saver, watcher_of
 from tests.hostile.conftest import graft_without
@@ -186,3 +189,36 @@ def test_the_hosts_namespace_is_told_from_others_while_the_folder_of_its_process
                 assert found == (os.stat(saver.netns.path).st_ino if asks is netns.inode else None)
         finally:
             process.kill()
+
+
+# ---- who holds what an engine's command looks up ----------------------------------------------------
+
+
+def test_an_engines_command_that_waits_in_the_kernel_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """podman's looks into /proc/self, which every user can hold; the watcher asks it. The control waits as well."""
+    monkeypatch.setattr(engines, "_TIMEOUT", 1.0)
+    with tempfile.TemporaryDirectory(prefix="gu-", dir="/run") as folder:
+        os.chmod(folder, 0o755)
+        command = ["stat", f"{folder}/x"]
+        with running([sys.executable, "-c", HOLDS_FOR_LONG, folder, "0"]):
+            for _ in range(3):
+                with pytest.raises(KernelError, match="did not answer"):
+                    engines.run(command)
+            assert len([one for one in children_of(os.getpid()) if one.startswith("D")]) == 1
+            assert helper_process.run_one(lambda: ends(command), 6) is None
+        until("it is asked again", lambda: is_asked(command))
+
+
+def ends(command: list[str]) -> bool:
+    """True when the command has ended, or was killed: as it was run before."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, timeout=1, capture_output=True, check=False)
+    return True
+
+
+def is_asked(command: list[str]) -> bool:
+    """Whether an engine's command is started, and answers."""
+    try:
+        return engines.run(command).status == 1
+    except KernelError:
+        return False

@@ -241,3 +241,17 @@ def test_a_container_settles_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -
     now += 4
     seen.forget_others({"db"})
     assert seen.is_settled("db", 8) and not seen.is_settled("web", 9)
+
+
+def test_a_watcher_that_is_at_one_work_for_long_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path)})
+    with watcher_process.watcher_lock(settings) as lock:
+        lock.note(True)
+        assert watcher_process.warnings(settings) == [] and watcher_process.ensure_running(settings)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 70)
+        [line] = watcher_process.warnings(settings)
+        assert f"(process {os.getpid()}) has waited for something for" in line
+        assert not watcher_process.ensure_running(settings)
+        lock.note(False)
+        assert watcher_process.warnings(settings) == [] and watcher_process.ensure_running(settings)
