@@ -245,7 +245,8 @@ def _ask_of_each(look: Callable[[Path], T], paths: Sequence[Path]) -> dict[Path,
     """
     free = [path for path in dict.fromkeys(paths) if not _left.has_one(str(path))]
     asked = helper_process.run_each(look, free, _FOLDER_SECONDS)
-    _left.note([str(path) for path in free], asked.results, asked.helper_pid)
+    if asked.helper_pid:  # else it was slow, or somebody let go: the next try may succeed
+        _left.note([str(path) for path in free], asked.results, asked.helper_pid)
     return {path: asked.results[index] for index, path in enumerate(free) if index in asked.results}
 
 

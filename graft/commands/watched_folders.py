@@ -147,7 +147,8 @@ class WatchedFolders:
             return None
         keep = () if self.fd is None else (self.fd,)
         asked = helper_process.run_each(lambda _: self._look(state, why_none), (None,), _FOLDER_SECONDS, keep=keep)
-        self._left.note([top], asked.results, asked.helper_pid)
+        if asked.helper_pid:  # else it was slow, or somebody let go: the next try may succeed
+            self._left.note([top], asked.results, asked.helper_pid)
         return asked.results.get(0)
 
     def _look(self, state: SavedState, why_none: str) -> _Look:
