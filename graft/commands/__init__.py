@@ -7,6 +7,7 @@
     restore.py            restores it
     watcher.py            attaches saved containers when they appear; watcher_process.py starts and stops it
     watched_folders.py    the folders that it watches
+    sightings.py          since when it has seen the containers that wait
     stale.py              containers whose data plane is gone
     transfer.py           export and import
 

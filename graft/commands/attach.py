@@ -5,7 +5,6 @@ Finds the container, observes what decides its transport (transport_choice.py), 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -185,7 +184,7 @@ def observe(settings: Settings, pids: Sequence[int], attached: Container | None)
     """What decides the transport of the container with these processes."""
     namespaces = netns.inodes_of(pids)
     transport = None if attached is None else attached.transport
-    return Observed(os.stat(settings.host_netns).st_ino, dict(namespaces), transport)
+    return Observed(netns.inode(settings.host_netns), dict(namespaces), transport)
 
 
 def _is_attached_name(graft: Installation, text: str) -> bool:

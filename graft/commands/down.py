@@ -42,15 +42,22 @@ def down(settings: Settings, force: bool = False, forget: bool = False) -> None:
     could not be removed for that, when all else is.
     """
     require_root()
-    was_watching = watcher_process.stop(settings)
+    problems, was_watching = [], False
     try:
-        problems = _down(settings, force)
+        was_watching = watcher_process.stop(settings)
+    except KernelError as error:
+        problems.append(error.message)
+    try:
+        problems += _down(settings, force)
     except ConflictError:
         if was_watching:
             watcher_process.ensure_running(settings)
         raise
     if forget:
-        Store(settings).forget_all()
+        try:
+            Store(settings).forget_all()
+        except KernelError as error:  # a process that does not end has the lock on what is saved
+            problems.append(error.message)
     if problems:
         raise KernelError("; ".join(problems), "everything else is removed; `graft down` again when that has ended")
 

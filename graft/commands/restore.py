@@ -14,13 +14,15 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from graft.commands import saving
 from graft.commands.attach import Seen, attach_seen, look_at
+from graft.commands.sightings import Sightings
 from graft.errors import GraftError, KernelError, NotFoundError, RefusedError, UsageError
 from graft.kernel import cgroup
 from graft.kernel.atomic_file import write_atomically
@@ -31,7 +33,10 @@ from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
 from graft.state import helper_process, members
 from graft.state.engines import FoundContainer, resolve
 from graft.state.installation import Installation
+from graft.state.left_children import LeftChildren
 from graft.state.records import Container
+
+T = TypeVar("T")
 
 CONTAINER_NAME = re.compile(r"(?:^|[^0-9a-f])[0-9a-f]{64}(?:[^0-9a-f]|$)", re.ASCII)
 """The name of a container's cgroup has its id, whatever the engine and its cgroup driver."""
@@ -44,6 +49,9 @@ NOT_THERE = "it is not running"
 _CHANGED = "a command changed it at the same time"
 _FOLDER_SECONDS = 2.0
 _MAX_NOTES = 4 << 20
+
+_left = LeftChildren()
+"""The watcher asks again and again: by the path that was asked about."""
 
 
 @dataclass(slots=True)
@@ -66,11 +74,11 @@ class Restored:
         return bool(self.problems) or any(why != NOT_THERE for why in self.waiting.values())
 
 
-def restore(graft: Installation, settled: bool = True) -> Restored:
+def restore(graft: Installation, sightings: Sightings | None = None) -> Restored:
     """Make the endpoints and attach the containers that are saved, as far as that is possible now.
 
-    Not ``settled``: a container that is just starting may not be in its own network namespace yet, so it has to have
-    the transport that it had. Raises RefusedError if others can write what is saved, NotUpError.
+    With ``sightings``: a container that is just starting may not be in its own network namespace yet, so until it has
+    settled it has to have the transport that it had. Raises RefusedError if others can write what is saved, NotUpError.
     """
     store, done = Store(graft.settings), Restored()
     if not store.exists:
@@ -83,9 +91,11 @@ def restore(graft: Installation, settled: bool = True) -> Restored:
     graft.reap()
     left = [one for one in done.state.attachments if not store.is_paused(ATTACHMENTS, file_name(one.target))]
     finder = _Finder(graft, left)
+    if sightings is not None:
+        sightings.forget_others({one.target.text for one in left})
     progress = True
     while left and progress:  # a policy may name an endpoint that the next one declares
-        reasons = {one.target.text: _restore_attachment(graft, store, one, finder, settled, done) for one in left}
+        reasons = {one.target.text: _restore_attachment(graft, store, one, finder, sightings, done) for one in left}
         done.waiting = {name: why for name, why in reasons.items() if why is not None}
         progress = 0 < len(done.waiting) < len(left)
         left = [one for one in left if one.target.text in done.waiting]
@@ -116,7 +126,12 @@ def _message(error: Exception) -> str:
 
 
 def _restore_attachment(
-    graft: Installation, store: Store, saved: SavedAttachment, finder: _Finder, settled: bool, done: Restored
+    graft: Installation,
+    store: Store,
+    saved: SavedAttachment,
+    finder: _Finder,
+    sightings: Sightings | None,
+    done: Restored,
 ) -> str | None:
     """Attach a container, if it is there and not attached. Returns why it waits, None if it does not."""
     try:
@@ -124,7 +139,10 @@ def _restore_attachment(
         if found is None:
             return NOT_THERE
         container = graft.containers.at(found.cgroup)
-        seen = _look_at(graft, found, saved, settled) if container is None else None
+        seen = None
+        if container is None:
+            settled = sightings is None or sightings.is_settled(saved.target.text, finder.cgroup_id(found))
+            seen = _look_at(graft, found, saved, settled)
         with nullcontext() if seen is None else seen.within_reach(), store.locked():
             current = store.attachment(saved.target)
             if current is None or store.is_paused(ATTACHMENTS, file_name(saved.target)):  # it was detached just now
@@ -167,9 +185,9 @@ class _Finder:
     def __init__(self, graft: Installation, attachments: Sequence[SavedAttachment]) -> None:
         self._top = cgroup.v2_mount()
         paths = [path for one in attachments if (path := self._last_path(one)) is not None]
-        seen = helper_process.run_each(os.path.isdir, paths, _FOLDER_SECONDS).results  # somebody may hold a folder
-        self._there = {path for index, path in enumerate(paths) if seen.get(index)}
-        self._unknown = {path for index, path in enumerate(paths) if index not in seen} - self._there
+        seen = _ask_of_each(_cgroup_id, paths)
+        self._there = {path: number for path, number in seen.items() if number}
+        self._unknown = set(paths) - seen.keys()
         known = {one.cgroup_path.name for one in graft.containers.listing()}
         names, self._held = container_folders(self._top)
         self._strangers = {name for name in names if name not in known}
@@ -200,6 +218,13 @@ class _Finder:
             raise members.held(held[0])
         return found
 
+    def cgroup_id(self, found: FoundContainer) -> int:
+        """The id of the cgroup of a container that was found. Raises KernelError where somebody holds a folder above,
+        FileNotFoundError.
+        """
+        path = found.cgroup
+        return self._there.get(path) or members.answer_about(str(path), lambda: cgroup.cgroup_id(path))
+
     def _ask(self, target: Target) -> FoundContainer | None:
         """The container of this very name: engines also answer for one whose id begins so."""
         if target.kind in self._silent:
@@ -214,14 +239,33 @@ class _Finder:
         return None if target.kind in _ENGINE_KINDS and found.name != target.name else found
 
 
+def _ask_of_each(look: Callable[[Path], T], paths: Sequence[Path]) -> dict[Path, T]:
+    """What a child sees at each of these paths. Left out are those on whose way somebody holds a folder: they are not
+    asked about again before the child that waits there has gone.
+    """
+    free = [path for path in dict.fromkeys(paths) if not _left.has_one(str(path))]
+    asked = helper_process.run_each(look, free, _FOLDER_SECONDS)
+    if asked.helper_pid:  # else it was slow, or somebody let go: the next try may succeed
+        _left.note([str(path) for path in free], asked.results, asked.helper_pid)
+    return {path: asked.results[index] for index, path in enumerate(free) if index in asked.results}
+
+
 def container_folders(top: Path) -> tuple[list[str], list[str]]:
     """The names of the cgroups of containers of docker and podman, where their engines make them; and which of those
     folders could not be listed, because somebody holds them.
     """
     folders = [top / name for name in ENGINE_FOLDERS]
-    listed = helper_process.run_each(_containers_in, folders, _FOLDER_SECONDS).results
-    held = [name for index, name in enumerate(ENGINE_FOLDERS) if listed.get(index) is None]
+    listed = _ask_of_each(_containers_in, folders)
+    held = [folder.name for folder in folders if listed.get(folder) is None]
     return [name for names in listed.values() for name in names or ()], held
+
+
+def _cgroup_id(path: Path) -> int:
+    """Of the cgroup at ``path``; 0 where there is none."""
+    if os.path.isdir(path):
+        with contextlib.suppress(OSError):  # it was removed just now
+            return cgroup.cgroup_id(path)
+    return 0
 
 
 def _containers_in(folder: Path) -> list[str] | None:

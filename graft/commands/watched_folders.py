@@ -17,6 +17,7 @@ from graft.commands.restore import CONTAINER_NAME, ENGINE_FOLDERS
 from graft.kernel import inotify
 from graft.saved.model import SavedAttachment, SavedState
 from graft.state import helper_process
+from graft.state.left_children import LeftChildren
 
 HELD = "somebody holds a directory of the cgroup tree: no container that appears is seen"
 _FOLDER_SECONDS = 2.0
@@ -108,6 +109,7 @@ class WatchedFolders:
         self._top, self._own = top, own
         self._watches: dict[int, Interest] = {}
         self._unseen: dict[str, Unseen] = {}
+        self._left = LeftChildren()
         self.fd: int | None = None
         """What becomes readable by a change; None where the kernel gives none."""
         self.problems: dict[str, str] = {}
@@ -119,10 +121,7 @@ class WatchedFolders:
         before = self._unseen
         why_none = self._open()
         for _ in range(_TRIES):  # until nothing was made meanwhile on the way to a cgroup
-            keep = () if self.fd is None else (self.fd,)
-            look = helper_process.run_each(
-                lambda _: self._look(state, why_none), (None,), _FOLDER_SECONDS, keep=keep
-            ).results.get(0)
+            look = self._look_apart(state, why_none)
             self.is_held = look is None
             if look is None:
                 break
@@ -140,6 +139,17 @@ class WatchedFolders:
             except OSError as error:
                 return _reason(error)
         return ""
+
+    def _look_apart(self, state: SavedState, why_none: str) -> _Look | None:
+        """What a child finds. None: it waits for a folder that somebody holds, or an earlier one still does."""
+        top = str(self._top)
+        if self._left.has_one(top):
+            return None
+        keep = () if self.fd is None else (self.fd,)
+        asked = helper_process.run_each(lambda _: self._look(state, why_none), (None,), _FOLDER_SECONDS, keep=keep)
+        if asked.helper_pid:  # else it was slow, or somebody let go: the next try may succeed
+            self._left.note([top], asked.results, asked.helper_pid)
+        return asked.results.get(0)
 
     def _look(self, state: SavedState, why_none: str) -> _Look:
         """In a child, which shares the descriptor, because somebody may hold a folder."""

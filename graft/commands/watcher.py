@@ -8,7 +8,8 @@ namespace, and last the engine's own note that it runs. So after a change it tri
 Folders that the kernel does not watch (watched_folders.py) it looks at every few seconds.
 
 It attaches in its own process, which has everything loaded: until a container that starts is under its policy it takes
-the time of some short children (graft/state/helper_process.py), and of the engine, where that has to be asked.
+the time of some short children (graft/state/helper_process.py), and of the engine, where that has to be asked. So it
+lives long, and every user can hold its folder in /proc meanwhile: what it looks up there is kept in the kernel's cache.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from graft.commands.restore import Restored, restore
+from graft.commands.sightings import Sightings
 from graft.commands.watched_folders import HELD, Interest, WatchedFolders
 from graft.commands.watcher_process import note_problems, watcher_lock
 from graft.errors import ConflictError, GraftError
-from graft.kernel import cgroup
+from graft.kernel import cgroup, unix_files
 from graft.kernel.credentials import require_root
 from graft.model.printable import printable
 from graft.model.settings import Settings
@@ -37,8 +40,10 @@ from graft.state.installation import Installation
 TRIES = (0.0, 0.02, 0.1, 0.3, 0.8, 2.0, 4.0, 8.0)
 """Seconds after a change at which it is tried to attach what waits."""
 
-SETTLED_SECONDS = 3.5
-"""After that a container's processes are in the namespace that they stay in."""
+_APART, _MOST_APART = 1 / 8, 0.25
+"""A try is left out where another one is as near as this part of its distance from the change, but at most so many
+seconds. So a few dozens are due at a time, however many changes there are.
+"""
 
 _RETRY_SECONDS = 30.0
 _IDLE_SECONDS = 3.0
@@ -47,42 +52,50 @@ LOOK_SECONDS = 3.0
 
 
 @dataclass(slots=True)
-class _Schedule:
-    """When to try next. ``changed``: when something was seen last."""
+class Schedule:
+    """When to try next."""
 
-    changed: float = field(default_factory=time.monotonic)
     due: list[float] = field(default_factory=list)
 
     def start(self) -> None:
-        self.changed = time.monotonic()
-        self.due = [self.changed + delay for delay in TRIES]
+        """Something has changed. The tries after earlier changes stay: whoever makes changes all the time keeps nobody
+        else's container from those that come late.
+        """
+        now = time.monotonic()
+        for delay in TRIES:
+            apart = min(delay * _APART, _MOST_APART)
+            if not any(abs(now + delay - one) <= apart for one in self.due):
+                self.due.append(now + delay)
 
     def later(self) -> None:
+        """Something may succeed without a change."""
         self.due = self.due or [time.monotonic() + _RETRY_SECONDS]
 
     def stop(self) -> None:
+        """Nothing is left to try."""
         self.due = []
 
     def take_due(self) -> bool:
+        """Whether it is to be tried now."""
         now = time.monotonic()
         is_due = any(one <= now for one in self.due)
         self.due = [one for one in self.due if one > now]
         return is_due
 
     @property
-    def settled(self) -> bool:
-        return time.monotonic() - self.changed > SETTLED_SECONDS
-
-    @property
     def timeout(self) -> float | None:
+        """Seconds until the next try; None: there is none."""
         return max(0.0, min(self.due) - time.monotonic()) if self.due else None
 
 
 class Watcher:
     """Watches for one installation, until nothing is saved."""
 
-    def __init__(self, settings: Settings, keep: bool) -> None:
-        self._settings, self._keep = settings, keep
+    def __init__(
+        self, settings: Settings, keep: bool, note_work: Callable[[bool], None] = lambda is_busy: None
+    ) -> None:
+        """``note_work`` is called when it begins to work, and when it goes to sleep."""
+        self._settings, self._keep, self._note_work = settings, keep, note_work
         self._store = Store(settings)
         everything = Interest(everything=True)
         self._folders = WatchedFolders(
@@ -95,7 +108,8 @@ class Watcher:
         )
         self._looked = 0.0
         self._is_blind = False
-        self._schedule = _Schedule()
+        self._schedule = Schedule()
+        self._sightings = Sightings()
         self._said: dict[str, frozenset[str]] = {}
         self._noted: list[str] | None = None
 
@@ -109,7 +123,10 @@ class Watcher:
             elif self._is_done():
                 return
             fds = [] if self._folders.fd is None else [self._folders.fd]
-            ready, _, _ = select.select(fds, [], [], self._timeout())
+            timeout = self._timeout()
+            self._note_work(False)
+            ready, _, _ = select.select(fds, [], [], timeout)
+            self._note_work(True)
             if ready and self._has_changed():
                 self._schedule.start()  # first it is tried; what has to be watched now is looked up after that
             elif self._is_blind and time.monotonic() >= self._looked + LOOK_SECONDS:
@@ -136,7 +153,7 @@ class Watcher:
     def _try(self) -> None:
         try:
             with Installation(self._settings) as graft:
-                done = restore(graft, self._schedule.settled)
+                done = restore(graft, self._sightings)
         except Exception as error:  # whatever it is, it must not leave every container without its policy
             self._say("restored", [_text(error)])
             self._schedule.later()
@@ -204,14 +221,15 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
 
     ``ready`` is a descriptor that a byte is written to when it watches.
     """
+    unix_files.pin_own_descriptors()  # before anybody else has seen this process
     require_root()
     settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with watcher_lock(settings):
+    with watcher_lock(settings) as lock:
         folder = cgroup.v2_mount() / settings.cgroup / "watcher"
         cgroup.make(folder)
         cgroup.enter(folder)
-        watcher = Watcher(settings, keep)
+        watcher = Watcher(settings, keep, lock.note)
         gc.freeze()
         if ready is not None:
             os.write(ready, b"+")

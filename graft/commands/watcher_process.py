@@ -22,14 +22,30 @@ from graft.model.settings import Settings
 MODULE = "graft.commands.watcher"
 _INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "LANG", "HOME")
 _ENGINES = ("DOCKER_", "CONTAINER_", "CONTAINERS_")  # which engine the operator's commands ask
-_STOP_SECONDS = 20.0
+_STOP_SECONDS, _KILL_SECONDS = 10.0, 2.0
+_BUSY_SECONDS = 60.0
+"""What takes longer to do is said: the watcher may wait for something that never comes."""
 _READY_SECONDS = 5.0
 _MAX_NOTES = 4 << 20
 
 
+class WatcherLock:
+    """The lock of the only watcher. Its file says which process it is, and since when it is at work (0: it sleeps)."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        os.ftruncate(fd, 0)
+        self.note(True)
+
+    def note(self, is_busy: bool) -> None:
+        """Note that its process begins to work, or goes to sleep."""
+        with contextlib.suppress(OSError):  # no space
+            os.pwrite(self._fd, b"%-10d %-14d\n" % (os.getpid(), int(time.monotonic()) if is_busy else 0), 0)
+
+
 @contextlib.contextmanager
-def watcher_lock(settings: Settings) -> Iterator[None]:
-    """Have the lock of the only watcher, with this process's number in it. Raises ConflictError where one has it."""
+def watcher_lock(settings: Settings) -> Iterator[WatcherLock]:
+    """Have the lock of the only watcher. Raises ConflictError where another process has it."""
     fd = os.open(settings.run_dir / "watcher.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,9 +53,7 @@ def watcher_lock(settings: Settings) -> Iterator[None]:
         os.close(fd)
         raise ConflictError("a watcher runs already", f"its log is {settings.run_dir}/watcher.log") from None
     try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-        yield
+        yield WatcherLock(fd)
     finally:
         os.close(fd)
 
@@ -59,24 +73,49 @@ def is_running(settings: Settings) -> bool:
     return False
 
 
+def _holder(settings: Settings) -> tuple[int, int]:
+    """The process that has the lock, and for how many seconds it has been at work. Raises OSError, ValueError."""
+    pid, since = map(int, (settings.run_dir / "watcher.lock").read_text().split())
+    return pid, int(time.monotonic()) - since if since else 0
+
+
 def ensure_running(settings: Settings) -> bool:
     """Start a watcher where none runs, which outlives the caller, and gets nothing from it but the settings. Whether
-    one runs now.
+    one runs now, and does not wait for something.
 
     It looks at everything when it starts.
     """
     try:
         if not is_running(settings):
             _start(settings)
-        return is_running(settings)
+        return is_running(settings) and not _waits(settings)
     except OSError:  # no process, no descriptor, no space
         return False
 
 
+def _waits(settings: Settings) -> list[str]:
+    """A line that says so where the watcher has been at one work for very long."""
+    with contextlib.suppress(OSError, ValueError):
+        pid, seconds = _holder(settings)
+        if seconds > _BUSY_SECONDS:
+            return [
+                f"the watcher (process {pid}) has waited for something for {seconds} s: "
+                f"no saved container that starts is attached meanwhile ({settings.run_dir}/watcher.log)"
+            ]
+    return []
+
+
 def warnings(settings: Settings) -> list[str]:
-    """What an operator has to know where a watcher is needed: that there is none, or what it does not see."""
+    """What an operator has to know where a watcher is needed: that there is none, that it does nothing, or what it does
+    not see.
+    """
     if not is_running(settings):
         return [f"nobody watches for saved containers that start (graft up; {settings.run_dir}/watcher.log)"]
+    return _waits(settings) + _noted(settings)
+
+
+def _noted(settings: Settings) -> list[str]:
+    """What the watcher has noted last."""
     try:
         return json_text.texts(json_text.parse(_notes(settings).read_bytes(), "watcher", _MAX_NOTES), "watcher")
     except (OSError, UsageError):
@@ -127,27 +166,32 @@ def _is_inherited(name: str) -> bool:
 
 
 def stop(settings: Settings) -> bool:
-    """End the watcher and wait until it has ended. Returns whether one ran. Raises KernelError if it does not end."""
-    deadline = time.monotonic() + _STOP_SECONDS
+    """End the watcher and wait until it has ended. Returns whether one ran.
+
+    Raises KernelError where it does not end: it waits in the kernel, and does nothing more when that lets it go.
+    """
     was_running = False
-    while is_running(settings):
-        was_running = True
-        _send_end(settings)
-        if time.monotonic() > deadline:
-            raise KernelError("the watcher did not stop", f"see {settings.run_dir}/watcher.log")
-        time.sleep(0.01)
+    for signum, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
+        deadline = time.monotonic() + seconds
+        while is_running(settings) and time.monotonic() < deadline:
+            was_running = True
+            _send(settings, signum, seconds)
+            time.sleep(0.01)
+    if is_running(settings):
+        raise KernelError("the watcher does not end: it waits in the kernel", "graft down, when that has ended")
     return was_running
 
 
-def _send_end(settings: Settings) -> None:
-    """SIGTERM to the process that has the lock: its number is read before its descriptor is opened, and after."""
+def _send(settings: Settings, signum: int, seconds: float) -> None:
+    """Send a signal to the process that has the lock, and wait for its end: its number is read before its descriptor is
+    opened, and after.
+    """
     with contextlib.suppress(OSError, ValueError):
-        path = settings.run_dir / "watcher.lock"
-        pid = int(path.read_text())
+        pid, _ = _holder(settings)
         process = os.pidfd_open(pid)
         try:
-            if is_running(settings) and int(path.read_text()) == pid:
-                signal.pidfd_send_signal(process, signal.SIGTERM)
-                select.select([process], [], [], _STOP_SECONDS)  # its cgroup is empty only when it has ended
+            if is_running(settings) and _holder(settings)[0] == pid:
+                signal.pidfd_send_signal(process, signum)
+                select.select([process], [], [], seconds)  # its cgroup is empty only when it has ended
         finally:
             os.close(process)

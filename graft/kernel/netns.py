@@ -100,14 +100,22 @@ def cookie(place: Path | int | None = None) -> int:
         return socket_cookie(sock)
 
 
+def inode(place: Path | int) -> int:
+    """The inode of the namespace at a path, or of a process. Raises OSError."""
+    with entered(place):
+        own = open_own()
+        try:
+            return os.fstat(own).st_ino
+        finally:
+            os.close(own)
+
+
 def inodes_of(pids: Iterable[int]) -> Counter[int]:
     """How many of these processes are in which network namespace, by its inode. Those that have exited do not count."""
     counted: Counter[int] = Counter()
     for pid in pids:
-        with contextlib.suppress(OSError), entered(pid):
-            own = open_own()
-            counted[os.fstat(own).st_ino] += 1
-            os.close(own)
+        with contextlib.suppress(OSError):
+            counted[inode(pid)] += 1
     return counted
 
 

@@ -79,6 +79,15 @@ def install(text: bytes, flags: int = 0) -> int:
     return syscall("seccomp", _SET_MODE_FILTER, flags, ctypes.byref(program))
 
 
+def is_listener(fd: int) -> bool:
+    """Whether a descriptor is a notification descriptor (5.0). Nothing is looked up in /proc, which others may hold."""
+    try:
+        fcntl.ioctl(fd, _NOTIF_ID_VALID, _ID.pack(0))
+    except OSError as error:
+        return error.errno == errno.ENOENT  # no call waits that has this number
+    return True
+
+
 def hung_up(listener: int) -> bool:
     """Whether every process with the filter of that notification descriptor has ended (5.9)."""
     poll = select.poll()

@@ -12,11 +12,12 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from graft.datapath import dataplane
 from graft.errors import GraftError, NotFoundError, RefusedError, UsageError
-from graft.kernel import cgroup, netns, process
+from graft.kernel import cgroup, netns, process, unix_files
 from graft.kernel.seccomp import hung_up
 from graft.model.settings import Settings
 from graft.model.transport import Transport
@@ -28,6 +29,7 @@ from graft.oci.plan import Plan
 from graft.oci.profile_text import BORN_METADATA
 from graft.oci.request import POLICY_ANNOTATION, check_annotations, check_capabilities, choose_policy, requested
 from graft.oci.state import Message, State
+from graft.state import members
 from graft.state.containers import check_transport, compile_for
 from graft.state.installation import Installation, known_endpoints
 from graft.state.leftovers_aside import LeftoversAside
@@ -50,6 +52,7 @@ def serve_listener_socket(settings: Settings, options: RuntimeOptions, path: Pat
     ``report`` gets a line for each container. Running containers keep their supervisors afterwards. Raises GraftError
     where the socket cannot be made.
     """
+    unix_files.pin_own_descriptors()  # a policy's file is opened by its descriptor, for as long as this process lives
     dataplane.up(settings)
     process.raise_descriptor_limit()
     engine_cgroup = cgroup.of_process(os.getpid())
@@ -172,7 +175,8 @@ class ListenerServer:
         if request is None:
             raise UsageError("the container asks for no policy", f"--annotation {POLICY_ANNOTATION}=NAME")
         check_annotations(config, self._options, notified=True)
-        check_capabilities(config, self._options, has_own_user_namespace(config))
+        is_apart = members.answer_about(f"container {state.id[:12]} in /proc", partial(has_own_user_namespace, config))
+        check_capabilities(config, self._options, is_apart)
         if netns.cookie(Path(f"/proc/{state.pid}/ns/net")) == netns.cookie(self._settings.host_netns):
             raise RefusedError(
                 "the container shares the host's network namespace, where no listener is needed", "graft attach"

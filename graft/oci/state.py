@@ -15,6 +15,7 @@ from typing import Any
 
 from graft.errors import UsageError
 from graft.kernel.pidfd import MAX_PID
+from graft.kernel.seccomp import is_listener
 from graft.model import json_text
 from graft.model.json_text import mapping, number, text, text_by_name, texts
 
@@ -105,7 +106,7 @@ class Message:
         with contextlib.suppress(ValueError, IndexError):
             listener = self._descriptors.pop(state.descriptors.index(_SECCOMP))
         self._close_descriptors()
-        if listener is not None and "seccomp notify" not in os.readlink(f"/proc/self/fd/{listener}"):
+        if listener is not None and not is_listener(listener):
             os.close(listener)
             return None
         return listener

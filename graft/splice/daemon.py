@@ -37,6 +37,7 @@ def run(settings: Settings, keep: bool = True, keeper_pid: int = 0) -> None:
     """
     told = {name: os.environ.pop(name) for name in protocol.VARIABLES if name in os.environ}
     received, keeper = descriptor_store.received(told), descriptor_store.connected(told)
+    unix_files.pin_own_descriptors()  # before anybody else has seen this process
     dataplane.up(settings)
     with daemon_lock(settings):
         folder = relays_cgroup(settings)
@@ -44,7 +45,6 @@ def run(settings: Settings, keep: bool = True, keeper_pid: int = 0) -> None:
         attachments.attach(settings, folder, 0, splice=True, replaces=True)
         cgroup.enter(folder)
         process.raise_descriptor_limit()
-        unix_files.pin_own_descriptors()
         os.setgroups(())  # servers of unix sockets would be shown them (SO_PEERGROUPS)
         service = Service(settings, keep, keeper, received, keeper_pid)
         gc.freeze()

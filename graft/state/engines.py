@@ -22,9 +22,11 @@ from graft.kernel import cgroup
 from graft.kernel.pidfd import MAX_PID
 from graft.model import json_text
 from graft.model.address import shown
-from graft.state import helper_process, members
+from graft.state import members
+from graft.state.left_children import LeftChildren
 
 _TIMEOUT = 15.0
+_EXIT_TIMEOUT = 1.0  # after it was killed
 _SEARCH_TIMEOUT = 10.0
 _MAX_BYTES = 16 << 20
 _CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
@@ -32,6 +34,9 @@ _UNIT_NAME = re.compile(r"[A-Za-z0-9_:.@\\][A-Za-z0-9_:.@\\-]*", re.ASCII)
 _UNIT_KINDS = (".service", ".slice", ".scope", ".socket", ".mount")
 
 Run = Callable[[Sequence[str]], "EngineAnswer"]
+
+_left = LeftChildren()
+"""Commands of engines, by the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +60,49 @@ class EngineAnswer:
 
 
 def run(command: Sequence[str]) -> EngineAnswer:
-    """Run an engine's command, with a time limit. Raises KernelError if it is exceeded."""
+    """Run an engine's command, with a time limit. Raises KernelError if it is exceeded.
+
+    What the command does in /proc, whoever may list that can have it wait for, so that it cannot be killed: it is left
+    behind then, and its engine is not asked again before it has ended.
+    """
+    if _left.has_one(command[0]):
+        raise _silent(command[0])
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": ""}
     try:
-        done = subprocess.run(
-            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_TIMEOUT, env=environment, check=False
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            close_fds=False,  # none of Graft's is inherited; to find others it would look into /proc
         )
     except (FileNotFoundError, PermissionError):
         return EngineAnswer(None)
+    try:
+        out, err = process.communicate(timeout=_TIMEOUT)
+    except BaseException as error:
+        _end(command[0], process)
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise _silent(command[0]) from None
+        raise
+    return EngineAnswer(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
+
+
+def _silent(engine: str) -> KernelError:
+    return KernelError(f"{engine} did not answer within {_TIMEOUT:.0f} s", "check its daemon")
+
+
+def _end(engine: str, process: subprocess.Popen[bytes]) -> None:
+    """Kill a command, and leave it behind if it does not end."""
+    process.kill()
+    try:
+        process.wait(_EXIT_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise KernelError(f"{command[0]} did not answer within {_TIMEOUT:.0f} s", "check its daemon") from None
-    return EngineAnswer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+        _left.leave(engine, process.pid)
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
 
 
 def resolve(text: str, run: Run = run) -> FoundContainer:
@@ -189,11 +226,9 @@ def _last_line(text: str) -> str:
 def _cgroup_of(engine: str, container_id: str, pid: int) -> Path:
     """The cgroup of a container, from one of its processes: the part of the path up to the folder with the id."""
     try:
-        path = helper_process.run_one(lambda: cgroup.of_process(pid))  # which can hold its folder in /proc
+        path = members.answer_about(f"/proc/{pid}", lambda: cgroup.of_process(pid))  # the process can hold that folder
     except FileNotFoundError:
         raise NotFoundError(f"{engine}: its process {pid} is gone") from None
-    if path is None:
-        raise KernelError(f"{engine}: somebody holds the directory /proc/{pid}", "give the path of the cgroup")
     found = cut_at_id(path, container_id)
     if found is None:
         raise KernelError(
@@ -244,11 +279,10 @@ def _unit_at(unit: str, path: str, pid: int) -> FoundContainer:
 
 def _unit_in_tree(unit: str) -> FoundContainer:
     """If systemd does not answer: a cgroup with the unit's name."""
-    found = helper_process.run_one(
-        lambda: [folder for folder in cgroup.tree(cgroup.v2_mount()) if folder.name == unit], _SEARCH_TIMEOUT
+    top = cgroup.v2_mount()
+    found = members.answer_about(
+        str(top), lambda: [folder for folder in cgroup.tree(top) if folder.name == unit], _SEARCH_TIMEOUT
     )
-    if found is None:
-        raise members.held(str(cgroup.v2_mount()))
     if not found:
         raise NotFoundError(f"unit: systemd does not answer, and no cgroup is named {unit}")
     if len(found) > 1:

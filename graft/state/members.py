@@ -144,14 +144,14 @@ def _send_opened(path: Path, opening: Callable[[Path], int], outbox: socket.sock
     return True
 
 
-def answer_about(what: str, work: Callable[[], T]) -> T:
+def answer_about(what: str, work: Callable[[], T], timeout: float = _TIMEOUT) -> T:
     """The result of ``work``, by a child: it looks into folders of ``what`` that somebody may hold.
 
-    Raises what ``work`` raises, KernelError where it does not answer; then it is not asked again for a while.
+    Raises what ``work`` raises, KernelError where it does not answer; then nothing is asked about ``what`` for a while.
     """
     asked = None
     if not _left.has_one(what):
-        asked = helper_process.run_each(lambda _: work(), (None,), _TIMEOUT, exit_timeout=_EXIT_TIMEOUT)
+        asked = helper_process.run_each(lambda _: work(), (None,), timeout, exit_timeout=_EXIT_TIMEOUT)
         _left.note([what], asked.results, asked.helper_pid)
     if asked is None or 0 not in asked.results:
         raise KernelError(f"somebody holds a directory of {what}", "end what holds it")

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from graft.datapath import layout
+from graft.datapath.dataplane import own_cgroup
 from graft.datapath.maps import Maps
 from graft.errors import KernelError
 from graft.kernel import cgroup
@@ -148,9 +149,11 @@ def _free_slot(maps: Maps) -> int:
 
 
 def open_desk(graft: Installation, container: int) -> Desk:
-    """A desk for the calling process, in its current cgroup. Raises KernelError where none is free."""
+    """A desk for the calling process, which is in the cgroup of the container's supervisors. Raises KernelError where
+    none is free.
+    """
     maps = graft.maps
-    own = cgroup.cgroup_id(cgroup.of_process(os.getpid()))  # before the lock: others can hold this folder of /proc
+    own = cgroup.cgroup_id(own_cgroup(graft.settings, container))  # not by /proc, where others can hold its folder
     with graft.transaction():
         slot = _free_slot(maps)
         maps.desk_slots.put(ctypes.c_uint32(os.getpid()), layout.DeskSlot(cgroup=own, desk=slot))

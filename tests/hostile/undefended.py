@@ -19,10 +19,13 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from graft.commands import watcher
+from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
 from graft.kernel import capabilities, cgroup, keyring, process, sockdiag, sockets, terminal, unix_files, unix_rights
@@ -47,6 +50,7 @@ from graft.state import (
     withdrawal,
 )
 from graft.state.installation import Installation
+from graft.state.left_children import LeftChildren
 from graft.state.leftovers_aside import LeftoversAside
 from graft.state.members import Members
 from graft.state.records import Container
@@ -640,7 +644,7 @@ def _listeners_counted() -> None:
 
 
 def _own_descriptors() -> None:
-    """The daemon's own folder in /proc is looked up each time."""
+    """The own folder in /proc of a process of root's is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
 
 
@@ -899,11 +903,35 @@ def _found_apart() -> None:
     def open_events(path: Path) -> int:
         return os.open(path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
 
-    def answer_about(_what: str, work: Callable[[], Any]) -> Any:
+    def answer_about(_what: str, work: Callable[[], Any], _timeout: float = 0) -> Any:
         return work()
 
     members.open_events = open_events
     members.answer_about = answer_about  # type: ignore[assignment]
+
+
+def _own_clocks() -> None:
+    """Whatever changes has all containers that wait count as just started, and puts off the tries that are due."""
+    changed = [time.monotonic()]
+
+    def start(self: watcher.Schedule) -> None:
+        changed[0] = time.monotonic()
+        self.due = [changed[0] + delay for delay in watcher.TRIES]
+
+    def is_settled(self: Sightings, name: str, cgroup_id: int) -> bool:
+        return time.monotonic() - changed[0] > SETTLED_SECONDS
+
+    watcher.Schedule.start = start  # type: ignore[method-assign]
+    Sightings.is_settled = is_settled  # type: ignore[method-assign]
+
+
+def _left_behind() -> None:
+    """Who asks about folders again and again does not remember which children hung there."""
+
+    def has_one(self: LeftChildren, folder: str) -> bool:
+        return False
+
+    LeftChildren.has_one = has_one  # type: ignore[method-assign]
 
 
 def _search() -> None:
@@ -1007,6 +1035,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "links": _links,
     "holders": _holders,
     "found apart": _found_apart,
+    "own clocks": _own_clocks,
+    "left behind": _left_behind,
     "search": _search,
     "search in time": _search_in_time,
     "made meanwhile": _made_meanwhile,

@@ -6,15 +6,19 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from graft.commands import watcher, watcher_process
+from graft.commands.sightings import Sightings
 from graft.commands.watched_folders import Interest, WatchedFolders, interests, nearest
+from graft.commands.watcher import TRIES
 from graft.kernel import cgroup, inotify
 from graft.model.settings import Settings
 from graft.saved.model import LastSeen, SavedAttachment, SavedState, Target
@@ -191,3 +195,63 @@ def test_a_watcher_that_cannot_be_started_is_said(tmp_path: Path, monkeypatch: p
     assert "nobody watches" in line
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: os.stat("/none"))
     assert not watcher_process.ensure_running(settings)
+
+
+def test_many_changes_make_few_tries_due_and_put_none_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    schedule, most, tries = watcher.Schedule(), 0, []
+    schedule.start()
+    for _ in range(20_000):  # one each millisecond
+        now += 0.001
+        schedule.start()
+        most = max(most, len(schedule.due))
+        if schedule.take_due():
+            tries.append(now)
+    assert most < 100
+    assert max(later - earlier for earlier, later in pairwise(tries)) < 0.01
+    last = now
+    while schedule.due:
+        now = max(now, min(schedule.due))
+        schedule.take_due()
+    assert now - last >= TRIES[-1] - 0.25, "what changed last is tried as late as if nothing had changed before"
+
+
+def test_a_change_does_not_put_off_the_late_tries_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    schedule = watcher.Schedule()
+    schedule.start()
+    now += 1.5
+    schedule.take_due()
+    schedule.start()
+    assert {1000.0 + delay for delay in TRIES[5:]} <= set(schedule.due)
+
+
+def test_a_container_settles_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    seen = Sightings()
+    assert not seen.is_settled("web", 7)
+    now += 3
+    assert not seen.is_settled("db", 8), "another one appears"
+    now += 1
+    assert seen.is_settled("web", 7) and not seen.is_settled("db", 8)
+    assert not seen.is_settled("web", 9), "it was made anew"
+    now += 4
+    seen.forget_others({"db"})
+    assert seen.is_settled("db", 8) and not seen.is_settled("web", 9)
+
+
+def test_a_watcher_that_is_at_one_work_for_long_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path)})
+    with watcher_process.watcher_lock(settings) as lock:
+        lock.note(True)
+        assert watcher_process.warnings(settings) == [] and watcher_process.ensure_running(settings)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 70)
+        [line] = watcher_process.warnings(settings)
+        assert f"(process {os.getpid()}) has waited for something for" in line
+        assert not watcher_process.ensure_running(settings)
+        lock.note(False)
+        assert watcher_process.warnings(settings) == [] and watcher_process.ensure_running(settings)

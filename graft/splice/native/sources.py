@@ -29,6 +29,7 @@ MODULES = (
     "shares",
     "slow_calls",
     "turns",
+    "unix_endpoint",
     "waiting",
 )
 """Of graft/splice: what is run for each connection, for each turn, and for what is moved."""
