@@ -2,6 +2,8 @@
 
     python undefended.py DEFENCE run ...
     python undefended.py DEFENCE runtime ...    the OCI runtime
+    python undefended.py DEFENCE forks ...      the fork server
+    python undefended.py DEFENCE entry run ...  as a user starts it: by way of a fork server
 
 Nothing of this is in the product. What is put back here is what there was before the defence. One that the hooks
 hold is left out of the BPF programs' text, so that it matters what `up` is run with (tests/hostile/conftest.py).
@@ -32,10 +34,12 @@ from graft.kernel import (
     process,
     sockdiag,
     sockets,
+    surroundings,
     terminal,
     unix_files,
     unix_rights,
 )
+from graft.kernel.peers import Peer
 from graft.kernel.pidfd import pidfd_getfd
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.kernel.syscalls import syscall
@@ -1002,6 +1006,26 @@ def _under_the_lock() -> None:
     inventory._UNDER_LOCK = helper_process.LONGEST
 
 
+def _client_by_number() -> None:
+    """The client of a fork server is whoever has the number of the process that connected."""
+
+    def init(self: Peer, connection: socket.socket, pid: int) -> None:
+        self.pid, self._connection = pid, connection
+
+    def is_like(self: Peer, own: Any) -> bool:
+        return bool(surroundings.of(self.pid) == own)
+
+    Peer.__init__ = init  # type: ignore[method-assign]
+    Peer.hear = lambda self: self._connection.recv(1)  # type: ignore[method-assign]
+    Peer.is_like = is_like  # type: ignore[method-assign]
+    Peer.close = lambda self: None  # type: ignore[method-assign]
+
+
+def _any_server() -> None:
+    """A command's server is whoever listens there."""
+    Peer.is_like = lambda self, own: True  # type: ignore[method-assign]
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
@@ -1069,6 +1093,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "made meanwhile": _made_meanwhile,
     "closed by tag": _closed_by_tag,
     "under the lock": _under_the_lock,
+    "client by number": _client_by_number,
+    "any server": _any_server,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 
@@ -1079,4 +1105,14 @@ if __name__ == "__main__":
     DEFENCES[sys.argv.pop(1)]()
     if sys.argv[1] == "runtime":
         runtime(sys.argv[2:])
+    if sys.argv[1] == "forks":
+        from graft_cli.fork_server import main as serve
+
+        sys.argv.pop(1)
+        serve()
+    if sys.argv[1] == "entry":
+        from graft_cli.entry import main as enter
+
+        sys.argv.pop(1)
+        enter()
     command()
