@@ -202,6 +202,12 @@ def _raise_if_unfinished(done: Detached) -> None:
             f"cannot list the sockets of {name}: the kernel does not answer; some may still be open",
             "end the container to be sure",
         )
+    if withdrawal.unfound:
+        raise UnfinishedError(
+            f"cannot list all TCP sockets of {name} in time: it had cgroups that are gone, or that somebody holds, and"
+            " what was made there may still be open",
+            "end the container to be sure",
+        )
     if withdrawal.still_open:
         sockets = _count(len(withdrawal.still_open), "socket", "sockets")
         helper = f"process {withdrawal.helper_pid} continues to try; " if withdrawal.helper_pid else ""

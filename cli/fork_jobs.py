@@ -10,7 +10,8 @@ import traceback
 from graft.commands import run_job
 from graft.commands.run_client import OUTDATED
 from graft.datapath import dataplane
-from graft.kernel import cgroup, fork_messages, fork_server, process, surroundings
+from graft.kernel import cgroup, fork_messages, fork_server, process
+from graft.kernel.peers import Peer
 from graft.kernel.surroundings import Surroundings
 from graft.model.settings import Settings
 from graft.oci import container_job
@@ -67,9 +68,11 @@ def serve(settings: Settings, name: str, own: Surroundings, ready: int) -> None:
     cgroup.enter(dataplane.forks_cgroup(settings))
     process.set_process_name("graft-forks")
 
-    def do_if_served(connection: socket.socket) -> None:
-        if fork_server.is_served(connection, own):
-            process.set_oom_score(process.oom_score(surroundings.peer_pid(connection)))
+    def do_if_served(connection: socket.socket, client: Peer) -> None:
+        is_served = fork_server.is_served(client, own)
+        client.close()
+        if is_served:
+            process.set_oom_score(process.oom_score(client.pid))
             jobs.do(connection)
         else:
             fork_messages.send(connection, {"refused": "surroundings"})
@@ -88,7 +91,9 @@ def serve(settings: Settings, name: str, own: Surroundings, ready: int) -> None:
 
 
 def serve_one(connection: socket.socket) -> None:
-    """Do what one client asks for."""
+    """Do what one client asks for: the process that has started this one."""
     jobs = Jobs()
     connection.send(fork_messages.HELLO)
-    jobs.do(connection)
+    if connection.recv(1) == fork_messages.ASK:
+        connection.send(fork_messages.HELLO)
+        jobs.do(connection)

@@ -176,7 +176,7 @@ def _made_meanwhile(
     if existing is None:
         return None
     now = members.of_each([container.cgroup_path]).get(container.cgroup_path, before)
-    inside = Members(now.pids, now.cgroups | before.cgroups)
+    inside = Members(now.pids, now.cgroups | before.cgroups, now.are_all)
     return inventory.made_since(graft.settings, container.id, inside, existing)
 
 

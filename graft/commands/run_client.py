@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,11 +42,11 @@ def try_run(words: Sequence[str]) -> None:
     settings = Settings.from_environment()
     for _ in range(2):
         try:
-            connection = fork_client.connect(settings)
-            if connection is None:
+            connected = fork_client.connect(settings)
+            if connected is None:
                 return
-            with connection:
-                _Client(connection).run(words)
+            with connected.sock:
+                _Client(connected).run(words)
         except KeyboardInterrupt:
             process.die_by_signal(signal.SIGINT)
         except _NotServed as error:
@@ -69,8 +68,8 @@ class _NotServed(Exception):
 
 
 class _Client:
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connected: fork_client.Connected) -> None:
+        self._connection, self._server = connected
         self._keeper = os.pidfd_open(os.getpid())
 
     def run(self, words: Sequence[str]) -> NoReturn:
@@ -144,6 +143,7 @@ class _Client:
                 "program": launched.pid,
                 "listener": -1 if launched.listener is None else launched.listener,
                 "keeper": self._keeper,
+                "server": self._server,
                 **found,
             }
         )

@@ -155,8 +155,6 @@ def _go(
     command, variables = fork_client.command_and_environment(settings, ["serve-one"])
     state = {
         "name": container.name,
-        "folder": str(fork_client.folder_of(settings)),
-        "server": name,
         "start": os.fsdecode(raw),
         "end": os.fsdecode(fork_messages.encode(end)),
         "command": command,

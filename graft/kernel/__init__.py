@@ -10,6 +10,7 @@
     socket_calls.py tcp.py epoll.py           what can be asked of one socket, and done with it
     unix_files.py unix_rights.py              unix sockets of the host's file system; descriptors sent over them
     fork_server.py fork_messages.py           a process that forks for others; messages with descriptors
+    peers.py                                  which process is at the other end of a unix socket
     surroundings.py                           whether two processes have the same rights and see the same
     atomic_file.py file_lock.py inotify.py    files replaced in one step; locks; folders that change
 

@@ -57,6 +57,18 @@ def cgroup_id(path: Path) -> int:
     return path.stat().st_ino
 
 
+def dying_below(path: Path) -> int:
+    """How many cgroups below this one were removed and are still there for the kernel: among them is each in which a
+    socket was made that is open (cgroup_sk_alloc() of kernel/cgroup/cgroup.c). One where the kernel does not say.
+    """
+    with contextlib.suppress(OSError):
+        for line in (path / "cgroup.stat").read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "nr_dying_descendants":
+                return int(count)
+    return 1
+
+
 def has_id(number: int) -> bool:
     """Whether there is a cgroup of that id. May never return: where its name is not in the kernel's cache, the folder
     above is listed (reconnect_path() of fs/exportfs/expfs.c), which others may hold.

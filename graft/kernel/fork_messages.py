@@ -18,8 +18,10 @@ MAX_BYTES = 32 << 20
 of one.
 """
 MAX_DESCRIPTORS = 8
-HELLO = b"+"
-"""What comes before any message: somebody is there for this connection."""
+HELLO, ASK = b"+", b"?"
+"""What comes before any message. HELLO: somebody is there for this connection; ASK: so is the client; HELLO again. By
+these each end knows who the other one is (graft/kernel/peers.py).
+"""
 
 
 def encode(message: dict[str, Any]) -> bytes:

@@ -5,12 +5,14 @@
                             └── the next client
 
 A child shares the server's memory until one of the two writes to it. It has nothing else of the server's, nor of other
-clients: no descriptor but its connection, no lock, no signal handler. The server reads nothing that a client sends, so
-that no client can keep it from the others; it has no maps, no threads and no state. When it dies, its children go on.
+clients: no descriptor but its connection and a pidfd of its client, no lock, no signal handler. The server reads
+nothing that a client sends, so that no client can keep it from the others; it has no maps, no threads and no state.
+When it dies, its children go on.
 
 A child says HELLO first, and its client asks for nothing before that: a server that is stopped forks none, and the
-client, which does without it then, must not have left a request with it. Before HELLO a child looks up what it needs in
-its folder in /proc: somebody may hold that (graft/kernel/surroundings.py).
+client, which does without it then, must not have left a request with it. Then each has the other one say something, to
+know that it is a process with the rights that it has itself (graft/kernel/peers.py). Before HELLO a child looks up what
+both need in its folder in /proc: somebody may hold that (graft/kernel/surroundings.py).
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ import socket
 import time
 from collections.abc import Callable
 
-from graft.kernel import process, surroundings
-from graft.kernel.fork_messages import HELLO
+from graft.kernel import peers, process, surroundings
+from graft.kernel.fork_messages import ASK, HELLO
+from graft.kernel.peers import Peer
 from graft.kernel.surroundings import Surroundings
 
-Job = Callable[[socket.socket], None]
+Job = Callable[[socket.socket, Peer], None]
 _BACKLOG = 1024
 
 
@@ -73,13 +76,15 @@ class Server:
         """What a child does. Never returns."""
         code = 1
         try:
-            surroundings.pin_own()  # the names stay in the kernel's cache when it is closed, if there is memory
+            pinned = surroundings.pin_own()
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            process.close_all_but({connection.fileno()})
+            process.close_all_but({connection.fileno(), *pinned})
             connection.setblocking(True)
-            connection.send(HELLO)
-            self._job(connection)
+            client = _meet(connection)
+            for fd in pinned:  # the names stay in the kernel's cache, if there is memory
+                os.close(fd)
+            self._job(connection, client)
             code = 0
         finally:
             os._exit(code)
@@ -98,12 +103,21 @@ def _wake_for_children() -> int:
     return reader
 
 
-def is_served(connection: socket.socket, own: Surroundings) -> bool:
+def _meet(connection: socket.socket) -> Peer:
+    """The client, which has answered. Raises OSError where who answers is not the process that has connected."""
+    peers.name_senders(connection)
+    client = Peer(connection, surroundings.peer_pid(connection))
+    connection.send(HELLO)
+    if client.hear() != ASK:
+        raise ConnectionError
+    peers.name_senders(connection, wanted=False)
+    connection.send(HELLO)
+    return client
+
+
+def is_served(client: Peer, own: Surroundings) -> bool:
     """Whether the client is as this process is, which may do for it what it asks then. Neither is under a filter."""
-    try:
-        return not own.is_filtered and surroundings.of(surroundings.peer_pid(connection)) == own
-    except OSError:
-        return False
+    return not own.is_filtered and client.is_like(own)
 
 
 def end_server() -> None:

@@ -9,10 +9,12 @@ second, over one netlink socket, which is kept open, because it belongs to the n
 A listing takes no socket's lock, as long as it does not request tcp_info. Closing a socket takes its lock, and may
 never return (graft/state/helper_process.py).
 
-The kernel goes on with a listing where it was in a hash bucket by going through that from its start. Of UDP sockets at
-one port, and of TCP sockets that are only bound at one address, that takes time by the square of their number, which
-any user of the host decides (inet_diag_dump_icsk takes 16 of the bound at a time, udp_dump what fits into a message).
-So the bound are listed apart (`BOUND_STATE`). With code that accepts only sockets of some cgroups, one pass lists all.
+The kernel goes on with a listing where it was in a hash bucket by going through that from its start. So a bucket takes
+time by the square of the number of its sockets, and any user of the host decides how many those are: UDP sockets at one
+port, TCP sockets that are only bound at one address, TCP connections whose ports he chooses by the table's secret,
+which the order of /proc/net/tcp shows (inet_diag_dump_icsk takes 16 of them at a time, udp_dump what fits into a
+message). With code that accepts only sockets of some cgroups, one pass lists all. The bound are listed apart
+(`BOUND_STATE`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -216,18 +219,28 @@ class Diagnostics:
                         found = [replace(parse_listener(message), protocol=socket.IPPROTO_UDP) for message in piece]
                     yield found
 
-    def sockets(self, protocol: int, storage: int, prefix: bytes = b"") -> list[FoundSocket]:
+    def sockets(
+        self,
+        protocol: int,
+        storage: int,
+        prefix: bytes = b"",
+        cgroups: Iterable[int] | None = None,
+        seconds: float | None = None,
+    ) -> list[FoundSocket]:
         """Every socket of a protocol, with its value in the socket storage map ``storage`` (a descriptor); none that is
         only bound.
 
-        With a ``prefix`` only those whose value begins with that: quick, as the others are not parsed. Empty for a
-        protocol without diagnostics in this kernel. Raises OSError.
+        With a ``prefix`` only those whose value begins with that: quick, as the others are not parsed. ``cgroups``:
+        only those that were made in one of these. Empty for a protocol without diagnostics in this kernel. Raises
+        OSError, TimeoutError where it takes longer than ``seconds``: not usable any more then.
         """
         found: list[FoundSocket] = []
-        for family in (socket.AF_INET, socket.AF_INET6):
-            with contextlib.suppress(FileNotFoundError), _refusing():
-                for piece in self._dump(family, protocol, OPEN_STATES, _LARGE_BYTES, storage):
-                    found += [parse_socket(protocol, message) for message in piece if prefix in message]
+        until = None if seconds is None else time.monotonic() + seconds
+        with _refusing():
+            for piece in self._pieces(protocol, storage, OPEN_STATES, cgroups):
+                found += [parse_socket(protocol, message) for message in piece if prefix in message]
+                if until is not None and time.monotonic() > until:
+                    raise TimeoutError(errno.ETIMEDOUT, "sock_diag: too many sockets to be listed in time")
         return [one for one in found if not prefix or (one.stored or b"").startswith(prefix)]
 
     def messages(
@@ -237,13 +250,13 @@ class Diagnostics:
 
         ``cgroups``: only those that were made in one of these. `seen` and `parse_socket` read one. Raises OSError.
         """
-        found: list[bytes] = []
+        return [message for piece in self._pieces(protocol, storage, states, cgroups) for message in piece]
+
+    def _pieces(self, protocol: int, storage: int, states: int, cgroups: Iterable[int] | None) -> Iterator[list[bytes]]:
         for code in [b""] if cgroups is None else _in_one_of(sorted(cgroups)):
             for family in (socket.AF_INET, socket.AF_INET6):
                 with contextlib.suppress(FileNotFoundError):
-                    for piece in self._dump(family, protocol, states, _LARGE_BYTES, storage, code=code):
-                        found += piece
-        return found
+                    yield from self._dump(family, protocol, states, _LARGE_BYTES, storage, code=code)
 
     def destroy(self, one: Identity, shared: bool = False) -> None:
         """Close a socket: a connection is reset, a listener stops listening. Needs CAP_NET_ADMIN, takes its lock.

@@ -45,10 +45,10 @@ def read_filter(fd: int) -> bytes:
     return code.raw
 
 
-def option(fd: int, name: int, size: int) -> bytes:
-    """An option of a socket (SOL_SOCKET). Raises OSError."""
+def option(fd: int, name: int, size: int, level: int = socket.SOL_SOCKET) -> bytes:
+    """An option of a socket. Raises OSError."""
     value, length = ctypes.create_string_buffer(size), ctypes.c_uint32(size)
-    _check(_libc.getsockopt(fd, socket.SOL_SOCKET, name, value, ctypes.byref(length)), "getsockopt")
+    _check(_libc.getsockopt(fd, level, name, value, ctypes.byref(length)), "getsockopt")
     return value.raw
 
 

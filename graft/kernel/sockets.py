@@ -122,8 +122,8 @@ class Listing:
 
 
 class Kind(Enum):
-    """What is listed in one go. Of the last two anybody has so many that the kernel takes too long for a listing
-    (graft/kernel/sockdiag.py).
+    """What is listed in one go. Of each anybody has so many that the kernel takes too long for a listing
+    (graft/kernel/sockdiag.py), of the last two most easily.
     """
 
     TCP = "tcp"
@@ -141,7 +141,7 @@ def list_sockets(
     """
     messages: dict[str, list[bytes]] = {}
     with closing(Diagnostics()) as diagnostics:
-        subflows = [] if kinds == (Kind.UDP,) else diagnostics.sockets(IPPROTO_MPTCP, storage)
+        subflows = [] if kinds == (Kind.UDP,) else diagnostics.sockets(IPPROTO_MPTCP, storage, cgroups=cgroups)
         parents = {one.inode: one.stored for one in subflows}
         for kind in kinds:
             protocol = "udp" if kind is Kind.UDP else "tcp"
@@ -151,13 +151,15 @@ def list_sockets(
     return Listing(messages, parents)
 
 
-def list_tcp(storage: int, prefix: bytes = b"") -> list[ListedSocket]:
+def list_tcp(
+    storage: int, prefix: bytes = b"", cgroups: Collection[int] | None = None, seconds: float | None = None
+) -> list[ListedSocket]:
     """The TCP sockets whose value in ``storage`` begins with ``prefix``, as `list_sockets` lists them.
 
-    Not those that have their value with an MPTCP socket. Raises OSError.
+    Not those that have their value with an MPTCP socket. Raises OSError, TimeoutError where it takes longer.
     """
     with closing(Diagnostics()) as diagnostics:
-        found = diagnostics.sockets(PROTOCOLS["tcp"], storage, prefix)
+        found = diagnostics.sockets(PROTOCOLS["tcp"], storage, prefix, cgroups, seconds)
     return [_read("tcp", one) for one in found if one.inode and one.stored is not None]
 
 
@@ -201,17 +203,20 @@ def destroy(one: ListedSocket) -> None:
 
 
 _UNCONNECTED, _CONNECTED = 7, 1
+_TCP_INFO = 11  # linux/tcp.h; its first byte is the state
 _SO_COOKIE, _SO_BINDTOIFINDEX = 57, 62  # asm-generic/socket.h
 
 
-def datagram_socket_of(fd: int, inode: int) -> tuple[int, ListedSocket] | None:
-    """A UDP socket that has a port, by a descriptor of it, as `list_sockets` has it but for cgroup and tag; and the
-    cookie of its namespace (5.14). None for any other socket. Waits for the socket's lock. Raises OSError.
+def socket_of(fd: int, inode: int, protocols: Collection[str]) -> tuple[int, ListedSocket] | None:
+    """A socket of one of these protocols that has a port, by a descriptor of it, as `list_sockets` has it but for
+    cgroup and tag; and the cookie of its namespace (5.14). None for any other socket, as one of MPTCP. Waits for the
+    socket's lock. Raises OSError.
     """
-    family, protocol = (
+    family, number = (
         int.from_bytes(option(fd, one, 4), sys.byteorder) for one in (socket.SO_DOMAIN, socket.SO_PROTOCOL)
     )
-    if family not in (socket.AF_INET, socket.AF_INET6) or protocol != socket.IPPROTO_UDP:
+    protocol = next((name for name in protocols if PROTOCOLS[name] == number), None)
+    if family not in (socket.AF_INET, socket.AF_INET6) or protocol is None:
         return None
     cookie, namespace = (int.from_bytes(option(fd, one, 8), sys.byteorder) for one in (_SO_COOKIE, SO_NETNS_COOKIE))
     local, peer = place_of(fd), peer_of(fd)
@@ -221,9 +226,12 @@ def datagram_socket_of(fd: int, inode: int) -> tuple[int, ListedSocket] | None:
     ends = local[0].ljust(16, b"\0") + remote[0].ljust(16, b"\0") + option(fd, _SO_BINDTOIFINDEX, 4)
     # The kernel writes the cookie as two numbers, the lower one first (sock_diag_save_cookie).
     sockid = struct.pack("!HH", local[1], remote[1]) + ends + struct.pack("=II", cookie & 0xFFFFFFFF, cookie >> 32)
-    state = _CONNECTED if peer else _UNCONNECTED
-    found = FoundSocket(Identity(family, protocol, sockid), state, local, remote, inode, 0, None)
-    return namespace, _read("udp", found)
+    if protocol == "tcp":
+        state = option(fd, _TCP_INFO, 1, socket.IPPROTO_TCP)[0]
+    else:
+        state = _CONNECTED if peer else _UNCONNECTED
+    found = FoundSocket(Identity(family, number, sockid), state, local, remote, inode, 0, None)
+    return namespace, _read(protocol, found)
 
 
 # For a socket that may be locked no socket.socket is made: that calls getsockname() and sets an option while no other

@@ -22,6 +22,7 @@ _LOOKED_UP = (
     *("status", "attr/current", "root", "limits", "mountinfo", "fd", "oom_score_adj", "task/{pid}/ns/cgroup"),
     *(f"ns/{name}" for name in _NAMESPACES),
 )
+_PROTOCOL = 2  # raised with what is said before the first message (fork_messages.py)
 _HARD = slice(47, 67)  # the third column, "%-25s %-20s %-20s %-10s\n"
 _RIGHTS = (b"Uid", b"CapEff", b"CapPrm", b"CapBnd", b"NoNewPrivs", b"Seccomp")
 
@@ -44,8 +45,8 @@ class Surroundings(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A short name; two that have the same one may still differ."""
-        return f"{zlib.crc32(repr(tuple(self)).encode()):08x}"
+        """A short name; two that have the same one may still differ. Servers that do not speak the same have others."""
+        return f"{zlib.crc32(repr((_PROTOCOL, *self)).encode()):08x}"
 
 
 def of(process: int | str = "self") -> Surroundings:
@@ -83,5 +84,5 @@ def _hard_limits(folder: str) -> tuple[bytes, ...]:
 
 
 def peer_pid(connection: socket.socket) -> int:
-    """The process that connected."""
+    """The number of the process that connected, or listened: another process may have it by now (peers.py)."""
     return int(_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])

@@ -47,11 +47,11 @@ def _prepare(invocation: Invocation, given: Sequence[str]) -> None:
     from graft.swap import fork_client
 
     try:
-        connection = fork_client.connect(Settings.from_environment()) if fork_client.is_wanted(os.environ) else None
-        if connection is None:
+        connected = fork_client.connect(Settings.from_environment()) if fork_client.is_wanted(os.environ) else None
+        if connected is None:
             return
         runtime = options.find_runtime(options.load(os.environ))
-        with connection:
+        with connected.sock as connection:
             cwd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             own = os.pidfd_open(os.getpid())
             request = {"do": "container", "words": list(given), "environment": dict(os.environ), "pid": os.getpid()}

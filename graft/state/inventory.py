@@ -20,16 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graft.datapath import layout
-from graft.datapath.dataplane import own_cgroup
 from graft.datapath.maps import Maps
-from graft.kernel import cgroup
-from graft.kernel.sockets import ListedSocket, SeenSocket
+from graft.kernel.sockets import Kind, ListedSocket, SeenSocket
 from graft.model.address import format_ip
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home, Transport
-from graft.state import helper_process, leftovers, members, socket_holders, stack_listing
+from graft.state import helper_process, leftovers, members, origins, socket_holders, stack_listing
 from graft.state.installation import Installation
 from graft.state.members import Members
 from graft.state.records import Container
@@ -92,12 +90,14 @@ class ContainerSocket:
 class Found:
     """The sockets of containers, by their ids. ``unsearched`` are processes of each whose descriptors could not be
     listed in time: what only they have, and was made in another cgroup, is not among these. ``doubts``: what the kernel
-    did not list in time.
+    did not list in time. ``unfound`` are those of the containers that may have been granted TCP sockets that are not
+    among these: not all were listed, and cgroups of theirs are gone, or were not seen.
     """
 
     sockets: dict[int, list[ContainerSocket]]
     unsearched: dict[int, tuple[int, ...]]
     doubts: Doubts = NO_DOUBTS
+    unfound: frozenset[int] = frozenset()
 
 
 def sockets_by_container(
@@ -119,14 +119,16 @@ def sockets_by_container(
     """
     if listed is None:
         listed = members.of_each([container.cgroup_path for container in containers])
-    inside = [listed.get(one.cgroup_path, Members((), frozenset([one.cgroup_id]))) for one in containers]
+    inside = [listed.get(one.cgroup_path, origins.unknown(one)) for one in containers]
     cgroups = {number for one in inside for number in one.cgroups}
-    listing = stack_listing.list_stack(settings, stack.namespaces, cgroups | _own_cgroups(settings, containers), doubts)
+    made_in = [origins.of(settings, one, its) for one, its in zip(containers, inside, strict=True)]
+    asked = frozenset[int]().union(*(one.cgroups for one in made_in))
+    listing = stack_listing.list_stack(settings, stack.namespaces, asked, doubts)
     if listing is None:
         return None
     seen = listing.sockets
     until = time.monotonic() + seconds
-    lent, locked = stack_listing.lent_datagram_sockets(listing, [pid for one in inside for pid in one.pids], seconds)
+    lent, locked = stack_listing.lent_sockets(listing, [pid for one in inside for pid in one.pids], seconds)
     missing = [ContainerSocket(one, path) for path, one in lent]
     cookies = {sock.cookie for _, sock in seen} | {sock.listed.identity.cookie for sock in missing}
     missing += [sock for sock in closed if sock.listed.identity.cookie not in cookies]
@@ -158,24 +160,29 @@ def sockets_by_container(
         container.id: tuple(sorted({*pids, *set(locked).intersection(its.pids)}))
         for container, its, (_, pids) in zip(containers, inside, searches, strict=True)
     }
-    return Found(sockets_found, unsearched, listing.doubts)
+    is_partial = Kind.TCP in listing.doubts.partial
+    unfound = [one.id for one, its in zip(containers, made_in, strict=True) if is_partial and not its.are_all]
+    return Found(sockets_found, unsearched, listing.doubts, frozenset(unfound))
 
 
-def _own_cgroups(settings: Settings, containers: Sequence[Container]) -> set[int]:
-    """The cgroups of their supervisors, in which replacement sockets were made."""
-    found = set()
-    for container in containers:
-        with contextlib.suppress(OSError):
-            found.add(cgroup.cgroup_id(own_cgroup(settings, container.id)))
-    return found
-
-
-def tagged(settings: Settings, container: Container, stack: HostStack) -> list[ContainerSocket]:
+def tagged(
+    settings: Settings, container: Container, stack: HostStack, doubts: Doubts = NO_DOUBTS
+) -> tuple[list[ContainerSocket], Doubts]:
     """The TCP sockets that a container was granted, by their tags alone: no process is searched for them, and whoever
-    has them cannot delay this. None of MPTCP. Empty where the kernel does not answer in time.
+    has them cannot delay this. None of MPTCP. Where the kernel does not list all in time, those that were made in the
+    container's cgroups; and ``doubts``, which are from an earlier call, with those of this one.
     """
-    found = helper_process.run_one(lambda: leftovers.left_of(settings, stack.namespaces, container.id)) or []
-    return [_with_grant(container, stack, ContainerSocket(listed, path)) for path, listed in found]
+    found, limit = None, stack_listing.TIMEOUT
+    if Kind.TCP not in doubts.partial | doubts.unlisted:
+        found = helper_process.run_one(lambda: leftovers.left_of(settings, stack.namespaces, container.id), limit)
+    if found is None and Kind.TCP not in doubts.unlisted:
+        doubts, made_in = doubts.and_partial(Kind.TCP), origins.of(settings, container).cgroups
+        found = helper_process.run_one(
+            lambda: leftovers.left_of(settings, stack.namespaces, container.id, made_in), limit
+        )
+    if found is None:
+        doubts = doubts.and_unlisted(Kind.TCP)
+    return [_with_grant(container, stack, ContainerSocket(listed, path)) for path, listed in found or ()], doubts
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +208,9 @@ _NONE_FOUND = _Search({}, {})
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Sockets that processes are searched for, by inode. ``untagged``: their tags do not come with the listing."""
+    """Sockets that processes are searched for, by inode. ``untagged``: their tags do not come with the listing, or they
+    were found without one.
+    """
 
     inodes: frozenset[int]
     untagged: frozenset[int]
@@ -209,8 +218,13 @@ class Candidates:
     @classmethod
     def of(cls, listed: Iterable[ListedSocket | SeenSocket]) -> Candidates:
         """Those of a listing."""
-        every = [(one.inode, one.protocol == "udp" or one.state == "bound") for one in listed]
+        every = [(one.inode, one.protocol == "udp" or one.state == "bound" or _is_lent(one)) for one in listed]
         return cls(frozenset(inode for inode, _ in every), frozenset(inode for inode, untagged in every if untagged))
+
+
+def _is_lent(one: ListedSocket | SeenSocket) -> bool:
+    """Whether it may be from a process (`stack_listing.lent_sockets`), and not from a listing with tags."""
+    return isinstance(one, ListedSocket) and one.stored is None
 
 
 def _find_descriptors(settings: Settings, pids: Iterable[int], candidates: Candidates) -> _Search:
@@ -327,7 +341,7 @@ def host_sockets_of(settings: Settings, inside: Members) -> Existing | None:
     if listing is None:
         return None
     seen = [sock for _, sock in listing.sockets]
-    lent, locked = stack_listing.lent_datagram_sockets(listing, inside.pids, SEARCH)
+    lent, locked = stack_listing.lent_sockets(listing, inside.pids, SEARCH)
     candidates = Candidates.of([*seen, *(one for _, one in lent)])
     [(search, unsearched)] = _search_each(settings, [inside.pids], candidates, SEARCH)
     own = [sock.read() for sock in seen if sock.inode in search.places or sock.cgroup in inside.cgroups]

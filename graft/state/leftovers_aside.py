@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from graft.kernel import sockets
 from graft.model.transport import Transport
-from graft.state import helper_process, leftovers
+from graft.state import helper_process, leftovers, origins
 from graft.state.installation import Installation
+from graft.state.origins import Place
 from graft.state.records import Container
 
 MOST_CHILDREN = 16
@@ -31,7 +31,7 @@ class _Ended:
     """A container that has ended, and where its sockets may be."""
 
     number: int
-    paths: Sequence[Path]
+    place: Place
     opened: ExitStack
 
 
@@ -49,11 +49,12 @@ class LeftoversAside:
         if container.transport is Transport.SPLICE or not sockets.can_destroy():
             yield
             return
+        cgroups = origins.of_ended(graft.settings, [container])
         with ExitStack() as stack:
             paths = stack.enter_context(graft.endpoints.namespaces(graft.endpoints.listing()))
             yield
             if len(self._waiting) < _MOST_WAITING:
-                self._waiting.append(_Ended(container.id, paths, stack.pop_all()))
+                self._waiting.append(_Ended(container.id, Place(tuple(paths), cgroups), stack.pop_all()))
         self.go_on()
 
     def go_on(self) -> None:
@@ -76,5 +77,5 @@ class LeftoversAside:
         """Start a child that closes what is left; its process id, 0 where it has ended. Raises OSError."""
         settings, prefix = self._graft.settings, leftovers.prefix_of(ended.number)
         return helper_process.run_each(
-            lambda paths: leftovers.close_in_child(settings, paths, prefix), (ended.paths,), 0, keep_running=True
+            lambda place: leftovers.close_in_child(settings, place, prefix), (ended.place,), 0, keep_running=True
         ).helper_pid

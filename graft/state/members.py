@@ -36,10 +36,13 @@ _left_above = LeftChildren()
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """The processes of a cgroup and of those below it, and the ids of all these cgroups."""
+    """The processes of a cgroup and of those below it, and the ids of all these cgroups. ``are_all``: there is no
+    socket that was made in a cgroup that was below it and is gone.
+    """
 
     pids: tuple[int, ...]
     cgroups: frozenset[int]
+    are_all: bool = True
 
 
 def of_each(paths: Sequence[Path]) -> dict[Path, Members]:
@@ -164,4 +167,4 @@ def held(path: str) -> KernelError:
 
 
 def _list(path: Path) -> Members:
-    return Members(tuple(cgroup.processes(path)), cgroup.ids(path))
+    return Members(tuple(cgroup.processes(path)), cgroup.ids(path), not cgroup.dying_below(path))

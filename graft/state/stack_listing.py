@@ -1,11 +1,11 @@
 """The sockets of the host's stack as the kernel lists them, in child processes that have so much time and no more.
 
-    TCP, by its tags ── must answer
-    UDP, and TCP sockets that are only bound ── all of them ── no answer: those made in the containers' cgroups
+    TCP, TCP that is only bound, UDP ── all of them ── no answer: those made in the containers' cgroups
 
-Any user of the host has so many sockets of the second line at one port that the kernel lists them for minutes
+Any user of the host can have so many sockets of each kind that the kernel lists them for minutes
 (graft/kernel/sockdiag.py). None of them are in a container's cgroups. What a container was handed from elsewhere is
-found with its processes then (`lent_datagram_sockets`); sockets that are only bound and were made elsewhere are not.
+found with its processes then (`lent_sockets`); sockets that are only bound, or of MPTCP, and were made elsewhere are
+not, nor what was made in a cgroup that is gone and no process of the container has (graft/state/origins.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graft.kernel import bpf, netns, sockets, tasks
@@ -22,8 +22,7 @@ from graft.model.settings import Settings
 from graft.state import helper_process, socket_holders
 from graft.state.socket_holders import Place
 
-_SLOW = (Kind.BOUND, Kind.UDP)
-_SLOW_TIMEOUT, _SLOW_LONGEST = 2.0, 4.0  # seconds for these: without an answer, and in all
+TIMEOUT, _LONGEST = 2.0, 4.0  # seconds: without an answer, and in all
 _NAMES = {Kind.TCP: "TCP", Kind.BOUND: "bound TCP", Kind.UDP: "UDP"}
 
 
@@ -39,8 +38,16 @@ class Doubts:
     @property
     def names(self) -> tuple[str, ...]:
         """Of which kinds a container may have more sockets than were found."""
-        missed = self.unlisted | self.partial & {Kind.BOUND}
+        missed = self.unlisted | self.partial & {Kind.TCP, Kind.BOUND}
         return tuple(_NAMES[kind] for kind in Kind if kind in missed)
+
+    def and_partial(self, kind: Kind) -> Doubts:
+        """These, and that not all of a kind are listed."""
+        return replace(self, partial=self.partial | {kind})
+
+    def and_unlisted(self, kind: Kind) -> Doubts:
+        """These, and that none of a kind are."""
+        return replace(self, unlisted=self.unlisted | {kind})
 
 
 NO_DOUBTS = Doubts()
@@ -62,27 +69,25 @@ Asked = tuple[Path, Kind, bool]
 def list_stack(
     settings: Settings, paths: Sequence[Path], cgroups: Collection[int], earlier: Doubts = NO_DOUBTS
 ) -> StackListing | None:
-    """The sockets of these namespaces. None if the kernel does not answer in time about those of TCP. ``earlier``: what
-    was not listed in time before is not asked for again. Raises OSError.
+    """The sockets of these namespaces. None if the kernel does not answer in time about those of TCP, not even by their
+    cgroups. ``earlier``: what was not listed in time before is not asked for again. Raises OSError.
     """
 
     def ask(one: Asked) -> tuple[int, Listing]:
         return _list_namespace(settings, one[0], one[1], cgroups if one[2] else None)
 
-    asked: list[Asked] = [(path, Kind.TCP, False) for path in paths]
-    found = helper_process.run_each(ask, asked).results
-    if len(found) < len(asked):
-        return None
-    answers = [(path, Kind.TCP, found[index]) for index, (path, _, _) in enumerate(asked)]
+    answers: list[tuple[Path, Kind, tuple[int, Listing]]] = []
     partial, unlisted = set(earlier.partial), set(earlier.unlisted)
-    asked = [(path, kind, kind in partial) for kind in _SLOW if kind not in unlisted for path in paths]
-    while asked:
-        found = helper_process.run_each(ask, asked, _SLOW_TIMEOUT, longest=_SLOW_LONGEST).results
+    asked: list[Asked] = [(path, kind, kind in partial) for kind in Kind if kind not in unlisted for path in paths]
+    while asked and Kind.TCP not in unlisted:
+        found = helper_process.run_each(ask, asked, TIMEOUT, longest=_LONGEST).results
         answers += [(asked[index][0], asked[index][1], answer) for index, answer in found.items()]
         missing = [one for index, one in enumerate(asked) if index not in found]
         unlisted |= {kind for _, kind, is_partial in missing if is_partial}
         partial |= {kind for _, kind, _ in missing}
         asked = [(path, kind, True) for path, kind, is_partial in missing if not is_partial]
+    if Kind.TCP in unlisted:
+        return None
     return _joined(answers, Doubts(frozenset(partial), frozenset(unlisted)))
 
 
@@ -112,17 +117,17 @@ Lent = tuple[Path, ListedSocket]
 """A socket that a process has, and a path of its namespace."""
 
 
-def lent_datagram_sockets(
-    listing: StackListing, pids: Sequence[int], seconds: float
-) -> tuple[list[Lent], tuple[int, ...]]:
-    """The UDP sockets that these processes have, and that the kernel did not list in time: they were made in other
-    cgroups. None where it listed all. And the processes that could not be searched in time: one can keep its lock.
+def lent_sockets(listing: StackListing, pids: Sequence[int], seconds: float) -> tuple[list[Lent], tuple[int, ...]]:
+    """The TCP and UDP sockets that these processes have, and that the kernel did not list in time: they were made in
+    other cgroups. None where it listed all. And the processes that could not be searched in time: one can keep its
+    lock.
     """
-    if Kind.UDP not in listing.doubts.partial:
+    protocols = [kind.value for kind in (Kind.TCP, Kind.UDP) if kind in listing.doubts.partial]
+    if not protocols:
         return [], ()
     known = frozenset(sock.inode for _, sock in listing.sockets)
     found = helper_process.run_each(
-        lambda pid: _datagram_sockets_of(pid, known), pids, seconds, longest=seconds
+        lambda pid: _sockets_of(pid, known, protocols), pids, seconds, longest=seconds
     ).results
     lent = {
         one.identity.cookie: (listing.paths[cookie], one)
@@ -133,7 +138,7 @@ def lent_datagram_sockets(
     return list(lent.values()), tuple(pid for index, pid in enumerate(pids) if index not in found)
 
 
-def _datagram_sockets_of(pid: int, known: frozenset[int]) -> list[tuple[int, ListedSocket]]:
+def _sockets_of(pid: int, known: frozenset[int], protocols: Sequence[str]) -> list[tuple[int, ListedSocket]]:
     """With the cookies of their namespaces. Waits for the lock of each."""
     found: dict[int, tuple[int, ListedSocket] | None] = {}
     for tid in tasks.descriptor_tables(pid):
@@ -141,5 +146,5 @@ def _datagram_sockets_of(pid: int, known: frozenset[int]) -> list[tuple[int, Lis
             if inode in known or inode in found:
                 continue
             with socket_holders.copied(Place(pid, tid, fd), inode) as copy, contextlib.suppress(OSError):
-                found[inode] = None if copy is None else sockets.datagram_socket_of(copy, inode)
+                found[inode] = None if copy is None else sockets.socket_of(copy, inode, protocols)
     return [one for one in found.values() if one is not None]

@@ -36,8 +36,9 @@ class Withdrawal:
     """What was done with a container's sockets: closed; still open, though they should be closed; kept on purpose.
 
     ``all_listed`` is False if the kernel did not list in time what may have to be closed; ``doubts`` is what it did not
-    list. ``helper_pid`` is the process that still tries to close those that are open (0: none does). ``unsearched`` are
-    processes that could not be searched in time.
+    list. ``unfound``: TCP sockets may be open that were made in cgroups of the container which are gone by now, or were
+    not seen; of the others all were listed. ``helper_pid`` is the process that still tries to close those that are open
+    (0: none does). ``unsearched`` are processes that could not be searched in time.
     """
 
     closed: list[ContainerSocket] = field(default_factory=list)
@@ -47,6 +48,7 @@ class Withdrawal:
     helper_pid: int = 0
     unsearched: tuple[int, ...] = ()
     doubts: Doubts = NO_DOUBTS
+    unfound: bool = False
 
 
 def withdraw(settings: Settings, container: Container, stack: HostStack, keep_connections: bool) -> Withdrawal:
@@ -64,7 +66,7 @@ def withdraw(settings: Settings, container: Container, stack: HostStack, keep_co
         if found is None:
             done.all_listed = False
             break
-        seconds, done.doubts = _AGAIN, found.doubts
+        seconds, done.doubts, done.unfound = _AGAIN, found.doubts, container.id in found.unfound
         present = {sock.listed.identity.cookie: sock for sock in found.sockets[container.id]}
         done.unsearched = found.unsearched[container.id]
         done.closed = [_located(sock, present) for sock in done.closed]
@@ -87,12 +89,14 @@ def withdraw(settings: Settings, container: Container, stack: HostStack, keep_co
 def _close_tagged(
     settings: Settings, container: Container, stack: HostStack, keep_connections: bool, done: Withdrawal
 ) -> set[bytes]:
-    """Close the TCP sockets that their tags name, without a look into any process; the cookies of those that hang."""
+    """Close the TCP sockets that their tags name, without a look into any process; the cookies of those that hang. What
+    the kernel does not list in time is not asked for again.
+    """
     hung: set[bytes] = set()
     seen: set[bytes] = set()
     if sockets.can_destroy():
         for _ in range(_ROUNDS):
-            found = inventory.tagged(settings, container, stack)
+            found, done.doubts = inventory.tagged(settings, container, stack, done.doubts)
             new = [
                 one for one in found if one.listed.identity.cookie not in seen and _must_close(one, keep_connections)
             ]

@@ -2,7 +2,9 @@
 
 The server is started by the first command that needs one, and ends when it has not been needed for a while. There is
 one for each kind of surroundings that commands are started in (graft/kernel/surroundings.py). A command for which there
-is none, or that gets no answer from it, does its work by itself. Few imports: every `graft run` has this module.
+is none, or that gets no answer from it, does its work by itself; so does one that is answered by a process that is not
+as itself is: it gets the command's descriptors, and rules what the program becomes. Few imports: every `graft run` has
+this module.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ import time
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
-from graft.kernel import surroundings
-from graft.kernel.fork_messages import HELLO
+from graft.kernel import peers, surroundings
+from graft.kernel.fork_messages import ASK, HELLO
+from graft.kernel.peers import Peer
+from graft.kernel.surroundings import Surroundings
 from graft.model.settings import Settings
 
 NO_SERVER = "GRAFT_NO_FORK_SERVER"
@@ -48,7 +53,16 @@ def is_wanted(environment: Mapping[str, str]) -> bool:
     return not environment.get(NO_SERVER)
 
 
-def connect(settings: Settings) -> socket.socket | None:
+class Connected(NamedTuple):
+    """A connection to a child of a server, and a descriptor of the file that is the server's socket: who connects to
+    that reaches the same server, or none, whatever is at its path by then.
+    """
+
+    sock: socket.socket
+    file: int
+
+
+def connect(settings: Settings) -> Connected | None:
     """A connection to the server, which is started where there is none; None where there can be none."""
     try:
         own = surroundings.of()
@@ -56,16 +70,16 @@ def connect(settings: Settings) -> socket.socket | None:
             return None
         if _has_failed(settings, own.name):
             return None
-        found = _connect(settings, own.name)
+        found = _connect(settings, own.name, own)
         if found is None:
             folder_of(settings).mkdir(mode=0o700, parents=True, exist_ok=True)
             with lock(settings, f"{own.name}-start"):  # many commands at once start one
-                found = _connect(settings, own.name)
+                found = _connect(settings, own.name, own)
                 if found is None and not _has_failed(settings, own.name):
                     if not _start(settings, own.name):
                         _note_failure(settings, own.name)
                         return None
-                    found = _connect(settings, own.name)
+                    found = _connect(settings, own.name, own)
         return found
     except _NoAnswer:
         _note_failure(settings, own.name)
@@ -81,27 +95,42 @@ class _NoAnswer(TimeoutError):
 def connect_to(settings: Settings, name: str) -> socket.socket | None:
     """A connection to a child of the server of that name; None where there is no server, or it forks none."""
     with contextlib.suppress(OSError):
-        return _connect(settings, name)
+        found = _connect(settings, name, surroundings.of())
+        if found is not None:
+            os.close(found.file)
+            return found.sock
     return None
 
 
-def _connect(settings: Settings, name: str) -> socket.socket | None:
+def _connect(settings: Settings, name: str, own: Surroundings) -> Connected | None:
     """The same. Raises TimeoutError where there is a server that forks none: then there can be no other one."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with address(settings, name) as path:
+    with contextlib.ExitStack() as undo:
+        try:
+            file = _open_socket(settings, name)
+            undo.callback(os.close, file)
+            sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            peers.name_senders(sock)
             sock.setblocking(False)  # not to wait until a server that is stopped accepts others
-            sock.connect(path)
+            sock.connect(f"/proc/self/fd/{file}")
             sock.setblocking(True)
-        if _is_answered(sock):
-            return sock
-    except TimeoutError:
-        sock.close()
-        raise
-    except OSError:
-        pass
-    sock.close()
+            if _is_answered(sock, own):
+                peers.name_senders(sock, wanted=False)
+                undo.pop_all()
+                return Connected(sock, file)
+        except TimeoutError:
+            raise
+        except OSError:
+            pass
     return None
+
+
+def _open_socket(settings: Settings, name: str) -> int:
+    """A descriptor of a server's socket, as a file: not of what a link leads to."""
+    folder = os.open(folder_of(settings), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def connect_to_another(settings: Settings) -> socket.socket:
@@ -116,10 +145,26 @@ def connect_to_another(settings: Settings) -> socket.socket:
     return ours
 
 
-def _is_answered(sock: socket.socket) -> bool:
-    """Whether somebody is there for this connection; False where it was hung up. Raises TimeoutError where the process
-    that listens is stopped, or does not get to it; OSError.
+def _is_answered(sock: socket.socket, own: Surroundings | None = None) -> bool:
+    """Whether somebody is there for this connection, with ``own`` one that is as this process; False where it hung up.
+
+    Raises TimeoutError where the process that listens is stopped, or does not get to it; OSError.
     """
+    _wait_for_answer(sock)
+    said, sender = peers.hear(sock)
+    if said != HELLO:
+        return False
+    if own is None:
+        sock.send(ASK)
+        _wait_for_answer(sock)
+        return sock.recv(1) == HELLO
+    with contextlib.closing(Peer(sock, sender)) as child:
+        sock.send(ASK)
+        _wait_for_answer(sock)
+        return child.hear() == HELLO and child.is_like(own)
+
+
+def _wait_for_answer(sock: socket.socket) -> None:
     server, deadline = surroundings.peer_pid(sock), time.monotonic() + _HELLO_SECONDS
     poll = select.poll()
     poll.register(sock, select.POLLIN)
@@ -128,7 +173,6 @@ def _is_answered(sock: socket.socket) -> bool:
             raise TimeoutError
         if time.monotonic() > deadline:
             raise _NoAnswer
-    return sock.recv(1) == HELLO
 
 
 def _is_stopped(pid: int) -> bool:

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 SI_KERNEL = 0x80  # include/uapi/asm-generic/siginfo.h; from the terminal here
 NOT_FORWARDED = {_signal.SIGKILL, _signal.SIGSTOP, _signal.SIGSEGV, _signal.SIGBUS, _signal.SIGFPE, _signal.SIGILL}
 MAX_RESTARTS, IN_SECONDS = 10, 5.0
-DESCRIPTORS = ("listener", "journal", "keeper", "supervisor", "control")
+DESCRIPTORS = ("listener", "journal", "keeper", "supervisor", "control", "server")
 NUMBERS = ("program", *DESCRIPTORS)
-TEXTS = ("name", "folder", "server", "start", "end")
+TEXTS = ("name", "start", "end")
 LISTS = ("command", "environment")
 NOT_COMPILED = b"GRAFT_NO_COMPILED"
 """In the environment, not empty: this file serves, compiled or not."""
-HELLO = b"+"
+HELLO, ASK = b"+", b"?"
 """As in graft/kernel/fork_messages.py."""
 HELLO_SECONDS, LOOK_MILLISECONDS = 20.0, 100
 FAILED = 6  # the exit status of graft.errors.KernelError
@@ -48,9 +48,10 @@ class Waiter:
     """Waits for one program.
 
     ``state``: program (its id); the descriptors listener, journal, keeper (a pidfd of this process), supervisor (its
-    pidfd), control (a socket that hangs up with the supervisor), each -1 where there is none; name, of the container;
-    folder and server, where the fork server listens; start and end, requests to it; command and environment, of a
-    process that serves one request. Texts are bytes.
+    pidfd), control (a socket that hangs up with the supervisor), server (the file that is the socket of the fork server
+    by which the program was prepared: no other server is known to be root's), each -1 where there is none; name, of the
+    container; start and end, requests to it; command and environment, of a process that serves one request. Texts are
+    bytes.
     """
 
     def __init__(self, state: "dict[str, Any]") -> None:
@@ -140,15 +141,11 @@ class Waiter:
 
     def connect(self) -> _socket.socket:
         """A connection to the fork server."""
-        opened = posix.open(self.state["folder"], posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
-        try:
-            sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-            sock.setblocking(False)  # not to wait until a server that is stopped accepts others
-            sock.connect(b"/proc/self/fd/%d/%b" % (opened, self.state["server"]))
-            sock.setblocking(True)
-            return sock
-        finally:
-            posix.close(opened)
+        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        sock.setblocking(False)  # not to wait until a server that is stopped accepts others
+        sock.connect(b"/proc/self/fd/%d" % self.state["server"])
+        sock.setblocking(True)
+        return sock
 
     def spawn(self) -> _socket.socket:
         """A connection to a process that is started for one request."""
@@ -172,7 +169,7 @@ def is_answered(sock: _socket.socket) -> bool:
     while not poll.poll(LOOK_MILLISECONDS):
         if time.monotonic() > deadline or is_stopped(server):
             return False
-    return sock.recv(1) == HELLO
+    return sock.recv(1) == HELLO and sock.send(ASK) == 1 and sock.recv(1) == HELLO
 
 
 def is_stopped(pid: int) -> bool:

@@ -277,12 +277,13 @@ def test_a_request_over_somebody_elses_connection_is_refused(host: Host) -> None
     """By the name of the server alone anybody of root's could connect: who connected is looked at."""
     host.run([], "true")
     script = (
-        "import sys; from graft.kernel import fork_messages; from graft.swap import fork_client;"
-        "from graft.model.settings import Settings;"
-        "sock = fork_client.connect_to(Settings.from_environment(), sys.argv[1]);"
-        "print(fork_messages.receive(sock)[0])"
+        "import socket, sys; from graft.kernel import fork_messages;"
+        "sock = socket.socket(socket.AF_UNIX); sock.connect(sys.argv[1]);"
+        "assert sock.recv(1) == fork_messages.HELLO; sock.send(fork_messages.ASK);"
+        "assert sock.recv(1) == fork_messages.HELLO; print(fork_messages.receive(sock)[0])"
     )
-    python = [str(GRAFT.with_name("python")), "-P", "-c", script, surroundings.of().name]
+    path = fork_client.folder_of(host.settings) / surroundings.of().name
+    python = [str(GRAFT.with_name("python")), "-P", "-c", script, str(path)]
     said = run(["unshare", "--uts", "--", *python], environment=host.environment, status=0).stdout
     assert said == "{'refused': 'surroundings'}\n"
 

@@ -2,6 +2,8 @@
 
     python undefended.py DEFENCE run ...
     python undefended.py DEFENCE runtime ...    the OCI runtime
+    python undefended.py DEFENCE forks ...      the fork server
+    python undefended.py DEFENCE entry run ...  as a user starts it: by way of a fork server
 
 Nothing of this is in the product. What is put back here is what there was before the defence. One that the hooks
 hold is left out of the BPF programs' text, so that it matters what `up` is run with (tests/hostile/conftest.py).
@@ -28,7 +30,19 @@ from graft.commands import watcher
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
-from graft.kernel import capabilities, cgroup, keyring, process, sockdiag, sockets, terminal, unix_files, unix_rights
+from graft.kernel import (
+    capabilities,
+    cgroup,
+    keyring,
+    process,
+    sockdiag,
+    sockets,
+    surroundings,
+    terminal,
+    unix_files,
+    unix_rights,
+)
+from graft.kernel.peers import Peer
 from graft.kernel.pidfd import pidfd_getfd
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.kernel.syscalls import syscall
@@ -731,7 +745,7 @@ def _tags() -> None:
 
     by_tags: Any = inventory.sockets_by_container
     inventory.sockets_by_container = sockets_by_container  # type: ignore[assignment]
-    inventory.tagged = lambda settings, container, stack: []
+    inventory.tagged = lambda settings, container, stack, doubts=stack_listing.NO_DOUBTS: ([], doubts)
 
 
 def _destroy() -> None:
@@ -797,8 +811,7 @@ def _detached() -> None:
 
 def _listing() -> None:
     """A kernel that does not answer (before 6.9: anybody who ends a socket of his own that is locked sees to that)."""
-    sockets.list_sockets = lambda *_: threading.Event().wait()  # type: ignore[assignment]
-    sockets.list_tcp = lambda storage, prefix=b"": threading.Event().wait()  # type: ignore[assignment, return-value]
+    sockets.list_sockets = sockets.list_tcp = lambda *_: threading.Event().wait()  # type: ignore[assignment]
 
 
 def _bound_apart() -> None:
@@ -810,11 +823,11 @@ def _bound_apart_in_process() -> None:
     """And by who needs the list himself, whatever time that takes."""
     _bound_apart()
 
-    def close(graft: Any, paths: Any, prefix: Any, is_left: Any) -> None:
-        leftovers.close_in_child(graft.settings, paths, prefix, is_left)
+    def close(graft: Any, place: Any, prefix: Any, is_left: Any, is_slow: bool = False) -> bool:
+        return leftovers.close_in_child(graft.settings, place, prefix, is_left, is_slow)
 
     def close_aside(self: LeftoversAside, ended: Any) -> int:
-        close(self._graft, ended.paths, leftovers.prefix_of(ended.number), lambda _: True)
+        close(self._graft, ended.place, leftovers.prefix_of(ended.number), lambda _: True)
         return 0
 
     leftovers._close = close
@@ -831,12 +844,56 @@ def _silent(*, lists_tcp: bool) -> None:
     listed = sockets.list_sockets
     sockets.list_sockets = list_sockets
     if not lists_tcp:
-        sockets.list_tcp = lambda storage, prefix=b"": threading.Event().wait()  # type: ignore[assignment, return-value]
+        sockets.list_tcp = lambda *_: threading.Event().wait()  # type: ignore[assignment]
 
 
 def _slow_listing() -> None:
     """A kernel that lists TCP sockets, and UDP sockets by their cgroups only."""
     _silent(lists_tcp=True)
+
+
+def _slow_tcp() -> None:
+    """A kernel that lists TCP sockets, as all others, by their cgroups only."""
+
+    def list_sockets(storage: int, kinds: Any = tuple(sockets.Kind), cgroups: Any = None) -> Any:
+        if cgroups is None:
+            threading.Event().wait()
+        return listed(storage, kinds, cgroups)
+
+    def list_tcp(storage: int, prefix: bytes = b"", cgroups: Any = None, seconds: float | None = None) -> Any:
+        if cgroups is None:
+            threading.Event().wait(seconds)
+            raise TimeoutError
+        return listed_tcp(storage, prefix, cgroups, seconds)
+
+    listed, listed_tcp = sockets.list_sockets, sockets.list_tcp
+    sockets.list_sockets, sockets.list_tcp = list_sockets, list_tcp
+
+
+def _tcp_by_cgroup() -> None:
+    """And Graft asks for all TCP sockets."""
+    _slow_tcp()
+
+    def list_namespace(settings: Any, path: Any, kind: Any, cgroups: Any) -> Any:
+        return listed(settings, path, kind, None if kind is sockets.Kind.TCP else cgroups)
+
+    def find(storage: int, paths: Any, prefix: bytes, is_left: Any, cgroups: Any, seconds: Any = None) -> Any:
+        return found(storage, paths, prefix, is_left, None)
+
+    listed, found = stack_listing._list_namespace, leftovers._find
+    stack_listing._list_namespace, leftovers._find = list_namespace, find
+
+
+def _gone_cgroups() -> None:
+    """And it does not look whether a container had cgroups that are gone."""
+    _slow_tcp()
+    cgroup.dying_below = lambda path: 0
+
+
+def _tcp_made_elsewhere() -> None:
+    """And it does not look what processes have been handed."""
+    _slow_tcp()
+    stack_listing.lent_sockets = lambda listing, pids, seconds: ([], ())
 
 
 def _silent_kinds() -> None:
@@ -865,7 +922,7 @@ def _by_cgroup() -> None:
 def _made_elsewhere() -> None:
     """Nor what processes have been handed."""
     _silent(lists_tcp=True)
-    stack_listing.lent_datagram_sockets = lambda listing, pids, seconds: ([], ())
+    stack_listing.lent_sockets = lambda listing, pids, seconds: ([], ())
 
 
 def _silent_listing() -> None:
@@ -977,6 +1034,26 @@ def _under_the_lock() -> None:
     inventory._UNDER_LOCK = helper_process.LONGEST
 
 
+def _client_by_number() -> None:
+    """The client of a fork server is whoever has the number of the process that connected."""
+
+    def init(self: Peer, connection: socket.socket, pid: int) -> None:
+        self.pid, self._connection = pid, connection
+
+    def is_like(self: Peer, own: Any) -> bool:
+        return bool(surroundings.of(self.pid) == own)
+
+    Peer.__init__ = init  # type: ignore[method-assign]
+    Peer.hear = lambda self: self._connection.recv(1)  # type: ignore[method-assign]
+    Peer.is_like = is_like  # type: ignore[method-assign]
+    Peer.close = lambda self: None  # type: ignore[method-assign]
+
+
+def _any_server() -> None:
+    """A command's server is whoever listens there."""
+    Peer.is_like = lambda self, own: True  # type: ignore[method-assign]
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
@@ -1024,6 +1101,10 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "detached": _detached,
     "listing": _listing,
     "slow listing": _slow_listing,
+    "slow tcp": _slow_tcp,
+    "tcp by cgroup": _tcp_by_cgroup,
+    "gone cgroups": _gone_cgroups,
+    "tcp made elsewhere": _tcp_made_elsewhere,
     "silent kinds": _silent_kinds,
     "by cgroup": _by_cgroup,
     "made elsewhere": _made_elsewhere,
@@ -1042,6 +1123,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "made meanwhile": _made_meanwhile,
     "closed by tag": _closed_by_tag,
     "under the lock": _under_the_lock,
+    "client by number": _client_by_number,
+    "any server": _any_server,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 
@@ -1052,4 +1135,14 @@ if __name__ == "__main__":
     DEFENCES[sys.argv.pop(1)]()
     if sys.argv[1] == "runtime":
         runtime(sys.argv[2:])
+    if sys.argv[1] == "forks":
+        from graft_cli.fork_server import main as serve
+
+        sys.argv.pop(1)
+        serve()
+    if sys.argv[1] == "entry":
+        from graft_cli.entry import main as enter
+
+        sys.argv.pop(1)
+        enter()
     command()

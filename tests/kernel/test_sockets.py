@@ -222,12 +222,23 @@ def test_a_udp_socket_is_read_from_its_descriptor_as_it_is_listed(host: Host, in
         sock, *_ = (stack.enter_context(sock) for sock in DATAGRAMS[kind]())
         found = listed(host, sock)
         assert found is not None
-        read = sockets.datagram_socket_of(sock.fileno(), found.inode)
+        read = sockets.socket_of(sock.fileno(), found.inode, ["tcp", "udp"])
         assert read == (netns.cookie(), replace(found, cgroup=0))
+
+
+@pytest.mark.parametrize("family", ["127.0.0.1", "::1"])
+def test_a_tcp_socket_is_read_from_its_descriptor_as_it_is_listed(host: Host, inside: None, family: str) -> None:
+    with contextlib.ExitStack() as stack:
+        for sock in [stack.enter_context(sock) for sock in connected(family)]:
+            found = listed(host, sock)
+            assert found is not None
+            read = sockets.socket_of(sock.fileno(), found.inode, ["tcp"])
+            assert read == (netns.cookie(), replace(found, cgroup=0))
 
 
 def test_of_other_sockets_nothing_is_read(inside: None) -> None:
     kinds = (socket.AF_INET, socket.AF_UNIX)
     with listener("127.0.0.1") as one, contextlib.ExitStack() as stack:
         unbound = [stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for family in kinds]
-        assert [sockets.datagram_socket_of(sock.fileno(), 1) for sock in (one, *unbound)] == [None] * 3
+        assert [sockets.socket_of(sock.fileno(), 1, ["udp"]) for sock in (one, *unbound)] == [None] * 3
+        assert sockets.socket_of(unbound[0].fileno(), 1, ["tcp"]) is None

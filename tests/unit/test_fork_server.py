@@ -16,6 +16,7 @@ import pytest
 
 from graft.kernel import fork_messages, fork_server, surroundings
 from graft.kernel.fork_server import Server
+from graft.kernel.peers import Peer
 from graft.model.settings import Settings
 from graft.swap import fork_client
 from tests.support.wait import until
@@ -30,7 +31,7 @@ def serving(path: Path, job: Callable[[socket.socket], None], idle: float = 30) 
     server = os.fork()
     if server == 0:
         try:
-            Server(listening, job).serve(idle)
+            Server(listening, lambda connection, _: job(connection)).serve(idle)
         finally:
             os._exit(0)
     listening.close()
@@ -46,6 +47,8 @@ def connected(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(20)
     sock.connect(str(path))
+    assert sock.recv(1) == fork_messages.HELLO
+    sock.send(fork_messages.ASK)
     assert sock.recv(1) == fork_messages.HELLO
     return sock
 
@@ -72,7 +75,7 @@ def test_each_client_gets_a_child_that_has_nothing_but_its_connection(tmp_path: 
             assert one["parent"] == two["parent"] == server
             for said in (one, two):
                 standard = [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)]
-                others = [name for name in said["names"] if name not in standard]
+                others = [name for name in said["names"] if name not in standard and "pidfd" not in name]
                 assert len(others) == 1 and others[0].startswith("socket:"), said
 
 
@@ -204,9 +207,9 @@ def test_what_is_no_message_is_refused(raw: bytes) -> None:
 
 def test_only_who_is_as_the_server_is_gets_served() -> None:
     ours, theirs = socket.socketpair()
-    with ours, theirs:
+    with ours, theirs, contextlib.closing(Peer(theirs, os.getpid())) as client:
         own = surroundings.of()
-        assert fork_server.is_served(theirs, own)
+        assert fork_server.is_served(client, own)
         for field, value in (
             ("root", (1, 2)),
             ("namespaces", (1,)),
@@ -215,7 +218,7 @@ def test_only_who_is_as_the_server_is_gets_served() -> None:
             ("limits", (b"0",)),
         ):
             other = own._replace(**{field: value})  # type: ignore[arg-type]
-            assert not fork_server.is_served(theirs, other)
+            assert not fork_server.is_served(client, other)
             assert other.name != own.name
 
 
@@ -224,11 +227,11 @@ def test_who_is_under_a_seccomp_filter_is_not_served_and_starts_no_server(
 ) -> None:
     ours, theirs = socket.socketpair()
     own = surroundings.of()
-    with ours, theirs:
+    with ours, theirs, contextlib.closing(Peer(theirs, os.getpid())) as client:
         filtered = own._replace(rights=(*own.rights[:-1], b"\t2"))
         assert (own.is_filtered, filtered.is_filtered) == (False, True)
         monkeypatch.setattr(surroundings, "of", lambda *_: filtered)
-        assert not fork_server.is_served(theirs, filtered)
+        assert not fork_server.is_served(client, filtered)
     settings = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path)})
     monkeypatch.setattr(fork_client, "_start", lambda *_: pytest.fail("it was started"))
     assert fork_client.connect(settings) is None

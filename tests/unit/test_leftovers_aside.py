@@ -13,9 +13,10 @@ import pytest
 
 from graft.kernel import sockets
 from graft.model.transport import Transport
-from graft.state import helper_process, leftovers
+from graft.state import helper_process, leftovers, origins
 from graft.state.helper_process import HelperResult
 from graft.state.leftovers_aside import MOST_CHILDREN, LeftoversAside
+from graft.state.origins import Place
 from graft.state.records import Container
 
 
@@ -28,14 +29,12 @@ class Simulated:
         self.full = False
         self._last = 100
 
-    def run_each(
-        self, work: Any, items: Sequence[Sequence[Path]], timeout: float, keep_running: bool
-    ) -> HelperResult[None]:
+    def run_each(self, work: Any, items: Sequence[Place], timeout: float, keep_running: bool) -> HelperResult[None]:
         assert not timeout and keep_running
         if self.full:
             raise BlockingIOError
         self._last += 1
-        self.children[self._last] = items[0][0]
+        self.children[self._last] = items[0].paths[0]
         return HelperResult({}, self._last)
 
     def waitpid(self, pid: int, options: int) -> tuple[int, int]:
@@ -53,6 +52,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
     made = Simulated()
     monkeypatch.setattr(sockets, "can_destroy", lambda: True)
     monkeypatch.setattr(leftovers, "_find", lambda *_: pytest.fail("listed by the process that serves others"))
+    monkeypatch.setattr(origins, "of_ended", lambda *_: frozenset())
     monkeypatch.setattr(helper_process, "run_each", made.run_each)
     monkeypatch.setattr(os, "waitpid", made.waitpid)
     return made

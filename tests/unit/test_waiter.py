@@ -25,12 +25,10 @@ SMALL = {"sys", "posix", "time", "_signal", "_socket", "fcntl", "select", "resou
 WAYS = [[sys.executable, "-I", "-S", str(FILE)], *([[str(COMPILED)]] if COMPILED.exists() else [])]
 
 
-def state(folder: Path, **changes: Any) -> dict[str, Any]:
+def state(**changes: Any) -> dict[str, Any]:
     """Of a program that needs no supervisor, where no fork server listens and none can be started."""
     return {
         "name": b"web",
-        "folder": os.fsencode(folder),
-        "server": b"none",
         "start": b"start",
         "end": b"end",
         "command": [b"/bin/false"],
@@ -49,8 +47,8 @@ def test_it_imports_nothing_that_is_written_in_python() -> None:
     assert not [name for name in imported if Path(sysconfig.get_path("stdlib"), f"{name}.py").exists()]
 
 
-def test_its_state_is_read_as_it_was_written(tmp_path: Path) -> None:
-    wanted = state(tmp_path, name=b"\xff\0 n", command=[b"a", b"", b"b c"], environment=[])
+def test_its_state_is_read_as_it_was_written() -> None:
+    wanted = state(name=b"\xff\0 n", command=[b"a", b"", b"b c"], environment=[])
     found = waiter.decoded(waiter.encoded(wanted))
     assert found == {name: wanted[name] for name in (*waiter.TEXTS, *waiter.LISTS)}
 
@@ -72,6 +70,8 @@ class Started:
         connection, _ = self._listening.accept()
         with connection, self._listening:
             connection.sendall(waiter.HELLO)
+            assert connection.recv(100) == waiter.ASK
+            connection.sendall(waiter.HELLO)
             assert connection.recv(100) == b"end"
             connection.sendall(answer)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -85,8 +85,11 @@ def _become(way: list[str], folder: Path, script: str) -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.execv("/bin/sh", ["sh", "-c", script])
         file = os.memfd_create("state", 0)
-        os.write(file, waiter.encoded(state(folder, server=b"server")))
-        os.execv(way[0], [*way, *map(str, (file, program, *[-1] * len(waiter.DESCRIPTORS)))])
+        os.write(file, waiter.encoded(state()))
+        server = os.open(folder / "server", os.O_PATH)
+        os.set_inheritable(server, True)
+        descriptors = [server if name == "server" else -1 for name in waiter.DESCRIPTORS]
+        os.execv(way[0], [*way, *map(str, (file, program, *descriptors))])
     finally:
         os._exit(99)
 
@@ -109,7 +112,7 @@ def test_a_failure_to_remove_the_container_is_its_status(start: Callable[[str], 
 
 
 def test_the_hello_is_the_servers() -> None:
-    assert waiter.HELLO == fork_messages.HELLO
+    assert (waiter.HELLO, waiter.ASK) == (fork_messages.HELLO, fork_messages.ASK)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: Path(way[0]).name)

@@ -70,7 +70,9 @@ def withdraw(monkeypatch: pytest.MonkeyPatch) -> Withdraw:
 
         spent: list[float] = []
         monkeypatch.setattr(sockets, "can_destroy", lambda: bool(tagged))
-        monkeypatch.setattr(inventory, "tagged", lambda *_: list(left_tagged.pop(0) if left_tagged else ()))
+        monkeypatch.setattr(
+            inventory, "tagged", lambda *given: (list(left_tagged.pop(0) if left_tagged else ()), given[-1])
+        )
         monkeypatch.setattr(inventory, "sockets_by_container", sockets_by_container)
         monkeypatch.setattr(helper_process, "run_each", run_each)
         done = withdrawal.withdraw(SETTINGS, CONTAINER, STACK, keep)

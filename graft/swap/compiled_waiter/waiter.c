@@ -4,11 +4,11 @@
  * do as little as can be: they wait for the program, pass signals on, and ask for a supervisor when one has died, and for
  * the container's end. What they ask for is made in Python beforehand, and opaque to them.
  *
- * graft-wait STATE PROGRAM LISTENER JOURNAL KEEPER SUPERVISOR CONTROL
+ * graft-wait STATE PROGRAM LISTENER JOURNAL KEEPER SUPERVISOR CONTROL SERVER
  *
- * STATE is the descriptor of a file with texts, each after its length (4 bytes): the container's name, the folder and the
- * name of the fork server's socket, the requests for a supervisor and for the end, then, each list after its length, the
- * words and the environment of a process that serves one request.
+ * STATE is the descriptor of a file with texts, each after its length (4 bytes): the container's name, the requests for a
+ * supervisor and for the end, then, each list after its length, the words and the environment of a process that serves
+ * one request.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,7 +29,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_RESTARTS = 10, LOOK_MILLISECONDS = 100, HELLO = '+', FAILED = 6 /* graft.errors.KernelError */ };
+enum { MAX_RESTARTS = 10, LOOK_MILLISECONDS = 100, HELLO = '+', ASK = '?', FAILED = 6 /* graft.errors.KernelError */ };
 static const double IN_SECONDS = 5.0, HELLO_SECONDS = 20.0;
 
 struct text {
@@ -37,9 +37,9 @@ struct text {
 	uint32_t size;
 };
 
-static struct text name, folder, server, start_request, end_request;
+static struct text name, start_request, end_request;
 static char **command, **environment;
-static int program, listener, journal, keeper, supervisor, control;
+static int program, listener, journal, keeper, supervisor, control, server;
 static double starts[MAX_RESTARTS];
 static int start_count;
 
@@ -95,8 +95,6 @@ static void load(int fd)
 	rest = file;
 	rest_end = rest + status.st_size;
 	name = take_text();
-	folder = take_text();
-	server = take_text();
 	start_request = take_text();
 	end_request = take_text();
 	command = take_list();
@@ -118,20 +116,16 @@ static double now(void)
 static int connect_to_server(void)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	int opened = open(folder.bytes, O_PATH | O_DIRECTORY | O_CLOEXEC);
 	/* not to wait until a server that is stopped accepts others */
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
-	/* short enough, however long the folder's path is */
-	snprintf(address.sun_path, sizeof(address.sun_path), "/proc/self/fd/%d/%s", opened, server.bytes);
-	if (opened < 0 || (fd >= 0 && connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0)) {
+	snprintf(address.sun_path, sizeof(address.sun_path), "/proc/self/fd/%d", server);
+	if (fd >= 0 && connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
 		close(fd);
 		fd = -1;
 	}
 	if (fd >= 0)
 		fcntl(fd, F_SETFL, 0);
-	if (opened >= 0)
-		close(opened);
 	return fd;
 }
 
@@ -194,13 +188,14 @@ static int is_answered(int fd)
 	struct ucred peer = {0};
 	socklen_t size = sizeof(peer);
 	double deadline = now() + HELLO_SECONDS;
-	char hello;
+	char hello, ask = ASK;
 
 	getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size);
 	while (poll(&polled, 1, LOOK_MILLISECONDS) <= 0)
 		if (is_stopped(peer.pid) || now() > deadline)
 			return 0;
-	return recv(fd, &hello, 1, 0) == 1 && hello == HELLO;
+	return recv(fd, &hello, 1, 0) == 1 && hello == HELLO && send(fd, &ask, 1, MSG_NOSIGNAL) == 1 &&
+	       recv(fd, &hello, 1, 0) == 1 && hello == HELLO;
 }
 
 /* The answer, one byte, to a request with descriptors; -1 where there is none. *received is a descriptor that came. */
@@ -384,14 +379,14 @@ static void die_by_signal(int number)
 
 int main(int count, char **words)
 {
-	int *const numbers[] = {&program, &listener, &journal, &keeper, &supervisor, &control};
+	int *const numbers[] = {&program, &listener, &journal, &keeper, &supervisor, &control, &server};
 	int status, failed;
 
-	if (count != 8)
+	if (count != 9)
 		return FAILED;
-	for (int at = 0; at < 6; at++)
+	for (int at = 0; at < 7; at++)
 		*numbers[at] = atoi(words[at + 2]);
-	for (int at = 1; at < 6; at++)
+	for (int at = 1; at < 7; at++)
 		if (*numbers[at] >= 0)
 			fcntl(*numbers[at], F_SETFD, FD_CLOEXEC);
 	load(atoi(words[1]));
