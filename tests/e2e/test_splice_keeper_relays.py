@@ -19,7 +19,7 @@ from graft.state.containers import compile_for
 from tests.e2e.test_splice_keeper import dead_graftd, kill_graftd, processes
 from tests.support.namespaces import CLIENT4
 from tests.support.plain import Plain
-from tests.support.relayed import descriptors, pair, published, read_all, reset, talk
+from tests.support.relayed import descriptors, pair, published, read_all, refused, reset, talk
 from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
@@ -238,9 +238,11 @@ def test_a_connection_ends_at_once_though_the_keeper_has_it_and_does_nothing(con
         os.kill(keeper, signal.SIGSTOP)
         try:
             (ending, other), (resetting, third), (client, accepted) = pairs
-            ending.close()
+            ending.shutdown(socket.SHUT_WR)
             assert read_all(other) == b""
             other.close()
+            assert read_all(ending) == b""
+            ending.close()
             resetting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             resetting.close()
             assert reset(third)
@@ -250,6 +252,20 @@ def test_a_connection_ends_at_once_though_the_keeper_has_it_and_does_nothing(con
         finally:
             os.kill(keeper, signal.SIGCONT)
         until("nothing is left", lambda: container.described().get("connections") == 0)
+
+
+def test_a_listener_refuses_at_once_though_the_keeper_has_it_and_does_nothing(container: Plain) -> None:
+    host = container.host
+    with container.listener():
+        port = published(container)
+        graftd, keeper = processes(host)
+        os.kill(keeper, signal.SIGSTOP)
+        try:
+            container.attach("-e", f"{CLIENT4}/32={host.endpoint('0.0.0.0:dynamic')}")
+            until("refused", lambda: refused(container, port))
+            assert processes(host)[0] == graftd
+        finally:
+            os.kill(keeper, signal.SIGCONT)
 
 
 def test_many_connections_leave_nothing_with_the_keeper(container: Plain) -> None:

@@ -351,3 +351,28 @@ def test_an_error_in_the_background_is_reported_in_the_loop(loop: EventLoop) -> 
         while not results:
             loop.turn()
     assert isinstance(results[0], FileNotFoundError)
+
+
+def test_a_closed_socket_is_not_heard_of_though_another_process_has_it(loop: EventLoop) -> None:
+    """Its number may be another socket's by then. epoll forgets a socket by itself only when nobody has it any more."""
+    loop.shares_sockets = True
+    ours, peer = socket.socketpair()
+    with peer, contextlib.ExitStack() as stack:
+        stack.callback(os.close, os.dup(ours.fileno()))
+        number = ours.fileno()
+        heard: list[int] = []
+        loop.watch(number, select.EPOLLIN | select.EPOLLET, heard.append)
+        loop.close(ours)
+        loop.turn()
+        other, far = socket.socketpair()
+        with other, far:
+            assert other.fileno() == number
+            loop.watch(number, select.EPOLLIN | select.EPOLLET, heard.append)
+            peer.send(b"to the one that is closed")
+            loop.tick_soon()
+            loop.turn()
+            assert heard == []
+            far.send(b"to the one that is there")
+            loop.tick_soon()
+            loop.turn()
+            assert heard
