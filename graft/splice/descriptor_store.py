@@ -147,9 +147,11 @@ class DescriptorStore:
 
     def flush(self, seconds: float) -> bool:
         """Send all that waits, for so long at the most. Whether nothing waits any more."""
-        deadline = time.monotonic() + seconds
+        deadline, poll = time.monotonic() + seconds, select.poll()
+        if self._sock is not None:
+            poll.register(self._sock, select.POLLOUT)
         while self._waiting and self._sock is not None and time.monotonic() < deadline:
-            select.select([], [self._sock], [], 0.01)
+            poll.poll(10)
             self._on_writable(0)
         return not self._waiting
 
