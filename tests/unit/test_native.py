@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.machinery
 import shutil
 import sys
@@ -89,3 +90,19 @@ def test_a_library_that_does_not_load_leaves_plain_python(built: Path, monkeypat
     assert not native.use()  # the file is empty
     assert graft.splice.__path__ == before
     assert library(built.parent) not in sys.modules
+
+
+def names_of_compiled_classes() -> set[str]:
+    """The classes of the compiled modules."""
+    trees = [ast.parse((SPLICE / f"{name}.py").read_text()) for name in MODULES]
+    return {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sorted(SPLICE.glob("*.py")) if path.stem not in MODULES], ids=lambda path: path.stem
+)
+def test_no_plain_class_has_a_compiled_one_as_its_base(path: Path) -> None:
+    compiled = names_of_compiled_classes()
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    bases = {base.id for one in classes for base in one.bases if isinstance(base, ast.Name)}
+    assert not bases & compiled, "mypyc refuses that when graftd imports it"
