@@ -22,7 +22,9 @@ _LAST_ACCEPTS = 64  # when the listener is closed
 _RETRY_SECONDS = 0.2
 OUT = "out"  # in place of the addresses of all servers outside, which the container chooses
 
-PeerAddress = tuple[Any, ...]
+PeerAddress = tuple[Any, ...] | str
+"""As accept(2) gives it: text of a unix socket."""
+
 ConnectFar = Callable[[socket.socket, PeerAddress], socket.socket | None]
 
 
