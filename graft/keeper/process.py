@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import itertools
 import os
 import resource
 import select
@@ -41,6 +42,10 @@ _LOCK_SECONDS = 2.0
 _START_SECONDS = 60.0  # until graftd is ready
 _END_SECONDS = 20.0  # after SIGTERM
 _FORK_AGAIN_SECONDS = 1.0
+_FEW_MESSAGES, _NAP_SECONDS = 8, 0.002
+"""After a few messages: others that come meanwhile wake nobody, which costs graftd more than to send them. What finds
+no room in the queue waits with graftd, and connections that end meanwhile are never sent.
+"""
 
 
 def log(text: str) -> None:
@@ -89,8 +94,12 @@ class Keeper:
         signal.set_wakeup_fd(writer.detach())
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: None)
+        self._poll = select.poll()
+        for sock in (self._socket, self._wakeup):
+            self._poll.register(sock, select.POLLIN)
         if adopted:
             self._child = Adopted(adopted)
+            self._poll.register(self._child.pidfd, select.POLLIN)
             self._note_ready()
 
     def run(self) -> int:
@@ -106,8 +115,7 @@ class Keeper:
                 log(f"graftd ({self._child.pid}) hangs, and is killed")
                 self._child.send(signal.SIGKILL)
                 self._killed_at = now + _END_SECONDS
-            self._wait(now)
-            if self._child is not None and _is_readable(self._child.pidfd):
+            if self._has_ended(now) and self._child is not None:
                 self._receive()
                 status = self._reaped(self._child)
                 if status is not None:
@@ -116,6 +124,7 @@ class Keeper:
     def _start(self) -> None:
         try:
             self._child = Child(self._command, self._environment, self._holdings.items())
+            self._poll.register(self._child.pidfd, select.POLLIN)
         except OSError as error:
             log(f"graftd cannot be started: {error.strerror}")
             self._due = time.monotonic() + _FORK_AGAIN_SECONDS
@@ -136,20 +145,21 @@ class Keeper:
         self._receive()  # its messages may be here: this process was slow, not graftd
         return time.monotonic() >= self._deadline()
 
-    def _wait(self, now: float) -> None:
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        poll.register(self._wakeup, select.POLLIN)
-        if self._child is not None:
-            poll.register(self._child.pidfd, select.POLLIN)
+    def _has_ended(self, now: float) -> bool:
+        """Wait for something to do, and do it. Whether graftd has ended."""
         left = self._deadline() - now
-        found = poll.poll(None if left == float("inf") else max(0.0, left) * 1000 + 1)
+        found = self._poll.poll(None if left == float("inf") else max(0.0, left) * 1000 + 1)
+        has_ended = False
         for fd, _ in found:
             if fd == self._socket.fileno():
-                self._receive()
+                if self._receive() < _FEW_MESSAGES:
+                    time.sleep(_NAP_SECONDS)
             elif fd == self._wakeup.fileno():
                 self._wakeup.recv(64)
                 self._end()
+            else:
+                has_ended = True
+        return has_ended
 
     def _end(self) -> None:
         """SIGTERM: end graftd, which resets its connections, and then this process."""
@@ -161,6 +171,7 @@ class Keeper:
     def _reaped(self, child: Child) -> int | None:
         """graftd has ended. Gives the status to exit with, None to start another one."""
         self._child, self._killed_at = None, 0.0
+        self._poll.unregister(child.pidfd)
         status = child.reap()
         if self._ending:
             return 0
@@ -184,19 +195,20 @@ class Keeper:
             self._previous, self._command = self._command, self._next
         self._next = ()
 
-    def _receive(self) -> None:
-        """Read all messages that are there."""
-        while True:
+    def _receive(self) -> int:
+        """Read all messages that are there; gives their number."""
+        for count in itertools.count():
             try:
                 raw, control, _, _ = self._socket.recvmsg(
                     protocol.MAX_MESSAGE, _ROOM, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
-                return
+                return count
             fds, sender = _parse_control(control)
             if self._child is not None and sender == (self._child.pid, 0):
                 fds = self._take(protocol.parse(raw), fds, self._child)
             close(fds)
+        return 0
 
     def _take(self, message: Mapping[str, str], fds: Sequence[int], child: Child) -> Sequence[int]:
         """Do what a message of graftd's says. Gives the descriptors that are not kept."""
@@ -223,12 +235,6 @@ class Keeper:
                 pass
             os.close(self._ready)
         self._was_ready = True
-
-
-def _is_readable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def _parse_control(control: Sequence[tuple[int, int, bytes]]) -> tuple[Sequence[int], tuple[int, int]]:

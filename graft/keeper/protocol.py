@@ -60,12 +60,12 @@ def parse(raw: bytes) -> dict[str, str]:
 
 def store(name: str) -> bytes:
     """Keep the descriptors beside this message, whatever becomes of their other ends."""
-    return encode({STORE: "1", NAME: name, POLL: "0"})
+    return f"{STORE}=1\n{NAME}={name}\n{POLL}=0".encode()
 
 
 def remove(name: str) -> bytes:
     """Close all descriptors of that name."""
-    return encode({REMOVE: "1", NAME: name})
+    return f"{REMOVE}=1\n{NAME}={name}".encode()
 
 
 def command(words: Sequence[str]) -> dict[str, str]:

@@ -94,9 +94,9 @@ class DescriptorStore:
         if waiting is not None:
             waiting.fds = [*waiting.fds, *fds]
             return
-        message = _Message(protocol.store(name), name, fds, more)
-        if not self._send(message):
-            self._unsent[name] = message
+        raw = protocol.store(name)
+        if self._waiting or not self._sent(raw, fds):
+            self._unsent[name] = self._wait(_Message(raw, name, fds, more))
 
     def drop(self, name: str) -> None:
         """Have the keeper close them."""
@@ -106,29 +106,33 @@ class DescriptorStore:
             if not message.more:
                 return
         if self._sock is not None:
-            self._send(_Message(protocol.remove(name)))
+            self._send(protocol.remove(name))
 
     def say(self, fields: Mapping[str, str], fds: Sequence[int] = ()) -> None:
         """Send another message."""
         if self._sock is not None:
-            self._send(_Message(protocol.encode(fields), "", fds))
+            self._send(protocol.encode(fields), fds)
 
-    def _send(self, message: _Message) -> bool:
-        """Send at once, if nothing waits."""
-        if not self._waiting and self._sent(message):
-            return True
-        if self._sock is None:
-            return True
-        if not self._waiting:
+    def _send(self, raw: bytes, fds: Sequence[int] = ()) -> None:
+        """At once, if nothing waits."""
+        if self._waiting or not self._sent(raw, fds):
+            self._wait(_Message(raw, "", fds))
+
+    def _wait(self, message: _Message) -> _Message:
+        """Send it when there is room."""
+        if not self._waiting and self._sock is not None:
             self._loop.change(self._sock.fileno(), select.EPOLLOUT)
         self._waiting[message] = None
-        return False
+        return message
 
-    def _sent(self, message: _Message) -> bool:
+    def _sent(self, raw: bytes, fds: Sequence[int]) -> bool:
         """False: it has to wait."""
         assert self._sock is not None
         try:
-            socket.send_fds(self._sock, [message.raw], list(message.fds))
+            if fds:
+                socket.send_fds(self._sock, [raw], fds)
+            else:
+                self._sock.send(raw)
         except BlockingIOError:
             return False
         except OSError:  # it has died: what it had open is closed
@@ -138,7 +142,7 @@ class DescriptorStore:
     def _on_writable(self, _mask: int) -> None:
         while self._waiting and self._sock is not None:
             message = next(iter(self._waiting))
-            if not self._sent(message):
+            if not self._sent(message.raw, message.fds):
                 return
             if self._waiting.pop(message, message) is None:
                 self._unsent.pop(message.name, None)
@@ -147,7 +151,8 @@ class DescriptorStore:
 
     def flush(self, seconds: float) -> bool:
         """Send all that waits, for so long at the most. Whether nothing waits any more."""
-        deadline, poll = time.monotonic() + seconds, select.poll()
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
         if self._sock is not None:
             poll.register(self._sock, select.POLLOUT)
         while self._waiting and self._sock is not None and time.monotonic() < deadline:

@@ -22,31 +22,33 @@ _AGAIN_SECONDS = 1.0
 
 
 class KeeperWatch:
-    """``pid``: its process id, 0 where there is none, or the service manager is it. ``keep``: graftd's own option."""
+    """``pid``: its process id, 0 where there is none that has everything, or the service manager is it. ``keep``:
+    graftd's own option.
+    """
 
     def __init__(self, settings: Settings, loop: EventLoop, kept: Kept, pid: int, keep: bool) -> None:
         self._settings, self._loop, self._kept, self._keep = settings, loop, kept, keep
         self.on_another: Callable[[dict[str, str]], None] = lambda _told: None
         """Called with what another keeper would have told graftd in its environment."""
         self._started: subprocess.Popen[bytes] | None = None
-        self.pid = 0
+        self._watched = self.pid = 0
         if pid and kept.store.is_kept:
             self._watch(pid)
 
-    def _watch(self, pid: int) -> None:
+    def _watch(self, pid: int, shown: bool = True) -> None:
         try:
             process = os.pidfd_open(pid)
         except OSError:  # it has died already
             self._loop.later(self._start)
             return
-        self.pid = pid
+        self._watched, self.pid = pid, pid if shown else 0
         self._loop.watch(process, select.EPOLLIN, partial(self._on_death, process))
 
     def _on_death(self, process: int, _mask: int) -> None:
         self._loop.unwatch(process)
         os.close(process)
-        log(f"the keeper ({self.pid}) has died; another one is started")
-        self.pid = 0
+        log(f"the keeper ({self._watched}) has died; another one is started")
+        self._watched = self.pid = 0
         self._kept.store.disconnect()
         self._start()
 
@@ -76,7 +78,13 @@ class KeeperWatch:
             self.on_another(told)
         finally:
             os.close(folder)
-        self._watch(pid)
+        self._watch(pid, shown=False)
+        self._kept.store.when_done(partial(self._show, pid))
+
+    def _show(self, pid: int) -> None:
+        """The keeper has everything."""
+        if self._watched == pid:
+            self.pid = pid
 
     def close(self) -> None:
         """graftd ends by itself, and its keeper with it."""

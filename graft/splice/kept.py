@@ -207,7 +207,9 @@ class Kept:
         """Have sockets outlive this process; gives their slot, None where they do not."""
         if self._records is None or not self.store.is_kept:
             return None
-        slot = self._records.add(record)
+        return self._stored(self._records.add(record), *socks)
+
+    def _stored(self, slot: int | None, *socks: socket.socket) -> int | None:
         if slot is not None:
             self._socks[slot] = socks
             self.store.put(slot_name(slot), [sock.fileno() for sock in socks])
@@ -221,13 +223,9 @@ class Kept:
 
     def add_accepted(self, record: Record, near: socket.socket) -> int | None:
         """The same, of a connection that was accepted just now. ``record``: what to note of it when it is complete."""
-        if not self.store.is_kept:
+        if self._records is None or not self.store.is_kept:
             return None
-        made = Record(
-            Kind.ACCEPTED, record.container, record.endpoint, tcp.cookie(near), 0, 0,
-            record.family, record.v6only, record.port, record.address,
-        )  # fmt: skip
-        return self.add(made, near)
+        return self._stored(self._records.add_accepted(record, Kind.ACCEPTED, tcp.cookie(near)), near)
 
     def complete(self, slot: int | None, kind: Kind, far: socket.socket) -> None:
         """It has its far end."""

@@ -11,6 +11,7 @@ where it leads to is not noted here, where the kernel itself says so (its tag, a
 from __future__ import annotations
 
 import fcntl
+import functools
 import mmap
 import os
 import struct
@@ -71,6 +72,7 @@ class Record:
     """Of the flow from near, and of the one to it: the number of the pipe that it has, and one more; 0: none."""
 
 
+@functools.cache
 def slot_name(slot: int) -> str:
     """The name of a slot's sockets: short, so that the names of all fit."""
     return "s" + _base36(slot)
@@ -133,6 +135,10 @@ class KeptRecords:
 
     def add(self, record: Record) -> int | None:
         """Note something; gives its slot, None where all are taken."""
+        return self.add_accepted(record, record.kind, record.near)
+
+    def add_accepted(self, record: Record, kind: Kind, near: int) -> int | None:
+        """The same, but of another kind, and with the cookie ``near``."""
         if self._free:
             slot = self._free.pop()
         elif self._next < MAX_SLOTS:
@@ -143,11 +149,11 @@ class KeptRecords:
         at = slot * _BYTES
         _LAYOUT.pack_into(
             self._memory, at, 0, record.flags, record.family, record.v6only, record.port,
-            record.container, record.endpoint, record.near, record.far, record.address,
+            record.container, record.endpoint, near, record.far, record.address,
         )  # fmt: skip
-        self._pipes[(at + _PIPES_AT) // 2] = record.pipes[0]
-        self._pipes[(at + _PIPES_AT) // 2 + 1] = record.pipes[1]
-        self._memory[at] = record.kind
+        pipes_at = (at + _PIPES_AT) // 2
+        self._pipes[pipes_at], self._pipes[pipes_at + 1] = record.pipes
+        self._memory[at] = kind
         return slot
 
     def complete(self, slot: int, kind: Kind, far: int) -> None:

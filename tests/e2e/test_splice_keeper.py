@@ -45,7 +45,9 @@ def kill_graftd(host: Host) -> int:
     assert keeper
     process = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
-    select.select([process], [], [])
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    poll.poll()
     os.close(process)
     return pid
 

@@ -17,7 +17,6 @@ UNIT = Path("/etc/systemd/system/test-web.service")
 # It sleeps, because a unit that appears is attached some moments later, which are many more on an emulated core.
 SERVICE = """[Unit]
 Description=A web server that knows nothing of Graft
-After=network.target
 [Service]
 WorkingDirectory=/etc/graft
 ExecStartPre=sleep 20
