@@ -388,7 +388,7 @@ class Flow:
     def _take_pipe(self) -> Pipe | None:
         pipe = self.pipe = self.connection.resources.take_pipe()
         if pipe is not None:
-            self.notes[self.notes_at] = pipe.number + 1  # before there is anything in it
+            self.notes[self.notes_at] = pipe.inode  # before there is anything in it
         return pipe
 
     def continue_with(self, pipe: Pipe) -> None:

@@ -50,13 +50,26 @@ def connected(told: Mapping[str, str]) -> socket.socket | None:
     return sock
 
 
+def _ignore() -> None:
+    pass
+
+
 class _Message:
-    """One that waits: with a ``name``, it stores ``fds``. ``more``: others of that name were sent before."""
+    """One that waits: with a ``name``, it stores ``fds``. ``more``: others of that name were sent before. ``sent`` is
+    called when it does not wait any more.
+    """
 
-    __slots__ = ("fds", "more", "name", "raw")
+    __slots__ = ("fds", "more", "name", "raw", "sent")
 
-    def __init__(self, raw: bytes, name: str = "", fds: Sequence[int] = (), more: bool = False) -> None:
-        self.raw, self.name, self.fds, self.more = raw, name, fds, more
+    def __init__(
+        self,
+        raw: bytes,
+        name: str = "",
+        fds: Sequence[int] = (),
+        more: bool = False,
+        sent: Callable[[], None] = _ignore,
+    ) -> None:
+        self.raw, self.name, self.fds, self.more, self.sent = raw, name, fds, more, sent
 
 
 class DescriptorStore:
@@ -98,25 +111,32 @@ class DescriptorStore:
         if self._waiting or not self._sent(raw, fds):
             self._unsent[name] = self._wait(_Message(raw, name, fds, more))
 
-    def drop(self, name: str) -> None:
-        """Have the keeper close them."""
+    def drop(self, name: str, sent: Callable[[], None] = _ignore) -> None:
+        """Have the keeper close them. ``sent`` is called, now or later, when it has none of that name, or was sent
+        that: from then on another graftd gets nothing of that name that was stored before.
+        """
         message = self._unsent.pop(name, None)
         if message is not None:
             del self._waiting[message]
             if not message.more:
+                sent()
                 return
         if self._sock is not None:
-            self._send(protocol.remove(name))
+            self._send(protocol.remove(name), (), sent)
+        else:
+            sent()
 
     def say(self, fields: Mapping[str, str], fds: Sequence[int] = ()) -> None:
         """Send another message."""
         if self._sock is not None:
             self._send(protocol.encode(fields), fds)
 
-    def _send(self, raw: bytes, fds: Sequence[int] = ()) -> None:
+    def _send(self, raw: bytes, fds: Sequence[int] = (), sent: Callable[[], None] = _ignore) -> None:
         """At once, if nothing waits."""
         if self._waiting or not self._sent(raw, fds):
-            self._wait(_Message(raw, "", fds))
+            self._wait(_Message(raw, "", fds, False, sent))
+        else:
+            sent()
 
     def _wait(self, message: _Message) -> _Message:
         """Send it when there is room."""
@@ -146,6 +166,7 @@ class DescriptorStore:
                 return
             if self._waiting.pop(message, message) is None:
                 self._unsent.pop(message.name, None)
+                message.sent()
         if self._sock is not None:
             self._loop.change(self._sock.fileno(), 0)
 
@@ -193,5 +214,7 @@ class DescriptorStore:
             with contextlib.suppress(OSError):
                 self._loop.unwatch(sock.fileno())
             sock.close()
-        self._waiting.clear()
+        waited, self._waiting = self._waiting, OrderedDict()
         self._unsent.clear()
+        for message in waited:
+            message.sent()

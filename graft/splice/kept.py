@@ -6,6 +6,9 @@
 
 What is found proves nothing: who takes it asks the kernel and the maps whose it is and whether that is granted now.
 What nobody takes is ended. Where there is no keeper, nothing is noted.
+
+Slots and the numbers of pipes are used again, and what is told to the keeper may wait here when this process dies: then
+the keeper has under a name what had it before. So sockets are known by their cookies, and pipes by their inodes.
 """
 
 from __future__ import annotations
@@ -18,15 +21,16 @@ import os
 import socket
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from graft.kernel import socket_calls, tcp
 from graft.splice.descriptor_store import DescriptorStore
 from graft.splice.event_loop import EventLoop
 from graft.splice.kept_records import RECORDS_NAME, KeptRecords, Kind, Record, parse_name, pipe_name, slot_name
 from graft.splice.log import log
-from graft.splice.pipes import NOT_KEPT, Pipe
+from graft.splice.pipes import NOT_KEPT, Pipe, inode, throw_away
 from graft.splice.publication import Publication
 
 _DIGEST_BYTES = 16
@@ -62,7 +66,8 @@ class Kept:
         self.store = DescriptorStore(loop, sock)
         self._loop = loop
         self._found: dict[int, Found] = {}
-        self._found_pipes: dict[int, tuple[int, int]] = {}
+        self._found_pipes: dict[int, Pipe] = {}
+        """By their inodes."""
         self._socks: dict[int, tuple[socket.socket, ...]] = {}
         """What every slot has, found or made."""
         self._pipes: dict[int, tuple[int, int]] = {}
@@ -87,6 +92,7 @@ class Kept:
         assert self._records is not None
         records = self._records.occupied()
         by_slot: dict[int, dict[int, socket.socket]] = {}
+        pipes: dict[int, list[int]] = {}
         strange = set()
         for name, fd in received:
             kind, number = parse_name(name) or ("", 0)
@@ -94,36 +100,45 @@ class Kept:
                 sock = socket.socket(fileno=fd)
                 by_slot.setdefault(number, {})[tcp.cookie(sock)] = sock
             elif kind == "p" and stat.S_ISFIFO(os.fstat(fd).st_mode):
-                is_writer = (fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE) == os.O_WRONLY
-                ends = self._found_pipes.get(number, (-1, -1))
-                self._found_pipes[number] = (ends[0], fd) if is_writer else (fd, ends[1])
+                pipes.setdefault(number, []).append(fd)
             elif fd != self._records.fd:
                 strange.add(name)
                 os.close(fd)
         for name in strange:
             self.store.drop(name)
-        self._next_pipe = max(self._found_pipes, default=-1) + 1
-        self._free_pipes = [number for number in range(self._next_pipe) if number not in self._found_pipes]
-        self._pipes = dict(self._found_pipes)
-        self._close_unused_pipes(records.values())
+        self._next_pipe = max(pipes, default=-1) + 1
+        self._free_pipes = [number for number in range(self._next_pipe) if number not in pipes]
+        self._sort_pipes(pipes, records.values())
         for slot, record in records.items():
             self._sort_slot(slot, record, by_slot.get(slot, {}))
 
-    def _close_unused_pipes(self, records: Collection[Record]) -> None:
-        """Those that no connection has, and those of which two say so, or an end is missing."""
-        users = Counter(number - 1 for record in records for number in record.pipes)
-        for number, ends in list(self._found_pipes.items()):
-            if users[number] != 1 or min(ends) < 0:
-                del self._found_pipes[number]
-                self._close_pipe(number, ends)
+    def _sort_pipes(self, received: Mapping[int, list[int]], records: Collection[Record]) -> None:
+        """Those that one connection has, and with both ends. The others are closed."""
+        users = Counter(noted for record in records for noted in record.pipes)
+        for number, fds in received.items():
+            fds.sort(key=_is_writer)
+            noted = inode(fds[0])
+            is_whole = [(_is_writer(fd), inode(fd)) for fd in fds] == [(False, noted), (True, noted)]
+            if is_whole and users[noted] == 1 and noted not in self._found_pipes:
+                self._found_pipes[noted] = Pipe((fds[0], fds[1]), number)
+                self._pipes[number] = fds[0], fds[1]
+            else:
+                for fd in fds:
+                    if not _is_writer(fd):
+                        throw_away(fd)
+                    os.close(fd)
+                self._drop_pipe(number)
 
-    def _close_pipe(self, number: int, ends: tuple[int, int]) -> None:
-        for fd in ends:
-            if fd >= 0:
-                os.close(fd)
+    def _drop_pipe(self, number: int) -> None:
+        """Have the keeper close a pipe. Its number is free when the keeper was sent that."""
         self._pipes.pop(number, None)
-        self.store.drop(pipe_name(number))
-        self._free_pipes.append(number)
+        self.store.drop(pipe_name(number), partial(self._free_pipes.append, number))
+
+    def _lose_pipe(self, pipe: Pipe) -> None:
+        """Close a pipe, and what is in it is lost."""
+        throw_away(pipe.read)
+        self.drop_pipe(pipe)
+        pipe.close()
 
     def _sort_slot(self, slot: int, record: Record, socks: dict[int, socket.socket]) -> None:
         wanted = [record.near, record.far] if record.far else [record.near]
@@ -156,25 +171,21 @@ class Kept:
 
     def take_pipes(self, found: Found) -> tuple[Pipe | None, Pipe | None] | None:
         """The pipes of the two flows of a connection; None where one of them is lost."""
-        pipes: list[Pipe | None] = []
-        for number in found.record.pipes:
-            ends = self._found_pipes.pop(number - 1, None)
-            pipes.append(None if ends is None else Pipe(ends, number - 1))
+        pipes = [self._found_pipes.pop(number, None) for number in found.record.pipes]
         if [number != 0 for number in found.record.pipes] == [pipe is not None for pipe in pipes]:
             return pipes[0], pipes[1]
         for pipe in pipes:
             if pipe is not None:
-                self.drop_pipe(pipe)
-                pipe.close()
+                self._lose_pipe(pipe)
         return None
 
     def close_found(self, found: Found) -> None:
         """End what somebody took, and cannot use."""
         self._found.pop(found.slot, None)
         for number in found.record.pipes:
-            ends = self._found_pipes.pop(number - 1, None)
-            if ends is not None:
-                self._close_pipe(number - 1, ends)
+            pipe = self._found_pipes.pop(number, None)
+            if pipe is not None:
+                self._lose_pipe(pipe)
         for sock in found.socks:
             socket_calls.end(sock)
             self._loop.close(sock)
@@ -247,7 +258,7 @@ class Kept:
             self._records.set_flag(slot, flag, on)
 
     def pipe_notes(self, slot: int | None, direction: int) -> tuple[memoryview | list[int], int]:
-        """Where to note which pipe a flow has, one more than its number, or 0 for none; and at which index.
+        """Where to note which pipe a flow has, by its inode, or 0 for none; and at which index.
         ``direction`` 0 is the flow from near. (No call, because this is done for each message.)
         """
         if slot is None or self._records is None:
@@ -267,9 +278,7 @@ class Kept:
     def drop_pipe(self, pipe: Pipe) -> None:
         """A pipe is to be closed."""
         if pipe.number < MAX_PIPES:
-            self._pipes.pop(pipe.number, None)
-            self.store.drop(pipe_name(pipe.number))
-            self._free_pipes.append(pipe.number)
+            self._drop_pipe(pipe.number)
             pipe.number = NOT_KEPT
 
     def end_listener(self, sock: socket.socket, slot: int | None) -> None:
@@ -285,6 +294,10 @@ class Kept:
         if self._records is not None:
             self._records.close()
             self._records = None
+
+
+def _is_writer(fd: int) -> bool:
+    return (fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE) == os.O_WRONLY
 
 
 def _opened(fds: Sequence[int]) -> KeptRecords | None:

@@ -6,6 +6,8 @@ slot counts if its kind is set, which is written last, and if the sockets have t
 where it leads to is not noted here, where the kernel itself says so (its tag, and what the hooks noted with it).
 
     kind flags family v6only port | container endpoint | near's cookie | far's cookie | address | pipe pipe | ...
+
+A pipe is noted by its inode: it has a number, by which the keeper knows it, but the next pipe may get that.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ _LAYOUT = struct.Struct("=BBBBHxxIIQQ16s")
 _PIPES_AT = _LAYOUT.size
 _FAR = struct.Struct("=Q")
 _FAR_AT = struct.calcsize("=BBBBHxxIIQ")
-assert _PIPES_AT % 2 == 0 and _PIPES_AT + 4 <= _BYTES
+_PIPE_BYTES = 4
+assert _PIPES_AT % _PIPE_BYTES == 0 and _PIPES_AT + 2 * _PIPE_BYTES <= _BYTES
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-VERSION = 1
+VERSION = 2
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -69,7 +72,7 @@ class Record:
     port: int = 0
     address: bytes = b""
     pipes: tuple[int, int] = (0, 0)
-    """Of the flow from near, and of the one to it: the number of the pipe that it has, and one more; 0: none."""
+    """Of the flow from near, and of the one to it: the inode of the pipe that it has; 0: none."""
 
 
 @functools.cache
@@ -109,7 +112,7 @@ class KeptRecords:
         self.fd = _new_file() if fd < 0 else fd
         self._memory = mmap.mmap(self.fd, MAX_SLOTS * _BYTES)
         self._view = memoryview(self._memory)
-        self._pipes = self._view.cast("H")
+        self._pipes = self._view.cast("I")
         self._free: list[int] = []
         self._next = 0
 
@@ -124,7 +127,7 @@ class KeptRecords:
         kind, flags, family, v6only, port, container, endpoint, near, far, address = _LAYOUT.unpack_from(
             self._memory, slot * _BYTES
         )
-        at = (slot * _BYTES + _PIPES_AT) // 2
+        at = (slot * _BYTES + _PIPES_AT) // _PIPE_BYTES
         try:
             return Record(
                 Kind(kind), container, endpoint, near, far, flags, family, bool(v6only), port, address,
@@ -151,7 +154,7 @@ class KeptRecords:
             self._memory, at, 0, record.flags, record.family, record.v6only, record.port,
             record.container, record.endpoint, near, record.far, record.address,
         )  # fmt: skip
-        pipes_at = (at + _PIPES_AT) // 2
+        pipes_at = (at + _PIPES_AT) // _PIPE_BYTES
         self._pipes[pipes_at], self._pipes[pipes_at + 1] = record.pipes
         self._memory[at] = kind
         return slot
@@ -173,8 +176,8 @@ class KeptRecords:
         self._memory[at] = self._memory[at] | flag if on else self._memory[at] & ~flag
 
     def pipe_notes(self, slot: int, direction: int) -> tuple[memoryview, int]:
-        """Where the number of a flow's pipe is noted, and at which index: one store of two bytes."""
-        return self._pipes, (slot * _BYTES + _PIPES_AT) // 2 + direction
+        """Where the inode of a flow's pipe is noted, and at which index: one store of four bytes."""
+        return self._pipes, (slot * _BYTES + _PIPES_AT) // _PIPE_BYTES + direction
 
     def close(self) -> None:
         """Give the memory back."""

@@ -523,6 +523,31 @@ def _slow_peers() -> None:
     slow_calls.SlowCalls.note = note  # type: ignore[method-assign,assignment]
 
 
+def _pipes_inodes() -> None:
+    """Pipes are known by their numbers, which are used again at once, and what is in one stays there."""
+    from graft.splice import kept, pipes
+
+    def add_pipe(self: kept.Kept, pipe: pipes.Pipe) -> None:
+        added(self, pipe)
+        pipe.inode = pipe.number + 1
+
+    def drop_pipe(self: kept.Kept, number: int) -> None:
+        self._pipes.pop(number, None)
+        self.store.drop(kept.pipe_name(number))
+        self._free_pipes.append(number)
+
+    def sort_pipes(self: kept.Kept, received: Any, records: Any) -> None:
+        numbers = {fd: number + 1 for number, fds in received.items() for fd in fds}
+        kept.inode = numbers.__getitem__
+        sort(self, received, records)
+
+    added, sort = kept.Kept.add_pipe, kept.Kept._sort_pipes
+    kept.Kept.add_pipe = add_pipe  # type: ignore[method-assign]
+    kept.Kept._drop_pipe = drop_pipe  # type: ignore[method-assign]
+    kept.Kept._sort_pipes = sort_pipes  # type: ignore[method-assign]
+    pipes.throw_away = kept.throw_away = lambda read: None
+
+
 def _datagram_peers() -> None:
     """Whoever is connected to a port of the daemon's keeps it for the container."""
     from graft.splice.publication import PublicationPlan
@@ -1073,6 +1098,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "cgroup events": _cgroup_events,
     "own descriptors": _own_descriptors,
     "slow peers": _slow_peers,
+    "pipes' inodes": _pipes_inodes,
     "datagram peers": _datagram_peers,
     "ferry's owner": _ferrys_owner,
     "ferry's only owner": _ferrys_only_owner,

@@ -17,7 +17,7 @@ from graft.splice.descriptor_store import DescriptorStore
 from graft.splice.event_loop import EventLoop
 from graft.splice.kept import MAX_PIPES, Kept
 from graft.splice.kept_records import COPYING, KeptRecords, Kind, Record
-from graft.splice.pipes import Pipe
+from graft.splice.pipes import Pipe, PipePool
 
 
 def test_what_was_noted_is_read_by_the_next_one() -> None:
@@ -221,7 +221,7 @@ def test_a_pipe_that_two_connections_say_they_have_is_nobodys(keeper: Keeper, lo
             slot = first.add_accepted(Record(Kind.INBOUND, 7), near)
             first.complete(slot, Kind.INBOUND, far)
             notes, at = first.pipe_notes(slot, 1)
-            notes[at] = pipes[number].number + 1
+            notes[at] = pipes[number].inode
             slots.append(slot or 0)
         second = kept_with(keeper, loop)
         found = {one.slot: second.take_pipes(one) for one in second.take(Kind.INBOUND, 7)}
@@ -234,6 +234,83 @@ def test_a_pipe_that_two_connections_say_they_have_is_nobodys(keeper: Keeper, lo
         del notes
         second.close()
         first.close()
+
+
+def fill_queue(kept: Kept) -> None:
+    """Until the keeper takes nothing more."""
+    while kept.store.has_sent_all:
+        kept.store.say({"STATUS": "busy"})
+
+
+def test_the_number_of_a_pipe_is_free_when_the_keeper_was_sent_that(keeper: Keeper, loop: EventLoop) -> None:
+    first = kept_with(keeper, loop)
+    pipes = [Pipe(), Pipe(), Pipe()]
+    first.add_pipe(pipes[0])
+    fill_queue(first)
+    before = pipes[0].number
+    first.drop_pipe(pipes[0])
+    first.add_pipe(pipes[1])
+    assert pipes[1].number != before
+    while not first.store.has_sent_all:
+        keeper.read()
+        loop.turn()
+    first.add_pipe(pipes[2])
+    assert pipes[2].number == before
+    for pipe in pipes:
+        pipe.close()
+    first.close()
+
+
+def test_numbers_wait_for_no_keeper_that_has_died(keeper: Keeper, loop: EventLoop) -> None:
+    first = kept_with(keeper, loop)
+    pipes = [Pipe(), Pipe()]
+    first.add_pipe(pipes[0])
+    fill_queue(first)
+    before = pipes[0].number
+    first.drop_pipe(pipes[0])
+    first.store_all(keeper.connected())
+    first.add_pipe(pipes[1])
+    assert pipes[1].number == before
+    for pipe in pipes:
+        pipe.close()
+    first.close()
+
+
+def test_a_pipe_that_had_the_same_number_before_is_nobodys(keeper: Keeper, loop: EventLoop) -> None:
+    """The keeper has the one before: what it was told of the next one was never sent."""
+    first = kept_with(keeper, loop)
+    old, new = Pipe(), Pipe()
+    first.add_pipe(old)
+    os.write(old.write, b"another's")
+    keeper.read()
+    near, far = socket.socketpair()
+    with near, far:
+        slot = first.add_accepted(Record(Kind.INBOUND, 7), near)
+        first.complete(slot, Kind.INBOUND, far)
+        notes, at = first.pipe_notes(slot, 0)
+        notes[at] = new.inode
+        fds = keeper.received()
+        second = Kept(loop, keeper.connected(), fds)
+        found = second.take(Kind.INBOUND, 7)
+        assert len(found) == 1 and second.take_pipes(found[0]) is None
+        assert old.filled == 0  # whoever has it open
+        second.close_found(found[0])
+        keeper.read()
+        assert kept_records.pipe_name(old.number) not in keeper.has
+    for pipe in (old, new):
+        pipe.close()
+    del notes
+    second.close()
+    first.close()
+
+
+def test_nothing_is_left_in_a_pipe_that_is_discarded() -> None:
+    pipe = Pipe()
+    other = os.dup(pipe.read)
+    os.write(pipe.write, bytes(100_000))
+    PipePool().discard(pipe)
+    assert os.read(other, 1) == b""  # its end
+    os.close(other)
 
 
 def test_a_table_of_another_version_is_not_read_and_nothing_is_taken_over(keeper: Keeper, loop: EventLoop) -> None:
