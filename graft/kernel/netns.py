@@ -45,10 +45,12 @@ def open_own() -> int:
         return fcntl.ioctl(sock.fileno(), _SIOCGSKNS)
 
 
-def open_place(place: Path | int) -> int:
-    """A descriptor by which `setns` enters the namespace at a path, or of a process. Raises OSError: FileNotFoundError
-    where it is gone.
+def open_place(place: Path | int | socket.socket) -> int:
+    """A descriptor by which `setns` enters the namespace at a path, of a process, or of a socket, which has it stay
+    also when no process is in it. Raises OSError: FileNotFoundError where it is gone.
     """
+    if isinstance(place, socket.socket):
+        return fcntl.ioctl(place.fileno(), _SIOCGSKNS)
     if isinstance(place, int):
         pid = place
     elif found := _OF_PROCESS.fullmatch(str(place)):

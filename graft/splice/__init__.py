@@ -43,6 +43,7 @@
     descriptor_store.py       how the keeper is told to have it open
     keeper_watch.py           another keeper, when that is killed
     restored_connections.py   which connections go on, and how
+    unserved.py           what the one before has left of containers that are not served yet
     watchdog.py               tells the keeper that graftd works
     container_list.py     the containers to serve
     cgroups.py            whether their cgroups still exist

@@ -45,7 +45,7 @@ class Commands:
         self._settings, self._loop, self._handle, self._kept = settings, loop, handle, kept
         has_name = (settings.run_dir / control.NAME).exists()
         found = kept.take(Kind.CONTROL, 0, lambda _: has_name)
-        kept.close_untaken(lambda record: record.kind is Kind.CONTROL)
+        kept.close_untaken(lambda found: found.record.kind is Kind.CONTROL)
         if found:  # commands wait in its queue
             self._listener: socket.socket = found[0].socks[0]
             self._slot: int | None = found[0].slot

@@ -116,14 +116,14 @@ class ContainerService:
         namespaces = self._context.namespaces
         if self.container.transport is Transport.DIRECT:
             return namespaces.of_direct(self.container)
-        return (yield from namespaces.of_container(self.container, self._pid))
+        inside = self._context.daemon_resources.kept.inside(self.container.id)
+        return (yield from namespaces.of_container(self.container, self._pid, inside))
 
     def _scanned(self, error: BaseException | None) -> None:
         assert self._job is not None
         pause = _PAUSE_FACTOR * self._job.spent * self._context.daemon_resources.container_count
         self._failures = self._failures + 1 if self._relays is None else 0
-        if error is None:
-            self._close_untaken()
+        self._close_untaken()  # also where it could not be served: what nobody serves is not to listen
         retry = min(_LONGEST_PAUSE, SCAN_SECONDS * 2 ** min(self._failures, 10))
         self._due = time.monotonic() + max(retry, pause)
         self._job = None
@@ -135,7 +135,7 @@ class ContainerService:
 
     def _close_untaken(self) -> None:
         """What the graftd before has left of this container, and nobody wants now."""
-        self._context.daemon_resources.kept.close_untaken(lambda record: record.container == self.container.id)
+        self._context.daemon_resources.kept.close_untaken(lambda found: found.record.container == self.container.id)
 
     def _note_problem(self, error: BaseException | None) -> None:
         problem = "" if error is None else error.message if isinstance(error, GraftError) else str(error)

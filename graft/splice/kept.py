@@ -159,6 +159,22 @@ class Kept:
         """For which containers something of that kind was found that nobody has taken."""
         return {found.record.container for found in self._found.values() if found.record.kind is kind}
 
+    @property
+    def has_found(self) -> bool:
+        """Whether something was found that nobody has taken."""
+        return bool(self._found)
+
+    def found_containers(self) -> set[int]:
+        """For which containers that is; 0: for none."""
+        return {found.record.container for found in self._found.values()}
+
+    def inside(self, container: int) -> socket.socket | None:
+        """A socket that was made in a container's network namespace, if the record says so: ask the kernel."""
+        for found in self._found.values():
+            if found.record.container == container and found.record.kind in (Kind.OUT, Kind.INNER):
+                return found.socks[0]
+        return None
+
     def take(self, kind: Kind, container: int, is_it: Callable[[Found], bool] = lambda _: True) -> list[Found]:
         """What was found of that kind for a container, and ``is_it`` says yes to. It is the caller's now."""
         taken = []
@@ -191,16 +207,11 @@ class Kept:
             self._loop.close(sock)
         self.drop(found.slot)
 
-    def close_untaken(self, is_to_close: Callable[[Record], bool]) -> None:
+    def close_untaken(self, is_to_close: Callable[[Found], bool]) -> None:
         """End what nobody has taken."""
         for found in list(self._found.values()):
-            if is_to_close(found.record):
+            if is_to_close(found):
                 self.close_found(found)
-
-    def close_unserved(self, containers: Collection[int]) -> None:
-        """End what is for other containers than these (0: for none)."""
-        if self._found:
-            self.close_untaken(lambda record: bool(record.container) and record.container not in containers)
 
     # ---- what this one will leave
 

@@ -26,8 +26,9 @@ T = TypeVar("T")
 class NamespaceSockets:
     """An open namespace. For one thread only."""
 
-    def __init__(self, place: Path | int, cookie: int, loopback_only: bool = False) -> None:
-        """The namespace at a path, or of a process. Raises NotFoundError where it is gone, or has another cookie.
+    def __init__(self, place: Path | int | socket.socket, cookie: int, loopback_only: bool = False) -> None:
+        """The namespace at a path, of a process, or of a socket. Raises NotFoundError where it is gone, or has another
+        cookie.
 
         ``loopback_only``: its sockets have peers in the same namespace only, so pacing does not help them.
         """
@@ -74,8 +75,8 @@ class NamespaceSockets:
             os.close(self._fd)
 
 
-def _open(place: Path | int) -> int:
-    """A descriptor of the namespace at a path, or of a process. Raises OSError."""
+def _open(place: Path | int | socket.socket) -> int:
+    """A descriptor of the namespace at a path, of a process, or of a socket. Raises OSError."""
     fd = netns.open_place(place)
     try:
         return _run_in(fd, netns.open_own)  # a pidfd enters it only while the process is there

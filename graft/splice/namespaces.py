@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -53,11 +54,18 @@ class Namespaces:
         return NamespaceSockets(self._settings.host_netns, container.netns, loopback_only=True)
 
     @staticmethod
-    def of_container(container: Container, pid: int = 0) -> Stepwise[NamespaceSockets]:
-        """The namespace of a container, by one of its processes (``pid`` is tried first). The caller closes it.
+    def of_container(
+        container: Container, pid: int = 0, inside: socket.socket | None = None
+    ) -> Stepwise[NamespaceSockets]:
+        """The namespace of a container, by a socket that the graftd before made ``inside``, or by one of its processes
+        (``pid`` is tried first). The caller closes it.
 
-        Raises NotFoundError, KernelError.
+        Its processes can leave it, without any privilege, and their sockets stay: so a graftd that is started again
+        does not ask them. Raises NotFoundError, KernelError.
         """
+        with contextlib.suppress(GraftError, OSError):
+            if inside is not None:
+                return NamespaceSockets(inside, container.netns, loopback_only=True)
         with contextlib.suppress(GraftError):
             if pid:
                 return NamespaceSockets(pid, container.netns, loopback_only=True)

@@ -71,7 +71,7 @@ def _kept_listeners(resources: ContainerResources, container_netns: NamespaceSoc
         return bool(listens) and netns.socket_cookie(sock) == container_netns.cookie
 
     taken = kept.take(Kind.OUT, resources.number, is_there)
-    kept.close_untaken(lambda record: record.kind is Kind.OUT and record.container == resources.number)
+    kept.close_untaken(lambda found: found.record.kind is Kind.OUT and found.record.container == resources.number)
     taken.sort(key=lambda found: found.socks[0].family != socket.AF_INET)
     families = [found.socks[0].family for found in taken]
     ports = {found.record.port for found in taken}

@@ -40,6 +40,7 @@ from graft.splice.log import log
 from graft.splice.namespaces import Namespaces
 from graft.splice.resources import DaemonResources
 from graft.splice.sockmap import Sockmap
+from graft.splice.unserved import Unserved
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -67,6 +68,7 @@ class Service:
         self._background = Background(self._loop)
         graft = Installation(settings)
         self._kept = Kept(self._loop, keeper, received)
+        self._unserved = Unserved(self._kept, graft.maps)
         self.keeper_watch = KeeperWatch(settings, self._loop, self._kept, keeper_pid, keep)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         daemon_resources = DaemonResources(self._loop, limit, kept=self._kept)
@@ -151,7 +153,7 @@ class Service:
         """Start and stop services as the records say, and start the scans that are due."""
         records = self._records.current()
         self._stop_removed(records)
-        self._kept.close_unserved(records)
+        self._unserved.close(records, {number for number, one in self._services.items() if one.serves})
         for container in records.values():
             if container.id in self._services:
                 self._update(container)

@@ -1,5 +1,6 @@
 """What a sixteenth reading found about graftd's keeper, and what it leaves to the next graftd: bytes of one container's
-connection were delivered in another's, because pipes were known by numbers that are used again.
+connection were delivered in another's, because pipes were known by numbers that are used again; and a container that
+could not be served again, because its processes had left its network namespace, kept its endpoints.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +21,10 @@ import pytest
 from graft.keeper.process import LOCK
 from graft.splice import client as splice
 from graft.splice import control, daemon_process
+from graft.splice.namespaces import find_process
 from tests.hostile.conftest import graft_without
 from tests.support.installation import Host
+from tests.support.namespaces import HOST4
 from tests.support.plain import Plain, plain
 from tests.support.relayed import pair, published
 from tests.support.wait import PATIENCE, until
@@ -183,3 +187,68 @@ def test_control_where_pipes_are_known_by_their_numbers_bytes_come_to_another(
 ) -> None:
     start_keeper("pipes' inodes")
     assert any(b"A" in data for data in received_by_others(container))
+
+
+# ---- a network namespace without a process
+
+
+LEAVES = """
+import ctypes, os, socket
+listener = socket.socket()
+listener.bind(("0.0.0.0", 80))
+listener.listen(100)
+os.setgid(65534)
+os.setuid(65534)
+listener.accept()[0].sendall(b"before")
+assert ctypes.CDLL(None).unshare(0x10000000 | 0x40000000) == 0  # CLONE_NEWUSER, CLONE_NEWNET
+while True:
+    listener.accept()[0].sendall(b"after")
+"""
+
+
+def left(container: Plain) -> tuple[int, str]:
+    """Have all processes of a container leave its network namespace, and graftd killed. Gives the port and the name of
+    its endpoint.
+    """
+    host = container.host
+    port = host.port()
+    endpoint = host.endpoint(f"0.0.0.0:{port}")
+    container.attach("-i", f"0.0.0.0:80={endpoint}")
+    container.start(sys.executable, "-c", LEAVES)
+    container.until_published(port)
+    with host.client.connected(HOST4, port) as client:
+        assert client.recv(100) == b"before"
+    container.process.kill()
+    container.process.wait()
+    until("none is left in it", lambda: not find_process(container.cgroup, container.container.netns))
+    killed = graftd(host)
+    kill_graftd(host)
+    until("another one", lambda: graftd(host) != killed)
+    return port, endpoint
+
+
+def test_a_container_whose_processes_have_left_its_namespace_is_served_on(container: Plain) -> None:
+    port, endpoint = left(container)
+    with container.host.client.connected(HOST4, port) as client:
+        assert client.recv(100) == b"after"
+    assert container.described()["serves"]
+    container.host.graft("ep", "del", "--force", endpoint)
+    container.until_published(port, False)
+
+
+def test_what_is_left_of_one_that_cannot_be_served_is_closed(start_keeper: StartKeeper, container: Plain) -> None:
+    start_keeper("namespace kept")
+    port, _ = left(container)
+    container.until_published(port, False)
+    assert not container.described()["serves"]
+
+
+def test_control_else_it_keeps_the_endpoint_also_when_that_is_deleted(
+    start_keeper: StartKeeper, container: Plain
+) -> None:
+    start_keeper("unserved")
+    port, endpoint = left(container)
+    container.host.graft("ep", "del", "--force", endpoint)
+    time.sleep(5.0 * PATIENCE)
+    assert container.is_published(port)
+    assert not container.described()["serves"]

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -525,7 +526,7 @@ def _slow_peers() -> None:
 
 def _pipes_inodes() -> None:
     """Pipes are known by their numbers, which are used again at once, and what is in one stays there."""
-    from graft.splice import kept, pipes
+    from graft.splice import kept, kept_records, pipes
 
     def add_pipe(self: kept.Kept, pipe: pipes.Pipe) -> None:
         added(self, pipe)
@@ -533,19 +534,41 @@ def _pipes_inodes() -> None:
 
     def drop_pipe(self: kept.Kept, number: int) -> None:
         self._pipes.pop(number, None)
-        self.store.drop(kept.pipe_name(number))
+        self.store.drop(kept_records.pipe_name(number))
         self._free_pipes.append(number)
 
     def sort_pipes(self: kept.Kept, received: Any, records: Any) -> None:
         numbers = {fd: number + 1 for number, fds in received.items() for fd in fds}
-        kept.inode = numbers.__getitem__
+        kept.__dict__["inode"] = numbers.__getitem__
         sort(self, received, records)
 
     added, sort = kept.Kept.add_pipe, kept.Kept._sort_pipes
     kept.Kept.add_pipe = add_pipe  # type: ignore[method-assign]
     kept.Kept._drop_pipe = drop_pipe  # type: ignore[method-assign]
     kept.Kept._sort_pipes = sort_pipes  # type: ignore[method-assign]
-    pipes.throw_away = kept.throw_away = lambda read: None
+    pipes.throw_away = kept.__dict__["throw_away"] = lambda read: None
+
+
+def _namespace_kept() -> None:
+    """A container's network namespace is that of one of its processes."""
+    from graft.splice.kept import Kept
+
+    Kept.inside = lambda self, container: None  # type: ignore[method-assign]
+
+
+def _unserved() -> None:
+    """And what was left of a container that cannot be served stays."""
+    from graft.splice.container_service import ContainerService
+    from graft.splice.unserved import Unserved
+
+    def scanned(self: ContainerService, error: BaseException | None) -> None:
+        self.__dict__["_close_untaken"] = (lambda: None) if error else partial(closed, self)
+        ended(self, error)
+
+    closed, ended = ContainerService._close_untaken, ContainerService._scanned
+    ContainerService._scanned = scanned  # type: ignore[method-assign]
+    Unserved.close = lambda self, containers, served: None  # type: ignore[method-assign]
+    _namespace_kept()
 
 
 def _datagram_peers() -> None:
@@ -1099,6 +1122,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "own descriptors": _own_descriptors,
     "slow peers": _slow_peers,
     "pipes' inodes": _pipes_inodes,
+    "namespace kept": _namespace_kept,
+    "unserved": _unserved,
     "datagram peers": _datagram_peers,
     "ferry's owner": _ferrys_owner,
     "ferry's only owner": _ferrys_only_owner,
