@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -27,10 +28,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from graft.commands import watcher
+from graft.commands import restore, watcher
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
+from graft.errors import KernelError
 from graft.kernel import (
     capabilities,
     cgroup,
@@ -55,6 +57,7 @@ from graft.splice.datagram_clients import Client
 from graft.state import (
     bound_sockets,
     detached,
+    engines,
     helper_process,
     inventory,
     leftovers,
@@ -1097,6 +1100,26 @@ def _client_by_number() -> None:
     Peer.close = lambda self: None  # type: ignore[method-assign]
 
 
+def _engines_fields() -> None:
+    """An engine is asked for all that it knows of a container."""
+
+    def parse(_engine: str, text: str) -> tuple[str, str, int]:
+        one = json.loads(text)
+        return one["Id"], one["Name"].lstrip("/"), one["State"]["Pid"]
+
+    vars(engines).update(_FIELDS="{{json .}}", _MAX_BYTES=16 << 20, parse_inspect=parse)
+
+
+def _silent_engine() -> None:
+    """An engine from which nothing can be learned of one container is asked for no other."""
+    vars(restore).update(NoAnswerError=KernelError, is_silent=lambda engine: True)
+
+
+def _servers_stat() -> None:
+    """A fork server does not keep that open which says whether it is stopped."""
+    surroundings._LOOKED_UP = tuple(name for name in surroundings._LOOKED_UP if name != "stat")
+
+
 def _any_server() -> None:
     """A command's server is whoever listens there."""
     Peer.is_like = lambda self, own: True  # type: ignore[method-assign]
@@ -1176,6 +1199,9 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "under the lock": _under_the_lock,
     "client by number": _client_by_number,
     "any server": _any_server,
+    "engine's fields": _engines_fields,
+    "silent engine": _silent_engine,
+    "server's stat": _servers_stat,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 
