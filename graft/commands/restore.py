@@ -31,7 +31,7 @@ from graft.model.settings import Settings
 from graft.saved.model import SavedAttachment, SavedState, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
 from graft.state import helper_process, members
-from graft.state.engines import FoundContainer, resolve
+from graft.state.engines import FoundContainer, NoAnswerError, is_silent, resolve
 from graft.state.installation import Installation
 from graft.state.left_children import LeftChildren
 from graft.state.records import Container
@@ -226,15 +226,20 @@ class _Finder:
         return self._there.get(path) or members.answer_about(str(path), lambda: cgroup.cgroup_id(path))
 
     def _ask(self, target: Target) -> FoundContainer | None:
-        """The container of this very name: engines also answer for one whose id begins so."""
+        """The container of this very name: engines also answer for one whose id begins so.
+
+        An error that concerns one container is no reason not to ask for the others: its image, or who holds the folder
+        in /proc of one of its processes (podman's command looks there), can cause it.
+        """
         if target.kind in self._silent:
             raise KernelError(self._silent[target.kind])
         try:
             found = resolve(target.text)
         except NotFoundError:
             return None
-        except KernelError as error:
-            self._silent[target.kind] = error.message
+        except NoAnswerError as error:
+            if target.kind not in _ENGINE_KINDS or is_silent(target.kind):
+                self._silent[target.kind] = error.message
             raise
         return None if target.kind in _ENGINE_KINDS and found.name != target.name else found
 

@@ -2,7 +2,8 @@
 
 Runs the engines' own commands, and checks their output against the kernel: the process that an engine names must be in
 a cgroup whose name contains the container's id. A container's name is one argument of a command, never part of a shell
-command line.
+command line. An engine is asked for three fields only: all that it knows of a container includes what an image says of
+itself, as much as that likes.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from graft.errors import ConflictError, KernelError, NotFoundError, UsageError
 from graft.kernel import cgroup
 from graft.kernel.pidfd import MAX_PID
-from graft.model import json_text
 from graft.model.address import shown
 from graft.state import members
 from graft.state.left_children import LeftChildren
@@ -28,15 +29,20 @@ from graft.state.left_children import LeftChildren
 _TIMEOUT = 15.0
 _EXIT_TIMEOUT = 1.0  # after it was killed
 _SEARCH_TIMEOUT = 10.0
-_MAX_BYTES = 16 << 20
+_PROBE_TIMEOUT = 5.0
+_MAX_BYTES = 1 << 20
 _CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 _UNIT_NAME = re.compile(r"[A-Za-z0-9_:.@\\][A-Za-z0-9_:.@\\-]*", re.ASCII)
+_NO_CONTAINER = "graft.asks-for-no-container"  # the beginning of no id
+_FIELDS = "{{.Id}} {{.Name}} {{.State.Pid}}"
+_INSPECTED = re.compile(r"([0-9a-f]{64}) /?([A-Za-z0-9][A-Za-z0-9_.-]*) ([0-9]{1,10})\n", re.ASCII)
+"""What docker and podman say for these: each allows these characters only in a name."""
 _UNIT_KINDS = (".service", ".slice", ".scope", ".socket", ".mount")
 
 Run = Callable[[Sequence[str]], "EngineAnswer"]
 
 _left = LeftChildren()
-"""Commands of engines, by the engine."""
+"""Commands of engines, by their words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +65,18 @@ class EngineAnswer:
     err: str = ""
 
 
-def run(command: Sequence[str]) -> EngineAnswer:
-    """Run an engine's command, with a time limit. Raises KernelError if it is exceeded.
+class NoAnswerError(KernelError):
+    """A command of an engine did not end in time."""
+
+
+def run(command: Sequence[str], timeout: float = _TIMEOUT) -> EngineAnswer:
+    """Run an engine's command. Raises NoAnswerError if it takes longer, KernelError if it writes too much.
 
     What the command does in /proc, whoever may list that can have it wait for, so that it cannot be killed: it is left
-    behind then, and its engine is not asked again before it has ended.
+    behind then, and the same is not asked again before it has ended.
     """
-    if _left.has_one(command[0]):
-        raise _silent(command[0])
+    if _left.has_one(_key(command)):
+        raise _no_answer(command, timeout)
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": ""}
     try:
         process = subprocess.Popen(
@@ -80,26 +90,64 @@ def run(command: Sequence[str]) -> EngineAnswer:
     except (FileNotFoundError, PermissionError):
         return EngineAnswer(None)
     try:
-        out, err = process.communicate(timeout=_TIMEOUT)
+        out, err = _output(command[0], process, time.monotonic() + timeout)
     except BaseException as error:
-        _end(command[0], process)
+        _end(command, process)
         if isinstance(error, subprocess.TimeoutExpired):
-            raise _silent(command[0]) from None
+            raise _no_answer(command, timeout) from None
         raise
     return EngineAnswer(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
-def _silent(engine: str) -> KernelError:
-    return KernelError(f"{engine} did not answer within {_TIMEOUT:.0f} s", "check its daemon")
+def is_silent(engine: str) -> bool:
+    """Whether docker or podman does not even answer a question that concerns no container of its."""
+    try:
+        run([engine, "container", "inspect", "--format", _FIELDS, _NO_CONTAINER], _PROBE_TIMEOUT)
+    except NoAnswerError:
+        return True
+    except KernelError:
+        pass
+    return False
 
 
-def _end(engine: str, process: subprocess.Popen[bytes]) -> None:
+def _output(program: str, process: subprocess.Popen[bytes], deadline: float) -> list[bytes]:
+    """What a command writes until it ends, to each of its pipes. Raises TimeoutExpired, KernelError."""
+    texts = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr) if pipe is not None}
+    poll = select.poll()
+    for fd in texts:
+        poll.register(fd, select.POLLIN)
+    left = len(texts)
+    while left:
+        ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        if not ready or time.monotonic() >= deadline:
+            raise subprocess.TimeoutExpired(process.args, 0)
+        for fd, _ in ready:
+            chunk = os.read(fd, 1 << 16)
+            texts[fd] += chunk
+            if len(texts[fd]) > _MAX_BYTES:
+                raise KernelError(f"{program} writes more than {_MAX_BYTES} bytes")
+            if not chunk:
+                poll.unregister(fd)
+                left -= 1
+    process.wait(max(0.0, deadline - time.monotonic()))
+    return [bytes(text) for text in texts.values()]
+
+
+def _key(command: Sequence[str]) -> str:
+    return "\0".join(command)
+
+
+def _no_answer(command: Sequence[str], timeout: float) -> NoAnswerError:
+    return NoAnswerError(f"{command[0]} did not answer within {timeout:.0f} s", "check its daemon")
+
+
+def _end(command: Sequence[str], process: subprocess.Popen[bytes]) -> None:
     """Kill a command, and leave it behind if it does not end."""
     process.kill()
     try:
         process.wait(_EXIT_TIMEOUT)
     except subprocess.TimeoutExpired:
-        _left.leave(engine, process.pid)
+        _left.leave(_key(command), process.pid)
     for pipe in (process.stdout, process.stderr):
         if pipe is not None:
             pipe.close()
@@ -176,30 +224,18 @@ def _first_process(path: Path) -> int:
 
 
 def parse_inspect(engine: str, text: str) -> tuple[str, str, int]:
-    """(id, name, process id) from `docker|podman container inspect`. Raises NotFoundError if it is not running."""
-    try:
-        container_id, name, pid = _identity(json_text.parse(text, "output", _MAX_BYTES))
-    except UsageError as error:
-        raise KernelError(f"{engine}: cannot read the output of `container inspect` ({error.message})") from None
-    if not re.fullmatch(r"[0-9a-f]{64}", container_id):
-        raise KernelError(f"{engine}: {shown(container_id)} is not a container id")
-    if pid <= 0:
+    """(id, name, process id) from `docker|podman container inspect` for `_FIELDS`. Raises NotFoundError if it is not
+    running.
+    """
+    found = _INSPECTED.fullmatch(text)
+    if found is None:
+        raise KernelError(f"{engine}: cannot read the output of `container inspect` ({shown(_last_line(text))})")
+    container_id, name, pid = found[1], found[2], int(found[3])
+    if pid > MAX_PID:
+        raise KernelError(f"{engine}: {pid} is not the number of a process")
+    if pid == 0:
         raise NotFoundError(f"{engine}: the container {shown(name)} is not running", f"{engine} start")
     return container_id, name, pid
-
-
-def _identity(answer: Any) -> tuple[str, str, int]:
-    found = json_text.mappings(answer, "output")
-    if len(found) != 1:
-        raise UsageError(f"output: {len(found)} containers")
-    one = found[0]
-    if missing := {"Id", "Name", "State"} - one.keys():
-        raise UsageError(f"output: no {' and no '.join(sorted(missing))}")
-    state = json_text.mapping(one["State"], "State")
-    if "Pid" not in state:
-        raise UsageError("output: no State.Pid")
-    name = json_text.text(one["Name"], "Name").lstrip("/")
-    return json_text.text(one["Id"], "Id"), name, json_text.number(state["Pid"], "State.Pid", MAX_PID)
 
 
 def _from_engine(engine: str, name: str, run: Run) -> FoundContainer:
@@ -208,7 +244,7 @@ def _from_engine(engine: str, name: str, run: Run) -> FoundContainer:
     """
     if not _CONTAINER_NAME.fullmatch(name):
         raise UsageError(f"{engine}: {shown(name)} is not a container name")
-    answer = run([engine, "container", "inspect", name])
+    answer = run([engine, "container", "inspect", "--format", _FIELDS, name])
     if answer.status is None:
         raise NotFoundError(f"{engine}: {engine} is not installed")
     if answer.status != 0:

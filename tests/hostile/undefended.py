@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -26,10 +27,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft.commands import watcher
+from graft.commands import restore, watcher
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
+from graft.errors import KernelError
 from graft.kernel import (
     capabilities,
     cgroup,
@@ -54,6 +56,7 @@ from graft.splice.datagram_clients import Client
 from graft.state import (
     bound_sockets,
     detached,
+    engines,
     helper_process,
     inventory,
     leftovers,
@@ -1049,6 +1052,22 @@ def _client_by_number() -> None:
     Peer.close = lambda self: None  # type: ignore[method-assign]
 
 
+def _engines_fields() -> None:
+    """An engine is asked for all that it knows of a container."""
+
+    def parse(_engine: str, text: str) -> tuple[str, str, int]:
+        found = json.loads(text)
+        one = found[0] if isinstance(found, list) else found  # podman's is a list
+        return one["Id"], one["Name"].lstrip("/"), one["State"]["Pid"]
+
+    vars(engines).update(_FIELDS="{{json .}}", _MAX_BYTES=16 << 20, parse_inspect=parse)
+
+
+def _silent_engine() -> None:
+    """An engine from which nothing can be learned of one container is asked for no other."""
+    vars(restore).update(NoAnswerError=KernelError, is_silent=lambda engine: True)
+
+
 def _any_server() -> None:
     """A command's server is whoever listens there."""
     Peer.is_like = lambda self, own: True  # type: ignore[method-assign]
@@ -1125,6 +1144,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "under the lock": _under_the_lock,
     "client by number": _client_by_number,
     "any server": _any_server,
+    "engine's fields": _engines_fields,
+    "silent engine": _silent_engine,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 

@@ -154,7 +154,7 @@ _RECORD = {
 }
 RECORD = _dump(_RECORD)
 _FEATURES = {"linux": {"seccomp": {"supportedFlags": ["SECCOMP_FILTER_FLAG_LOG"]}}}
-_INSPECTED = [{"Id": ID, "Name": "/web", "State": {"Pid": 42}}]
+_INSPECTED = f"{ID} /web 42\n".encode()
 _VERDICT = _dump({"depends_on": {"boot": "b"}, "problem": ""})
 _EPOLL = b"tfd:        5 events:       19 data:                7  pos:0 ino:1 sdev:9\n"
 
@@ -217,7 +217,7 @@ READERS = [
     Reader("runtime features", features.supported_flags, (GraftError,), (_dump(_FEATURES),)),
     Reader("remembered features", features.parse_cache, (GraftError,), (_dump({"/bin/runc 1 2": True}),)),
     Reader("record", lambda raw: records.parse_record(raw, "7.json"), (GraftError,), (RECORD,)),
-    Reader("docker inspect", lambda raw: parse_inspect("docker", _replaced(raw)), (GraftError,), (_dump(_INSPECTED),)),
+    Reader("docker inspect", lambda raw: parse_inspect("docker", _replaced(raw)), (GraftError,), (_INSPECTED,)),
     Reader("systemctl show", lambda raw: parse_show(_replaced(raw)), (), (b"ControlGroup=/a.service\nMainPID=7\n",)),
     Reader("daemon's answer", control.parse_answer, (GraftError,), (_dump({"serves": True}), _dump({"error": "x"}))),
     Reader("daemon's request", control.parse_request, (GraftError,), (_dump({"do": "attach", "container": 1}),)),

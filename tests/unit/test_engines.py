@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,33 +10,53 @@ import pytest
 
 from graft.errors import ConflictError, KernelError, NotFoundError, UsageError
 from graft.kernel import cgroup
-from graft.state.engines import EngineAnswer, FoundContainer, cut_at_id, parse_inspect, parse_show, resolve
+from graft.state import engines
+from graft.state.engines import (
+    EngineAnswer,
+    FoundContainer,
+    NoAnswerError,
+    cut_at_id,
+    is_silent,
+    parse_inspect,
+    parse_show,
+    resolve,
+    run,
+)
 
 ID = "0123456789abcdef" * 4
 
 
-def inspected(**changes: object) -> str:
-    return json.dumps([{"Id": ID, "Name": "/web", "State": {"Pid": 42}} | changes])
+def inspected(number: object = ID, name: object = "/web", pid: object = 42) -> str:
+    return f"{number} {name} {pid}\n"
 
 
 def test_inspect_gives_id_name_and_process() -> None:
     assert parse_inspect("docker", inspected()) == (ID, "web", 42)
+    assert parse_inspect("podman", inspected(name="web")) == (ID, "web", 42)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "[{}]", "null", '[{"Id": "x", "Name": "y"}]', inspected(State=None)])
+UNREADABLE = [
+    *("", "{}", "[]", "null", "<no value> /web 42\n", inspected().strip(), inspected() * 2, "\n" + inspected()),
+    *(inspected(name="a b"), inspected(name="//web"), inspected(name=""), inspected(name="a\x1b[m")),
+    *(inspected(pid="<no value>"), inspected(pid=-1), inspected(pid="4e6"), inspected(pid=""), inspected(pid="٣")),
+    *(inspected(number="../../etc"), inspected(number=ID[1:]), inspected(number=ID.upper())),
+]
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
 def test_what_cannot_be_read_of_a_container_is_an_error(text: str) -> None:
     with pytest.raises(KernelError, match="docker: cannot read"):
         parse_inspect("docker", text)
 
 
-def test_an_id_that_is_none_is_an_error() -> None:
-    with pytest.raises(KernelError, match="not a container id"):
-        parse_inspect("docker", inspected(Id="../../etc"))
+def test_a_process_that_cannot_be_is_an_error() -> None:
+    with pytest.raises(KernelError, match="4194305 is not the number of a process"):
+        parse_inspect("docker", inspected(pid=4194305))
 
 
 def test_a_container_that_does_not_run_is_not_found() -> None:
     with pytest.raises(NotFoundError, match="is not running"):
-        parse_inspect("podman", inspected(State={"Pid": 0}))
+        parse_inspect("podman", inspected(pid=0))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +136,7 @@ def test_a_name_of_two_engines_is_a_conflict_until_one_is_chosen(tree: Path, mon
     other = "f" * 64
     places = {1: make(tree, f"docker/{ID}"), 2: make(tree, f"libpod_parent/libpod-{other}")}
     monkeypatch.setattr(cgroup, "of_process", places.__getitem__)
-    run = engine({"docker": inspected(State={"Pid": 1}), "podman": inspected(Id=other, Name="web", State={"Pid": 2})})
+    run = engine({"docker": inspected(pid=1), "podman": inspected(other, "web", 2)})
     with pytest.raises(ConflictError, match="docker:web, podman:web"):
         resolve("web", run)
     assert resolve("podman:web", run) == FoundContainer(places[2], "podman", "web", other, 2)
@@ -188,3 +208,36 @@ def test_a_name_that_is_none_reaches_no_command(tree: Path, kind: str, name: str
     with pytest.raises(UsageError):
         resolve(f"{kind}:{name}", engine({"docker": "", "podman": "", "systemctl": ""}, seen))
     assert seen == []
+
+
+# ---- how a command is run ---------------------------------------------------------------------------
+
+
+def test_a_command_gives_its_status_and_both_outputs() -> None:
+    assert run(["sh", "-c", "echo out; echo err >&2; exit 3"]) == EngineAnswer(3, "out\n", "err\n")
+    assert run(["no-such-command-anywhere"]).status is None
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_command_that_writes_without_an_end_is_killed(stream: str) -> None:
+    with pytest.raises(KernelError, match="writes more than 1048576 bytes") as raised:
+        run([sys.executable, "-c", f"import sys\nwhile True: sys.{stream}.write('x' * 65536)"])
+    assert not isinstance(raised.value, NoAnswerError)
+
+
+@pytest.mark.parametrize("script", ["sleep 60", "while :; do echo x; sleep 0.01; done", "exec >&- 2>&-; sleep 60"])
+def test_a_command_that_does_not_end_is_killed(script: str) -> None:
+    with pytest.raises(NoAnswerError, match="sh did not answer within 1 s"):
+        run(["sh", "-c", script], 1)
+
+
+@pytest.mark.parametrize(("script", "silent"), [("exit 1", False), ("yes", False), ("sleep 60", True)])
+def test_an_engine_is_silent_if_it_does_not_answer_about_no_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, silent: bool
+) -> None:
+    program = tmp_path / "docker"
+    program.write_text(f"#!/bin/sh\nexec {script}\n".replace("exec exit", "exit"))
+    program.chmod(0o755)
+    monkeypatch.setattr(engines, "_PROBE_TIMEOUT", 1.0)
+    assert is_silent(str(program)) == silent
+    assert not is_silent(str(tmp_path / "none"))

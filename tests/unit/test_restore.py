@@ -15,7 +15,7 @@ from graft.commands.restore import NOT_THERE, Restored, container_folders
 from graft.errors import KernelError, NotFoundError
 from graft.kernel import cgroup
 from graft.saved.model import LastSeen, SavedAttachment, Target
-from graft.state.engines import FoundContainer
+from graft.state.engines import FoundContainer, NoAnswerError
 from tests.support.saved import EVERY_RULE
 
 ID = "ab" * 32
@@ -95,6 +95,35 @@ def test_a_container_in_a_folder_that_is_held_is_asked_for_and_tried_again(
     place = tree / "machine.slice" / f"libpod-{ID}.scope"
     monkeypatch.setattr(restore, "resolve", lambda _: FoundContainer(place, "docker", "web", ID, 1))
     assert find(saved("docker", "web")) == FoundContainer(place, "docker", "web", ID, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "silent", "asked"),
+    [
+        (KernelError("podman: cannot read the output"), True, ["a", "b"]),
+        (NoAnswerError("podman did not answer"), False, ["a", "b"]),
+        (NoAnswerError("podman did not answer"), True, ["a"]),
+    ],
+)
+def test_an_engine_is_asked_for_the_others_unless_it_is_silent(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, error: KernelError, silent: bool, asked: list[str]
+) -> None:
+    (tree / "libpod_parent" / f"libpod-{ID}").mkdir(parents=True)
+    seen = []
+
+    def resolve(text: str) -> FoundContainer:
+        seen.append(text.removeprefix("podman:"))
+        raise error
+
+    monkeypatch.setattr(restore, "resolve", resolve)
+    monkeypatch.setattr(restore, "is_silent", lambda _: silent)
+    both = [saved("podman", name) for name in ("a", "b")]
+    finder = restore._Finder(NoContainers(), both)  # type: ignore[arg-type]
+    for one in both:
+        with pytest.raises(KernelError) as raised:
+            finder.find(one)
+        assert raised.value.message == error.message
+    assert seen == asked
 
 
 def test_what_is_in_another_folder_is_seen_while_one_is_held(tree: Path, hold: Callable[[Path], None]) -> None:
