@@ -12,7 +12,8 @@ When it dies, its children go on.
 A child says HELLO first, and its client asks for nothing before that: a server that is stopped forks none, and the
 client, which does without it then, must not have left a request with it. Then each has the other one say something, to
 know that it is a process with the rights that it has itself (graft/kernel/peers.py). Before HELLO a child looks up what
-both need in its folder in /proc: somebody may hold that (graft/kernel/surroundings.py).
+both need in its folder in /proc: somebody may hold that (graft/kernel/surroundings.py). It keeps that open, as the
+server does what clients that wait look up to know whether it is stopped.
 """
 
 from __future__ import annotations
@@ -82,8 +83,6 @@ class Server:
             process.close_all_but({connection.fileno(), *pinned})
             connection.setblocking(True)
             client = _meet(connection)
-            for fd in pinned:  # the names stay in the kernel's cache, if there is memory
-                os.close(fd)
             self._job(connection, client)
             code = 0
         finally:

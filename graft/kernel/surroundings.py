@@ -19,7 +19,7 @@ from typing import NamedTuple
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _NAMESPACES = ("mnt", "pid", "user", "cgroup", "net", "ipc", "uts", "time")
 _LOOKED_UP = (
-    *("status", "attr/current", "root", "limits", "mountinfo", "fd", "oom_score_adj", "task/{pid}/ns/cgroup"),
+    *("status", "attr/current", "root", "limits", "mountinfo", "fd", "oom_score_adj", "task/{pid}/ns/cgroup", "stat"),
     *(f"ns/{name}" for name in _NAMESPACES),
 )
 _PROTOCOL = 2  # raised with what is said before the first message (fork_messages.py)
@@ -69,12 +69,12 @@ def of(process: int | str = "self") -> Surroundings:
 def pin_own() -> list[int]:
     """Descriptors that keep what is looked up in /proc/self in the kernel's cache: each user may list that folder, and
     so hold it, and whoever looks up there what is not in the cache waits for him. To be called first of all, by a child
-    that nobody has seen yet.
+    that nobody has seen yet. They are of the names themselves, not of what the links lead to (a namespace, the root).
     """
     pinned, pid = [], os.getpid()
     for name in _LOOKED_UP:
         with contextlib.suppress(OSError):
-            pinned.append(os.open(f"/proc/self/{name.format(pid=pid)}", os.O_PATH | os.O_CLOEXEC))
+            pinned.append(os.open(f"/proc/self/{name.format(pid=pid)}", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
     return pinned
 
 

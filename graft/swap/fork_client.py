@@ -165,11 +165,11 @@ def _is_answered(sock: socket.socket, own: Surroundings | None = None) -> bool:
 
 
 def _wait_for_answer(sock: socket.socket) -> None:
-    server, deadline = surroundings.peer_pid(sock), time.monotonic() + _HELLO_SECONDS
+    server, deadline = surroundings.peer_pid(sock), time.monotonic() + _HELLO_SECONDS  # of a pair: this process
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while not poll.poll(_LOOK_MILLISECONDS):
-        if _is_stopped(server):
+        if server != os.getpid() and _is_stopped(server):
             raise TimeoutError
         if time.monotonic() > deadline:
             raise _NoAnswer

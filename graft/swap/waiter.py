@@ -162,12 +162,12 @@ class Waiter:
 
 def is_answered(sock: _socket.socket) -> bool:
     """Whether somebody is there for this connection: not where the process that listens is stopped."""
-    peer = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+    peer = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)  # of a pair: this process
     server, deadline = int.from_bytes(peer[:4], sys.byteorder), time.monotonic() + HELLO_SECONDS
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while not poll.poll(LOOK_MILLISECONDS):
-        if time.monotonic() > deadline or is_stopped(server):
+        if time.monotonic() > deadline or (server != posix.getpid() and is_stopped(server)):
             return False
     return sock.recv(1) == HELLO and sock.send(ASK) == 1 and sock.recv(1) == HELLO
 
@@ -179,6 +179,16 @@ def is_stopped(pid: int) -> bool:
         return posix.read(fd, 4096).rpartition(b") ")[2][:1] in (b"T", b"t")
     finally:
         posix.close(fd)
+
+
+def keep_own_descriptors() -> None:
+    """Keep /proc/self/fd open, by which the server is connected to: any user may hold the folder above it, and whoever
+    looks up a name there that the kernel has forgotten waits for him.
+    """
+    try:
+        posix.open("/proc/self/fd", posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
+    except OSError:
+        pass
 
 
 def packed(fds: list[int]) -> bytes:
@@ -211,6 +221,7 @@ def die_by_signal(signum: int) -> None:
 
 def main(state: "dict[str, Any]") -> "NoReturn":
     """Wait for the program, remove its container, and exit as the program did. Never returns."""
+    keep_own_descriptors()
     waiter = Waiter(state)
     failed = 0
     status = 0

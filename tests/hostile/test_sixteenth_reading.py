@@ -1,7 +1,12 @@
-"""What a sixteenth reading found: what concerns one container of an engine kept its others from their policies."""
+"""What a sixteenth reading found: what concerns one container of an engine kept its others from their policies; and
+commands looked up a name of the fork server's in /proc, for which any user could have them wait.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,13 +17,17 @@ import pytest
 
 from graft.commands import watcher_process
 from graft.commands.watcher import TRIES
+from graft.kernel import surroundings
+from graft.state import helper_process
+from graft.swap import fork_client, fork_servers, waiter
 from tests.e2e.conftest import _docker, _podman, container_root, docker, plain_engine, podman
 from tests.e2e.test_saved_state import saver
 from tests.hostile.test_eighth_reading_folders import running
+from tests.hostile.test_fifteenth_reading_fork import server_without
 from tests.hostile.test_fifteenth_reading_watcher import HOLDS_FOR_LONG, watch_without
 from tests.hostile.test_ninth_reading_splice import forget_names
 from tests.support.engines import Engine
-from tests.support.installation import Host
+from tests.support.installation import GRAFT, Host
 from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
@@ -102,3 +111,71 @@ def test_who_holds_a_process_of_one_container_keeps_no_other_one_from_its_policy
                 assert states(saver)["aaa"] == "waiting"
         if not defence:
             until("they are attached", lambda: set(states(saver).values()) == {"attached"}, 60)
+
+
+# ---- who holds the folder of a fork server, or of its child -----------------------------------------
+
+
+@contextmanager
+def own_server(host: Host) -> Iterator[int]:
+    """The host's fork server."""
+    host.run([], "true")
+    yield fork_servers.running(host.settings)[0]
+    fork_servers.stop_all(host.settings)
+
+
+@pytest.mark.parametrize("defence", ["", "server's stat"])
+def test_who_holds_the_servers_folder_has_no_command_wait(
+    host: Host, monkeypatch: pytest.MonkeyPatch, defence: str
+) -> None:
+    """A command that has waited a tenth of a second looks whether the server is stopped. The control: it hangs."""
+    with server_without(host, monkeypatch, defence) if defence else own_server(host) as server:
+        with held(server):
+            os.kill(server, signal.SIGSTOP)
+            command = subprocess.Popen([GRAFT, "run", "--", "true"], env={**os.environ, **host.environment})
+            if defence:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    command.wait(6)
+            else:
+                assert command.wait(10 * PATIENCE) == 0
+        assert command.wait(10 * PATIENCE) == 0
+
+
+PINS = """
+import os, sys, time
+from graft.kernel import surroundings
+if sys.argv[1]:
+    os.O_NOFOLLOW = 0
+surroundings.pin_own()
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("defence", ["", "of the links"])
+def test_what_is_looked_up_of_a_servers_child_is_kept_by_it(root: None, defence: str) -> None:
+    """The control: it keeps what the links lead to, of which the kernel forgets the names."""
+    with running([sys.executable, "-c", PINS, defence]) as child:
+        with held(child.pid):
+            assert helper_process.run_one(lambda: not fork_client._is_stopped(child.pid), 3)
+            found = helper_process.run_one(lambda: surroundings.of(child.pid), 3)
+        assert found == (None if defence else surroundings.of(child.pid))
+
+
+@pytest.mark.parametrize("not_compiled", ["", "1"])
+def test_who_holds_a_waiters_folder_keeps_no_container_that_has_ended(
+    host: Host, monkeypatch: pytest.MonkeyPatch, not_compiled: str
+) -> None:
+    """Where its server is gone: it tries that by its own folder, and then waits for a process that it has started."""
+    monkeypatch.setitem(host.environment, waiter.NOT_COMPILED.decode(), not_compiled)
+    process = host.start("--", "sleep", "600").process
+    until("it waits", lambda: b"wait" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
+    [sleeper] = children(process.pid)
+    fork_servers.stop_all(host.settings)
+    with held(process.pid):
+        os.kill(sleeper, signal.SIGKILL)
+        assert process.wait(20 * PATIENCE) == -signal.SIGKILL
+
+
+def children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

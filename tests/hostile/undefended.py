@@ -1068,6 +1068,11 @@ def _silent_engine() -> None:
     vars(restore).update(NoAnswerError=KernelError, is_silent=lambda engine: True)
 
 
+def _servers_stat() -> None:
+    """A fork server does not keep that open which says whether it is stopped."""
+    surroundings._LOOKED_UP = tuple(name for name in surroundings._LOOKED_UP if name != "stat")
+
+
 def _any_server() -> None:
     """A command's server is whoever listens there."""
     Peer.is_like = lambda self, own: True  # type: ignore[method-assign]
@@ -1146,6 +1151,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "any server": _any_server,
     "engine's fields": _engines_fields,
     "silent engine": _silent_engine,
+    "server's stat": _servers_stat,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 
