@@ -1104,7 +1104,8 @@ def _engines_fields() -> None:
     """An engine is asked for all that it knows of a container."""
 
     def parse(_engine: str, text: str) -> tuple[str, str, int]:
-        one = json.loads(text)
+        found = json.loads(text)
+        one = found[0] if isinstance(found, list) else found  # podman's is a list
         return one["Id"], one["Name"].lstrip("/"), one["State"]["Pid"]
 
     vars(engines).update(_FIELDS="{{json .}}", _MAX_BYTES=16 << 20, parse_inspect=parse)
