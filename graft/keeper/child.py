@@ -27,16 +27,20 @@ class Child:
         """When it said first that it is ready; 0: it has not."""
         self.is_stopping = False
         """Whether it said that it ends by itself."""
-        self.pid = self._begin(command, environment, descriptors)
-        self.pidfd = os.pidfd_open(self.pid)
+        self.pid, self.pidfd = self._begin(command, environment, descriptors)
 
     def _begin(
         self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]]
-    ) -> int:
+    ) -> tuple[int, int]:
         pid = os.fork()
         if pid == 0:
             _execute(command, environment, descriptors)
-        return pid
+        try:
+            return pid, os.pidfd_open(pid)
+        except OSError:  # else it would run, and nobody would know of it
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
 
     def note_ready(self) -> None:
         """It says that it is ready."""
@@ -65,8 +69,8 @@ class Adopted(Child):
         super().__init__((), {}, ())
         self.note_ready()
 
-    def _begin(self, *_: object) -> int:
-        return self._pid
+    def _begin(self, *_: object) -> tuple[int, int]:
+        return self._pid, os.pidfd_open(self._pid)
 
     def send(self, signum: int) -> None:
         """As for a child: its number may be another's by now, its descriptor is not."""

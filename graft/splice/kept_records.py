@@ -23,6 +23,8 @@ from enum import IntEnum
 _BYTES = 64
 MAX_SLOTS = 11_500
 """The names of so many connections, and of their pipes, are one string (MAX_NAMES of graft/keeper/protocol.py)."""
+FOR_LISTENERS = 1500
+"""So many slots are not given to connections: they can be had by very many, and all by one container."""
 _LAYOUT = struct.Struct("=BBBBHxxIIQQ16s")
 _PIPES_AT = _LAYOUT.size
 _FAR = struct.Struct("=Q")
@@ -138,10 +140,15 @@ class KeptRecords:
 
     def add(self, record: Record) -> int | None:
         """Note something; gives its slot, None where all are taken."""
-        return self.add_accepted(record, record.kind, record.near)
+        return self._add(record, record.kind, record.near)
 
     def add_accepted(self, record: Record, kind: Kind, near: int) -> int | None:
-        """The same, but of another kind, and with the cookie ``near``."""
+        """The same, of a connection, but of another kind, and with the cookie ``near``."""
+        if self._next - len(self._free) >= MAX_SLOTS - FOR_LISTENERS:
+            return None
+        return self._add(record, kind, near)
+
+    def _add(self, record: Record, kind: Kind, near: int) -> int | None:
         if self._free:
             slot = self._free.pop()
         elif self._next < MAX_SLOTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.keeper import protocol
+from graft.keeper.child import Child
 from graft.keeper.holdings import Holdings, arrange
 from graft.keeper.process import LOCK, SOCKET
 from graft.keeper.restarts import Restarts
@@ -54,6 +56,23 @@ def test_descriptors_are_for_the_process_that_they_are_said_to_be_for() -> None:
     assert protocol.listen_descriptors(told, 78) == []
     assert protocol.listen_descriptors({}, 77) == []
     assert protocol.listen_descriptors({**told, "LISTEN_FDS": "x"}, 77) == []
+
+
+# ---- graftd, the child
+
+
+def test_a_child_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked: list[int] = []
+
+    def fail(pid: int) -> int:
+        forked.append(pid)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    with pytest.raises(OSError, match="open files"):
+        Child(["/bin/sleep", "60"], {}, [])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(forked[0], 0)
 
 
 # ---- descriptors

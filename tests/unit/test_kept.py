@@ -50,6 +50,21 @@ def test_the_table_is_limited_and_cannot_shrink() -> None:
     records.close()
 
 
+def test_connections_leave_slots_for_listeners() -> None:
+    records = KeptRecords()
+    slots = 0
+    while (last := records.add_accepted(Record(Kind.INBOUND), Kind.ACCEPTED, 1)) is not None:
+        slots, one = slots + 1, last
+    assert slots == kept_records.MAX_SLOTS - kept_records.FOR_LISTENERS
+    for _ in range(kept_records.FOR_LISTENERS):
+        assert records.add(Record(Kind.LISTENER)) is not None
+    assert records.add(Record(Kind.LISTENER)) is None
+    records.release(one)
+    assert records.add_accepted(Record(Kind.INBOUND), Kind.ACCEPTED, 1) is None
+    assert records.add(Record(Kind.LISTENER)) == one
+    records.close()
+
+
 def test_the_names_of_all_fit_into_one_string_of_the_environment() -> None:
     names = [kept_records.slot_name(slot) for slot in range(kept_records.MAX_SLOTS)]
     names += [kept_records.pipe_name(number) for number in range(MAX_PIPES)]
