@@ -54,6 +54,8 @@ class Table:
 class Here:
     """This namespace, as one of a container."""
 
+    cookie = 1
+
     @staticmethod
     def run(call: Callable[[], T]) -> T:
         return call()

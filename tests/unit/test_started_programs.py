@@ -27,7 +27,7 @@ def is_safe(words: list[str]) -> bool:
     """Whether Python leaves the working directory out of where it looks for modules: by -I or -P (python(1)), before
     what it is to run.
     """
-    return bool(words) and words[0] == "sys.executable" and words[1:2] in (["-I"], ["-P"])
+    return bool(words) and words[0] in ("sys.executable", "python") and words[1:2] in (["-I"], ["-P"])
 
 
 def test_python_is_started_without_the_working_directory_on_its_path() -> None:
