@@ -16,6 +16,7 @@ from pathlib import Path
 
 from graft.errors import ConflictError, KernelError, UsageError
 from graft.kernel.atomic_file import write_atomically
+from graft.kernel.file_lock import is_locked
 from graft.model import json_text
 from graft.model.settings import Settings
 
@@ -60,17 +61,7 @@ def watcher_lock(settings: Settings) -> Iterator[WatcherLock]:
 
 def is_running(settings: Settings) -> bool:
     """Whether a watcher has the lock."""
-    try:
-        fd = os.open(settings.run_dir / "watcher.lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    return is_locked(settings.run_dir / "watcher.lock")
 
 
 def _holder(settings: Settings) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from graft.datapath import dataplane
 from graft.errors import ConflictError, GraftError, KernelError, NotFoundError
 from graft.keeper.process import LOCK
 from graft.kernel import cgroup
+from graft.kernel.file_lock import is_locked
 from graft.model.settings import Settings
 from graft.splice import control
 
@@ -192,17 +193,7 @@ def stop(settings: Settings) -> None:
 
 def _has_keeper(settings: Settings) -> bool:
     """Whether a keeper has its lock."""
-    try:
-        fd = os.open(settings.run_dir / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    return is_locked(settings.run_dir / LOCK)
 
 
 def _end_keeper(settings: Settings) -> bool:
