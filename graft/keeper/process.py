@@ -42,10 +42,6 @@ _LOCK_SECONDS = 2.0
 _START_SECONDS = 60.0  # until graftd is ready
 _END_SECONDS = 20.0  # after SIGTERM
 _FORK_AGAIN_SECONDS = 1.0
-_FEW_MESSAGES, _NAP_SECONDS = 8, 0.002
-"""After a few messages: others that come meanwhile wake nobody, which costs graftd more than to send them. What finds
-no room in the queue waits with graftd, and connections that end meanwhile are never sent.
-"""
 
 
 def log(text: str) -> None:
@@ -152,8 +148,7 @@ class Keeper:
         has_ended = False
         for fd, _ in found:
             if fd == self._socket.fileno():
-                if self._receive() < _FEW_MESSAGES:
-                    time.sleep(_NAP_SECONDS)
+                self._receive()
             elif fd == self._wakeup.fileno():
                 self._wakeup.recv(64)
                 self._end()
