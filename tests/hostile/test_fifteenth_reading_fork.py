@@ -19,6 +19,7 @@ from tests.hostile.conftest import graft_without
 from tests.hostile.test_eighth_reading_folders import running
 from tests.support.installation import GRAFT, Host
 from tests.support.shell import Word, run
+from tests.support.wait import until
 
 pytestmark = pytest.mark.e2e
 
@@ -145,8 +146,9 @@ def server_without(host: Host, monkeypatch: pytest.MonkeyPatch, defence: str) ->
 
 @CHOOSES_NUMBERS
 def test_who_has_ended_is_not_served_when_the_servers_child_has_his_number(host: Host, work: Path) -> None:
+    fork_servers.stop_all(host.settings)  # those of other tests, which had other surroundings
     host.run([], "true")
-    [server] = fork_servers.running(host.settings)
+    [server] = until("a server", lambda: fork_servers.running(host.settings))
     for _ in range(2):
         assert not ran_with(host, server, work)
     assert host.run([], "echo", "served").stdout == "served\n"
