@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import threading
@@ -22,7 +21,7 @@ from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, HOST4, Netns
 from tests.support.plain import Plain, plain
 from tests.support.relayed import pair, published, refused, talk
-from tests.support.wait import PATIENCE, until
+from tests.support.wait import PATIENCE, kill, until
 
 pytestmark = pytest.mark.e2e
 
@@ -43,12 +42,7 @@ def kill_graftd(host: Host) -> int:
     """Kill graftd alone, and wait until it is dead; gives the process id that it had."""
     pid, keeper = processes(host)
     assert keeper
-    process = os.pidfd_open(pid)
-    os.kill(pid, signal.SIGKILL)
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    poll.poll()
-    os.close(process)
+    kill(pid)
     return pid
 
 

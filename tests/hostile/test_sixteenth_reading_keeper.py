@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import struct
@@ -27,7 +26,7 @@ from tests.support.installation import Host
 from tests.support.namespaces import HOST4
 from tests.support.plain import Plain, plain
 from tests.support.relayed import pair, published
-from tests.support.wait import PATIENCE, until
+from tests.support.wait import PATIENCE, kill, until
 
 pytestmark = pytest.mark.e2e
 
@@ -75,13 +74,7 @@ def keeper(host: Host) -> int:
 
 def kill_graftd(host: Host) -> None:
     """Kill it, and wait until it is dead."""
-    pid = graftd(host)
-    process = os.pidfd_open(pid)
-    os.kill(pid, signal.SIGKILL)
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    poll.poll()
-    os.close(process)
+    kill(graftd(host))
 
 
 # ---- pipes

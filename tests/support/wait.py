@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -23,3 +25,12 @@ def until(what: str, condition: Callable[[], T], timeout: float = 15, pause: flo
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout * PATIENCE:.0f} s: {what}")
         time.sleep(pause)
+
+
+def kill(pid: int) -> None:
+    """Kill a process, and wait until it is dead, whoever reaps it."""
+    process, poll = os.pidfd_open(pid), select.poll()
+    os.kill(pid, signal.SIGKILL)
+    poll.register(process, select.POLLIN)
+    poll.poll()
+    os.close(process)

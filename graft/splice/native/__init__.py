@@ -30,12 +30,14 @@ def why_not() -> str:
     """Why plain Python serves; empty where the compiled modules do."""
     if os.environ.get(NOT_COMPILED):
         return f"{NOT_COMPILED} is set"
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    if not (_FOLDER / f"{MODULES[0]}{suffix}").exists():
+    if not (_FOLDER / f"{MODULES[0]}{importlib.machinery.EXTENSION_SUFFIXES[0]}").exists():
         return "no compiler, or no python3-dev, when Graft was installed"
-    if not (_FOLDER / f"{library(_FOLDER.parent)}{suffix}").exists():
-        return "it was compiled from another version of Graft: install it again"
-    return ""
+    return "" if _library() else "it was compiled from another version of Graft: install it again"
+
+
+def _library() -> importlib.machinery.ModuleSpec | None:
+    """Where the code of all modules is; None where there is none that was compiled from these sources."""
+    return importlib.machinery.PathFinder.find_spec(library(_FOLDER.parent), [str(_FOLDER)])
 
 
 def use() -> bool:
@@ -45,15 +47,14 @@ def use() -> bool:
     """
     if why_not() or any(f"graft.splice.{name}" in sys.modules for name in MODULES):
         return False
-    name = library(_FOLDER.parent)
-    spec = importlib.machinery.PathFinder.find_spec(name, [str(_FOLDER)])
+    spec = _library()
     if spec is None or spec.loader is None:
         return False
     try:
-        sys.modules[name] = importlib.util.module_from_spec(spec)  # where the modules look for it
-        spec.loader.exec_module(sys.modules[name])
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where the modules look for it
+        spec.loader.exec_module(sys.modules[spec.name])
     except ImportError:
-        sys.modules.pop(name, None)
+        sys.modules.pop(spec.name, None)
         return False
     graft.splice.__path__.insert(0, str(_FOLDER))
     return True
