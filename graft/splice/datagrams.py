@@ -357,6 +357,11 @@ class DatagramRelay:
         """The port of the slots' addresses."""
         return self._slots.port
 
+    @property
+    def stand_in_ports(self) -> set[int]:
+        """The ports of ::1 at which it has sockets."""
+        return self._stand_ins.ports
+
     def value(self) -> layout.RelayValue:
         """What the hooks read of it, for the map `relays`."""
         mark, answer_mark = self._marks

@@ -19,6 +19,7 @@ from graft.model.unix_socket import UnixSocket
 MAX_UNPUBLISHED = 64
 _ANY = bytes(16)
 _LOOPBACK4, _LOOPBACK_NET = "127.0.0.1", 127
+_LOOPBACK6 = bytes(15) + b"\1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +123,13 @@ class PublicationPlan:
         limit: int,
         published: Collection[Publication] = (),
         others: Collection[int] = (),
+        stand_ins: Collection[int] = (),
     ) -> None:
-        """``others``: cgroups that are known not to be the container's."""
+        """``others``: cgroups that are known not to be the container's; ``stand_ins``: ports of ::1 at which the relay
+        of datagrams has sockets, which are no program's.
+        """
         self._cgroups, self._lookup, self._others = cgroups, lookup, others
-        self._published = published
+        self._published, self._stand_ins = published, stand_ins
         self._new_left = max(0, limit - len(published))
         self._wanted: dict[tuple[object, ...], Publication] = {}
         self.unpublished: dict[tuple[int, bytes, int], None] = {}
@@ -133,7 +137,7 @@ class PublicationPlan:
         self.elsewhere: set[int] = set()
         """Cgroups of listeners that are not among ``cgroups``."""
         self.datagram_ports: set[int] = set()
-        """The ports of all UDP sockets of the namespace."""
+        """The ports of all UDP sockets of the namespace but the stand-ins, whose ports a program may have had too."""
         self.datagram_peers = Peers(set(), set())
         self.unread_ports: set[int] = set()
         """Those at which a socket has something to read, that is not known to be somebody else's."""
@@ -160,6 +164,8 @@ class PublicationPlan:
 
     def add_datagram_socket(self, one: ListeningSocket) -> None:
         """Add a UDP socket of the namespace: a server's, if it has no peer and a rule names it."""
+        if one.family == 6 and one.address == _LOOPBACK6 and one.port in self._stand_ins:
+            return
         self.datagram_ports.add(one.port)
         if one.unread and not (self._is_elsewhere(one) and one.cgroup in self._others):
             self.unread_ports.add(one.port)

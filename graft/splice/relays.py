@@ -217,8 +217,9 @@ class Relays:
             before = self._ruleset()
             cgroups = self._check_far.cgroups = self._cgroups.own
             lookup = partial(self._endpoint, before)
+            own = () if self._datagrams is None else self._datagrams.stand_in_ports
             plan = PublicationPlan(
-                cgroups, lookup, self._resources.max_listeners, self._published.keys(), self._cgroups.others
+                cgroups, lookup, self._resources.max_listeners, self._published.keys(), self._cgroups.others, own
             )
             try:
                 yield from collect_listeners(

@@ -11,6 +11,7 @@ What has to block runs in a thread (background.py).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import select
@@ -92,7 +93,7 @@ class Service:
         """Serve until SIGTERM or SIGINT, or, without ``keep``, until there is no container left."""
         wakeup = self._handle_signals()
         try:
-            exchanges.erase_all(self._context.maps, self._kept.containers_with(Kind.INNER))  # of one that was killed
+            self._erase_what_a_killed_one_left()
             self._tick()
             self._kept.store.say({protocol.READY: "1"})
             self._loop.run()
@@ -111,6 +112,14 @@ class Service:
             self._kept.close()
             self._loop.shut_down()
             wakeup.close()
+
+    def _erase_what_a_killed_one_left(self) -> None:
+        maps = self._context.maps
+        exchanges.erase_all(maps, self._kept.containers_with(Kind.INNER))
+        records = self._records.current()
+        for key in maps.relays.keys():  # noqa: SIM118
+            if key.value not in records:
+                maps.relays.delete(key)
 
     def _make_room(self) -> NoReturn:
         """End, and leave everything as it is to the graftd that the keeper starts next."""
@@ -226,6 +235,7 @@ class Service:
     def _stop_serving(self, number: int, done: Callable[[], None] = lambda: None) -> None:
         service = self._services.pop(number, None)
         if service is None:
+            self._context.maps.relays.delete(ctypes.c_uint32(number))  # that of a graftd that was killed
             done()
             return
         self._stopping[number] = service

@@ -255,6 +255,11 @@ class StandIns:
 
     # ---- aging
 
+    @property
+    def ports(self) -> set[int]:
+        """Those of their sockets."""
+        return {one.port for one in self._offered if one is not None}.union(self._taken, self._for_clients)
+
     def keep_programs(
         self, ports: Collection[int], peers: Collection[int], unread: Collection[int], since: float
     ) -> Stepwise[None]:

@@ -118,6 +118,18 @@ def test_no_client_is_refused_while_graftd_is_killed_and_started_again(container
         assert client.failures == []
 
 
+def test_nothing_stays_of_a_container_that_was_removed_while_graftd_was_dead(container: Plain) -> None:
+    host = container.host
+    with container.listener():
+        published(container)
+        number = container.container.id
+        with dead_graftd(host):
+            assert number in {key.value for key in host.maps.relays.keys()}  # noqa: SIM118
+            with host.installation.transaction() as change:
+                change.containers.remove(container.container)
+        until("nothing is left of it", lambda: number not in {key.value for key in host.maps.relays.keys()})  # noqa: SIM118
+
+
 def test_another_graftd_serves_within_a_second(container: Plain) -> None:
     with container.listener() as listener:
         port = published(container)

@@ -108,7 +108,7 @@ def test_more_than_can_be_passed_on_is_closed() -> None:
 
 @given(st.permutations(range(6)), st.integers(0, 8))
 def test_descriptors_get_the_numbers_in_a_row_whichever_they_have(order: list[int], first: int) -> None:
-    base = 200
+    base = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 20
     files = [os.memfd_create(f"file-{number}") for number in range(6)]
     placed = [base + 2 + order[number] for number in range(6)]
     for file, place in zip(files, placed, strict=True):

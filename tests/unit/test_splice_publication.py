@@ -114,6 +114,15 @@ def test_the_ports_are_known_at_which_something_is_to_be_read() -> None:
     assert plan.unread_ports == {5000, 5003, 5004, 5005}
 
 
+def test_a_stand_ins_port_is_no_programs() -> None:
+    plan = PublicationPlan({7}, lambda *_: None, 10, stand_ins={5000, 5001, 5002})
+    plan.add_datagram_socket(listening(6, bytes(15) + b"\1", 5000))
+    plan.add_datagram_socket(listening(4, ANY, 5001))
+    plan.add_datagram_socket(listening(6, ANY, 5002))
+    plan.add_datagram_socket(listening(6, bytes(15) + b"\1", 5003))
+    assert plan.datagram_ports == {5001, 5002, 5003}
+
+
 def test_a_listener_that_no_rule_names_is_not_published() -> None:
     assert publications([listening(4, ANY)], lambda *_: None) == []
 
