@@ -7,7 +7,7 @@ PYTEST := $(PYTHON) -m pytest
 READY := $(VENV)/.graft-setup
 
 .NOTPARALLEL:
-.PHONY: help setup demo test unit kernel e2e lint format check fuzz bench bench-lean test-kernels test-package allowed-helpers wheel deb clean
+.PHONY: help setup demo test unit kernel e2e lint format check fuzz soak bench bench-lean test-kernels test-package allowed-helpers wheel deb clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ check: lint unit ## what runs before a push: lint and unit tests, under a minute
 # FUZZ="--seconds 600 --seed 7 --transport direct"; python -m tests.fuzz --help tells the rest.
 fuzz: setup ## socket calls out of a seed, by a program under random policies, with a judge of its own (root; FUZZ=)
 	$(PYTHON) -m tests.fuzz $(FUZZ)
+
+# SOAK="--minutes 60 --seed 7"; what failed is in build/soak.json.
+soak: setup ## twenty containers of every kind under load, while what serves them is killed (root; SOAK=)
+	$(PYTHON) -m tests.soak $(SOAK)
 
 bench: setup ## measure host, bridge with NAT and swap; writes build/bench.json and docs/performance.md (root)
 	$(PYTHON) -m tests.bench $(BENCH)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.support.installation import Host
 from tests.support.program import Program
 
-_CONFIGURATION = """
+CONFIGURATION = """
 daemon off; worker_processes {workers}; pid {folder}/pid; error_log stderr warn;
 events {{ worker_connections 256; }}
 http {{
@@ -33,7 +33,7 @@ def nginx(
     """nginx under `graft run`, listening. It answers ``$server_port $server_addr $remote_addr`` and ``said``."""
     location = location or f"return 200 '$server_port $server_addr $remote_addr {said}\\n';"
     configuration = folder / "nginx.conf"
-    configuration.write_text(_CONFIGURATION.format(folder=folder, workers=workers, listen=listen, location=location))
+    configuration.write_text(CONFIGURATION.format(folder=folder, workers=workers, listen=listen, location=location))
     for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)
     program = host.start(*rules, "--", "nginx", "-c", configuration)

@@ -1,0 +1,185 @@
+"""A soak from its start to its report."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, count
+from pathlib import Path
+
+from tests.soak import accounts
+from tests.soak.accounts import Account
+from tests.soak.clients import Client, Servers, serving
+from tests.soak.containers import FORBIDDEN_PORT, Box, DirectBox, KernelBox, PodmanBox, RunBox, SpliceBox, SwapBox
+from tests.soak.events import Events
+from tests.soak.excuses import unexcused
+from tests.soak.services import SERVICES, Nginx, Service
+from tests.support import engines
+from tests.support.installation import Host
+from tests.support.shell import output
+from tests.support.wait import until
+
+_WORKER = Path(__file__).with_name("worker.c")
+_PAUSE = 0.5
+_SETTLED = 60.0
+
+
+@dataclass
+class Report:
+    """What a soak has found. ``problems`` is empty where it passes."""
+
+    seed: int
+    seconds: float = 0.0
+    containers: int = 0
+    requests: int = 0
+    from_containers: int = 0
+    forbidden_tried: int = 0
+    excused: int = 0
+    events: dict[str, int] = field(default_factory=dict)
+    before: Account | None = None
+    after: Account | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def _boxes(host: Host, folder: Path) -> Iterator[list[Box]]:
+    """Twenty containers, started."""
+    folder.mkdir()
+    worker = folder / "worker"
+    output(["gcc", "-O1", "-static", "-Wall", "-Werror", "-o", worker, _WORKER])
+    host.graft("ep", "add", "soak-out", "0.0.0.0:dynamic")
+    root = engines.make_root(folder / "root")
+    numbers = count(1)
+    short = Path(tempfile.mkdtemp(prefix="graft-soak-"))
+    made: list[Box] = []
+
+    def make(kind: type[Box], service: Service, at: object = host) -> None:
+        number = next(numbers)
+        made.append(kind(at, service, folder / f"box{number}", number, worker))  # type: ignore[arg-type]
+
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, short, ignore_errors=True)
+        podman = stack.enter_context(engines.podman(host, short, root))
+        for kind in (SwapBox, RunBox, DirectBox, SpliceBox):
+            for service in SERVICES:
+                make(kind, service)
+        make(KernelBox, Nginx())
+        for _ in range(3):
+            make(PodmanBox, Nginx(), podman)
+        for box in made:
+            stack.callback(box.close)
+        for box in made:
+            box.start()
+        yield made
+
+
+def _listening(host: Host) -> set[int]:
+    """The TCP ports at which the host's namespace has listeners."""
+    return {int(found) for found in re.findall(r":(\d+)\s", host.netns.run("ss", "-Hltn"))}
+
+
+class _Judge:
+    """Looks again and again whether the host listens at a port that no endpoint has, for more than a moment."""
+
+    def __init__(self, host: Host, boxes: Sequence[Box]) -> None:
+        self._host, self._boxes = host, boxes
+        self.problems: list[str] = []
+
+    def look(self) -> None:
+        """Between two events."""
+        found = _listening(self._host) - {box.port for box in self._boxes} - {FORBIDDEN_PORT}
+        self.problems += [f"the host listens at {port}, which no endpoint has" for port in sorted(found)]
+
+
+def _steady(host: Host) -> Account:
+    """The account, once two in a row are alike in all but memory."""
+    deadline, before = time.monotonic() + _SETTLED, accounts.account(host)
+    while time.monotonic() < deadline:
+        time.sleep(2.0)
+        now = accounts.account(host)
+        if (now.descriptors, now.entries, now.processes) == (before.descriptors, before.entries, before.processes):
+            return now
+        before = now
+    return before
+
+
+def _work(events: Events, judge: _Judge, seconds: float, show: Callable[[str], None]) -> None:
+    end, ending = time.monotonic() + seconds, threading.Event()
+    while time.monotonic() < end:
+        name = events.happen()
+        judge.look()
+        left = max(0.0, end - time.monotonic())
+        show(f"{left:5.0f} s left, {sum(events.counts.values())} events, the last: {name}")
+        ending.wait(_PAUSE)
+
+
+def soak(host: Host, folder: Path, seconds: float, seed: int, show: Callable[[str], None]) -> Report:
+    """A soak of so many ``seconds``, not counting its start and end. Raises AssertionError where something that was
+    killed does not come back.
+    """
+    report = Report(seed)
+    with serving(host) as servers, _boxes(host, folder) as boxes:
+        clients = [Client(box) for box in boxes]
+        try:
+            events, judge = Events(host, boxes, seed), _Judge(host, boxes)
+            time.sleep(5.0)  # pools and caches fill
+            report.before = _paused(clients, host)
+            begun = time.monotonic()
+            _work(events, judge, seconds, show)
+            report.seconds = time.monotonic() - begun
+            report.after = _paused(clients, host)
+        finally:
+            for client in clients:
+                client.stop()
+        for box in boxes:
+            box.stop()
+        _judge(report, boxes, clients, servers, events)
+        report.events = dict(events.counts)
+        report.problems += judge.problems
+    with _named(report, "what is left at the end"):
+        until("nothing is left", lambda: not accounts.left(host), 60)
+    return report
+
+
+@contextmanager
+def _named(report: Report, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, subprocess.SubprocessError, OSError) as error:
+        report.problems.append(f"{what}: {error}")
+
+
+def _paused(clients: Sequence[Client], host: Host) -> Account:
+    """The account while no client asks. (Those inside of the containers do: they have one socket at a time.)"""
+    for client in clients:
+        client.pause()
+    found = _steady(host)
+    for client in clients:
+        client.pause(False)
+    return found
+
+
+def _judge(report: Report, boxes: Sequence[Box], clients: Sequence[Client], servers: Servers, events: Events) -> None:
+    failures = [*chain.from_iterable(box.failures for box in boxes), *chain.from_iterable(c.failures for c in clients)]
+    left = unexcused(failures, chain.from_iterable(box.excuses for box in boxes))
+    report.containers, report.requests = len(boxes), sum(client.requests for client in clients)
+    report.from_containers = sum(box.tally.requests for box in boxes)
+    report.forbidden_tried = sum(box.tally.forbidden for box in boxes)
+    report.excused = len(failures) - len(left)
+    for one in left:
+        near = ", ".join(events.near(one)) or "nothing"
+        report.problems.append(f"{one.who}: failed after {one.ended - one.begun:.1f} s: {one.what} ({near} happened)")
+    report.problems += servers.reached
+    report.problems += chain.from_iterable(box.succeeded for box in boxes)
+    idle = Counter({box.name: box.tally.requests for box in boxes})
+    report.problems += [f"{name}: its client has asked nothing" for name, made in idle.items() if not made]
+    if report.before and report.after:
+        report.problems += report.after.excess(report.before)
