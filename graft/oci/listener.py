@@ -25,7 +25,7 @@ from graft.oci import shim
 from graft.oci.bundle import has_own_user_namespace, read_config
 from graft.oci.message_loop import MessageLoop
 from graft.oci.options import RuntimeOptions
-from graft.oci.plan import Plan
+from graft.oci.plan import Plan, is_engines_id
 from graft.oci.profile_text import BORN_METADATA
 from graft.oci.request import POLICY_ANNOTATION, check_annotations, check_capabilities, choose_policy, requested
 from graft.oci.state import Message, State
@@ -143,17 +143,19 @@ class ListenerServer:
             return
         with _open_process(state.pid, listener) as first:
             try:
-                self._attach(state, listener, first)
+                self._attach(state, listener, first, message.sender)
             except (GraftError, OSError) as error:
                 self._refuse(state, error, first)
 
-    def _attach(self, state: State, listener: int, first: int | None) -> None:
-        """Start a supervisor for ``listener``, which is closed where that fails; attach a new container first."""
+    def _attach(self, state: State, listener: int, first: int | None, runtime: int) -> None:
+        """Start a supervisor for ``listener``, which is closed where that fails; attach a new container first.
+        ``runtime`` is the process that has sent it.
+        """
         known = self._attachments.get(state.id)
         try:
             if known is None and first is None:
                 raise RefusedError("the container's first process has ended")
-            attachment = known or shim.Attachment(self._plan(state), self._graft, self._leftovers.closed_after)
+            attachment = known or shim.Attachment(self._plan(state, runtime), self._graft, self._leftovers.closed_after)
         except BaseException:
             os.close(listener)
             raise
@@ -163,7 +165,18 @@ class ListenerServer:
             attachment.watch(self._loop)
             self._report(f"{state.id[:12]}: attached")
 
-    def _plan(self, state: State) -> Plan:
+    def _cgroup_of_engine(self, state: State, runtime: int) -> Path:
+        """Where the container's runtime was started, if that still runs; else where this process was. (An engine's
+        containers have its id in their cgroup's name, and are judged by that.)
+        """
+        if not runtime or is_engines_id(state.id):
+            return self._engine_cgroup
+        try:
+            return members.answer_about(f"the runtime of {state.id[:12]} in /proc", partial(cgroup.of_process, runtime))
+        except FileNotFoundError:
+            return self._engine_cgroup
+
+    def _plan(self, state: State, runtime: int = 0) -> Plan:
         """How to attach the container. Raises GraftError where its request is refused."""
         path = os.path.join(state.bundle, "config.json")
         config = read_config(path)
@@ -192,7 +205,7 @@ class ListenerServer:
             transport,
             state.id,
             None,
-            self._engine_cgroup,
+            self._cgroup_of_engine(state, runtime),
             datagrams=compiled.bears_datagrams,
         )
 

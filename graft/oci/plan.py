@@ -14,6 +14,7 @@ from graft.policy.model import Policy
 from graft.state import members
 
 _ID_LENGTH = 64  # of an engine's id, which is in the name of the container's cgroup
+_SHARED, _ENGINE = "the container has no cgroup (v2) of its own: it shares its engine's", "an engine that creates one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +35,16 @@ class Plan:
     datagrams: bool = False
 
 
+def is_engines_id(container_id: str) -> bool:
+    """Whether an engine has made it, which names the container's cgroup after it; not somebody who typed it."""
+    return len(container_id) == _ID_LENGTH
+
+
 def find_container(pid: int, plan: Plan) -> tuple[Path, int]:
     """The cgroup and the namespace's cookie of a container, by its first process. Raises GraftError, OSError."""
     path = _apart(plan, lambda: _whole_cgroup_of(pid, plan))
     if path == cgroup.v2_mount() or plan.engine_cgroup.is_relative_to(path):
-        raise RefusedError(
-            "the container has no cgroup (v2) of its own: it shares its engine's", "an engine that creates one"
-        )
+        raise RefusedError(_SHARED, _ENGINE)
     cookie = netns.cookie(pid)
     shared = cookie == netns.cookie(plan.settings.host_netns)
     if shared != (plan.transport is Transport.DIRECT):
@@ -62,12 +66,17 @@ def _apart(plan: Plan, work: Callable[[], Path]) -> Path:
 
 
 def _whole_cgroup_of(pid: int, plan: Plan) -> Path:
-    """The container's cgroup, by its first process. Raises KernelError, OSError."""
+    """The container's cgroup, by its first process. Raises KernelError, OSError; RefusedError where an engine names
+    cgroups after containers, and it is none of these.
+    """
     path = cgroup.whole_of_process(pid)
-    if plan.folder is None and len(plan.id) == _ID_LENGTH:
+    if plan.folder is None and is_engines_id(plan.id):
         # That process does not wait (`graft listen`): it may have made a cgroup below the container's already, and a
         # namespace with its root there, while it still has a mount of the first one. The engine's name is above both.
         from graft.state.engines import cut_at_id
 
-        return cut_at_id(path, plan.id) or path
+        own = cut_at_id(path, plan.id)
+        if own is None:
+            raise RefusedError(_SHARED, _ENGINE)
+        return own
     return path

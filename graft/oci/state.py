@@ -77,6 +77,12 @@ class Message:
         self._descriptors: list[int] = []
         self.ended = False
 
+    @property
+    def sender(self) -> int:
+        """The process that has connected, as the kernel knows it (SO_PEERCRED, unix(7))."""
+        raw = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        return int(_UCRED.unpack(raw)[0])
+
     def fileno(self) -> int:
         """For poll()."""
         return self.connection.fileno()

@@ -13,11 +13,11 @@ from graft.datapath.maps import Maps
 from graft.model.settings import Settings
 
 END, STAND_IN, OWNER = b"e", b"s", b"o"
-"""Requests: to end (its answer is that it hangs up); to stand in for a port (followed by `STAND_IN_FORMAT`); to know
+"""Requests: to end; to stand in for a port (followed by `STAND_IN_FORMAT`); to know
 of a user for whom sockets are made (followed by `OWNER_FORMAT`)."""
 STAND_IN_FORMAT = "=HBB"  # the port; whether over IPv4, over IPv6
 OWNER_FORMAT = "=II"  # the user; the group
-_END_SECONDS = 2.0
+_CONNECT_SECONDS = 2.0
 
 
 def socket_path(settings: Settings, container: int) -> Path:
@@ -25,11 +25,11 @@ def socket_path(settings: Settings, container: int) -> Path:
     return settings.run_dir / "ferries" / f"{container}.sock"
 
 
-def connect(settings: Settings, container: int) -> socket.socket | None:
-    """A connection to a container's ferry; None where there is none."""
+def connect(settings: Settings, container: int, seconds: float = _CONNECT_SECONDS) -> socket.socket | None:
+    """A connection to a container's ferry; None where there is none, or where it takes no other one for so long."""
     found = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        found.settimeout(_END_SECONDS)
+        found.settimeout(seconds)
         found.connect(str(socket_path(settings, container)))
     except OSError:
         found.close()
@@ -38,15 +38,19 @@ def connect(settings: Settings, container: int) -> socket.socket | None:
 
 
 def end(settings: Settings, maps: Maps, container: int) -> None:
-    """End a container's ferry, and remove what it had. Quick where there is none."""
+    """Have a container's ferry end, and remove what it had. The container has no entry in the maps any more.
+
+    It does not wait: this is done with the installation's lock, and what goes through a container's own firewall takes
+    as long as that says. A ferry that is busy removes by itself what it has written meanwhile; the hooks have nobody
+    reach it who has no entry, and a ferry that could not be told looks for its container every few seconds.
+    """
     path = socket_path(settings, container)
     if not path.exists() and maps.ferries.peek(ctypes.c_uint32(container)) is None:
         return
-    ferry = connect(settings, container)
+    ferry = connect(settings, container, 0)
     if ferry is not None:
         with ferry, contextlib.suppress(OSError):
             ferry.send(END)
-            ferry.recv(1)
     path.unlink(missing_ok=True)
     path.with_suffix(".lock").unlink(missing_ok=True)
     forget(maps, container)

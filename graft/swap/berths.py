@@ -71,6 +71,12 @@ class Berths:
                     self._forget(family, place)
                     self._map.delete(key)
 
+    def clear(self) -> None:
+        """Empty all places, at the end of the ferry."""
+        for family, places in _PLACES.items():
+            for place in range(places):
+                self._map.delete(self._key(family, place))
+
     def _take(self, peer: Peer) -> int | None:
         packed = ip_address(peer.address).packed
         value = layout.BerthValue(port=peer.port, family=peer.family, used=time.monotonic_ns())

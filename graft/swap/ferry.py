@@ -107,7 +107,13 @@ class Ferry:
         return {*sockets, *maps, *others, *self._host_sockets.descriptors}
 
     def run(self) -> None:
-        """Until the container has ended."""
+        """Until the container has ended. Nothing is left of its places then, though it was busy when it was told."""
+        try:
+            self._run()
+        finally:
+            self._berths.clear()
+
+    def _run(self) -> None:
         swept = time.monotonic()
         while self._selector is not None:
             for key, _ in self._selector.select(_SWEEP_SECONDS):

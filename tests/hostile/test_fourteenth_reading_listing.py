@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.kernel import sockets
+from graft.kernel import cgroup, sockets
 from graft.kernel.sockets import Kind
 from tests.hostile.conftest import graft_without
 from tests.hostile.test_eighth_reading_folders import running
@@ -141,9 +141,13 @@ def test_control_where_its_supervisor_lists_itself_it_does(host: Host) -> None:
         [*graft_without("silent listing in process"), "run", *host.run_flags, "--", "echo", "it runs"]
     )
     program.says("it runs")
+    made = host.cgroup / f"run-{program.process.pid}"
     with pytest.raises(subprocess.TimeoutExpired):
         program.process.wait(8)
     program.process.kill()
+    program.process.wait()
+    cgroup.kill(made)
+    cgroup.remove(made)
 
 
 def listen_attaches(host: Host, folder: Path, without: str, seconds: float) -> bool:

@@ -163,7 +163,7 @@ def all_of(sock: socket.socket) -> bytes:
     """What comes until the connection ends."""
     got = bytearray()
     sock.settimeout(5 * PATIENCE)
-    with contextlib.suppress(ConnectionResetError):
+    with contextlib.suppress(ConnectionResetError, TimeoutError):
         while data := sock.recv(1 << 18):
             got += data
     return bytes(got)

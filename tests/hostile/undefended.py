@@ -1042,6 +1042,29 @@ def _left_behind() -> None:
     LeftChildren.has_one = has_one  # type: ignore[method-assign]
 
 
+def _ferry_ends() -> None:
+    """Who ends a container waits until its ferry has ended."""
+    from graft.state import ferries
+
+    def end(settings: Settings, maps: Any, container: int) -> None:
+        ferry = ferries.connect(settings, container)
+        if ferry is not None:
+            with ferry, contextlib.suppress(OSError):
+                ferry.send(ferries.END)
+                ferry.recv(1)
+        ended(settings, maps, container)
+
+    ended = ferries.end
+    ferries.end = end
+
+
+def _engines_ids() -> None:
+    """A container may be in a cgroup that is not named after it."""
+    from graft.oci import plan
+
+    plan.is_engines_id = lambda container_id: False
+
+
 def _search() -> None:
     """All processes of a container are searched for sockets at once, and only what is found there is its own."""
 
@@ -1153,6 +1176,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "ferry's only owner": _ferrys_only_owner,
     "ferry's question": _ferrys_question,
     "datagram turns": _datagram_turns,
+    "ferry ends": _ferry_ends,
+    "engines' ids": _engines_ids,
     "freed slots": _freed_slots,
     "forgotten clients": _forgotten_clients,
     "ports again": _ports_again,
