@@ -36,8 +36,9 @@ def run(settings: Settings, keep: bool = True, keeper_pid: int = 0) -> None:
     already.
     """
     told = {name: os.environ.pop(name) for name in protocol.VARIABLES if name in os.environ}
-    received, keeper = descriptor_store.received(told), descriptor_store.connected(told)
+    received = descriptor_store.received(told)
     unix_files.pin_own_descriptors()  # before anybody else has seen this process
+    keeper = descriptor_store.connected(told)
     dataplane.up(settings)
     with daemon_lock(settings):
         folder = relays_cgroup(settings)
