@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 
-from graft.keeper import protocol
+from graft.keeper import own_names, protocol
 from graft.keeper.holdings import arrange
 
 
@@ -99,8 +99,9 @@ class Adopted(Child):
 def _execute(
     command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]], folder: int
 ) -> None:
-    """The child's side."""
+    """The child's side. ``folder``: as above, or -1."""
     try:
+        own_names.pin()  # at once; again where no descriptor gets another number, for graftd
         signal.set_wakeup_fd(-1)
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_DFL)
@@ -111,6 +112,7 @@ def _execute(
             told[protocol.NOTIFY_SOCKET] = protocol.address(protocol.FIRST_DESCRIPTOR + len(descriptors))
         inherited = [fd for _, fd in descriptors] + ([folder] if folder >= 0 else [])
         arrange(inherited, protocol.FIRST_DESCRIPTOR)
+        own_names.pin(inherited=True)
         os.execve(command[0], list(command), {**environment, **told})
     except BaseException as error:
         os.write(2, f"graftd cannot be started: {error}\n".encode())

@@ -276,8 +276,9 @@ def main(folder: str, ready: str, watchdog: str, adopted: str, *command: str) ->
     """The keeper for the installation with that run_dir. ``command`` is graftd's; ``adopted``: the process id of one
     that runs, or 0. Gives the status to exit with.
     """
-    with open("/proc/self/comm", "w") as file:
-        file.write("graft-keeper")
+    comm = os.open("/proc/self/comm", os.O_WRONLY | os.O_CLOEXEC)  # O_CREAT would wait for the folder's lock
+    os.write(comm, b"graft-keeper")
+    os.close(comm)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     opened = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

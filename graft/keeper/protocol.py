@@ -5,7 +5,7 @@
 
 Graft's own keeper has graftd inherit one descriptor more, after those: of the folder that its socket is in. So graftd
 gets to that by its own folder in /proc, /proc/self/fd, of which it keeps in the kernel's cache what it looks up there
-(unix_files.pin_own_descriptors). Any user may list the keeper's, and hold it. And that path is short, however long the
+(own_names.py). Any user may list the keeper's, and hold it. And that path is short, however long the
 folder's is (unix(7)), and the same in each mount namespace.
 
 Sources: sd_notify(3), sd_pid_notify_with_fds(3), sd_listen_fds(3), sd_event_set_watchdog(3) and sd_watchdog_enabled(3)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from graft.datapath import attachments, dataplane
 from graft.errors import GraftError
-from graft.keeper import protocol
-from graft.kernel import cgroup, process, unix_files
+from graft.keeper import own_names, protocol
+from graft.kernel import cgroup, process
 from graft.model.printable import printable
 from graft.model.settings import Settings
 from graft.splice import descriptor_store
@@ -37,7 +37,7 @@ def run(settings: Settings, keep: bool = True, keeper_pid: int = 0) -> None:
     """
     told = {name: os.environ.pop(name) for name in protocol.VARIABLES if name in os.environ}
     received = descriptor_store.received(told)
-    unix_files.pin_own_descriptors()  # before anybody else has seen this process
+    own_names.pin()  # before anybody else has seen this process; Graft's own keeper has done it before
     keeper = descriptor_store.connected(told)
     dataplane.up(settings)
     with daemon_lock(settings):

@@ -11,9 +11,9 @@ loop's thread is running, and none of it in user space, where graftd's own code 
 
 Where all of graftd is stopped (SIGSTOP), so is this thread.
 
-The loop's thread is looked at by a file in /proc that is open from the start on, and read from its beginning each time,
-so that the kernel writes it anew. Every user may list graftd's folders there, and so hold them: who opens the file again
-waits for him, in the kernel, where the keeper cannot even kill graftd.
+The loop's thread is looked at by a file in /proc that is open from the start on, and read from its beginning each
+time, so that the kernel writes it anew. Every user may list graftd's folders there, and so hold them: who opens the
+file again waits for him, in the kernel, where the keeper cannot even kill graftd.
 
 Sources: sd_watchdog_enabled(3), proc_pid_stat(5), traverse() and seq_read_iter() in fs/seq_file.c.
 """
