@@ -171,29 +171,47 @@ def test_graftd_says_that_it_works_while_its_own_folder_is_held(served_by: Calla
             assert graftd(host) == before and "hangs" not in log_of(host)
 
 
+@contextmanager
+def cannot_end(container: Plain) -> Iterator[int]:
+    """Have the graftd that serves a container hang and killed, and wait in the kernel; gives its process id. It looks
+    its own folder up: this is also the control of the test before.
+    """
+    host, pid = container.host, graftd(container.host)
+    with hangs(host):
+        until("it was killed", lambda: f"graftd ({pid}) hangs, and is killed" in log_of(host))
+        assert Path(f"/proc/{pid}/task").exists(), "it has not ended"
+        yield pid
+
+
 @pytest.mark.timeout(300)
-def test_a_graftd_that_does_not_end_stops_neither_detach_nor_down(served_by: Callable[[str], Plain]) -> None:
-    """It looks its own folder up: what makes it hang is the control of the test before this one."""
+def test_detach_goes_on_where_graftd_does_not_end(served_by: Callable[[str], Plain]) -> None:
     container = served_by("open stat")
     host = container.host
     with container.listener() as listener:
-        port, before = published(container), graftd(host)
+        port = published(container)
         assert served(container, listener, port, 5 * PATIENCE)
-        with hangs(host):
-            until("it was killed", lambda: f"graftd ({before}) hangs, and is killed" in log_of(host))
-            assert Path(f"/proc/{before}/task").exists(), "it has not ended"
+        with cannot_end(container):
             detached = host.graft("detach", "--cgroup", container.cgroup, status=8)
             assert "graftd may have its relays open: the daemon does not answer" in said(detached.stderr)
             assert host.installation.containers.listing() == []
             with pytest.raises(OSError):  # refused, or nobody answers: the hooks drop what comes
                 host.client.connected(HOST4, port, 1.0)
-            down = host.graft("down", "--force", status=6)
-            assert "the daemon did not stop" in said(down.stderr)
-            assert f"killed processes wait in the kernel ({before}" in said(down.stderr)
-            assert not host.settings.pin_dir.exists() and not host.settings.run_dir.exists()
-        until("it has ended", lambda: not cgroup.processes(host.cgroup / "relays"))
-        host.graft("down")
-        assert not host.cgroup.exists()
+        container.until_published(port, False)
+
+
+@pytest.mark.timeout(300)
+def test_down_goes_on_where_graftd_does_not_end(served_by: Callable[[str], Plain]) -> None:
+    container = served_by("open stat")
+    host = container.host
+    published(container)
+    with cannot_end(container) as pid:
+        down = host.graft("down", "--force", status=6)
+        assert "the daemon did not stop" in said(down.stderr)
+        assert f"killed processes wait in the kernel ({pid}" in said(down.stderr)
+        assert not host.settings.pin_dir.exists() and not host.settings.run_dir.exists()
+    until("it has ended", lambda: not cgroup.processes(host.cgroup / "relays"))
+    host.graft("down")
+    assert not host.cgroup.exists()
 
 
 @pytest.mark.timeout(200)
