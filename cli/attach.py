@@ -197,6 +197,11 @@ def _detached_lines(done: Detached) -> list[str]:
 def _raise_if_unfinished(done: Detached) -> None:
     """Raises UnfinishedError if a socket that must be closed is still open, or may be."""
     withdrawal, name = done.withdrawal, done.container.name
+    if done.unanswered:
+        raise UnfinishedError(
+            f"{name} has no policy any more, but graftd may have its relays open: {done.unanswered}",
+            "`graft ps` shows graftd's process; when that has ended, nothing of them is left",
+        )
     if not withdrawal.all_listed:
         raise UnfinishedError(
             f"cannot list the sockets of {name}: the kernel does not answer; some may still be open",

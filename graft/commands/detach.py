@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from graft.commands import saving
 from graft.commands.find import find
+from graft.errors import GraftError
 from graft.saved.model import SavedAttachment
 from graft.saved.store import Store
 from graft.splice import client as splice
@@ -17,10 +18,13 @@ from graft.state.withdrawal import Withdrawal, withdraw
 
 @dataclass(frozen=True, slots=True)
 class Detached:
-    """What `detach` did: the container, and what was done to its sockets."""
+    """What `detach` did: the container, and what was done to its sockets. ``unanswered``: what is wrong with graftd, if
+    that served the container and does not say that it has stopped.
+    """
 
     container: Container
     withdrawal: Withdrawal
+    unanswered: str = ""
 
 
 def detach(
@@ -47,6 +51,14 @@ def detach(
             graft.transaction() as change,
         ):
             change.containers.remove(container, reachable)
-        if container.is_relayed:
-            splice.detach(graft, container)
-        return Detached(container, withdraw(graft.settings, container, stack, keep_connections))
+        unanswered = _stop_serving(graft, container) if container.is_relayed else ""
+        return Detached(container, withdraw(graft.settings, container, stack, keep_connections), unanswered)
+
+
+def _stop_serving(graft: Installation, container: Container) -> str:
+    """Gives what is wrong, if graftd does not do it: the rules are gone, and the sockets are closed all the same."""
+    try:
+        splice.detach(graft, container)
+    except GraftError as error:
+        return error.message
+    return ""

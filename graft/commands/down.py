@@ -36,6 +36,8 @@ def down(settings: Settings, force: bool = False, forget: bool = False) -> None:
     with transport swap: their sockets on the host's stack must not outlive the hooks that confine them. Other
     containers are detached, and continue to run.
 
+    graftd may not end, because a call of its waits in the kernel: it is killed with Graft's cgroup.
+
     Whoever may list a folder of the cgroup tree can hold it (graft/state/folder_calls.py): all calls about those that
     are not Graft's own are made in children. Whoever has a socket of a container can keep a process of Graft's in the
     kernel by its lock (graft/state/helper_process.py), and with it Graft's cgroup. Raises KernelError where something
@@ -64,9 +66,9 @@ def down(settings: Settings, force: bool = False, forget: bool = False) -> None:
 
 def _down(settings: Settings, force: bool) -> list[str]:
     """Gives what could not be removed, and why."""
-    graft_cgroup = cgroup.v2_mount() / settings.cgroup
+    graft_cgroup, unstopped = cgroup.v2_mount() / settings.cgroup, ""
     if force or not any(records.folder_of(settings).glob("*.json")):
-        splice.stop(settings)
+        unstopped = _stop_graftd(settings)
         fork_servers.stop_all(settings)
     with dataplane.locked(settings):
         own = members.of_each([graft_cgroup]).get(graft_cgroup)
@@ -81,6 +83,7 @@ def _down(settings: Settings, force: bool) -> list[str]:
         if running:
             cgroup.kill(graft_cgroup)
         _is_removed(graft_cgroup, _END_TIMEOUT)  # what ends now has ended before its hooks go
+        problems = [unstopped] if unstopped and splice.runs(settings) else []
         _close_leftovers(settings)
         is_detached = _detach_all(settings, graft_cgroup, frozenset() if own is None else own.cgroups)
         dataplane.unpin(settings.pin_dir)
@@ -89,7 +92,6 @@ def _down(settings: Settings, force: bool) -> list[str]:
         bound_sockets.release(settings, lambda _container, _endpoint: True)
         bound_sockets.remove_released(settings)
         is_folder_removed = bool(helper_process.run_each(_remove_folder, [settings.run_dir], _TIMEOUT).results)
-        problems = []
         if not _is_removed(graft_cgroup, patience=0):
             problems.append(_why_kept(graft_cgroup))
         if not is_folder_removed:
@@ -97,6 +99,15 @@ def _down(settings: Settings, force: bool) -> list[str]:
         if not is_detached:
             problems.append("programs may still be attached: somebody holds a directory of the cgroup tree")
         return problems
+
+
+def _stop_graftd(settings: Settings) -> str:
+    """Gives what is wrong, if it does not end by itself."""
+    try:
+        splice.stop(settings)
+    except KernelError as error:
+        return error.message
+    return ""
 
 
 def _is_removed(path: Path, patience: float) -> bool:

@@ -236,7 +236,9 @@ class _Import:
         with inventory.host_stack(graft) as stack:
             with members.pinned(container.cgroup_path) as reachable, graft.transaction() as change:
                 change.containers.remove(container, reachable)
-            if container.is_relayed:
-                splice.detach(graft, container)
-            withdraw(graft.settings, container, stack, False)
+            try:
+                if container.is_relayed:
+                    splice.detach(graft, container)
+            finally:  # also where graftd does not answer
+                withdraw(graft.settings, container, stack, False)
         self._done.detached.append(container.name)

@@ -3,6 +3,7 @@
     protocol.py   what graftd and its keeper say to each other: systemd's sd_notify protocol (pure)
     holdings.py   the descriptors that the keeper has, by their names
     restarts.py   how long to wait before graftd is started again (pure)
+    own_names.py  what graftd looks up in its own folder in /proc, which others can hold
     child.py      graftd as the keeper's child: started with those descriptors, watched, killed
     process.py    the keeper, the process
 

@@ -10,15 +10,22 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 
-from graft.keeper import protocol
+from graft.keeper import own_names, protocol
 from graft.keeper.holdings import arrange
 
 
 class Child:
-    """A graftd that was started with descriptors, each with a name. ``pidfd`` is readable when it has ended."""
+    """A graftd that was started with descriptors, each with a name. ``pidfd`` is readable when it has ended.
+
+    ``folder``: the one that the keeper's socket is in, open.
+    """
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]]
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        descriptors: Sequence[tuple[str, int]],
+        folder: int = -1,
     ) -> None:
         """Raises OSError where no process can be made."""
         self.started = self.heard = time.monotonic()
@@ -27,14 +34,18 @@ class Child:
         """When it said first that it is ready; 0: it has not."""
         self.is_stopping = False
         """Whether it said that it ends by itself."""
-        self.pid, self.pidfd = self._begin(command, environment, descriptors)
+        self.pid, self.pidfd = self._begin(command, environment, descriptors, folder)
 
     def _begin(
-        self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]]
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        descriptors: Sequence[tuple[str, int]],
+        folder: int,
     ) -> tuple[int, int]:
         pid = os.fork()
         if pid == 0:
-            _execute(command, environment, descriptors)
+            _execute(command, environment, descriptors, folder)
         try:
             return pid, os.pidfd_open(pid)
         except OSError:  # else it would run, and nobody would know of it
@@ -85,16 +96,23 @@ class Adopted(Child):
         return 0 if self.is_stopping else -signal.SIGKILL
 
 
-def _execute(command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]]) -> None:
-    """The child's side."""
+def _execute(
+    command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]], folder: int
+) -> None:
+    """The child's side. ``folder``: as above, or -1."""
     try:
+        own_names.pin()  # at once; again where no descriptor gets another number, for graftd
         signal.set_wakeup_fd(-1)
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_DFL)
         told = protocol.listen_environment([name for name, _ in descriptors], os.getpid())
         if protocol.WATCHDOG_USEC in environment:
             told[protocol.WATCHDOG_PID] = str(os.getpid())
-        arrange([fd for _, fd in descriptors], protocol.FIRST_DESCRIPTOR)
+        if folder >= 0:
+            told[protocol.NOTIFY_SOCKET] = protocol.address(protocol.FIRST_DESCRIPTOR + len(descriptors))
+        inherited = [fd for _, fd in descriptors] + ([folder] if folder >= 0 else [])
+        arrange(inherited, protocol.FIRST_DESCRIPTOR)
+        own_names.pin(inherited=True)
         os.execve(command[0], list(command), {**environment, **told})
     except BaseException as error:
         os.write(2, f"graftd cannot be started: {error}\n".encode())

@@ -35,7 +35,7 @@ from graft.keeper.child import Adopted, Child
 from graft.keeper.holdings import Holdings, close
 from graft.keeper.restarts import Restarts
 
-SOCKET, LOCK = "keeper.sock", "keeper.lock"
+SOCKET, LOCK = protocol.SOCKET, "keeper.lock"
 _CREDENTIALS = struct.Struct("=3i")  # struct ucred of unix(7): pid, uid, gid
 _ROOM = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4 * protocol.MAX_DESCRIPTORS)
 _LOCK_SECONDS = 2.0
@@ -77,11 +77,9 @@ class Keeper:
         self._killed_at = 0.0
         """When to kill the one that runs, which was sent a signal; 0: none was sent."""
         self._was_ready = self._ending = False
-        path = f"/proc/{os.getpid()}/fd/{folder}/{SOCKET}"  # short, however long run_dir is (unix(7))
-        self._socket = _listener(folder, path)
+        self._folder, self._socket = folder, _listener(folder)
         self._environment = {
             **environment,
-            protocol.NOTIFY_SOCKET: path,
             **({protocol.WATCHDOG_USEC: str(int(watchdog * 1e6))} if watchdog else {}),
         }
         self._wakeup, writer = socket.socketpair()
@@ -119,7 +117,7 @@ class Keeper:
 
     def _start(self) -> None:
         try:
-            self._child = Child(self._command, self._environment, self._holdings.items())
+            self._child = Child(self._command, self._environment, self._holdings.items(), self._folder)
             self._poll.register(self._child.pidfd, select.POLLIN)
         except OSError as error:
             log(f"graftd cannot be started: {error.strerror}")
@@ -243,7 +241,7 @@ def _parse_control(control: Sequence[tuple[int, int, bytes]]) -> tuple[Sequence[
     return fds.tolist(), sender
 
 
-def _listener(folder: int, path: str) -> socket.socket:
+def _listener(folder: int) -> socket.socket:
     """The socket that graftd sends to; the caller has the lock of the only keeper."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -252,7 +250,7 @@ def _listener(folder: int, path: str) -> socket.socket:
     except FileNotFoundError:
         pass
     before = os.umask(0o177)
-    made.bind(path)
+    made.bind(protocol.address(folder))
     os.umask(before)
     return made
 
@@ -278,8 +276,9 @@ def main(folder: str, ready: str, watchdog: str, adopted: str, *command: str) ->
     """The keeper for the installation with that run_dir. ``command`` is graftd's; ``adopted``: the process id of one
     that runs, or 0. Gives the status to exit with.
     """
-    with open("/proc/self/comm", "w") as file:
-        file.write("graft-keeper")
+    comm = os.open("/proc/self/comm", os.O_WRONLY | os.O_CLOEXEC)  # O_CREAT would wait for the folder's lock
+    os.write(comm, b"graft-keeper")
+    os.close(comm)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     opened = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

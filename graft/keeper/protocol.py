@@ -3,6 +3,11 @@
     graftd ── datagram to $NOTIFY_SOCKET: lines NAME=VALUE, descriptors beside them (SCM_RIGHTS) ──▶ keeper
     graftd ◀── at its start: descriptors from 3 on, LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID ───────── keeper
 
+Graft's own keeper has graftd inherit one descriptor more, after those: of the folder that its socket is in. So graftd
+gets to that by its own folder in /proc, /proc/self/fd, of which it keeps in the kernel's cache what it looks up there
+(own_names.py). Any user may list the keeper's, and hold it. And that path is short, however long the
+folder's is (unix(7)), and the same in each mount namespace.
+
 Sources: sd_notify(3), sd_pid_notify_with_fds(3), sd_listen_fds(3), sd_event_set_watchdog(3) and sd_watchdog_enabled(3)
 of systemd.
 """
@@ -24,6 +29,10 @@ NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID = "NOTIFY_SOCKET", "WATCHDOG_USEC", "
 _FDS, _NAMES, _PID = "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"
 VARIABLES = (NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID, _FDS, _NAMES, _PID)
 """Of the environment: for graftd alone, and for none of its children."""
+
+SOCKET = "keeper.sock"
+"""In run_dir: what Graft's own keeper receives messages at."""
+_OWN_DESCRIPTORS = "/proc/self/fd/"
 
 FIRST_DESCRIPTOR = 3
 MAX_NAME = 255
@@ -66,6 +75,17 @@ def store(name: str) -> bytes:
 def remove(name: str) -> bytes:
     """Close all descriptors of that name."""
     return f"{REMOVE}=1\n{NAME}={name}".encode()
+
+
+def address(folder: int) -> str:
+    """The path of the socket of Graft's own keeper, for a process that has open the folder that it is in."""
+    return f"{_OWN_DESCRIPTORS}{folder}/{SOCKET}"
+
+
+def inherited_folder(environment: Mapping[str, str]) -> int | None:
+    """The descriptor in an `address` that this process was started with; None where the service manager keeps it."""
+    number, _, name = environment.get(NOTIFY_SOCKET, "").removeprefix(_OWN_DESCRIPTORS).partition("/")
+    return int(number) if name == SOCKET and number.isascii() and number.isdigit() else None
 
 
 def command(words: Sequence[str]) -> dict[str, str]:

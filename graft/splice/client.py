@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from graft.errors import KernelError
+from graft.errors import GraftError, KernelError
 from graft.model.settings import Settings
 from graft.splice import control, daemon_process
 from graft.state import members
@@ -63,9 +63,19 @@ def detach(graft: Installation, container: Container) -> None:
     """Stop serving ``container``: its listeners are closed, its connections are reset.
 
     Remove its record first: the daemon serves every recorded container. Safe to repeat, and where no daemon runs.
+    Raises GraftError where it does not answer: then it may still have open what it served the container by.
     """
-    if control.ask(graft.settings, {"do": "detach", "container": container.id}) is None:
-        graft.maps.relays.delete(ctypes.c_uint32(container.id))
+    try:
+        answers = control.ask(graft.settings, {"do": "detach", "container": container.id}) is not None
+    except GraftError:
+        _forget_relay(graft, container)
+        raise
+    if not answers:
+        _forget_relay(graft, container)
+
+
+def _forget_relay(graft: Installation, container: Container) -> None:
+    graft.maps.relays.delete(ctypes.c_uint32(container.id))
 
 
 def describe(settings: Settings, container: Container) -> dict[str, Any]:
@@ -82,5 +92,10 @@ def describe(settings: Settings, container: Container) -> dict[str, Any]:
 
 
 def stop(settings: Settings) -> None:
-    """End the daemon, if one runs; its connections are reset."""
+    """End the daemon, if one runs; its connections are reset. Raises KernelError where it does not end in time."""
     daemon_process.stop(settings)
+
+
+def runs(settings: Settings) -> bool:
+    """Whether the daemon or its keeper runs, even if it does not answer."""
+    return daemon_process.runs(settings)

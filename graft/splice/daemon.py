@@ -14,8 +14,8 @@ from pathlib import Path
 
 from graft.datapath import attachments, dataplane
 from graft.errors import GraftError
-from graft.keeper import protocol
-from graft.kernel import cgroup, process, unix_files
+from graft.keeper import own_names, protocol
+from graft.kernel import cgroup, process
 from graft.model.printable import printable
 from graft.model.settings import Settings
 from graft.splice import descriptor_store
@@ -36,8 +36,9 @@ def run(settings: Settings, keep: bool = True, keeper_pid: int = 0) -> None:
     already.
     """
     told = {name: os.environ.pop(name) for name in protocol.VARIABLES if name in os.environ}
-    received, keeper = descriptor_store.received(told), descriptor_store.connected(told)
-    unix_files.pin_own_descriptors()  # before anybody else has seen this process
+    received = descriptor_store.received(told)
+    own_names.pin()  # before anybody else has seen this process; Graft's own keeper has done it before
+    keeper = descriptor_store.connected(told)
     dataplane.up(settings)
     with daemon_lock(settings):
         folder = relays_cgroup(settings)

@@ -26,6 +26,7 @@ from graft.kernel.file_lock import is_locked
 from graft.model.settings import Settings
 from graft.splice import control
 
+_LOCK = "graftd.lock"
 _START_SECONDS = 20.0
 _STOP_SECONDS = 40.0
 _REPLACE_SECONDS = 60.0
@@ -39,7 +40,7 @@ _INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "GRAFT_NO_COMPILED", "LANG")
 @contextlib.contextmanager
 def daemon_lock(settings: Settings) -> Iterator[None]:
     """Have the lock of the only daemon. Raises ConflictError where a daemon has it."""
-    fd = os.open(settings.run_dir / "graftd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(settings.run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -189,6 +190,11 @@ def stop(settings: Settings) -> None:
             pass
         time.sleep(0.01)
     raise KernelError("the daemon did not stop", f"see {settings.run_dir}/graftd.log")
+
+
+def runs(settings: Settings) -> bool:
+    """Whether a daemon or a keeper has its lock, even if it does not answer."""
+    return _has_keeper(settings) or is_locked(settings.run_dir / _LOCK)
 
 
 def _has_keeper(settings: Settings) -> bool:

@@ -30,7 +30,8 @@ def received(told: Mapping[str, str]) -> list[tuple[str, int]]:
     ``told``: the environment. Call it once, before anything else is opened.
     """
     found = protocol.listen_descriptors(told, os.getpid())
-    for fd, _ in found:
+    folder = protocol.inherited_folder(told)
+    for fd in [fd for fd, _ in found] + ([] if folder is None else [folder]):
         os.set_inheritable(fd, False)
     return [(name, fd) for fd, name in found]
 

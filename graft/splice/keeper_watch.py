@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 
 from graft.keeper import protocol
-from graft.keeper.process import SOCKET
 from graft.model.settings import Settings
 from graft.splice import daemon_process
 from graft.splice.descriptor_store import connected
@@ -69,7 +68,7 @@ class KeeperWatch:
         os.close(reader)
         folder = os.open(self._settings.run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            told = {protocol.NOTIFY_SOCKET: f"/proc/self/fd/{folder}/{SOCKET}"} if is_ready else {}
+            told = {protocol.NOTIFY_SOCKET: protocol.address(folder)} if is_ready else {}
             sock = connected(told)
             if sock is None:
                 self._loop.after(_AGAIN_SECONDS, self._start)

@@ -9,7 +9,13 @@ loop's thread is running, and none of it in user space, where graftd's own code 
     long ago                 runs, in the kernel alone                 works: it is in one long call
     long ago                 runs in user space, or waits              hangs: nothing is said
 
-Where all of graftd is stopped (SIGSTOP), so is this thread. Sources: sd_watchdog_enabled(3), proc(5) for stat.
+Where all of graftd is stopped (SIGSTOP), so is this thread.
+
+The loop's thread is looked at by a file in /proc that is open from the start on, and read from its beginning each
+time, so that the kernel writes it anew. Every user may list graftd's folders there, and so hold them: who opens the
+file again waits for him, in the kernel, where the keeper cannot even kill graftd.
+
+Sources: sd_watchdog_enabled(3), proc_pid_stat(5), traverse() and seq_read_iter() in fs/seq_file.c.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from graft.splice.descriptor_store import connected
 
 _LOOKS = 6  # within the time after which the keeper kills graftd
 _LATELY = 3  # looks
+_MAX_STAT = 4096
 
 
 class Activity(NamedTuple):
@@ -57,21 +64,21 @@ def seconds(environment: Mapping[str, str]) -> float:
 
 class Watchdog:
     """``told``: by the keeper, in the environment. ``last_turn`` gives when the loop's own turn was last, in the time
-    of time.monotonic(). For the loop's thread.
+    of time.monotonic(). For the loop's thread. To be made before others have had the time to see this process.
     """
 
     def __init__(self, told: Mapping[str, str], last_turn: Callable[[], float]) -> None:
         self._pause, self._last_turn = seconds(told) / _LOOKS, last_turn
-        self._watched = threading.get_native_id()
         self._ended = threading.Event()
         sock = connected(told)
         if self._pause and sock is not None:
             self._sock: socket.socket = sock
+            path = f"/proc/self/task/{threading.get_native_id()}/stat"
+            self._stat = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             threading.Thread(target=self._run, daemon=True).start()
 
     def _activity(self) -> Activity:
-        with open(f"/proc/self/task/{self._watched}/stat") as file:
-            return parse_activity(file.read())
+        return parse_activity(os.pread(self._stat, _MAX_STAT, 0).decode(errors="replace"))
 
     def continue_with(self, told: Mapping[str, str]) -> None:
         """Tell another keeper, by what that one told."""
@@ -86,6 +93,7 @@ class Watchdog:
                 with contextlib.suppress(OSError):  # it has not read the last one yet
                     self._sock.send(protocol.encode({protocol.WATCHDOG: "1"}))
             before = now
+        os.close(self._stat)
 
     def close(self) -> None:
         """Say nothing any more."""

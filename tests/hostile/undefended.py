@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
 from graft.errors import KernelError
+from graft.keeper import own_names, protocol
 from graft.kernel import (
     capabilities,
     cgroup,
@@ -711,6 +712,36 @@ def _listeners_counted() -> None:
 def _own_descriptors() -> None:
     """The own folder in /proc of a process of root's is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
+    own_names.pin = lambda inherited=False: None
+
+
+def _keepers_folder() -> None:
+    """graftd reaches its keeper's socket by the keeper's folder in /proc."""
+    from graft.splice import descriptor_store
+
+    def connected(told: Mapping[str, str]) -> socket.socket | None:
+        own, keepers = protocol.inherited_folder(told), f"/proc/{os.getppid()}/fd"
+        if own is None:
+            return connect(told)
+        folder = os.fstat(own)
+        number = next(one for one in os.listdir(keepers) if os.path.samestat(os.stat(f"{keepers}/{one}"), folder))
+        return connect({**told, protocol.NOTIFY_SOCKET: f"{keepers}/{number}/{protocol.SOCKET}"})
+
+    connect, descriptor_store.connected = descriptor_store.connected, connected
+
+
+def _open_stat() -> None:
+    """graftd's watchdog opens again each time what it reads of the loop's thread."""
+    from graft.splice.watchdog import Activity, Watchdog, parse_activity
+
+    def activity(self: Watchdog) -> Activity:
+        os.close(self._stat)  # it keeps the name in the kernel's cache
+        now = parse_activity(Path(f"/proc/self/task/{os.getpid()}/stat").read_text())
+        self._stat = os.open("/dev/null", os.O_RDONLY)
+        return now
+
+    Watchdog._activity = activity  # type: ignore[method-assign]
+    own_names.pin = lambda inherited=False: None
 
 
 def _cgroup_events() -> None:
@@ -1167,6 +1198,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "cgroup id": _cgroup_id,
     "cgroup events": _cgroup_events,
     "own descriptors": _own_descriptors,
+    "own folder": _keepers_folder,
+    "open stat": _open_stat,
     "slow peers": _slow_peers,
     "pipes' inodes": _pipes_inodes,
     "namespace kept": _namespace_kept,

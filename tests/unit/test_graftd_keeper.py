@@ -58,6 +58,22 @@ def test_descriptors_are_for_the_process_that_they_are_said_to_be_for() -> None:
     assert protocol.listen_descriptors({**told, "LISTEN_FDS": "x"}, 77) == []
 
 
+@pytest.mark.parametrize(
+    "address, expected",
+    [
+        (protocol.address(7), 7),
+        ("/run/systemd/notify", None),
+        ("@notify", None),
+        ("", None),
+        ("/proc/4711/fd/3/keeper.sock", None),  # a keeper of an earlier version
+        ("/proc/self/fd/x/keeper.sock", None),
+        ("/proc/self/fd/3/other", None),
+    ],
+)
+def test_the_folder_that_is_inherited_is_that_of_grafts_own_keeper(address: str, expected: int | None) -> None:
+    assert protocol.inherited_folder({protocol.NOTIFY_SOCKET: address}) == expected
+
+
 # ---- graftd, the child
 
 

@@ -1,0 +1,22 @@
+"""What graftd looks up in its own folder in /proc, kept in the kernel's cache from before anybody can see graftd.
+
+Every user may list /proc/PID and its folder task, and so hold them: whoever looks up there what is not in the cache
+waits for him, in the kernel, where nothing ends it. The folder fd itself only root may list. A name stays in the cache
+while a descriptor of it is open, also when another program is executed: the process stays the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+_NAMES = ("fd", "mountinfo", "task/{pid}/stat", "task/{pid}/schedstat")
+"""That of its keeper's socket and others', that of cgroup v2, that of the watchdog, and that of slow calls."""
+
+
+def pin(inherited: bool = False) -> None:
+    """Keep them in the cache until this process ends. ``inherited``: and the program that it executes."""
+    for name in _NAMES:
+        with contextlib.suppress(OSError):  # a kernel without it
+            fd = os.open(f"/proc/self/{name.format(pid=os.getpid())}", os.O_PATH | os.O_CLOEXEC)
+            os.set_inheritable(fd, inherited)
