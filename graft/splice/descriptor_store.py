@@ -10,6 +10,7 @@ call that does not wait for the keeper (`end` of graft/kernel/socket_calls.py), 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from graft.keeper import protocol
 from graft.splice.event_loop import EventLoop
+from graft.splice.log import log
 
 _SEND_BYTES = 1 << 20
 _BARRIER_SECONDS = 1.0
@@ -156,7 +158,9 @@ class DescriptorStore:
                 self._sock.send(raw)
         except BlockingIOError:
             return False
-        except OSError:  # it has died: what it had open is closed
+        except OSError as error:  # it has died: what it had open is closed
+            if error.errno not in (errno.ECONNREFUSED, errno.ENOTCONN):
+                log(f"the keeper cannot be sent what is to outlive this graftd: {error.strerror}")
             self.disconnect()
         return True
 
@@ -200,8 +204,10 @@ class DescriptorStore:
 
         self._loop.watch(reader, 0, end)
         self._loop.after(_BARRIER_SECONDS, end)
-        self.say({protocol.BARRIER: "1"}, [writer])
-        os.close(writer)
+        if self._sock is not None:  # until it is sent it has to be open here
+            self._send(protocol.encode({protocol.BARRIER: "1"}), [writer], lambda: os.close(writer))
+        else:
+            os.close(writer)
 
     def close(self) -> None:
         """Send no more. Safe to repeat."""

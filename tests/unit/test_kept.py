@@ -103,6 +103,9 @@ class Keeper:
                 if protocol.REMOVE in message:
                     for fd in self.has.pop(message[protocol.NAME], []):
                         os.close(fd)
+                elif protocol.BARRIER in message:
+                    for fd in fds:
+                        os.close(fd)
                 elif protocol.STORE in message:
                     self.has.setdefault(message[protocol.NAME], []).extend(fds)
 
@@ -153,6 +156,25 @@ def test_what_the_keeper_has_no_room_for_waits_and_what_is_closed_meanwhile_is_n
     assert store.has_sent_all
     assert sorted(keeper.has) == sorted([f"s{number}" for number in range(1, 50)] + ["s60"])
     assert len(keeper.has["s60"]) == 2
+    store.close()
+
+
+def test_the_question_whether_all_is_done_may_wait_like_everything(keeper: Keeper, loop: EventLoop) -> None:
+    """What is sent with it is open until then: else nothing was sent to that keeper any more."""
+    store, done = DescriptorStore(loop, keeper.connected()), list[bool]()
+    with open("/dev/null") as file:
+        for number in range(100):
+            store.put(f"s{number}", [file.fileno()])
+        store.when_done(lambda: done.append(True))
+        assert not store.has_sent_all
+        while not store.has_sent_all:
+            keeper.read()
+            loop.turn()
+        store.put("later", [file.fileno()])
+        keeper.read()
+    assert len(keeper.has) == 101
+    loop.turn()
+    assert done == [True]
     store.close()
 
 
