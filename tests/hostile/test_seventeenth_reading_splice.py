@@ -1,5 +1,5 @@
-"""What a seventeenth reading found about transport splice: a service in the host's network namespace chose it for itself,
-without a privilege, by having its first thread leave, or by leaving with sockets that it had made there.
+"""What a seventeenth reading found about transport splice: a service in the host's network namespace chose it for
+itself, without a privilege, by having its first thread leave, or by leaving with sockets that it had made there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.commands import watcher_process
 from graft.commands.sightings import SETTLED_SECONDS
 from graft.kernel import cgroup
 from graft.state import thread_namespaces
@@ -201,7 +202,7 @@ def test_a_service_with_a_thread_on_the_host_is_confined_there(host: Host, how: 
 def test_transport_splice_is_refused_to_it_by_name(host: Host) -> None:
     with new_cgroup("leaves") as path, in_cgroup(host, path, *service("first thread", 9)):
         refused = host.graft("attach", "--cgroup", path, "--deny", "--transport", "splice", status=None)
-        assert refused.status != 0
+        assert refused.returncode != 0
         assert "splice is impossible: its sockets are already on the host's stack" in refused.stderr
 
 
@@ -210,7 +211,6 @@ def test_control_by_first_threads_it_has_splice_and_what_it_likes(without: Witho
     said, done = attached_and_tried(host, "first thread", "-i", grant(host), "--deny", without="threads")
     assert "transport splice" in said
     assert done.reached == {"granted", "unbound", "old", "old bound"}
-    assert done.heard
 
 
 def test_with_splice_its_other_threads_are_confined_all_the_same(host: Host) -> None:
@@ -246,7 +246,6 @@ def test_control_without_a_look_at_them_it_uses_them_as_it_likes(without: Withou
     said, done = attached_and_tried(host, "process", "-i", grant(host), "--deny")
     assert "transport splice" in said
     assert done.reached == {"old", "old bound"}
-    assert done.heard
 
 
 def test_where_nothing_is_denied_they_stay_usable(host: Host) -> None:
@@ -320,13 +319,13 @@ def test_a_service_chooses_nothing_when_the_watcher_attaches_it(
     saver.graft("ep", "add", "web", f"0.0.0.0:{saver.port()}")
     with puppet(box, saver.netns.path):
         saver.graft("attach", "--cgroup", box, "-i", "0.0.0.0:8080=web", "--deny")
-    watch_without(saver, defence)
+    watcher_process.stop(saver.settings)
     cgroup.remove(box)
-    until("it waits", lambda: saver.ps()[0]["state"] == "waiting")
     box.mkdir()
     with ear(saver.client) as ears:
         port = ears[0].getsockname()[1]
         with in_cgroup(saver, box, *service("first thread", port)) as program:
+            watch_without(saver, defence)
             until("it is attached", lambda: attached(saver, box), timeout=SETTLED_SECONDS + 15)
             assert [one["transport"] for one in saver.ps()] == [transport]
             done = tries(saver, program, ears)

@@ -1093,7 +1093,7 @@ def _threads() -> None:
 
 def _stays_direct() -> None:
     """A container that cannot have the transport that it had waits."""
-    restore.stay_direct = choose_transport
+    restore.__dict__["stay_direct"] = choose_transport
 
 
 def _closed_by_tag() -> None:
