@@ -99,8 +99,7 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 	}
 	endpoint = rule ? endpoint_for(ctx, request, rule->endpoint) : 0;
 	/* For a unix socket a direct container listens on loopback, for graftd alone (ingress.bpf.c). */
-	if (!has_endpoints(owner.container) ||
-	    (is_unix(endpoint) && owner.container->transport != GRAFT_TRANSPORT_DIRECT))
+	if (is_unix(endpoint) && owner.container->transport != GRAFT_TRANSPORT_DIRECT)
 		endpoint = 0;
 	if (!endpoint || !endpoint_port(endpoint, rule, request->port, &request->endpoint_port) ||
 	    !record_bind(ctx, &owner, request, rule->endpoint, is_unix(endpoint))) {

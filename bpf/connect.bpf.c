@@ -307,7 +307,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
-	endpoint = has_endpoints(owner.container) ? endpoint_for(ctx, request, id) : 0;
+	endpoint = endpoint_for(ctx, request, id);
 	if (endpoint && !owner.tag)
 		owner.tag = tag_of_lent(ctx, &owner, endpoint, sending == GRAFT_CONNECTS);
 	request->tag = owner.tag;

@@ -94,8 +94,8 @@ static __always_inline int is_unsupervised(struct container *container)
 
 /* Whether an untagged socket in the namespace `netns` is host-homed: in the host's own, of a container without a
  * supervisor. A direct container shares that namespace. Of transport splice a program may have been there: it left with
- * sockets, or one of its threads stayed. What it has there is judged as in a direct container, except that no rule grants
- * it anything (has_endpoints). A socket in a namespace that the container made itself is not host-homed. */
+ * sockets, or one of its threads stayed. What it has there is judged as in a direct container. A socket in a namespace
+ * that the container made itself is not host-homed. */
 static __always_inline int shares_host_netns(struct container *container, u64 netns)
 {
 	return container && is_unsupervised(container) && container->host_netns == netns;
@@ -148,12 +148,6 @@ static __always_inline int may_have_any_port(struct container *container, u8 pro
 {
 	return container->transport == GRAFT_TRANSPORT_SWAP && protocol == IPPROTO_UDP &&
 	       container->bind_default == GRAFT_DEFAULT_CONTAINER;
-}
-
-/* Whether host-homed sockets of a container may have endpoints: in transport splice these are graftd's alone. */
-static __always_inline int has_endpoints(struct container *container)
-{
-	return container->transport != GRAFT_TRANSPORT_SPLICE;
 }
 
 /* Whether binds that no rule names are permitted although the socket is host-homed: in a direct container

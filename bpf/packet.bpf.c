@@ -148,7 +148,7 @@ static __always_inline int may_exchange_with(struct container *container, struct
 		endpoint = endpoints.lookup(&id);
 		*from = endpoint;
 		remote->endpoint = id;
-		return endpoint && has_endpoints(container) && !is_unix(endpoint) && serves(endpoint, remote->protocol) &&
+		return endpoint && !is_unix(endpoint) && serves(endpoint, remote->protocol) &&
 		       (netns == ANY_NETNS || endpoint->netns == netns);
 	}
 	return is_unsupervised(container) && rule != GRAFT_VERDICT_DENY &&
