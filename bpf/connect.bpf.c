@@ -300,7 +300,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	if (rule != GRAFT_VERDICT_GRANT) {
 		/* direct: the host's namespace is the container's own, so its default applies. A swapped
 		 * socket is outside the container's namespace, and may do only what a rule grants. */
-		if (owner.container->transport != GRAFT_TRANSPORT_DIRECT ||
+		if (!is_unsupervised(owner.container) ||
 		    (rule == GRAFT_VERDICT_NONE && owner.container->connect_default == GRAFT_DEFAULT_DENY) ||
 		    has_other_familys_port(owner.tag, request) ||
 		    (bound && is_at_other_familys_endpoint(owner.tag, request)))

@@ -84,6 +84,7 @@ struct container {
 	__u8 bind_default;
 	__u8 connect_default;
 	__u8 flags;
+	__u64 host_netns; /* of the host's namespace; 0 in a container with a supervisor */
 };
 
 /* `ingress`: which bind becomes which endpoint. A range of ports is split into prefixes, which is
@@ -428,6 +429,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 12
+#define GRAFT_LAYOUT_VERSION 13
 
 #endif

@@ -74,7 +74,7 @@ static __always_inline int may_connect(struct __sk_buff *skb, struct bpf_sock *s
 {
 	u8 family = skb->protocol == bpf_htons(ETH_P_IP) ? GRAFT_IPV4 : GRAFT_IPV6;
 
-	if (owner->container->transport == GRAFT_TRANSPORT_DIRECT && !denies_anything(owner->container))
+	if (is_unsupervised(owner->container) && !denies_anything(owner->container))
 		return 1;
 	return may_leave(skb, sk, owner, family, IPPROTO_TCP);
 }
@@ -92,8 +92,11 @@ static __always_inline void read_sender(struct request *request, struct packet *
 /* A server at all addresses may answer from the one that its client asked: see is_hosts. */
 static __always_inline void note_arrival(struct owner *owner, struct packet *packet, struct endpoint *endpoint)
 {
+	struct container *container = owner->container;
+	u64 home = is_unsupervised(container) ? container->host_netns : container->netns;
+
 	if (!endpoint || is_unspecified(endpoint->addr))
-		note_as_hosts(endpoint ? endpoint->netns : owner->container->netns, packet->to, packet->family);
+		note_as_hosts(endpoint ? endpoint->netns : home, packet->to, packet->family);
 }
 
 /* The ferry hears nobody but the sockets of its container, whose datagrams have its mark. */

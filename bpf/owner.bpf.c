@@ -86,11 +86,19 @@ static __always_inline void resolve_owner(struct owner *owner, struct tag *tag, 
 	owner->home = owner->tag ? owner->tag->home : GRAFT_HOME_CONTAINER;
 }
 
-/* Whether an untagged socket in the namespace `netns` is host-homed: one of a direct container, in the namespace that
- * it shares with the host. A socket in a namespace that a direct container made itself is not. */
+/* Whether a container's programs make their sockets themselves, wherever they are: transports direct and splice. */
+static __always_inline int is_unsupervised(struct container *container)
+{
+	return container->transport == GRAFT_TRANSPORT_DIRECT || container->transport == GRAFT_TRANSPORT_SPLICE;
+}
+
+/* Whether an untagged socket in the namespace `netns` is host-homed: in the host's own, of a container without a
+ * supervisor. A direct container shares that namespace. Of transport splice a program may have been there: it left with
+ * sockets, or one of its threads stayed. What it has there is judged as in a direct container. A socket in a namespace
+ * that the container made itself is not host-homed. */
 static __always_inline int shares_host_netns(struct container *container, u64 netns)
 {
-	return container && container->transport == GRAFT_TRANSPORT_DIRECT && container->netns == netns;
+	return container && is_unsupervised(container) && container->host_netns == netns;
 }
 
 static __always_inline void owner_of(struct bpf_sock_addr *ctx, struct owner *owner)
@@ -143,10 +151,10 @@ static __always_inline int may_have_any_port(struct container *container, u8 pro
 }
 
 /* Whether binds that no rule names are permitted although the socket is host-homed: in a direct container
- * the host's namespace is the container's own. */
+ * the host's namespace is the container's own, and in transport splice it was. */
 static __always_inline int binds_freely(struct container *container)
 {
-	return container->transport == GRAFT_TRANSPORT_DIRECT && container->bind_default == GRAFT_DEFAULT_CONTAINER;
+	return is_unsupervised(container) && container->bind_default == GRAFT_DEFAULT_CONTAINER;
 }
 
 /* Rules have one number for ICMP of both families, and no ports. */

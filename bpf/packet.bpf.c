@@ -117,23 +117,22 @@ static __always_inline u64 netns_of_tagged(struct __sk_buff *skb, struct tag *ta
 	return tag->netns;
 }
 
-static __always_inline int is_in_other_netns(struct __sk_buff *skb, struct container *container)
-{
-	u64 netns = netns_of(skb);
-
-	return netns != ANY_NETNS && netns != container->netns;
-}
-
 /* Whether a packet's socket is host-homed, and its owner. An untagged socket of a direct container counts as
- * host-homed unless it is known to be in another namespace. */
+ * host-homed unless it is known to be in another namespace, one of transport splice only if it is known not to be. */
 static __always_inline int is_host_homed(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
 {
 	struct scope *scope = scopes.get_local_storage(0);
+	u64 netns;
 
 	resolve_owner(owner, tag_of(sk), scope->container);
 	if (owner->tag || !owner->container)
 		return owner->home == GRAFT_HOME_HOST;
-	return owner->container->transport == GRAFT_TRANSPORT_DIRECT && !is_in_other_netns(skb, owner->container);
+	if (!is_unsupervised(owner->container))
+		return 0;
+	netns = netns_of(skb);
+	if (netns == ANY_NETNS)
+		return owner->container->transport == GRAFT_TRANSPORT_DIRECT;
+	return shares_host_netns(owner->container, netns);
 }
 
 /* Whether packets are permitted between this container, in the namespace `netns`, and the remote end. *from: the
@@ -152,7 +151,7 @@ static __always_inline int may_exchange_with(struct container *container, struct
 		return endpoint && !is_unix(endpoint) && serves(endpoint, remote->protocol) &&
 		       (netns == ANY_NETNS || endpoint->netns == netns);
 	}
-	return container->transport == GRAFT_TRANSPORT_DIRECT && rule != GRAFT_VERDICT_DENY &&
+	return is_unsupervised(container) && rule != GRAFT_VERDICT_DENY &&
 	       (rule == GRAFT_VERDICT_CONTAINER || container->connect_default == GRAFT_DEFAULT_CONTAINER);
 }
 

@@ -5,7 +5,7 @@ Finds the container, observes what decides its transport (transport_choice.py), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from graft.model.transport import Transport
 from graft.policy.model import Policy
 from graft.policy.validator import grants_that_splice_lacks
 from graft.splice import client as splice
-from graft.state import inventory, members
+from graft.state import inventory, members, thread_namespaces
 from graft.state.containers import refuse_below
 from graft.state.engines import FoundContainer, resolve
 from graft.state.installation import Installation
@@ -77,7 +77,7 @@ def attach(
                 break
     else:
         raise ConflictError("cgroup: others attach and detach it at the same time", "try again")
-    if seen.attached is not None or done.choice.transport is Transport.SPLICE:
+    if seen.attached is not None:
         return done
     return replace(done, late=_made_meanwhile(graft, done.container, seen.inside, seen.existing))
 
@@ -107,22 +107,25 @@ class Seen:
 
 
 def look_at(
-    graft: Installation, target: FoundContainer, wanted: Transport | None = None, relay: str | None = None
+    graft: Installation,
+    target: FoundContainer,
+    wanted: Transport | None = None,
+    relay: str | None = None,
+    choose: Callable[[Observed, Transport | None], TransportChoice] = choose_transport,
 ) -> Seen:
     """What `attach_seen` has to know of a container. Raises NotFoundError, RefusedError, KernelError."""
     graft.reap()
     record = _record_at(graft, target.cgroup)
     attached = graft.containers.at(target.cgroup)
     inside = members.inside(target.cgroup)
-    observed = observe(graft.settings, inside.pids, attached)
-    choice = choose_transport(observed, wanted)
+    observed = observe(graft.settings, target.cgroup, inside.pids, attached)
+    choice = choose(observed, wanted)
     if relay is not None:
         _check_relay(graft.settings, choice, relay)
     existing: Existing | None = NO_SOCKETS
     if attached is None:
         refuse_below(target.cgroup)
-        if choice.transport is not Transport.SPLICE:
-            existing = inventory.host_sockets_of(graft.settings, inside)
+        existing = inventory.host_sockets_of(graft.settings, inside)
     return Seen(target, record, attached, inside, observed, choice, existing)
 
 
@@ -150,7 +153,7 @@ def attach_seen(
         if seen.attached is not None:
             container = _replace_policy(graft, target, seen.attached, choice, policy, relay)
         elif choice.transport is Transport.SPLICE:
-            container = _attach_splice(graft, target, seen.inside.pids, policy, relay or "splice")
+            container, cut_off = _attach_splice(graft, seen, policy, relay or "splice")
         else:
             container, cut_off = _attach_direct(graft, target, seen.existing or NO_SOCKETS, policy, choice)
     return Attached(
@@ -180,11 +183,11 @@ def _made_meanwhile(
     return inventory.made_since(graft.settings, container.id, inside, existing)
 
 
-def observe(settings: Settings, pids: Sequence[int], attached: Container | None) -> Observed:
-    """What decides the transport of the container with these processes."""
-    namespaces = netns.inodes_of(pids)
-    transport = None if attached is None else attached.transport
-    return Observed(netns.inode(settings.host_netns), dict(namespaces), transport)
+def observe(settings: Settings, path: Path, pids: Sequence[int], attached: Container | None) -> Observed:
+    """What decides the transport of the container at ``path``, which had these processes. Raises KernelError."""
+    host = netns.inode(settings.host_netns)
+    namespaces = thread_namespaces.of_container(path, pids, host)
+    return Observed(host, namespaces, None if attached is None else attached.transport)
 
 
 def _is_attached_name(graft: Installation, text: str) -> bool:
@@ -246,12 +249,17 @@ def _attach_direct(
 
 
 def _attach_splice(
-    graft: Installation, target: FoundContainer, pids: Sequence[int], policy: Policy, relay: str
-) -> Container:
-    """Attach the hooks of transport splice, and have graftd relay for it. Undone if that fails."""
+    graft: Installation, seen: Seen, policy: Policy, relay: str
+) -> tuple[Container, tuple[ContainerSocket, ...]]:
+    """Attach the hooks of transport splice, and have graftd relay for it. Undone if that fails.
+
+    What it has in the host's namespace is as with transport direct: judged, and kept if it was there before.
+    """
     refuse_in_splice(policy)
-    splice.ensure_daemon(graft.settings)
-    pid = next(iter(pids), target.pid)
+    settings, target, existing = graft.settings, seen.target, seen.existing or NO_SOCKETS
+    cut_off: list[ContainerSocket] = []
+    splice.ensure_daemon(settings)
+    pid = next(iter(seen.inside.pids), target.pid)
     try:
         cookie = netns.cookie(pid)
     except OSError:
@@ -259,10 +267,17 @@ def _attach_splice(
     compiled = graft.compile(policy)
     with graft.transaction() as change:
         container = change.containers.create(
-            compiled, target.cgroup, cookie, Transport.SPLICE, name=target.name, engine=target.engine, relay=relay
+            compiled,
+            target.cgroup,
+            cookie,
+            Transport.SPLICE,
+            name=target.name,
+            engine=target.engine,
+            relay=relay,
+            prepare=lambda number: cut_off.extend(inventory.keep_reachable(settings, number, existing.sockets)),
         )
     splice.serve(graft, container, pid)
-    return container
+    return container, tuple(cut_off)
 
 
 def _without_effect(graft: Installation, choice: TransportChoice, policy: Policy) -> tuple[str, ...]:

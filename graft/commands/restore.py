@@ -23,11 +23,13 @@ from typing import TypeVar
 from graft.commands import saving
 from graft.commands.attach import Seen, attach_seen, look_at
 from graft.commands.sightings import Sightings
+from graft.commands.transport_choice import stay_direct
 from graft.errors import GraftError, KernelError, NotFoundError, RefusedError, UsageError
 from graft.kernel import cgroup
 from graft.kernel.atomic_file import write_atomically
 from graft.model import json_text
 from graft.model.settings import Settings
+from graft.model.transport import Transport
 from graft.saved.model import SavedAttachment, SavedState, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
 from graft.state import helper_process, members
@@ -160,16 +162,25 @@ def _restore_attachment(
 
 
 def _look_at(graft: Installation, found: FoundContainer, saved: SavedAttachment, settled: bool) -> Seen:
-    """Look at it for the transport that was asked for, or that it had. Raises GraftError."""
+    """Look at it for the transport that was asked for, or that it had. Raises GraftError.
+
+    One that had direct is attached in any case when it has settled: it may leave the host's namespace with sockets.
+    """
     wanted = saved.transport or saved.last.transport
     if wanted is None and not settled and not members.processes(found.cgroup):
         raise NotFoundError("it has no process yet")
     try:
         return look_at(graft, found, wanted, saved.relay)
     except RefusedError:
-        if not settled or saved.transport is not None:
+        if not settled or saved.transport not in (None, Transport.DIRECT):
             raise
-    return look_at(graft, found, None, saved.relay)
+    if saved.transport is None:
+        try:
+            return look_at(graft, found, None, saved.relay)
+        except RefusedError:
+            if saved.last.transport is not Transport.DIRECT:
+                raise
+    return look_at(graft, found, Transport.DIRECT, saved.relay, stay_direct)
 
 
 def _note_last(store: Store, saved: SavedAttachment, found: FoundContainer, container: Container) -> None:

@@ -47,6 +47,13 @@ def choose_transport(observed: Observed, wanted: Transport | None = None) -> Tra
     raise RefusedError(f"--transport: {wanted} is impossible: {_why_not(wanted, choice)}", hint)
 
 
+def stay_direct(observed: Observed, wanted: Transport | None = None) -> TransportChoice:
+    """Direct for a container that had it and has left the host's namespace, for the sockets that it may have left there
+    with. Without hooks it could use them as it likes.
+    """
+    return TransportChoice(Transport.DIRECT, "it had it; where it is now, nothing is granted")
+
+
 _HINTS = {
     Transport.DIRECT: "--network host makes a container share the host's namespace",
     Transport.SWAP: _RESTART,

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 12
+LAYOUT_VERSION = 13
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -112,6 +112,7 @@ class ContainerValue(ctypes.Structure):
         ("bind_default", ctypes.c_uint8),
         ("connect_default", ctypes.c_uint8),
         ("flags", ctypes.c_uint8),
+        ("host_netns", ctypes.c_uint64),
     )
 
 

@@ -16,6 +16,7 @@ from graft.datapath import attachments, exchanges, layout, rulesets
 from graft.datapath.maps import Maps, needs_room
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
 from graft.kernel import bpf, cgroup
+from graft.kernel.netns import cookie
 from graft.model.address import shown
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
@@ -185,7 +186,13 @@ class ContainerChanges(Containers):
         detached.forget(self._settings, number)
         try:
             value = layout.ContainerValue(
-                netns, new.ruleset, transport, new.bind_default, new.connect_default, new.flags
+                netns,
+                new.ruleset,
+                transport,
+                new.bind_default,
+                new.connect_default,
+                new.flags,
+                0 if transport.is_supervised else cookie(self._settings.host_netns),
             )
             with needs_room("container"):
                 self._maps.containers.put(ctypes.c_uint32(number), value)

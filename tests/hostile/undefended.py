@@ -30,6 +30,7 @@ from typing import Any
 
 from graft.commands import restore, watcher
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
+from graft.commands.transport_choice import choose_transport
 from graft.datapath import bcc_compiler
 from graft.datapath.sources import bpf_source_dir
 from graft.errors import KernelError
@@ -38,6 +39,7 @@ from graft.kernel import (
     capabilities,
     cgroup,
     keyring,
+    netns,
     process,
     sockdiag,
     sockets,
@@ -66,6 +68,7 @@ from graft.state import (
     members,
     socket_holders,
     stack_listing,
+    thread_namespaces,
     withdrawal,
 )
 from graft.state.installation import Installation
@@ -119,6 +122,14 @@ _CONNECTING = _at_once(
 )
 
 HOOKS: dict[str, tuple[Change, ...]] = {
+    # A container of transport splice has nothing in the host's namespace that would have to be judged.
+    "splice on the host": (
+        (
+            "owner.bpf.c",
+            "return container && is_unsupervised(container) &&",
+            "return container && container->transport == GRAFT_TRANSPORT_DIRECT &&",
+        ),
+    ),
     # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
     "bound": (("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", "\treturn 1;\n"),),
     # What one ruleset said of a request is good for all that follow.
@@ -1129,6 +1140,16 @@ def _made_meanwhile() -> None:
     attaching._made_meanwhile = lambda graft, container, before, existing: ()
 
 
+def _threads() -> None:
+    """A process is in the network namespace that its first thread is in."""
+    thread_namespaces.of_container = lambda path, pids, wanted: dict(netns.inodes_of(pids))
+
+
+def _stays_direct() -> None:
+    """A container that cannot have the transport that it had waits."""
+    restore.__dict__["stay_direct"] = choose_transport
+
+
 def _closed_by_tag() -> None:
     """What a container was granted is closed when its processes have been searched."""
     withdrawal._close_tagged = lambda settings, container, stack, keep_connections, done: set()
@@ -1254,6 +1275,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "search": _search,
     "search in time": _search_in_time,
     "made meanwhile": _made_meanwhile,
+    "threads": _threads,
+    "stays direct": _stays_direct,
     "closed by tag": _closed_by_tag,
     "under the lock": _under_the_lock,
     "client by number": _client_by_number,
