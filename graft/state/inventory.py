@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -143,7 +143,7 @@ def sockets_by_container(
     by_container: dict[int, list[ContainerSocket]] = {}
     for container, its, (search, _) in zip(containers, inside, searches, strict=True):
         by_container[container.id] = [
-            _with_grant(container, stack, search.add_to(sock))
+            _with_grant(container, stack, search.add_to(sock), its.cgroups)
             for sock in on_host
             if search.found(sock) or sock.listed.cgroup in its.cgroups or _is_tagged_for(container, sock)
         ]
@@ -151,10 +151,10 @@ def sockets_by_container(
     anywhere = _find_in_all_processes(settings, unlocated, max(until - time.monotonic(), _ANYWHERE))
     sockets_found = {
         container.id: [
-            sock if sock.places else _with_grant(container, stack, anywhere.add_to(sock))
+            sock if sock.places else _with_grant(container, stack, anywhere.add_to(sock), its.cgroups)
             for sock in by_container[container.id]
         ]
-        for container in containers
+        for container, its in zip(containers, inside, strict=True)
     }
     unsearched = {
         container.id: tuple(sorted({*pids, *set(locked).intersection(its.pids)}))
@@ -182,7 +182,8 @@ def tagged(
         )
     if found is None:
         doubts = doubts.and_unlisted(Kind.TCP)
-    return [_with_grant(container, stack, ContainerSocket(listed, path)) for path, listed in found or ()], doubts
+    own = origins.of(settings, container).cgroups if container.transport is Transport.SPLICE else ()
+    return [_with_grant(container, stack, ContainerSocket(listed, path), own) for path, listed in found or ()], doubts
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,18 +283,22 @@ def _tag_of(sock: ContainerSocket) -> layout.Tag | None:
     return None if sock.listed.stored is None else layout.Tag.from_buffer_copy(sock.listed.stored)
 
 
-def _is_tagged_for(container: Container, sock: ContainerSocket) -> bool:
-    """Whether it is the container's own on the host's stack. (With transport splice, tagged sockets are graftd's.)"""
+def _is_tagged_for(container: Container, sock: ContainerSocket, own: Collection[int] = ()) -> bool:
+    """Whether it is the container's own on the host's stack. (With transport splice, tagged sockets are graftd's, but
+    for those made in the container's ``own`` cgroups, by a program with a thread or a socket in the host's namespace.)
+    """
     tag = _tag_of(sock)
-    if tag is None or container.transport is Transport.SPLICE:
+    if tag is None or (container.transport is Transport.SPLICE and sock.listed.cgroup not in own):
         return False
     return bool(tag.container == container.id and tag.home == Home.HOST)
 
 
-def _with_grant(container: Container, stack: HostStack, sock: ContainerSocket) -> ContainerSocket:
+def _with_grant(
+    container: Container, stack: HostStack, sock: ContainerSocket, own: Collection[int] = ()
+) -> ContainerSocket:
     """The same socket with whether a rule granted it, and at which endpoint: by its tag."""
     tag = _tag_of(sock)
-    if tag is None or not _is_tagged_for(container, sock):
+    if tag is None or not _is_tagged_for(container, sock, own):
         return _with_grant_by_address(container, stack, sock)
     if not tag.endpoint:
         # A swapped socket is on the host's stack only by a rule; a direct container's sockets always are.

@@ -222,6 +222,23 @@ def test_with_splice_its_other_threads_are_confined_all_the_same(host: Host) -> 
     assert "granted" not in done.said, "it is bound to its endpoint"
 
 
+def test_what_it_has_at_an_endpoint_there_is_closed_by_detach(host: Host) -> None:
+    port = host.port()
+    rules = ["-i", f"{GRANT}{host.endpoint(f'0.0.0.0:{port}')}", "--deny"]
+    with (
+        new_cgroup("leaves") as path,
+        ear(host.client) as ears,
+        in_cgroup(host, path, *service("first thread", ears[0].getsockname()[1])) as program,
+    ):
+        command = [*graft_without("threads"), "attach", "--cgroup", path, *rules]
+        assert "transport splice" in run(command, environment=host.environment, status=0).stdout
+        tries(host, program, ears)
+        assert host.netns.listens(port)
+        detached = host.graft("detach", "--cgroup", path, status=None)
+        assert not host.netns.listens(port), detached.stdout
+        cgroup.kill(path)
+
+
 def test_threads_that_outlive_the_first_one_are_seen() -> None:
     script = (
         "import ctypes, threading, time; "
