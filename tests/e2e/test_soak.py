@@ -8,11 +8,13 @@ import pytest
 
 from tests.soak.soak import soak
 from tests.support.installation import Host
+from tests.support.wait import PATIENCE
 
 pytestmark = pytest.mark.e2e
 SECONDS = 120.0
 
 
+@pytest.mark.timeout(900 * PATIENCE)
 def test_what_is_served_is_served_whatever_is_killed(bare_host: Host, tmp_path: Path) -> None:
     bare_host.graft("up")
     report = soak(bare_host, tmp_path / "work", SECONDS, seed=12, show=print)
