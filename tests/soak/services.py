@@ -59,9 +59,9 @@ class Nginx(Service):
     name, bound, keeps_connections = "nginx", "0.0.0.0:80", True
 
     def command(self, folder: Path, said: str) -> list[Word]:
-        """One worker, with a configuration of its own."""
+        """One worker, with a configuration of its own. It ends no connection by itself."""
         file = folder / "nginx.conf"
-        location = f"return 200 '{said}\\n';"
+        location = f"keepalive_requests 1000000000; keepalive_time 1000h; return 200 '{said}\\n';"
         file.write_text(CONFIGURATION.format(folder=folder, workers=1, listen=self.bound, location=location))
         return ["nginx", "-c", file]
 
