@@ -155,7 +155,7 @@ def attach_seen(
         elif choice.transport is Transport.SPLICE:
             container, cut_off = _attach_splice(graft, seen, policy, relay or "splice")
         else:
-            container, cut_off = _attach_direct(graft, target, seen.existing or NO_SOCKETS, policy, choice)
+            container, cut_off = _attach_direct(graft, seen, policy)
     return Attached(
         target,
         seen.observed,
@@ -227,24 +227,31 @@ def _replace_policy(
     return changed
 
 
-def _attach_direct(
-    graft: Installation, target: FoundContainer, existing: Existing, policy: Policy, choice: TransportChoice
-) -> tuple[Container, tuple[ContainerSocket, ...]]:
+def _attach_direct(graft: Installation, seen: Seen, policy: Policy) -> tuple[Container, tuple[ContainerSocket, ...]]:
     """Attach the hooks, for transport direct. Returns the container, and those sockets of before that are cut off."""
-    settings = graft.settings
+    container, cut_off = _create(graft, seen, policy, netns.cookie(graft.settings.host_netns))
+    splice.serve(graft, container)
+    return container, cut_off
+
+
+def _create(
+    graft: Installation, seen: Seen, policy: Policy, cookie: int, relay: str = "splice"
+) -> tuple[Container, tuple[ContainerSocket, ...]]:
+    """Attach the hooks. What the container has in the host's namespace is kept if it was there before."""
+    target, existing = seen.target, seen.existing or NO_SOCKETS
     cut_off: list[ContainerSocket] = []
     compiled = graft.compile(policy)
     with graft.transaction() as change:
         container = change.containers.create(
             compiled,
             target.cgroup,
-            netns.cookie(settings.host_netns),
-            choice.transport,
+            cookie,
+            seen.choice.transport,
             name=target.name,
             engine=target.engine,
-            prepare=lambda number: cut_off.extend(inventory.keep_reachable(settings, number, existing.sockets)),
+            relay=relay,
+            prepare=lambda number: cut_off.extend(inventory.keep_reachable(graft.settings, number, existing.sockets)),
         )
-    splice.serve(graft, container)
     return container, tuple(cut_off)
 
 
@@ -256,28 +263,15 @@ def _attach_splice(
     What it has in the host's namespace is as with transport direct: judged, and kept if it was there before.
     """
     refuse_in_splice(policy)
-    settings, target, existing = graft.settings, seen.target, seen.existing or NO_SOCKETS
-    cut_off: list[ContainerSocket] = []
-    splice.ensure_daemon(settings)
-    pid = next(iter(seen.inside.pids), target.pid)
+    splice.ensure_daemon(graft.settings)
+    pid = next(iter(seen.inside.pids), seen.target.pid)
     try:
         cookie = netns.cookie(pid)
     except OSError:
-        raise NotFoundError(f"cgroup: the processes of {target.name} have ended") from None
-    compiled = graft.compile(policy)
-    with graft.transaction() as change:
-        container = change.containers.create(
-            compiled,
-            target.cgroup,
-            cookie,
-            Transport.SPLICE,
-            name=target.name,
-            engine=target.engine,
-            relay=relay,
-            prepare=lambda number: cut_off.extend(inventory.keep_reachable(settings, number, existing.sockets)),
-        )
+        raise NotFoundError(f"cgroup: the processes of {seen.target.name} have ended") from None
+    container, cut_off = _create(graft, seen, policy, cookie, relay)
     splice.serve(graft, container, pid)
-    return container, tuple(cut_off)
+    return container, cut_off
 
 
 def _without_effect(graft: Installation, choice: TransportChoice, policy: Policy) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from graft.errors import GraftError, KernelError
+from graft.errors import KernelError
 from graft.model.settings import Settings
 from graft.splice import control, daemon_process
 from graft.state import members
@@ -65,17 +65,12 @@ def detach(graft: Installation, container: Container) -> None:
     Remove its record first: the daemon serves every recorded container. Safe to repeat, and where no daemon runs.
     Raises GraftError where it does not answer: then it may still have open what it served the container by.
     """
+    answer = None
     try:
-        answers = control.ask(graft.settings, {"do": "detach", "container": container.id}) is not None
-    except GraftError:
-        _forget_relay(graft, container)
-        raise
-    if not answers:
-        _forget_relay(graft, container)
-
-
-def _forget_relay(graft: Installation, container: Container) -> None:
-    graft.maps.relays.delete(ctypes.c_uint32(container.id))
+        answer = control.ask(graft.settings, {"do": "detach", "container": container.id})
+    finally:
+        if answer is None:
+            graft.maps.relays.delete(ctypes.c_uint32(container.id))
 
 
 def describe(settings: Settings, container: Container) -> dict[str, Any]:

@@ -204,10 +204,9 @@ class DescriptorStore:
 
         self._loop.watch(reader, 0, end)
         self._loop.after(_BARRIER_SECONDS, end)
-        if self._sock is not None:  # until it is sent it has to be open here
-            self._send(protocol.encode({protocol.BARRIER: "1"}), [writer], lambda: os.close(writer))
-        else:
-            os.close(writer)
+        self._send(
+            protocol.encode({protocol.BARRIER: "1"}), [writer], lambda: os.close(writer)
+        )  # open until it is sent
 
     def close(self) -> None:
         """Send no more. Safe to repeat."""

@@ -76,12 +76,12 @@ tcp.recv(1)
 """
 
 
-def searches(program: Program) -> bool:
-    """Whether a command has had the same child for a while, which searches processes."""
+def long_child(program: Program) -> str:
+    """The child that a command has had for a while, and waits for; "" where there is none."""
     children = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children")
     before = children.read_text()
     time.sleep(1)  # the other children of a command have answered by then
-    return bool(before) and children.read_text() == before
+    return before if children.read_text() == before else ""
 
 
 def made_meanwhile(host: Host, without: str = "") -> tuple[str, list[str]]:
@@ -92,7 +92,8 @@ def made_meanwhile(host: Host, without: str = "") -> tuple[str, list[str]]:
         with in_cgroup(host, path, *words) as program:
             assert program.stdin is not None and program.stdout is not None
             attaching = host.start_command([*graft_without(without), "attach", "--cgroup", path, "--deny"])
-            attaching.until("it searches", lambda: searches(attaching))
+            threads = attaching.until("it looks at threads", lambda: long_child(attaching))
+            attaching.until("it searches", lambda: long_child(attaching) not in ("", threads))
             program.stdin.write("\n")
             program.stdin.flush()
             assert program.stdout.readline() == "made\n"
