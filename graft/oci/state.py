@@ -79,9 +79,8 @@ class Message:
 
     @property
     def sender(self) -> int:
-        """The process that has connected, as the kernel knows it (SO_PEERCRED, unix(7))."""
-        raw = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        return int(_UCRED.unpack(raw)[0])
+        """The process that has connected."""
+        return _peer(self.connection)[0]
 
     def fileno(self) -> int:
         """For poll()."""
@@ -138,5 +137,10 @@ class Message:
 
 def comes_from_root(connection: socket.socket) -> bool:
     """Whether the peer is the host's root."""
-    _pid, uid, _gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return int(uid) == 0
+    return _peer(connection)[1] == 0
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """Process and user that have connected, as the kernel knows them (SO_PEERCRED, unix(7))."""
+    pid, uid, _gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid

@@ -26,34 +26,10 @@ from tests.hostile.undefended import DEFENCES
 from tests.support import namespaces
 from tests.support.building import Programs
 from tests.support.installation import Host
+from tests.support.progress import Progress
 from tests.support.shell import run
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "fuzz"
-
-
-class Progress:
-    """A line that is written over on a terminal, and lines now and then on a pipe."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._last = 0.0
-
-    def show(self, text: str) -> None:
-        """How far it is."""
-        if time.monotonic() - self._last < (0.2 if self._terminal else 30):
-            return
-        self._last = time.monotonic()
-        print(
-            f"\r\033[K{text}" if self._terminal else text,
-            end="" if self._terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def end(self) -> None:
-        """A fresh line."""
-        if self._terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def save(sequence: Sequence, found: Several[Finding], folder: Path = BUILD) -> Path:

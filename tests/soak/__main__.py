@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 from tests.conftest import installation
-from tests.fuzz.__main__ import Progress
 from tests.soak.soak import Report, soak
 from tests.support import namespaces
+from tests.support.progress import Progress
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 

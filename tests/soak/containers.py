@@ -43,6 +43,8 @@ class Box(ABC):
     """One container. ``port`` is its endpoint's, of the host."""
 
     kind: str
+    more_policy = "default: deny\n"
+    """What its policy has besides its rules."""
     moves_at_once = False
     """Whether a listener follows its endpoint to another port, without a restart."""
     survives_graftd = True
@@ -74,7 +76,7 @@ class Box(ABC):
         file.parent.mkdir(parents=True, exist_ok=True)
         unused = f"{{to: 192.0.2.{self._revision % 250 + 1}, action: deny}}"
         file.write_text(
-            f"name: {self.name}\ndefault: deny\n"
+            f"name: {self.name}\n{self.more_policy}"
             f"ingress: [{{bind: {self.service.bound!r}, endpoint: {self.endpoint}}}]\n"
             f"egress: [{{to: {CLIENT4}, ports: [{ALLOWED_PORT}], endpoint: soak-out}}, {_ANSWERS}, {unused}]\n"
         )
@@ -148,10 +150,6 @@ class Box(ABC):
         program.process.terminate()
         program.wait()
 
-    def close(self) -> None:
-        """End what is left of it."""
-        self.stop()
-
     def supervisor(self) -> int:
         """The process id of its supervisor, 0 where it has none now."""
         return 0
@@ -177,13 +175,7 @@ class RunBox(Box):
 class SwapBox(RunBox):
     """The same, by a policy that leaves the rest to the container's own stack."""
 
-    kind = "swap"
-
-    def write_policy(self) -> Path:
-        """Without the default."""
-        file = super().write_policy()
-        file.write_text(file.read_text().replace("default: deny\n", ""))
-        return file
+    kind, more_policy = "swap", ""
 
 
 class DirectBox(Box):
@@ -246,7 +238,7 @@ class KernelBox(SpliceBox):
 class PodmanBox(Box):
     """A container of podman's with Graft's runtime."""
 
-    kind = "podman"
+    kind, more_policy = "podman", "default: deny\nopen: true\n"
 
     def __init__(self, engine: Engine, service: Service, folder: Path, number: int, worker: Path) -> None:
         super().__init__(engine.host, service, folder, number, worker)
@@ -256,12 +248,6 @@ class PodmanBox(Box):
     def policy_file(self) -> Path:
         """One of those that an image may name."""
         return self.host.settings.state_dir / "policies" / f"{self.name}.yaml"
-
-    def write_policy(self) -> Path:
-        """And it may be asked for."""
-        file = super().write_policy()
-        file.write_text(f"{file.read_text()}open: true\n")
-        return file
 
     def server_command(self) -> Sequence[Word]:
         """With the configuration in the container."""

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import tempfile
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -75,7 +72,7 @@ def _boxes(host: Host, folder: Path) -> Iterator[list[Box]]:
         for _ in range(3):
             make(PodmanBox, Nginx(), podman)
         for box in made:
-            stack.callback(box.close)
+            stack.callback(box.stop)
         for box in made:
             box.start()
         yield made
@@ -86,17 +83,10 @@ def _listening(host: Host) -> set[int]:
     return {int(found) for found in re.findall(r":(\d+)\s", host.netns.run("ss", "-Hltn"))}
 
 
-class _Judge:
-    """Looks again and again whether the host listens at a port that no endpoint has, for more than a moment."""
-
-    def __init__(self, host: Host, boxes: Sequence[Box]) -> None:
-        self._host, self._boxes = host, boxes
-        self.problems: list[str] = []
-
-    def look(self) -> None:
-        """Between two events."""
-        found = _listening(self._host) - {box.port for box in self._boxes} - {FORBIDDEN_PORT}
-        self.problems += [f"the host listens at {port}, which no endpoint has" for port in sorted(found)]
+def _strange_listeners(host: Host, boxes: Sequence[Box]) -> list[str]:
+    """What the host's namespace listens at, though no endpoint has it. Between two events."""
+    found = _listening(host) - {box.port for box in boxes} - {FORBIDDEN_PORT}
+    return [f"the host listens at {port}, which no endpoint has" for port in sorted(found)]
 
 
 def _steady(host: Host) -> Account:
@@ -111,14 +101,16 @@ def _steady(host: Host) -> Account:
     return before
 
 
-def _work(events: Events, judge: _Judge, seconds: float, show: Callable[[str], None]) -> None:
-    end, ending = time.monotonic() + seconds, threading.Event()
+def _work(host: Host, boxes: Sequence[Box], events: Events, seconds: float, show: Callable[[str], None]) -> list[str]:
+    """Events for so long. Gives what is wrong between them."""
+    end, problems = time.monotonic() + seconds, list[str]()
     while time.monotonic() < end:
         name = events.happen()
-        judge.look()
+        problems += _strange_listeners(host, boxes)
         left = max(0.0, end - time.monotonic())
         show(f"{left:5.0f} s left, {sum(events.counts.values())} events, the last: {name}")
-        ending.wait(_PAUSE)
+        time.sleep(_PAUSE)
+    return problems
 
 
 def soak(host: Host, folder: Path, seconds: float, seed: int, show: Callable[[str], None]) -> Report:
@@ -129,11 +121,11 @@ def soak(host: Host, folder: Path, seconds: float, seed: int, show: Callable[[st
     with serving(host) as servers, _boxes(host, folder) as boxes:
         clients = [Client(box) for box in boxes]
         try:
-            events, judge = Events(host, boxes, seed), _Judge(host, boxes)
+            events = Events(host, boxes, seed)
             time.sleep(5.0)  # pools and caches fill
             report.before = _paused(clients, host)
             begun = time.monotonic()
-            _work(events, judge, seconds, show)
+            report.problems += _work(host, boxes, events, seconds, show)
             report.seconds = time.monotonic() - begun
             report.after = _paused(clients, host)
         finally:
@@ -142,19 +134,11 @@ def soak(host: Host, folder: Path, seconds: float, seed: int, show: Callable[[st
         for box in boxes:
             box.stop()
         _judge(report, boxes, clients, servers, events)
-        report.events = dict(events.counts)
-        report.problems += judge.problems
-    with _named(report, "what is left at the end"):
-        until("nothing is left", lambda: not accounts.left(host), 60)
-    return report
-
-
-@contextmanager
-def _named(report: Report, what: str) -> Iterator[None]:
     try:
-        yield
-    except (AssertionError, subprocess.SubprocessError, OSError) as error:
-        report.problems.append(f"{what}: {error}")
+        until("nothing is left", lambda: not accounts.left(host), 60)
+    except AssertionError:
+        report.problems += accounts.left(host)
+    return report
 
 
 def _paused(clients: Sequence[Client], host: Host) -> Account:
@@ -173,13 +157,12 @@ def _judge(report: Report, boxes: Sequence[Box], clients: Sequence[Client], serv
     report.containers, report.requests = len(boxes), sum(client.requests for client in clients)
     report.from_containers = sum(box.tally.requests for box in boxes)
     report.forbidden_tried = sum(box.tally.forbidden for box in boxes)
-    report.excused = len(failures) - len(left)
+    report.excused, report.events = len(failures) - len(left), dict(events.counts)
     for one in left:
         near = ", ".join(events.near(one)) or "nothing"
         report.problems.append(f"{one.who}: failed after {one.ended - one.begun:.1f} s: {one.what} ({near} happened)")
     report.problems += servers.reached
     report.problems += chain.from_iterable(box.succeeded for box in boxes)
-    idle = Counter({box.name: box.tally.requests for box in boxes})
-    report.problems += [f"{name}: its client has asked nothing" for name, made in idle.items() if not made]
+    report.problems += [f"{box.name}: its client has asked nothing" for box in boxes if not box.tally.requests]
     if report.before and report.after:
         report.problems += report.after.excess(report.before)

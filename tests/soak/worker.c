@@ -7,7 +7,6 @@
  */
 #include <arpa/inet.h>
 #include <errno.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,7 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { WAIT_MS = 10000, NAP_US = 200000, FORBIDDEN_EVERY = 5, COUNT_EVERY = 10 };
+enum { WAIT_SECONDS = 10, NAP_US = 200000, FORBIDDEN_EVERY = 5, COUNT_EVERY = 10 };
 
 static double now(void)
 {
@@ -28,10 +27,10 @@ static double now(void)
 }
 
 /* Connect, send a byte and get it back. Null, or what failed. */
-static const char *request(const char *address, const char *port, int wait_ms)
+static const char *request(const char *address, const char *port, int seconds)
 {
 	struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons(atoi(port)) };
-	struct timeval limit = { .tv_sec = wait_ms / 1000 };
+	struct timeval limit = { .tv_sec = seconds };
 	const char *failed = NULL;
 	char byte = '.';
 	int sock = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -59,13 +58,13 @@ int main(int count, char **words)
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	for (;;) {
 		double begun = now();
-		const char *failed = request(words[1], words[2], WAIT_MS);
+		const char *failed = request(words[1], words[2], WAIT_SECONDS);
 
 		if (failed)
 			printf("failed %.3f %.3f %s: %s\n", begun, now(), failed, strerror(errno));
 		made++;
 		for (int at = 3; made % FORBIDDEN_EVERY == 0 && at + 1 < count; at += 2, tried++)
-			if (!request(words[at], words[at + 1], 1000))
+			if (!request(words[at], words[at + 1], 1))
 				printf("forbidden %s:%s was reached\n", words[at], words[at + 1]);
 		if (made % COUNT_EVERY == 0)
 			printf("count %ld %ld\n", made, tried);
