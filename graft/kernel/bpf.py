@@ -23,7 +23,7 @@ _MAP_CREATE = 0
 _OBJ_PIN, _OBJ_GET, _PROG_ATTACH, _PROG_DETACH = 6, 7, 8, 9
 _PROG_LOAD = 5
 _MAP_LOOKUP_AND_DELETE_BATCH = 25  # since 5.6
-_PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 13, 15, 16
+_MAP_GET_NEXT_ID, _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 12, 13, 15, 16
 
 # enum bpf_map_type
 _ARRAY, _ARRAY_OF_MAPS = 2, 12
@@ -168,6 +168,18 @@ class _IdAttr(ctypes.Structure):
 
 def _bpf(command: int, attr: ctypes.Structure) -> int:
     return syscall("bpf", command, ctypes.byref(attr), ctypes.sizeof(attr))
+
+
+def is_permitted() -> bool:
+    """Whether this process has the rights of the host's root, and not only those of a user namespace or a container.
+
+    kernel/bpf/syscall.c (bpf_obj_get_next_id): ids are listed only for CAP_SYS_ADMIN in the first user namespace.
+    """
+    try:
+        _bpf(_MAP_GET_NEXT_ID, _IdAttr())
+    except OSError as error:
+        return error.errno != errno.EPERM
+    return True
 
 
 def prog_log(prog_type: int, attach_type: int, instructions: bytes) -> str:

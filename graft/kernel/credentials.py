@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from graft.errors import PrivilegeError
-from graft.kernel import capabilities
+from graft.kernel import bpf, capabilities
 from graft.kernel.syscalls import syscall
 
 _ROOT = 0
@@ -30,9 +30,11 @@ _UNCHANGED = -1
 
 
 def require_root() -> None:
-    """Raises PrivilegeError for any other user than root."""
+    """Raises PrivilegeError for any other user than the host's root, with its capabilities."""
     if os.geteuid() != 0:
         raise PrivilegeError("this needs root", "run it with sudo")
+    if not bpf.is_permitted():
+        raise PrivilegeError("this needs the host's root", "root of a container or a user namespace is not enough")
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ PROJECT = "opt/graft"  # in the guest
 
 _PACKAGES = "systemd systemd-sysv dbus udev kmod ca-certificates make git procps iproute2 util-linux busybox-static"
 _PACKAGES_OF_OURS = "python3-yaml"  # what the Debian package depends on, and .ci/setup does not install
+_ROOTLESS = "uidmap dbus-user-session"  # what podman recommends, for users' own containers
 # What .ci/setup leaves stopped and disabled where systemd runs; in a chroot it cannot.
 _SERVERS = "nginx iperf3 webhook redis-server postgresql haproxy unbound docker.service docker.socket containerd"
 _TIMERS = "podman.socket podman-auto-update.timer podman-restart apt-daily.timer apt-daily-upgrade.timer fstrim.timer"
@@ -141,7 +142,7 @@ def _make_tree(tree: Path, log: Path) -> None:
     aside = tree.with_name(f"{tree.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     log.unlink(missing_ok=True)
-    include = ",".join(f"{_PACKAGES} {_PACKAGES_OF_OURS}".split())
+    include = ",".join(f"{_PACKAGES} {_PACKAGES_OF_OURS} {_ROOTLESS}".split())
     _run(log, "debootstrap", "--variant=minbase", f"--include={include}", "bookworm", aside, mirror())
     for name in ("resolv.conf", "hosts", "ssl/certs/ca-certificates.crt"):
         if Path("/etc", name).exists():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
+import tarfile
 from pathlib import Path
 
 from tests.support.shell import output
@@ -12,13 +14,18 @@ PACKAGE = Path("dist/graft.deb")
 PINS = Path("/sys/fs/bpf/graft")
 CGROUP = Path("/sys/fs/cgroup/graft")
 SAVED = Path("/var/lib/graft")
-PORT = 8080
-UNIT = Path("/etc/systemd/system/test-web.service")
+UNITS = Path("/etc/systemd/system")
+UNIT, PORT = UNITS / "test-web.service", 8080
+PRIVATE_UNIT, OTHERS_PORT = UNITS / "test-private.service", 8081
+CONTAINERS = {"shop": ("none", 8082), "desk": ("host", 8083)}
+"""Of docker: the network and the endpoint's port of each."""
+PORTS = (PORT, OTHERS_PORT, *(port for _, port in CONTAINERS.values()))
 # It sleeps, because a unit that appears is attached some moments later, which are many more on an emulated core.
 SERVICE = """[Unit]
 Description=A web server that knows nothing of Graft
 [Service]
 WorkingDirectory=/etc/graft
+{more}
 ExecStartPre=sleep 20
 ExecStart=/usr/bin/python3 -m http.server 80
 [Install]
@@ -27,7 +34,7 @@ WantedBy=multi-user.target
 
 
 def answers(port: int) -> bool:
-    """Whether the web server answers there. To be asked once a second at most: it is on the same core."""
+    """Whether a web server answers there. To be asked once a second at most: it is on the same core."""
     command = ["curl", "-s", "-f", "-m", "10", f"http://127.0.0.1:{port}/environment"]
     return b"graft.service" in subprocess.run(command, capture_output=True).stdout
 
@@ -45,3 +52,22 @@ def is_active(unit: str) -> bool:
 def listening() -> str:
     """The listening TCP sockets of the host."""
     return output(["ss", "-Hltn"])
+
+
+def root_file_system() -> bytes:
+    """A tar of a system that has busybox, and the file that web servers are asked for."""
+    files = {"bin/busybox": Path("/bin/busybox"), "etc/graft/environment": Path("/etc/graft/environment")}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, path in files.items():
+            tar.add(path, name)
+        for name in ("sh", "sleep", "httpd"):
+            link = tarfile.TarInfo(f"bin/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            tar.addfile(link)
+    return buffer.getvalue()
+
+
+def make_image() -> None:
+    """Give docker the image "box"."""
+    subprocess.run(["docker", "import", "-", "box"], input=root_file_system(), check=True, timeout=600)

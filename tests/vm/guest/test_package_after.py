@@ -1,6 +1,15 @@
-"""After a reboot with the Debian package: all is restored; then it is upgraded, and removed."""
+"""After a reboot with the Debian package: all is restored, and stays whatever is restarted; then it is upgraded, and
+removed.
+"""
 
 from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -8,22 +17,27 @@ from tests.support.shell import output
 from tests.support.wait import until
 from tests.vm.guest.package import (
     CGROUP,
+    CONTAINERS,
+    OTHERS_PORT,
     PACKAGE,
     PINS,
     PORT,
+    PORTS,
     SAVED,
     UNIT,
     answers,
     is_active,
     listening,
+    root_file_system,
     until_answers,
 )
 
 
-def test_endpoints_and_policies_are_in_force_again() -> None:
+@pytest.mark.parametrize("port", PORTS)
+def test_endpoints_and_policies_are_in_force_again(port: int) -> None:
     until("graft.service", lambda: is_active("graft.service"), timeout=60, pause=1)
-    assert "web" in output(["graft", "ep", "show"])
-    until_answers(PORT)
+    assert f":{port}" in output(["graft", "ep", "show"])
+    until_answers(port)
     assert ":80 " not in listening()
 
 
@@ -42,13 +56,92 @@ def test_a_unit_that_stops_leaves_the_policies_in_force(command: str) -> None:
     output(["systemctl", command, "graft.service"])
     assert answers(PORT)
     output(["systemctl", "start", "graft.service"])
+    until("graftd.service", lambda: is_active("graftd.service"), timeout=60, pause=1)
+
+
+def test_containers_of_an_engine_that_is_restarted_are_served_again() -> None:
+    output(["systemctl", "restart", "docker.service"], timeout=300)
+    for _, port in CONTAINERS.values():
+        until_answers(port)
+    assert ":80 " not in listening()
+
+
+def main_pid(unit: str) -> int:
+    """The process that systemd watches."""
+    return int(output(["systemctl", "show", "--property=MainPID", "--value", unit]))
+
+
+@contextmanager
+def connection_that_stays() -> Iterator[None]:
+    """A request that is begun before the block, and answered after it."""
+    with socket.create_connection(("127.0.0.1", OTHERS_PORT), timeout=300) as client:
+        client.sendall(b"GET /environment HTTP/1.0\r\n")
+        yield
+        client.sendall(b"\r\n")
+        assert b"graft.service" in client.makefile("rb").read()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [["kill", "--signal=KILL", "--kill-who=main"], ["kill", "--signal=STOP", "--kill-who=main"], ["reload"]],
+    ids=["killed", "stopped", "reloaded"],
+)
+def test_systemd_keeps_what_the_packages_graftd_relays(how: list[str]) -> None:
+    until_answers(OTHERS_PORT)
+    before = main_pid("graftd.service")
+    with connection_that_stays():
+        output(["systemctl", *how, "graftd.service"])
+        until("another graftd", lambda: main_pid("graftd.service") not in (0, before), timeout=60)
+    until_answers(OTHERS_PORT)
+
+
+@pytest.mark.parametrize("days", [2, -4])
+def test_a_clock_that_jumps_is_noticed_by_nobody(days: int) -> None:
+    before = main_pid("graftd.service")
+    with connection_that_stays():
+        output(["date", "--set", f"{days} days"])
+        for port in PORTS:
+            until_answers(port)
+        output(["docker", "restart", "--time=0", "shop"], timeout=120)
+        until_answers(CONTAINERS["shop"][1])
+    assert main_pid("graftd.service") == before
+    assert "waiting" not in output(["graft", "ps"])
+
+
+def test_a_container_of_a_user_is_attached_by_root(tmp_path: Path) -> None:
+    """Of rootless podman, in a cgroup that is the user's own."""
+    output(["useradd", "--create-home", "user"])
+    home = Path("/home/user")
+    output(["runuser", "-u", "user", "--", "mkdir", home / "root"])
+    unpack = ["runuser", "-u", "user", "--", "tar", "x", "-C", home / "root"]
+    subprocess.run(unpack, input=root_file_system(), check=True)
+    options = ["--cgroup-manager=cgroupfs", "run", "--rm", "--network=none", "--name=own", "--cgroups=enabled"]
+    command = ["podman", *options, "--rootfs", home / "root", "httpd", "-f", "-p", "80", "-h", "/etc/graft"]
+    output(["systemd-run", "--quiet", "--unit=own", "--uid=user", "--property=Delegate=yes", *command])
+    found = until("its cgroup", partial(container_cgroup, "own.service"), timeout=60, pause=1)
+    output(["graft", "ep", "add", "own", "0.0.0.0:8090"])
+    output(["graft", "attach", "--no-save", "--cgroup", found, "-i", "0.0.0.0:80=own"])
+    until_answers(8090)
+    output(["systemctl", "stop", "own.service"])
+    until("it is gone", lambda: "own" not in output(["graft", "ps"]), pause=1)
+
+
+def container_cgroup(unit: str) -> Path | None:
+    """The cgroup of a container's program somewhere below a unit."""
+    for folder in Path("/sys/fs/cgroup/system.slice", unit).rglob("libpod-*"):
+        for procs in folder.rglob("cgroup.procs"):
+            if "conmon" not in str(folder) and procs.read_text():
+                return procs.parent
+    return None
 
 
 def test_an_upgrade_interrupts_nothing() -> None:
-    pid = output(["systemctl", "show", "--value", "--property=MainPID", UNIT.name])
-    output(["dpkg", "--install", PACKAGE])
-    assert answers(PORT)
-    assert output(["systemctl", "show", "--value", "--property=MainPID", UNIT.name]) == pid
+    pid = main_pid(UNIT.name)
+    with connection_that_stays():
+        output(["dpkg", "--install", PACKAGE])
+    for port in PORTS:
+        assert answers(port)
+    assert main_pid(UNIT.name) == pid
     assert "web" in output(["graft", "ep", "show"])
 
 
