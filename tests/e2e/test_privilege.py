@@ -48,10 +48,11 @@ def test_the_runtime_of_a_rootless_engine_starts_what_asks_for_no_policy_and_ref
     annotations = {"graft.policy": str(tmp_path / "policy.yaml")} if asks else {}
     (tmp_path / "policy.yaml").write_text("name: p\n")
     (tmp_path / "config.json").write_text(json.dumps({"annotations": annotations}))
-    command = [*USER_NAMESPACE, GRAFT.with_name("graft-runtime"), "create", "--bundle", tmp_path, "box"]
+    words = ("create", "--bundle", str(tmp_path), "box")
+    command = [*USER_NAMESPACE, str(GRAFT.with_name("graft-runtime")), *words]
     environment = {**host.environment, "GRAFT_RUNTIME": "/bin/echo"}
     if not asks:
-        assert output(command, environment=environment).split() == ["create", "--bundle", str(tmp_path), "box"]
+        assert output(command, environment=environment).split() == list(words)
         return
     done = run(command, environment=environment, status=1)
     assert done.stdout == "" and "needs the host's root" in done.stderr

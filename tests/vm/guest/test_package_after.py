@@ -108,17 +108,17 @@ def test_a_clock_that_jumps_is_noticed_by_nobody(days: int) -> None:
     assert "waiting" not in output(["graft", "ps"])
 
 
-def test_a_container_of_a_user_is_attached_by_root(tmp_path: Path) -> None:
+def test_a_container_of_a_user_is_attached_by_root() -> None:
     """Of rootless podman, in a cgroup that is the user's own."""
     output(["useradd", "--create-home", "user"])
-    home = Path("/home/user")
-    output(["runuser", "-u", "user", "--", "mkdir", home / "root"])
-    unpack = ["runuser", "-u", "user", "--", "tar", "x", "-C", home / "root"]
-    subprocess.run(unpack, input=root_file_system(), check=True)
+    root = "/home/user/root"
+    output(["runuser", "-u", "user", "--", "mkdir", root])
+    subprocess.run(["runuser", "-u", "user", "--", "tar", "x", "-C", root], input=root_file_system(), check=True)
     options = ["--cgroup-manager=cgroupfs", "run", "--rm", "--network=none", "--name=own", "--cgroups=enabled"]
-    command = ["podman", *options, "--rootfs", home / "root", "httpd", "-f", "-p", "80", "-h", "/etc/graft"]
+    command = ["podman", *options, "--rootfs", root, "httpd", "-f", "-p", "80", "-h", "/etc/graft"]
     output(["systemd-run", "--quiet", "--unit=own", "--uid=user", "--property=Delegate=yes", *command])
     found = until("its cgroup", partial(container_cgroup, "own.service"), timeout=60, pause=1)
+    assert found is not None
     output(["graft", "ep", "add", "own", "0.0.0.0:8090"])
     output(["graft", "attach", "--no-save", "--cgroup", found, "-i", "0.0.0.0:80=own"])
     until_answers(8090)
