@@ -298,9 +298,8 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		return 0;
 	}
 	if (rule != GRAFT_VERDICT_GRANT) {
-		/* direct: the host's namespace is the container's own, so its default applies. A swapped
-		 * socket is outside the container's namespace, and may do only what a rule grants. */
-		if (!is_unsupervised(owner.container) ||
+		/* A swapped socket is outside the container's namespace, and may do only what a rule grants. */
+		if (!defaults_apply(owner.container) ||
 		    (rule == GRAFT_VERDICT_NONE && owner.container->connect_default == GRAFT_DEFAULT_DENY) ||
 		    has_other_familys_port(owner.tag, request) ||
 		    (bound && is_at_other_familys_endpoint(owner.tag, request)))

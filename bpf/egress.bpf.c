@@ -120,7 +120,7 @@ int graft_skb_egress(struct __sk_buff *skb)
 		return PASS;
 	if (!is_host_homed(skb, sk, &owner))
 		return owner.home == GRAFT_HOME_FERRY ? leaves_ferry(skb, &owner) : leaves_inside(skb, sk, &owner);
-	if (owner.container && is_unsupervised(owner.container) && !denies_anything(owner.container))
+	if (owner.container && defaults_apply(owner.container) && !denies_anything(owner.container))
 		return PASS;
 	if (may_ping(owner.container, type, protocol))
 		return is_permitted_ping(skb, sk, &owner, 1) ? PASS : drop(&owner);

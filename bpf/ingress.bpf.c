@@ -74,7 +74,7 @@ static __always_inline int may_connect(struct __sk_buff *skb, struct bpf_sock *s
 {
 	u8 family = skb->protocol == bpf_htons(ETH_P_IP) ? GRAFT_IPV4 : GRAFT_IPV6;
 
-	if (is_unsupervised(owner->container) && !denies_anything(owner->container))
+	if (defaults_apply(owner->container) && !denies_anything(owner->container))
 		return 1;
 	return may_leave(skb, sk, owner, family, IPPROTO_TCP);
 }

@@ -177,7 +177,7 @@ static __always_inline int record_option(struct bpf_sock *sk, int level, int nam
  * only to a socket with an endpoint. */
 static __always_inline int is_confined(struct owner *owner)
 {
-	if (!owner->container || !is_unsupervised(owner->container) || denies_anything(owner->container))
+	if (!owner->container || !defaults_apply(owner->container) || denies_anything(owner->container))
 		return 1;
 	return owner->tag && owner->tag->endpoint;
 }

@@ -150,11 +150,21 @@ static __always_inline int may_have_any_port(struct container *container, u8 pro
 	       container->bind_default == GRAFT_DEFAULT_CONTAINER;
 }
 
-/* Whether binds that no rule names are permitted although the socket is host-homed: in a direct container
- * the host's namespace is the container's own, and in transport splice it was. */
+/* Whether what no rule names may be the policy's default on a host-homed socket: in a direct container the host's
+ * namespace is the container's own, and in transport splice it was, for a socket that a program of the container made.
+ * graftd's sockets for that container, made in a cgroup of Graft's, may do what a rule grants and nothing else. */
+static __always_inline int defaults_apply(struct container *container)
+{
+	struct scope *scope = scopes.get_local_storage(0);
+
+	return container->transport == GRAFT_TRANSPORT_DIRECT ||
+	       (container->transport == GRAFT_TRANSPORT_SPLICE && scope->container);
+}
+
+/* Whether binds that no rule names are permitted although the socket is host-homed. */
 static __always_inline int binds_freely(struct container *container)
 {
-	return is_unsupervised(container) && container->bind_default == GRAFT_DEFAULT_CONTAINER;
+	return defaults_apply(container) && container->bind_default == GRAFT_DEFAULT_CONTAINER;
 }
 
 /* Rules have one number for ICMP of both families, and no ports. */

@@ -151,7 +151,7 @@ static __always_inline int may_exchange_with(struct container *container, struct
 		return endpoint && !is_unix(endpoint) && serves(endpoint, remote->protocol) &&
 		       (netns == ANY_NETNS || endpoint->netns == netns);
 	}
-	return is_unsupervised(container) && rule != GRAFT_VERDICT_DENY &&
+	return defaults_apply(container) && rule != GRAFT_VERDICT_DENY &&
 	       (rule == GRAFT_VERDICT_CONTAINER || container->connect_default == GRAFT_DEFAULT_CONTAINER);
 }
 

@@ -35,12 +35,23 @@ static __always_inline int may_name_source(struct bpf_sock_addr *ctx, struct req
 	return !request->any_source || !(ip[0] | ip[1] | ip[2] | ip[3]) || is_hosts(bpf_get_netns_cookie(ctx), ip, family);
 }
 
+/* Whether a send is to the IPv4 peer of an IPv6 socket: the kernel then passes the peer's address, whether or not the
+ * program named one (udpv6_sendmsg in net/ipv6/udp.c). */
+static __always_inline int goes_to_mapped_peer(struct bpf_sock *sk, struct request *request)
+{
+	u32 ip;
+
+	__builtin_memcpy(&ip, request->addr, 4);
+	return sk->family == AF_INET6 && request->family == GRAFT_IPV4 && is_connected(sk) && ip == sk->dst_ip6[3] &&
+	       request->port == bpf_ntohs(sk->dst_port);
+}
+
 /* Whether a send is to the peer of a socket whose connect was redirected to Graft's relay. */
 static __always_inline int goes_to_relayed_peer(struct bpf_sock_addr *ctx, struct request *request)
 {
 	struct crossing *crossing;
 
-	if (!goes_to_peer(ctx, request))
+	if (!goes_to_peer(ctx, request) && !goes_to_mapped_peer(ctx->sk, request))
 		return 0;
 	crossing = crossings.sk_storage_get(ctx->sk, 0, 0);
 	return crossing && crossing->role == GRAFT_CROSSING_REDIRECTED;

@@ -66,7 +66,8 @@ def attach(
     """Put the container that ``text`` names under ``policy``, or replace its policy.
 
     ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice. ``save``: for the next
-    boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
+    boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then
+    (unless it is graftd that does not serve by the new policy yet).
     """
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
     for _ in range(_TRIES):
@@ -78,6 +79,7 @@ def attach(
     else:
         raise ConflictError("cgroup: others attach and detach it at the same time", "try again")
     if seen.attached is not None:
+        update_relay(graft, seen.attached, done.container)  # under no lock: the container may delay it
         return done
     return replace(done, late=_made_meanwhile(graft, done.container, seen.inside, seen.existing))
 
@@ -144,7 +146,8 @@ def attach_seen(
     """Attach a container that was looked at and `is_current`, under the lock on what is saved, if anything is or is to
     be, and `within_reach`.
 
-    ``asked`` is the transport that is saved as the operator's.
+    ``asked`` is the transport that is saved as the operator's. Of one that was attached before, graftd is to be told
+    afterwards (`update_relay`).
     """
     target, choice = seen.target, seen.choice
     cut_off: tuple[ContainerSocket, ...] = ()
@@ -222,9 +225,7 @@ def _replace_policy(
             "detach it first: graft detach",
         )
     name = target.name if target.engine in ("docker", "podman", "systemd") else None
-    changed = replace_policy(graft, attached, policy, name, relay)
-    update_relay(graft, attached, changed)
-    return changed
+    return replace_policy(graft, attached, policy, name, relay)
 
 
 def _attach_direct(graft: Installation, seen: Seen, policy: Policy) -> tuple[Container, tuple[ContainerSocket, ...]]:

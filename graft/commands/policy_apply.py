@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graft.commands import saving
 from graft.commands.find import find
-from graft.errors import NotFoundError
+from graft.errors import GraftError, KernelError, NotFoundError
 from graft.model.transport import Transport
 from graft.policy.model import Policy, PolicyError
 from graft.policy.validator import check_splice, needs_unix_relay
@@ -61,11 +61,15 @@ def refuse_in_splice(policy: Policy) -> None:
 
 
 def update_relay(graft: Installation, before: Container, container: Container) -> None:
-    """Have graftd serve a container by its new policy, or not any more. Raises GraftError."""
-    if container.is_relayed:
-        splice.attach(graft.settings, container)
-    elif before.is_relayed:
-        splice.detach(graft, container)
+    """Have graftd serve a container by its new policy, which is in force, or not any more. Raises KernelError."""
+    try:
+        if container.is_relayed:
+            splice.attach(graft.settings, container)
+        elif before.is_relayed:
+            splice.detach(graft, container)
+    except GraftError as error:
+        message = f"the policy is in force, but graftd does not serve by it yet: {error.message}"
+        raise KernelError(message, error.hint or "graft ps tells") from error
 
 
 def replace_policy(

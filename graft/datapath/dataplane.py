@@ -82,6 +82,11 @@ def forks_cgroup(settings: Settings) -> Path:
     return cgroup.v2_mount() / settings.cgroup / "forks"
 
 
+def relays_cgroup(settings: Settings) -> Path:
+    """The cgroup of graftd, so that the hooks apply to the sockets that it makes for containers."""
+    return cgroup.v2_mount() / settings.cgroup / "relays"
+
+
 def is_up(settings: Settings) -> bool:
     """Whether the data plane is pinned. Raises ConflictError for another version's."""
     maps = Maps(settings.pin_dir)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from pathlib import Path
 
 from graft.datapath import attachments, dataplane
 from graft.errors import GraftError
@@ -22,11 +21,6 @@ from graft.splice import descriptor_store
 from graft.splice.daemon_process import daemon_lock
 from graft.splice.service import Service
 from graft.splice.watchdog import Watchdog
-
-
-def relays_cgroup(settings: Settings) -> Path:
-    """The cgroup that the daemon runs in."""
-    return cgroup.v2_mount() / settings.cgroup / "relays"
 
 
 def run(settings: Settings, keep: bool = True, keeper_pid: int = 0) -> None:
@@ -41,7 +35,7 @@ def run(settings: Settings, keep: bool = True, keeper_pid: int = 0) -> None:
     keeper = descriptor_store.connected(told)
     dataplane.up(settings)
     with daemon_lock(settings):
-        folder = relays_cgroup(settings)
+        folder = dataplane.relays_cgroup(settings)
         cgroup.make(folder)
         attachments.attach(settings, folder, 0, splice=True, replaces=True)
         cgroup.enter(folder)

@@ -15,12 +15,14 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graft.datapath import layout
+from graft.datapath.dataplane import relays_cgroup
 from graft.datapath.maps import Maps
+from graft.kernel import cgroup
 from graft.kernel.sockets import Kind, ListedSocket, SeenSocket
 from graft.model.address import format_ip
 from graft.model.endpoint import Endpoint
@@ -44,18 +46,25 @@ _UNDER_LOCK = 1.0  # seconds without an answer, where others wait for the instal
 
 @dataclass(frozen=True, slots=True)
 class HostStack:
-    """Where containers may have sockets: the namespaces of the host and of endpoints; and the endpoints, by id."""
+    """Where containers may have sockets: the namespaces of the host and of endpoints; and the endpoints, by id.
+
+    ``graftd``: the id of the cgroup in which graftd makes its sockets for containers; 0: there has been none.
+    """
 
     endpoints: Mapping[int, Endpoint]
     namespaces: tuple[Path, ...]
+    graftd: int = 0
 
 
 @contextlib.contextmanager
 def host_stack(graft: Installation) -> Iterator[HostStack]:
     """The host stack of now. Inside the block a namespace can be entered even if its endpoint is deleted."""
     stored = graft.endpoints.listing()
+    graftd = 0
+    with contextlib.suppress(FileNotFoundError):
+        graftd = cgroup.cgroup_id(relays_cgroup(graft.settings))
     with graft.endpoints.namespaces(stored) as paths:
-        yield HostStack({one.id: one.endpoint for one in stored}, tuple(paths))
+        yield HostStack({one.id: one.endpoint for one in stored}, tuple(paths), graftd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +152,15 @@ def sockets_by_container(
     by_container: dict[int, list[ContainerSocket]] = {}
     for container, its, (search, _) in zip(containers, inside, searches, strict=True):
         by_container[container.id] = [
-            _with_grant(container, stack, search.add_to(sock), its.cgroups)
+            _with_grant(container, stack, search.add_to(sock))
             for sock in on_host
-            if search.found(sock) or sock.listed.cgroup in its.cgroups or _is_tagged_for(container, sock)
+            if search.found(sock) or sock.listed.cgroup in its.cgroups or _is_tagged_for(container, stack, sock)
         ]
     unlocated = [sock for found in by_container.values() for sock in found if not sock.places]
     anywhere = _find_in_all_processes(settings, unlocated, max(until - time.monotonic(), _ANYWHERE))
     sockets_found = {
         container.id: [
-            sock if sock.places else _with_grant(container, stack, anywhere.add_to(sock), its.cgroups)
+            sock if sock.places else _with_grant(container, stack, anywhere.add_to(sock))
             for sock in by_container[container.id]
         ]
         for container, its in zip(containers, inside, strict=True)
@@ -182,8 +191,7 @@ def tagged(
         )
     if found is None:
         doubts = doubts.and_unlisted(Kind.TCP)
-    own = origins.of(settings, container).cgroups if container.transport is Transport.SPLICE else ()
-    return [_with_grant(container, stack, ContainerSocket(listed, path), own) for path, listed in found or ()], doubts
+    return [_with_grant(container, stack, ContainerSocket(listed, path)) for path, listed in found or ()], doubts
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,22 +291,21 @@ def _tag_of(sock: ContainerSocket) -> layout.Tag | None:
     return None if sock.listed.stored is None else layout.Tag.from_buffer_copy(sock.listed.stored)
 
 
-def _is_tagged_for(container: Container, sock: ContainerSocket, own: Collection[int] = ()) -> bool:
-    """Whether it is the container's own on the host's stack. (With transport splice, tagged sockets are graftd's, but
-    for those made in the container's ``own`` cgroups, by a program with a thread or a socket in the host's namespace.)
+def _is_tagged_for(container: Container, stack: HostStack, sock: ContainerSocket) -> bool:
+    """Whether it is the container's own on the host's stack. (With transport splice graftd's sockets have the tag too.
+    All others are of its programs, which may have had threads or sockets in the host's namespace, and have removed the
+    cgroup that they made them in.)
     """
     tag = _tag_of(sock)
-    if tag is None or (container.transport is Transport.SPLICE and sock.listed.cgroup not in own):
+    if tag is None or (container.transport is Transport.SPLICE and sock.listed.cgroup == stack.graftd):
         return False
     return bool(tag.container == container.id and tag.home == Home.HOST)
 
 
-def _with_grant(
-    container: Container, stack: HostStack, sock: ContainerSocket, own: Collection[int] = ()
-) -> ContainerSocket:
+def _with_grant(container: Container, stack: HostStack, sock: ContainerSocket) -> ContainerSocket:
     """The same socket with whether a rule granted it, and at which endpoint: by its tag."""
     tag = _tag_of(sock)
-    if tag is None or not _is_tagged_for(container, sock, own):
+    if tag is None or not _is_tagged_for(container, stack, sock):
         return _with_grant_by_address(container, stack, sock)
     if not tag.endpoint:
         # A swapped socket is on the host's stack only by a rule; a direct container's sockets always are.

@@ -127,12 +127,13 @@ def test_a_socket_sends_to_several_destinations_and_sees_who_answers(
             assert sorted(found) == sorted((str(one.getsockname()[1]).encode(), one.getsockname()) for one in far)
 
 
-@pytest.mark.parametrize("bound", ["", "::1", OWN])
+@pytest.mark.parametrize("bound", ["", "::1", OWN, "denied"])
 @pytest.mark.parametrize("v6only", [False, True])
 def test_a_connected_socket_is_relayed(container: Plain, v6only: bool, bound: str) -> None:
-    container.attach("-e", f"{CLIENT6}={container.host.endpoint(OUT)}")
+    default = ["--deny"] if bound == "denied" else []
+    container.attach("-e", f"{CLIENT6}={container.host.endpoint(OUT)}", *default)
     with closing(udp(container.host.client, CLIENT6)) as far, udp6(container, v6only) as sock:
-        if bound:
+        if bound and not default:
             give_address(container.netns, OWN)
             sock.bind((bound, 0))
         sock.connect(far.getsockname())

@@ -130,6 +130,14 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "return container && container->transport == GRAFT_TRANSPORT_DIRECT &&",
         ),
     ),
+    # What no rule names, graftd's sockets for a container do by the policy's default, as the container's own.
+    "no default for graftd": (
+        (
+            "owner.bpf.c",
+            "(container->transport == GRAFT_TRANSPORT_SPLICE && scope->container)",
+            "is_unsupervised(container)",
+        ),
+    ),
     # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
     "bound": (("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", "\treturn 1;\n"),),
     # What one ruleset said of a request is good for all that follow.

@@ -65,6 +65,10 @@ class Netns:
         """Whether it has a listener on that port; of UDP: a socket."""
         return bool(self.run("ss", "-Hltn" if protocol == "tcp" else "-Haun", f"sport = :{port}").strip())
 
+    def listening_ports(self) -> set[int]:
+        """The ports at which it has TCP listeners."""
+        return {int(line.split()[3].rpartition(":")[2]) for line in self.run("ss", "-Hltn").splitlines()}
+
     def listener(self, address: str = "0.0.0.0", port: int = 0) -> socket.socket:
         """A TCP listener in it."""
         with self.inside():

@@ -59,13 +59,14 @@ def test_without_an_endpoint_only_a_swapped_socket_counts_as_granted(transport: 
 
 def test_the_tag_of_another_container_or_of_a_relay_grants_nothing() -> None:
     assert not inventory._with_grant(container(), STACK, socket(tag(owner=8, endpoint=5))).granted
-    assert not inventory._with_grant(container(Transport.SPLICE), STACK, socket(tag(endpoint=5))).granted
-    assert not inventory._with_grant(container(Transport.SPLICE), STACK, socket(tag(endpoint=5)), {77}).granted
-
-
-def test_with_splice_a_tagged_socket_of_the_containers_cgroup_is_its_own() -> None:
     sock = socket(tag(endpoint=5))
-    assert inventory._with_grant(container(Transport.SPLICE), STACK, sock, {sock.listed.cgroup}).granted
+    stack = replace(STACK, graftd=sock.listed.cgroup)
+    assert not inventory._with_grant(container(Transport.SPLICE), stack, sock).granted
+
+
+def test_with_splice_a_tagged_socket_of_any_cgroup_but_graftds_is_the_containers() -> None:
+    stack = replace(STACK, graftd=77)
+    assert inventory._with_grant(container(Transport.SPLICE), stack, socket(tag(endpoint=5))).granted
 
 
 def test_a_datagram_socket_of_no_process_is_judged_by_its_address() -> None:
