@@ -17,6 +17,7 @@ from pathlib import Path
 
 from graft.datapath import dataplane
 from graft.errors import GraftError, NotFoundError, RefusedError, UsageError
+from graft.keeper import protocol
 from graft.kernel import cgroup, netns, process, unix_files
 from graft.kernel.seccomp import hung_up
 from graft.model.settings import Settings
@@ -49,20 +50,36 @@ def default_path(settings: Settings) -> Path:
 def serve_listener_socket(settings: Settings, options: RuntimeOptions, path: Path, report: Report) -> None:
     """Serve the containers whose seccomp profile names the socket ``path``, until SIGTERM or SIGINT.
 
-    ``report`` gets a line for each container. Running containers keep their supervisors afterwards. Raises GraftError
-    where the socket cannot be made.
+    ``report`` gets a line for each container. Running containers keep their supervisors afterwards. The socket may be
+    the service manager's (sd_listen_fds(3)): containers wait then until this is started. Raises GraftError where the
+    socket cannot be made, or is at another path.
     """
+    given = _given_socket(path)
     unix_files.pin_own_descriptors()  # a policy's file is opened by its descriptor, for as long as this process lives
     dataplane.up(settings)
     process.raise_descriptor_limit()
     engine_cgroup = cgroup.of_process(os.getpid())
     cgroup.enter(dataplane.keepers_cgroup(settings))
-    with _listening(path) as listening:
+    with _listening(path) if given is None else given as listening:
         ListenerServer(settings, options, engine_cgroup, report).serve(listening)
 
 
+def _given_socket(path: Path) -> socket.socket | None:
+    """The service manager's socket at ``path``, None where it gives none. Raises UsageError for another one."""
+    told = {name: os.environ.pop(name) for name in protocol.VARIABLES if name in os.environ}
+    given = [fd for fd, _ in protocol.listen_descriptors(told, os.getpid())]
+    if not given:
+        return None
+    os.set_inheritable(given[0], False)
+    sock = socket.socket(fileno=given[0])
+    if len(given) > 1 or sock.family != socket.AF_UNIX or sock.getsockname() != str(path):
+        raise UsageError(f"the service manager's sockets are not the one at {path}", "ListenStream= is its path")
+    sock.setblocking(False)
+    return sock
+
+
 @contextlib.contextmanager
-def _listening(path: Path):  # type: ignore[no-untyped-def]
+def _listening(path: Path) -> Iterator[socket.socket]:
     """A socket at ``path``; one that no process serves any more is replaced."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, contextlib.suppress(OSError):

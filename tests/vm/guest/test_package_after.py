@@ -137,6 +137,25 @@ def container_cgroup(unit: str) -> Path | None:
     return None
 
 
+POLICY = "name: pod\nopen: true\nendpoints: {pod: '0.0.0.0:8095'}\ningress: [{bind: '*:80', endpoint: pod}]\n"
+
+
+def test_a_container_of_podman_has_the_socket_unit_start_graft_listen(tmp_path: Path) -> None:
+    Path("/etc/graft/policies/pod.yaml").write_text(POLICY)
+    root, profile = tmp_path / "root", tmp_path / "profile.json"
+    root.mkdir()
+    subprocess.run(["tar", "x", "-C", root], input=root_file_system(), check=True)
+    profile.write_text(output(["graft", "seccomp-profile"]))
+    output(["systemctl", "start", "graft-listen.socket"])
+    assert not is_active("graft-listen.service")
+    options = ["--network=none", "--name=pod", f"--security-opt=seccomp={profile}", "--annotation=graft.policy=pod"]
+    server = ["httpd", "-f", "-p", "80", "-h", "/etc/graft"]
+    output(["podman", "run", "--detach", "--rm", *options, "--rootfs", root, *server], timeout=120)
+    until_answers(8095)
+    assert is_active("graft-listen.service")
+    output(["podman", "kill", "pod"])
+
+
 def test_an_upgrade_interrupts_nothing() -> None:
     pid = main_pid(UNIT.name)
     with connection_that_stays():
