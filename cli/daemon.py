@@ -41,6 +41,7 @@ def daemon(
         return
     if protocol.NOTIFY_SOCKET not in os.environ:
         daemon_process.become_keeper(settings)
+    daemon_process.take_over(settings)
     native.use()
     from graft.splice import daemon as graftd
 

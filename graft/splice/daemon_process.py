@@ -24,7 +24,7 @@ from graft.keeper.process import LOCK
 from graft.kernel import cgroup
 from graft.kernel.file_lock import is_locked
 from graft.model.settings import Settings
-from graft.splice import control
+from graft.splice import control, service_manager
 
 _LOCK = "graftd.lock"
 _START_SECONDS = 20.0
@@ -54,7 +54,11 @@ def daemon_lock(settings: Settings) -> Iterator[None]:
 
 def ensure_running(settings: Settings) -> None:
     """Start a daemon where none runs, and wait until it answers. Raises KernelError where it does not start."""
-    if control.ask(settings, {"do": "ping"}) is None:
+    if control.ask(settings, {"do": "ping"}) is not None:
+        return
+    if service_manager.is_in_charge(settings):
+        service_manager.start()
+    else:
         _start(settings)
 
 
@@ -174,8 +178,19 @@ def become_keeper(settings: Settings) -> NoReturn:
     os.execve(command[0], command, {**os.environ, **settings.environment})
 
 
+def take_over(settings: Settings) -> None:
+    """End a daemon that Graft's own keeper has: the service manager has started this one. Connections are reset."""
+    if _has_keeper(settings):
+        _stop_own(settings)
+
+
 def stop(settings: Settings) -> None:
     """Stop the daemon and its keeper, and wait until they have ended. Safe to repeat."""
+    service_manager.stop(settings)
+    _stop_own(settings)
+
+
+def _stop_own(settings: Settings) -> None:
     if not _end_keeper(settings):
         with contextlib.suppress(GraftError):
             if control.ask(settings, {"do": "stop"}) is None:

@@ -156,6 +156,15 @@ def test_a_container_of_podman_has_the_socket_unit_start_graft_listen(tmp_path: 
     output(["podman", "kill", "pod"])
 
 
+def test_down_stops_the_unit_and_the_next_container_starts_it() -> None:
+    output(["graft", "down", "--force"])
+    assert not is_active("graftd.service") and not PINS.exists()
+    output(["graft", "up"])
+    for port in PORTS:
+        until_answers(port)
+    assert is_active("graftd.service")
+
+
 def test_an_upgrade_interrupts_nothing() -> None:
     pid = main_pid(UNIT.name)
     with connection_that_stays():

@@ -50,10 +50,13 @@ def test_a_unit_that_is_attached_is_served_on_its_endpoint() -> None:
 def test_a_unit_with_a_network_of_its_own_is_relayed_by_the_packages_graftd() -> None:
     PRIVATE_UNIT.write_text(SERVICE.format(more="PrivateNetwork=yes"))
     output(["systemctl", "daemon-reload"])
-    output(["systemctl", "enable", "--quiet", "--now", "graftd.service", PRIVATE_UNIT.name])
+    output(["systemctl", "enable", "--quiet", "--now", PRIVATE_UNIT.name])
     output(["graft", "ep", "add", "other", f"0.0.0.0:{OTHERS_PORT}"])
     output(["graft", "attach", "--cgroup", PRIVATE_UNIT.name, "-i", "0.0.0.0:80=other"])
     until_answers(OTHERS_PORT)
+    output(["systemctl", "enable", "--quiet", "--now", "graftd.service"])  # in the place of the one that attach started
+    until_answers(OTHERS_PORT)
+    assert is_active("graftd.service")
 
 
 def test_containers_of_docker_are_served_on_their_endpoints() -> None:

@@ -1,0 +1,58 @@
+"""graftd as a unit of systemd's (docs/operations.md): where that is enabled, nobody else starts graftd, and systemd is
+its keeper.
+
+Source: systemctl(1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from pathlib import Path
+
+from graft.errors import KernelError
+from graft.model.settings import Settings
+
+UNIT = "graftd.service"
+_BEFORE = "graft.service"
+"""It restores what is saved, and has to be done before systemd starts ``UNIT``."""
+_SYSTEMD = Path("/run/systemd/system")  # is there where systemd runs: sd_booted(3)
+_SECONDS = 90.0
+
+
+def is_in_charge(settings: Settings) -> bool:
+    """Whether systemd starts graftd."""
+    return _may_be_asked(settings) and _answer("is-enabled", UNIT) == "enabled"
+
+
+def start() -> None:
+    """Have systemd start graftd, and wait until it answers. Raises KernelError."""
+    if _answer("is-active", _BEFORE) == "activating":  # this process may be what it waits for
+        raise KernelError(f"{UNIT} starts when {_BEFORE} is done", "it is tried again by itself")
+    if _systemctl("start", UNIT) is None:
+        raise KernelError(f"systemd does not start {UNIT}", f"systemctl status {UNIT}")
+
+
+def stop(settings: Settings) -> None:
+    """Have systemd stop graftd, which it would else start again, if it has started it."""
+    if _may_be_asked(settings) and _answer("is-active", UNIT) in ("active", "activating", "reloading"):
+        _systemctl("stop", UNIT)
+
+
+def _may_be_asked(settings: Settings) -> bool:
+    """The unit is for the usual installation, not for one with folders of its own."""
+    return settings.run_dir == Settings.from_environment({}).run_dir and _SYSTEMD.is_dir()
+
+
+def _answer(question: str, unit: str) -> str:
+    return _systemctl(question, unit, check=False) or ""
+
+
+def _systemctl(verb: str, unit: str, check: bool = True) -> str | None:
+    """What systemctl says; None where it fails (``check``: also by its status) or does not answer in time."""
+    command = ["systemctl", "--no-ask-password", verb, unit]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS, check=check
+        ).stdout.strip()
+    return None
