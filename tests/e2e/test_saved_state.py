@@ -123,7 +123,7 @@ def unlocked(saver: Host, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def checked(look: Callable[..., object]) -> Callable[..., object]:
         def wrapped(*given: object) -> object:
-            with locked_file(saver.settings.state_dir / "saved.lock", 0):
+            with locked_file(saver.settings.state_dir / "saved.lock", 5):  # the watcher has it for a moment
                 looks.append(look.__name__)
             return look(*given)
 
