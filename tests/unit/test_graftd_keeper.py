@@ -349,7 +349,6 @@ def test_another_one_is_started_where_one_waits_before_it_is_graftd(
     assert kept.noted(2)[1][1] == "given p1=in-flight"
 
 
-
 def test_sigterm_ends_a_keeper_all_of_whose_children_wait(start_keeper: Callable[..., Kept], tmp_path: Path) -> None:
     all_wait = f"import pathlib, signal; note = lambda: pathlib.Path({str(tmp_path / 'waits')!r}).touch()\n"
     all_wait += "from graft.keeper import own_names; own_names.pin = lambda inherited=0: (note(), signal.pause())\n"
