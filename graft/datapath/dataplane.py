@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from graft.datapath.loader import Loaded
 
 _LOCK_SECONDS = 120.0
-"""How long to wait for other commands. What one of them does takes milliseconds, but many may wait, and `up` compiles."""
+"""How long to wait for other commands. Each takes milliseconds, but many may wait, and `up` compiles."""
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@
            ◀── one byte ──
            ── the descriptors, SCM_RIGHTS ──▶ and goes on
 
-Until that byte the child can be seen, and whoever finds it in time and holds its folder has it wait in the kernel, where
-no signal ends it. So it is left behind then, and another one is forked: with nothing open that anybody waits for, a
-connection's other end or the keeper's lock. How long it may take is doubled each time, for a machine that is only slow.
+Until that byte everybody can see the child, and whoever holds its folder in time has it wait in the kernel, where no
+signal ends it. So it is left behind then, and another one is forked. It has nothing open that anybody waits for, such
+as a connection or the keeper's lock. How long it may take is doubled each time, for a machine that is only slow.
 
 Source: unix(7), fork(2).
 """

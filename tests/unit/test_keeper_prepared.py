@@ -1,4 +1,4 @@
-"""A child of graftd's keeper gets its descriptors when it has looked up its names, and one that cannot is left behind."""
+"""A child of graftd's keeper gets its descriptors when it has looked up its names; one that cannot is left behind."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import resource
 import select
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def writes_numbers(fds: Sequence[int]) -> None:
     """To the last descriptor: the inodes of the others, in their order."""
     os.write(fds[-1], " ".join(str(os.fstat(fd).st_ino) for fd in fds[:-1]).encode())
     os._exit(7)
+
+
+def none_left(forks: Forks) -> bool:
+    """Whether all that were left behind are reaped."""
+    forks._reap()
+    return not forks._left
 
 
 def said_of(forks: Forks, fds: Sequence[int], says: tuple[int, int]) -> str:
@@ -96,7 +103,7 @@ def test_one_that_waits_is_left_behind_with_nothing_open_and_the_next_one_is_sta
     forks, (reader, writer) = Forks(SECONDS), os.pipe()
     with pytest.raises(TimeoutError) as raised:
         forks.start([writer], writes_numbers)
-    assert raised.value.errno == errno.ETIMEDOUT and "waits in the kernel" in raised.value.strerror
+    assert raised.value.errno == errno.ETIMEDOUT and "waits in the kernel" in str(raised.value)
     [held] = forks._left
     opened = set((gate.parent / f"open-{held}").read_text().split())
     assert len(opened - {"0", "1", "2"}) == 2  # its end of the socketpair, and the folder that was listed
@@ -106,7 +113,7 @@ def test_one_that_waits_is_left_behind_with_nothing_open_and_the_next_one_is_sta
     gate.unlink()
     with open("/dev/null") as file:
         assert said_of(forks, [file.fileno()], says) == str(os.fstat(file.fileno()).st_ino)
-    until("it is reaped", lambda: forks._reap() or not forks._left)
+    until("it is reaped", lambda: none_left(forks))
 
 
 def test_each_try_may_take_longer_up_to_a_limit(gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +145,7 @@ def test_no_more_are_left_behind_than_that(gate: Path, monkeypatch: pytest.Monke
         forks.start([], writes_numbers)
     for pid in forks._left:
         kill(pid, signal.SIGKILL)
-    until("they are reaped", lambda: forks._reap() or not forks._left)
+    until("they are reaped", lambda: none_left(forks))
     gate.unlink()
     assert os.waitpid(forks.start([os.open("/dev/null", os.O_WRONLY)], writes_numbers), 0)
 
@@ -148,12 +155,12 @@ def test_one_that_dies_before_it_has_anything_is_an_error(monkeypatch: pytest.Mo
     forks = Forks()
     with pytest.raises(OSError, match="has ended"):
         forks.start([], writes_numbers)
-    until("it is reaped", lambda: forks._reap() or not forks._left)
+    until("it is reaped", lambda: none_left(forks))
 
 
 def test_one_whose_keeper_has_died_does_nothing(says: tuple[int, int]) -> None:
     """Its names are in the cache, and nobody sends anything."""
-    ours, theirs = prepared.socket.socketpair(prepared.socket.AF_UNIX, prepared.socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         pid = os.fork()
         if pid == 0:
