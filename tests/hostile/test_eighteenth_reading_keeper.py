@@ -1,5 +1,6 @@
-"""What an eighteenth reading found about graftd's keeper, and commands: a user of the host who holds the folder in /proc
-of a process, in the moment in which it is made or has a lock, kept graftd from coming back, and all commands waiting.
+"""What an eighteenth reading found about graftd's keeper, and commands: a user of the host who holds the folder in
+/proc of a process, in the moment in which it is made or has a lock, kept graftd from coming back, and all commands
+waiting.
 """
 
 from __future__ import annotations
