@@ -72,6 +72,7 @@ def attach(
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
     for _ in range(_TRIES):
         seen = look_at(graft, target, wanted, relay)
+        seen.ensure_daemon(graft, policy)
         with seen.within_reach(), saving.alone(graft.settings, save):  # nobody restores it meanwhile
             if seen.is_current(graft):
                 done = attach_seen(graft, seen, policy, relay, wanted, save)
@@ -102,6 +103,14 @@ class Seen:
     def is_current(self, graft: Installation) -> bool:
         """Whether nobody has attached it since, detached it, or replaced its policy."""
         return _record_at(graft, self.target.cgroup) == self.record
+
+    def ensure_daemon(self, graft: Installation, policy: Policy) -> None:
+        """Start graftd, if this container is to be attached with ``policy`` and needs it. Before the lock is taken:
+        somebody may hold what a process looks up that starts. Raises GraftError.
+        """
+        if self.attached is None and self.choice.transport is Transport.SPLICE:
+            refuse_in_splice(policy)
+            splice.ensure_daemon(graft.settings)
 
     def within_reach(self) -> AbstractContextManager[None]:
         """For the block that attaches it (graft/state/members.py). Before the lock is taken: this takes time too."""
@@ -263,8 +272,7 @@ def _attach_splice(
 
     What it has in the host's namespace is as with transport direct: judged, and kept if it was there before.
     """
-    refuse_in_splice(policy)
-    splice.ensure_daemon(graft.settings)
+    seen.ensure_daemon(graft, policy)  # it runs, unless it has ended just now
     pid = next(iter(seen.inside.pids), seen.target.pid)
     try:
         cookie = netns.cookie(pid)

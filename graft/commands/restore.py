@@ -145,6 +145,7 @@ def _restore_attachment(
         if container is None:
             settled = sightings is None or sightings.is_settled(saved.target.text, finder.cgroup_id(found))
             seen = _look_at(graft, found, saved, settled)
+            seen.ensure_daemon(graft, saved.policy)
         with nullcontext() if seen is None else seen.within_reach(), store.locked():
             current = store.attachment(saved.target)
             if current is None or store.is_paused(ATTACHMENTS, file_name(saved.target)):  # it was detached just now

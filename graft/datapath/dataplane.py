@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from graft.datapath import attachments, layout
 from graft.datapath.maps import Maps
@@ -20,39 +20,42 @@ from graft.errors import ConflictError, KernelError
 from graft.kernel import cgroup
 from graft.kernel.bpf import Map
 from graft.kernel.credentials import require_root
+from graft.kernel.file_lock import open_locked
 from graft.kernel.mounts import mount_bpffs
 from graft.model.settings import Settings
 
 if TYPE_CHECKING:
     from graft.datapath.loader import Loaded
 
+_LOCK_SECONDS = 120.0
+"""How long to wait for other commands. Each takes milliseconds, but many may wait, and `up` compiles."""
+
 
 @contextlib.contextmanager
 def locked(settings: Settings) -> Iterator[None]:
-    """Hold the installation's lock, until the block ends or the process dies."""
-    with _lock_file(settings.run_dir):
+    """Hold the installation's lock, until the block ends or the process dies. Raises KernelError, which names who holds
+    it, after two minutes.
+    """
+    fd = _lock_file(settings.run_dir)
+    try:
         yield
+    finally:
+        os.close(fd)
 
 
-def _lock_file(folder: Path) -> TextIO:
+def _lock_file(folder: Path) -> int:
     """The lock file, locked. `graft down` removes the file: a command that waited for it then tries the next one."""
-    path = folder / "lock"
+    path, deadline = folder / "lock", time.monotonic() + _LOCK_SECONDS
     while True:
         try:
-            lock = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # noqa: SIM115
+            fd = open_locked(path, deadline)
         except FileNotFoundError:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # only now: others may hold the folder above
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                return lock
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            lock.close()
-            raise
-        lock.close()
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        os.close(fd)
 
 
 def supervisors_cgroup(settings: Settings) -> Path:
@@ -107,7 +110,10 @@ def up(settings: Settings) -> None:
     Raises PrivilegeError, KernelError, ConflictError.
     """
     require_root()
-    if not is_up(settings) or not supervisors_cgroup(settings).exists():
+    supervisors = supervisors_cgroup(
+        settings
+    )  # where that is, is looked up in the own folder in /proc: without the lock
+    if not is_up(settings) or not supervisors.exists():
         with locked(settings):
             if not is_up(settings):
                 _make(settings)

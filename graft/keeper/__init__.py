@@ -4,6 +4,7 @@
     holdings.py   the descriptors that the keeper has, by their names
     restarts.py   how long to wait before graftd is started again (pure)
     own_names.py  what graftd looks up in its own folder in /proc, which others can hold
+    prepared.py   a child that is forked, and given its descriptors when nobody can hold it any more
     child.py      graftd as the keeper's child: started with those descriptors, watched, killed
     process.py    the keeper, the process
 

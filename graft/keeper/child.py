@@ -9,15 +9,17 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from graft.keeper import own_names, protocol
 from graft.keeper.holdings import arrange
+from graft.keeper.prepared import Forks
 
 
 class Child:
     """A graftd that was started with descriptors, each with a name. ``pidfd`` is readable when it has ended.
 
-    ``folder``: the one that the keeper's socket is in, open.
+    ``folder``: the one that the keeper's socket is in, open. ``forks`` makes the process.
     """
 
     def __init__(
@@ -26,26 +28,28 @@ class Child:
         environment: Mapping[str, str],
         descriptors: Sequence[tuple[str, int]],
         folder: int = -1,
+        forks: Forks | None = None,
     ) -> None:
-        """Raises OSError where no process can be made."""
+        """Raises OSError where no process can be made, TimeoutError where another try may succeed at once."""
+        self.pid, self.pidfd = self._begin(forks or Forks(), command, environment, descriptors, folder)
         self.started = self.heard = time.monotonic()
         """When it was started, and when it said last that it works."""
         self.ready = 0.0
         """When it said first that it is ready; 0: it has not."""
         self.is_stopping = False
         """Whether it said that it ends by itself."""
-        self.pid, self.pidfd = self._begin(command, environment, descriptors, folder)
 
     def _begin(
         self,
+        forks: Forks,
         command: Sequence[str],
         environment: Mapping[str, str],
         descriptors: Sequence[tuple[str, int]],
         folder: int,
     ) -> tuple[int, int]:
-        pid = os.fork()
-        if pid == 0:
-            _execute(command, environment, descriptors, folder)
+        names = [name for name, _ in descriptors]
+        inherited = [fd for _, fd in descriptors] + ([folder] if folder >= 0 else [])
+        pid = forks.start(inherited, partial(_execute, command, environment, names))
         try:
             return pid, os.pidfd_open(pid)
         except OSError:  # else it would run, and nobody would know of it
@@ -97,23 +101,19 @@ class Adopted(Child):
 
 
 def _execute(
-    command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[tuple[str, int]], folder: int
+    command: Sequence[str], environment: Mapping[str, str], names: Sequence[str], inherited: Sequence[int]
 ) -> None:
-    """The child's side. ``folder``: as above, or -1."""
-    try:
-        own_names.pin()  # at once; again where no descriptor gets another number, for graftd
-        signal.set_wakeup_fd(-1)
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, signal.SIG_DFL)
-        told = protocol.listen_environment([name for name, _ in descriptors], os.getpid())
-        if protocol.WATCHDOG_USEC in environment:
-            told[protocol.WATCHDOG_PID] = str(os.getpid())
-        if folder >= 0:
-            told[protocol.NOTIFY_SOCKET] = protocol.address(protocol.FIRST_DESCRIPTOR + len(descriptors))
-        inherited = [fd for _, fd in descriptors] + ([folder] if folder >= 0 else [])
-        arrange(inherited, protocol.FIRST_DESCRIPTOR)
-        own_names.pin(inherited=True)
-        os.execve(command[0], list(command), {**environment, **told})
-    except BaseException as error:
-        os.write(2, f"graftd cannot be started: {error}\n".encode())
-    os._exit(1)
+    """The child's side. ``inherited``: a descriptor for each name, and that of the keeper's folder, where there is one.
+
+    Raises OSError.
+    """
+    told = protocol.listen_environment(names, os.getpid())
+    if protocol.WATCHDOG_USEC in environment:
+        told[protocol.WATCHDOG_PID] = str(os.getpid())
+    if len(inherited) > len(names):
+        told[protocol.NOTIFY_SOCKET] = protocol.address(protocol.FIRST_DESCRIPTOR + len(names))
+    own_names.pin(
+        inherited=protocol.FIRST_DESCRIPTOR + len(inherited)
+    )  # before others get the numbers of the first pins
+    arrange(inherited, protocol.FIRST_DESCRIPTOR)
+    os.execve(command[0], list(command), {**environment, **told})

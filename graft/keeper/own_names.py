@@ -8,15 +8,20 @@ while a descriptor of it is open, also when another program is executed: the pro
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 
 _NAMES = ("fd", "mountinfo", "task/{pid}/stat", "task/{pid}/schedstat")
 """That of its keeper's socket and others', that of cgroup v2, that of the watchdog, and that of slow calls."""
 
 
-def pin(inherited: bool = False) -> None:
-    """Keep them in the cache until this process ends. ``inherited``: and the program that it executes."""
+def pin(inherited: int = 0) -> None:
+    """Keep them in the cache until this process ends. ``inherited``: and the program that it executes, by descriptors
+    from that number on.
+    """
     for name in _NAMES:
         with contextlib.suppress(OSError):  # a kernel without it
             fd = os.open(f"/proc/self/{name.format(pid=os.getpid())}", os.O_PATH | os.O_CLOEXEC)
-            os.set_inheritable(fd, inherited)
+            if inherited:
+                fcntl.fcntl(fd, fcntl.F_DUPFD, inherited)
+                os.close(fd)

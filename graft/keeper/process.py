@@ -33,6 +33,7 @@ from collections.abc import Mapping, Sequence
 from graft.keeper import protocol
 from graft.keeper.child import Adopted, Child
 from graft.keeper.holdings import Holdings, close
+from graft.keeper.prepared import Forks
 from graft.keeper.restarts import Restarts
 
 SOCKET, LOCK = protocol.SOCKET, "keeper.lock"
@@ -70,7 +71,7 @@ class Keeper:
         """The command of the graftd that is to replace the one that runs, () for the same."""
         self._previous: Sequence[str] = ()
         """The command before, until the one that has replaced it is ready."""
-        self._holdings, self._restarts = Holdings(), Restarts()
+        self._holdings, self._restarts, self._forks = Holdings(), Restarts(), Forks()
         self._child: Child | None = None
         self._due = 0.0
         """When to start the next graftd."""
@@ -117,11 +118,12 @@ class Keeper:
 
     def _start(self) -> None:
         try:
-            self._child = Child(self._command, self._environment, self._holdings.items(), self._folder)
+            held = self._holdings.items()
+            self._child = Child(self._command, self._environment, held, self._folder, self._forks)
             self._poll.register(self._child.pidfd, select.POLLIN)
         except OSError as error:
             log(f"graftd cannot be started: {error.strerror}")
-            self._due = time.monotonic() + _FORK_AGAIN_SECONDS
+            self._due = time.monotonic() + (0.0 if isinstance(error, TimeoutError) else _FORK_AGAIN_SECONDS)
 
     def _deadline(self) -> float:
         """When something is to be done though nothing happens."""

@@ -35,6 +35,9 @@ _CLONE_FS = 0x200
 _AT_FDCWD = -100
 _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
+_pinned_by = [0]
+"""The process that has its own descriptors' folder open: a child of it has another folder."""
+
 FileId = tuple[int, int]
 """Device and inode of a socket's file."""
 
@@ -331,10 +334,14 @@ def remove(path: str, file: FileId) -> bool:
 
 def pin_own_descriptors() -> None:
     """Keep /proc/self/fd open until this process ends, so that the names on the way there stay in the kernel's cache:
-    `connect` looks them up. Every user may list /proc/PID, and so hold it, and whoever looks up there what is not in
-    the cache waits for him. (The folder fd itself only root may list.)
+    `connect` looks them up, and who opens something by its descriptor. Every user may list /proc/PID, and so hold it,
+    and whoever looks up there what is not in the cache waits for him. (The folder fd itself only root may list.)
+
+    Once for each process: safe to repeat.
     """
-    os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if _pinned_by[0] != os.getpid():
+        os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        _pinned_by[0] = os.getpid()
 
 
 def connect(sock: socket.socket, path: str, cached: bool = False) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from graft.splice import control, service_manager
 
 _LOCK = "graftd.lock"
 _START_SECONDS = 20.0
+_READY_SECONDS = 60.0
+"""How long a keeper may take to start graftd: longer only where somebody holds what one of both looks up."""
 _STOP_SECONDS = 40.0
 _REPLACE_SECONDS = 60.0
 _KEEPER = (
@@ -108,14 +111,27 @@ def start_keeper(settings: Settings, keep: bool = False, adopted: int = 0) -> tu
 def _start(settings: Settings) -> None:
     """Start a keeper and its graftd, and wait until that answers. Raises KernelError where it does not."""
     starter, reader = start_keeper(settings)
-    with open(reader, "rb") as file:
-        is_ready = bool(file.read())
     starter.returncode = 0  # nobody waits for it: it outlives this process
+    is_ready = _hears_ready(settings, reader)
     deadline = time.monotonic() + (0 if is_ready else 2)  # another command may have started one first
     while control.ask(settings, {"do": "ping"}) is None:
         if time.monotonic() > deadline:
             raise KernelError("the daemon did not start", f"see {settings.run_dir}/graftd.log")
         time.sleep(0.02)
+
+
+def _hears_ready(settings: Settings, reader: int) -> bool:
+    """Whether a keeper says there that graftd is ready, before it ends; closed then. Raises KernelError where it does
+    neither for too long. It goes on: a later command may find graftd ready.
+    """
+    with open(reader, "rb") as file:
+        poll = select.poll()
+        poll.register(file, select.POLLIN)
+        if not poll.poll(_READY_SECONDS * 1000):
+            raise KernelError(
+                f"the daemon is not ready after {_READY_SECONDS:.0f} seconds", f"see {settings.run_dir}/graftd.log"
+            )
+        return bool(file.read(1))
 
 
 def keeper_cgroup(settings: Settings) -> Path:

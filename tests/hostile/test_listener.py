@@ -23,6 +23,7 @@ from tests.hostile.conftest import graft_without
 from tests.support.building import Programs
 from tests.support.cgroups import new_cgroup
 from tests.support.installation import GRAFT, Host
+from tests.support.open_files import open_in
 from tests.support.program import Program
 from tests.support.shell import Word
 
@@ -57,12 +58,6 @@ def end(pid: int) -> None:
             os.waitpid(pid, 0)
 
 
-def waits_for_lock(pid: int) -> bool:
-    """Whether a process waits for a lock that another one has (proc_locks(5))."""
-    lines = Path("/proc/locks").read_text().splitlines()
-    return any(" -> FLOCK " in line and line.split()[5] == str(pid) for line in lines)
-
-
 def process_with_reused_id(host: Host, programs: Programs, folder: Path, command: Sequence[Word]) -> Program:
     """A process that got the process id of a container's first one while `graft listen` waited for Graft's lock."""
     serving = host.start_command([*command, "listen"])
@@ -79,7 +74,7 @@ def process_with_reused_id(host: Host, programs: Programs, folder: Path, command
         fcntl.flock(lock, fcntl.LOCK_EX)
         state = {"id": "hostile", "pid": pid, "bundle": str(folder), "fds": ["seccompFd"]}
         socket.send_fds(runtime, [json.dumps(state).encode()], [listener])
-        serving.until("it waits for the lock", lambda: waits_for_lock(serving.process.pid))
+        serving.until("it waits for the lock", lambda: open_in(serving.process.pid, Path(lock.name)))
         end(pid)
         victim = host.start_command([programs["with_pid"], pid, "sleep", "600"])
         victim.says("started")

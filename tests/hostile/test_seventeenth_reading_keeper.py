@@ -116,7 +116,7 @@ def test_what_graftd_needs_of_its_folder_is_in_the_cache_before_anybody_sees_it(
 
 @pytest.mark.parametrize("folder", ["/proc/{0}", "/proc/{0}/task/{0}"])
 def test_control_else_it_waits(root: None, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_names, "pin", lambda inherited=False: None)
+    monkeypatch.setattr(own_names, "pin", lambda inherited=0: None)
     assert not gets_on_while_held(folder)
 
 
@@ -134,7 +134,7 @@ def served_by(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
             if defence:
                 command = [*map(str, graft_without(defence)), "daemon"]
                 monkeypatch.setattr(daemon_process, "graftd_command", lambda *_: command)
-                unpinned = "from graft.keeper import own_names; own_names.pin = lambda inherited=False: None; "
+                unpinned = "from graft.keeper import own_names; own_names.pin = lambda inherited=0: None; "
                 boot = daemon_process._KEEPER.replace("sys.exit", f"{unpinned}sys.exit")
                 monkeypatch.setattr(daemon_process, "_KEEPER", boot)
             daemon_process.ensure_running(bare_host.settings)

@@ -731,7 +731,7 @@ def _listeners_counted() -> None:
 def _own_descriptors() -> None:
     """The own folder in /proc of a process of root's is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
-    own_names.pin = lambda inherited=False: None
+    own_names.pin = lambda inherited=0: None
 
 
 def _keepers_folder() -> None:
@@ -760,7 +760,7 @@ def _open_stat() -> None:
         return now
 
     Watchdog._activity = activity  # type: ignore[method-assign]
-    own_names.pin = lambda inherited=False: None
+    own_names.pin = lambda inherited=0: None
 
 
 def _cgroup_events() -> None:

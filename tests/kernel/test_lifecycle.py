@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from graft.datapath import attachments
+from graft.datapath import attachments, dataplane
 from graft.datapath.dataplane import locked, supervisors_cgroup
 from graft.datapath.loader import MAPS
 from graft.datapath.programs import PROGRAMS
+from graft.errors import KernelError
 from graft.kernel import bpf, cgroup
 from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.installation import GRAFT, Host
+from tests.support.open_files import open_in
 from tests.support.puppet import puppet
 from tests.support.shell import run
 from tests.support.wait import PATIENCE, until
@@ -185,6 +187,16 @@ def test_pins_of_another_version_are_refused(host: Host) -> None:
         settings.put(ctypes.c_uint32(0), value)
 
 
+def test_who_waits_for_the_lock_is_told_who_has_it(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataplane, "_LOCK_SECONDS", 0.1)
+    with locked(bare_host.settings):
+        before = len(os.listdir("/proc/self/fd"))
+        holds = f"process {os.getpid()} holds {bare_host.settings.run_dir}/lock"
+        with pytest.raises(KernelError, match=holds), locked(bare_host.settings):
+            pass
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_who_waits_for_a_lock_that_down_removes_takes_a_new_one(bare_host: Host) -> None:
     entered = threading.Event()
 
@@ -196,9 +208,7 @@ def test_who_waits_for_a_lock_that_down_removes_takes_a_new_one(bare_host: Host)
         waiting = threading.Thread(target=wait_for_it)
         waiting.start()
         lock = bare_host.settings.run_dir / "lock"
-        until(
-            "the thread waits", lambda: f":{lock.stat().st_ino} " in Path("/proc/locks").read_text().partition("->")[2]
-        )
+        until("the thread waits", lambda: open_in(os.getpid(), lock) == 2)
         lock.unlink()
     waiting.join(10)
     assert entered.is_set()

@@ -196,10 +196,10 @@ class Kept:
 def start_keeper(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
     started: list[Kept] = []
 
-    def make(body: str, watchdog: float = 0.0, adopted: int = 0) -> Kept:
+    def make(body: str, watchdog: float = 0.0, adopted: int = 0, before: str = "") -> Kept:
         reader, writer = os.pipe()
         program = CHILD.format(root=str(ROOT), folder=str(tmp_path)) + body
-        boot = "import sys; sys.path.append(sys.argv[1]); from graft.keeper.process import main; "
+        boot = f"import sys; sys.path.append(sys.argv[1])\n{before}\nfrom graft.keeper.process import main\n"
         command = [sys.executable, "-I", "-S", "-c", boot + "sys.exit(main(*sys.argv[2:]))", str(ROOT), str(tmp_path)]
         graftd = [sys.executable, "-I", "-S", "-c", program]
         process = subprocess.Popen([*command, str(writer), str(watchdog), str(adopted), *graftd], pass_fds=[writer])
@@ -322,3 +322,38 @@ def test_a_graftd_whose_keeper_was_killed_is_adopted(start_keeper: Callable[...,
     assert second.process.poll() is None
     os.kill(int(pid), signal.SIGTERM)
     assert second.process.wait(10 * PATIENCE) == 0
+
+
+HELD = """
+import os; from graft.keeper import own_names; pin = own_names.pin; path = {path!r}
+def held(inherited=0):
+    if not inherited and os.path.exists(path):
+        os.rename(path, path + "-used")
+        os.close(os.open(path + "-used", os.O_RDONLY))
+    pin(inherited)
+own_names.pin = held
+"""
+
+
+def test_another_one_is_started_where_one_waits_before_it_is_graftd(
+    start_keeper: Callable[..., Kept], tmp_path: Path
+) -> None:
+    """The first one, and one that follows; what was stored is there, and who waits does not have it."""
+    os.mkfifo(tmp_path / "gate")
+    kept = start_keeper(STORES + WAITS, before=HELD.format(path=str(tmp_path / "gate")))
+    assert os.read(kept.ready, 10) == b"ready"
+    [[first, words]] = kept.noted(1)
+    assert words == "given "
+    os.rename(tmp_path / "gate-used", tmp_path / "gate")
+    os.kill(int(first), signal.SIGKILL)
+    assert kept.noted(2)[1][1] == "given p1=in-flight"
+
+
+def test_sigterm_ends_a_keeper_all_of_whose_children_wait(start_keeper: Callable[..., Kept], tmp_path: Path) -> None:
+    all_wait = f"import pathlib, signal; note = lambda: pathlib.Path({str(tmp_path / 'waits')!r}).touch()\n"
+    all_wait += "from graft.keeper import own_names; own_names.pin = lambda inherited=0: (note(), signal.pause())\n"
+    kept = start_keeper(STORES + WAITS, before=all_wait)
+    until("one waits", (tmp_path / "waits").exists)
+    kept.process.terminate()
+    assert kept.process.wait(20 * PATIENCE) == 0
+    assert kept.notes == []
