@@ -182,16 +182,16 @@ class ListenerServer:
             attachment.watch(self._loop)
             self._report(f"{state.id[:12]}: attached")
 
-    def _cgroup_of_engine(self, state: State, runtime: int) -> Path:
-        """Where the container's runtime was started, if that still runs; else where this process was. (An engine's
-        containers have its id in their cgroup's name, and are judged by that.)
+    def _cgroup_of_engine(self, state: State, runtime: int) -> Path | None:
+        """Where the container's runtime was started, None where that has ended. (An engine's containers have its id in
+        their cgroup's name, and are judged by that.)
         """
         if not runtime or is_engines_id(state.id):
             return self._engine_cgroup
         try:
             return members.answer_about(f"the runtime of {state.id[:12]} in /proc", partial(cgroup.of_process, runtime))
         except FileNotFoundError:
-            return self._engine_cgroup
+            return None
 
     def _plan(self, state: State, runtime: int = 0) -> Plan:
         """How to attach the container. Raises GraftError where its request is refused."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ _SHARED, _ENGINE = "the container has no cgroup (v2) of its own: it shares its e
 class Plan:
     """How to attach one container.
 
-    ``folder`` is the shim's own, None where it has none; ``engine_cgroup`` is where the runtime was started.
+    ``folder`` is the shim's own, None where it has none; ``engine_cgroup`` is where the runtime was started, None where
+    that is unknown.
     ``killable``, ``datagrams``: as `Keeper` asks for them.
     """
 
@@ -30,7 +32,7 @@ class Plan:
     transport: Transport
     id: str
     folder: Path | None
-    engine_cgroup: Path
+    engine_cgroup: Path | None
     killable: bool = False
     datagrams: bool = False
 
@@ -43,7 +45,7 @@ def is_engines_id(container_id: str) -> bool:
 def find_container(pid: int, plan: Plan) -> tuple[Path, int]:
     """The cgroup and the namespace's cookie of a container, by its first process. Raises GraftError, OSError."""
     path = _apart(plan, lambda: _whole_cgroup_of(pid, plan))
-    if path == cgroup.v2_mount() or plan.engine_cgroup.is_relative_to(path):
+    if path == cgroup.v2_mount() or (plan.engine_cgroup is not None and plan.engine_cgroup.is_relative_to(path)):
         raise RefusedError(_SHARED, _ENGINE)
     cookie = netns.cookie(pid)
     shared = cookie == netns.cookie(plan.settings.host_netns)
@@ -79,4 +81,16 @@ def _whole_cgroup_of(pid: int, plan: Plan) -> Path:
         if own is None:
             raise RefusedError(_SHARED, _ENGINE)
         return own
+    if plan.engine_cgroup is None and _has_others(path):
+        raise RefusedError(_SHARED, _ENGINE)
     return path
+
+
+def _has_others(path: Path) -> bool:
+    """Whether a process in the cgroup has this one's mounts: it is none of the container's, which has its own root."""
+    own = Path("/proc/self/ns/mnt").stat().st_ino
+    for pid in cgroup.processes(path):
+        with contextlib.suppress(OSError):  # it has ended
+            if Path(f"/proc/{pid}/ns/mnt").stat().st_ino == own:
+                return True
+    return False
