@@ -43,6 +43,7 @@ static __always_inline int goes_to_mapped_peer(struct bpf_sock *sk, struct reque
 
 	__builtin_memcpy(&ip, request->addr, 4);
 	return sk->family == AF_INET6 && request->family == GRAFT_IPV4 && is_connected(sk) && ip == sk->dst_ip6[3] &&
+	       sk->dst_ip6[2] == bpf_htonl(0xffff) && !(sk->dst_ip6[0] | sk->dst_ip6[1]) &&
 	       request->port == bpf_ntohs(sk->dst_port);
 }
 

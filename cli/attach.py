@@ -63,6 +63,7 @@ def attach(
     """
     from graft.commands import watcher_process
     from graft.commands.attach import attach as attach_container
+    from graft.commands.policy_apply import check_served
     from graft.commands.policy_source import policy_of
     from graft.splice import client as splice
 
@@ -75,10 +76,11 @@ def attach(
     done = attach_container(Installation.open(settings), which, rules, wanted, relay, save=not no_save)
     watched = not done.saved or watcher_process.ensure_running(settings)
     say(*_attached_lines(done))
-    if done.container.is_relayed:
+    if done.container.is_relayed and not done.unserved:
         say(*_relay_lines(splice.describe(settings, done.container)))
     if not watched:
         warn(*(f"graft: {line}" for line in watcher_process.warnings(settings)))
+    check_served([done.unserved] if done.unserved else [])
 
 
 def _attached_lines(done: Attached) -> list[str]:

@@ -99,6 +99,7 @@ def apply(
 ) -> None:
     """Replace the policy of containers by FILE, in one step for each."""
     from graft.commands.policy_apply import apply as apply_policy
+    from graft.commands.policy_apply import check_served
     from graft.commands.policy_source import policy_of
     from graft.kernel.credentials import require_root
     from graft.model.settings import Settings
@@ -112,3 +113,4 @@ def apply(
         say(f"{changed.name}: policy {changed.policy}")
     for saved in done.waiting:
         say(f"{saved.target.text}: policy {policy.name}, when it is there")
+    check_served(done.unserved)

@@ -44,6 +44,7 @@ def import_(
     check: Annotated[bool, typer.Option("--check", help="Only check FILE.")] = False,
 ) -> None:
     """Put what FILE has in the place of all that is saved and in force: all of it, or nothing."""
+    from graft.commands.policy_apply import check_served
     from graft.commands.transfer import import_state, read_export
 
     require_root()
@@ -53,6 +54,7 @@ def import_(
         return
     done = import_state(Settings.from_environment(), state)
     say(*done.lines())
+    check_served(done.unserved)
 
 
 @command

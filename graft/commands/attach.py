@@ -28,6 +28,8 @@ from graft.state.inventory import ContainerSocket, Existing
 from graft.state.members import Members
 from graft.state.records import Container
 
+Made = tuple[Container, tuple[ContainerSocket, ...], bool]
+"""A container, those sockets of before that are cut off, and whether graftd serves it already."""
 NO_SOCKETS = Existing(())
 _TRIES = 5
 
@@ -39,7 +41,8 @@ class Attached:
     the container made while it was attached, before its hooks saw them (None: could not be listed).
 
     ``without_effect`` are the fields of rules for UDP, ``without_supervisor`` those of rules for unix paths, that this
-    transport does not support. ``saved``: it is attached again when it starts again.
+    transport does not support. ``saved``: it is attached again when it starts again. ``is_served``: graftd serves it,
+    where it has to; ``unserved``: what is wrong, if it does not yet.
     """
 
     target: FoundContainer
@@ -53,6 +56,8 @@ class Attached:
     without_effect: tuple[str, ...] = ()
     without_supervisor: tuple[str, ...] = ()
     saved: bool = False
+    is_served: bool = True
+    unserved: str = ""
 
 
 def attach(
@@ -66,8 +71,7 @@ def attach(
     """Put the container that ``text`` names under ``policy``, or replace its policy.
 
     ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice. ``save``: for the next
-    boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then
-    (unless it is graftd that does not serve by the new policy yet).
+    boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
     """
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
     for _ in range(_TRIES):
@@ -79,8 +83,9 @@ def attach(
                 break
     else:
         raise ConflictError("cgroup: others attach and detach it at the same time", "try again")
+    if seen.attached is not None or not done.is_served:
+        done = replace(done, unserved=update_relay(graft, seen.attached or done.container, done.container))
     if seen.attached is not None:
-        update_relay(graft, seen.attached, done.container)  # under no lock: the container may delay it
         return done
     return replace(done, late=_made_meanwhile(graft, done.container, seen.inside, seen.existing))
 
@@ -160,14 +165,15 @@ def attach_seen(
     """
     target, choice = seen.target, seen.choice
     cut_off: tuple[ContainerSocket, ...] = ()
+    is_served = True
     saved = saving.of_attached(target, policy, choice.transport, asked, relay) if save else None
     with saving.attachment(graft.settings, saved):
         if seen.attached is not None:
             container = _replace_policy(graft, target, seen.attached, choice, policy, relay)
         elif choice.transport is Transport.SPLICE:
-            container, cut_off = _attach_splice(graft, seen, policy, relay or "splice")
+            container, cut_off, is_served = _attach_splice(graft, seen, policy, relay or "splice")
         else:
-            container, cut_off = _attach_direct(graft, seen, policy)
+            container, cut_off, is_served = _attach_direct(graft, seen, policy)
     return Attached(
         target,
         seen.observed,
@@ -179,6 +185,7 @@ def attach_seen(
         without_effect=_without_effect(graft, choice, policy),
         without_supervisor=_without_supervisor(choice, policy),
         saved=saved is not None,
+        is_served=is_served,
     )
 
 
@@ -237,11 +244,10 @@ def _replace_policy(
     return replace_policy(graft, attached, policy, name, relay)
 
 
-def _attach_direct(graft: Installation, seen: Seen, policy: Policy) -> tuple[Container, tuple[ContainerSocket, ...]]:
+def _attach_direct(graft: Installation, seen: Seen, policy: Policy) -> Made:
     """Attach the hooks, for transport direct. Returns the container, and those sockets of before that are cut off."""
     container, cut_off = _create(graft, seen, policy, netns.cookie(graft.settings.host_netns))
-    splice.serve(graft, container)
-    return container, cut_off
+    return container, cut_off, splice.begin_to_serve(graft, container)
 
 
 def _create(
@@ -265,9 +271,7 @@ def _create(
     return container, tuple(cut_off)
 
 
-def _attach_splice(
-    graft: Installation, seen: Seen, policy: Policy, relay: str
-) -> tuple[Container, tuple[ContainerSocket, ...]]:
+def _attach_splice(graft: Installation, seen: Seen, policy: Policy, relay: str) -> Made:
     """Attach the hooks of transport splice, and have graftd relay for it. Undone if that fails.
 
     What it has in the host's namespace is as with transport direct: judged, and kept if it was there before.
@@ -279,8 +283,7 @@ def _attach_splice(
     except OSError:
         raise NotFoundError(f"cgroup: the processes of {seen.target.name} have ended") from None
     container, cut_off = _create(graft, seen, policy, cookie, relay)
-    splice.serve(graft, container, pid)
-    return container, cut_off
+    return container, cut_off, splice.begin_to_serve(graft, container, pid)
 
 
 def _without_effect(graft: Installation, choice: TransportChoice, policy: Policy) -> tuple[str, ...]:

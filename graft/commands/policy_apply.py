@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graft.commands import saving
 from graft.commands.find import find
-from graft.errors import GraftError, KernelError, NotFoundError
+from graft.errors import GraftError, NotFoundError, UnfinishedError
 from graft.model.transport import Transport
 from graft.policy.model import Policy, PolicyError
 from graft.policy.validator import check_splice, needs_unix_relay
@@ -20,10 +21,13 @@ from graft.state.records import Container
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """Containers with a new policy: those that are attached, and those that are saved and wait."""
+    """Containers with a new policy: those that are attached, and those that are saved and wait. ``unserved``: those of
+    the first that graftd does not serve by it yet, each with the reason.
+    """
 
     containers: list[Container]
     waiting: list[SavedAttachment]
+    unserved: list[str]
 
 
 def apply(graft: Installation, policy: Policy, text: str | None = None, save: bool = False) -> Applied:
@@ -46,11 +50,10 @@ def apply(graft: Installation, policy: Policy, text: str | None = None, save: bo
     for container in chosen:
         with saving.policy_of(graft.settings, container, policy, save):
             changed.append(replace_policy(graft, container, policy))
-    for before, container in zip(chosen, changed, strict=True):
-        update_relay(graft, before, container)
     for one in waiting:
         saving.replace_waiting(graft.settings, one, policy)
-    return Applied(changed, waiting)
+    unserved = [update_relay(graft, before, container) for before, container in zip(chosen, changed, strict=True)]
+    return Applied(changed, waiting, [one for one in unserved if one])
 
 
 def refuse_in_splice(policy: Policy) -> None:
@@ -60,16 +63,25 @@ def refuse_in_splice(policy: Policy) -> None:
         raise PolicyError(policy.name, problems)
 
 
-def update_relay(graft: Installation, before: Container, container: Container) -> None:
-    """Have graftd serve a container by its new policy, which is in force, or not any more. Raises KernelError."""
+def update_relay(graft: Installation, before: Container, container: Container) -> str:
+    """Have graftd serve a container by its new policy, which is in force, or not any more. Gives what is wrong, where
+    it does not do so yet. A container may delay it: not to be called under a lock.
+    """
     try:
         if container.is_relayed:
             splice.attach(graft.settings, container)
         elif before.is_relayed:
             splice.detach(graft, container)
     except GraftError as error:
-        message = f"the policy is in force, but graftd does not serve by it yet: {error.message}"
-        raise KernelError(message, error.hint or "graft ps tells") from error
+        return f"{container.name}: {error.message}"
+    return ""
+
+
+def check_served(unserved: Sequence[str]) -> None:
+    """Raises UnfinishedError for containers that graftd does not serve by their policies yet."""
+    if unserved:
+        message = f"in force, but graftd does not serve by it yet: {'; '.join(unserved)}"
+        raise UnfinishedError(message, "it does when it gets to it; graft ps tells")
 
 
 def replace_policy(

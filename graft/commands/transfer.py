@@ -28,7 +28,7 @@ from graft.errors import ConflictError, GraftError, NotFoundError, UsageError
 from graft.kernel.atomic_file import write_atomically
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
-from graft.policy.model import Policy, PolicyError, Problem
+from graft.policy.model import PolicyError, Problem
 from graft.saved.model import SavedState, Target, outlives_boot
 from graft.saved.store import Store
 from graft.saved.text import MAX_BYTES, export_text, import_text
@@ -88,6 +88,8 @@ class Imported:
     replaced: list[str] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)
+    unserved: list[str] = field(default_factory=list)
+    """Containers that graftd does not serve by their new policies yet, or may still serve, each with the reason."""
 
     def lines(self) -> list[str]:
         """A line for each kind of change that there was."""
@@ -114,7 +116,8 @@ def import_state(settings: Settings, state: SavedState) -> Imported:
         with store.locked():
             job = _Import(graft, store, state)
             job.change()
-        job.detach_removed()  # a container can prolong that: under no lock
+        job.tell_graftd()  # a container can prolong that, and what follows: under no lock
+        job.detach_removed()
         with store.locked():
             done = job.delete_endpoints()
         done.waiting = restore(graft).waiting
@@ -131,6 +134,7 @@ class _Import:
         self._before = store.read()[0]
         self._done = Imported()
         self._removed: list[Container] = []
+        self._replaced: list[tuple[Container, Container]] = []
         self._undo: list[Callable[[], object]] = []
 
     def change(self) -> None:
@@ -145,6 +149,15 @@ class _Import:
         except BaseException:
             self._roll_back()
             raise
+
+    def tell_graftd(self) -> None:
+        """Have graftd serve by the policies that were replaced."""
+        for before, container in self._replaced:
+            self._note_unserved(update_relay(self._graft, before, container))
+
+    def _note_unserved(self, message: str) -> None:
+        if message:
+            self._done.unserved.append(message)
 
     def detach_removed(self) -> None:
         """Detach the containers that were saved, and are not any more."""
@@ -221,14 +234,11 @@ class _Import:
         for one in self._state.attachments:
             container = attached.get(one.target)
             if container is not None:
-                self._apply(container, one.policy)
-                self._undo.append(partial(self._apply, container, before[one.target]))
+                changed = replace_policy(self._graft, container, one.policy)
+                self._undo.append(partial(replace_policy, self._graft, changed, before[one.target]))
+                self._replaced.append((container, changed))
                 if before[one.target] != one.policy:
                     self._done.replaced.append(one.target.text)
-
-    def _apply(self, container: Container, policy: Policy) -> None:
-        changed = replace_policy(self._graft, container, policy)
-        update_relay(self._graft, container, changed)
 
     def _detach(self, container: Container) -> None:
         """As `graft detach`: sockets that were granted are closed."""
@@ -236,9 +246,10 @@ class _Import:
         with inventory.host_stack(graft) as stack:
             with members.pinned(container.cgroup_path) as reachable, graft.transaction() as change:
                 change.containers.remove(container, reachable)
-            try:
-                if container.is_relayed:
+            if container.is_relayed:
+                try:
                     splice.detach(graft, container)
-            finally:  # also where graftd does not answer
-                withdraw(graft.settings, container, stack, False)
+                except GraftError as error:  # the rules are gone, and the sockets are closed all the same
+                    self._note_unserved(f"{container.name}: {error.message}")
+            withdraw(graft.settings, container, stack, False)
         self._done.detached.append(container.name)

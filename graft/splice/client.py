@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 from graft.errors import KernelError
@@ -14,6 +16,7 @@ from graft.state.records import Container
 
 RELAYS = ("splice", "kernel")
 _DESCRIBE_SECONDS = 10.0
+_UNDER_LOCK_SECONDS = 2.0
 
 
 def check_relay(settings: Settings, name: str) -> None:
@@ -39,20 +42,39 @@ def ensure_daemon(settings: Settings) -> None:
     daemon_process.ensure_running(settings)
 
 
-def attach(settings: Settings, container: Container, pid: int = 0) -> None:
+def attach(settings: Settings, container: Container, pid: int = 0, patience: float = control.TIMEOUT_SECONDS) -> None:
     """Have the daemon serve ``container``, which has a record. When this returns, it does.
 
-    ``pid`` is a process in its network namespace, 0 to let the daemon find one. Raises GraftError.
+    ``pid`` is a process in its network namespace, 0 to let the daemon find one. Raises GraftError; NoAnswerError after
+    ``patience`` seconds.
     """
-    daemon_process.request(settings, {"do": "attach", "container": container.id, "pid": pid})
+    daemon_process.request(settings, {"do": "attach", "container": container.id, "pid": pid}, patience)
 
 
 def serve(graft: Installation, container: Container, pid: int = 0) -> None:
     """`attach` a container that was made just now, if graftd has to serve it; where that fails, remove it again."""
-    if not container.is_relayed:
-        return
+    if container.is_relayed:
+        with _removed_on_error(graft, container):
+            attach(graft.settings, container, pid)
+
+
+def begin_to_serve(graft: Installation, container: Container, pid: int = 0) -> bool:
+    """The same, for a caller that has others wait. False where graftd has not answered after a moment: it may serve the
+    container later, for which the rules are in force already.
+    """
+    if container.is_relayed:
+        with _removed_on_error(graft, container):
+            try:
+                attach(graft.settings, container, pid, _UNDER_LOCK_SECONDS)
+            except control.NoAnswerError:
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def _removed_on_error(graft: Installation, container: Container) -> Iterator[None]:
     try:
-        attach(graft.settings, container, pid)
+        yield
     except BaseException:
         with members.pinned(container.cgroup_path) as reachable, graft.transaction() as change:
             change.containers.remove(container, reachable)

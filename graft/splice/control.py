@@ -18,7 +18,7 @@ from graft.model.settings import Settings
 NAME = "graftd.sock"
 MAX_BYTES = 1 << 20
 MAX_NUMBER = (1 << 32) - 1
-_TIMEOUT_SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 
 
 @contextlib.contextmanager
@@ -45,8 +45,12 @@ def listener(settings: Settings) -> socket.socket:
     return sock
 
 
-def ask(settings: Settings, request: dict[str, Any], timeout: float = _TIMEOUT_SECONDS) -> dict[str, Any] | None:
-    """The daemon's answer; None where no daemon runs. Raises GraftError with the daemon's error.
+class NoAnswerError(GraftError):
+    """The daemon has the request, and has not answered in time: what it waits for may be a container's doing."""
+
+
+def ask(settings: Settings, request: dict[str, Any], timeout: float = TIMEOUT_SECONDS) -> dict[str, Any] | None:
+    """The daemon's answer; None where no daemon runs. Raises GraftError with the daemon's error, NoAnswerError.
 
     ``timeout`` is in seconds.
     """
@@ -60,7 +64,7 @@ def ask(settings: Settings, request: dict[str, Any], timeout: float = _TIMEOUT_S
         except (FileNotFoundError, ConnectionError):
             return None
         except TimeoutError:
-            raise GraftError("the daemon does not answer", f"see {settings.run_dir}/graftd.log") from None
+            raise NoAnswerError("the daemon does not answer", f"see {settings.run_dir}/graftd.log") from None
     if not answer:
         return None
     return parse_answer(answer)

@@ -138,6 +138,14 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "is_unsupervised(container)",
         ),
     ),
+    # The peer of an IPv6 socket is known by its last word.
+    "all of the peer": (
+        (
+            "sendmsg.bpf.c",
+            "sk->dst_ip6[2] == bpf_htonl(0xffff) && !(sk->dst_ip6[0] | sk->dst_ip6[1]) &&",
+            "",
+        ),
+    ),
     # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
     "bound": (("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", "\treturn 1;\n"),),
     # What one ruleset said of a request is good for all that follow.
