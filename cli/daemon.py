@@ -37,7 +37,8 @@ def daemon(
     require_root()
     settings = Settings.from_environment()
     if replace:
-        say(f"graftd {daemon_process.replace(settings)}")
+        replaced = daemon_process.replace(settings)
+        say(f"graftd {replaced}" if replaced else "graftd is replaced by the service manager")
         return
     if protocol.NOTIFY_SOCKET not in os.environ:
         daemon_process.become_keeper(settings)

@@ -156,7 +156,8 @@ def graftd_command(python: str, keep: bool) -> list[str]:
 
 
 def replace(settings: Settings) -> int:
-    """Have graftd's keeper start another one in its place, with the Graft of this process; gives its process id.
+    """Have graftd's keeper start another one in its place, with the Graft of this process; gives its process id, 0
+    where the service manager waits for this process before it starts that.
 
     No connection is lost, but those that the kernel relays. Raises NotFoundError where none runs, ConflictError where
     the data plane is of another version, KernelError where the new one is not ready: then the previous one runs again.
@@ -166,6 +167,8 @@ def replace(settings: Settings) -> int:
         raise NotFoundError("no daemon runs", "graft daemon")
     dataplane.up(settings)  # this Graft can work with what is there, else nothing is replaced
     control.ask(settings, {"do": "replace", "python": sys.executable})
+    if os.environ.get("MAINPID") == str(before["pid"]):  # of ExecReload=: systemd starts the next when this has ended
+        return 0
     log = f"see {settings.run_dir}/graftd.log"
     deadline = time.monotonic() + _REPLACE_SECONDS
     while time.monotonic() < deadline:

@@ -4,11 +4,11 @@ removed.
 
 from __future__ import annotations
 
+import pwd
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -114,23 +114,35 @@ def test_a_container_of_a_user_is_attached_by_root() -> None:
     """Of rootless podman, in a cgroup that is the user's own."""
     output(["useradd", "--create-home", "user"])
     root = "/home/user/root"
-    output(["runuser", "-u", "user", "--", "mkdir", root])
-    subprocess.run(["runuser", "-u", "user", "--", "tar", "x", "-C", root], input=root_file_system(), check=True)
-    options = ["--cgroup-manager=cgroupfs", "run", "--rm", "--network=none", "--name=own", "--cgroups=enabled"]
-    command = ["podman", *options, "--rootfs", root, "httpd", "-f", "-p", "80", "-h", "/etc/graft"]
-    output(["systemd-run", "--quiet", "--unit=own", "--uid=user", "--property=Delegate=yes", *command])
-    found = until("its cgroup", partial(container_cgroup, "own.service"), timeout=60, pause=1)
+    output([*as_user(), "mkdir", root])
+    subprocess.run([*as_user(), "tar", "x", "-C", root], input=root_file_system(), check=True)
+    output(["loginctl", "enable-linger", "user"])
+    until("the user's own systemd", (runtime_dir() / "bus").is_socket, timeout=60, pause=1)
+    server = ["httpd", "-f", "-p", "80", "-h", "/etc/graft"]
+    options = ["--detach", "--rm", "--network=none", "--name=own"]
+    output([*as_user(), "podman", "run", *options, "--rootfs", root, *server], timeout=120)
+    found = until("its cgroup", container_cgroup, timeout=60, pause=1)
     assert found is not None
     output(["graft", "ep", "add", "own", "0.0.0.0:8090"])
     output(["graft", "attach", "--no-save", "--cgroup", found, "-i", "0.0.0.0:80=own"])
     until_answers(8090)
-    output(["systemctl", "stop", "own.service"])
+    output([*as_user(), "podman", "kill", "own"])
     until("it is gone", lambda: "own" not in output(["graft", "ps"]), pause=1)
 
 
-def container_cgroup(unit: str) -> Path | None:
-    """The cgroup of a container's program somewhere below a unit."""
-    for folder in Path("/sys/fs/cgroup/system.slice", unit).rglob("libpod-*"):
+def runtime_dir() -> Path:
+    return Path(f"/run/user/{pwd.getpwnam('user').pw_uid}")
+
+
+def as_user() -> list[str]:
+    """The words before a command of the user's."""
+    bus = f"DBUS_SESSION_BUS_ADDRESS=unix:path={runtime_dir()}/bus"
+    return ["runuser", "-u", "user", "--", "env", "-C", "/", f"XDG_RUNTIME_DIR={runtime_dir()}", bus, "HOME=/home/user"]
+
+
+def container_cgroup() -> Path | None:
+    """The cgroup of the user's container."""
+    for folder in Path("/sys/fs/cgroup/user.slice").rglob("libpod-*"):
         for procs in folder.rglob("cgroup.procs"):
             if "conmon" not in str(folder) and procs.read_text():
                 return procs.parent
