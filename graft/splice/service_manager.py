@@ -16,6 +16,7 @@ from graft.model.settings import Settings
 UNIT = "graftd.service"
 _BEFORE = "graft.service"
 """It restores what is saved, and has to be done before systemd starts ``UNIT``."""
+_KEPT = ("graft-listen.service", UNIT)  # systemd starts them again where they are killed
 _SYSTEMD = Path("/run/systemd/system")  # is there where systemd runs: sd_booted(3)
 _SECONDS = 90.0
 
@@ -34,9 +35,12 @@ def start() -> None:
 
 
 def stop(settings: Settings) -> None:
-    """Have systemd stop graftd, which it would else start again, if it has started it."""
-    if _may_be_asked(settings) and _answer("is-active", UNIT) in ("active", "activating", "reloading"):
-        _systemctl("stop", UNIT)
+    """Have systemd stop what it has started of Graft's, and would else start again."""
+    if not _may_be_asked(settings):
+        return
+    for unit in _KEPT:
+        if _answer("is-active", unit) in ("active", "activating", "reloading"):
+            _systemctl("stop", unit)
 
 
 def _may_be_asked(settings: Settings) -> bool:

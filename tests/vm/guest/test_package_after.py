@@ -170,7 +170,8 @@ def test_a_container_of_podman_has_the_socket_unit_start_graft_listen(tmp_path: 
 
 def test_down_stops_the_unit_and_the_next_container_starts_it() -> None:
     output(["graft", "down", "--force"])
-    assert not is_active("graftd.service") and not PINS.exists()
+    assert not is_active("graftd.service") and not is_active("graft-listen.service")
+    assert not PINS.exists() and not CGROUP.exists()
     output(["graft", "up"])
     for port in PORTS:
         until_answers(port)
