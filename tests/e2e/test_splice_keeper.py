@@ -293,8 +293,8 @@ def test_requests_are_answered_while_graftd_is_killed(container: Plain) -> None:
                 client.join()
             ending.set()
             server.join()
-        # One that was accepted in the last moment, and not stored yet, can be lost (docs/splice.md): the more, the longer a
-        # busy machine has graftd wait between the two. Of these thirty all are, where nothing is stored.
+        # One that was accepted in the last moment, and not stored yet, can be lost (docs/splice.md): more of them where
+        # a busy machine has graftd wait between the two. Where nothing is stored all thirty are.
         assert sum(len(client.failures) for client in clients) <= 5
 
 
