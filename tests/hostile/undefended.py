@@ -532,6 +532,13 @@ def _aside() -> None:
     background.Background.run = run  # type: ignore[method-assign,assignment]
 
 
+def _others_in_the_cgroup() -> None:
+    """A container's cgroup may have the operator's processes, where its runtime has ended."""
+    from graft.oci import plan
+
+    plan._has_others = lambda path: False
+
+
 def _cgroup_id() -> None:
     """A cgroup is known by its path."""
     from graft.splice import listeners
@@ -1288,6 +1295,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "found apart": _found_apart,
     "own clocks": _own_clocks,
     "left behind": _left_behind,
+    "others in the cgroup": _others_in_the_cgroup,
     "search": _search,
     "search in time": _search_in_time,
     "made meanwhile": _made_meanwhile,

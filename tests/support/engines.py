@@ -181,7 +181,7 @@ def podman(host: Host, folder: Path, root: Path, command: Sequence[Word] | None 
     }
     runtime = ("--runtime", str(runtime_script(host, folder, "crun", command)))
     engine = Engine(host, "podman", environment, ("--rootfs", str(root)), runtime=runtime)
-    with _v1_controllers(folder):
+    with v1_controllers(folder):
         try:
             yield engine
         finally:
@@ -190,7 +190,7 @@ def podman(host: Host, folder: Path, root: Path, command: Sequence[Word] | None 
 
 
 @contextmanager
-def _v1_controllers(folder: Path) -> Iterator[None]:
+def v1_controllers(folder: Path) -> Iterator[None]:
     """Where cgroup v1 is in use too, crun wants no controller left in the v2 tree: they are mounted elsewhere."""
     mounted = []
     if cgroup.v2_mount() != Path("/sys/fs/cgroup"):
