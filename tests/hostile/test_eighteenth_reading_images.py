@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,19 @@ def bundle(host: Host, folder: Path) -> Path:
 
 
 @contextmanager
+def listening(host: Host, folder: Path, defence: str = "") -> Iterator[tuple[Program, Path]]:
+    """`graft listen`, and the cgroup of an operator's session, where crun may be started by hand."""
+    serving = host.start_command([*graft_without(defence), "listen"])
+    serving.until("it listens", lambda: can_connect(host.settings.run_dir / "listener"))
+    (folder / "v1").mkdir()
+    with v1_controllers(folder / "v1"), new_cgroup("session") as session:
+        try:
+            yield serving, session
+        finally:
+            serving.stop()
+
+
+@contextmanager
 def created_by_hand(folder: Path, session: Path, number: int, own: bool) -> Iterator[str]:
     """`crun create` and `start`, in the operator's session; with a cgroup of its ``own``. Gives the container's id."""
     name = f"g{number}-{os.getpid()}"
@@ -73,19 +86,10 @@ def is_attached(serving: Program, name: str) -> bool:
 
 @pytest.mark.parametrize("defence", ["", "others in the cgroup"])
 def test_the_operators_session_is_no_container(host: Host, tmp_path: Path, defence: str) -> None:
-    folder = bundle(host, tmp_path)
-    serving = host.start_command([*graft_without(defence), "listen"])
-    serving.until("it listens", lambda: can_connect(host.settings.run_dir / "listener"))
-    with ExitStack() as stack:
-        (tmp_path / "v1").mkdir()
-        stack.enter_context(v1_controllers(tmp_path / "v1"))
-        stack.callback(serving.stop)
-        session = stack.enter_context(new_cgroup("session"))
-        stack.callback(host.remove_at, session)
-        listener = stack.enter_context(host.netns.listener("127.0.0.1"))
+    folder, attached = bundle(host, tmp_path), 0
+    with listening(host, tmp_path, defence) as (serving, session), host.netns.listener("127.0.0.1") as listener:
         command = [*in_cgroup(session), *host.netns.command(sys.executable, "-c", CONNECTS)]
         shell = host.start_command(command, talk=True)
-        attached = 0
         for number in range(TRIES):
             with created_by_hand(folder, session, number, own=False) as name:
                 attached += is_attached(serving, name)
@@ -93,18 +97,13 @@ def test_the_operators_session_is_no_container(host: Host, tmp_path: Path, defen
                 break
         shell.tell(f"{listener.getsockname()[1]}\n")
         met = shell.until("an answer", lambda: shell.said.strip())
+        host.remove_at(session)
     assert (attached, met) == ((1, "Permission denied") if defence else (0, "works"))
 
 
 def test_a_container_with_a_cgroup_of_its_own_is_attached(host: Host, tmp_path: Path) -> None:
     folder = bundle(host, tmp_path)
-    serving = host.start_command([*graft_without(""), "listen"])
-    serving.until("it listens", lambda: can_connect(host.settings.run_dir / "listener"))
-    with ExitStack() as stack:
-        (tmp_path / "v1").mkdir()
-        stack.enter_context(v1_controllers(tmp_path / "v1"))
-        stack.callback(serving.stop)
-        session = stack.enter_context(new_cgroup("session"))
+    with listening(host, tmp_path) as (serving, session):
         for number in range(TRIES):
             with created_by_hand(folder, session, number, own=True) as name:
                 assert is_attached(serving, name)
