@@ -110,9 +110,8 @@ def up(settings: Settings) -> None:
     Raises PrivilegeError, KernelError, ConflictError.
     """
     require_root()
-    supervisors = supervisors_cgroup(
-        settings
-    )  # where that is, is looked up in the own folder in /proc: without the lock
+    # Where that is, is looked up in the own folder in /proc: without the lock.
+    supervisors = supervisors_cgroup(settings)
     if not is_up(settings) or not supervisors.exists():
         with locked(settings):
             if not is_up(settings):

@@ -112,8 +112,7 @@ def _execute(
         told[protocol.WATCHDOG_PID] = str(os.getpid())
     if len(inherited) > len(names):
         told[protocol.NOTIFY_SOCKET] = protocol.address(protocol.FIRST_DESCRIPTOR + len(names))
-    own_names.pin(
-        inherited=protocol.FIRST_DESCRIPTOR + len(inherited)
-    )  # before others get the numbers of the first pins
+    # Before others get the numbers of the first pins.
+    own_names.pin(inherited=protocol.FIRST_DESCRIPTOR + len(inherited))
     arrange(inherited, protocol.FIRST_DESCRIPTOR)
     os.execve(command[0], list(command), {**environment, **told})
