@@ -13,8 +13,8 @@ from tests.support.shell import output, run
 pytestmark = pytest.mark.e2e
 
 # (One that may read a checkout in root's home.)
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-NOBODY += ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search", "--")
+READS = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *READS, "--")
 USER_NAMESPACE = ("unshare", "--user", "--map-root-user", "--")
 NO_CAPABILITIES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--")
 COMMANDS = (
