@@ -166,8 +166,10 @@ def replace(settings: Settings) -> int:
     if before is None:
         raise NotFoundError("no daemon runs", "graft daemon")
     dataplane.up(settings)  # this Graft can work with what is there, else nothing is replaced
-    control.ask(settings, {"do": "replace", "python": sys.executable})
-    if os.environ.get("MAINPID") == str(before["pid"]):  # of ExecReload=: systemd starts the next when this has ended
+    # In ExecReload= systemd waits for this process before it starts the next graftd, and graftd must not end before it.
+    is_reload = os.environ.get("MAINPID") == str(before["pid"])
+    control.ask(settings, {"do": "replace", "python": sys.executable, "pid": os.getpid() if is_reload else 0})
+    if is_reload:
         return 0
     log = f"see {settings.run_dir}/graftd.log"
     deadline = time.monotonic() + _REPLACE_SECONDS

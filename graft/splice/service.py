@@ -128,15 +128,23 @@ class Service:
             log("the keeper does not take all that is to outlive this graftd")
         os._exit(protocol.REPLACED)
 
-    def _replace(self, python: str, reply: Reply) -> None:
+    def _replace(self, python: str, asker: int, reply: Reply) -> None:
+        """Make room for the next one, where ``asker`` is a process when that has ended."""
         if not self._kept.store.is_kept:
             hint = "graft down, or end it and start it again: its connections are reset"
             reply({"error": "the daemon has no keeper, so nothing would outlive it", "hint": hint})
             return
         if python:
             self._kept.store.say(protocol.command(daemon_process.graftd_command(python, self._keep)))
-        self._is_replaced = self._loop.stopping = True
         reply({"pid": os.getpid()})
+        with contextlib.suppress(ProcessLookupError):
+            if asker:
+                self._loop.watch(os.pidfd_open(asker), select.EPOLLIN, lambda _mask: self._stop_for_the_next())
+                return
+        self._stop_for_the_next()
+
+    def _stop_for_the_next(self) -> None:
+        self._is_replaced = self._loop.stopping = True
 
     def _handle_signals(self) -> socket.socket:
         reader, writer = socket.socketpair()
@@ -270,7 +278,7 @@ class Service:
                 self._loop.stopping = True
                 reply({"pid": os.getpid()})
             case "replace":
-                self._replace(str(request["python"]), reply)
+                self._replace(str(request["python"]), int(request["pid"]), reply)
             case "ping":
                 self._empty_since = time.monotonic()
                 served = sorted(number for number, one in self._services.items() if one.serves)

@@ -10,7 +10,7 @@ from graft.splice import control
 from tests.support.installation import GRAFT, Host
 from tests.support.plain import plain
 from tests.support.relayed import published
-from tests.support.wait import until
+from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.e2e
 
@@ -26,3 +26,13 @@ def test_it_serves_what_is_attached_and_no_keeper_is_left(host: Host) -> None:
         )
         container.until_published(port)
         assert not is_locked(host.settings.run_dir / LOCK)
+
+
+def test_a_reload_ends_before_graftd_does(host: Host) -> None:
+    """As systemd's ExecReload=, which has the main process's number in its environment."""
+    with plain(host) as container:
+        published(container)
+        before = container.daemon()
+        reload = host.start_command(["env", f"MAINPID={before}", GRAFT, "daemon", "--replace"])
+        assert reload.process.wait(30 * PATIENCE) == 0
+        until("the next one", lambda: (control.ask(host.settings, {"do": "ping"}) or {}).get("pid", before) != before)
