@@ -42,7 +42,7 @@ def daemon(
         return
     if protocol.NOTIFY_SOCKET not in os.environ:
         daemon_process.become_keeper(settings)
-    if protocol.inherited_folder(os.environ) is None:  # it is the service manager's, not the child of Graft's own keeper
+    if protocol.inherited_folder(os.environ) is None:  # the service manager's, and no child of Graft's own keeper
         daemon_process.take_over(settings)
     native.use()
     from graft.splice import daemon as graftd
