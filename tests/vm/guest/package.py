@@ -26,7 +26,7 @@ Description=A web server that knows nothing of Graft
 [Service]
 WorkingDirectory=/etc/graft
 {more}
-ExecStartPre=sleep 20
+ExecStartPre=sleep 60
 ExecStart=/usr/bin/python3 -m http.server 80
 [Install]
 WantedBy=multi-user.target

@@ -64,7 +64,7 @@ def test_containers_of_docker_are_served_on_their_endpoints() -> None:
     make_image()
     for name, (network, port) in CONTAINERS.items():
         output(["graft", "ep", "add", name, f"0.0.0.0:{port}"])
-        server = ["sh", "-c", "sleep 20; exec httpd -f -p 80 -h /etc/graft"]
+        server = ["sh", "-c", "sleep 60; exec httpd -f -p 80 -h /etc/graft"]
         options = [f"--name={name}", f"--network={network}", "--restart=always"]
         output(["docker", "run", "--detach", *options, "box", *server], timeout=120)
         output(["graft", "attach", "--cgroup", f"docker:{name}", "-i", f"0.0.0.0:80={name}"])
