@@ -51,11 +51,11 @@ def detach(
             graft.transaction() as change,
         ):
             change.containers.remove(container, reachable)
-        unanswered = _stop_serving(graft, container) if container.is_relayed else ""
+        unanswered = stop_serving(graft, container) if container.is_relayed else ""
         return Detached(container, withdraw(graft.settings, container, stack, keep_connections), unanswered)
 
 
-def _stop_serving(graft: Installation, container: Container) -> str:
+def stop_serving(graft: Installation, container: Container) -> str:
     """Gives what is wrong, if graftd does not do it: the rules are gone, and the sockets are closed all the same."""
     try:
         splice.detach(graft, container)

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from graft.commands import saving, watcher_process
+from graft.commands.detach import stop_serving
 from graft.commands.policy_apply import replace_policy, update_relay
 from graft.commands.restore import restore
 from graft.commands.up import bring_up
@@ -32,7 +33,6 @@ from graft.policy.model import PolicyError, Problem
 from graft.saved.model import SavedState, Target, outlives_boot
 from graft.saved.store import Store
 from graft.saved.text import MAX_BYTES, export_text, import_text
-from graft.splice import client as splice
 from graft.state import inventory, members
 from graft.state.endpoints import EndpointChanges
 from graft.state.installation import Installation
@@ -246,10 +246,7 @@ class _Import:
         with inventory.host_stack(graft) as stack:
             with members.pinned(container.cgroup_path) as reachable, graft.transaction() as change:
                 change.containers.remove(container, reachable)
-            if container.is_relayed:
-                try:
-                    splice.detach(graft, container)
-                except GraftError as error:  # the rules are gone, and the sockets are closed all the same
-                    self._note_unserved(f"{container.name}: {error.message}")
+            problem = stop_serving(graft, container) if container.is_relayed else ""
+            self._note_unserved(f"{container.name}: {problem}" if problem else "")
             withdraw(graft.settings, container, stack, False)
         self._done.detached.append(container.name)

@@ -7,11 +7,12 @@ Source: systemctl(1).
 from __future__ import annotations
 
 import contextlib
-import subprocess
 from pathlib import Path
 
 from graft.errors import KernelError
 from graft.model.settings import Settings
+from graft.state import engines
+from graft.state.engines import EngineAnswer
 
 UNIT = "graftd.service"
 _BEFORE = "graft.service"
@@ -30,7 +31,8 @@ def start() -> None:
     """Have systemd start graftd, and wait until it answers. Raises KernelError."""
     if _answer("is-active", _BEFORE) == "activating":  # this process may be what it waits for
         raise KernelError(f"{UNIT} starts when {_BEFORE} is done", "it is tried again by itself")
-    if _systemctl("start", UNIT) is None:
+    answer = _systemctl("start", UNIT)
+    if answer is None or answer.status != 0:
         raise KernelError(f"systemd does not start {UNIT}", f"systemctl status {UNIT}")
 
 
@@ -49,14 +51,12 @@ def _may_be_asked(settings: Settings) -> bool:
 
 
 def _answer(question: str, unit: str) -> str:
-    return _systemctl(question, unit, check=False) or ""
+    answer = _systemctl(question, unit)
+    return answer.out.strip() if answer else ""
 
 
-def _systemctl(verb: str, unit: str, check: bool = True) -> str | None:
-    """What systemctl says; None where it fails (``check``: also by its status) or does not answer in time."""
-    command = ["systemctl", "--no-ask-password", verb, unit]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS, check=check
-        ).stdout.strip()
+def _systemctl(verb: str, unit: str) -> EngineAnswer | None:
+    """None where it does not answer in time."""
+    with contextlib.suppress(KernelError):
+        return engines.run(["systemctl", "--no-ask-password", verb, unit], _SECONDS)
     return None

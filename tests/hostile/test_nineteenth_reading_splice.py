@@ -32,7 +32,6 @@ from tests.support.udp import udp
 pytestmark = pytest.mark.e2e
 
 ELSEWHERE, THERE = "192.0.2.7", "192.0.2.8"
-Asked = Callable[..., object]
 
 
 @pytest.fixture

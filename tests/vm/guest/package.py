@@ -49,6 +49,11 @@ def is_active(unit: str) -> bool:
     return subprocess.run(["systemctl", "is-active", "--quiet", unit]).returncode == 0
 
 
+def main_pid(unit: str) -> int:
+    """The process that systemd watches."""
+    return int(output(["systemctl", "show", "--property=MainPID", "--value", unit]))
+
+
 def listening() -> str:
     """The listening TCP sockets of the host."""
     return output(["ss", "-Hltn"])

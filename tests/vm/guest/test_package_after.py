@@ -28,6 +28,7 @@ from tests.vm.guest.package import (
     answers,
     is_active,
     listening,
+    main_pid,
     root_file_system,
     until_answers,
 )
@@ -49,11 +50,6 @@ def test_the_unit_was_started_before_the_network_and_what_listens() -> None:
         for unit in ("graft.service", UNIT.name)
     ]
     assert started == sorted(started)
-
-
-def main_pid(unit: str) -> int:
-    """The process that systemd watches."""
-    return int(output(["systemctl", "show", "--property=MainPID", "--value", unit]))
 
 
 @pytest.mark.parametrize("command", ["stop", "restart"])

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.shell import output, run
 from tests.support.wait import until
+from tests.vm.guest.package import main_pid
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "examples" / "systemd"
@@ -76,10 +77,6 @@ def test_a_unit_with_a_network_of_its_own_is_published_while_it_runs(graft: Path
     assert answer() == ""
 
 
-def main_pid() -> int:
-    return int(output(["systemctl", "show", "--property=MainPID", "--value", "graftd.service"]))
-
-
 @pytest.mark.parametrize("how", [["kill", "--signal=KILL", "--kill-who=main"], ["reload"]])
 def test_systemd_keeps_the_connections_of_a_graftd_that_dies_or_is_replaced(graft: Path, how: list[str]) -> None:
     shutil.copy(EXAMPLES / "graftd.service", "/run/systemd/system/")
@@ -90,18 +87,18 @@ def test_systemd_keeps_the_connections_of_a_graftd_that_dies_or_is_replaced(graf
     output([graft, "attach", "--cgroup", "test-web.service", "-i", "0.0.0.0:80=web"])
     until("the server", answer, timeout=60, pause=1)
     for _ in range(3):
-        before = main_pid()
+        before = main_pid("graftd.service")
         with socket.create_connection(("127.0.0.1", PORT), timeout=120) as client:
             client.sendall(b"GET / HTTP/1.0\r\n")
             until("it is relayed", lambda: relayed(graft) == 1, timeout=60, pause=1)
             output(["systemctl", *how, "graftd.service"])
-            until("another graftd", lambda: main_pid() not in (0, before), timeout=60)  # noqa: B023
+            until("another graftd", lambda: main_pid("graftd.service") not in (0, before), timeout=60)  # noqa: B023
             with socket.create_connection(("127.0.0.1", PORT), timeout=120) as other:  # nobody is refused
                 client.sendall(b"\r\n")
                 assert client.makefile("rb").read().endswith(b"127.0.0.1")
                 other.sendall(b"GET / HTTP/1.0\r\n\r\n")
                 assert other.makefile("rb").read().endswith(b"127.0.0.1")
-    assert main_pid()
+    assert main_pid("graftd.service")
     output([graft, "detach", "--cgroup", "test-web.service"])
     assert answer() == ""
 
