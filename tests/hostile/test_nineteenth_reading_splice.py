@@ -113,9 +113,10 @@ def test_a_policy_is_applied_to_containers_that_wait_too(
     with new_cgroup("waits") as path:
         saving.graft("attach", "--cgroup", path, *rules(saving, THERE))
     store = Store(saving.settings)
-    waiting = next(one for one in store.read()[0].attachments if path.name in one.target.name)
     same_name = replace(policy, name=slow.container.policy)
-    store.prepare_attachment(replace(waiting, policy=replace(waiting.policy, name=same_name.name))).commit()
+    with store.locked():  # the watcher removes what is written without it
+        waiting = next(one for one in store.read()[0].attachments if path.name in one.target.name)
+        store.prepare_attachment(replace(waiting, policy=replace(waiting.policy, name=same_name.name))).commit()
     late(monkeypatch, "attach", slow, lock_is_free(saving))
     with Installation(saving.settings) as graft:
         done = policy_apply.apply(graft, same_name, save=True)
