@@ -6,10 +6,12 @@ bcc needs no kernel headers: BCC_KERNEL_SOURCE names our own tree, bpf/include.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,10 +51,13 @@ def _captured_stderr() -> Iterator[list[str]]:
 
 
 class Compiled:
-    """The programs and maps of one compilation, valid as long as this object."""
+    """The programs and maps of one compilation, valid as long as this object, which closes their descriptors."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
+        # bcc itself would keep them until the interpreter ends.
+        atexit.unregister(module.cleanup)
+        weakref.finalize(self, module.cleanup).atexit = False
 
     def instructions(self, program: Program) -> bytes:
         """The program as the compiler made it, before the verifier sees it."""
@@ -63,7 +68,7 @@ class Compiled:
         return ctypes.string_at(start, lib.bpf_function_size(self._module.module, function))
 
     def load(self, program: Program) -> int:
-        """A descriptor, which bcc closes. Raises NotLoaded."""
+        """A descriptor, which is closed with this object. Raises NotLoaded."""
         attach_type = bpf.ATTACH_TYPES[program.attach]
         try:
             with _captured_stderr() as log:
@@ -73,7 +78,7 @@ class Compiled:
         return int(loaded.fd)
 
     def map_fd(self, name: str) -> int:
-        """The descriptor of a map, which bcc closes."""
+        """The descriptor of a map, which is closed with this object."""
         from bcc import lib
 
         return int(lib.bpf_table_fd(self._module.module, name.encode()))

@@ -154,7 +154,7 @@ class Loaded:
         return all(one.accepted or not one.program.needed for one in self.checks)
 
     def map_fd(self, name: str) -> int:
-        """The descriptor of a map, which bcc closes."""
+        """The descriptor of a map, which is closed with ``compiled``."""
         return self.compiled.map_fd(name)
 
     def pin(self, folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import re
 import shutil
 import struct
@@ -60,6 +62,15 @@ def add_forbidden_call(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise AssertionError(f"no such program: {function}")
 
     yield add
+
+
+def test_what_was_loaded_is_closed_when_nobody_refers_to_it(root: None) -> None:
+    loader.examine()
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))
+    assert loader.examine().is_complete
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_this_kernel_takes_every_program(root: None) -> None:
