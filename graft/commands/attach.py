@@ -18,7 +18,7 @@ from graft.kernel import netns
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.policy.model import Policy
-from graft.policy.validator import grants_that_splice_lacks
+from graft.policy.validator import grants_that_splice_lacks, needs_unix_relay
 from graft.splice import client as splice
 from graft.state import inventory, members, thread_namespaces
 from graft.state.containers import refuse_below
@@ -111,11 +111,16 @@ class Seen:
 
     def ensure_daemon(self, graft: Installation, policy: Policy) -> None:
         """Start graftd, if this container is to be attached with ``policy`` and needs it. Before the lock is taken:
-        somebody may hold what a process looks up that starts. Raises GraftError.
+        somebody may hold what a process looks up that starts. Raises PolicyError and what else `attach` raises.
         """
-        if self.attached is None and self.choice.transport is Transport.SPLICE:
+        if self.attached is not None:
+            return
+        compiled = graft.compile(policy)
+        if self.choice.transport is Transport.SPLICE:
             refuse_in_splice(policy)
-            splice.ensure_daemon(graft.settings)
+        elif not needs_unix_relay(compiled.policy, compiled.endpoints):
+            return
+        splice.ensure_daemon(graft.settings)
 
     def within_reach(self) -> AbstractContextManager[None]:
         """For the block that attaches it (graft/state/members.py). Before the lock is taken: this takes time too."""
@@ -276,7 +281,7 @@ def _attach_splice(graft: Installation, seen: Seen, policy: Policy, relay: str) 
 
     What it has in the host's namespace is as with transport direct: judged, and kept if it was there before.
     """
-    seen.ensure_daemon(graft, policy)  # it runs, unless it has ended just now
+    refuse_in_splice(policy)
     pid = next(iter(seen.inside.pids), seen.target.pid)
     try:
         cookie = netns.cookie(pid)

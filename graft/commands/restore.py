@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from graft.commands import saving
 from graft.commands.attach import Seen, attach_seen, look_at
+from graft.commands.policy_apply import update_relay
 from graft.commands.sightings import Sightings
 from graft.commands.transport_choice import stay_direct
 from graft.errors import GraftError, KernelError, NotFoundError, RefusedError, UsageError
@@ -141,7 +142,7 @@ def _restore_attachment(
         if found is None:
             return NOT_THERE
         container = graft.containers.at(found.cgroup)
-        seen = None
+        seen = attached = None
         if container is None:
             settled = sightings is None or sightings.is_settled(saved.target.text, finder.cgroup_id(found))
             seen = _look_at(graft, found, saved, settled)
@@ -153,10 +154,13 @@ def _restore_attachment(
             if seen is not None:
                 if (current.transport, current.relay) != (saved.transport, saved.relay) or not seen.is_current(graft):
                     return _CHANGED
-                container = attach_seen(graft, seen, current.policy, current.relay).container
+                attached = attach_seen(graft, seen, current.policy, current.relay)
+                container = attached.container
                 done.attached.append(saved.target.text)
             if container is not None:
                 _note_last(store, current, found, container)
+        if attached is not None and not attached.is_served:
+            return update_relay(graft, attached.container, attached.container) or None
     except Exception as error:  # of this one: the others are restored
         return _message(error)
     return None

@@ -42,13 +42,16 @@ def ensure_daemon(settings: Settings) -> None:
     daemon_process.ensure_running(settings)
 
 
-def attach(settings: Settings, container: Container, pid: int = 0, patience: float = control.TIMEOUT_SECONDS) -> None:
-    """Have the daemon serve ``container``, which has a record. When this returns, it does.
+def attach(settings: Settings, container: Container, pid: int = 0) -> None:
+    """Have the daemon serve ``container``, which has a record. When this returns, it does. Started where none runs.
 
-    ``pid`` is a process in its network namespace, 0 to let the daemon find one. Raises GraftError; NoAnswerError after
-    ``patience`` seconds.
+    ``pid`` is a process in its network namespace, 0 to let the daemon find one. Raises GraftError.
     """
-    daemon_process.request(settings, {"do": "attach", "container": container.id, "pid": pid}, patience)
+    daemon_process.request(settings, _attach_request(container, pid))
+
+
+def _attach_request(container: Container, pid: int) -> dict[str, Any]:
+    return {"do": "attach", "container": container.id, "pid": pid}
 
 
 def serve(graft: Installation, container: Container, pid: int = 0) -> None:
@@ -59,16 +62,17 @@ def serve(graft: Installation, container: Container, pid: int = 0) -> None:
 
 
 def begin_to_serve(graft: Installation, container: Container, pid: int = 0) -> bool:
-    """The same, for a caller that has others wait. False where graftd has not answered after a moment: it may serve the
-    container later, for which the rules are in force already.
+    """The same, for a caller that has others wait: graftd is not started. False where it does not run, or has not
+    answered after a moment; `attach` is to be called when nobody waits. The container's rules are in force already.
     """
-    if container.is_relayed:
-        with _removed_on_error(graft, container):
-            try:
-                attach(graft.settings, container, pid, _UNDER_LOCK_SECONDS)
-            except control.NoAnswerError:
-                return False
-    return True
+    if not container.is_relayed:
+        return True
+    with _removed_on_error(graft, container):
+        try:
+            answer = control.ask(graft.settings, _attach_request(container, pid), _UNDER_LOCK_SECONDS)
+        except control.NoAnswerError:
+            return False
+        return answer is not None
 
 
 @contextlib.contextmanager

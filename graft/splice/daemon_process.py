@@ -65,12 +65,12 @@ def ensure_running(settings: Settings) -> None:
         _start(settings)
 
 
-def request(settings: Settings, command: dict[str, Any], patience: float = control.TIMEOUT_SECONDS) -> dict[str, Any]:
+def request(settings: Settings, command: dict[str, Any]) -> dict[str, Any]:
     """The daemon's answer; the daemon is started where none runs. Raises GraftError, NoAnswerError."""
     deadline = time.monotonic() + _START_SECONDS
     while True:
         ensure_running(settings)
-        answer = control.ask(settings, command, patience)
+        answer = control.ask(settings, command)
         if answer is not None:
             return answer
         if time.monotonic() > deadline:
