@@ -16,9 +16,11 @@ import pytest
 
 from graft.commands import attach as attach_command
 from graft.commands import policy_apply, transfer
+from graft.model.settings import Settings
 from graft.policy.model import Policy, policy_from_flags
 from graft.saved.store import Store
 from graft.splice import client as splice
+from graft.splice import control
 from graft.splice.control import NoAnswerError
 from graft.state.installation import Installation
 from tests.hostile.conftest import Without
@@ -61,11 +63,24 @@ def late(monkeypatch: pytest.MonkeyPatch, name: str, slow: Plain, unlocked: Call
     def asked(where: Any, container: Any, *more: Any) -> object:
         if container.cgroup != str(slow.cgroup):
             return real(where, container, *more)
-        if not more or more[-1] != splice._UNDER_LOCK_SECONDS:
-            unlocked()
+        unlocked()
         raise NoAnswerError("the daemon does not answer")
 
     monkeypatch.setattr(splice, name, asked)
+
+
+def late_answers(monkeypatch: pytest.MonkeyPatch, unlocked: Callable[[], None]) -> None:
+    """graftd does not answer any request to serve a container, and nobody waits for a lock but at the first of them."""
+    real = control.ask
+
+    def asked(settings: Settings, request: dict[str, Any], timeout: float = control.TIMEOUT_SECONDS) -> object:
+        if request["do"] != "attach":
+            return real(settings, request, timeout)
+        if timeout != splice._UNDER_LOCK_SECONDS:
+            unlocked()
+        raise NoAnswerError("the daemon does not answer")
+
+    monkeypatch.setattr(control, "ask", asked)
 
 
 def lock_is_free(host: Host) -> Callable[[], None]:
@@ -126,7 +141,7 @@ def test_a_policy_is_applied_to_containers_that_wait_too(
 
 def test_a_first_attach_has_nobody_wait_and_stays(saving: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     with plain(saving) as slow:
-        late(monkeypatch, "attach", slow, lock_is_free(saving))
+        late_answers(monkeypatch, lock_is_free(saving))
         policy = policy_from_flags("p", [], [f"{ELSEWHERE}={saving.endpoint('0.0.0.0:dynamic')}"], True)
         with Installation(saving.settings) as graft:
             done = attach_command.attach(graft, str(slow.cgroup), policy, save=True)
