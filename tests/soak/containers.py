@@ -154,9 +154,9 @@ class Box(ABC):
         """The process id of its supervisor, 0 where it has none now."""
         return 0
 
-    def excuse(self, begun: float, why: str) -> None:
+    def excuse(self, begun: float, why: str, rare: bool = False) -> None:
         """Its requests since then may have failed, until now."""
-        self.excuses.append(Excuse(self.name, begun, time.monotonic(), why))
+        self.excuses.append(Excuse(self.name, begun, time.monotonic(), why, rare))
 
 
 class RunBox(Box):

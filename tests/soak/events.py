@@ -84,6 +84,8 @@ class Events:
         for box in self._boxes:
             if not box.survives_graftd:
                 box.excuse(begun, "graftd was killed, and the kernel relays")
+            elif isinstance(box, SpliceBox):
+                box.excuse(begun, "graftd was killed in the moment when it accepted", rare=True)
 
     def _kill_keeper(self) -> None:
         pid, keeper = self._graftd()

@@ -6,7 +6,7 @@ that such a request fails. Nothing else is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -28,18 +28,40 @@ class Excuse:
     begun: float
     ended: float
     why: str
+    rare: bool = False
+    """Whether docs/ tell that single ones fail then, and not that they do: few are excused by it, of all together."""
 
     def covers(self, failure: Failure) -> bool:
         """Whether a failure's request was under way in this time."""
         return self.who == failure.who and failure.begun <= self.ended and self.begun <= failure.ended
 
 
-def unexcused(failures: Iterable[Failure], excuses: Iterable[Excuse]) -> list[Failure]:
-    """Those that nothing excuses."""
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is to be thought of failures: ``rare`` are those that only rare excuses cover."""
+
+    unexcused: tuple[Failure, ...]
+    rare: tuple[Failure, ...]
+    excused: int
+
+
+def judge(failures: Sequence[Failure], excuses: Iterable[Excuse], few: int) -> Verdict:
+    """Which failures nothing excuses. At most ``few`` are excused by a rare excuse: if there are more, none of them is."""
     known: dict[str, list[Excuse]] = {}
     for excuse in excuses:
         known.setdefault(excuse.who, []).append(excuse)
-    return [one for one in failures if not any(excuse.covers(one) for excuse in known.get(one.who, ()))]
+    left: list[Failure] = []
+    rare: list[Failure] = []
+    for one in failures:
+        covering = [excuse for excuse in known.get(one.who, ()) if excuse.covers(one)]
+        if not covering:
+            left.append(one)
+        elif all(excuse.rare for excuse in covering):
+            rare.append(one)
+    if len(rare) > few:
+        left += rare
+        rare = []
+    return Verdict(tuple(left), tuple(rare), len(failures) - len(left))
 
 
 def parse_worker(who: str, said: str) -> tuple[int, int, list[Failure], list[str]]:

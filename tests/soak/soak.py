@@ -17,7 +17,7 @@ from tests.soak.accounts import Account
 from tests.soak.clients import Client, Servers, serving
 from tests.soak.containers import FORBIDDEN_PORT, Box, DirectBox, KernelBox, PodmanBox, RunBox, SpliceBox, SwapBox
 from tests.soak.events import Events
-from tests.soak.excuses import unexcused
+from tests.soak.excuses import judge
 from tests.soak.services import SERVICES, Nginx, Service
 from tests.support import engines
 from tests.support.installation import Host
@@ -26,6 +26,8 @@ from tests.support.wait import until
 
 _WORKER = Path(__file__).with_name("worker.c")
 _PAUSE = 0.5
+_KILLS_FOR_A_LOSS = 100
+"""docs/splice.md: of what graftd accepts in its last 30 microseconds nobody knows. An hour's soak lost 2 in 490 kills."""
 _SETTLED = 60.0
 
 
@@ -40,6 +42,7 @@ class Report:
     from_containers: int = 0
     forbidden_tried: int = 0
     excused: int = 0
+    lost_with_graftd: int = 0
     events: dict[str, int] = field(default_factory=dict)
     before: Account | None = None
     after: Account | None = None
@@ -153,12 +156,16 @@ def _paused(clients: Sequence[Client], host: Host) -> Account:
 
 def _judge(report: Report, boxes: Sequence[Box], clients: Sequence[Client], servers: Servers, events: Events) -> None:
     failures = [*chain.from_iterable(box.failures for box in boxes), *chain.from_iterable(c.failures for c in clients)]
-    left = unexcused(failures, chain.from_iterable(box.excuses for box in boxes))
+    kills = events.counts["kill graftd"]
+    verdict = judge(
+        failures, list(chain.from_iterable(box.excuses for box in boxes)), max(1, kills // _KILLS_FOR_A_LOSS)
+    )
     report.containers, report.requests = len(boxes), sum(client.requests for client in clients)
     report.from_containers = sum(box.tally.requests for box in boxes)
     report.forbidden_tried = sum(box.tally.forbidden for box in boxes)
-    report.excused, report.events = len(failures) - len(left), dict(events.counts)
-    for one in left:
+    report.excused, report.lost_with_graftd = verdict.excused, len(verdict.rare)
+    report.events = dict(events.counts)
+    for one in verdict.unexcused:
         near = ", ".join(events.near(one)) or "nothing"
         report.problems.append(f"{one.who}: failed after {one.ended - one.begun:.1f} s: {one.what} ({near} happened)")
     report.problems += servers.reached
