@@ -46,7 +46,7 @@ class Verdict:
 
 
 def judge(failures: Sequence[Failure], excuses: Iterable[Excuse], few: int) -> Verdict:
-    """Which failures nothing excuses. At most ``few`` are excused by a rare excuse: if there are more, none of them is."""
+    """Which failures nothing excuses. At most ``few`` are excused by a rare excuse; if there are more, none is."""
     known: dict[str, list[Excuse]] = {}
     for excuse in excuses:
         known.setdefault(excuse.who, []).append(excuse)

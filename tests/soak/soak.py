@@ -27,7 +27,7 @@ from tests.support.wait import until
 _WORKER = Path(__file__).with_name("worker.c")
 _PAUSE = 0.5
 _KILLS_FOR_A_LOSS = 100
-"""docs/splice.md: of what graftd accepts in its last 30 microseconds nobody knows. An hour's soak lost 2 in 490 kills."""
+"""docs/splice.md: of what graftd accepts in its last 30 microseconds nobody knows: 2 in 490 kills."""
 _SETTLED = 60.0
 
 
