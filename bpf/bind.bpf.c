@@ -66,6 +66,8 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 	owner_of(ctx, &owner);
 	if (!owner.id || owner.home == GRAFT_HOME_FERRY)
 		return 0;
+	request->container = owner.id;
+	request->home = owner.home;
 	if (!owner.container) {
 		/* The container was detached: its host-homed sockets may not be bound again; Graft no
 		 * longer decides about those in its own namespace. */
@@ -109,38 +111,35 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		return 0;
 	}
 	*verdict = PASS_ANY_PORT;
+	request->endpoint = rule->endpoint;
 	count(owner.id, GRAFT_DECISION_REWRITTEN);
 	return endpoint;
 }
 
-int graft_bind4(struct bpf_sock_addr *ctx)
+static __always_inline int rewrite_bind4(struct bpf_sock_addr *ctx, struct request *request)
 {
-	struct request request;
 	struct endpoint *endpoint;
 	int verdict;
 	u32 ip;
 
-	read_request4(ctx, &request);
-	endpoint = decide_bind(ctx, &request, &verdict);
+	endpoint = decide_bind(ctx, request, &verdict);
 	if (!endpoint)
 		return verdict;
 	if (endpoint->family != GRAFT_IPV4)
 		return REFUSE; /* an IPv4 socket cannot have an IPv6 address; `policy check` reports it earlier */
 	__builtin_memcpy(&ip, endpoint->addr, 4);
 	ctx->user_ip4 = ip;
-	ctx->user_port = bpf_htons(request.endpoint_port);
+	ctx->user_port = bpf_htons(request->endpoint_port);
 	return verdict;
 }
 
-int graft_bind6(struct bpf_sock_addr *ctx)
+static __always_inline int rewrite_bind6(struct bpf_sock_addr *ctx, struct request *request)
 {
-	struct request request;
 	struct endpoint *endpoint;
 	int verdict;
 	u32 ip[4] = {};
 
-	read_request6(ctx, &request);
-	endpoint = decide_bind(ctx, &request, &verdict);
+	endpoint = decide_bind(ctx, request, &verdict);
 	if (!endpoint)
 		return verdict;
 	if (endpoint->family == GRAFT_IPV4) {
@@ -155,8 +154,24 @@ int graft_bind6(struct bpf_sock_addr *ctx)
 	ctx->user_ip6[1] = ip[1];
 	ctx->user_ip6[2] = ip[2];
 	ctx->user_ip6[3] = ip[3];
-	ctx->user_port = bpf_htons(request.endpoint_port);
+	ctx->user_port = bpf_htons(request->endpoint_port);
 	return verdict;
+}
+
+int graft_bind4(struct bpf_sock_addr *ctx)
+{
+	struct request request;
+
+	read_request4(ctx, &request);
+	return trace_request(&request, GRAFT_CALL_BIND, rewrite_bind4(ctx, &request));
+}
+
+int graft_bind6(struct bpf_sock_addr *ctx)
+{
+	struct request request;
+
+	read_request6(ctx, &request);
+	return trace_request(&request, GRAFT_CALL_BIND, rewrite_bind6(ctx, &request));
 }
 
 /* Whether this bind took the IPv4 port together with the IPv6 one, and its endpoint does not grant that. */

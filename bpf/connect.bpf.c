@@ -239,6 +239,8 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		*verdict = answer_ferry(ctx, &owner, request);
 	if (!owner.id || owner.home == GRAFT_HOME_FERRY)
 		return 0; /* (of what a ferry sends the packet hook judges where it arrives) */
+	request->container = owner.id;
+	request->home = owner.home;
 	if (!owner.container) {
 		if (owner.home == GRAFT_HOME_HOST)
 			*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
@@ -343,51 +345,63 @@ static __always_inline int write_exchange4(struct bpf_sock_addr *ctx, struct req
 	return PASS;
 }
 
-int graft_connect4(struct bpf_sock_addr *ctx)
+static __always_inline int rewrite_connect4(struct bpf_sock_addr *ctx, struct request *request)
 {
-	struct request request;
 	struct endpoint *from;
 	int verdict;
 
-	read_request4(ctx, &request);
-	from = decide_destination(ctx, &request, &verdict, GRAFT_CONNECTS);
-	if (request.exchange)
-		return write_exchange4(ctx, &request);
-	if (request.relay) {
+	from = decide_destination(ctx, request, &verdict, GRAFT_CONNECTS);
+	if (request->exchange)
+		return write_exchange4(ctx, request);
+	if (request->relay) {
 		write_loopback4(ctx);
-		ctx->user_port = bpf_htons(request.relay->port);
+		ctx->user_port = bpf_htons(request->relay->port);
 		return PASS;
 	}
-	if (request.to_loopback)
+	if (request->to_loopback)
 		write_loopback4(ctx);
-	return from ? take_source(ctx, &request, from, verdict) : verdict;
+	return from ? take_source(ctx, request, from, verdict) : verdict;
+}
+
+static __always_inline int rewrite_connect6(struct bpf_sock_addr *ctx, struct request *request)
+{
+	struct endpoint *from;
+	int verdict;
+
+	from = decide_destination(ctx, request, &verdict, GRAFT_CONNECTS);
+	if (request->exchange) {
+		write_loopback6(ctx, 0);
+		ctx->user_ip6[3] = bpf_htonl(request->exchange);
+		ctx->user_port = bpf_htons(request->relay->datagram_port);
+		return PASS;
+	}
+	if (request->stand_in) {
+		write_loopback6(ctx, 1);
+		ctx->user_port = bpf_htons(request->stand_in);
+		return PASS;
+	}
+	if (request->relay) {
+		write_loopback6(ctx, goes_to_ip6_relay(ctx, request));
+		ctx->user_port = bpf_htons(request->relay->port);
+		return PASS;
+	}
+	if (request->to_loopback)
+		write_loopback6(ctx, !request->mapped);
+	return from ? take_source(ctx, request, from, verdict) : verdict;
+}
+
+int graft_connect4(struct bpf_sock_addr *ctx)
+{
+	struct request request;
+
+	read_request4(ctx, &request);
+	return trace_request(&request, GRAFT_CALL_CONNECT, rewrite_connect4(ctx, &request));
 }
 
 int graft_connect6(struct bpf_sock_addr *ctx)
 {
 	struct request request;
-	struct endpoint *from;
-	int verdict;
 
 	read_request6(ctx, &request);
-	from = decide_destination(ctx, &request, &verdict, GRAFT_CONNECTS);
-	if (request.exchange) {
-		write_loopback6(ctx, 0);
-		ctx->user_ip6[3] = bpf_htonl(request.exchange);
-		ctx->user_port = bpf_htons(request.relay->datagram_port);
-		return PASS;
-	}
-	if (request.stand_in) {
-		write_loopback6(ctx, 1);
-		ctx->user_port = bpf_htons(request.stand_in);
-		return PASS;
-	}
-	if (request.relay) {
-		write_loopback6(ctx, goes_to_ip6_relay(ctx, &request));
-		ctx->user_port = bpf_htons(request.relay->port);
-		return PASS;
-	}
-	if (request.to_loopback)
-		write_loopback6(ctx, !request.mapped);
-	return from ? take_source(ctx, &request, from, verdict) : verdict;
+	return trace_request(&request, GRAFT_CALL_CONNECT, rewrite_connect6(ctx, &request));
 }

@@ -15,6 +15,13 @@ static __always_inline int tag_replacement(struct bpf_sock *ctx, struct desk *de
 	return PASS;
 }
 
+static __always_inline void trace_creation(u32 container, u32 protocol)
+{
+	struct request request = { .container = container, .protocol = protocol };
+
+	trace_request(&request, GRAFT_CALL_SOCKET, REFUSE);
+}
+
 /* A socket of a direct container that denies something. One of another protocol (SCTP, UDP-Lite, raw; ICMP without a
  * rule) would not reach any hook; and one that cannot be tagged now might not be recognised later. */
 static __always_inline int tag_confined(struct bpf_sock *ctx, struct container *container, u32 id)
@@ -25,6 +32,7 @@ static __always_inline int tag_confined(struct bpf_sock *ctx, struct container *
 		if (container->flags & GRAFT_CONTAINER_OTHERS)
 			return PASS;
 		count(id, GRAFT_DECISION_REFUSED_BIND);
+		trace_creation(id, ctx->protocol);
 		return REFUSE;
 	}
 	tag = tags.sk_storage_get(ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);

@@ -3,51 +3,8 @@
 
 #define O_CLOEXEC 02000000
 
-/* The desk of the calling supervisor; NULL for every other process. A process that got the id of a dead supervisor
- * is not in that supervisor's cgroup. */
-static __always_inline struct desk *desk_of_caller(void)
-{
-	u32 pid = bpf_get_current_pid_tgid() >> 32;
-	struct desk_slot *slot = desk_slots.lookup(&pid);
-
-	if (!slot || bpf_get_current_cgroup_id() != slot->cgroup)
-		return 0;
-	return desks.lookup(&slot->desk);
-}
-
 #ifdef GRAFT_PROBE
 #ifdef GRAFT_TASK_FILES
-/* The file at descriptor `fd` of `task`; *cloexec: whether the descriptor is closed on exec. */
-static __always_inline void *file_at(void *task, s32 fd, u32 *cloexec)
-{
-	void *files = read_pointer(task + GRAFT_TASK_FILES);
-	void *table = files ? read_pointer(files + GRAFT_FILES_TABLE) : 0;
-	void *array, *bits;
-	u64 word = 0;
-	u32 size = 0;
-
-	if (!table || bpf_probe_read_kernel(&size, sizeof(size), table + GRAFT_TABLE_SIZE) || fd < 0 || fd >= size)
-		return 0;
-	array = read_pointer(table + GRAFT_TABLE_FILES);
-	bits = read_pointer(table + GRAFT_TABLE_CLOEXEC);
-	if (!array || !bits || bpf_probe_read_kernel(&word, sizeof(word), bits + fd / 64 * 8))
-		return 0;
-	*cloexec = word >> (fd % 64) & 1;
-	return read_pointer(array + 8 * (u64)fd);
-}
-
-/* The thread TID of /proc/TID/fdinfo; `fdinfo` is the caller's descriptor of that folder. */
-static __always_inline void *thread_of(s32 fdinfo)
-{
-	u32 cloexec;
-	void *file = file_at((void *)bpf_get_current_task(), fdinfo, &cloexec);
-	void *inode = file ? read_pointer(file + GRAFT_FILE_INODE) : 0;
-	void *pid = inode ? read_pointer(inode - GRAFT_PROC_INODE_VFS + GRAFT_PROC_INODE_PID) : 0;
-	void *node = pid ? read_pointer(pid + GRAFT_PID_TASKS) : 0; /* the first list, PIDTYPE_PID */
-
-	return node ? node - GRAFT_TASK_PID_LINKS : 0;
-}
-
 /* What /proc/TID/fdinfo/FD and fstat() would return, read the way they read it. Only where that descriptor is still
  * this file: another thread of the program may have replaced it. */
 static __always_inline void probe_descriptor(struct desk *desk, void *file)
@@ -138,6 +95,20 @@ static __always_inline int is_swappable(u32 type, u32 protocol)
 #endif
 }
 
+/* A call that its supervisor has refused, which no other hook sees. */
+static __always_inline void trace_desk(struct desk *desk, u8 protocol)
+{
+	struct request request = {
+		.port = desk->port,
+		.family = desk->family,
+		.protocol = protocol,
+		.container = desk->container,
+	};
+
+	__builtin_memcpy(request.addr, desk->addr, 16);
+	trace_request(&request, desk->call & ~GRAFT_CALL_REFUSED, REFUSE);
+}
+
 /* Answers a supervisor. Returns 0 where the caller is not one, and the hook does its usual work. */
 static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 {
@@ -147,6 +118,10 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 
 	if (!desk)
 		return 0;
+	if (desk->call & GRAFT_CALL_REFUSED) {
+		trace_desk(desk, ctx->protocol);
+		return 1;
+	}
 	desk->answered = 0;
 	desk->endpoint = 0;
 	desk->endpoint_flags = 0;

@@ -214,6 +214,7 @@ struct desk_slot {
 #define GRAFT_CALL_BIND 0
 #define GRAFT_CALL_CONNECT 1
 #define GRAFT_CALL_LISTEN 2
+#define GRAFT_CALL_REFUSED 128 /* with one of them: no question, the supervisor has refused it */
 
 /* desk.next_home: how the hook tags the next socket that the supervisor makes. */
 #define GRAFT_NEXT_HOME_NONE 0
@@ -236,6 +237,8 @@ struct desk {
 	__u8 family;     /* of the requested address; 0: no address in the question */
 	__u8 call;
 	__u8 addr[16];
+	__u32 tid;             /* of the thread whose call it is, for who traces */
+	__u32 zero;
 	/* the answer */
 	__u64 netns;           /* of the socket */
 	__u64 container_netns;
@@ -424,11 +427,47 @@ struct counter_key {
 	__u32 decision;
 };
 
+/* `watches`: one entry, of all who watch decisions. */
+struct watch {
+	__u64 until;     /* somebody does until then, CLOCK_MONOTONIC in nanoseconds */
+	__u64 lost;      /* events for which `decisions` had no room */
+};
+
+/* What a call asked for (event.call): GRAFT_CALL_BIND, CONNECT and LISTEN, and these. */
+#define GRAFT_CALL_SEND 3    /* a datagram by a socket that is not connected */
+#define GRAFT_CALL_SOCKET 4  /* refused: of a protocol that no rule can name */
+#define GRAFT_CALL_OPTION 5  /* refused: addr has its level and name */
+#define GRAFT_CALL_PACKET 6  /* dropped, to or from this address */
+
+/* What became of it (event.outcome). */
+#define GRAFT_OUTCOME_REFUSED 0
+#define GRAFT_OUTCOME_GRANTED 1   /* by a rule, with its endpoint */
+#define GRAFT_OUTCOME_RELAYED 2   /* to graftd */
+#define GRAFT_OUTCOME_CONTAINER 3 /* left to the container's own stack */
+#define GRAFT_OUTCOME_PASSED 4    /* on the host's stack, by the policy's default */
+
+/* In `decisions`. */
+struct event {
+	__u64 time;      /* CLOCK_MONOTONIC in nanoseconds */
+	__u32 container;
+	__u32 tid;       /* 0: not known */
+	__u32 pid;       /* of its process; 0: not known */
+	__u32 endpoint;  /* 0: none */
+	char comm[16];
+	__u8 addr[16];   /* that was asked for */
+	__u16 port;
+	__u16 endpoint_port; /* of a bind; 0: the kernel picks */
+	__u8 family;     /* 0: no address */
+	__u8 protocol;
+	__u8 call;
+	__u8 outcome;
+};
+
 /* `settings`: one entry. */
 struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 13
+#define GRAFT_LAYOUT_VERSION 14
 
 #endif

@@ -125,11 +125,10 @@ static __always_inline int is_forged(struct __sk_buff *skb, struct owner *owner,
 	return 0;
 }
 
-int graft_skb_ingress(struct __sk_buff *skb)
+static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *owner)
 {
 	struct bpf_sock *sk = skb->sk;
 	struct packet packet;
-	struct owner owner;
 	struct endpoint *endpoint;
 	struct request remote;
 	struct ferry *ferry;
@@ -143,46 +142,67 @@ int graft_skb_ingress(struct __sk_buff *skb)
 	protocol = sk->protocol;
 	if (is_tcp(type, protocol) && sk->state != BPF_TCP_LISTEN && sk->state != BPF_TCP_SYN_SENT)
 		return PASS;
-	if (!is_host_homed(skb, sk, &owner))
-		return owner.home == GRAFT_HOME_FERRY ? arrives_at_ferry(skb, &owner) : arrives_inside(skb, sk, &owner);
+	if (!is_host_homed(skb, sk, owner))
+		return owner->home == GRAFT_HOME_FERRY ? arrives_at_ferry(skb, owner) : arrives_inside(skb, sk, owner);
 	/* A container that no longer exists has no listeners, even if a process still has one open. */
-	if (!owner.container)
-		return drop(&owner);
+	if (!owner->container)
+		return drop(owner);
 	if (is_tcp(type, protocol) && sk->state == BPF_TCP_SYN_SENT)
-		return may_connect(skb, sk, &owner) ? PASS : drop(&owner);
-	id = owner.tag ? owner.tag->endpoint : 0;
+		return may_connect(skb, sk, owner) ? PASS : drop(owner);
+	id = owner->tag ? owner->tag->endpoint : 0;
 	endpoint = id ? endpoints.lookup(&id) : 0;
-	if (is_tcp(type, protocol) && is_unix_listener(&owner))
-		return accepts_anyone(skb, sk, &owner, id, endpoint) && is_from_relay(skb, sk, &owner) ? PASS : drop(&owner);
-	if (binds_freely(owner.container) && !denies_anything(owner.container))
+	if (is_tcp(type, protocol) && is_unix_listener(owner))
+		return accepts_anyone(skb, sk, owner, id, endpoint) && is_from_relay(skb, sk, owner) ? PASS : drop(owner);
+	if (binds_freely(owner->container) && !denies_anything(owner->container))
 		return PASS;
-	if (may_ping(owner.container, type, protocol))
-		return is_permitted_ping(skb, sk, &owner, 0) ? PASS : drop(&owner);
+	if (may_ping(owner->container, type, protocol))
+		return is_permitted_ping(skb, sk, owner, 0) ? PASS : drop(owner);
 	if (!has_rules(type, protocol))
-		return binds_freely(owner.container) || owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
-	open = binds_freely(owner.container) || accepts_anyone(skb, sk, &owner, id, endpoint);
+		return binds_freely(owner->container) || owner->container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(owner);
+	open = binds_freely(owner->container) || accepts_anyone(skb, sk, owner, id, endpoint);
 	if (is_of_other_family(skb, endpoint))
-		return drop(&owner);
+		return drop(owner);
 	if (is_tcp(type, protocol))
-		return open ? PASS : drop(&owner);
+		return open ? PASS : drop(owner);
 	if (!read_packet(skb, &packet))
-		return drop(&owner);
+		return drop(owner);
 	/* At an endpoint only its groups. A socket that was bound before there was a policy continues as before. */
-	if (is_multicast(&packet) && !has_earlier_port(sk, owner.tag) &&
-	    !(open && owner.tag && has_group(owner.tag->endpoint, packet.family, packet.to)))
-		return drop(&owner);
+	if (is_multicast(&packet) && !has_earlier_port(sk, owner->tag) &&
+	    !(open && owner->tag && has_group(owner->tag->endpoint, packet.family, packet.to)))
+		return drop(owner);
 	read_sender(&remote, &packet);
-	if (is_forged(skb, &owner, &remote, packet.plain))
-		return drop(&owner);
+	if (is_forged(skb, owner, &remote, packet.plain))
+		return drop(owner);
 	if (open) {
 		if (!is_multicast(&packet))
-			note_arrival(&owner, &packet, endpoint);
+			note_arrival(owner, &packet, endpoint);
 		return PASS;
 	}
 	/* At an endpoint that it has lost it receives not even from permitted destinations. */
-	if (has_lost_endpoint(sk, owner.tag, 0) || !packet.plain)
-		return drop(&owner);
-	if (!may_exchange_with(owner.container, &remote, ANY_NETNS, &endpoint) && !is_ferry(&owner, &remote, &ferry))
-		return drop(&owner);
-	return keeps_others_source(sk, owner.tag, endpoint ? remote.endpoint : 0) ? drop(&owner) : PASS;
+	if (has_lost_endpoint(sk, owner->tag, 0) || !packet.plain)
+		return drop(owner);
+	if (!may_exchange_with(owner->container, &remote, ANY_NETNS, &endpoint) && !is_ferry(owner, &remote, &ferry))
+		return drop(owner);
+	return keeps_others_source(sk, owner->tag, endpoint ? remote.endpoint : 0) ? drop(owner) : PASS;
+}
+
+/* A packet that arrives is dropped. Of one that leaves only the count is known: with this the program for those would be too
+ * long for the verifier, which goes through the end once for each way to it. */
+static __always_inline int trace_drop(struct __sk_buff *skb, u32 container)
+{
+	struct request remote;
+	struct packet packet;
+
+	if (!container || !find_watch() || !read_packet(skb, &packet))
+		return REFUSE;
+	read_sender(&remote, &packet);
+	trace_socket(container, GRAFT_CALL_PACKET, GRAFT_OUTCOME_REFUSED, &remote);
+	return REFUSE;
+}
+
+int graft_skb_ingress(struct __sk_buff *skb)
+{
+	struct owner owner = {};
+
+	return judge_ingress(skb, &owner) == REFUSE ? trace_drop(skb, owner.id) : PASS;
 }

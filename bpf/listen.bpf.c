@@ -44,11 +44,13 @@ int graft_sock_ops(struct bpf_sock_ops *ctx)
 				(!is_diverted(sk) && is_bound(sk, owner.tag, owner.container, netns)))) {
 		if (owner.tag)
 			owner.tag->open_port = sk->src_port;
+		trace_listen(&owner, owner.tag && owner.tag->endpoint ? GRAFT_OUTCOME_GRANTED : GRAFT_OUTCOME_PASSED);
 		return 1;
 	}
 	if (owner.tag)
 		owner.tag->open_port = 0;
 	bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTOIFINDEX, &no_interface, sizeof(no_interface));
 	count(owner.id, GRAFT_DECISION_CLOSED_LISTENER);
+	trace_listen(&owner, GRAFT_OUTCOME_REFUSED);
 	return 1;
 }

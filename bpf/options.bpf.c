@@ -192,6 +192,15 @@ static __always_inline int may_be_replaced(struct owner *owner, struct bpf_sock 
 	       (owner->tag && !owner->tag->bound_port && (sk->state == BPF_TCP_CLOSE || sk->protocol == IPPROTO_UDP));
 }
 
+static __always_inline void trace_option(struct owner *owner, u8 protocol, u32 level, u32 name)
+{
+	struct request request = { .protocol = protocol };
+
+	__builtin_memcpy(request.addr, &level, 4);
+	__builtin_memcpy(request.addr + 4, &name, 4);
+	trace_socket(owner->id, GRAFT_CALL_OPTION, GRAFT_OUTCOME_REFUSED, &request);
+}
+
 int graft_setsockopt(struct bpf_sockopt *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -213,6 +222,7 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 			owner.home = GRAFT_HOME_HOST;
 		if (owner.home == GRAFT_HOME_HOST && is_confined(&owner) && !permits_multicast(ctx, sk, &owner)) {
 			count(owner.id, GRAFT_DECISION_REFUSED_OPTION);
+			trace_option(&owner, protocol, ctx->level, ctx->optname);
 			return REFUSE;
 		}
 	}

@@ -34,6 +34,8 @@ struct request {
 	u16 stand_in;        /* or the port there, of datagrams over IPv6 (stand_in.bpf.c) */
 	struct tag *tag;     /* of a socket whose source must be an endpoint */
 	u32 endpoint;        /* its id */
+	u32 container;       /* for who traces: whose request it is, 0 where it is nobody's of Graft */
+	u8 home;             /* and where its socket is */
 	u16 endpoint_port;   /* a bind: the port of the endpoint that it becomes; 0: the kernel picks */
 	u8 fixed_source;     /* the socket may not choose a source of its own */
 	u8 any_source;       /* but without an address of its own it may send from any of the host's */

@@ -61,91 +61,87 @@ static __always_inline int goes_to_relayed_peer(struct bpf_sock_addr *ctx, struc
 /* The source address of a datagram can be set for it alone, and is set: a control message may have named another one,
  * also on a connected socket. Its source port cannot: an endpoint with a port serves sockets that are bound or
  * connected. */
-int graft_sendmsg4(struct bpf_sock_addr *ctx)
+static __always_inline int rewrite_send4(struct bpf_sock_addr *ctx, struct request *request)
 {
-	struct request request;
 	struct endpoint *from;
 	int verdict, sending = GRAFT_SENDS, has_ip6 = 0;
 	u32 ip = 0, named[4] = {};
 
-	read_request4(ctx, &request);
-	if (goes_to_relayed_peer(ctx, &request))
+	if (goes_to_relayed_peer(ctx, request))
 		return PASS;
-	if (goes_to_peer(ctx, &request)) {
+	if (goes_to_peer(ctx, request)) {
 		u32 peer = ctx->sk->dst_ip4;
 
-		__builtin_memcpy(request.addr, &peer, 4);
-		request.port = bpf_ntohs(ctx->sk->dst_port);
+		__builtin_memcpy(request->addr, &peer, 4);
+		request->port = bpf_ntohs(ctx->sk->dst_port);
 		sending = GRAFT_SENDS_TO_PEER;
 	}
-	from = decide_destination(ctx, &request, &verdict, sending);
-	if (request.ferry) {
-		write_ferry4(ctx, &request);
+	from = decide_destination(ctx, request, &verdict, sending);
+	if (request->ferry) {
+		write_ferry4(ctx, request);
 		return verdict;
 	}
-	if (request.exchange)
-		return write_exchange4(ctx, &request);
-	if (request.to_loopback)
+	if (request->exchange)
+		return write_exchange4(ctx, request);
+	if (request->to_loopback)
 		write_loopback4(ctx);
 	if (!from) {
-		if (verdict != PASS || !request.fixed_source)
+		if (verdict != PASS || !request->fixed_source)
 			return verdict;
 	} else {
-		if (from->family != GRAFT_IPV4 || cannot_leave_from(ctx->sk, &request, from))
+		if (from->family != GRAFT_IPV4 || cannot_leave_from(ctx->sk, request, from))
 			return refuse_with(EACCES);
 		__builtin_memcpy(&ip, from->addr, 4);
 	}
-	if (!ip && request.fixed_source)
+	if (!ip && request->fixed_source)
 		ip = own_ip4(ctx->sk, &has_ip6);
-	if (ip || has_ip6 || leaves_source_to_kernel(&request)) {
+	if (ip || has_ip6 || leaves_source_to_kernel(request)) {
 		ctx->msg_src_ip4 = ip;
 		return verdict;
 	}
 	named[0] = ctx->msg_src_ip4;
-	return may_name_source(ctx, &request, named, GRAFT_IPV4) ? verdict : refuse_with(EACCES);
+	return may_name_source(ctx, request, named, GRAFT_IPV4) ? verdict : refuse_with(EACCES);
 }
 
-int graft_sendmsg6(struct bpf_sock_addr *ctx)
+static __always_inline int rewrite_send6(struct bpf_sock_addr *ctx, struct request *request)
 {
-	struct request request;
 	struct endpoint *from;
 	struct local_address local;
 	int verdict, sending = GRAFT_SENDS;
 	u32 ip[4] = {};
 
-	read_request6(ctx, &request);
-	if (goes_to_relayed_peer(ctx, &request))
+	if (goes_to_relayed_peer(ctx, request))
 		return PASS;
-	if (goes_to_peer(ctx, &request)) {
+	if (goes_to_peer(ctx, request)) {
 		ip[0] = ctx->sk->dst_ip6[0];
 		ip[1] = ctx->sk->dst_ip6[1];
 		ip[2] = ctx->sk->dst_ip6[2];
 		ip[3] = ctx->sk->dst_ip6[3];
-		__builtin_memcpy(request.addr, ip, 16);
-		request.port = bpf_ntohs(ctx->sk->dst_port);
+		__builtin_memcpy(request->addr, ip, 16);
+		request->port = bpf_ntohs(ctx->sk->dst_port);
 		sending = GRAFT_SENDS_TO_PEER;
 	}
-	from = decide_destination(ctx, &request, &verdict, sending);
-	if (request.ferry)
-		return write_ferry6(ctx, &request);
-	if (request.stand_in)
-		return write_stand_in(ctx, &request);
-	if (request.to_loopback)
-		write_loopback6(ctx, !request.mapped);
+	from = decide_destination(ctx, request, &verdict, sending);
+	if (request->ferry)
+		return write_ferry6(ctx, request);
+	if (request->stand_in)
+		return write_stand_in(ctx, request);
+	if (request->to_loopback)
+		write_loopback6(ctx, !request->mapped);
 	if (!from) {
-		if (verdict != PASS || !request.fixed_source)
+		if (verdict != PASS || !request->fixed_source)
 			return verdict;
 		__builtin_memset(ip, 0, sizeof(ip)); /* a peer's, perhaps */
 	} else {
 		/* For a mapped destination the kernel calls graft_sendmsg4. */
-		if (from->family != GRAFT_IPV6 || cannot_leave_from(ctx->sk, &request, from))
+		if (from->family != GRAFT_IPV6 || cannot_leave_from(ctx->sk, request, from))
 			return refuse_with(EACCES);
 		__builtin_memcpy(ip, from->addr, 16);
 	}
 	read_local_address(&local, ctx->sk);
-	if (!(ip[0] | ip[1] | ip[2] | ip[3]) && request.fixed_source && local.family == GRAFT_IPV6)
+	if (!(ip[0] | ip[1] | ip[2] | ip[3]) && request->fixed_source && local.family == GRAFT_IPV6)
 		__builtin_memcpy(ip, local.ip, 16);
-	if (ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)) {
+	if (ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(request)) {
 		ctx->msg_src_ip6[0] = ip[0];
 		ctx->msg_src_ip6[1] = ip[1];
 		ctx->msg_src_ip6[2] = ip[2];
@@ -156,5 +152,21 @@ int graft_sendmsg6(struct bpf_sock_addr *ctx)
 	ip[1] = ctx->msg_src_ip6[1];
 	ip[2] = ctx->msg_src_ip6[2];
 	ip[3] = ctx->msg_src_ip6[3];
-	return may_name_source(ctx, &request, ip, GRAFT_IPV6) ? verdict : refuse_with(EACCES);
+	return may_name_source(ctx, request, ip, GRAFT_IPV6) ? verdict : refuse_with(EACCES);
+}
+
+int graft_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	struct request request;
+
+	read_request4(ctx, &request);
+	return trace_request(&request, GRAFT_CALL_SEND, rewrite_send4(ctx, &request));
+}
+
+int graft_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	struct request request;
+
+	read_request6(ctx, &request);
+	return trace_request(&request, GRAFT_CALL_SEND, rewrite_send6(ctx, &request));
 }

@@ -6,6 +6,7 @@
     loader.py          loads the programs that this kernel accepts
     maps.py            the pinned maps, with their types
     rulesets.py        compiled rules written, erased and looked up
+    decisions.py       decisions of the hooks as they happen
     exchanges.py       relayed datagrams of a container erased
     attachments.py     which cgroups the programs are attached to
     dataplane.py       makes, pins and removes all of this, under the installation's lock

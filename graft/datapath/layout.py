@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 13
+LAYOUT_VERSION = 14
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -30,6 +30,29 @@ class HookDecision(enum.IntEnum):
     DROPPED = 7
 
 
+class TracedCall(enum.IntEnum):
+    """What a call asked for (EventValue.call)."""
+
+    BIND = 0
+    CONNECT = 1
+    LISTEN = 2
+    SEND = 3
+    SOCKET = 4
+    OPTION = 5
+    PACKET = 6
+
+
+class TracedOutcome(enum.IntEnum):
+    """What became of it (EventValue.outcome)."""
+
+    REFUSED = 0
+    GRANTED = 1
+    RELAYED = 2
+    CONTAINER = 3
+    PASSED = 4
+
+
+CALL_REFUSED = 128
 ENDPOINT_OPEN = 1
 ENDPOINT_DECLARED = 2
 ENDPOINT_DUAL_STACK = 4
@@ -48,6 +71,7 @@ PROBED_EPOLL = 2
 PROBED_FLAGS = 4
 PROBED_OWNED = 8
 MAX_DESKS = 8192
+WATCH_PAGES = 64
 MAX_RULES = 262144
 MAX_EXCHANGES = 524288
 MAX_STAND_INS = 65536
@@ -248,6 +272,8 @@ class DeskValue(ctypes.Structure):
         ("family", ctypes.c_uint8),
         ("call", ctypes.c_uint8),
         ("addr", _ADDR),
+        ("tid", ctypes.c_uint32),
+        ("zero", ctypes.c_uint32),
         ("netns", ctypes.c_uint64),
         ("container_netns", ctypes.c_uint64),
         ("endpoint_netns", ctypes.c_uint64),
@@ -460,6 +486,32 @@ class CounterKey(ctypes.Structure):
     """`counters`: this -> how often."""
 
     _fields_ = (("container", ctypes.c_uint32), ("decision", ctypes.c_uint32))
+
+
+class WatchValue(ctypes.Structure):
+    """`watches`: one entry, at 0."""
+
+    _fields_ = (("until", ctypes.c_uint64), ("lost", ctypes.c_uint64))
+
+
+class EventValue(ctypes.Structure):
+    """In `decisions`."""
+
+    _fields_ = (
+        ("time", ctypes.c_uint64),
+        ("container", ctypes.c_uint32),
+        ("tid", ctypes.c_uint32),
+        ("pid", ctypes.c_uint32),
+        ("endpoint", ctypes.c_uint32),
+        ("comm", ctypes.c_char * 16),
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("endpoint_port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("protocol", ctypes.c_uint8),
+        ("call", ctypes.c_uint8),
+        ("outcome", ctypes.c_uint8),
+    )
 
 
 class SettingsValue(ctypes.Structure):

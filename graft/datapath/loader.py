@@ -14,7 +14,15 @@ from pathlib import Path
 
 from graft.datapath import offsets
 from graft.datapath.bcc_compiler import Compiled, NotLoaded, compile_text
-from graft.datapath.layout import MAX_BERTHS, MAX_DESKS, MAX_EXCHANGES, MAX_FERRIES, MAX_RULES, MAX_STAND_INS
+from graft.datapath.layout import (
+    MAX_BERTHS,
+    MAX_DESKS,
+    MAX_EXCHANGES,
+    MAX_FERRIES,
+    MAX_RULES,
+    MAX_STAND_INS,
+    WATCH_PAGES,
+)
 from graft.datapath.programs import (
     ALL_PROGRAMS,
     EXTENSIONS,
@@ -55,6 +63,8 @@ MAPS = (
     "ferries",
     "berths",
     "counters",
+    "watches",
+    "decisions",
     "desks",
     "desk_slots",
 )
@@ -63,6 +73,8 @@ MAPS = (
 SOURCES = (
     "graft.bpf.c",
     "owner.bpf.c",
+    "caller.bpf.c",
+    "trace.bpf.c",
     "rules.bpf.c",
     "local_address.bpf.c",
     "ferry.bpf.c",
@@ -114,6 +126,7 @@ SIZES = {
     "GRAFT_MAX_DESKS": MAX_DESKS,
     "GRAFT_MAX_FERRIES": MAX_FERRIES,
     "GRAFT_MAX_BERTHS": MAX_BERTHS,
+    "GRAFT_WATCH_PAGES": WATCH_PAGES,
 }
 
 _OLDEST = "Graft needs Linux 5.15 or later"

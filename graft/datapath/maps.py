@@ -179,3 +179,13 @@ class Maps:
     def counters(self) -> Map[layout.CounterKey, ctypes.c_uint64]:
         """(container, decision) -> how often."""
         return self._open("counters", layout.CounterKey, ctypes.c_uint64)
+
+    @cached_property
+    def watches(self) -> Map[ctypes.c_uint32, layout.WatchValue]:
+        """One entry, at 0: until when somebody watches decisions."""
+        return self._open("watches", ctypes.c_uint32, layout.WatchValue)
+
+    @cached_property
+    def decisions(self) -> Map[ctypes.c_uint32, ctypes.c_uint32]:
+        """The ring buffer of decisions; only its descriptor is of use."""
+        return self._open("decisions", ctypes.c_uint32, ctypes.c_uint32)

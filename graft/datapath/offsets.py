@@ -18,9 +18,10 @@ Offsets = Mapping[str, int | None]
 def structure_offsets() -> dict[str, int]:
     """The offsets that the hooks need; empty where the kernel has no type information.
 
-    Of a socket's file and descriptor (bpf/desk.bpf.c), IPV6_V6ONLY (bpf/local_address.bpf.c), the interface and the
-    route that a program has chosen (bpf/chosen_source.bpf.c), a packet's namespace, a pending datagram and a setting of
-    the namespace (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each
+    Of a socket's file and descriptor (bpf/desk.bpf.c), the thread that a supervisor serves (bpf/caller.bpf.c),
+    IPV6_V6ONLY (bpf/local_address.bpf.c), the interface and the route that a program has chosen
+    (bpf/chosen_source.bpf.c), a packet's namespace, a pending datagram and a setting of the namespace
+    (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each
     (bpf/reuseport.bpf.c).
     """
     try:
@@ -46,6 +47,8 @@ def _file(btf: Btf) -> Offsets:
 def _descriptor(btf: Btf) -> Offsets:
     return {
         "GRAFT_TASK_FILES": btf.offset("task_struct", "files"),
+        "GRAFT_TASK_TGID": btf.offset("task_struct", "tgid"),
+        "GRAFT_TASK_COMM": btf.offset("task_struct", "comm"),
         "GRAFT_TASK_PID_LINKS": btf.offset("task_struct", "pid_links"),
         "GRAFT_PID_TASKS": btf.offset("pid", "tasks"),
         "GRAFT_PROC_INODE_PID": btf.offset("proc_inode", "pid"),

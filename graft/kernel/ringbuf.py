@@ -49,3 +49,63 @@ class RingBuffer:
             view.release()
         self._consumer.close()
         self._producer.close()
+
+
+class SharedRing:
+    """A ring buffer that several consumers read, each at its own place: every one gets every record.
+
+    All records have ``record`` bytes. The kernel knows of one consumer's position, and writes nothing where it would
+    overwrite what is behind that: here it is that of the fastest. A slower one is overtaken, sees that by the
+    producers' position, and goes on at the oldest record that is whole. Raises OSError.
+    """
+
+    def __init__(self, fd: int, size: int, record: int) -> None:
+        """``size`` as for `RingBuffer`. What is written from now on is read."""
+        page = mmap.PAGESIZE
+        self._size, self._record = size, record
+        self._step = (_HEAD + record + 7) & ~7
+        self._consumer = mmap.mmap(fd, page)
+        self._producer = mmap.mmap(fd, page + 2 * size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=page)
+        self._taken = memoryview(self._consumer).cast("Q")
+        self._written = memoryview(self._producer)[:8].cast("Q")
+        self._data = memoryview(self._producer)[page:]
+        self._at = self._written[0]
+        self._give_free()
+
+    def read(self) -> tuple[list[bytes], int]:
+        """The new records since the last call, and how many others overtook this consumer."""
+        found: list[bytes] = []
+        lost = 0
+        end = self._written[0]
+        while self._at < end:
+            if end - self._at > self._size:
+                lost += self._skip(end)
+            start = self._at & (self._size - 1)
+            head = int.from_bytes(self._data[start : start + 4], sys.byteorder)
+            record = bytes(self._data[start + _HEAD : start + self._step][: self._record])
+            end = self._written[0]
+            if end - self._at > self._size:
+                continue  # overtaken while it was read
+            if head & _BUSY:
+                break
+            found.append(record)
+            self._at += self._step
+        self._give_free()
+        return found, lost
+
+    def _skip(self, end: int) -> int:
+        """Go on at the middle of the ring, to have time; gives how many records that leaves out."""
+        behind = (end - self._at - self._size // 2) // self._step
+        self._at += behind * self._step
+        return behind
+
+    def _give_free(self) -> None:
+        if self._at > self._taken[0]:
+            self._taken[0] = self._at
+
+    def close(self) -> None:
+        """Unmap the buffer."""
+        for view in (self._taken, self._written, self._data):
+            view.release()
+        self._consumer.close()
+        self._producer.close()

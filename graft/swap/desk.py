@@ -42,12 +42,13 @@ def _struct_of(fields: Sequence[tuple[str, type]]) -> struct.Struct:
     return struct.Struct("=" + "".join(_FORMATS[kind] for _, kind in fields))
 
 
-# struct desk is a question, `fdinfo` to `addr`, and an answer, from `netns` on.
+# struct desk is a question, `fdinfo` to `zero`, and an answer, from `netns` on.
 _FIRST_OF_ANSWER = [name for name, _ in layout.DeskValue._fields_].index("netns")
 _QUESTION = _struct_of(layout.DeskValue._fields_[:_FIRST_OF_ANSWER])
 _ANSWER = _struct_of(layout.DeskValue._fields_[_FIRST_OF_ANSWER:])
 _ANSWER_NAMES = (*(name for name, _ in layout.DeskValue._fields_[_FIRST_OF_ANSWER:-1]), "options", "overflow")
 _ANSWERED, _NEXT_HOME = layout.DeskValue.answered.offset, layout.DeskValue.next_home.offset
+_CALL = layout.DeskValue.call.offset
 _NO_ADDRESS = Sockaddr(0, bytes(16), 0)
 
 
@@ -105,18 +106,28 @@ class Desk:
         self.next_home = self._view[_NEXT_HOME : _NEXT_HOME + 1]
 
     def ask(
-        self, fd: int, call: Call, address: Sockaddr | None, fdinfo: int = -1, number: int = -1
+        self, fd: int, call: Call, address: Sockaddr | None, fdinfo: int = -1, number: int = -1, tid: int = 0
     ) -> DeskAnswer | None:
         """What the hooks know about the socket ``fd``; None where it is not a TCP socket of the container.
 
-        ``fdinfo`` is the open /proc/TID/fdinfo of the process in which it is descriptor ``number``.
+        ``fdinfo`` is the open /proc/TID/fdinfo of the process in which it is descriptor ``number``, and ``tid`` the
+        thread that called, for who traces.
         """
         view = self._view
         family, asked, port, _ = address or _NO_ADDRESS
-        _QUESTION.pack_into(view, 0, fdinfo, number, self._container, port, family, call, asked)
+        _QUESTION.pack_into(view, 0, fdinfo, number, self._container, port, family, call, asked, tid, 0)
         view[_ANSWERED] = 0
         getsockname(fd, *self._name)
         return _parse_answer(self._answer.tobytes()) if view[_ANSWERED] else None
+
+    def tell_refused(self, fd: int) -> None:
+        """Tell who traces that the call of the last question is refused: no other hook sees it."""
+        asked = self._view[_CALL]
+        self._view[_CALL] = asked | layout.CALL_REFUSED
+        try:
+            getsockname(fd, *self._name)
+        finally:
+            self._view[_CALL] = asked
 
     def count_references(self, fd: int) -> int:
         """References to the file of a TCP socket of this process, 0 where the hook cannot read them."""

@@ -196,7 +196,7 @@ class Supervisor:
         error = None
         try:
             address = None if call is _LISTEN else self._address(notification)
-            answer = self._desk.ask(duplicate, call, address, process.fdinfo, fd)
+            answer = self._desk.ask(duplicate, call, address, process.fdinfo, fd, notification.pid)
             if answer is None and address is None and call is _BIND and self._unix is not None:
                 error = self._bind_unix(self._unix, notification, duplicate)
             elif answer is not None:
@@ -243,6 +243,7 @@ class Supervisor:
         self._bound_port = 0
         if decision.action is _REFUSE:
             error = decision.error
+            self._desk.tell_refused(trapped.duplicate)
         elif decision.action is _IPV6_ONLY:
             socket_copy.make_v6only(trapped.duplicate, facts.protocol)
         elif decision.action is _TO_BOTH:

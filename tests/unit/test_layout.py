@@ -41,6 +41,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "options": layout.OptionsValue,
     "counter_key": layout.CounterKey,
     "settings": layout.SettingsValue,
+    "watch": layout.WatchValue,
+    "event": layout.EventValue,
     "desk": layout.DeskValue,
     "desk_slot": layout.DeskSlot,
     "flow": layout.FlowValue,
@@ -53,6 +55,9 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
 }
 
 CONSTANTS = {
+    **{f"GRAFT_CALL_{one.name}": one.value for one in layout.TracedCall},
+    **{f"GRAFT_OUTCOME_{one.name}": one.value for one in layout.TracedOutcome},
+    "GRAFT_CALL_REFUSED": layout.CALL_REFUSED,
     "GRAFT_NAME_LEN": layout.NAME_LEN,
     "GRAFT_OPTIONS_MAX": layout.OPTIONS_MAX,
     "GRAFT_LAYOUT_VERSION": layout.LAYOUT_VERSION,

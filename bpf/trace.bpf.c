@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0-only)
+/* Decisions as they happen, for whoever watches (`graft trace`).
+ *
+ *   All watchers read one ring buffer, each at its own place; the fastest one gives the room free, and a slower one sees
+ *   that it was overtaken. They renew a lease: one that was killed is forgotten by the clock, with nothing to clean up.
+ *   Where nobody watches, a decision pays for one lookup in an array. Events are for people: nothing that decides reads
+ *   them, and one that finds no room is counted as lost.
+ */
+
+#define BPF_RB_NO_WAKEUP 1 /* who watches looks now and then */
+
+BPF_RINGBUF_OUTPUT(decisions, GRAFT_WATCH_PAGES);
+BPF_ARRAY(watches, struct watch, 1);
+
+static __always_inline struct watch *find_watch(void)
+{
+	u32 zero = 0;
+	struct watch *watch = watches.lookup(&zero);
+
+	return watch && watch->until && watch->until > bpf_ktime_get_ns() ? watch : 0;
+}
+
+/* The thread that asks: the program's, also where its supervisor makes the call for it. Not in every kind of program may
+ * that be asked. */
+static __always_inline void read_caller(struct event *event)
+{
+	u64 ids = bpf_get_current_pid_tgid();
+	struct desk *desk = desk_of_caller();
+
+	if (desk) {
+		event->tid = desk->tid;
+		read_served(desk, event);
+		return;
+	}
+	event->tid = ids;
+	event->pid = ids >> 32;
+	bpf_get_current_comm(event->comm, sizeof(event->comm));
+}
+
+static __always_inline void publish(struct watch *watch, struct event *event)
+{
+	event->time = bpf_ktime_get_ns();
+	if (decisions.ringbuf_output(event, sizeof(*event), BPF_RB_NO_WAKEUP))
+		__sync_fetch_and_add(&watch->lost, 1);
+}
+
+/* What became of a request, from what the hook that decided it has written down. */
+static __always_inline u8 outcome_of(struct request *request, int verdict)
+{
+	if (verdict == REFUSE)
+		return GRAFT_OUTCOME_REFUSED;
+	if (request->relay || request->exchange || request->stand_in)
+		return GRAFT_OUTCOME_RELAYED;
+	if (request->endpoint)
+		return GRAFT_OUTCOME_GRANTED;
+	return request->home == GRAFT_HOME_HOST && !request->ferry ? GRAFT_OUTCOME_PASSED : GRAFT_OUTCOME_CONTAINER;
+}
+
+/* A bind, a connect or a datagram's destination was decided. Returns the verdict. */
+static __always_inline int trace_request(struct request *request, u8 call, int verdict)
+{
+	struct watch *watch = request->container ? find_watch() : 0;
+	struct event event = {};
+
+	if (!watch)
+		return verdict;
+	event.container = request->container;
+	event.call = call;
+	event.outcome = outcome_of(request, verdict);
+	event.family = request->family;
+	event.protocol = request->protocol;
+	event.port = request->port;
+	event.endpoint = request->endpoint;
+	event.endpoint_port = request->endpoint_port;
+	__builtin_memcpy(event.addr, request->addr, 16);
+	read_caller(&event);
+	publish(watch, &event);
+	return verdict;
+}
+
+/* A decision about a socket that is not about an address that its program named: `of` is the address that it has to do
+ * with, or NULL. In programs that may not ask who calls. */
+static __always_inline void trace_socket(u32 container, u8 call, u8 outcome, struct request *of)
+{
+	struct watch *watch = container ? find_watch() : 0;
+	struct event event = {};
+
+	if (!watch)
+		return;
+	event.container = container;
+	event.call = call;
+	event.outcome = outcome;
+	if (of) {
+		event.family = of->family;
+		event.protocol = of->protocol;
+		event.port = of->port;
+		event.endpoint = of->endpoint;
+		__builtin_memcpy(event.addr, of->addr, 16);
+	}
+	publish(watch, &event);
+}
+
+/* What a listener's bind requested, and its endpoint. */
+static __always_inline void trace_listen(struct owner *owner, u8 outcome)
+{
+	struct request request = { .protocol = IPPROTO_TCP };
+	struct tag *tag = owner->tag;
+
+	if (!find_watch())
+		return;
+	if (tag && tag->endpoint) {
+		request.family = tag->family;
+		request.port = tag->port;
+		request.endpoint = tag->endpoint;
+		__builtin_memcpy(request.addr, tag->addr, 16);
+	}
+	trace_socket(owner->id, GRAFT_CALL_LISTEN, outcome, &request);
+}
