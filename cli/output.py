@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NoReturn, ParamSpec, TextIO, TypeVar
 
+import click
+
 from graft.errors import GraftError, KernelError
 from graft.model.printable import printable
 
@@ -20,10 +22,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def say(*lines: str) -> None:
-    """Print each of ``lines`` as one line."""
+def say(*lines: str, colour: str | None = None) -> None:
+    """Print each of ``lines`` as one line; in ``colour`` (a name of click's) on a terminal."""
     for line in lines:
-        print(_encodable(printable(line), sys.stdout), flush=True)
+        text = _encodable(printable(line), sys.stdout)
+        if colour is not None and sys.stdout.isatty():
+            text = click.style(text, fg=colour)
+        print(text, flush=True)
 
 
 def warn(*lines: str) -> None:

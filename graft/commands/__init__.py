@@ -11,6 +11,9 @@
     stale.py              containers whose data plane is gone
     transfer.py           export and import
 
+    trace.py              decisions as they happen, with names
+    explain.py            what would happen with an address; rule_in_force.py finds the rule (pure)
+
     transport_choice.py   which transport a container can have (pure)
     find.py               the attached container that has a name, an id or a cgroup
     policy_source.py      a policy from a file or from flags

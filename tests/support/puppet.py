@@ -100,6 +100,8 @@ def _perform(sockets: dict[int, socket.socket], words: Sequence[Any]) -> Any:
     if call == "raw":
         socket.socket(*rest).close()
         return "ok"
+    if call == "refused connects":
+        return _refused_connects(*rest)
     sock = sockets[rest[0]]
     if call in ("bind", "connect"):
         getattr(sock, call)((rest[1], rest[2]))
@@ -139,6 +141,15 @@ def _perform(sockets: dict[int, socket.socket], words: Sequence[Any]) -> Any:
     elif call == "reuse":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return "ok"
+
+
+def _refused_connects(address: str, port: int, times: int) -> int:
+    """How many of so many connects failed."""
+    refused = 0
+    with socket.socket() as sock:
+        for _ in range(times):
+            refused += sock.connect_ex((address, port)) == errno.EACCES
+    return refused
 
 
 def _unshare() -> None:
