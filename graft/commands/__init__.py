@@ -11,6 +11,11 @@
     stale.py              containers whose data plane is gone
     transfer.py           export and import
 
+    sample.py             what Graft counts, read once
+    metrics.py            a sample in Prometheus' text format (pure)
+    metrics_server.py     serves that over HTTP
+    top.py                two samples as a table with rates (pure)
+
     transport_choice.py   which transport a container can have (pure)
     find.py               the attached container that has a name, an id or a cgroup
     policy_source.py      a policy from a file or from flags
