@@ -66,7 +66,8 @@ def prometheus(host: Host, folder: Path, target: str) -> Iterator[Prometheus]:
             f"--web.listen-address=127.0.0.1:{made.port}",
         )
     )
-    program.until("Prometheus is ready", lambda: host.netns.reaches("127.0.0.1", made.port), timeout=60)
+    program.until("Prometheus listens", lambda: host.netns.listens(made.port), timeout=60)
+    program.until("it is ready", lambda: "Ready" in host.netns.fetch("127.0.0.1", made.port, "/-/ready"), timeout=60)
     program.until("it has scraped", lambda: made.value("graft_up") is not None, timeout=60)
     yield made
     program.stop()
