@@ -8,7 +8,7 @@ import typer
 
 from graft import __version__
 
-from . import attach, daemon, doctor, ep, metrics, policy, ps, run, runtime, state, system
+from . import attach, daemon, doctor, ep, metrics, policy, ps, run, runtime, state, system, top
 
 COMPLETION = "_GRAFT_COMPLETE"
 """In the environment by a shell that completes a command line: typer's name for it."""
@@ -27,6 +27,7 @@ runtime.register(app)
 attach.register(app)
 ps.register(app)
 metrics.register(app)
+top.register(app)
 system.register(app)
 state.register(app)
 daemon.register(app)
