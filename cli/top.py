@@ -54,10 +54,14 @@ def _summary(one: Rates) -> str:
     """The line above the table."""
     if not one.sample.is_up:
         return "Graft is not up"
-    words = [f"{len(one.containers)} containers", f"{len(one.sample.endpoints)} endpoints"]
+    words = [_number(len(one.containers), "container"), _number(len(one.sample.endpoints), "endpoint")]
     words.append("graftd runs" if one.sample.graftd_started is not None else "graftd does not run")
     words += [f"not all {kind} sockets could be listed" for kind in one.sample.unlisted]
     return ", ".join(words)
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _row(one: ContainerRates) -> tuple[object, ...]:
