@@ -66,7 +66,7 @@ def test_what_graftd_relays_meanwhile_is_shown_for_a_second(host: Host) -> None:
 
 def test_on_a_terminal_the_table_is_refreshed_in_place(host: Host) -> None:
     ours, theirs = pty.openpty()
-    command = [GRAFT, "top", *INTERVAL]
+    command = [str(GRAFT), "top", *INTERVAL]
     environment = {**os.environ, **host.environment, "TERM": "xterm", "COLUMNS": "120"}
     top = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True)
     os.close(theirs)
