@@ -8,7 +8,7 @@ import typer
 
 from graft import __version__
 
-from . import attach, daemon, doctor, ep, explain, policy, ps, run, runtime, state, system, trace
+from . import attach, daemon, doctor, ep, explain, metrics, policy, ps, run, runtime, state, system, top, trace
 
 COMPLETION = "_GRAFT_COMPLETE"
 """In the environment by a shell that completes a command line: typer's name for it."""
@@ -28,6 +28,8 @@ attach.register(app)
 ps.register(app)
 trace.register(app)
 explain.register(app)
+metrics.register(app)
+top.register(app)
 system.register(app)
 state.register(app)
 daemon.register(app)

@@ -6,17 +6,21 @@ All output goes through this module, because containers choose parts of it: cont
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from typing import Any, NoReturn, ParamSpec, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TextIO, TypeVar
 
 import click
 
 from graft.errors import GraftError, KernelError
 from graft.model.printable import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,10 +84,39 @@ def listing(
         print(json.dumps(list(records), indent=2))
         return
     if not sys.stdout.isatty():
-        for row in rows:
-            print(_encodable("\t".join(printable(str(cell)) for cell in row), sys.stdout))
+        _print_rows(rows)
         return
     from rich.console import Console
+
+    Console().print(_table(title, rows))
+
+
+def refreshing(title: Sequence[str], frames: Iterable[tuple[str, Sequence[Sequence[Any]]]]) -> None:
+    """Print each of ``frames``, a line and rows: in the place of the one before on a terminal, one after the other in a
+    pipe. Ends with the frames, or when the user interrupts it.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        if not sys.stdout.isatty():
+            for line, rows in frames:
+                say(line)
+                _print_rows(rows)
+                sys.stdout.flush()
+            return
+        from rich.console import Group
+        from rich.live import Live
+        from rich.text import Text
+
+        with Live(auto_refresh=False) as live:
+            for line, rows in frames:
+                live.update(Group(Text(_encodable(printable(line), sys.stdout)), _table(title, rows)), refresh=True)
+
+
+def _print_rows(rows: Sequence[Sequence[Any]]) -> None:
+    for row in rows:
+        print(_encodable("\t".join(printable(str(cell)) for cell in row), sys.stdout))
+
+
+def _table(title: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -93,4 +126,4 @@ def listing(
     for row in rows:
         # As Text: rich would read [fe80::1] in a plain string as markup.
         table.add_row(*(Text(_encodable(printable(str(cell)), sys.stdout)) for cell in row))
-    Console().print(table)
+    return table

@@ -13,6 +13,10 @@
 
     trace.py              decisions as they happen, with names
     explain.py            what would happen with an address; rule_in_force.py finds the rule (pure)
+    sample.py             what Graft counts, read once
+    metrics.py            a sample in Prometheus' text format (pure)
+    metrics_server.py     serves that over HTTP
+    top.py                two samples as a table with rates (pure)
 
     transport_choice.py   which transport a container can have (pure)
     find.py               the attached container that has a name, an id or a cgroup

@@ -57,6 +57,7 @@
     __main__.py        the same as a program of its own
     native/            the compiled form of some of these modules, for graftd only
     daemon_process.py  starts, asks, replaces and stops graftd, and its keeper
+    traffic.py         what graftd has relayed, as it answers `client.traffic` (pure)
     client.py       what `graft attach`, `detach` and `ps` use: the interface of this package
 
 It may import state, datapath, policy, kernel, keeper and model. Its hooks are in bpf/splice.bpf.c, bpf/exchange.bpf.c

@@ -143,6 +143,7 @@ class Acceptor:
         if far is None:
             return False
         self.served += 1
+        self._resources.traffic.add_connection(self._far_is_outside)
         sockmap = None if socket.AF_UNIX in (near.family, far.family) else self.sockmap
         if self._record is not None:
             self._resources.daemon.kept.complete(slot, self._record.kind, far)

@@ -10,12 +10,14 @@ from typing import Any
 from graft.errors import KernelError
 from graft.model.settings import Settings
 from graft.splice import control, daemon_process
+from graft.splice.traffic import Traffic, parse_traffic
 from graft.state import members
 from graft.state.installation import Installation
 from graft.state.records import Container
 
 RELAYS = ("splice", "kernel")
 _DESCRIBE_SECONDS = 10.0
+_TRAFFIC_SECONDS = 2.0
 _UNDER_LOCK_SECONDS = 2.0
 
 
@@ -110,6 +112,14 @@ def describe(settings: Settings, container: Container) -> dict[str, Any]:
     """
     found = control.ask(settings, {"do": "describe", "container": container.id}, _DESCRIBE_SECONDS)
     return {"serves": False, "problem": "the daemon does not run"} if found is None else found
+
+
+def traffic(settings: Settings) -> Traffic | None:
+    """What the daemon has relayed since it started; None where none runs. Raises GraftError where it does not answer,
+    or is of an earlier version.
+    """
+    found = control.ask(settings, {"do": "traffic"}, _TRAFFIC_SECONDS)
+    return None if found is None else parse_traffic(found)
 
 
 def stop(settings: Settings) -> None:

@@ -169,6 +169,7 @@ class Flow:
         "connection",
         "eof",
         "in_pipe",
+        "is_out",
         "kernel_flow",
         "kernel_refused",
         "moved_before_handover",
@@ -182,8 +183,9 @@ class Flow:
         "urgent",
     )
 
-    def __init__(self, connection: Connection, source: Side, target: Side) -> None:
-        self.connection = connection
+    def __init__(self, connection: Connection, source: Side, target: Side, is_out: bool) -> None:
+        """``is_out``: it comes from the container."""
+        self.connection, self.is_out = connection, is_out
         self.notes, self.notes_at = connection.pipe_notes(0 if source is connection.near else 1)
         """Where to note which pipe it has."""
         self.source, self.target = source, target
@@ -267,10 +269,12 @@ class Flow:
             assert pipe is not None
             start = time.monotonic()
             try:
-                self.in_pipe -= os.splice(pipe.read, target.fd, self._limit(self.in_pipe))
+                moved = os.splice(pipe.read, target.fd, self._limit(self.in_pipe))
             except BlockingIOError:
                 self.wait_for_target()
                 return False
+            self.in_pipe -= moved
+            self.connection.resources.traffic.add_bytes(self.is_out, moved)
             self.connection.loop.blame(start, target.blamed)
             if self.in_pipe and self.connection.loop.turn_is_over():
                 break
@@ -359,6 +363,7 @@ class Flow:
             return False
         self.connection.loop.blame(start, target.blamed)
         self.moved_before_handover += sent
+        self.connection.resources.traffic.add_bytes(self.is_out, sent)
         while sent:
             sent -= source.sock.recv_into(buffer, sent)
         self.connection.note(COPYING, False)
@@ -404,9 +409,15 @@ class Flow:
             self.connection.resources.return_pipe(self.pipe)
             self.pipe = None
 
+    def count_kernel_bytes(self) -> None:
+        """Count what the kernel has moved since the last time."""
+        if self.kernel_flow is not None:
+            self.connection.resources.traffic.add_bytes(self.is_out, self.kernel_flow.take_moved())
+
     def release(self) -> None:
         """Release the pipe, with the data in it, and the flow in the kernel."""
         if self.kernel_flow is not None:
+            self.count_kernel_bytes()
             self.kernel_flow.forget()
         if self.pipe is None:
             return
@@ -466,8 +477,8 @@ class Connection:
         self.outside = outside or OutsidePeer(resources, "")
         self.outside.on_slow(self._on_slow)
         (self.far if far_is_outside else self.near).blamed = self.outside.count
-        self.near.flow_from = self.far.flow_to = Flow(self, self.near, self.far)
-        self.far.flow_from = self.near.flow_to = Flow(self, self.far, self.near)
+        self.near.flow_from = self.far.flow_to = Flow(self, self.near, self.far, far_is_outside)
+        self.far.flow_from = self.near.flow_to = Flow(self, self.far, self.near, not far_is_outside)
         registry.add(self)
         resources.connections[self] = None
         try:
@@ -504,6 +515,12 @@ class Connection:
             if pipe is not None:
                 flow.continue_with(pipe)
             self.later(flow.pump)
+
+    def count_kernel_bytes(self) -> None:
+        """Count what the kernel has moved of it since the last time."""
+        if not self.closed:
+            self.near.flow_from.count_kernel_bytes()
+            self.near.flow_to.count_kernel_bytes()
 
     @property
     def is_slow(self) -> bool:

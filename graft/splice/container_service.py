@@ -18,6 +18,7 @@ from graft.datapath.maps import Maps
 from graft.errors import GraftError, NotFoundError
 from graft.model.settings import Settings
 from graft.model.transport import Transport
+from graft.splice.connection import Connection
 from graft.splice.event_loop import EventLoop
 from graft.splice.jobs import Job, Stepwise
 from graft.splice.log import ContainerLog, log
@@ -31,6 +32,7 @@ from graft.state.records import Container
 SCAN_SECONDS = 0.2
 _LONGEST_PAUSE = 10.0  # after a container could not be served again and again
 _PAUSE_FACTOR = 10
+_STEP_COUNTS = 32
 
 Done = Callable[[BaseException | None], None]
 """Called when something has ended, with the error or None."""
@@ -64,6 +66,8 @@ class ContainerService:
         self._next_scan_callbacks: list[Done] = []
         """Called after the running scan; called after the next one."""
         self._problem, self._log = "", ContainerLog()
+        self._is_counted = True
+        """Whether nobody has asked for its traffic since what the kernel moves was counted."""
 
     @property
     def serves(self) -> bool:
@@ -111,6 +115,17 @@ class ContainerService:
             )
             log(f"{self.container.name}: served, container {self.container.id}")
         yield from self._relays.update()
+        if not self._is_counted:
+            self._is_counted = True
+            yield from self._count_kernel_bytes()
+
+    def _count_kernel_bytes(self) -> Stepwise[None]:
+        """Of connections that the relay in the kernel has: a system call for each direction."""
+        for number, connection in enumerate(list(self._resources.connections), 1):
+            if isinstance(connection, Connection):
+                connection.count_kernel_bytes()
+            if number % _STEP_COUNTS == 0:
+                yield
 
     def _find_netns(self) -> Stepwise[NamespaceSockets]:
         namespaces = self._context.namespaces
@@ -172,6 +187,18 @@ class ContainerService:
             self._job.stop()
         for _ in self._stop():
             pass
+
+    def traffic(self) -> dict[str, int]:
+        """Its part of the answer of `client.traffic`. What the kernel moves is counted with the next scan."""
+        self._is_counted = False
+        counted = self._resources.traffic
+        return {
+            "connections": len(self._resources.connections),
+            "connections_in": counted.connections_in,
+            "connections_out": counted.connections_out,
+            "bytes_in": counted.bytes_in,
+            "bytes_out": counted.bytes_out,
+        }
 
     def describe(self) -> dict[str, Any]:
         """The answer of `client.describe`, without the daemon's pid."""

@@ -103,6 +103,7 @@ class KernelFlow:
         "_check_scheduled",
         "_cookie",
         "_copied",
+        "_counted",
         "_deadline",
         "_flow",
         "_last_check",
@@ -118,7 +119,7 @@ class KernelFlow:
     def __init__(self, sockmap: Sockmap, flow: FlowLike) -> None:
         self._sockmap, self._flow = sockmap, flow
         self._moved_before = flow.moved_before_handover
-        self._copied = 0
+        self._copied = self._counted = 0
         self._uncopied = memoryview(b"")
         self._behind = self.copying = self._check_scheduled = False
         self._deadline = 0.0
@@ -134,6 +135,11 @@ class KernelFlow:
         and in a small buffer closes the window, which opens only when the sender probes it, after 200 ms.
         """
         tcp.enlarge_receive_buffer(self._flow.source.sock, _WINDOW_BYTES)
+
+    def take_moved(self) -> int:
+        """How many bytes were moved since the last call: by the kernel, and by copying what it left."""
+        before, self._counted = self._counted, self._sockmap.counts(self._cookie)[0] + self._copied
+        return self._counted - before
 
     def forget(self) -> None:
         """Remove the flow from the maps, before its sockets are closed."""

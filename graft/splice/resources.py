@@ -39,6 +39,30 @@ class Resettable(Protocol):
         """Close it now, and release its resources."""
 
 
+class Traffic:
+    """What was relayed for one container since this graftd serves it: "in" is to the container, "out" from it.
+
+    ``bytes_in`` and ``bytes_out`` are of connections, and count what the receiving side's socket took.
+    """
+
+    def __init__(self) -> None:
+        self.connections_in = self.connections_out = self.bytes_in = self.bytes_out = 0
+
+    def add_connection(self, is_out: bool) -> None:
+        """Count a connection. ``is_out``: the container made it."""
+        if is_out:
+            self.connections_out += 1
+        else:
+            self.connections_in += 1
+
+    def add_bytes(self, is_out: bool, count: int) -> None:
+        """Count what was moved."""
+        if is_out:
+            self.bytes_out += count
+        else:
+            self.bytes_in += count
+
+
 Accept = Callable[[], None]
 """Accepts connections of one listener, as many as there is room for."""
 
@@ -53,6 +77,7 @@ class ContainerResources:
         """All its relayed connections, oldest first."""
         self.slow_peers: dict[str, float] = {}
         """Addresses outside for which a call was slow, and until when that counts."""
+        self.traffic = Traffic()
         self._waiting_listeners: dict[Accept, None] = {}
 
     def note_slow_peer(self, address: str, until: float) -> None:

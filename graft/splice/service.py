@@ -83,6 +83,7 @@ class Service:
         self._cgroups = Cgroups(self._loop, self._loop.tick_soon)
         self._reaping = self._is_replaced = False
         self._empty_since = time.monotonic()
+        self._started = time.time()
         self._commands = Commands(settings, self._loop, self._kept, self._handle)
 
     def last_turn(self) -> float:
@@ -274,6 +275,8 @@ class Service:
                 self._stop_serving(number, lambda: self._kept.store.when_done(lambda: reply({})))
             case "describe":
                 reply(self._describe(number))
+            case "traffic":
+                reply(self._traffic())
             case "stop":
                 self._loop.stopping = True
                 reply({"pid": os.getpid()})
@@ -305,6 +308,10 @@ class Service:
         self._services[number].scan(
             pid, lambda error: reply(self._describe(number) if error is None else failure(error))
         )
+
+    def _traffic(self) -> dict[str, Any]:
+        counted = {str(number): one.traffic() for number, one in self._services.items() if one.serves}
+        return {"pid": os.getpid(), "started": self._started, "containers": counted}
 
     def _describe(self, number: int) -> dict[str, Any]:
         service = self._services.get(number)

@@ -11,6 +11,7 @@
     engines.py         finds the cgroup of a container of docker or podman, or of a systemd unit
     inventory.py       the sockets of containers, as the kernel lists them
     stack_listing.py   the listing itself, where it takes as long as strangers have it take
+    socket_counts.py   how many of each kind a container has, by the listing alone
     origins.py         the cgroups in which containers' sockets were made
     socket_holders.py  which processes have a descriptor of a socket
     withdrawal.py      closes the sockets that a container was granted

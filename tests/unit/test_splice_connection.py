@@ -80,6 +80,16 @@ def test_bytes_pass_both_ways(relay: Relay) -> None:
     assert (relay.right.recv(10), relay.left.recv(10)) == (b"there", b"back")
 
 
+@pytest.mark.parametrize("pipes", [8, 0])
+def test_what_is_moved_is_counted_by_its_direction(pipes: int) -> None:
+    relay = Relay(pipes)
+    relay.left.send(b"there")
+    relay.right.send(b"back")
+    relay.turn()
+    assert (relay.resources.traffic.bytes_in, relay.resources.traffic.bytes_out) == (5, 4)
+    relay.close()
+
+
 def test_an_idle_connection_has_no_pipe(relay: Relay) -> None:
     relay.left.send(b"x")
     relay.turn()
