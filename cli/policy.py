@@ -1,4 +1,4 @@
-"""`graft policy`: checks a policy, shows the policy in force, replaces it."""
+"""`graft policy`: checks a policy, shows the policy in force, replaces it; the schema for editors."""
 
 from __future__ import annotations
 
@@ -114,3 +114,12 @@ def apply(
     for saved in done.waiting:
         say(f"{saved.target.text}: policy {policy.name}, when it is there")
     check_served(done.unserved)
+
+
+@app.command()
+@command
+def schema() -> None:
+    """Print the JSON schema of a policy file, with which an editor completes and checks one."""
+    from graft.policy.schema import policy_schema
+
+    typer.echo(json.dumps(policy_schema(), indent=2))
