@@ -53,7 +53,7 @@ def _root(
 def main() -> None:
     """The entry point of the command graft."""
     if os.environ.get(COMPLETION):  # a shell asks; otherwise its classes are not imported
-        from typer._completion_classes import completion_init
+        from . import completion
 
-        completion_init()
+        completion.init()
     app(prog_name="graft")

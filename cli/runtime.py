@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 
+from . import completion
 from .output import command, say
 
 if TYPE_CHECKING:
@@ -22,7 +23,12 @@ Listener = Annotated[
 ]
 
 
-Engine = Annotated[str, typer.Argument(metavar="docker|podman|containerd", help="The engine.", show_default=False)]
+Engine = Annotated[
+    str,
+    typer.Argument(
+        metavar="docker|podman|containerd", help="The engine.", show_default=False, autocompletion=completion.engines
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
