@@ -152,7 +152,9 @@ def _place(engine: str, config: Path | None) -> Path:
     """The file of ``engine``. Raises UsageError for an engine that Graft does not know."""
     if engine not in DEFAULTS:
         raise UsageError(f"ENGINE: {shown(engine)} is not an engine", ", ".join(DEFAULTS))
-    return Path(os.path.realpath(config or DEFAULTS[engine]))
+    path = config or DEFAULTS[engine]
+    # containerd's own is only read, and what it imports is relative to the path that it is given.
+    return Path(os.path.abspath(path) if engine == "containerd" else os.path.realpath(path))
 
 
 def read(path: Path) -> Content:

@@ -92,6 +92,26 @@ def test_an_invalid_policy_of_the_documentation_is_refused(text: str) -> None:
     assert complaints(as_an_editor_reads(text))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "endpoints: {1.5: 0.0.0.0:0, 80: 0.0.0.0:1-65535}",
+        "endpoints: {a: {address: 0.0.0.0:80, netns: 1234, open: TRUE, dual_stack: False}}",
+        "endpoints: {a: {address: '[::]:80', multicast: [FF02::FB]}, b: {address: 0.0.0.0:5, multicast: [239.1.1.1]}}",
+        "endpoints: {a: {address: 'unix:/run/..a/b', owner: 1000, mode: 0660, dual_stack: false, protocol: any}}",
+        "ingress: [{bind: '*:0', endpoint: 80}, {bind: '[::FFFF:10.0.0.1]:1-2', endpoint: a}]",
+        "egress: [{to: '::/0', endpoint: 7, ports: [80, '443', 8000-8099]}]",
+        "egress: [{to: 10.0.0.1/32, action: deny, protocol: icmp}]",
+        "default: {}",
+        "ingress: []\negress: []\nendpoints: {}",
+    ],
+)
+def test_a_rare_form_is_accepted_as_by_the_reader(text: str) -> None:
+    whole = f"name: 007\n{text}\n"
+    assert not check_policy(whole, None).problems
+    assert not complaints(as_an_editor_reads(whole))
+
+
 MISTAKES = [
     ("egres: []", "'egres' was unexpected"),
     ("open: yes", "open: 'yes' is not of type 'boolean'"),
