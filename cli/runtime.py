@@ -105,7 +105,7 @@ def uninstall(engine: Engine, config: Config = None, dry_run: DryRun = False) ->
     if not dry_run:
         require_root()
     done = engine_install.uninstall(engine, config, dry_run)
-    _say_change(done, dry_run, "no longer has the runtime graft", "does not have the runtime graft")
+    _say_change(done, dry_run, "no longer has the runtime graft", "has nothing that Graft wrote")
 
 
 def _say_change(done: Done, dry_run: bool, changed: str, unchanged: str) -> None:

@@ -269,6 +269,11 @@ def _containerd_version(value: dict[str, Any], source: str) -> tuple[int, str]:
     return version, _CRI[version]
 
 
+def containerd_has(config: str | None, program: str, source: str) -> bool:
+    """Whether the configuration itself has the runtime."""
+    return without_containerd_runtime(config or "", source)[1] == program
+
+
 def containerd_place(config: str | None, source: str) -> str | None:
     """Where that file is, or would be; None where the configuration imports nothing such."""
     return next(_import_places(_parse_toml(config or "", source).get("imports", []), source), None)

@@ -124,8 +124,7 @@ def install(engine: str, config: Path | None, program: Path, dry_run: bool = Fal
     """Give the engine the runtime. Raises GraftError: then its configuration is what it was."""
     where, words = _place(engine, config), check_program(program)
     if engine == "containerd":
-        path, text = engine_config.containerd_drop_in(read(where).text, words, str(where))
-        change = Change(Path(path), _own_drop_in(Path(path)), text)
+        change = _containerd_change(where, words)
     else:
         edit = engine_config.docker_with if engine == "docker" else engine_config.podman_with
         before = read(where)
@@ -176,6 +175,15 @@ def read(path: Path) -> Content:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: byte {error.start}: not UTF-8") from None
     return Content(text, stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid))
+
+
+def _containerd_change(where: Path, program: str) -> Change:
+    """The file that ``where`` imports; none is needed where the operator wrote the runtime into that itself."""
+    config = read(where)
+    if engine_config.containerd_has(config.text, program, str(where)):
+        return Change(where, config, config.text)
+    path, text = engine_config.containerd_drop_in(config.text, program, str(where))
+    return Change(Path(path), _own_drop_in(Path(path)), text)
 
 
 def _own_drop_in(path: Path) -> Content:

@@ -130,3 +130,4 @@ def test_this_containerd_would_forget_the_rest_so_the_operator_is_told_what_to_w
         file.write("\n".join(refused.stderr.splitlines()[1:]))
     dump = run(["containerd", "--config", config, "config", "dump"], status=0).stdout
     assert "runtimes.graft]" in dump and "runtimes.runc]" in dump
+    assert "has the runtime graft already" in host.graft(*words).stdout
