@@ -13,6 +13,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.state.installation import Installation
 
+from . import completion
 from .options import Deny, Egress, Ingress, NoSave, PolicyFile
 from .output import command, say, warn
 
@@ -28,6 +29,7 @@ Which = Annotated[
         metavar="CONTAINER",
         help="A cgroup v2 path, a docker or podman container, or a systemd unit (docker:X, unit:X, ... if ambiguous).",
         show_default=False,
+        autocompletion=completion.containers,
     ),
 ]
 

@@ -12,12 +12,20 @@ from graft.model.endpoint import Endpoint, parse_endpoint
 from graft.model.settings import Settings
 from graft.state.installation import Installation
 
+from . import completion
 from .options import Json, NoSave
 from .output import command, listing, warn
 
 app = typer.Typer(no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="The endpoint's name, up to 31 bytes.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="The endpoint's name, up to 31 bytes.",
+        show_default=False,
+        autocompletion=completion.endpoints_to_change,
+    ),
+]
 Spec = Annotated[
     str,
     typer.Argument(
@@ -104,7 +112,10 @@ def del_(
 
 @app.command()
 @command
-def show(name: Annotated[str | None, typer.Argument(help="This endpoint only.")] = None, as_json: Json = False) -> None:
+def show(
+    name: Annotated[str | None, typer.Argument(help="This endpoint only.", autocompletion=completion.endpoints)] = None,
+    as_json: Json = False,
+) -> None:
     """List the endpoints, or one of them."""
     require_root()
     with Installation.open(Settings.from_environment()) as graft:

@@ -22,6 +22,11 @@ app = typer.Typer(
 )
 app.add_typer(ep.app, name="ep", help="Endpoints: named addresses of the host's stack.")
 app.add_typer(policy.app, name="policy", help="Policies: what a container may do on the host's stack.")
+app.add_typer(
+    runtime.app,
+    name="runtime",
+    help="The OCI runtime: gives it to an engine, or runs it (engines do that as graft-runtime).",
+)
 run.register(app)
 runtime.register(app)
 attach.register(app)
@@ -52,7 +57,7 @@ def _root(
 def main() -> None:
     """The entry point of the command graft."""
     if os.environ.get(COMPLETION):  # a shell asks; otherwise its classes are not imported
-        from typer._completion_classes import completion_init
+        from . import completion
 
-        completion_init()
+        completion.init()
     app(prog_name="graft")

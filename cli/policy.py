@@ -1,4 +1,4 @@
-"""`graft policy`: checks a policy, shows the policy in force, replaces it."""
+"""`graft policy`: checks a policy, shows the policy in force, replaces it; the schema for editors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import completion
 from .options import NoSave
 from .output import command, say
 
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
+File = Annotated[Path, typer.Argument(help="The policy file.", metavar="FILE", autocompletion=completion.policy_files)]
+
 
 @app.command()
 @command
 def check(
-    file: Annotated[Path, typer.Argument(help="The policy file.", metavar="FILE")],
+    file: File,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check FILE, and print every error with its line and field."""
@@ -61,7 +64,14 @@ def _as_json(file: str, examined: CheckResult) -> str:
 @app.command()
 @command
 def show(
-    container: Annotated[str, typer.Argument(metavar="CONTAINER", help="A name or id from `graft ps`, or a cgroup.")],
+    container: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONTAINER",
+            help="A name or id from `graft ps`, or a cgroup.",
+            autocompletion=completion.attached,
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the policy in force for CONTAINER, read from the maps."""
@@ -88,11 +98,14 @@ def show(
 @app.command()
 @command
 def apply(
-    file: Annotated[Path, typer.Argument(help="The policy file.", metavar="FILE")],
+    file: File,
     cgroup: Annotated[
         str | None,
         typer.Option(
-            "--cgroup", metavar="CONTAINER", help="This container only. Default: all whose policy has the same name."
+            "--cgroup",
+            metavar="CONTAINER",
+            help="This container only. Default: all whose policy has the same name.",
+            autocompletion=completion.containers,
         ),
     ] = None,
     no_save: NoSave = False,
@@ -114,3 +127,12 @@ def apply(
     for saved in done.waiting:
         say(f"{saved.target.text}: policy {policy.name}, when it is there")
     check_served(done.unserved)
+
+
+@app.command()
+@command
+def schema() -> None:
+    """Print the JSON schema of a policy file, with which an editor completes and checks one."""
+    from graft.policy.schema import policy_schema
+
+    typer.echo(json.dumps(policy_schema(), indent=2))

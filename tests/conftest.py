@@ -41,6 +41,7 @@ MACHINE_FILES = {
     "test_in_containers.py",
     "test_lifecycle.py",
     "test_podman.py",
+    "test_runtime_install.py",
     "test_soak.py",
     "test_sixth_reading_images.py",
 }

@@ -21,6 +21,7 @@
     transport_choice.py   which transport a container can have (pure)
     find.py               the attached container that has a name, an id or a cgroup
     policy_source.py      a policy from a file or from flags
+    names.py              names that exist, for a shell's completion
 
 It may import every package but oci and cli.
 """

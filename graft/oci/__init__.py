@@ -18,7 +18,10 @@
     listener.py         `graft listen`: the same for many containers
     message_loop.py     messages of runtimes, and descriptors to wait for
     state.py            a container's state, as a runtime sends it
+    engine_install.py   `graft runtime install`: an engine's configuration is written and checked, or put back
+    engine_config.py    what it becomes
+    json_members.py     one member of an object in a JSON text, added or removed
 
-`quick.run`, `listener.serve_listener_socket` and `profile_text.profile_text` are its face. It may import swap, state,
-datapath, policy, kernel and model.
+`quick.run`, `listener.serve_listener_socket`, `profile_text.profile_text`, `engine_install.install` and `uninstall` are
+its face. It may import swap, state, datapath, policy, kernel and model.
 """

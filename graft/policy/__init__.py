@@ -10,7 +10,8 @@
     compiler.py     map entries
     writer.py       a policy's values again, as its file would have them
     limits.py       how big a policy may be
+    schema.py       its JSON schema, for editors
 
-Other packages call `reader.load_policy`, `model.policy_from_flags` and `compiler.compile_policy`. It imports only
-graft.model and graft.errors.
+Other packages call `reader.load_policy`, `model.policy_from_flags`, `compiler.compile_policy` and
+`schema.policy_schema`. It imports only graft.model and graft.errors.
 """

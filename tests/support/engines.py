@@ -122,10 +122,16 @@ class Engine:
 
 
 @contextmanager
-def docker(host: Host, folder: Path, root: Path) -> Iterator[Engine]:
-    """A dockerd with runc, the runtime `graft` and the test image. ``folder``'s path has to be short."""
+def docker(host: Host, folder: Path, root: Path, config: Path | None = None) -> Iterator[Engine]:
+    """A dockerd with runc, the runtime `graft` (or that ``config``) and the test image. ``folder``'s path has to be
+    short; in ``folder/pid`` is the daemon's process id.
+    """
     words: list[Word] = ["--exec-root", folder / "exec", "--data-root", folder / "data", "-p", folder / "pid"]
-    words += ["-H", f"unix://{folder}/sock", "--add-runtime", f"graft={runtime_script(host, folder, 'runc')}"]
+    words += ["-H", f"unix://{folder}/sock"]
+    if config is None:
+        words += ["--add-runtime", f"graft={runtime_script(host, folder, 'runc')}"]
+    else:
+        words += ["--config-file", config]
     words += ["--storage-driver=vfs", "--bridge=none", "--iptables=false", "--exec-opt", "native.cgroupdriver=cgroupfs"]
     words += ["--containerd-namespace", f"graft-test-{os.getpid()}"]
     limits = "--ulimit=nofile=20000:20000", "--ulimit=nproc=20000:20000"  # an engine's own may be too high here
@@ -166,7 +172,9 @@ def docker(host: Host, folder: Path, root: Path) -> Iterator[Engine]:
 
 @contextmanager
 def podman(host: Host, folder: Path, root: Path, command: Sequence[Word] | None = None) -> Iterator[Engine]:
-    """A podman with storage of its own, and Graft's runtime, or that ``command``, over crun."""
+    """A podman with storage of its own, and Graft's runtime, or that ``command``, over crun. It reads
+    ``folder/containers.conf`` only.
+    """
     (folder / "storage.conf").write_text(
         f'[storage]\ndriver = "vfs"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n'
     )
