@@ -10,6 +10,7 @@ import typer
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 
+from . import completion
 from .options import Json
 from .output import command, say
 
@@ -21,7 +22,12 @@ def register(app: typer.Typer) -> None:
 
 @command
 def explain(
-    container: Annotated[str, typer.Argument(metavar="CONTAINER", help="A name or id from `graft ps`, or a cgroup.")],
+    container: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONTAINER", help="A name or id from `graft ps`, or a cgroup.", autocompletion=completion.attached
+        ),
+    ],
     call: Annotated[str, typer.Argument(metavar="bind|connect", help="The call.")],
     address: Annotated[str, typer.Argument(metavar="ADDR:PORT", help="What a program would ask for.")],
     proto: Annotated[str, typer.Option("--proto", help="tcp, udp, or icmp (only connect).")] = "tcp",

@@ -10,6 +10,7 @@ import typer
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 
+from . import completion
 from .options import Json
 from .output import command, say, warn
 
@@ -27,7 +28,12 @@ def register(app: typer.Typer) -> None:
 @command
 def trace(
     container: Annotated[
-        str | None, typer.Argument(metavar="CONTAINER", help="A name or id from `graft ps`, or a cgroup. Default: all.")
+        str | None,
+        typer.Argument(
+            metavar="CONTAINER",
+            help="A name or id from `graft ps`, or a cgroup. Default: all.",
+            autocompletion=completion.attached,
+        ),
     ] = None,
     calls: Annotated[
         list[str] | None,
@@ -37,7 +43,12 @@ def trace(
         list[str] | None,
         typer.Option("--verdict", help="Only these: refused, granted, relayed, container, passed."),
     ] = None,
-    endpoint: Annotated[str, typer.Option("--endpoint", metavar="NAME", help="Only what has to do with it.")] = "",
+    endpoint: Annotated[
+        str,
+        typer.Option(
+            "--endpoint", metavar="NAME", help="Only what has to do with it.", autocompletion=completion.endpoints
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Print every decision as it happens, until it is interrupted. With --json an object a line."""
