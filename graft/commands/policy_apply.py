@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from graft.commands import saving
@@ -47,9 +47,10 @@ def apply(graft: Installation, policy: Policy, text: str | None = None, save: bo
             f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
         )
     changed = []
+    together = {container.id for container in chosen}
     for container in chosen:
         with saving.policy_of(graft.settings, container, policy, save):
-            changed.append(replace_policy(graft, container, policy))
+            changed.append(replace_policy(graft, container, policy, together=together))
     for one in waiting:
         saving.replace_waiting(graft.settings, one, policy)
     unserved = [update_relay(graft, before, container) for before, container in zip(chosen, changed, strict=True)]
@@ -85,11 +86,16 @@ def check_served(unserved: Sequence[str]) -> None:
 
 
 def replace_policy(
-    graft: Installation, container: Container, policy: Policy, name: str | None = None, relay: str | None = None
+    graft: Installation,
+    container: Container,
+    policy: Policy,
+    name: str | None = None,
+    relay: str | None = None,
+    together: Collection[int] = (),
 ) -> Container:
     """Replace a container's policy in the maps; graftd is to be told afterwards. Raises what `apply` raises.
 
-    ``name``, ``relay``: the new ones, None to keep them.
+    ``name``, ``relay``: the new ones, None to keep them. ``together``: containers that get the same policy with it.
     """
     if container.transport is Transport.SPLICE:
         refuse_in_splice(policy)
@@ -97,4 +103,4 @@ def replace_policy(
     attaches = not container.is_relayed and needs_unix_relay(compiled.policy, compiled.endpoints)
     reach = members.within_reach(container.cgroup_path) if attaches else contextlib.nullcontext()
     with reach, graft.transaction() as change:
-        return change.containers.apply(container, compiled, name, relay)
+        return change.containers.apply(container, compiled, name, relay, together)

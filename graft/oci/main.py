@@ -45,15 +45,19 @@ def prepare_if_asked(
     caller: Caller | None = None,
     start_shim: StartShim | None = None,
 ) -> None:
-    """Prepare the container, if it asks for a policy. Raises GraftError.
+    """Prepare the container, if it asks for a policy. Raises GraftError, also for an image that would have a container
+    without one leave its cgroup, which may have one.
 
     ``caller`` is the process that becomes the runtime, where it is not this one; ``start_shim`` starts the shim then.
     """
     from graft.oci.bundle import read_config
-    from graft.oci.request import requested
+    from graft.oci.request import check_cgroup, requested
 
     config = read_config(invocation.config)
-    if config is None or requested(config) is None:
+    if config is None:
+        return
+    if requested(config) is None:
+        check_cgroup(config, chosen)
         return
     if invocation.command in arguments.RESTORING:
         raise RefusedError("a checkpoint cannot be restored under a policy", "start the container anew")

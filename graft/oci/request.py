@@ -9,6 +9,7 @@ annotations to the container: there an annotation counts as the image's, unless 
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,10 @@ _CRUN_SUBGROUPS = ("run.oci.systemd.subgroup", "run.oci.delegate-cgroup")
 # hooks say to any file of the host's, and Graft's container has a hook. Those that podman itself writes are allowed.
 _CRUN = "run.oci."
 _PODMANS_OWN = ("run.oci.keep_original_groups", "run.oci.mount_context_type")
+# What begins so is a property of the container's scope, which crun asks systemd for, as root: `Slice` puts a container
+# elsewhere, `Wants` and `Conflicts` start and stop any unit of the host. podman itself writes the two below.
+_SYSTEMD = "org.systemd.property."
+_PODMANS_PROPERTIES = {"KillSignal": re.compile(r"[0-9]{1,3}"), "TimeoutStopUSec": re.compile(r"uint64 [0-9]{1,20}")}
 
 
 class Source(enum.Enum):
@@ -97,21 +102,48 @@ def check_annotations(config: Mapping[str, Any], options: RuntimeOptions, notifi
     found = container_annotations(config)
     if not annotations_are_trusted(config, options):
         _refuse_annotations_for_crun(found)
-    for name in _CRUN_SUBGROUPS:
-        if ".." in found.get(name, "").split("/"):
-            raise ConflictError(f"annotation {name}: it leads out of the container's cgroup")
+    _refuse_leaving(found)
     for name in _CRUN_FILTERS:
         if notified and found.get(name):
             raise ConflictError(f"annotation {name}: the container's seccomp filter comes from elsewhere")
 
 
+def check_cgroup(config: Mapping[str, Any], options: RuntimeOptions) -> None:
+    """Of a container that asks for no policy: its cgroup may be below one that has a policy, which goes for all in it.
+    Raises ConflictError and RefusedError for annotations that may be the image's, by which crun would put it elsewhere.
+    """
+    if annotations_are_trusted(config, options):
+        return
+    found = container_annotations(config)
+    _refuse_leaving(found)
+    if found.get(f"{_SYSTEMD}Slice"):
+        raise _images_annotation(f"{_SYSTEMD}Slice", "choose its cgroup")
+
+
+def _refuse_leaving(found: Mapping[str, str]) -> None:
+    for name in _CRUN_SUBGROUPS:
+        if ".." in found.get(name, "").split("/"):
+            raise ConflictError(f"annotation {name}: it leads out of the container's cgroup")
+
+
+def _images_annotation(name: str, what: str) -> RefusedError:
+    return RefusedError(
+        f"annotation {name}: podman copies an image's annotations, which cannot {what}",
+        f"leave it out, or trust-annotations: true in {FILE}",
+    )
+
+
+def _is_podmans_property(name: str, value: str) -> bool:
+    known = _PODMANS_PROPERTIES.get(name.removeprefix(_SYSTEMD))
+    return known is not None and known.fullmatch(value) is not None
+
+
 def _refuse_annotations_for_crun(found: Mapping[str, str]) -> None:
     for name, value in found.items():
         if value and name.startswith(_CRUN) and name not in _PODMANS_OWN:
-            raise RefusedError(
-                f"annotation {name}: podman copies an image's annotations, which cannot tell crun what to do",
-                f"leave it out, or trust-annotations: true in {FILE}",
-            )
+            raise _images_annotation(name, "tell crun what to do")
+        if name.startswith(_SYSTEMD) and not _is_podmans_property(name, value):
+            raise _images_annotation(name, "have crun ask systemd for something")
 
 
 def check_capabilities(config: Mapping[str, Any], options: RuntimeOptions, own_user_namespace: bool) -> None:

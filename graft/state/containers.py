@@ -225,11 +225,18 @@ class ContainerChanges(Containers):
         return container
 
     def apply(
-        self, container: Container, compiled: CompiledPolicy, name: str | None = None, relay: str | None = None
+        self,
+        container: Container,
+        compiled: CompiledPolicy,
+        name: str | None = None,
+        relay: str | None = None,
+        together: Collection[int] = (),
     ) -> Container:
         """Replace a container's policy in one step: each call is decided by the old rules or by the new ones.
 
-        ``name``, ``relay``: their new values, if they change. Raises NotFoundError if the container is not attached any
+        ``name``, ``relay``: their new values, if they change. ``together``: containers that get the same policy next,
+        so that their rules do not keep an endpoint as it is that the policy declares anew. Until then what they have of
+        it is refused. Raises NotFoundError if the container is not attached any
         more, RefusedError if its transport cannot serve the policy, and what `create` raises.
         """
         check_transport(container.transport, container.name, compiled)
@@ -240,7 +247,7 @@ class ContainerChanges(Containers):
         old = value.ruleset
         if needs_unix_relay(compiled.policy, compiled.endpoints) and not container.is_relayed:
             attachments.attach(self._settings, container.cgroup_path, container.id, splice=True)
-        new = self._install(compiled, replaced=old)
+        new = self._install(compiled, replaced={old, *self._rulesets_of(together)})
         value.ruleset, value.flags = new.ruleset, new.flags
         value.bind_default, value.connect_default = new.bind_default, new.connect_default
         self._maps.containers.put(key, value)
@@ -277,8 +284,12 @@ class ContainerChanges(Containers):
             if container.id in gone:
                 self._forget(container.id)
 
-    def _install(self, compiled: CompiledPolicy, replaced: int = 0) -> _Installed:
-        """Write a policy's rules, all or none. ``replaced`` is the ruleset that they are to replace (0: none)."""
+    def _rulesets_of(self, numbers: Collection[int]) -> set[int]:
+        found = (self._maps.containers.get(ctypes.c_uint32(number)) for number in numbers)
+        return {value.ruleset for value in found if value is not None}
+
+    def _install(self, compiled: CompiledPolicy, replaced: Collection[int] = ()) -> _Installed:
+        """Write a policy's rules, all or none. ``replaced`` are the rulesets that they are to replace."""
         policy = compiled.policy
         superseded = self._endpoints.declare(policy.endpoints, replaced)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -178,11 +178,11 @@ class EndpointChanges(Endpoints):
             raise ConflictError(f"name: a container uses the endpoint {name!r}", "--force deletes it")
         self._remove(name, number)
 
-    def declare(self, endpoints: Iterable[Endpoint], replaced: int = 0) -> dict[str, int]:
+    def declare(self, endpoints: Iterable[Endpoint], replaced: Collection[int] = ()) -> dict[str, int]:
         """Make the endpoints that a policy declares; one that already exists with the same value stays.
 
-        One that exists with another value, and that only ruleset ``replaced`` uses, is superseded: its name goes to a
-        new endpoint. Returns the names and old ids of these, for `delete_superseded` or `restore_superseded`. Raises
+        One that exists with another value, and that only the rulesets ``replaced`` use, is superseded: its name goes to
+        a new endpoint. Returns the names and old ids of these, for `delete_superseded` or `restore_superseded`. Raises
         ConflictError for any other difference, and changes nothing then.
         """
         made: list[tuple[str, int]] = []
@@ -203,9 +203,9 @@ class EndpointChanges(Endpoints):
             raise
         return superseded
 
-    def _supersede(self, stored: StoredEndpoint, endpoint: Endpoint, replaced: int) -> int:
+    def _supersede(self, stored: StoredEndpoint, endpoint: Endpoint, replaced: Collection[int]) -> int:
         """Give the name of ``stored`` to a new endpoint. Returns the old one's id. Raises ConflictError."""
-        if not stored.declared or not rulesets.using(self._maps, stored.id) <= {replaced}:
+        if not stored.declared or not rulesets.using(self._maps, stored.id) <= set(replaced):
             raise ConflictError(
                 f"endpoints.{endpoint.name}: already exists, at {stored.endpoint.spec}",
                 "declare the same address, or choose another name",
