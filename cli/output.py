@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TextIO, TypeVar
 
@@ -127,3 +127,18 @@ def _table(title: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
         # As Text: rich would read [fe80::1] in a plain string as markup.
         table.add_row(*(Text(_encodable(printable(str(cell)), sys.stdout)) for cell in row))
     return table
+
+
+@contextlib.contextmanager
+def progress(total: float) -> Iterator[Callable[[float, int], object]]:
+    """A bar on standard error, on a terminal: a function to call with what is done of ``total``, and a count."""
+    if not sys.stderr.isatty():
+        yield lambda done, count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[count]} seen"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total, count=0)
+        yield lambda done, count: bar.update(task, completed=done, count=count)

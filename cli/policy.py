@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from . import completion
 from .options import NoSave
-from .output import command, say
+from .output import command, progress, say, warn
 
 if TYPE_CHECKING:
     from graft.policy.reader import CheckResult
@@ -136,3 +137,34 @@ def schema() -> None:
     from graft.policy.schema import policy_schema
 
     typer.echo(json.dumps(policy_schema(), indent=2))
+
+
+@app.command()
+@command
+def learn(
+    container: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONTAINER", help="A name or id from `graft ps`, or a cgroup.", autocompletion=completion.attached
+        ),
+    ],
+    seconds: Annotated[float, typer.Option(min=0.1, help="For how long it is watched; Ctrl-C ends it earlier.")] = 60.0,
+) -> None:
+    """Watch CONTAINER, and print the smallest policy that would have allowed what it did, or tried to do."""
+    from graft.commands.find import find
+    from graft.commands.policy_learn import Learning
+    from graft.kernel.credentials import require_root
+    from graft.model.settings import Settings
+    from graft.policy.writer import policy_text
+    from graft.state.installation import Installation
+
+    require_root()
+    graft = Installation.open(Settings.from_environment())
+    found = find(graft, container)
+    learning = Learning(graft, found)
+    warn(f"graft: watching {found.name} for {seconds:g} s (Ctrl-C ends it)")
+    with contextlib.suppress(KeyboardInterrupt), progress(seconds) as step:
+        learning.watch(seconds, step)
+    if learning.lost:
+        warn(f"graft: {learning.lost} decisions were lost: what they were about is missing")
+    say(*policy_text(learning.policy, f"What {found.name} did while it was watched.").splitlines())

@@ -83,3 +83,11 @@ def _egress_value(rule: EgressRule) -> Value:
     else:
         value["action"] = rule.verdict.name.lower()
     return value
+
+
+def policy_text(policy: Policy, comment: str) -> str:
+    """A policy file, with ``comment`` at its head."""
+    import yaml
+
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
+    return head + yaml.safe_dump(policy_value(policy), sort_keys=False, allow_unicode=False, width=100)

@@ -1,0 +1,60 @@
+"""`graft policy learn`: watches a container, and proposes the smallest policy that would have allowed what it did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from graft.commands.policy_source import policy_name
+from graft.commands.trace import Filter, Traced, watch
+from graft.datapath.layout import TracedCall, TracedOutcome
+from graft.model.endpoint import Endpoint, Protocol
+from graft.policy.learning import Observation, learn
+from graft.policy.model import Policy
+from graft.state.installation import Installation
+from graft.state.records import Container
+
+_CALLS = frozenset({TracedCall.BIND, TracedCall.CONNECT, TracedCall.SEND})
+_PROTOCOLS = {"tcp": Protocol.TCP, "udp": Protocol.UDP, "icmp": Protocol.ICMP}
+_STAYS = (TracedOutcome.CONTAINER,)
+
+
+class Learning:
+    """What was seen of a container so far."""
+
+    def __init__(self, graft: Installation, container: Container) -> None:
+        self._graft, self._container = graft, container
+        self._seen: set[Observation] = set()
+        self.lost = 0
+
+    def watch(self, seconds: float, step: Callable[[float, int], object]) -> None:
+        """Watch for so long. ``step`` is called now and then with the seconds that are over, and how much was seen."""
+        begun = time.monotonic()
+        for batch in watch(self._graft, Filter(self._container.id, _CALLS)):
+            self.lost += batch.lost
+            self._seen.update(one for one in map(_observation, batch.decisions) if one is not None)
+            passed = time.monotonic() - begun
+            step(min(passed, seconds), len(self._seen))
+            if passed >= seconds:
+                return
+
+    @property
+    def policy(self) -> Policy:
+        """The policy for what was seen."""
+        return learn(policy_name(self._container.name), self._seen, self._declared())
+
+    def _declared(self) -> dict[str, Endpoint]:
+        """Endpoints that the container's policy declares itself: they go with it."""
+        return {one.endpoint.name: one.endpoint for one in self._graft.endpoints.listing() if one.declared}
+
+
+def _observation(traced: Traced) -> Observation | None:
+    event, protocol = traced.event, _PROTOCOLS.get(traced.protocol)
+    if event.ip is None or protocol is None:
+        return None
+    endpoint = None if traced.endpoint is None else traced.endpoint.name
+    if endpoint is None and traced.rule is not None and " = " in traced.rule.outcome:
+        endpoint = traced.rule.outcome.split(" = ")[0]  # graftd relays it
+    stays = endpoint is None and event.outcome in _STAYS
+    is_bind = event.call is TracedCall.BIND
+    return Observation(is_bind, protocol, event.ip, event.port, endpoint, stays)
