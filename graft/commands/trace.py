@@ -230,17 +230,25 @@ class Batch:
 def watch(graft: Installation, wanted: Filter) -> Iterator[Batch]:
     """The decisions from now on, for ever; a batch, which may be empty, every `POLL_SECONDS`.
 
-    The first one, an empty one, comes when decisions are being watched. Raises NotUpError, KernelError.
+    The first one, an empty one, comes when decisions are being watched. After Ctrl-C there is one more, and then the
+    exception. Raises NotUpError, KernelError.
     """
     names = _Names(graft)
     decisions = Decisions(graft.maps)
     behind = time.time_ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+    def batch() -> Batch:
+        events, lost = decisions.read()
+        traced = (_named(names, event, behind) for event in events)
+        return Batch(tuple(one for one in traced if wanted.wants(one)), lost)
+
     try:
         while True:
-            events, lost = decisions.read()
-            traced = (_named(names, event, behind) for event in events)
-            yield Batch(tuple(one for one in traced if wanted.wants(one)), lost)
+            yield batch()
             time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        yield batch()  # what came before it
+        raise
     finally:
         decisions.close()
 

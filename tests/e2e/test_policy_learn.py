@@ -47,6 +47,7 @@ def test_the_learned_policy_allows_what_was_done_and_nothing_else(
         file.write_text(learning.said)
         host.graft("policy", "check", file)
         host.graft("policy", "apply", file, "--cgroup", path)
+        puppet.stop()
         puppet = start_puppet(path)
         assert acts(puppet, port, there) == ["ok"] * 3
         assert acts(puppet, port + 1, there + 1) == ["EACCES", "EACCES", "ok"]
