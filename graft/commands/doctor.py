@@ -26,13 +26,16 @@ from graft.model.transport import Transport
 from graft.splice import native, selftest_result
 from graft.swap import fast_calls
 
+_BCC = "apt-get install python3-bpfcc"
+_CGROUP2 = "mount -t cgroup2 cgroup2 /sys/fs/cgroup"
+
 
 @dataclass(frozen=True, slots=True)
 class Feature:
     """A feature that a machine has or lacks. ``needed``: Graft does not work without it.
 
     ``without`` says what happens without it, and why it is missing if that is known; ``log`` is the verifier's log of a
-    program that this kernel does not accept.
+    program that this kernel does not accept; ``command`` is what gives it to the machine, if anything does.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Feature:
     purpose: str
     without: str
     log: str = ""
+    command: str = ""
 
 
 def features() -> list[Feature]:
@@ -49,8 +53,17 @@ def features() -> list[Feature]:
 
 
 def _basic() -> Iterator[Feature]:
-    yield Feature("bcc", importlib.util.find_spec("bcc") is not None, True, "compiles the hooks", "python3-bpfcc")
-    yield Feature("cgroup v2", _works(cgroup.v2_mount), True, "tells which container a socket is of", "mount it")
+    yield Feature(
+        "bcc", importlib.util.find_spec("bcc") is not None, True, "compiles the hooks", "nothing works", command=_BCC
+    )
+    yield Feature(
+        "cgroup v2",
+        _works(cgroup.v2_mount),
+        True,
+        "tells which container a socket is of",
+        "nothing works",
+        command=_CGROUP2,
+    )
     yield Feature("bpffs", os.path.ismount("/sys/fs/bpf"), False, "keeps maps and programs", "`graft up` mounts it")
     yield Feature("namespace cookies", _works(netns.cookie), True, "name a network namespace", "5.14 or later")
     listener, sync, killable = _seccomp()

@@ -1,0 +1,130 @@
+"""What is wrong with an installation, and how it is mended: by `graft doctor --fix`, or by a command that is named.
+
+Each thing is asked of the kernel or the process that it is about, and what mends it is what the other commands do.
+Nothing here grants anything: an installation that is mended has the rules that were in force or saved.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.commands import up, watcher_process
+from graft.datapath.dataplane import is_up
+from graft.errors import ConflictError, GraftError
+from graft.kernel.mounts import BPFFS, mount_bpffs
+from graft.model.settings import Settings
+from graft.saved.store import Store
+from graft.splice import client as splice
+from graft.splice import control
+from graft.state import records
+
+_ASK_SECONDS = 5.0
+_PRIVATE = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class Ailment:
+    """Something that is wrong. ``command`` is what an operator would type; ``mend`` does it, None where only the
+    operator can.
+    """
+
+    name: str
+    problem: str
+    command: str
+    mend: Callable[[], object] | None = None
+
+
+def ailments(settings: Settings) -> list[Ailment]:
+    """What is wrong now, in the order in which it is to be mended."""
+    return [*_bpffs(settings), *_folders(settings), *_data_plane(settings), *_processes(settings)]
+
+
+def mend(settings: Settings, tell: Callable[[str], object]) -> list[Ailment]:
+    """Mend what can be mended, one after the other; ``tell`` gets a line for each. Gives what is wrong afterwards."""
+    tried: set[str] = set()
+    while True:
+        found = ailments(settings)
+        one = next((one for one in found if one.mend is not None and one.name not in tried), None)
+        if one is None or one.mend is None:
+            return found
+        tried.add(one.name)
+        try:
+            one.mend()
+            tell(f"{one.name}: {one.problem}: mended")
+        except (GraftError, OSError) as error:
+            tell(f"{one.name}: {one.problem}: cannot be mended: {error}")
+
+
+def _bpffs(settings: Settings) -> Iterator[Ailment]:
+    if settings.pin_dir.is_relative_to(BPFFS) and not os.path.ismount(BPFFS):
+        yield Ailment("bpffs", "it is not mounted", f"mount -t bpf bpf {BPFFS}", lambda: mount_bpffs(settings.pin_dir))
+
+
+def _folders(settings: Settings) -> Iterator[Ailment]:
+    for folder in (settings.run_dir, settings.state_dir):
+        try:
+            found = folder.stat()
+        except FileNotFoundError:
+            continue
+        if found.st_uid != 0 or found.st_mode & 0o077:
+            yield Ailment(
+                f"folder {folder}",
+                f"others than root may use it (owner {found.st_uid}, mode {found.st_mode & 0o7777:o})",
+                f"chown root {folder}; chmod 700 {folder}",
+                lambda folder=folder: _make_private(folder),  # type: ignore[misc]
+            )
+
+
+def _make_private(folder: Path) -> None:
+    os.chown(folder, 0, -1)
+    folder.chmod(_PRIVATE)
+
+
+def _data_plane(settings: Settings) -> Iterator[Ailment]:
+    try:
+        if not is_up(settings) and Store(settings).exists:
+            yield Ailment(
+                "data plane", "something is saved, and Graft is not up", "graft up", lambda: up.bring_up(settings)
+            )
+    except ConflictError as error:
+        yield Ailment("data plane", error.message, "stop the containers, then: graft down; graft up")
+
+
+def _processes(settings: Settings) -> Iterator[Ailment]:
+    relayed = any(one.is_relayed for one in records.read_all(settings)[0])
+    if relayed and not _graftd_answers(settings):
+        name = "graftd"
+        if splice.runs(settings):
+            yield Ailment(name, "it does not answer", f"see {settings.run_dir}/graftd.log")
+        else:
+            yield Ailment(
+                name,
+                "containers need it, and it does not run",
+                "graft daemon, or systemctl start graftd",
+                lambda: splice.ensure_daemon(settings),
+            )
+    if _waits_for_containers(settings) and not watcher_process.is_running(settings):
+        yield Ailment(
+            "watcher",
+            "nobody watches for saved containers that start",
+            "graft up",
+            lambda: watcher_process.ensure_running(settings),
+        )
+
+
+def _graftd_answers(settings: Settings) -> bool:
+    try:
+        return control.ask(settings, {"do": "ping"}, _ASK_SECONDS) is not None
+    except GraftError:
+        return False
+
+
+def _waits_for_containers(settings: Settings) -> bool:
+    store = Store(settings)
+    try:
+        return store.exists and bool(store.read()[0].attachments)
+    except GraftError:  # others may write there, which is told of the folder
+        return False
