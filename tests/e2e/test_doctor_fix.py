@@ -62,12 +62,12 @@ def test_graftd_and_the_watcher_are_started(saving: Host) -> None:
 
 def test_what_is_saved_is_restored(saving: Host, make_cgroup: MakeCgroup) -> None:
     path = make_cgroup()
-    saving.graft("attach", "--cgroup", path, "-i", f"0.0.0.0:80={saving.endpoint('0.0.0.0:dynamic')}")
-    saving.graft("detach", "--no-save", "--cgroup", path)
-    saving.graft("down")
+    saving.graft("ep", "add", "kept", "0.0.0.0:dynamic")
+    saving.graft("attach", "--cgroup", path, "-i", "0.0.0.0:80=kept")
+    saving.graft("down", "--force")
     assert problems(saving)[0] == "data plane"
     assert "something is saved, and Graft is not up: mended" in saving.graft("doctor", "--fix", "--json").stderr
-    assert [one["cgroup"] for one in saving.ps()] == [str(path)]
+    assert [(one["state"], one["cgroup"]) for one in saving.ps()] == [("attached", str(path))], saving.ps()
 
 
 def test_what_it_cannot_mend_it_names_the_command_for(saving: Host, monkeypatch: pytest.MonkeyPatch) -> None:
