@@ -13,6 +13,8 @@
 
     trace.py              decisions as they happen, with names
     explain.py            what would happen with an address; rule_in_force.py finds the rule (pure)
+    health.py             what is wrong with an installation, and what mends it
+    policy_learn.py       the policy for what a container did
     sample.py             what Graft counts, read once
     metrics.py            a sample in Prometheus' text format (pure)
     metrics_server.py     serves that over HTTP

@@ -9,6 +9,7 @@
     conflicts.py    which rules claim the same ports
     compiler.py     map entries
     writer.py       a policy's values again, as its file would have them
+    learning.py     the smallest policy for what was seen
     limits.py       how big a policy may be
     schema.py       its JSON schema, for editors
 
