@@ -177,8 +177,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ("listen.bpf.c", "\tif (owner.tag)\n\t\towner.tag->open_port = 0;\n", "\tif (!owner.tag)\n\t\treturn 1;\n"),
         (
             "ingress.bpf.c",
-            "|| accepts_anyone(skb, sk, &owner, id, endpoint);",
-            "|| !owner.tag || accepts_anyone(skb, sk, &owner, id, endpoint);",
+            "|| accepts_anyone(skb, sk, owner, id, endpoint);",
+            "|| !owner->tag || accepts_anyone(skb, sk, owner, id, endpoint);",
         ),
     ),
     # An IPv6 bind takes the IPv4 port along.
@@ -198,8 +198,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A datagram leaves from the address that it names.
     "source": (
-        ("sendmsg.bpf.c", "\tif (ip || has_ip6 || leaves_source_to_kernel(&request)) {\n", "\tif (0) {\n"),
-        ("sendmsg.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(&request)", "0"),
+        ("sendmsg.bpf.c", "\tif (ip || has_ip6 || leaves_source_to_kernel(request)) {\n", "\tif (0) {\n"),
+        ("sendmsg.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(request)", "0"),
         ("connect.bpf.c", "if ((has_address || bound) && local.family != endpoint->family)", "if (0)"),
         _at_once("local_address.bpf.c", "int is_hosts(u64 netns, u32 *ip, u8 family)", "return 1;"),
     ),
@@ -267,7 +267,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "ferry's mark on answers": (
         (
             "ingress.bpf.c",
-            "\tif (is_forged(skb, &owner, &remote, packet.plain))\n\t\treturn drop(&owner);\n",
+            "\tif (is_forged(skb, owner, &remote, packet.plain))\n\t\treturn drop(owner);\n",
             "",
         ),
     ),
@@ -283,7 +283,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "big tcp": (("egress.bpf.c", "&next, 1) && next == IPPROTO_TCP;", "&next, 1);"),),
     # What a container listened with goes on without it.
     "dead": (
-        ("ingress.bpf.c", "(!owner.container)\n\t\treturn drop(&owner);", "(!owner.container)\n\t\treturn PASS;"),
+        ("ingress.bpf.c", "(!owner->container)\n\t\treturn drop(owner);", "(!owner->container)\n\t\treturn PASS;"),
     ),
     # Whoever listens at the relay's port gets what is redirected there.
     "relay's mark": (
