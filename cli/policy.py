@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,8 @@ from .options import NoSave
 from .output import command, progress, say, warn
 
 if TYPE_CHECKING:
+    from graft.commands.policy_show import ActiveRule
+    from graft.model.endpoint import Endpoint
     from graft.policy.reader import CheckResult
 
 app = typer.Typer(no_args_is_help=True)
@@ -26,6 +29,9 @@ File = Annotated[Path, typer.Argument(help="The policy file.", metavar="FILE", a
 @command
 def check(
     file: File,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the rules that it would put in force, too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check FILE, and print every error with its line and field."""
@@ -33,11 +39,13 @@ def check(
     from graft.policy.reader import check_policy  # import time: yaml
     from graft.state.installation import known_endpoints
 
-    examined = check_policy(read_policy(file), known_endpoints())
+    known = known_endpoints()
+    examined = check_policy(read_policy(file), known)
+    rules = _explained(examined, known) if explain else None
     if as_json:
-        typer.echo(_as_json(str(file), examined))
+        typer.echo(_as_json(str(file), examined, rules))
     else:
-        say(*_as_text(str(file), examined))
+        say(*_as_text(str(file), examined), *_rule_lines(examined, rules))
     if examined.problems:
         raise typer.Exit(2)
 
@@ -51,13 +59,29 @@ def _as_text(file: str, examined: CheckResult) -> list[str]:
     return [f"{file}: ok ({counts})"]
 
 
-def _as_json(file: str, examined: CheckResult) -> str:
+def _explained(examined: CheckResult, known: Mapping[str, Endpoint]) -> tuple[ActiveRule, ...] | None:
+    from graft.commands.policy_show import rules_of
+
+    policy, rules = examined.policy, examined.ruleset
+    return None if policy is None or rules is None else rules_of(policy, rules, policy.resolve(known))
+
+
+def _rule_lines(examined: CheckResult, rules: tuple[ActiveRule, ...] | None) -> list[str]:
+    if rules is None or examined.ruleset is None:
+        return []
+    defaults = (examined.ruleset.bind_default.name.lower(), examined.ruleset.connect_default.name.lower())
+    return [*(f"  {rule}" for rule in rules), "  else: bind {}, connect {}".format(*defaults)]
+
+
+def _as_json(file: str, examined: CheckResult, explained: tuple[ActiveRule, ...] | None = None) -> str:
     policy, rules = examined.policy, examined.ruleset
     result: dict[str, object] = {"file": file, "ok": policy is not None}
     if policy is not None and rules is not None:
         ingress = len(policy.ingress) + len(policy.unix_ingress)
         counts = {"ingress": ingress, "egress": len(policy.egress), "entries": rules.entries}
         result |= {"policy": policy.name, **counts}
+    if explained is not None:
+        result["rules"] = [asdict(rule) for rule in explained]
     result["problems"] = [asdict(problem) for problem in examined.problems]
     return json.dumps(result, indent=2)
 

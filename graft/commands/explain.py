@@ -106,7 +106,7 @@ class _Asked:
         endpoint = self._graft.endpoints.by_id().get(number) if number else None
         rule = deciding_bind(self._rules, self._proto, ip, port)
         if endpoint is None:
-            return self._by_default("bind", self._bind_default, rule)
+            return self._by_default("bind", self._bind_default, rule if number else None)
         if not endpoint.protocols & self._protocol:
             return self._refused("bind", rule, endpoint, f"{endpoint.name} is not for {self._proto}")
         return self._made("bind", "granted", endpoint, rule, self._bound_at(endpoint, port, first))
@@ -129,7 +129,7 @@ class _Asked:
             return self._made("connect", "container", None, rule, "left to the container's own stack")
         endpoint = self._graft.endpoints.by_id().get(number) if verdict == Verdict.GRANT else None
         if endpoint is None:
-            return self._by_default("connect", self._connect_default, rule)
+            return self._by_default("connect", self._connect_default, None if verdict == Verdict.NONE else rule)
         return self._made("connect", "granted", endpoint, rule, self._left_from(endpoint))
 
     def _destination(self) -> IPAddress:

@@ -1,4 +1,4 @@
-"""`graft policy show`: the policy in force for a container, read from the maps."""
+"""`graft policy show`: the policy in force for a container, read from the maps; or what a policy would put there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from graft.model.address import format_ip
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.unix_socket import SCHEME, UNIX_FAMILY
-from graft.policy.model import Default, Verdict
+from graft.policy.compiler import EgressPortEntry, IngressEntry, RuleSet
+from graft.policy.model import Default, Policy, Verdict
 from graft.state import unix_sockets
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -179,3 +180,31 @@ def _merge(entries: list[_Entry]) -> list[ActiveRule]:
         for entry, protocols in by_rest.items()
         for protocol in sorted({"any", *protocols} - _ANY if protocols >= _ANY else protocols)
     ]
+
+
+def rules_of(policy: Policy, rules: RuleSet, endpoints: Mapping[str, Endpoint]) -> tuple[ActiveRule, ...]:
+    """The rules that a policy would put in force; ``endpoints`` has all that it names. Pure."""
+    entries = [
+        *(
+            _Entry("ingress", "unix", one.path, _outcome(endpoints[one.endpoint]), 0, 65535)
+            for one in policy.unix_ingress
+        ),
+        *(_compiled_bind(one, endpoints[one.endpoint]) for one in rules.ingress if one.family != UNIX_FAMILY),
+    ]
+    nodes: dict[int, list[EgressPortEntry]] = {}
+    for port in rules.egress_ports:
+        nodes.setdefault(port.node, []).append(port)
+    for prefix in rules.egress_prefixes:
+        address = f"{_address(prefix.address, prefix.family)}/{prefix.prefix_len}"
+        for port in nodes.get(prefix.node, []):
+            granted = None if port.endpoint is None else endpoints[port.endpoint]
+            outcome = _outcome(granted) if granted else _Outcome(port.verdict.name.lower())
+            last = port.port + (1 << (16 - port.port_bits)) - 1
+            entries.append(_Entry("egress", _PROTOCOLS[prefix.protocol], address, outcome, port.port, last))
+    return tuple(_merge(entries))
+
+
+def _compiled_bind(one: IngressEntry, endpoint: Endpoint) -> _Entry:
+    address = f"* (IPv{one.family})" if one.address is None else _address(one.address, one.family)
+    last = one.port + (1 << (16 - one.port_bits)) - 1
+    return _Entry("ingress", _PROTOCOLS[one.protocol], address, _outcome(endpoint, one.first_port), one.port, last)

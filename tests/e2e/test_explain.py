@@ -108,3 +108,24 @@ def test_bad_questions_are_one_line(host: Host, explained: dict[str, Any]) -> No
     )
     assert "address" in host.graft("explain", path, "bind", "1.2.3.4", status=2).stderr
     assert "nobody" in host.graft("explain", "nobody", "bind", "1.2.3.4:5", status=3).stderr
+
+
+def test_what_check_explains_is_what_is_then_in_force(
+    host: Host, make_cgroup: MakeCgroup, write_policy: WritePolicy
+) -> None:
+    first, path = host.ports(10), make_cgroup()
+    text = _POLICY.format(
+        web=host.endpoint(f"0.0.0.0:{host.port()}", "tcp"),
+        range=host.endpoint(f"0.0.0.0:{first}-{first + 9}"),
+        out=host.endpoint("0.0.0.0:dynamic"),
+        client=CLIENT4,
+        port=80,
+        network="192.0.2.0/24",
+    )
+    file = write_policy(text)
+    explained = json.loads(host.graft("policy", "check", file, "--explain", "--json").stdout)["rules"]
+    lines = host.graft("policy", "check", file, "--explain").stdout.splitlines()
+    host.graft("attach", "--cgroup", path, "--policy", file)
+    shown = json.loads(host.graft("policy", "show", path, "--json").stdout)["rules"]
+    assert explained == shown and len(shown) > 5
+    assert lines[1:] == host.graft("policy", "show", path).stdout.splitlines()[1:]
