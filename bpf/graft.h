@@ -427,7 +427,7 @@ struct counter_key {
 	__u32 decision;
 };
 
-/* `watches`: one entry, of all who watch decisions. */
+/* `watches`: of all who watch decisions. Entry 0 is theirs and has `until`, entry 1 the hooks' and has `lost`. */
 struct watch {
 	__u64 until;     /* somebody does until then, CLOCK_MONOTONIC in nanoseconds */
 	__u64 lost;      /* events for which `decisions` had no room */

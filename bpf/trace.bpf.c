@@ -10,7 +10,7 @@
 #define BPF_RB_NO_WAKEUP 1 /* who watches looks now and then */
 
 BPF_RINGBUF_OUTPUT(decisions, GRAFT_WATCH_PAGES);
-BPF_ARRAY(watches, struct watch, 1);
+BPF_ARRAY(watches, struct watch, 2);
 
 static __always_inline struct watch *find_watch(void)
 {
@@ -37,10 +37,16 @@ static __always_inline void read_caller(struct event *event)
 	bpf_get_current_comm(event->comm, sizeof(event->comm));
 }
 
-static __always_inline void publish(struct watch *watch, struct event *event)
+static __always_inline void publish(struct event *event)
 {
+	u32 one = 1;
+	struct watch *watch;
+
 	event->time = bpf_ktime_get_ns();
-	if (decisions.ringbuf_output(event, sizeof(*event), BPF_RB_NO_WAKEUP))
+	if (!decisions.ringbuf_output(event, sizeof(*event), BPF_RB_NO_WAKEUP))
+		return;
+	watch = watches.lookup(&one);
+	if (watch)
 		__sync_fetch_and_add(&watch->lost, 1);
 }
 
@@ -74,7 +80,7 @@ static __always_inline int trace_request(struct request *request, u8 call, int v
 	event.endpoint_port = request->endpoint_port;
 	__builtin_memcpy(event.addr, request->addr, 16);
 	read_caller(&event);
-	publish(watch, &event);
+	publish(&event);
 	return verdict;
 }
 
@@ -97,7 +103,7 @@ static __always_inline void trace_socket(u32 container, u8 call, u8 outcome, str
 		event.endpoint = of->endpoint;
 		__builtin_memcpy(event.addr, of->addr, 16);
 	}
-	publish(watch, &event);
+	publish(&event);
 }
 
 /* What a listener's bind requested, and its endpoint. */

@@ -189,6 +189,6 @@ def learn(
     warn(f"graft: watching {found.name} for {seconds:g} s (Ctrl-C ends it)")
     with contextlib.suppress(KeyboardInterrupt), progress(seconds) as step:
         learning.watch(seconds, step)
-    if learning.lost:
-        warn(f"graft: {learning.lost} decisions were lost: what they were about is missing")
+    if learning.lost or learning.has_gaps:
+        warn("graft: some decisions were lost: what they were about is missing")
     say(*policy_text(learning.policy, f"What {found.name} did while it was watched.").splitlines())

@@ -71,6 +71,8 @@ def trace(
                     print(json.dumps(one.record), flush=True)
                 else:
                     _show(one)
+            if batch.has_gap:
+                warn("graft: some decisions are missing: to print what came before took too long")
             if batch.lost:
                 warn(f"graft: {batch.lost} decisions were lost: more came than could be read")
     except KeyboardInterrupt:

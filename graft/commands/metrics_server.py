@@ -144,13 +144,15 @@ async def _serve(listener: socket.socket, render: Callable[[], bytes], ready: Ca
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopped.set)
-    clients: set[asyncio.StreamWriter] = set()
+    clients: dict[asyncio.StreamWriter, None] = {}  # the oldest first
 
     async def on_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(clients) >= _MAX_CLIENTS:
-            writer.transport.abort()
-            return
-        clients.add(writer)
+            # Not the new one: any user can keep as many open as there may be, and a scraper sends its request at once.
+            oldest = next(iter(clients))
+            del clients[oldest]
+            oldest.transport.abort()
+        clients[writer] = None
         try:
             await _answer(reader, writer, render)
         except (OSError, TimeoutError, ValueError, EOFError):
@@ -158,7 +160,7 @@ async def _serve(listener: socket.socket, render: Callable[[], bytes], ready: Ca
         else:
             writer.close()
         finally:
-            clients.discard(writer)
+            clients.pop(writer, None)
 
     start = asyncio.start_unix_server if listener.family == socket.AF_UNIX else asyncio.start_server
     server = await start(on_client, sock=listener, limit=_MAX_HEAD, backlog=_BACKLOG)

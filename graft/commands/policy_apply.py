@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from graft.policy.validator import check_splice, needs_unix_relay
 from graft.saved.model import SavedAttachment
 from graft.splice import client as splice
 from graft.state import members
+from graft.state.containers import check_transport
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -34,7 +36,7 @@ def apply(graft: Installation, policy: Policy, text: str | None = None, save: bo
     """Replace the policy of the container ``text``, or of every container whose policy has the same name.
 
     ``save``: for the next boot too, and of those that wait. Raises NotFoundError if there is none, PolicyError,
-    ConflictError, KernelError.
+    RefusedError, ConflictError, KernelError, and changes nothing then; UnfinishedError if one of them does not get it.
     """
     graft.reap()
     waiting = saving.find_each_waiting(graft, policy.name, text) if save else []
@@ -46,15 +48,51 @@ def apply(graft: Installation, policy: Policy, text: str | None = None, save: bo
         raise NotFoundError(
             f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
         )
-    changed = []
-    together = {container.id for container in chosen}
-    for container in chosen:
-        with saving.policy_of(graft.settings, container, policy, save):
-            changed.append(replace_policy(graft, container, policy, together=together))
+    _check_each(graft, chosen, policy)
+    changed, failed = _replace_each(graft, chosen, policy, save)
     for one in waiting:
         saving.replace_waiting(graft.settings, one, policy)
-    unserved = [update_relay(graft, before, container) for before, container in zip(chosen, changed, strict=True)]
-    return Applied(changed, waiting, [one for one in unserved if one])
+    unserved = [update_relay(graft, before, container) for before, container in changed]
+    if failed:
+        done = ", ".join(container.name for _, container in changed)
+        raise UnfinishedError(f"policy {policy.name}: {'; '.join(failed)}" + (f"; it is that of {done}" * bool(done)))
+    return Applied([container for _, container in changed], waiting, [one for one in unserved if one])
+
+
+def _check_each(graft: Installation, chosen: Sequence[Container], policy: Policy) -> None:
+    """Raises RefusedError and PolicyError if one of the containers cannot have the policy: none gets it then."""
+    compiled = graft.compile(policy)
+    for container in chosen:
+        if container.transport is Transport.SPLICE:
+            refuse_in_splice(policy)
+        check_transport(container.transport, container.name, compiled)
+
+
+def _replace_each(
+    graft: Installation, chosen: Sequence[Container], policy: Policy, save: bool
+) -> tuple[list[tuple[Container, Container]], list[str]]:
+    """Replace the policy of each, as it was and as it is; and a line for each where that failed. One that has ended
+    meanwhile is left out: the others have lost an endpoint that is declared anew, and get the new one.
+
+    Raises GraftError where nothing was changed at all.
+    """
+    changed: list[tuple[Container, Container]] = []
+    failed: list[str] = []
+    together = {container.id for container in chosen}
+    for container in chosen:
+        try:
+            with saving.policy_of(graft.settings, container, policy, save):
+                changed.append((container, replace_policy(graft, container, policy, together=together)))
+        except NotFoundError as error:
+            if len(chosen) == 1:
+                raise
+            if graft.maps.containers.get(ctypes.c_uint32(container.id)) is not None:
+                failed.append(f"{container.name}: {error.message}")
+        except (GraftError, OSError) as error:
+            if not changed:
+                raise
+            failed.append(f"{container.name}: {error}")
+    return changed, failed
 
 
 def refuse_in_splice(policy: Policy) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from graft.commands.policy_source import policy_name
 from graft.commands.trace import Filter, Traced, watch
 from graft.datapath.layout import TracedCall, TracedOutcome
+from graft.errors import UsageError
 from graft.model.endpoint import Endpoint, Protocol
 from graft.policy.learning import Observation, learn
+from graft.policy.limits import MAX_RULES
 from graft.policy.model import Policy
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -26,13 +28,24 @@ class Learning:
         self._graft, self._container = graft, container
         self._seen: set[Observation] = set()
         self.lost = 0
+        self.has_gaps = False
 
     def watch(self, seconds: float, step: Callable[[float, int], object]) -> None:
-        """Watch for so long. ``step`` is called now and then with the seconds that are over, and how much was seen."""
+        """Watch for so long. ``step`` is called now and then with the seconds that are over, and how much was seen.
+
+        Raises UsageError where that is more than a policy can have.
+        """
         begun = time.monotonic()
         for batch in watch(self._graft, Filter(self._container.id, _CALLS)):
             self.lost += batch.lost
+            self.has_gaps |= batch.has_gap
             self._seen.update(one for one in map(_observation, batch.decisions) if one is not None)
+            if len(self._seen) > MAX_RULES:
+                raise UsageError(
+                    f"container: {self._container.name} did more than {MAX_RULES} different things: no policy has"
+                    " so many rules",
+                    "write one for networks: graft trace shows what it does",
+                )
             passed = time.monotonic() - begun
             step(min(passed, seconds), len(self._seen))
             if passed >= seconds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from graft.commands.policy_show import ActiveRule
@@ -29,14 +30,15 @@ def deciding_destination(rules: Sequence[ActiveRule], protocol: str, ip: IPAddre
 
     ``protocol`` is tcp, udp or icmp, which has no ports.
     """
-    containing = [(_network(one), one) for one in _of(rules, "egress", protocol)]
+    containing = [(_network(one.address), one) for one in _of(rules, "egress", protocol)]
     inside = [(network.prefixlen, one) for network, one in containing if ip in network]
     longest = max((length for length, _ in inside), default=0)
     return next((one for length, one in inside if length == longest and one.first <= port <= one.last), None)
 
 
-def _network(rule: ActiveRule) -> IPv4Network | IPv6Network:
-    return ip_network(rule.address)
+@lru_cache(maxsize=65536)
+def _network(address: str) -> IPv4Network | IPv6Network:
+    return ip_network(address)
 
 
 def _of(rules: Iterable[ActiveRule], direction: str, protocol: str) -> list[ActiveRule]:

@@ -51,15 +51,17 @@ class Filter:
     outcomes: frozenset[TracedOutcome] = frozenset()
     endpoint: str = ""
 
-    def wants(self, traced: Traced) -> bool:
-        """Whether this one is."""
-        event = traced.event
+    def may_want(self, event: Event) -> bool:
+        """Whether this one may be, by what needs no names: to find those takes time."""
         return (
             (not self.container or event.container == self.container)
             and (not self.calls or event.call in self.calls)
             and (not self.outcomes or event.outcome in self.outcomes)
-            and (not self.endpoint or (traced.endpoint is not None and traced.endpoint.name == self.endpoint))
         )
+
+    def wants(self, traced: Traced) -> bool:
+        """Whether it is, if it may be."""
+        return not self.endpoint or (traced.endpoint is not None and traced.endpoint.name == self.endpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,10 +223,13 @@ def _deciding(names: _Names, container: Container | None, event: Event) -> Activ
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What has come since the last one: decisions, and how many were lost."""
+    """What has come since the last one: decisions, and how many were lost. ``has_gap``: for a time nobody had decisions
+    written, because what came before took this process too long.
+    """
 
     decisions: tuple[Traced, ...]
     lost: int
+    has_gap: bool = False
 
 
 def watch(graft: Installation, wanted: Filter) -> Iterator[Batch]:
@@ -238,9 +243,16 @@ def watch(graft: Installation, wanted: Filter) -> Iterator[Batch]:
     behind = time.time_ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
     def batch() -> Batch:
+        has_gap = decisions.renew()
         events, lost = decisions.read()
-        traced = (_named(names, event, behind) for event in events)
-        return Batch(tuple(one for one in traced if wanted.wants(one)), lost)
+        found = []
+        for event in events:
+            if wanted.may_want(event):
+                traced = _named(names, event, behind)
+                decisions.renew()
+                if wanted.wants(traced):
+                    found.append(traced)
+        return Batch(tuple(found), lost, has_gap)
 
     try:
         while True:

@@ -24,7 +24,7 @@ LEASE_SECONDS = 3.0
 """For how long decisions are written after a watcher was killed."""
 
 _RENEW_BEFORE_NS = 2_000_000_000
-_ENTRY = ctypes.c_uint32(0)
+_LEASE, _LOSSES = ctypes.c_uint32(0), ctypes.c_uint32(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +82,16 @@ class Decisions:
     def __init__(self, maps: Maps) -> None:
         self._watches = maps.watches
         self._ring = SharedRing(maps.decisions.fd, layout.WATCH_PAGES * mmap.PAGESIZE, RECORD)
-        self._lost = self._value().lost
+        self._lost = self._dropped()
         self.renew()
 
-    def renew(self) -> None:
-        """Have decisions written for `LEASE_SECONDS` more. Others' leases that end later stay."""
-        value = self._value()
+    def renew(self) -> bool:
+        """Have decisions written for `LEASE_SECONDS` more. Whether none were for a time, because nobody renewed it."""
+        until = self._until()
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        if value.until < now + _RENEW_BEFORE_NS:
-            value.until = now + int(LEASE_SECONDS * 1e9)
-            self._watches.put(_ENTRY, value)
+        if until < now + _RENEW_BEFORE_NS:
+            self._watches.put(_LEASE, layout.WatchValue(until=now + int(LEASE_SECONDS * 1e9)))
+        return until < now
 
     def read(self) -> tuple[list[Event], int]:
         """The decisions since the last call, in order, and how many were lost: for which the ring had no room, or that
@@ -99,14 +99,17 @@ class Decisions:
         """
         self.renew()
         records, lost = self._ring.read()
-        dropped = self._value().lost
-        lost += max(0, dropped - self._lost)
-        self._lost = dropped
+        dropped = self._dropped()
+        lost, self._lost = lost + dropped - self._lost, dropped
         return [parse_event(one) for one in records], lost
 
-    def _value(self) -> layout.WatchValue:
-        value = self._watches.get(_ENTRY)
-        return layout.WatchValue() if value is None else value
+    def _until(self) -> int:
+        found = self._watches.get(_LEASE)
+        return 0 if found is None else int(found.until)
+
+    def _dropped(self) -> int:
+        found = self._watches.get(_LOSSES)
+        return 0 if found is None else int(found.lost)
 
     def close(self) -> None:
         """Stop watching."""

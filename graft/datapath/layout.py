@@ -489,7 +489,7 @@ class CounterKey(ctypes.Structure):
 
 
 class WatchValue(ctypes.Structure):
-    """`watches`: one entry, at 0."""
+    """`watches`: entry 0 is the watchers' and has ``until``, entry 1 the hooks' and has ``lost``."""
 
     _fields_ = (("until", ctypes.c_uint64), ("lost", ctypes.c_uint64))
 

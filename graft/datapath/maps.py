@@ -182,7 +182,7 @@ class Maps:
 
     @cached_property
     def watches(self) -> Map[ctypes.c_uint32, layout.WatchValue]:
-        """One entry, at 0: until when somebody watches decisions."""
+        """At 0: until when somebody watches decisions; at 1: how many were lost."""
         return self._open("watches", ctypes.c_uint32, layout.WatchValue)
 
     @cached_property
