@@ -26,13 +26,11 @@ from graft.state.records import Container
 
 POLL_SECONDS = 0.05
 _LOOK_AGAIN_SECONDS = 1.0
-_MPTCP = 262
 _PROTOCOLS = {
-    socket.IPPROTO_TCP: "tcp",
+    socket.IPPROTO_TCP: "tcp",  # and the lower byte of IPPROTO_MPTCP
     socket.IPPROTO_UDP: "udp",
     socket.IPPROTO_ICMP: "icmp",
     socket.IPPROTO_ICMPV6: "icmp",
-    _MPTCP & 0xFF: "tcp",  # one byte of it is in an event
     0: "",
 }
 _IN_WORDS = {
