@@ -64,12 +64,12 @@ def _bpffs(settings: Settings) -> Iterator[Ailment]:
 
 
 def _folders(settings: Settings) -> Iterator[Ailment]:
-    for folder in (settings.run_dir, settings.state_dir):
+    for folder, forbidden in ((settings.run_dir, 0o077), (settings.state_dir, 0o022)):
         try:
             found = folder.stat()
         except FileNotFoundError:
             continue
-        if found.st_uid != 0 or found.st_mode & 0o077:
+        if found.st_uid != 0 or found.st_mode & forbidden:
             yield Ailment(
                 f"folder {folder}",
                 f"others than root may use it (owner {found.st_uid}, mode {found.st_mode & 0o7777:o})",
