@@ -38,7 +38,8 @@ def deciding_destination(rules: Sequence[ActiveRule], protocol: str, ip: IPAddre
 
 @lru_cache(maxsize=65536)
 def _network(address: str) -> IPv4Network | IPv6Network:
-    return ip_network(address)
+    """``address`` is as `ActiveRule` has it: [fd00::]/8."""
+    return ip_network(address.replace("[", "").replace("]", ""))
 
 
 def _of(rules: Iterable[ActiveRule], direction: str, protocol: str) -> list[ActiveRule]:

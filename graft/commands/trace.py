@@ -19,7 +19,7 @@ from graft.commands.rule_in_force import deciding_bind, deciding_destination
 from graft.datapath.decisions import Decisions, Event
 from graft.datapath.layout import TracedCall, TracedOutcome
 from graft.errors import NotFoundError, UsageError
-from graft.model.address import format_ip
+from graft.model.address import SocketAddress
 from graft.model.endpoint import Endpoint
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -86,7 +86,7 @@ class Traced:
             return f"level {event.level} option {event.option}"
         if event.call is TracedCall.SOCKET:
             return f"protocol {event.protocol}"
-        return "" if event.ip is None else _address(format_ip(event.ip), event.port)
+        return "" if event.ip is None else str(SocketAddress(event.ip, event.port))
 
     @property
     def result(self) -> str:
@@ -99,7 +99,7 @@ class Traced:
         if self.endpoint is None:
             return "a deleted endpoint (host)"
         if event.call is TracedCall.BIND and event.endpoint_port:
-            where = _address(format_ip(self.endpoint.address), event.endpoint_port)
+            where = str(SocketAddress(self.endpoint.address, event.endpoint_port))
         else:
             where = self.endpoint.format().removeprefix(f"{self.endpoint.name} = ")
         sign = "->" if event.call in (TracedCall.BIND, TracedCall.LISTEN) else "from"
@@ -132,7 +132,7 @@ class Traced:
             "process": event.comm or None,
             "call": event.call.name.lower(),
             "protocol": self.protocol or None,
-            "address": None if event.ip is None else format_ip(event.ip),
+            "address": None if event.ip is None else str(event.ip),
             "port": None if event.ip is None else event.port,
             "outcome": event.outcome.name.lower(),
             "endpoint": None if self.endpoint is None else self.endpoint.name,
@@ -141,10 +141,6 @@ class Traced:
             "level": event.level or None,
             "option": event.option or None,
         }
-
-
-def _address(ip: str, port: int) -> str:
-    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
 def parse_calls(names: Sequence[str]) -> frozenset[TracedCall]:
