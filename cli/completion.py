@@ -99,4 +99,6 @@ def policy_files(incomplete: str) -> list[str]:
 
 def engines() -> list[str]:
     """The engines of `graft runtime install`."""
-    return ["docker", "podman", "containerd"]
+    from graft.oci import engine_install
+
+    return list(engine_install.DEFAULTS)

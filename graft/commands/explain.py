@@ -15,14 +15,13 @@ from graft.commands.rule_in_force import deciding_bind, deciding_destination
 from graft.datapath.rulesets import Lookup
 from graft.errors import NotFoundError, UsageError
 from graft.model.address import IPAddress, SocketAddress, format_ip, pack16
-from graft.model.endpoint import IP_PROTOCOLS, Endpoint, Protocol
+from graft.model.endpoint import IP_PROTOCOLS, PROTOCOLS, Endpoint, Protocol
 from graft.model.transport import Transport
 from graft.policy.model import Default, Verdict
 from graft.state.installation import Installation
 from graft.state.records import Container
 
 CALLS = ("bind", "connect")
-_PROTOCOLS = {"tcp": Protocol.TCP, "udp": Protocol.UDP, "icmp": Protocol.ICMP}
 _LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 
 
@@ -65,7 +64,7 @@ class Explanation:
 def parse_protocol(text: str) -> Protocol:
     """tcp, udp or icmp. Raises UsageError."""
     try:
-        return _PROTOCOLS[text]
+        return PROTOCOLS[text]
     except KeyError:
         raise UsageError(f"--proto: no such protocol: {text!r}", "tcp, udp or icmp") from None
 
@@ -96,19 +95,15 @@ class _Asked:
         self._lookup = Lookup(graft.maps)
         self._rules = policy_in_force(graft, container).rules
 
-    @property
-    def _proto(self) -> str:
-        return self._protocol.label if self._protocol is not Protocol.ICMP else "icmp"
-
     def bind(self) -> Explanation:
         ip, port = self._address.ip, self._address.port
         number, first = self._lookup.ingress(self._ruleset, IP_PROTOCOLS[self._protocol], ip.version, pack16(ip), port)
         endpoint = self._graft.endpoints.by_id().get(number) if number else None
-        rule = deciding_bind(self._rules, self._proto, ip, port)
+        rule = deciding_bind(self._rules, self._protocol.label, ip, port)
         if endpoint is None:
             return self._by_default("bind", self._bind_default, rule if number else None)
         if not endpoint.protocols & self._protocol:
-            return self._refused("bind", rule, endpoint, f"{endpoint.name} is not for {self._proto}")
+            return self._refused("bind", rule, endpoint, f"{endpoint.name} is not for {self._protocol.label}")
         return self._made("bind", "granted", endpoint, rule, self._bound_at(endpoint, port, first))
 
     def _bound_at(self, endpoint: Endpoint, port: int, first: int) -> str:
@@ -122,7 +117,7 @@ class _Asked:
     def connect(self) -> Explanation:
         ip, port = self._destination(), self._address.port
         verdict, number = self._lookup.egress(self._ruleset, IP_PROTOCOLS[self._protocol], ip.version, pack16(ip), port)
-        rule = deciding_destination(self._rules, self._proto, ip, port)
+        rule = deciding_destination(self._rules, self._protocol.label, ip, port)
         if verdict == Verdict.DENY:
             return self._refused("connect", rule, None, "a rule denies it")
         if verdict == Verdict.CONTAINER:
@@ -160,7 +155,7 @@ class _Asked:
         return Explanation(
             self._container.name,
             call,
-            self._proto,
+            self._protocol.label,
             str(self._address),
             verdict,
             None if endpoint is None else endpoint.name,

@@ -14,10 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from graft.errors import GraftError
-from graft.model.settings import Settings
+from graft.model.settings import POLICIES, Settings
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./:@+,-]*", re.ASCII)
-POLICIES = Path("/etc/graft/policies")
 _SUFFIXES = (".yaml", ".yml")
 _MOST = 1000  # nobody chooses among more
 

@@ -9,7 +9,7 @@ from graft.commands.policy_source import policy_name
 from graft.commands.trace import Filter, Traced, watch
 from graft.datapath.layout import TracedCall, TracedOutcome
 from graft.errors import UsageError
-from graft.model.endpoint import Endpoint, Protocol
+from graft.model.endpoint import PROTOCOLS, Endpoint
 from graft.policy.learning import Observation, learn
 from graft.policy.limits import MAX_RULES
 from graft.policy.model import Policy
@@ -17,8 +17,6 @@ from graft.state.installation import Installation
 from graft.state.records import Container
 
 _CALLS = frozenset({TracedCall.BIND, TracedCall.CONNECT, TracedCall.SEND})
-_PROTOCOLS = {"tcp": Protocol.TCP, "udp": Protocol.UDP, "icmp": Protocol.ICMP}
-_STAYS = (TracedOutcome.CONTAINER,)
 
 
 class Learning:
@@ -62,12 +60,12 @@ class Learning:
 
 
 def _observation(traced: Traced) -> Observation | None:
-    event, protocol = traced.event, _PROTOCOLS.get(traced.protocol)
+    event, protocol = traced.event, PROTOCOLS.get(traced.protocol)
     if event.ip is None or protocol is None:
         return None
     endpoint = None if traced.endpoint is None else traced.endpoint.name
     if endpoint is None and traced.rule is not None and " = " in traced.rule.outcome:
         endpoint = traced.rule.outcome.split(" = ")[0]  # graftd relays it
-    stays = endpoint is None and event.outcome in _STAYS
+    stays = endpoint is None and event.outcome is TracedOutcome.CONTAINER
     is_bind = event.call is TracedCall.BIND
     return Observation(is_bind, protocol, event.ip, event.port, endpoint, stays)

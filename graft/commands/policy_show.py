@@ -13,7 +13,7 @@ from graft.datapath.layout import EGRESS_FIXED_BITS, EGRESS_PORT_FIXED_BITS, ING
 from graft.datapath.maps import Maps
 from graft.errors import NotFoundError
 from graft.model.address import format_ip
-from graft.model.endpoint import Endpoint
+from graft.model.endpoint import PROTOCOL_LABELS, Endpoint
 from graft.model.settings import Settings
 from graft.model.unix_socket import SCHEME, UNIX_FAMILY
 from graft.policy.compiler import EgressPortEntry, IngressEntry, RuleSet
@@ -22,7 +22,6 @@ from graft.state import unix_sockets
 from graft.state.installation import Installation
 from graft.state.records import Container
 
-_PROTOCOLS = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp", socket.IPPROTO_ICMP: "icmp"}
 _ANY = {"tcp", "udp"}
 
 
@@ -133,7 +132,7 @@ def _ingress(settings: Settings, maps: Maps, ruleset: int, endpoints: Mapping[in
             first, last = _ports(key.port_be, key.prefixlen - INGRESS_FIXED_BITS)
             address = f"* (IPv{key.family})" if key.any else _address(key.addr, key.family)
             outcome = _outcome(endpoints.get(value.endpoint), value.first_port)
-            found.append(_Entry("ingress", _PROTOCOLS[key.protocol], address, outcome, first, last))
+            found.append(_Entry("ingress", PROTOCOL_LABELS[key.protocol], address, outcome, first, last))
     return found
 
 
@@ -152,7 +151,7 @@ def _egress(maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list
         if prefix.ruleset == ruleset:
             address = f"{_address(prefix.addr, prefix.family)}/{prefix.prefixlen - EGRESS_FIXED_BITS}"
             for entry in nodes.get(node.node, []):
-                found.append(_Entry("egress", _PROTOCOLS[prefix.protocol], address, *entry))
+                found.append(_Entry("egress", PROTOCOL_LABELS[prefix.protocol], address, *entry))
     return found
 
 
@@ -200,11 +199,11 @@ def rules_of(policy: Policy, rules: RuleSet, endpoints: Mapping[str, Endpoint]) 
             granted = None if port.endpoint is None else endpoints[port.endpoint]
             outcome = _outcome(granted) if granted else _Outcome(port.verdict.name.lower())
             last = port.port + (1 << (16 - port.port_bits)) - 1
-            entries.append(_Entry("egress", _PROTOCOLS[prefix.protocol], address, outcome, port.port, last))
+            entries.append(_Entry("egress", PROTOCOL_LABELS[prefix.protocol], address, outcome, port.port, last))
     return tuple(_merge(entries))
 
 
 def _compiled_bind(one: IngressEntry, endpoint: Endpoint) -> _Entry:
     address = f"* (IPv{one.family})" if one.address is None else _address(one.address, one.family)
     last = one.port + (1 << (16 - one.port_bits)) - 1
-    return _Entry("ingress", _PROTOCOLS[one.protocol], address, _outcome(endpoint, one.first_port), one.port, last)
+    return _Entry("ingress", PROTOCOL_LABELS[one.protocol], address, _outcome(endpoint, one.first_port), one.port, last)

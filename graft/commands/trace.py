@@ -20,19 +20,17 @@ from graft.datapath.decisions import Decisions, Event
 from graft.datapath.layout import TracedCall, TracedOutcome
 from graft.errors import NotFoundError, UsageError
 from graft.model.address import SocketAddress
-from graft.model.endpoint import Endpoint
+from graft.model.endpoint import PROTOCOL_LABELS, Endpoint
 from graft.state.installation import Installation
 from graft.state.records import Container
 
 POLL_SECONDS = 0.05
 _LOOK_AGAIN_SECONDS = 1.0
 _PROTOCOLS = {
-    socket.IPPROTO_TCP: "tcp",  # and the lower byte of IPPROTO_MPTCP
-    socket.IPPROTO_UDP: "udp",
-    socket.IPPROTO_ICMP: "icmp",
+    **PROTOCOL_LABELS,
     socket.IPPROTO_ICMPV6: "icmp",
     0: "",
-}
+}  # (of MPTCP an event has one byte: TCP)
 _IN_WORDS = {
     TracedOutcome.RELAYED: "relayed by graftd",
     TracedOutcome.CONTAINER: "left to the container's own stack",

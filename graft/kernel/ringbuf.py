@@ -14,8 +14,8 @@ _BUSY, _DISCARDED = 1 << 31, 1 << 30
 _HEAD = 8
 
 
-class RingBuffer:
-    """A ring buffer by its descriptor, which the caller closes. Only one consumer at a time. Raises OSError."""
+class _Mapped:
+    """A ring buffer, mapped: the kernel's position of the consumer, that of the producers, and the data."""
 
     def __init__(self, fd: int, size: int) -> None:
         """``size``: of the data in bytes, as the map was made (its max_entries, a power of two)."""
@@ -26,6 +26,17 @@ class RingBuffer:
         self._read = memoryview(self._consumer).cast("Q")
         self._written = memoryview(self._producer)[:8].cast("Q")
         self._data = memoryview(self._producer)[page:]
+
+    def close(self) -> None:
+        """Unmap the buffer."""
+        for view in (self._read, self._written, self._data):
+            view.release()
+        self._consumer.close()
+        self._producer.close()
+
+
+class RingBuffer(_Mapped):
+    """A ring buffer by its descriptor, which the caller closes. Only one consumer at a time. Raises OSError."""
 
     def records(self) -> list[bytes]:
         """The new records since the last call."""
@@ -43,15 +54,8 @@ class RingBuffer:
             self._read[0] = at
         return found
 
-    def close(self) -> None:
-        """Unmap the buffer."""
-        for view in (self._read, self._written, self._data):
-            view.release()
-        self._consumer.close()
-        self._producer.close()
 
-
-class SharedRing:
+class SharedRing(_Mapped):
     """A ring buffer that several consumers read, each at its own place: every one gets every record.
 
     All records have ``record`` bytes. The kernel knows of one consumer's position, and writes nothing where it would
@@ -61,14 +65,9 @@ class SharedRing:
 
     def __init__(self, fd: int, size: int, record: int) -> None:
         """``size`` as for `RingBuffer`. What is written from now on is read."""
-        page = mmap.PAGESIZE
+        super().__init__(fd, size)
         self._size, self._record = size, record
         self._step = (_HEAD + record + 7) & ~7
-        self._consumer = mmap.mmap(fd, page)
-        self._producer = mmap.mmap(fd, page + 2 * size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=page)
-        self._taken = memoryview(self._consumer).cast("Q")
-        self._written = memoryview(self._producer)[:8].cast("Q")
-        self._data = memoryview(self._producer)[page:]
         self._at = self._written[0]
         self._give_free()
 
@@ -80,7 +79,7 @@ class SharedRing:
         while self._at < end:
             if end - self._at > self._size:
                 lost += self._skip(end)
-            start = self._at & (self._size - 1)
+            start = self._at & self._mask
             head = int.from_bytes(self._data[start : start + 4], sys.byteorder)
             record = bytes(self._data[start + _HEAD : start + self._step][: self._record])
             end = self._written[0]
@@ -100,12 +99,5 @@ class SharedRing:
         return behind
 
     def _give_free(self) -> None:
-        if self._at > self._taken[0]:
-            self._taken[0] = self._at
-
-    def close(self) -> None:
-        """Unmap the buffer."""
-        for view in (self._taken, self._written, self._data):
-            view.release()
-        self._consumer.close()
-        self._producer.close()
+        if self._at > self._read[0]:
+            self._read[0] = self._at

@@ -55,6 +55,12 @@ ANY_PROTOCOL = Protocol.TCP | Protocol.UDP
 IP_PROTOCOLS: dict[Protocol, int] = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.ICMP: 1}
 """Numbers in the maps' keys: IPPROTO_TCP, IPPROTO_UDP and IPPROTO_ICMP (of both families) of linux/in.h."""
 
+PROTOCOLS: dict[str, Protocol] = {one.label: one for one in IP_PROTOCOLS}
+"""Each by its label: tcp, udp and icmp."""
+
+PROTOCOL_LABELS: dict[int, str] = {number: one.label for one, number in IP_PROTOCOLS.items()}
+"""Their labels by their numbers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:

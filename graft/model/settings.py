@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from graft.errors import UsageError
 
+POLICIES = Path("/etc/graft/policies")
+"""The operator's policies, which are found by their names, besides those in a state directory's ``policies``."""
+
 
 class Settings(NamedTuple):
     """Paths and names of one installation of Graft on one host.

@@ -28,7 +28,6 @@ POLICY_ANNOTATION = "graft.policy"
 NET_ADMIN_ANNOTATION = "graft.allow-net-admin"
 POLICY_VARIABLE = "GRAFT_POLICY"
 PAIRS_VARIABLE = "GRAFT_CONV_PAIRS"
-_ETC = Path("/etc/graft/policies")
 # Annotations by which crun takes its filter, or the filter's listener, from elsewhere.
 _CRUN_FILTERS = ("run.oci.seccomp.receiver", "run.oci.seccomp.plugins", "run.oci.seccomp_bpf_data")
 # Those by which it puts a container into a cgroup below the container's own (crun(1)).
@@ -169,6 +168,7 @@ def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -
     names a path could name a file of its own, which the engine has unpacked on the host. Raises GraftError.
     """
     from graft.model.endpoint import MAX_POLICY_NAME, parse_name
+    from graft.model.settings import POLICIES
 
     if value.startswith("/"):
         if source is not Source.ANNOTATION:
@@ -180,7 +180,7 @@ def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -
             )
         return Path(value)
     parse_name(value, source.value, longest=MAX_POLICY_NAME)
-    folders = (settings.state_dir / "policies", _ETC)
+    folders = (settings.state_dir / "policies", POLICIES)
     for folder in folders:
         if (folder / f"{value}.yaml").exists():
             return folder / f"{value}.yaml"
