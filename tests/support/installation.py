@@ -18,6 +18,7 @@ from graft.datapath.maps import Maps
 from graft.kernel import cgroup
 from graft.model.endpoint import parse_endpoint
 from graft.model.settings import Settings
+from graft.saved.store import Store
 from graft.splice import client as splice
 from graft.splice import control
 from graft.state.installation import Installation
@@ -94,7 +95,9 @@ class Host:
         return name
 
     def forget_endpoints(self) -> None:
-        """Delete them all, in use or not."""
+        """Delete them all, in use or not, and what a test has saved: it would come back in another one."""
+        if Store(self.settings).exists:
+            Store(self.settings).forget_all()
         with self.installation as graft, graft.transaction() as change:
             for stored in graft.endpoints.listing():
                 change.endpoints.delete(stored.endpoint.name, force=True)
