@@ -95,6 +95,8 @@ def test_prometheus_gets_what_graftd_relays(host: Host, scraped: Prometheus, rel
 
 def test_promtool_finds_nothing_wrong(host: Host, relayed_container: Plain) -> None:
     published(relayed_container)
+    host.start("-i", f"0.0.0.0:80={host.endpoint('0.0.0.0:dynamic')}", "--", "socat", "TCP-LISTEN:80,fork", "PIPE")
+    until("a call", lambda: re.search(r"^graft_call_seconds_count{.*} [^0]", host.graft("metrics").stdout, re.M))
     text = host.graft("metrics").stdout
     assert "graft_relay_bytes_total{" in text and "graft_decisions_total{" in text
     checked = run(["/usr/bin/promtool", "check", "metrics"], stdin=text)
