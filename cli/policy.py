@@ -151,6 +151,7 @@ def apply(
         say(f"{changed.name}: policy {changed.policy}")
     for saved in done.waiting:
         say(f"{saved.target.text}: policy {policy.name}, when it is there")
+    warn(*done.cut_off)
     check_served(done.unserved)
 
 

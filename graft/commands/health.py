@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from graft.commands import up, watcher_process
@@ -70,12 +71,13 @@ def _folders(settings: Settings) -> Iterator[Ailment]:
         except FileNotFoundError:
             continue
         if found.st_uid != 0 or found.st_mode & forbidden:
-            yield Ailment(
-                f"folder {folder}",
-                f"others than root may use it (owner {found.st_uid}, mode {found.st_mode & 0o7777:o})",
-                f"chown root {folder}; chmod 700 {folder}",
-                lambda folder=folder: _make_private(folder),  # type: ignore[misc]
-            )
+            command = f"chown root {folder}; chmod 700 {folder}"
+            name = f"folder {folder}"
+            problem = f"others than root may use it (owner {found.st_uid}, mode {found.st_mode & 0o7777:o})"
+            if folder == settings.state_dir and Store(settings).exists:  # others may have written what is restored
+                yield Ailment(name, problem, f"look at what is saved there (graft export), then: {command}")
+            else:
+                yield Ailment(name, problem, command, partial(_make_private, folder))
 
 
 def _make_private(folder: Path) -> None:

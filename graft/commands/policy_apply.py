@@ -4,95 +4,207 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from graft.commands import saving
 from graft.commands.find import find
-from graft.errors import GraftError, NotFoundError, UnfinishedError
+from graft.datapath import rulesets
+from graft.errors import ConflictError, GraftError, NotFoundError, UnfinishedError
 from graft.model.transport import Transport
-from graft.policy.model import Policy, PolicyError
+from graft.policy.model import Origin, Policy, PolicyError
 from graft.policy.validator import check_splice, needs_unix_relay
 from graft.saved.model import SavedAttachment
+from graft.saved.store import Store
 from graft.splice import client as splice
 from graft.state import members
-from graft.state.containers import check_transport
+from graft.state.containers import CompiledPolicy, check_transport
 from graft.state.installation import Installation
-from graft.state.records import Container
+from graft.state.records import PAIRS, Container
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
     """Containers with a new policy: those that are attached, and those that are saved and wait. ``unserved``: those of
-    the first that graftd does not serve by it yet, each with the reason.
+    the first that graftd does not serve by it yet, each with the reason. ``cut_off``: a line for each container that
+    had asked for an endpoint that the policy declares anew.
     """
 
     containers: list[Container]
     waiting: list[SavedAttachment]
     unserved: list[str]
+    cut_off: list[str]
 
 
 def apply(graft: Installation, policy: Policy, text: str | None = None, save: bool = False) -> Applied:
     """Replace the policy of the container ``text``, or of every container whose policy has the same name.
 
-    ``save``: for the next boot too, and of those that wait. Raises NotFoundError if there is none, PolicyError,
-    RefusedError, ConflictError, KernelError, and changes nothing then; UnfinishedError if one of them does not get it.
+    ``save``: for the next boot too, and of those that wait. All of it is done under the lock on what is saved: nobody
+    restores a container by the old policy meanwhile. Raises NotFoundError if there is none, PolicyError, RefusedError,
+    ConflictError, KernelError, and changes nothing then; UnfinishedError if one of them does not get it.
     """
     graft.reap()
+    compiled = graft.compile(policy)
+    found = None
+    if text is not None and not (save and saving.find_each_waiting(graft, policy.name, text)):
+        found = find(graft, text)
+    chosen = _Choice([found], [], []) if found is not None else _choose(graft, compiled, text, save)
+    with _within_reach(chosen.containers, compiled) as reached, saving.alone(graft.settings, save):
+        if found is None:  # others attach and detach
+            chosen = _choose(graft, compiled, text, save)
+        job = _Job(graft, compiled, text is None, save, reached)
+        job.run(chosen)
+    unserved = [update_relay(graft, before, container) for before, container in job.changed]
+    if job.failed or chosen.kept:
+        raise _unfinished(policy, job, chosen)
+    containers = [container for _, container in job.changed]
+    return Applied(containers, job.waiting, [one for one in unserved if one], _cut_off(graft, policy))
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Those that are to get a policy, attached and waiting; ``kept``: a line for each that keeps the one it has."""
+
+    containers: list[Container]
+    waiting: list[SavedAttachment]
+    kept: list[str]
+
+
+def _choose(graft: Installation, compiled: CompiledPolicy, text: str | None, save: bool) -> _Choice:
+    """Every container under a policy of that name, or (``text``) the one that waits.
+
+    By its name, a container that has asked for its policy itself gets no policy that is not open to those that ask; and
+    it keeps the operator from nothing. Raises NotFoundError, RefusedError, PolicyError.
+    """
+    policy = compiled.policy
     waiting = saving.find_each_waiting(graft, policy.name, text) if save else []
+    chosen, kept = list[Container](), list[str]()
     if text is None:
-        chosen = [one for one in graft.containers.listing() if one.policy == policy.name]
-    else:
-        chosen = [] if waiting else [find(graft, text)]
-    if not chosen and not waiting:
+        for one in graft.containers.listing():
+            if one.policy == policy.name and one.origin != PAIRS:  # whose policy is of nobody's file
+                obstacle = _obstacle(one, compiled)
+                kept += obstacle
+                chosen += [] if obstacle else [one]
+    if not chosen and not waiting and not kept:
         raise NotFoundError(
             f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
         )
-    _check_each(graft, chosen, policy)
-    changed, failed = _replace_each(graft, chosen, policy, save)
-    for one in waiting:
-        saving.replace_waiting(graft.settings, one, policy)
-    unserved = [update_relay(graft, before, container) for before, container in changed]
-    if failed:
-        done = ", ".join(container.name for _, container in changed)
-        raise UnfinishedError(f"policy {policy.name}: {'; '.join(failed)}" + (f"; it is that of {done}" * bool(done)))
-    return Applied([container for _, container in changed], waiting, [one for one in unserved if one])
+    return _Choice(chosen, waiting, kept)
 
 
-def _check_each(graft: Installation, chosen: Sequence[Container], policy: Policy) -> None:
-    """Raises RefusedError and PolicyError if one of the containers cannot have the policy: none gets it then."""
-    compiled = graft.compile(policy)
-    for container in chosen:
-        if container.transport is Transport.SPLICE:
-            refuse_in_splice(policy)
-        check_transport(container.transport, container.name, compiled)
+def _obstacle(container: Container, compiled: CompiledPolicy) -> list[str]:
+    """A line that says why one that has asked for its policy keeps that. Raises what `_check` raises for others."""
+    if container.is_operators:
+        _check(container, compiled)
+        return []
+    if not compiled.policy.open:
+        return [f"{container.name} has asked for its policy itself, and keeps that: this one is not open"]
+    try:
+        _check(container, compiled)
+    except GraftError as error:
+        return [f"{container.name}: {error.message}"]
+    return []
 
 
-def _replace_each(
-    graft: Installation, chosen: Sequence[Container], policy: Policy, save: bool
-) -> tuple[list[tuple[Container, Container]], list[str]]:
-    """Replace the policy of each, as it was and as it is; and a line for each where that failed. One that has ended
-    meanwhile is left out: the others have lost an endpoint that is declared anew, and get the new one.
+def _check(container: Container, compiled: CompiledPolicy) -> None:
+    """Raises RefusedError and PolicyError if the container cannot have the policy."""
+    if container.transport is Transport.SPLICE:
+        refuse_in_splice(compiled.policy)
+    check_transport(container.transport, container.name, compiled)
 
-    Raises GraftError where nothing was changed at all.
+
+@contextlib.contextmanager
+def _within_reach(containers: Sequence[Container], compiled: CompiledPolicy) -> Iterator[Collection[int]]:
+    """For the block that gives them a policy. Gives those, of which a cgroup has to be looked up, that can be reached:
+    to find out takes time where somebody holds a folder.
     """
-    changed: list[tuple[Container, Container]] = []
-    failed: list[str] = []
-    together = {container.id for container in chosen}
-    for container in chosen:
+    with contextlib.ExitStack() as stack:
+        new = [one for one in containers if _attaches(one, compiled)]
+        yield {one.id for one in new if stack.enter_context(members.pinned(one.cgroup_path))}
+
+
+def _attaches(container: Container, compiled: CompiledPolicy) -> bool:
+    """Whether a container gets hooks that it has not had."""
+    return not container.is_relayed and needs_unix_relay(compiled.policy, compiled.endpoints)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One policy for many containers, under the lock on what is saved."""
+
+    graft: Installation
+    compiled: CompiledPolicy
+    by_name: bool
+    save: bool
+    reached: Collection[int]
+    changed: list[tuple[Container, Container]] = field(default_factory=list)
+    """Each as it was, and as it is."""
+    waiting: list[SavedAttachment] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """A line for each that has not got it."""
+
+    def run(self, chosen: _Choice) -> None:
+        """Raises GraftError where nothing was changed."""
+        together = {container.id for container in chosen.containers}
+        for container in chosen.containers:
+            self._replace(container, together)
+        for saved in chosen.waiting:
+            self._replace_saved(saved)
+
+    def _replace(self, container: Container, together: Collection[int]) -> None:
+        """One that has ended meanwhile is one that waits, if it is saved. Where the first one fails, nothing was done;
+        the others have lost an endpoint that is declared anew, and get the new one.
+        """
+        graft = self.graft
         try:
-            with saving.policy_of(graft.settings, container, policy, save):
-                changed.append((container, replace_policy(graft, container, policy, together=together)))
+            with saving.policy_of(graft.settings, container, self.compiled.policy, self.save):
+                self.changed.append((container, self._put_in_force(container, together)))
         except NotFoundError as error:
-            if len(chosen) == 1:
+            saved = saving.at(Store(graft.settings), container.cgroup_path) if self.save else None
+            if graft.is_attached(container):
+                self.failed.append(f"{container.name}: {error.message}")
+            elif saved is not None:
+                self._replace_saved(saved)
+            elif len(together) == 1:
                 raise
-            if graft.maps.containers.get(ctypes.c_uint32(container.id)) is not None:
-                failed.append(f"{container.name}: {error.message}")
         except (GraftError, OSError) as error:
-            if not changed:
+            if not self.changed and container.is_operators:
                 raise
-            failed.append(f"{container.name}: {error}")
-    return changed, failed
+            self.failed.append(f"{container.name}: {error}")
+
+    def _put_in_force(self, container: Container, together: Collection[int]) -> Container:
+        """By its name alone a container's policy stays one that it has asked for."""
+        if _attaches(container, self.compiled) and container.id not in self.reached:
+            raise ConflictError(f"{container.name} has just started, or somebody holds its folder", "try again")
+        is_operators = container.is_operators or not self.by_name
+        policy = replace(self.compiled.policy, origin=Origin.OPERATOR if is_operators else Origin.ASKED)
+        return _replace(self.graft, container, replace(self.compiled, policy=policy), together=together)
+
+    def _replace_saved(self, saved: SavedAttachment) -> None:
+        saving.replace_waiting(self.graft.settings, saved, self.compiled.policy)
+        self.waiting.append(saved)
+
+
+def _unfinished(policy: Policy, job: _Job, chosen: _Choice) -> UnfinishedError:
+    done = [container.name for _, container in job.changed] + [one.target.text for one in job.waiting]
+    lines = "; ".join([*job.failed, *chosen.kept])
+    hint = "graft detach, or --cgroup gives it the policy" if chosen.kept else ""
+    return UnfinishedError(f"policy {policy.name}: {lines}" + (f"; it is that of {', '.join(done)}" * bool(done)), hint)
+
+
+def _cut_off(graft: Installation, policy: Policy) -> list[str]:
+    """A line for each container whose own rules lead to an endpoint that is not there any more."""
+    declared = {one.name for one in policy.endpoints}
+    known = {one.id for one in graft.endpoints.listing()}
+    lines = []
+    for one in graft.containers.listing():
+        value = graft.maps.containers.get(ctypes.c_uint32(one.id))
+        if one.is_operators or value is None or declared.isdisjoint(one.endpoints):
+            continue
+        if not rulesets.endpoints_of(graft.maps, value.ruleset) <= known:
+            names = ", ".join(sorted(declared.intersection(one.endpoints)))
+            lines.append(f"{one.name} has asked for {names}, which is another endpoint now: it starts anew with that")
+    return lines
 
 
 def refuse_in_splice(policy: Policy) -> None:
@@ -133,12 +245,25 @@ def replace_policy(
 ) -> Container:
     """Replace a container's policy in the maps; graftd is to be told afterwards. Raises what `apply` raises.
 
-    ``name``, ``relay``: the new ones, None to keep them. ``together``: containers that get the same policy with it.
+    ``name``, ``relay``: the new ones, None to keep them. ``together``: containers that get the same policy with it, or
+    others that may be in its way.
     """
-    if container.transport is Transport.SPLICE:
-        refuse_in_splice(policy)
     compiled = graft.compile(policy)
-    attaches = not container.is_relayed and needs_unix_relay(compiled.policy, compiled.endpoints)
-    reach = members.within_reach(container.cgroup_path) if attaches else contextlib.nullcontext()
-    with reach, graft.transaction() as change:
+    reach = members.within_reach(container.cgroup_path) if _attaches(container, compiled) else contextlib.nullcontext()
+    with reach:
+        return _replace(graft, container, compiled, name, relay, together)
+
+
+def _replace(
+    graft: Installation,
+    container: Container,
+    compiled: CompiledPolicy,
+    name: str | None = None,
+    relay: str | None = None,
+    together: Collection[int] = (),
+) -> Container:
+    """`replace_policy` of one that is within reach."""
+    if container.transport is Transport.SPLICE:
+        refuse_in_splice(compiled.policy)
+    with graft.transaction() as change:
         return change.containers.apply(container, compiled, name, relay, together)

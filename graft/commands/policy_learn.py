@@ -9,7 +9,7 @@ from graft.commands.policy_source import policy_name
 from graft.commands.trace import Filter, Traced, watch
 from graft.datapath.layout import TracedCall, TracedOutcome
 from graft.errors import UsageError
-from graft.model.endpoint import PROTOCOLS, Endpoint
+from graft.model.endpoint import PROTOCOLS
 from graft.policy.learning import Observation, learn
 from graft.policy.limits import MAX_RULES
 from graft.policy.model import Policy
@@ -52,11 +52,9 @@ class Learning:
     @property
     def policy(self) -> Policy:
         """The policy for what was seen."""
-        return learn(policy_name(self._container.name), self._seen, self._declared())
-
-    def _declared(self) -> dict[str, Endpoint]:
-        """Endpoints that the container's policy declares itself: they go with it."""
-        return {one.endpoint.name: one.endpoint for one in self._graft.endpoints.listing() if one.declared}
+        listed = self._graft.endpoints.listing()
+        declared = {one.endpoint.name: one.endpoint for one in listed if one.declared}  # they go with the policy
+        return learn(policy_name(self._container.name), self._seen, declared, [one.endpoint.name for one in listed])
 
 
 def _observation(traced: Traced) -> Observation | None:

@@ -132,7 +132,7 @@ def _ingress(settings: Settings, maps: Maps, ruleset: int, endpoints: Mapping[in
             first, last = _ports(key.port_be, key.prefixlen - INGRESS_FIXED_BITS)
             address = f"* (IPv{key.family})" if key.any else _address(key.addr, key.family)
             outcome = _outcome(endpoints.get(value.endpoint), value.first_port)
-            found.append(_Entry("ingress", PROTOCOL_LABELS[key.protocol], address, outcome, first, last))
+            found.append(_Entry("ingress", _protocol(key.protocol), address, outcome, first, last))
     return found
 
 
@@ -151,7 +151,7 @@ def _egress(maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list
         if prefix.ruleset == ruleset:
             address = f"{_address(prefix.addr, prefix.family)}/{prefix.prefixlen - EGRESS_FIXED_BITS}"
             for entry in nodes.get(node.node, []):
-                found.append(_Entry("egress", PROTOCOL_LABELS[prefix.protocol], address, *entry))
+                found.append(_Entry("egress", _protocol(prefix.protocol), address, *entry))
     return found
 
 
@@ -199,11 +199,16 @@ def rules_of(policy: Policy, rules: RuleSet, endpoints: Mapping[str, Endpoint]) 
             granted = None if port.endpoint is None else endpoints[port.endpoint]
             outcome = _outcome(granted) if granted else _Outcome(port.verdict.name.lower())
             last = port.port + (1 << (16 - port.port_bits)) - 1
-            entries.append(_Entry("egress", PROTOCOL_LABELS[prefix.protocol], address, outcome, port.port, last))
+            entries.append(_Entry("egress", _protocol(prefix.protocol), address, outcome, port.port, last))
     return tuple(_merge(entries))
 
 
 def _compiled_bind(one: IngressEntry, endpoint: Endpoint) -> _Entry:
     address = f"* (IPv{one.family})" if one.address is None else _address(one.address, one.family)
     last = one.port + (1 << (16 - one.port_bits)) - 1
-    return _Entry("ingress", PROTOCOL_LABELS[one.protocol], address, _outcome(endpoint, one.first_port), one.port, last)
+    return _Entry("ingress", _protocol(one.protocol), address, _outcome(endpoint, one.first_port), one.port, last)
+
+
+def _protocol(number: int) -> str:
+    """A rule that is being erased has 0 for a moment (graft/datapath/rulesets.py)."""
+    return PROTOCOL_LABELS.get(number, str(number))

@@ -101,7 +101,9 @@ def _take(graft: Installation) -> Sample:
 
 
 def _unlisted(sockets: SocketCounts | None) -> tuple[str, ...]:
-    return ("TCP", "bound TCP", "UDP") if sockets is None else sockets.doubts.names
+    if sockets is None or not sockets.is_whole:
+        return "TCP", "bound TCP", "UDP"
+    return sockets.doubts.names
 
 
 def _decisions(maps: Maps) -> dict[int, dict[HookDecision, int]]:

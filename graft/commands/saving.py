@@ -72,16 +72,12 @@ def attachment(settings: Settings, saved: SavedAttachment | None) -> Iterator[No
 def policy_of(settings: Settings, container: Container, policy: Policy, save: bool) -> Iterator[None]:
     """The same for another policy of a container, if its attachment is saved."""
     store = Store(settings)
-    if not save or not store.exists:
+    saved = at(store, container.cgroup_path) if save and store.exists else None
+    if saved is None:
         yield
         return
-    with store.locked():
-        saved = at(store, container.cgroup_path)
-        if saved is None:
-            yield
-            return
-        with _in_place_after(store.prepare_attachment(replace(saved, policy=policy))):
-            yield
+    with _in_place_after(store.prepare_attachment(replace(saved, policy=policy))):
+        yield
 
 
 @contextlib.contextmanager
@@ -138,11 +134,8 @@ def is_attached(graft: Installation, text: str) -> bool:
 
 
 def replace_waiting(settings: Settings, saved: SavedAttachment, policy: Policy) -> None:
-    """Give one that waits another policy. Raises KernelError."""
-    store = Store(settings)
-    with store.locked():
-        if store.attachment(saved.target) is not None:
-            put_in_place(store.prepare_attachment(replace(saved, policy=policy)).commit)
+    """Give one that waits another policy, under the lock (`alone`). Raises KernelError."""
+    put_in_place(Store(settings).prepare_attachment(replace(saved, policy=policy)).commit)
 
 
 def find_waiting(graft: Installation, text: str) -> SavedAttachment | None:

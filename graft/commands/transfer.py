@@ -207,12 +207,15 @@ class _Import:
         return [one.name for one in self._before.endpoints if one.name not in kept and one.name in there]
 
     def _refuse_deleting_used(self, removed: list[Container]) -> None:
-        """Raises ConflictError if a container that stays, and is not saved, uses an endpoint that is to be deleted."""
+        """Raises ConflictError if a container that stays, and is not saved, uses an endpoint that is to be deleted.
+
+        What a container has asked for itself keeps the operator from nothing.
+        """
         gone = set(self._deleted())
         own = {one.id for one in (*removed, *self._attached().values())}
         for container in self._graft.containers.listing():
             used = gone.intersection(container.endpoints)
-            if used and container.id not in own:
+            if used and container.id not in own and container.is_operators:
                 names = ", ".join(sorted(used))
                 raise ConflictError(f"{container.name} uses {names}, which the file does not have", "graft ps")
 
@@ -231,11 +234,18 @@ class _Import:
         """Give each attached container the policy of the file: another may be in force than the one that was saved."""
         before = {one.target: one.policy for one in self._before.attachments}
         attached = self._attached()
+        together = {one.id for one in attached.values()}
         for one in self._state.attachments:
             container = attached.get(one.target)
             if container is not None:
-                changed = replace_policy(self._graft, container, one.policy)
-                self._undo.append(partial(replace_policy, self._graft, changed, before[one.target]))
+                try:
+                    changed = replace_policy(self._graft, container, one.policy, together=together)
+                except NotFoundError:
+                    if self._graft.is_attached(container):
+                        raise
+                    continue  # it has ended, and waits from here on
+                undo = partial(replace_policy, self._graft, changed, before[one.target], together=together)
+                self._undo.append(undo)
                 self._replaced.append((container, changed))
                 if before[one.target] != one.policy:
                     self._done.replaced.append(one.target.text)

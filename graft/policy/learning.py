@@ -7,18 +7,20 @@ picks. A bind that stayed in the container's own namespace has no rule to be nam
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 
 from graft.model.address import BindPattern, IPAddress, Prefix
-from graft.model.endpoint import Endpoint, Protocol
+from graft.model.endpoint import MAX_ENDPOINT_NAME, Endpoint, Protocol
 from graft.model.ports import PortRange
 from graft.policy.model import Default, EgressRule, IngressRule, Policy, Verdict
 
 _ANYWHERE = {4: "0.0.0.0", 6: "::"}
 _LOOPBACK = {4: ip_address("127.0.0.1"), 6: ip_address("::1")}
+
 _UNFIT = re.compile(r"[^A-Za-z0-9]+")
 
 
@@ -36,19 +38,22 @@ class Observation:
     stays: bool = False
 
 
-def learn(name: str, seen: Iterable[Observation], declared: Mapping[str, Endpoint]) -> Policy:
+def learn(
+    name: str, seen: Iterable[Observation], declared: Mapping[str, Endpoint], taken: Collection[str] = ()
+) -> Policy:
     """A policy of that name. ``declared`` are endpoints that the policy in force declares: this one declares those
-    of them that it needs.
+    of them that it needs. ``taken`` are the names of other endpoints.
     """
     observations = _one_of_each(seen)
-    ingress, made = _ingress([one for one in observations if one.is_bind and not one.stays])
-    egress, sources = _egress([one for one in observations if not one.is_bind])
+    names = _Names(declared, taken)
+    ingress = _ingress([one for one in observations if one.is_bind and not one.stays], names)
+    egress = _egress([one for one in observations if not one.is_bind], names)
     named = {rule.endpoint for rule in ingress} | {rule.endpoint for rule in egress}
     kept = tuple(endpoint for key, endpoint in sorted(declared.items()) if key in named)
     inside = any(one.is_bind and one.stays for one in observations)
     return Policy(
         name,
-        endpoints=(*kept, *made, *sources),
+        endpoints=(*kept, *names.made),
         ingress=tuple(ingress),
         egress=tuple(egress),
         bind_default=Default.CONTAINER if inside else Default.DENY,
@@ -74,41 +79,59 @@ def _order(one: Observation) -> tuple[object, ...]:
     return (not one.is_bind, one.ip.version, int(one.ip), one.protocol, one.port, one.endpoint or "", one.stays)
 
 
-def _ingress(binds: Iterable[Observation]) -> tuple[list[IngressRule], list[Endpoint]]:
+class _Names:
+    """New endpoints, each under a name that no other one has: what was done may lead to the same one."""
+
+    def __init__(self, declared: Mapping[str, Endpoint], taken: Collection[str]) -> None:
+        self._taken = {*declared, *taken}
+        self._made: dict[tuple[str, IPAddress, int], Endpoint] = {}
+
+    @property
+    def made(self) -> tuple[Endpoint, ...]:
+        """All of them."""
+        return tuple(self._made.values())
+
+    def of(self, wanted: str, ip: IPAddress, port: int, protocols: Protocol | None = None) -> str:
+        """The name of one at that address, for these protocols too (None: all), as near to ``wanted`` as can be."""
+        key = wanted, ip, port
+        before = self._made.get(key)
+        name = self._free(wanted) if before is None else before.name
+        both = None if protocols is None else protocols | (protocols if before is None else before.protocols)
+        self._made[key] = Endpoint(name, ip, port) if both is None else Endpoint(name, ip, port, both)
+        self._taken.add(name)
+        return name
+
+    def _free(self, wanted: str) -> str:
+        """A valid name that is free."""
+        plain = _UNFIT.sub("-", wanted).strip("-")
+        numbered = (f"{plain[: MAX_ENDPOINT_NAME - 1 - len(str(number))]}-{number}" for number in itertools.count(2))
+        return next(name for name in itertools.chain([plain[:MAX_ENDPOINT_NAME]], numbered) if name not in self._taken)
+
+
+def _ingress(binds: Iterable[Observation], names: _Names) -> list[IngressRule]:
     rules: list[IngressRule] = []
-    made: dict[str, Endpoint] = {}
     for one in binds:
-        name = one.endpoint
-        if name is None:
-            name = _name("learned", one.ip, one.port or "any")
-            before = made.get(name)
-            protocols = one.protocol if before is None else before.protocols | one.protocol
-            made[name] = Endpoint(name, one.ip, one.port, protocols)
+        wanted = f"learned-{one.ip}-{one.port or 'any'}"
+        name = one.endpoint or names.of(wanted, one.ip, one.port, one.protocol)
         pattern = BindPattern(one.ip, PortRange(one.port, one.port))
         rules.append(IngressRule(pattern, name, one.protocol))
-    return rules, list(made.values())
+    return rules
 
 
-def _name(*parts: object) -> str:
-    """A valid name of an endpoint."""
-    return _UNFIT.sub("-", "-".join(map(str, parts))).strip("-")[:31]
-
-
-def _egress(destinations: Iterable[Observation]) -> tuple[list[EgressRule], list[Endpoint]]:
+def _egress(destinations: Iterable[Observation], names: _Names) -> list[EgressRule]:
     grouped: dict[tuple[IPAddress, Protocol, str | None], list[int]] = {}
-    sources: dict[str, Endpoint] = {}
     for one in destinations:
         name = one.endpoint
         if name is None and not one.stays:
-            name = f"learned-out{one.ip.version}"
-            sources[name] = Endpoint(name, ip_address(_ANYWHERE[one.ip.version]), 0)
+            version = one.ip.version
+            name = names.of(f"learned-out{version}", ip_address(_ANYWHERE[version]), 0)
         grouped.setdefault((one.ip, one.protocol, name), []).append(one.port)
     rules = []
     for (ip, protocol, endpoint), ports in grouped.items():
         verdict = Verdict.CONTAINER if endpoint is None else Verdict.GRANT
         ranges = None if protocol is Protocol.ICMP else tuple(_ranges(ports))
         rules.append(EgressRule(Prefix(ip_network(ip)), verdict, endpoint, ranges, protocol))
-    return rules, list(sources.values())
+    return rules
 
 
 def _ranges(ports: Iterable[int]) -> list[PortRange]:

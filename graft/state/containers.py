@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -214,6 +214,7 @@ class ContainerChanges(Containers):
                 relay=relay,
                 unix_relay=new.unix_relay,
                 asked=new.asked,
+                origin=policy.origin.name.lower(),
             )
             records.save(self._settings, container)
         except BaseException:
@@ -247,7 +248,7 @@ class ContainerChanges(Containers):
         old = value.ruleset
         if needs_unix_relay(compiled.policy, compiled.endpoints) and not container.is_relayed:
             attachments.attach(self._settings, container.cgroup_path, container.id, splice=True)
-        new = self._install(compiled, replaced={old, *self._rulesets_of(together)})
+        new = self._install(compiled, {old, *self._rulesets_of(together)}, container.id)
         value.ruleset, value.flags = new.ruleset, new.flags
         value.bind_default, value.connect_default = new.bind_default, new.connect_default
         self._maps.containers.put(key, value)
@@ -265,6 +266,7 @@ class ContainerChanges(Containers):
             relay=relay or container.relay,
             unix_relay=new.unix_relay,
             asked=new.asked,
+            origin=compiled.policy.origin.name.lower(),
         )
         records.save(self._settings, changed)
         return changed
@@ -284,19 +286,26 @@ class ContainerChanges(Containers):
             if container.id in gone:
                 self._forget(container.id)
 
-    def _rulesets_of(self, numbers: Collection[int]) -> set[int]:
+    def _rulesets_of(self, numbers: Iterable[int]) -> set[int]:
         found = (self._maps.containers.get(ctypes.c_uint32(number)) for number in numbers)
         return {value.ruleset for value in found if value is not None}
 
-    def _install(self, compiled: CompiledPolicy, replaced: Collection[int] = ()) -> _Installed:
-        """Write a policy's rules, all or none. ``replaced`` are the rulesets that they are to replace."""
+    def _install(self, compiled: CompiledPolicy, replaced: Collection[int] = (), container: int = 0) -> _Installed:
+        """Write a policy's rules, all or none. ``replaced`` are the rulesets that they are to replace; ``container``,
+        the one that has one of them.
+
+        What a container has asked for itself keeps the operator from nothing: it loses an endpoint that the operator's
+        policy declares anew.
+        """
         policy = compiled.policy
+        if policy.origin is Origin.OPERATOR:
+            replaced = {*replaced, *self._rulesets_of(one.id for one in self.listing() if not one.is_operators)}
         superseded = self._endpoints.declare(policy.endpoints, replaced)
         try:
             stored = {found.endpoint.name: found for found in self._endpoints.listing()}
             known = {name: found.endpoint for name, found in stored.items()}
             rules = compile_for(policy, known, compiled).rules
-            asked = self._asked_room(policy, rules)
+            asked = self._asked_room(policy, rules, container)
             number = self._new_id()
             unix_sockets.save_rules(self._settings, policy.unix_ingress)
             rulesets.write(self._maps, number, rules, {name: found.id for name, found in stored.items()})
@@ -308,14 +317,16 @@ class ContainerChanges(Containers):
         relayed = needs_unix_relay(policy, known)
         return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded, relayed, asked)
 
-    def _asked_room(self, policy: Policy, rules: RuleSet) -> int:
-        """How much of the maps a container asks for itself; 0 where the operator chose its policy.
+    def _asked_room(self, policy: Policy, rules: RuleSet, container: int) -> int:
+        """How much of the maps a container asks for itself; 0 where the operator chose its policy. What ``container``
+        has asked for before is replaced.
 
         Raises RefusedError where all such containers would have more of them than they may.
         """
         if policy.origin is Origin.OPERATOR:
             return 0
-        if sum(one.asked for one in self.listing()) + rules.weight > MAX_ASKED_ENTRIES:
+        others = sum(one.asked for one in self.listing() if one.id != container)
+        if others + rules.weight > MAX_ASKED_ENTRIES:
             raise RefusedError(
                 "policy: containers have asked for as many rules by their environment as they may together",
                 "end some of them, or name the policy in an annotation",

@@ -22,6 +22,7 @@ from graft.policy.model import Policy
 from graft.state import bound_sockets, members, restored
 from graft.state.containers import CompiledPolicy, ContainerChanges, Containers, compile_for
 from graft.state.endpoints import EndpointChanges, Endpoints
+from graft.state.records import Container
 
 
 class Installation:
@@ -65,6 +66,10 @@ class Installation:
         Raises PolicyError, UsageError.
         """
         return compile_for(policy, policy.resolve(self.endpoints.by_name()))
+
+    def is_attached(self, container: Container) -> bool:
+        """Whether it has rules now."""
+        return self.maps.containers.get(ctypes.c_uint32(container.id)) is not None
 
     def reap(self) -> None:
         """Remove the rules and records of containers whose cgroup is gone. Quick if there are none."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from graft.errors import UsageError
 from graft.kernel import cgroup
@@ -17,6 +19,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 
 _REQUIRED = {"id", "name", "cgroup", "transport", "netns", "policy", "endpoints"}
+OPERATORS, ASKED, PAIRS = "operator", "asked", "pairs"
 _MAX_RECORD = 1 << 20
 _MAX_ID, _MAX_COOKIE = (1 << 32) - 1, (1 << 64) - 1
 
@@ -27,7 +30,8 @@ class Container:
 
     ``cgroup_id`` distinguishes its cgroup from a later one at the same path; ``engine`` is what started it; ``relay``
     (splice, kernel) is how transport splice moves its bytes. ``unix_relay``: a rule for TCP leads to a unix socket.
-    ``asked``: how much of the maps it has by a policy that it asked for itself (0: the operator chose it).
+    ``origin``: who has chosen its policy (`Origin` of graft/policy/model.py, in small letters); ``asked``: how much of
+    the maps it has by one that it asked for itself.
     """
 
     id: int
@@ -43,6 +47,12 @@ class Container:
     relay: str = "splice"
     unix_relay: bool = False
     asked: int = 0
+    origin: str = OPERATORS
+
+    @property
+    def is_operators(self) -> bool:
+        """Whether the operator has chosen its policy. Else it has asked for it itself, as its image may have it do."""
+        return self.origin == OPERATORS
 
     @property
     def cgroup_path(self) -> Path:
@@ -116,12 +126,23 @@ def parse_record(raw: bytes, name: str) -> Container:
             relay=json_text.text(found.get("relay"), "relay") or "splice",
             unix_relay=found.get("unix_relay") is True,
             asked=json_text.number(found.get("asked"), "asked", _MAX_ID),
+            origin=_origin(found),
         )
     except UsageError as error:
         raise UsageError(f"{name}: {error.message}") from None
     if name != f"{number}.json" or not container.cgroup.startswith("/") or ".." in container.cgroup_path.parts:
         raise UsageError(f"{name}: id {number} at {shown(container.cgroup)} is not a container")
     return container
+
+
+def _origin(found: Mapping[str, Any]) -> str:
+    """Who has chosen the policy. Earlier records have no such field, but for how much it asked for."""
+    if "origin" not in found:
+        return ASKED if found.get("asked") else OPERATORS
+    origin = json_text.text(found["origin"], "origin")
+    if origin not in (OPERATORS, ASKED, PAIRS):
+        raise UsageError(f"origin: {shown(origin)} is none of {OPERATORS}, {ASKED}, {PAIRS}")
+    return origin
 
 
 def read_all(settings: Settings) -> tuple[list[Container], list[UsageError]]:

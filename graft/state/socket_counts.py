@@ -1,23 +1,27 @@
 """How many sockets containers have on the host's stack, for `graft metrics` and `graft top`, which ask again and again.
 
-One listing of the kernel's (sock_diag, which takes no socket's lock), in children with a time limit. No process is
-searched, unlike in graft/state/inventory.py: a TCP socket belongs to the container that its tag names, any other to the
-one in whose cgroups, or in whose supervisor's, it was made. What a container was handed from elsewhere is not counted.
+One listing of the kernel's (sock_diag, which takes no socket's lock), in children with a time limit, which count there:
+a container may have very many sockets. No process is searched, unlike in graft/state/inventory.py: a TCP socket belongs
+to the container that its tag names, any other to the one in whose cgroups, or in whose supervisor's, it was made. What
+a container was handed from elsewhere is not counted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from graft.datapath import layout
 from graft.datapath.dataplane import own_cgroup
 from graft.datapath.maps import Maps
 from graft.kernel import cgroup
-from graft.kernel.sockets import ListedSocket
+from graft.kernel.sockets import ListedSocket, Listing
 from graft.model.settings import Settings
 from graft.model.transport import Home, Transport
 from graft.state import members, stack_listing
@@ -25,6 +29,10 @@ from graft.state.inventory import HostStack
 from graft.state.members import Members
 from graft.state.records import Container
 from graft.state.stack_listing import NO_DOUBTS, Doubts
+
+_COUNT_SECONDS = 1.0
+"""For the sockets of one listing; what is left then is not counted, and that is said."""
+_AT_A_TIME = 256
 
 SocketKind = tuple[str, str]
 """Protocol and state, as graft.kernel.sockets has them: ("tcp", "listening")."""
@@ -67,10 +75,13 @@ def tally(owners: Owners, found: Iterable[ListedSocket]) -> dict[int, Counter[So
 
 @dataclass(frozen=True, slots=True)
 class SocketCounts:
-    """Sockets by containers' ids. ``doubts``: what the kernel did not list in time."""
+    """Sockets by containers' ids. ``doubts``: what the kernel did not list in time; ``is_whole``: all that it listed
+    was counted.
+    """
 
     by_container: Mapping[int, Mapping[SocketKind, int]]
     doubts: Doubts = NO_DOUBTS
+    is_whole: bool = True
 
 
 def count(settings: Settings, maps: Maps, containers: Sequence[Container], stack: HostStack) -> SocketCounts | None:
@@ -80,12 +91,32 @@ def count(settings: Settings, maps: Maps, containers: Sequence[Container], stack
     """
     inside = members.of_each([one.cgroup_path for one in containers])
     owners = _owners(settings, maps, containers, stack, inside)
-    listing = stack_listing.list_stack(settings, stack.namespaces, owners.by_cgroup.keys())
-    if listing is None:
+    found = stack_listing.look_at_stack(
+        settings, stack.namespaces, owners.by_cgroup.keys(), partial(_counted, owners, _COUNT_SECONDS)
+    )
+    if found is None:
         return None
-    # What has no tag, and was made elsewhere, is nobody's: a host may have very many, which are not read.
-    found = (one.read() for _, one in listing.sockets if one.is_stored or one.cgroup in owners.by_cgroup)
-    return SocketCounts(tally(owners, found), listing.doubts)
+    by_container: dict[int, Counter[SocketKind]] = {}
+    for _, (counted, _) in found.seen:
+        for number, kinds in counted.items():
+            by_container.setdefault(number, Counter()).update(kinds)
+    return SocketCounts(by_container, found.doubts, all(is_whole for _, (_, is_whole) in found.seen))
+
+
+def _counted(owners: Owners, seconds: float, listing: Listing) -> tuple[dict[int, Counter[SocketKind]], bool]:
+    """`tally` of a listing, as far as it can be read in so many seconds; and whether that is all of it.
+
+    What has no tag, and was made elsewhere, is nobody's: a host may have very many, which are not read.
+    """
+    end = time.monotonic() + seconds
+    of_containers = (one for one in listing if one.is_stored or one.cgroup in owners.by_cgroup)
+    counted: dict[int, Counter[SocketKind]] = {}
+    while some := list(itertools.islice(of_containers, _AT_A_TIME)):
+        for number, kinds in tally(owners, (one.read() for one in some)).items():
+            counted.setdefault(number, Counter()).update(kinds)
+        if time.monotonic() > end:
+            return counted, next(of_containers, None) is None
+    return counted, True
 
 
 def _owners(

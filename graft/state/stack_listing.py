@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from graft.kernel import bpf, netns, sockets, tasks
 from graft.kernel.sockets import Kind, ListedSocket, Listing, SeenSocket
@@ -64,6 +65,7 @@ class StackListing:
 
 Asked = tuple[Path, Kind, bool]
 """A namespace, what is to be listed there, and whether only of the containers' cgroups."""
+SeenT = TypeVar("SeenT")
 
 
 def list_stack(
@@ -72,11 +74,36 @@ def list_stack(
     """The sockets of these namespaces. None if the kernel does not answer in time about those of TCP, not even by their
     cgroups. ``earlier``: what was not listed in time before is not asked for again. Raises OSError.
     """
+    found = look_at_stack(settings, paths, cgroups, lambda listing: listing, earlier)
+    if found is None:
+        return None
+    sockets_found = [(path, sock) for path, listing in found.seen for sock in listing]
+    return StackListing(sockets_found, found.doubts, found.paths)
 
-    def ask(one: Asked) -> tuple[int, Listing]:
-        return _list_namespace(settings, one[0], one[1], cgroups if one[2] else None)
 
-    answers: list[tuple[Path, Kind, tuple[int, Listing]]] = []
+@dataclass(frozen=True, slots=True)
+class SeenStack(Generic[SeenT]):
+    """What was seen in listings, each with the path of its namespace; the rest as in `StackListing`."""
+
+    seen: list[tuple[Path, SeenT]]
+    doubts: Doubts
+    paths: Mapping[int, Path]
+
+
+def look_at_stack(
+    settings: Settings,
+    paths: Sequence[Path],
+    cgroups: Collection[int],
+    look: Callable[[Listing], SeenT],
+    earlier: Doubts = NO_DOUBTS,
+) -> SeenStack[SeenT] | None:
+    """As `list_stack`, but what ``look`` sees in each listing, in the child, as part of its time."""
+
+    def ask(one: Asked) -> tuple[int, SeenT]:
+        cookie, listing = _list_namespace(settings, one[0], one[1], cgroups if one[2] else None)
+        return cookie, look(listing)
+
+    answers: list[tuple[Path, Kind, tuple[int, SeenT]]] = []
     partial, unlisted = set(earlier.partial), set(earlier.unlisted)
     asked: list[Asked] = [(path, kind, kind in partial) for kind in Kind if kind not in unlisted for path in paths]
     while asked and Kind.TCP not in unlisted:
@@ -91,15 +118,14 @@ def list_stack(
     return _joined(answers, Doubts(frozenset(partial), frozenset(unlisted)))
 
 
-def _joined(answers: Iterable[tuple[Path, Kind, tuple[int, Listing]]], doubts: Doubts) -> StackListing:
-    """One listing of several, in which a namespace that has several paths counts once."""
+def _joined(answers: Iterable[tuple[Path, Kind, tuple[int, SeenT]]], doubts: Doubts) -> SeenStack[SeenT]:
+    """A namespace that has several paths counts once."""
     paths: dict[int, Path] = {}
-    listings: dict[tuple[int, Kind], Listing] = {}
-    for path, kind, (cookie, listing) in answers:
+    seen: dict[tuple[int, Kind], SeenT] = {}
+    for path, kind, (cookie, one) in answers:
         paths.setdefault(cookie, path)
-        listings.setdefault((cookie, kind), listing)
-    found = [(paths[cookie], sock) for (cookie, _), listing in listings.items() for sock in listing]
-    return StackListing(found, doubts, paths)
+        seen.setdefault((cookie, kind), one)
+    return SeenStack([(paths[cookie], one) for (cookie, _), one in seen.items()], doubts, paths)
 
 
 def _list_namespace(settings: Settings, path: Path, kind: Kind, cgroups: Collection[int] | None) -> tuple[int, Listing]:

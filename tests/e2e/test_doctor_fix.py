@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from graft.commands import health, watcher_process
+from graft.datapath.dataplane import is_up
 from graft.splice import client as splice
 from graft.splice import control
 from tests.e2e.conftest import MakeCgroup
@@ -47,6 +48,18 @@ def test_a_folder_that_others_may_use_is_made_private(saving: Host) -> None:
     assert "others than root may use it (owner 0, mode 755) (graft doctor --fix, or chown root" in said
     assert ": mended" in saving.graft("doctor", "--fix", "--json").stderr
     assert stat.S_IMODE(saving.settings.run_dir.stat().st_mode) == 0o700
+
+
+def test_what_others_may_have_saved_is_not_restored_by_itself(saving: Host) -> None:
+    saving.graft("ep", "add", "web", "127.0.0.1:8080")
+    saving.graft("down", "--force")
+    saving.settings.state_dir.chmod(0o777)
+    try:
+        assert "look at what is saved there (graft export)" in saving.graft("doctor", "--fix", status=1).stderr
+        assert stat.S_IMODE(saving.settings.state_dir.stat().st_mode) == 0o777
+        assert not is_up(saving.settings) or not saving.installation.endpoints.listing()
+    finally:
+        saving.settings.state_dir.chmod(0o700)
 
 
 def test_graftd_and_the_watcher_are_started(saving: Host) -> None:

@@ -45,20 +45,20 @@ def test_one_that_ends_keeps_no_other_from_the_new_policy(
     for path in paths:
         saving.graft("attach", "--cgroup", path, "--policy", policy(file, "0.0.0.0"))
     text = policy(file, "127.0.0.1", ", ports: [80]").read_text()
-    real: Any = policy_apply.replace_policy
+    real: Any = policy_apply._replace
 
     def replace(graft: Any, container: Any, *more: Any, **named: Any) -> Any:
         if container.cgroup == str(paths[1]):
             saving.remove_at(paths[1])  # it has ended just now
         return real(graft, container, *more, **named)
 
-    monkeypatch.setattr(policy_apply, "replace_policy", replace)
+    monkeypatch.setattr(policy_apply, "_replace", replace)
     done = policy_apply.apply(saving.installation, load_policy(text, "shared.yaml", {}), save=True)
     assert [one.cgroup for one in done.containers] == [str(paths[0]), str(paths[2])]
     for path in (paths[0], paths[2]):
         assert "127.0.0.0/8:80 from decl = 127.0.0.1:dynamic" in saving.graft("policy", "show", path).stdout
     saved = {one.target.name: one.policy for one in Store(saving.settings).read()[0].attachments}
-    assert [str(saved[path.name].endpoints[0].address) for path in (paths[0], paths[2])] == ["127.0.0.1"] * 2
+    assert [str(saved[path.name].endpoints[0].address) for path in paths] == ["127.0.0.1"] * 3
     saving.graft("down", "--force", "--forget")
     saving.graft("up")
 
