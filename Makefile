@@ -93,6 +93,6 @@ clean: ## remove everything that can be made again, .venv too
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made by `make setup`; older than pyproject.toml it is made anew.
-$(READY): pyproject.toml setup.py bpf/graft.h $(wildcard graft/swap/compiled/* graft/swap/compiled_waiter/* graft/oci/compiled/* graft/splice/native/*.py) .ci/setup
+$(READY): pyproject.toml setup.py bpf/graft.h $(wildcard graft/swap/compiled/* graft/swap/compiled_waiter/* graft/oci/compiled/* graft/bench/compiled/* graft/splice/native/*.py) .ci/setup
 	@.ci/setup
 	@touch $@

@@ -1,0 +1,89 @@
+"""The results as a picture: ratios to the host, latency, CPU time, and the cost of a call as rules grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from graft.bench.outputs import PERCENTILES
+from graft.bench.report import BASELINE, Kind, Metric, Results
+
+LATENCY_OF = "pingpong"
+"""The workload whose percentiles are drawn."""
+
+_PANEL = 3.6  # inches of height
+_WIDTH = 11
+
+
+def draw(results: Results, target: Path) -> None:
+    """Draw what was measured into ``target``; its suffix says which kind of file."""
+    panels: list[tuple[str, Callable[[Any], None]]] = []
+    for kind, label in ((Kind.MAIN, "ratio to the host"), (Kind.CPU, "CPU time, ratio to the host")):
+        if metrics := results.of_kind(kind):
+            panels.append((label, lambda axes, metrics=metrics: _ratios(axes, results, metrics)))  # type: ignore[misc]
+    latencies = [metric for metric in results.of_kind(Kind.LATENCY) if metric.name.startswith(f"{LATENCY_OF}-")]
+    if latencies:
+        panels.append(("TCP ping-pong, us", lambda axes: _latencies(axes, results, latencies)))
+    if results.growth:
+        panels.append(("connect + close, ratio to the host", lambda axes: _growth(axes, results)))
+    # Not pyplot's: it keeps figures, and asks for a screen.
+    figure = Figure(figsize=(_WIDTH, _PANEL * max(1, len(panels))))
+    for axes, (label, fill) in zip(figure.subplots(max(1, len(panels)), squeeze=False)[:, 0], panels, strict=False):
+        fill(axes)
+        axes.set_ylabel(label)
+        axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"Graft {results.run.version}, Linux {results.run.kernel}, {results.run.machine}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+def _ratios(axes: Any, results: Results, metrics: Sequence[Metric]) -> None:
+    """Bars of the ratios to the host, with the spread of the rounds."""
+    found = results.summaries
+    others = [column for column in results.columns if column.name != BASELINE]
+    width = 0.8 / max(1, len(others))
+    for number, column in enumerate(others):
+        shown = [
+            (place, summary.ratio)
+            for place, metric in enumerate(metrics)
+            if (summary := found.get((metric.name, column.name))) is not None and summary.ratio is not None
+        ]
+        if shown:
+            ratios = [ratio for _, ratio in shown]
+            spread = [[one.median - one.low for one in ratios], [one.high - one.median for one in ratios]]
+            places = [place + number * width for place, _ in shown]
+            colour = f"C{number % 10}"
+            axes.bar(
+                places, [one.median for one in ratios], width, yerr=spread, color=colour, label=column.title,
+                hatch="//" if number >= 10 else None, error_kw={"linewidth": 0.7},
+            )  # fmt: skip
+    axes.axhline(1, color="black", linewidth=0.8)
+    middle = width * (len(others) - 1) / 2
+    titles = [metric.title if metric.more_is_better else f"{metric.title}\n(less is better)" for metric in metrics]
+    axes.set_xticks([place + middle for place in range(len(metrics))], titles, rotation=12, ha="right", fontsize=7)
+
+
+def _latencies(axes: Any, results: Results, metrics: Sequence[Metric]) -> None:
+    """A line for each case over the percentiles."""
+    found = results.summaries
+    for column in results.columns:
+        medians = [found[metric.name, column.name].median for metric in metrics if (metric.name, column.name) in found]
+        if len(medians) == len(PERCENTILES):
+            axes.plot(PERCENTILES, medians, marker="o", markersize=3, linewidth=1, label=column.title)
+    axes.set_yscale("log")
+    axes.grid(axis="y", linewidth=0.3)
+
+
+def _growth(axes: Any, results: Results) -> None:
+    """A line for rules and one for containers, with the spread of the rounds."""
+    for growth in results.growth:
+        counts = [point.count for point in growth.points]
+        ratios = [point.ratio for point in growth.points]
+        spread = [[one.median - one.low for one in ratios], [one.high - one.median for one in ratios]]
+        axes.errorbar(counts, [one.median for one in ratios], yerr=spread, marker="o", capsize=3, label=growth.title)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.axhline(1, color="black", linewidth=0.8)
