@@ -6,22 +6,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from graft.bench.outputs import PERCENTILES
-from graft.bench.report import BASELINE, Kind, Metric, Results
+from graft.bench.report import BASELINE, Column, Kind, Metric, Ratio, Results
 
 LATENCY_OF = "pingpong"
 """The workload whose percentiles are drawn."""
 
 _PANEL = 3.6  # inches of height
 _WIDTH = 11
+_THIN = {"error_kw": {"linewidth": 0.7}}
 
 
 def draw(results: Results, target: Path) -> None:
     """Draw what was measured into ``target``; its suffix says which kind of file."""
     panels: list[tuple[str, Callable[[Any], None]]] = []
-    for kind, label in ((Kind.MAIN, "ratio to the host"), (Kind.CPU, "CPU time, ratio to the host")):
+    for kind, label in ((Kind.MAIN, "ratio to the host"), (Kind.CPU, "CPU time (less is better), ratio")):
         if metrics := results.of_kind(kind):
             panels.append((label, lambda axes, metrics=metrics: _ratios(axes, results, metrics)))  # type: ignore[misc]
     latencies = [metric for metric in results.of_kind(Kind.LATENCY) if metric.name.startswith(f"{LATENCY_OF}-")]
@@ -41,7 +43,7 @@ def draw(results: Results, target: Path) -> None:
 
 
 def _ratios(axes: Any, results: Results, metrics: Sequence[Metric]) -> None:
-    """Bars of the ratios to the host, with the spread of the rounds."""
+    """Bars of the ratios to the host, up or down from 1, with the spread of the rounds."""
     found = results.summaries
     others = [column for column in results.columns if column.name != BASELINE]
     width = 0.8 / max(1, len(others))
@@ -52,18 +54,19 @@ def _ratios(axes: Any, results: Results, metrics: Sequence[Metric]) -> None:
             if (summary := found.get((metric.name, column.name))) is not None and summary.ratio is not None
         ]
         if shown:
-            ratios = [ratio for _, ratio in shown]
-            spread = [[one.median - one.low for one in ratios], [one.high - one.median for one in ratios]]
             places = [place + number * width for place, _ in shown]
-            colour = f"C{number % 10}"
-            axes.bar(
-                places, [one.median for one in ratios], width, yerr=spread, color=colour, label=column.title,
-                hatch="//" if number >= 10 else None, error_kw={"linewidth": 0.7},
-            )  # fmt: skip
+            ratios = [ratio for _, ratio in shown]
+            heights = [one.median - 1 for one in ratios]
+            colour = _colour(results, column)
+            axes.bar(places, heights, width, bottom=1, yerr=_spread(ratios), color=colour, label=column.title, **_THIN)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.axhline(1, color="black", linewidth=0.8)
     middle = width * (len(others) - 1) / 2
-    titles = [metric.title if metric.more_is_better else f"{metric.title}\n(less is better)" for metric in metrics]
-    axes.set_xticks([place + middle for place in range(len(metrics))], titles, rotation=12, ha="right", fontsize=7)
+    mixed = len({metric.more_is_better for metric in metrics}) > 1
+    less = {metric.name: "\n(less is better)" for metric in metrics if mixed and not metric.more_is_better}
+    titles = [f"{metric.name.removesuffix('-cpu')}{less.get(metric.name, '')}" for metric in metrics]
+    axes.set_xticks([place + middle for place in range(len(metrics))], titles, fontsize=7)
 
 
 def _latencies(axes: Any, results: Results, metrics: Sequence[Metric]) -> None:
@@ -72,9 +75,21 @@ def _latencies(axes: Any, results: Results, metrics: Sequence[Metric]) -> None:
     for column in results.columns:
         medians = [found[metric.name, column.name].median for metric in metrics if (metric.name, column.name) in found]
         if len(medians) == len(PERCENTILES):
-            axes.plot(PERCENTILES, medians, marker="o", markersize=3, linewidth=1, label=column.title)
+            colour = _colour(results, column)
+            axes.plot(PERCENTILES, medians, marker="o", markersize=3, linewidth=1, color=colour, label=column.title)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(axis="y", linewidth=0.3)
+
+
+def _colour(results: Results, column: Column) -> Any:
+    """The same in every panel."""
+    return colormaps["tab20"](list(results.columns).index(column) % 20)
+
+
+def _spread(ratios: Sequence[Ratio]) -> list[list[float]]:
+    """How far the lowest and the highest are from the median."""
+    return [[one.median - one.low for one in ratios], [one.high - one.median for one in ratios]]
 
 
 def _growth(axes: Any, results: Results) -> None:
@@ -82,8 +97,8 @@ def _growth(axes: Any, results: Results) -> None:
     for growth in results.growth:
         counts = [point.count for point in growth.points]
         ratios = [point.ratio for point in growth.points]
-        spread = [[one.median - one.low for one in ratios], [one.high - one.median for one in ratios]]
-        axes.errorbar(counts, [one.median for one in ratios], yerr=spread, marker="o", capsize=3, label=growth.title)
+        medians = [one.median for one in ratios]
+        axes.errorbar(counts, medians, yerr=_spread(ratios), marker="o", capsize=3, label=growth.title)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.axhline(1, color="black", linewidth=0.8)

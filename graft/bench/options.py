@@ -27,7 +27,7 @@ _QUICK_CONTAINER_COUNTS = (1, 20)
 # What a measurement takes besides its time: to start and end a server and a client. Seconds, on a slow machine.
 _STARTING = 0.7
 _PREPARING = 2.5
-_ATTACHING = 0.15
+_ATTACHING = 0.3
 
 
 @dataclass(frozen=True, slots=True)
