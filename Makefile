@@ -51,7 +51,7 @@ fuzz: setup ## socket calls out of a seed, by a program under random policies, w
 soak: setup ## twenty containers of every kind under load, while what serves them is killed (root; SOAK=)
 	$(PYTHON) -m tests.soak $(SOAK)
 
-bench: setup ## measure host, bridge with NAT and swap; writes build/bench.json and docs/performance.md (root)
+bench: setup ## graft bench, long rounds; writes build/bench.json and docs/performance.md (root; BENCH=)
 	$(PYTHON) -m tests.bench $(BENCH)
 
 # LEAN="--counts 1,60": how many programs at once.

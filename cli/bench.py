@@ -13,7 +13,7 @@ import typer
 from graft.errors import UsageError
 from graft.kernel.credentials import require_root
 
-from .output import command, listing, say, warn
+from .output import command, listing, warn
 
 if TYPE_CHECKING:
     from graft.bench.report import Results
@@ -40,7 +40,10 @@ Seconds = Annotated[
     float | None,
     typer.Option("--seconds", min=0.05, help="How long each measurement takes.", show_default="1, quick 0.3"),
 ]
-Cases = Annotated[str | None, typer.Option("--cases", metavar="NAME,...", help="Only these cases, and the host.")]
+Cases = Annotated[
+    str | None,
+    typer.Option("--cases", metavar="NAME,...", help="Only these cases, and the host."),
+]
 Workloads = Annotated[
     str | None,
     typer.Option("--workloads", metavar="NAME,...", help="Only these workloads, or rules, or containers (growth)."),
@@ -132,4 +135,3 @@ def _show(results: Results, json_file: Path | None) -> None:
     from rich.console import Console
 
     Console().print(*bars.tables(results), sep="\n")
-    say(*(f"not measured: {one}" for one in results.omissions))

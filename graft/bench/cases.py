@@ -7,6 +7,7 @@ programs in a container bind.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Protocol
 
 from graft.bench.process import Environment, kept, run, wait_until
 from graft.bench.report import Wanted
-from graft.bench.topology import Netns, Topology
+from graft.bench.topology import NAT_PROGRAM, Netns, Topology
 
 INNER_PORT = 80
 HOST_PORT = 8080
@@ -75,11 +76,15 @@ class PlainCase:
     listens_on: int
     answers_on: int
     """The port of the host's address that leads to ``listens_on``."""
+    needs: str = ""
+    """A program without which the topology has no way there."""
     wanted: Wanted = field(default_factory=dict)
 
     @contextmanager
     def prepared(self, net: Topology) -> Iterator[None]:
-        """Nothing to prepare: the topology has what is needed."""
+        """Nothing to prepare: the topology has what is needed. Raises NotOffered."""
+        if self.needs and shutil.which(self.needs) is None:
+            raise NotOffered(f"{self.needs} is not installed")
         yield
 
     @contextmanager
@@ -98,5 +103,5 @@ PLAIN_CASES: tuple[Case, ...] = (
     # How far the second is from the first is how far from each other two equal things come out.
     PlainCase("again", "host again", lambda net: net.host, HOST_PORT, HOST_PORT),
     # As a container usually runs. nftables does the NAT in the kernel; no proxy is in the way.
-    PlainCase("bridge", "bridge + NAT", lambda net: net.container, INNER_PORT, BRIDGE_PORT),
+    PlainCase("bridge", "bridge + NAT", lambda net: net.container, INNER_PORT, BRIDGE_PORT, needs=NAT_PROGRAM),
 )

@@ -36,7 +36,8 @@ def draw(results: Results, target: Path) -> None:
     for axes, (label, fill) in zip(figure.subplots(max(1, len(panels)), squeeze=False)[:, 0], panels, strict=False):
         fill(axes)
         axes.set_ylabel(label)
-        axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"Graft {results.run.version}, Linux {results.run.kernel}, {results.run.machine}", fontsize=9)
     figure.tight_layout()
     figure.savefig(target, dpi=110)

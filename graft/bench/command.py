@@ -44,7 +44,7 @@ def measure(options: Options, command: str, console: Console) -> Results:
     console.print(plan(options), highlight=False, markup=False, soft_wrap=True)
     with _interruptible(), scratch() as own, topology(own, public=BRIDGE_PORT, inner=INNER_PORT) as net:
         place = Place(net, options.seconds)
-        measured = Measured()
+        measured = Measured(console)
         if options.workloads:
             clock = Clock(began + options.limit_of_cases)
             measured = measure_all(options.workloads, options.cases, place, options.rounds, clock, console)

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,9 +40,15 @@ class OwnGraft:
         own = cls(settings, programs)
         try:
             yield own
-        finally:
-            if own._used:
-                own.run("down", "--force")
+        except BaseException:
+            with suppress(BenchError):  # the first error is the one to show
+                own._take_down()
+            raise
+        own._take_down()
+
+    def _take_down(self) -> None:
+        if self._used:
+            self.run("down", "--force")
 
     def command(self, *arguments: str) -> list[str]:
         """`graft` with ``arguments``, to be run with the `environment`."""

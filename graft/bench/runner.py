@@ -20,6 +20,7 @@ from graft.bench.cases import Case, NotOffered
 from graft.bench.process import BenchError
 from graft.bench.report import Omission
 from graft.bench.workloads import Figures, Place, Workload, missing
+from graft.model.printable import printable
 
 T = TypeVar("T")
 
@@ -33,15 +34,18 @@ class Show(Protocol):
 
 @dataclass
 class Measured:
-    """(number, case) -> one value a round; and what was left out, with the reason."""
+    """(number, case) -> one value a round; and what was left out, with the reason, which is said at once."""
 
+    console: Console
     values: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     omissions: list[Omission] = field(default_factory=list)
 
     def leave_out(self, what: str, why: object, failed: bool = False) -> None:
         """Note that ``what`` is not measured."""
         text = why.message if isinstance(why, BenchError) else str(why)
-        self.omissions.append(Omission(what, " ".join(text.split()), failed))
+        one = Omission(what, printable(" ".join(text.split())), failed)
+        self.omissions.append(one)
+        self.console.print(f"not measured: {one}", highlight=False, markup=False, soft_wrap=True)
 
 
 class Clock:
@@ -74,13 +78,11 @@ def measure_all(
 
     A round of a workload counts only as a whole. What fails once is left out. Raises BenchError for no case at all.
     """
-    measured = Measured()
+    measured = Measured(console)
     chosen = [workload for workload in workloads if _can_be_measured(workload, measured)]
     failed: set[tuple[str, str]] = set()
     with ExitStack() as stack:
         offered = _prepared(stack, cases, place, measured, console)
-        for one in measured.omissions:
-            console.print(f"not measured: {one.what}: {one.why}", highlight=False, markup=False, soft_wrap=True)
         show = stack.enter_context(progress(console, rounds * len(chosen) * len(offered)))
         for number in range(rounds):
             for workload in chosen:

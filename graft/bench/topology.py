@@ -10,6 +10,7 @@ machine's own network is never touched.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ CONNTRACK_SYSCTLS = {
     "net/netfilter/nf_conntrack_tcp_timeout_close": "1",
 }
 
+NAT_PROGRAM = "nft"
 NAT = """
 table ip bench {{
     chain prerouting {{
@@ -153,8 +155,10 @@ def _join_container(net: Topology, public: int, inner: int) -> None:
     _address(container, "eth0", CONTAINER_ADDRESS)
     run(["ip", "-n", container.name, "route", "add", "default", "via", BRIDGE_ADDRESS])
     host.set({"net/ipv4/ip_forward": "1"})
+    if shutil.which(NAT_PROGRAM) is None:
+        return
     rules = NAT.format(host=HOST_ADDRESS, container=CONTAINER_ADDRESS, public=public, inner=inner)
-    run(host.view("nft", rules))
+    run(host.view(NAT_PROGRAM, rules))
     host.set(CONNTRACK_SYSCTLS)
 
 
