@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -11,7 +12,7 @@ from graft.bench.report import BASELINE, Growth, Kind, Metric, Ratio, Results
 
 TITLE = ("FIGURE", "CASE", "VALUE", "UNIT", "RATIO", "LOWEST", "HIGHEST")
 _WIDTH = 30
-_KINDS = {Kind.MAIN: "", Kind.LATENCY: "latency: ", Kind.CPU: "CPU time: "}
+_NAME_WIDTH = 22
 
 
 def rows(results: Results) -> list[tuple[str, ...]]:
@@ -37,18 +38,37 @@ def _ratio(ratio: Ratio | None) -> tuple[str, str, str]:
 
 
 def tables(results: Results) -> Iterator[Table]:
-    """A table with bars for each figure, then for growth."""
-    for kind in Kind:
-        for metric in results.of_kind(kind):
-            yield _of_metric(results, metric)
+    """A table with bars for each main figure; the percentiles of each workload; bars for CPU time and growth."""
+    for metric in results.of_kind(Kind.MAIN):
+        yield _of_metric(results, metric, metric.title)
+    for title, group in itertools.groupby(
+        results.of_kind(Kind.LATENCY), lambda metric: metric.title.rpartition(", ")[0]
+    ):
+        yield _of_percentiles(results, title, list(group))
+    for metric in results.of_kind(Kind.CPU):
+        yield _of_metric(results, metric, f"CPU time: {metric.title}")
     for growth in results.growth:
         yield _of_growth(growth)
 
 
-def _of_metric(results: Results, metric: Metric) -> Table:
+def _of_percentiles(results: Results, title: str, metrics: Sequence[Metric]) -> Table:
+    """Without bars: what differs in the rarest rounds is seen by the numbers."""
+    found = results.summaries
+    table = _titled(f"latency: {title} (us)", show_header=True)
+    table.add_column(min_width=_NAME_WIDTH)
+    for metric in metrics:
+        table.add_column(metric.title.rpartition(", ")[2], justify="right", min_width=9)
+    for column in results.columns:
+        medians = [found[one.name, column.name].median for one in metrics if (one.name, column.name) in found]
+        if medians:
+            table.add_row(column.title, *(f"{value:,.1f}" for value in medians))
+    return table
+
+
+def _of_metric(results: Results, metric: Metric, title: str) -> Table:
     found = results.summaries
     better = "" if metric.more_is_better else "; less is better"
-    table = _table(f"{_KINDS[metric.kind]}{metric.title} ({metric.unit}{better})")
+    table = _table(f"{title} ({metric.unit}{better})")
     shown = [
         (column, found[metric.name, column.name]) for column in results.columns if (metric.name, column.name) in found
     ]
@@ -70,13 +90,17 @@ def _of_growth(growth: Growth) -> Table:
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
-    table.add_column(min_width=22)
+    table = _titled(title, show_header=False)
+    table.add_column(min_width=_NAME_WIDTH)
     table.add_column(justify="right", min_width=9)
     table.add_column(width=_WIDTH)
     table.add_column(justify="right")
     table.add_column(style="dim")
     return table
+
+
+def _titled(title: str, show_header: bool) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, show_header=show_header)
 
 
 def _bar(share: float, longest: float) -> ProgressBar:
