@@ -57,8 +57,11 @@ def measure(options: Options, command: str, console: Console) -> Results:
 def plan(options: Options) -> str:
     """A line that says what comes, and how long it takes at the most."""
     about, most = options.expected / 60, options.limit / 60
+    parts = [f"{len(options.workloads)} workloads in {len(options.cases)} cases"] if options.workloads else []
+    parts += [f"up to {max(options.rules):,} rules"] if options.rules else []
+    parts += [f"up to {max(options.containers):,} containers"] if options.containers else []
     return (
-        f"{len(options.workloads)} workloads in {len(options.cases)} cases, {options.rounds} rounds of"
+        f"{', '.join(parts)}; {options.rounds} rounds of"
         f" {options.seconds:g} s: about {about:.1f} min; nothing is begun after {most:.1f} min"
     )
 

@@ -19,7 +19,7 @@ from graft.bench.process import BenchError, joined, kept, run, wait_until
 from graft.bench.report import BASELINE, Growth, Point
 from graft.bench.runner import Clock, Measured, Show, rotated
 from graft.bench.topology import CLIENT_ADDRESS
-from graft.bench.workloads import PATIENCE, PEER, Place
+from graft.bench.workloads import PATIENCE, PEER, Place, missing
 from graft.commands.attach import attach
 from graft.commands.policy_source import policy_of
 from graft.errors import GraftError
@@ -83,6 +83,9 @@ def measure_growth(
     measured: Measured,
 ) -> list[Growth]:
     """Both series, as far as there is time."""
+    if reason := missing([str(PEER)]):
+        measured.leave_out("growth", reason)
+        return []
     place.net.graft.ensure_up()
     graft, connects = Installation(place.net.graft.settings), Connects(place)
     found = []

@@ -140,7 +140,7 @@ def _forget(measured: Measured, workload: Workload, case: str) -> None:
 
 
 def _can_be_measured(workload: Workload, measured: Measured) -> bool:
-    reason = missing(workload)
+    reason = missing(workload.needs)
     if reason:
         measured.leave_out(workload.metric.title, reason)
     return reason is None

@@ -6,7 +6,7 @@ A new workload is one more class and one more line in ``WORKLOADS``.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -98,9 +98,9 @@ class Workload(Protocol):
         """One measurement. Raises NotOffered, and BenchError where a program fails."""
 
 
-def missing(workload: Workload) -> str | None:
-    """Why a workload cannot be measured on this machine; None if it can."""
-    for program in workload.needs:
+def missing(programs: Sequence[str]) -> str | None:
+    """Why what takes these ``programs`` cannot be measured on this machine; None if it can."""
+    for program in programs:
         if shutil.which(program) is None:
             return "no C compiler when Graft was installed" if program == str(PEER) else f"{program} is not installed"
     return None
