@@ -22,5 +22,5 @@ within the round, because a number from another minute or another machine says l
     bars.py          the same as bars in a terminal
     chart.py         the same as a picture
     process.py       programs that are started and ended
-    compiled/peer.c  the clients and servers for ping-pong and connections, built by setup.py
+    compiled/peer.c  the clients and servers for ping-pong and connections, built at installation
 """
