@@ -7,7 +7,7 @@ PYTEST := $(PYTHON) -m pytest
 READY := $(VENV)/.graft-setup
 
 .NOTPARALLEL:
-.PHONY: help setup demo test unit kernel e2e lint format check fuzz soak bench bench-lean test-kernels test-package allowed-helpers wheel deb clean
+.PHONY: help setup demo recording test unit kernel e2e lint format check fuzz soak bench bench-lean test-kernels test-package allowed-helpers wheel deb clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ setup: ## install what is missing: Debian packages, .venv, bpffs (root; repeatab
 
 demo: setup ## nginx in a namespace that has only lo, answering through the host's stack (root)
 	@examples/demo
+
+recording: setup ## the recording in the README, made anew (root)
+	@examples/record
 
 # Two processes, each with namespaces, cgroups and an installation of its own; tests/conftest.py says what stays together.
 test: setup lint ## lint, then every test in one run (root)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, TextIO, TypeVar
 
 import click
 
@@ -91,15 +91,24 @@ def listing(
     Console().print(_table(title, rows))
 
 
-def refreshing(title: Sequence[str], frames: Iterable[tuple[str, Sequence[Sequence[Any]]]]) -> None:
-    """Print each of ``frames``, a line and rows: in the place of the one before on a terminal, one after the other in a
-    pipe. Ends with the frames, or when the user interrupts it.
+class Frame(NamedTuple):
+    """What `refreshing` shows at a time: a line, the rows of a table, and lines below it for a terminal only."""
+
+    line: str
+    rows: Sequence[Sequence[Any]]
+    below: Sequence[str] = ()
+
+
+def refreshing(title: Sequence[str], frames: Iterable[Frame]) -> None:
+    """Print each of ``frames``: in the place of the one before on a terminal, one after the other in a pipe.
+
+    Ends with the frames, or when the user interrupts it.
     """
     with contextlib.suppress(KeyboardInterrupt):
         if not sys.stdout.isatty():
-            for line, rows in frames:
-                say(line)
-                _print_rows(rows)
+            for frame in frames:
+                say(frame.line)
+                _print_rows(frame.rows)
                 sys.stdout.flush()
             return
         from rich.console import Group
@@ -107,8 +116,9 @@ def refreshing(title: Sequence[str], frames: Iterable[tuple[str, Sequence[Sequen
         from rich.text import Text
 
         with Live(auto_refresh=False) as live:
-            for line, rows in frames:
-                live.update(Group(Text(_encodable(printable(line), sys.stdout)), _table(title, rows)), refresh=True)
+            for frame in frames:
+                line, *below = (Text(_encodable(printable(one), sys.stdout)) for one in (frame.line, *frame.below))
+                live.update(Group(line, _table(title, frame.rows), *below), refresh=True)
 
 
 def _print_rows(rows: Sequence[Sequence[Any]]) -> None:

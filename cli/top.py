@@ -11,12 +11,15 @@ import typer
 from graft.kernel.credentials import require_root
 from graft.model.settings import Settings
 
-from .output import command, refreshing
+from .output import Frame, command, refreshing
 
 if TYPE_CHECKING:
     from graft.commands.top import ContainerRates, Rates
 
-_TITLE = ("ID", "NAME", "TRANSPORT", "ENDPOINTS", "SOCKETS", "CONN/S", "IN/S", "OUT/S", "REFUSED", "REFUSED/S")
+_TITLE = (
+    *("ID", "NAME", "TRANSPORT", "ENDPOINTS", "SOCKETS", "CONN/S", "IN/S", "OUT/S", "REFUSED", "REFUSED/S"),
+    *("CALLS/S", "P50", "P99"),
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -34,10 +37,15 @@ def top(
 ) -> None:
     """Show the attached containers with their sockets, connections, relayed bytes and refusals in a second.
 
+    CALLS/S are those that a supervisor was notified of, P50 and P99 how long it took for half and for 99 % of them at
+    most; on a terminal a histogram of all containers' is below the table.
+
     It goes on until it is interrupted: on a terminal in place, in a pipe one table after the other, tab-separated.
     Bytes are those that graftd relays (transport splice); what else a container sends, Graft does not see.
     """
     from graft.commands.top import watch
+
+    from .call_times import bars
 
     require_root()
     found = watch(Settings.from_environment(), interval)
@@ -47,7 +55,8 @@ def top(
         for one in found:
             print(json.dumps(_record(one), indent=2))
         return
-    refreshing(_TITLE, ((_summary(one), [_row(container) for container in one.containers]) for one in found))
+    frames = (Frame(_summary(one), [_row(each) for each in one.containers], bars(one.calls)) for one in found)
+    refreshing(_TITLE, frames)
 
 
 def _summary(one: Rates) -> str:
@@ -65,6 +74,8 @@ def _number(count: int, what: str) -> str:
 
 
 def _row(one: ContainerRates) -> tuple[object, ...]:
+    from .call_times import quantile
+
     return (
         one.container.id,
         one.container.name,
@@ -76,6 +87,9 @@ def _row(one: ContainerRates) -> tuple[object, ...]:
         _size(one.bytes_out_rate),
         one.refusals,
         _rate(one.refusal_rate),
+        _rate(one.call_rate),
+        quantile(one.calls, 0.5),
+        quantile(one.calls, 0.99),
     )
 
 
@@ -101,6 +115,8 @@ def _record(one: Rates) -> dict[str, Any]:
 
 
 def _container_record(one: ContainerRates) -> dict[str, Any]:
+    from .call_times import record
+
     return {
         "id": one.container.id,
         "name": one.container.name,
@@ -112,4 +128,6 @@ def _container_record(one: ContainerRates) -> dict[str, Any]:
         "bytes_out_per_second": one.bytes_out_rate,
         "refusals": one.refusals,
         "refusals_per_second": one.refusal_rate,
+        "calls_per_second": one.call_rate,
+        "calls": None if one.calls is None else record(one.calls),
     }

@@ -7,10 +7,11 @@ are escaped (graft/model/printable.py); prometheus-client escapes what the forma
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -20,9 +21,11 @@ from graft.commands.sample import ContainerSample, Sample
 from graft.datapath.layout import HookDecision
 from graft.model.printable import printable
 from graft.model.transport import Transport
+from graft.state.call_times import BOUNDS
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _CONTAINER = ("container", "id")
+_NANOSECONDS = 1e9  # in a second
 
 
 class SampleCollector(Collector):
@@ -50,6 +53,7 @@ def families(sample: Sample) -> Iterator[Metric]:
     if sample.is_up:
         yield _one_gauge("graft_endpoints", "Endpoints.", len(sample.endpoints))
         yield from _of_containers(sample)
+        yield _of_calls(sample)
         yield from _of_graftd(sample)
         yield from _of_sockets(sample)
 
@@ -86,6 +90,20 @@ def _of_containers(sample: Sample) -> Iterator[Metric]:
             decisions.add_metric([*_labels(one), decision.name.lower()], one.decisions.get(decision, 0))
     yield info
     yield decisions
+
+
+def _of_calls(sample: Sample) -> Metric:
+    times = HistogramMetricFamily(
+        "graft_call_seconds",
+        "How long the container's supervisors took for its trapped calls, each from its notification on.",
+        labels=_CONTAINER,
+    )
+    for one in sample.containers:
+        if one.calls is not None:
+            bounds = [*(str(bound / _NANOSECONDS) for bound in BOUNDS), "+Inf"]
+            buckets = list(zip(bounds, itertools.accumulate(one.calls.counts), strict=True))
+            times.add_metric(_labels(one), buckets, one.calls.total / _NANOSECONDS)
+    return times
 
 
 def _of_graftd(sample: Sample) -> Iterator[Metric]:

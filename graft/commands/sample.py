@@ -17,7 +17,8 @@ from graft.errors import GraftError
 from graft.model.settings import Settings
 from graft.splice import client as splice
 from graft.splice.traffic import Relayed, Traffic
-from graft.state import inventory, socket_counts
+from graft.state import call_times, inventory, socket_counts
+from graft.state.call_times import CallTimes
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.state.socket_counts import SocketCounts, SocketKind
@@ -30,13 +31,15 @@ REFUSALS = frozenset(HookDecision) - {HookDecision.REWRITTEN, HookDecision.CONNE
 class ContainerSample:
     """What is counted of one container. ``decisions``: how often the hooks decided what, since it is attached.
 
-    ``sockets`` is None if the kernel did not list them in time, ``relayed`` if graftd serves it not, or did not answer.
+    ``sockets`` is None if the kernel did not list them in time, ``relayed`` if graftd serves it not, or did not answer,
+    ``calls`` (how long its supervisors took for calls that were trapped) if it has no supervisor.
     """
 
     container: Container
     decisions: Mapping[HookDecision, int]
     sockets: Mapping[SocketKind, int] | None = None
     relayed: Relayed | None = None
+    calls: CallTimes | None = None
 
     @property
     def refusals(self) -> int:
@@ -88,6 +91,7 @@ def _take(graft: Installation) -> Sample:
                 decisions=decisions.get(one.id, {}),
                 sockets=None if sockets is None else sockets.by_container.get(one.id, {}),
                 relayed=None if traffic is None else traffic.containers.get(one.id),
+                calls=call_times.read(graft.settings, one.id),
             )
             for one in listed
         ),

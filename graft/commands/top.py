@@ -2,7 +2,7 @@
 
 Graft is not on the data path of a socket that it replaced, so bytes are known only of what graftd relays. A connection
 counts when the connect hook grants it, or when graftd relays one into the container; who connects to a container's own
-listener on the host's stack, no hook sees.
+listener on the host's stack, no hook sees. Calls are those that a supervisor is notified of (transports swap and born).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from graft.commands import sample
 from graft.commands.sample import ContainerSample, Sample
 from graft.datapath.layout import HookDecision
 from graft.model.settings import Settings
+from graft.state.call_times import CallTimes
 from graft.state.records import Container
 
 
@@ -22,7 +23,8 @@ from graft.state.records import Container
 class ContainerRates:
     """One container. Rates are for a second, and None where there are not two samples of it, or nothing counts it.
 
-    ``sockets`` on the host's stack, None if the kernel did not list them in time; ``refusals`` since it is attached.
+    ``sockets`` on the host's stack, None if the kernel did not list them in time; ``refusals`` since it is attached;
+    ``calls`` between the samples, or of a first one since the container is attached; None where it has no supervisor.
     """
 
     container: Container
@@ -32,6 +34,8 @@ class ContainerRates:
     bytes_in_rate: float | None = None
     bytes_out_rate: float | None = None
     refusal_rate: float | None = None
+    calls: CallTimes | None = None
+    call_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,12 @@ class Rates:
     sample: Sample
     seconds: float
     containers: tuple[ContainerRates, ...]
+
+    @property
+    def calls(self) -> CallTimes | None:
+        """Those of all containers; None where none has a supervisor."""
+        known = [one.calls for one in self.containers if one.calls is not None]
+        return sum(known, CallTimes()) if known else None
 
 
 def rates(before: Sample | None, after: Sample) -> Rates:
@@ -62,9 +72,11 @@ def _of_container(before: ContainerSample | None, after: ContainerSample, second
         container=after.container,
         sockets=None if after.sockets is None else sum(after.sockets.values()),
         refusals=after.refusals,
+        calls=after.calls,
     )
     if before is None:
         return now
+    calls = None if after.calls is None else after.calls.since(before.calls or CallTimes())
     connections = increase(_granted(before), _granted(after))
     bytes_in = bytes_out = None
     if before.relayed is not None and after.relayed is not None:
@@ -77,6 +89,8 @@ def _of_container(before: ContainerSample | None, after: ContainerSample, second
         bytes_in_rate=bytes_in,
         bytes_out_rate=bytes_out,
         refusal_rate=increase(before.refusals, after.refusals) / seconds,
+        calls=calls,
+        call_rate=None if calls is None else calls.count / seconds,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -104,9 +104,13 @@ class Traced:
         return f"{sign} {self.endpoint.name} {where} (host)"
 
     def __str__(self) -> str:
-        """nginx[812] bind tcp 0.0.0.0:80 -> nx4 0.0.0.0:8080 (host), with the time and the container before it."""
+        """`text`, with the time before it."""
+        return f"{self.at:%H:%M:%S.%f} {self.text}"
+
+    @property
+    def text(self) -> str:
+        """nginx[812] bind tcp 0.0.0.0:80 -> nx4 0.0.0.0:8080 (host), with the container before it."""
         words = [
-            f"{self.at:%H:%M:%S.%f}",
             self.container,
             self.process,
             self.event.call.name.lower(),
@@ -139,6 +143,12 @@ class Traced:
             "level": event.level or None,
             "option": event.option or None,
         }
+
+
+def journal_fields(record: Mapping[str, Any]) -> dict[str, str]:
+    """A decision's record as fields of systemd's journal: GRAFT_CONTAINER, GRAFT_CALL, GRAFT_OUTCOME... Pure."""
+    named = {name: value for name, value in record.items() if value is not None and name != "time"}
+    return {f"GRAFT_{name.upper()}": str(value) for name, value in named.items()}
 
 
 def parse_calls(names: Sequence[str]) -> frozenset[TracedCall]:

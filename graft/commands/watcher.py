@@ -29,8 +29,9 @@ from graft.commands.sightings import Sightings
 from graft.commands.watched_folders import HELD, Interest, WatchedFolders
 from graft.commands.watcher_process import note_problems, watcher_lock
 from graft.errors import ConflictError, GraftError
-from graft.kernel import cgroup, unix_files
+from graft.kernel import cgroup, journal, unix_files
 from graft.kernel.credentials import require_root
+from graft.kernel.journal import Priority
 from graft.model.printable import printable
 from graft.model.settings import Settings
 from graft.saved.model import SavedState
@@ -92,10 +93,15 @@ class Watcher:
     """Watches for one installation, until nothing is saved."""
 
     def __init__(
-        self, settings: Settings, keep: bool, note_work: Callable[[bool], None] = lambda is_busy: None
+        self,
+        settings: Settings,
+        keep: bool,
+        note_work: Callable[[bool], None] = lambda is_busy: None,
+        log: Log | None = None,
     ) -> None:
         """``note_work`` is called when it begins to work, and when it goes to sleep."""
         self._settings, self._keep, self._note_work = settings, keep, note_work
+        self._log = log or Log()
         self._store = Store(settings)
         everything = Interest(everything=True)
         self._folders = WatchedFolders(
@@ -166,15 +172,17 @@ class Watcher:
         self._watch()
 
     def _report(self, done: Restored) -> None:
-        for line in (*done.set_aside, *(f"attached {name}" for name in done.attached)):
-            _log(line)
+        for line in done.set_aside:
+            self._log(line, Priority.WARNING)
+        for name in done.attached:
+            self._log(f"attached {name}", container=name)
         self._say("restored", [*done.problems, *(f"{name} waits: {why}" for name, why in done.waiting.items())])
 
     def _say(self, about: str, lines: list[str]) -> None:
         """Log those that were not logged the last time too."""
         for line in lines:
             if line not in self._said.get(about, ()):
-                _log(line)
+                self._log(line, Priority.WARNING)
         self._said[about] = frozenset(lines)
 
     # ---- what is watched ------------------------------------------------------------------------
@@ -211,9 +219,19 @@ def _text(error: Exception) -> str:
     return str(error) if isinstance(error, GraftError | OSError) else f"{type(error).__name__}: {error}"
 
 
-def _log(line: str) -> None:
-    with contextlib.suppress(OSError):  # no space
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), printable(line), file=sys.stderr, flush=True)
+class Log:
+    """Lines on standard error; entries where that is systemd's journal. To be made in the unit's cgroup."""
+
+    def __init__(self) -> None:
+        self._journal = journal.of_standard_error("graft-watch")
+
+    def __call__(self, line: str, priority: Priority = Priority.INFO, container: str = "") -> None:
+        """Write one line. ``container``: the name of the one that it is about."""
+        fields = {"GRAFT_CONTAINER": container} if container else {}
+        if self._journal is not None and self._journal.send(line, priority, fields):
+            return
+        with contextlib.suppress(OSError):  # no space
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), printable(line), file=sys.stderr, flush=True)
 
 
 def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None:
@@ -226,10 +244,11 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
     settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with watcher_lock(settings) as lock:
+        log = Log()
         folder = cgroup.v2_mount() / settings.cgroup / "watcher"
         cgroup.make(folder)
         cgroup.enter(folder)
-        watcher = Watcher(settings, keep, lock.note)
+        watcher = Watcher(settings, keep, lock.note, log)
         gc.freeze()
         if ready is not None:
             os.write(ready, b"+")
@@ -246,7 +265,7 @@ def main() -> None:
     except ConflictError:
         pass  # another command started one first
     except GraftError as error:
-        _log(error.message)
+        Log()(error.message, Priority.ERROR)
         sys.exit(error.exit_code)
 
 

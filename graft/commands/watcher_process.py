@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from graft.errors import ConflictError, KernelError, UsageError
+from graft.kernel import journal
 from graft.kernel.atomic_file import write_atomically
 from graft.kernel.file_lock import is_locked
 from graft.model import json_text
 from graft.model.settings import Settings
 
 MODULE = "graft.commands.watcher"
-_INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "LANG", "HOME")
+_INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "LANG", "HOME", journal.STREAM)
 _ENGINES = ("DOCKER_", "CONTAINER_", "CONTAINERS_")  # which engine the operator's commands ask
 _STOP_SECONDS, _KILL_SECONDS = 10.0, 2.0
 _BUSY_SECONDS = 60.0
@@ -52,7 +53,7 @@ def watcher_lock(settings: Settings) -> Iterator[WatcherLock]:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
-        raise ConflictError("a watcher runs already", f"its log is {settings.run_dir}/watcher.log") from None
+        raise ConflictError("a watcher runs already", f"its log: {_log_of(settings)}") from None
     try:
         yield WatcherLock(fd)
     finally:
@@ -91,7 +92,7 @@ def _waits(settings: Settings) -> list[str]:
         if seconds > _BUSY_SECONDS:
             return [
                 f"the watcher (process {pid}) has waited for something for {seconds} s: "
-                f"no saved container that starts is attached meanwhile ({settings.run_dir}/watcher.log)"
+                f"no saved container that starts is attached meanwhile ({_log_of(settings)})"
             ]
     return []
 
@@ -101,7 +102,7 @@ def warnings(settings: Settings) -> list[str]:
     not see.
     """
     if not is_running(settings):
-        return [f"nobody watches for saved containers that start (graft up; {settings.run_dir}/watcher.log)"]
+        return [f"nobody watches for saved containers that start (graft up; {_log_of(settings)})"]
     return _waits(settings) + _noted(settings)
 
 
@@ -125,7 +126,7 @@ def _notes(settings: Settings) -> Path:
 
 def _start(settings: Settings) -> None:
     """Start it, and wait until it watches, or has ended, for a while. Raises OSError."""
-    log = os.open(settings.run_dir / "watcher.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    log = _open_log(settings)
     inherited = {name: value for name, value in os.environ.items() if _is_inherited(name)}
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
@@ -150,6 +151,21 @@ def _start(settings: Settings) -> None:
         poll = select.poll()
         poll.register(ready, select.POLLIN)
         poll.poll(_READY_SECONDS * 1000)
+
+
+def _open_log(settings: Settings) -> int:
+    """Where its lines go: a file, or systemd's journal where a unit starts it."""
+    path = settings.run_dir / "watcher.log"
+    if journal.is_standard_error():
+        path.unlink(missing_ok=True)
+        return os.dup(2)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def _log_of(settings: Settings) -> str:
+    """Where the last watcher's lines are, in a few words."""
+    path = settings.run_dir / "watcher.log"
+    return str(path) if path.exists() else "journalctl -t graft-watch"
 
 
 def _is_inherited(name: str) -> bool:

@@ -65,7 +65,7 @@ class ContainerService:
         self._scan_callbacks: list[Done] = []
         self._next_scan_callbacks: list[Done] = []
         """Called after the running scan; called after the next one."""
-        self._problem, self._log = "", ContainerLog()
+        self._problem, self._log = "", ContainerLog(container)
         self._is_counted = True
         """Whether nobody has asked for its traffic since what the kernel moves was counted."""
 
@@ -113,7 +113,7 @@ class ContainerService:
                 self._sockmap,
                 self._log,
             )
-            log(f"{self.container.name}: served, container {self.container.id}")
+            log(f"served, container {self.container.id}", self.container)
         yield from self._relays.update()
         if not self._is_counted:
             self._is_counted = True
@@ -155,7 +155,7 @@ class ContainerService:
     def _note_problem(self, error: BaseException | None) -> None:
         problem = "" if error is None else error.message if isinstance(error, GraftError) else str(error)
         if problem and problem != self._problem:
-            self._log(f"{self.container.name}: {problem}")
+            self._log(problem)
         self._problem = problem
 
     def stop(self, done: Callable[[], None]) -> None:
@@ -172,7 +172,7 @@ class ContainerService:
             self._note_problem(error)
             self._resources.close()
             if self._relays is not None:
-                log(f"{self.container.name}: no longer served")
+                log("no longer served", self.container)
             done()
 
         self._job = Job(self._context.loop, self.container.id, self._stop(), stopped)

@@ -17,7 +17,7 @@ from graft.keeper import own_names, protocol
 from graft.kernel import cgroup, process
 from graft.model.printable import printable
 from graft.model.settings import Settings
-from graft.splice import descriptor_store
+from graft.splice import descriptor_store, log
 from graft.splice.daemon_process import daemon_lock
 from graft.splice.service import Service
 from graft.splice.watchdog import Watchdog
@@ -29,6 +29,7 @@ def run(settings: Settings, keep: bool = True, keeper_pid: int = 0) -> None:
     ``keeper_pid``: the process id of its keeper, if that is Graft's own. Raises ConflictError where a daemon runs
     already.
     """
+    log.connect()
     told = {name: os.environ.pop(name) for name in protocol.VARIABLES if name in os.environ}
     received = descriptor_store.received(told)
     own_names.pin()  # before anybody else has seen this process; Graft's own keeper has done it before

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from graft.keeper import protocol
 from graft.splice.event_loop import EventLoop
-from graft.splice.log import log
+from graft.splice.log import warn
 
 _SEND_BYTES = 1 << 20
 _BARRIER_SECONDS = 1.0
@@ -160,7 +160,7 @@ class DescriptorStore:
             return False
         except OSError as error:  # it has died: what it had open is closed
             if error.errno not in (errno.ECONNREFUSED, errno.ENOTCONN):
-                log(f"the keeper cannot be sent what is to outlive this graftd: {error.strerror}")
+                warn(f"the keeper cannot be sent what is to outlive this graftd: {error.strerror}")
             self.disconnect()
         return True
 

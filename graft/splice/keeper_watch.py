@@ -15,7 +15,7 @@ from graft.splice import daemon_process
 from graft.splice.descriptor_store import connected
 from graft.splice.event_loop import EventLoop
 from graft.splice.kept import Kept
-from graft.splice.log import log
+from graft.splice.log import warn
 
 _AGAIN_SECONDS = 1.0
 
@@ -46,7 +46,7 @@ class KeeperWatch:
     def _on_death(self, process: int, _mask: int) -> None:
         self._loop.unwatch(process)
         os.close(process)
-        log(f"the keeper ({self._watched}) has died; another one is started")
+        warn(f"the keeper ({self._watched}) has died; another one is started")
         self._watched = self.pid = 0
         self._kept.store.disconnect()
         self._start()
@@ -57,7 +57,7 @@ class KeeperWatch:
         try:
             self._started, reader = daemon_process.start_keeper(self._settings, self._keep, adopted=os.getpid())
         except OSError as error:
-            log(f"no keeper can be started: {error.strerror}")
+            warn(f"no keeper can be started: {error.strerror}")
             self._loop.after(_AGAIN_SECONDS, self._start)
             return
         self._loop.watch(reader, select.EPOLLIN | select.EPOLLHUP, partial(self._on_ready, reader, self._started.pid))

@@ -29,7 +29,7 @@ from graft.kernel import socket_calls, tcp
 from graft.splice.descriptor_store import DescriptorStore
 from graft.splice.event_loop import EventLoop
 from graft.splice.kept_records import RECORDS_NAME, KeptRecords, Kind, Record, parse_name, pipe_name, slot_name
-from graft.splice.log import log
+from graft.splice.log import warn
 from graft.splice.pipes import NOT_KEPT, Pipe, inode, throw_away
 from graft.splice.publication import Publication
 
@@ -317,9 +317,9 @@ def _opened(fds: Sequence[int]) -> KeptRecords | None:
         try:
             return KeptRecords(fd)
         except (OSError, ValueError) as error:
-            log(f"what the previous graftd has left cannot be read: {error}")
+            warn(f"what the previous graftd has left cannot be read: {error}")
     try:
         return KeptRecords()
     except OSError as error:
-        log(f"nothing will outlive this graftd: {error}")
+        warn(f"nothing will outlive this graftd: {error}")
         return None

@@ -12,7 +12,7 @@ from graft.kernel import cgroup
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.splice.event_loop import EventLoop, nobody
 from graft.splice.jobs import Stepwise
-from graft.splice.log import log
+from graft.splice.log import warn
 from graft.splice.publication import PublicationPlan
 from graft.splice.questions import ask
 
@@ -50,7 +50,7 @@ class ContainerCgroups:
 
     def _note(self, problem: str) -> None:
         if problem != self.problem:
-            log(problem)
+            warn(problem)
         self.problem = problem
 
 

@@ -1,4 +1,6 @@
-"""The daemon's log: lines on standard error, which is run_dir/graftd.log where a command started the daemon."""
+"""The daemon's log: lines on standard error, which is run_dir/graftd.log where a command started the daemon. Where it
+is systemd's journal, they are entries with the container in a field of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,38 @@ import sys
 import time
 import traceback
 
+from graft.kernel import journal
+from graft.kernel.journal import Journal, Priority
 from graft.model.printable import printable
+from graft.state.records import Container
+
+_IDENTIFIER = "graftd"
+_journal: Journal | None = None
 
 
-def log(text: str) -> None:
-    """Write one line, with the time."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}", file=sys.stderr, flush=True)
+def connect() -> None:
+    """Write to the journal from here on, if standard error is its. To be called while in the unit's cgroup."""
+    global _journal
+    _journal = journal.of_standard_error(_IDENTIFIER)
+
+
+def log(text: str, container: Container | None = None, priority: Priority = Priority.INFO) -> None:
+    """Write one line, with the time. ``container``: the one that it is about, which is not in ``text``."""
+    line = text if container is None else f"{container.name}: {text}"
+    if not _to_journal(line, container, priority):
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(line)}", file=sys.stderr, flush=True)
+
+
+def warn(text: str, container: Container | None = None) -> None:
+    """`log` what is wrong."""
+    log(text, container, Priority.WARNING)
+
+
+def _to_journal(text: str, container: Container | None, priority: Priority) -> bool:
+    if _journal is None:
+        return False
+    fields = {} if container is None else journal.container_fields(container.name, container.id)
+    return _journal.send(text, priority, fields)
 
 
 class _Limit:
@@ -35,13 +63,18 @@ class _Limit:
 
 
 class ContainerLog(_Limit):
-    """Lines about one container, which may cause them again and again."""
+    """Problems of one container, which may cause them again and again."""
+
+    def __init__(self, container: Container) -> None:
+        super().__init__()
+        self._container = container
 
     def __call__(self, text: str) -> None:
         """Write one line, if not too many were written in this minute."""
         left_out = self.next()
         if left_out is not None:
-            log(f"{text} ({left_out} lines about this container were left out before)" if left_out else text)
+            more = f" ({left_out} lines about this container were left out before)" if left_out else ""
+            warn(f"{text}{more}", self._container)
 
 
 class FailureLog(_Limit):
@@ -53,8 +86,9 @@ class FailureLog(_Limit):
         if left_out is None:
             return
         if left_out:
-            log(f"{left_out} failures were left out before")
-        traceback.print_exc()
+            log(f"{left_out} failures were left out before", priority=Priority.ERROR)
+        if not _to_journal(traceback.format_exc().rstrip(), None, Priority.ERROR):
+            traceback.print_exc()
 
 
 log_failure = FailureLog()

@@ -99,7 +99,7 @@ class Relays:
         if self.container.transport is not Transport.SPLICE:
             return None
         if not self._resources.daemon.client_places.has_room:
-            self._log(f"{self.container.name}: no UDP: graftd relays that of as many containers as there is room for")
+            self._log("no UDP: graftd relays that of as many containers as there is room for")
             return None
         return DatagramRelay(
             self._resources, self._maps, self._container_netns, self._namespaces, self.container.cgroup_id
@@ -126,7 +126,7 @@ class Relays:
         """Make listeners again that somebody else closed."""
         if self._outbound.lost:
             if not self._was_lost:  # once: the container may do it again and again
-                self._log(f"{self.container.name}: somebody closed its relay's listener; it is made again")
+                self._log("somebody closed its relay's listener; it is made again")
             self._was_lost = True
             self._outbound.stop()
             self._outbound = self._make_outbound()
@@ -275,7 +275,7 @@ class Relays:
     def _note_error(self, wanted: Publication, error: OSError | GraftError) -> None:
         problem = error.strerror or str(error) if isinstance(error, OSError) else error.message
         if self._errors.get(wanted) != problem and wanted.endpoint.unix:
-            self._log(f"{self.container.name}: {problem}")
+            self._log(problem)
         self._errors[wanted] = problem
 
     def _start(self, wanted: Publication) -> InboundRelay | Server:

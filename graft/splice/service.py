@@ -37,7 +37,7 @@ from graft.splice.keeper_watch import KeeperWatch
 from graft.splice.kept import Kept
 from graft.splice.kept_records import Kind
 from graft.splice.kernel_relay import KernelRelay
-from graft.splice.log import log
+from graft.splice.log import log, warn
 from graft.splice.namespaces import Namespaces
 from graft.splice.resources import DaemonResources
 from graft.splice.sockmap import Sockmap
@@ -126,7 +126,7 @@ class Service:
         """End, and leave everything as it is to the graftd that the keeper starts next."""
         self._kernel_relay.close()
         if not self._kept.store.flush(_FLUSH_SECONDS):
-            log("the keeper does not take all that is to outlive this graftd")
+            warn("the keeper does not take all that is to outlive this graftd")
         os._exit(protocol.REPLACED)
 
     def _replace(self, python: str, asker: int, reply: Reply) -> None:
@@ -203,7 +203,7 @@ class Service:
         if error is None:
             self._allow_reap()
             return
-        log(f"the rules of containers that are gone are still there: {error}")
+        warn(f"the rules of containers that are gone are still there: {error}")
         self._loop.after(_REAP_AGAIN_SECONDS, self._allow_reap)
 
     def _allow_reap(self) -> None:
@@ -235,10 +235,8 @@ class Service:
             return None
         found = self._kernel_relay.sockmap()
         if self._kernel_relay.problem:
-            log(
-                f"{container.name}: splice(2) serves, because the relay in the kernel fails here: "
-                f"{self._kernel_relay.problem}"
-            )
+            problem = f"splice(2) serves, because the relay in the kernel fails here: {self._kernel_relay.problem}"
+            warn(problem, container)
         return found
 
     def _stop_serving(self, number: int, done: Callable[[], None] = lambda: None) -> None:

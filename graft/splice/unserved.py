@@ -19,7 +19,7 @@ from graft.errors import GraftError
 from graft.kernel import netns
 from graft.splice.kept import Found, Kept
 from graft.splice.kept_records import Kind
-from graft.splice.log import log
+from graft.splice.log import warn
 
 SECONDS = 10.0
 _LISTENERS = (Kind.LISTENER, Kind.DATAGRAMS)
@@ -41,7 +41,7 @@ class Unserved:
         is_over = time.monotonic() > self._until
         late = {number for number in self._kept.found_containers() if is_over and number not in served}
         for number in late.intersection(containers):
-            log(f"container {number} is not served in time: what the previous graftd has left of it is closed")
+            warn(f"container {number} is not served in time: what the previous graftd has left of it is closed")
 
         def is_to_close(found: Found) -> bool:
             number = found.record.container

@@ -4,6 +4,7 @@
     endpoints.py       endpoints in the maps
     containers.py      containers in the maps: a cgroup under a policy
     ferries.py         a container's ferry, for those that know only its container
+    call_times.py      how long its supervisors take for calls
     restored.py        whether what is saved was restored into this data plane
     records.py         a file for each container, with its name and what is in no map
     unix_sockets.py    endpoints that are unix sockets: their paths, and those of rules

@@ -26,7 +26,7 @@ from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.limits import MAX_ASKED_ENTRIES, check_size
 from graft.policy.model import Origin, Policy
 from graft.policy.validator import needs_unix_relay
-from graft.state import bound_sockets, detached, ferries, helper_process, members, records, unix_sockets
+from graft.state import bound_sockets, call_times, detached, ferries, helper_process, members, records, unix_sockets
 from graft.state.endpoints import EndpointChanges
 from graft.state.records import Container
 
@@ -362,4 +362,5 @@ class ContainerChanges(Containers):
                 self._maps.counters.delete(counter)
         self._release_unix(number)
         self._endpoints.delete_unused()
+        call_times.forget(self._settings, number)
         records.forget(self._settings, number)

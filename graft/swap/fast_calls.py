@@ -18,6 +18,7 @@ from graft.kernel.pidfd import file_ids, threads_have_pidfds
 from graft.kernel.seccomp_filter import architecture
 from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home, Transport
+from graft.state.call_times import BOUNDS
 from graft.swap.decision import Action, Call, Decision
 from graft.swap.desk import Desk, DeskAnswer
 from graft.swap.socket_pool import SocketKind
@@ -40,7 +41,7 @@ def why_not(transport: Transport) -> str:
         from graft.swap import _fast_calls
     except ImportError:
         return "no compiler, or no python3-dev, when Graft was installed"
-    if _fast_calls.LAYOUT_VERSION != LAYOUT_VERSION:
+    if (_fast_calls.LAYOUT_VERSION, getattr(_fast_calls, "TIME_BOUNDS", 0)) != (LAYOUT_VERSION, len(BOUNDS)):
         return "it was compiled from another version of Graft: install it again"
     if transport is Transport.BORN:
         return "" if threads_have_pidfds() and _tells_ids() else "the kernel is older than 6.13"

@@ -26,7 +26,8 @@ from graft.kernel.seccomp_filter import DATAGRAMS, PROTOCOLS, Protocols
 from graft.model.printable import printable
 from graft.model.settings import Settings
 from graft.model.transport import Transport
-from graft.state import leftovers
+from graft.state import call_times, leftovers
+from graft.state.call_times import CallTimer
 from graft.state.endpoints import Endpoints
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -76,10 +77,11 @@ def supervise(work: Supervision) -> NoReturn:
         namespaces = NamespaceSwitch(settings.host_netns, lambda cookie: _namespace_path(graft, container, cookie))
         gc.freeze()  # the collector then skips what is loaded now when it runs during a call
         protocols = _born_protocols(container, work.datagrams)
-        supervisor = _make_supervisor(graft, container, listener, namespaces, protocols, work.verbose, work.killable)
-        serve(supervisor, listener, work.journal, work.keeper)
+        timer = call_times.take(settings, container.id)
+        supervisor = _make_supervisor(graft, work, listener, namespaces, protocols, timer)
+        serve(supervisor, listener, work.journal, work.keeper, timer)
         if has_ended(work.keeper):
-            _continue_without_keeper(work, graft, supervisor, listener)
+            _continue_without_keeper(work, graft, supervisor, listener, timer)
         release_desk(graft.maps)
         code = 0
     except BaseException:
@@ -90,14 +92,14 @@ def supervise(work: Supervision) -> NoReturn:
 
 
 def _continue_without_keeper(
-    work: Supervision, graft: Installation, supervisor: Supervisor, listener: Listener
+    work: Supervision, graft: Installation, supervisor: Supervisor, listener: Listener, timer: CallTimer | None
 ) -> None:
     """End the container, or serve it to its end and clean up."""
     if work.clean_up is None:
         end_container(graft, work.container)
         return
     never_ready = os.eventfd(0, os.EFD_CLOEXEC)
-    serve(supervisor, listener, work.journal, never_ready)
+    serve(supervisor, listener, work.journal, never_ready, timer)
     work.clean_up(graft)
 
 
@@ -136,20 +138,22 @@ def _born_protocols(container: Container, datagrams: bool) -> Protocols:
 
 def _make_supervisor(
     graft: Installation,
-    container: Container,
+    work: Supervision,
     listener: Listener,
     namespaces: NamespaceSwitch,
     protocols: Protocols,
-    verbose: bool,
-    killable: bool,
+    timer: CallTimer | None,
 ) -> Supervisor:
-    """The supervisor of ``container`` in the calling process, with a desk of its own."""
+    """The supervisor of a container in the calling process, with a desk of its own."""
+    container, verbose, killable = work.container, work.verbose, work.killable
     log = _call_logger(graft.endpoints) if verbose else None
     desk = open_desk(graft, container.id)
     is_born = container.transport is Transport.BORN
     netns = _own_namespace(namespaces, container) if protocols else ""  # else no socket(2) is trapped
     can_be_fast = not verbose and (killable or not is_born)  # a connect that is interrupted finds its socket replaced
     fast = open_fast_calls(listener.fd, container.transport, netns, desk) if can_be_fast else None
+    if fast is not None and timer is not None:
+        fast.count_times(timer.slot)
     stock = None if fast is None else CompiledStock(fast, container.transport)
     pool = SocketPool(graft.maps.tags, desk, container.id, namespaces, stock)
     processes = Processes()

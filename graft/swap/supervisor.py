@@ -27,6 +27,7 @@ import ctypes
 import errno
 import mmap
 import os
+import time
 from _socket import socket as Socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from graft.kernel.socket_calls import SOCKADDR_SIZE
 from graft.model.address import mapped_text
 from graft.model.sockaddr import Sockaddr, parse_sockaddr
 from graft.model.transport import Home
+from graft.state.call_times import CallTimer
 from graft.swap import descriptors, socket_copy
 from graft.swap.birth import SocketBirth
 from graft.swap.decision import RESUME, Action, Call, Decision, SocketFacts, decide
@@ -363,10 +365,13 @@ class Supervisor:
         return self._listener.receive(page) if self._fast is None else self._fast.serve(page)
 
 
-def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, keeper: int) -> None:
+def serve(
+    supervisor: Supervisor, listener: Listener, journal: mmap.mmap, keeper: int, timer: CallTimer | None = None
+) -> None:
     """Serve until the container's last process has ended, or the keeper's process (``keeper`` is its pidfd).
 
-    ``journal``, shared with the keeper's process, has the notification being served, or zeros.
+    ``journal``, shared with the keeper's process, has the notification being served, or zeros. ``timer`` counts what
+    is not served by the compiled part.
     """
     listener.wake_on_this_core()
     page = (ctypes.c_char * Listener.SIZE).from_buffer(journal)
@@ -380,5 +385,8 @@ def serve(supervisor: Supervisor, listener: Listener, journal: mmap.mmap, keeper
         page.raw = blank
         while not watcher.should_stop:
             if supervisor.receive(page):
+                started = time.monotonic_ns()
                 supervisor.handle(page.raw)
                 page.raw = blank
+                if timer is not None:
+                    timer.add(time.monotonic_ns() - started)

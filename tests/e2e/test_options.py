@@ -168,6 +168,7 @@ signal.pause()
         host.client.connected(HOST4, port)
 
 
+@pytest.mark.flaky(reruns=1)  # it depends on how much of the machine it gets
 def test_signals_of_a_socket_still_arrive(host: Host) -> None:
     port = host.port()
     script = """

@@ -675,6 +675,7 @@ def test_a_container_whose_id_begins_as_a_saved_name_does_not_get_its_policy(hos
         assert number in saving.ps()[0]["cgroup"]
 
 
+@pytest.mark.flaky(reruns=1)  # it depends on how much of the machine it gets
 def test_a_container_is_attached_while_somebody_holds_another_engines_folder(host: Host, plain_engine: Engine) -> None:
     engine, folder = plain_engine, cgroup.v2_mount() / "machine.slice"
     made = not folder.exists()

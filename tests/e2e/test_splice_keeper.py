@@ -267,6 +267,7 @@ def test_a_graftd_that_hangs_is_killed_and_loses_nothing(container: Plain, monke
         splice.stop(container.host.settings)
 
 
+@pytest.mark.flaky(reruns=1)  # it depends on how much of the machine it gets
 def test_requests_are_answered_while_graftd_is_killed(container: Plain) -> None:
     """Of connections that are made all the time, each in another state when graftd is killed."""
     with container.listener() as listener:

@@ -7,12 +7,15 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+from graft.state import call_times
 from tests.e2e.conftest import MakeCgroup, StartPuppet, WritePolicy
 from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import HOST4
 from tests.support.plain import plain
 from tests.support.policies import DENY_ALL
 from tests.support.relayed import pair, published, talk
@@ -86,6 +89,51 @@ def test_on_a_terminal_the_table_is_refreshed_in_place(host: Host) -> None:
     top.send_signal(signal.SIGINT)
     assert top.wait(30) == 0
     os.close(ours)
+
+
+CONNECTS = """
+import socket, sys
+for line in sys.stdin:
+    for _ in range(int(line)):
+        with socket.socket() as sock:
+            assert sock.connect_ex((sys.argv[1], 9))
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("transport", ["swap", "born"])
+def test_each_trapped_call_is_in_a_histogram_and_the_next_supervisor_counts_on(host: Host, transport: str) -> None:
+    """The first one is Python's, the others are the compiled part's."""
+    host = host.with_transport(transport)
+    grants = ("-e", f"{HOST4}={host.endpoint('0.0.0.0:dynamic')}")
+    program = host.start(*grants, "--", sys.executable, "-uc", CONNECTS, HOST4, talk=True)
+    number = host.container(program).id if program.until("it is attached", lambda: host.ps()) else 0
+    program.tell("100\n")
+    program.says("done")
+    until("100 calls", lambda: counted(host, number) == 100)
+    first = host.supervisor(program)
+    os.kill(first, signal.SIGKILL)
+    program.until("the next supervisor", lambda: host.supervisor_or_0(program) not in (0, first))
+    top = host.start_command([GRAFT, "top", "--json", "--interval", "3"])
+    program.tell("50\n")
+    until("50 more", lambda: counted(host, number) == 150)
+    assert top.wait() == 0
+    [one] = records(top.said)["containers"]
+    assert one["calls"]["count"] == sum(bucket["count"] for bucket in one["calls"]["buckets"]) <= 150
+    assert 0 < counted_seconds(host, number) < 60
+    program.stop()
+    until("nothing is left", lambda: not (host.settings.run_dir / "call-times" / str(number)).exists())
+
+
+def counted(host: Host, container: int) -> int:
+    found = call_times.read(host.settings, container)
+    return 0 if found is None else found.count
+
+
+def counted_seconds(host: Host, container: int) -> float:
+    found = call_times.read(host.settings, container)
+    assert found is not None
+    return found.total / 1e9
 
 
 def test_where_graft_is_not_up_it_says_so(bare_host: Host) -> None:

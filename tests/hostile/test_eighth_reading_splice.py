@@ -119,6 +119,7 @@ def is_delayed(other: Plain, listener: socket.socket, port: int, within: float) 
     return not all(served(other, listener, port, within) for _ in range(3))
 
 
+@pytest.mark.flaky(reruns=1)  # it depends on how much of the machine it gets
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_descriptor_whose_close_waits_does_not_stop_graftd(

@@ -282,6 +282,7 @@ def served_beside_a_waiting_client(
         return before, counts[0] / _ATTACKED_SECONDS, counts[1], resets
 
 
+@pytest.mark.flaky(reruns=1)  # it depends on how much of the machine it gets
 def test_a_client_that_wakes_its_own_waiters_is_reset_and_the_container_serves_others(
     host: Host, start_daemon: StartDaemon
 ) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ from graft.kernel.pidfd import pidfd_open_thread
 from graft.kernel.process import User, switch_user
 from graft.kernel.seccomp import Listener, Notification, install_listener
 from graft.kernel.seccomp_filter import IPPROTO_MPTCP, architecture, born_filter
+from graft.model.settings import Settings
 from graft.model.transport import Transport
+from graft.state import call_times
 from graft.swap import fast_calls
 from graft.swap._fast_calls import FastCalls
 from graft.swap.processes import Processes
@@ -205,6 +208,20 @@ def test_this_processs_copy_is_closed_before_the_next_call() -> None:
             peer.close()
             thread.join()
             assert one.said is True and one.fast.served == 1
+
+
+def test_each_call_that_is_answered_is_counted_by_how_long_it_took(tmp_path: Path) -> None:
+    settings = Settings.from_environment({"GRAFT_RUN_DIR": str(tmp_path)})
+    timer = call_times.take(settings, 7)
+    assert timer is not None
+    with child(lambda: [make(*TCP) for _ in range(5)]) as one:
+        one.fast.count_times(timer.slot)
+        one.know()
+        one.stock(TCP, 4)
+        one.go()
+        assert one.fast.served == 4 and len(one.handed) == 1
+    found = call_times.read(settings, 7)
+    assert found is not None and found.count == 4 and 4 * 1_000 < found.total < 4e9
 
 
 def test_an_unknown_thread_and_one_without_a_spare_are_pythons() -> None:

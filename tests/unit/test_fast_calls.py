@@ -20,6 +20,7 @@ from graft.datapath import layout
 from graft.model.sockaddr import Sockaddr
 from graft.model.transport import Home, Transport
 from graft.policy.model import Verdict
+from graft.state.call_times import Slot
 from graft.swap import fast_calls
 from graft.swap._fast_calls import FastCalls
 from graft.swap.decision import TCP_CLOSE, Action, Call, Decision, SocketFacts, decide
@@ -112,7 +113,7 @@ def test_a_thread_that_cannot_be_looked_up_leaves_nothing_behind(
 
 def test_all_is_closed_and_released_with_the_object() -> None:
     before, types = descriptors(), sys.getrefcount(FastCalls)
-    desk = new_desk()
+    desk, slot = new_desk(), bytearray(ctypes.sizeof(Slot))
     references = sys.getrefcount(desk)
     pidfd, fdinfo = own_thread()
     for _ in range(50):
@@ -123,7 +124,9 @@ def test_all_is_closed_and_released_with_the_object() -> None:
         fast.know(7, pidfd, fdinfo)
         fast.answer_connects(2)
         fast.know(7, pidfd, fdinfo)
+        fast.count_times(slot)
     del fast
+    slot.append(0)  # nothing has its memory any more
     os.close(pidfd)
     os.close(fdinfo)
     assert (descriptors(), sys.getrefcount(FastCalls), sys.getrefcount(desk)) == (before, types, references)
@@ -172,6 +175,12 @@ def test_what_is_no_page_is_refused(fast: FastCalls) -> None:
 def test_an_error_of_the_listener_is_raised(fast: FastCalls) -> None:
     with mmap.mmap(-1, mmap.PAGESIZE) as page, pytest.raises(OSError, match="Bad file"):
         fast.serve(page)
+
+
+@pytest.mark.parametrize(("slot", "error"), [(bytearray(7), ValueError), (bytes(7), BufferError), (None, TypeError)])
+def test_what_is_no_slot_of_call_times_is_refused(fast: FastCalls, slot: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        fast.count_times(slot)
 
 
 @pytest.mark.parametrize("count", [-1, MAX_SPARES + 1])

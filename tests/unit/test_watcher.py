@@ -184,7 +184,7 @@ def test_an_error_does_not_end_it(
 
 def test_a_log_that_cannot_be_written_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Broken())
-    watcher._log("a line")
+    watcher.Log()("a line")
 
 
 def test_a_watcher_that_cannot_be_started_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

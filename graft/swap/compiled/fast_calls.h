@@ -36,6 +36,7 @@
 #define MAX_NAME 64
 #define MAX_ANSWERS 16
 #define CLOSE_TOGETHER 8
+#define TIME_BOUNDS 13
 
 struct kind {
 	int family, type, protocol; /* type: may have SOCK_NONBLOCK, never SOCK_CLOEXEC */
@@ -86,9 +87,18 @@ struct connects {
 	int replaced[CLOSE_TOGETHER]; /* sockets of which this process has the last descriptor */
 };
 
+/* How long calls took, in nanoseconds: memory that others read, written by this process only
+ * (graft/state/call_times.py, which also says what the bounds are). */
+struct call_times {
+	uint64_t bounds[TIME_BOUNDS];
+	uint64_t counts[TIME_BOUNDS + 1];
+	uint64_t total;
+};
+
 struct fast_calls {
 	int listener;
 	uint32_t arch;
+	struct call_times *times; /* NULL: nobody wants to know */
 	struct stock stock;
 	struct caller callers[MAX_CALLERS]; /* by tid % MAX_CALLERS */
 	struct births births;

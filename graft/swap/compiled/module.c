@@ -12,7 +12,7 @@
 typedef struct {
 	PyObject_HEAD
 	struct fast_calls calls;
-	Py_buffer desk;
+	Py_buffer desk, times;
 	int serving;
 } FastCalls;
 
@@ -160,6 +160,24 @@ static PyObject *know_thread(FastCalls *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+static PyObject *count_times(FastCalls *self, PyObject *slot)
+{
+	Py_buffer view;
+
+	if (refuse_while_serving(self) || PyObject_GetBuffer(slot, &view, PyBUF_WRITABLE))
+		return NULL;
+	if (view.len != sizeof(struct call_times) || (uintptr_t)view.buf % _Alignof(struct call_times)) {
+		PyBuffer_Release(&view);
+		PyErr_SetString(PyExc_ValueError, "not a slot of call times");
+		return NULL;
+	}
+	if (self->times.buf)
+		PyBuffer_Release(&self->times);
+	self->times = view;
+	self->calls.times = view.buf;
+	Py_RETURN_NONE;
+}
+
 static int initialize(FastCalls *self, PyObject *args, PyObject *keywords)
 {
 	PyObject *desk;
@@ -199,6 +217,8 @@ static void deallocate(FastCalls *self)
 	forget_all(&self->calls);
 	if (self->desk.buf)
 		PyBuffer_Release(&self->desk);
+	if (self->times.buf)
+		PyBuffer_Release(&self->times);
 	release(self);
 	Py_DECREF(type);
 }
@@ -216,6 +236,7 @@ static PyMethodDef methods[] = {
 	  "A socket about which the desk has that answer is replaced, for a connect, by a spare of that kind." },
 	{ "know", (PyCFunction)know_thread, METH_VARARGS,
 	  "Remember a thread by its id, its pidfd and its open /proc/TID/fdinfo." },
+	{ "count_times", (PyCFunction)count_times, METH_O, "Count there how long calls take." },
 	{ "serve", (PyCFunction)serve, METH_O,
 	  "Answer calls. True: the page has a call that is not answered. False: it is zero, look whether to stop." },
 	{ NULL, NULL, 0, NULL },
@@ -255,7 +276,8 @@ PyMODINIT_FUNC PyInit__fast_calls(void)
 	PyObject *type = module ? PyType_FromSpec(&spec) : NULL;
 
 	if (!type || PyModule_AddObjectRef(module, "FastCalls", type) ||
-	    PyModule_AddIntConstant(module, "LAYOUT_VERSION", GRAFT_LAYOUT_VERSION)) {
+	    PyModule_AddIntConstant(module, "LAYOUT_VERSION", GRAFT_LAYOUT_VERSION) ||
+	    PyModule_AddIntConstant(module, "TIME_BOUNDS", TIME_BOUNDS)) {
 		Py_XDECREF(type);
 		Py_XDECREF(module);
 		return NULL;

@@ -36,7 +36,7 @@ def graft() -> Iterator[Path]:
         GRAFT.symlink_to(ROOT / ".venv/bin/graft")
     yield GRAFT
     run(["systemctl", "stop", "test-web", "test-first", "graft-web", "graftd"])
-    run([GRAFT, "down", "--force"])
+    run([GRAFT, "down", "--force", "--forget"])
 
 
 def answer() -> str:
