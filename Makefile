@@ -54,7 +54,7 @@ fuzz: setup ## socket calls out of a seed, by a program under random policies, w
 soak: setup ## twenty containers of every kind under load, while what serves them is killed (root; SOAK=)
 	$(PYTHON) -m tests.soak $(SOAK)
 
-bench: setup ## measure host, bridge with NAT and swap; writes build/bench.json and docs/performance.md (root)
+bench: setup ## graft bench, long rounds; writes build/bench.json and docs/performance.md (root; BENCH=)
 	$(PYTHON) -m tests.bench $(BENCH)
 
 # LEAN="--counts 1,60": how many programs at once.
@@ -96,6 +96,6 @@ clean: ## remove everything that can be made again, .venv too
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made by `make setup`; older than pyproject.toml it is made anew.
-$(READY): pyproject.toml setup.py bpf/graft.h $(wildcard graft/swap/compiled/* graft/swap/compiled_waiter/* graft/oci/compiled/* graft/splice/native/*.py) .ci/setup
+$(READY): pyproject.toml setup.py bpf/graft.h $(wildcard graft/swap/compiled/* graft/swap/compiled_waiter/* graft/oci/compiled/* graft/bench/compiled/* graft/splice/native/*.py) .ci/setup
 	@.ci/setup
 	@touch $@

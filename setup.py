@@ -16,6 +16,7 @@ OPTIONS = ["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 PROGRAMS = {
     "graft.swap.graft-wait": "graft/swap/compiled_waiter/waiter.c",
     "graft.oci.graft-hook": "graft/oci/compiled/hook.c",
+    "graft.bench.graft-peer": "graft/bench/compiled/peer.c",
 }
 NATIVE = "graft.splice.native"
 MYPY_OPTIONS = ["--python-version=3.11", "--ignore-missing-imports", "--follow-imports=silent", "--config-file="]

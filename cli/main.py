@@ -8,7 +8,7 @@ import typer
 
 from graft import __version__
 
-from . import attach, daemon, doctor, ep, explain, metrics, policy, ps, run, runtime, state, system, top, trace
+from . import attach, bench, daemon, doctor, ep, explain, metrics, policy, ps, run, runtime, state, system, top, trace
 
 COMPLETION = "_GRAFT_COMPLETE"
 """In the environment by a shell that completes a command line: typer's name for it."""
@@ -39,6 +39,7 @@ system.register(app)
 state.register(app)
 daemon.register(app)
 doctor.register(app)
+bench.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -34,6 +34,7 @@ NEEDED = ("ip", "nsenter", "ss", "nginx", "iperf3", "curl", "gcc", "busybox", "w
 MACHINE_FIXTURES = {"podman", "docker", "_podman", "_docker"}
 MACHINE_FILES = {
     "test_attach_engines.py",
+    "test_bench.py",
     "test_born_engines.py",
     "test_datagram_engines.py",
     "test_docker.py",

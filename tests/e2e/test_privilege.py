@@ -32,6 +32,7 @@ COMMANDS = (
     ["watch"],
     ["daemon"],
     ["listen"],
+    ["bench"],
 )
 
 

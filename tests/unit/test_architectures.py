@@ -54,7 +54,7 @@ COMPILED = [
     for folder in ("swap/compiled", "swap/compiled_waiter", "oci/compiled")
     for file in sorted((bpf_source_dir().parent / "graft" / folder).glob("*.c"))
 ]
-C_PROGRAMS = [*sorted(SOURCES.glob("*.c")), SOURCES.parent / "bench" / "peer.c"]
+C_PROGRAMS = [*sorted(SOURCES.glob("*.c")), SOURCES.parents[1] / "graft" / "bench" / "compiled" / "peer.c"]
 
 
 @pytest.fixture(params=COMPILERS)

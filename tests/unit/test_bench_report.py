@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from tests.bench.__main__ import CASES
-from tests.bench.cases import Case, PlainCase
-from tests.bench.process import BenchError
-from tests.bench.relays import ProxyCase
-from tests.bench.report import (
-    BEGIN,
-    END,
+from graft.bench.cases import Case, PlainCase
+from graft.bench.command import CASES
+from graft.bench.own_graft import OwnGraft
+from graft.bench.process import BenchError
+from graft.bench.proxies import ProxyCase
+from graft.bench.report import (
     Column,
+    Growth,
+    Kind,
+    Measurements,
     Metric,
+    Omission,
+    Point,
     Ratio,
+    Results,
     Run,
     as_json,
-    as_markdown,
     at_least,
     at_most,
     more_than,
     summarize,
-    with_table,
 )
-from tests.bench.runner import measure_all
-from tests.bench.topology import Netns, Topology
-from tests.bench.workloads import WORKLOADS, Place, gigabits, mean_us, median_us, requests_per_second
+from graft.bench.runner import Clock, measure_all
+from graft.bench.scratch import Scratch
+from graft.bench.tables import BEGIN, END, as_markdown, with_table
+from graft.bench.topology import Netns, Topology
+from graft.bench.workloads import WORKLOADS, Place
+from graft.model.settings import Settings
 
 RUN = Run("make bench", "2026-01-02", "6.1.0", "2 cores, x86_64", "0.1.0", 3, 3)
 RATE = Metric("rate", "requests", "requests/s")
@@ -51,7 +60,9 @@ MEASUREMENTS: dict[tuple[str, str], list[float]] = {
 }
 
 
-PLACE = Place(Topology(Netns("host"), Netns("client"), Netns("container")), Path(), Path(), seconds=1)
+GRAFT = OwnGraft(Settings.from_environment({}), Path())
+NET = Topology(Netns("host"), Netns("client"), Netns("container"), Scratch("graft-bench-0"), GRAFT)
+PLACE = Place(NET, seconds=1)
 HOST_CASE = PlainCase("host", "host", lambda net: net.host, 80, 80)
 MISSING_CASE = ProxyCase("missing", "a missing proxy", "/nonexistent/proxy", 81, lambda _folder, _port, _protocol: [])
 
@@ -62,9 +73,36 @@ class Always:
 
     metric: Metric
     value: float
+    needs: tuple[str, ...] = ()
 
-    def measure(self, _case: Case, _place: Place) -> float:
-        return self.value
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (self.metric,)
+
+    def measure(self, _case: Case, _place: Place) -> dict[str, float]:
+        return {self.metric.name: self.value}
+
+
+@dataclass(frozen=True)
+class FailsOnce(Always):
+    """A workload that fails in the case ``where`` in its second round."""
+
+    where: str = "host"
+    begun: list[str] = field(default_factory=list)
+
+    def measure(self, case: Case, place: Place) -> dict[str, float]:
+        self.begun.append(case.name)
+        if case.name == self.where and self.begun.count(case.name) == 2:
+            raise BenchError("no answer\nat all")
+        return {self.metric.name: self.value}
+
+
+def results(metrics: list[Metric], columns: list[Column], measured: Measurements, growth: Any = ()) -> Results:
+    return Results(RUN, metrics, columns, measured, growth)
+
+
+def unlimited() -> Clock:
+    return Clock(math.inf)
 
 
 def test_a_ratio_is_taken_within_its_round_and_then_the_median() -> None:
@@ -123,7 +161,7 @@ def test_every_bound_speaks_of_a_workload_and_of_another_case() -> None:
 
 
 def test_the_table_has_a_row_a_workload_and_marks_what_is_met_and_missed() -> None:
-    lines = as_markdown(RUN, [RATE, TIME], [HOST, SWAP], MEASUREMENTS).splitlines()
+    lines = as_markdown(results([RATE, TIME], [HOST, SWAP], MEASUREMENTS)).splitlines()
     assert lines[0].startswith("`make bench` on 2026-01-02: Graft 0.1.0, Linux 6.1.0")
     assert lines[2] == "| workload | unit | host | swap |"
     assert lines[4] == "| requests | requests/s | 2,000 | 1,900 = **0.990** (0.95-1.01), ≥ 0.98 met |"
@@ -131,25 +169,25 @@ def test_the_table_has_a_row_a_workload_and_marks_what_is_met_and_missed() -> No
 
 
 def test_a_cell_says_each_bound_with_its_own_ratio() -> None:
-    row = as_markdown(RUN, [RATE], [HOST, SPLICE], MEASUREMENTS).splitlines()[-1]
+    row = as_markdown(results([RATE], [HOST, SPLICE], MEASUREMENTS)).splitlines()[-1]
     splice = "920 = **0.460** (0.40-0.67), 0.920 of bridge ≥ 0.9 met, 1.000 of socat > 1 missed"
     assert row == f"| requests | requests/s | 2,000 | {splice} |"
 
 
 def test_a_cell_leaves_out_what_is_not_judged() -> None:
     measured = {case: values for case, values in MEASUREMENTS.items() if case[1] in ("bridge", "splice")}
-    row = as_markdown(RUN, [RATE], [BRIDGE, SPLICE], measured).splitlines()[-1]
+    row = as_markdown(results([RATE], [BRIDGE, SPLICE], measured)).splitlines()[-1]
     assert row == "| requests | requests/s | 1,000 | 920, 0.920 of bridge ≥ 0.9 met |"
 
 
 def test_what_was_not_measured_is_a_dash() -> None:
-    lines = as_markdown(RUN, [RATE], [HOST, SWAP], {("rate", "host"): [1.0]}).splitlines()
+    lines = as_markdown(results([RATE], [HOST, SWAP], {("rate", "host"): [1.0]})).splitlines()
     assert lines[-1] == "| requests | requests/s | 1 | - |"
 
 
 def test_the_json_holds_every_round_and_the_outcome_of_each_bound() -> None:
     measured = {case: values for case, values in MEASUREMENTS.items() if case[1] != "socat"}
-    data = json.loads(json.dumps(as_json(RUN, [RATE, TIME], [HOST, SWAP, SPLICE], measured)))
+    data = json.loads(json.dumps(as_json(results([RATE, TIME], [HOST, SWAP, SPLICE], measured))))
     rate = data["workloads"][0]["cases"]
     assert data["run"]["kernel"] == "6.1.0"
     assert rate["swap"]["values"] == [990, 1900, 3030]
@@ -177,32 +215,65 @@ def test_a_document_without_markers_gets_the_table_at_its_end() -> None:
     assert with_table("", "new") == f"{BEGIN}\nnew\n{END}\n"
 
 
-def test_the_rate_of_wrk_is_read_and_bad_answers_are_an_error() -> None:
-    assert requests_per_second("Requests/sec:  86903.12\nTransfer/sec: 1MB\n") == 86903.12
-    with pytest.raises(BenchError, match="measured nothing"):
-        requests_per_second("  Non-2xx or 3xx responses: 5\nRequests/sec:  86903.12\n")
-    with pytest.raises(BenchError, match="measured nothing"):
-        requests_per_second("unable to connect")
-
-
-def test_the_rate_of_iperf3_is_what_arrived() -> None:
-    assert gigabits('{"end": {"sum_received": {"bits_per_second": 9.5e9}}}') == 9.5
-    with pytest.raises(BenchError, match="measured nothing"):
-        gigabits('{"error": "unable to connect"}')
-
-
-def test_the_median_of_the_peer_is_read() -> None:
-    assert median_us('{"median_us": 41.5, "mean_us": 55.5, "count": 3}\n') == 41.5
-    assert mean_us('{"median_us": 41.5, "mean_us": 55.5, "count": 3}\n') == 55.5
+def test_each_kind_of_number_has_a_table_and_growth_has_one() -> None:
+    p99 = Metric("rate-p99", "a request, p99", "us", 1, more_is_better=False, kind=Kind.LATENCY)
+    cpu = Metric("rate-cpu", "a request", "us", 1, more_is_better=False, kind=Kind.CPU)
+    measured = {(one.name, "host"): [2.0] for one in (RATE, p99, cpu)}
+    growth = [Growth("rules", "rules").with_points([Point.of(10000, [3.0, 5.0, 4.0], [2.0, 2.0, 2.0])])]
+    tables = as_markdown(results([RATE, p99, cpu], [HOST], measured, growth)).split("\n\n")
+    assert [table.splitlines()[-1] for table in tables[1:]] == [
+        "| requests | requests/s | 2 |",
+        "Latency, in microseconds:",
+        "| a request, p99 | us | 2.0 |",
+        "CPU time of everything that was started, in microseconds:",
+        "| a request | us | 2.0 |",
+        "Connect + close in transport direct, as there are more:",
+        "| rules | 10,000 | 4.0 | **2.000** (1.50-2.50) |",
+    ]
 
 
 def test_a_case_that_is_not_offered_is_left_out_with_its_reason_and_the_others_are_measured() -> None:
     said = io.StringIO()
-    found = measure_all([Always(RATE, 7)], [MISSING_CASE, HOST_CASE], PLACE, 2, Console(file=said))
-    assert found == {("rate", "host"): [7, 7]}
+    found = measure_all([Always(RATE, 7)], [MISSING_CASE, HOST_CASE], PLACE, 2, unlimited(), Console(file=said))
+    assert found.values == {("rate", "host"): [7, 7]}
     assert "not measured: a missing proxy: /nonexistent/proxy is not installed\n" in said.getvalue()
+    assert found.omissions == [Omission("a missing proxy", "/nonexistent/proxy is not installed")]
 
 
 def test_a_run_in_which_no_case_is_offered_is_an_error() -> None:
     with pytest.raises(BenchError, match="none of the cases"):
-        measure_all([Always(RATE, 7)], [MISSING_CASE], PLACE, 1, Console(file=io.StringIO()))
+        measure_all([Always(RATE, 7)], [MISSING_CASE], PLACE, 1, unlimited(), Console(file=io.StringIO()))
+
+
+def test_a_workload_whose_program_is_missing_is_left_out_with_its_reason() -> None:
+    workloads = [Always(RATE, 7), Always(TIME, 8, needs=("no-such-program",))]
+    found = measure_all(workloads, [HOST_CASE], PLACE, 1, unlimited(), Console(file=io.StringIO()))
+    assert found.values == {("rate", "host"): [7]}
+    assert found.omissions == [Omission("connect", "no-such-program is not installed")]
+
+
+def test_what_fails_in_a_later_round_is_left_out_and_the_rest_is_measured() -> None:
+    workload = FailsOnce(RATE, 7, where="again")
+    again = PlainCase("again", "host again", lambda net: net.host, 80, 80)
+    found = measure_all([workload], [HOST_CASE, again], PLACE, 3, unlimited(), Console(file=io.StringIO()))
+    assert found.values == {("rate", "host"): [7, 7, 7]}
+    assert found.omissions == [Omission("requests, host again", "no answer at all", failed=True)]
+    assert workload.begun.count("again") == 2
+
+
+def test_a_round_that_the_time_cuts_off_does_not_count() -> None:
+    now = itertools.count()
+    clock = Clock(8, lambda: float(next(now)))
+    again = PlainCase("again", "host again", lambda net: net.host, 80, 80)
+    found = measure_all([Always(RATE, 7)], [HOST_CASE, again], PLACE, 3, clock, Console(file=io.StringIO()))
+    assert found.values == {("rate", "host"): [7], ("rate", "again"): [7]}
+    assert {one.why for one in found.omissions} == {"the time is up"}
+
+
+def test_a_block_begins_only_if_one_like_the_longest_fits() -> None:
+    times = iter([0.0, 3.0, 3.0, 8.0])
+    clock = Clock(10, lambda: next(times))
+    with clock.block():
+        pass
+    assert clock.has_room()
+    assert not clock.has_room()

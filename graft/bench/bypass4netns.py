@@ -1,6 +1,6 @@
 """bypass4netns, where it is installed: it replaces sockets too, on seccomp's notifications.
 
-It waits for a container engine to send it the listener of a container. `python -m tests.bench.bypass4netns SOCKET --
+It waits for a container engine to send it the listener of a container. `python -I -m graft.bench.bypass4netns SOCKET --
 COMMAND` does that part: it installs the filter that nerdctl does, sends the listener, and becomes the command.
 
 Source: the runtime specification's "containerProcessState" (config-linux.md, seccomp).
@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from graft.bench.cases import INNER_PORT, Case, NotOffered, Server, serving
+from graft.bench.process import kept, run, wait_until
+from graft.bench.report import Wanted
+from graft.bench.topology import Netns, Topology, named_netns
 from graft.kernel.seccomp import install_listener
 from graft.kernel.seccomp_filter import architecture
 from graft.kernel.syscalls import MACHINE
-from tests.bench.cases import INNER_PORT, NotOffered, Server, serving
-from tests.bench.process import kept, run, wait_until
-from tests.bench.report import Wanted
-from tests.bench.topology import Netns, Topology, named_netns
 
 BYPASS_PORT = 8096
 TRAPPED = {
@@ -47,17 +47,17 @@ class BypassCase:
     _socket: Path = Path()
 
     @contextmanager
-    def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
+    def prepared(self, net: Topology) -> Iterator[None]:
         """Start it in the host's namespace. Raises NotOffered."""
         if shutil.which(self.name) is None or MACHINE not in TRAPPED:
             raise NotOffered(f"{self.name} is not installed")
-        self._socket = workdir / "bypass4netns"
+        self._socket = net.scratch.folder / "bypass4netns"
         files = {"socket": "", "com-socket": "-com", "log-file": ".log"}  # it writes a page for each call
         options = [f"--{option}={self._socket}{suffix}" for option, suffix in files.items()]
         command = [self.name, *options, "-p", f"{BYPASS_PORT}:{INNER_PORT}"]
-        environment = os.environ | {"XDG_RUNTIME_DIR": str(workdir)}
+        environment = os.environ | {"XDG_RUNTIME_DIR": str(net.scratch.folder)}
         with (
-            named_netns(f"bypass4netns-{os.getpid()}") as self._netns,
+            named_netns(net.scratch.netns(self.name), net.programs) as self._netns,
             kept(net.host.enter(*command), environment) as process,
         ):
             wait_until("ready", self._socket.exists, process)
@@ -76,8 +76,11 @@ class BypassCase:
         return run(self._inside(*command), timeout)
 
     def _inside(self, *command: str) -> list[str]:
-        launcher = [sys.executable, "-m", "tests.bench.bypass4netns", str(self._socket), "--"]
+        launcher = [sys.executable, "-I", "-m", "graft.bench.bypass4netns", str(self._socket), "--"]
         return self._netns.enter(*launcher, *command)
+
+
+BYPASSES: tuple[Case, ...] = (BypassCase(),)
 
 
 def notify_filter(numbers: Sequence[int], arch: int) -> bytes:

@@ -9,13 +9,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO
+
+from graft.errors import GraftError
 
 Environment = Mapping[str, str] | None
 
 
-class BenchError(Exception):
-    """A measurement that could not be made, with what the program said."""
+class BenchError(GraftError):
+    """A measurement that could not be made, with what the program said, in lines of their own."""
+
+    def lines(self) -> list[str]:
+        """The lines for a terminal."""
+        first, *more = self.message.splitlines() or [""]
+        return [f"graft: {first}", *(f"  {line}" for line in more)]
 
 
 class ProgramFailed(BenchError):
@@ -25,6 +33,11 @@ class ProgramFailed(BenchError):
         super().__init__(f"status {status}: {' '.join(command)}\n{said}".rstrip())
         self.status = status
         self.said = said
+
+
+def joined(cgroup: Path, command: Sequence[str]) -> list[str]:
+    """``command`` in a cgroup: its CPU time is counted there, and all that it starts can be killed by it."""
+    return ["sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"', str(cgroup), *command]
 
 
 def run(command: Sequence[str], timeout: float = 60, environment: Environment = None) -> str:
@@ -80,7 +93,7 @@ def _started(command: Sequence[str], output: int | IO[str], environment: Environ
             start_new_session=True,
         )
     except FileNotFoundError as error:
-        raise BenchError(f"{error.filename} is missing: make setup") from error
+        raise BenchError(f"{error.filename} is not installed") from error
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -1,16 +1,23 @@
-"""From measurements to a table: pure functions on plain data, tested without a kernel."""
+"""From measurements to medians, ratios and judged bounds: pure functions on plain data, tested without a kernel."""
 
 from __future__ import annotations
 
+import enum
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
-BEGIN = "<!-- bench:begin -->"
-END = "<!-- bench:end -->"
 BASELINE = "host"
+
+
+class Kind(enum.StrEnum):
+    """What a number is about; each kind has a table of its own."""
+
+    MAIN = "main"
+    LATENCY = "latency"
+    CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,7 @@ class Metric:
     unit: str
     digits: int = 0
     more_is_better: bool = True
+    kind: Kind = Kind.MAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,20 @@ def at_most(limit: float, of: str = BASELINE) -> Bound:
 def more_than(limit: float, of: str = BASELINE) -> Bound:
     """A ratio above ``limit`` is wanted."""
     return Bound(">", limit, of)
+
+
+def as_fast_as_host(connect: float) -> Wanted:
+    """What is wanted where a socket is the host's own; ``connect``: of connect + close, the most."""
+    return {
+        "keepalive": [at_least(0.98)],
+        "request": [at_least(0.95)],
+        "pingpong": [at_least(0.98)],
+        "bulk-in": [at_least(0.98)],
+        "bulk-out": [at_least(0.98)],
+        "connect": [at_most(connect)],
+        "udp-pingpong": [at_least(0.97)],
+        "udp-packets": [at_least(0.97)],
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +130,45 @@ class Run:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Omission:
+    """What was not measured, and why; ``failed``: it should have been."""
+
+    what: str
+    why: str
+    failed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The cost of a call with ``count`` of something: its median in microseconds, and the ratio to the host's."""
+
+    count: int
+    median: float
+    ratio: Ratio
+
+    @classmethod
+    def of(cls, count: int, values: Sequence[float], base: Sequence[float]) -> Point:
+        """From ``values`` and those of the host, one a round."""
+        return cls(count, median(values), _ratio(values, base))
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """The cost of connect + close as something grows."""
+
+    name: str
+    title: str
+    points: tuple[Point, ...] = ()
+
+    def with_points(self, points: Sequence[Point]) -> Growth:
+        """The same with what was measured."""
+        return replace(self, points=tuple(points))
+
+
 Measurements = Mapping[tuple[str, str], Sequence[float]]
 """(workload, case) -> one value a round."""
 
@@ -150,63 +211,44 @@ def summaries(
     return found
 
 
-def as_json(
-    run: Run, metrics: Sequence[Metric], columns: Sequence[Column], measurements: Measurements
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Results:
+    """A whole run."""
+
+    run: Run
+    metrics: Sequence[Metric]
+    columns: Sequence[Column]
+    measurements: Measurements
+    growth: Sequence[Growth] = ()
+    omissions: Sequence[Omission] = ()
+
+    @property
+    def summaries(self) -> dict[tuple[str, str], Summary]:
+        """A summary for each number and case that was measured."""
+        return summaries(self.metrics, self.columns, self.measurements)
+
+    def of_kind(self, kind: Kind) -> list[Metric]:
+        """The numbers of that kind that any case has."""
+        measured = {name for name, _ in self.measurements}
+        return [metric for metric in self.metrics if metric.kind is kind and metric.name in measured]
+
+
+def as_json(results: Results) -> dict[str, Any]:
     """Everything, as data for a file."""
-    found = summaries(metrics, columns, measurements)
+    found = results.summaries
     return {
-        "run": asdict(run),
+        "run": asdict(results.run),
         "workloads": [
             {
                 **asdict(metric),
                 "cases": {
                     column.name: asdict(found[metric.name, column.name])
-                    for column in columns
+                    for column in results.columns
                     if (metric.name, column.name) in found
                 },
             }
-            for metric in metrics
+            for metric in results.metrics
         ],
+        "growth": [asdict(one) for one in results.growth],
+        "not_measured": [asdict(one) for one in results.omissions],
     }
-
-
-def as_markdown(run: Run, metrics: Sequence[Metric], columns: Sequence[Column], measurements: Measurements) -> str:
-    """The table, with what it takes to repeat it above."""
-    found = summaries(metrics, columns, measurements)
-    lines = [
-        f"`{run.command}` on {run.date}: Graft {run.version}, Linux {run.kernel}, {run.machine}; "
-        f"medians of {run.rounds} rounds of {run.seconds:g} s.",
-        "",
-        "| workload | unit | " + " | ".join(column.title for column in columns) + " |",
-        "| --- | --- |" + " ---: |" * len(columns),
-    ]
-    for metric in metrics:
-        cells = [_cell(metric, found.get((metric.name, column.name))) for column in columns]
-        lines.append(f"| {metric.title} | {metric.unit} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(metric: Metric, summary: Summary | None) -> str:
-    if summary is None:
-        return "-"
-    cell = f"{summary.median:,.{metric.digits}f}"
-    if summary.ratio is not None:
-        cell += f" = **{summary.ratio.median:.3f}** ({summary.ratio.low:.2f}-{summary.ratio.high:.2f})"
-    return ", ".join([cell, *(_outcome(verdict) for verdict in summary.verdicts if verdict.met is not None)])
-
-
-def _outcome(verdict: Verdict) -> str:
-    """The bound and whether it is met, after the ratio where that is not the one to the host, which the cell has."""
-    bound, ratio = verdict.bound, verdict.ratio
-    text = f"{bound.sign} {bound.limit:g} {'met' if verdict.met else 'missed'}"
-    return text if ratio is None or bound.of == BASELINE else f"{ratio.median:.3f} of {bound.of} {text}"
-
-
-def with_table(document: str, table: str) -> str:
-    """``document`` with ``table`` between its markers; at its end, with new markers, where it has none."""
-    block = f"{BEGIN}\n{table}\n{END}"
-    start, end = document.find(BEGIN), document.find(END)
-    if start < 0 or end < start:
-        return f"{document.rstrip()}\n\n{block}\n".lstrip()
-    return document[:start] + block + document[end + len(END) :]

@@ -10,17 +10,16 @@ machine's own network is never touched.
 
 from __future__ import annotations
 
-import os
-import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.process import run
-
-NETNS_DIR = Path("/run/netns")
-PREFIX = "graftbench"
+from graft.bench.own_graft import OwnGraft
+from graft.bench.process import joined, run
+from graft.bench.scratch import NETNS_DIR, Scratch
+from graft.kernel import cgroup
 
 HOST_ADDRESS = "10.99.0.1"
 CLIENT_ADDRESS = "10.99.0.2"
@@ -45,6 +44,7 @@ CONNTRACK_SYSCTLS = {
     "net/netfilter/nf_conntrack_tcp_timeout_close": "1",
 }
 
+NAT_PROGRAM = "nft"
 NAT = """
 table ip bench {{
     chain prerouting {{
@@ -62,9 +62,10 @@ table ip bench {{
 
 @dataclass(frozen=True, slots=True)
 class Netns:
-    """A named network namespace."""
+    """A named network namespace; ``cgroup`` is where programs that are started in it go."""
 
     name: str
+    cgroup: Path = Path()
 
     @property
     def path(self) -> Path:
@@ -73,56 +74,65 @@ class Netns:
 
     def enter(self, *command: str) -> list[str]:
         """``command`` run inside. (`ip netns exec` would hide bpffs, since it mounts a /sys of its own.)"""
+        return joined(self.cgroup, self.view(*command))
+
+    def view(self, *command: str) -> list[str]:
+        """``command`` run inside, in the caller's cgroup: it only looks, or sets something up."""
         return ["nsenter", f"--net={self.path}", "--", *command]
 
     def listens(self, port: int, protocol: str = "tcp") -> bool:
         """Whether some socket listens on ``port`` here; of UDP: is bound to it."""
-        return bool(run(self.enter("ss", "-Hltn" if protocol == "tcp" else "-Haun", f"sport = :{port}")).strip())
+        return bool(run(self.view("ss", "-Hltn" if protocol == "tcp" else "-Haun", f"sport = :{port}")).strip())
 
     def set(self, sysctls: dict[str, str]) -> None:
         """Write ``sysctls``, named by their path below /proc/sys."""
         lines = [f"echo '{value}' > /proc/sys/{name}" for name, value in sysctls.items()]
-        run(self.enter("sh", "-ec", "\n".join(lines)))
+        run(self.view("sh", "-ec", "\n".join(lines)))
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The three namespaces, up and joined."""
+    """The three namespaces, up and joined, and the Graft whose host is the first."""
 
     host: Netns
     client: Netns
     container: Netns
+    scratch: Scratch
+    graft: OwnGraft
+
+    @property
+    def cpu_stat(self) -> Path:
+        """The file with the CPU time of everything that was started (cgroup-v2.rst, cpu.stat)."""
+        return self.scratch.cgroup / "cpu.stat"
+
+    @property
+    def programs(self) -> Path:
+        """The cgroup of servers, clients and proxies."""
+        return self.host.cgroup
 
 
 @contextmanager
-def topology(public: int, inner: int) -> Iterator[Topology]:
+def topology(scratch: Scratch, public: int, inner: int) -> Iterator[Topology]:
     """Build the namespaces, and remove them after. Port ``public`` of the host leads to ``inner`` of the container."""
-    sweep()
+    programs = scratch.cgroup / "programs"
+    cgroup.make(programs)
     with ExitStack() as stack:
-        made = [
-            stack.enter_context(named_netns(f"{PREFIX}-{os.getpid()}-{role}"))
-            for role in ("host", "client", "container")
-        ]
-        net = Topology(*made)
+        host, client, container = (
+            stack.enter_context(named_netns(scratch.netns(role), programs)) for role in ("host", "client", "container")
+        )
+        graft = stack.enter_context(OwnGraft.apart(scratch, host.path, programs))
+        net = Topology(host, client, container, scratch, graft)
         _join_client(net)
         _join_container(net, public, inner)
         yield net
 
 
-def sweep() -> None:
-    """Remove the namespaces of runs that were killed before they could."""
-    for path in NETNS_DIR.glob(f"{PREFIX}-*"):
-        found = re.fullmatch(rf"{PREFIX}-(\d+)-\w+", path.name)
-        if found and not Path(f"/proc/{found[1]}").exists():
-            run(["ip", "netns", "del", path.name])
-
-
 @contextmanager
-def named_netns(name: str) -> Iterator[Netns]:
+def named_netns(name: str, programs: Path) -> Iterator[Netns]:
     """Make a namespace of that name with lo up. Removes it after."""
     run(["ip", "netns", "add", name])
     try:
-        netns = Netns(name)
+        netns = Netns(name, programs)
         run(["ip", "-n", name, "link", "set", "lo", "up"])
         netns.set(SYSCTLS)
         yield netns
@@ -145,8 +155,10 @@ def _join_container(net: Topology, public: int, inner: int) -> None:
     _address(container, "eth0", CONTAINER_ADDRESS)
     run(["ip", "-n", container.name, "route", "add", "default", "via", BRIDGE_ADDRESS])
     host.set({"net/ipv4/ip_forward": "1"})
+    if shutil.which(NAT_PROGRAM) is None:
+        return
     rules = NAT.format(host=HOST_ADDRESS, container=CONTAINER_ADDRESS, public=public, inner=inner)
-    run(host.enter("nft", rules))
+    run(host.view(NAT_PROGRAM, rules))
     host.set(CONNTRACK_SYSCTLS)
 
 

@@ -7,7 +7,6 @@ host's namespace, and forwards a port of it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -16,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bench.cases import INNER_PORT, NotOffered, Server
-from tests.bench.process import kept, run, wait_until
-from tests.bench.report import Wanted
-from tests.bench.topology import CLIENT_ADDRESS, HOST_ADDRESS, HOST_INTERFACE, Netns, Topology, named_netns
+from graft.bench.cases import INNER_PORT, Case, NotOffered, Server
+from graft.bench.process import kept, run, wait_until
+from graft.bench.report import Wanted
+from graft.bench.topology import CLIENT_ADDRESS, HOST_ADDRESS, HOST_INTERFACE, Netns, Topology, named_netns
 
 FIRST_USERNET_PORT = 8094
 
@@ -39,19 +38,19 @@ class UsernetCase:
     _netns: Netns = field(default_factory=lambda: Netns(""))
 
     @contextmanager
-    def prepared(self, net: Topology, workdir: Path) -> Iterator[None]:
+    def prepared(self, net: Topology) -> Iterator[None]:
         """Make the namespace and connect it. Raises NotOffered."""
         if shutil.which(self.name) is None:
             raise NotOffered(f"{self.name} is not installed")
-        with named_netns(f"{self.name}-{os.getpid()}") as self._netns:
-            command = net.host.enter(*self.command(workdir, self._netns.path, self.port))
+        with named_netns(net.scratch.netns(self.name), net.programs) as self._netns:
+            command = net.host.enter(*self.command(net.scratch.folder, self._netns.path, self.port))
             with kept(command) as process:
-                self._wait(net, workdir, process)
+                self._wait(net, process)
                 yield
 
-    def _wait(self, net: Topology, workdir: Path, process: subprocess.Popen[str]) -> None:
+    def _wait(self, net: Topology, process: subprocess.Popen[str]) -> None:
         wait_until("connected", lambda: "default" in run(["ip", "-n", self._netns.name, "route"]), process)
-        self.forward(workdir, self.port)
+        self.forward(net.scratch.folder, self.port)
         for protocol in ("tcp", "udp"):
             wait_until("forwarding", lambda protocol=protocol: net.host.listens(self.port, protocol), process)  # type: ignore[misc]
 
@@ -87,7 +86,7 @@ def _forward_by_slirp4netns(folder: Path, port: int) -> None:
             api.recv(4096)
 
 
-USERNETS: tuple[UsernetCase, ...] = (
+USERNETS: tuple[Case, ...] = (
     UsernetCase("pasta", "pasta", FIRST_USERNET_PORT, _pasta),
     UsernetCase("slirp4netns", "slirp4netns", FIRST_USERNET_PORT + 1, _slirp4netns, _forward_by_slirp4netns),
 )
