@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, TextIO, TypeVar
 
-import click
+import typer
 
 from graft.errors import GraftError, KernelError
 from graft.model.printable import printable
@@ -31,7 +31,7 @@ def say(*lines: str, colour: str | None = None) -> None:
     for line in lines:
         text = _encodable(printable(line), sys.stdout)
         if colour is not None and sys.stdout.isatty():
-            text = click.style(text, fg=colour)
+            text = typer.style(text, fg=colour)
         print(text, flush=True)
 
 
