@@ -25,16 +25,30 @@ from graft.kernel import bpf, capabilities
 from graft.kernel.syscalls import syscall
 
 _ROOT = 0
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC
 _UNMAPPED = 0xFFFFFFFF  # (uid_t) -1: an id that this user namespace has no number for; setresuid: "leave it as it is"
 _UNCHANGED = -1
 
 
 def require_root() -> None:
-    """Raises PrivilegeError for any other user than the host's root, with its capabilities."""
+    """Raises PrivilegeError for any other user than the host's root, with its capabilities, among its processes.
+
+    In another pid namespace the hooks would not know the supervisors, which they know by their process ids.
+    """
     if os.geteuid() != 0:
         raise PrivilegeError("this needs root", "run it with sudo")
     if not bpf.is_permitted():
         raise PrivilegeError("this needs the host's root", "root of a container or a user namespace is not enough")
+    if not _is_among_the_hosts_processes():
+        raise PrivilegeError("this needs the host's root, and its process ids", "not in a pid namespace of its own")
+
+
+def _is_among_the_hosts_processes() -> bool:
+    """Whether this is the first pid namespace: its number is fixed (PROC_PID_INIT_INO, include/linux/proc_ns.h)."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
+    except OSError:  # no /proc: other things will say so
+        return True
 
 
 @contextlib.contextmanager

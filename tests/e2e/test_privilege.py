@@ -16,6 +16,7 @@ pytestmark = pytest.mark.e2e
 READS = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *READS, "--")
 USER_NAMESPACE = ("unshare", "--user", "--map-root-user", "--")
+PID_NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--")
 NO_CAPABILITIES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--")
 COMMANDS = (
     ["up"],
@@ -36,7 +37,11 @@ COMMANDS = (
 )
 
 
-@pytest.mark.parametrize("who", [NOBODY, USER_NAMESPACE, NO_CAPABILITIES], ids=["nobody", "namespace", "confined"])
+@pytest.mark.parametrize(
+    "who",
+    [NOBODY, USER_NAMESPACE, NO_CAPABILITIES, PID_NAMESPACE],
+    ids=["nobody", "namespace", "confined", "other processes"],
+)
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_without_the_hosts_root_says_so_in_one_line(host: Host, who: list[str], words: list[str]) -> None:
     done = run([*who, GRAFT, *words], environment=host.environment, status=5)
