@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from graft.commands.run import RunPlan, attach, launch_of
+from graft.datapath.maps import NotUpError
 from graft.errors import GraftError, KernelError
 from graft.kernel import cgroup, fork_messages, process, surroundings
 from graft.model.printable import printable
@@ -229,6 +230,8 @@ def end(connection: socket.socket, request: dict[str, Any], fds: Sequence[int]) 
         for pidfd in supervisor:
             _kill(pidfd)
         _remove(Installation(Settings.from_environment()), container)
+    except NotUpError:  # `graft down --force` has ended it, and removed all
+        print("graft: ended by graft down", file=sys.stderr, flush=True)
     except GraftError as error:
         print(*(printable(line) for line in error.lines()), sep="\n", file=sys.stderr, flush=True)
         code = error.exit_code

@@ -102,6 +102,7 @@ def test_down_is_refused_while_a_program_runs_and_ends_it_by_force(bare_host: Ho
     assert refused.stderr.count("\n") == 1 and "--force" in refused.stderr
     bare_host.graft("down", "--force")
     assert program.wait() != 0
+    assert program.complained in ("graft: ended by graft down\n", "")  # removed before it, or after it
     assert not bare_host.settings.pin_dir.exists()
 
 
