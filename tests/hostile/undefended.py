@@ -122,6 +122,8 @@ _CONNECTING = _at_once(
 )
 
 HOOKS: dict[str, tuple[Change, ...]] = {
+    # No defence: for tests/bench/trace_cost.py.
+    "trace": (_at_once("trace.bpf.c", "static __always_inline struct watch *find_watch(void)", "return 0;"),),
     # A container of transport splice has nothing in the host's namespace that would have to be judged.
     "splice on the host": (
         (
