@@ -219,8 +219,10 @@ class ContainerChanges(Containers):
             records.save(self._settings, container)
         except BaseException:
             attachments.detach(self._settings, path)
+            self._endpoints.restore_superseded(new.superseded)
             self._forget_detached(number, transport)
             raise
+        self._endpoints.delete_superseded(new.superseded)
         for file in stale:
             file.unlink(missing_ok=True)
         return container

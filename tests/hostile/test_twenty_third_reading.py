@@ -200,8 +200,15 @@ def test_who_has_asked_for_an_endpoint_keeps_no_policy_from_declaring_it_anew(
         done = host.graft("policy", "apply", file)
         assert "127.0.0.1" in host.graft("policy", "show", shop).stdout
         assert "has asked for front, which is another endpoint now" in done.stderr
-        docker("exec", "-d", "keeper", "nc", "-l", "-p", "81")
+        docker("run", "-d", "--name", "other", *docker.run_flags, *GRAFTS, wanted, "sleep", "1000")
+        host.remove_at(shop)  # so that nobody has it but who has asked for it
+        before = len(list(host.maps.endpoints.keys()))
+        write("127.0.0.3")
+        host.graft("attach", "--cgroup", shop, "--policy", file)
+        assert "127.0.0.3" in host.graft("policy", "show", shop).stdout
+        assert len(list(host.maps.endpoints.keys())) == before
         host.remove_at(shop)
+        docker("rm", "-f", "other")
     docker("rm", "-f", "keeper")
 
 
