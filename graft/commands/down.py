@@ -14,6 +14,7 @@ from graft.datapath import attachments, dataplane
 from graft.errors import ConflictError, GraftError, KernelError
 from graft.kernel import cgroup, netns
 from graft.kernel.credentials import require_root
+from graft.kernel.mounts import check_own
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.saved.store import Store
@@ -86,6 +87,7 @@ def _down(settings: Settings, force: bool) -> list[str]:
         problems = [unstopped] if unstopped and splice.runs(settings) else []
         _close_leftovers(settings)
         is_detached = _detach_all(settings, graft_cgroup, frozenset() if own is None else own.cgroups)
+        check_own(settings.pin_dir)
         dataplane.unpin(settings.pin_dir)
         for pin in (settings.run_dir / "netns").glob("*"):
             netns.release(pin)

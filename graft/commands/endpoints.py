@@ -26,7 +26,7 @@ def change(graft: Installation, endpoint: Endpoint, save: bool = True) -> str | 
     if save and obstacle is None and graft.endpoints.find(endpoint.name).declared:
         obstacle = "a policy declares it; the next `graft up` takes the address from there"
     with saving.endpoint(graft.settings, endpoint, save and obstacle is None), graft.transaction() as changes:
-        changes.endpoints.change(endpoint)
+        changes.endpoints.replace(endpoint, changes.containers.asked_rulesets())
     return obstacle
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from graft.commands import up, watcher_process
 from graft.datapath.dataplane import is_up
 from graft.errors import ConflictError, GraftError
-from graft.kernel.mounts import BPFFS, mount_bpffs
-from graft.model.settings import Settings
+from graft.kernel.mounts import BPFFS, MOUNT, mount_bpffs
+from graft.kernel.ownership import problem_of
+from graft.model.settings import POLICY_FOLDER, Settings
 from graft.saved.store import Store
 from graft.splice import client as splice
 from graft.splice import control
@@ -60,8 +61,12 @@ def mend(settings: Settings, tell: Callable[[str], object]) -> list[Ailment]:
 
 
 def _bpffs(settings: Settings) -> Iterator[Ailment]:
-    if settings.pin_dir.is_relative_to(BPFFS) and not os.path.ismount(BPFFS):
-        yield Ailment("bpffs", "it is not mounted", f"mount -t bpf bpf {BPFFS}", lambda: mount_bpffs(settings.pin_dir))
+    if not settings.pin_dir.is_relative_to(BPFFS):
+        return
+    if not os.path.ismount(BPFFS):
+        yield Ailment("bpffs", "it is not mounted", MOUNT, partial(mount_bpffs, settings.pin_dir))
+    elif problem := problem_of(BPFFS.lstat()):
+        yield Ailment("bpffs", problem, f"chmod 700 {BPFFS}", partial(mount_bpffs, settings.pin_dir))
 
 
 def _folders(settings: Settings) -> Iterator[Ailment]:
@@ -74,8 +79,9 @@ def _folders(settings: Settings) -> Iterator[Ailment]:
             command = f"chown root {folder}; chmod 700 {folder}"
             name = f"folder {folder}"
             problem = f"others than root may use it (owner {found.st_uid}, mode {found.st_mode & 0o7777:o})"
-            if folder == settings.state_dir and Store(settings).exists:  # others may have written what is restored
-                yield Ailment(name, problem, f"look at what is saved there (graft export), then: {command}")
+            if folder == settings.state_dir and any((folder / one).exists() for one in ("saved", POLICY_FOLDER)):
+                # Others may have written what would be restored, or granted.
+                yield Ailment(name, problem, f"look at what is there (graft export, {POLICY_FOLDER}), then: {command}")
             else:
                 yield Ailment(name, problem, command, partial(_make_private, folder))
 

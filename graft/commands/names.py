@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from graft.errors import GraftError
-from graft.model.settings import POLICIES, Settings
+from graft.model.settings import POLICIES, POLICY_FOLDER, Settings
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./:@+,-]*", re.ASCII)
 _SUFFIXES = (".yaml", ".yml")
@@ -61,7 +61,7 @@ def saved(settings: Settings) -> list[str]:
 
 def policy_files(settings: Settings, begun: str) -> list[str]:
     """Policies by their paths: those that are found by name, and, if nothing is ``begun``, of the current folder."""
-    folders = [settings.state_dir / "policies", POLICIES, *([] if begun else [Path()])]
+    folders = [settings.state_dir / POLICY_FOLDER, POLICIES, *([] if begun else [Path()])]
     found: list[str] = []
     for folder in folders:
         with contextlib.suppress(OSError):

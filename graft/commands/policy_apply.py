@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from graft.commands import saving
 from graft.commands.find import find
 from graft.datapath import rulesets
-from graft.errors import ConflictError, GraftError, NotFoundError, UnfinishedError
+from graft.errors import GraftError, NotFoundError, UnfinishedError
 from graft.model.transport import Transport
 from graft.policy.model import Origin, Policy, PolicyError
 from graft.policy.validator import check_splice, needs_unix_relay
@@ -156,6 +156,9 @@ class _Job:
         the others have lost an endpoint that is declared anew, and get the new one.
         """
         graft = self.graft
+        if _attaches(container, self.compiled) and container.id not in self.reached:
+            self.failed.append(f"{container.name} has just started, or somebody holds its folder")
+            return
         try:
             with saving.policy_of(graft.settings, container, self.compiled.policy, self.save):
                 self.changed.append((container, self._put_in_force(container, together)))
@@ -174,8 +177,6 @@ class _Job:
 
     def _put_in_force(self, container: Container, together: Collection[int]) -> Container:
         """By its name alone a container's policy stays one that it has asked for."""
-        if _attaches(container, self.compiled) and container.id not in self.reached:
-            raise ConflictError(f"{container.name} has just started, or somebody holds its folder", "try again")
         is_operators = container.is_operators or not self.by_name
         policy = replace(self.compiled.policy, origin=Origin.OPERATOR if is_operators else Origin.ASKED)
         return _replace(self.graft, container, replace(self.compiled, policy=policy), together=together)

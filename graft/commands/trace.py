@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from graft.commands.policy_show import ActiveRule, policy_in_force
 from graft.commands.rule_in_force import deciding_bind, deciding_destination
@@ -26,6 +26,8 @@ from graft.state.records import Container
 
 POLL_SECONDS = 0.05
 _LOOK_AGAIN_SECONDS = 1.0
+_GONE = 256  # of which the names are kept
+NamedT = TypeVar("NamedT")
 _PROTOCOLS = {
     **PROTOCOL_LABELS,
     socket.IPPROTO_ICMPV6: "icmp",
@@ -169,6 +171,12 @@ def _member(kind: Any, name: str, field: str) -> Any:
         raise UsageError(f"{field}: no such value: {name!r}", f"one of {known}") from None
 
 
+def _newest(before: Mapping[int, NamedT], now: Mapping[int, NamedT]) -> dict[int, NamedT]:
+    """Those of now, and some that are gone: decisions about them may still be read."""
+    gone = [(number, one) for number, one in before.items() if number not in now]
+    return {**dict(gone[-_GONE:]), **now}
+
+
 @dataclass(slots=True)
 class _Names:
     """What numbers are called, looked up at most once a second."""
@@ -183,8 +191,8 @@ class _Names:
         if time.monotonic() - self._looked < _LOOK_AGAIN_SECONDS:
             return
         self._looked = time.monotonic()
-        self._containers |= {one.id: one for one in self.graft.containers.listing()}
-        self._endpoints |= self.graft.endpoints.by_id()
+        self._containers = _newest(self._containers, {one.id: one for one in self.graft.containers.listing()})
+        self._endpoints = _newest(self._endpoints, self.graft.endpoints.by_id())
         self._rules.clear()
 
     def container(self, number: int) -> Container | None:

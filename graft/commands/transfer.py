@@ -25,9 +25,11 @@ from graft.commands.detach import stop_serving
 from graft.commands.policy_apply import replace_policy, update_relay
 from graft.commands.restore import restore
 from graft.commands.up import bring_up
+from graft.datapath import rulesets
 from graft.errors import ConflictError, GraftError, NotFoundError, UsageError
 from graft.kernel.atomic_file import write_atomically
 from graft.kernel.credentials import require_root
+from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import PolicyError, Problem
 from graft.saved.model import SavedState, Target, outlives_boot
@@ -189,12 +191,21 @@ class _Import:
                 undo = partial(EndpointChanges.delete, name=endpoint.name, force=True)
                 self._undo.append(partial(self._under_lock, undo))
                 self._done.made.append(endpoint.name)
-            elif old.declared:
+            elif old.declared and not self._is_free(old.id):
                 raise ConflictError(f"endpoints.{endpoint.name}: a policy declares it", "detach its container first")
-            elif old.endpoint != endpoint:
-                self._under_lock(partial(EndpointChanges.change, endpoint=endpoint))
-                self._undo.append(partial(self._under_lock, partial(EndpointChanges.change, endpoint=old.endpoint)))
+            elif old.declared or old.endpoint != endpoint:
+                self._replace(endpoint)
+                self._undo.append(partial(self._replace, old.endpoint))
                 self._done.changed.append(endpoint.name)
+
+    def _replace(self, endpoint: Endpoint) -> None:
+        with self._graft.transaction() as changes:
+            changes.endpoints.replace(endpoint, changes.containers.asked_rulesets())
+
+    def _is_free(self, number: int) -> bool:
+        """Whether nobody uses an endpoint but containers that have asked for it themselves."""
+        with self._graft.transaction() as changes:
+            return rulesets.using(self._graft.maps, number) <= changes.containers.asked_rulesets()
 
     def _under_lock(self, change: Callable[[EndpointChanges], object]) -> None:
         with self._graft.transaction() as changes:

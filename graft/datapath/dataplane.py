@@ -21,7 +21,7 @@ from graft.kernel import cgroup
 from graft.kernel.bpf import Map
 from graft.kernel.credentials import require_root
 from graft.kernel.file_lock import open_locked
-from graft.kernel.mounts import mount_bpffs
+from graft.kernel.mounts import check_own, mount_bpffs
 from graft.model.settings import Settings
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ def up(settings: Settings) -> None:
 def _make(settings: Settings) -> None:
     mount_bpffs(settings.pin_dir)
     staging = settings.pin_dir.with_name(f"{settings.pin_dir.name}-new")
+    check_own(settings.pin_dir)
+    check_own(staging)
     unpin(staging)
     try:
         staging.mkdir(mode=0o700, parents=True)
@@ -180,8 +182,12 @@ def _make_supervisors_cgroup(settings: Settings) -> None:
 
 
 def unpin(folder: Path) -> None:
-    """Remove a folder of pins. Safe to repeat."""
+    """Remove a folder of pins. Safe to repeat. Raises OSError for what is no folder: where it leads is not followed."""
     with contextlib.suppress(FileNotFoundError):
-        for pin in folder.iterdir():
-            pin.unlink()
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for name in os.listdir(opened):
+                os.unlink(name, dir_fd=opened)
+        finally:
+            os.close(opened)
         folder.rmdir()

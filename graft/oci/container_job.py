@@ -16,6 +16,7 @@ from graft.model.transport import Transport
 from graft.oci import arguments, main, options, shim
 from graft.oci.plan import Plan
 from graft.oci.prepare import Caller
+from graft.policy.files import PolicyFile
 from graft.policy.model import Origin, PolicyError
 from graft.policy.reader import check_document
 from graft.policy.writer import policy_value
@@ -79,6 +80,7 @@ def plan_value(plan: Plan) -> dict[str, Any]:
         "engine_cgroup": str(plan.engine_cgroup),
         "killable": plan.killable,
         "datagrams": plan.datagrams,
+        "file": None if plan.file is None else [str(plan.file.path), *plan.file.stamp],
     }
 
 
@@ -96,6 +98,7 @@ def plan_of(value: dict[str, Any]) -> Plan:
         Path(value["engine_cgroup"]),
         value["killable"],
         value["datagrams"],
+        None if value["file"] is None else PolicyFile(Path(value["file"][0]), tuple(value["file"][1:])),
     )
 
 

@@ -212,7 +212,7 @@ class ListenerServer:
                 "the container shares the host's network namespace, where no listener is needed", "graft attach"
             )
         known = known_endpoints(self._settings)
-        policy = choose_policy(self._settings, request, config, self._options, known)
+        policy, file = choose_policy(self._settings, request, config, self._options, known)
         compiled = compile_for(policy, policy.resolve(known))
         transport = Transport.BORN if state.metadata == BORN_METADATA else Transport.SWAP
         check_transport(transport, state.id[:12], compiled)
@@ -224,6 +224,7 @@ class ListenerServer:
             None,
             self._cgroup_of_engine(state, runtime),
             datagrams=compiled.bears_datagrams,
+            file=file,
         )
 
     def _refuse(self, state: State, error: GraftError | OSError, first: int | None) -> None:

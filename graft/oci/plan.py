@@ -11,6 +11,7 @@ from graft.errors import RefusedError
 from graft.kernel import cgroup, netns
 from graft.model.settings import Settings
 from graft.model.transport import Transport
+from graft.policy.files import PolicyFile
 from graft.policy.model import Policy
 from graft.state import members
 
@@ -24,7 +25,8 @@ class Plan:
 
     ``folder`` is the shim's own, None where it has none; ``engine_cgroup`` is where the runtime was started, None where
     that is unknown.
-    ``killable``, ``datagrams``: as `Keeper` asks for them.
+    ``killable``, ``datagrams``: as `Keeper` asks for them. ``file`` is where the policy was read, None where the
+    container has made it itself.
     """
 
     settings: Settings
@@ -35,6 +37,7 @@ class Plan:
     engine_cgroup: Path | None
     killable: bool = False
     datagrams: bool = False
+    file: PolicyFile | None = None
 
 
 def is_engines_id(container_id: str) -> bool:

@@ -22,6 +22,7 @@ from graft.oci.options import FILE, RuntimeOptions
 if TYPE_CHECKING:
     from graft.model.endpoint import Endpoint
     from graft.model.settings import Settings
+    from graft.policy.files import PolicyFile
     from graft.policy.model import Policy
 
 POLICY_ANNOTATION = "graft.policy"
@@ -168,7 +169,7 @@ def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -
     names a path could name a file of its own, which the engine has unpacked on the host. Raises GraftError.
     """
     from graft.model.endpoint import MAX_POLICY_NAME, parse_name
-    from graft.model.settings import POLICIES
+    from graft.model.settings import POLICIES, POLICY_FOLDER
 
     if value.startswith("/"):
         if source is not Source.ANNOTATION:
@@ -180,12 +181,23 @@ def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -
             )
         return Path(value)
     parse_name(value, source.value, longest=MAX_POLICY_NAME)
-    folders = (settings.state_dir / "policies", POLICIES)
+    folders = (settings.state_dir / POLICY_FOLDER, POLICIES)
     for folder in folders:
-        if (folder / f"{value}.yaml").exists():
-            return folder / f"{value}.yaml"
+        path = folder / f"{value}.yaml"
+        if path.exists():
+            for one in (folder.parent, folder, path):
+                _check_roots(source, one)
+            return path
     places = " or ".join(str(folder) for folder in folders)
     raise NotFoundError(f"{source.value}: policy {value!r} not found", f"a file {value}.yaml in {places}")
+
+
+def _check_roots(source: Source, path: Path) -> None:
+    """Raises RefusedError where others may have written what is at ``path``."""
+    from graft.kernel.ownership import problem_of
+
+    if problem := problem_of(path.stat()):
+        raise RefusedError(f"{source.value}: {path}: {problem}", f"look at what is there, then: chmod go-w {path}")
 
 
 def choose_policy(
@@ -194,11 +206,14 @@ def choose_policy(
     config: Mapping[str, Any],
     options: RuntimeOptions,
     known: Mapping[str, Endpoint],
-) -> Policy:
-    """The policy that a container asks for. Raises GraftError for one that it may not have, or that is invalid."""
+) -> tuple[Policy, PolicyFile | None]:
+    """The policy that a container asks for, and the file as it was read (None: the policy is the container's own).
+
+    Raises GraftError for one that it may not have, or that is invalid.
+    """
     if request.source is Source.PAIRS:
-        return policy_from_pairs(request.value, known)
-    from graft.policy.files import read_policy
+        return policy_from_pairs(request.value, known), None
+    from graft.policy.files import PolicyFile, read_policy
     from graft.policy.model import Origin
     from graft.policy.reader import load_policy
 
@@ -206,6 +221,7 @@ def choose_policy(
     if request.source is Source.ANNOTATION and not trusted:
         _refuse_two_requests(request.value, environment(config))
     path = find_policy(settings, request.source, request.value, trusted)
+    file = PolicyFile.of(path)  # before it is read: what changes meanwhile is another one
     policy = load_policy(read_policy(path, regular_only=True), str(path), known)
     if not policy.open and not trusted:
         why = "podman copies an image's annotations" if request.source is Source.ANNOTATION else "an image can set it"
@@ -214,7 +230,7 @@ def choose_policy(
             f"{request.source.value}: the policy {request.value!r} is not open to containers that ask for it ({why})",
             f"open: true in {path}{more}",
         )
-    return policy if trusted else replace(policy, origin=Origin.ASKED)
+    return policy if trusted else replace(policy, origin=Origin.ASKED), file
 
 
 def _refuse_two_requests(annotated: str, variables: Mapping[str, str]) -> None:

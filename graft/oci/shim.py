@@ -108,6 +108,8 @@ class Attachment:
         compiled = self._graft.compile(plan.policy)
         self._graft.reap()
         with self._graft.transaction() as change:
+            if plan.file is not None:
+                plan.file.check_unchanged()
             created = change.containers.create(
                 compiled, path, cookie, plan.transport, shim, name=plan.id[:12], engine=_ENGINE
             )

@@ -25,6 +25,7 @@ from typing import TypeVar
 from graft.errors import KernelError, RefusedError, UsageError
 from graft.kernel.atomic_file import PreparedFile, exchange, prepare_file, sync_folder
 from graft.kernel.file_lock import locked_file
+from graft.kernel.ownership import problem_of
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.saved import envelope
@@ -43,7 +44,6 @@ _LOCK_SECONDS = 60.0
 """How long to wait for other commands: one may be waiting for a container that blocks it, for some seconds."""
 
 ENDPOINTS, ATTACHMENTS = "endpoints", "attachments"
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,16 +246,8 @@ def _make_folders(folder: Path) -> None:
 
 def _check_folder(path: Path, follow: bool = False) -> None:
     """Raises RefusedError if another user than root and the caller can write there."""
-    if problem := _not_ours(path.stat() if follow else path.lstat()):
+    if problem := problem_of(path.stat() if follow else path.lstat()):
         raise RefusedError(f"{path}: {problem}; nothing that is saved was read or written", f"chmod go-w {path}")
-
-
-def _not_ours(found: os.stat_result) -> str | None:
-    if stat.S_ISLNK(found.st_mode):
-        return "it is a symbolic link"
-    if found.st_uid not in (0, os.geteuid()):
-        return f"user {found.st_uid} owns it"
-    return "others can write it" if found.st_mode & _OTHERS_WRITE else None
 
 
 def _remove(path: Path) -> None:
@@ -280,7 +272,7 @@ def _read(path: Path) -> bytes:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise UsageError(f"{path.name}: not a regular file")
-        if problem := _not_ours(found):
+        if problem := problem_of(found):
             raise UsageError(f"{path.name}: {problem}")
         return file.read(envelope.MAX_BYTES + 1)
 

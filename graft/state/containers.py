@@ -111,6 +111,16 @@ def check_transport(transport: Transport, name: str, compiled: CompiledPolicy) -
         )
 
 
+def _refuse_closed(policy: Policy, known: Mapping[str, Endpoint]) -> None:
+    """Raises RefusedError where a container's own policy names an endpoint that is not open now: it may have been, when
+    its start began.
+    """
+    if policy.origin is Origin.PAIRS:
+        for name in endpoint_names(policy):
+            if not known[name].open:
+                raise RefusedError(f"policy: the endpoint {name!r} is not open any more", "start it again")
+
+
 @dataclass(frozen=True, slots=True)
 class _Installed:
     """A policy's rules in the maps: their ruleset number, the defaults, and the endpoints that it superseded."""
@@ -288,25 +298,30 @@ class ContainerChanges(Containers):
             if container.id in gone:
                 self._forget(container.id)
 
+    def asked_rulesets(self) -> set[int]:
+        """The rulesets of containers that have asked for their policies themselves."""
+        return self._rulesets_of(one.id for one in self.listing() if not one.is_operators)
+
     def _rulesets_of(self, numbers: Iterable[int]) -> set[int]:
         found = (self._maps.containers.get(ctypes.c_uint32(number)) for number in numbers)
         return {value.ruleset for value in found if value is not None}
 
     def _install(self, compiled: CompiledPolicy, replaced: Collection[int] = (), container: int = 0) -> _Installed:
         """Write a policy's rules, all or none. ``replaced`` are the rulesets that they are to replace; ``container``,
-        the one that has one of them.
+        the one that has one of them: the operator replaces its policy.
 
-        What a container has asked for itself keeps the operator from nothing: it loses an endpoint that the operator's
-        policy declares anew.
+        What a container has asked for itself keeps the operator from nothing: it loses an endpoint that is declared
+        anew.
         """
         policy = compiled.policy
-        if policy.origin is Origin.OPERATOR:
-            replaced = {*replaced, *self._rulesets_of(one.id for one in self.listing() if not one.is_operators)}
+        if container or policy.origin is Origin.OPERATOR:
+            replaced = {*replaced, *self.asked_rulesets()}
         superseded = self._endpoints.declare(policy.endpoints, replaced)
         try:
             stored = {found.endpoint.name: found for found in self._endpoints.listing()}
             known = {name: found.endpoint for name, found in stored.items()}
             rules = compile_for(policy, known, compiled).rules
+            _refuse_closed(policy, known)
             asked = self._asked_room(policy, rules, container)
             number = self._new_id()
             unix_sockets.save_rules(self._settings, policy.unix_ingress)
@@ -320,15 +335,14 @@ class ContainerChanges(Containers):
         return _Installed(number, rules.bind_default, rules.connect_default, flags, superseded, relayed, asked)
 
     def _asked_room(self, policy: Policy, rules: RuleSet, container: int) -> int:
-        """How much of the maps a container asks for itself; 0 where the operator chose its policy. What ``container``
-        has asked for before is replaced.
+        """How much of the maps a container asks for itself; 0 where the operator chose its policy. ``container``: the
+        operator replaces its policy, whatever room there is.
 
         Raises RefusedError where all such containers would have more of them than they may.
         """
         if policy.origin is Origin.OPERATOR:
             return 0
-        others = sum(one.asked for one in self.listing() if one.id != container)
-        if others + rules.weight > MAX_ASKED_ENTRIES:
+        if not container and sum(one.asked for one in self.listing()) + rules.weight > MAX_ASKED_ENTRIES:
             raise RefusedError(
                 "policy: containers have asked for as many rules by their environment as they may together",
                 "end some of them, or name the policy in an annotation",

@@ -131,6 +131,25 @@ class EndpointChanges(Endpoints):
             raise
         return number
 
+    def replace(self, endpoint: Endpoint, asked: Collection[int]) -> None:
+        """As `change`, but what is used by the rulesets ``asked`` alone keeps the operator from nothing: these lose the
+        endpoint, where it cannot be changed under them, or a policy has declared it. Raises what `change` raises.
+        """
+        old = self.find(endpoint.name)
+        users = rulesets.using(self._maps, old.id)
+        is_free = users <= set(asked)
+        try:
+            if not (old.declared and is_free):
+                self.change(endpoint)
+                return
+        except ConflictError:
+            if not is_free:
+                raise
+        number = self._new_id()
+        self._write(number, endpoint, declared=False)
+        self._set_id(endpoint.name, number)
+        self._erase(old.id)
+
     def change(self, endpoint: Endpoint) -> None:
         """Give an endpoint another address, protocol or namespace, from the next bind or connect on.
 
@@ -230,7 +249,10 @@ class EndpointChanges(Endpoints):
     def delete_unused(self) -> None:
         """Delete the endpoints that a policy declared and that no rule names any more."""
         used = rulesets.endpoints_in_use(self._maps)
-        for stored in self.listing():
+        listed = self.listing()
+        for number in {key.value for key in self._maps.endpoints.keys()} - {one.id for one in listed} - used:  # noqa: SIM118
+            self._erase(number)  # it lost its name, and those that used it have ended
+        for stored in listed:
             if stored.declared and stored.id not in used:
                 self._remove(stored.endpoint.name, stored.id)
 
