@@ -36,7 +36,7 @@ WantedBy=multi-user.target
 def answers(port: int) -> bool:
     """Whether a web server answers there. To be asked once a second at most: it is on the same core."""
     command = ["curl", "-s", "-f", "-m", "10", f"http://127.0.0.1:{port}/environment"]
-    return b"graft.service" in subprocess.run(command, capture_output=True).stdout
+    return b"GRAFT_STATE_DIR" in subprocess.run(command, capture_output=True).stdout
 
 
 def until_answers(port: int) -> None:

@@ -65,7 +65,7 @@ def container() -> str:
 
 def test_a_container_of_docker_with_a_policy_of_ones_own_answers_at_its_endpoint(shop: str) -> None:
     command = ["curl", "-s", "-f", "-m", "10", f"http://127.0.0.1:{PORT}/environment"]
-    until("an answer", lambda: b"graft.service" in subprocess.run(command, capture_output=True).stdout, 100, pause=1)
+    until("an answer", lambda: b"GRAFT_STATE_DIR" in subprocess.run(command, capture_output=True).stdout, 100, pause=1)
     assert ":80 " not in output(["ss", "-Hltn"])
 
 

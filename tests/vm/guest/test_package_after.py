@@ -76,7 +76,7 @@ def connection_that_stays() -> Iterator[None]:
         client.sendall(b"GET /environment HTTP/1.0\r\n")
         yield
         client.sendall(b"\r\n")
-        assert b"graft.service" in client.makefile("rb").read()
+        assert b"GRAFT_STATE_DIR" in client.makefile("rb").read()
 
 
 @pytest.mark.parametrize(
