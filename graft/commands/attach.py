@@ -5,6 +5,7 @@ Finds the container, observes what decides its transport (transport_choice.py), 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from graft.commands import saving
 from graft.commands.policy_apply import refuse_in_splice, replace_policy, update_relay
+from graft.commands.policy_source import is_unchanged, read_again
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import ConflictError, NotFoundError, RefusedError
 from graft.kernel import netns
@@ -73,6 +75,17 @@ def attach(
     ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice. ``save``: for the next
     boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
     """
+    for _ in range(_TRIES):
+        done = _attach_once(graft, text, policy, wanted, relay, save)
+        if policy.file is None or is_unchanged(policy):
+            return done
+        policy = read_again(policy.file, graft.endpoints.by_name())  # the operator has narrowed it meanwhile, or so
+    raise ConflictError(f"policy: {policy.name} changes all the time", "attach again, when it stays as it is")
+
+
+def _attach_once(
+    graft: Installation, text: str, policy: Policy, wanted: Transport | None, relay: str | None, save: bool
+) -> Attached:
     target = _started_by_graft(graft, text) if _is_attached_name(graft, text) else resolve(text)
     for _ in range(_TRIES):
         seen = look_at(graft, target, wanted, relay)
@@ -104,10 +117,12 @@ class Seen:
     observed: Observed
     choice: TransportChoice
     existing: Existing | None
+    ruleset: int = 0
 
     def is_current(self, graft: Installation) -> bool:
         """Whether nobody has attached it since, detached it, or replaced its policy."""
-        return _record_at(graft, self.target.cgroup) == self.record
+        now = _record_at(graft, self.target.cgroup)
+        return now == self.record and _ruleset_of(graft, now) == self.ruleset
 
     def ensure_daemon(self, graft: Installation, policy: Policy) -> None:
         """Start graftd, if this container is to be attached with ``policy`` and needs it. Before the lock is taken:
@@ -137,6 +152,7 @@ def look_at(
     """What `attach_seen` has to know of a container. Raises NotFoundError, RefusedError, KernelError."""
     graft.reap()
     record = _record_at(graft, target.cgroup)
+    ruleset = _ruleset_of(graft, record)
     attached = graft.containers.at(target.cgroup)
     inside = members.inside(target.cgroup)
     observed = observe(graft.settings, target.cgroup, inside.pids, attached)
@@ -147,7 +163,13 @@ def look_at(
     if attached is None:
         refuse_below(target.cgroup)
         existing = inventory.host_sockets_of(graft.settings, inside)
-    return Seen(target, record, attached, inside, observed, choice, existing)
+    return Seen(target, record, attached, inside, observed, choice, existing, ruleset)
+
+
+def _ruleset_of(graft: Installation, record: Container | None) -> int:
+    """The number of a container's rules, which each policy has anew; 0 where it has none."""
+    value = None if record is None else graft.maps.containers.get(ctypes.c_uint32(record.id))
+    return 0 if value is None else int(value.ruleset)
 
 
 def _record_at(graft: Installation, path: Path) -> Container | None:

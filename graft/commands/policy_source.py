@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from graft.errors import UsageError
 from graft.kernel import netns
+from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy, policy_from_flags
+from graft.policy.policy_file import PolicyFile
+from graft.state import members
 from graft.state.installation import known_endpoints
 
 
@@ -29,12 +33,26 @@ def policy_of(
     """The policy in ``file``, or that of `-i`, `-e` and `--deny`. Raises UsageError, NotFoundError."""
     if file is None:
         return policy_from_flags(policy_name(program), ingress, egress, deny)
+    if ingress or egress or deny:
+        raise UsageError("--policy: cannot be combined with -i, -e and --deny", "put the rules into the policy file")
+    return read_again(PolicyFile.of(file), known_endpoints(settings))
+
+
+def read_again(file: PolicyFile, known: Mapping[str, Endpoint]) -> Policy:
+    """The policy in a file, as it is now. Raises UsageError, NotFoundError, PolicyError."""
     from graft.policy.files import read_policy
     from graft.policy.reader import load_policy  # import time: yaml
 
-    if ingress or egress or deny:
-        raise UsageError("--policy: cannot be combined with -i, -e and --deny", "put the rules into the policy file")
-    return load_policy(read_policy(file), str(file), known_endpoints(settings))
+    now = PolicyFile.of(file.path, file.passed)
+    return replace(load_policy(read_policy(file.path), str(file.path), known), file=now if now.stamp else None)
+
+
+def is_unchanged(policy: Policy) -> bool:
+    """Whether the file of a policy, which is in force by now, is still the one that was read. Raises KernelError where
+    that cannot be known.
+    """
+    file = policy.file
+    return file is None or members.answer_about(f"the policy {file.path}", lambda: file.is_unchanged)
 
 
 def network(text: str) -> Path | None:

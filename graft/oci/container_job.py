@@ -16,8 +16,8 @@ from graft.model.transport import Transport
 from graft.oci import arguments, main, options, shim
 from graft.oci.plan import Plan
 from graft.oci.prepare import Caller
-from graft.policy.files import PolicyFile
 from graft.policy.model import Origin, PolicyError
+from graft.policy.policy_file import PolicyFile
 from graft.policy.reader import check_document
 from graft.policy.writer import policy_value
 from graft.saved.values import plain_document
@@ -80,7 +80,7 @@ def plan_value(plan: Plan) -> dict[str, Any]:
         "engine_cgroup": str(plan.engine_cgroup),
         "killable": plan.killable,
         "datagrams": plan.datagrams,
-        "file": None if plan.file is None else [str(plan.file.path), *plan.file.stamp],
+        "file": None if plan.file is None else [str(plan.file.path), plan.file.stamp, [*map(str, plan.file.passed)]],
     }
 
 
@@ -98,8 +98,12 @@ def plan_of(value: dict[str, Any]) -> Plan:
         Path(value["engine_cgroup"]),
         value["killable"],
         value["datagrams"],
-        None if value["file"] is None else PolicyFile(Path(value["file"][0]), tuple(value["file"][1:])),
+        None if value["file"] is None else _file_of(*value["file"]),
     )
+
+
+def _file_of(path: str, stamp: list[int], passed: list[str]) -> PolicyFile:
+    return PolicyFile(Path(path), tuple(stamp), tuple(map(Path, passed)))
 
 
 def _accepting(fd: int) -> socket.socket:

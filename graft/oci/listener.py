@@ -212,7 +212,8 @@ class ListenerServer:
                 "the container shares the host's network namespace, where no listener is needed", "graft attach"
             )
         known = known_endpoints(self._settings)
-        policy, file = choose_policy(self._settings, request, config, self._options, known)
+        choose = partial(choose_policy, self._settings, request, config, self._options, known)
+        policy, file = members.answer_about(f"the policy {request.value}", choose)
         compiled = compile_for(policy, policy.resolve(known))
         transport = Transport.BORN if state.metadata == BORN_METADATA else Transport.SWAP
         check_transport(transport, state.id[:12], compiled)

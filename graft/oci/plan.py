@@ -11,8 +11,8 @@ from graft.errors import RefusedError
 from graft.kernel import cgroup, netns
 from graft.model.settings import Settings
 from graft.model.transport import Transport
-from graft.policy.files import PolicyFile
 from graft.policy.model import Policy
+from graft.policy.policy_file import PolicyFile
 from graft.state import members
 
 _ID_LENGTH = 64  # of an engine's id, which is in the name of the container's cgroup

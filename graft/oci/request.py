@@ -22,8 +22,8 @@ from graft.oci.options import FILE, RuntimeOptions
 if TYPE_CHECKING:
     from graft.model.endpoint import Endpoint
     from graft.model.settings import Settings
-    from graft.policy.files import PolicyFile
     from graft.policy.model import Policy
+    from graft.policy.policy_file import PolicyFile
 
 POLICY_ANNOTATION = "graft.policy"
 NET_ADMIN_ANNOTATION = "graft.allow-net-admin"
@@ -164,9 +164,10 @@ def check_capabilities(config: Mapping[str, Any], options: RuntimeOptions, own_u
     )
 
 
-def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -> Path:
-    """The file of the policy ``value``: a name, or from the operator (``trusted``) also an absolute path. An image that
-    names a path could name a file of its own, which the engine has unpacked on the host. Raises GraftError.
+def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -> tuple[Path, tuple[Path, ...]]:
+    """The file of the policy ``value``, and paths that come first where there is none. It is a name, or from the
+    operator (``trusted``) also an absolute path: an image that names a path could name a file of its own, which the
+    engine has unpacked on the host. Raises GraftError.
     """
     from graft.model.endpoint import MAX_POLICY_NAME, parse_name
     from graft.model.settings import POLICIES, POLICY_FOLDER
@@ -179,15 +180,17 @@ def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -
                 f"{source.value}: not a path: podman copies an image's annotations, which can only name a policy",
                 f"its name, or trust-annotations: true in {FILE}",
             )
-        return Path(value)
+        return Path(value), ()
     parse_name(value, source.value, longest=MAX_POLICY_NAME)
     folders = (settings.state_dir / POLICY_FOLDER, POLICIES)
+    passed: list[Path] = []
     for folder in folders:
         path = folder / f"{value}.yaml"
         if path.exists():
             for one in (folder.parent, folder, path):
                 _check_roots(source, one)
-            return path
+            return path, tuple(passed)
+        passed.append(path)
     places = " or ".join(str(folder) for folder in folders)
     raise NotFoundError(f"{source.value}: policy {value!r} not found", f"a file {value}.yaml in {places}")
 
@@ -213,15 +216,16 @@ def choose_policy(
     """
     if request.source is Source.PAIRS:
         return policy_from_pairs(request.value, known), None
-    from graft.policy.files import PolicyFile, read_policy
+    from graft.policy.files import read_policy
     from graft.policy.model import Origin
+    from graft.policy.policy_file import PolicyFile
     from graft.policy.reader import load_policy
 
     trusted = request.source is Source.ANNOTATION and annotations_are_trusted(config, options)
     if request.source is Source.ANNOTATION and not trusted:
         _refuse_two_requests(request.value, environment(config))
-    path = find_policy(settings, request.source, request.value, trusted)
-    file = PolicyFile.of(path)  # before it is read: what changes meanwhile is another one
+    path, passed = find_policy(settings, request.source, request.value, trusted)
+    file = PolicyFile.of(path, passed)  # before it is read: what changes meanwhile is another one
     policy = load_policy(read_policy(path, regular_only=True), str(path), known)
     if not policy.open and not trusted:
         why = "podman copies an image's annotations" if request.source is Source.ANNOTATION else "an image can set it"

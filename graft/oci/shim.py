@@ -108,13 +108,25 @@ class Attachment:
         compiled = self._graft.compile(plan.policy)
         self._graft.reap()
         with self._graft.transaction() as change:
-            if plan.file is not None:
-                plan.file.check_unchanged()
             created = change.containers.create(
                 compiled, path, cookie, plan.transport, shim, name=plan.id[:12], engine=_ENGINE
             )
+        self._check_policy(created)
         splice.serve(self._graft, created, pid)
         return created
+
+    def _check_policy(self, created: Container) -> None:
+        """Raises RefusedError where the policy is not the one of its file any more: the operator may have applied
+        another one since it was read, to those that were attached then. The container is none any more.
+        """
+        file = self._plan.file
+        try:
+            if file is not None and not members.answer_about(f"the policy {file.path}", lambda: file.is_unchanged):
+                raise RefusedError(f"policy: {file.path} has changed while the container started", "start it again")
+        except BaseException:
+            with self._graft.transaction() as change:
+                change.containers.remove(created)
+            raise
 
     def start_supervisor(self, state: State, listener: int, first: int | None = None) -> None:
         """Start a supervisor for ``listener``, which this object closes, also where that fails.

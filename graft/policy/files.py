@@ -5,35 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from graft.errors import NotFoundError, RefusedError, UsageError
+from graft.errors import NotFoundError, UsageError
 from graft.model.address import shown
 from graft.policy.limits import MAX_BYTES
-
-
-class PolicyFile(NamedTuple):
-    """A policy file as it was at a time: device, inode, size, and the times of its last changes in nanoseconds."""
-
-    path: Path
-    stamp: tuple[int, ...]
-
-    @classmethod
-    def of(cls, path: Path) -> PolicyFile:
-        """The file as it is now; without a stamp where it is none."""
-        try:
-            found = path.stat()
-        except (OSError, ValueError):
-            return cls(path, ())
-        return cls(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
-
-    def check_unchanged(self) -> None:
-        """Raises RefusedError where it is another one now.
-
-        A container may take its time between what chose its policy and its start, while the operator applies another.
-        """
-        if not self.stamp or PolicyFile.of(self.path) != self:
-            raise RefusedError(f"policy: {self.path} has changed while the container started", "start it again")
 
 
 def read_policy(path: Path, regular_only: bool = False) -> str:

@@ -26,6 +26,7 @@ from graft.model.endpoint import (
 )
 from graft.model.ports import EVERY_PORT, PortRange, mask_of
 from graft.model.unix_socket import is_unix
+from graft.policy.policy_file import PolicyFile
 
 
 class Default(IntEnum):
@@ -131,6 +132,8 @@ class Policy:
     other_default: Default | None = None
     unix_ingress: tuple[UnixRule, ...] = ()
     origin: Origin = Origin.OPERATOR
+    file: PolicyFile | None = dataclasses.field(default=None, compare=False)
+    """Where it was read just now."""
 
     @property
     def every_ingress(self) -> tuple[IngressRule | UnixRule, ...]:

@@ -18,7 +18,7 @@ from tests.vm.guest.package import is_active, make_image
 PORT = 8090
 POLICY = f"""name: till
 endpoints:
-  shop4: 0.0.0.0:{PORT}
+  till4: 0.0.0.0:{PORT}
 ingress:
   - bind: 0.0.0.0:80
     endpoint: till4

@@ -1,0 +1,150 @@
+"""What the twenty-fifth reading found: a container that prolongs `graft attach`, or `graft run` in a queue, kept the
+policy of before; who holds a folder of policies stopped `graft listen`, and, by a container that was held in its start,
+had every command wait.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+
+from graft.kernel import cgroup
+from graft.policy.policy_file import PolicyFile
+from tests.e2e.conftest import _podman, container_root, podman
+from tests.hostile.test_eighth_reading_folders import holder, running
+from tests.hostile.test_fifteenth_reading_listen import bundle, send_container
+from tests.hostile.test_ninth_reading_splice import forget_names
+from tests.hostile.test_twelfth_reading_attach import in_cgroup
+from tests.hostile.test_twenty_fourth_reading import held_in_its_start
+from tests.hostile.test_twenty_third_reading import policies
+from tests.support.cgroups import new_cgroup
+from tests.support.engines import Engine
+from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import CLIENT4
+from tests.support.puppet import puppet
+from tests.support.wait import until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+__all__ = ["_podman", "container_root", "podman"]
+
+
+def write(file: Path, ports: str, extra: str = "") -> None:
+    rule = f"{{to: {CLIENT4}, ports: {ports}, endpoint: out}}"
+    file.write_text(f"name: web\n{extra}endpoints: {{out: 0.0.0.0:dynamic}}\negress: [{rule}]\ndefault: deny\n")
+
+
+@pytest.fixture
+def saving(host: Host) -> Iterator[Host]:
+    yield host.saving
+    host.graft("down", "--force", "--forget", status=None)
+    host.graft("up")
+
+
+@pytest.mark.parametrize("is_attached", [False, True], ids=["first", "again"])
+def test_who_prolongs_an_attach_does_not_keep_the_policy_of_before(
+    saving: Host, tmp_path: Path, is_attached: bool
+) -> None:
+    file = tmp_path / "web.yaml"
+    with saving.client.listener(CLIENT4) as listener, new_cgroup("there") as there, new_cgroup("evil") as evil:
+        port = listener.getsockname()[1]
+        write(file, f"[1, {port}]")
+        for path in (there, evil) if is_attached else (there,):
+            saving.graft("attach", "--cgroup", path, "--policy", file)
+        with in_cgroup(saving, evil, *holder("self")):  # a process of the container's, as nobody
+            attaching = saving.start_command([GRAFT, "attach", "--cgroup", evil, "--policy", file])
+            time.sleep(2)  # it looks, for some seconds
+            assert attaching.process.poll() is None
+            write(file, "[1]")
+            saving.graft("policy", "apply", file)
+            attaching.wait(60)
+        with puppet(evil, saving.netns.path) as one, puppet(there, saving.netns.path) as two:
+            assert (one.connect(CLIENT4, port), two.connect(CLIENT4, port)) == ("EACCES", "EACCES")
+        assert str(port) not in saving.graft("export").stdout
+        for path in (there, evil):
+            cgroup.kill(path)
+
+
+def test_a_program_whose_start_waits_does_not_run_under_the_policy_of_before(host: Host, tmp_path: Path) -> None:
+    file, top = tmp_path / "web.yaml", cgroup.v2_mount() / host.settings.cgroup
+    with new_cgroup("there") as there:
+        write(file, "[1, 7777]")
+        host.graft("attach", "--cgroup", there, "--policy", file)
+        with host.installation.transaction():  # which others can have last
+            program = host.start("--policy", file, "--", "sleep", "1000")
+            until("it is launched", lambda: any(cgroup.processes(one) for one in top.glob("run-*")), 20)
+            write(file, "[1]")
+            applying = host.start_command([GRAFT, "policy", "apply", file])
+        assert applying.wait() == 0
+        assert program.wait() != 0 and "has changed while the program started" in program.complained
+        [one] = host.installation.containers.listing()
+        assert "7777" not in host.graft("policy", "show", one.id).stdout
+        host.remove_at(there)
+
+
+def test_a_file_that_comes_first_now_is_another_policy(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    second.write_text("name: p\n")
+    file = PolicyFile.of(second, (first,))
+    assert file.is_unchanged
+    first.write_text("name: p\n")
+    assert not file.is_unchanged
+    first.unlink()
+    second.touch()
+    assert not file.is_unchanged
+
+
+@contextmanager
+def everybody_may_list(folder: Path) -> Iterator[None]:
+    """That folder, and those above it."""
+    before = {one: one.stat().st_mode for one in (folder, *folder.parents) if one.is_relative_to("/tmp/pytest-of-root")}
+    for one in before:
+        one.chmod(0o755)
+    yield
+    for one, mode in before.items():
+        one.chmod(mode)
+
+
+@pytest.mark.parametrize("is_held", [False, True], ids=["control", ""])
+def test_who_holds_the_folder_of_policies_does_not_stop_graft_listen(host: Host, tmp_path: Path, is_held: bool) -> None:
+    folder, hostile = policies(host), tmp_path / "hostile"
+    other = bundle(tmp_path / "other")
+    hostile.mkdir()
+    (hostile / "config.json").write_text(json.dumps({"process": {"env": [f"GRAFT_POLICY=nobody-knows-{os.getpid()}"]}}))
+    serving = host.start_command([GRAFT, "listen"])
+    serving.until("it listens", lambda: (host.settings.run_dir / "listener").is_socket())
+    with ExitStack() as stack:
+        stack.enter_context(everybody_may_list(folder))
+        if is_held:
+            stack.enter_context(running(holder(folder)))
+        send_container(stack, host, "hostile", hostile)
+        send_container(stack, host, "other", other)
+        serving.says("other: attached", 40)
+        serving.says("hostile: refused", 40)
+
+
+@pytest.mark.parametrize("is_held", [False, True], ids=["control", ""])
+def test_who_is_held_in_its_start_has_no_command_wait_for_its_policy(
+    host: Host, podman: Engine, tmp_path: Path, is_held: bool
+) -> None:
+    file = policies(host) / "web.yaml"
+    write(file, "[1]", "open: true\n")
+    os.sync()
+    with everybody_may_list(file.parent), ExitStack() as start:
+        start.enter_context(held_in_its_start(host, podman, tmp_path, "GRAFT_POLICY=web"))
+        with running(holder(file.parent)) if is_held else nullcontext():
+            forget_names()
+            goes_on = threading.Thread(target=start.close)
+            goes_on.start()
+            for number in range(10):
+                host.graft("ep", "add", f"other{number}", f"127.0.0.1:{host.port()}", timeout=5)
+        goes_on.join()
+    podman.remove("evil")
+    file.unlink()
