@@ -55,7 +55,7 @@ def test_what_others_may_have_saved_is_not_restored_by_itself(saving: Host) -> N
     saving.graft("down", "--force")
     saving.settings.state_dir.chmod(0o777)
     try:
-        assert "look at what is saved there (graft export)" in saving.graft("doctor", "--fix", status=1).stderr
+        assert "look at what is there (graft export, policies)" in saving.graft("doctor", "--fix", status=1).stderr
         assert stat.S_IMODE(saving.settings.state_dir.stat().st_mode) == 0o777
         assert not is_up(saving.settings) or not saving.installation.endpoints.listing()
     finally:
