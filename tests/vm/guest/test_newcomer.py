@@ -17,6 +17,7 @@ from tests.vm.guest.package import is_active, make_image
 
 PORT = 8090
 POLICY = f"""name: till
+open: true
 endpoints:
   till4: 0.0.0.0:{PORT}
 ingress:
