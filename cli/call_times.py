@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from graft.state.call_times import BOUNDS, CallTimes
+from graft.state.call_times import BOUNDS, NANOSECONDS, CallTimes
 
-_NANOSECONDS = 1e9  # in a second
 _UNITS = (("s", 1_000_000_000), ("ms", 1_000_000), ("us", 1_000))
 _BAR = 40  # columns of the longest bar
 
@@ -39,10 +38,10 @@ def bars(calls: CallTimes | None) -> list[str]:
 
 def record(calls: CallTimes) -> dict[str, Any]:
     """For JSON: how many calls took at most so many seconds, and more than the bound before. None: there is none."""
-    bounds: list[float | None] = [*(bound / _NANOSECONDS for bound in BOUNDS), None]
+    bounds: list[float | None] = [*(bound / NANOSECONDS for bound in BOUNDS), None]
     return {
         "count": calls.count,
-        "seconds": calls.total / _NANOSECONDS,
+        "seconds": calls.total / NANOSECONDS,
         "buckets": [{"at_most": at, "count": count} for at, count in zip(bounds, calls.counts, strict=True)],
     }
 

@@ -5,7 +5,6 @@ Finds the container, observes what decides its transport (transport_choice.py), 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from graft.commands import saving
 from graft.commands.policy_apply import refuse_in_splice, replace_policy, update_relay
-from graft.commands.policy_source import is_unchanged, read_again
+from graft.commands.policy_source import read_again
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import ConflictError, NotFoundError, RefusedError
 from graft.kernel import netns
@@ -23,6 +22,7 @@ from graft.policy.model import Policy
 from graft.policy.validator import grants_that_splice_lacks, needs_unix_relay
 from graft.splice import client as splice
 from graft.state import inventory, members, thread_namespaces
+from graft.state.changed_policy import is_unchanged
 from graft.state.containers import refuse_below
 from graft.state.engines import FoundContainer, resolve
 from graft.state.installation import Installation
@@ -122,7 +122,7 @@ class Seen:
     def is_current(self, graft: Installation) -> bool:
         """Whether nobody has attached it since, detached it, or replaced its policy."""
         now = _record_at(graft, self.target.cgroup)
-        return now == self.record and _ruleset_of(graft, now) == self.ruleset
+        return now == self.record and (0 if now is None else graft.ruleset_of(now)) == self.ruleset
 
     def ensure_daemon(self, graft: Installation, policy: Policy) -> None:
         """Start graftd, if this container is to be attached with ``policy`` and needs it. Before the lock is taken:
@@ -152,7 +152,7 @@ def look_at(
     """What `attach_seen` has to know of a container. Raises NotFoundError, RefusedError, KernelError."""
     graft.reap()
     record = _record_at(graft, target.cgroup)
-    ruleset = _ruleset_of(graft, record)
+    ruleset = 0 if record is None else graft.ruleset_of(record)
     attached = graft.containers.at(target.cgroup)
     inside = members.inside(target.cgroup)
     observed = observe(graft.settings, target.cgroup, inside.pids, attached)
@@ -164,12 +164,6 @@ def look_at(
         refuse_below(target.cgroup)
         existing = inventory.host_sockets_of(graft.settings, inside)
     return Seen(target, record, attached, inside, observed, choice, existing, ruleset)
-
-
-def _ruleset_of(graft: Installation, record: Container | None) -> int:
-    """The number of a container's rules, which each policy has anew; 0 where it has none."""
-    value = None if record is None else graft.maps.containers.get(ctypes.c_uint32(record.id))
-    return 0 if value is None else int(value.ruleset)
 
 
 def _record_at(graft: Installation, path: Path) -> Container | None:

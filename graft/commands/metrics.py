@@ -21,11 +21,10 @@ from graft.commands.sample import ContainerSample, Sample
 from graft.datapath.layout import HookDecision
 from graft.model.printable import printable
 from graft.model.transport import Transport
-from graft.state.call_times import BOUNDS
+from graft.state.call_times import BOUNDS, NANOSECONDS
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _CONTAINER = ("container", "id")
-_NANOSECONDS = 1e9  # in a second
 
 
 class SampleCollector(Collector):
@@ -100,9 +99,9 @@ def _of_calls(sample: Sample) -> Metric:
     )
     for one in sample.containers:
         if one.calls is not None:
-            bounds = [*(str(bound / _NANOSECONDS) for bound in BOUNDS), "+Inf"]
+            bounds = [*(str(bound / NANOSECONDS) for bound in BOUNDS), "+Inf"]
             buckets = list(zip(bounds, itertools.accumulate(one.calls.counts), strict=True))
-            times.add_metric(_labels(one), buckets, one.calls.total / _NANOSECONDS)
+            times.add_metric(_labels(one), buckets, one.calls.total / NANOSECONDS)
     return times
 
 

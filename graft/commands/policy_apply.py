@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -164,7 +163,7 @@ class _Job:
                 self.changed.append((container, self._put_in_force(container, together)))
         except NotFoundError as error:
             saved = saving.at(Store(graft.settings), container.cgroup_path) if self.save else None
-            if graft.is_attached(container):
+            if graft.ruleset_of(container):
                 self.failed.append(f"{container.name}: {error.message}")
             elif saved is not None:
                 self._replace_saved(saved)
@@ -199,10 +198,9 @@ def _cut_off(graft: Installation, policy: Policy) -> list[str]:
     known = {one.id for one in graft.endpoints.listing()}
     lines = []
     for one in graft.containers.listing():
-        value = graft.maps.containers.get(ctypes.c_uint32(one.id))
-        if one.is_operators or value is None or declared.isdisjoint(one.endpoints):
+        if one.is_operators or declared.isdisjoint(one.endpoints):
             continue
-        if not rulesets.endpoints_of(graft.maps, value.ruleset) <= known:
+        if not rulesets.endpoints_of(graft.maps, graft.ruleset_of(one)) <= known:
             names = ", ".join(sorted(declared.intersection(one.endpoints)))
             lines.append(f"{one.name} has asked for {names}, which is another endpoint now: it starts anew with that")
     return lines

@@ -13,7 +13,6 @@ from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy, policy_from_flags
 from graft.policy.policy_file import PolicyFile
-from graft.state import members
 from graft.state.installation import known_endpoints
 
 
@@ -45,14 +44,6 @@ def read_again(file: PolicyFile, known: Mapping[str, Endpoint]) -> Policy:
 
     now = PolicyFile.of(file.path, file.passed)
     return replace(load_policy(read_policy(file.path), str(file.path), known), file=now if now.stamp else None)
-
-
-def is_unchanged(policy: Policy) -> bool:
-    """Whether the file of a policy, which is in force by now, is still the one that was read. Raises KernelError where
-    that cannot be known.
-    """
-    file = policy.file
-    return file is None or members.answer_about(f"the policy {file.path}", lambda: file.is_unchanged)
 
 
 def network(text: str) -> Path | None:

@@ -15,14 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.commands.policy_source import is_unchanged
-from graft.errors import RefusedError
 from graft.kernel import cgroup, netns, process
 from graft.kernel.seccomp_filter import born_filter, swap_filter
 from graft.model.transport import Transport
 from graft.policy.model import Policy
 from graft.policy.validator import refuse_without_supervisor
 from graft.splice import client as splice
+from graft.state.changed_policy import refuse_changed
 from graft.state.containers import CompiledPolicy
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -130,13 +129,7 @@ def attach(
     graft.reap()
     with graft.transaction() as change:
         container = change.containers.create(compiled, path, launched.netns, transport, keeper)
-    try:
-        if not is_unchanged(plan.policy):
-            raise RefusedError(f"policy: {plan.policy.name} has changed while the program started", "start it again")
-    except BaseException:
-        with graft.transaction() as change:
-            change.containers.remove(container)
-        raise
+    refuse_changed(graft, container, plan.policy)
     splice.serve(graft, container, launched.pid)
     return container
 

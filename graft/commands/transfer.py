@@ -191,8 +191,6 @@ class _Import:
                 undo = partial(EndpointChanges.delete, name=endpoint.name, force=True)
                 self._undo.append(partial(self._under_lock, undo))
                 self._done.made.append(endpoint.name)
-            elif old.declared and not self._is_free(old.id):
-                raise ConflictError(f"endpoints.{endpoint.name}: a policy declares it", "detach its container first")
             elif old.declared or old.endpoint != endpoint:
                 self._replace(endpoint)
                 self._undo.append(partial(self._replace, old.endpoint))
@@ -200,12 +198,10 @@ class _Import:
 
     def _replace(self, endpoint: Endpoint) -> None:
         with self._graft.transaction() as changes:
-            changes.endpoints.replace(endpoint, changes.containers.asked_rulesets())
-
-    def _is_free(self, number: int) -> bool:
-        """Whether nobody uses an endpoint but containers that have asked for it themselves."""
-        with self._graft.transaction() as changes:
-            return rulesets.using(self._graft.maps, number) <= changes.containers.asked_rulesets()
+            asked, old = changes.containers.asked_rulesets(), changes.endpoints.find(endpoint.name)
+            if old.declared and not rulesets.using(self._graft.maps, old.id) <= asked:
+                raise ConflictError(f"endpoints.{endpoint.name}: a policy declares it", "detach its container first")
+            changes.endpoints.replace(endpoint, asked)
 
     def _under_lock(self, change: Callable[[EndpointChanges], object]) -> None:
         with self._graft.transaction() as changes:
@@ -252,7 +248,7 @@ class _Import:
                 try:
                     changed = replace_policy(self._graft, container, one.policy, together=together)
                 except NotFoundError:
-                    if self._graft.is_attached(container):
+                    if self._graft.ruleset_of(container):
                         raise
                     continue  # it has ended, and waits from here on
                 undo = partial(replace_policy, self._graft, changed, before[one.target], together=together)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from graft.errors import UsageError
 
 POLICIES = Path("/etc/graft/policies")
+"""The operator's policies, which are found by their names, besides those in `POLICY_FOLDER`."""
 POLICY_FOLDER = "policies"  # in the state directory
-"""The operator's policies, which are found by their names, besides those in a state directory's ``policies``."""
 
 
 class Settings(NamedTuple):

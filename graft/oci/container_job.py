@@ -80,7 +80,7 @@ def plan_value(plan: Plan) -> dict[str, Any]:
         "engine_cgroup": str(plan.engine_cgroup),
         "killable": plan.killable,
         "datagrams": plan.datagrams,
-        "file": None if plan.file is None else [str(plan.file.path), plan.file.stamp, [*map(str, plan.file.passed)]],
+        "file": _file_value(plan.policy.file),
     }
 
 
@@ -91,18 +91,25 @@ def plan_of(value: dict[str, Any]) -> Plan:
         raise PolicyError("policy", checked.problems)
     return Plan(
         Settings.from_environment(value["settings"]),
-        replace(checked.policy, origin=Origin(value["origin"])),
+        replace(checked.policy, origin=Origin(value["origin"]), file=_file_of(value["file"])),
         Transport.parse(value["transport"]),
         value["id"],
         None if value["folder"] is None else Path(value["folder"]),
         Path(value["engine_cgroup"]),
         value["killable"],
         value["datagrams"],
-        None if value["file"] is None else _file_of(*value["file"]),
     )
 
 
-def _file_of(path: str, stamp: list[int], passed: list[str]) -> PolicyFile:
+def _file_value(file: PolicyFile | None) -> list[Any] | None:
+    return None if file is None else [str(file.path), file.stamp, [str(path) for path in file.passed]]
+
+
+def _file_of(value: list[Any] | None) -> PolicyFile | None:
+    """The inverse."""
+    if value is None:
+        return None
+    path, stamp, passed = value
     return PolicyFile(Path(path), tuple(stamp), tuple(map(Path, passed)))
 
 

@@ -213,7 +213,7 @@ class ListenerServer:
             )
         known = known_endpoints(self._settings)
         choose = partial(choose_policy, self._settings, request, config, self._options, known)
-        policy, file = members.answer_about(f"the policy {request.value}", choose)
+        policy = members.answer_about(f"the policy {request.value}", choose)
         compiled = compile_for(policy, policy.resolve(known))
         transport = Transport.BORN if state.metadata == BORN_METADATA else Transport.SWAP
         check_transport(transport, state.id[:12], compiled)
@@ -225,7 +225,6 @@ class ListenerServer:
             None,
             self._cgroup_of_engine(state, runtime),
             datagrams=compiled.bears_datagrams,
-            file=file,
         )
 
     def _refuse(self, state: State, error: GraftError | OSError, first: int | None) -> None:

@@ -12,7 +12,6 @@ from graft.kernel import cgroup, netns
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.policy.model import Policy
-from graft.policy.policy_file import PolicyFile
 from graft.state import members
 
 _ID_LENGTH = 64  # of an engine's id, which is in the name of the container's cgroup
@@ -25,8 +24,7 @@ class Plan:
 
     ``folder`` is the shim's own, None where it has none; ``engine_cgroup`` is where the runtime was started, None where
     that is unknown.
-    ``killable``, ``datagrams``: as `Keeper` asks for them. ``file`` is where the policy was read, None where the
-    container has made it itself.
+    ``killable``, ``datagrams``: as `Keeper` asks for them.
     """
 
     settings: Settings
@@ -37,7 +35,6 @@ class Plan:
     engine_cgroup: Path | None
     killable: bool = False
     datagrams: bool = False
-    file: PolicyFile | None = None
 
 
 def is_engines_id(container_id: str) -> bool:

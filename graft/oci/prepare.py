@@ -73,7 +73,7 @@ def prepare(
     check_capabilities(config, options, has_own_user_namespace(config))
     dataplane.up(settings)
     known = known_endpoints(settings)
-    policy, file = choose_policy(settings, request, config, options, known)
+    policy = choose_policy(settings, request, config, options, known)
     compiled = compile_for(policy, policy.resolve(known))
     remove_stale_folders(settings)
     folder, lock = _make_folder(settings)
@@ -93,7 +93,6 @@ def prepare(
             caller.cgroup,
             edit.wait_killable,
             compiled.bears_datagrams,
-            file,
         )
         with shim.listen(folder / shim.HOOK_SOCKET) as hook, shim.listen(folder / shim.LISTENER_SOCKET) as listeners:
             (start_shim or shim.start)(plan, hook, listeners, lock, caller.pidfd)

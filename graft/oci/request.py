@@ -164,13 +164,14 @@ def check_capabilities(config: Mapping[str, Any], options: RuntimeOptions, own_u
     )
 
 
-def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -> tuple[Path, tuple[Path, ...]]:
-    """The file of the policy ``value``, and paths that come first where there is none. It is a name, or from the
+def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -> PolicyFile:
+    """The file of the policy ``value``, before it is read. It is a name, or from the
     operator (``trusted``) also an absolute path: an image that names a path could name a file of its own, which the
     engine has unpacked on the host. Raises GraftError.
     """
     from graft.model.endpoint import MAX_POLICY_NAME, parse_name
     from graft.model.settings import POLICIES, POLICY_FOLDER
+    from graft.policy.policy_file import PolicyFile
 
     if value.startswith("/"):
         if source is not Source.ANNOTATION:
@@ -180,7 +181,7 @@ def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -
                 f"{source.value}: not a path: podman copies an image's annotations, which can only name a policy",
                 f"its name, or trust-annotations: true in {FILE}",
             )
-        return Path(value), ()
+        return PolicyFile.of(Path(value))
     parse_name(value, source.value, longest=MAX_POLICY_NAME)
     folders = (settings.state_dir / POLICY_FOLDER, POLICIES)
     passed: list[Path] = []
@@ -189,7 +190,7 @@ def find_policy(settings: Settings, source: Source, value: str, trusted: bool) -
         if path.exists():
             for one in (folder.parent, folder, path):
                 _check_roots(source, one)
-            return path, tuple(passed)
+            return PolicyFile.of(path, tuple(passed))
         passed.append(path)
     places = " or ".join(str(folder) for folder in folders)
     raise NotFoundError(f"{source.value}: policy {value!r} not found", f"a file {value}.yaml in {places}")
@@ -209,32 +210,27 @@ def choose_policy(
     config: Mapping[str, Any],
     options: RuntimeOptions,
     known: Mapping[str, Endpoint],
-) -> tuple[Policy, PolicyFile | None]:
-    """The policy that a container asks for, and the file as it was read (None: the policy is the container's own).
-
-    Raises GraftError for one that it may not have, or that is invalid.
-    """
+) -> Policy:
+    """The policy that a container asks for. Raises GraftError for one that it may not have, or that is invalid."""
     if request.source is Source.PAIRS:
-        return policy_from_pairs(request.value, known), None
+        return policy_from_pairs(request.value, known)
     from graft.policy.files import read_policy
     from graft.policy.model import Origin
-    from graft.policy.policy_file import PolicyFile
     from graft.policy.reader import load_policy
 
     trusted = request.source is Source.ANNOTATION and annotations_are_trusted(config, options)
     if request.source is Source.ANNOTATION and not trusted:
         _refuse_two_requests(request.value, environment(config))
-    path, passed = find_policy(settings, request.source, request.value, trusted)
-    file = PolicyFile.of(path, passed)  # before it is read: what changes meanwhile is another one
-    policy = load_policy(read_policy(path, regular_only=True), str(path), known)
+    file = find_policy(settings, request.source, request.value, trusted)
+    policy = load_policy(read_policy(file.path, regular_only=True), str(file.path), known)
     if not policy.open and not trusted:
         why = "podman copies an image's annotations" if request.source is Source.ANNOTATION else "an image can set it"
         more = f", or trust-annotations: true in {FILE}" if request.source is Source.ANNOTATION else ""
         raise RefusedError(
             f"{request.source.value}: the policy {request.value!r} is not open to containers that ask for it ({why})",
-            f"open: true in {path}{more}",
+            f"open: true in {file.path}{more}",
         )
-    return policy if trusted else replace(policy, origin=Origin.ASKED), file
+    return replace(policy, file=file, origin=Origin.OPERATOR if trusted else Origin.ASKED)
 
 
 def _refuse_two_requests(annotated: str, variables: Mapping[str, str]) -> None:

@@ -37,6 +37,7 @@ from graft.oci.state import Message, State
 from graft.policy.validator import refuse_without_supervisor
 from graft.splice import client as splice
 from graft.state import leftovers, members
+from graft.state.changed_policy import refuse_changed
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.swap.keeper import Keeper, stop_all
@@ -111,22 +112,9 @@ class Attachment:
             created = change.containers.create(
                 compiled, path, cookie, plan.transport, shim, name=plan.id[:12], engine=_ENGINE
             )
-        self._check_policy(created)
+        refuse_changed(self._graft, created, plan.policy)
         splice.serve(self._graft, created, pid)
         return created
-
-    def _check_policy(self, created: Container) -> None:
-        """Raises RefusedError where the policy is not the one of its file any more: the operator may have applied
-        another one since it was read, to those that were attached then. The container is none any more.
-        """
-        file = self._plan.file
-        try:
-            if file is not None and not members.answer_about(f"the policy {file.path}", lambda: file.is_unchanged):
-                raise RefusedError(f"policy: {file.path} has changed while the container started", "start it again")
-        except BaseException:
-            with self._graft.transaction() as change:
-                change.containers.remove(created)
-            raise
 
     def start_supervisor(self, state: State, listener: int, first: int | None = None) -> None:
         """Start a supervisor for ``listener``, which this object closes, also where that fails.

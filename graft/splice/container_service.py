@@ -77,6 +77,7 @@ class ContainerService:
     def update(self, container: Container, sockmap: Sockmap | None) -> None:
         """Use a changed record, or another relay."""
         self.container, self._sockmap = container, sockmap
+        self._log.container = container
         if self._relays is not None:
             self._relays.container = container
             self._relays.set_sockmap(sockmap)

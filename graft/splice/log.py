@@ -67,14 +67,14 @@ class ContainerLog(_Limit):
 
     def __init__(self, container: Container) -> None:
         super().__init__()
-        self._container = container
+        self.container = container
 
     def __call__(self, text: str) -> None:
         """Write one line, if not too many were written in this minute."""
         left_out = self.next()
         if left_out is not None:
             more = f" ({left_out} lines about this container were left out before)" if left_out else ""
-            warn(f"{text}{more}", self._container)
+            warn(f"{text}{more}", self.container)
 
 
 class FailureLog(_Limit):

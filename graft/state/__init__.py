@@ -4,6 +4,7 @@
     endpoints.py       endpoints in the maps
     containers.py      containers in the maps: a cgroup under a policy
     ferries.py         a container's ferry, for those that know only its container
+    changed_policy.py  whether a policy's file is still the one that is in force
     call_times.py      how long its supervisors take for calls
     restored.py        whether what is saved was restored into this data plane
     records.py         a file for each container, with its name and what is in no map

@@ -28,6 +28,7 @@ BOUNDS = (
 )
 """Upper bounds of the buckets in nanoseconds, each included. A last bucket has what took longer."""
 
+NANOSECONDS = 1e9  # in a second
 _SLOTS = 64  # as many supervisors as one container may have (graft/oci/shim.py)
 
 

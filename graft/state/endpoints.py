@@ -122,6 +122,10 @@ class EndpointChanges(Endpoints):
         """
         if self._id_of(endpoint.name) is not None:
             raise ConflictError(f"name: endpoint {endpoint.name!r} already exists", "graft ep set changes it")
+        return self._add(endpoint, declared)
+
+    def _add(self, endpoint: Endpoint, declared: bool) -> int:
+        """Make a new endpoint, which has the name from here on; gives its id. Where that fails, it has not."""
         number = self._new_id()
         try:
             self._write(number, endpoint, declared)
@@ -136,8 +140,7 @@ class EndpointChanges(Endpoints):
         endpoint, where it cannot be changed under them, or a policy has declared it. Raises what `change` raises.
         """
         old = self.find(endpoint.name)
-        users = rulesets.using(self._maps, old.id)
-        is_free = users <= set(asked)
+        is_free = rulesets.using(self._maps, old.id) <= set(asked)
         try:
             if not (old.declared and is_free):
                 self.change(endpoint)
@@ -145,9 +148,7 @@ class EndpointChanges(Endpoints):
         except ConflictError:
             if not is_free:
                 raise
-        number = self._new_id()
-        self._write(number, endpoint, declared=False)
-        self._set_id(endpoint.name, number)
+        self._add(endpoint, declared=False)
         self._erase(old.id)
 
     def change(self, endpoint: Endpoint) -> None:
@@ -229,9 +230,7 @@ class EndpointChanges(Endpoints):
                 f"endpoints.{endpoint.name}: already exists, at {stored.endpoint.spec}",
                 "declare the same address, or choose another name",
             )
-        number = self._new_id()
-        self._write(number, endpoint, declared=True)
-        self._set_id(endpoint.name, number)
+        self._add(endpoint, declared=True)
         return stored.id
 
     def delete_superseded(self, superseded: dict[str, int]) -> None:

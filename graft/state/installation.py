@@ -67,9 +67,10 @@ class Installation:
         """
         return compile_for(policy, policy.resolve(self.endpoints.by_name()))
 
-    def is_attached(self, container: Container) -> bool:
-        """Whether it has rules now."""
-        return self.maps.containers.get(ctypes.c_uint32(container.id)) is not None
+    def ruleset_of(self, container: Container) -> int:
+        """The number of a container's rules, which each policy has anew; 0 where it is not attached any more."""
+        value = self.maps.containers.get(ctypes.c_uint32(container.id))
+        return 0 if value is None else int(value.ruleset)
 
     def reap(self) -> None:
         """Remove the rules and records of containers whose cgroup is gone. Quick if there are none."""

@@ -51,7 +51,7 @@ def choose(folder: Path, cgroup: str, options: RuntimeOptions) -> str:
     config: dict[str, Any] = {"annotations": {"graft.policy": str(file)}, "linux": {"cgroupsPath": cgroup}}
     asked = request.requested(config)
     assert asked == Request(Source.ANNOTATION, str(file))
-    return request.choose_policy(Settings.from_environment({}), asked, config, options, {})[0].name
+    return request.choose_policy(Settings.from_environment({}), asked, config, options, {}).name
 
 
 @pytest.mark.parametrize("cgroup", PODMANS)
@@ -78,7 +78,7 @@ def test_an_image_does_not_replace_the_policy_that_the_operators_environment_nam
     asked = request.requested(config)
     assert asked == Request(Source.ANNOTATION, "wide")
     if cgroup == DOCKERS:  # the operator's own annotation
-        assert request.choose_policy(settings, asked, config, RuntimeOptions(), {})[0].name == "wide"
+        assert request.choose_policy(settings, asked, config, RuntimeOptions(), {}).name == "wide"
         return
     with pytest.raises(ConflictError, match="differ"):
         request.choose_policy(settings, asked, config, RuntimeOptions(), {})

@@ -244,7 +244,7 @@ def choose(folder: Path, cgroup: str) -> str:
     (folder / "policies/secret.yaml").write_text("name: secret\n")
     settings = Settings.from_environment({"GRAFT_STATE_DIR": str(folder)})
     asked = Request(Source.ANNOTATION, "secret")
-    return request.choose_policy(settings, asked, configuration(cgroup), RuntimeOptions(), {})[0].name
+    return request.choose_policy(settings, asked, configuration(cgroup), RuntimeOptions(), {}).name
 
 
 @pytest.mark.parametrize("cgroup", PODMANS)

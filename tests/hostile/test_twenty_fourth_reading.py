@@ -258,7 +258,7 @@ def test_a_policy_that_others_may_have_written_is_not_granted(host: Host, tmp_pa
     file = folder / "evil.yaml"
     file.write_text("name: evil\nopen: true\n")
     asked = Request(Source.POLICY, "evil")
-    assert choose_policy(settings, asked, {}, RuntimeOptions(), {})[0].name == "evil"
+    assert choose_policy(settings, asked, {}, RuntimeOptions(), {}).name == "evil"
     {"state": settings.state_dir, "policies": folder, "file": file}[what].chmod(0o777)
     with pytest.raises(RefusedError, match="others can write it"):
         choose_policy(settings, asked, {}, RuntimeOptions(), {})

@@ -519,7 +519,7 @@ def _log() -> None:
     """The daemon writes whatever a container causes."""
     from graft.splice.log import ContainerLog, log
 
-    ContainerLog.__call__ = lambda self, text: log(text, self._container)  # type: ignore[method-assign]
+    ContainerLog.__call__ = lambda self, text: log(text, self.container)  # type: ignore[method-assign]
 
 
 def _aside() -> None:

@@ -169,7 +169,7 @@ def test_a_request_that_an_image_could_make_reaches_open_policies_only(
 ) -> None:
     config = {"annotations": notes}
     if allowed:
-        policy, _ = request.choose_policy(settings, Request(source, name), config, chosen, KNOWN)
+        policy = request.choose_policy(settings, Request(source, name), config, chosen, KNOWN)
         is_operators = source is Source.ANNOTATION and request.annotations_are_trusted(config, chosen)
         assert (policy.name, policy.origin) == (name, Origin.OPERATOR if is_operators else Origin.ASKED)
         return
