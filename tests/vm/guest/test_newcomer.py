@@ -47,7 +47,7 @@ def till(engine: None) -> str:
     path = Path("/etc/graft/policies/till.yaml")
     path.write_text(POLICY)
     assert "ok" in output(["graft", "policy", "check", path])
-    tries = "while sleep 1; do busybox wget -q -T 1 -O - http://192.0.2.7/; done"  # which is not granted
+    tries = "while sleep 1; do busybox nc -w 1 192.0.2.7 80 </dev/null; done"  # which is not granted
     script = f"{tries} & exec httpd -f -p 0.0.0.0:80 -h /etc/graft"
     options = ["--name=till", "--network=none", "--runtime=graft", "-e", "GRAFT_POLICY=till"]
     output(["docker", "run", "--detach", *options, "box", "sh", "-c", script], timeout=120)
