@@ -176,9 +176,9 @@ class Operator:
             apply(graft, policy_of(graft.settings, "", file, (), ()), str(self.cgroup))
 
 
-def write_policy(folder: Path, policy: Policy) -> Path:
+def write_policy(folder: Path, policy: Policy, name: str = "fuzz.yaml") -> Path:
     """The policy's file."""
-    file = folder / "fuzz.yaml"
+    file = folder / name
     file.write_text(policy.text())
     return file
 
@@ -249,7 +249,8 @@ def arena(host: Host, transport: Transport, world: World, programs: Programs, fo
             first = Policy() if transport == "born" else Policy(egress=(_FOR_UDP,), connect="container")
             with host.installation.transaction() as change:
                 change.endpoints.add(parse_endpoint("for-udp", "0.0.0.0:dynamic", "udp"))
-            player, path = _run(host, write_policy(folder, first), program, folder, stack)
+            # In a file of its own: `graft run` ends a program whose policy's file changes while it starts.
+            player, path = _run(host, write_policy(folder, first, "first.yaml"), program, folder, stack)
             host.graft("policy", "apply", "--cgroup", path, write_policy(folder, world.policy))
             with host.installation.transaction() as change:
                 change.endpoints.delete("for-udp", force=False)
