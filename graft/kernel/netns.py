@@ -102,6 +102,19 @@ def cookie(place: Path | int | None = None) -> int:
         return socket_cookie(sock)
 
 
+def cookie_by(opened: int) -> int:
+    """Cookie of the namespace of a descriptor. Raises OSError."""
+    home = open_own()
+    try:
+        setns(opened)
+        try:
+            return cookie()
+        finally:
+            setns(home)
+    finally:
+        os.close(home)
+
+
 def inode(place: Path | int) -> int:
     """The inode of the namespace at a path, or of a process. Raises OSError."""
     with entered(place):
@@ -121,44 +134,47 @@ def inodes_of(pids: Iterable[int]) -> Counter[int]:
     return counted
 
 
-def resolve(spec: str) -> Path:
-    """The path of a namespace given by name (of `ip netns`), process id, or path.
-
-    Raises NotFoundError.
+def path_of(spec: str) -> Path:
+    """The path of a namespace given by name (of `ip netns`), process id, or path. Raises NotFoundError for what is none
+    of these.
     """
     if spec.startswith("/"):
-        path = Path(spec)
-    elif spec.isdigit():
-        path = Path(f"/proc/{spec}/ns/net")
-    else:
-        path = Path("/run/netns") / spec
-        if "/" in spec or spec in (".", ".."):
-            raise NotFoundError(f"netns: {spec!r} is not a name of a network namespace", "ip netns list")
+        return Path(spec)
+    if spec.isdigit():
+        return Path(f"/proc/{spec}/ns/net")
+    if "/" in spec or spec in (".", ".."):
+        raise NotFoundError(f"netns: {spec!r} is not a name of a network namespace", "ip netns list")
+    return Path("/run/netns") / spec
+
+
+def open_named(spec: str) -> int:
+    """A descriptor of the namespace given by name, process id, or path. Raises NotFoundError."""
     try:
-        cookie(path)
+        with entered(path_of(spec)):
+            return open_own()
     except FileNotFoundError:
         raise NotFoundError(
             f"netns: network namespace {spec!r} not found", "a name of `ip netns`, a pid, or a path"
         ) from None
     except OSError as error:
         raise NotFoundError(f"netns: {spec!r} is not a network namespace ({error.strerror})") from error
-    return path
 
 
-def keep(source: Path, target: Path) -> None:
-    """Mount the namespace at ``source`` on the file ``target``: it then exists there until `release`."""
+def resolve(spec: str) -> Path:
+    """The path of the namespace given by name, process id, or path. Raises NotFoundError where there is none."""
+    os.close(open_named(spec))
+    return path_of(spec)
+
+
+def keep(opened: int, target: Path) -> None:
+    """Mount the namespace of a descriptor on the file ``target``: it then exists there until `release`."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     target.touch(mode=0o600)
-    with entered(source):
-        opened = open_own()
-    try:
-        real = os.fsencode(f"/proc/self/fd/{opened}")
-        if _libc.mount(real, os.fsencode(target), None, ctypes.c_ulong(_MS_BIND), None) != 0:
-            code = ctypes.get_errno()
-            target.unlink(missing_ok=True)
-            raise KernelError(f"cannot keep the network namespace {source}: {os.strerror(code)}")
-    finally:
-        os.close(opened)
+    real = os.fsencode(f"/proc/self/fd/{opened}")
+    if _libc.mount(real, os.fsencode(target), None, ctypes.c_ulong(_MS_BIND), None) != 0:
+        code = ctypes.get_errno()
+        target.unlink(missing_ok=True)
+        raise KernelError(f"cannot keep a network namespace: {os.strerror(code)}")
 
 
 def release(target: Path) -> None:

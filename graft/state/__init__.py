@@ -21,6 +21,7 @@
     leftovers_aside.py    the same for a process that waits for none of them
     helper_process.py  runs system calls that may never return in a child process
     folder_calls.py    makes calls in such a child that are about a folder which somebody may hold
+    named_namespaces.py   opens the network namespaces that the operator names
     left_children.py   children that were left behind there
     members.py         the processes and cgroups of containers, listed by such a child
     liveness.py        which supervisors are stuck

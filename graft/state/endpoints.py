@@ -17,7 +17,7 @@ from graft.kernel import netns
 from graft.model.endpoint import Endpoint, Protocol
 from graft.model.ports import ports_text
 from graft.model.settings import Settings
-from graft.state import bound_sockets, unix_sockets
+from graft.state import bound_sockets, named_namespaces, unix_sockets
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,14 +272,7 @@ class EndpointChanges(Endpoints):
         self._label(number).unlink(missing_ok=True)
 
     def _write(self, number: int, endpoint: Endpoint, declared: bool) -> None:
-        source = self._settings.host_netns if endpoint.netns is None else netns.resolve(endpoint.netns)
-        pin = self._netns_pin(number)
-        cookie = netns.cookie(source)
-        netns.release(pin)
-        self._label(number).unlink(missing_ok=True)
-        if endpoint.netns is not None:
-            netns.keep(source, pin)
-            self._label(number).write_bytes(os.fsencode(endpoint.netns))
+        cookie = self._keep_namespace(number, endpoint)
         flags = layout.ENDPOINT_OPEN * endpoint.open | layout.ENDPOINT_DECLARED * declared
         flags |= layout.ENDPOINT_DUAL_STACK * endpoint.dual_stack | layout.ENDPOINT_UNIX * (endpoint.unix is not None)
         unix_sockets.save(self._settings, number, endpoint.unix)
@@ -295,6 +288,22 @@ class EndpointChanges(Endpoints):
         with needs_room("endpoint"):
             rulesets.write_groups(self._maps, number, endpoint.multicast)
             self._maps.endpoints.put(ctypes.c_uint32(number), value)
+
+    def _keep_namespace(self, number: int, endpoint: Endpoint) -> int:
+        """Have the namespace of an endpoint stay, in the place of the one that it had. Gives its cookie."""
+        host = self._settings.host_netns
+        fd = netns.open_place(host) if endpoint.netns is None else named_namespaces.open_named(endpoint.netns)
+        pin = self._netns_pin(number)
+        try:
+            cookie = netns.cookie_by(fd)
+            netns.release(pin)
+            self._label(number).unlink(missing_ok=True)
+            if endpoint.netns is not None:
+                netns.keep(fd, pin)
+                self._label(number).write_bytes(os.fsencode(endpoint.netns))
+        finally:
+            os.close(fd)
+        return cookie
 
 
 def _key(name: str) -> layout.EndpointNameKey:

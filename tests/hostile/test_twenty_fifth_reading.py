@@ -5,8 +5,10 @@ had every command wait.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from graft.kernel import cgroup
+from graft.kernel import cgroup, netns
 from graft.policy.policy_file import PolicyFile
 from tests.e2e.conftest import _podman, container_root, podman
+from tests.hostile.conftest import graft_without
 from tests.hostile.test_eighth_reading_folders import holder, running
 from tests.hostile.test_fifteenth_reading_listen import bundle, send_container
 from tests.hostile.test_ninth_reading_splice import forget_names
@@ -29,7 +32,7 @@ from tests.support.engines import Engine
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4
 from tests.support.puppet import puppet
-from tests.support.wait import until
+from tests.support.wait import PATIENCE, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -148,3 +151,37 @@ def test_who_is_held_in_its_start_has_no_command_wait_for_its_policy(
         goes_on.join()
     podman.remove("evil")
     file.unlink()
+
+
+@pytest.mark.parametrize("without", ["", "named namespaces apart"], ids=["", "control"])
+def test_who_holds_the_folder_of_a_named_namespace_has_no_other_command_wait(
+    host: Host, tmp_path: Path, without: str
+) -> None:
+    folder = tmp_path / "netns"
+    folder.mkdir()
+    (folder / "there").symlink_to(host.client.path)
+    command = ["ep", "add", "there", "10.98.0.1:80", "--netns", str(folder / "there")]
+    with everybody_may_list(folder), running(holder(folder)):
+        forget_names()
+        adding = host.start_command([*graft_without(without), *command])
+        if without:
+            adding.until("it has the lock", lambda: not is_free(host))
+            with pytest.raises(subprocess.TimeoutExpired):
+                host.graft("ep", "add", "other", f"127.0.0.1:{host.port()}", timeout=5)
+        else:
+            adding.process.wait(20 * PATIENCE)
+            assert f"netns: {folder}/there: somebody holds the directory {folder}" in adding.complained
+            host.graft("ep", "add", "other", f"127.0.0.1:{host.port()}", timeout=5)
+    if not without:
+        host.graft(*command)
+        assert host.installation.endpoints.find("there").cookie == netns.cookie(host.client.path)
+
+
+def is_free(host: Host) -> bool:
+    """Whether nobody has the installation's lock."""
+    with (host.settings.run_dir / "lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

@@ -66,6 +66,7 @@ from graft.state import (
     leftovers,
     liveness,
     members,
+    named_namespaces,
     socket_holders,
     stack_listing,
     thread_namespaces,
@@ -1088,6 +1089,11 @@ def _found_apart() -> None:
     members.answer_about = answer_about  # type: ignore[assignment]
 
 
+def _named_namespaces_apart() -> None:
+    """Who has the lock looks a namespace up itself, in a folder that others may hold."""
+    named_namespaces.open_named = netns.open_named
+
+
 def _own_clocks() -> None:
     """Whatever changes has all containers that wait count as just started, and puts off the tries that are due."""
     changed = [time.monotonic()]
@@ -1298,6 +1304,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "links": _links,
     "holders": _holders,
     "found apart": _found_apart,
+    "named namespaces apart": _named_namespaces_apart,
     "own clocks": _own_clocks,
     "left behind": _left_behind,
     "others in the cgroup": _others_in_the_cgroup,
