@@ -12,7 +12,7 @@ from pathlib import Path
 
 from graft.commands import saving
 from graft.commands.policy_apply import refuse_in_splice, replace_policy, update_relay
-from graft.commands.policy_source import read_again
+from graft.commands.policy_source import with_current
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import ConflictError, NotFoundError, RefusedError
 from graft.kernel import netns
@@ -22,7 +22,6 @@ from graft.policy.model import Policy
 from graft.policy.validator import grants_that_splice_lacks, needs_unix_relay
 from graft.splice import client as splice
 from graft.state import inventory, members, thread_namespaces
-from graft.state.changed_policy import is_unchanged
 from graft.state.containers import refuse_below
 from graft.state.engines import FoundContainer, resolve
 from graft.state.installation import Installation
@@ -75,12 +74,7 @@ def attach(
     ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice. ``save``: for the next
     boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
     """
-    for _ in range(_TRIES):
-        done = _attach_once(graft, text, policy, wanted, relay, save)
-        if policy.file is None or is_unchanged(policy):
-            return done
-        policy = read_again(policy.file, graft.endpoints.by_name())  # the operator has narrowed it meanwhile, or so
-    raise ConflictError(f"policy: {policy.name} changes all the time", "attach again, when it stays as it is")
+    return with_current(graft, policy, lambda current: _attach_once(graft, text, current, wanted, relay, save))
 
 
 def _attach_once(

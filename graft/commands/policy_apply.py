@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from graft.commands import saving
 from graft.commands.find import find
+from graft.commands.policy_source import with_current
 from graft.datapath import rulesets
 from graft.errors import GraftError, NotFoundError, UnfinishedError
 from graft.model.transport import Transport
@@ -38,10 +39,15 @@ class Applied:
 def apply(graft: Installation, policy: Policy, text: str | None = None, save: bool = False) -> Applied:
     """Replace the policy of the container ``text``, or of every container whose policy has the same name.
 
-    ``save``: for the next boot too, and of those that wait. All of it is done under the lock on what is saved: nobody
-    restores a container by the old policy meanwhile. Raises NotFoundError if there is none, PolicyError, RefusedError,
-    ConflictError, KernelError, and changes nothing then; UnfinishedError if one of them does not get it.
+    ``save``: for the next boot too, and of those that wait. A file that changes until its rules are in force is applied
+    again. Raises NotFoundError if there is none, PolicyError, RefusedError, ConflictError, KernelError, and changes
+    nothing then; UnfinishedError if one of them does not get it.
     """
+    return with_current(graft, policy, lambda current: _apply_once(graft, current, text, save))
+
+
+def _apply_once(graft: Installation, policy: Policy, text: str | None, save: bool) -> Applied:
+    """All of it is done under the lock on what is saved: nobody restores a container by the old policy meanwhile."""
     graft.reap()
     compiled = graft.compile(policy)
     found = None

@@ -1,19 +1,27 @@
-"""Options of several commands as values: a policy from --policy, -i and -e; a namespace from --net."""
+"""Options of several commands as values: a policy from --policy, -i and -e, which may change before it is in force; a
+namespace from --net.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from graft.errors import UsageError
+from graft.errors import ConflictError, UsageError
 from graft.kernel import netns
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy, policy_from_flags
 from graft.policy.policy_file import PolicyFile
-from graft.state.installation import known_endpoints
+from graft.state.changed_policy import is_unchanged
+from graft.state.installation import Installation, known_endpoints
+
+T = TypeVar("T")
+
+_TRIES = 5
 
 
 def policy_name(text: str) -> str:
@@ -44,6 +52,18 @@ def read_again(file: PolicyFile, known: Mapping[str, Endpoint]) -> Policy:
 
     now = PolicyFile.of(file.path, file.passed)
     return replace(load_policy(read_policy(file.path), str(file.path), known), file=now if now.stamp else None)
+
+
+def with_current(graft: Installation, policy: Policy, put_in_force: Callable[[Policy], T]) -> T:
+    """What ``put_in_force`` gives; it is called again as long as the policy's file is another one by then: the operator
+    has narrowed it meanwhile, or so. Raises ConflictError where it changes all the time, and what the call raises.
+    """
+    for _ in range(_TRIES):
+        done = put_in_force(policy)
+        if policy.file is None or is_unchanged(policy):
+            return done
+        policy = read_again(policy.file, graft.endpoints.by_name())
+    raise ConflictError(f"policy: {policy.name} changes all the time", "try again, when it stays as it is")
 
 
 def network(text: str) -> Path | None:

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ from tests.support.cgroups import new_cgroup
 from tests.support.engines import Engine
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4
+from tests.support.program import Program
 from tests.support.puppet import puppet
 from tests.support.wait import PATIENCE, until
 
@@ -90,6 +91,32 @@ def test_a_program_whose_start_waits_does_not_run_under_the_policy_of_before(hos
         [one] = host.installation.containers.listing()
         assert "7777" not in host.graft("policy", "show", one.id).stdout
         host.remove_at(there)
+
+
+def test_a_policy_that_waits_for_the_lock_is_applied_as_its_file_is_then(host: Host, tmp_path: Path) -> None:
+    file = tmp_path / "web.yaml"
+    with new_cgroup("there") as there:
+        write(file, "[1]")
+        host.graft("attach", "--cgroup", there, "--policy", file)
+        write(file, "[1, 7777]")
+        with host.installation.transaction():
+            applying = host.start_command([GRAFT, "policy", "apply", file])
+            applying.until("it waits for the lock", lambda: str(host.settings.run_dir / "lock") in files_of(applying))
+            write(file, "[1, 8888]")
+        assert applying.wait() == 0
+        [one] = host.installation.containers.listing()
+        shown = host.graft("policy", "show", one.id).stdout
+        assert "8888" in shown and "7777" not in shown
+        host.remove_at(there)
+
+
+def files_of(program: Program) -> set[str]:
+    """The files that a process has open."""
+    found = set()
+    for one in Path(f"/proc/{program.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.add(str(one.readlink()))
+    return found
 
 
 def test_a_file_that_comes_first_now_is_another_policy(tmp_path: Path) -> None:
