@@ -138,6 +138,7 @@ class _Import:
         self._removed: list[Container] = []
         self._replaced: list[tuple[Container, Container]] = []
         self._undo: list[Callable[[], object]] = []
+        self._superseded: dict[str, int] = {}
 
     def change(self) -> None:
         """Make all of it, or nothing, but for what has to go then."""
@@ -151,6 +152,7 @@ class _Import:
         except BaseException:
             self._roll_back()
             raise
+        self._under_lock(partial(EndpointChanges.delete_superseded, superseded=self._superseded))
 
     def tell_graftd(self) -> None:
         """Have graftd serve by the policies that were replaced."""
@@ -192,16 +194,22 @@ class _Import:
                 self._undo.append(partial(self._under_lock, undo))
                 self._done.made.append(endpoint.name)
             elif old.declared or old.endpoint != endpoint:
-                self._replace(endpoint)
-                self._undo.append(partial(self._replace, old.endpoint))
+                self._replace(endpoint, old.endpoint)
                 self._done.changed.append(endpoint.name)
 
-    def _replace(self, endpoint: Endpoint) -> None:
+    def _replace(self, endpoint: Endpoint, before: Endpoint) -> None:
+        """The old one stays, without its name, until nothing can fail any more."""
         with self._graft.transaction() as changes:
             asked, old = changes.containers.asked_rulesets(), changes.endpoints.find(endpoint.name)
             if old.declared and not rulesets.using(self._graft.maps, old.id) <= asked:
                 raise ConflictError(f"endpoints.{endpoint.name}: a policy declares it", "detach its container first")
-            changes.endpoints.replace(endpoint, asked)
+            superseded = changes.endpoints.replace(endpoint, asked)
+        if superseded:
+            undo = partial(EndpointChanges.restore_superseded, superseded=superseded)
+        else:
+            undo = partial(EndpointChanges.change, endpoint=before)
+        self._superseded |= superseded
+        self._undo.append(partial(self._under_lock, undo))
 
     def _under_lock(self, change: Callable[[EndpointChanges], object]) -> None:
         with self._graft.transaction() as changes:

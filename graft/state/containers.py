@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,11 +46,20 @@ class Containers:
         return self.read_all()[0]
 
     def find(self, name: str) -> Container:
-        """The container of that name, cgroup or id. Raises NotFoundError, which also names an unreadable record."""
-        found, unreadable = self.read_all()
-        for container in found:
-            if name in (container.name, container.cgroup, str(container.id)):
-                return container
+        """The container with that cgroup, id, or name: of those with one name, the operator's.
+
+        Raises NotFoundError, which also names an unreadable record, and ConflictError where the name is ambiguous.
+        """
+        every, unreadable = self.read_all()
+        found = [one for one in every if name in (one.cgroup, str(one.id))] or named(every, name)
+        if len(found) > 1:
+            gone = members.gone(found)
+            found = [one for one in found if one.id not in gone] or found[:1]
+        if len(found) > 1:
+            ids = ", ".join(str(one.id) for one in found)
+            raise ConflictError(f"container: {shown(name)} is ambiguous: {ids}", "write one of these ids (graft ps)")
+        if found:
+            return found[0]
         hint = "; ".join(["graft ps", *(error.message for error in unreadable[:1])])
         raise NotFoundError(f"container: {shown(name)} is not attached", hint)
 
@@ -59,6 +68,12 @@ class Containers:
         found = [one for one in self.listing() if one.cgroup == str(path)]
         gone = members.gone(found)
         return next((one for one in found if one.id not in gone), None)
+
+
+def named(containers: Sequence[Container], name: str) -> list[Container]:
+    """Those of that name: the operator's own, or where there is none, those that have asked for their policies."""
+    found = [one for one in containers if one.name == name]
+    return [one for one in found if one.is_operators] or found
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,21 +135,22 @@ class EndpointChanges(Endpoints):
             raise
         return number
 
-    def replace(self, endpoint: Endpoint, asked: Collection[int]) -> None:
+    def replace(self, endpoint: Endpoint, asked: Collection[int]) -> dict[str, int]:
         """As `change`, but what is used by the rulesets ``asked`` alone keeps the operator from nothing: these lose the
-        endpoint, where it cannot be changed under them, or a policy has declared it. Raises what `change` raises.
+        endpoint, where it cannot be changed under them, or a policy has declared it. Its name goes to a new one then:
+        returns the name and the old id, for `delete_superseded` or `restore_superseded`. Raises what `change` raises.
         """
         old = self.find(endpoint.name)
         is_free = rulesets.using(self._maps, old.id) <= set(asked)
         try:
             if not (old.declared and is_free):
                 self.change(endpoint)
-                return
+                return {}
         except ConflictError:
             if not is_free:
                 raise
         self._add(endpoint, declared=False)
-        self._erase(old.id)
+        return {endpoint.name: old.id}
 
     def change(self, endpoint: Endpoint) -> None:
         """Give an endpoint another address, protocol or namespace, from the next bind or connect on.
@@ -239,9 +240,12 @@ class EndpointChanges(Endpoints):
             self._erase(number)
 
     def restore_superseded(self, superseded: dict[str, int]) -> None:
-        """Undo `declare`: give the names back to the old endpoints."""
+        """Undo `declare` or `replace`: give the names back to the old endpoints, unless others have deleted them."""
         for name, number in superseded.items():
             new = self.find(name).id
+            if self._read(name, number) is None:
+                self._remove(name, new)
+                continue
             self._set_id(name, number)
             self._erase(new)
 

@@ -236,6 +236,11 @@ def test_who_asked_keeps_the_operator_from_no_import_and_no_change(
         (tmp_path / "p.yaml").write_text("name: p\negress: [{to: 127.0.0.0/8, endpoint: out}]\ndefault: deny\n")
         saving.graft("attach", "--cgroup", one, "--policy", tmp_path / "p.yaml")
         docker("run", "-d", "--name", "evil", *docker.run_flags, *GRAFTS, evil, "sleep", "1000")
+        before = saving.installation.endpoints.listing()
+        endpoints = f"endpoints:\n  front: {address.format(port, port + 1)}\n  out: '[::]:dynamic'\n"
+        (tmp_path / "fails.yaml").write_text(f"version: 1\nattachments: []\n{endpoints}")
+        assert "use 'out' as an IPv4 endpoint" in saving.graft("import", tmp_path / "fails.yaml", status=4).stderr
+        assert saving.installation.endpoints.listing() == before  # those that asked lost nothing either
         text = saving.graft("export").stdout.replace("127.0.0.0/8", "127.0.0.1/32")
         (tmp_path / "all.yaml").write_text(text.replace(f"0.0.0.0:{port}", address.format(port, port + 1)))
         saving.graft("import", tmp_path / "all.yaml")

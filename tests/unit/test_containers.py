@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from graft.errors import NotFoundError, UsageError
+from graft.errors import ConflictError, NotFoundError, UsageError
 from graft.model.endpoint import parse_endpoint
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.policy.limits import MAX_RULES
 from graft.policy.model import Policy, policy_from_flags
-from graft.state import records
+from graft.state import members, records
 from graft.state.containers import Containers, compile_for
 from graft.state.records import Container
 from tests.support.readers import RECORD
@@ -64,6 +65,34 @@ def test_a_container_that_is_not_found_may_be_in_a_bad_record(installation: Sett
     with pytest.raises(NotFoundError) as missing:
         Containers(installation).find("web")
     assert missing.value.hint is not None and str(bad) in missing.value.hint
+
+
+@pytest.mark.parametrize(
+    ("others", "text", "found"),
+    [
+        ([replace(WEB, id=3, origin="asked"), replace(WEB, id=9, origin="pairs")], "web", 7),
+        ([replace(WEB, id=3, name="7")], "7", 7),  # whoever starts a container chooses its name
+        ([replace(WEB, id=3, name=WEB.cgroup)], WEB.cgroup, 7),
+        ([replace(WEB, id=3, name="other", origin="asked")], "other", 3),
+    ],
+)
+def test_what_is_found_by_a_name_is_not_what_somebody_has_given_that_name(
+    installation: Settings, others: list[Container], text: str, found: int
+) -> None:
+    for one in (WEB, *(replace(other, cgroup=f"/sys/fs/cgroup/{other.id}") for other in others)):
+        records.save(installation, one)
+    assert Containers(installation).find(text).id == found
+
+
+def test_a_name_of_two_containers_is_ambiguous(installation: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = set[int]()
+    monkeypatch.setattr(members, "gone", lambda _containers: gone)
+    for one in (WEB, replace(WEB, id=9, cgroup="/sys/fs/cgroup/9")):
+        records.save(installation, one)
+    with pytest.raises(ConflictError, match="'web' is ambiguous: 7, 9"):
+        Containers(installation).find("web")
+    gone.add(7)  # it has ended
+    assert Containers(installation).find("web").id == 9
 
 
 TOO_BIG = policy_from_flags("p", ["0.0.0.0:80=nx4"] * (MAX_RULES + 1), [])
