@@ -13,6 +13,7 @@ import typer
 from graft.errors import UsageError
 from graft.kernel.credentials import require_root
 
+from . import completion
 from .output import command, listing, warn
 
 if TYPE_CHECKING:
@@ -42,11 +43,21 @@ Seconds = Annotated[
 ]
 Cases = Annotated[
     str | None,
-    typer.Option("--cases", metavar="NAME,...", help="Only these cases, and the host."),
+    typer.Option(
+        "--cases",
+        metavar="NAME,...",
+        help="Only these cases, and the host.",
+        autocompletion=completion.bench_cases,
+    ),
 ]
 Workloads = Annotated[
     str | None,
-    typer.Option("--workloads", metavar="NAME,...", help="Only these workloads, or rules, or containers (growth)."),
+    typer.Option(
+        "--workloads",
+        metavar="NAME,...",
+        help="Only these workloads, or rules, or containers (growth).",
+        autocompletion=completion.bench_workloads,
+    ),
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write all figures as JSON; - prints them.")

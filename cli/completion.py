@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import typer
@@ -102,3 +103,24 @@ def engines() -> list[str]:
     from graft.oci import engine_install
 
     return list(engine_install.DEFAULTS)
+
+
+def _list_of(names: Iterable[str], incomplete: str) -> list[str]:
+    """Lists with commas that begin so, one name longer each."""
+    left, comma, _ = incomplete.rpartition(",")
+    return [f"{left}{comma}{name}" for name in names if name not in left.split(",")]
+
+
+def bench_cases(incomplete: str) -> list[str]:
+    """What `graft bench` can measure."""
+    from graft.bench.command import CASES
+
+    return _list_of((case.name for case in CASES), incomplete)
+
+
+def bench_workloads(incomplete: str) -> list[str]:
+    """How it can."""
+    from graft.bench.options import workload_names
+    from graft.bench.workloads import WORKLOADS
+
+    return _list_of(workload_names(WORKLOADS), incomplete)

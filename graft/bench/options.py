@@ -92,8 +92,7 @@ def choose(wishes: Wishes, cases: Sequence[Case], workloads: Sequence[Workload])
     """The run that is wished for. The host is always among its cases. Raises UsageError, which names the option."""
     quick = wishes.quick
     wanted_cases = _names("--cases", wishes.cases, QUICK_CASES if quick else None, [case.name for case in cases])
-    known = [*(workload.metric.name for workload in workloads), RULES, CONTAINERS]
-    wanted = _names("--workloads", wishes.workloads, QUICK_WORKLOADS if quick else None, known)
+    wanted = _names("--workloads", wishes.workloads, QUICK_WORKLOADS if quick else None, workload_names(workloads))
     return Options(
         cases=_only(cases, lambda case: case.name, {BASELINE, *wanted_cases}),
         workloads=_only(workloads, lambda workload: workload.metric.name, wanted),
@@ -103,6 +102,11 @@ def choose(wishes: Wishes, cases: Sequence[Case], workloads: Sequence[Workload])
         containers=(_QUICK_CONTAINER_COUNTS if quick else _CONTAINER_COUNTS) if CONTAINERS in wanted else (),
         minutes=wishes.minutes,
     )
+
+
+def workload_names(workloads: Sequence[Workload]) -> list[str]:
+    """What ``--workloads`` knows: these, and the measurements of growth."""
+    return [*(workload.metric.name for workload in workloads), RULES, CONTAINERS]
 
 
 def _names(field: str, text: str | None, default: Sequence[str] | None, known: Sequence[str]) -> set[str]:

@@ -67,6 +67,14 @@ def test_an_attached_container_is_completed(
         assert completed(shell, script, f"{command} {name[:-2]}", environment) == f"{command} {name}"
 
 
+def test_a_list_is_completed_name_by_name(shell: str, script: Path, environment: dict[str, str]) -> None:
+    for line, whole in (
+        ("graft bench --cases swap,dock", "graft bench --cases swap,docker-proxy"),
+        ("graft bench --workloads rules,cont", "graft bench --workloads rules,containers"),
+    ):
+        assert completed(shell, script, line, environment) == whole
+
+
 def test_a_policy_is_completed_by_its_path(host: Host, shell: str, script: Path, environment: dict[str, str]) -> None:
     folder = host.settings.state_dir / "policies"
     folder.mkdir(parents=True, exist_ok=True)
