@@ -93,6 +93,7 @@ SOURCES = (
     "packet.bpf.c",
     "reuseport.bpf.c",
     "exchange_packet.bpf.c",
+    "translated.bpf.c",
     "destination.bpf.c",
     "ping.bpf.c",
     "ingress.bpf.c",

@@ -20,14 +20,14 @@ def structure_offsets() -> dict[str, int]:
 
     Of a socket's file and descriptor (bpf/desk.bpf.c), the thread that a supervisor serves (bpf/caller.bpf.c),
     IPV6_V6ONLY (bpf/local_address.bpf.c), the interface and the route that a program has chosen
-    (bpf/chosen_source.bpf.c), a packet's namespace, a pending datagram and a setting of the namespace
-    (bpf/packet.bpf.c, destination.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each
+    (bpf/chosen_source.bpf.c), a packet's namespace, its connection and what IPsec has done to it, and a setting of
+    the namespace (bpf/packet.bpf.c, translated.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each
     (bpf/reuseport.bpf.c).
     """
     try:
         btf = Btf.of_kernel()
         file = _all_or_none(_file(btf))
-        groups = (_descriptor, _v6only, _interface, _route, _labels, _packet, _datagram, _mark, _group)
+        groups = (_descriptor, _v6only, _interface, _route, _labels, _packet, _tracked, _transformed, _mark, _group)
         others = [_all_or_none(group(btf)) for group in groups]
     except (OSError, ValueError):
         return {}
@@ -107,16 +107,22 @@ def _packet(btf: Btf) -> Offsets:
     }
 
 
-def _datagram(btf: Btf) -> Offsets:
+def _tracked(btf: Btf) -> Offsets:
+    """Where the kernel has no type of a tracked connection (it is a module's), that is as all releases have had it: the
+    program checks it.
+    """
+    tuples = btf.offset("nf_conn", "tuplehash")
     return {
-        "GRAFT_UDP_PENDING": btf.offset("udp_sock", "pending"),
-        "GRAFT_CORK_FLOW": _nested(btf, "inet_sock.cork", "inet_cork_full.fl"),
-        "GRAFT_FLOW4_SADDR": btf.offset("flowi4", "saddr"),
-        "GRAFT_FLOW4_DADDR": btf.offset("flowi4", "daddr"),
-        "GRAFT_FLOW4_PORTS": btf.offset("flowi4", "uli"),
-        "GRAFT_FLOW6_SADDR": btf.offset("flowi6", "saddr"),
-        "GRAFT_FLOW6_DADDR": btf.offset("flowi6", "daddr"),
-        "GRAFT_FLOW6_PORTS": btf.offset("flowi6", "uli"),
+        "GRAFT_SKB_TRACKED": btf.offset("sk_buff", "_nfct"),
+        "GRAFT_TRACKED_TUPLES": 16 if tuples is None else tuples,
+    }
+
+
+def _transformed(btf: Btf) -> Offsets:
+    return {
+        "GRAFT_SKB_CONTROL": btf.offset("sk_buff", "cb"),
+        "GRAFT_CONTROL_FLAGS4": btf.offset("inet_skb_parm", "flags"),
+        "GRAFT_CONTROL_FLAGS6": btf.offset("inet6_skb_parm", "flags"),
     }
 
 

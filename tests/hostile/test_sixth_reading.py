@@ -148,7 +148,7 @@ def test_a_datagram_is_not_completed_with_a_source_that_is_not_the_rules(
 def test_control_where_nobody_looks_at_its_source_it_is(
     without: Without, confine: Confine, tmp_path: Path, family: int
 ) -> None:
-    assert completes(without("kept source"), confine, tmp_path, family) == FAMILIES[family][0].strip("[]")
+    assert completes(without("its source"), confine, tmp_path, family) == FAMILIES[family][0].strip("[]")
 
 
 def keeps_port(host: Host, confine: Confine, transport: str, kind: int) -> list[str]:

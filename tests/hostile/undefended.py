@@ -237,14 +237,12 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "return 1;",
         ),
     ),
-    # A datagram that was begun goes where its begin was judged to go, whatever the rules say when it ends.
-    "begun": (("destination.bpf.c", "\tif (!pending && !(connected", "\tif (pending || !(connected"),),
-    # Nor does anybody look at where a connected socket really sends.
-    "kept flow": (
+    # Where a datagram goes, and from where, is what its socket says by then.
+    "in the datagram": (
         (
             "destination.bpf.c",
-            "has_kept = protocol == IPPROTO_UDP && read_kept_flow(",
-            "has_kept = 0 && read_kept_flow(",
+            "packet.protocol != IPPROTO_UDP || is_transformed(skb, packet.family)",
+            "packet.family",
         ),
     ),
     # Or from where: what an endpoint lent a socket is the socket's.
@@ -256,7 +254,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ),
         _at_once("local_address.bpf.c", "int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)", "return 0;"),
     ),
-    "kept source": (("destination.bpf.c", "&kept, netns, &source, own)", "&kept, netns, &source, 0)"),),
+    "its source": (("destination.bpf.c", "&remote, netns, &source, own)", "&remote, netns, &source, 0)"),),
     # Established connections pass with any mark.
     "mark": (("egress.bpf.c", "state != BPF_TCP_SYN_SENT && !mark &&\n", "state != BPF_TCP_SYN_SENT &&\n"),),
     # A ferry hears whoever knows its address, and delivers to whoever has the port.
