@@ -1,5 +1,5 @@
-"""What the twenty-sixth reading found of datagrams: where one thread sends to its socket's peer, and another one connects
-that anew, the kernel mixes the port, the address and the source of two peers, and asks no hook about the mixture.
+"""What the twenty-sixth reading found of datagrams: where one thread sends to its socket's peer and another connects it
+anew, the kernel mixes the port, the address and the source of two peers, and asks no hook about the mixture.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.conftest import TRANSPORTS, Without, for_transport
+from tests.hostile.test_afterwards import OTHER4
 from tests.hostile.test_datagrams import datagrams
-from tests.hostile.test_more_ways import OTHER4, give_another_address
+from tests.hostile.test_more_ways import give_another_address
 from tests.hostile.test_sixth_reading import OTHER6
 from tests.support.building import Programs
 from tests.support.cgroups import in_cgroup, new_cgroup

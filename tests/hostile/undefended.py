@@ -205,6 +205,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ("sendmsg.bpf.c", "ip[0] | ip[1] | ip[2] | ip[3] || leaves_source_to_kernel(request)", "0"),
         ("connect.bpf.c", "if ((has_address || bound) && local.family != endpoint->family)", "if (0)"),
         _at_once("local_address.bpf.c", "int is_hosts(u64 netns, u32 *ip, u8 family)", "return 1;"),
+        ("destination.bpf.c", "&remote, netns, &source, own)", "&remote, netns, &source, 0)"),
     ),
     # Any option may be set, and nobody looks at whether a socket is tied to an interface.
     "options": (
