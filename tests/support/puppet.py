@@ -109,6 +109,8 @@ def _perform(sockets: dict[int, socket.socket], words: Sequence[Any]) -> Any:
         sock.listen(16)
     elif call == "sendto":
         sock.sendto(b"hello", (rest[1], rest[2]))
+    elif call == "send":
+        sock.send(b"hello")
     elif call == "patience":
         sock.settimeout(rest[1] * float(os.environ.get("GRAFT_TEST_PATIENCE", "1")))
     elif call == "ping":
