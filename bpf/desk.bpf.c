@@ -5,33 +5,46 @@
 
 #ifdef GRAFT_PROBE
 #ifdef GRAFT_TASK_FILES
-/* What /proc/TID/fdinfo/FD and fstat() would return, read the way they read it. Only where that descriptor is still
- * this file: another thread of the program may have replaced it. */
+/* What /proc/TID/fdinfo/FD would return, read the way it reads it. Only where that descriptor is still this file: another
+ * thread of the program may have replaced it. */
 static __always_inline void probe_descriptor(struct desk *desk, void *file)
 {
-	void *task = thread_of(desk->fdinfo), *inode;
-	u32 flags = 0, owner[2] = {}, cloexec = 0;
+	void *task = thread_of(desk->fdinfo);
+	u32 flags = 0, cloexec = 0;
 
-	if (!task || file_at(task, desk->fd, &cloexec) != file)
-		return;
-	inode = read_pointer(file + GRAFT_FILE_INODE);
-	if (!inode || bpf_probe_read_kernel(&flags, 4, file + GRAFT_FILE_FLAGS) ||
-	    bpf_probe_read_kernel(&owner[0], 4, inode + GRAFT_INODE_UID) ||
-	    bpf_probe_read_kernel(&owner[1], 4, inode + GRAFT_INODE_GID))
+	if (!task || file_at(task, desk->fd, &cloexec) != file ||
+	    bpf_probe_read_kernel(&flags, 4, file + GRAFT_FILE_FLAGS))
 		return;
 	desk->flags = (flags & ~O_CLOEXEC) | (cloexec ? O_CLOEXEC : 0);
-	desk->probed |= GRAFT_PROBED_FLAGS | (owner[0] | owner[1] ? GRAFT_PROBED_OWNED : 0);
+	desk->probed |= GRAFT_PROBED_FLAGS;
+}
+
+/* Who opened the file, which is whom firewalls ask about (meta skuid of nft(8)). Not the owner that fstat() returns: a
+ * program may change that, by fchown(), to a group that it is in, and with CAP_CHOWN to anybody. */
+static __always_inline void probe_owner(struct desk *desk, void *file)
+{
+	void *opener = read_pointer(file + GRAFT_FILE_OPENER);
+	u32 uid = 0, gid = 0;
+
+	if (!opener || bpf_probe_read_kernel(&uid, 4, opener + GRAFT_OPENER_UID) ||
+	    bpf_probe_read_kernel(&gid, 4, opener + GRAFT_OPENER_GID))
+		return;
+	desk->uid = uid;
+	desk->gid = gid;
+	desk->probed |= GRAFT_PROBED_OWNER;
 }
 #else
 static __always_inline void probe_descriptor(struct desk *desk, void *file) {}
+static __always_inline void probe_owner(struct desk *desk, void *file) {}
 #endif
 
 /* What no system call returns: whether the socket's file is registered with an epoll instance, and how many
  * references it has. And what would take several calls. */
 static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk)
 {
-	/* (Of UDP the kernel has no such helper; the context is its own struct bpf_sock_addr_kern, which begins so.) */
-	void *sk = ctx->type == SOCK_DGRAM ? read_pointer(ctx) : bpf_skc_to_tcp_sock(ctx->sk);
+	/* (Of UDP and MPTCP the kernel has no such helper; the context is its own struct bpf_sock_addr_kern, which begins
+	 * so.) */
+	void *sk = ctx->protocol == IPPROTO_TCP ? bpf_skc_to_tcp_sock(ctx->sk) : read_pointer(ctx);
 	void *socket = sk ? read_pointer(sk + GRAFT_SK_SOCKET) : 0;
 	void *file = socket ? read_pointer(socket + GRAFT_SOCKET_FILE) : 0;
 	void *epolls = 0;
@@ -45,6 +58,7 @@ static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk)
 	desk->references = references;
 	desk->probed = GRAFT_PROBED | (epolls ? GRAFT_PROBED_EPOLL : 0);
 	probe_descriptor(desk, file);
+	probe_owner(desk, file);
 }
 #else
 static __always_inline void probe(struct bpf_sock_addr *ctx, struct desk *desk) {}
@@ -123,6 +137,8 @@ static __always_inline int serve_desk(struct bpf_sock_addr *ctx, u8 family)
 		return 1;
 	}
 	desk->answered = 0;
+	desk->uid = 0;
+	desk->gid = 0;
 	desk->endpoint = 0;
 	desk->endpoint_flags = 0;
 	desk->references = 0;

@@ -226,7 +226,7 @@ struct desk_slot {
 #define GRAFT_PROBED 1       /* references was read from the kernel */
 #define GRAFT_PROBED_EPOLL 2 /* the socket's file is registered with an epoll instance */
 #define GRAFT_PROBED_FLAGS 4 /* flags was read from the kernel */
-#define GRAFT_PROBED_OWNED 8 /* the socket belongs to another user or group than root */
+#define GRAFT_PROBED_OWNER 8 /* uid and gid were read from the kernel */
 
 struct desk {
 	/* the question */
@@ -240,6 +240,8 @@ struct desk {
 	__u32 tid;             /* of the thread whose call it is, for who traces */
 	__u32 zero;
 	/* the answer */
+	__u32 uid;             /* who opened the socket's file: as whom firewalls see it */
+	__u32 gid;
 	__u64 netns;           /* of the socket */
 	__u64 container_netns;
 	__u64 endpoint_netns;
@@ -468,6 +470,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 14
+#define GRAFT_LAYOUT_VERSION 15
 
 #endif

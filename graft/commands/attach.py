@@ -72,7 +72,8 @@ def attach(
     """Put the container that ``text`` names under ``policy``, or replace its policy.
 
     ``relay`` (splice, kernel) is how transport splice moves bytes; None: as before, or splice. ``save``: for the next
-    boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then.
+    boot too. Raises NotFoundError, ConflictError, RefusedError, PolicyError, KernelError; nothing is changed then,
+    unless the error is about the policy's file: that is looked at again when it is attached (`with_current`).
     """
     return with_current(graft, policy, lambda current: _attach_once(graft, text, current, wanted, relay, save))
 

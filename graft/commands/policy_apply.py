@@ -41,7 +41,7 @@ def apply(graft: Installation, policy: Policy, text: str | None = None, save: bo
 
     ``save``: for the next boot too, and of those that wait. A file that changes until its rules are in force is applied
     again. Raises NotFoundError if there is none, PolicyError, RefusedError, ConflictError, KernelError, and changes
-    nothing then; UnfinishedError if one of them does not get it.
+    nothing then, unless the error is about that file (`with_current`); UnfinishedError if one of them does not get it.
     """
     return with_current(graft, policy, lambda current: _apply_once(graft, current, text, save))
 

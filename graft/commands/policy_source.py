@@ -56,7 +56,10 @@ def read_again(file: PolicyFile, known: Mapping[str, Endpoint]) -> Policy:
 
 def with_current(graft: Installation, policy: Policy, put_in_force: Callable[[Policy], T]) -> T:
     """What ``put_in_force`` gives; it is called again as long as the policy's file is another one by then: the operator
-    has narrowed it meanwhile, or so. Raises ConflictError where it changes all the time, and what the call raises.
+    has narrowed it meanwhile, or so. Raises what the call raises.
+
+    Raises ConflictError where the file changes all the time, and another GraftError where it cannot be looked at, or
+    read, again. What was put in force then stays: whoever asked for it learns that it may not be the newest.
     """
     for _ in range(_TRIES):
         done = put_in_force(policy)

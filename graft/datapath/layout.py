@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 14
+LAYOUT_VERSION = 15
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -69,7 +69,7 @@ CONTAINER_MULTICAST = 8
 PROBED = 1
 PROBED_EPOLL = 2
 PROBED_FLAGS = 4
-PROBED_OWNED = 8
+PROBED_OWNER = 8
 MAX_DESKS = 8192
 WATCH_PAGES = 64
 MAX_RULES = 262144
@@ -274,6 +274,8 @@ class DeskValue(ctypes.Structure):
         ("addr", _ADDR),
         ("tid", ctypes.c_uint32),
         ("zero", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("gid", ctypes.c_uint32),
         ("netns", ctypes.c_uint64),
         ("container_netns", ctypes.c_uint64),
         ("endpoint_netns", ctypes.c_uint64),

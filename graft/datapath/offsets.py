@@ -59,8 +59,9 @@ def _descriptor(btf: Btf) -> Offsets:
         "GRAFT_TABLE_CLOEXEC": btf.offset("fdtable", "close_on_exec"),
         "GRAFT_FILE_INODE": btf.offset("file", "f_inode"),
         "GRAFT_FILE_FLAGS": btf.offset("file", "f_flags"),
-        "GRAFT_INODE_UID": btf.offset("inode", "i_uid"),
-        "GRAFT_INODE_GID": btf.offset("inode", "i_gid"),
+        "GRAFT_FILE_OPENER": btf.offset("file", "f_cred"),
+        "GRAFT_OPENER_UID": btf.offset("cred", "fsuid"),
+        "GRAFT_OPENER_GID": btf.offset("cred", "fsgid"),
     }
 
 

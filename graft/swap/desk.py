@@ -42,11 +42,12 @@ def _struct_of(fields: Sequence[tuple[str, type]]) -> struct.Struct:
     return struct.Struct("=" + "".join(_FORMATS[kind] for _, kind in fields))
 
 
-# struct desk is a question, `fdinfo` to `zero`, and an answer, from `netns` on.
-_FIRST_OF_ANSWER = [name for name, _ in layout.DeskValue._fields_].index("netns")
+# struct desk is a question, `fdinfo` to `zero`, and an answer, from `uid` on.
+_FIRST_OF_ANSWER = [name for name, _ in layout.DeskValue._fields_].index("uid")
 _QUESTION = _struct_of(layout.DeskValue._fields_[:_FIRST_OF_ANSWER])
 _ANSWER = _struct_of(layout.DeskValue._fields_[_FIRST_OF_ANSWER:])
 _ANSWER_NAMES = (*(name for name, _ in layout.DeskValue._fields_[_FIRST_OF_ANSWER:-1]), "options", "overflow")
+_OWNER_SIZE = layout.DeskValue.netns.offset - layout.DeskValue.uid.offset
 _ANSWERED, _NEXT_HOME = layout.DeskValue.answered.offset, layout.DeskValue.next_home.offset
 _CALL = layout.DeskValue.call.offset
 _NO_ADDRESS = Sockaddr(0, bytes(16), 0)
@@ -55,7 +56,8 @@ _NO_ADDRESS = Sockaddr(0, bytes(16), 0)
 class Descriptor(NamedTuple):
     """What the hook read of the socket's descriptor in the kernel's structures; ``probed`` (PROBED_*) says which part.
 
-    Its program set ``options`` options, or more than can be recorded where ``overflow`` is set.
+    Its program set ``options`` options, or more than can be recorded where ``overflow`` is set. ``owner`` is the user
+    and the group that opened the socket, None where that could not be read.
     """
 
     references: int
@@ -63,10 +65,12 @@ class Descriptor(NamedTuple):
     probed: int
     options: int
     overflow: int
+    owner: tuple[int, int] | None
 
 
 class DeskAnswer(NamedTuple):
-    """What the hooks know about a socket, and about the descriptor in the question. ``raw``: the bytes of all that.
+    """What the hooks know about a socket, and about the descriptor in the question. ``raw``: the bytes of all that but
+    who opened it, which are those that the compiled part compares.
 
     (The desk itself has another answer as soon as this process makes an object of any socket: that asks for its name.)
     """
@@ -81,10 +85,11 @@ def _parse_answer(raw: bytes) -> DeskAnswer:
     """An answer from its bytes. Cached: most sockets of a program get the same answer."""
     values = dict(zip(_ANSWER_NAMES, _ANSWER.unpack(raw), strict=True))
     values["family"] = values["socket_family"]
+    values["owner"] = (values["uid"], values["gid"]) if values["probed"] & layout.PROBED_OWNER else None
     return DeskAnswer(
         SocketFacts(**{name: values[name] for name in SocketFacts._fields}),
         Descriptor(**{name: values[name] for name in Descriptor._fields}),
-        raw,
+        raw[_OWNER_SIZE:],
     )
 
 

@@ -42,15 +42,15 @@ class Process:
 
     def caller(self) -> Caller:
         """Who its thread is now. Raises OSError (ESRCH, ENOENT)."""
-        owner = file_ids(self.pidfd)
-        return Caller(os.readlink("../ns/net", dir_fd=self.fdinfo), owner or self._file_ids_by_status())
+        return Caller(os.readlink("../ns/net", dir_fd=self.fdinfo), self.file_owner())
+
+    def file_owner(self) -> tuple[int, int]:
+        """Who owns the files that its thread makes now. Raises OSError (ESRCH, ENOENT)."""
+        return file_ids(self.pidfd) or parse_file_ids(self._status())
 
     def groups(self) -> tuple[int, tuple[int, ...]]:
         """Effective and supplementary groups of its thread. Raises OSError (ESRCH, ENOENT)."""
         return parse_groups(self._status())
-
-    def _file_ids_by_status(self) -> tuple[int, int]:
-        return parse_file_ids(self._status())
 
     def _status(self) -> bytes:
         with open(os.open("../status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fdinfo), "rb") as status:

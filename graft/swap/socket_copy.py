@@ -165,12 +165,6 @@ def make_v6only(fd: int, protocol: int) -> None:
         sock.setsockopt(SOL_IPV6, IPV6_V6ONLY, 1)
 
 
-def owner_of(fd: int) -> tuple[int, int]:
-    """User and group of a socket's file. Raises OSError."""
-    status = os.fstat(fd)
-    return status.st_uid, status.st_gid
-
-
 def copy_socket_state(new: Socket, old: int, flags: int, names: Sequence[tuple[int, int]], v6only: bool) -> None:
     """Copy the state of ``old`` to ``new``: the options ``names``, O_NONBLOCK and O_ASYNC of ``flags``.
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from graft.datapath import layout
-from graft.datapath.layout import PROBED_FLAGS, PROBED_OWNED
+from graft.datapath.layout import PROBED_FLAGS
 from graft.kernel.bpf import Map
 from graft.kernel.pidfd import MemoryReader
 from graft.kernel.seccomp import Listener, Notification
@@ -52,7 +52,7 @@ from graft.swap.end_watcher import EndWatcher
 from graft.swap.fast_calls import is_plain_connect
 from graft.swap.ferry_client import FerryClient
 from graft.swap.processes import Process, Processes
-from graft.swap.socket_pool import ROOT, Owner, SocketKind, SocketPool
+from graft.swap.socket_pool import Owner, SocketKind, SocketPool
 from graft.swap.unix_bind import UnixBinder
 from graft.swap.unreported import UnreportedBinds
 
@@ -200,7 +200,7 @@ class Supervisor:
             address = None if call is _LISTEN else self._address(notification)
             answer = self._desk.ask(duplicate, call, address, process.fdinfo, fd, notification.pid)
             if answer is None and address is None and call is _BIND and self._unix is not None:
-                error = self._bind_unix(self._unix, notification, duplicate)
+                error = self._bind_unix(self._unix, notification, process, duplicate)
             elif answer is not None:
                 error = self._decide_and_apply(TrappedCall(notification, call, process, duplicate, address, answer))
         finally:
@@ -213,9 +213,9 @@ class Supervisor:
             self._unreported.add(notification.pid, fd)
         self._do_deferred_work()
 
-    def _bind_unix(self, unix: UnixBinder, notification: Notification, duplicate: int) -> int | None:
+    def _bind_unix(self, unix: UnixBinder, notification: Notification, process: Process, duplicate: int) -> int | None:
         """Bind a unix socket where a rule names its path. Gives what `_decide_and_apply` gives."""
-        done = unix.bind(notification, duplicate)
+        done = unix.bind(notification, process, duplicate)
         if done is None:
             return None
         if self._log is not None:
@@ -258,14 +258,14 @@ class Supervisor:
 
     def _replace(self, trapped: TrappedCall, decision: Decision, v6only: bool) -> int | None:
         """Replace the socket. Gives what `_decide_and_apply` gives."""
-        facts, (references, flags, probed, options, overflow), _ = trapped.answer
+        facts, (references, flags, probed, options, overflow, owner), _ = trapped.answer
         notification, duplicate = trapped.notification, trapped.duplicate
         if not probed & PROBED_FLAGS:
             flags = descriptors.descriptor_flags(trapped.process.fdinfo, notification.fd)
-            probed |= PROBED_OWNED
         names = socket_copy.recorded_options(self._desk.options) if options or overflow else ()
         error = None
-        owner = socket_copy.owner_of(duplicate) if probed & PROBED_OWNED else ROOT
+        if owner is None:  # who opened it is not known: it gets what its thread could open now, and no more
+            owner = trapped.process.file_owner()
         replacement = self._get_replacement(decision, facts, owner)
         try:
             socket_copy.copy_socket_state(replacement, duplicate, flags, names, v6only or decision.v6only)

@@ -26,7 +26,7 @@ from graft.model.endpoint import IP_PROTOCOLS, Protocol
 from graft.model.unix_socket import UNIX_FAMILY, path_key
 from graft.state import bound_sockets, unix_sockets
 from graft.state.installation import Installation
-from graft.swap.socket_copy import owner_of
+from graft.swap.processes import Process
 
 _SIZE = 110  # struct sockaddr_un
 _TCP = IP_PROTOCOLS[Protocol.TCP]
@@ -59,8 +59,11 @@ class UnixBinder:
         self._lookup = Lookup(graft.maps)
         self._memory = MemoryReader(_SIZE)
 
-    def bind(self, notification: Notification, duplicate: int) -> UnixBind | None:
-        """Make a trapped bind of the socket ``duplicate`` on the host; None where no rule names its path."""
+    def bind(self, notification: Notification, process: Process, duplicate: int) -> UnixBind | None:
+        """Make a trapped bind of the socket ``duplicate`` on the host; None where no rule names its path.
+
+        The file belongs to whom the kernel would make it for: to the caller as it is now, whoever opened the socket.
+        """
         path = self.requested_path(notification)
         endpoint = self._endpoint_for(path) if path is not None else 0
         if path is None or not endpoint or _family(duplicate) != socket.AF_UNIX:
@@ -73,7 +76,7 @@ class UnixBinder:
             with socket.socket(fileno=os.dup(duplicate)) as sock:
                 if sock.getsockname():
                     return UnixBind(errno.EINVAL, f"{head}: the socket is bound already")
-                owner = owner_of(duplicate)
+                owner = process.file_owner()
                 granted = partial(self._is_granted, path, endpoint)
                 bound_sockets.bind(self._settings, self._container, endpoint, sock, unix, path, granted, owner)
         except UnixPathError as error:

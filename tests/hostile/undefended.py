@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from graft.commands import restore, watcher
@@ -50,6 +51,7 @@ from graft.kernel import (
 )
 from graft.kernel.peers import Peer
 from graft.kernel.pidfd import pidfd_getfd
+from graft.kernel.seccomp import Notification
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.kernel.syscalls import syscall
 from graft.model.settings import Settings
@@ -79,6 +81,9 @@ from graft.state.members import Members
 from graft.state.records import Container
 from graft.swap import socket_copy, socket_pool, supervisor
 from graft.swap.decision import Action, Decision, SocketFacts
+from graft.swap.desk import Desk, DeskAnswer
+from graft.swap.processes import Process
+from graft.swap.unix_bind import UnixBind, UnixBinder
 
 COMMAND = Path(__file__).resolve()
 
@@ -104,6 +109,26 @@ def _rights() -> None:
 def _opener() -> None:
     """A twin's file is opened as root."""
     socket_pool.__dict__["owning_files_as"] = lambda *_: contextlib.nullcontext()
+
+
+def _chowned() -> None:
+    """A twin is made, and a unix socket's file owned, as the user that fstat(2) tells of the socket."""
+
+    def owner_of(fd: int) -> tuple[int, int]:
+        status = os.fstat(fd)
+        return status.st_uid, status.st_gid
+
+    def ask_and_look(self: Desk, fd: int, *question: Any) -> DeskAnswer | None:
+        answer = ask(self, fd, *question)
+        owned = answer and answer.descriptor._replace(owner=owner_of(fd))
+        return answer._replace(descriptor=owned) if answer and owned else None
+
+    def bind_and_look(self: UnixBinder, notification: Notification, process: Process, fd: int) -> UnixBind | None:
+        looking = SimpleNamespace(file_owner=lambda: owner_of(fd))
+        return bind(self, notification, looking, fd)  # type: ignore[arg-type]
+
+    ask, bind = Desk.ask, UnixBinder.bind
+    Desk.ask, UnixBinder.bind = ask_and_look, bind_and_look  # type: ignore[method-assign, assignment]
 
 
 Change = tuple[str, str, str]
@@ -149,6 +174,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "",
         ),
     ),
+    # No defence: a kernel that does not tell who opened a socket.
+    "told opener": (("desk.bpf.c", "\tprobe_owner(desk, file);\n", ""),),
     # A socket that was bound to an endpoint once counts as bound, wherever it stands now.
     "bound": (("local_address.bpf.c", "\tif (local.port != tag->bound_port)\n\t\treturn 0;\n", "\treturn 1;\n"),),
     # What one ruleset said of a request is good for all that follow.
@@ -1239,6 +1266,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "rights": _rights,
     "own binds": _own_binds,
     "opener": _opener,
+    "chowned": _chowned,
     "shares": _shares,
     "turns": _turns,
     "slow calls": _slow_calls,

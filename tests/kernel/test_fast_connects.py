@@ -153,6 +153,15 @@ def test_a_socket_of_another_user_is_replaced_by_one_of_that_user(host: Host, se
         assert one.tally(lambda: one.connect(server)) == (PLAIN, 0, 1)
 
 
+def test_who_opened_a_socket_is_what_counts_and_not_whom_its_file_belongs_to(host: Host, server: socket.socket) -> None:
+    with client(host, out(host)) as one:
+        assert one.connect(server) == PLAIN
+        chowned = "os.fchown(s.fileno(), 5, 7)"
+        assert one.tally(lambda: one.connect(server, before=chowned)) == (PLAIN, 0, 1)
+        dropped = "[os.setegid(7), os.seteuid(5)]"
+        assert one.tally(lambda: one.connect(server, before=dropped)) == (PLAIN, 0, 1)
+
+
 def test_a_thread_is_pythons_until_it_was_served(host: Host, server: socket.socket) -> None:
     address, port = server.getsockname()
     code = (

@@ -12,6 +12,7 @@
  *
  *   make F T P          a socket of that family, type and protocol (numbers), the current one
  *   make32 F T P        the same by int 0x80
+ *   chown U G           fchown of the socket; -1 leaves one of them as it is
  *   unspec, shutdown    connect(AF_UNSPEC), shutdown(SHUT_RDWR)
  *   accept              a connection is accepted and is the current socket
  *   connect A%IF P      a link-local destination
@@ -190,6 +191,10 @@ static int hostile(char **word)
 		fd = made < 0 ? -1 : made;
 		say("make32", made);
 		return 4;
+	}
+	if (!strcmp(*word, "chown")) {
+		say(*word, result_of(fchown(fd, atoi(word[1]), atoi(word[2]))));
+		return 3;
 	}
 	if (!strcmp(*word, "unspec")) {
 		say(*word, result_of(connect(fd, &unspec, sizeof(unspec))));

@@ -251,7 +251,7 @@ FACTS = SocketFacts(
     endpoint_flags=0,
 )
 DESCRIPTOR = Descriptor(
-    references=3, flags=os.O_RDWR, probed=layout.PROBED | layout.PROBED_FLAGS, options=0, overflow=0
+    references=3, flags=os.O_RDWR, probed=layout.PROBED | layout.PROBED_FLAGS, options=0, overflow=0, owner=None
 )
 
 
@@ -264,7 +264,7 @@ def is_plain(call: Call = Call.CONNECT, address: Sockaddr | None = ADDRESS, **ch
 def test_a_connect_that_needs_a_new_socket_and_its_flags_is_plain() -> None:
     assert decide(Call.CONNECT, ADDRESS, FACTS) == TO_HOST
     for flags in (0, os.O_NONBLOCK, os.O_CLOEXEC, os.O_NONBLOCK | os.O_CLOEXEC):
-        for more in (0, layout.PROBED_OWNED):
+        for more in (0, layout.PROBED_OWNER):
             assert is_plain(flags=os.O_RDWR | flags, probed=DESCRIPTOR.probed | more)
 
 

@@ -84,7 +84,7 @@ CONSTANTS = {
     "GRAFT_PROBED": layout.PROBED,
     "GRAFT_PROBED_EPOLL": layout.PROBED_EPOLL,
     "GRAFT_PROBED_FLAGS": layout.PROBED_FLAGS,
-    "GRAFT_PROBED_OWNED": layout.PROBED_OWNED,
+    "GRAFT_PROBED_OWNER": layout.PROBED_OWNER,
     "GRAFT_USE_INGRESS": layout.USE_INGRESS,
     "GRAFT_USE_PORT_0": layout.USE_PORT_0,
     "GRAFT_BERTHS4": layout.BERTHS4,
@@ -172,14 +172,21 @@ def test_sizes_that_are_passed_to_the_compiler_are_those_that_python_uses() -> N
 
 
 def test_an_answer_of_a_desk_is_read_by_the_names_of_its_fields() -> None:
-    written = layout.DeskValue(netns=1, endpoint=2, socket_family=6, verdict=3, protocol=262)
+    written = layout.DeskValue(uid=8, gid=9, netns=1, endpoint=2, socket_family=6, verdict=3, protocol=262)
     written.references, written.flags, written.probed = 4, 5, 6
     written.options.count, written.options.overflow = 7, 1
-    first = layout.DeskValue.netns.offset
-    answer = desk._parse_answer(bytes(written)[first : first + desk._ANSWER.size])
+    first, compared = layout.DeskValue.uid.offset, layout.DeskValue.netns.offset
+    raw = bytes(written)[: first + desk._ANSWER.size]
+    answer = desk._parse_answer(raw[first:])
     facts = answer.facts
     assert (facts.netns, facts.endpoint, facts.family, facts.verdict, facts.protocol) == (1, 2, 6, 3, 262)
-    assert answer.descriptor == desk.Descriptor(references=4, flags=5, probed=6, options=7, overflow=1)
+    expected = desk.Descriptor(references=4, flags=5, probed=6, options=7, overflow=1, owner=None)
+    assert (answer.descriptor, answer.raw) == (expected, raw[compared:])
+    written.probed |= layout.PROBED_OWNER
+    raw = bytes(written)[: first + desk._ANSWER.size]
+    answer = desk._parse_answer(raw[first:])
+    expected = expected._replace(probed=6 | layout.PROBED_OWNER, owner=(8, 9))
+    assert (answer.descriptor, answer.raw) == (expected, raw[compared:])
     assert desk._QUESTION.size == first
     assert (
         desk._QUESTION.size + desk._ANSWER.size == layout.DeskValue.options.offset + layout.OptionsValue.option.offset

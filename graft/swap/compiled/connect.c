@@ -19,7 +19,6 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -101,20 +100,13 @@ static const struct known_answer *ask(struct connects *connects, struct desk *de
 	return NULL;
 }
 
-/* The kind of the spare that the socket is replaced by: its owner is the socket's. */
-static int find_kind(const struct desk *desk, const struct known_answer *known, int duplicate, struct kind *kind)
+/* The kind of the spare that the socket is replaced by: its owner is who opened the socket. */
+static int find_kind(const struct desk *desk, const struct known_answer *known, struct kind *kind)
 {
-	struct stat status;
-
 	*kind = known->kind;
-	kind->uid = kind->gid = 0;
-	if (!(desk->probed & GRAFT_PROBED_OWNED))
-		return 1;
-	if (fstat(duplicate, &status))
-		return 0;
-	kind->uid = status.st_uid;
-	kind->gid = status.st_gid;
-	return 1;
+	kind->uid = desk->uid;
+	kind->gid = desk->gid;
+	return !!(desk->probed & GRAFT_PROBED_OWNER);
 }
 
 static int copy_v6only(int from, int to)
@@ -162,7 +154,7 @@ static int replace(struct fast_calls *self, const struct seccomp_notif *call, co
 	const struct known_answer *known = ask(&self->connects, desk, caller, (int)call->data.args[0], duplicate);
 	int index, spare, done;
 
-	if (!known || !find_kind(desk, known, duplicate, kind))
+	if (!known || !find_kind(desk, known, kind))
 		return 0;
 	index = find_spare(&self->stock, kind);
 	if (index < 0)

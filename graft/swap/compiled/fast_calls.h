@@ -69,7 +69,8 @@ struct births {
 	size_t name_size;
 };
 
-/* struct desk is a question, and an answer from here to there, which has no padding. */
+/* struct desk is a question, and an answer; what is compared of that is from here to there, and has no padding. Who opened
+ * the socket comes before it: that decides nothing, and a container may have any number of users. */
 #define ANSWER_AT offsetof(struct desk, netns)
 #define ANSWER_SIZE (offsetof(struct desk, options.option) - ANSWER_AT)
 
