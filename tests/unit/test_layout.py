@@ -115,8 +115,8 @@ C_ONLY = {
     "GRAFT_GROUP_OWN", "GRAFT_GROUP_SHARED", "GRAFT_TRACKING_BITS", "GRAFT_FIRST_ANSWER", "GRAFT_TRANSFORMED4",
     "GRAFT_TRANSFORMED6",
 }  # fmt: skip
-"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c, bpf/egress.bpf.c, bpf/translated.bpf.c) or an option's
-value (bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.
+"""Constants that Python does not use: they describe packets (bpf/packet.bpf.c, egress.bpf.c, translated.bpf.c) or an
+option's value (bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.
 """
 
 
