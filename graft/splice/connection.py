@@ -578,5 +578,5 @@ class Connection:
         self.resources.release_connection()
         self.outside.close()
         for side in (self.near, self.far):
-            self.loop.close(side.sock, side.blamed, ends)
+            self.loop.close(side.sock, self.outside.owner, side.blamed, ends)
             del side.flow_from, side.flow_to  # else these reference cycles stay until the garbage collector runs
