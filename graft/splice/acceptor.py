@@ -122,9 +122,16 @@ class Acceptor:
             return
         if not done:
             kept.drop(slot)
-            blamed = None if self._far_is_outside else OutsidePeer(self._resources, self._address(near, peer)).count
-            self._resources.loop.close(near, blamed, ends=slot is not None)
-            self._resources.release_connection()
+            self._refuse(near, peer, ends=slot is not None)
+
+    def _refuse(self, near: socket.socket, peer: PeerAddress, ends: bool) -> None:
+        """Close what has no far end. The container waits for it where its peer outside is known to be slow already: it
+        would be accepted and closed again and again in the container's turns, and only others would wait.
+        """
+        outside = OutsidePeer(self._resources, self._address(near, peer))
+        is_known = outside.owner != self._resources.number
+        self._resources.close_socket(near, None if self._far_is_outside or is_known else outside.count, ends)
+        self._resources.release_connection()
 
     def _address(self, near: socket.socket, peer: PeerAddress) -> str:
         """That of the peer outside."""

@@ -13,7 +13,7 @@ from typing import Any
 from graft.errors import GraftError
 from graft.model.settings import Settings
 from graft.splice import control
-from graft.splice.event_loop import EventLoop
+from graft.splice.event_loop import DAEMON, EventLoop
 from graft.splice.kept import Kept
 from graft.splice.kept_records import Kind
 
@@ -62,7 +62,7 @@ class Commands:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, control.MAX_BYTES)
                 self._loop.watch(sock.fileno(), select.EPOLLIN, lambda _mask: self._on_request(sock))
             except OSError:
-                self._loop.close(sock)
+                self._loop.close(sock, DAEMON)
 
     def _on_request(self, sock: socket.socket) -> None:
         self._loop.unwatch(sock.fileno())
@@ -71,13 +71,13 @@ class Commands:
         except OSError:
             raw = b""
         if not raw:  # the client closed it
-            self._loop.close(sock)
+            self._loop.close(sock, DAEMON)
             return
 
         def reply(answer: dict[str, Any]) -> None:
             with contextlib.suppress(OSError):  # the client closed it
                 _send(sock, answer)
-            self._loop.close(sock)
+            self._loop.close(sock, DAEMON)
 
         try:
             self._handle(control.parse_request(raw), reply)

@@ -341,7 +341,8 @@ class Flow:
         source, target = self.source, self.target
         if not target.writable:
             return False
-        buffer = self.connection.loop.buffer
+        buffer, blame = self.connection.loop.buffer, self.connection.loop.blame
+        start = time.monotonic()
         try:
             if source.may_get_descriptors:
                 got = unix_rights.peek(source.sock, buffer)
@@ -350,22 +351,25 @@ class Flow:
         except BlockingIOError:
             source.readable = False
             return False
+        blame(start, source.blamed)
         if got == 0:
             self.eof = True
             return True
-        start = time.monotonic()
         self.connection.note(COPYING)
+        start = time.monotonic()
         try:
             sent = target.sock.send(buffer[:got])
         except BlockingIOError:
             self.connection.note(COPYING, False)
             self.wait_for_target()
             return False
-        self.connection.loop.blame(start, target.blamed)
+        blame(start, target.blamed)
         self.moved_before_handover += sent
         self.connection.resources.traffic.add_bytes(self.is_out, sent)
+        start = time.monotonic()
         while sent:
             sent -= source.sock.recv_into(buffer, sent)
+        blame(start, source.blamed)
         self.connection.note(COPYING, False)
         return True
 
@@ -578,5 +582,5 @@ class Connection:
         self.resources.release_connection()
         self.outside.close()
         for side in (self.near, self.far):
-            self.loop.close(side.sock, side.blamed, ends)
+            self.loop.close(side.sock, self.outside.owner, side.blamed, ends)
             del side.flow_from, side.flow_to  # else these reference cycles stay until the garbage collector runs

@@ -61,7 +61,7 @@ class Destination:
     def reset(self) -> None:
         """Close it, and release its descriptor. Safe to repeat."""
         if self._table.forget(self):
-            self._table.resources.loop.close(self.sock)
+            self._table.resources.close_socket(self.sock)
 
 
 class Destinations:

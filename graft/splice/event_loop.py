@@ -105,11 +105,11 @@ class EventLoop:
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
 
-    def close(self, sock: socket.socket, blamed: Blamed | None = None, ends: bool = False) -> None:
-        """Close a socket in its owner's turns, and not before the fetched events are served: else its descriptor number
-        could be used again. ``blamed`` as for `blame`. ``ends``: end its connection, which another process has too.
+    def close(self, sock: socket.socket, owner: int, blamed: Blamed | None = None, ends: bool = False) -> None:
+        """Close a socket in the turns of ``owner``, and not before the fetched events are served: else its descriptor
+        number could be used again. ``blamed`` as for `blame`. ``ends``: end its connection, which another process has
+        too. (The daemon is never held. So what others can make slow has another owner, whether it was watched or not.)
         """
-        _, owner = self._handlers.get(sock.fileno(), (None, DAEMON))
         self._forget_socket(sock)
         self._to_close.add(sock)
         self._turns.put(owner, partial(self._close, sock, owner, blamed, ends))

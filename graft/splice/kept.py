@@ -28,7 +28,16 @@ from functools import partial
 from graft.kernel import socket_calls, tcp
 from graft.splice.descriptor_store import DescriptorStore
 from graft.splice.event_loop import EventLoop
-from graft.splice.kept_records import RECORDS_NAME, KeptRecords, Kind, Record, parse_name, pipe_name, slot_name
+from graft.splice.kept_records import (
+    CONNECTIONS,
+    RECORDS_NAME,
+    KeptRecords,
+    Kind,
+    Record,
+    parse_name,
+    pipe_name,
+    slot_name,
+)
 from graft.splice.log import warn
 from graft.splice.pipes import NOT_KEPT, Pipe, inode, throw_away
 from graft.splice.publication import Publication
@@ -202,10 +211,12 @@ class Kept:
             pipe = self._found_pipes.pop(number, None)
             if pipe is not None:
                 self._lose_pipe(pipe)
-        for sock in found.socks:
-            socket_calls.end(sock)
-            self._loop.close(sock)
         self.drop(found.slot)
+        record = found.record
+        for sock in found.socks:
+            if record.kind not in CONNECTIONS:
+                socket_calls.end(sock)  # at once: its address is for the next that listens there
+            self._loop.close(sock, record.container, ends=True)
 
     def close_untaken(self, is_to_close: Callable[[Found], bool]) -> None:
         """End what nobody has taken."""
@@ -300,6 +311,9 @@ class Kept:
 
     def close(self) -> None:
         """This process ends, and nothing is to outlive it."""
+        for found in self._found.values():
+            for sock in found.socks:
+                socket_calls.end(sock)  # there are no more turns
         self.close_untaken(lambda _: True)
         self.store.close()
         if self._records is not None:

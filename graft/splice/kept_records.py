@@ -55,6 +55,8 @@ class Kind(IntEnum):
     """The socket of UDP in the container's namespace, over IPv4."""
 
 
+CONNECTIONS = (Kind.INBOUND, Kind.OUTBOUND, Kind.ACCEPTED)
+"""What has peers, which see that it is closed."""
 CHECKED, COPYING = 1, 2
 """Flags of a connection: its far end is the container's; bytes were sent, and are still to be removed at the source."""
 

@@ -24,6 +24,7 @@ from typing import Protocol
 from graft.kernel import tcp
 from graft.splice.pipes import SLOW_BYTES
 from graft.splice.resources import ContainerResources
+from graft.splice.slow_calls import Blamed
 from graft.splice.sockmap import Sockmap
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05  # seconds between two checks
@@ -36,9 +37,12 @@ _WINDOW_BYTES = 1 << 20
 
 
 class SideLike(Protocol):
-    """connection.Side. ``ended``: its peer has sent a FIN. ``dialled``: it was connected here, not accepted."""
+    """connection.Side. ``blamed`` as for `EventLoop.blame`. ``ended``: its peer has sent a FIN. ``dialled``: it
+    was connected here, not accepted.
+    """
 
     sock: socket.socket
+    blamed: Blamed | None
     ended: bool
     dialled: bool
 
@@ -134,7 +138,9 @@ class KernelFlow:
         larger window. A segment that comes while the kernel has the socket locked to send counts twice for a moment,
         and in a small buffer closes the window, which opens only when the sender probes it, after 200 ms.
         """
-        tcp.enlarge_receive_buffer(self._flow.source.sock, _WINDOW_BYTES)
+        start, source = time.monotonic(), self._flow.source
+        tcp.enlarge_receive_buffer(source.sock, _WINDOW_BYTES)
+        self._flow.connection.resources.loop.blame(start, source.blamed)
 
     def take_moved(self) -> int:
         """How many bytes were moved since the last call: by the kernel, and by copying what it left."""
@@ -194,22 +200,27 @@ class KernelFlow:
         """Copy what was left with the source. False where the target is full, or the turn is over."""
         source, target = self._flow.source, self._flow.target
         limit = SLOW_BYTES if self._flow.connection.is_slow else _COPY_BYTES
+        loop = self._flow.connection.resources.loop
         for _ in range(_COPIES_PER_TURN):
             if not self._uncopied:
+                start = time.monotonic()
                 try:
-                    self._uncopied = memoryview(source.sock.recv(_COPY_BYTES))
+                    self._uncopied = memoryview(source.sock.recv(limit))
                 except BlockingIOError:
                     pass
+                loop.blame(start, source.blamed)
                 if not self._uncopied:
                     return self._hand_back()
+            start = time.monotonic()
             try:
                 sent = target.sock.send(self._uncopied[:limit])
             except BlockingIOError:
                 self._flow.wait_for_target()
                 return False
+            loop.blame(start, target.blamed)
             self._copied += sent
             self._uncopied = self._uncopied[sent:]
-            if self._flow.connection.resources.loop.turn_is_over():
+            if loop.turn_is_over():
                 break
         self._flow.connection.later(self._flow.pump)
         return False
@@ -230,11 +241,13 @@ class KernelFlow:
 
     def _forward_end(self) -> None:
         """Forward the end of the stream, if the target was sent all bytes before it."""
-        source = self._flow.source.sock
-        if tcp.received(source) - 1 == self._sent():
+        source = self._flow.source
+        if tcp.received(source.sock) - 1 == self._sent():
             self._flow.forward_end()
         else:
-            tcp.reprocess_received(source)
+            start = time.monotonic()
+            tcp.reprocess_received(source.sock)
+            self._flow.connection.resources.loop.blame(start, source.blamed)
             self._behind = self._sockmap.counts(self._cookie)[1] != self._copied  # there may be no event for it
             self._check_later()
 

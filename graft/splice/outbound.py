@@ -99,7 +99,7 @@ class OutboundRelay:
         datagrams. Raises OSError.
         """
         self._settings, self._maps, self._container, self._namespaces = settings, maps, resources.number, namespaces
-        self._lookup, self._close = Lookup(maps), resources.loop.close
+        self._lookup, self._close = Lookup(maps), resources.close_socket
         self._key = ctypes.c_uint32(resources.number)
         kept = resources.daemon.kept
         slots: dict[socket.socket, int | None] = {

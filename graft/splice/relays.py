@@ -317,7 +317,7 @@ class Relays:
         # Another listener of this container may have the endpoint until now.
         for key in [key for key in self._published if key.endpoint.id == wanted.endpoint.id]:
             self._unpublish(key)
-        close = self._resources.loop.close
+        close = self._resources.close_socket
         sock, _file = unix_endpoint.listen(self._settings, self._maps, self.container.id, wanted, close)
         try:
             return UnixInboundRelay(self._resources, self._maps, wanted, sock, self._container_netns, self._check_far)

@@ -7,6 +7,7 @@ queue of its listener, like one that a busy program has not accepted yet, until 
 from __future__ import annotations
 
 import itertools
+import socket
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from graft.splice.event_loop import EventLoop
 from graft.splice.kept import Kept
 from graft.splice.pipes import Pipe, PipePool
 from graft.splice.shares import Share, Shares
+from graft.splice.slow_calls import Blamed
 
 _RESERVED_DESCRIPTORS = 512  # for the daemon itself
 _CONTAINER_DESCRIPTORS = 7
@@ -98,6 +100,10 @@ class ContainerResources:
     def after(self, seconds: float, call: Callable[[], None]) -> None:
         """`EventLoop.after`, in this container's turns."""
         self.loop.after(seconds, call, self.number)
+
+    def close_socket(self, sock: socket.socket, blamed: Blamed | None = None, ends: bool = False) -> None:
+        """`EventLoop.close`, in this container's turns."""
+        self.loop.close(sock, self.number, blamed, ends)
 
     def reserve_connection(self) -> bool:
         """Reserve descriptors for one more connection. False where the container may not have one now."""

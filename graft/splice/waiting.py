@@ -57,4 +57,4 @@ class WaitingConnection:
             del self._resources.connections[self]
             self._resources.release_connection()
             self._resources.daemon.kept.drop(self._slot)
-            self._resources.loop.close(self._near, ends=self._slot is not None)
+            self._resources.close_socket(self._near, ends=self._slot is not None)

@@ -508,6 +508,17 @@ def _slow_calls() -> None:
     event_loop.EventLoop.turn_is_over = lambda self: False  # type: ignore[method-assign]
 
 
+def _owners_of_closes() -> None:
+    """What the daemon does not watch, it closes in its own turns."""
+    from graft.splice import event_loop
+
+    def close(self: event_loop.EventLoop, sock: socket.socket, owner: int, *more: Any, **others: Any) -> None:
+        closed(self, sock, owner if sock.fileno() in self._handlers else event_loop.DAEMON, *more, **others)
+
+    closed = event_loop.EventLoop.close
+    event_loop.EventLoop.close = close  # type: ignore[method-assign]
+
+
 def _far_check() -> None:
     """The daemon takes every connection that it made for the container's."""
     from graft.splice.far_check import FarCheck
@@ -1270,6 +1281,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "shares": _shares,
     "turns": _turns,
     "slow calls": _slow_calls,
+    "owners of closes": _owners_of_closes,
     "far check": _far_check,
     "taken": _taken,
     "older kernel": _older_kernel,

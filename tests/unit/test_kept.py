@@ -244,6 +244,26 @@ def test_the_next_one_finds_sockets_as_they_were_noted_and_closes_the_rest(keepe
         first.close()
 
 
+def test_what_nobody_takes_is_ended_in_its_containers_turns(keeper: Keeper, loop: EventLoop) -> None:
+    first = kept_with(keeper, loop)
+    (near, client), (far, server) = socket.socketpair(), socket.socketpair()
+    with near, client, far, server:
+        first.complete(first.add_accepted(Record(Kind.INBOUND, 7), near), Kind.INBOUND, far)
+        second = kept_with(keeper, loop)
+        loop._turns.hold(7, 1e12)
+        second.close_untaken(lambda _: True)
+        loop.turn()
+        for peer in (client, server):
+            peer.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                peer.recv(1)
+        loop._turns.release(2e12)
+        loop.turn()
+        assert (client.recv(1), server.recv(1)) == (b"", b"")
+        second.close()
+        first.close()
+
+
 def test_a_pipe_that_two_connections_say_they_have_is_nobodys(keeper: Keeper, loop: EventLoop) -> None:
     first = kept_with(keeper, loop)
     pipes = [Pipe(), Pipe()]

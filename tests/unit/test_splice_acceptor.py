@@ -13,6 +13,7 @@ from graft.splice.acceptor import Acceptor, ConnectFar, PeerAddress
 from graft.splice.connection import RESET_ON_CLOSE
 from graft.splice.event_loop import EventLoop
 from graft.splice.resources import ContainerResources, DaemonResources
+from graft.splice.slow_calls import Blamed
 
 DESCRIPTORS = 128  # half of them reserved, and no pipes: at the most 32 connections in all
 
@@ -161,6 +162,36 @@ def test_a_storm_of_connections_is_accepted_in_turns() -> None:
             two.first.acceptor.accept()
             most = max(most, two.first.relayed - before)
         assert most == 8
+
+
+def test_what_is_refused_is_closed_in_the_containers_turns(two: Two) -> None:
+    two.first.connect_far = lambda _near, _peer: None
+    two.first.connect_clients(1)
+    two.loop._turns.hold(1, 1e12)
+    two.first.acceptor.accept()
+    two.turn()
+    with pytest.raises(BlockingIOError):
+        two.first.clients[0].recv(1)
+    two.loop._turns.release(2e12)
+    two.turn()
+    assert two.first.clients[0].recv(1) == b""
+
+
+def test_the_container_waits_for_what_it_refuses_again_and_again_of_a_peer_that_is_slow(two: Two) -> None:
+    two.first.connect_far = lambda _near, _peer: None
+    said: list[Blamed | None] = []
+
+    def close(sock: socket.socket, blamed: Blamed | None = None, ends: bool = False) -> None:
+        sock.close()
+        said.append(blamed)
+
+    two.first.resources.close_socket = close  # type: ignore[method-assign]
+    for _ in range(2):
+        two.first.connect_clients(1)
+        two.first.acceptor.accept()
+        if said[0] is not None:
+            said[0]()
+    assert said[0] is not None and said[1:] == [None]
 
 
 def test_a_turn_is_over_after_a_connect_that_took_long() -> None:

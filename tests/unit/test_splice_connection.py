@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from graft.splice.connection import Connection, set_relay_options
 from graft.splice.event_loop import EventLoop
 from graft.splice.resources import DaemonResources
+from graft.splice.slow_calls import Blamed
 
 
 class Relay:
@@ -219,3 +220,16 @@ def test_pipes_that_ran_out_are_refused_until_one_is_given_back() -> None:
     assert resources.pipes.taken == 0
     daemon_resources.close()
     loop.shut_down()
+
+
+def test_an_urgent_byte_is_charged_to_the_side_that_it_is_taken_from_and_to_the_one_it_goes_to() -> None:
+    relay = Relay()
+    relay.turn()
+    said: list[Blamed | None] = []
+    relay.loop.blame = lambda started, blamed: said.append(blamed)  # type: ignore[method-assign]
+    near, far = relay.connection.near.blamed, relay.connection.far.blamed
+    relay.left.send(b"!", socket.MSG_OOB)
+    relay.turn()
+    assert relay.right.recv(10) == b"!"
+    assert near != far and said[:3] == [near, far, near]  # looked at, sent, taken out
+    relay.close()

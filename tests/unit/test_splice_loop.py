@@ -186,7 +186,7 @@ def test_what_a_slow_owner_closes_is_closed_in_its_turns(loop: EventLoop) -> Non
         take_a_millisecond()
         take_a_millisecond()
         for one, _ in ends:
-            loop.close(one)
+            loop.close(one, BUSY)
 
     loop.later(work, BUSY)
     loop.turn()
@@ -362,7 +362,7 @@ def test_a_closed_socket_is_not_heard_of_though_another_process_has_it(loop: Eve
         number = ours.fileno()
         heard: list[int] = []
         loop.watch(number, select.EPOLLIN | select.EPOLLET, heard.append)
-        loop.close(ours)
+        loop.close(ours, BUSY)
         loop.turn()
         other, far = socket.socketpair()
         with other, far:
