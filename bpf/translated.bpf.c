@@ -53,8 +53,8 @@ static __always_inline int undo_nat(struct __sk_buff *skb, struct packet *packet
 #endif
 
 #ifdef GRAFT_SKB_CONTROL
-#define GRAFT_TRANSFORMED4 0x10 /* IPSKB_XFRM_TRANSFORMED */
-#define GRAFT_TRANSFORMED6 0x01 /* IP6SKB_XFRM_TRANSFORMED */
+#define GRAFT_TRANSFORMED4 0x04 /* IPSKB_XFRM_TRANSFORMED, include/net/ip.h */
+#define GRAFT_TRANSFORMED6 0x01 /* IP6SKB_XFRM_TRANSFORMED, include/linux/ipv6.h */
 
 /* Whether IPsec has put a packet into another one: its headers are the host's, also where they are of UDP (RFC 3948). */
 static __always_inline int is_transformed(struct __sk_buff *skb, u8 family)
