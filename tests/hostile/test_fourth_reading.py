@@ -70,7 +70,7 @@ def test_a_connected_socket_sends_to_no_destination_that_lost_its_rule(
 
 
 def test_control_where_only_its_peer_is_judged_it_does(without: Without, confine: Confine, tmp_path: Path) -> None:
-    undefended = without("kept flow")
+    undefended = without("in the datagram")
     with datagrams(undefended) as peer:
         assert None not in strays(undefended, confine, tmp_path, peer.getsockname()[1])
 

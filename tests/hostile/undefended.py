@@ -140,6 +140,13 @@ def _at_once(file: str, function: str, statement: str) -> Change:
     return file, f"{function}\n{{\n", f"{function}\n{{\n\t{statement}\n"
 
 
+_BY_ITS_SOCKET = (
+    "destination.bpf.c",
+    "packet.protocol != IPPROTO_UDP || is_transformed(skb, packet.family)",
+    "packet.family",
+)
+
+
 # What completes a connection is not judged, as what begins it is not.
 _CONNECTING = _at_once(
     "ingress.bpf.c",
@@ -266,13 +273,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     # Where a datagram goes, and from where, is what its socket says by then.
-    "in the datagram": (
-        (
-            "destination.bpf.c",
-            "packet.protocol != IPPROTO_UDP || is_transformed(skb, packet.family)",
-            "packet.family",
-        ),
-    ),
+    "in the datagram": (_BY_ITS_SOCKET,),
     # Or from where: what an endpoint lent a socket is the socket's.
     "lent": (
         _at_once(
@@ -306,8 +307,11 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A datagram that no hook at a call has judged since its endpoint is for TCP only.
     "exchange's protocol": (("packet.bpf.c", " && serves(endpoint, remote->protocol) &&\n", " &&\n"),),
-    # A datagram socket that is connected to port 0 is not connected.
-    "port 0": (_at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),),
+    # A datagram socket that is connected to port 0 is not connected, and the packet is not looked at.
+    "port 0": (
+        _at_once("local_address.bpf.c", "int is_connected(struct bpf_sock *sk)", "return sk->dst_port != 0;"),
+        _BY_ITS_SOCKET,
+    ),
     # A hop-by-hop header on a long segment is the kernel's own, whatever comes behind it.
     "big tcp": (("egress.bpf.c", "&next, 1) && next == IPPROTO_TCP;", "&next, 1);"),),
     # What a container listened with goes on without it.
