@@ -31,6 +31,7 @@ import time
 from _socket import socket as Socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from graft.datapath import layout
@@ -199,6 +200,8 @@ class Supervisor:
         try:
             address = None if call is _LISTEN else self._address(notification)
             answer = self._desk.ask(duplicate, call, address, process.fdinfo, fd, notification.pid)
+            if not self._listener.is_valid(unique):
+                return  # whose descriptor and address these are is not known (`_duplicate_of_caller`)
             if answer is None and address is None and call is _BIND and self._unix is not None:
                 error = self._bind_unix(self._unix, notification, process, duplicate)
             elif answer is not None:
@@ -215,7 +218,7 @@ class Supervisor:
 
     def _bind_unix(self, unix: UnixBinder, notification: Notification, process: Process, duplicate: int) -> int | None:
         """Bind a unix socket where a rule names its path. Gives what `_decide_and_apply` gives."""
-        done = unix.bind(notification, process, duplicate)
+        done = unix.bind(notification, process, duplicate, partial(self._listener.is_valid, notification.id))
         if done is None:
             return None
         if self._log is not None:
@@ -355,7 +358,18 @@ class Supervisor:
             with contextlib.suppress(OSError):
                 cloexec = bool(descriptors.descriptor_flags(trapped.process.fdinfo, fd) & os.O_CLOEXEC)
                 self._listener.replace(trapped.notification.id, replacement, fd, cloexec)
-        descriptors.copy_registrations(others.registrations, replacement, trapped.process.duplicate_fd)
+        descriptors.copy_registrations(others.registrations, replacement, partial(self._duplicate_of_caller, trapped))
+
+    def _duplicate_of_caller(self, trapped: TrappedCall, fd: int) -> int:
+        """A duplicate of a descriptor of the caller's. Raises OSError, also where it does not wait any more: its thread's
+        id, and its pidfd, may be those of another program by now, which another one of its threads has executed, with
+        the rights of that (execve(2), set-user-id).
+        """
+        duplicate = trapped.process.duplicate_fd(fd)
+        if not self._listener.is_valid(trapped.notification.id):
+            os.close(duplicate)
+            raise ProcessLookupError(errno.ESRCH, "the caller does not wait any more")
+        return duplicate
 
     def receive(self, page: ctypes.Array[ctypes.c_char]) -> bool:
         """Whether ``page`` has a notification for `handle` now; if not, it is still zero. Blocks where none is waiting.

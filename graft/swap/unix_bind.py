@@ -59,7 +59,9 @@ class UnixBinder:
         self._lookup = Lookup(graft.maps)
         self._memory = MemoryReader(_SIZE)
 
-    def bind(self, notification: Notification, process: Process, duplicate: int) -> UnixBind | None:
+    def bind(
+        self, notification: Notification, process: Process, duplicate: int, is_waiting: Callable[[], bool]
+    ) -> UnixBind | None:
         """Make a trapped bind of the socket ``duplicate`` on the host; None where no rule names its path.
 
         The file belongs to whom the kernel would make it for: to the caller as it is now, whoever opened the socket.
@@ -77,6 +79,8 @@ class UnixBinder:
                 if sock.getsockname():
                     return UnixBind(errno.EINVAL, f"{head}: the socket is bound already")
                 owner = process.file_owner()
+                if not is_waiting():  # then another program may have been asked, which has the caller's id by now
+                    return UnixBind(errno.EINTR, f"{head}: the caller does not wait any more")
                 granted = partial(self._is_granted, path, endpoint)
                 bound_sockets.bind(self._settings, self._container, endpoint, sock, unix, path, granted, owner)
         except UnixPathError as error:

@@ -51,7 +51,7 @@ from graft.kernel import (
 )
 from graft.kernel.peers import Peer
 from graft.kernel.pidfd import pidfd_getfd
-from graft.kernel.seccomp import Notification
+from graft.kernel.seccomp import Listener, Notification
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.kernel.syscalls import syscall
 from graft.model.settings import Settings
@@ -123,12 +123,19 @@ def _chowned() -> None:
         owned = answer and answer.descriptor._replace(owner=owner_of(fd))
         return answer._replace(descriptor=owned) if answer and owned else None
 
-    def bind_and_look(self: UnixBinder, notification: Notification, process: Process, fd: int) -> UnixBind | None:
+    def bind_and_look(
+        self: UnixBinder, notification: Notification, process: Process, fd: int, is_waiting: Callable[[], bool]
+    ) -> UnixBind | None:
         looking = SimpleNamespace(file_owner=lambda: owner_of(fd))
-        return bind(self, notification, looking, fd)  # type: ignore[arg-type]
+        return bind(self, notification, looking, fd, is_waiting)  # type: ignore[arg-type]
 
     ask, bind = Desk.ask, UnixBinder.bind
     Desk.ask, UnixBinder.bind = ask_and_look, bind_and_look  # type: ignore[method-assign, assignment]
+
+
+def _waiting_callers() -> None:
+    """Who made a call is whoever has its thread's id."""
+    Listener.is_valid = lambda self, unique: True  # type: ignore[method-assign]
 
 
 Change = tuple[str, str, str]
@@ -1347,6 +1354,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "links": _links,
     "holders": _holders,
     "found apart": _found_apart,
+    "waiting callers": _waiting_callers,
     "named namespaces apart": _named_namespaces_apart,
     "own clocks": _own_clocks,
     "left behind": _left_behind,
