@@ -65,6 +65,7 @@ def attach(
     """
     from graft.commands import watcher_process
     from graft.commands.attach import attach as attach_container
+    from graft.commands.cut_off import cut_off
     from graft.commands.policy_apply import check_served
     from graft.commands.policy_source import policy_of
     from graft.splice import client as splice
@@ -75,13 +76,15 @@ def attach(
     require_root()
     settings = Settings.from_environment()
     rules = policy_of(settings, which.rstrip("/").rpartition("/")[2], policy, ingress or [], egress or [], deny)
-    done = attach_container(Installation.open(settings), which, rules, wanted, relay, save=not no_save)
+    graft = Installation.open(settings)
+    done = attach_container(graft, which, rules, wanted, relay, save=not no_save)
     watched = not done.saved or watcher_process.ensure_running(settings)
     say(*_attached_lines(done))
     if done.container.is_relayed and not done.unserved:
         say(*_relay_lines(splice.describe(settings, done.container)))
     if not watched:
         warn(*(f"graft: {line}" for line in watcher_process.warnings(settings)))
+    warn(*cut_off(graft, {one.name for one in rules.endpoints}))
     check_served([done.unserved] if done.unserved else [])
 
 

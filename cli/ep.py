@@ -64,8 +64,11 @@ def _add(graft: Installation, endpoint: Endpoint, save: bool) -> str | None:
 
 def _set(graft: Installation, endpoint: Endpoint, save: bool) -> str | None:
     from graft.commands import endpoints
+    from graft.commands.cut_off import cut_off
 
-    return endpoints.change(graft, endpoint, save)
+    obstacle = endpoints.change(graft, endpoint, save)
+    warn(*cut_off(graft, {endpoint.name}))
+    return obstacle
 
 
 def _register(verb: str, summary: str, write: Callable[[Installation, Endpoint, bool], str | None]) -> None:

@@ -44,16 +44,20 @@ def import_(
     check: Annotated[bool, typer.Option("--check", help="Only check FILE.")] = False,
 ) -> None:
     """Put what FILE has in the place of all that is saved and in force: all of it, or nothing."""
+    from graft.commands.cut_off import cut_off
     from graft.commands.policy_apply import check_served
     from graft.commands.transfer import import_state, read_export
+    from graft.state.installation import Installation
 
     require_root()
     state = read_export(file)
     if check:
         say(f"{file}: ok ({len(state.endpoints)} endpoints, {len(state.attachments)} containers)")
         return
-    done = import_state(Settings.from_environment(), state)
+    settings = Settings.from_environment()
+    done = import_state(settings, state)
     say(*done.lines())
+    warn(*cut_off(Installation(settings), {one.name for one in state.endpoints}))
     check_served(done.unserved)
 
 

@@ -23,6 +23,7 @@
     transport_choice.py   which transport a container can have (pure)
     find.py               the attached container that has a name, an id or a cgroup
     policy_source.py      a policy from a file or from flags
+    cut_off.py            containers that have asked for an endpoint that is another one now
     names.py              names that exist, for a shell's completion
 
 It may import every package but oci and cli.

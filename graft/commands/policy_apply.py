@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from graft.commands import saving
+from graft.commands.cut_off import cut_off
 from graft.commands.find import find
 from graft.commands.policy_source import with_current
-from graft.datapath import rulesets
 from graft.errors import GraftError, NotFoundError, UnfinishedError
 from graft.model.transport import Transport
 from graft.policy.model import Origin, Policy, PolicyError
@@ -63,7 +63,8 @@ def _apply_once(graft: Installation, policy: Policy, text: str | None, save: boo
     if job.failed or chosen.kept:
         raise _unfinished(policy, job, chosen)
     containers = [container for _, container in job.changed]
-    return Applied(containers, job.waiting, [one for one in unserved if one], _cut_off(graft, policy))
+    lost = cut_off(graft, {one.name for one in policy.endpoints})
+    return Applied(containers, job.waiting, [one for one in unserved if one], lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,20 +197,6 @@ def _unfinished(policy: Policy, job: _Job, chosen: _Choice) -> UnfinishedError:
     lines = "; ".join([*job.failed, *chosen.kept])
     hint = "graft detach, or --cgroup gives it the policy" if chosen.kept else ""
     return UnfinishedError(f"policy {policy.name}: {lines}" + (f"; it is that of {', '.join(done)}" * bool(done)), hint)
-
-
-def _cut_off(graft: Installation, policy: Policy) -> list[str]:
-    """A line for each container whose own rules lead to an endpoint that is not there any more."""
-    declared = {one.name for one in policy.endpoints}
-    known = {one.id for one in graft.endpoints.listing()}
-    lines = []
-    for one in graft.containers.listing():
-        if one.is_operators or declared.isdisjoint(one.endpoints):
-            continue
-        if not rulesets.endpoints_of(graft.maps, graft.ruleset_of(one)) <= known:
-            names = ", ".join(sorted(declared.intersection(one.endpoints)))
-            lines.append(f"{one.name} has asked for {names}, which is another endpoint now: it starts anew with that")
-    return lines
 
 
 def refuse_in_splice(policy: Policy) -> None:

@@ -361,9 +361,8 @@ class Supervisor:
         descriptors.copy_registrations(others.registrations, replacement, partial(self._duplicate_of_caller, trapped))
 
     def _duplicate_of_caller(self, trapped: TrappedCall, fd: int) -> int:
-        """A duplicate of a descriptor of the caller's. Raises OSError, also where it does not wait any more: its thread's
-        id, and its pidfd, may be those of another program by now, which another one of its threads has executed, with
-        the rights of that (execve(2), set-user-id).
+        """A duplicate of a descriptor of the caller's. Raises OSError, also where it does not wait any more: its id
+        and its pidfd may be another program's by now, with that one's rights. A second thread has executed it.
         """
         duplicate = trapped.process.duplicate_fd(fd)
         if not self._listener.is_valid(trapped.notification.id):

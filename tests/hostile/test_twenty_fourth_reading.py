@@ -243,7 +243,8 @@ def test_who_asked_keeps_the_operator_from_no_import_and_no_change(
         assert saving.installation.endpoints.listing() == before  # those that asked lost nothing either
         text = saving.graft("export").stdout.replace("127.0.0.0/8", "127.0.0.1/32")
         (tmp_path / "all.yaml").write_text(text.replace(f"0.0.0.0:{port}", address.format(port, port + 1)))
-        saving.graft("import", tmp_path / "all.yaml")
+        said = saving.graft("import", tmp_path / "all.yaml").stderr
+        assert "has asked for front, which is another endpoint now" in said
         assert "127.0.0.1/32" in saving.graft("policy", "show", one).stdout
         saving.graft("ep", "set", "front", f"127.0.0.3:{port}")
         docker("rm", "-f", "evil")
