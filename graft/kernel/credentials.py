@@ -6,7 +6,9 @@ same names change every thread of the process (setresuid(2), "C library/kernel d
 
 The saved user id stays root's, so that the thread can switch back, and so that other users have no access: ptrace and
 /proc check all three ids. Another user's process can only send a signal to this thread meanwhile (kill(2) checks the
-real or the saved id). A supervisor that is killed so is started again by its keeper.
+real or the saved id), and not change its priority or processors, because it keeps root's permitted capabilities
+(cap_safe_nice in security/commoncap.c): only the effective ones may be cleared. A supervisor that is killed so is
+started again by its keeper.
 
 Sources: setresuid(2), setfsuid(2), setgroups(2), capset(2), credentials(7); kernel/sys.c, kernel/signal.c
 (kill_ok_by_cred).

@@ -85,6 +85,8 @@ class SocketBirth:
         """
         family, protocol, flags = notification.fd, notification.size, notification.address & _UINT
         caller = self._processes.caller(notification.pid)
+        if not self._listener.is_valid(notification.id):
+            return  # it may be another program's id by now: the ferry must not know that one's user
         at_home = (
             caller.netns != self._netns
             or not self._can_serve(family, flags, protocol)

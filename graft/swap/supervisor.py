@@ -269,6 +269,8 @@ class Supervisor:
         error = None
         if owner is None:  # who opened it is not known: it gets what its thread could open now, and no more
             owner = trapped.process.file_owner()
+            if not self._listener.is_valid(notification.id):
+                return errno.EINTR  # as in `_duplicate_of_caller`
         replacement = self._get_replacement(decision, facts, owner)
         try:
             socket_copy.copy_socket_state(replacement, duplicate, flags, names, v6only or decision.v6only)
