@@ -116,8 +116,7 @@ def check_cgroup(config: Mapping[str, Any], options: RuntimeOptions) -> None:
         return
     found = container_annotations(config)
     _refuse_leaving(found)
-    if found.get(f"{_SYSTEMD}Slice"):
-        raise _images_annotation(f"{_SYSTEMD}Slice", "choose its cgroup")
+    _refuse_properties(found)
 
 
 def _refuse_leaving(found: Mapping[str, str]) -> None:
@@ -142,6 +141,12 @@ def _refuse_annotations_for_crun(found: Mapping[str, str]) -> None:
     for name, value in found.items():
         if value and name.startswith(_CRUN) and name not in _PODMANS_OWN:
             raise _images_annotation(name, "tell crun what to do")
+    _refuse_properties(found)
+
+
+def _refuse_properties(found: Mapping[str, str]) -> None:
+    """Another slice is one; processes that systemd is to move into the container's scope are another."""
+    for name, value in found.items():
         if name.startswith(_SYSTEMD) and not _is_podmans_property(name, value):
             raise _images_annotation(name, "have crun ask systemd for something")
 

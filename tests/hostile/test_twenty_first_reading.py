@@ -85,6 +85,7 @@ def test_an_image_stays_in_the_cgroup_whose_policy_it_is_under(
         ({"run.oci.systemd.subgroup": "../x"}, ConflictError),
         ({"run.oci.delegate-cgroup": "a/../../x"}, ConflictError),
         ({"org.systemd.property.Slice": "'system.slice'"}, RefusedError),
+        ({"org.systemd.property.PIDs": "[uint32 4242]"}, RefusedError),
         ({"run.oci.systemd.subgroup": "x", "org.systemd.property.KillSignal": "37"}, None),
         ({}, None),
     ],

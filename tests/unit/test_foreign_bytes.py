@@ -154,7 +154,13 @@ REFUSED = [
     ("config.json", config(process={"env": ["A=b", 1]}), r"process.env\[1\]: must be text, not a number"),
     ("config.json", config(process={"capabilities": {"bounding": "x"}}), "bounding: must be a list, not text"),
     ("config.json", config(linux={"namespaces": ["network"]}), r"namespaces\[0\]: must be a mapping, not text"),
-    ("config.json", config(linux={"namespaces": [{"type": "user", "path": "\0"}]}), "path: .* is not a path"),
+    (
+        "config.json",
+        config(linux={"namespaces": [{"type": "user", "path": "\0"}]}),
+        "linux.namespaces.path: .* has a NUL",
+    ),
+    ("config.json", config(annotations={"run.oci.x": "..\0"}), r"annotations.run.oci.x: '..\\x00' has a NUL"),
+    ("config.json", config(annotations={"run.oci.x\0y": "z"}), r"annotations: 'run.oci.x\\x00y' has a NUL"),
     ("config.json", config(linux={"seccomp": {"syscalls": {}}}), "linux.seccomp.syscalls: must be a list"),
     (
         "config.json",
@@ -173,7 +179,7 @@ REFUSED = [
     ("state", b'{"id": "a", "pid": 99999999999999999999}', "state.pid: must be a number"),
     ("state", b'{"id": "a", "annotations": []}', "state.annotations: must be a mapping"),
     ("state", b'{"id": "a", "fds": 5}', "state.fds: must be a list"),
-    ("state", b'{"id": "a", "bundle": "/b\\u0000"}', "state.bundle: .* is not a path"),
+    ("state", b'{"id": "a", "bundle": "/b\\u0000"}', "state.bundle: .* has a NUL"),
     ("state", b'{"state": [1]}', "state.state: must be a mapping"),
     ("record", b"{}", "7.json: no cgroup and no endpoints and no id"),
     ("record", record(endpoints=None) + b"}", "7.json: not JSON"),
