@@ -2,8 +2,7 @@
 
 An engine's configuration of a container, a runtime's state of one, a file of run_dir: each may contain what an image
 wrote, or only half of what Graft wrote. Python's own parser raises RecursionError for a text of brackets, and a list
-in place of a mapping raises AttributeError somewhere else. Here both are a UsageError that names the field. So is a
-NUL: a runtime in C that reads the same file sees another name than Python does.
+in place of a mapping raises AttributeError somewhere else. Here both are a UsageError that names the field.
 
 A missing part and null are the same, as for the runtimes, which are written in Go.
 """
@@ -34,8 +33,6 @@ def parse(raw: bytes | str, source: str, most: int) -> Any:
         raise UsageError(f"{source}: not JSON: {error}") from None
     if _is_deeper(value, MAX_DEPTH):
         raise UsageError(f"{source}: nested too deep", f"at most {MAX_DEPTH} levels")
-    if ("\\u0000" if isinstance(raw, str) else b"\\u0000") in raw:  # type: ignore[operator]
-        _refuse_nul(value, source)
     return value
 
 
@@ -53,17 +50,19 @@ def _is_deeper(value: Any, most: int) -> bool:
     return True
 
 
-def _refuse_nul(value: Any, field: str) -> None:
-    """Raises UsageError for a text or a name with a NUL. (It is not nested deeper than `MAX_DEPTH`.)"""
+def refuse_nul(value: Any, field: str) -> None:
+    """Raises UsageError for a text or a name with a NUL, in what `parse` gave: a program in C that reads the same text
+    sees another name than Python does.
+    """
     if isinstance(value, str) and "\0" in value:
         raise UsageError(f"{field}: {shown(value)} has a NUL", "programs in C read only what is before it")
     if isinstance(value, dict):
         for name, inner in value.items():
-            _refuse_nul(name, field)
-            _refuse_nul(inner, f"{field}.{_key(name)}")
+            refuse_nul(name, field)
+            refuse_nul(inner, f"{field}.{_key(name)}")
     elif isinstance(value, list):
         for inner in value:
-            _refuse_nul(inner, field)
+            refuse_nul(inner, field)
 
 
 def _parts(value: Any) -> Any:

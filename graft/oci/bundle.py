@@ -167,7 +167,11 @@ def parse_config(raw: bytes, source: str) -> Config:
 
     Bytes that are not UTF-8 are read as runtimes written in Go read them: as U+FFFD.
     """
-    return mapping(json_text.parse(raw.decode(errors="replace"), source, _MAX_BYTES), source)
+    text = raw.decode(errors="replace")
+    found = mapping(json_text.parse(text, source, _MAX_BYTES), source)
+    if "\\u0000" in text:  # it is in few
+        json_text.refuse_nul(found, source)
+    return found
 
 
 def write_config(path: str, config: Mapping[str, Any]) -> None:

@@ -179,7 +179,7 @@ REFUSED = [
     ("state", b'{"id": "a", "pid": 99999999999999999999}', "state.pid: must be a number"),
     ("state", b'{"id": "a", "annotations": []}', "state.annotations: must be a mapping"),
     ("state", b'{"id": "a", "fds": 5}', "state.fds: must be a list"),
-    ("state", b'{"id": "a", "bundle": "/b\\u0000"}', "state.bundle: .* has a NUL"),
+    ("state", b'{"id": "a", "bundle": "/b\\u0000"}', "state.bundle: .* is not a path"),
     ("state", b'{"state": [1]}', "state.state: must be a mapping"),
     ("record", b"{}", "7.json: no cgroup and no endpoints and no id"),
     ("record", record(endpoints=None) + b"}", "7.json: not JSON"),
