@@ -37,6 +37,7 @@ import time
 from collections.abc import Callable
 
 from graft.kernel import unix_rights
+from graft.splice.copy_size import CopySize
 from graft.splice.kept_records import CHECKED, COPYING
 from graft.splice.kernel_flow import KernelFlow
 from graft.splice.outside import OutsidePeer
@@ -74,6 +75,7 @@ class Side:
 
     __slots__ = (
         "blamed",
+        "charged",
         "connection",
         "dialled",
         "ended",
@@ -97,6 +99,7 @@ class Side:
     def __init__(self, connection: Connection, sock: socket.socket, established: bool) -> None:
         self.connection = connection
         self.blamed: Blamed | None = None
+        self.charged: Blamed | None = None
         self.sock = sock
         self.fd = sock.fileno()
         self.is_unix = sock.family == socket.AF_UNIX
@@ -167,6 +170,7 @@ class Flow:
 
     __slots__ = (
         "connection",
+        "copy_size",
         "eof",
         "in_pipe",
         "is_out",
@@ -189,6 +193,7 @@ class Flow:
         self.notes, self.notes_at = connection.pipe_notes(0 if source is connection.near else 1)
         """Where to note which pipe it has."""
         self.source, self.target = source, target
+        self.copy_size = CopySize(_COPY_BYTES)
         self.pipe: Pipe | None = None
         self.in_pipe = self.moved_before_handover = self.small_reads = 0
         self.urgent = self.eof = self.shut = self.kernel_refused = False
@@ -347,10 +352,11 @@ class Flow:
             if source.may_get_descriptors:
                 got = unix_rights.peek(source.sock, buffer)
             else:
-                got = source.sock.recv_into(buffer, _COPY_BYTES, socket.MSG_PEEK)
+                got = source.sock.recv_into(buffer, self.copy_size.bytes, socket.MSG_PEEK)
         except BlockingIOError:
             source.readable = False
             return False
+        self.copy_size.note(got, time.monotonic() - start)
         blame(start, source.blamed)
         if got == 0:
             self.eof = True
@@ -480,7 +486,8 @@ class Connection:
         self.near, self.far = Side(self, near, True), Side(self, far, False)
         self.outside = outside or OutsidePeer(resources, "")
         self.outside.on_slow(self._on_slow)
-        (self.far if far_is_outside else self.near).blamed = self.outside.count
+        outer = self.far if far_is_outside else self.near
+        outer.blamed, outer.charged = self.outside.count, self.outside.charge
         self.near.flow_from = self.far.flow_to = Flow(self, self.near, self.far, far_is_outside)
         self.far.flow_from = self.near.flow_to = Flow(self, self.far, self.near, not far_is_outside)
         registry.add(self)

@@ -37,12 +37,13 @@ _WINDOW_BYTES = 1 << 20
 
 
 class SideLike(Protocol):
-    """connection.Side. ``blamed`` as for `EventLoop.blame`. ``ended``: its peer has sent a FIN. ``dialled``: it
-    was connected here, not accepted.
+    """connection.Side. ``blamed``, ``charged`` as for `EventLoop.blame` (outside.py). ``ended``: its peer has sent a
+    FIN. ``dialled``: it was connected here, not accepted.
     """
 
     sock: socket.socket
     blamed: Blamed | None
+    charged: Blamed | None
     ended: bool
     dialled: bool
 
@@ -140,7 +141,7 @@ class KernelFlow:
         """
         start, source = time.monotonic(), self._flow.source
         tcp.enlarge_receive_buffer(source.sock, _WINDOW_BYTES)
-        self._flow.connection.resources.loop.blame(start, source.blamed)
+        self._flow.connection.resources.loop.blame(start, source.charged)
 
     def take_moved(self) -> int:
         """How many bytes were moved since the last call: by the kernel, and by copying what it left."""
@@ -208,7 +209,7 @@ class KernelFlow:
                     self._uncopied = memoryview(source.sock.recv(limit))
                 except BlockingIOError:
                     pass
-                loop.blame(start, source.blamed)
+                loop.blame(start, source.charged)
                 if not self._uncopied:
                     return self._hand_back()
             start = time.monotonic()
@@ -247,7 +248,7 @@ class KernelFlow:
         else:
             start = time.monotonic()
             tcp.reprocess_received(source.sock)
-            self._flow.connection.resources.loop.blame(start, source.blamed)
+            self._flow.connection.resources.loop.blame(start, source.charged)
             self._behind = self._sockmap.counts(self._cookie)[1] != self._copied  # there may be no event for it
             self._check_later()
 

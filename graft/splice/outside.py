@@ -45,12 +45,22 @@ class OutsidePeer:
 
     def count(self) -> int:
         """A call was slow on this side. Gives the owner that is to wait for it."""
-        now, resources = time.monotonic(), self._resources
+        now = time.monotonic()
+        self._slow.append(now)
+        return self._charge(now, len(self._slow) == _RESET_AFTER and now - self._slow[0] < _FORGET_SECONDS)
+
+    def charge(self) -> int:
+        """The same of one that takes bytes out of a long queue: a sender of very many small segments has it take long
+        too, without meaning to, and is not reset for that.
+        """
+        return self._charge(time.monotonic(), False)
+
+    def _charge(self, now: float, is_last: bool) -> int:
+        resources = self._resources
         outside = outside_owner(resources.number)
         is_new, self.owner = self.owner != outside and not self._is_known(now), outside
         resources.note_slow_peer(self._address, now + _FORGET_SECONDS)
-        self._slow.append(now)
-        self._move(len(self._slow) == _RESET_AFTER and now - self._slow[0] < _FORGET_SECONDS)
+        self._move(is_last)
         return resources.number if is_new and resources.loop.waits(outside) else outside
 
     def close(self) -> None:
