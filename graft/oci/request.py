@@ -40,6 +40,7 @@ _PODMANS_OWN = ("run.oci.keep_original_groups", "run.oci.mount_context_type")
 # What begins so is a property of the container's scope, which crun asks systemd for, as root: `Slice` puts a container
 # elsewhere, `Wants` and `Conflicts` start and stop any unit of the host. podman itself writes the two below.
 _SYSTEMD = "org.systemd.property."
+_CRIU = "org.criu."
 _PODMANS_PROPERTIES = {"KillSignal": re.compile(r"[0-9]{1,3}"), "TimeoutStopUSec": re.compile(r"uint64 [0-9]{1,20}")}
 
 
@@ -145,8 +146,12 @@ def _refuse_annotations_for_crun(found: Mapping[str, str]) -> None:
 
 
 def _refuse_properties(found: Mapping[str, str]) -> None:
-    """Another slice is one; processes that systemd is to move into the container's scope are another."""
+    """Another slice is one; processes that systemd is to move into the container's scope are another. And a file that
+    CRIU takes as its configuration, with scripts that it runs as root (runc, at a checkpoint).
+    """
     for name, value in found.items():
+        if name.startswith(_CRIU):
+            raise _images_annotation(name, "configure CRIU")
         if name.startswith(_SYSTEMD) and not _is_podmans_property(name, value):
             raise _images_annotation(name, "have crun ask systemd for something")
 

@@ -313,12 +313,26 @@ def _unit_at(unit: str, path: str, pid: int) -> FoundContainer:
     return FoundContainer(found, "systemd", unit, pid=pid if pid in pids else next(iter(pids), 0))
 
 
+def _is_systemds(folder: Path, top: Path) -> bool:
+    """Whether only slices of root's are above it: below a scope, a service or an engine's folder others make some."""
+    above = folder.relative_to(top).parts[:-1]
+    if not all(name.endswith(".slice") for name in above):
+        return False
+    with contextlib.suppress(FileNotFoundError):  # it is gone by now
+        return {one.stat().st_uid for one in (folder, *folder.parents) if one.is_relative_to(top)} == {
+            top.stat().st_uid
+        }
+    return False
+
+
 def _unit_in_tree(unit: str) -> FoundContainer:
-    """If systemd does not answer: a cgroup with the unit's name."""
+    """If systemd does not answer: a cgroup with the unit's name, where systemd has its units."""
     top = cgroup.v2_mount()
-    found = members.answer_about(
-        str(top), lambda: [folder for folder in cgroup.tree(top) if folder.name == unit], _SEARCH_TIMEOUT
-    )
+
+    def find() -> list[Path]:
+        return [folder for folder in cgroup.tree(top) if folder.name == unit and _is_systemds(folder, top)]
+
+    found = members.answer_about(str(top), find, _SEARCH_TIMEOUT)
     if not found:
         raise NotFoundError(f"unit: systemd does not answer, and no cgroup is named {unit}")
     if len(found) > 1:

@@ -86,6 +86,7 @@ def test_an_image_stays_in_the_cgroup_whose_policy_it_is_under(
         ({"run.oci.delegate-cgroup": "a/../../x"}, ConflictError),
         ({"org.systemd.property.Slice": "'system.slice'"}, RefusedError),
         ({"org.systemd.property.PIDs": "[uint32 4242]"}, RefusedError),
+        ({"org.criu.config": "/images/file"}, RefusedError),
         ({"run.oci.systemd.subgroup": "x", "org.systemd.property.KillSignal": "37"}, None),
         ({}, None),
     ],

@@ -133,6 +133,11 @@ def _chowned() -> None:
     Desk.ask, UnixBinder.bind = ask_and_look, bind_and_look  # type: ignore[method-assign, assignment]
 
 
+def _units_of_systemds() -> None:
+    """Any cgroup of that name is the unit, where systemd does not answer."""
+    engines._is_systemds = lambda folder, top: True
+
+
 def _waiting_callers() -> None:
     """Who made a call is whoever has its thread's id."""
     Listener.is_valid = lambda self, unique: True  # type: ignore[method-assign]
@@ -1355,6 +1360,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "holders": _holders,
     "found apart": _found_apart,
     "waiting callers": _waiting_callers,
+    "units of systemd's": _units_of_systemds,
     "named namespaces apart": _named_namespaces_apart,
     "own clocks": _own_clocks,
     "left behind": _left_behind,

@@ -195,10 +195,20 @@ def test_a_unit_that_does_not_run_is_not_found(tree: Path) -> None:
 
 
 def test_two_cgroups_of_one_units_name_are_a_conflict(tree: Path) -> None:
-    make(tree, "a/web.service")
-    make(tree, "b/web.service")
+    make(tree, "a.slice/web.service")
+    make(tree, "b.slice/web.service")
     with pytest.raises(ConflictError, match=r"2 cgroups are named web\.service"):
         resolve("unit:web", NOTHING)
+
+
+@pytest.mark.parametrize("above", ["docker/a", "user.slice/user@1000.service/app.slice", "a.slice/b.scope"])
+def test_a_cgroup_that_others_can_make_is_no_unit_where_systemd_does_not_answer(tree: Path, above: str) -> None:
+    make(tree, f"{above}/web.service")
+    for text in ("web", "unit:web"):
+        with pytest.raises(NotFoundError):
+            resolve(text, NOTHING)
+    path = make(tree, "system.slice/web.service")
+    assert resolve("unit:web", NOTHING).cgroup == path
 
 
 @pytest.mark.parametrize("name", ["--help", "-x", "a b", "a;b", "$(x)", "a\nb", ""])
