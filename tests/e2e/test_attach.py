@@ -233,12 +233,18 @@ def test_a_name_that_nothing_has_says_what_was_tried(host: Host) -> None:
     )
 
 
-def test_a_unit_is_found_by_its_cgroup_where_systemd_cannot_be_asked(host: Host, make_cgroup: MakeCgroup) -> None:
-    path = make_cgroup() / "grafted-unit.service"
-    path.mkdir()
-    said = host.graft("attach", "--cgroup", "grafted-unit", "-i", f"*:80={host.endpoint('0.0.0.0:dynamic')}").stdout
-    assert f"grafted-unit.service: systemd, {path}" in said
-    host.graft("detach", "--cgroup", "grafted-unit.service")
+def test_a_unit_is_found_by_its_cgroup_where_systemd_cannot_be_asked(host: Host) -> None:
+    top = cgroup.v2_mount() / f"graft-test-{os.getpid()}-units.slice"
+    path = top / f"grafted-unit-{os.getpid()}.service"
+    path.mkdir(parents=True)
+    try:
+        rule = f"*:80={host.endpoint('0.0.0.0:dynamic')}"
+        said = host.graft("attach", "--cgroup", path.stem, "-i", rule).stdout
+        assert f"{path.name}: systemd, {path}" in said
+        host.graft("detach", "--cgroup", path.name)
+    finally:
+        path.rmdir()
+        top.rmdir()
 
 
 def test_a_container_in_a_namespace_of_its_own_is_not_taken_for_a_direct_one(
