@@ -69,23 +69,30 @@ def unshare_netns() -> None:
 
 
 @contextlib.contextmanager
-def entered(place: Path | int) -> Iterator[None]:
-    """Run the block with the calling thread in the namespace at a path, or of a process. Sockets made inside stay
-    there. Raises OSError.
-    """
+def entered_by(opened: int) -> Iterator[None]:
+    """As `entered`, by a descriptor. Raises OSError."""
     home = open_own()
     try:
-        fd = open_place(place)
-        try:
-            setns(fd)
-        finally:
-            os.close(fd)
+        setns(opened)
         try:
             yield
         finally:
             setns(home)
     finally:
         os.close(home)
+
+
+@contextlib.contextmanager
+def entered(place: Path | int) -> Iterator[None]:
+    """Run the block with the calling thread in the namespace at a path, or of a process. Sockets made inside stay
+    there. Raises OSError.
+    """
+    fd = open_place(place)
+    try:
+        with entered_by(fd):
+            yield
+    finally:
+        os.close(fd)
 
 
 def socket_cookie(sock: socket.socket) -> int:
@@ -104,15 +111,8 @@ def cookie(place: Path | int | None = None) -> int:
 
 def cookie_by(opened: int) -> int:
     """Cookie of the namespace of a descriptor. Raises OSError."""
-    home = open_own()
-    try:
-        setns(opened)
-        try:
-            return cookie()
-        finally:
-            setns(home)
-    finally:
-        os.close(home)
+    with entered_by(opened):
+        return cookie()
 
 
 def inode(place: Path | int) -> int:

@@ -37,10 +37,10 @@ _CRUN_SUBGROUPS = ("run.oci.systemd.subgroup", "run.oci.delegate-cgroup")
 # hooks say to any file of the host's, and Graft's container has a hook. Those that podman itself writes are allowed.
 _CRUN = "run.oci."
 _PODMANS_OWN = ("run.oci.keep_original_groups", "run.oci.mount_context_type")
+_CRIU = "org.criu."  # of these one names a file for CRIU, with scripts that it runs as root
 # What begins so is a property of the container's scope, which crun asks systemd for, as root: `Slice` puts a container
 # elsewhere, `Wants` and `Conflicts` start and stop any unit of the host. podman itself writes the two below.
 _SYSTEMD = "org.systemd.property."
-_CRIU = "org.criu."
 _PODMANS_PROPERTIES = {"KillSignal": re.compile(r"[0-9]{1,3}"), "TimeoutStopUSec": re.compile(r"uint64 [0-9]{1,20}")}
 
 
@@ -117,7 +117,7 @@ def check_cgroup(config: Mapping[str, Any], options: RuntimeOptions) -> None:
         return
     found = container_annotations(config)
     _refuse_leaving(found)
-    _refuse_properties(found)
+    _refuse_acting_outside(found)
 
 
 def _refuse_leaving(found: Mapping[str, str]) -> None:
@@ -142,13 +142,11 @@ def _refuse_annotations_for_crun(found: Mapping[str, str]) -> None:
     for name, value in found.items():
         if value and name.startswith(_CRUN) and name not in _PODMANS_OWN:
             raise _images_annotation(name, "tell crun what to do")
-    _refuse_properties(found)
+    _refuse_acting_outside(found)
 
 
-def _refuse_properties(found: Mapping[str, str]) -> None:
-    """Another slice is one; processes that systemd is to move into the container's scope are another. And a file that
-    CRIU takes as its configuration, with scripts that it runs as root (runc, at a checkpoint).
-    """
+def _refuse_acting_outside(found: Mapping[str, str]) -> None:
+    """By annotations that have systemd (another slice, processes moved into the container's scope) or CRIU act."""
     for name, value in found.items():
         if name.startswith(_CRIU):
             raise _images_annotation(name, "configure CRIU")
