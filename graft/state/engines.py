@@ -33,6 +33,8 @@ _PROBE_TIMEOUT = 5.0
 _MAX_BYTES = 1 << 20
 _CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 _UNIT_NAME = re.compile(r"[A-Za-z0-9_:.@\\][A-Za-z0-9_:.@\\-]*", re.ASCII)
+_MIN_ID_DIGITS = 12
+"""What `docker ps` and `podman ps` show of an id."""
 _NO_CONTAINER = "graft.asks-for-no-container"  # the beginning of no id
 _FIELDS = "{{.Id}} {{.Name}} {{.State.Pid}}"
 _INSPECTED = re.compile(r"([0-9a-f]{64}) /?([A-Za-z0-9][A-Za-z0-9_.-]*) ([0-9]{1,10})\n", re.ASCII)
@@ -239,8 +241,9 @@ def parse_inspect(engine: str, text: str) -> tuple[str, str, int]:
 
 
 def _from_engine(engine: str, name: str, run: Run) -> FoundContainer:
-    """The container of that name. Where none has it, engines take it for the beginning of an id: ``name`` of the result
-    is the container's own, and who did not mean that has to compare it.
+    """The container of that name or id. Where no container has the name, engines take it for the beginning of an id, so
+    who meant a container `db` that is gone would get any whose id begins so: a shortened id counts only as long as
+    `docker ps` shows it. ``name`` of the result is the container's own.
     """
     if not _CONTAINER_NAME.fullmatch(name):
         raise UsageError(f"{engine}: {shown(name)} is not a container name")
@@ -250,7 +253,7 @@ def _from_engine(engine: str, name: str, run: Run) -> FoundContainer:
     if answer.status != 0:
         raise NotFoundError(f"{engine}: {engine} reports {shown(_last_line(answer.err))}")
     container_id, full_name, pid = parse_inspect(engine, answer.out)
-    if full_name != name and not container_id.startswith(name):
+    if full_name != name and not (len(name) >= _MIN_ID_DIGITS and container_id.startswith(name)):
         raise NotFoundError(f"{engine}: {engine} answers for the container {shown(full_name)}")
     return FoundContainer(_cgroup_of(engine, container_id, pid), engine, full_name, container_id, pid)
 

@@ -154,7 +154,7 @@ def test_a_process_outside_the_containers_cgroup_is_refused(tree: Path, monkeypa
         resolve("web", engine({"docker": inspected()}))
 
 
-@pytest.mark.parametrize("asked", ["web", ID, ID[:3]])
+@pytest.mark.parametrize("asked", ["web", ID, ID[:12]])
 def test_a_container_is_found_by_its_name_and_by_its_id(
     tree: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
@@ -163,11 +163,12 @@ def test_a_container_is_found_by_its_name_and_by_its_id(
     assert resolve(f"docker:{asked}", engine({"docker": inspected()})).name == "web"
 
 
-def test_the_answer_for_another_container_is_not_taken(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", ["other", ID[:3], ID[:11]])
+def test_the_answer_for_another_container_is_not_taken(tree: Path, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     place = make(tree, f"docker/{ID}")
     monkeypatch.setattr(cgroup, "of_process", lambda pid: place)
     with pytest.raises(NotFoundError, match="answers for the container 'web'"):
-        resolve("docker:other", engine({"docker": inspected()}))
+        resolve(f"docker:{asked}", engine({"docker": inspected()}))
 
 
 def test_nothing_found_says_what_was_tried(tree: Path) -> None:
