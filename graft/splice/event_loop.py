@@ -35,7 +35,7 @@ DAEMON = 0
 """The owner of work that is not for a container."""
 
 
-def nobody() -> int:
+def nobody(_seconds: float) -> int:
     """For `EventLoop.blame`: no container made this call slow."""
     return DAEMON
 

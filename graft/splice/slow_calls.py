@@ -21,7 +21,8 @@ _ACTIVE_SECONDS = 1.0  # an owner without events for so long has nothing to do
 _SLOW_AGAIN_SECONDS = 10.0
 
 
-Blamed = Callable[[], int]
+Blamed = Callable[[float], int]
+"""Whom a call of so many seconds is blamed on: gives the owner that waits for it, 0 for none."""
 
 
 class SlowCalls:
@@ -65,7 +66,7 @@ class SlowCalls:
         if not owner or seconds <= SLOW_SECONDS:
             return
         if blamed is not None:
-            owner = blamed()
+            owner = blamed(seconds)
             if not owner:
                 return
         self.owners[owner] = now + _SLOW_AGAIN_SECONDS

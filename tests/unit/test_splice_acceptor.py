@@ -190,7 +190,7 @@ def test_the_container_waits_for_what_it_refuses_again_and_again_of_a_peer_that_
         two.first.connect_clients(1)
         two.first.acceptor.accept()
         if said[0] is not None:
-            said[0]()
+            said[0](0.003)
     assert said[0] is not None and said[1:] == [None]
 
 
