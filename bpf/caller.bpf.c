@@ -56,9 +56,25 @@ static __always_inline void read_served(struct desk *desk, struct event *event)
 	bpf_probe_read_kernel(&event->pid, sizeof(event->pid), task + GRAFT_TASK_TGID);
 	bpf_probe_read_kernel(event->comm, sizeof(event->comm), task + GRAFT_TASK_COMM);
 }
-#else
-static __always_inline void read_served(struct desk *desk, struct event *event) {}
+
+/* The thread that runs, out of the kernel's own structure: for programs that may not ask for it. Nobody where that is a
+ * supervisor: whose call it makes is found by its desk (desk_of_caller()), which these may not look for either. */
+static __always_inline void read_task(struct event *event)
+{
+	void *task = (void *)bpf_get_current_task();
+	u32 pid = 0;
+
+	if (bpf_probe_read_kernel(&pid, sizeof(pid), task + GRAFT_TASK_TGID) || desk_slots.lookup(&pid))
+		return;
+	event->pid = pid;
+	bpf_probe_read_kernel(&event->tid, sizeof(event->tid), task + GRAFT_TASK_PID);
+	bpf_probe_read_kernel(event->comm, sizeof(event->comm), task + GRAFT_TASK_COMM);
+}
+#define GRAFT_READS_TASKS
 #endif
-#else
+#endif
+
+#ifndef GRAFT_READS_TASKS
 static __always_inline void read_served(struct desk *desk, struct event *event) {}
+static __always_inline void read_task(struct event *event) {}
 #endif

@@ -196,7 +196,7 @@ static __always_inline int trace_drop(struct __sk_buff *skb, u32 container)
 	if (!container || !find_watch() || !read_packet(skb, &packet))
 		return REFUSE;
 	read_sender(&remote, &packet);
-	trace_socket(container, GRAFT_CALL_PACKET, GRAFT_OUTCOME_REFUSED, &remote);
+	trace_packet(container, &remote);
 	return REFUSE;
 }
 

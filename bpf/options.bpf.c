@@ -198,7 +198,7 @@ static __always_inline void trace_option(struct owner *owner, u8 protocol, u32 l
 
 	__builtin_memcpy(request.addr, &level, 4);
 	__builtin_memcpy(request.addr + 4, &name, 4);
-	trace_socket(owner->id, GRAFT_CALL_OPTION, GRAFT_OUTCOME_REFUSED, &request);
+	trace_call(owner->id, GRAFT_CALL_OPTION, GRAFT_OUTCOME_REFUSED, &request);
 }
 
 int graft_setsockopt(struct bpf_sockopt *ctx)

@@ -21,7 +21,7 @@ static __always_inline struct watch *find_watch(void)
 }
 
 /* The thread that asks: the program's, also where its supervisor makes the call for it. Not in every kind of program may
- * that be asked. */
+ * that be asked (read_task() is for the others). */
 static __always_inline void read_caller(struct event *event)
 {
 	u64 ids = bpf_get_current_pid_tgid();
@@ -62,6 +62,19 @@ static __always_inline u8 outcome_of(struct request *request, int verdict)
 	return request->home == GRAFT_HOME_HOST && !request->ferry ? GRAFT_OUTCOME_PASSED : GRAFT_OUTCOME_CONTAINER;
 }
 
+static __always_inline void describe(struct event *event, u32 container, u8 call, u8 outcome, struct request *request)
+{
+	event->container = container;
+	event->call = call;
+	event->outcome = outcome;
+	event->family = request->family;
+	event->protocol = request->protocol;
+	event->port = request->port;
+	event->endpoint = request->endpoint;
+	event->endpoint_port = request->endpoint_port;
+	__builtin_memcpy(event->addr, request->addr, 16);
+}
+
 /* A bind, a connect or a datagram's destination was decided. Returns the verdict. */
 static __always_inline int trace_request(struct request *request, u8 call, int verdict)
 {
@@ -70,39 +83,34 @@ static __always_inline int trace_request(struct request *request, u8 call, int v
 
 	if (!watch)
 		return verdict;
-	event.container = request->container;
-	event.call = call;
-	event.outcome = outcome_of(request, verdict);
-	event.family = request->family;
-	event.protocol = request->protocol;
-	event.port = request->port;
-	event.endpoint = request->endpoint;
-	event.endpoint_port = request->endpoint_port;
-	__builtin_memcpy(event.addr, request->addr, 16);
+	describe(&event, request->container, call, outcome_of(request, verdict), request);
 	read_caller(&event);
 	publish(&event);
 	return verdict;
 }
 
-/* A decision about a socket that is not about an address that its program named: `of` is the address that it has to do
- * with, or NULL. In programs that may not ask who calls. */
-static __always_inline void trace_socket(u32 container, u8 call, u8 outcome, struct request *of)
+/* A call about a socket that names no address: `of` is the one that it has to do with. */
+static __always_inline void trace_call(u32 container, u8 call, u8 outcome, struct request *of)
 {
 	struct watch *watch = container ? find_watch() : 0;
 	struct event event = {};
 
 	if (!watch)
 		return;
-	event.container = container;
-	event.call = call;
-	event.outcome = outcome;
-	if (of) {
-		event.family = of->family;
-		event.protocol = of->protocol;
-		event.port = of->port;
-		event.endpoint = of->endpoint;
-		__builtin_memcpy(event.addr, of->addr, 16);
-	}
+	describe(&event, container, call, outcome, of);
+	read_task(&event);
+	publish(&event);
+}
+
+/* A packet was dropped that came from there: whichever thread runs now has nothing to do with it. */
+static __always_inline void trace_packet(u32 container, struct request *from)
+{
+	struct watch *watch = container ? find_watch() : 0;
+	struct event event = {};
+
+	if (!watch)
+		return;
+	describe(&event, container, GRAFT_CALL_PACKET, GRAFT_OUTCOME_REFUSED, from);
 	publish(&event);
 }
 
@@ -120,5 +128,5 @@ static __always_inline void trace_listen(struct owner *owner, u8 outcome)
 		request.endpoint = tag->endpoint;
 		__builtin_memcpy(request.addr, tag->addr, 16);
 	}
-	trace_socket(owner->id, GRAFT_CALL_LISTEN, outcome, &request);
+	trace_call(owner->id, GRAFT_CALL_LISTEN, outcome, &request);
 }

@@ -47,6 +47,7 @@ def _file(btf: Btf) -> Offsets:
 def _descriptor(btf: Btf) -> Offsets:
     return {
         "GRAFT_TASK_FILES": btf.offset("task_struct", "files"),
+        "GRAFT_TASK_PID": btf.offset("task_struct", "pid"),
         "GRAFT_TASK_TGID": btf.offset("task_struct", "tgid"),
         "GRAFT_TASK_COMM": btf.offset("task_struct", "comm"),
         "GRAFT_TASK_PID_LINKS": btf.offset("task_struct", "pid_links"),

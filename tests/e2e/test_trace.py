@@ -81,6 +81,7 @@ def test_what_a_program_under_graft_run_does_is_shown(host: Host, write_policy: 
         assert refused["rule"] == f"egress any {CLIENT4}/32:9 -> deny"
         listen = first(seen, lambda one: one["call"] == "listen")
         assert (listen["outcome"], listen["endpoint"], listen["port"]) == ("granted", endpoint, 80)
+        assert (listen["process"], listen["pid"]) == ("we\x1b[31mb", pid)
         line = f"we\\x1b[31mb[{pid}] bind tcp 0.0.0.0:80 -> {endpoint} 0.0.0.0:{port} (host)"
         text.says(line)
         text.says(f"connect tcp {CLIENT4}:9 -> refused by egress any {CLIENT4}/32:9 -> deny")
@@ -94,6 +95,23 @@ def test_what_is_left_to_the_container_is_shown(host: Host) -> None:
         found = first(seen, lambda one: one["port"] == 8123)
         assert (found["outcome"], found["endpoint"], found["rule"]) == ("container", None, None)
         assert {one["call"] for one in records(seen)} == {"bind"}
+
+
+def test_who_sets_an_option_that_is_refused_is_shown(host: Host) -> None:
+    with tracing(host, "--json", "--call", "option") as seen:
+        endpoint = host.endpoint("0.0.0.0:dynamic")
+        assert host.run(["--deny", "-i", f"0.0.0.0:80={endpoint}"], "python3", "-c", _FREEBIND).stdout == "1\n"  # EPERM
+        found = first(seen, lambda one: one["outcome"] == "refused")
+        assert found["process"] == "python3" and found["pid"] > 1
+
+
+_FREEBIND = """
+import socket
+try:
+    socket.socket().setsockopt(socket.SOL_IP, 15, 1)
+except OSError as error:
+    print(error.errno)
+"""
 
 
 def _bind(port: int) -> str:
