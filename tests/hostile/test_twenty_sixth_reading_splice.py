@@ -123,7 +123,7 @@ def test_control_where_the_daemon_itself_closes_them_the_others_wait(
 
 FLOODS = f"""{WATCHED}
 entries, host, port, seconds, way = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
-end = resets = 0
+end = 0
 block = bytes(1 << 20)
 while not end or time.monotonic() < end:
     sock = socket.create_connection((host, port), timeout=30)
@@ -147,14 +147,14 @@ while not end or time.monotonic() < end:
                 pass
             time.sleep(0.3)
     except OSError:
-        resets += 1
+        pass
     finally:
         for poll in polls:
             poll.close()
         for copy in copies:
             os.close(copy)
         sock.close()
-print("finished", resets, flush=True)
+print("finished", flush=True)
 os._exit(0)
 """
 SERVER = """
@@ -183,10 +183,8 @@ it is a quarter, or hardly any.
 """
 
 
-def served_beside_a_flood(host: Host, start_daemon: StartDaemon, way: str, without: str = "") -> tuple[float, int]:
-    """What the container is served which a local user floods, as a part of what another one is; and how often he was
-    reset.
-    """
+def served_beside_a_flood(host: Host, start_daemon: StartDaemon, way: str, without: str = "") -> float:
+    """What the container is served which a local user floods, as a part of what another one is."""
     start_daemon(without)
     with plain(host, relay="kernel" if way == "kernel" else "splice") as victim, plain(host) as other:
         for one in (victim, other):
@@ -209,25 +207,21 @@ def served_beside_a_flood(host: Host, start_daemon: StartDaemon, way: str, witho
         for thread in threads:
             thread.join()
         client.until("finished", lambda: "finished" in client.said, 120)
-        resets = int(client.said.split("finished")[1])
-        print(f"served {counts[0]} times, another {counts[1]} times, resets {resets}")
-        return counts[0] / max(1, counts[1]), resets
+        print(f"served {counts[0]} times, another {counts[1]} times")
+        return counts[0] / max(1, counts[1])
 
 
 @pytest.mark.flaky(reruns=1)  # it depends on how much of the machine it gets
 @pytest.mark.parametrize("way", ["urgent", "kernel"])
-def test_a_client_whose_queue_is_slow_to_empty_is_reset_and_the_container_serves_others(
+def test_a_client_whose_queue_is_slow_to_empty_waits_and_the_container_serves_others(
     host: Host, start_daemon: StartDaemon, way: str
 ) -> None:
-    part, resets = served_beside_a_flood(host, start_daemon, way)
-    assert resets > 0 or way == "kernel"  # who sends many small segments is not reset for that, but waits
-    assert part > 1 / PART
+    assert served_beside_a_flood(host, start_daemon, way) > 1 / PART
 
 
 @pytest.mark.parametrize("way", ["urgent", "kernel"])
 def test_control_where_the_container_waits_for_it_it_serves_hardly_anybody(
     host: Host, start_daemon: StartDaemon, way: str
 ) -> None:
-    part, _ = served_beside_a_flood(host, start_daemon, way, "slow peers")
-    if part > 1 / PART:
+    if served_beside_a_flood(host, start_daemon, way, "slow peers") > 1 / PART:
         pytest.skip("the control shows nothing: the machine is too busy for the attack")
