@@ -109,6 +109,31 @@ static __always_inline int would_choose_address(struct bpf_sock_addr *ctx, struc
 	return !(local.ip[0] | local.ip[1] | local.ip[2] | local.ip[3]);
 }
 
+/* Whether a socket has begun a datagram that the kernel still takes more for (MSG_MORE, UDP_CORK). It has its route already,
+ * and would go to whom the socket is connected next. */
+static __always_inline int has_begun_datagram(struct bpf_sock_addr *ctx)
+{
+#if defined(GRAFT_SOCK_ADDR_SK) && defined(GRAFT_UDP_PENDING)
+	void *sk = requesting_socket(ctx);
+	s32 pending = 0;
+
+	return !sk || bpf_probe_read_kernel(&pending, sizeof(pending), sk + GRAFT_UDP_PENDING) || pending;
+#else
+	return 0;
+#endif
+}
+
+/* Whether a datagram socket would get a peer by whose route it could send what no hook sees: see egress_rule. */
+static __always_inline int would_mix_peers(struct bpf_sock_addr *ctx, struct request *request)
+{
+	u32 ip;
+
+	if (request->protocol != IPPROTO_UDP)
+		return 0;
+	__builtin_memcpy(&ip, request->addr, 4);
+	return is_broadcast(request) || (request->family == GRAFT_IPV4 && ip == 0xffffffff) || has_begun_datagram(ctx);
+}
+
 /* Whether a connect takes an address or a port from the endpoint, which the socket's tag must say. */
 static __always_inline int lends(struct endpoint *endpoint)
 {

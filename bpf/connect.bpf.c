@@ -315,7 +315,8 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	if (!endpoint || is_unix(endpoint) || has_lost_endpoint(ctx->sk, owner.tag, bound) ||
 	    (is_diverted(ctx->sk) && !is_link_local(request)) ||
 	    (sending == GRAFT_CONNECTS && !owner.tag && lends(endpoint)) || keeps_loopback(ctx->sk, request, endpoint) ||
-	    (sending == GRAFT_CONNECTS && would_choose_address(ctx, request, endpoint, bound))) {
+	    (sending == GRAFT_CONNECTS &&
+	     (would_choose_address(ctx, request, endpoint, bound) || would_mix_peers(ctx, request)))) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}

@@ -107,6 +107,49 @@ static __always_inline int may_send_hidden(struct bpf_sock *sk, struct owner *ow
 	return may_start(sk, owner, family_of_peer(sk), IPPROTO_UDP, netns, local, own);
 }
 
+#ifdef GRAFT_SKB_ROUTE
+#define GRAFT_ROUTE_NOT_COUNTED 1 /* SKB_DST_NOREF, of the pointer to the route */
+#define RTCF_LOCAL 0x80000000
+#define RTCF_BROADCAST 0x10000000
+#define RTCF_MULTICAST 0x20000000
+
+/* Whether the socket that a datagram would be delivered to has its address, and not just any: then it is the host's. */
+static __always_inline int has_receiver_there(struct __sk_buff *skb, struct packet *packet)
+{
+	struct bpf_sock *sk = receiver_of(skb, packet);
+	int found;
+
+	if (!sk)
+		return 1; /* nobody receives it */
+	found = sk->src_ip4 == packet->to[0];
+	bpf_sk_release(sk);
+	return found;
+}
+
+/* Whether an IPv4 datagram is delivered on this host though it is for another one. The kernel takes its destination from
+ * what the socket was connected to last, and its route from where it was begun (MSG_MORE), or the other way round. (For
+ * its own addresses it gives a socket without one the same address as source.) */
+static __always_inline int is_delivered_astray(struct __sk_buff *skb, struct packet *packet, u64 netns)
+{
+	u64 word = (u64)read_pointer((void *)skb + GRAFT_SKB_ROUTE);
+	u32 flags = 0;
+
+	if (packet->family != GRAFT_IPV4)
+		return 0;
+	if (bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(word & ~(u64)GRAFT_ROUTE_NOT_COUNTED) + GRAFT_ROUTE_FLAGS))
+		return 1;
+	if (!(flags & RTCF_LOCAL) || flags & (RTCF_BROADCAST | RTCF_MULTICAST))
+		return 0;
+	return packet->to[0] != packet->from[0] && !is_hosts(netns, packet->to, GRAFT_IPV4) &&
+	       !has_receiver_there(skb, packet);
+}
+#else
+static __always_inline int is_delivered_astray(struct __sk_buff *skb, struct packet *packet, u64 netns)
+{
+	return 0;
+}
+#endif
+
 /* Whether a datagram may leave, by what is in it. Its socket may have another peer by now, or none: another thread connects
  * it anew while the kernel reads the peer's address, port and source for this one, one after the other and without a lock.
  * (Of an established peer, and of a datagram that one send began and another one completes, the kernel asks no hook.) */
@@ -119,6 +162,8 @@ static __always_inline int may_send(struct __sk_buff *skb, struct bpf_sock *sk, 
 		return 0;
 	if (packet.protocol != IPPROTO_UDP || is_transformed(skb, packet.family))
 		return may_send_hidden(sk, owner, netns, local, own);
+	if (is_delivered_astray(skb, &packet, netns))
+		return 0;
 	return may_go(sk, owner, &packet, netns, own) ||
 	       (undo_nat(skb, &packet) && may_go(sk, owner, &packet, netns, own));
 }

@@ -125,7 +125,7 @@ int graft_skb_egress(struct __sk_buff *skb)
 	if (may_ping(owner.container, type, protocol))
 		return is_permitted_ping(skb, sk, &owner, 1) ? PASS : drop(&owner);
 	if (!has_rules(type, protocol))
-		return owner.container && owner.container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(&owner);
+		return owner.container && passes_others(owner.container) ? PASS : drop(&owner);
 	/* Options, or extension headers. */
 	if (ipv6 ? head[6] != (tcp ? IPPROTO_TCP : IPPROTO_UDP) && !is_ipsec(head[6]) &&
 			  !(tcp && head[6] == IPPROTO_HOPOPTS && is_big_tcp(skb)) :

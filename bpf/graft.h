@@ -120,9 +120,18 @@ struct egress_key {
 #define GRAFT_EGRESS_FIXED_BITS (8 * (4 + 4)) /* all of the key before the address */
 
 struct egress_value {
-	__u32 node;
+	__u32 node;     /* GRAFT_NODE_NAMED: its prefix is one IPv4 address */
 	__u32 verdict;  /* where it is the same for all ports, or 0 */
 	__u32 endpoint;
+};
+
+#define GRAFT_NODE_NAMED 0x80000000
+
+/* `host_addresses`: this -> 1. An address of the host's, IPv4 in the first four bytes. */
+struct host_address {
+	__u64 netns;
+	__u8 addr[16];
+	__u64 family;
 };
 
 /* `egress_ports`: (node, port prefix) -> what to do. */
@@ -470,6 +479,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 15
+#define GRAFT_LAYOUT_VERSION 16
 
 #endif

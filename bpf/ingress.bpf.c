@@ -158,7 +158,7 @@ static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *ow
 	if (may_ping(owner->container, type, protocol))
 		return is_permitted_ping(skb, sk, owner, 0) ? PASS : drop(owner);
 	if (!has_rules(type, protocol))
-		return binds_freely(owner->container) || owner->container->flags & GRAFT_CONTAINER_OTHERS ? PASS : drop(owner);
+		return binds_freely(owner->container) || passes_others(owner->container) ? PASS : drop(owner);
 	open = binds_freely(owner->container) || accepts_anyone(skb, sk, owner, id, endpoint);
 	if (is_of_other_family(skb, endpoint))
 		return drop(owner);

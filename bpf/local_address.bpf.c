@@ -257,7 +257,7 @@ static __always_inline int is_hosts(u64 netns, u32 *ip, u8 family)
 
 	if (is_on_loopback(ip, family))
 		return 1;
-	__builtin_memcpy(address.ip, ip, 16);
+	__builtin_memcpy(address.addr, ip, 16);
 	return host_addresses.lookup(&address) != 0;
 }
 
@@ -265,11 +265,11 @@ static __always_inline int is_hosts(u64 netns, u32 *ip, u8 family)
 static __always_inline void note_as_hosts(u64 netns, u32 *ip, u8 family)
 {
 	struct host_address address = { .netns = netns, .family = family };
-	u8 one = 1;
+	u32 one = 1;
 
 	if (is_on_loopback(ip, family))
 		return;
-	__builtin_memcpy(address.ip, ip, 16);
+	__builtin_memcpy(address.addr, ip, 16);
 	if (!host_addresses.lookup(&address))
 		host_addresses.update(&address, &one);
 }

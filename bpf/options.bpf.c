@@ -20,6 +20,7 @@
 #define MCAST_JOIN_GROUP 42
 #define MCAST_LEAVE_GROUP 45
 #define IP_MULTICAST_ALL 49
+#define IPV6_ADDRFORM 1
 #define IPV6_2292PKTOPTIONS 6
 #define IPV6_NEXTHOP 9
 #define IPV6_MULTICAST_IF 17
@@ -73,6 +74,13 @@ static __always_inline int frees_source(u32 type, u32 protocol, int level, int n
 {
 	return is_ping(type, protocol) &&
 	       ((level == SOL_IP && name == IP_FREEBIND) || (level == SOL_IPV6 && name == IPV6_FREEBIND));
+}
+
+/* A datagram socket keeps the addresses that it used last, those of IPv6, and reads them as others when it becomes one of
+ * IPv4. */
+static __always_inline int misreads_addresses(u32 protocol, int level, int name)
+{
+	return protocol == IPPROTO_UDP && level == SOL_IPV6 && name == IPV6_ADDRFORM;
 }
 
 /* How a socket sends to groups, whether it receives those that others joined, and leaving one. */
@@ -217,7 +225,8 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	resolve_owner(&owner, tags.sk_storage_get(sk, 0, 0), scope->container);
 	type = sk->type;
 	protocol = sk->protocol;
-	if (bypasses_policy(ctx->level, ctx->optname) || frees_source(type, protocol, ctx->level, ctx->optname)) {
+	if (bypasses_policy(ctx->level, ctx->optname) || frees_source(type, protocol, ctx->level, ctx->optname) ||
+	    misreads_addresses(protocol, ctx->level, ctx->optname)) {
 		if (!owner.tag && shares_host_netns(owner.container, bpf_get_netns_cookie(ctx)))
 			owner.home = GRAFT_HOME_HOST;
 		if (owner.home == GRAFT_HOME_HOST && is_confined(&owner) && !permits_multicast(ctx, sk, &owner)) {

@@ -163,6 +163,13 @@ static __always_inline int defaults_apply(struct container *container)
 	       (container->transport == GRAFT_TRANSPORT_SPLICE && scope->container);
 }
 
+/* Whether protocols that no rule can name are permitted although the socket is host-homed. (Of a supervised container such
+ * a socket was made for a rule that is gone, as one that pings was.) */
+static __always_inline int passes_others(struct container *container)
+{
+	return defaults_apply(container) && container->flags & GRAFT_CONTAINER_OTHERS;
+}
+
 /* Whether binds that no rule names are permitted although the socket is host-homed. */
 static __always_inline int binds_freely(struct container *container)
 {

@@ -99,7 +99,8 @@ static __always_inline void substitute_loopback(struct request *request, int hos
 	request->to_loopback = host;
 }
 
-static __always_inline u32 egress_rule(struct container *container, struct request *request, u32 *endpoint)
+/* The rule for a destination. *named: its prefix is this address alone. */
+static __always_inline u32 covering_rule(struct container *container, struct request *request, u32 *endpoint, u32 *named)
 {
 	struct egress_key key = {
 		.prefixlen = GRAFT_EGRESS_FIXED_BITS + (request->family == GRAFT_IPV4 ? 32 : 128),
@@ -114,6 +115,7 @@ static __always_inline u32 egress_rule(struct container *container, struct reque
 	node = egress.lookup(&key);
 	if (!node)
 		return GRAFT_VERDICT_NONE;
+	*named = node->node & GRAFT_NODE_NAMED;
 	if (node->verdict) {
 		*endpoint = node->endpoint;
 		return node->verdict;
@@ -122,7 +124,7 @@ static __always_inline u32 egress_rule(struct container *container, struct reque
 	struct egress_port_key port = {
 		.prefixlen = GRAFT_EGRESS_PORT_FIXED_BITS + 16,
 		.ruleset = container->ruleset,
-		.node = node->node,
+		.node = node->node & ~GRAFT_NODE_NAMED,
 		.port_be = bpf_htons(request->port),
 	};
 	found = egress_ports.lookup(&port);
@@ -130,6 +132,27 @@ static __always_inline u32 egress_rule(struct container *container, struct reque
 		return GRAFT_VERDICT_NONE;
 	*endpoint = found->endpoint;
 	return found->verdict;
+}
+
+/* Whether a datagram for this address is for all on one of the host's links. */
+static __always_inline int is_broadcast(struct request *request)
+{
+	u32 ip;
+
+	if (request->family != GRAFT_IPV4 || request->protocol == IPPROTO_TCP)
+		return 0;
+	__builtin_memcpy(&ip, request->addr, 4);
+	return broadcasts.lookup(&ip) != 0;
+}
+
+/* What the rules say of a destination. Only one that names it grants a broadcast address: of what is sent there the host
+ * has a copy for its own sockets that no hook for packets sees, wherever the datagram says that it goes (a program can
+ * have the kernel send one to another peer by the route to this one). */
+static __always_inline u32 egress_rule(struct container *container, struct request *request, u32 *endpoint)
+{
+	u32 named = 0, rule = covering_rule(container, request, endpoint, &named);
+
+	return rule == GRAFT_VERDICT_GRANT && !named && is_broadcast(request) ? GRAFT_VERDICT_NONE : rule;
 }
 
 /* Whether an endpoint is a unix socket, which no socket of a container has for an address. */

@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 15
+LAYOUT_VERSION = 16
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -75,6 +75,8 @@ WATCH_PAGES = 64
 MAX_RULES = 262144
 MAX_EXCHANGES = 524288
 MAX_STAND_INS = 65536
+MAX_BROADCASTS = 65536
+NODE_NAMED = 1 << 31
 BERTHS4, BERTHS6 = 256, 16
 MAX_FERRIES = 1920
 MAX_BERTHS = MAX_FERRIES * (BERTHS4 + BERTHS6)
@@ -179,6 +181,12 @@ class EgressValue(ctypes.Structure):
     """The node that a destination's ports are listed under; and what holds for all of them, where one thing does."""
 
     _fields_ = (("node", ctypes.c_uint32), ("verdict", ctypes.c_uint32), ("endpoint", ctypes.c_uint32))
+
+
+class HostAddress(ctypes.Structure):
+    """`host_addresses`: this -> 1."""
+
+    _fields_ = (("netns", ctypes.c_uint64), ("addr", _ADDR), ("family", ctypes.c_uint64))
 
 
 class Use(ctypes.Structure):

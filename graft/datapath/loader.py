@@ -16,6 +16,7 @@ from graft.datapath import offsets
 from graft.datapath.bcc_compiler import Compiled, NotLoaded, compile_text
 from graft.datapath.layout import (
     MAX_BERTHS,
+    MAX_BROADCASTS,
     MAX_DESKS,
     MAX_EXCHANGES,
     MAX_FERRIES,
@@ -50,6 +51,8 @@ MAPS = (
     "egress",
     "egress_ports",
     "uses",
+    "host_addresses",
+    "broadcasts",
     "tags",
     "options",
     "relays",
@@ -120,6 +123,7 @@ SIZES = {
     "GRAFT_MAX_COUNTERS": 65536,
     "GRAFT_MAX_ARRIVALS": 65536,
     "GRAFT_MAX_HOST_ADDRESSES": 16384,
+    "GRAFT_MAX_BROADCASTS": MAX_BROADCASTS,
     "GRAFT_MAX_EXCHANGES": MAX_EXCHANGES,
     "GRAFT_EXCHANGE_WAYS": 8,
     "GRAFT_MAX_STAND_INS": MAX_STAND_INS,

@@ -151,6 +151,16 @@ class Maps:
         return self._open("berths", layout.BerthKey, layout.BerthValue)
 
     @cached_property
+    def host_addresses(self) -> Map[layout.HostAddress, ctypes.c_uint32]:
+        """An address of the host's -> 1."""
+        return self._open("host_addresses", layout.HostAddress, ctypes.c_uint32)
+
+    @cached_property
+    def broadcasts(self) -> Map[ctypes.c_uint32, ctypes.c_uint32]:
+        """A broadcast address of one of the host's links, in network order -> 1."""
+        return self._open("broadcasts", ctypes.c_uint32, ctypes.c_uint32)
+
+    @cached_property
     def exchanges(self) -> Map[layout.ExchangeSlot, layout.ExchangeValue]:
         """Slot of a container -> the remote end of an exchange of datagrams."""
         return self._open("exchanges", layout.ExchangeSlot, layout.ExchangeValue)

@@ -19,16 +19,17 @@ def structure_offsets() -> dict[str, int]:
     """The offsets that the hooks need; empty where the kernel has no type information.
 
     Of a socket's file and descriptor (bpf/desk.bpf.c), the thread that a supervisor serves (bpf/caller.bpf.c),
-    IPV6_V6ONLY (bpf/local_address.bpf.c), the interface and the route that a program has chosen
-    (bpf/chosen_source.bpf.c), a packet's namespace, its connection and what IPsec has done to it, and a setting of
-    the namespace (bpf/packet.bpf.c, translated.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each
-    (bpf/reuseport.bpf.c).
+    IPV6_V6ONLY (bpf/local_address.bpf.c), the interface and the route that a program has chosen and whether it has
+    begun a datagram (bpf/chosen_source.bpf.c), a packet's namespace, its connection, its route and what IPsec has done
+    to it, and a setting of the namespace (bpf/packet.bpf.c, translated.bpf.c, destination.bpf.c, egress.bpf.c), and a
+    group of sockets with the cgroup of each (bpf/reuseport.bpf.c).
     """
     try:
         btf = Btf.of_kernel()
         file = _all_or_none(_file(btf))
-        groups = (_descriptor, _v6only, _interface, _route, _labels, _packet, _tracked, _transformed, _mark, _group)
-        others = [_all_or_none(group(btf)) for group in groups]
+        of_sockets = (_descriptor, _v6only, _begun, _interface, _route, _labels, _group)
+        of_packets = (_packet, _tracked, _transformed, _routed, _mark)
+        others = [_all_or_none(group(btf)) for group in (*of_sockets, *of_packets)]
     except (OSError, ValueError):
         return {}
     return {name: value for group in (file, *others) for name, value in group.items()} if file else {}
@@ -73,6 +74,10 @@ def _v6only(btf: Btf) -> Offsets:
         "GRAFT_V6ONLY_MASK": None if bit is None else 1 << bit % 8,
         "GRAFT_SOCK_ADDR_SK": btf.offset("bpf_sock_addr_kern", "sk"),
     }
+
+
+def _begun(btf: Btf) -> Offsets:
+    return {"GRAFT_UDP_PENDING": btf.offset("udp_sock", "pending")}
 
 
 def _interface(btf: Btf) -> Offsets:
@@ -125,6 +130,13 @@ def _transformed(btf: Btf) -> Offsets:
         "GRAFT_SKB_CONTROL": btf.offset("sk_buff", "cb"),
         "GRAFT_CONTROL_FLAGS4": btf.offset("inet_skb_parm", "flags"),
         "GRAFT_CONTROL_FLAGS6": btf.offset("inet6_skb_parm", "flags"),
+    }
+
+
+def _routed(btf: Btf) -> Offsets:
+    return {
+        "GRAFT_SKB_ROUTE": btf.offset("sk_buff", "_skb_refdst"),
+        "GRAFT_ROUTE_FLAGS": btf.offset("rtable", "rt_flags"),
     }
 
 

@@ -70,7 +70,8 @@ def _entries(
             family=prefix.family,
         )
         out_key.addr[:] = prefix.address
-        yield maps.egress, out_key, layout.EgressValue(prefix.node, *of_all_ports.get(prefix.node, (Verdict.NONE, 0)))
+        node = prefix.node | layout.NODE_NAMED * (prefix.family == 4 and prefix.prefix_len == 32)
+        yield maps.egress, out_key, layout.EgressValue(node, *of_all_ports.get(prefix.node, (Verdict.NONE, 0)))
     for port in rules.egress_ports:
         port_key = layout.EgressPortKey(
             prefixlen=layout.EGRESS_PORT_FIXED_BITS + port.port_bits,
@@ -174,6 +175,7 @@ class Lookup:
 
     def __init__(self, maps: Maps) -> None:
         self._ingress, self._egress, self._ports = maps.ingress, maps.egress, maps.egress_ports
+        self._broadcasts = maps.broadcasts
         self._bind = layout.IngressKey(prefixlen=layout.INGRESS_FIXED_BITS + 16)
         self._to = layout.EgressKey()
         self._port = layout.EgressPortKey(prefixlen=layout.EGRESS_PORT_FIXED_BITS + 16)
@@ -203,6 +205,16 @@ class Lookup:
         if node is None:
             return Verdict.NONE, 0
         port_key = self._port
-        port_key.ruleset, port_key.node, port_key.port_be = ruleset, node.node, socket.htons(port)
+        is_named = bool(node.node & layout.NODE_NAMED)
+        port_key.ruleset, port_key.node, port_key.port_be = ruleset, node.node & ~layout.NODE_NAMED, socket.htons(port)
         found = self._ports.peek(port_key)
-        return (Verdict.NONE, 0) if found is None else (found.verdict, found.endpoint)
+        if found is None:
+            return Verdict.NONE, 0
+        if found.verdict == Verdict.GRANT and not is_named and self._is_broadcast(protocol, family, address):
+            return Verdict.NONE, 0
+        return found.verdict, found.endpoint
+
+    def _is_broadcast(self, protocol: int, family: int, address: bytes) -> bool:
+        if protocol == socket.IPPROTO_TCP or family != 4:
+            return False
+        return self._broadcasts.peek(ctypes.c_uint32.from_buffer_copy(address)) is not None

@@ -26,7 +26,17 @@ from graft.policy.compiler import RuleSet, compile_policy
 from graft.policy.limits import MAX_ASKED_ENTRIES, check_size
 from graft.policy.model import Origin, Policy
 from graft.policy.validator import needs_unix_relay
-from graft.state import bound_sockets, call_times, detached, ferries, helper_process, members, records, unix_sockets
+from graft.state import (
+    bound_sockets,
+    call_times,
+    detached,
+    ferries,
+    helper_process,
+    host_addresses,
+    members,
+    records,
+    unix_sockets,
+)
 from graft.state.endpoints import EndpointChanges
 from graft.state.records import Container
 
@@ -340,6 +350,7 @@ class ContainerChanges(Containers):
             asked = self._asked_room(policy, rules, container)
             number = self._new_id()
             unix_sockets.save_rules(self._settings, policy.unix_ingress)
+            host_addresses.note(self._maps, self._settings.host_netns)
             rulesets.write(self._maps, number, rules, {name: found.id for name, found in stored.items()})
         except BaseException:
             self._endpoints.restore_superseded(superseded)

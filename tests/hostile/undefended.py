@@ -152,6 +152,7 @@ def _at_once(file: str, function: str, statement: str) -> Change:
     return file, f"{function}\n{{\n", f"{function}\n{{\n\t{statement}\n"
 
 
+_ASTRAY = ("destination.bpf.c", "\treturn packet->to[0] != packet->from[0] &&", "\treturn 0 &&")
 _BY_ITS_SOCKET = (
     "destination.bpf.c",
     "packet.protocol != IPPROTO_UDP || is_transformed(skb, packet.family)",
@@ -295,6 +296,21 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ),
         _at_once("local_address.bpf.c", "int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)", "return 0;"),
     ),
+    # A datagram goes by whatever route the kernel has for it.
+    "astray": (_ASTRAY,),
+    # And the program may choose the peer after the route.
+    "astray, and begun": (
+        _ASTRAY,
+        _at_once("chosen_source.bpf.c", "int has_begun_datagram(struct bpf_sock_addr *ctx)", "return 0;"),
+    ),
+    "begun": (_at_once("chosen_source.bpf.c", "int has_begun_datagram(struct bpf_sock_addr *ctx)", "return 0;"),),
+    # A broadcast address is one like others.
+    "broadcasts": (
+        _at_once("rules.bpf.c", "int is_broadcast(struct request *request)", "return 0;"),
+        _at_once("options.bpf.c", "int misreads_addresses(u32 protocol, int level, int name)", "return 0;"),
+    ),
+    # Protocols without rules may leave, whatever container.
+    "others": (("owner.bpf.c", "\treturn defaults_apply(container) && container->flags", "\treturn container->flags"),),
     "its source": (("destination.bpf.c", "&remote, netns, &source, own)", "&remote, netns, &source, 0)"),),
     # Established connections pass with any mark.
     "mark": (("egress.bpf.c", "state != BPF_TCP_SYN_SENT && !mark &&\n", "state != BPF_TCP_SYN_SENT &&\n"),),

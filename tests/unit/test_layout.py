@@ -35,6 +35,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "egress_port_key": layout.EgressPortKey,
     "egress_port_value": layout.EgressPortValue,
     "use": layout.Use,
+    "host_address": layout.HostAddress,
     "scope": layout.Scope,
     "tag": layout.Tag,
     "option": layout.Option,
@@ -59,6 +60,7 @@ CONSTANTS = {
     **{f"GRAFT_OUTCOME_{one.name}": one.value for one in layout.TracedOutcome},
     "GRAFT_CALL_REFUSED": layout.CALL_REFUSED,
     "GRAFT_NAME_LEN": layout.NAME_LEN,
+    "GRAFT_NODE_NAMED": layout.NODE_NAMED,
     "GRAFT_OPTIONS_MAX": layout.OPTIONS_MAX,
     "GRAFT_LAYOUT_VERSION": layout.LAYOUT_VERSION,
     "GRAFT_INGRESS_FIXED_BITS": layout.INGRESS_FIXED_BITS,
@@ -113,7 +115,7 @@ C_ONLY = {
     "GRAFT_GROUP_REQ_FAMILY", "GRAFT_GROUP_REQ_ADDR4", "GRAFT_GROUP_REQ_ADDR6", "GRAFT_MAX_JOIN",
     "GRAFT_LOOPBACK_FIRST", "GRAFT_CGROUP_LEVELS", "GRAFT_GROUP_STEPS", "GRAFT_GROUP_MORE",
     "GRAFT_GROUP_OWN", "GRAFT_GROUP_SHARED", "GRAFT_TRACKING_BITS", "GRAFT_FIRST_ANSWER", "GRAFT_TRANSFORMED4",
-    "GRAFT_TRANSFORMED6",
+    "GRAFT_TRANSFORMED6", "GRAFT_ROUTE_NOT_COUNTED",
 }  # fmt: skip
 """Constants that Python does not use: they describe packets (bpf/packet.bpf.c, egress.bpf.c, translated.bpf.c) or an
 option's value (bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.
