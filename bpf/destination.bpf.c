@@ -140,7 +140,7 @@ static __always_inline int is_delivered_astray(struct __sk_buff *skb, struct pac
 		return 1;
 	if (!(flags & RTCF_LOCAL) || flags & (RTCF_BROADCAST | RTCF_MULTICAST))
 		return 0;
-	return packet->to[0] != packet->from[0] && !is_hosts(netns, packet->to, GRAFT_IPV4) &&
+	return packet->to[0] != packet->from[0] && !is_noted_as_hosts(netns, packet->to, GRAFT_IPV4) &&
 	       !has_receiver_there(skb, packet);
 }
 #else

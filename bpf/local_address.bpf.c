@@ -254,6 +254,19 @@ static __always_inline int keeps_others_source(struct bpf_sock *sk, struct tag *
 static __always_inline int is_hosts(u64 netns, u32 *ip, u8 family)
 {
 	struct host_address address = { .netns = netns, .family = family };
+	u32 *how;
+
+	if (is_on_loopback(ip, family))
+		return 1;
+	__builtin_memcpy(address.addr, ip, 16);
+	how = host_addresses.lookup(&address);
+	return how && *how == GRAFT_ADDRESS_ARRIVED;
+}
+
+/* The same, also of one at which nothing has come in yet. */
+static __always_inline int is_noted_as_hosts(u64 netns, u32 *ip, u8 family)
+{
+	struct host_address address = { .netns = netns, .family = family };
 
 	if (is_on_loopback(ip, family))
 		return 1;
@@ -265,13 +278,14 @@ static __always_inline int is_hosts(u64 netns, u32 *ip, u8 family)
 static __always_inline void note_as_hosts(u64 netns, u32 *ip, u8 family)
 {
 	struct host_address address = { .netns = netns, .family = family };
-	u32 one = 1;
+	u32 arrived = GRAFT_ADDRESS_ARRIVED, *how;
 
 	if (is_on_loopback(ip, family))
 		return;
 	__builtin_memcpy(address.addr, ip, 16);
-	if (!host_addresses.lookup(&address))
-		host_addresses.update(&address, &one);
+	how = host_addresses.lookup(&address);
+	if (!how || *how != arrived)
+		host_addresses.update(&address, &arrived);
 }
 
 /* Whether a socket's source is its own: the endpoint's that it is bound to, or one that it may choose. */

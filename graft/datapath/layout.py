@@ -77,6 +77,7 @@ MAX_EXCHANGES = 524288
 MAX_STAND_INS = 65536
 MAX_BROADCASTS = 65536
 NODE_NAMED = 1 << 31
+ADDRESS_NOTED, ADDRESS_ARRIVED = 1, 2
 BERTHS4, BERTHS6 = 256, 16
 MAX_FERRIES = 1920
 MAX_BERTHS = MAX_FERRIES * (BERTHS4 + BERTHS6)
@@ -184,7 +185,7 @@ class EgressValue(ctypes.Structure):
 
 
 class HostAddress(ctypes.Structure):
-    """`host_addresses`: this -> 1."""
+    """`host_addresses`: this -> ADDRESS_*."""
 
     _fields_ = (("netns", ctypes.c_uint64), ("addr", _ADDR), ("family", ctypes.c_uint64))
 

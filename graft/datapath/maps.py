@@ -152,7 +152,7 @@ class Maps:
 
     @cached_property
     def host_addresses(self) -> Map[layout.HostAddress, ctypes.c_uint32]:
-        """An address of the host's -> 1."""
+        """An address of the host's -> ADDRESS_*."""
         return self._open("host_addresses", layout.HostAddress, ctypes.c_uint32)
 
     @cached_property

@@ -35,7 +35,7 @@ def _note_addresses(maps: Maps, cookie: int, found: LocalRoutes) -> None:
         key = layout.HostAddress(netns=cookie, family=address.version)
         key.addr[:] = pack16(address)
         if maps.host_addresses.peek(key) is None:
-            maps.host_addresses.put(key, ctypes.c_uint32(1))
+            maps.host_addresses.put(key, ctypes.c_uint32(layout.ADDRESS_NOTED))
 
 
 def _note_broadcasts(maps: Maps, found: LocalRoutes) -> None:

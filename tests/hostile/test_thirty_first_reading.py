@@ -43,11 +43,18 @@ def heard(sock: socket.socket, within: float = 0.5) -> list[tuple[str, bytes]]:
 @contextmanager
 def service(host: Host, address: str = "0.0.0.0") -> Iterator[socket.socket]:
     """A datagram service of the host's own; and the host has a way to every address, and a broadcast address."""
-    host.netns.run("ip", "address", "replace", f"{HOST4}/24", "brd", BROADCAST, "dev", "eth0")
-    host.netns.run("ip", "route", "replace", "default", "dev", "eth0")
-    host.netns.run("ip", "-6", "route", "replace", "default", "via", CLIENT6, "dev", "eth0")
-    with closing(udp(host.netns, address)) as sock:
-        yield sock
+    run = host.netns.run
+    run("ip", "address", "replace", f"{HOST4}/24", "brd", BROADCAST, "dev", "eth0")
+    run("ip", "route", "replace", "default", "dev", "eth0")
+    run("ip", "-6", "route", "replace", "default", "via", CLIENT6, "dev", "eth0")
+    try:
+        with closing(udp(host.netns, address)) as sock:
+            yield sock
+    finally:
+        run("ip", "route", "del", "default")
+        run("ip", "-6", "route", "del", "default")
+        run("ip", "address", "del", f"{HOST4}/24", "dev", "eth0")
+        run("ip", "address", "add", f"{HOST4}/24", "dev", "eth0")
 
 
 def granting(*rules: str, default: str = "deny") -> str:

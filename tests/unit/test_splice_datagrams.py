@@ -83,6 +83,7 @@ class Setting:
             ingress=None,
             egress=None,
             egress_ports=None,
+            broadcasts=None,
         )
         self.relay = DatagramRelay(self.resources, self.maps, Here(), Here())  # type: ignore[arg-type]
         self.program = self.socket()
