@@ -26,8 +26,9 @@ def change(graft: Installation, endpoint: Endpoint, save: bool = True) -> str | 
     if save and obstacle is None and graft.endpoints.find(endpoint.name).declared:
         obstacle = "a policy declares it; the next `graft up` takes the address from there"
     with saving.endpoint(graft.settings, endpoint, save and obstacle is None), graft.transaction() as changes:
-        superseded = changes.endpoints.replace(endpoint, changes.containers.asked_rulesets())
-        changes.endpoints.delete_superseded(superseded)
+        containers = changes.containers
+        done = changes.endpoints.replace(endpoint, containers.asked_rulesets(), containers.own_rulesets())
+        changes.endpoints.complete(done)
     return obstacle
 
 

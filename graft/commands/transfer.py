@@ -36,7 +36,7 @@ from graft.saved.model import SavedState, Target, outlives_boot
 from graft.saved.store import Store
 from graft.saved.text import MAX_BYTES, export_text, import_text
 from graft.state import inventory, members
-from graft.state.endpoints import EndpointChanges
+from graft.state.endpoints import EndpointChanges, Replaced
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.state.withdrawal import withdraw
@@ -138,7 +138,7 @@ class _Import:
         self._removed: list[Container] = []
         self._replaced: list[tuple[Container, Container]] = []
         self._undo: list[Callable[[], object]] = []
-        self._superseded: dict[str, int] = {}
+        self._replaced_endpoints: list[Replaced] = []
 
     def change(self) -> None:
         """Make all of it, or nothing, but for what has to go then."""
@@ -152,7 +152,8 @@ class _Import:
         except BaseException:
             self._roll_back()
             raise
-        self._under_lock(partial(EndpointChanges.delete_superseded, superseded=self._superseded))
+        for done in self._replaced_endpoints:
+            self._under_lock(partial(EndpointChanges.complete, done=done))
 
     def tell_graftd(self) -> None:
         """Have graftd serve by the policies that were replaced."""
@@ -194,22 +195,18 @@ class _Import:
                 self._undo.append(partial(self._under_lock, undo))
                 self._done.made.append(endpoint.name)
             elif old.declared or old.endpoint != endpoint:
-                self._replace(endpoint, old.endpoint)
+                self._replace(endpoint)
                 self._done.changed.append(endpoint.name)
 
-    def _replace(self, endpoint: Endpoint, before: Endpoint) -> None:
-        """The old one stays, without its name, until nothing can fail any more."""
+    def _replace(self, endpoint: Endpoint) -> None:
+        """A superseded one stays, without its name, until nothing can fail any more."""
         with self._graft.transaction() as changes:
             asked, old = changes.containers.asked_rulesets(), changes.endpoints.find(endpoint.name)
             if old.declared and not rulesets.using(self._graft.maps, old.id) <= asked:
                 raise ConflictError(f"endpoints.{endpoint.name}: a policy declares it", "detach its container first")
-            superseded = changes.endpoints.replace(endpoint, asked)
-        if superseded:
-            undo = partial(EndpointChanges.restore_superseded, superseded=superseded)
-        else:
-            undo = partial(EndpointChanges.change, endpoint=before)
-        self._superseded |= superseded
-        self._undo.append(partial(self._under_lock, undo))
+            done = changes.endpoints.replace(endpoint, asked, changes.containers.own_rulesets())
+        self._replaced_endpoints.append(done)
+        self._undo.append(partial(self._under_lock, partial(EndpointChanges.undo, done=done)))
 
     def _under_lock(self, change: Callable[[EndpointChanges], object]) -> None:
         with self._graft.transaction() as changes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import socket
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from typing import Any
 
@@ -23,6 +23,7 @@ from graft.policy.model import Verdict
 
 _Table = Map[Any, Any]
 _Value = ctypes.Structure | ctypes.c_uint32
+_Entry = tuple[_Table, ctypes.Structure, _Value]
 
 
 def write(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, int]) -> None:
@@ -30,23 +31,50 @@ def write(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, in
 
     Raises KernelError where the maps have no room for them.
     """
+    _put_all(_entries(maps, number, rules, endpoint_ids))
+
+
+def copy(maps: Maps, numbers: Mapping[int, int], endpoint: int, other: int) -> None:
+    """Write rulesets under other numbers too (``numbers``: old to new), which lead to ``other`` where the old ones lead
+    to ``endpoint``. An old one cannot be changed: tags of sockets have what was found in it.
+
+    Raises what `write` raises.
+    """
+    _put_all(_copies(maps, numbers, endpoint, other))
+
+
+def _put_all(entries: Iterable[_Entry]) -> None:
     written: list[tuple[_Table, ctypes.Structure]] = []
     try:
         with needs_room("policy"):
-            for table, key, value in _entries(maps, number, rules, endpoint_ids):
+            for table, key, value in entries:
                 table.put(key, value)
                 written.append((table, key))
-            write_groups(maps, number, rules.groups)
     except BaseException:
         for table, key in written:
             table.delete(key)
-        write_groups(maps, number, ())
         raise
 
 
-def _entries(
-    maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, int]
-) -> Iterator[tuple[_Table, ctypes.Structure, _Value]]:
+def _copies(maps: Maps, numbers: Mapping[int, int], endpoint: int, other: int) -> Iterator[_Entry]:
+    tables: tuple[_Table, ...] = (maps.ingress, maps.egress, maps.egress_ports)
+    for table in tables:
+        for key, value in table.items():
+            if key.ruleset in numbers:
+                key.ruleset = numbers[key.ruleset]
+                value.endpoint = other if value.endpoint == endpoint else value.endpoint
+                yield table, key, value
+    for use, how in maps.uses.items():
+        if use.ruleset in numbers:
+            to = other if use.endpoint == endpoint else use.endpoint
+            yield maps.uses, layout.Use(numbers[use.ruleset], to), how
+    for group, one in maps.groups.items():
+        if group.id in numbers:
+            group.id = numbers[group.id]
+            yield maps.groups, group, one
+
+
+def _entries(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, int]) -> Iterator[_Entry]:
     uses: dict[int, int] = defaultdict(int)
     for bind in rules.ingress:
         in_key = layout.IngressKey(
@@ -85,6 +113,8 @@ def _entries(
     for endpoint, how in uses.items():
         if endpoint:
             yield maps.uses, layout.Use(number, endpoint), ctypes.c_uint32(how)
+    for group in rules.groups:
+        yield maps.groups, _group_key(number, group.version, pack16(group)), ctypes.c_uint32(1)
 
 
 def _of_all_ports(rules: RuleSet, endpoint_ids: Mapping[str, int]) -> dict[int, tuple[Verdict, int]]:
@@ -137,9 +167,13 @@ def write_groups(maps: Maps, number: int, groups: Collection[IPAddress]) -> None
         if key.id == number and (key.family, bytes(key.addr)) not in wanted:
             maps.groups.delete(key)
     for family, packed in wanted:
-        new = layout.GroupKey(id=number, family=family)
-        new.addr[:] = packed
-        maps.groups.put(new, ctypes.c_uint32(1))
+        maps.groups.put(_group_key(number, family, packed), ctypes.c_uint32(1))
+
+
+def _group_key(number: int, family: int, packed: bytes) -> layout.GroupKey:
+    key = layout.GroupKey(id=number, family=family)
+    key.addr[:] = packed
+    return key
 
 
 def groups_of(maps: Maps, number: int) -> tuple[IPAddress, ...]:
@@ -163,6 +197,11 @@ def endpoints_of(maps: Maps, ruleset: int) -> set[int]:
     """The endpoints to which binds are redirected by a ruleset."""
     found = ((use, value.value) for use, value in maps.uses.items())
     return {use.endpoint for use, how in found if use.ruleset == ruleset and how & layout.USE_INGRESS}
+
+
+def used_by(maps: Maps, ruleset: int) -> set[int]:
+    """All endpoints that a ruleset names."""
+    return {use.endpoint for use in maps.uses.keys() if use.ruleset == ruleset}  # noqa: SIM118
 
 
 def endpoints_in_use(maps: Maps) -> set[int]:

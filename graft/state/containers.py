@@ -327,6 +327,10 @@ class ContainerChanges(Containers):
         """The rulesets of containers that have asked for their policies themselves."""
         return self._rulesets_of(one.id for one in self.listing() if not one.is_operators)
 
+    def own_rulesets(self) -> set[int]:
+        """Those of them that nobody else has written: they may lead to endpoints that are open, and to no others."""
+        return self._rulesets_of(one.id for one in self.listing() if one.origin == records.PAIRS)
+
     def _rulesets_of(self, numbers: Iterable[int]) -> set[int]:
         found = (self._maps.containers.get(ctypes.c_uint32(number)) for number in numbers)
         return {value.ruleset for value in found if value is not None}

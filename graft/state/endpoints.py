@@ -13,7 +13,7 @@ from pathlib import Path
 from graft.datapath import layout, rulesets
 from graft.datapath.maps import Maps, needs_room
 from graft.errors import ConflictError, NotFoundError
-from graft.kernel import netns
+from graft.kernel import bpf, netns
 from graft.model.endpoint import Endpoint, Protocol
 from graft.model.ports import ports_text
 from graft.model.settings import Settings
@@ -28,6 +28,22 @@ class StoredEndpoint:
     endpoint: Endpoint
     cookie: int
     declared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """What `EndpointChanges.replace` did to the endpoint ``before``. ``is_superseded``: its name is a new one's now.
+    ``gone``: an id that no endpoint has, to which rules lead that have lost this one; 0 where none have.
+    """
+
+    before: StoredEndpoint
+    is_superseded: bool
+    gone: int
+
+    @property
+    def superseded(self) -> dict[str, int]:
+        """As `EndpointChanges.declare` returns it."""
+        return {self.before.endpoint.name: self.before.id} if self.is_superseded else {}
 
 
 class Endpoints:
@@ -135,22 +151,71 @@ class EndpointChanges(Endpoints):
             raise
         return number
 
-    def replace(self, endpoint: Endpoint, asked: Collection[int]) -> dict[str, int]:
+    def replace(self, endpoint: Endpoint, asked: Collection[int], own: Collection[int]) -> Replaced:
         """As `change`, but what is used by the rulesets ``asked`` alone keeps the operator from nothing: these lose the
-        endpoint, where it cannot be changed under them, or a policy has declared it. Its name goes to a new one then:
-        returns the name and the old id, for `delete_superseded` or `restore_superseded`. Raises what `change` raises.
+        endpoint, where it cannot be changed under them, or a policy has declared it. Its name goes to a new one then.
+
+        Where it is not open from now on, those of the rulesets ``own`` lose it that nobody but their containers has
+        written (GRAFT_CONV_PAIRS). To be followed by `complete` or `undo`. Raises what `change` raises, and KernelError
+        where the maps have no room.
         """
         old = self.find(endpoint.name)
-        is_free = rulesets.using(self._maps, old.id) <= set(asked)
+        using = rulesets.using(self._maps, old.id)
+        gone = 0
+        if not endpoint.open and (taken_from := using.intersection(own)):
+            gone = self._new_id()
+            self._lead(taken_from, old.id, gone)
+        try:
+            is_superseded = self._change_or_supersede(old, endpoint, is_free=using <= set(asked))
+        except BaseException:
+            self._give_back(gone, old.id)
+            raise
+        return Replaced(old, is_superseded, gone)
+
+    def _change_or_supersede(self, old: StoredEndpoint, endpoint: Endpoint, is_free: bool) -> bool:
+        """Whether its name is a new one's now."""
         try:
             if not (old.declared and is_free):
                 self.change(endpoint)
-                return {}
+                return False
         except ConflictError:
             if not is_free:
                 raise
         self._add(endpoint, declared=False)
-        return {endpoint.name: old.id}
+        return True
+
+    def complete(self, done: Replaced) -> None:
+        """Delete what nobody has any more after `replace`."""
+        self.delete_superseded(done.superseded)
+        if done.gone:
+            using = rulesets.using(self._maps, done.gone)
+            lost = {key.value for key, value in self._maps.containers.items() if value.ruleset in using}
+            bound_sockets.release(self._settings, lambda one, endpoint: one in lost and endpoint == done.before.id)
+
+    def undo(self, done: Replaced) -> None:
+        """Make it as it was before `replace`."""
+        if done.is_superseded:
+            self.restore_superseded(done.superseded)
+        else:
+            self.change(done.before.endpoint)
+        self._give_back(done.gone, done.before.id)
+
+    def _give_back(self, gone: int, number: int) -> None:
+        if gone:
+            self._lead(rulesets.using(self._maps, gone), gone, number)
+
+    def _lead(self, using: Collection[int], endpoint: int, other: int) -> None:
+        """Have the rulesets ``using`` lead to ``other`` where they lead to ``endpoint``, in one step for each."""
+        numbers = {number: self._new_id() for number in using}
+        rulesets.copy(self._maps, numbers, endpoint, other)
+        for key, value in self._maps.containers.items():
+            if value.ruleset in numbers:
+                value.ruleset = numbers[value.ruleset]
+                self._maps.containers.put(key, value)
+        with contextlib.suppress(OSError):  # no memory: replaced all the same
+            bpf.wait_for_programs()  # a hook that has read an old number finds the old rules whole
+        for number in numbers:
+            rulesets.erase(self._maps, number)
 
     def change(self, endpoint: Endpoint) -> None:
         """Give an endpoint another address, protocol or namespace, from the next bind or connect on.
@@ -240,7 +305,7 @@ class EndpointChanges(Endpoints):
             self._erase(number)
 
     def restore_superseded(self, superseded: dict[str, int]) -> None:
-        """Undo `declare` or `replace`: give the names back to the old endpoints, unless others have deleted them."""
+        """Undo `declare`: give the names back to the old endpoints, unless others have deleted them."""
         for name, number in superseded.items():
             new = self.find(name).id
             if self._read(name, number) is None:

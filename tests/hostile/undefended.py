@@ -74,6 +74,7 @@ from graft.state import (
     thread_namespaces,
     withdrawal,
 )
+from graft.state.containers import ContainerChanges
 from graft.state.installation import Installation
 from graft.state.left_children import LeftChildren
 from graft.state.leftovers_aside import LeftoversAside
@@ -1075,6 +1076,15 @@ def _tcp_by_cgroup() -> None:
     stack_listing._list_namespace, leftovers._find = list_namespace, find
 
 
+def _closed_endpoints() -> None:
+    """Who has asked for an endpoint keeps it where it is not open any more."""
+
+    def own_rulesets(self: ContainerChanges) -> set[int]:
+        return set()
+
+    ContainerChanges.own_rulesets = own_rulesets  # type: ignore[method-assign]
+
+
 def _gone_cgroups() -> None:
     """And it does not look whether a container had cgroups that are gone."""
     _slow_tcp()
@@ -1363,6 +1373,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "slow tcp": _slow_tcp,
     "tcp by cgroup": _tcp_by_cgroup,
     "gone cgroups": _gone_cgroups,
+    "closed endpoints": _closed_endpoints,
     "tcp made elsewhere": _tcp_made_elsewhere,
     "silent kinds": _silent_kinds,
     "by cgroup": _by_cgroup,

@@ -109,3 +109,16 @@ def test_what_uses_an_endpoint_is_known(written: Host) -> None:
     assert rulesets.ingress_using(written.maps, IDS["six"]) == (False, False)
     assert rulesets.endpoints_of(written.maps, NUMBERS[1]) == {IDS["four"], IDS["port"]}
     assert rulesets.endpoints_in_use(written.maps) >= set(IDS.values())
+
+
+def test_a_copy_leads_elsewhere_where_it_is_to_and_nowhere_else(written: Host) -> None:
+    old, new, other = NUMBERS[1], FIRST + 0x20, FIRST + 10
+    rulesets.copy(written.maps, {old: new}, IDS["port"], other)
+    before, found = rulesets.used_by(written.maps, old), counts(written)
+    assert rulesets.used_by(written.maps, new) == before - {IDS["port"]} | {other}
+    assert {count for (_, number), count in found.items() if number == new}
+    for name in ("ingress", "egress", "egress_ports", "uses"):
+        assert found[name, new] == found[name, old]
+    assert rulesets.ingress_using(written.maps, other) == (True, False)
+    assert {value.endpoint for key, value in written.maps.ingress.items() if key.ruleset == new} == {IDS["four"], other}
+    rulesets.erase(written.maps, new)
