@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 
-from graft.model.address import BindPattern, IPAddress, Prefix
+from graft.model.address import BindPattern, IPAddress, Prefix, unmapped
 from graft.model.endpoint import MAX_ENDPOINT_NAME, Endpoint, Protocol
 from graft.model.ports import PortRange
 from graft.policy.model import Default, EgressRule, IngressRule, Policy, Verdict
@@ -47,7 +47,7 @@ def learn(
     observations = _one_of_each(seen)
     names = _Names(declared, taken)
     ingress = _ingress([one for one in observations if one.is_bind and not one.stays], names)
-    egress = _egress([one for one in observations if not one.is_bind], names)
+    egress = _egress([one for one in observations if not one.is_bind and _is_destination(one)], names)
     named = {rule.endpoint for rule in ingress} | {rule.endpoint for rule in egress}
     kept = tuple(endpoint for key, endpoint in sorted(declared.items()) if key in named)
     inside = any(one.is_bind and one.stays for one in observations)
@@ -66,13 +66,18 @@ def _one_of_each(seen: Iterable[Observation]) -> list[Observation]:
     a destination may have been left to the container for one socket, and not for another.)
     """
     chosen: dict[tuple[bool, Protocol, IPAddress, int], Observation] = {}
-    for one in sorted(set(seen), key=_order, reverse=True):
+    for one in sorted({replace(one, ip=unmapped(one.ip)) for one in seen}, key=_order, reverse=True):
         ip = one.ip if one.is_bind or int(one.ip) else _LOOPBACK[one.ip.version]  # it is judged as that
         key = (one.is_bind, one.protocol, ip, one.port)
         before = chosen.get(key)
         if before is None or (one.endpoint is not None) > (before.endpoint is not None) or before.stays > one.stays:
             chosen[key] = replace(one, ip=ip)
     return sorted(chosen.values(), key=_order)
+
+
+def _is_destination(one: Observation) -> bool:
+    """Whether a policy can grant it: there is no port 0 of TCP and UDP that anybody is at."""
+    return one.port > 0 or one.protocol is Protocol.ICMP
 
 
 def _order(one: Observation) -> tuple[object, ...]:

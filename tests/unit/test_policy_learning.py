@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
 
 from hypothesis import given
@@ -64,12 +65,29 @@ def test_what_stayed_inside_stays_there() -> None:
     assert rule.verdict is Verdict.CONTAINER
 
 
+def test_a_destination_at_port_0_is_none() -> None:
+    """A program may connect to it all the same."""
+    seen = [to(0), to(80), replace(to(0, stays=True), protocol=Protocol.UDP), bind(0)]
+    policy = learn("p", seen, {})
+    assert [[str(ports) for ports in rule.ports or ()] for rule in policy.egress] == [["80"]]
+    assert [str(rule.bind) for rule in policy.ingress] == ["0.0.0.0:0"]
+
+
+ADDRESSES = st.sampled_from([ANY4, CLIENT, ip_address("::"), OTHER, ip_address("127.0.0.1"), ip_address("::1")])
 OBSERVATIONS = st.builds(
     Observation,
     st.booleans(),
     st.sampled_from([Protocol.TCP, Protocol.UDP]),
-    st.sampled_from([ANY4, CLIENT, ip_address("::"), OTHER, ip_address("127.0.0.1"), ip_address("::1")]),
-    st.integers(1, 65535) | st.sampled_from([53, 80]),
+    ADDRESSES | st.ip_addresses(),
+    st.integers(0, 65535) | st.sampled_from([0, 1, 53, 80]),
+    st.none(),
+    st.booleans(),
+) | st.builds(
+    Observation,
+    st.just(False),
+    st.just(Protocol.ICMP),
+    ADDRESSES | st.ip_addresses(),
+    st.just(0),
     st.none(),
     st.booleans(),
 )
