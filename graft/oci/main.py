@@ -75,9 +75,10 @@ def fail(invocation: Invocation, reason: str) -> NoReturn:
     """Report an error on standard error, and in the log where the engine looks for a runtime's errors."""
     from graft.model.printable import printable
 
-    print(f"graft: {printable(reason)}", file=sys.stderr)
+    message = f"graft: {printable(reason)}"  # an image may have named what it is about
+    print(message, file=sys.stderr)
     if invocation.log is not None:
-        log(invocation, f"graft: {reason}")
+        log(invocation, message)
     raise SystemExit(1)
 
 

@@ -12,7 +12,6 @@ from graft.kernel import cgroup
 from graft.kernel.sockdiag import Diagnostics, ListeningSocket
 from graft.splice.event_loop import EventLoop, nobody
 from graft.splice.jobs import Stepwise
-from graft.splice.log import warn
 from graft.splice.publication import PublicationPlan
 from graft.splice.questions import ask
 
@@ -27,8 +26,8 @@ class ContainerCgroups:
     listener is in a cgroup that was not seen before.
     """
 
-    def __init__(self, path: Path, root: int) -> None:
-        self._path, self._root = path, root
+    def __init__(self, path: Path, root: int, log: Callable[[str], None]) -> None:
+        self._path, self._root, self._log = path, root, log
         self.own: frozenset[int] = frozenset([root] if root else [])
         self.others: frozenset[int] = frozenset()
         """Those of other sockets of the namespace, when the tree was listed last."""
@@ -50,7 +49,7 @@ class ContainerCgroups:
 
     def _note(self, problem: str) -> None:
         if problem != self.problem:
-            warn(problem)
+            self._log(problem)
         self.problem = problem
 
 

@@ -81,7 +81,7 @@ class Relays:
         self._restored: dict[Rule, set[Connection]] = {}
         """Connections of the graftd before, by what their listener is for."""
         self._plan: PublicationPlan | None = None
-        self._cgroups = ContainerCgroups(container.cgroup_path, container.cgroup_id)
+        self._cgroups = ContainerCgroups(container.cgroup_path, container.cgroup_id, log)
         self._check_far = FarCheck(maps, container_netns)
         self._was_lost = False
         with contextlib.ExitStack() as undo:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graft.errors import UsageError
-from graft.oci import arguments, options, state
+from graft.oci import arguments, main, options, state
 from graft.oci.options import RuntimeOptions
 
 
@@ -112,3 +113,18 @@ def test_a_message_that_is_too_big_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
     with Sender() as sender:
         sender.end.send(b'{"id": "' + b"x" * 1000)
         assert sender.message.read() is None and sender.message.ended
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_an_error_is_shown_in_the_log_as_on_standard_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    """An image may have named what it is about; an engine shows a line of the log as it is."""
+    words = ["--log", str(tmp_path / "log"), "--log-format", form, "create", "-b", str(tmp_path), "id"]
+    with pytest.raises(SystemExit):
+        main.fail(arguments.parse(words), "annotation \x1b]0;mine\x07 is not known")
+    shown = r"graft: annotation \x1b]0;mine\x07 is not known"
+    assert capsys.readouterr().err == shown + "\n"
+    line = (tmp_path / "log").read_text()
+    message = json.loads(line)["msg"] if form == "json" else json.loads(line.partition("msg=")[2])
+    assert message == shown

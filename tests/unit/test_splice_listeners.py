@@ -120,7 +120,7 @@ def test_the_tree_of_cgroups_is_listed_when_a_listener_is_in_one_that_was_not_se
     (tmp_path / "below" / "that").mkdir(parents=True)
     every = {Path(folder).stat().st_ino for folder, _, _ in os.walk(tmp_path)}
     root, inner = tmp_path.stat().st_ino, (tmp_path / "below" / "that").stat().st_ino
-    known = ContainerCgroups(tmp_path, root)
+    known = ContainerCgroups(tmp_path, root, pytest.fail)
     assert known.own == {root}
     assert not finished(known.look_up(()))[0]
     assert finished(known.look_up({inner, 1}))[0]
@@ -134,11 +134,13 @@ def test_where_the_tree_cannot_be_listed_what_was_known_stays(tmp_path: Path, mo
     monkeypatch.setattr(questions, "_left", LeftChildren())
     monkeypatch.setattr("graft.splice.listeners.cgroup_ids", lambda *_: time.sleep(60))
     root = tmp_path.stat().st_ino
-    known = ContainerCgroups(tmp_path, root)
+    lines: list[str] = []
+    known = ContainerCgroups(tmp_path, root, lines.append)
     changed, steps = finished(known.look_up({1}))
     assert steps > 5
     assert not changed
     assert known.own == {root}
+    assert lines == [known.problem]  # by the container's log, which has a limit
     assert "holds the directory" in known.problem
     assert finished(known.look_up({1}))[1] == 0  # not again for a while
 
