@@ -14,7 +14,6 @@ lives long, and every user can hold its folder in /proc meanwhile: what it looks
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import select
@@ -29,6 +28,7 @@ from graft.commands.sightings import Sightings
 from graft.commands.watched_folders import HELD, Interest, WatchedFolders
 from graft.commands.watcher_process import note_problems, watcher_lock
 from graft.errors import ConflictError, GraftError
+from graft.keeper.lines import write_line
 from graft.kernel import cgroup, journal, unix_files
 from graft.kernel.credentials import require_root
 from graft.kernel.journal import Priority
@@ -230,8 +230,7 @@ class Log:
         fields = {"GRAFT_CONTAINER": container} if container else {}
         if self._journal is not None and self._journal.send(line, priority, fields):
             return
-        with contextlib.suppress(OSError):  # no space
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), printable(line), file=sys.stderr, flush=True)
+        write_line(printable(line))
 
 
 def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from graft.keeper import own_names, protocol
+from graft.keeper.lines import write_line
 
 Work = Callable[[Sequence[int]], object]
 """What the child does with its descriptors."""
@@ -92,7 +93,7 @@ def _be_child(keeper: socket.socket, count: int, work: Work) -> NoReturn:
         keeper.send(b".")
         work(_receive(keeper, count))
     except BaseException as error:
-        os.write(2, f"graftd cannot be started: {error}\n".encode())
+        write_line(f"keeper: graftd cannot be started: {error}")
     os._exit(1)
 
 

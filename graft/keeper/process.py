@@ -26,13 +26,13 @@ import select
 import signal
 import socket
 import struct
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
 from graft.keeper import protocol
 from graft.keeper.child import Adopted, Child
 from graft.keeper.holdings import Holdings, close
+from graft.keeper.lines import write_line
 from graft.keeper.prepared import Forks
 from graft.keeper.restarts import Restarts
 
@@ -47,7 +47,7 @@ _FORK_AGAIN_SECONDS = 1.0
 
 def log(text: str) -> None:
     """A line of graftd's log."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} keeper: {text}", file=sys.stderr, flush=True)
+    write_line(f"keeper: {text}")
 
 
 class Keeper:

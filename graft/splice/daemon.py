@@ -14,6 +14,7 @@ import sys
 from graft.datapath import attachments, dataplane
 from graft.errors import GraftError
 from graft.keeper import own_names, protocol
+from graft.keeper.lines import write_line
 from graft.kernel import cgroup, process
 from graft.model.printable import printable
 from graft.model.settings import Settings
@@ -55,5 +56,5 @@ def main(keep: bool) -> None:
     try:
         run(Settings.from_environment(), keep, os.getppid())
     except GraftError as error:
-        print(f"graftd: {printable(error.message)}", file=sys.stderr)
+        write_line(printable(error.message))
         sys.exit(error.exit_code)

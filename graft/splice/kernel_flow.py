@@ -16,12 +16,12 @@ are fewer, this is checked again a little later.
 from __future__ import annotations
 
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 from graft.kernel import tcp
+from graft.splice.log import warn
 from graft.splice.pipes import SLOW_BYTES
 from graft.splice.resources import ContainerResources
 from graft.splice.slow_calls import Blamed
@@ -277,5 +277,5 @@ class KernelFlow:
         if sent != self._last_sent or not waiting:
             self._last_sent, self._last_progress = sent, now
         elif now - self._last_progress > STALL_SECONDS and not tcp.unsent(self._flow.target.sock):
-            print("the relay in the kernel does not send all bytes: a connection is reset", file=sys.stderr, flush=True)
+            warn("the relay in the kernel does not send all bytes: a connection is reset")
             raise OSError("lost")

@@ -1,13 +1,14 @@
 """The daemon's log: lines on standard error, which is run_dir/graftd.log where a command started the daemon. Where it
-is systemd's journal, they are entries with the container in a field of its own.
+is systemd's journal, they are entries with the container in a field of its own. What cannot be written is lost.
 """
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import time
 import traceback
 
+from graft.keeper.lines import write_line
 from graft.kernel import journal
 from graft.kernel.journal import Journal, Priority
 from graft.model.printable import printable
@@ -27,7 +28,7 @@ def log(text: str, container: Container | None = None, priority: Priority = Prio
     """Write one line, with the time. ``container``: the one that it is about, which is not in ``text``."""
     line = text if container is None else f"{container.name}: {text}"
     if not _to_journal(line, container, priority):
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(line)}", file=sys.stderr, flush=True)
+        write_line(printable(line))
 
 
 def warn(text: str, container: Container | None = None) -> None:
@@ -81,14 +82,22 @@ class FailureLog(_Limit):
     """Failures that nobody expects, which may come again and again too."""
 
     def __call__(self) -> None:
-        """Write the traceback of the exception that is being handled, if not too many were written in this minute."""
+        """Write the traceback of the exception that is being handled, if not too many were written in this minute.
+
+        Raises nothing: who calls this goes on after a failure, also of this.
+        """
+        with contextlib.suppress(Exception):
+            self._write()
+
+    def _write(self) -> None:
         left_out = self.next()
         if left_out is None:
             return
         if left_out:
             log(f"{left_out} failures were left out before", priority=Priority.ERROR)
-        if not _to_journal(traceback.format_exc().rstrip(), None, Priority.ERROR):
-            traceback.print_exc()
+        text = traceback.format_exc().rstrip()
+        if not _to_journal(text, None, Priority.ERROR):
+            write_line("\n".join(printable(line) for line in text.split("\n")))
 
 
 log_failure = FailureLog()

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import os
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +18,7 @@ from typing import TypeVar
 from graft.errors import NotFoundError
 from graft.kernel import netns
 from graft.splice.connection import set_relay_options
+from graft.splice.log import warn
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def _return_to(original: int) -> None:
     try:
         netns.setns(original)
     except OSError as error:
-        print(f"graftd: cannot leave a container's network namespace: {error}", file=sys.stderr, flush=True)
+        warn(f"cannot leave a container's network namespace: {error}")
         os._exit(1)
 
 

@@ -593,6 +593,18 @@ def _log() -> None:
     ContainerLog.__call__ = lambda self, text: log(text, self.container)  # type: ignore[method-assign]
 
 
+def _lost_lines() -> None:
+    """What cannot be logged is an error of whoever logs it."""
+    from graft.keeper import lines
+    from graft.splice.log import FailureLog
+
+    def write(text: str) -> bool:
+        return os.write(2, text.encode()) > 0
+
+    lines.write = write
+    FailureLog.__call__ = FailureLog._write  # type: ignore[method-assign]
+
+
 def _aside() -> None:
     """The daemon waits for the installation's lock in its event loop."""
     from graft.splice import background
@@ -1330,6 +1342,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "descriptors": _descriptors,
     "acl": _acl,
     "log": _log,
+    "lost lines": _lost_lines,
     "aside": _aside,
     "cgroup id": _cgroup_id,
     "cgroup events": _cgroup_events,

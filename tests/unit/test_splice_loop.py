@@ -212,18 +212,18 @@ def test_a_call_that_is_asked_for_again_before_it_is_made_is_made_once(loop: Eve
     assert made == [1]
 
 
-def test_a_call_that_fails_stops_no_other(loop: EventLoop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_call_that_fails_stops_no_other(loop: EventLoop, capfd: pytest.CaptureFixture[str]) -> None:
     made: list[int] = []
     loop.later(lambda: [][0], BUSY)
     loop.later(lambda: made.append(1), BUSY)
     loop.turn()
     loop.turn()
     assert made == [1]
-    assert "IndexError" in capsys.readouterr().err
+    assert "IndexError" in capfd.readouterr().err
 
 
 def test_failures_that_come_again_and_again_do_not_fill_the_log(
-    loop: EventLoop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    loop: EventLoop, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_loop, "log_failure", FailureLog())
 
@@ -233,7 +233,7 @@ def test_failures_that_come_again_and_again_do_not_fill_the_log(
     for _ in range(50):
         loop.later(fail)
         loop.turn()
-    assert capsys.readouterr().err.count("Traceback") == FailureLog.LINES
+    assert capfd.readouterr().err.count("Traceback") == FailureLog.LINES
 
 
 def test_the_pause_after_a_container_that_cannot_be_served_grows(monkeypatch: pytest.MonkeyPatch) -> None:

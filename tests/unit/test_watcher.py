@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from graft.commands import watcher, watcher_process
 from graft.commands.sightings import Sightings
 from graft.commands.watched_folders import Interest, WatchedFolders, interests, nearest
 from graft.commands.watcher import TRIES
+from graft.keeper import lines
 from graft.kernel import cgroup, inotify
 from graft.model.settings import Settings
 from graft.saved.model import LastSeen, SavedAttachment, SavedState, Target
@@ -142,16 +142,6 @@ def test_a_name_that_is_too_long_for_a_folder_is_looked_for_nowhere(tmp_path: Pa
     assert nearest(tmp_path, f"a/{'x' * 300}/b") == (tmp_path / "a", "x" * 300)
 
 
-class Broken:
-    """Standard error on a full disk."""
-
-    def write(self, _: str) -> int:
-        raise OSError(errno.ENOSPC, "no space")
-
-    def flush(self) -> None:
-        raise OSError(errno.ENOSPC, "no space")
-
-
 @pytest.fixture
 def watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> watcher.Watcher:
     """A watcher of an installation that has nothing saved."""
@@ -163,7 +153,7 @@ def watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> watcher.Watcher
 
 @pytest.mark.parametrize("error", [BlockingIOError(errno.EAGAIN, "no process"), MemoryError(), ValueError("x")])
 def test_an_error_does_not_end_it(
-    watching: watcher.Watcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+    watching: watcher.Watcher, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -174,7 +164,7 @@ def test_an_error_does_not_end_it(
         failing.setattr(watcher, "restore", fail)
         failing.setattr(watcher, "Installation", nullcontext)
         watching._try()
-    assert capsys.readouterr().err.count(str(error) or type(error).__name__) == 2
+    assert capfd.readouterr().err.count(str(error) or type(error).__name__) == 2
     [line] = watcher_process.warnings(watching._settings)
     assert "is only looked at every 3 s" in line
     assert watching._timeout() is not None, "it looks again"
@@ -183,8 +173,9 @@ def test_an_error_does_not_end_it(
 
 
 def test_a_log_that_cannot_be_written_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Broken())
-    watcher.Log()("a line")
+    with open("/dev/full", "wb") as full:
+        monkeypatch.setattr(lines, "_STANDARD_ERROR", full.fileno())
+        watcher.Log()("a line")
 
 
 def test_a_watcher_that_cannot_be_started_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
