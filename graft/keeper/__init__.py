@@ -2,6 +2,8 @@
 
     protocol.py   what graftd and its keeper say to each other: systemd's sd_notify protocol (pure)
     holdings.py   the descriptors that the keeper has, by their names
+    closing.py    closes them, without ever waiting for what others have sent to one
+    lines.py      the lines of its log, and of graftd's
     restarts.py   how long to wait before graftd is started again (pure)
     own_names.py  what graftd looks up in its own folder in /proc, which others can hold
     prepared.py   a child that is forked, and given its descriptors when nobody can hold it any more

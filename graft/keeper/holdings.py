@@ -6,12 +6,14 @@ import os
 from collections.abc import Sequence
 
 from graft.keeper import protocol
+from graft.keeper.closing import Closer
 
 
 class Holdings:
-    """Names, each with one descriptor or more."""
+    """Names, each with one descriptor or more. ``closer`` closes those that are kept no more."""
 
-    def __init__(self) -> None:
+    def __init__(self, closer: Closer) -> None:
+        self._closer = closer
         self._by_name: dict[str, list[int]] = {}
         self._names = 0
 
@@ -19,7 +21,7 @@ class Holdings:
         """Keep ``fds``. False, and they are closed, where the name is none, or graftd could not be told all names."""
         size = len(fds) * (len(name) + 1)
         if not protocol.is_name(name) or self._names + size > protocol.MAX_NAMES:
-            close(fds)
+            self._closer.close(fds)
             return False
         self._by_name.setdefault(name, []).extend(fds)
         self._names += size
@@ -29,17 +31,11 @@ class Holdings:
         """Close all that have this name."""
         fds = self._by_name.pop(name, [])
         self._names -= len(fds) * (len(name) + 1)
-        close(fds)
+        self._closer.close(fds)
 
     def items(self) -> list[tuple[str, int]]:
         """Every descriptor with its name."""
         return [(name, fd) for name, fds in self._by_name.items() for fd in fds]
-
-
-def close(fds: Sequence[int]) -> None:
-    """Close them all."""
-    for fd in fds:
-        os.close(fd)
 
 
 def arrange(fds: Sequence[int], first: int) -> None:

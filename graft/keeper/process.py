@@ -31,7 +31,8 @@ from collections.abc import Mapping, Sequence
 
 from graft.keeper import protocol
 from graft.keeper.child import Adopted, Child
-from graft.keeper.holdings import Holdings, close
+from graft.keeper.closing import Closer
+from graft.keeper.holdings import Holdings
 from graft.keeper.lines import write_line
 from graft.keeper.prepared import Forks
 from graft.keeper.restarts import Restarts
@@ -71,7 +72,8 @@ class Keeper:
         """The command of the graftd that is to replace the one that runs, () for the same."""
         self._previous: Sequence[str] = ()
         """The command before, until the one that has replaced it is ready."""
-        self._holdings, self._restarts, self._forks = Holdings(), Restarts(), Forks()
+        self._closer, self._restarts, self._forks = Closer(), Restarts(), Forks()
+        self._holdings = Holdings(self._closer)
         self._child: Child | None = None
         self._due = 0.0
         """When to start the next graftd."""
@@ -198,11 +200,12 @@ class Keeper:
                     protocol.MAX_MESSAGE, _ROOM, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
+                self._closer.finish()
                 return count
             fds, sender = _parse_control(control)
             if self._child is not None and sender == (self._child.pid, 0):
                 fds = self._take(protocol.parse(raw), fds, self._child)
-            close(fds)
+            self._closer.close(fds)
         return 0
 
     def _take(self, message: Mapping[str, str], fds: Sequence[int], child: Child) -> Sequence[int]:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from graft.keeper import protocol
 from graft.keeper.child import Child
+from graft.keeper.closing import Closer
 from graft.keeper.holdings import Holdings, arrange
 from graft.keeper.process import LOCK, SOCKET
 from graft.keeper.restarts import Restarts
@@ -99,7 +100,7 @@ def new_fd() -> int:
 
 
 def test_what_has_a_name_is_closed_with_it() -> None:
-    holdings, first, second = Holdings(), new_fd(), new_fd()
+    holdings, first, second = Holdings(Closer()), new_fd(), new_fd()
     assert holdings.add("a", [first]) and holdings.add("b", [second])
     holdings.remove("a")
     holdings.remove("never there")
@@ -110,7 +111,7 @@ def test_what_has_a_name_is_closed_with_it() -> None:
 
 
 def test_more_than_can_be_passed_on_is_closed() -> None:
-    holdings, fd = Holdings(), new_fd()
+    holdings, fd = Holdings(Closer()), new_fd()
     assert not holdings.add("a:b", [fd])
     with pytest.raises(OSError):
         os.fstat(fd)
