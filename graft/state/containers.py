@@ -274,12 +274,11 @@ class ContainerChanges(Containers):
 
         ``name``, ``relay``: their new values, if they change. ``together``: containers that get the same policy next,
         so that their rules do not keep an endpoint as it is that the policy declares anew. Until then what they have of
-        it is refused. Raises NotFoundError if the container is not attached any
-        more, RefusedError if its transport cannot serve the policy, and what `create` raises.
+        it is refused. Changes nothing if it fails: NotFoundError if the container is not attached any more,
+        RefusedError if its transport cannot serve the policy, and what `create` raises.
         """
         check_transport(container.transport, container.name, compiled)
-        key = ctypes.c_uint32(container.id)
-        value = self._maps.containers.get(key)
+        value = self._maps.containers.get(ctypes.c_uint32(container.id))
         if value is None:
             raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
         old = value.ruleset
@@ -288,13 +287,6 @@ class ContainerChanges(Containers):
         new = self._install(compiled, {old, *self._rulesets_of(together)}, container.id)
         value.ruleset, value.flags = new.ruleset, new.flags
         value.bind_default, value.connect_default = new.bind_default, new.connect_default
-        self._maps.containers.put(key, value)
-        with contextlib.suppress(OSError):  # no memory: replaced all the same
-            bpf.wait_for_programs()  # a hook that has read the old number finds the old rules whole
-        rulesets.erase(self._maps, old)
-        self._release_unix(container.id, rulesets.endpoints_of(self._maps, new.ruleset))
-        self._endpoints.delete_superseded(new.superseded)
-        self._endpoints.delete_unused()
         changed = replace(
             container,
             name=name or container.name,
@@ -305,8 +297,32 @@ class ContainerChanges(Containers):
             asked=new.asked,
             origin=compiled.policy.origin.name.lower(),
         )
-        records.save(self._settings, changed)
+        self._switch(changed, value, new)
+        with contextlib.suppress(OSError):  # no memory: replaced all the same
+            bpf.wait_for_programs()  # a hook that has read the old number finds the old rules whole
+        rulesets.erase(self._maps, old)
+        self._release_unix(container.id, rulesets.endpoints_of(self._maps, new.ruleset))
+        self._endpoints.delete_superseded(new.superseded)
+        self._endpoints.delete_unused()
         return changed
+
+    def _switch(self, changed: Container, value: layout.ContainerValue, new: _Installed) -> None:
+        """Put rules in force, and the record that tells of them in its place. That is written before: where there is no
+        space for it, the old rules stay in force, and nothing is left of the new ones.
+        """
+        record = None
+        try:
+            record = records.prepare(self._settings, changed)
+            self._maps.containers.put(ctypes.c_uint32(changed.id), value)
+        except BaseException:
+            if record is not None:
+                record.discard()
+            rulesets.erase(self._maps, new.ruleset)
+            self._endpoints.restore_superseded(new.superseded)
+            self._endpoints.delete_unused()
+            unix_sockets.tidy_rules(self._settings, self._maps)
+            raise
+        record.commit()
 
     def remove(self, container: Container, reachable: bool = True) -> None:
         """Remove a container's rules and attachments. Safe to repeat.

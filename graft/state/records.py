@@ -11,7 +11,7 @@ from typing import Any
 
 from graft.errors import UsageError
 from graft.kernel import cgroup
-from graft.kernel.atomic_file import write_atomically
+from graft.kernel.atomic_file import PreparedFile, prepare_file
 from graft.kernel.pidfd import MAX_PID
 from graft.model import json_text
 from graft.model.address import shown
@@ -90,9 +90,14 @@ def folder_of(settings: Settings) -> Path:
 
 def save(settings: Settings, container: Container) -> None:
     """Write a container's record, in one step."""
+    prepare(settings, container).commit()
+
+
+def prepare(settings: Settings, container: Container) -> PreparedFile:
+    """Write a container's record, and do not put it in its place yet. Raises OSError: then nothing is left of it."""
     folder = folder_of(settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(folder / f"{container.id}.json", encode(container).encode())
+    return prepare_file(folder / f"{container.id}.json", encode(container).encode())
 
 
 def encode(container: Container) -> str:

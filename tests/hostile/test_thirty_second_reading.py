@@ -16,6 +16,7 @@ from graft.kernel import cgroup
 from graft.splice import control, daemon_process
 from tests.hostile.conftest import graft_without
 from tests.hostile.test_sixteenth_reading_keeper import graftd, keeper
+from tests.support.cgroups import new_cgroup
 from tests.support.installation import Host
 from tests.support.namespaces import Netns
 from tests.support.plain import Plain, plain
@@ -123,3 +124,34 @@ def answers(host: Host, before: int) -> bool:
     """Whether another graftd answers."""
     answer = control.ask(host.settings, {"do": "ping"})
     return answer is not None and answer["pid"] != before
+
+
+# ---- commands
+
+
+def egress(host: Host, group: Path) -> list[str]:
+    """The egress rules that are in force for a cgroup."""
+    return [line for line in host.graft("policy", "show", group).stdout.splitlines() if "egress" in line]
+
+
+def test_where_run_is_full_a_policy_is_replaced_and_saved_or_neither(small: Small, tmp_path: Path) -> None:
+    made, others = small
+    host = made.saving
+    host.graft("ep", "add", "out", "0.0.0.0:dynamic")
+    wide, narrow = tmp_path / "wide.yaml", tmp_path / "narrow.yaml"
+    for file, to in ((wide, "0.0.0.0/0"), (narrow, "10.0.0.1/32")):
+        file.write_text(f"name: p\negress: [{{to: {to}, endpoint: out}}]\ndefault: deny\n")
+    with new_cgroup("one") as one:
+        host.graft("attach", "--cgroup", one, "--policy", wide)
+        before, records = egress(host, one), host.settings.run_dir / "containers"
+        fill(others)
+        done = host.graft("policy", "apply", narrow, status=None)
+        assert done.returncode == 6 and "No space left" in done.stderr
+        assert egress(host, one) == before
+        assert "0.0.0.0/0" in host.graft("export").stdout
+        assert [path.suffix for path in records.iterdir()] == [".json"]
+        empty(others)
+        host.graft("policy", "apply", narrow)
+        assert egress(host, one) != before
+        assert "10.0.0.1" in host.graft("export").stdout
+        host.graft("detach", "--cgroup", one)
