@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from graft.errors import ConflictError, KernelError, UsageError
+from graft.keeper import lines
 from graft.kernel import journal
 from graft.kernel.atomic_file import write_atomically
 from graft.kernel.file_lock import is_locked
@@ -159,7 +160,7 @@ def _open_log(settings: Settings) -> int:
     if journal.is_standard_error():
         path.unlink(missing_ok=True)
         return os.dup(2)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    return os.open(path, lines.OPENED | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _log_of(settings: Settings) -> str:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from graft.datapath import dataplane
 from graft.errors import ConflictError, GraftError, KernelError, NotFoundError
+from graft.keeper import lines
 from graft.keeper.process import LOCK
 from graft.kernel import cgroup
 from graft.kernel.file_lock import is_locked
@@ -83,7 +84,7 @@ def start_keeper(settings: Settings, keep: bool = False, adopted: int = 0) -> tu
     """
     folder = keeper_cgroup(settings)
     cgroup.make(folder)
-    log = os.open(settings.run_dir / "graftd.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    log = os.open(settings.run_dir / "graftd.log", lines.OPENED | os.O_CREAT | os.O_CLOEXEC, 0o600)
     inherited = {name: value for name, value in os.environ.items() if name in _INHERITED}
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:

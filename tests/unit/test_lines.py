@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,3 +71,34 @@ def test_the_event_loop_goes_on_whatever_becomes_of_its_log(monkeypatch: pytest.
     loop.turn()
     loop.shut_down()
     assert made == [1]
+
+
+@pytest.fixture
+def small_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file for lines of which a few are too many."""
+    monkeypatch.setattr(lines, "MAX_BYTES", 1000)
+    monkeypatch.setattr(lines, "KEPT_BYTES", 400)
+    return tmp_path / "log"
+
+
+def test_a_log_of_grafts_own_keeps_its_last_lines(small_log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fd, longest = os.open(small_log, lines.OPENED | os.O_CREAT, 0o600), 0
+    monkeypatch.setattr(lines, "_STANDARD_ERROR", fd)
+    for number in range(200):
+        lines.write_line(f"line {number}")
+        longest = max(longest, small_log.stat().st_size)
+    os.close(fd)
+    assert longest <= 1000
+    numbers = [int(line.partition(" line ")[2]) for line in small_log.read_text().splitlines()]
+    assert numbers == list(range(numbers[0], 200))
+    assert len(numbers) > 5
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY | os.O_APPEND, os.O_RDWR])
+def test_another_file_keeps_all(small_log: Path, monkeypatch: pytest.MonkeyPatch, flags: int) -> None:
+    fd = os.open(small_log, flags | os.O_CREAT, 0o600)
+    monkeypatch.setattr(lines, "_STANDARD_ERROR", fd)
+    for number in range(200):
+        lines.write_line(f"line {number}")
+    os.close(fd)
+    assert len(small_log.read_text().splitlines()) == 200
