@@ -18,7 +18,7 @@ from graft.saved.model import SavedAttachment
 from graft.saved.store import Store
 from graft.splice import client as splice
 from graft.state import members
-from graft.state.containers import CompiledPolicy, check_transport
+from graft.state.compiled_policy import CompiledPolicy, check_transport
 from graft.state.installation import Installation
 from graft.state.records import PAIRS, Container
 

@@ -16,7 +16,7 @@ from graft.saved.model import SavedAttachment
 from graft.saved.store import ATTACHMENTS, Store, file_name
 from graft.splice import client as splice
 from graft.state import inventory, liveness, members
-from graft.state.containers import endpoint_names
+from graft.state.compiled_policy import endpoint_names
 from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket
 from graft.state.records import Container

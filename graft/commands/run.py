@@ -22,7 +22,7 @@ from graft.policy.model import Policy
 from graft.policy.validator import refuse_without_supervisor
 from graft.splice import client as splice
 from graft.state.changed_policy import refuse_changed
-from graft.state.containers import CompiledPolicy
+from graft.state.compiled_policy import CompiledPolicy
 from graft.state.installation import Installation
 from graft.state.records import Container
 from graft.swap.keeper import Keeper

@@ -31,7 +31,7 @@ from graft.oci.profile_text import BORN_METADATA
 from graft.oci.request import POLICY_ANNOTATION, check_annotations, check_capabilities, choose_policy, requested
 from graft.oci.state import Message, State
 from graft.state import members
-from graft.state.containers import check_transport, compile_for
+from graft.state.compiled_policy import check_transport, compile_for
 from graft.state.installation import Installation, known_endpoints
 from graft.state.leftovers_aside import LeftoversAside
 

@@ -36,7 +36,7 @@ from graft.oci.features import supports_wait_killable
 from graft.oci.options import RuntimeOptions
 from graft.oci.plan import Plan
 from graft.oci.request import check_annotations, check_capabilities, choose_policy, requested
-from graft.state.containers import CompiledPolicy, compile_for
+from graft.state.compiled_policy import CompiledPolicy, compile_for
 from graft.state.installation import known_endpoints
 
 _MIN_AGE_SECONDS = 60.0

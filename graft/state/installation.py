@@ -20,7 +20,8 @@ from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy
 from graft.state import bound_sockets, members, restored
-from graft.state.containers import CompiledPolicy, ContainerChanges, Containers, compile_for
+from graft.state.compiled_policy import CompiledPolicy, compile_for
+from graft.state.containers import ContainerChanges, Containers
 from graft.state.endpoints import EndpointChanges, Endpoints
 from graft.state.records import Container
 

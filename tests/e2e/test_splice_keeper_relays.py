@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from graft.policy.model import Policy
-from graft.state.containers import compile_for
+from graft.state.compiled_policy import compile_for
 from tests.e2e.test_splice_keeper import dead_graftd, kill_graftd, processes
 from tests.support.namespaces import CLIENT4
 from tests.support.plain import Plain

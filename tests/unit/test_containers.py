@@ -14,7 +14,8 @@ from graft.model.transport import Transport
 from graft.policy.limits import MAX_RULES
 from graft.policy.model import Policy, policy_from_flags
 from graft.state import members, records
-from graft.state.containers import Containers, compile_for
+from graft.state.compiled_policy import compile_for
+from graft.state.containers import Containers
 from graft.state.records import Container
 from tests.support.readers import RECORD
 
