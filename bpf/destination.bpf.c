@@ -112,36 +112,62 @@ static __always_inline int may_send_hidden(struct bpf_sock *sk, struct owner *ow
 #define RTCF_LOCAL 0x80000000
 #define RTCF_BROADCAST 0x10000000
 #define RTCF_MULTICAST 0x20000000
+#define RTF_LOCAL 0x80000000
 
-/* Whether the socket that a datagram would be delivered to has its address, and not just any: then it is the host's. */
-static __always_inline int has_receiver_there(struct __sk_buff *skb, struct packet *packet)
+/* The IPv6 destinations of a route: struct rt6key. */
+struct route_prefix {
+	u32 ip[4];
+	s32 bits;
+};
+
+static __always_inline int is_in_prefix(u32 *ip, struct route_prefix *prefix)
 {
-	struct bpf_sock *sk = receiver_of(skb, packet);
-	int found;
+	u32 differ = 0;
+	s32 i, bits;
 
-	if (!sk)
-		return 1; /* nobody receives it */
-	found = sk->src_ip4 == packet->to[0];
-	bpf_sk_release(sk);
-	return found;
+#pragma unroll
+	for (i = 0; i < 4; i++) {
+		bits = prefix->bits - 32 * i;
+		if (bits >= 32)
+			differ |= ip[i] ^ prefix->ip[i];
+		else if (bits > 0)
+			differ |= (ip[i] ^ prefix->ip[i]) & bpf_htonl(0xffffffffu << (32 - bits));
+	}
+	return !differ;
 }
 
-/* Whether an IPv4 datagram is delivered on this host though it is for another one. The kernel takes its destination from
- * what the socket was connected to last, and its route from where it was begun (MSG_MORE), or the other way round. (For
- * its own addresses it gives a socket without one the same address as source.) */
-static __always_inline int is_delivered_astray(struct __sk_buff *skb, struct packet *packet, u64 netns)
+static __always_inline int is_astray6(void *route, struct packet *packet)
 {
-	u64 word = (u64)read_pointer((void *)skb + GRAFT_SKB_ROUTE);
+	struct route_prefix prefix;
 	u32 flags = 0;
 
-	if (packet->family != GRAFT_IPV4)
-		return 0;
-	if (bpf_probe_read_kernel(&flags, sizeof(flags), (void *)(word & ~(u64)GRAFT_ROUTE_NOT_COUNTED) + GRAFT_ROUTE_FLAGS))
+	if (bpf_probe_read_kernel(&flags, sizeof(flags), route + GRAFT_ROUTE6_FLAGS) ||
+	    bpf_probe_read_kernel(&prefix, sizeof(prefix), route + GRAFT_ROUTE6_PREFIX))
+		return 1;
+	return flags & RTF_LOCAL && !is_in_prefix(packet->to, &prefix);
+}
+
+/* (For its own addresses the kernel gives a socket without one the same address as source.) */
+static __always_inline int is_astray4(void *route, struct packet *packet, u64 netns)
+{
+	u32 flags = 0;
+
+	if (bpf_probe_read_kernel(&flags, sizeof(flags), route + GRAFT_ROUTE_FLAGS))
 		return 1;
 	if (!(flags & RTCF_LOCAL) || flags & (RTCF_BROADCAST | RTCF_MULTICAST))
 		return 0;
-	return packet->to[0] != packet->from[0] && !is_noted_as_hosts(netns, packet->to, GRAFT_IPV4) &&
-	       !has_receiver_there(skb, packet);
+	return packet->to[0] != packet->from[0] && !is_noted_as_hosts(netns, packet->to, GRAFT_IPV4);
+}
+
+/* Whether a datagram is delivered on this host though it is for another one. The kernel takes its destination from what the
+ * socket was connected to last, and its route from where it was begun (MSG_MORE), or the other way round; and it uses the
+ * route to an earlier peer when another thread connects the socket anew. */
+static __always_inline int is_delivered_astray(struct __sk_buff *skb, struct packet *packet, u64 netns)
+{
+	u64 word = (u64)read_pointer((void *)skb + GRAFT_SKB_ROUTE);
+	void *route = (void *)(word & ~(u64)GRAFT_ROUTE_NOT_COUNTED);
+
+	return packet->family == GRAFT_IPV4 ? is_astray4(route, packet, netns) : is_astray6(route, packet);
 }
 #else
 static __always_inline int is_delivered_astray(struct __sk_buff *skb, struct packet *packet, u64 netns)

@@ -67,11 +67,12 @@ BPF_F_TABLE("hash", struct use, u32, uses, GRAFT_MAX_RULES, BPF_F_NO_PREALLOC);
 BPF_HASH(desk_slots, u32, struct desk_slot, GRAFT_MAX_DESKS);
 BPF_TABLE("lru_hash", struct counter_key, u64, counters, GRAFT_MAX_COUNTERS);
 
-/* No helper says whether an address is the host's. Commands note those that it has (graft/state/host_addresses.py), the
- * hook for packets those at which a datagram has arrived (ingress.bpf.c). */
+/* No helper says whether an address is the host's. Commands note those that it has (graft/state/host_addresses.py), and the
+ * broadcast addresses of its links, these for any namespace too (ANY_NETNS). Which of them others send to, the hook for
+ * packets notes itself, in a table of its own: others may fill that. */
+BPF_F_TABLE("hash", struct host_address, u32, noted_addresses, GRAFT_MAX_NOTED, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct host_address, u32, broadcasts, GRAFT_MAX_NOTED, BPF_F_NO_PREALLOC);
 BPF_TABLE("lru_hash", struct host_address, u32, host_addresses, GRAFT_MAX_HOST_ADDRESSES);
-/* The broadcast addresses of the host's links, noted by commands. */
-BPF_F_TABLE("hash", u32, u32, broadcasts, GRAFT_MAX_BROADCASTS, BPF_F_NO_PREALLOC);
 
 /* By hand: bcc's macro keys cgroup storage by (cgroup, attach type); keyed by the cgroup alone, one
  * entry serves all the programs of a cgroup, and one update switches them together. */

@@ -127,14 +127,13 @@ struct egress_value {
 
 #define GRAFT_NODE_NAMED 0x80000000
 
-/* `host_addresses`: this -> GRAFT_ADDRESS_*. An address of the host's, IPv4 in the first four bytes. */
+/* `host_addresses`, `noted_addresses`, `broadcasts`: this -> 1. An address of the host's in a namespace, or of one of its
+ * links; IPv4 in the first four bytes. */
 struct host_address {
 	__u64 netns;
 	__u8 addr[16];
 	__u64 family;
 };
-#define GRAFT_ADDRESS_NOTED 1   /* by a command */
-#define GRAFT_ADDRESS_ARRIVED 2 /* a datagram has come there to a server at all addresses */
 
 /* `egress_ports`: (node, port prefix) -> what to do. */
 struct egress_port_key {

@@ -90,13 +90,14 @@ static __always_inline void read_sender(struct request *request, struct packet *
 }
 
 /* A server at all addresses may answer from the one that its client asked: see is_hosts. */
-static __always_inline void note_arrival(struct owner *owner, struct packet *packet, struct endpoint *endpoint)
+static __always_inline void note_arrival(struct __sk_buff *skb, struct owner *owner, struct packet *packet,
+					 struct endpoint *endpoint)
 {
 	struct container *container = owner->container;
 	u64 home = is_unsupervised(container) ? container->host_netns : container->netns;
 
 	if (!endpoint || is_unspecified(endpoint->addr))
-		note_as_hosts(endpoint ? endpoint->netns : home, packet->to, packet->family);
+		note_as_hosts(skb, endpoint ? endpoint->netns : home, packet->to, packet->family);
 }
 
 /* The ferry hears nobody but the sockets of its container, whose datagrams have its mark. */
@@ -175,7 +176,7 @@ static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *ow
 		return drop(owner);
 	if (open) {
 		if (!is_multicast(&packet))
-			note_arrival(owner, &packet, endpoint);
+			note_arrival(skb, owner, &packet, endpoint);
 		return PASS;
 	}
 	/* At an endpoint that it has lost it receives not even from permitted destinations. */

@@ -248,44 +248,50 @@ static __always_inline int keeps_others_source(struct bpf_sock *sk, struct tag *
 	return tag->lent & GRAFT_LENT_ADDRESS && !matches_endpoint(&local, lender, 0);
 }
 
-/* Whether the address is one of the host's in that namespace. A program that may answer from whichever of these its client
+static __always_inline void address_key(struct host_address *key, u64 netns, u32 *ip, u8 family)
+{
+	__builtin_memset(key, 0, sizeof(*key));
+	key->netns = netns;
+	key->family = family;
+	__builtin_memcpy(key->addr, ip, 16);
+}
+
+/* Whether the address is one of the host's in that namespace, as commands have noted. */
+static __always_inline int is_noted_as_hosts(u64 netns, u32 *ip, u8 family)
+{
+	struct host_address key;
+
+	address_key(&key, netns, ip, family);
+	return is_on_loopback(ip, family) || noted_addresses.lookup(&key);
+}
+
+/* The same of one to which something was sent. A program that may answer from whichever of these its client
  * asked could name any address there is, where it has set IP_FREEBIND (IPv6) or IP_TRANSPARENT by a 32-bit call, or the
  * host lets everybody (net.ipv6.ip_nonlocal_bind). */
 static __always_inline int is_hosts(u64 netns, u32 *ip, u8 family)
 {
-	struct host_address address = { .netns = netns, .family = family };
-	u32 *how;
+	struct host_address key;
 
-	if (is_on_loopback(ip, family))
-		return 1;
-	__builtin_memcpy(address.addr, ip, 16);
-	how = host_addresses.lookup(&address);
-	return how && *how == GRAFT_ADDRESS_ARRIVED;
+	address_key(&key, netns, ip, family);
+	return is_on_loopback(ip, family) || host_addresses.lookup(&key);
 }
 
-/* The same, also of one at which nothing has come in yet. */
-static __always_inline int is_noted_as_hosts(u64 netns, u32 *ip, u8 family)
-{
-	struct host_address address = { .netns = netns, .family = family };
+#define LOOPBACK_IFINDEX 1
+#define PACKET_HOST 0
 
-	if (is_on_loopback(ip, family))
-		return 1;
-	__builtin_memcpy(address.addr, ip, 16);
-	return host_addresses.lookup(&address) != 0;
-}
-
-/* What the kernel delivers to a socket was sent to an address of the host's. */
-static __always_inline void note_as_hosts(u64 netns, u32 *ip, u8 family)
+/* What a link has brought was sent to an address of the host's, if the kernel delivers it: it has looked. Not what a program
+ * of this machine has sent (see is_delivered_astray), or had copied as a broadcast. */
+static __always_inline void note_as_hosts(struct __sk_buff *skb, u64 netns, u32 *ip, u8 family)
 {
-	struct host_address address = { .netns = netns, .family = family };
-	u32 arrived = GRAFT_ADDRESS_ARRIVED, *how;
+	int is_brought = skb->ingress_ifindex != LOOPBACK_IFINDEX && skb->pkt_type == PACKET_HOST;
+	struct host_address key;
+	u32 one = 1;
 
 	if (is_on_loopback(ip, family))
 		return;
-	__builtin_memcpy(address.addr, ip, 16);
-	how = host_addresses.lookup(&address);
-	if (!how || *how != arrived)
-		host_addresses.update(&address, &arrived);
+	address_key(&key, netns, ip, family);
+	if (!host_addresses.lookup(&key) && (is_brought || noted_addresses.lookup(&key)))
+		host_addresses.update(&key, &one);
 }
 
 /* Whether a socket's source is its own: the endpoint's that it is bound to, or one that it may choose. */

@@ -134,25 +134,28 @@ static __always_inline u32 covering_rule(struct container *container, struct req
 	return found->verdict;
 }
 
-/* Whether a datagram for this address is for all on one of the host's links. */
-static __always_inline int is_broadcast(struct request *request)
+/* Whether a datagram for this address is for all on one of the links of a namespace; ANY_NETNS: of any. */
+static __always_inline int is_broadcast(struct request *request, u64 netns)
 {
-	u32 ip;
+	struct host_address key;
 
 	if (request->family != GRAFT_IPV4 || request->protocol == IPPROTO_TCP)
 		return 0;
-	__builtin_memcpy(&ip, request->addr, 4);
-	return broadcasts.lookup(&ip) != 0;
+	__builtin_memset(&key, 0, sizeof(key));
+	key.netns = netns;
+	key.family = GRAFT_IPV4;
+	__builtin_memcpy(key.addr, request->addr, 4);
+	return broadcasts.lookup(&key) != 0;
 }
 
-/* What the rules say of a destination. Only one that names it grants a broadcast address: of what is sent there the host
+/* What the rules say of a destination, for a socket in that namespace. Only one that names it grants a broadcast address: of what is sent there the host
  * has a copy for its own sockets that no hook for packets sees, wherever the datagram says that it goes (a program can
  * have the kernel send one to another peer by the route to this one). */
-static __always_inline u32 egress_rule(struct container *container, struct request *request, u32 *endpoint)
+static __always_inline u32 egress_rule(struct container *container, struct request *request, u64 netns, u32 *endpoint)
 {
 	u32 named = 0, rule = covering_rule(container, request, endpoint, &named);
 
-	return rule == GRAFT_VERDICT_GRANT && !named && is_broadcast(request) ? GRAFT_VERDICT_NONE : rule;
+	return rule == GRAFT_VERDICT_GRANT && !named && is_broadcast(request, netns) ? GRAFT_VERDICT_NONE : rule;
 }
 
 /* Whether an endpoint is a unix socket, which no socket of a container has for an address. */

@@ -75,9 +75,9 @@ WATCH_PAGES = 64
 MAX_RULES = 262144
 MAX_EXCHANGES = 524288
 MAX_STAND_INS = 65536
-MAX_BROADCASTS = 65536
+MAX_NOTED = 65536
+ANY_NETNS = 0
 NODE_NAMED = 1 << 31
-ADDRESS_NOTED, ADDRESS_ARRIVED = 1, 2
 BERTHS4, BERTHS6 = 256, 16
 MAX_FERRIES = 1920
 MAX_BERTHS = MAX_FERRIES * (BERTHS4 + BERTHS6)
@@ -185,7 +185,7 @@ class EgressValue(ctypes.Structure):
 
 
 class HostAddress(ctypes.Structure):
-    """`host_addresses`: this -> ADDRESS_*."""
+    """`noted_addresses`, `broadcasts`: this -> 1."""
 
     _fields_ = (("netns", ctypes.c_uint64), ("addr", _ADDR), ("family", ctypes.c_uint64))
 

@@ -151,14 +151,14 @@ class Maps:
         return self._open("berths", layout.BerthKey, layout.BerthValue)
 
     @cached_property
-    def host_addresses(self) -> Map[layout.HostAddress, ctypes.c_uint32]:
-        """An address of the host's -> ADDRESS_*."""
-        return self._open("host_addresses", layout.HostAddress, ctypes.c_uint32)
+    def noted_addresses(self) -> Map[layout.HostAddress, ctypes.c_uint32]:
+        """An address of the host's -> 1."""
+        return self._open("noted_addresses", layout.HostAddress, ctypes.c_uint32)
 
     @cached_property
-    def broadcasts(self) -> Map[ctypes.c_uint32, ctypes.c_uint32]:
-        """A broadcast address of one of the host's links, in network order -> 1."""
-        return self._open("broadcasts", ctypes.c_uint32, ctypes.c_uint32)
+    def broadcasts(self) -> Map[layout.HostAddress, ctypes.c_uint32]:
+        """A broadcast address of one of the host's links -> 1."""
+        return self._open("broadcasts", layout.HostAddress, ctypes.c_uint32)
 
     @cached_property
     def exchanges(self) -> Map[layout.ExchangeSlot, layout.ExchangeValue]:

@@ -137,6 +137,8 @@ def _routed(btf: Btf) -> Offsets:
     return {
         "GRAFT_SKB_ROUTE": btf.offset("sk_buff", "_skb_refdst"),
         "GRAFT_ROUTE_FLAGS": btf.offset("rtable", "rt_flags"),
+        "GRAFT_ROUTE6_FLAGS": btf.offset("rt6_info", "rt6i_flags"),
+        "GRAFT_ROUTE6_PREFIX": btf.offset("rt6_info", "rt6i_dst"),
     }
 
 

@@ -256,4 +256,6 @@ class Lookup:
     def _is_broadcast(self, protocol: int, family: int, address: bytes) -> bool:
         if protocol == socket.IPPROTO_TCP or family != 4:
             return False
-        return self._broadcasts.peek(ctypes.c_uint32.from_buffer_copy(address)) is not None
+        key = layout.HostAddress(netns=layout.ANY_NETNS, family=family)
+        key.addr[:] = address
+        return self._broadcasts.peek(key) is not None

@@ -309,7 +309,8 @@ class ContainerChanges(Containers):
             asked = self._asked_room(policy, rules, container)
             number = self._new_id()
             unix_sockets.save_rules(self._settings, policy.unix_ingress)
-            host_addresses.note(self._maps, self._settings.host_netns)
+            with self._endpoints.namespaces(list(stored.values())) as namespaces:
+                host_addresses.renew(self._maps, namespaces)
             rulesets.write(self._maps, number, rules, {name: found.id for name, found in stored.items()})
         except BaseException:
             self._endpoints.restore_superseded(superseded)

@@ -17,7 +17,7 @@ from graft.kernel import bpf, netns
 from graft.model.endpoint import Endpoint, Protocol
 from graft.model.ports import ports_text
 from graft.model.settings import Settings
-from graft.state import bound_sockets, named_namespaces, unix_sockets
+from graft.state import bound_sockets, host_addresses, named_namespaces, unix_sockets
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +364,7 @@ class EndpointChanges(Endpoints):
         fd = netns.open_place(host) if endpoint.netns is None else named_namespaces.open_named(endpoint.netns)
         pin = self._netns_pin(number)
         try:
-            cookie = netns.cookie_by(fd)
+            cookie = host_addresses.note(self._maps, fd)
             netns.release(pin)
             self._label(number).unlink(missing_ok=True)
             if endpoint.netns is not None:
