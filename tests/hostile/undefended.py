@@ -299,6 +299,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A datagram goes by whatever route the kernel has for it.
     "astray": (_ASTRAY,),
+    "astray6": (_at_once("destination.bpf.c", "int is_astray6(void *route, struct packet *packet)", "return 0;"),),
     # And the program may choose the peer after the route.
     "astray, and begun": (
         _ASTRAY,
@@ -307,7 +308,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "begun": (_at_once("chosen_source.bpf.c", "int has_begun_datagram(struct bpf_sock_addr *ctx)", "return 0;"),),
     # A broadcast address is one like others.
     "broadcasts": (
-        _at_once("rules.bpf.c", "int is_broadcast(struct request *request)", "return 0;"),
+        _at_once("rules.bpf.c", "int is_broadcast(struct request *request, u64 netns)", "return 0;"),
         _at_once("options.bpf.c", "int misreads_addresses(u32 protocol, int level, int name)", "return 0;"),
     ),
     # Protocols without rules may leave, whatever container.
