@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import socket
 import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from graft.kernel import unix_rights
+from graft.splice import closing
 from graft.splice.closing import Closer
+from tests.support.wait import until
 
 LINGER = 2
 AT_EXIT = """
@@ -102,6 +106,77 @@ def test_control_closed_here_it_takes_as_long_as_it_lingers() -> None:
         start = time.monotonic()
         ours.close()
         assert took(start) > LINGER / 2
+
+
+class SlowToClose(socket.socket):
+    """One whose process is slow: it closes it when the helper's child has received it, and has ended or waits."""
+
+    closer: Closer
+    seconds = 0.0
+
+    def close(self) -> None:
+        until("the helper's child has it", lambda: has_received(self.closer))
+        until("it exits no more", lambda: set(states(children(self.closer._helper))) <= {"S"})
+        start = time.monotonic()
+        super().close()
+        self.seconds = took(start)
+
+
+def has_received(closer: Closer) -> bool:
+    """Whether nothing is left that was sent to the helper."""
+    assert closer._outbox is not None
+    return not any(fcntl.ioctl(closer._outbox, termios.TIOCOUTQ, bytes(4)))
+
+
+def children(pid: int) -> list[int]:
+    """Those that have not ended."""
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def states(pids: list[int]) -> Iterator[str]:
+    """What those of them do that have not ended."""
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+def slow_to_close(closer: Closer, sock: socket.socket) -> SlowToClose:
+    made = SlowToClose(fileno=sock.detach())
+    made.closer = closer
+    return made
+
+
+def test_where_the_process_is_slower_than_its_helper_it_does_not_have_the_last_copy(closer: Closer) -> None:
+    for _ in range(2):  # the second one's child is told of the second one
+        ours, peer = socket.socketpair()
+        slow = slow_to_close(closer, ours)
+        with peer, sent_to(peer, 60) as reader:
+            assert closer.close(slow)
+            assert slow.seconds < 1
+            assert ends(reader)
+    until("no child is left", lambda: not children(closer._helper))
+
+
+def test_control_where_the_helpers_child_does_not_wait_for_it_it_has(
+    closer: Closer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closing, "_wait_until_closed", lambda _closed, _count: None)
+    ours, peer = socket.socketpair()
+    slow = slow_to_close(closer, ours)
+    with peer, sent_to(peer):
+        assert closer.close(slow)
+        assert slow.seconds > LINGER / 2
+
+
+def test_where_the_process_ends_before_it_has_closed_one_its_helpers_child_exits(closer: Closer) -> None:
+    ours, peer = socket.socketpair()
+    with ours, peer, sent_to(peer, 60):
+        assert closer._send(ours)
+        until("it waits", lambda: has_received(closer) and children(closer._helper))
+        helper = closer._helper
+        waiting = children(helper)
+        closer.stop()  # what it has open is closed
+        until("its helper has ended, and the child", lambda: not list(states([helper, *waiting])))
 
 
 def test_a_listener_with_one_that_was_not_accepted_is_closed_at_once(closer: Closer, tmp_path: Path) -> None:
