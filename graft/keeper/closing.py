@@ -3,7 +3,8 @@
 Whoever closes the last copy of such a socket closes what is in its queue, and waits for that: for ever, where somebody
 sent a TCP socket with SO_LINGER and unsent data (graft/kernel/unix_rights.py). graftd closes its own copies so that it
 does not wait (graft/splice/closing.py), but this process may be the last that has one. A process that is exiting waits
-for no socket (PF_EXITING), so the last copies are those of a child:
+for no socket (PF_EXITING), and where it waits for something else (the mutex of an epoll instance that watches what was
+in the queue: fs/eventpoll.c of the kernel), nobody waits for it. So the last copies are those of a child:
 
     keeper ── fork ──▶ child: has everything open too
            closes its own copies, which are not the last
