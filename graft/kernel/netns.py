@@ -167,8 +167,11 @@ def resolve(spec: str) -> Path:
 
 
 def keep(opened: int, target: Path) -> None:
-    """Mount the namespace of a descriptor on the file ``target``: it then exists there until `release`."""
+    """Mount the namespace of a descriptor on the file ``target``: it then exists there until `release`. One that was
+    kept there is released; its file stays, so that this needs no space.
+    """
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _libc.umount2(os.fsencode(target), _MNT_DETACH)
     target.touch(mode=0o600)
     real = os.fsencode(f"/proc/self/fd/{opened}")
     if _libc.mount(real, os.fsencode(target), None, ctypes.c_ulong(_MS_BIND), None) != 0:

@@ -14,6 +14,7 @@ from graft.datapath import layout, rulesets
 from graft.datapath.maps import Maps, needs_room
 from graft.errors import ConflictError, NotFoundError
 from graft.kernel import bpf, netns
+from graft.kernel.atomic_file import prepare_file
 from graft.model.endpoint import Endpoint, Protocol
 from graft.model.ports import ports_text
 from graft.model.settings import Settings
@@ -337,14 +338,16 @@ class EndpointChanges(Endpoints):
         bound_sockets.release(self._settings, lambda _container, endpoint: endpoint == number)
         unix_sockets.save(self._settings, number, None)
         rulesets.write_groups(self._maps, number, ())
-        netns.release(self._netns_pin(number))
-        self._label(number).unlink(missing_ok=True)
+        self._release_namespace(number)
 
     def _write(self, number: int, endpoint: Endpoint, declared: bool) -> None:
+        if endpoint.unix is not None:
+            unix_sockets.save(self._settings, number, endpoint.unix)  # first, as it needs space
         cookie = self._keep_namespace(number, endpoint)
         flags = layout.ENDPOINT_OPEN * endpoint.open | layout.ENDPOINT_DECLARED * declared
         flags |= layout.ENDPOINT_DUAL_STACK * endpoint.dual_stack | layout.ENDPOINT_UNIX * (endpoint.unix is not None)
-        unix_sockets.save(self._settings, number, endpoint.unix)
+        if endpoint.unix is None:
+            unix_sockets.save(self._settings, number, None)
         value = layout.EndpointValue(
             netns=cookie,
             port=endpoint.port,
@@ -362,17 +365,31 @@ class EndpointChanges(Endpoints):
         """Have the namespace of an endpoint stay, in the place of the one that it had. Gives its cookie."""
         host = self._settings.host_netns
         fd = netns.open_place(host) if endpoint.netns is None else named_namespaces.open_named(endpoint.netns)
-        pin = self._netns_pin(number)
         try:
             cookie = host_addresses.note(self._maps, fd)
-            netns.release(pin)
-            self._label(number).unlink(missing_ok=True)
-            if endpoint.netns is not None:
-                netns.keep(fd, pin)
-                self._label(number).write_bytes(os.fsencode(endpoint.netns))
+            if endpoint.netns is None:
+                self._release_namespace(number)
+            else:
+                self._pin_namespace(number, fd, endpoint.netns)
         finally:
             os.close(fd)
         return cookie
+
+    def _pin_namespace(self, number: int, fd: int, name: str) -> None:
+        """What needs space is done first: where there is none, the endpoint keeps the namespace that it had."""
+        pin = self._netns_pin(number)
+        pin.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        label = prepare_file(self._label(number), os.fsencode(name))
+        try:
+            netns.keep(fd, pin)
+        except BaseException:
+            label.discard()
+            raise
+        label.commit()
+
+    def _release_namespace(self, number: int) -> None:
+        netns.release(self._netns_pin(number))
+        self._label(number).unlink(missing_ok=True)
 
 
 def _key(name: str) -> layout.EndpointNameKey:
