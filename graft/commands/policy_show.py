@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import NamedTuple
 
-from graft.datapath.layout import EGRESS_FIXED_BITS, EGRESS_PORT_FIXED_BITS, INGRESS_FIXED_BITS
+from graft.datapath.layout import EGRESS_FIXED_BITS, EGRESS_PORT_FIXED_BITS, INGRESS_FIXED_BITS, NODE_NAMED
 from graft.datapath.maps import Maps
 from graft.errors import NotFoundError
 from graft.model.address import format_ip
@@ -150,7 +150,7 @@ def _egress(maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list
     for prefix, node in maps.egress.items():
         if prefix.ruleset == ruleset:
             address = f"{_address(prefix.addr, prefix.family)}/{prefix.prefixlen - EGRESS_FIXED_BITS}"
-            for entry in nodes.get(node.node, []):
+            for entry in nodes.get(node.node & ~NODE_NAMED, []):
                 found.append(_Entry("egress", _protocol(prefix.protocol), address, *entry))
     return found
 
