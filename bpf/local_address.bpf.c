@@ -276,14 +276,14 @@ static __always_inline int is_hosts(u64 netns, u32 *ip, u8 family)
 	return is_on_loopback(ip, family) || host_addresses.lookup(&key);
 }
 
-#define LOOPBACK_IFINDEX 1
+#define GRAFT_LOOPBACK_LINK 1
 #define PACKET_HOST 0
 
 /* What a link has brought was sent to an address of the host's, if the kernel delivers it: it has looked. Not what a program
  * of this machine has sent (see is_delivered_astray), or had copied as a broadcast. */
 static __always_inline void note_as_hosts(struct __sk_buff *skb, u64 netns, u32 *ip, u8 family)
 {
-	int is_brought = skb->ingress_ifindex != LOOPBACK_IFINDEX && skb->pkt_type == PACKET_HOST;
+	int is_brought = skb->ingress_ifindex != GRAFT_LOOPBACK_LINK && skb->pkt_type == PACKET_HOST;
 	struct host_address key;
 	u32 one = 1;
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.datapath import programs
+from graft.datapath import offsets, programs
 from graft.datapath.bcc_compiler import CompileError
 from graft.datapath.programs import ProgramCheck
 from graft.errors import GraftError, KernelError
@@ -104,6 +104,9 @@ def _programs() -> Iterator[Feature]:
         return
     has_probe = programs.PROBE in loaded.extensions
     yield Feature("type information", has_probe, False, "finds dup and epoll at once", "/proc is walked")
+    unknown = ", ".join(offsets.missing()[:3])
+    without = f"not judged: docs/kernel.md{': ' if unknown else ''}{unknown}"
+    yield Feature("kernel structures", not unknown, False, "the hooks read what no helper tells", without)
     has_retval = programs.SET_RETVAL in loaded.extensions
     yield Feature("bpf_set_retval", has_retval, False, "refusals are EACCES (5.18)", "they are EPERM")
     has_mptcp = programs.MPTCP in loaded.extensions

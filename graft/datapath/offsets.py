@@ -6,7 +6,7 @@ found, the whole group is left out, and with it the code that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 
 from graft.kernel.btf import Btf
@@ -27,12 +27,27 @@ def structure_offsets() -> dict[str, int]:
     try:
         btf = Btf.of_kernel()
         file = _all_or_none(_file(btf))
-        of_sockets = (_descriptor, _v6only, _begun, _interface, _route, _labels, _group)
-        of_packets = (_packet, _tracked, _transformed, _routed, _mark)
-        others = [_all_or_none(group(btf)) for group in (*of_sockets, *of_packets)]
+        others = [_all_or_none(group(btf)) for group in _groups()]
     except (OSError, ValueError):
         return {}
     return {name: value for group in (file, *others) for name, value in group.items()} if file else {}
+
+
+def missing() -> list[str]:
+    """The offsets that this kernel's type information does not have; all of them where there is none. What the hooks do
+    without then, docs/kernel.md tells.
+    """
+    try:
+        btf = Btf.of_kernel()
+        found = [group(btf) for group in (_file, *_groups())]
+    except (OSError, ValueError):
+        return ["all of them"]
+    return [name for offsets in found for name, value in offsets.items() if value is None]
+
+
+def _groups() -> tuple[Callable[[Btf], Offsets], ...]:
+    of_sockets = (_descriptor, _v6only, _begun, _interface, _route, _labels, _group)
+    return (*of_sockets, _packet, _tracked, _transformed, _routed, _mark)
 
 
 def _file(btf: Btf) -> Offsets:

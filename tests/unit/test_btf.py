@@ -112,8 +112,13 @@ def test_type_information_that_cannot_be_read_is_ignored(monkeypatch: pytest.Mon
     offsets.structure_offsets.cache_clear()
     try:
         assert offsets.structure_offsets() == {}
+        assert offsets.missing()
     finally:
         offsets.structure_offsets.cache_clear()
+
+
+def test_all_that_the_hooks_read_is_known_of_the_running_kernel() -> None:
+    assert offsets.missing() == []
 
 
 def test_the_running_kernel_has_a_socket_with_a_file() -> None:

@@ -115,7 +115,7 @@ C_ONLY = {
     "GRAFT_GROUP_REQ_FAMILY", "GRAFT_GROUP_REQ_ADDR4", "GRAFT_GROUP_REQ_ADDR6", "GRAFT_MAX_JOIN",
     "GRAFT_LOOPBACK_FIRST", "GRAFT_CGROUP_LEVELS", "GRAFT_GROUP_STEPS", "GRAFT_GROUP_MORE",
     "GRAFT_GROUP_OWN", "GRAFT_GROUP_SHARED", "GRAFT_TRACKING_BITS", "GRAFT_FIRST_ANSWER", "GRAFT_TRANSFORMED4",
-    "GRAFT_TRANSFORMED6", "GRAFT_ROUTE_NOT_COUNTED",
+    "GRAFT_TRANSFORMED6", "GRAFT_ROUTE_NOT_COUNTED", "GRAFT_LOOPBACK_LINK",
 }  # fmt: skip
 """Constants that Python does not use: they describe packets (bpf/packet.bpf.c, egress.bpf.c, translated.bpf.c) or an
 option's value (bpf/options.bpf.c), limit a loop, name a case of C's, or are of what only the hooks read of a tag.
