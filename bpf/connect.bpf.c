@@ -254,7 +254,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
-	rule = egress_rule(owner.container, request, bpf_get_netns_cookie(ctx), &id);
+	rule = egress_rule(owner.container, request, &id);
 	if (rule == GRAFT_VERDICT_DENY) {
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
@@ -302,7 +302,8 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	if (rule != GRAFT_VERDICT_GRANT) {
 		/* A swapped socket is outside the container's namespace, and may do only what a rule grants. */
 		if (!defaults_apply(owner.container) ||
-		    (sending == GRAFT_CONNECTS && denies_anything(owner.container) && would_mix_peers(ctx, request)) ||
+		    (sending == GRAFT_CONNECTS && denies_anything(owner.container) &&
+		     (would_mix_peers(ctx, request) || (request->protocol == IPPROTO_UDP && is_to_group(request)))) ||
 		    (rule == GRAFT_VERDICT_NONE && owner.container->connect_default == GRAFT_DEFAULT_DENY) ||
 		    has_other_familys_port(owner.tag, request) ||
 		    (bound && is_at_other_familys_endpoint(owner.tag, request)))

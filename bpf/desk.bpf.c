@@ -82,7 +82,7 @@ static __always_inline void answer_rule(struct desk *desk, struct container *con
 		}
 	} else {
 		substitute_loopback(&request, 0);
-		desk->verdict = egress_rule(container, &request, ANY_NETNS, &id);
+		desk->verdict = egress_rule(container, &request, &id);
 	}
 	endpoint = id ? endpoints.lookup(&id) : 0;
 	if (!endpoint || !(endpoint->protocols & protocol_bit(protocol))) {

@@ -113,6 +113,7 @@ static __always_inline int may_send_hidden(struct bpf_sock *sk, struct owner *ow
 #define RTCF_BROADCAST 0x10000000
 #define RTCF_MULTICAST 0x20000000
 #define RTF_LOCAL 0x80000000
+#define RTF_ANYCAST 0x00100000
 
 /* The IPv6 destinations of a route: struct rt6key. */
 struct route_prefix {
@@ -136,7 +137,7 @@ static __always_inline int is_in_prefix(u32 *ip, struct route_prefix *prefix)
 	return !differ;
 }
 
-static __always_inline int is_astray6(void *route, struct packet *packet)
+static __always_inline int is_astray6(void *route, struct packet *packet, u64 netns)
 {
 	struct route_prefix prefix;
 	u32 flags = 0;
@@ -144,10 +145,10 @@ static __always_inline int is_astray6(void *route, struct packet *packet)
 	if (bpf_probe_read_kernel(&flags, sizeof(flags), route + GRAFT_ROUTE6_FLAGS) ||
 	    bpf_probe_read_kernel(&prefix, sizeof(prefix), route + GRAFT_ROUTE6_PREFIX))
 		return 1;
-	return flags & RTF_LOCAL && !is_in_prefix(packet->to, &prefix);
+	return flags & (RTF_LOCAL | RTF_ANYCAST) && !is_in_prefix(packet->to, &prefix) &&
+	       !is_noted_as_hosts(netns, packet->to, GRAFT_IPV6); /* (IPVS keeps the route that a packet had) */
 }
 
-/* (For its own addresses the kernel gives a socket without one the same address as source.) */
 static __always_inline int is_astray4(void *route, struct packet *packet, u64 netns)
 {
 	u32 flags = 0;
@@ -156,7 +157,7 @@ static __always_inline int is_astray4(void *route, struct packet *packet, u64 ne
 		return 1;
 	if (!(flags & RTCF_LOCAL) || flags & (RTCF_BROADCAST | RTCF_MULTICAST))
 		return 0;
-	return packet->to[0] != packet->from[0] && !is_noted_as_hosts(netns, packet->to, GRAFT_IPV4);
+	return !is_noted_as_hosts(netns, packet->to, GRAFT_IPV4);
 }
 
 /* Whether a datagram is delivered on this host though it is for another one. The kernel takes its destination from what the
@@ -167,7 +168,7 @@ static __always_inline int is_delivered_astray(struct __sk_buff *skb, struct pac
 	u64 word = (u64)read_pointer((void *)skb + GRAFT_SKB_ROUTE);
 	void *route = (void *)(word & ~(u64)GRAFT_ROUTE_NOT_COUNTED);
 
-	return packet->family == GRAFT_IPV4 ? is_astray4(route, packet, netns) : is_astray6(route, packet);
+	return packet->family == GRAFT_IPV4 ? is_astray4(route, packet, netns) : is_astray6(route, packet, netns);
 }
 #else
 static __always_inline int is_delivered_astray(struct __sk_buff *skb, struct packet *packet, u64 netns)

@@ -68,8 +68,8 @@ BPF_HASH(desk_slots, u32, struct desk_slot, GRAFT_MAX_DESKS);
 BPF_TABLE("lru_hash", struct counter_key, u64, counters, GRAFT_MAX_COUNTERS);
 
 /* No helper says whether an address is the host's. Commands note those that it has (graft/state/host_addresses.py), and the
- * broadcast addresses of its links, these for any namespace too (ANY_NETNS). Which of them others send to, the hook for
- * packets notes itself, in a table of its own: others may fill that. */
+ * broadcast addresses of its links. Which of them others send to, the hook for packets notes itself, in a table of its own:
+ * others may fill that. */
 BPF_F_TABLE("hash", struct host_address, u32, noted_addresses, GRAFT_MAX_NOTED, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct host_address, u32, broadcasts, GRAFT_MAX_NOTED, BPF_F_NO_PREALLOC);
 BPF_TABLE("lru_hash", struct host_address, u32, host_addresses, GRAFT_MAX_HOST_ADDRESSES);

@@ -140,7 +140,7 @@ static __always_inline int is_host_homed(struct __sk_buff *skb, struct bpf_sock 
 static __always_inline int may_exchange_with(struct container *container, struct request *remote, u64 netns,
 					     struct endpoint **from)
 {
-	u32 id = 0, rule = egress_rule(container, remote, netns, &id);
+	u32 id = 0, rule = egress_rule(container, remote, &id);
 	struct endpoint *endpoint;
 
 	*from = 0;

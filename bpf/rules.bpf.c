@@ -134,7 +134,7 @@ static __always_inline u32 covering_rule(struct container *container, struct req
 	return found->verdict;
 }
 
-/* Whether a datagram for this address is for all on one of the links of a namespace; ANY_NETNS: of any. */
+/* Whether a datagram for this address is for all on one of the links of a namespace. */
 static __always_inline int is_broadcast(struct request *request, u64 netns)
 {
 	struct host_address key;
@@ -148,14 +148,18 @@ static __always_inline int is_broadcast(struct request *request, u64 netns)
 	return broadcasts.lookup(&key) != 0;
 }
 
-/* What the rules say of a destination, for a socket in that namespace. Only one that names it grants a broadcast address: of what is sent there the host
+/* What the rules say of a destination. Only one that names it grants a broadcast address: of what is sent there the host
  * has a copy for its own sockets that no hook for packets sees, wherever the datagram says that it goes (a program can
  * have the kernel send one to another peer by the route to this one). */
-static __always_inline u32 egress_rule(struct container *container, struct request *request, u64 netns, u32 *endpoint)
+static __always_inline u32 egress_rule(struct container *container, struct request *request, u32 *endpoint)
 {
 	u32 named = 0, rule = covering_rule(container, request, endpoint, &named);
+	struct endpoint *from;
 
-	return rule == GRAFT_VERDICT_GRANT && !named && is_broadcast(request, netns) ? GRAFT_VERDICT_NONE : rule;
+	if (rule != GRAFT_VERDICT_GRANT || named || request->protocol == IPPROTO_TCP)
+		return rule;
+	from = endpoints.lookup(endpoint);
+	return from && is_broadcast(request, from->netns) ? GRAFT_VERDICT_NONE : rule;
 }
 
 /* Whether an endpoint is a unix socket, which no socket of a container has for an address. */

@@ -214,7 +214,7 @@ class Lookup:
 
     def __init__(self, maps: Maps) -> None:
         self._ingress, self._egress, self._ports = maps.ingress, maps.egress, maps.egress_ports
-        self._broadcasts = maps.broadcasts
+        self._broadcasts, self._endpoints = maps.broadcasts, maps.endpoints
         self._bind = layout.IngressKey(prefixlen=layout.INGRESS_FIXED_BITS + 16)
         self._to = layout.EgressKey()
         self._port = layout.EgressPortKey(prefixlen=layout.EGRESS_PORT_FIXED_BITS + 16)
@@ -249,13 +249,13 @@ class Lookup:
         found = self._ports.peek(port_key)
         if found is None:
             return Verdict.NONE, 0
-        if found.verdict == Verdict.GRANT and not is_named and self._is_broadcast(protocol, family, address):
-            return Verdict.NONE, 0
+        if found.verdict == Verdict.GRANT and not is_named and protocol != socket.IPPROTO_TCP and family == 4:
+            endpoint = self._endpoints.get(ctypes.c_uint32(found.endpoint))
+            if endpoint is not None and self._is_broadcast(address, endpoint.netns):
+                return Verdict.NONE, 0
         return found.verdict, found.endpoint
 
-    def _is_broadcast(self, protocol: int, family: int, address: bytes) -> bool:
-        if protocol == socket.IPPROTO_TCP or family != 4:
-            return False
-        key = layout.HostAddress(netns=layout.ANY_NETNS, family=family)
+    def _is_broadcast(self, address: bytes, netns: int) -> bool:
+        key = layout.HostAddress(netns=netns, family=4)
         key.addr[:] = address
         return self._broadcasts.peek(key) is not None

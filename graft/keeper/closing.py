@@ -48,7 +48,10 @@ class Closer:
         self._children = [pid for pid in self._children if not _has_ended(pid)]
         if not self._waiting or len(self._children) >= _MAX_CHILDREN:
             return
-        reader, writer = os.pipe()
+        try:
+            reader, writer = os.pipe()
+        except OSError:  # no descriptor is left
+            return
         try:
             child = os.fork()
             if child == 0:

@@ -8,6 +8,7 @@ pyroute2 is not used: to import it takes longer than a container may take to sta
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Iterator
@@ -57,11 +58,11 @@ def _destinations(sock: socket.socket) -> Iterator[IPAddress]:
         data = sock.recv(_PIECE_BYTES)
         while len(data) >= _HEADER.size:
             length, kind, _, _, _ = _HEADER.unpack_from(data)
-            if kind == _DONE:
-                return
-            if kind == _ERROR:
+            if kind in (_DONE, _ERROR):  # both have a number of an error
                 code = -struct.unpack_from("=i", data, _HEADER.size)[0]
-                raise OSError(code, "cannot list the kernel's routes")
+                if code not in (0, errno.ENOENT):  # no such table: lo has never been up
+                    raise OSError(code, "cannot list the kernel's routes")
+                return
             if kind == _NEW_ROUTE:
                 yield from _destination(data[_HEADER.size : length])
             data = data[max(_aligned(length), _HEADER.size) :]

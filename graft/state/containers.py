@@ -310,7 +310,7 @@ class ContainerChanges(Containers):
             number = self._new_id()
             unix_sockets.save_rules(self._settings, policy.unix_ingress)
             with self._endpoints.namespaces(list(stored.values())) as namespaces:
-                host_addresses.renew(self._maps, namespaces)
+                host_addresses.renew(self._maps, self._settings.host_netns, namespaces)
             rulesets.write(self._maps, number, rules, {name: found.id for name, found in stored.items()})
         except BaseException:
             self._endpoints.restore_superseded(superseded)

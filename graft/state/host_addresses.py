@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
     _Table = Map[layout.HostAddress, ctypes.c_uint32]
 
 
+_MOST_OF_OTHERS = 4096
+"""What counts of an endpoint's namespace, where others than the host's root may add addresses."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Keys of the two maps."""
+    """Keys of the two maps, of one namespace."""
 
     cookie: int
     addresses: frozenset[bytes]
@@ -47,36 +52,45 @@ def note(maps: Maps, opened: int) -> int:
     return found.cookie
 
 
-def renew(maps: Maps, namespaces: Iterable[Path]) -> None:
-    """Note those of all these namespaces, and no others. One that is gone has none. Raises KernelError."""
-    found = []
+def renew(maps: Maps, host: Path, others: Iterable[Path]) -> None:
+    """Note those of the host's namespace and of these, as they are now. Of one that cannot be entered those stay that
+    were noted, as long as an endpoint is there. Raises KernelError, where the host's are not found or there is no room.
+    """
     try:
-        for place in namespaces:
-            with contextlib.suppress(FileNotFoundError):
-                found.append(_look_at(place))
+        found = {one.cookie: one for one in [_look_at(host)]}
     except OSError as error:
         raise KernelError(f"cannot list the host's addresses: {error.strerror or error}") from error
+    for place in others:
+        with contextlib.suppress(OSError):
+            opened = netns.open_place(place)
+            try:
+                if netns.cookie_by(opened) not in found:
+                    one = _look(opened)
+                    found[one.cookie] = one
+            finally:
+                os.close(opened)
+    kept = {value.netns for _, value in maps.endpoints.items()} - found.keys()
     with needs_room("addresses of the host"):
-        _put_only(maps.noted_addresses, frozenset().union(*(one.addresses for one in found)))
-        _put_only(maps.broadcasts, frozenset().union(*(one.broadcasts for one in found)))
+        _replace(maps.noted_addresses, kept, frozenset().union(*(one.addresses for one in found.values())))
+        _replace(maps.broadcasts, kept, frozenset().union(*(one.broadcasts for one in found.values())))
 
 
 def _look_at(place: Path) -> _Found:
     opened = netns.open_place(place)
     try:
-        return _look(opened)
+        return _look(opened, most=None)
     finally:
         os.close(opened)
 
 
-def _look(opened: int) -> _Found:
+def _look(opened: int, most: int | None = _MOST_OF_OTHERS) -> _Found:
     with netns.entered_by(opened):
         cookie, routes = netns.cookie(), local_routes()
-    return _Found(
-        cookie,
-        frozenset(_key(cookie, one) for one in routes.addresses),
-        frozenset(_key(where, one) for one in routes.broadcasts for where in (cookie, layout.ANY_NETNS)),
-    )
+    return _Found(cookie, _keys(cookie, routes.addresses, most), _keys(cookie, routes.broadcasts, most))
+
+
+def _keys(cookie: int, addresses: Iterable[IPAddress], most: int | None) -> frozenset[bytes]:
+    return frozenset(_key(cookie, one) for one in islice(addresses, most))
 
 
 def _key(cookie: int, address: IPAddress) -> bytes:
@@ -90,8 +104,10 @@ def _put(table: _Table, keys: Iterable[bytes]) -> None:
         table.put(layout.HostAddress.from_buffer_copy(key), ctypes.c_uint32(1))
 
 
-def _put_only(table: _Table, keys: frozenset[bytes]) -> None:
-    _put(table, keys)
-    for key in table.keys():  # noqa: SIM118
-        if bytes(key) not in keys:
-            table.delete(key)
+def _replace(table: _Table, kept: Set[int], keys: frozenset[bytes]) -> None:
+    """Put these, and remove all others but those of the namespaces ``kept``."""
+    there = {bytes(key): key for key in table.keys()}  # noqa: SIM118
+    _put(table, keys - there.keys())
+    for packed in there.keys() - keys:
+        if there[packed].netns not in kept:
+            table.delete(there[packed])

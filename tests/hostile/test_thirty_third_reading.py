@@ -67,6 +67,28 @@ def test_control_where_its_route_is_not_judged_it_does(without: Without, program
     assert reached6(Arena(without("astray6"), programs, tmp_path), "born", 30)
 
 
+def misread_route(host: Host, confine: Confine) -> list[tuple[str, bytes]]:
+    """Source and destination are the same address far away, by the route to the host's own."""
+    with service(host) as near:
+        port = near.getsockname()[1]
+        chosen = socket.inet_aton(ELSEWHERE) * 2 + port.to_bytes(2, "big") + bytes(5) + b"\x01"
+        rules = f"{{to: {HOST4}, ports: [{port}], action: deny}}"
+        policy = f"name: t\negress: [{rules}]\ndefault: {{bind: deny, connect: container}}\n"
+        steps: list[Word] = ["make", INET6, DGRAM, 0, "connect", f"::ffff:{HOST4}", 53, "bytes", *CORK, ON]
+        steps += ["send", socket.inet_ntop(socket.AF_INET6, chosen), 9, "bytes", *CORK, OFF]
+        steps += ["bytes32", *ADDRFORM, AS_INET, "send", "-", "-", "wait"]
+        confine(host, "direct", policy, *steps).lines(7)
+        return heard(near)
+
+
+def test_nor_one_that_says_that_it_comes_from_there_too(host: Host, confine: Confine) -> None:
+    assert misread_route(host, confine) == []
+
+
+def test_control_where_its_route_is_not_judged_that_arrives(without: Without, confine: Confine) -> None:
+    assert misread_route(without("astray"), confine) == [(ELSEWHERE, b"hello")]
+
+
 # ---- who receives it, and what counts as the host's ---------------------------------------------------------------
 
 

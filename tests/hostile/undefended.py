@@ -153,7 +153,7 @@ def _at_once(file: str, function: str, statement: str) -> Change:
     return file, f"{function}\n{{\n", f"{function}\n{{\n\t{statement}\n"
 
 
-_ASTRAY = ("destination.bpf.c", "\treturn packet->to[0] != packet->from[0] &&", "\treturn 0 &&")
+_ASTRAY = ("destination.bpf.c", "\treturn !is_noted_as_hosts(netns, packet->to, GRAFT_IPV4);", "\treturn 0;")
 _BY_ITS_SOCKET = (
     "destination.bpf.c",
     "packet.protocol != IPPROTO_UDP || is_transformed(skb, packet.family)",
@@ -299,7 +299,9 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A datagram goes by whatever route the kernel has for it.
     "astray": (_ASTRAY,),
-    "astray6": (_at_once("destination.bpf.c", "int is_astray6(void *route, struct packet *packet)", "return 0;"),),
+    "astray6": (
+        _at_once("destination.bpf.c", "int is_astray6(void *route, struct packet *packet, u64 netns)", "return 0;"),
+    ),
     # And the program may choose the peer after the route.
     "astray, and begun": (
         _ASTRAY,

@@ -84,6 +84,7 @@ class Setting:
             egress=None,
             egress_ports=None,
             broadcasts=None,
+            endpoints=None,
         )
         self.relay = DatagramRelay(self.resources, self.maps, Here(), Here())  # type: ignore[arg-type]
         self.program = self.socket()
