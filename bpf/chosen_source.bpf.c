@@ -131,7 +131,8 @@ static __always_inline int would_mix_peers(struct bpf_sock_addr *ctx, struct req
 	if (request->protocol != IPPROTO_UDP)
 		return 0;
 	__builtin_memcpy(&ip, request->addr, 4);
-	return is_broadcast(request, bpf_get_netns_cookie(ctx)) || (request->family == GRAFT_IPV4 && ip == 0xffffffff) || has_begun_datagram(ctx);
+	return is_broadcast(request, bpf_get_netns_cookie(ctx)) || (request->family == GRAFT_IPV4 && ip == 0xffffffff) ||
+	       has_begun_datagram(ctx);
 }
 
 /* Whether a connect takes an address or a port from the endpoint, which the socket's tag must say. */

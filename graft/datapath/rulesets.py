@@ -6,6 +6,7 @@ the hooks, so that there is one set of rules; the hooks enforce it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import socket
 from collections import Counter, defaultdict
@@ -15,6 +16,7 @@ from typing import Any
 
 from graft.datapath import layout
 from graft.datapath.maps import Maps, needs_room
+from graft.kernel import bpf
 from graft.kernel.bpf import Map
 from graft.model.address import IPAddress, pack16
 from graft.model.endpoint import in_order
@@ -125,6 +127,14 @@ def _of_all_ports(rules: RuleSet, endpoint_ids: Mapping[str, int]) -> dict[int, 
         for one in rules.egress_ports
         if not one.port_bits and entries[one.node] == 1
     }
+
+
+def retire(maps: Maps, numbers: Iterable[int]) -> None:
+    """Remove rulesets that no container has any more: a hook that has read an old number finds the old rules whole."""
+    with contextlib.suppress(OSError):  # no memory: replaced all the same
+        bpf.wait_for_programs()
+    for number in numbers:
+        erase(maps, number)
 
 
 def erase(maps: Maps, number: int) -> None:

@@ -6,7 +6,6 @@ its rules are written under a new ruleset number, then one update of the contain
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from graft.datapath import attachments, exchanges, layout, rulesets
 from graft.datapath.maps import Maps, needs_room
 from graft.errors import ConflictError, NotFoundError, RefusedError, UsageError
-from graft.kernel import bpf, cgroup
+from graft.kernel import cgroup
 from graft.kernel.netns import cookie
 from graft.model.address import shown
 from graft.model.settings import Settings
@@ -237,9 +236,7 @@ class ContainerChanges(Containers):
             origin=compiled.policy.origin.name.lower(),
         )
         self._switch(changed, value, new)
-        with contextlib.suppress(OSError):  # no memory: replaced all the same
-            bpf.wait_for_programs()  # a hook that has read the old number finds the old rules whole
-        rulesets.erase(self._maps, old)
+        rulesets.retire(self._maps, [old])
         self._release_unix(container.id, rulesets.endpoints_of(self._maps, new.ruleset))
         self._endpoints.delete_superseded(new.superseded)
         self._endpoints.delete_unused()

@@ -13,7 +13,7 @@ from pathlib import Path
 from graft.datapath import layout, rulesets
 from graft.datapath.maps import Maps, needs_room
 from graft.errors import ConflictError, NotFoundError
-from graft.kernel import bpf, netns
+from graft.kernel import netns
 from graft.kernel.atomic_file import prepare_file
 from graft.model.endpoint import Endpoint, Protocol
 from graft.model.ports import ports_text
@@ -213,10 +213,7 @@ class EndpointChanges(Endpoints):
             if value.ruleset in numbers:
                 value.ruleset = numbers[value.ruleset]
                 self._maps.containers.put(key, value)
-        with contextlib.suppress(OSError):  # no memory: replaced all the same
-            bpf.wait_for_programs()  # a hook that has read an old number finds the old rules whole
-        for number in numbers:
-            rulesets.erase(self._maps, number)
+        rulesets.retire(self._maps, numbers)
 
     def change(self, endpoint: Endpoint) -> None:
         """Give an endpoint another address, protocol or namespace, from the next bind or connect on.

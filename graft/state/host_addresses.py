@@ -56,29 +56,27 @@ def renew(maps: Maps, host: Path, others: Iterable[Path]) -> None:
     """Note those of the host's namespace and of these, as they are now. Of one that cannot be entered those stay that
     were noted, as long as an endpoint is there. Raises KernelError, where the host's are not found or there is no room.
     """
+    found: dict[int, _Found] = {}
     try:
-        found = {one.cookie: one for one in [_look_at(host)]}
+        _look_at(host, found, most=None)
     except OSError as error:
         raise KernelError(f"cannot list the host's addresses: {error.strerror or error}") from error
     for place in others:
         with contextlib.suppress(OSError):
-            opened = netns.open_place(place)
-            try:
-                if netns.cookie_by(opened) not in found:
-                    one = _look(opened)
-                    found[one.cookie] = one
-            finally:
-                os.close(opened)
+            _look_at(place, found)
     kept = {value.netns for _, value in maps.endpoints.items()} - found.keys()
     with needs_room("addresses of the host"):
         _replace(maps.noted_addresses, kept, frozenset().union(*(one.addresses for one in found.values())))
         _replace(maps.broadcasts, kept, frozenset().union(*(one.broadcasts for one in found.values())))
 
 
-def _look_at(place: Path) -> _Found:
+def _look_at(place: Path, found: dict[int, _Found], most: int | None = _MOST_OF_OTHERS) -> None:
+    """Add what a namespace has, unless another endpoint in it was looked at already."""
     opened = netns.open_place(place)
     try:
-        return _look(opened, most=None)
+        if netns.cookie_by(opened) not in found:
+            one = _look(opened, most)
+            found[one.cookie] = one
     finally:
         os.close(opened)
 
