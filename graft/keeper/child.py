@@ -38,6 +38,8 @@ class Child:
         """When it said first that it is ready; 0: it has not."""
         self.is_stopping = False
         """Whether it said that it ends by itself."""
+        self.was_killed = False
+        """Whether it was sent SIGKILL."""
 
     def _begin(
         self,
@@ -66,13 +68,22 @@ class Child:
         return time.monotonic() - self.ready if self.ready else 0.0
 
     def send(self, signum: int) -> None:
-        """Send it a signal: it is not reaped yet, so the number is its own."""
-        os.kill(self.pid, signum)
+        """Send it a signal."""
+        self._send(signum)
+        self.was_killed = self.was_killed or signum == signal.SIGKILL
+
+    def _send(self, signum: int) -> None:
+        os.kill(self.pid, signum)  # it is not reaped yet, so the number is its own
 
     def reap(self) -> int:
         """Its exit status, or the negative number of the signal that killed it. Waits until it has ended."""
         os.close(self.pidfd)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def leave(self, forks: Forks) -> None:
+        """Watch it no longer: ``forks`` reaps it when it ends."""
+        os.close(self.pidfd)
+        forks.leave(self.pid)
 
 
 class Adopted(Child):
@@ -87,9 +98,8 @@ class Adopted(Child):
     def _begin(self, *_: object) -> tuple[int, int]:
         return self._pid, os.pidfd_open(self._pid)
 
-    def send(self, signum: int) -> None:
-        """As for a child: its number may be another's by now, its descriptor is not."""
-        try:
+    def _send(self, signum: int) -> None:
+        try:  # its number may be another's by now, its descriptor is not
             signal.pidfd_send_signal(self.pidfd, signum)
         except ProcessLookupError:
             pass
@@ -98,6 +108,10 @@ class Adopted(Child):
         """0 where it said that it ends, else as if it was killed: how it ended, its parent is told alone."""
         os.close(self.pidfd)
         return 0 if self.is_stopping else -signal.SIGKILL
+
+    def leave(self, forks: Forks) -> None:
+        """Whoever is its parent reaps it."""
+        os.close(self.pidfd)
 
 
 def _execute(

@@ -11,8 +11,10 @@ import contextlib
 import fcntl
 import os
 
-_NAMES = ("fd", "mountinfo", "task/{pid}/stat", "task/{pid}/schedstat")
-"""That of its keeper's socket and others', that of cgroup v2, that of the watchdog, and that of slow calls."""
+_NAMES = ("fd", "mountinfo", "ns/pid", "task/{pid}/stat", "task/{pid}/schedstat")
+"""Those of its keeper's socket and others', of cgroup v2, of the check that it runs among the host's processes, of the
+watchdog, and of slow calls. (Names themselves, not what a link leads to.)
+"""
 
 
 def pin(inherited: int = 0) -> None:
@@ -21,7 +23,7 @@ def pin(inherited: int = 0) -> None:
     """
     for name in _NAMES:
         with contextlib.suppress(OSError):  # a kernel without it
-            fd = os.open(f"/proc/self/{name.format(pid=os.getpid())}", os.O_PATH | os.O_CLOEXEC)
+            fd = os.open(f"/proc/self/{name.format(pid=os.getpid())}", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
             if inherited:
                 fcntl.fcntl(fd, fcntl.F_DUPFD, inherited)
                 os.close(fd)

@@ -56,16 +56,17 @@ class Forks:
             try:
                 _hand_over(ours, fds, self._seconds)
             except TimeoutError:
-                self._leave(pid)
+                self.leave(pid)
                 self._seconds = min(2 * self._seconds, _LONGEST_SECONDS)
                 raise TimeoutError(errno.ETIMEDOUT, f"process {pid} waits in the kernel for its own folder") from None
             except OSError:
-                self._leave(pid)
+                self.leave(pid)
                 raise
         self._seconds = self._first
         return pid
 
-    def _leave(self, pid: int) -> None:
+    def leave(self, pid: int) -> None:
+        """Kill a child, and reap it when it has ended."""
         os.kill(pid, signal.SIGKILL)
         self._left.append(pid)
 

@@ -12,7 +12,8 @@ A graftd whose keeper was killed starts another one, which adopts it: it is stor
 A first graftd that ends before it is ready is not started again: what its starter wants is impossible.
 
 A message counts if the kernel says that it is of the graftd that was started, and root's (SCM_CREDENTIALS); what came
-before graftd's end is read before the next one is started. One that says nothing for too long is killed.
+before graftd's end is read before the next one is started. One that says nothing for too long is killed, and left
+behind where it does not end then: it runs no instruction of its own any more, wherever in the kernel it waits.
 """
 
 from __future__ import annotations
@@ -109,9 +110,7 @@ class Keeper:
                 if now >= self._due:
                     self._start()
             elif self._is_late(now):
-                log(f"graftd ({self._child.pid}) hangs, and is killed")
-                self._child.send(signal.SIGKILL)
-                self._killed_at = now + _END_SECONDS
+                self._kill(self._child, now)
             if self._has_ended(now) and self._child is not None:
                 self._receive()
                 status = self._reaped(self._child)
@@ -157,6 +156,19 @@ class Keeper:
             else:
                 has_ended = True
         return has_ended
+
+    def _kill(self, child: Child, now: float) -> None:
+        """graftd is late. One that was killed before and has not ended waits in the kernel: another one is started."""
+        if child.was_killed:
+            log(f"graftd ({child.pid}) was killed, does not end, and is left behind")
+            self._poll.unregister(child.pidfd)
+            child.leave(self._forks)
+            self._child, self._killed_at, self._due = None, 0.0, now
+            self._choose_command(is_replaced=False)
+        else:
+            log(f"graftd ({child.pid}) hangs, and is killed")
+            child.send(signal.SIGKILL)
+            self._killed_at = now + _END_SECONDS
 
     def _end(self) -> None:
         """SIGTERM: end graftd, which resets its connections, and then this process."""

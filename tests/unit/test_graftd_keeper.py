@@ -273,6 +273,37 @@ def test_one_that_says_nothing_for_too_long_is_killed(start_keeper: Callable[...
     assert kept.noted(2)[1][0] != first
 
 
+UNKILLABLE = """
+import os, signal; from graft.keeper import process; process._END_SECONDS = 0.2; kill = os.kill
+os.kill = lambda pid, signum: kill(pid, 0 if signum == signal.SIGKILL else signum)
+"""
+"""As if whoever is killed waited in the kernel."""
+
+
+def test_one_that_does_not_end_though_it_is_killed_is_left_behind(start_keeper: Callable[..., Kept]) -> None:
+    kept = start_keeper(STORES + WAITS, watchdog=0.5 * PATIENCE, before=UNKILLABLE)
+    [[first, _]] = kept.noted(1)
+    os.kill(int(first), signal.SIGSTOP)
+    try:
+        second, words = kept.noted(2)[1]
+        assert second != first
+        assert words == "given p1=in-flight"
+        assert Path(f"/proc/{first}").exists()
+    finally:
+        os.kill(int(first), signal.SIGKILL)
+
+
+def test_one_that_does_not_end_though_it_is_killed_keeps_no_keeper(start_keeper: Callable[..., Kept]) -> None:
+    kept = start_keeper(STORES + WAITS, before=UNKILLABLE)
+    [[first, _]] = kept.noted(1)
+    os.kill(int(first), signal.SIGSTOP)
+    try:
+        kept.process.terminate()
+        assert kept.process.wait(10 * PATIENCE) == 0
+    finally:
+        os.kill(int(first), signal.SIGKILL)
+
+
 def test_a_message_of_another_process_does_nothing(start_keeper: Callable[..., Kept]) -> None:
     kept = start_keeper(STORES + WAITS)
     assert os.read(kept.ready, 10) == b"ready"
