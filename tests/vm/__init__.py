@@ -12,6 +12,7 @@ after the other under QEMU's emulation (no KVM: slow, but it needs nothing of th
     report.py       what a guest left, as a line (pure)
     jobs/           what runs in a guest: the whole, the quick form, a kernel that is too old, the table of helpers
     core.txt        the tests of tests/e2e that run in a guest
+    same_everywhere.txt    those of tests/kernel that do not
     guest/          tests that need a machine of their own: a real systemd unit
     files/          what the root file system has besides: the service that runs the job
 """
