@@ -149,8 +149,9 @@ def test_the_archives_are_read_from_this_machines_sources(sources: str) -> None:
     assert apt.archive("# http://a.example/debian\n", "debian") is None
 
 
-def test_the_tests_for_a_guest_are_there() -> None:
+@pytest.mark.parametrize("names", ["core.txt", "same_everywhere.txt"])
+def test_the_tests_that_are_named_for_a_guest_are_there(names: str) -> None:
     root = Path(__file__).resolve().parents[2]
-    for line in (root / "tests/vm/core.txt").read_text().splitlines():
+    for line in (root / "tests/vm" / names).read_text().splitlines():
         file, _, name = line.partition("::")
         assert not file or file.startswith("#") or f"def {name}(" in (root / file).read_text() or not name, line
