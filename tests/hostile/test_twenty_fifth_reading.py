@@ -174,7 +174,7 @@ def test_who_is_held_in_its_start_has_no_command_wait_for_its_policy(
             goes_on = threading.Thread(target=start.close)
             goes_on.start()
             for number in range(10):
-                host.graft("ep", "add", f"other{number}", f"127.0.0.1:{host.port()}", timeout=5)
+                host.graft("ep", "add", f"other{number}", f"127.0.0.1:{host.port()}", timeout=20)
         goes_on.join()
     podman.remove("evil")
     file.unlink()
@@ -198,7 +198,7 @@ def test_who_holds_the_folder_of_a_named_namespace_has_no_other_command_wait(
         else:
             adding.process.wait(20 * PATIENCE)
             assert f"netns: {folder}/there: somebody holds the directory {folder}" in adding.complained
-            host.graft("ep", "add", "other", f"127.0.0.1:{host.port()}", timeout=5)
+            host.graft("ep", "add", "other", f"127.0.0.1:{host.port()}", timeout=20)
     if not without:
         host.graft(*command)
         assert host.installation.endpoints.find("there").cookie == netns.cookie(host.client.path)
