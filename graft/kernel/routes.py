@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from itertools import islice
 
 from graft.model.address import IPAddress
 
@@ -39,18 +40,25 @@ class LocalRoutes:
     broadcasts: frozenset[IPv4Address]
 
 
-def local_routes() -> LocalRoutes:
-    """Of the calling thread's namespace. Raises OSError."""
-    found = {kind: set[IPAddress]() for kind in (_LOCAL, _BROADCAST)}
+def local_routes(most: int | None = None) -> LocalRoutes:
+    """Of the calling thread's namespace; no more than the first ``most`` of each kind and family are read. Raises
+    OSError.
+    """
+    ipv4, broadcasts, ipv6 = (
+        frozenset(islice(_listed(family, kind), most))
+        for family, kind in ((socket.AF_INET, _LOCAL), (socket.AF_INET, _BROADCAST), (socket.AF_INET6, _LOCAL))
+    )
+    return LocalRoutes(ipv4 | ipv6, frozenset(one for one in broadcasts if isinstance(one, IPv4Address)))
+
+
+def _listed(family: int, kind: int) -> Iterator[IPAddress]:
+    """As far as the caller reads: the kernel lists a piece for each call."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_ROUTE) as sock:
         sock.settimeout(_TIMEOUT)
         sock.setsockopt(_SOL_NETLINK, _STRICT_CHECK, 1)
-        for family, kind in ((socket.AF_INET, _LOCAL), (socket.AF_INET, _BROADCAST), (socket.AF_INET6, _LOCAL)):
-            body = _ROUTE.pack(family, 0, 0, 0, _TABLE_LOCAL, 0, 0, kind, 0)
-            sock.send(_HEADER.pack(_HEADER.size + len(body), _GET_ROUTE, _DUMP, 0, 0) + body)
-            found[kind].update(_destinations(sock))
-    broadcasts = frozenset(one for one in found[_BROADCAST] if isinstance(one, IPv4Address))
-    return LocalRoutes(frozenset(found[_LOCAL]), broadcasts)
+        body = _ROUTE.pack(family, 0, 0, 0, _TABLE_LOCAL, 0, 0, kind, 0)
+        sock.send(_HEADER.pack(_HEADER.size + len(body), _GET_ROUTE, _DUMP, 0, 0) + body)
+        yield from _destinations(sock)
 
 
 def _destinations(sock: socket.socket) -> Iterator[IPAddress]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 
 _MOST_OF_OTHERS = 4096
-"""What counts of an endpoint's namespace, where others than the host's root may add addresses."""
+"""What counts of an endpoint's namespace, where others than the host's root may add addresses: of each kind."""
+_ROOM_OF_HOST = 16384
+"""What the namespaces of endpoints leave of a table, all together, for the host's own addresses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +43,14 @@ class _Found:
     broadcasts: frozenset[bytes]
 
 
-def note(maps: Maps, opened: int) -> int:
-    """Note those of the namespace of a descriptor; gives its cookie. Raises OSError, and KernelError where there is no
-    room.
+def note(maps: Maps, opened: int, is_host: bool) -> int:
+    """Note those of the namespace of a descriptor, in the place of what was noted of it; gives its cookie. Raises
+    OSError, and KernelError where there is no room.
     """
-    found = _look(opened)
-    with needs_room("addresses of the host"):
-        _put(maps.noted_addresses, found.addresses)
-        _put(maps.broadcasts, found.broadcasts)
+    found = _look(opened, None if is_host else _MOST_OF_OTHERS)
+    tables = (maps.noted_addresses, maps.broadcasts)
+    kept = {key.netns for table in tables for key in table.keys()} - {found.cookie}  # noqa: SIM118
+    _write(maps, kept, found if is_host else None, [] if is_host else [found])
     return found.cookie
 
 
@@ -61,13 +63,19 @@ def renew(maps: Maps, host: Path, others: Iterable[Path]) -> None:
         _look_at(host, found, most=None)
     except OSError as error:
         raise KernelError(f"cannot list the host's addresses: {error.strerror or error}") from error
+    [first] = found.values()
     for place in others:
         with contextlib.suppress(OSError):
             _look_at(place, found)
     kept = {value.netns for _, value in maps.endpoints.items()} - found.keys()
+    _write(maps, kept, first, [one for one in found.values() if one is not first])
+
+
+def _write(maps: Maps, kept: Set[int], host: _Found | None, others: Sequence[_Found]) -> None:
+    """The host's, and of the others what there is room for: those of whoever has the fewest first."""
     with needs_room("addresses of the host"):
-        _replace(maps.noted_addresses, kept, frozenset().union(*(one.addresses for one in found.values())))
-        _replace(maps.broadcasts, kept, frozenset().union(*(one.broadcasts for one in found.values())))
+        _replace(maps.noted_addresses, kept, host.addresses if host else (), [one.addresses for one in others])
+        _replace(maps.broadcasts, kept, host.broadcasts if host else (), [one.broadcasts for one in others])
 
 
 def _look_at(place: Path, found: dict[int, _Found], most: int | None = _MOST_OF_OTHERS) -> None:
@@ -81,14 +89,14 @@ def _look_at(place: Path, found: dict[int, _Found], most: int | None = _MOST_OF_
         os.close(opened)
 
 
-def _look(opened: int, most: int | None = _MOST_OF_OTHERS) -> _Found:
+def _look(opened: int, most: int | None) -> _Found:
     with netns.entered_by(opened):
-        cookie, routes = netns.cookie(), local_routes()
-    return _Found(cookie, _keys(cookie, routes.addresses, most), _keys(cookie, routes.broadcasts, most))
+        cookie, routes = netns.cookie(), local_routes(most)
+    return _Found(cookie, _keys(cookie, routes.addresses), _keys(cookie, routes.broadcasts))
 
 
-def _keys(cookie: int, addresses: Iterable[IPAddress], most: int | None) -> frozenset[bytes]:
-    return frozenset(_key(cookie, one) for one in islice(addresses, most))
+def _keys(cookie: int, addresses: Iterable[IPAddress]) -> frozenset[bytes]:
+    return frozenset(_key(cookie, one) for one in addresses)
 
 
 def _key(cookie: int, address: IPAddress) -> bytes:
@@ -97,15 +105,14 @@ def _key(cookie: int, address: IPAddress) -> bytes:
     return bytes(key)
 
 
-def _put(table: _Table, keys: Iterable[bytes]) -> None:
-    for key in keys:
-        table.put(layout.HostAddress.from_buffer_copy(key), ctypes.c_uint32(1))
-
-
-def _replace(table: _Table, kept: Set[int], keys: frozenset[bytes]) -> None:
-    """Put these, and remove all others but those of the namespaces ``kept``."""
+def _replace(table: _Table, kept: Set[int], host: Iterable[bytes], others: Sequence[frozenset[bytes]]) -> None:
+    """Put these, and remove what else is there but of the namespaces ``kept``."""
     there = {bytes(key): key for key in table.keys()}  # noqa: SIM118
-    _put(table, keys - there.keys())
-    for packed in there.keys() - keys:
-        if there[packed].netns not in kept:
-            table.delete(there[packed])
+    stay = {packed for packed, key in there.items() if key.netns in kept}
+    room = max(0, layout.MAX_NOTED - _ROOM_OF_HOST - len(stay))
+    fewest_first: list[frozenset[bytes]] = sorted(others, key=len)
+    wanted = {*host, *islice(chain.from_iterable(fewest_first), room)}
+    for packed in there.keys() - stay - wanted:
+        table.delete(there[packed])
+    for packed in wanted - there.keys():
+        table.put(layout.HostAddress.from_buffer_copy(packed), ctypes.c_uint32(1))

@@ -831,6 +831,18 @@ def _listeners_counted() -> None:
     FarCheck._listens_alone = listens_alone  # type: ignore[method-assign]
 
 
+def _bounded_addresses() -> None:
+    """What was noted of a namespace before stays noted."""
+    from graft.state import host_addresses
+
+    replace = host_addresses._replace
+
+    def put_all(table: Any, kept: object, host: Iterable[bytes], others: Sequence[frozenset[bytes]]) -> None:
+        replace(table, {key.netns for key in table.keys()}, host, others)  # noqa: SIM118
+
+    host_addresses._replace = put_all
+
+
 def _own_descriptors() -> None:
     """The own folder in /proc of a process of root's is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
@@ -1406,6 +1418,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "units of systemd's": _units_of_systemds,
     "named namespaces apart": _named_namespaces_apart,
     "own clocks": _own_clocks,
+    "bounded addresses": _bounded_addresses,
     "left behind": _left_behind,
     "others in the cgroup": _others_in_the_cgroup,
     "search": _search,

@@ -1,0 +1,66 @@
+"""Which addresses are noted for the hooks where there is no room for all."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+
+from graft.datapath import layout
+from graft.state import host_addresses
+
+
+class Table:
+    """In the place of the map."""
+
+    def __init__(self) -> None:
+        self.entries: dict[bytes, layout.HostAddress] = {}
+
+    def keys(self) -> list[layout.HostAddress]:
+        return list(self.entries.values())
+
+    def put(self, key: layout.HostAddress, _: ctypes.c_uint32) -> None:
+        self.entries[bytes(key)] = key
+
+    def delete(self, key: layout.HostAddress) -> None:
+        del self.entries[bytes(key)]
+
+    def counts(self) -> dict[int, int]:
+        """How many there are of each namespace."""
+        cookies = [key.netns for key in self.entries.values()]
+        return {cookie: cookies.count(cookie) for cookie in set(cookies)}
+
+
+def keys(cookie: int, count: int, first: int = 0) -> frozenset[bytes]:
+    made = [layout.HostAddress(netns=cookie, family=4) for _ in range(count)]
+    for number, key in enumerate(made, first):
+        key.addr[:] = number.to_bytes(16, "big")
+    return frozenset(map(bytes, made))
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With room for thirty, ten of which are for the host only."""
+    monkeypatch.setattr(layout, "MAX_NOTED", 30)
+    monkeypatch.setattr(host_addresses, "_ROOM_OF_HOST", 10)
+    return Table()
+
+
+def test_whoever_has_the_fewest_comes_first_and_the_host_always(table: Any) -> None:
+    host_addresses._replace(table, set(), keys(1, 5), [keys(2, 100), keys(3, 8), keys(4, 1)])
+    assert table.counts() == {1: 5, 4: 1, 3: 8, 2: 11}
+    host_addresses._replace(table, set(), keys(1, 10), [keys(2, 100), keys(3, 15), keys(4, 1)])
+    assert table.counts() == {1: 10, 4: 1, 3: 15, 2: 4}
+
+
+def test_what_a_namespace_does_not_have_any_more_is_removed(table: Any) -> None:
+    host_addresses._replace(table, set(), keys(1, 5), [keys(2, 3)])
+    host_addresses._replace(table, {1}, (), [keys(2, 3, first=2)])
+    assert set(table.entries) == keys(1, 5) | keys(2, 3, first=2)
+
+
+def test_what_stays_takes_its_room(table: Any) -> None:
+    host_addresses._replace(table, set(), (), [keys(2, 15)])
+    host_addresses._replace(table, {2}, keys(1, 10), [keys(3, 10)])
+    assert table.counts() == {1: 10, 2: 15, 3: 5}
