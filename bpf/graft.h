@@ -50,6 +50,7 @@
 #define GRAFT_VERDICT_GRANT 1
 #define GRAFT_VERDICT_DENY 2
 #define GRAFT_VERDICT_CONTAINER 3
+#define GRAFT_VERDICT_NAMED 4 /* in the maps only: a grant, of a rule for this one IPv4 address */
 
 /* `endpoints`: id -> struct endpoint. */
 struct endpoint {
@@ -120,12 +121,10 @@ struct egress_key {
 #define GRAFT_EGRESS_FIXED_BITS (8 * (4 + 4)) /* all of the key before the address */
 
 struct egress_value {
-	__u32 node;     /* GRAFT_NODE_NAMED: its prefix is one IPv4 address */
+	__u32 node;
 	__u32 verdict;  /* where it is the same for all ports, or 0 */
 	__u32 endpoint;
 };
-
-#define GRAFT_NODE_NAMED 0x80000000
 
 /* `host_addresses`, `noted_addresses`, `broadcasts`: this -> 1. An address of the host's in a namespace, or of one of its
  * links; IPv4 in the first four bytes. */
@@ -480,6 +479,6 @@ struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 };
-#define GRAFT_LAYOUT_VERSION 16
+#define GRAFT_LAYOUT_VERSION 17
 
 #endif

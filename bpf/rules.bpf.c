@@ -99,8 +99,8 @@ static __always_inline void substitute_loopback(struct request *request, int hos
 	request->to_loopback = host;
 }
 
-/* The rule for a destination. *named: its prefix is this address alone. */
-static __always_inline u32 covering_rule(struct container *container, struct request *request, u32 *endpoint, u32 *named)
+/* The verdict for a destination, as it is in the maps. */
+static __always_inline u32 covering_rule(struct container *container, struct request *request, u32 *endpoint)
 {
 	struct egress_key key = {
 		.prefixlen = GRAFT_EGRESS_FIXED_BITS + (request->family == GRAFT_IPV4 ? 32 : 128),
@@ -115,7 +115,6 @@ static __always_inline u32 covering_rule(struct container *container, struct req
 	node = egress.lookup(&key);
 	if (!node)
 		return GRAFT_VERDICT_NONE;
-	*named = node->node & GRAFT_NODE_NAMED;
 	if (node->verdict) {
 		*endpoint = node->endpoint;
 		return node->verdict;
@@ -124,7 +123,7 @@ static __always_inline u32 covering_rule(struct container *container, struct req
 	struct egress_port_key port = {
 		.prefixlen = GRAFT_EGRESS_PORT_FIXED_BITS + 16,
 		.ruleset = container->ruleset,
-		.node = node->node & ~GRAFT_NODE_NAMED,
+		.node = node->node,
 		.port_be = bpf_htons(request->port),
 	};
 	found = egress_ports.lookup(&port);
@@ -148,15 +147,17 @@ static __always_inline int is_broadcast(struct request *request, u64 netns)
 	return broadcasts.lookup(&key) != 0;
 }
 
-/* What the rules say of a destination. Only one that names it grants a broadcast address: of what is sent there the host
+/* What the rules say of a destination. Only one for it alone grants a broadcast address: of what is sent there the host
  * has a copy for its own sockets that no hook for packets sees, wherever the datagram says that it goes (a program can
  * have the kernel send one to another peer by the route to this one). */
 static __always_inline u32 egress_rule(struct container *container, struct request *request, u32 *endpoint)
 {
-	u32 named = 0, rule = covering_rule(container, request, endpoint, &named);
+	u32 rule = covering_rule(container, request, endpoint);
 	struct endpoint *from;
 
-	if (rule != GRAFT_VERDICT_GRANT || named || request->protocol == IPPROTO_TCP)
+	if (rule == GRAFT_VERDICT_NAMED)
+		return GRAFT_VERDICT_GRANT;
+	if (rule != GRAFT_VERDICT_GRANT || request->protocol == IPPROTO_TCP)
 		return rule;
 	from = endpoints.lookup(endpoint);
 	return from && is_broadcast(request, from->netns) ? GRAFT_VERDICT_NONE : rule;

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import NamedTuple
 
-from graft.datapath.layout import EGRESS_FIXED_BITS, EGRESS_PORT_FIXED_BITS, INGRESS_FIXED_BITS, NODE_NAMED
+from graft.datapath.layout import EGRESS_FIXED_BITS, EGRESS_PORT_FIXED_BITS, INGRESS_FIXED_BITS, VERDICT_NAMED
 from graft.datapath.maps import Maps
 from graft.errors import NotFoundError
 from graft.model.address import format_ip
@@ -141,7 +141,7 @@ def _egress(maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list
     for key, value in maps.egress_ports.items():
         if key.ruleset == ruleset:
             ports = _ports(key.port_be, key.prefixlen - EGRESS_PORT_FIXED_BITS)
-            granted = value.verdict == Verdict.GRANT
+            granted = value.verdict in (Verdict.GRANT, VERDICT_NAMED)
             outcome = (
                 _outcome(endpoints.get(value.endpoint)) if granted else _Outcome(Verdict(value.verdict).name.lower())
             )
@@ -150,7 +150,7 @@ def _egress(maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list
     for prefix, node in maps.egress.items():
         if prefix.ruleset == ruleset:
             address = f"{_address(prefix.addr, prefix.family)}/{prefix.prefixlen - EGRESS_FIXED_BITS}"
-            for entry in nodes.get(node.node & ~NODE_NAMED, []):
+            for entry in nodes.get(node.node, []):
                 found.append(_Entry("egress", _protocol(prefix.protocol), address, *entry))
     return found
 

@@ -20,7 +20,7 @@ from graft.kernel import bpf
 from graft.kernel.bpf import Map
 from graft.model.address import IPAddress, pack16
 from graft.model.endpoint import in_order
-from graft.policy.compiler import RuleSet
+from graft.policy.compiler import EgressPortEntry, RuleSet
 from graft.policy.model import Verdict
 
 _Table = Map[Any, Any]
@@ -100,8 +100,7 @@ def _entries(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str,
             family=prefix.family,
         )
         out_key.addr[:] = prefix.address
-        node = prefix.node | layout.NODE_NAMED * (prefix.family == 4 and prefix.prefix_len == 32)
-        yield maps.egress, out_key, layout.EgressValue(node, *of_all_ports.get(prefix.node, (Verdict.NONE, 0)))
+        yield maps.egress, out_key, layout.EgressValue(prefix.node, *of_all_ports.get(prefix.node, (Verdict.NONE, 0)))
     for port in rules.egress_ports:
         port_key = layout.EgressPortKey(
             prefixlen=layout.EGRESS_PORT_FIXED_BITS + port.port_bits,
@@ -111,7 +110,7 @@ def _entries(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str,
         )
         endpoint = 0 if port.endpoint is None else endpoint_ids[port.endpoint]
         uses[endpoint] |= 0
-        yield maps.egress_ports, port_key, layout.EgressPortValue(port.verdict, endpoint)
+        yield maps.egress_ports, port_key, layout.EgressPortValue(_stored(port), endpoint)
     for endpoint, how in uses.items():
         if endpoint:
             yield maps.uses, layout.Use(number, endpoint), ctypes.c_uint32(how)
@@ -119,11 +118,16 @@ def _entries(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str,
         yield maps.groups, _group_key(number, group.version, pack16(group)), ctypes.c_uint32(1)
 
 
-def _of_all_ports(rules: RuleSet, endpoint_ids: Mapping[str, int]) -> dict[int, tuple[Verdict, int]]:
+def _stored(port: EgressPortEntry) -> int:
+    """Its verdict, as it is in the maps."""
+    return layout.VERDICT_NAMED if port.is_named else port.verdict
+
+
+def _of_all_ports(rules: RuleSet, endpoint_ids: Mapping[str, int]) -> dict[int, tuple[int, int]]:
     """Of the nodes whose ports all have the same entry: its verdict and endpoint, which spare the hooks a lookup."""
     entries = Counter(one.node for one in rules.egress_ports)
     return {
-        one.node: (one.verdict, endpoint_ids[one.endpoint] if one.endpoint is not None else 0)
+        one.node: (_stored(one), endpoint_ids[one.endpoint] if one.endpoint is not None else 0)
         for one in rules.egress_ports
         if not one.port_bits and entries[one.node] == 1
     }
@@ -254,12 +258,13 @@ class Lookup:
         if node is None:
             return Verdict.NONE, 0
         port_key = self._port
-        is_named = bool(node.node & layout.NODE_NAMED)
-        port_key.ruleset, port_key.node, port_key.port_be = ruleset, node.node & ~layout.NODE_NAMED, socket.htons(port)
+        port_key.ruleset, port_key.node, port_key.port_be = ruleset, node.node, socket.htons(port)
         found = self._ports.peek(port_key)
         if found is None:
             return Verdict.NONE, 0
-        if found.verdict == Verdict.GRANT and not is_named and protocol != socket.IPPROTO_TCP and family == 4:
+        if found.verdict == layout.VERDICT_NAMED:
+            return Verdict.GRANT, found.endpoint
+        if found.verdict == Verdict.GRANT and protocol != socket.IPPROTO_TCP and family == 4:
             endpoint = self._endpoints.get(ctypes.c_uint32(found.endpoint))
             if endpoint is not None and self._is_broadcast(address, endpoint.netns):
                 return Verdict.NONE, 0

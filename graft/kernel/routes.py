@@ -41,18 +41,20 @@ class LocalRoutes:
 
 
 def local_routes(most: int | None = None) -> LocalRoutes:
-    """Of the calling thread's namespace; no more than the first ``most`` of each kind and family are read. Raises
-    OSError.
+    """Of the calling thread's namespace; no more than the first ``most`` routes of each kind and family are read, of
+    whatever length. Raises OSError.
     """
     ipv4, broadcasts, ipv6 = (
-        frozenset(islice(_listed(family, kind), most))
+        frozenset(one for one in islice(_listed(family, kind), most) if one is not None)
         for family, kind in ((socket.AF_INET, _LOCAL), (socket.AF_INET, _BROADCAST), (socket.AF_INET6, _LOCAL))
     )
     return LocalRoutes(ipv4 | ipv6, frozenset(one for one in broadcasts if isinstance(one, IPv4Address)))
 
 
-def _listed(family: int, kind: int) -> Iterator[IPAddress]:
-    """As far as the caller reads: the kernel lists a piece for each call."""
+def _listed(family: int, kind: int) -> Iterator[IPAddress | None]:
+    """What each route leads to, None where that is no single address. As far as the caller reads: the kernel lists a
+    piece for each call.
+    """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_ROUTE) as sock:
         sock.settimeout(_TIMEOUT)
         sock.setsockopt(_SOL_NETLINK, _STRICT_CHECK, 1)
@@ -61,7 +63,7 @@ def _listed(family: int, kind: int) -> Iterator[IPAddress]:
         yield from _destinations(sock)
 
 
-def _destinations(sock: socket.socket) -> Iterator[IPAddress]:
+def _destinations(sock: socket.socket) -> Iterator[IPAddress | None]:
     while True:
         data = sock.recv(_PIECE_BYTES)
         while len(data) >= _HEADER.size:
@@ -72,11 +74,11 @@ def _destinations(sock: socket.socket) -> Iterator[IPAddress]:
                     raise OSError(code, "cannot list the kernel's routes")
                 return
             if kind == _NEW_ROUTE:
-                yield from _destination(data[_HEADER.size : length])
+                yield _destination(data[_HEADER.size : length])
             data = data[max(_aligned(length), _HEADER.size) :]
 
 
-def _destination(message: bytes) -> Iterator[IPAddress]:
+def _destination(message: bytes) -> IPAddress | None:
     """The address that a route leads to, if it is one only."""
     family, bits = message[0], message[1]
     size = 4 if family == socket.AF_INET else 16
@@ -85,9 +87,9 @@ def _destination(message: bytes) -> Iterator[IPAddress]:
         length, kind = _ATTRIBUTE.unpack_from(rest)
         if kind == _DESTINATION and length >= _ATTRIBUTE.size + size:
             packed = rest[_ATTRIBUTE.size : _ATTRIBUTE.size + size]
-            yield IPv4Address(packed) if size == 4 else IPv6Address(packed)
-            return
+            return IPv4Address(packed) if size == 4 else IPv6Address(packed)
         rest = rest[max(_aligned(length), _ATTRIBUTE.size) :]
+    return None
 
 
 def _aligned(length: int) -> int:

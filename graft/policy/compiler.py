@@ -83,13 +83,16 @@ class EgressPrefixEntry:
 
 @dataclass(frozen=True, slots=True)
 class EgressPortEntry:
-    """(node, leading ``port_bits`` of port) -> verdict, with the source endpoint of a GRANT."""
+    """(node, leading ``port_bits`` of port) -> verdict, with the source endpoint of a GRANT. ``is_named``: its rule
+    is for one IPv4 address.
+    """
 
     node: int
     port: int
     port_bits: int
     verdict: Verdict
     endpoint: str | None
+    is_named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +232,9 @@ def _egress_entries(policy: Policy, endpoints: Mapping[str, Endpoint]) -> Iterat
         content = frozenset(layout.items())
         if content not in nodes:
             nodes[content] = len(nodes) + 1
-            for (verdict, endpoint), mask in layout.items():
+            for outcome, mask in layout.items():
                 for port, bits in prefixes_of(mask):
-                    yield EgressPortEntry(nodes[content], port, bits, verdict, endpoint)
+                    yield EgressPortEntry(nodes[content], port, bits, *outcome)
         node = nodes[content]
         yield EgressPrefixEntry(IP_PROTOCOLS[protocol], prefix.family, prefix.packed16, prefix.length, node)
 

@@ -81,10 +81,13 @@ class UnixRule:
 
 
 class Outcome(NamedTuple):
-    """A verdict, and the endpoint that is the source where it is GRANT."""
+    """A verdict, and the endpoint that is the source where it is GRANT. ``is_named``: a GRANT for one IPv4 address,
+    which may be a broadcast address.
+    """
 
     verdict: Verdict
     endpoint: str | None
+    is_named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,8 @@ class EgressRule:
     @property
     def outcome(self) -> Outcome:
         """What happens to a destination that the rule matches."""
-        return Outcome(self.verdict, self.endpoint)
+        is_address = self.to.family == 4 and self.to.length == 32
+        return Outcome(self.verdict, self.endpoint, is_address and self.verdict is Verdict.GRANT)
 
     @property
     def port_mask(self) -> int:

@@ -1,6 +1,7 @@
 """What a thirty-fifth reading found: root of an endpoint's namespace had every command wait, and every policy refused,
 by the addresses that it has there: all of them were read at each policy that was put into force, and what it had at
-one `ep set` stayed noted beside what it had at the next one, until the table was full.
+one `ep set` stayed noted beside what it had at the next one, until the table was full. And a rule for one port of a
+broadcast address granted all others of it, by a wider rule.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import pytest
 from graft.kernel import netns
 from graft.kernel.routes import local_routes
 from graft.state import host_addresses
-from tests.hostile.conftest import graft_without
+from tests.hostile.conftest import TRANSPORTS, Confine, graft_without
+from tests.hostile.test_thirty_first_reading import BROADCAST, EVERYWHERE, granting, sent_to_all, service
 from tests.support.installation import Host
 from tests.support.shell import AS_NOBODY, run
 
@@ -86,3 +88,25 @@ def test_no_more_of_a_namespace_is_read_than_counts(tenant: Tenant) -> None:
     with netns.entered(tenant.pid):
         assert len(local_routes().addresses) >= 10 * MOST  # a control
         assert MOST <= len(local_routes(MOST).addresses) <= 2 * MOST
+
+
+# ---- a rule for one port of a broadcast address opened all others of it, by a wider rule
+
+
+@pytest.mark.parametrize("own", ["action: deny", "endpoint: out"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_rule_for_a_port_of_a_broadcast_address_grants_no_other(
+    host: Host, confine: Confine, transport: str, own: str
+) -> None:
+    rule = f"{{to: {BROADCAST}, ports: [137], {own}}}"
+    assert sent_to_all(host, confine, transport, *EVERYWHERE, rule) == ("send EACCES", False)
+
+
+def test_explain_says_so(host: Host, confine: Confine) -> None:
+    with service(host):
+        one = confine(
+            host, "direct", granting(*EVERYWHERE, f"{{to: {BROADCAST}, ports: [137], endpoint: out}}"), "wait"
+        )
+        explain = ("explain", one.cgroup, "connect", "--proto", "udp")
+        assert "refused" in host.graft(*explain, f"{BROADCAST}:9", status=None).stdout
+        assert "refused" not in host.graft(*explain, f"{BROADCAST}:137", status=None).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -290,7 +291,8 @@ def test_one_that_does_not_end_though_it_is_killed_is_left_behind(start_keeper: 
         assert words == "given p1=in-flight"
         assert Path(f"/proc/{first}").exists()
     finally:
-        os.kill(int(first), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # stopped, and without a parent: the kernel has sent SIGHUP
+            os.kill(int(first), signal.SIGKILL)
 
 
 def test_one_that_does_not_end_though_it_is_killed_keeps_no_keeper(start_keeper: Callable[..., Kept]) -> None:
@@ -301,7 +303,8 @@ def test_one_that_does_not_end_though_it_is_killed_keeps_no_keeper(start_keeper:
         kept.process.terminate()
         assert kept.process.wait(10 * PATIENCE) == 0
     finally:
-        os.kill(int(first), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # stopped, and without a parent: the kernel has sent SIGHUP
+            os.kill(int(first), signal.SIGKILL)
 
 
 def test_a_message_of_another_process_does_nothing(start_keeper: Callable[..., Kept]) -> None:

@@ -60,7 +60,7 @@ CONSTANTS = {
     **{f"GRAFT_OUTCOME_{one.name}": one.value for one in layout.TracedOutcome},
     "GRAFT_CALL_REFUSED": layout.CALL_REFUSED,
     "GRAFT_NAME_LEN": layout.NAME_LEN,
-    "GRAFT_NODE_NAMED": layout.NODE_NAMED,
+    "GRAFT_VERDICT_NAMED": layout.VERDICT_NAMED,
     "GRAFT_OPTIONS_MAX": layout.OPTIONS_MAX,
     "GRAFT_LAYOUT_VERSION": layout.LAYOUT_VERSION,
     "GRAFT_INGRESS_FIXED_BITS": layout.INGRESS_FIXED_BITS,
