@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import errno
 import json
 import mmap
@@ -161,6 +162,7 @@ def test_a_known_thread_gets_the_spares_with_the_flags_that_it_asked_for() -> No
         (socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 6),
         UDP,
     ]
+    gc.collect()  # what other tests left
     before = len(os.listdir("/proc/self/fd"))
     with child(lambda: [described(make(*kind)) for kind in kinds]) as one:
         one.know()
@@ -322,6 +324,7 @@ def test_a_pidfd_of_a_thread_that_has_ended_is_forgotten() -> None:
         one.fast.know(one.pid, pidfd, folder)  # as if its id had been that thread's
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
+        gc.collect()  # what other tests left
         before = len(os.listdir("/proc/self/fd"))
         one.go(one.know_and_resume)
         assert (len(one.handed), one.fast.served) == (1, 1)
@@ -365,6 +368,7 @@ def test_many_threads_are_served() -> None:
                 thread.join()
         return len(set(found))
 
+    gc.collect()  # what other tests left
     before = len(os.listdir("/proc/self/fd"))
     with contextlib.closing(Processes()) as processes, child(work) as one:
 
@@ -408,6 +412,7 @@ def test_a_signal_ends_the_wait_and_leaves_the_page_zero() -> None:
 def test_without_the_hook_no_spare_is_made_here() -> None:
     """A socket without a tag would be no container's."""
     desk = no_desk()
+    gc.collect()  # what other tests left
     before = len(os.listdir("/proc/self/fd"))
     with child(lambda: inodes(2), desk=desk) as one:
         one.know()
