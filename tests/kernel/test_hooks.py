@@ -237,8 +237,13 @@ ENDPOINTS = ("a4", "b4", "r4", "a6")
 # r4 is a range of ten ports.
 _SPECS = {"a4": "0.0.0.0:dynamic", "b4": "127.0.0.1:dynamic", "r4": "127.0.0.1:{}-{}", "a6": "[::]:dynamic"}
 BINDABLE = ["0.0.0.0", "127.0.0.1", "10.98.0.1", "::", "::1"]
-TARGETS = ["10.98.0.2", "10.98.1.1", "10.99.0.1", "192.0.2.1", "fd98::2", "fd98::3", "2001:db8::1"]
-PREFIXES = ["0.0.0.0/0", "10.0.0.0/8", "10.98.0.0/16", "10.98.0.2/32", "::/0", "fd98::/16", "fd98::2/128"]
+HOST_BROADCAST, ALL_HOSTS = "10.98.0.255", "255.255.255.255"
+BY_NAME = {HOST_BROADCAST: HOST_BROADCAST, ALL_HOSTS: ALL_HOSTS, "239.1.1.1": "224.0.0.0/4", "ff0e::1": "ff00::/8"}
+"""The targets that only a rule inside of these grants (docs/policy.md)."""
+TARGETS = ["10.98.0.2", "10.98.1.1", "10.99.0.1", "192.0.2.1", "fd98::2", "fd98::3", "2001:db8::1", *BY_NAME]
+PREFIXES = ["0.0.0.0/0", "10.0.0.0/8", "10.98.0.0/16", "10.98.0.2/32", "10.98.0.254/31", f"{HOST_BROADCAST}/32"]
+PREFIXES += [f"{ALL_HOSTS}/32", "224.0.0.0/3", "239.0.0.0/8", "239.1.1.1/32"]
+PREFIXES += ["::/0", "fd98::/16", "fd98::2/128", "fe00::/7", "ff0e::/16", "ff0e::1/128"]
 # Ranges that are either apart or one inside the other: others are in conflict, and no policy at all.
 RANGES = [PortRange(2000, 2999), PortRange(2000, 2009), PortRange(2005, 2005), PortRange(2500, 2511), PortRange(80, 80)]
 PORT_0 = PortRange(0, 0)
@@ -277,7 +282,7 @@ def policies(draw: st.DrawFn) -> Policy:
         pattern = BindPattern(None if address is None else ip_address(address), ports)
         ingress[address, _family(name) if address is None else 0, ports] = IngressRule(pattern, name)
     egress: dict[str, EgressRule] = {}
-    for prefix, ports, outcome in draw(st.lists(egress_rules, max_size=6)):
+    for prefix, ports, outcome in draw(st.lists(egress_rules, max_size=12)):
         verdict = {"deny": Verdict.DENY, "container": Verdict.CONTAINER}.get(outcome, Verdict.GRANT)
         where = Prefix(ip_network(prefix))
         name = outcome if verdict is Verdict.GRANT else None
@@ -305,6 +310,35 @@ def bind_entry(entries: tuple[IngressEntry, ...], address: str, port: int) -> In
     return None
 
 
+def egress_outcome(policy: Policy, address: str, port: int) -> Verdict:
+    """What docs/policy.md says of a destination: the rule with the longest prefix that has the port decides."""
+    ip = ip_address(address)
+    covering = [
+        rule
+        for rule in policy.egress
+        if ip in rule.to.network and (rule.ports is None or any(one.first <= port <= one.last for one in rule.ports))
+    ]
+    covering.sort(key=lambda rule: rule.to.length, reverse=True)
+    if address in BY_NAME and address != HOST_BROADCAST:
+        named = Prefix(ip_network(BY_NAME[address]))
+        covering = [rule for rule in covering if rule.verdict is not Verdict.GRANT or rule.to.inside(named)]
+    if not covering:
+        return Verdict.NONE
+    decisive = covering[0]
+    by_a_wider_rule = address == HOST_BROADCAST and decisive.to.length < 32
+    return Verdict.NONE if by_a_wider_rule and decisive.verdict is Verdict.GRANT else decisive.verdict
+
+
+def goes_there(process: Puppet, address: str, port: int) -> str:
+    """What the kernel says to a connect or, where many get what is sent, to a datagram: they are not connected to."""
+    fd = process.socket("udp", ip_address(address).version)
+    if address in BY_NAME:
+        process.say("option", fd, socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    said = process.say("sendto" if address in BY_NAME else "connect", fd, address, port)
+    process.say("close", fd)
+    return str(said)
+
+
 def test_random_policies_mean_the_same_to_the_compiler_the_lookups_and_the_hooks(host: Host, confine: Confine) -> None:
     ten = host.ports(10)
     specs = {name: spec.format(ten, ten + 9) for name, spec in _SPECS.items()}
@@ -316,11 +350,11 @@ def test_random_policies_mean_the_same_to_the_compiler_the_lookups_and_the_hooks
     lookup = Lookup(host.maps)
     outcomes: Counter[tuple[str, bool]] = Counter()
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         policies(),
         st.lists(st.tuples(st.sampled_from(BINDABLE), st.sampled_from(PORTS)), min_size=4, max_size=8),
-        st.lists(st.tuples(st.sampled_from(TARGETS), st.sampled_from(PORTS)), min_size=4, max_size=8),
+        st.lists(st.tuples(st.sampled_from(TARGETS), st.sampled_from(PORTS)), min_size=12, max_size=16),
     )
     def check(policy: Policy, binds: list[tuple[str, int]], connects: list[tuple[str, int]]) -> None:
         entries = compile_policy(policy, endpoints)
@@ -353,15 +387,18 @@ def test_random_policies_mean_the_same_to_the_compiler_the_lookups_and_the_hooks
             process.say("close", fd)
         for address, port in connects:
             ip = ip_address(address)
-            verdict, _ = lookup.egress(value.ruleset, socket.IPPROTO_UDP, ip.version, pack16(ip), port)
-            fd = process.socket("udp", ip.version)
-            said = process.say("connect", fd, address, port)
-            assert (said == "EACCES") == (verdict in (Verdict.NONE, Verdict.DENY)), (address, port, verdict)
-            outcomes["connect", said != "EACCES"] += 1
-            process.say("close", fd)
+            outcome = egress_outcome(policy, address, port)
+            verdict, source = lookup.egress(value.ruleset, socket.IPPROTO_UDP, ip.version, pack16(ip), port)
+            assert verdict == outcome, (address, port)
+            if address in BY_NAME and (not port or source == ids["r4"]):
+                continue  # no datagram goes to port 0, nor, from a socket that is not bound, from an endpoint's port
+            said = goes_there(process, address, port)
+            assert (said == "EACCES") == (outcome in (Verdict.NONE, Verdict.DENY)), (address, port, said, outcome)
+            outcomes["by name" if address in BY_NAME else "connect", said != "EACCES"] += 1
 
     check()
-    assert min(outcomes[call, granted] for call in ("bind", "connect") for granted in (True, False)) > 0, outcomes
+    ways = ("bind", "connect", "by name")
+    assert min(outcomes[way, granted] for way in ways for granted in (True, False)) > 0, outcomes
 
 
 def put_on_the_host(host: Host, container: Container, process: Puppet, fd: int) -> None:
