@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import NamedTuple
 
-from graft.datapath.layout import EGRESS_FIXED_BITS, EGRESS_PORT_FIXED_BITS, INGRESS_FIXED_BITS, VERDICT_NAMED
+from graft.datapath.layout import EGRESS_FIXED_BITS, EGRESS_PORT_FIXED_BITS, INGRESS_FIXED_BITS
 from graft.datapath.maps import Maps
+from graft.datapath.rulesets import verdict_of
 from graft.errors import NotFoundError
 from graft.model.address import format_ip
 from graft.model.endpoint import PROTOCOL_LABELS, Endpoint
@@ -141,10 +142,8 @@ def _egress(maps: Maps, ruleset: int, endpoints: Mapping[int, Endpoint]) -> list
     for key, value in maps.egress_ports.items():
         if key.ruleset == ruleset:
             ports = _ports(key.port_be, key.prefixlen - EGRESS_PORT_FIXED_BITS)
-            granted = value.verdict in (Verdict.GRANT, VERDICT_NAMED)
-            outcome = (
-                _outcome(endpoints.get(value.endpoint)) if granted else _Outcome(Verdict(value.verdict).name.lower())
-            )
+            verdict, source = verdict_of(value.verdict), endpoints.get(value.endpoint)
+            outcome = _outcome(source) if verdict is Verdict.GRANT else _Outcome(verdict.name.lower())
             nodes.setdefault(key.node, []).append((outcome, *ports))
     found = []
     for prefix, node in maps.egress.items():

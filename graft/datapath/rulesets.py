@@ -123,6 +123,11 @@ def _stored(port: EgressPortEntry) -> int:
     return layout.VERDICT_NAMED if port.is_named else port.verdict
 
 
+def verdict_of(stored: int) -> Verdict:
+    """The verdict of an entry in the maps."""
+    return Verdict.GRANT if stored == layout.VERDICT_NAMED else Verdict(stored)
+
+
 def _of_all_ports(rules: RuleSet, endpoint_ids: Mapping[str, int]) -> dict[int, tuple[int, int]]:
     """Of the nodes whose ports all have the same entry: its verdict and endpoint, which spare the hooks a lookup."""
     entries = Counter(one.node for one in rules.egress_ports)
@@ -262,13 +267,11 @@ class Lookup:
         found = self._ports.peek(port_key)
         if found is None:
             return Verdict.NONE, 0
-        if found.verdict == layout.VERDICT_NAMED:
-            return Verdict.GRANT, found.endpoint
         if found.verdict == Verdict.GRANT and protocol != socket.IPPROTO_TCP and family == 4:
             endpoint = self._endpoints.get(ctypes.c_uint32(found.endpoint))
             if endpoint is not None and self._is_broadcast(address, endpoint.netns):
                 return Verdict.NONE, 0
-        return found.verdict, found.endpoint
+        return verdict_of(found.verdict), found.endpoint
 
     def _is_broadcast(self, address: bytes, netns: int) -> bool:
         key = layout.HostAddress(netns=netns, family=4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -48,9 +48,7 @@ def note(maps: Maps, opened: int, is_host: bool) -> int:
     OSError, and KernelError where there is no room.
     """
     found = _look(opened, None if is_host else _MOST_OF_OTHERS)
-    tables = (maps.noted_addresses, maps.broadcasts)
-    kept = {key.netns for table in tables for key in table.keys()} - {found.cookie}  # noqa: SIM118
-    _write(maps, kept, found if is_host else None, [] if is_host else [found])
+    _write(maps, lambda cookie: cookie != found.cookie, found if is_host else None, [] if is_host else [found])
     return found.cookie
 
 
@@ -68,14 +66,16 @@ def renew(maps: Maps, host: Path, others: Iterable[Path]) -> None:
         with contextlib.suppress(OSError):
             _look_at(place, found)
     kept = {value.netns for _, value in maps.endpoints.items()} - found.keys()
-    _write(maps, kept, first, [one for one in found.values() if one is not first])
+    _write(maps, kept.__contains__, first, [one for one in found.values() if one is not first])
 
 
-def _write(maps: Maps, kept: Set[int], host: _Found | None, others: Sequence[_Found]) -> None:
-    """The host's, and of the others what there is room for: those of whoever has the fewest first."""
+def _write(maps: Maps, is_kept: Callable[[int], bool], host: _Found | None, others: Sequence[_Found]) -> None:
+    """The host's, and of the others what there is room for: those of whoever has the fewest first. ``is_kept``: of
+    which other namespaces, by their cookies, stays what was noted.
+    """
     with needs_room("addresses of the host"):
-        _replace(maps.noted_addresses, kept, host.addresses if host else (), [one.addresses for one in others])
-        _replace(maps.broadcasts, kept, host.broadcasts if host else (), [one.broadcasts for one in others])
+        _replace(maps.noted_addresses, is_kept, host.addresses if host else (), [one.addresses for one in others])
+        _replace(maps.broadcasts, is_kept, host.broadcasts if host else (), [one.broadcasts for one in others])
 
 
 def _look_at(place: Path, found: dict[int, _Found], most: int | None = _MOST_OF_OTHERS) -> None:
@@ -105,10 +105,12 @@ def _key(cookie: int, address: IPAddress) -> bytes:
     return bytes(key)
 
 
-def _replace(table: _Table, kept: Set[int], host: Iterable[bytes], others: Sequence[frozenset[bytes]]) -> None:
-    """Put these, and remove what else is there but of the namespaces ``kept``."""
+def _replace(
+    table: _Table, is_kept: Callable[[int], bool], host: Iterable[bytes], others: Sequence[frozenset[bytes]]
+) -> None:
+    """Put these, and remove what else is there, but of the namespaces that are kept."""
     there = {bytes(key): key for key in table.keys()}  # noqa: SIM118
-    stay = {packed for packed, key in there.items() if key.netns in kept}
+    stay = {packed for packed, key in there.items() if is_kept(key.netns)}
     room = max(0, layout.MAX_NOTED - _ROOM_OF_HOST - len(stay))
     fewest_first: list[frozenset[bytes]] = sorted(others, key=len)
     wanted = {*host, *islice(chain.from_iterable(fewest_first), room)}

@@ -837,8 +837,8 @@ def _bounded_addresses() -> None:
 
     replace = host_addresses._replace
 
-    def put_all(table: Any, kept: object, host: Iterable[bytes], others: Sequence[frozenset[bytes]]) -> None:
-        replace(table, {key.netns for key in table.keys()}, host, others)  # noqa: SIM118
+    def put_all(table: Any, is_kept: object, host: Iterable[bytes], others: Sequence[frozenset[bytes]]) -> None:
+        replace(table, lambda cookie: True, host, others)
 
     host_addresses._replace = put_all
 

@@ -92,6 +92,12 @@ def test_a_line_has_what_a_script_wants() -> None:
     assert report.failures(result) == ["step doctor (status 6)", "t::bad"]
 
 
+def test_a_line_says_that_a_run_was_interrupted() -> None:
+    result = Result("6.1", "units", 1, 600, {"units": 124}, {"units": report.count(JUNIT)})
+    assert " units_status=124 units=" in report.line(result)
+    assert "step units (status 124)" in report.failures(result)
+
+
 def test_a_guest_that_was_ended_says_timeout() -> None:
     assert "result=timeout" in report.line(Result("6.1", "whole", None, 9, timed_out=True))
 

@@ -80,18 +80,23 @@ def line(result: Result) -> str:
             f"{name}={'fail' if status else 'pass'}" for name, status in result.steps.items() if name not in _TESTS
         ]
         words += [f"{_TESTS[name]}=none" for name in result.steps if name in _TESTS and name not in result.tests]
+    words += [f"{_TESTS[name]}_status={status}" for name, status in result.steps.items() if _ended(name, status)]
     words += [f"{_TESTS[name]}={one.passed}/{one.total - one.skipped}" for name, one in result.tests.items()]
     if result.tests:
         words.append(f"skipped={sum(one.skipped for one in result.tests.values())}")
     return " ".join([*words, f"seconds={result.seconds:.0f}"])
 
 
+def _ended(name: str, status: int) -> bool:
+    """Whether a run of tests did not come to its end: 1 is pytest's "some failed", 124 timeout(1)'s."""
+    return name in _TESTS and status not in (0, 1)
+
+
 def failures(result: Result) -> Sequence[str]:
     """The names of the steps and tests that failed."""
-    # 1 is pytest's "some failed", which the tests' names tell; 124 is timeout(1)'s, anything else a run gone wrong.
     names = [
         f"step {name} (status {status})"
         for name, status in result.steps.items()
-        if status and not (status == 1 and name in result.tests)
+        if status and (name not in result.tests or _ended(name, status))
     ]
     return [*names, *(name for one in result.tests.values() for name in one.failed)]
