@@ -91,6 +91,8 @@ def _choose(graft: Installation, compiled: CompiledPolicy, text: str | None, sav
                 obstacle = _obstacle(one, compiled)
                 kept += obstacle
                 chosen += [] if obstacle else [one]
+    if text is None or waiting:
+        kept += [f"a container may keep its policy: {one.message}" for one in graft.containers.read_all()[1]]
     if not chosen and not waiting and not kept:
         raise NotFoundError(
             f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"

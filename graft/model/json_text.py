@@ -102,7 +102,15 @@ def text_by_name(value: Any, field: str) -> dict[str, str]:
 def path(value: Any, field: str) -> str:
     """A text that the kernel accepts as a path; empty where it is missing."""
     found = text(value, field)
-    if "\0" in found or not _is_utf8(found):
+    if "\0" in found or not _can_encode(found, "strict"):
+        raise UsageError(f"{field}: {shown(found)} is not a path")
+    return found
+
+
+def raw_path(value: Any, field: str) -> str:
+    """A path that the kernel has given, of any bytes: those that are not UTF-8 stand in it as os.fsdecode has them."""
+    found = text(value, field)
+    if "\0" in found or not _can_encode(found, "surrogateescape"):
         raise UsageError(f"{field}: {shown(found)} is not a path")
     return found
 
@@ -126,9 +134,9 @@ def _key(name: str) -> str:
     return name if len(name) <= 64 and name.isprintable() else shown(name)
 
 
-def _is_utf8(found: str) -> bool:
+def _can_encode(found: str, errors: str) -> bool:
     try:
-        found.encode()
+        found.encode(errors=errors)
     except UnicodeEncodeError:
         return False
     return True

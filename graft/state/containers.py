@@ -150,6 +150,7 @@ class ContainerChanges(Containers):
         """
         policy = compiled.policy
         check_transport(transport, name or policy.name, compiled)
+        self._forget_unrecorded()
         stale = records.put_aside_at(self._settings, path)
         if not stale:
             self._refuse_nesting(path)
@@ -351,6 +352,12 @@ class ContainerChanges(Containers):
         other = other or next((one.cgroup_path for one in self.listing() if path in one.cgroup_path.parents), None)
         if other is not None:
             raise _nested(path, other)
+
+    def _forget_unrecorded(self) -> None:
+        """Remove what a command that was killed has left: without a record no command finds such a container."""
+        for key in list(self._maps.containers.keys()):
+            if not records.exists(self._settings, key.value):
+                self._forget(key.value)
 
     def _forget_detached(self, number: int, transport: Transport) -> None:
         """Remove the rules and the record of a container whose programs may go on."""

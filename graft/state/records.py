@@ -94,10 +94,19 @@ def save(settings: Settings, container: Container) -> None:
 
 
 def prepare(settings: Settings, container: Container) -> PreparedFile:
-    """Write a container's record, and do not put it in its place yet. Raises OSError: then nothing is left of it."""
-    folder = folder_of(settings)
+    """Write a container's record, and do not put it in its place yet. Raises OSError, and UsageError if it could not be
+    read again: then nothing is left of it.
+    """
+    folder, name = folder_of(settings), f"{container.id}.json"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return prepare_file(folder / f"{container.id}.json", encode(container).encode())
+    raw = encode(container).encode()
+    parse_record(raw, name)  # one that cannot be read is a container that no command finds
+    return prepare_file(folder / name, raw)
+
+
+def exists(settings: Settings, number: int) -> bool:
+    """Whether there is a record of container ``number``, readable or not."""
+    return (folder_of(settings) / f"{number}.json").exists()
 
 
 def encode(container: Container) -> str:
@@ -120,7 +129,7 @@ def parse_record(raw: bytes, name: str) -> Container:
         container = Container(
             id=number,
             name=json_text.text(found["name"], "name"),
-            cgroup=json_text.path(found["cgroup"], "cgroup"),
+            cgroup=json_text.raw_path(found["cgroup"], "cgroup"),
             transport=Transport.parse(json_text.text(found["transport"], "transport")),
             netns=json_text.number(found["netns"], "netns", _MAX_COOKIE),
             policy=json_text.text(found["policy"], "policy"),

@@ -843,6 +843,19 @@ def _bounded_addresses() -> None:
     host_addresses._replace = put_all
 
 
+def _names_of_any_bytes() -> None:
+    """A record is written that cannot be read again: of a cgroup whose name is not UTF-8."""
+    from graft.kernel.atomic_file import prepare_file
+    from graft.model import json_text
+    from graft.state import records
+
+    def prepare(settings: Settings, container: records.Container) -> Any:
+        return prepare_file(records.folder_of(settings) / f"{container.id}.json", records.encode(container).encode())
+
+    json_text.raw_path = json_text.path
+    records.prepare = prepare
+
+
 def _own_descriptors() -> None:
     """The own folder in /proc of a process of root's is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
@@ -1419,6 +1432,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "named namespaces apart": _named_namespaces_apart,
     "own clocks": _own_clocks,
     "bounded addresses": _bounded_addresses,
+    "names of any bytes": _names_of_any_bytes,
     "left behind": _left_behind,
     "others in the cgroup": _others_in_the_cgroup,
     "search": _search,

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.installation import GRAFT, Host
 from tests.support.open_files import open_in
 from tests.support.puppet import puppet
-from tests.support.shell import run
+from tests.support.shell import Word, run
 from tests.support.wait import PATIENCE, until
 
 pytestmark = pytest.mark.kernel
@@ -172,6 +173,32 @@ def test_the_next_up_repairs_what_a_killed_one_left(bare_host: Host) -> None:
     assert not bare_host.settings.pin_dir.exists()
     bare_host.graft("up")
     assert set(pins(bare_host)) >= set(MAPS) and beside(bare_host) == []
+
+
+def numbers(host: Host) -> set[int]:
+    """The containers in the maps."""
+    return {key.value for key in host.maps.containers.keys()}  # noqa: SIM118
+
+
+KILLED = """
+import os
+from graft.state import records
+records.save = lambda *_: os.kill(os.getpid(), 9)
+from graft_cli.main import main
+main()
+"""
+
+
+def test_what_a_killed_attach_has_left_is_removed_by_the_next_one(host: Host) -> None:
+    with new_cgroup("killed") as path:
+        words: list[Word] = ["attach", "--cgroup", path, "-i", "0.0.0.0:80=web"]
+        host.graft("ep", "add", "web", "0.0.0.0:8080")
+        before = numbers(host)
+        run([sys.executable, "-c", KILLED, *words], environment=host.environment, status=-signal.SIGKILL)
+        assert len(numbers(host) - before) == 1
+        host.graft(*words)
+        host.graft("detach", "--cgroup", path)
+        assert numbers(host) == before
 
 
 def test_pins_of_another_version_are_refused(host: Host) -> None:

@@ -40,6 +40,19 @@ def test_a_record_is_read_as_it_was_written(installation: Settings) -> None:
     assert records.parse_record(RECORD, "7.json") == WEB
 
 
+def test_a_cgroup_may_have_a_name_that_is_not_utf8(installation: Settings) -> None:
+    odd = replace(WEB, cgroup="/sys/fs/cgroup/x\udcff\udcfe")
+    records.save(installation, odd)
+    assert Containers(installation).listing() == [odd]
+
+
+@pytest.mark.parametrize("cgroup", ["/x\ud800", "/x\0", "x", "/a/../x"])
+def test_what_could_not_be_read_again_is_not_written(installation: Settings, cgroup: str) -> None:
+    with pytest.raises(UsageError):
+        records.save(installation, replace(WEB, cgroup=cgroup))
+    assert list((installation.run_dir / "containers").iterdir()) == []
+
+
 def test_a_record_of_a_newer_graft_is_read_as_far_as_it_is_known() -> None:
     assert records.parse_record(RECORD[:-1] + b', "later": [1]}', "7.json") == WEB
 
