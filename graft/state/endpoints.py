@@ -363,7 +363,7 @@ class EndpointChanges(Endpoints):
         host = self._settings.host_netns
         fd = netns.open_place(host) if endpoint.netns is None else named_namespaces.open_named(endpoint.netns)
         try:
-            cookie = host_addresses.note(self._maps, fd, is_host=endpoint.netns is None)
+            cookie = host_addresses.note(self._maps, host, fd)
             if endpoint.netns is None:
                 self._release_namespace(number)
             else:

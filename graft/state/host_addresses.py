@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -43,13 +43,13 @@ class _Found:
     broadcasts: frozenset[bytes]
 
 
-def note(maps: Maps, opened: int, is_host: bool) -> int:
-    """Note those of the namespace of a descriptor, in the place of what was noted of it; gives its cookie. Raises
-    OSError, and KernelError where there is no room.
+def note(maps: Maps, host: Path, opened: int) -> int:
+    """Note those of the namespace of a descriptor, in the place of what was noted of it; gives its cookie. ``host``: of
+    which all count. Raises OSError, and KernelError where there is no room.
     """
-    found = _look(opened, None if is_host else _MOST_OF_OTHERS)
-    _write(maps, lambda cookie: cookie != found.cookie, found if is_host else None, [] if is_host else [found])
-    return found.cookie
+    first, cookie = netns.cookie(host), netns.cookie_by(opened)
+    _write(maps, first, [_look(opened, None if cookie == first else _MOST_OF_OTHERS)])
+    return cookie
 
 
 def renew(maps: Maps, host: Path, others: Iterable[Path]) -> None:
@@ -61,21 +61,19 @@ def renew(maps: Maps, host: Path, others: Iterable[Path]) -> None:
         _look_at(host, found, most=None)
     except OSError as error:
         raise KernelError(f"cannot list the host's addresses: {error.strerror or error}") from error
-    [first] = found.values()
+    [first] = found
     for place in others:
         with contextlib.suppress(OSError):
             _look_at(place, found)
-    kept = {value.netns for _, value in maps.endpoints.items()} - found.keys()
-    _write(maps, kept.__contains__, first, [one for one in found.values() if one is not first])
+    _write(maps, first, found.values())
 
 
-def _write(maps: Maps, is_kept: Callable[[int], bool], host: _Found | None, others: Sequence[_Found]) -> None:
-    """The host's, and of the others what there is room for: those of whoever has the fewest first. ``is_kept``: of
-    which other namespaces, by their cookies, stays what was noted.
-    """
+def _write(maps: Maps, host: int, found: Collection[_Found]) -> None:
+    """Both maps; ``host`` is the cookie of the host's namespace."""
+    live = {host, *(value.netns for _, value in maps.endpoints.items())}
     with needs_room("addresses of the host"):
-        _replace(maps.noted_addresses, is_kept, host.addresses if host else (), [one.addresses for one in others])
-        _replace(maps.broadcasts, is_kept, host.broadcasts if host else (), [one.broadcasts for one in others])
+        _replace(maps.noted_addresses, live, host, {one.cookie: one.addresses for one in found})
+        _replace(maps.broadcasts, live, host, {one.cookie: one.broadcasts for one in found})
 
 
 def _look_at(place: Path, found: dict[int, _Found], most: int | None = _MOST_OF_OTHERS) -> None:
@@ -105,16 +103,22 @@ def _key(cookie: int, address: IPAddress) -> bytes:
     return bytes(key)
 
 
-def _replace(
-    table: _Table, is_kept: Callable[[int], bool], host: Iterable[bytes], others: Sequence[frozenset[bytes]]
-) -> None:
-    """Put these, and remove what else is there, but of the namespaces that are kept."""
+def _replace(table: _Table, live: Set[int], host: int, found: Mapping[int, Set[bytes]]) -> None:
+    """Put what was found of namespaces in the place of what is there of them; of other ``live`` ones that is kept."""
     there = {bytes(key): key for key in table.keys()}  # noqa: SIM118
-    stay = {packed for packed, key in there.items() if is_kept(key.netns)}
-    room = max(0, layout.MAX_NOTED - _ROOM_OF_HOST - len(stay))
-    fewest_first: list[frozenset[bytes]] = sorted(others, key=len)
-    wanted = {*host, *islice(chain.from_iterable(fewest_first), room)}
-    for packed in there.keys() - stay - wanted:
+    every = {cookie: set[bytes]() for cookie in live} | {cookie: set(keys) for cookie, keys in found.items()}
+    for packed, key in there.items():
+        if key.netns in live - found.keys():
+            every[key.netns].add(packed)
+    wanted = _chosen(every, host)
+    for packed in there.keys() - wanted:
         table.delete(there[packed])
     for packed in wanted - there.keys():
         table.put(layout.HostAddress.from_buffer_copy(packed), ctypes.c_uint32(1))
+
+
+def _chosen(every: Mapping[int, Set[bytes]], host: int) -> set[bytes]:
+    """The host's, and of other namespaces what there is room for: of those that have the fewest first."""
+    others = sorted((keys for cookie, keys in every.items() if cookie != host), key=len)
+    room = layout.MAX_NOTED - _ROOM_OF_HOST
+    return {*every.get(host, ()), *islice(chain.from_iterable(others), room)}

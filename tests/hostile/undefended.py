@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -23,8 +24,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -832,13 +834,14 @@ def _listeners_counted() -> None:
 
 
 def _bounded_addresses() -> None:
-    """What was noted of a namespace before stays noted."""
+    """What was noted of a namespace before stays noted, and comes before what is found later."""
+    from graft.datapath import layout
     from graft.state import host_addresses
 
-    replace = host_addresses._replace
-
-    def put_all(table: Any, is_kept: object, host: Iterable[bytes], others: Sequence[frozenset[bytes]]) -> None:
-        replace(table, lambda cookie: True, host, others)
+    def put_all(table: Any, live: object, host: int, found: Mapping[int, Set[bytes]]) -> None:
+        room = layout.MAX_NOTED - host_addresses._ROOM_OF_HOST - len(list(table.keys()))
+        for packed in islice(chain.from_iterable(found.values()), max(0, room)):
+            table.put(layout.HostAddress.from_buffer_copy(packed), ctypes.c_uint32(1))
 
     host_addresses._replace = put_all
 

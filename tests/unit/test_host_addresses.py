@@ -47,25 +47,32 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Table()
 
 
-def nothing(cookie: int) -> bool:
-    """No namespace is kept as it is."""
-    return False
-
-
 def test_whoever_has_the_fewest_comes_first_and_the_host_always(table: Any) -> None:
-    host_addresses._replace(table, nothing, keys(1, 5), [keys(2, 100), keys(3, 8), keys(4, 1)])
+    every = {1, 2, 3, 4}
+    host_addresses._replace(table, every, 1, {1: keys(1, 5), 2: keys(2, 100), 3: keys(3, 8), 4: keys(4, 1)})
     assert table.counts() == {1: 5, 4: 1, 3: 8, 2: 11}
-    host_addresses._replace(table, nothing, keys(1, 10), [keys(2, 100), keys(3, 15), keys(4, 1)])
+    host_addresses._replace(table, every, 1, {1: keys(1, 10), 2: keys(2, 100), 3: keys(3, 15), 4: keys(4, 1)})
     assert table.counts() == {1: 10, 4: 1, 3: 15, 2: 4}
 
 
 def test_what_a_namespace_does_not_have_any_more_is_removed(table: Any) -> None:
-    host_addresses._replace(table, nothing, keys(1, 5), [keys(2, 3)])
-    host_addresses._replace(table, {1}.__contains__, (), [keys(2, 3, first=2)])
+    host_addresses._replace(table, {1, 2}, 1, {1: keys(1, 5), 2: keys(2, 3)})
+    host_addresses._replace(table, {1, 2}, 1, {2: keys(2, 3, first=2)})
     assert set(table.entries) == keys(1, 5) | keys(2, 3, first=2)
 
 
-def test_what_stays_takes_its_room(table: Any) -> None:
-    host_addresses._replace(table, nothing, (), [keys(2, 15)])
-    host_addresses._replace(table, {2}.__contains__, keys(1, 10), [keys(3, 10)])
-    assert table.counts() == {1: 10, 2: 15, 3: 5}
+def test_what_was_noted_before_keeps_nothing_from_being_noted(table: Any) -> None:
+    host_addresses._replace(table, {1, 2, 3}, 1, {1: keys(1, 10), 2: keys(2, 12), 3: keys(3, 100)})
+    host_addresses._replace(table, {1, 2, 3}, 1, {4: keys(4, 2)})
+    assert table.counts() == {1: 10, 4: 2, 3: 8, 2: 10} or table.counts() == {1: 10, 4: 2, 3: 6, 2: 12}
+
+
+def test_what_no_endpoint_has_any_more_is_removed(table: Any) -> None:
+    host_addresses._replace(table, {1, 2}, 1, {1: keys(1, 10), 2: keys(2, 20)})
+    host_addresses._replace(table, {1}, 1, {3: keys(3, 20)})
+    assert table.counts() == {1: 10, 3: 20}
+
+
+def test_of_the_host_all_count(table: Any) -> None:
+    host_addresses._replace(table, {1}, 1, {1: keys(1, 25)})
+    assert table.counts() == {1: 25}
