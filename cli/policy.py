@@ -192,4 +192,4 @@ def learn(
         learning.watch(seconds, step)
     if learning.lost or learning.has_gaps:
         warn("graft: some decisions were lost: what they were about is missing")
-    say(*policy_text(learning.policy, f"What {found.name} did while it was watched.").splitlines())
+    say(*policy_text(learning.policy, learning.comment).splitlines())

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 from graft.commands.policy_source import policy_name
 from graft.commands.trace import Filter, Traced, watch
+from graft.datapath.decisions import Event
 from graft.datapath.layout import TracedCall, TracedOutcome
 from graft.errors import UsageError
 from graft.model.endpoint import PROTOCOLS
+from graft.model.transport import Transport
 from graft.policy.learning import Observation, learn
 from graft.policy.limits import MAX_RULES
 from graft.policy.model import Policy
@@ -17,6 +19,10 @@ from graft.state.installation import Installation
 from graft.state.records import Container
 
 _CALLS = frozenset({TracedCall.BIND, TracedCall.CONNECT, TracedCall.SEND})
+_ELSEWHERE = (
+    "Not in it: what was left to network namespaces that it made itself. A policy cannot leave that to it",
+    "without leaving it the same on the host's stack, which it shares.",
+)
 
 
 class Learning:
@@ -27,6 +33,7 @@ class Learning:
         self._seen: set[Observation] = set()
         self.lost = 0
         self.has_gaps = False
+        self._was_elsewhere = False
 
     def watch(self, seconds: float, step: Callable[[float, int], object]) -> None:
         """Watch for so long. ``step`` is called now and then with the seconds that are over, and how much was seen.
@@ -37,7 +44,9 @@ class Learning:
         for batch in watch(self._graft, Filter(self._container.id, _CALLS)):
             self.lost += batch.lost
             self.has_gaps |= batch.has_gap
-            self._seen.update(one for one in map(_observation, batch.decisions) if one is not None)
+            here = [one for one in batch.decisions if not is_elsewhere(one.event, self._container.transport)]
+            self._was_elsewhere |= len(here) < len(batch.decisions)
+            self._seen.update(one for one in map(_observation, here) if one is not None)
             if len(self._seen) > MAX_RULES:
                 raise UsageError(
                     f"container: {self._container.name} did more than {MAX_RULES} different things: no policy has"
@@ -55,6 +64,21 @@ class Learning:
         listed = self._graft.endpoints.listing()
         declared = {one.endpoint.name: one.endpoint for one in listed if one.declared}  # they go with the policy
         return learn(policy_name(self._container.name), self._seen, declared, [one.endpoint.name for one in listed])
+
+    @property
+    def comment(self) -> str:
+        """What whoever reads the policy has to know, in lines."""
+        lines = [f"What {self._container.name} did while it was watched."]
+        return "\n".join([*lines, *_ELSEWHERE] if self._was_elsewhere else lines)
+
+
+def is_elsewhere(event: Event, transport: Transport) -> bool:
+    """Whether a direct container did this in a network namespace that it made itself, where the defaults let it.
+
+    No rule names such a namespace: one for a destination, or a default, that leaves it to the container leaves it the
+    same on the host's stack, which is where its other sockets are.
+    """
+    return transport is Transport.DIRECT and event.outcome is TracedOutcome.CONTAINER
 
 
 def _observation(traced: Traced) -> Observation | None:

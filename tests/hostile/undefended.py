@@ -31,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from graft.commands import restore, watcher
+from graft.commands import policy_learn, restore, watcher
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.commands.transport_choice import choose_transport
 from graft.datapath import bcc_compiler
@@ -1357,6 +1357,11 @@ def _any_server() -> None:
     Peer.is_like = lambda self, own: True  # type: ignore[method-assign]
 
 
+def _learned_elsewhere() -> None:
+    """A policy is learned of what a direct container did in namespaces of its own, too."""
+    policy_learn.is_elsewhere = lambda event, transport: False
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "signals": _signals,
     "rights": _rights,
@@ -1450,6 +1455,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "engine's fields": _engines_fields,
     "silent engine": _silent_engine,
     "server's stat": _servers_stat,
+    "learned elsewhere": _learned_elsewhere,
     **{name: _out_of_the_hooks(changes) for name, changes in HOOKS.items()},
 }
 

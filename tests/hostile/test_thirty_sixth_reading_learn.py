@@ -1,0 +1,76 @@
+"""What a thirty-sixth reading found in `graft policy learn`: by one bind in a network namespace of its own a program
+that shares the host's had a policy proposed under which it binds every port there.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.conftest import graft_without
+from tests.support.cgroups import in_cgroup, new_cgroup
+from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import CLIENT4
+from tests.support.program import Program
+from tests.support.puppet import puppet
+from tests.support.shell import AS_NOBODY, Word, output
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+ELSEWHERE = f"""
+import contextlib, socket
+socket.socket().bind(("0.0.0.0", 4242))
+with contextlib.suppress(OSError):  # no route leads there
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("{CLIENT4}", 4243))
+print("done")
+"""
+NOBODY = 65534
+
+
+class Watched:
+    """A container while `graft policy learn` watches it."""
+
+    def __init__(self, host: Host, path: Path, command: list[Word]) -> None:
+        self._learning = host.start_command([*command, "policy", "learn", path, "--seconds", "600"])
+        self._trace = host.start_command([GRAFT, "trace", path])
+        for program in (self._learning, self._trace):
+            _until_it_watches(program)
+
+    def learned(self, last: str, file: Path) -> Path:
+        """The policy, as soon as ``last`` was seen, in ``file``."""
+        self._trace.says(last)
+        self._learning.process.send_signal(signal.SIGINT)
+        assert self._learning.wait() == 0
+        file.write_text(self._learning.said)
+        return file
+
+
+def _until_it_watches(program: Program) -> None:
+    program.until("it watches", lambda: "watching" in program.complained)
+
+
+# ---- a network namespace of its own
+
+
+@pytest.mark.parametrize("without", ["", "learned elsewhere"], ids=["", "control"])
+def test_what_is_done_in_a_namespace_of_its_own_opens_nothing_on_the_host(
+    host: Host, tmp_path: Path, without: str
+) -> None:
+    port = host.port()
+    with new_cgroup("learned") as path:
+        host.graft("attach", "--cgroup", path)
+        watched = Watched(host, path, graft_without(without))
+        own = [*in_cgroup(path), *AS_NOBODY, "unshare", "--user", "--net", "/usr/bin/python3", "-c", ELSEWHERE]
+        assert output(["nsenter", f"--net={host.netns.path}", "--", *own]) == "done\n"
+        with puppet(path, host.netns.path, NOBODY) as program:
+            assert program.bind("0.0.0.0", port) == "ok"
+        file = watched.learned(f":{port}", tmp_path / "learned.yaml")
+        host.graft("policy", "apply", file, "--cgroup", path)
+        with puppet(path, host.netns.path, NOBODY) as program:
+            assert program.bind("0.0.0.0", port) == "ok"
+            there = [program.bind("0.0.0.0", port + 1), program.connect(CLIENT4, 4243, "udp")]
+        host.remove_at(path)
+    assert there == (["ok", "ok"] if without else ["EACCES", "EACCES"])
+    assert ("namespaces that it made itself" in file.read_text()) is not bool(without)
