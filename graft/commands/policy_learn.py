@@ -23,6 +23,7 @@ _ELSEWHERE = (
     "Not in it: what was left to network namespaces that it made itself. A policy cannot leave that to it",
     "without leaving it the same on the host's stack, which it shares.",
 )
+_RANGES = "Each port that it bound of a range has an endpoint of its own: name the range to grant all of them."
 
 
 class Learning:
@@ -62,14 +63,20 @@ class Learning:
     def policy(self) -> Policy:
         """The policy for what was seen."""
         listed = self._graft.endpoints.listing()
-        declared = {one.endpoint.name: one.endpoint for one in listed if one.declared}  # they go with the policy
-        return learn(policy_name(self._container.name), self._seen, declared, [one.endpoint.name for one in listed])
+        known = {one.endpoint.name: one.endpoint for one in listed}
+        declared = [one.endpoint.name for one in listed if one.declared]  # they go with the policy
+        return learn(policy_name(self._container.name), self._seen, known, declared)
 
     @property
     def comment(self) -> str:
         """What whoever reads the policy has to know, in lines."""
         lines = [f"What {self._container.name} did while it was watched."]
-        return "\n".join([*lines, *_ELSEWHERE] if self._was_elsewhere else lines)
+        if self._was_elsewhere:
+            lines += _ELSEWHERE
+        ranges = {one.endpoint.name for one in self._graft.endpoints.listing() if one.endpoint.last_port}
+        if any(one.is_bind and one.endpoint in ranges for one in self._seen):
+            lines.append(_RANGES)
+        return "\n".join(lines)
 
 
 def is_elsewhere(event: Event, transport: Transport) -> bool:
@@ -90,4 +97,13 @@ def _observation(traced: Traced) -> Observation | None:
         endpoint = traced.rule.outcome.split(" = ")[0]  # graftd relays it
     stays = endpoint is None and event.outcome is TracedOutcome.CONTAINER
     is_bind = event.call is TracedCall.BIND
-    return Observation(is_bind, protocol, event.ip, event.port, endpoint, stays)
+    got = _port_there(traced) if is_bind and endpoint is not None else 0
+    return Observation(is_bind, protocol, event.ip, event.port, endpoint, stays, got)
+
+
+def _port_there(traced: Traced) -> int:
+    """Which port of its endpoint a bind got, 0 where nobody says. Where graftd relays, it is the rule that says it."""
+    event, rule = traced.event, traced.rule
+    if event.endpoint_port or rule is None:
+        return event.endpoint_port
+    return rule.port_of_endpoint(event.port)

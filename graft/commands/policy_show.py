@@ -52,6 +52,11 @@ class ActiveRule:
             return ""
         return f":{self.first}" if self.first == self.last else f":{self.first}-{self.last}"
 
+    def port_of_endpoint(self, port: int) -> int:
+        """What one of its ports becomes where the endpoint is a range; 0 where that has no ports."""
+        first = self.outcome.rpartition(":")[2].partition("-")[0]
+        return int(first) + port - self.first if first.isascii() and first.isdigit() else 0
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyInForce:

@@ -1,5 +1,6 @@
 """What a thirty-sixth reading found in `graft policy learn`: by one bind in a network namespace of its own a program
-that shares the host's had a policy proposed under which it binds every port there.
+that shares the host's had a policy proposed under which it binds every port there. And what it bound of a range of
+ports was learned as a policy that is none.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from tests.hostile.conftest import graft_without
 from tests.support.cgroups import in_cgroup, new_cgroup
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4
+from tests.support.plain import plain
 from tests.support.program import Program
 from tests.support.puppet import puppet
 from tests.support.shell import AS_NOBODY, Word, output
@@ -74,3 +76,48 @@ def test_what_is_done_in_a_namespace_of_its_own_opens_nothing_on_the_host(
         host.remove_at(path)
     assert there == (["ok", "ok"] if without else ["EACCES", "EACCES"])
     assert ("namespaces that it made itself" in file.read_text()) is not bool(without)
+
+
+# ---- an endpoint that is a range
+
+
+def of_a_range(host: Host, folder: Path) -> tuple[int, Path]:
+    """Its first port, and a policy that grants all eleven."""
+    first, file = host.ports(11), folder / "first.yaml"
+    rules = f"endpoints: {{r: '0.0.0.0:{first}-{first + 10}'}}\ningress: [{{bind: '*:5000-5010', endpoint: r}}]\n"
+    file.write_text(f"name: first\n{rules}default: deny\n")
+    return first, file
+
+
+def test_of_a_range_the_port_is_learned_that_was_bound(host: Host, tmp_path: Path) -> None:
+    first, file = of_a_range(host, tmp_path)
+    with new_cgroup("learned") as path:
+        host.graft("attach", "--cgroup", path, "--policy", file)
+        watched = Watched(host, path, [GRAFT])
+        with puppet(path, host.netns.path, NOBODY) as program:
+            assert program.bind("0.0.0.0", 5005) == "ok"
+        file = watched.learned(":5005", tmp_path / "learned.yaml")
+        assert f"learned-r-{first + 5}" in host.graft("policy", "check", "--explain", file).stdout
+        host.graft("policy", "apply", file, "--cgroup", path)
+        with puppet(path, host.netns.path, NOBODY) as program:
+            program.listener("0.0.0.0", 5005)
+            assert host.netns.listens(first + 5)
+            assert [program.bind("0.0.0.0", 5006), program.bind("127.0.0.1", 5005)] == ["EACCES"] * 2
+        host.remove_at(path)
+    assert "name the range to grant all of them" in file.read_text()
+
+
+def test_where_graftd_relays_it_is_the_same(host: Host, tmp_path: Path) -> None:
+    first, file = of_a_range(host, tmp_path)
+    with plain(host) as container:
+        container.attach("--policy", file)
+        watched = Watched(host, container.cgroup, [GRAFT])
+        with container.listener(port=5005):
+            container.until_published(first + 5)
+            file = watched.learned(":5005", tmp_path / "learned.yaml")
+        container.until_published(first + 5, False)
+        host.graft("policy", "apply", file, "--cgroup", container.cgroup)
+        with container.listener(port=5005):
+            container.until_published(first + 5)
+            with pytest.raises(PermissionError):
+                container.listener(port=5006)
