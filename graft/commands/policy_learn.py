@@ -47,7 +47,8 @@ class Learning:
             self.has_gaps |= batch.has_gap
             here = [one for one in batch.decisions if not is_elsewhere(one.event, self._container.transport)]
             self._was_elsewhere |= len(here) < len(batch.decisions)
-            self._seen.update(one for one in map(_observation, here) if one is not None)
+            found = [_observation(one, self._container.transport) for one in here]
+            self._seen.update(one for one in found if one is not None)
             if len(self._seen) > MAX_RULES:
                 raise UsageError(
                     f"container: {self._container.name} did more than {MAX_RULES} different things: no policy has"
@@ -88,17 +89,27 @@ def is_elsewhere(event: Event, transport: Transport) -> bool:
     return transport is Transport.DIRECT and event.outcome is TracedOutcome.CONTAINER
 
 
-def _observation(traced: Traced) -> Observation | None:
+def _observation(traced: Traced, transport: Transport) -> Observation | None:
     event, protocol = traced.event, PROTOCOLS.get(traced.protocol)
     if event.ip is None or protocol is None:
         return None
     endpoint = None if traced.endpoint is None else traced.endpoint.name
     if endpoint is None and traced.rule is not None and " = " in traced.rule.outcome:
         endpoint = traced.rule.outcome.split(" = ")[0]  # graftd relays it
-    stays = endpoint is None and event.outcome is TracedOutcome.CONTAINER
     is_bind = event.call is TracedCall.BIND
+    stays = endpoint is None and (
+        event.outcome is TracedOutcome.CONTAINER or (is_bind and _has_any_port(event, transport))
+    )
     got = _port_there(traced) if is_bind and endpoint is not None else 0
     return Observation(is_bind, protocol, event.ip, event.port, endpoint, stays, got)
+
+
+def _has_any_port(event: Event, transport: Transport) -> bool:
+    """Whether it is a bind of a datagram socket of a swap container to a port of the kernel's choice, by the default.
+
+    It receives there only from where it may send to; a rule for it would have it receive from everybody.
+    """
+    return transport is Transport.SWAP and event.outcome is TracedOutcome.PASSED
 
 
 def _port_there(traced: Traced) -> int:

@@ -31,8 +31,8 @@ _UNFIT = re.compile(r"[^A-Za-z0-9]+")
 @dataclass(frozen=True, slots=True)
 class Observation:
     """A bind or a destination that was seen. ``endpoint`` is what the policy in force granted it, None where it did
-    not; ``stays``: it is left to the container's own stack. ``port`` is 0 for ICMP, and for a bind of a free port.
-    ``got`` is which port of an endpoint that is a range a bind got.
+    not; ``stays``: it is left to the container, its own stack or what the default lets it have. ``port`` is 0 for ICMP,
+    and for a bind of a free port. ``got`` is which port of an endpoint that is a range a bind got.
     """
 
     is_bind: bool

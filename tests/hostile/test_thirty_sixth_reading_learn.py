@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from graft.model.transport import Transport
+from graft.policy.model import Default
+from graft.policy.reader import check_policy
 from tests.hostile.conftest import graft_without
 from tests.support.cgroups import in_cgroup, new_cgroup
 from tests.support.installation import GRAFT, Host
@@ -121,3 +124,35 @@ def test_where_graftd_relays_it_is_the_same(host: Host, tmp_path: Path) -> None:
             container.until_published(first + 5)
             with pytest.raises(PermissionError):
                 container.listener(port=5006)
+
+
+# ---- a datagram socket that binds no port of its choice
+
+ANY_PORT = """
+import socket, sys
+print("ready", flush=True)
+for line in sys.stdin:
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind(("0.0.0.0", 0))
+    print(line.strip(), flush=True)
+"""
+
+
+def test_a_port_of_the_kernels_choice_is_not_learned_as_one_that_all_may_send_to(host: Host, tmp_path: Path) -> None:
+    """Under transport swap the default lets a socket have one, at which it receives from where it may send to. A rule
+    for it would have it receive from everybody.
+    """
+    out = host.endpoint("0.0.0.0:dynamic")
+    program = host.start("-e", f"0.0.0.0/0={out}", "--", "/usr/bin/python3", "-uc", ANY_PORT, talk=True)
+    program.says("ready")
+    container = host.container(program)
+    assert container.transport is Transport.SWAP
+    watched = Watched(host, container.cgroup_path, [GRAFT])
+    program.tell("first\n")
+    program.says("first")
+    file = watched.learned("on the host's stack", tmp_path / "learned.yaml")
+    policy = check_policy(file.read_text(), {}).policy
+    assert policy is not None
+    assert (policy.ingress, policy.bind_default) == ((), Default.CONTAINER)
+    host.graft("policy", "apply", file, "--cgroup", container.cgroup)
+    program.tell("second\n")
+    program.says("second")
