@@ -15,7 +15,7 @@ what cannot be attached waits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -123,6 +123,7 @@ def import_state(settings: Settings, state: SavedState) -> Imported:
         with store.locked():
             done = job.delete_endpoints()
         done.waiting = restore(graft).waiting
+        done.attached = job.attached_since(done.waiting)
     if state.attachments:
         watcher_process.ensure_running(settings)
     return done
@@ -135,6 +136,7 @@ class _Import:
         self._graft, self._store, self._state = graft, store, state
         self._before = store.read()[0]
         self._done = Imported()
+        self._missing: list[str] = []
         self._removed: list[Container] = []
         self._replaced: list[tuple[Container, Container]] = []
         self._undo: list[Callable[[], object]] = []
@@ -152,8 +154,13 @@ class _Import:
         except BaseException:
             self._roll_back()
             raise
+        self._store.resume_all()  # nothing can fail any more: what was taken away for now is wanted again
         for done in self._replaced_endpoints:
             self._under_lock(partial(EndpointChanges.complete, done=done))
+
+    def attached_since(self, waiting: Mapping[str, str]) -> list[str]:
+        """Those that were not attached before and do not wait now, whoever has attached them: the watcher may have."""
+        return [name for name in self._missing if name not in waiting]
 
     def tell_graftd(self) -> None:
         """Have graftd serve by the policies that were replaced."""
@@ -249,7 +256,9 @@ class _Import:
         together = {one.id for one in attached.values()}
         for one in self._state.attachments:
             container = attached.get(one.target)
-            if container is not None:
+            if container is None:
+                self._missing.append(one.target.text)
+            else:
                 try:
                     changed = replace_policy(self._graft, container, one.policy, together=together)
                 except NotFoundError:

@@ -423,7 +423,8 @@ def test_an_export_is_imported_on_an_empty_machine(
     saver.graft("down", "--forget")
     assert saver.graft("import", "--check", file).stdout.endswith("ok (1 endpoints, 1 containers)\n")
     assert saver.graft("ep", "show").stdout == ""
-    assert saver.graft("import", file).stdout == "endpoints made: web\n"
+    name = f"cgroup:{box.relative_to(cgroup.v2_mount())}"
+    assert saver.graft("import", file).stdout.splitlines() == ["endpoints made: web", f"attached: {name}"]
     assert_confined(saver, box, port)
     assert saver.graft("export").stdout == file.read_text()
     assert saver.graft("import", file).stdout == "nothing to change\n"
@@ -452,7 +453,7 @@ def test_an_import_changes_what_differs_and_takes_away_what_is_not_in_it(
         assert_confined(saver, box, moved)
         file.write_text(text)
         said = saver.graft("import", file).stdout.splitlines()
-        assert said == ["endpoints made: other", "endpoints changed: web"]
+        assert said == ["endpoints made: other", "endpoints changed: web", f"attached: cgroup:{name}"]
         assert attached(saver, other)
         assert_confined(saver, box, port)
 
