@@ -22,11 +22,11 @@ from graft.policy.model import Policy
 from graft.policy.validator import grants_that_splice_lacks, needs_unix_relay
 from graft.splice import client as splice
 from graft.state import inventory, members, thread_namespaces
-from graft.state.containers import refuse_below
 from graft.state.engines import FoundContainer, resolve
 from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket, Existing
 from graft.state.members import Members
+from graft.state.nesting import refuse_below
 from graft.state.records import Container
 
 Made = tuple[Container, tuple[ContainerSocket, ...], bool]

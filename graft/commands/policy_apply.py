@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from graft.commands import saving
@@ -19,6 +20,7 @@ from graft.saved.store import Store
 from graft.splice import client as splice
 from graft.state import members
 from graft.state.compiled_policy import CompiledPolicy, check_transport
+from graft.state.containers import Exchanged
 from graft.state.installation import Installation
 from graft.state.records import PAIRS, Container
 
@@ -243,9 +245,23 @@ def replace_policy(
     others that may be in its way.
     """
     compiled = graft.compile(policy)
-    reach = members.within_reach(container.cgroup_path) if _attaches(container, compiled) else contextlib.nullcontext()
-    with reach:
+    with _reach(container, compiled):
         return _replace(graft, container, compiled, name, relay, together)
+
+
+def exchange_policy(
+    graft: Installation, container: Container, policy: Policy, together: Collection[int], kept: Collection[int]
+) -> Exchanged:
+    """As `replace_policy`, to be completed or undone: the old rules stay until then. ``kept``: those of others."""
+    compiled = graft.compile(policy)
+    _check(container, compiled)
+    with _reach(container, compiled), graft.transaction() as change:
+        return change.containers.exchange(container, compiled, together=together, kept=kept)
+
+
+def _reach(container: Container, compiled: CompiledPolicy) -> AbstractContextManager[None]:
+    """For the block that gives it a policy: a cgroup may have to be looked up."""
+    return members.within_reach(container.cgroup_path) if _attaches(container, compiled) else contextlib.nullcontext()
 
 
 def _replace(

@@ -14,28 +14,28 @@ what cannot be attached waits.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from graft.commands import saving, watcher_process
 from graft.commands.detach import stop_serving
-from graft.commands.policy_apply import replace_policy, update_relay
+from graft.commands.policy_apply import exchange_policy, update_relay
 from graft.commands.restore import restore
 from graft.commands.up import bring_up
 from graft.datapath import rulesets
-from graft.errors import ConflictError, GraftError, NotFoundError, UsageError
+from graft.errors import ConflictError, NotFoundError, UnfinishedError, UsageError
 from graft.kernel.atomic_file import write_atomically
 from graft.kernel.credentials import require_root
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import PolicyError, Problem
-from graft.saved.model import SavedState, Target, outlives_boot
+from graft.saved.model import SavedAttachment, SavedState, Target, outlives_boot
 from graft.saved.store import Store
 from graft.saved.text import MAX_BYTES, export_text, import_text
 from graft.state import inventory, members
+from graft.state.containers import ContainerChanges, Exchanged
 from graft.state.endpoints import EndpointChanges, Replaced
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -138,25 +138,33 @@ class _Import:
         self._done = Imported()
         self._missing: list[str] = []
         self._removed: list[Container] = []
-        self._replaced: list[tuple[Container, Container]] = []
-        self._undo: list[Callable[[], object]] = []
+        self._exchanged: list[Exchanged] = []
+        self._undo: list[tuple[str, Callable[[], object]]] = [("what is saved", store.tidy)]
         self._replaced_endpoints: list[Replaced] = []
 
     def change(self) -> None:
         """Make all of it, or nothing, but for what has to go then."""
         self._removed = self._to_be_removed()
         self._refuse_deleting_used(self._removed)
+        with self._graft.transaction() as changes:
+            changes.containers.remove_left()
         put_in_place = self._store.prepare_all(self._state)
         try:
             self._change_endpoints()
             self._replace_policies()
             put_in_place()
-        except BaseException:
-            self._roll_back()
+        except BaseException as error:
+            if left := self._roll_back():
+                why = str(error) or type(error).__name__
+                raise UnfinishedError(
+                    f"{why}; not changed back: {'; '.join(left)}", "graft ps, graft ep show"
+                ) from error
             raise
         self._store.resume_all()  # nothing can fail any more: what was taken away for now is wanted again
-        for done in self._replaced_endpoints:
-            self._under_lock(partial(EndpointChanges.complete, done=done))
+        for done in self._exchanged:
+            self._of_containers(partial(ContainerChanges.complete, done=done))
+        for replaced in self._replaced_endpoints:
+            self._under_lock(partial(EndpointChanges.complete, done=replaced))
 
     def attached_since(self, waiting: Mapping[str, str]) -> list[str]:
         """Those that were not attached before and do not wait now, whoever has attached them: the watcher may have."""
@@ -164,8 +172,8 @@ class _Import:
 
     def tell_graftd(self) -> None:
         """Have graftd serve by the policies that were replaced."""
-        for before, container in self._replaced:
-            self._note_unserved(update_relay(self._graft, before, container))
+        for done in self._exchanged:
+            self._note_unserved(update_relay(self._graft, done.before, done.after))
 
     def _note_unserved(self, message: str) -> None:
         if message:
@@ -184,11 +192,15 @@ class _Import:
                 self._done.deleted.append(name)
         return self._done
 
-    def _roll_back(self) -> None:
-        self._store.tidy()
-        for undo in reversed(self._undo):
-            with contextlib.suppress(GraftError, OSError):
+    def _roll_back(self) -> list[str]:
+        """Undo all that can be undone. Returns a line for each change that could not be."""
+        failed = []
+        for what, undo in reversed(self._undo):
+            try:
                 undo()
+            except Exception as error:  # of this one: the others are undone
+                failed.append(f"{what}: {error}")
+        return failed
 
     # ---- endpoints ------------------------------------------------------------------------------
 
@@ -199,7 +211,7 @@ class _Import:
             if old is None:
                 self._under_lock(partial(EndpointChanges.add, endpoint=endpoint))
                 undo = partial(EndpointChanges.delete, name=endpoint.name, force=True)
-                self._undo.append(partial(self._under_lock, undo))
+                self._undo.append((f"endpoint {endpoint.name}", partial(self._under_lock, undo)))
                 self._done.made.append(endpoint.name)
             elif old.declared or old.endpoint != endpoint:
                 self._replace(endpoint)
@@ -213,7 +225,8 @@ class _Import:
                 raise ConflictError(f"endpoints.{endpoint.name}: a policy declares it", "detach its container first")
             done = changes.endpoints.replace(endpoint, asked, changes.containers.own_rulesets())
         self._replaced_endpoints.append(done)
-        self._undo.append(partial(self._under_lock, partial(EndpointChanges.undo, done=done)))
+        undo = partial(self._under_lock, partial(EndpointChanges.undo, done=done))
+        self._undo.append((f"endpoint {endpoint.name}", undo))
 
     def _under_lock(self, change: Callable[[EndpointChanges], object]) -> None:
         with self._graft.transaction() as changes:
@@ -260,16 +273,25 @@ class _Import:
                 self._missing.append(one.target.text)
             else:
                 try:
-                    changed = replace_policy(self._graft, container, one.policy, together=together)
+                    self._exchange(one, container, together)
                 except NotFoundError:
                     if self._graft.ruleset_of(container):
                         raise
                     continue  # it has ended, and waits from here on
-                undo = partial(replace_policy, self._graft, changed, before[one.target], together=together)
-                self._undo.append(undo)
-                self._replaced.append((container, changed))
                 if before[one.target] != one.policy:
                     self._done.replaced.append(one.target.text)
+
+    def _exchange(self, one: SavedAttachment, container: Container, together: Collection[int]) -> None:
+        """The old rules stay until nothing can fail any more, so that those come back that were in force."""
+        kept = {done.ruleset for done in self._exchanged}
+        done = exchange_policy(self._graft, container, one.policy, together, kept)
+        self._exchanged.append(done)
+        undo = partial(self._of_containers, partial(ContainerChanges.undo, done=done))
+        self._undo.append((one.target.text, undo))
+
+    def _of_containers(self, change: Callable[[ContainerChanges], object]) -> None:
+        with self._graft.transaction() as changes:
+            change(changes.containers)
 
     def _detach(self, container: Container) -> None:
         """As `graft detach`: sockets that were granted are closed."""

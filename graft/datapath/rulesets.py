@@ -228,6 +228,11 @@ def endpoints_in_use(maps: Maps) -> set[int]:
     return {use.endpoint for use in maps.uses.keys()}  # noqa: SIM118
 
 
+def with_endpoints(maps: Maps) -> set[int]:
+    """The rulesets that name any endpoint."""
+    return {use.ruleset for use in maps.uses.keys()}  # noqa: SIM118
+
+
 class Lookup:
     """Looks up the rules of any container. Reuses its keys: it is on the path of every swapped socket."""
 

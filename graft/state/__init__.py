@@ -3,6 +3,7 @@
     installation.py    settings, maps and lock in one object; `transaction` to change anything
     endpoints.py       endpoints in the maps
     containers.py      containers in the maps: a cgroup under a policy
+    nesting.py         refuses a cgroup above or below one that is attached
     ferries.py         a container's ferry, for those that know only its container
     changed_policy.py  whether a policy's file is still the one that is in force
     call_times.py      how long its supervisors take for calls

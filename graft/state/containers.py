@@ -28,9 +28,9 @@ from graft.state import (
     call_times,
     detached,
     ferries,
-    helper_process,
     host_addresses,
     members,
+    nesting,
     records,
     unix_sockets,
 )
@@ -97,25 +97,22 @@ class _Installed:
     asked: int
 
 
-def refuse_below(path: Path) -> None:
-    """Raises RefusedError where programs of Graft's, of any installation, are attached to a cgroup below ``path``;
-    KernelError where a folder there is held, so that this cannot be found out.
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """What `ContainerChanges.exchange` did. The old rules stay, and are nobody's, until `complete` or `undo`.
 
-    Without the lock, and in a child: this lists the tree. What this installation attaches meanwhile has a record.
+    ``value`` is the old entry of the container in the maps.
     """
-    found = helper_process.run_one(lambda: [attachments.find_below(path)])
-    if found is None:
-        raise members.held(str(path))
-    if found[0] is not None:
-        raise _nested(path, found[0])
 
+    before: Container
+    after: Container
+    value: layout.ContainerValue
+    new: _Installed
 
-def _nested(path: Path, other: Path) -> RefusedError:
-    where = "below" if path.is_relative_to(other) else "above"
-    return RefusedError(
-        f"cgroup: {path} lies {where} {other}, which is attached: each call would be decided twice",
-        "detach the other one first: graft detach",
-    )
+    @property
+    def ruleset(self) -> int:
+        """The number of the old rules."""
+        return int(self.value.ruleset)
 
 
 class ContainerChanges(Containers):
@@ -153,7 +150,7 @@ class ContainerChanges(Containers):
         self._forget_unrecorded()
         stale = records.put_aside_at(self._settings, path)
         if not stale:
-            self._refuse_nesting(path)
+            nesting.refuse(self._settings, self._maps, path, self.listing())
         bound_sockets.check_free(policy, compiled.endpoints)
         new = self._install(compiled)
         number = self._new_id()
@@ -209,21 +206,37 @@ class ContainerChanges(Containers):
         relay: str | None = None,
         together: Collection[int] = (),
     ) -> Container:
-        """Replace a container's policy in one step: each call is decided by the old rules or by the new ones.
+        """Replace a container's policy, for good: `exchange` and `complete`."""
+        done = self.exchange(container, compiled, name, relay, together)
+        self.complete(done)
+        return done.after
+
+    def exchange(
+        self,
+        container: Container,
+        compiled: CompiledPolicy,
+        name: str | None = None,
+        relay: str | None = None,
+        together: Collection[int] = (),
+        kept: Collection[int] = (),
+    ) -> Exchanged:
+        """Replace a container's policy in one step: each call is decided by the old rules or by the new ones. To be
+        followed by `complete` or `undo`.
 
         ``name``, ``relay``: their new values, if they change. ``together``: containers that get the same policy next,
         so that their rules do not keep an endpoint as it is that the policy declares anew. Until then what they have of
-        it is refused. Changes nothing if it fails: NotFoundError if the container is not attached any more,
-        RefusedError if its transport cannot serve the policy, and what `create` raises.
+        it is refused, from `complete` on. ``kept``: old rules of other exchanges, which keep it neither. Changes
+        nothing if it fails: NotFoundError if the container is not attached any more, RefusedError if its transport
+        cannot serve the policy, and what `create` raises.
         """
         check_transport(container.transport, container.name, compiled)
         value = self._maps.containers.get(ctypes.c_uint32(container.id))
         if value is None:
             raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
-        old = value.ruleset
+        old = layout.ContainerValue.from_buffer_copy(value)
         if needs_unix_relay(compiled.policy, compiled.endpoints) and not container.is_relayed:
             attachments.attach(self._settings, container.cgroup_path, container.id, splice=True)
-        new = self._install(compiled, {old, *self._rulesets_of(together)}, container.id)
+        new = self._install(compiled, {old.ruleset, *kept, *self._rulesets_of(together)}, container.id)
         value.ruleset, value.flags = new.ruleset, new.flags
         value.bind_default, value.connect_default = new.bind_default, new.connect_default
         changed = replace(
@@ -237,11 +250,43 @@ class ContainerChanges(Containers):
             origin=compiled.policy.origin.name.lower(),
         )
         self._switch(changed, value, new)
-        rulesets.retire(self._maps, [old])
-        self._release_unix(container.id, rulesets.endpoints_of(self._maps, new.ruleset))
-        self._endpoints.delete_superseded(new.superseded)
+        return Exchanged(container, changed, old, new)
+
+    def complete(self, done: Exchanged) -> None:
+        """Remove the old rules."""
+        rulesets.retire(self._maps, [done.ruleset])
+        self._release_unix(done.after.id, rulesets.endpoints_of(self._maps, done.new.ruleset))
+        self._endpoints.delete_superseded(done.new.superseded)
         self._endpoints.delete_unused()
-        return changed
+
+    def undo(self, done: Exchanged) -> None:
+        """Put the old rules in force again, which nobody has compiled anew: they are what they were.
+
+        First the rules, then the record: where there is no space for that (OSError), they are in force all the same.
+        Raises ConflictError where somebody has replaced the new ones meanwhile.
+        """
+        number = ctypes.c_uint32(done.after.id)
+        now = self._maps.containers.get(number)
+        if now is None:
+            rulesets.retire(self._maps, [done.ruleset])
+        elif now.ruleset != done.new.ruleset:
+            self.complete(done)
+            raise ConflictError(f"{done.after.name}: its policy was replaced at the same time", "graft policy show")
+        else:
+            self._maps.containers.put(number, done.value)
+            rulesets.retire(self._maps, [done.new.ruleset])
+            self._release_unix(done.after.id, rulesets.endpoints_of(self._maps, done.ruleset))
+        self._endpoints.restore_superseded(done.new.superseded)
+        self._endpoints.delete_unused()
+        if now is not None:
+            records.save(self._settings, done.before)
+
+    def remove_left(self) -> None:
+        """Remove the rules that are nobody's: those of an exchange that was killed. Not while another one is made."""
+        left = rulesets.with_endpoints(self._maps) - {value.ruleset for _, value in self._maps.containers.items()}
+        if left:
+            rulesets.retire(self._maps, left)
+            self._endpoints.delete_unused()
 
     def _switch(self, changed: Container, value: layout.ContainerValue, new: _Installed) -> None:
         """Put rules in force, and the record that tells of them in its place. That is written before: where there is no
@@ -337,21 +382,6 @@ class ContainerChanges(Containers):
         """Remove a container's unix sockets from the host, except for those of the endpoints ``kept``."""
         bound_sockets.release(self._settings, lambda one, endpoint: one == container and endpoint not in kept)
         unix_sockets.tidy_rules(self._settings, self._maps)
-
-    def _refuse_nesting(self, path: Path) -> None:
-        scope = self._maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
-        if (
-            scope is not None
-            and scope.container
-            and self._maps.containers.get(ctypes.c_uint32(scope.container)) is None
-        ):
-            attachments.detach(self._settings, path)  # left on it by a command that was killed
-        other = attachments.find_above(path)
-        if other == path:
-            raise ConflictError(f"cgroup: {path} is already attached", "graft ps")
-        other = other or next((one.cgroup_path for one in self.listing() if path in one.cgroup_path.parents), None)
-        if other is not None:
-            raise _nested(path, other)
 
     def _forget_unrecorded(self) -> None:
         """Remove what a command that was killed has left: without a record no command finds such a container."""

@@ -1,0 +1,51 @@
+"""Refuses to attach a cgroup above or below one that is attached: each call would be decided twice."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from pathlib import Path
+
+from graft.datapath import attachments
+from graft.datapath.maps import Maps
+from graft.errors import ConflictError, RefusedError
+from graft.kernel import cgroup
+from graft.model.settings import Settings
+from graft.state import helper_process, members
+from graft.state.records import Container
+
+
+def refuse_below(path: Path) -> None:
+    """Raises RefusedError where programs of Graft's, of any installation, are attached to a cgroup below ``path``;
+    KernelError where a folder there is held, so that this cannot be found out.
+
+    Without the lock, and in a child: this lists the tree. What this installation attaches meanwhile has a record.
+    """
+    found = helper_process.run_one(lambda: [attachments.find_below(path)])
+    if found is None:
+        raise members.held(str(path))
+    if found[0] is not None:
+        raise _nested(path, found[0])
+
+
+def refuse(settings: Settings, maps: Maps, path: Path, listed: Iterable[Container]) -> None:
+    """Raises ConflictError where ``path`` is attached, RefusedError where a cgroup above it is, or one of ``listed``
+    below. Under the lock; detaches what a killed command has left on it.
+    """
+    scope = maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
+    if scope is not None and scope.container and maps.containers.get(ctypes.c_uint32(scope.container)) is None:
+        attachments.detach(settings, path)
+    other = attachments.find_above(path)
+    if other == path:
+        raise ConflictError(f"cgroup: {path} is already attached", "graft ps")
+    other = other or next((one.cgroup_path for one in listed if path in one.cgroup_path.parents), None)
+    if other is not None:
+        raise _nested(path, other)
+
+
+def _nested(path: Path, other: Path) -> RefusedError:
+    where = "below" if path.is_relative_to(other) else "above"
+    return RefusedError(
+        f"cgroup: {path} lies {where} {other}, which is attached: each call would be decided twice",
+        "detach the other one first: graft detach",
+    )
