@@ -87,7 +87,10 @@ def _attach_once(
         seen.ensure_daemon(graft, policy)
         with seen.within_reach(), saving.alone(graft.settings, save):  # nobody restores it meanwhile
             if seen.is_current(graft):
-                done = attach_seen(graft, seen, policy, relay, wanted, save)
+                made = saving.of_attached(target, policy, seen.choice.transport, wanted, relay)
+                with saving.attachment(graft.settings, made, save):
+                    done = attach_seen(graft, seen, policy, relay)
+                done = replace(done, saved=save and made is not None)
                 break
     else:
         raise ConflictError("cgroup: others attach and detach it at the same time", "try again")
@@ -170,26 +173,21 @@ def attach_seen(
     seen: Seen,
     policy: Policy,
     relay: str | None = None,
-    asked: Transport | None = None,
-    save: bool = False,
 ) -> Attached:
     """Attach a container that was looked at and `is_current`, under the lock on what is saved, if anything is or is to
-    be, and `within_reach`.
+    be, and `within_reach`. Saves nothing.
 
-    ``asked`` is the transport that is saved as the operator's. Of one that was attached before, graftd is to be told
-    afterwards (`update_relay`).
+    Of one that was attached before, graftd is to be told afterwards (`update_relay`).
     """
     target, choice = seen.target, seen.choice
     cut_off: tuple[ContainerSocket, ...] = ()
     is_served = True
-    saved = saving.of_attached(target, policy, choice.transport, asked, relay) if save else None
-    with saving.attachment(graft.settings, saved):
-        if seen.attached is not None:
-            container = _replace_policy(graft, target, seen.attached, choice, policy, relay)
-        elif choice.transport is Transport.SPLICE:
-            container, cut_off, is_served = _attach_splice(graft, seen, policy, relay or "splice")
-        else:
-            container, cut_off, is_served = _attach_direct(graft, seen, policy)
+    if seen.attached is not None:
+        container = _replace_policy(graft, target, seen.attached, choice, policy, relay)
+    elif choice.transport is Transport.SPLICE:
+        container, cut_off, is_served = _attach_splice(graft, seen, policy, relay or "splice")
+    else:
+        container, cut_off, is_served = _attach_direct(graft, seen, policy)
     return Attached(
         target,
         seen.observed,
@@ -200,7 +198,6 @@ def attach_seen(
         cut_off,
         without_effect=_without_effect(graft, choice, policy),
         without_supervisor=_without_supervisor(choice, policy),
-        saved=saved is not None,
         is_served=is_served,
     )
 

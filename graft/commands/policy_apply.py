@@ -41,7 +41,8 @@ class Applied:
 def apply(graft: Installation, policy: Policy, text: str | None = None, save: bool = False) -> Applied:
     """Replace the policy of the container ``text``, or of every container whose policy has the same name.
 
-    ``save``: for the next boot too, and of those that wait. A file that changes until its rules are in force is applied
+    ``save``: for the next boot too; without, those of them that are saved have it until then, also when they start
+    again. Those that wait get it too. A file that changes until its rules are in force is applied
     again. Raises NotFoundError if there is none, PolicyError, RefusedError, ConflictError, KernelError, and changes
     nothing then, unless the error is about that file (`with_current`); UnfinishedError if one of them does not get it.
     """
@@ -53,7 +54,7 @@ def _apply_once(graft: Installation, policy: Policy, text: str | None, save: boo
     graft.reap()
     compiled = graft.compile(policy)
     found = None
-    if text is not None and not (save and saving.find_each_waiting(graft, policy.name, text)):
+    if text is not None and not saving.find_each_waiting(graft, policy.name, text, save):
         found = find(graft, text)
     chosen = _Choice([found], [], []) if found is not None else _choose(graft, compiled, text, save)
     with _within_reach(chosen.containers, compiled) as reached, saving.alone(graft.settings, save):
@@ -85,7 +86,7 @@ def _choose(graft: Installation, compiled: CompiledPolicy, text: str | None, sav
     it keeps the operator from nothing. Raises NotFoundError, RefusedError, PolicyError.
     """
     policy = compiled.policy
-    waiting = saving.find_each_waiting(graft, policy.name, text) if save else []
+    waiting = saving.find_each_waiting(graft, policy.name, text, save)
     chosen, kept = list[Container](), list[str]()
     if text is None:
         for one in graft.containers.listing():
@@ -173,7 +174,7 @@ class _Job:
             with saving.policy_of(graft.settings, container, self.compiled.policy, self.save):
                 self.changed.append((container, self._put_in_force(container, together)))
         except NotFoundError as error:
-            saved = saving.at(Store(graft.settings), container.cgroup_path) if self.save else None
+            saved = saving.at(Store(graft.settings), container.cgroup_path)
             if graft.ruleset_of(container):
                 self.failed.append(f"{container.name}: {error.message}")
             elif saved is not None:
@@ -192,7 +193,7 @@ class _Job:
         return _replace(self.graft, container, replace(self.compiled, policy=policy), together=together)
 
     def _replace_saved(self, saved: SavedAttachment) -> None:
-        saving.replace_waiting(self.graft.settings, saved, self.compiled.policy)
+        saving.replace_waiting(self.graft.settings, saved, self.compiled.policy, self.save)
         self.waiting.append(saved)
 
 

@@ -2,7 +2,7 @@
 
 `graft up` restores, and so does the first command after a boot that needs Graft (graft/state/installation.py, by way
 of up.py). Repeatable: what is in force already stays as it is, and so does what an operator took away
-with `--no-save`.
+with `--no-save`. A container that starts again has the policy that it was given with that.
 
 A container is looked for where it was last seen, without asking its engine: at boot that may not have started, and may
 itself be waiting for `graft up`. Engines are asked only where containers of theirs run that are not known.
@@ -146,7 +146,7 @@ def _restore_attachment(
         if container is None:
             settled = sightings is None or sightings.is_settled(saved.target.text, finder.cgroup_id(found))
             seen = _look_at(graft, found, saved, settled)
-            seen.ensure_daemon(graft, saved.policy)
+            seen.ensure_daemon(graft, store.wanted(saved).policy)
         with nullcontext() if seen is None else seen.within_reach(), store.locked():
             current = store.attachment(saved.target)
             if current is None or store.is_paused(ATTACHMENTS, file_name(saved.target)):  # it was detached just now
@@ -154,7 +154,7 @@ def _restore_attachment(
             if seen is not None:
                 if (current.transport, current.relay) != (saved.transport, saved.relay) or not seen.is_current(graft):
                     return _CHANGED
-                attached = attach_seen(graft, seen, current.policy, current.relay)
+                attached = attach_seen(graft, seen, store.wanted(current).policy, current.relay)
                 container = attached.container
                 done.attached.append(saved.target.text)
             if container is not None:

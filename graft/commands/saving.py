@@ -13,7 +13,7 @@ ways.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,28 +56,57 @@ def alone(settings: Settings, save: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attachment(settings: Settings, saved: SavedAttachment | None) -> Iterator[None]:
-    """As `endpoint`, for an attachment (None: save nothing), and under the lock already (`alone`)."""
+def attachment(settings: Settings, made: SavedAttachment | None, save: bool) -> Iterator[None]:
+    """As `endpoint`, for an attachment (None: one that is not to be saved), and under the lock already (`alone`).
+
+    Without ``save``, and of a container that is saved, the policy is noted for now.
+    """
     store = Store(settings)
-    if saved is None:
+    if made is None:
         yield
         return
-    with _in_place_after(store.prepare_attachment(saved)):
+    if not save:
+        with _noted_for_now(store, _saved_of(store, made), made.policy):
+            yield
+        return
+    with _in_place_after(store.prepare_attachment(made)):
         yield
-        _forget_others_at(store, saved)
-        store.resume(ATTACHMENTS, file_name(saved.target))
+        _forget_others_at(store, made)
+        store.resume(ATTACHMENTS, file_name(made.target))
+    store.drop_for_now(made.target)
 
 
 @contextlib.contextmanager
 def policy_of(settings: Settings, container: Container, policy: Policy, save: bool) -> Iterator[None]:
     """The same for another policy of a container, if its attachment is saved."""
     store = Store(settings)
-    saved = at(store, container.cgroup_path) if save and store.exists else None
+    saved = at(store, container.cgroup_path)
     if saved is None:
         yield
         return
+    if not save:
+        with _noted_for_now(store, [saved], policy):
+            yield
+        return
     with _in_place_after(store.prepare_attachment(replace(saved, policy=policy))):
         yield
+    store.drop_for_now(saved.target)
+
+
+@contextlib.contextmanager
+def _noted_for_now(store: Store, each: Sequence[SavedAttachment], policy: Policy) -> Iterator[None]:
+    """Note the policy that the block gives a container, which is saved as ``each``: it is restored by that."""
+    with contextlib.ExitStack() as stack:
+        for one in each:
+            stack.enter_context(_in_place_after(store.prepare_for_now(one, policy)))
+        yield
+    for one in each:
+        store.resume(ATTACHMENTS, file_name(one.target))
+
+
+def _saved_of(store: Store, made: SavedAttachment) -> list[SavedAttachment]:
+    """What is saved of a container: by its name, and at its cgroup."""
+    return [one for one in store.read()[0].attachments if one.target == made.target or _is_at(one, made.last.cgroup)]
 
 
 @contextlib.contextmanager
@@ -103,25 +132,31 @@ def forget(store: Store, saved: SavedAttachment, save: bool) -> None:
         store.remove_attachment(saved.target)
     else:
         store.pause(ATTACHMENTS, file_name(saved.target))
+    store.drop_for_now(saved.target)
 
 
 def waiting(graft: Installation) -> list[SavedAttachment]:
-    """What is saved and not attached now."""
+    """What is saved and not attached now, each with the policy that it is to get. Raises KernelError."""
     store = Store(graft.settings)
     if not store.exists:
         return []
     attached = {below_mount(one.cgroup_path) for one in graft.containers.listing()}
-    return [one for one in store.read()[0].attachments if one.last.cgroup not in attached]
+    return [store.wanted(one) for one in store.read()[0].attachments if one.last.cgroup not in attached]
 
 
-def find_each_waiting(graft: Installation, policy: str, text: str | None) -> list[SavedAttachment]:
-    """The one that waits and that ``text`` names; None: all that wait under a policy with that name."""
+def find_each_waiting(graft: Installation, policy: str, text: str | None, save: bool) -> list[SavedAttachment]:
+    """The one that waits and that ``text`` names; None: all that wait under a policy with that name. Without ``save``
+    not those that are detached for now.
+    """
     if text is None:
-        return [one for one in waiting(graft) if one.policy.name == policy]
-    if is_attached(graft, text):
+        found = [one for one in waiting(graft) if one.policy.name == policy]
+    elif is_attached(graft, text):
         return []
-    named = find_waiting(graft, text)
-    return [] if named is None else [named]
+    else:
+        named = find_waiting(graft, text)
+        found = [] if named is None else [named]
+    store = Store(graft.settings)
+    return [one for one in found if save or not store.is_paused(ATTACHMENTS, file_name(one.target))]
 
 
 def is_attached(graft: Installation, text: str) -> bool:
@@ -133,9 +168,14 @@ def is_attached(graft: Installation, text: str) -> bool:
     return True
 
 
-def replace_waiting(settings: Settings, saved: SavedAttachment, policy: Policy) -> None:
-    """Give one that waits another policy, under the lock (`alone`). Raises KernelError."""
-    put_in_place(Store(settings).prepare_attachment(replace(saved, policy=policy)).commit)
+def replace_waiting(settings: Settings, saved: SavedAttachment, policy: Policy, save: bool) -> None:
+    """Give one that waits another policy, under the lock (`alone`); without ``save`` for now. Raises KernelError."""
+    store = Store(settings)
+    if not save:
+        put_in_place(store.prepare_for_now(saved, policy).commit)
+        return
+    put_in_place(store.prepare_attachment(replace(saved, policy=policy)).commit)
+    store.drop_for_now(saved.target)
 
 
 def find_waiting(graft: Installation, text: str) -> SavedAttachment | None:
@@ -176,7 +216,11 @@ def below_mount(path: Path) -> str:
 def at(store: Store, path: Path) -> SavedAttachment | None:
     """The attachment that was last seen at a cgroup."""
     where = below_mount(path)
-    return next((one for one in store.read()[0].attachments if one.last.cgroup == where != ""), None)
+    return next((one for one in store.read()[0].attachments if _is_at(one, where)), None)
+
+
+def _is_at(saved: SavedAttachment, where: str) -> bool:
+    return saved.last.cgroup == where != ""
 
 
 def _forget_others_at(store: Store, saved: SavedAttachment) -> None:
@@ -184,6 +228,7 @@ def _forget_others_at(store: Store, saved: SavedAttachment) -> None:
     for other in store.read()[0].attachments:
         if other.last.cgroup == saved.last.cgroup and other.target != saved.target:
             store.remove_attachment(other.target)
+            store.drop_for_now(other.target)
 
 
 @contextlib.contextmanager

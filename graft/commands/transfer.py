@@ -14,7 +14,7 @@ what cannot be attached waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -122,8 +122,10 @@ def import_state(settings: Settings, state: SavedState) -> Imported:
         job.detach_removed()
         with store.locked():
             done = job.delete_endpoints()
-        done.waiting = restore(graft).waiting
-        done.attached = job.attached_since(done.waiting)
+        reasons = restore(graft).waiting
+        left = {one.target.text for one in saving.waiting(graft)}  # the watcher may have attached others meanwhile
+        done.waiting = {name: why for name, why in reasons.items() if name in left}
+        done.attached = job.attached_since(left)
     if state.attachments:
         watcher_process.ensure_running(settings)
     return done
@@ -166,9 +168,9 @@ class _Import:
         for replaced in self._replaced_endpoints:
             self._under_lock(partial(EndpointChanges.complete, done=replaced))
 
-    def attached_since(self, waiting: Mapping[str, str]) -> list[str]:
-        """Those that were not attached before and do not wait now, whoever has attached them: the watcher may have."""
-        return [name for name in self._missing if name not in waiting]
+    def attached_since(self, left: Collection[str]) -> list[str]:
+        """Those that were not attached before, and are now: all but ``left``."""
+        return [name for name in self._missing if name not in left]
 
     def tell_graftd(self) -> None:
         """Have graftd serve by the policies that were replaced."""
@@ -264,7 +266,7 @@ class _Import:
 
     def _replace_policies(self) -> None:
         """Give each attached container the policy of the file: another may be in force than the one that was saved."""
-        before = {one.target: one.policy for one in self._before.attachments}
+        before = {one.target: self._store.wanted(one).policy for one in self._before.attachments}
         attached = self._attached()
         together = {one.id for one in attached.values()}
         for one in self._state.attachments:

@@ -17,7 +17,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +28,7 @@ from graft.kernel.file_lock import locked_file
 from graft.kernel.ownership import problem_of
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
+from graft.policy.model import Policy
 from graft.saved import envelope
 from graft.saved.model import SavedAttachment, SavedState, Target, saved_state
 from graft.saved.values import (
@@ -216,7 +217,7 @@ class Store:
             self.tidy()
             sync_folder(self._state_dir)
 
-    # ---- what is saved, and not wanted until the next `graft up` --------------------------------
+    # ---- what is saved, and until the next `graft up` not wanted, or not wanted so --------------
 
     def pause(self, kind: str, name: str) -> None:
         """Do not restore it while Graft is up: it was taken away for now only (`--no-save`)."""
@@ -231,8 +232,40 @@ class Store:
         """Whether it is not to be restored."""
         return (self._paused / f"{kind}-{name}").exists()
 
+    def prepare_for_now(self, saved: SavedAttachment, policy: Policy) -> PreparedFile:
+        """The note that a saved container has this policy while Graft is up (`--no-save`), not yet in its place: it
+        would come out of a narrower one by ending and starting again. Raises KernelError.
+        """
+        path = self._for_now(saved.target)
+        try:
+            for folder in (self._paused, path.parent):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return prepare_file(path, envelope.encode(attachment_value(replace(saved, policy=policy))))
+        except OSError as error:
+            raise KernelError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+
+    def wanted(self, saved: SavedAttachment) -> SavedAttachment:
+        """An attachment as it is to be restored now: with the policy that it has for now, if any.
+
+        Raises KernelError where that cannot be read: the saved one may be wider.
+        """
+        path = self._for_now(saved.target)
+        try:
+            return replace(saved, policy=_attachment_of(path).policy)
+        except FileNotFoundError:
+            return saved
+        except (OSError, UsageError) as error:
+            raise KernelError(f"cannot read {path}: {error}", "graft policy apply gives it a policy") from error
+
+    def drop_for_now(self, target: Target) -> None:
+        """Take `prepare_for_now` back. Safe to repeat."""
+        self._for_now(target).unlink(missing_ok=True)
+
+    def _for_now(self, target: Target) -> Path:
+        return self._paused / "policies" / file_name(target)
+
     def resume_all(self) -> None:
-        """Take every `pause` back: a new data plane has nothing yet."""
+        """Take all of that back: a new data plane has nothing yet."""
         shutil.rmtree(self._paused, ignore_errors=True)
 
 

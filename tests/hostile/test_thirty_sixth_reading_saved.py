@@ -12,15 +12,19 @@ import pytest
 from graft.commands import transfer
 from graft.datapath import rulesets
 from graft.errors import ConflictError, UnfinishedError
+from graft.kernel import cgroup
 from graft.policy.model import policy_from_flags
 from graft.state.containers import ContainerChanges
 from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import attached, box, saver
+from tests.hostile.conftest import graft_without
 from tests.support.cgroups import new_cgroup
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4
 from tests.support.policies import DENY_ALL
 from tests.support.puppet import puppet
+from tests.support.shell import Word, run
+from tests.support.wait import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(250)]
 __all__ = ["box", "saver", "write_policy"]
@@ -57,6 +61,18 @@ def test_what_was_detached_for_now_waits_after_an_import_where_it_does_not_run(
     assert "waits: it is not running" in saver.graft("import", file).stdout
     assert [one["state"] for one in saver.ps()] == ["waiting"]
     box.mkdir()
+
+
+def test_without_its_resuming_it_is_not_attached(
+    saver: Host, box: Path, write_policy: WritePolicy, tmp_path: Path
+) -> None:
+    file = tmp_path / "all.yaml"
+    saver.graft("attach", "--cgroup", box, "--policy", write_policy(DENY_ALL))
+    file.write_text(saver.graft("export").stdout)
+    saver.graft("detach", "--cgroup", box, "--no-save")
+    run([*graft_without("import resumes"), "import", file], environment=saver.environment, status=0)
+    with puppet(box, saver.netns.path) as program:
+        assert program.bind("0.0.0.0", saver.port()) == "ok"
 
 
 # ---- an import that fails ---------------------------------------------------------------------------
@@ -110,6 +126,14 @@ def test_an_import_that_fails_leaves_the_policies_and_endpoints_that_were_in_for
         assert program.connect(*there) == "EACCES", "not the policy that is saved"
     assert shown(saver, box, second) == before
     assert saver.graft("export").stdout == saved
+
+
+def test_without_the_rules_that_an_import_keeps_the_saved_policy_is_in_force(
+    saver: Host, box: Path, failing: Path, write_policy: WritePolicy
+) -> None:
+    saver.graft("policy", "apply", "--no-save", write_policy(NARROW))
+    run([*graft_without("rules kept"), "import", failing], environment=saver.environment, status=4)
+    assert connects(saver, box) == "ok"
 
 
 def test_an_import_that_fails_leaves_an_endpoint_deleted_for_now_as_it_is(saver: Host, failing: Path) -> None:
@@ -181,3 +205,112 @@ def test_the_rules_that_a_killed_import_has_kept_go_with_the_next_one(
     assert len(rulesets.with_endpoints(saver.maps)) == 1
     saver.graft("policy", "apply", write_policy(f"name: {container.policy}\ndefault: deny\n"))
     assert not rulesets.with_endpoints(saver.maps)
+
+
+# ---- a container that starts again ------------------------------------------------------------------
+
+
+def narrowed(host: Host, box: Path, write_policy: WritePolicy, how: str, *flags: str) -> None:
+    """Give ``box`` the narrow policy in one of the ways."""
+    chosen: dict[str, list[Word]] = {
+        "policy apply": ["policy", "apply", *flags, write_policy(NARROW)],
+        "policy apply --cgroup": ["policy", "apply", *flags, "--cgroup", box, write_policy(NARROW)],
+        "attach": ["attach", *flags, "--cgroup", box, "--policy", write_policy(NARROW)],
+    }
+    host.graft(*chosen[how])
+
+
+def start_again(host: Host, box: Path) -> None:
+    """As a container does that ends and starts: its cgroup is made anew, and the watcher attaches it."""
+    cgroup.kill(box)
+    cgroup.remove(box)
+    box.mkdir()
+    until("it is attached again", lambda: is_attached(host, box))
+
+
+def is_attached(host: Host, box: Path) -> bool:
+    return any(one.cgroup == str(box) and one.exists for one in host.installation.containers.listing())
+
+
+@pytest.fixture
+def wide(saver: Host, box: Path, write_policy: WritePolicy) -> Host:
+    """A host where ``box`` is saved with the wide policy."""
+    saver.graft("ep", "add", "out", "0.0.0.0:dynamic")
+    saver.graft("attach", "--cgroup", box, "--policy", write_policy(WIDE))
+    return saver
+
+
+def connects(host: Host, box: Path) -> str:
+    """What a connect to the client gives in it."""
+    with host.client.listener(CLIENT4) as listener, puppet(box, host.netns.path) as program:
+        return str(program.connect(CLIENT4, listener.getsockname()[1]))
+
+
+@pytest.mark.parametrize("how", ["policy apply", "policy apply --cgroup", "attach"])
+def test_a_container_does_not_come_out_of_a_policy_for_now_by_starting_again(
+    wide: Host, box: Path, write_policy: WritePolicy, how: str
+) -> None:
+    saved = wide.graft("export").stdout
+    narrowed(wide, box, write_policy, how, "--no-save")
+    assert connects(wide, box) == "EACCES"
+    start_again(wide, box)
+    assert connects(wide, box) == "EACCES"
+    wide.graft("up")
+    start_again(wide, box)
+    assert connects(wide, box) == "EACCES"
+    assert wide.graft("export").stdout == saved
+    wide.graft("down")
+    wide.graft("up")
+    assert connects(wide, box) == "ok", "a new data plane has what is saved"
+
+
+def test_without_the_note_of_it_a_container_comes_out_of_a_policy_for_now(
+    wide: Host, box: Path, write_policy: WritePolicy
+) -> None:
+    command = [*graft_without("noted for now"), "policy", "apply", "--no-save", write_policy(NARROW)]
+    run(command, environment=wide.environment, status=0)
+    assert connects(wide, box) == "EACCES"
+    start_again(wide, box)
+    assert connects(wide, box) == "ok"
+
+
+@pytest.mark.parametrize("how", ["policy apply", "policy apply --cgroup"])
+def test_one_that_has_ended_before_a_policy_for_now_gets_it_too(
+    wide: Host, box: Path, write_policy: WritePolicy, how: str
+) -> None:
+    cgroup.remove(box)
+    narrowed(wide, box, write_policy, how, "--no-save")
+    box.mkdir()
+    until("it is attached again", lambda: is_attached(wide, box))
+    assert connects(wide, box) == "EACCES"
+
+
+def test_a_policy_for_now_ends_with_one_that_is_saved_and_with_an_import(
+    wide: Host, box: Path, write_policy: WritePolicy, tmp_path: Path
+) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text(wide.graft("export").stdout)
+    ways: list[list[Word]] = [
+        ["policy", "apply", write_policy(WIDE)],
+        ["attach", "--cgroup", box, "--policy", write_policy(WIDE)],
+        ["import", file],
+    ]
+    for words in ways:
+        narrowed(wide, box, write_policy, "policy apply", "--no-save")
+        wide.graft(*words)
+        assert connects(wide, box) == "ok"
+        start_again(wide, box)
+        assert connects(wide, box) == "ok", words
+
+
+def test_what_is_attached_for_now_after_it_was_detached_for_now_is_attached_again(
+    wide: Host, box: Path, write_policy: WritePolicy
+) -> None:
+    wide.graft("detach", "--no-save", "--cgroup", box)
+    narrowed(wide, box, write_policy, "attach", "--no-save")
+    start_again(wide, box)
+    assert connects(wide, box) == "EACCES"
+    wide.graft("detach", "--no-save", "--cgroup", box)
+    cgroup.remove(box)
+    assert wide.ps() == [], "it does not wait"
+    box.mkdir()

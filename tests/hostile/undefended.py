@@ -32,6 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from graft.commands import policy_learn, restore, watcher
+from graft.commands import policy_apply, restore, saving, transfer, watcher
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.commands.transport_choice import choose_transport
 from graft.datapath import bcc_compiler
@@ -60,6 +61,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener, shim
 from graft.oci.state import State
+from graft.saved.store import Store
 from graft.splice.datagram_clients import Client
 from graft.state import (
     bound_sockets,
@@ -1362,7 +1364,33 @@ def _learned_elsewhere() -> None:
     policy_learn.is_elsewhere = lambda event, transport: False
 
 
+def _import_resumes() -> None:
+    """What was detached for now stays detached after an import."""
+    Store.resume_all = lambda self: None  # type: ignore[method-assign]
+
+
+def _rules_kept() -> None:
+    """An import that fails compiles the saved policies anew."""
+
+    def roll_back(self: transfer._Import) -> list[str]:
+        for done in reversed(self._exchanged):
+            saved = saving.at(self._store, done.before.cgroup_path)
+            assert saved is not None
+            policy_apply.replace_policy(self._graft, done.after, saved.policy)
+        return []
+
+    transfer._Import._roll_back = roll_back  # type: ignore[method-assign]
+
+
+def _noted_for_now() -> None:
+    """A container that starts again has the policy that is saved."""
+    saving.__dict__["_noted_for_now"] = lambda store, each, policy: contextlib.nullcontext()
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
+    "import resumes": _import_resumes,
+    "rules kept": _rules_kept,
+    "noted for now": _noted_for_now,
     "signals": _signals,
     "rights": _rights,
     "own binds": _own_binds,

@@ -13,6 +13,7 @@ from graft.errors import ConflictError, KernelError, RefusedError
 from graft.kernel import atomic_file
 from graft.model.endpoint import parse_endpoint
 from graft.model.settings import Settings
+from graft.policy.model import policy_from_flags
 from graft.saved import envelope
 from graft.saved import store as store_module
 from graft.saved.model import SavedState, saved_state
@@ -178,7 +179,7 @@ def test_of_two_names_for_one_cgroup_the_later_is_kept(store: Store, settings: S
     from graft.saved.model import Target
 
     renamed = replace(ATTACHMENT, target=Target("cgroup", ATTACHMENT.last.cgroup))
-    with saving.alone(settings, True), saving.attachment(settings, renamed):
+    with saving.alone(settings, True), saving.attachment(settings, renamed, True):
         pass
     assert store.read()[0].attachments == (renamed,)
 
@@ -193,6 +194,36 @@ def test_who_waits_for_the_lock_too_long_is_told_who_holds_it(store: Store, monk
         pass
     with store.locked():
         pass
+
+
+def test_a_policy_for_now_is_roots_alone_and_is_what_is_wanted_until_it_is_dropped(
+    store: Store, tmp_path: Path
+) -> None:
+    narrow = policy_from_flags("narrow", [], [], True)
+    assert store.wanted(ATTACHMENT) == ATTACHMENT
+    store.prepare_for_now(ATTACHMENT, narrow).discard()
+    assert store.wanted(ATTACHMENT) == ATTACHMENT
+    store.prepare_for_now(ATTACHMENT, narrow).commit()
+    wanted = store.wanted(ATTACHMENT)
+    assert wanted.policy == narrow
+    assert (wanted.target, wanted.last) == (ATTACHMENT.target, ATTACHMENT.last)
+    assert store.read() == (whole(), []), "what is saved stays"
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+    store.drop_for_now(ATTACHMENT.target)
+    store.drop_for_now(ATTACHMENT.target)
+    assert store.wanted(ATTACHMENT) == ATTACHMENT
+    store.prepare_for_now(ATTACHMENT, narrow).commit()
+    store.resume_all()
+    assert store.wanted(ATTACHMENT) == ATTACHMENT
+
+
+def test_where_a_policy_for_now_cannot_be_read_the_saved_one_is_not_taken(store: Store, tmp_path: Path) -> None:
+    store.prepare_for_now(ATTACHMENT, policy_from_flags("narrow", [], [], True)).commit()
+    [note] = (tmp_path / "run").rglob(file_name(ATTACHMENT.target))
+    note.write_text("{}")
+    with pytest.raises(KernelError, match="cannot read"):
+        store.wanted(ATTACHMENT)
 
 
 def test_forgetting_leaves_nothing_but_the_lock(store: Store) -> None:
