@@ -253,14 +253,14 @@ def test_one_that_ends_stops_no_import(
 ) -> None:
     saving = host.saving
     narrow = exported(saving, paths, tmp_path / "shared.yaml").replace("to: 127.0.0.0/8", "to: 127.0.0.1/32")
-    real: Any = policy_apply.replace_policy
+    real: Any = policy_apply.exchange_policy
 
     def replace(graft: Any, container: Any, *more: Any, **named: Any) -> Any:
         if container.cgroup == str(paths[1]):
             saving.remove_at(paths[1])  # it has ended just now
         return real(graft, container, *more, **named)
 
-    monkeypatch.setattr(transfer, "replace_policy", replace)
+    monkeypatch.setattr(transfer, "exchange_policy", replace)
     transfer.import_state(saving.settings, import_text(narrow, "all.yaml"))
     assert "127.0.0.1/32" in saving.graft("policy", "show", paths[0]).stdout
 
