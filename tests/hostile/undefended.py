@@ -31,8 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from graft.commands import policy_learn, restore, watcher
-from graft.commands import policy_apply, restore, saving, transfer, watcher
+from graft.commands import policy_apply, policy_learn, restore, saving, transfer, watcher
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.commands.transport_choice import choose_transport
 from graft.datapath import bcc_compiler
