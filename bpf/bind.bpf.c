@@ -55,6 +55,59 @@ static __always_inline void clear_endpoint(struct bpf_sock_addr *ctx, struct own
 	}
 }
 
+/* Whether a socket, which it releases, has the port of an endpoint that its container lost, and is another container's. */
+static __always_inline int is_released_leftover(struct bpf_sock *sk, u32 container, u64 netns)
+{
+	struct tag *tag;
+	int found;
+
+	if (!sk)
+		return 0;
+	tag = tags.sk_storage_get(sk, 0, 0);
+	found = tag && tag->home == GRAFT_HOME_HOST && tag->endpoint && tag->container != container &&
+		!is_bound(sk, tag, containers.lookup(&tag->container), netns);
+	bpf_sk_release(sk);
+	return found;
+}
+
+#if defined(GRAFT_REUSEPORT_BYTE) && defined(GRAFT_SOCK_ADDR_SK)
+/* SO_REUSEPORT of the socket that a hook decides about, which no helper returns on all kernels. */
+static __always_inline int shares_port(struct bpf_sock_addr *ctx)
+{
+	void *sk = requesting_socket(ctx);
+	u8 byte = 0;
+
+	return sk && !bpf_probe_read_kernel(&byte, 1, sk + GRAFT_REUSEPORT_BYTE) && byte & GRAFT_REUSEPORT_MASK;
+}
+#else
+static __always_inline int shares_port(struct bpf_sock_addr *ctx)
+{
+	return 1;
+}
+#endif
+
+/* Whether a datagram socket would share its port (SO_REUSEPORT) with one of another container, which was granted it before.
+ * Of the two the kernel chooses who gets a datagram, before the hook for packets drops what that one gets: the server would
+ * miss half, or all. The kernel closes no datagram socket that its program has bound. */
+static __always_inline int meets_leftover(struct bpf_sock_addr *ctx, u32 container, struct request *request,
+					  struct endpoint *endpoint)
+{
+	u64 netns = bpf_get_netns_cookie(ctx);
+	struct bpf_sock_tuple to = {};
+
+	if (request->protocol != IPPROTO_UDP || !request->endpoint_port || !shares_port(ctx))
+		return 0;
+	if (endpoint->family == GRAFT_IPV4) {
+		__builtin_memcpy(&to.ipv4.daddr, endpoint->addr, 4);
+		to.ipv4.dport = bpf_htons(request->endpoint_port);
+		return is_released_leftover(bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0), container,
+					    netns);
+	}
+	__builtin_memcpy(to.ipv6.daddr, endpoint->addr, 16);
+	to.ipv6.dport = bpf_htons(request->endpoint_port);
+	return is_released_leftover(bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv6), BPF_F_CURRENT_NETNS, 0), container, netns);
+}
+
 /* Decides a bind. Returns the endpoint to rewrite to, or NULL with *verdict set. */
 static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, struct request *request, int *verdict)
 {
@@ -108,6 +161,11 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		/* No rule grants this address to a host-homed socket: passed, the container would get a
 		 * port of the host without a grant. */
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
+		return 0;
+	}
+	if (meets_leftover(ctx, owner.id, request, endpoint)) {
+		count(owner.id, GRAFT_DECISION_REFUSED_BIND);
+		*verdict = refuse_with(EADDRINUSE);
 		return 0;
 	}
 	*verdict = PASS_ANY_PORT;

@@ -237,7 +237,11 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # An IPv6 bind takes the IPv4 port along.
     "ipv4": (
-        _at_once("bind.bpf.c", "struct endpoint *endpoint)", "return 0;"),
+        _at_once(
+            "bind.bpf.c",
+            "int takes_ipv4_port(struct bpf_sock *ctx, struct local_address *local, struct endpoint *endpoint)",
+            "return 0;",
+        ),
         _at_once(
             "ingress.bpf.c", "int is_of_other_family(struct __sk_buff *skb, struct endpoint *endpoint)", "return 0;"
         ),
@@ -459,6 +463,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     # Anybody on the host reaches the listener that graftd alone is to reach.
+    "leftovers at its port": (("bind.bpf.c", "if (meets_leftover(", "if (0 && meets_leftover("),),
     "unix listener": (_at_once("ingress.bpf.c", "int is_unix_listener(struct owner *owner)", "return 0;"),),
     # No hook refuses anything.
     "hooks": tuple(
