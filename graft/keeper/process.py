@@ -39,6 +39,8 @@ from graft.keeper.prepared import Forks
 from graft.keeper.restarts import Restarts
 
 SOCKET, LOCK = protocol.SOCKET, "keeper.lock"
+GRAFTD_LOCK = "graftd.lock"
+"""In run_dir: what the only graftd has locked."""
 _CREDENTIALS = struct.Struct("=3i")  # struct ucred of unix(7): pid, uid, gid
 _ROOM = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4 * protocol.MAX_DESCRIPTORS)
 _LOCK_SECONDS = 2.0
@@ -163,6 +165,7 @@ class Keeper:
             log(f"graftd ({child.pid}) was killed, does not end, and is left behind")
             self._poll.unregister(child.pidfd)
             child.leave(self._forks)
+            _forget_lock(self._folder)
             self._child, self._killed_at, self._due = None, 0.0, now
             self._choose_command(is_replaced=False)
         else:
@@ -270,6 +273,16 @@ def _listener(folder: int) -> socket.socket:
     made.bind(protocol.address(folder))
     os.umask(before)
     return made
+
+
+def _forget_lock(folder: int) -> None:
+    """Let the next graftd have a lock of its own: one that is left behind has the file's until the kernel lets it end.
+    It was killed, and does nothing any more that the lock is to keep from being done twice.
+    """
+    try:
+        os.unlink(GRAFTD_LOCK, dir_fd=folder)
+    except OSError:  # it had none yet; or the next one says that it has not got it
+        pass
 
 
 def _lock(folder: int) -> bool:

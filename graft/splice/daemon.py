@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle  # noqa: F401  what answers of children are read with: no file is read for it later, with the lock
 import sys
 
 from graft.datapath import attachments, dataplane

@@ -1,5 +1,6 @@
 """Starts, asks and stops graftd and its keeper. There is one of each for all containers: both have a lock, which the
-kernel releases however they end.
+kernel releases however they end. A graftd that was killed and does not end keeps its own: its keeper removes that file,
+and the next one locks another.
 
 The keeper (graft/keeper) starts graftd, in the background or in the place of `graft daemon`. Where the service manager
 started that, and is told when it is ready, it is the keeper.
@@ -22,13 +23,12 @@ from typing import Any, NoReturn
 from graft.datapath import dataplane
 from graft.errors import ConflictError, GraftError, KernelError, NotFoundError
 from graft.keeper import lines
-from graft.keeper.process import LOCK
+from graft.keeper.process import GRAFTD_LOCK, LOCK
 from graft.kernel import cgroup
 from graft.kernel.file_lock import is_locked
 from graft.model.settings import Settings
 from graft.splice import control, service_manager
 
-_LOCK = "graftd.lock"
 _START_SECONDS = 20.0
 _READY_SECONDS = 60.0
 """How long a keeper may take to start graftd: longer only where somebody holds what one of both looks up."""
@@ -44,7 +44,7 @@ _INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "GRAFT_NO_COMPILED", "LANG")
 @contextlib.contextmanager
 def daemon_lock(settings: Settings) -> Iterator[None]:
     """Have the lock of the only daemon. Raises ConflictError where a daemon has it."""
-    fd = os.open(settings.run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(settings.run_dir / GRAFTD_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -231,7 +231,7 @@ def _stop_own(settings: Settings) -> None:
 
 def runs(settings: Settings) -> bool:
     """Whether a daemon or a keeper has its lock, even if it does not answer."""
-    return _has_keeper(settings) or is_locked(settings.run_dir / _LOCK)
+    return _has_keeper(settings) or is_locked(settings.run_dir / GRAFTD_LOCK)
 
 
 def _has_keeper(settings: Settings) -> bool:

@@ -21,8 +21,9 @@ from graft.keeper import protocol
 from graft.keeper.child import Child
 from graft.keeper.closing import Closer
 from graft.keeper.holdings import Holdings, arrange
-from graft.keeper.process import LOCK, SOCKET
+from graft.keeper.process import GRAFTD_LOCK, LOCK, SOCKET
 from graft.keeper.restarts import Restarts
+from graft.kernel.file_lock import is_locked
 from tests.support.wait import PATIENCE, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -293,6 +294,41 @@ def test_one_that_does_not_end_though_it_is_killed_is_left_behind(start_keeper: 
     finally:
         with contextlib.suppress(ProcessLookupError):  # stopped, and without a parent: the kernel has sent SIGHUP
             os.kill(int(first), signal.SIGKILL)
+
+
+LOCKS = f"""
+lock = os.open(folder + "/{GRAFTD_LOCK}", os.O_RDWR | os.O_CREAT, 0o600)
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    note("has the lock")
+except BlockingIOError:
+    note("has it not")
+    sys.exit(1)
+"""
+
+
+def test_one_that_is_left_behind_keeps_no_lock_from_the_next_one(start_keeper: Callable[..., Kept]) -> None:
+    kept = start_keeper(LOCKS + STORES + WAITS, watchdog=0.5 * PATIENCE, before=UNKILLABLE)
+    [[first, _], _] = kept.noted(2)
+    os.kill(int(first), signal.SIGSTOP)
+    try:
+        assert [words for _, words in kept.noted(4)][2:] == ["has the lock", "given p1=in-flight"]
+        assert Path(f"/proc/{first}").exists()
+        assert is_locked(kept.folder / GRAFTD_LOCK)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # stopped, and without a parent: the kernel has sent SIGHUP
+            os.kill(int(first), signal.SIGKILL)
+    assert is_locked(kept.folder / GRAFTD_LOCK)
+
+
+def test_one_that_is_killed_and_ends_leaves_the_locks_file(start_keeper: Callable[..., Kept]) -> None:
+    """Else another program could have the lock of a file that is there no more."""
+    kept = start_keeper(LOCKS + STORES + WAITS, watchdog=0.5 * PATIENCE)
+    [[first, _], _] = kept.noted(2)
+    before = (kept.folder / GRAFTD_LOCK).stat().st_ino
+    os.kill(int(first), signal.SIGSTOP)
+    assert kept.noted(4)[2][1] == "has the lock"
+    assert (kept.folder / GRAFTD_LOCK).stat().st_ino == before
 
 
 def test_one_that_does_not_end_though_it_is_killed_keeps_no_keeper(start_keeper: Callable[..., Kept]) -> None:
