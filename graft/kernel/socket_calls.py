@@ -97,6 +97,11 @@ def lock_filter(fd: int) -> None:
     _set_option(fd, SO_LOCK_FILTER, ctypes.c_int(1))
 
 
+def set_number(fd: int, name: int, value: int) -> None:
+    """Set an option of a socket. Raises OSError."""
+    _set_option(fd, name, ctypes.c_int(value))
+
+
 def _set_option(fd: int, name: int, value: ctypes.Structure | ctypes.c_int) -> None:
     result = _libc.setsockopt(fd, socket.SOL_SOCKET, name, ctypes.byref(value), ctypes.sizeof(value))
     _check(result, "setsockopt")

@@ -28,7 +28,7 @@ from graft.kernel.sockdiag import (
     parse_socket,
     seen,
 )
-from graft.kernel.socket_calls import attach_filter, lock_filter, option, peer_of, place_of
+from graft.kernel.socket_calls import attach_filter, lock_filter, option, peer_of, place_of, set_number
 from graft.model.address import format_ip, unmapped
 
 # include/net/tcp_states.h; a UDP socket is CLOSE until it is connected. A TCP socket that is listed as CLOSE (6.8) is
@@ -205,6 +205,7 @@ def destroy(one: ListedSocket) -> None:
 _UNCONNECTED, _CONNECTED = 7, 1
 _TCP_INFO = 11  # linux/tcp.h; its first byte is the state
 _SO_COOKIE, _SO_BINDTOIFINDEX = 57, 62  # asm-generic/socket.h
+_NO_INTERFACE = 0x7FFFFFFF
 
 
 def socket_of(fd: int, inode: int, protocols: Collection[str]) -> tuple[int, ListedSocket] | None:
@@ -252,6 +253,16 @@ def drop_incoming(fd: int) -> None:
         attach_filter(fd, _DROP_ALL)
     with suppress(OSError):
         lock_filter(fd)
+
+
+def tie_to_no_interface(fd: int) -> None:
+    """Bind a socket to the highest number of an interface, which none has: it is of no group with SO_REUSEPORT then,
+    and the kernel finds it for no packet. (A UDP socket that its program has bound can be taken away in no other way.)
+
+    Waits for the socket's lock.
+    """
+    with suppress(OSError):
+        set_number(fd, _SO_BINDTOIFINDEX, _NO_INTERFACE)
 
 
 def can_destroy(release: str | None = None) -> bool:

@@ -11,6 +11,7 @@ others are done (graft/state/helper_process.py).
 
 The kernel closes a TCP socket on request (SOCK_DESTROY). On a kernel where the request could block others or is not
 supported, and for MPTCP and UDP, of which a request would close only a part, a copy of the descriptor is shut down.
+One of UDP keeps its port all the same, and is tied to an interface that cannot exist: it is in nobody's way then.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def close(sock: ContainerSocket) -> bool:
     if sock.listed.protocol == "tcp":
         return _destroy(sock) or _shut_down(sock)
     was_shut_down = _shut_down(sock)
-    _destroy(sock)
+    _destroy(sock)  # before the next: it unties a socket from its interface
+    _take_from_port(sock)
     return was_shut_down
 
 
@@ -149,6 +151,15 @@ def _destroy(sock: ContainerSocket) -> bool:
     except OSError:
         return False
     return True
+
+
+def _take_from_port(sock: ContainerSocket) -> None:
+    """Have the kernel choose it for no datagram any more, where it shares its port with the endpoint's next sockets."""
+    for place in sock.places:
+        with socket_holders.copied(place, sock.listed.inode) as copy:
+            if copy is not None:
+                sockets.tie_to_no_interface(copy)
+                return
 
 
 def _shut_down(sock: ContainerSocket) -> bool:

@@ -123,7 +123,7 @@ def test_one_that_does_not_share_its_port_is_not_refused(
     assert after_its_rule(host, confine, transport, tmp_path, picks=False, shares=False) == f"{COUNT} of {COUNT}"
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ["swap", "born"])
 def test_one_that_has_ended_takes_none_in_silence(
     host: Host, confine: Confine, holder: socket.socket, transport: str
 ) -> None:
@@ -134,8 +134,6 @@ def test_one_that_has_ended_takes_none_in_silence(
         _, fds, _, _ = socket.recv_fds(stranger, 10, 1)
     assert said(before) == "serving"
     before.program.stop()
-    if transport == "direct":
-        host.graft("detach", "--cgroup", before.cgroup)
     assert said(server(host, confine, transport, policy(web))) == "EADDRINUSE"
     os.close(fds[0])
     after = server(host, confine, transport, policy(web))
@@ -150,3 +148,20 @@ def test_those_that_are_granted_it_share_it(host: Host, confine: Confine, transp
     one, other = (server(host, confine, transport, policy(web)) for _ in range(2))
     assert [said(one), said(other)] == ["serving", "serving"]
     assert received(host, one, web) < COUNT
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_one_that_is_detached_leaves_the_port(host: Host, confine: Confine, holder: socket.socket, ends: bool) -> None:
+    """Its program goes on, and has the socket, or has ended, and a process outside has it."""
+    web = host.port()
+    before = server(host, confine, "direct", policy(web), picks=True, path=holder.getsockname())
+    with holder.accept()[0] as stranger:
+        _, fds, _, _ = socket.recv_fds(stranger, 10, 1)
+    assert said(before) == "serving"
+    if ends:
+        before.program.stop()
+    host.graft("detach", "--cgroup", before.cgroup)
+    after = server(host, confine, "direct", policy(web))
+    assert said(after) == "serving"
+    assert received(host, after, web) == COUNT
+    os.close(fds[0])
