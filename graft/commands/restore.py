@@ -49,6 +49,7 @@ ENGINE_FOLDERS = ("docker", "system.slice", "machine.slice", "libpod_parent")
 
 _ENGINE_KINDS = ("docker", "podman")
 NOT_THERE = "it is not running"
+NOT_NOTED = "the reason could not be noted: graft up tells it"
 _CHANGED = "a command changed it at the same time"
 _FOLDER_SECONDS = 2.0
 _MAX_NOTES = 4 << 20
@@ -307,13 +308,17 @@ def _notes(settings: Settings) -> Path:
 
 
 def _note_waiting(settings: Settings, waiting: Mapping[str, str]) -> None:
-    with contextlib.suppress(OSError):
+    try:
         write_atomically(_notes(settings), json.dumps(waiting).encode())
+    except OSError:  # no room: those of before do not count any more
+        _notes(settings).unlink(missing_ok=True)
 
 
-def why_waiting(settings: Settings) -> dict[str, str]:
-    """Why each container waited, when that was last tried."""
+def why_waiting(settings: Settings) -> dict[str, str] | None:
+    """Why each container waited, when that was last tried; None where that could not be noted."""
     try:
         return json_text.text_by_name(json_text.parse(_notes(settings).read_bytes(), "waiting", _MAX_NOTES), "waiting")
+    except FileNotFoundError:
+        return None
     except (OSError, UsageError):
         return {}

@@ -69,8 +69,8 @@ def attach(settings: Settings, path: Path, container: int, splice: bool = False,
     """Attach the programs to the cgroup at ``path``, for ``container`` (0: Graft's own). Repeatable.
 
     ``splice``: those of that transport too. ``replaces``: each in the place of its predecessor, which a data plane that
-    is gone has left there, in one step. All of them or none: what was attached before a failure is detached again.
-    Raises KernelError.
+    is gone has left there, in one step. All of them or none: what was attached before a failure is detached again; but
+    not what has replaced others, without which the cgroup would have none. Raises KernelError.
     """
     wanted = _wanted(settings, splice)
     if replaces:  # the scope is there with the first one, which decides nothing, before the others replace any
@@ -87,7 +87,7 @@ def attach(settings: Settings, path: Path, container: int, splice: bool = False,
             if not replaces:
                 set_scope(settings, path, container)
         except OSError as error:
-            for fd, kind in done:
+            for fd, kind in done if not replaces else ():
                 bpf.prog_detach(cgroup_fd, fd, kind)
             raise KernelError(f"cannot attach to the cgroup {path}: {error}") from error
 

@@ -141,9 +141,9 @@ class ContainerChanges(Containers):
         and before any hook is attached. Containers that have ended may be in its way: `Installation.reap` comes before.
         The cgroup is to be kept open (`members.pinned`) where others may list a folder above it.
 
-        Changes nothing if it fails (PolicyError, ConflictError, KernelError; RefusedError if a cgroup above is
-        attached, or one below that has a record (`refuse_below` finds the others); UnixPathError if a unix socket's
-        path cannot be had).
+        Changes nothing if it fails, but that a container of a data plane that is gone may be granted nothing any more
+        (PolicyError, ConflictError, KernelError; RefusedError if a cgroup above is attached, or one below that has a
+        record (`refuse_below` finds the others); UnixPathError if a unix socket's path cannot be had).
         """
         policy = compiled.policy
         check_transport(transport, name or policy.name, compiled)
@@ -155,22 +155,8 @@ class ContainerChanges(Containers):
         new = self._install(compiled)
         number = self._new_id()
         detached.forget(self._settings, number)
+        record = None
         try:
-            value = layout.ContainerValue(
-                netns,
-                new.ruleset,
-                transport,
-                new.bind_default,
-                new.connect_default,
-                new.flags,
-                0 if transport.is_supervised else cookie(self._settings.host_netns),
-            )
-            with needs_room("container"):
-                self._maps.containers.put(ctypes.c_uint32(number), value)
-            if prepare is not None:
-                prepare(number)
-            relayed = transport is Transport.SPLICE or new.unix_relay
-            attachments.attach(self._settings, path, number, splice=relayed, replaces=bool(stale))
             container = Container(
                 id=number,
                 name=name or policy.name,
@@ -187,9 +173,27 @@ class ContainerChanges(Containers):
                 asked=new.asked,
                 origin=policy.origin.name.lower(),
             )
-            records.save(self._settings, container)
+            record = records.prepare(self._settings, container)
+            value = layout.ContainerValue(
+                netns,
+                new.ruleset,
+                transport,
+                new.bind_default,
+                new.connect_default,
+                new.flags,
+                0 if transport.is_supervised else cookie(self._settings.host_netns),
+            )
+            with needs_room("container"):
+                self._maps.containers.put(ctypes.c_uint32(number), value)
+            if prepare is not None:
+                prepare(number)
+            attachments.attach(self._settings, path, number, splice=container.is_relayed, replaces=bool(stale))
+            record.commit()
         except BaseException:
-            attachments.detach(self._settings, path)
+            if record is not None:
+                record.discard()
+            if not stale:  # else it had hooks before: these are in their place, and grant nothing without an entry
+                attachments.detach(self._settings, path)
             self._endpoints.restore_superseded(new.superseded)
             self._forget_detached(number, transport)
             raise

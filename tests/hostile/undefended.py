@@ -865,6 +865,23 @@ def _names_of_any_bytes() -> None:
     records.prepare = prepare
 
 
+def _hooks_stay() -> None:
+    """An attach that fails takes away the hooks that were there before it, too."""
+    from graft.datapath import attachments
+    from graft.state.containers import ContainerChanges
+
+    create = ContainerChanges.create
+
+    def create_or_detach(self: ContainerChanges, compiled: Any, path: Path, *rest: Any, **named: Any) -> Any:
+        try:
+            return create(self, compiled, path, *rest, **named)
+        except BaseException:
+            attachments.detach_predecessors(path)
+            raise
+
+    ContainerChanges.create = create_or_detach  # type: ignore[method-assign]
+
+
 def _own_descriptors() -> None:
     """The own folder in /proc of a process of root's is looked up each time."""
     unix_files.pin_own_descriptors = lambda: None
@@ -1473,6 +1490,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "own clocks": _own_clocks,
     "bounded addresses": _bounded_addresses,
     "names of any bytes": _names_of_any_bytes,
+    "hooks stay": _hooks_stay,
     "left behind": _left_behind,
     "others in the cgroup": _others_in_the_cgroup,
     "search": _search,
