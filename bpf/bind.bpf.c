@@ -55,57 +55,57 @@ static __always_inline void clear_endpoint(struct bpf_sock_addr *ctx, struct own
 	}
 }
 
-/* Whether a socket, which it releases, has the port of an endpoint that its container lost, and is another container's. */
+/* Whether a socket, which it releases, is another container's that has ended, or that lost the endpoint whose port this is. */
 static __always_inline int is_released_leftover(struct bpf_sock *sk, u32 container, u64 netns)
 {
+	struct container *other;
 	struct tag *tag;
-	int found;
+	int found = 0;
 
 	if (!sk)
 		return 0;
 	tag = tags.sk_storage_get(sk, 0, 0);
-	found = tag && tag->home == GRAFT_HOME_HOST && tag->endpoint && tag->container != container &&
-		!is_bound(sk, tag, containers.lookup(&tag->container), netns);
+	if (tag && tag->home == GRAFT_HOME_HOST && tag->container != container) {
+		other = containers.lookup(&tag->container);
+		found = !other || (tag->endpoint && !is_bound(sk, tag, other, netns));
+	}
 	bpf_sk_release(sk);
 	return found;
 }
 
-#if defined(GRAFT_REUSEPORT_BYTE) && defined(GRAFT_SOCK_ADDR_SK)
-/* SO_REUSEPORT of the socket that a hook decides about, which no helper returns on all kernels. */
-static __always_inline int shares_port(struct bpf_sock_addr *ctx)
+/* The same of the datagram socket that the kernel finds at an IPv4 port; `address` as in a sockaddr. */
+static __always_inline int has_leftover4(struct bpf_sock_addr *ctx, u32 container, u32 address, u16 port_be, u64 netns)
 {
-	void *sk = requesting_socket(ctx);
-	u8 byte = 0;
+	struct bpf_sock_tuple to = {};
 
-	return sk && !bpf_probe_read_kernel(&byte, 1, sk + GRAFT_REUSEPORT_BYTE) && byte & GRAFT_REUSEPORT_MASK;
+	to.ipv4.daddr = address;
+	to.ipv4.dport = port_be;
+	return is_released_leftover(bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0), container, netns);
 }
-#else
-static __always_inline int shares_port(struct bpf_sock_addr *ctx)
-{
-	return 1;
-}
-#endif
 
-/* Whether a datagram socket would share its port (SO_REUSEPORT) with one of another container, which was granted it before.
- * Of the two the kernel chooses who gets a datagram, before the hook for packets drops what that one gets: the server would
- * miss half, or all. The kernel closes no datagram socket that its program has bound. */
+/* Whether a datagram socket would share its port with one of another container, which was granted it before. Of the two
+ * the kernel chooses who gets a datagram, before the hook for packets drops what that one gets: the server would miss
+ * some, or all, as the other one chooses (SO_REUSEPORT with a program, SO_INCOMING_CPU, which of them was bound last). The
+ * kernel closes no datagram socket that its program has bound. */
 static __always_inline int meets_leftover(struct bpf_sock_addr *ctx, u32 container, struct request *request,
 					  struct endpoint *endpoint)
 {
 	u64 netns = bpf_get_netns_cookie(ctx);
+	u16 port_be = bpf_htons(request->endpoint_port);
 	struct bpf_sock_tuple to = {};
+	u32 address;
 
-	if (request->protocol != IPPROTO_UDP || !request->endpoint_port || !shares_port(ctx))
+	if (request->protocol != IPPROTO_UDP || !request->endpoint_port)
 		return 0;
 	if (endpoint->family == GRAFT_IPV4) {
-		__builtin_memcpy(&to.ipv4.daddr, endpoint->addr, 4);
-		to.ipv4.dport = bpf_htons(request->endpoint_port);
-		return is_released_leftover(bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0), container,
-					    netns);
+		__builtin_memcpy(&address, endpoint->addr, 4);
+		return has_leftover4(ctx, container, address, port_be, netns);
 	}
 	__builtin_memcpy(to.ipv6.daddr, endpoint->addr, 16);
-	to.ipv6.dport = bpf_htons(request->endpoint_port);
-	return is_released_leftover(bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv6), BPF_F_CURRENT_NETNS, 0), container, netns);
+	to.ipv6.dport = port_be;
+	if (is_released_leftover(bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv6), BPF_F_CURRENT_NETNS, 0), container, netns))
+		return 1;
+	return endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK && has_leftover4(ctx, container, 0, port_be, netns);
 }
 
 /* Decides a bind. Returns the endpoint to rewrite to, or NULL with *verdict set. */

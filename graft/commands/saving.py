@@ -141,7 +141,16 @@ def waiting(graft: Installation) -> list[SavedAttachment]:
     if not store.exists:
         return []
     attached = {below_mount(one.cgroup_path) for one in graft.containers.listing()}
-    return [store.wanted(one) for one in store.read()[0].attachments if one.last.cgroup not in attached]
+    found = [one for one in store.read()[0].attachments if one.last.cgroup not in attached]
+    return [wanted_or_saved(store, one) for one in found]
+
+
+def wanted_or_saved(store: Store, saved: SavedAttachment) -> SavedAttachment:
+    """With the policy that it is to get; where that cannot be read it waits, and is known by the one that is saved."""
+    try:
+        return store.wanted(saved)
+    except KernelError:
+        return saved
 
 
 def find_each_waiting(graft: Installation, policy: str, text: str | None, save: bool) -> list[SavedAttachment]:

@@ -266,7 +266,7 @@ class _Import:
 
     def _replace_policies(self) -> None:
         """Give each attached container the policy of the file: another may be in force than the one that was saved."""
-        before = {one.target: self._store.wanted(one).policy for one in self._before.attachments}
+        before = {one.target: saving.wanted_or_saved(self._store, one).policy for one in self._before.attachments}
         attached = self._attached()
         together = {one.id for one in attached.values()}
         for one in self._state.attachments:

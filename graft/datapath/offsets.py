@@ -19,7 +19,7 @@ def structure_offsets() -> dict[str, int]:
     """The offsets that the hooks need; empty where the kernel has no type information.
 
     Of a socket's file and descriptor (bpf/desk.bpf.c), the thread that a supervisor serves (bpf/caller.bpf.c),
-    IPV6_V6ONLY (bpf/local_address.bpf.c), SO_REUSEPORT (bpf/bind.bpf.c), the interface and the route that a program
+    IPV6_V6ONLY (bpf/local_address.bpf.c), the interface and the route that a program
     has chosen and whether it has begun a datagram (bpf/chosen_source.bpf.c), a packet's namespace, its connection, its
     route and what IPsec has done to it, and a setting of the namespace (bpf/packet.bpf.c, translated.bpf.c,
     destination.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each (bpf/reuseport.bpf.c).
@@ -46,7 +46,7 @@ def missing() -> list[str]:
 
 
 def _groups() -> tuple[Callable[[Btf], Offsets], ...]:
-    of_sockets = (_descriptor, _v6only, _shared, _begun, _interface, _route, _labels, _group)
+    of_sockets = (_descriptor, _v6only, _begun, _interface, _route, _labels, _group)
     return (*of_sockets, _packet, _tracked, _transformed, _routed, _mark)
 
 
@@ -88,14 +88,6 @@ def _v6only(btf: Btf) -> Offsets:
         "GRAFT_V6ONLY_BYTE": None if bit is None else bit // 8,
         "GRAFT_V6ONLY_MASK": None if bit is None else 1 << bit % 8,
         "GRAFT_SOCK_ADDR_SK": btf.offset("bpf_sock_addr_kern", "sk"),
-    }
-
-
-def _shared(btf: Btf) -> Offsets:
-    bit = btf.bit_offset("sock_common", "skc_reuseport")
-    return {
-        "GRAFT_REUSEPORT_BYTE": None if bit is None else bit // 8,
-        "GRAFT_REUSEPORT_MASK": None if bit is None else 1 << bit % 8,
     }
 
 

@@ -33,7 +33,14 @@ def test_a_container_whose_data_plane_is_lost_stays_confined(
     policy.write_text(DENIES)
     with new_cgroup("box") as box, host.client.listener(CLIENT4) as listener, puppet(box, host.netns.path) as one:
         where = CLIENT4, listener.getsockname()[1]
-        attach: list[Word] = ["attach", *(["--no-save"] if how == "attach" else []), "--cgroup", box, "--policy", policy]
+        attach: list[Word] = [
+            "attach",
+            *(["--no-save"] if how == "attach" else []),
+            "--cgroup",
+            box,
+            "--policy",
+            policy,
+        ]
         used.graft(*attach)
         run(["rm", "-rf", host.settings.pin_dir], status=0)  # as if it were unmounted
         if how == "attach":

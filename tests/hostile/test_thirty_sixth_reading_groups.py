@@ -1,5 +1,7 @@
 """What a thirty-sixth reading found: a UDP socket that was granted an endpoint before stays in the kernel's group of
-those that share the port (SO_REUSEPORT), and takes the datagrams of the container that has the endpoint next.
+those that share the port (SO_REUSEPORT), and takes the datagrams of the container that has the endpoint next. A
+thirty-seventh: so does one that shares it by SO_REUSEADDR, by what it sets afterwards, or at IPv4 where the next one's
+endpoint is dual-stack.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ COUNT = 40
 
 SERVER = r"""
 import ctypes, errno, socket, struct, sys
-picks, shares, path = sys.argv[1] == "1", sys.argv[2] == "1", sys.argv[3]
-u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+picks, shares, path, address = sys.argv[1] == "1", sys.argv[2] == "1", sys.argv[3], sys.argv[4]
+u = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
 u.setsockopt(socket.SOL_SOCKET, 15 if shares else socket.SO_REUSEADDR, 1)
 try:
-    u.bind(("0.0.0.0", 53))
+    u.bind((address, 53))
 except OSError as error:
     print(errno.errorcode[error.errno], flush=True)
     sys.stdin.readline()
@@ -64,14 +66,25 @@ def holder() -> Iterator[socket.socket]:
     folder.unlink()
 
 
-def policy(web: int, rules: str = "{bind: '0.0.0.0:53', endpoint: web}") -> str:
-    return f"name: t\nendpoints: {{web: '0.0.0.0:{web}'}}\ningress: [{rules}]\ndefault: deny\n"
+ANY4, ANY6 = "0.0.0.0", "::"
+DUAL_STACK = "{{address: '[::]:{}', dual_stack: true}}"
+
+
+def policy(web: int, rules: str = "{bind: '*:53', endpoint: web}", endpoint: str = "'0.0.0.0:{}'") -> str:
+    return f"name: t\nendpoints: {{web: {endpoint.format(web)}}}\ningress: [{rules}]\ndefault: deny\n"
 
 
 def server(
-    host: Host, confine: Confine, transport: str, text: str, picks: bool = False, shares: bool = True, path: str = ""
+    host: Host,
+    confine: Confine,
+    transport: str,
+    text: str,
+    picks: bool = False,
+    shares: bool = True,
+    path: str = "",
+    address: str = ANY4,
 ) -> Confined:
-    words = ["/usr/bin/python3", "-ISc", SERVER, str(int(picks)), str(int(shares)), path]
+    words = ["/usr/bin/python3", "-ISc", SERVER, str(int(picks)), str(int(shares)), path, address]
     return confine(host, transport, text, within=words)
 
 
@@ -116,11 +129,22 @@ def test_without_the_look_at_the_port_it_does(without: Without, confine: Confine
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_one_that_does_not_share_its_port_is_not_refused(
-    host: Host, confine: Confine, tmp_path: Path, transport: str
+def test_nor_one_with_so_reuseaddr(host: Host, confine: Confine, tmp_path: Path, transport: str) -> None:
+    """Of two with that the last one that was bound gets all; but the other one can have the kernel prefer it later."""
+    assert after_its_rule(host, confine, transport, tmp_path, picks=False, shares=False) == "EADDRINUSE"
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_nor_one_of_the_other_family(
+    host: Host, confine: Confine, tmp_path: Path, transport: str, shares: bool
 ) -> None:
-    """With SO_REUSEADDR the last one that binds gets all."""
-    assert after_its_rule(host, confine, transport, tmp_path, picks=False, shares=False) == f"{COUNT} of {COUNT}"
+    web = host.port()
+    before = server(host, confine, transport, policy(web), shares=shares)
+    assert said(before) == "serving"
+    apply(host, before, tmp_path, policy(web, rules=""))
+    text = policy(web, endpoint=DUAL_STACK)
+    assert said(server(host, confine, transport, text, shares=shares, address=ANY6)) == "EADDRINUSE"
 
 
 @pytest.mark.parametrize("transport", ["swap", "born"])
