@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-from graft.kernel.atomic_file import write_atomically
+from graft.errors import KernelError
 from graft.kernel.file_lock import locked_file
 from graft.model.settings import Settings
 
@@ -20,23 +21,24 @@ MODULE = "graft.commands.up"
 _LOCK_SECONDS = 120.0
 
 
-def _marker(settings: Settings) -> bytes:
-    """What tells this data plane from one before it: the pin of a map, which was made with it."""
-    found = (settings.pin_dir / "settings").stat()
-    return f"{found.st_dev} {found.st_ino} {found.st_mtime_ns}\n".encode()
+def _marker(settings: Settings) -> Path:
+    """Goes with the data plane, and takes no space: /run may be full, as a container can make it."""
+    return settings.pin_dir / "restored"
 
 
 def is_restored(settings: Settings) -> bool:
     """Whether that was done, or tried."""
-    with contextlib.suppress(OSError):
-        return (settings.run_dir / "restored").read_bytes() == _marker(settings)
-    return False
+    return _marker(settings).exists()
 
 
 def set_restored(settings: Settings) -> None:
-    """Note that it was."""
-    with contextlib.suppress(OSError):
-        write_atomically(settings.run_dir / "restored", _marker(settings))
+    """Note that it was, by a second name of a map's pin. Raises KernelError."""
+    try:
+        os.link(settings.pin_dir / "settings", _marker(settings))
+    except (FileExistsError, FileNotFoundError):  # known, or the data plane is gone again
+        return
+    except OSError as error:
+        raise KernelError(f"cannot note in {settings.pin_dir} what was restored: {error.strerror}") from error
 
 
 @contextlib.contextmanager

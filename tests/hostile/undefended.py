@@ -616,6 +616,24 @@ def _lost_lines() -> None:
     FailureLog.__call__ = FailureLog._write  # type: ignore[method-assign]
 
 
+def _restored_in_run() -> None:
+    """That what is saved was restored is noted in /run, if it has room."""
+    from graft.commands import up
+    from graft.kernel.atomic_file import write_atomically
+    from graft.state import restored
+
+    def ensure(settings: Settings) -> None:
+        if (settings.state_dir / "saved").exists() and not restored.is_restored(settings):
+            up.main()  # here, as a process of its own would have the defence
+
+    def note(settings: Settings) -> None:
+        with contextlib.suppress(OSError):
+            write_atomically(settings.run_dir / "restored", b"yes\n")
+
+    restored.is_restored = lambda settings: (settings.run_dir / "restored").exists()
+    restored.set_restored, restored.ensure_restored = note, ensure
+
+
 def _aside() -> None:
     """The daemon waits for the installation's lock in its event loop."""
     from graft.splice import background
@@ -1428,6 +1446,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "acl": _acl,
     "log": _log,
     "lost lines": _lost_lines,
+    "restored in run": _restored_in_run,
     "aside": _aside,
     "cgroup id": _cgroup_id,
     "cgroup events": _cgroup_events,
