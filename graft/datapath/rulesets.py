@@ -45,10 +45,10 @@ def copy(maps: Maps, numbers: Mapping[int, int], endpoint: int, other: int) -> N
     _put_all(_copies(maps, numbers, endpoint, other))
 
 
-def _put_all(entries: Iterable[_Entry]) -> None:
+def _put_all(entries: Iterable[_Entry], field: str = "policy") -> None:
     written: list[tuple[_Table, ctypes.Structure]] = []
     try:
-        with needs_room("policy"):
+        with needs_room(field):
             for table, key, value in entries:
                 table.put(key, value)
                 written.append((table, key))
@@ -148,7 +148,7 @@ def retire(maps: Maps, numbers: Iterable[int]) -> None:
 
 def erase(maps: Maps, number: int) -> None:
     """Remove every entry of ruleset ``number``."""
-    write_groups(maps, number, ())
+    erase_groups(maps, number)
     for table, first, value in (
         (maps.ingress, layout.IngressKey(layout.INGRESS_FIXED_BITS + 16), layout.IngressValue()),
         (maps.egress, layout.EgressKey(layout.EGRESS_FIXED_BITS + 128), layout.EgressValue()),
@@ -179,14 +179,34 @@ def _keys_of(table: _Table, first: Any, value: ctypes.Structure) -> list[Any]:
     return found
 
 
-def write_groups(maps: Maps, number: int, groups: Collection[IPAddress]) -> None:
-    """Give an endpoint, or a ruleset, these multicast groups and no others."""
-    wanted = {(group.version, pack16(group)) for group in groups}
-    for key in maps.groups.keys():  # noqa: SIM118
-        if key.id == number and (key.family, bytes(key.addr)) not in wanted:
+@contextlib.contextmanager
+def changed_groups(maps: Maps, number: int, groups: Collection[IPAddress]) -> Iterator[None]:
+    """Give an endpoint these multicast groups and no others: new ones before the block, and where that fails, or finds
+    no room, they are taken back; those that it has no more are deleted after the block. Raises KernelError.
+    """
+    wanted = {bytes(key): key for key in (_group_key(number, group.version, pack16(group)) for group in groups)}
+    there = {bytes(key): key for key in _groups_keys(maps, number)}
+    new = [key for packed, key in wanted.items() if packed not in there]
+    _put_all(((maps.groups, key, ctypes.c_uint32(1)) for key in new), "multicast")
+    try:
+        yield
+    except BaseException:
+        for key in new:
             maps.groups.delete(key)
-    for family, packed in wanted:
-        maps.groups.put(_group_key(number, family, packed), ctypes.c_uint32(1))
+        raise
+    for packed, key in there.items():
+        if packed not in wanted:
+            maps.groups.delete(key)
+
+
+def erase_groups(maps: Maps, number: int) -> None:
+    """Take all multicast groups from an endpoint, or a ruleset."""
+    for key in _groups_keys(maps, number):
+        maps.groups.delete(key)
+
+
+def _groups_keys(maps: Maps, number: int) -> list[layout.GroupKey]:
+    return [key for key in maps.groups.keys() if key.id == number]  # noqa: SIM118
 
 
 def _group_key(number: int, family: int, packed: bytes) -> layout.GroupKey:
@@ -197,7 +217,7 @@ def _group_key(number: int, family: int, packed: bytes) -> layout.GroupKey:
 
 def groups_of(maps: Maps, number: int) -> tuple[IPAddress, ...]:
     """The multicast groups of an endpoint, in their order."""
-    found = [(key.family, bytes(key.addr)) for key in maps.groups.keys() if key.id == number]  # noqa: SIM118
+    found = [(key.family, bytes(key.addr)) for key in _groups_keys(maps, number)]
     return in_order(ip_address(packed[:4] if family == 4 else packed) for family, packed in found)
 
 

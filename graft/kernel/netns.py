@@ -168,16 +168,27 @@ def resolve(spec: str) -> Path:
 
 def keep(opened: int, target: Path) -> None:
     """Mount the namespace of a descriptor on the file ``target``: it then exists there until `release`. One that was
-    kept there is released; its file stays, so that this needs no space.
+    kept there is released; its file stays, so that this needs no space. Raises KernelError: then that one is kept.
     """
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _libc.umount2(os.fsencode(target), _MNT_DETACH)
-    target.touch(mode=0o600)
-    real = os.fsencode(f"/proc/self/fd/{opened}")
-    if _libc.mount(real, os.fsencode(target), None, ctypes.c_ulong(_MS_BIND), None) != 0:
-        code = ctypes.get_errno()
-        target.unlink(missing_ok=True)
-        raise KernelError(f"cannot keep a network namespace: {os.strerror(code)}")
+    if not target.exists():
+        target.touch(mode=0o600)
+    before = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        was_kept = _libc.umount2(os.fsencode(target), _MNT_DETACH) == 0
+        if code := _mount(opened, target):
+            if not was_kept or _mount(before, target):
+                target.unlink(missing_ok=True)
+            raise KernelError(f"cannot keep a network namespace: {os.strerror(code)}")
+    finally:
+        os.close(before)
+
+
+def _mount(opened: int, target: Path) -> int:
+    """Mount the file of a descriptor on another. Gives an error's number; 0: done."""
+    source = os.fsencode(f"/proc/self/fd/{opened}")
+    done = _libc.mount(source, os.fsencode(target), None, ctypes.c_ulong(_MS_BIND), None)
+    return 0 if done == 0 else ctypes.get_errno()
 
 
 def release(target: Path) -> None:

@@ -23,6 +23,7 @@
     helper_process.py  runs system calls that may never return in a child process
     folder_calls.py    makes calls in such a child that are about a folder which somebody may hold
     named_namespaces.py   opens the network namespaces that the operator names
+    kept_namespaces.py    keeps those of endpoints
     left_children.py   children that were left behind there
     members.py         the processes and cgroups of containers, listed by such a child
     liveness.py        which supervisors are stuck

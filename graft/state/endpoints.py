@@ -13,12 +13,10 @@ from pathlib import Path
 from graft.datapath import layout, rulesets
 from graft.datapath.maps import Maps, needs_room
 from graft.errors import ConflictError, NotFoundError
-from graft.kernel import netns
-from graft.kernel.atomic_file import prepare_file
 from graft.model.endpoint import Endpoint, Protocol
 from graft.model.ports import ports_text
 from graft.model.settings import Settings
-from graft.state import bound_sockets, host_addresses, named_namespaces, unix_sockets
+from graft.state import bound_sockets, kept_namespaces, unix_sockets
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,9 @@ class Endpoints:
 
     def netns_path(self, stored: StoredEndpoint) -> Path:
         """A path by which the namespace of an endpoint can be entered."""
-        return self._settings.host_netns if stored.endpoint.netns is None else self._netns_pin(stored.id)
+        if stored.endpoint.netns is None:
+            return self._settings.host_netns
+        return kept_namespaces.pin_of(self._settings, stored.id)
 
     @contextlib.contextmanager
     def namespaces(self, stored: Sequence[StoredEndpoint]) -> Iterator[list[Path]]:
@@ -98,25 +98,17 @@ class Endpoints:
         found = self._maps.endpoint_names.get(_key(name))
         return None if found is None else int(found.value)
 
-    def _netns_pin(self, number: int) -> Path:
-        return self._settings.run_dir / "netns" / str(number)
-
-    def _label(self, number: int) -> Path:
-        """The file with the name that the operator gave for the namespace."""
-        return self._netns_pin(number).with_suffix(".name")
-
     def _read(self, name: str, number: int) -> StoredEndpoint | None:
         value = self._maps.endpoints.get(ctypes.c_uint32(number))
         if value is None:
             return None
         packed = bytes(value.addr)
-        label = self._label(number)
         endpoint = Endpoint(
             name=name,
             address=ip_address(packed[:4] if value.family == 4 else packed),
             port=value.port,
             protocols=Protocol(value.protocols),
-            netns=os.fsdecode(label.read_bytes()) if label.exists() else None,
+            netns=kept_namespaces.name_of(self._settings, number),
             open=bool(value.flags & layout.ENDPOINT_OPEN),
             dual_stack=bool(value.flags & layout.ENDPOINT_DUAL_STACK),
             last_port=value.last_port,
@@ -334,59 +326,49 @@ class EndpointChanges(Endpoints):
         self._maps.endpoints.delete(ctypes.c_uint32(number))
         bound_sockets.release(self._settings, lambda _container, endpoint: endpoint == number)
         unix_sockets.save(self._settings, number, None)
-        rulesets.write_groups(self._maps, number, ())
-        self._release_namespace(number)
+        rulesets.erase_groups(self._maps, number)
+        kept_namespaces.release(self._settings, number)
 
     def _write(self, number: int, endpoint: Endpoint, declared: bool) -> None:
-        if endpoint.unix is not None:
-            unix_sockets.save(self._settings, number, endpoint.unix)  # first, as it needs space
-        cookie = self._keep_namespace(number, endpoint)
-        flags = layout.ENDPOINT_OPEN * endpoint.open | layout.ENDPOINT_DECLARED * declared
-        flags |= layout.ENDPOINT_DUAL_STACK * endpoint.dual_stack | layout.ENDPOINT_UNIX * (endpoint.unix is not None)
+        """What may find no room is done first, and undone where something fails: the endpoint is as it was then."""
+        with (
+            kept_namespaces.prepared(self._settings, self._maps, number, endpoint.netns) as namespace,
+            rulesets.changed_groups(self._maps, number, endpoint.multicast),
+        ):
+            if endpoint.unix is not None:
+                unix_sockets.save(self._settings, number, endpoint.unix)
+            with self._changed(number, _value(endpoint, namespace.cookie, declared)):
+                namespace.commit()
         if endpoint.unix is None:
             unix_sockets.save(self._settings, number, None)
-        value = layout.EndpointValue(
-            netns=cookie,
-            port=endpoint.port,
-            family=endpoint.family,
-            protocols=endpoint.protocols,
-            last_port=endpoint.last_port,
-            flags=flags,
-        )
-        value.addr[:] = endpoint.packed16
+
+    @contextlib.contextmanager
+    def _changed(self, number: int, value: layout.EndpointValue) -> Iterator[None]:
+        """Put the value of an endpoint into the map; where the block fails, what was there."""
+        before = self._maps.endpoints.get(ctypes.c_uint32(number))
         with needs_room("endpoint"):
-            rulesets.write_groups(self._maps, number, endpoint.multicast)
             self._maps.endpoints.put(ctypes.c_uint32(number), value)
-
-    def _keep_namespace(self, number: int, endpoint: Endpoint) -> int:
-        """Have the namespace of an endpoint stay, in the place of the one that it had. Gives its cookie."""
-        host = self._settings.host_netns
-        fd = netns.open_place(host) if endpoint.netns is None else named_namespaces.open_named(endpoint.netns)
         try:
-            cookie = host_addresses.note(self._maps, host, fd)
-            if endpoint.netns is None:
-                self._release_namespace(number)
-            else:
-                self._pin_namespace(number, fd, endpoint.netns)
-        finally:
-            os.close(fd)
-        return cookie
-
-    def _pin_namespace(self, number: int, fd: int, name: str) -> None:
-        """What needs space is done first: where there is none, the endpoint keeps the namespace that it had."""
-        pin = self._netns_pin(number)
-        pin.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        label = prepare_file(self._label(number), os.fsencode(name))
-        try:
-            netns.keep(fd, pin)
+            yield
         except BaseException:
-            label.discard()
+            if before is not None:
+                self._maps.endpoints.put(ctypes.c_uint32(number), before)
             raise
-        label.commit()
 
-    def _release_namespace(self, number: int) -> None:
-        netns.release(self._netns_pin(number))
-        self._label(number).unlink(missing_ok=True)
+
+def _value(endpoint: Endpoint, cookie: int, declared: bool) -> layout.EndpointValue:
+    flags = layout.ENDPOINT_OPEN * endpoint.open | layout.ENDPOINT_DECLARED * declared
+    flags |= layout.ENDPOINT_DUAL_STACK * endpoint.dual_stack | layout.ENDPOINT_UNIX * (endpoint.unix is not None)
+    value = layout.EndpointValue(
+        netns=cookie,
+        port=endpoint.port,
+        family=endpoint.family,
+        protocols=endpoint.protocols,
+        last_port=endpoint.last_port,
+        flags=flags,
+    )
+    value.addr[:] = endpoint.packed16
+    return value
 
 
 def _key(name: str) -> layout.EndpointNameKey:
