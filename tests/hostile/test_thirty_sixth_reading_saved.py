@@ -50,13 +50,19 @@ def test_an_import_attaches_what_was_detached_for_now(
         assert program.bind("0.0.0.0", saver.port()) == "EACCES"
 
 
-def test_what_was_detached_for_now_waits_after_an_import_where_it_does_not_run(
-    saver: Host, box: Path, write_policy: WritePolicy, tmp_path: Path
-) -> None:
-    file = tmp_path / "all.yaml"
+def detached_for_now(saver: Host, box: Path, write_policy: WritePolicy, folder: Path) -> Path:
+    """A file with a container that was detached afterwards, until the next boot."""
+    file = folder / "all.yaml"
     saver.graft("attach", "--cgroup", box, "--policy", write_policy(DENY_ALL))
     file.write_text(saver.graft("export").stdout)
     saver.graft("detach", "--cgroup", box, "--no-save")
+    return file
+
+
+def test_what_was_detached_for_now_waits_after_an_import_where_it_does_not_run(
+    saver: Host, box: Path, write_policy: WritePolicy, tmp_path: Path
+) -> None:
+    file = detached_for_now(saver, box, write_policy, tmp_path)
     box.rmdir()
     assert "waits: it is not running" in saver.graft("import", file).stdout
     assert [one["state"] for one in saver.ps()] == ["waiting"]
@@ -66,10 +72,7 @@ def test_what_was_detached_for_now_waits_after_an_import_where_it_does_not_run(
 def test_without_its_resuming_it_is_not_attached(
     saver: Host, box: Path, write_policy: WritePolicy, tmp_path: Path
 ) -> None:
-    file = tmp_path / "all.yaml"
-    saver.graft("attach", "--cgroup", box, "--policy", write_policy(DENY_ALL))
-    file.write_text(saver.graft("export").stdout)
-    saver.graft("detach", "--cgroup", box, "--no-save")
+    file = detached_for_now(saver, box, write_policy, tmp_path)
     run([*graft_without("import resumes"), "import", file], environment=saver.environment, status=0)
     with puppet(box, saver.netns.path) as program:
         assert program.bind("0.0.0.0", saver.port()) == "ok"
@@ -314,3 +317,21 @@ def test_what_is_attached_for_now_after_it_was_detached_for_now_is_attached_agai
     cgroup.remove(box)
     assert wide.ps() == [], "it does not wait"
     box.mkdir()
+
+
+def test_a_note_that_cannot_be_read_stops_no_command(saver: Host, box: Path, write_policy: WritePolicy) -> None:
+    """The container waits, by which policy nobody knows, until it is given one."""
+    saver.graft("ep", "add", "out", "0.0.0.0:dynamic")
+    saver.graft("attach", "--cgroup", box, "--policy", write_policy(WIDE))
+    saver.graft("policy", "apply", "--no-save", write_policy(NARROW))
+    [note] = (saver.settings.run_dir / "paused" / "policies").iterdir()
+    box.rmdir()
+    until("it waits", lambda: [one["state"] for one in saver.ps()] == ["waiting"])
+    note.write_text("{")
+    box.mkdir()
+    assert [one["state"] for one in saver.ps()] == ["waiting"]
+    saver.graft("up")
+    assert not attached(saver, box)
+    saver.graft("policy", "apply", write_policy(NARROW))
+    until("attached", lambda: attached(saver, box))
+    assert not note.exists()
