@@ -628,7 +628,7 @@ def _restored_in_run() -> None:
 
     def note(settings: Settings) -> None:
         with contextlib.suppress(OSError):
-            write_atomically(settings.run_dir / "restored", b"yes\n")
+            write_atomically(settings.run_dir / "restored", bytes(8192))  # more than `graft up` may have made room for
 
     restored.is_restored = lambda settings: (settings.run_dir / "restored").exists()
     restored.set_restored, restored.ensure_restored = note, ensure
