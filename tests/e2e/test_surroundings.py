@@ -44,7 +44,7 @@ def test_a_program_is_served_on_a_host_that_lacks_it(other_host: Host, without: 
     host, port = other_host, other_host.port()
     script = SERVES.format(without=without, graft=GRAFT, folder=host.folder, port=port)
     server = host.start_command(["unshare", "--mount", "--", "sh", "-c", script])
-    server.until("it listens", lambda: host.netns.listens(port), timeout=30)
+    server.until("it listens", lambda: host.netns.listens(port), timeout=90)
     found = dict(line.split("\t")[1::-1] for line in host.client.fetch(HOST4, port, "/doctor.txt").splitlines()[1:])
     assert [name for name in ("bpffs", "type information") if found[name] != "yes"] == lacks
     assert not host.netns.listens(80)
