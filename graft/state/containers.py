@@ -97,6 +97,18 @@ class _Installed:
     asked: int
 
 
+def _under(container: Container, policy: Policy, new: _Installed) -> Container:
+    """The container with what its record says of a policy that was installed for it."""
+    return replace(
+        container,
+        policy=policy.name,
+        endpoints=endpoint_names(policy),
+        unix_relay=new.unix_relay,
+        asked=new.asked,
+        origin=policy.origin.name.lower(),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Exchanged:
     """What `ContainerChanges.exchange` did. The old rules stay, and are nobody's, until `complete` or `undo`.
@@ -157,22 +169,20 @@ class ContainerChanges(Containers):
         detached.forget(self._settings, number)
         record = None
         try:
-            container = Container(
+            made = Container(
                 id=number,
                 name=name or policy.name,
                 cgroup=str(path),
                 transport=transport,
                 netns=netns,
                 policy=policy.name,
-                endpoints=endpoint_names(policy),
+                endpoints=(),
                 pid=pid,
                 cgroup_id=cgroup.cgroup_id(path),
                 engine=engine,
                 relay=relay,
-                unix_relay=new.unix_relay,
-                asked=new.asked,
-                origin=policy.origin.name.lower(),
             )
+            container = _under(made, policy, new)
             record = records.prepare(self._settings, container)
             value = layout.ContainerValue(
                 netns,
@@ -243,16 +253,8 @@ class ContainerChanges(Containers):
         new = self._install(compiled, {old.ruleset, *kept, *self._rulesets_of(together)}, container.id)
         value.ruleset, value.flags = new.ruleset, new.flags
         value.bind_default, value.connect_default = new.bind_default, new.connect_default
-        changed = replace(
-            container,
-            name=name or container.name,
-            policy=compiled.policy.name,
-            endpoints=endpoint_names(compiled.policy),
-            relay=relay or container.relay,
-            unix_relay=new.unix_relay,
-            asked=new.asked,
-            origin=compiled.policy.origin.name.lower(),
-        )
+        named = replace(container, name=name or container.name, relay=relay or container.relay)
+        changed = _under(named, compiled.policy, new)
         self._switch(changed, value, new)
         return Exchanged(container, changed, old, new)
 
