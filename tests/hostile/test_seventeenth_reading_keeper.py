@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -123,19 +124,23 @@ def test_control_else_it_waits(root: None, folder: str, monkeypatch: pytest.Monk
 # ---- who holds graftd's own later
 
 
+_UNPINNED = "from graft.keeper import own_names, process; own_names.pin = lambda inherited=0: None; "
+WAITS_LONG, LEAVES_SOON = "process._END_SECONDS = 1000.0; ", "process._END_SECONDS = 0.5; "
+"""How long the keeper waits for the end of a graftd that it killed, before it starts another one."""
+
+
 @pytest.fixture
-def served_by(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Plain]]:
+def served_by(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Plain]]:
     """A container to attach, on a host of its own, where graftd lacks a defence, and is killed soon if it hangs."""
     bare_host.graft("up")
     with ExitStack() as stack:
 
-        def start(defence: str) -> Plain:
+        def start(defence: str, waits: str = "") -> Plain:
             monkeypatch.setattr(daemon_process, "_WATCHDOG_SECONDS", _WATCHDOG_SECONDS)
             if defence:
                 command = [*map(str, graft_without(defence)), "daemon"]
                 monkeypatch.setattr(daemon_process, "graftd_command", lambda *_: command)
-                unpinned = "from graft.keeper import own_names; own_names.pin = lambda inherited=0: None; "
-                boot = daemon_process._KEEPER.replace("sys.exit", f"{unpinned}sys.exit")
+                boot = daemon_process._KEEPER.replace("sys.exit", f"{_UNPINNED}{waits}sys.exit")
                 monkeypatch.setattr(daemon_process, "_KEEPER", boot)
             daemon_process.ensure_running(bare_host.settings)
             return stack.enter_context(plain(bare_host))
@@ -161,7 +166,7 @@ def log_of(host: Host) -> str:
 
 
 @pytest.mark.timeout(200)
-def test_graftd_says_that_it_works_while_its_own_folder_is_held(served_by: Callable[[str], Plain]) -> None:
+def test_graftd_says_that_it_works_while_its_own_folder_is_held(served_by: Callable[..., Plain]) -> None:
     container = served_by("")
     host = container.host
     with container.listener() as listener:
@@ -184,8 +189,8 @@ def cannot_end(container: Plain) -> Iterator[int]:
 
 
 @pytest.mark.timeout(300)
-def test_detach_goes_on_where_graftd_does_not_end(served_by: Callable[[str], Plain]) -> None:
-    container = served_by("open stat")
+def test_detach_goes_on_where_graftd_does_not_end(served_by: Callable[..., Plain]) -> None:
+    container = served_by("open stat", WAITS_LONG)
     host = container.host
     with container.listener() as listener:
         port = published(container)
@@ -193,20 +198,53 @@ def test_detach_goes_on_where_graftd_does_not_end(served_by: Callable[[str], Pla
         with cannot_end(container):
             detached = host.graft("detach", "--cgroup", container.cgroup, status=8)
             assert "graftd may have its relays open: the daemon does not answer" in said(detached.stderr)
-            assert host.installation.containers.listing() == []
-            with pytest.raises(OSError):  # refused, or nobody answers: the hooks drop what comes
-                host.client.connected(HOST4, port, 1.0)
+            assert_unserved(host, port)
         container.until_published(port, False)
 
 
 @pytest.mark.timeout(300)
-def test_down_goes_on_where_graftd_does_not_end(served_by: Callable[[str], Plain]) -> None:
-    container = served_by("open stat")
+def test_detach_is_done_by_the_next_where_one_is_left_behind(served_by: Callable[..., Plain]) -> None:
+    """The one that waits has its relays open still: to connect or to go on with a connection leads nowhere."""
+    container = served_by("open stat", LEAVES_SOON)
+    host = container.host
+    with container.listener() as listener:
+        port = published(container)
+        with host.client.connected(HOST4, port, 10 * PATIENCE) as client:
+            accepted, _ = listener.accept()
+            with accepted, cannot_end(container) as pid:
+                until("another one serves", lambda: graftd(host) not in (0, pid), timeout=30)
+                host.graft("detach", "--cgroup", container.cgroup)
+                assert_unserved(host, port)
+                assert not gets_through(client, accepted)
+        container.until_published(port, False)
+
+
+def gets_through(sender: socket.socket, receiver: socket.socket) -> bool:
+    """Whether what one sends is received by the other."""
+    receiver.settimeout(1.0)
+    try:
+        sender.sendall(b"more")
+        return receiver.recv(16) == b"more"
+    except OSError:  # reset, or silent
+        return False
+
+
+def assert_unserved(host: Host, port: int) -> None:
+    """No container is attached, and nobody is served at a port of the host's."""
+    assert host.installation.containers.listing() == []
+    with pytest.raises(OSError):  # refused, or nobody answers: the hooks drop what comes
+        host.client.connected(HOST4, port, 1.0)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("waits", [WAITS_LONG, LEAVES_SOON], ids=["waited-for", "left-behind"])
+def test_down_goes_on_where_graftd_does_not_end(served_by: Callable[..., Plain], waits: str) -> None:
+    container = served_by("open stat", waits)
     host = container.host
     published(container)
     with cannot_end(container) as pid:
         down = host.graft("down", "--force", status=6)
-        assert "the daemon did not stop" in said(down.stderr)
+        assert ("the daemon did not stop" in said(down.stderr)) == (waits == WAITS_LONG)
         assert f"killed processes wait in the kernel ({pid}" in said(down.stderr)
         assert not host.settings.pin_dir.exists() and not host.settings.run_dir.exists()
     until("it has ended", lambda: not cgroup.processes(host.cgroup / "relays"))
@@ -215,7 +253,7 @@ def test_down_goes_on_where_graftd_does_not_end(served_by: Callable[[str], Plain
 
 
 @pytest.mark.timeout(200)
-def test_one_that_is_stopped_is_killed_by_down(served_by: Callable[[str], Plain]) -> None:
+def test_one_that_is_stopped_is_killed_by_down(served_by: Callable[..., Plain]) -> None:
     """With its keeper: nothing of both is left, and so nothing is wrong."""
     host = served_by("").host
     pids = (graftd(host), keeper(host))
