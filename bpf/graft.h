@@ -478,7 +478,8 @@ struct event {
 struct settings {
 	__u32 version;   /* of these layouts: a controller of another version refuses the pins */
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
+	__u8 hooks[16];  /* which text the programs in force were compiled from (graft/datapath/renewal.py) */
 };
-#define GRAFT_LAYOUT_VERSION 17
+#define GRAFT_LAYOUT_VERSION 18
 
 #endif

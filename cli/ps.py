@@ -28,14 +28,15 @@ def register(app: typer.Typer) -> None:
 @command
 def ps(as_json: Json = False) -> None:
     """List the attached containers, with their sockets on the host's stack."""
-    from graft.commands import watcher_process
+    from graft.commands import renew, watcher_process
     from graft.commands.ps import overview, waiting
     from graft.datapath.dataplane import is_up
     from graft.state.installation import Installation
 
     require_root()
     graft = Installation(Settings.from_environment())
-    overviews = overview(graft) if is_up(graft.settings) else []
+    up = is_up(graft.settings)
+    overviews = overview(graft) if up else []
     records = [
         {
             "state": "attached",
@@ -101,6 +102,8 @@ def ps(as_json: Json = False) -> None:
     ]
     title = ("ID", "NAME", "ENGINE", "TRANSPORT", "SUPERVISOR", "ENDPOINTS", "SOCKETS", "CGROUP")
     listing(title, rows, records, as_json)
+    if up and (problem := renew.problem(graft.settings)):
+        warn(f"graft: hooks: {problem} (graft up)")
     if waits or watcher_process.is_running(graft.settings):
         warn(*(f"graft: {line}" for line in watcher_process.warnings(graft.settings)))
     warn(*(f"graft: cannot show a container: {error.message}" for error in graft.containers.read_all()[1]))

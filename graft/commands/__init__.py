@@ -1,6 +1,6 @@
 """What the commands do, without reading options and printing (cli/): one module for each command.
 
-    up.py  run.py  run_client.py  run_job.py  attach.py  detach.py  ps.py  down.py  doctor.py  policy_show.py
+    up.py  renew.py  run.py  run_client.py  run_job.py  attach.py  detach.py  ps.py  down.py  doctor.py  policy_show.py
     policy_apply.py  endpoints.py
 
     saving.py             saves what these commands change

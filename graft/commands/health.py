@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from graft.commands import up, watcher_process
+from graft.commands import renew, up, watcher_process
 from graft.datapath.dataplane import is_up
 from graft.errors import ConflictError, GraftError
 from graft.kernel.mounts import BPFFS, MOUNT, mount_bpffs
@@ -93,7 +93,10 @@ def _make_private(folder: Path) -> None:
 
 def _data_plane(settings: Settings) -> Iterator[Ailment]:
     try:
-        if not is_up(settings) and Store(settings).exists:
+        if is_up(settings):
+            if problem := renew.problem(settings):
+                yield Ailment("hooks", problem, "graft up", partial(renew.renew, settings))
+        elif Store(settings).exists:
             yield Ailment(
                 "data plane", "something is saved, and Graft is not up", "graft up", lambda: up.bring_up(settings)
             )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from graft.commands import watcher_process
+from graft.commands.renew import renew
 from graft.commands.restore import Restored, restore
 from graft.commands.stale import remove_stale
 from graft.datapath import dataplane
@@ -18,13 +22,32 @@ from graft.state.installation import Installation
 
 
 def bring_up(settings: Settings, only_if_new: bool = False) -> Restored:
-    """Make the data plane, if it is not there, and restore what is saved and not in force.
+    """Make the data plane, if it is not there, or replace the hooks in force, if they are not this Graft's; and restore
+    what is saved and not in force.
 
-    ``only_if_new``: restore nothing where that was done already. Raises PrivilegeError, KernelError, ConflictError,
-    RefusedError.
+    ``only_if_new``: restore nothing where that was done already, and leave the hooks. Raises PrivilegeError,
+    KernelError, ConflictError, RefusedError; also after it has restored, where the hooks could not be replaced.
     """
     require_root()
     dataplane.up(settings)
+    with _raised_afterwards(partial(renew, settings) if not only_if_new else lambda: None):
+        return _restore(settings, only_if_new)
+
+
+@contextlib.contextmanager
+def _raised_afterwards(first: Callable[[], object]) -> Iterator[None]:
+    """Do something first; what it raises of Graft's errors is raised when the block is done."""
+    problem = None
+    try:
+        first()
+    except GraftError as error:
+        problem = error
+    yield
+    if problem is not None:
+        raise problem
+
+
+def _restore(settings: Settings, only_if_new: bool) -> Restored:
     with restored.only_one(settings), Installation(settings) as graft:
         is_new = not restored.is_restored(settings)
         if only_if_new and not is_new:

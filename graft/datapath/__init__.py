@@ -9,6 +9,7 @@
     decisions.py       decisions of the hooks as they happen
     exchanges.py       relayed datagrams of a container erased
     attachments.py     which cgroups the programs are attached to
+    renewal.py         the hooks of another version replaced, on the same maps
     dataplane.py       makes, pins and removes all of this, under the installation's lock
 
 It may import policy, kernel, model and errors.

@@ -92,17 +92,36 @@ def attach(settings: Settings, path: Path, container: int, splice: bool = False,
             raise KernelError(f"cannot attach to the cgroup {path}: {error}") from error
 
 
+def renew(settings: Settings, path: Path, number: int = 0) -> None:
+    """Put the programs that are pinned in the place of those of the same names on the cgroup at ``path``, each in one
+    step, if the cgroup's id is ``number`` (0: any). Repeatable, and safe for a cgroup that was removed. Raises OSError.
+    """
+    every = _loaded(settings, ALL_PROGRAMS)
+    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _opened_programs(settings, every) as fds:
+        if number not in (0, os.fstat(cgroup_fd).st_ino):
+            return
+        for program, (fd, kind) in zip(every, fds, strict=True):
+            if bpf.prog_id(fd) not in bpf.prog_ids(cgroup_fd, kind):
+                _replace_one(cgroup_fd, fd, kind, program.function)
+
+
 def _attach_one(cgroup_fd: int, fd: int, kind: int, replaced: str | None) -> None:
     """Attach a program, in the place of one with the name ``replaced`` where there is one."""
-    for number in bpf.prog_ids(cgroup_fd, kind) if replaced else ():
-        if replaced and bpf.prog_name(number) == replaced[:_NAME_BYTES]:
+    if not replaced or not _replace_one(cgroup_fd, fd, kind, replaced):
+        bpf.prog_attach(cgroup_fd, fd, kind)
+
+
+def _replace_one(cgroup_fd: int, fd: int, kind: int, name: str) -> bool:
+    """Attach a program in the place of one with that name; false where there is none."""
+    for number in bpf.prog_ids(cgroup_fd, kind):
+        if bpf.prog_name(number) == name[:_NAME_BYTES]:
             old = bpf.prog_by_id(number)
             try:
                 bpf.prog_replace(cgroup_fd, fd, old, kind)
             finally:
                 os.close(old)
-            return
-    bpf.prog_attach(cgroup_fd, fd, kind)
+            return True
+    return False
 
 
 def detach_predecessors(path: Path) -> None:

@@ -129,7 +129,7 @@ def _make(settings: Settings) -> None:
         staging.mkdir(mode=0o700, parents=True)
         loaded = _load(settings, staging)
         Map(loaded.map_fd("settings"), ctypes.c_uint32, layout.SettingsValue).put(
-            ctypes.c_uint32(0), layout.SettingsValue(version=layout.LAYOUT_VERSION, last_id=_last_id(settings))
+            ctypes.c_uint32(0), layout.SettingsValue(layout.LAYOUT_VERSION, _last_id(settings), _hooks())
         )
         if settings.pin_dir.exists():
             settings.pin_dir.rmdir()
@@ -142,6 +142,12 @@ def _make(settings: Settings) -> None:
     except BaseException:
         unpin(staging)
         raise
+
+
+def _hooks() -> ctypes.Array[ctypes.c_uint8]:
+    from graft.datapath import loader
+
+    return (ctypes.c_uint8 * 16)(*loader.digest())
 
 
 def _last_id(settings: Settings) -> int:

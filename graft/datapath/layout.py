@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 17
+LAYOUT_VERSION = 18
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -531,4 +531,5 @@ class SettingsValue(ctypes.Structure):
     _fields_ = (
         ("version", ctypes.c_uint32),
         ("last_id", ctypes.c_uint32),
+        ("hooks", ctypes.c_uint8 * 16),
     )

@@ -7,6 +7,7 @@ optional is left out, and `graft doctor` shows the reason.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -37,8 +38,9 @@ from graft.datapath.programs import (
     reason,
     refused_calls,
 )
+from graft.datapath.sources import bpf_source_dir
 from graft.errors import KernelError
-from graft.kernel import bpf, helpers
+from graft.kernel import bpf, helpers, instructions
 
 MAPS = (
     "settings",
@@ -204,7 +206,7 @@ def constants(extensions: frozenset[Extension]) -> dict[str, int]:
 
 def calls_of(compiled: Compiled, programs: Sequence[Program]) -> Calls:
     """The helpers that each program calls."""
-    return {one.name: helpers.calls(compiled.instructions(one)) for one in programs}
+    return {one.name: instructions.calls(compiled.instructions(one)) for one in programs}
 
 
 def compile_for(allows: Callable[[Program, int], bool]) -> tuple[Compiled, frozenset[Extension]]:
@@ -218,26 +220,34 @@ def compile_for(allows: Callable[[Program, int], bool]) -> tuple[Compiled, froze
     return (compiled if allowed == wanted else compile_text(SOURCES, constants(allowed))), allowed
 
 
-def examine() -> Loaded:
+Loading = Callable[[Compiled, Program], int]
+"""Loads a program, and gives its descriptor. Raises NotLoaded."""
+
+
+def examine(load: Loading = Compiled.load) -> Loaded:
     """Compile the hooks and load the programs that this kernel accepts. Raises CompileError."""
     compiled, extensions = compile_for(_allows)
-    loaded = _load_each(compiled, ALL_PROGRAMS, MAPS, extensions)
+    loaded = _load_each(compiled, ALL_PROGRAMS, MAPS, extensions, load)
     if loaded.is_complete or not extensions:
         return loaded
     # The helpers are allowed, but the verifier refuses how they are used.
-    plain = _load_each(compile_text(SOURCES, constants(frozenset())), ALL_PROGRAMS, MAPS)
+    plain = _load_each(compile_text(SOURCES, constants(frozenset())), ALL_PROGRAMS, MAPS, load=load)
     return plain if plain.is_complete else loaded
 
 
 def _load_each(
-    compiled: Compiled, programs: Sequence[Program], maps: Sequence[str], extensions: frozenset[Extension] = frozenset()
+    compiled: Compiled,
+    programs: Sequence[Program],
+    maps: Sequence[str],
+    extensions: frozenset[Extension] = frozenset(),
+    load: Loading = Compiled.load,
 ) -> Loaded:
     refused = refused_calls(programs, calls_of(compiled, programs), _allows)
     fds: dict[str, int] = {}
     checks = []
     for program in programs:
         try:
-            fds[program.name] = compiled.load(program)
+            fds[program.name] = load(compiled, program)
             checks.append(ProgramCheck(program))
         except NotLoaded as error:
             log = str(error)
@@ -245,12 +255,19 @@ def _load_each(
     return Loaded(compiled, fds, maps, extensions, tuple(checks))
 
 
-def load() -> Loaded:
+def load(load: Loading = Compiled.load) -> Loaded:
     """Compile and load what this kernel accepts. Raises CompileError, and ProgramsRefused for one that is needed."""
-    loaded = examine()
+    loaded = examine(load)
     if not loaded.is_complete:
         raise ProgramsRefused(loaded.checks)
     return loaded
+
+
+def digest() -> bytes:
+    """16 bytes that tell the text of the hooks, and what else of Graft decides what becomes of it, from any other."""
+    folder = bpf_source_dir()
+    text = [(folder / name).read_text() for name in ("graft.h", *SOURCES)]
+    return hashlib.sha256(repr([text, SIZES, ALL_PROGRAMS]).encode()).digest()[:16]
 
 
 def examine_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:

@@ -1,4 +1,4 @@
-"""bpf(2): maps, pins, attachments. Nothing else in Graft calls it.
+"""bpf(2): maps, pins, attachments. Nothing else in Graft calls it, but bpf_load.py.
 
 Sources: bpf(2); include/uapi/linux/bpf.h (commands, `union bpf_attr`, attach types). The first three
 commands are on the path of every swapped socket, so a map keeps its attribute block and buffers.
@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
@@ -21,7 +22,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
 _MAP_CREATE = 0
 _OBJ_PIN, _OBJ_GET, _PROG_ATTACH, _PROG_DETACH = 6, 7, 8, 9
-_PROG_LOAD = 5
 _MAP_LOOKUP_AND_DELETE_BATCH = 25  # since 5.6
 _MAP_GET_NEXT_ID, _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 12, 13, 15, 16
 
@@ -145,28 +145,36 @@ class _ProgInfo(ctypes.Structure):
     )
 
 
-class _LoadAttr(ctypes.Structure):
+class _MapInfo(ctypes.Structure):
+    """The head of struct bpf_map_info."""
+
     _fields_ = (
-        ("prog_type", ctypes.c_uint32),
-        ("insn_cnt", ctypes.c_uint32),
-        ("insns", ctypes.c_uint64),
-        ("license", ctypes.c_uint64),
-        ("log_level", ctypes.c_uint32),
-        ("log_size", ctypes.c_uint32),
-        ("log_buf", ctypes.c_uint64),
-        ("kern_version", ctypes.c_uint32),
-        ("prog_flags", ctypes.c_uint32),
-        ("prog_name", ctypes.c_char * 16),
-        ("prog_ifindex", ctypes.c_uint32),
-        ("expected_attach_type", ctypes.c_uint32),
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32),
+        ("max_entries", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class MapShape:
+    """What a program relies on in a map that it uses. ``type`` is of enum bpf_map_type, ``flags`` are BPF_F_*."""
+
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
 
 
 class _IdAttr(ctypes.Structure):
     _fields_ = (("id", ctypes.c_uint32), ("next_id", ctypes.c_uint32), ("open_flags", ctypes.c_uint32))
 
 
-def _bpf(command: int, attr: ctypes.Structure) -> int:
+def call(command: int, attr: ctypes.Structure) -> int:
+    """The system call. Raises OSError, as all functions here do."""
     return syscall("bpf", command, ctypes.byref(attr), ctypes.sizeof(attr))
 
 
@@ -176,69 +184,43 @@ def is_permitted() -> bool:
     kernel/bpf/syscall.c (bpf_obj_get_next_id): ids are listed only for CAP_SYS_ADMIN in the first user namespace.
     """
     try:
-        _bpf(_MAP_GET_NEXT_ID, _IdAttr())
+        call(_MAP_GET_NEXT_ID, _IdAttr())
     except OSError as error:
         return error.errno != errno.EPERM
     return True
 
 
-def prog_log(prog_type: int, attach_type: int, instructions: bytes) -> str:
-    """The verifier's log for a program, at log level 1. The program is not kept.
-
-    Raises OSError only where the kernel refused it without asking the verifier (an unknown type, no rights).
-    """
-    code = ctypes.create_string_buffer(instructions, len(instructions))
-    licence = ctypes.create_string_buffer(b"GPL")
-    log = ctypes.create_string_buffer(1 << 16)
-    attr = _LoadAttr(
-        prog_type=prog_type,
-        insn_cnt=len(instructions) // 8,
-        insns=ctypes.addressof(code),
-        license=ctypes.addressof(licence),
-        log_level=1,
-        log_size=len(log),
-        log_buf=ctypes.addressof(log),
-        expected_attach_type=attach_type,
-    )
-    try:
-        os.close(_bpf(_PROG_LOAD, attr))
-    except OSError:
-        if not log.value:
-            raise
-    return log.value.decode(errors="replace")
-
-
 def obj_pin(fd: int, path: Path) -> None:
     """Pin the map or program ``fd`` at ``path`` of a bpffs, readable by its owner only."""
     name = ctypes.create_string_buffer(os.fsencode(path))
-    _bpf(_OBJ_PIN, _ObjAttr(pathname=ctypes.addressof(name), bpf_fd=fd))
+    call(_OBJ_PIN, _ObjAttr(pathname=ctypes.addressof(name), bpf_fd=fd))
     os.chmod(path, 0o600)
 
 
 def obj_get(path: Path) -> int:
-    """A new descriptor of what is pinned at ``path``. Raises OSError, as all functions here do."""
+    """A new descriptor of what is pinned at ``path``."""
     name = ctypes.create_string_buffer(os.fsencode(path))
-    return _bpf(_OBJ_GET, _ObjAttr(pathname=ctypes.addressof(name)))
+    return call(_OBJ_GET, _ObjAttr(pathname=ctypes.addressof(name)))
 
 
 def prog_attach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
     """Attach in addition to what is attached there (BPF_F_ALLOW_MULTI)."""
-    _bpf(_PROG_ATTACH, _AttachAttr(cgroup_fd, prog_fd, attach_type, ALLOW_MULTI))
+    call(_PROG_ATTACH, _AttachAttr(cgroup_fd, prog_fd, attach_type, ALLOW_MULTI))
 
 
 def prog_replace(cgroup_fd: int, prog_fd: int, old_fd: int, attach_type: int) -> None:
     """Attach in the place of another program, in one step."""
-    _bpf(_PROG_ATTACH, _AttachAttr(cgroup_fd, prog_fd, attach_type, ALLOW_MULTI | _REPLACE, old_fd))
+    call(_PROG_ATTACH, _AttachAttr(cgroup_fd, prog_fd, attach_type, ALLOW_MULTI | _REPLACE, old_fd))
 
 
 def prog_attach_map(map_fd: int, prog_fd: int, attach_type: int) -> None:
     """Attach a program to a sockmap or sockhash: it runs for their sockets, and is detached when the map is freed."""
-    _bpf(_PROG_ATTACH, _AttachAttr(map_fd, prog_fd, attach_type))
+    call(_PROG_ATTACH, _AttachAttr(map_fd, prog_fd, attach_type))
 
 
 def prog_detach(cgroup_fd: int, prog_fd: int, attach_type: int) -> None:
     """Undo prog_attach."""
-    _bpf(_PROG_DETACH, _AttachAttr(cgroup_fd, prog_fd, attach_type))
+    call(_PROG_DETACH, _AttachAttr(cgroup_fd, prog_fd, attach_type))
 
 
 def prog_ids(cgroup_fd: int, attach_type: int, effective: bool = False) -> list[int]:
@@ -251,13 +233,13 @@ def prog_ids(cgroup_fd: int, attach_type: int, effective: bool = False) -> list[
         prog_ids=ctypes.addressof(ids),
         prog_cnt=len(ids),
     )
-    _bpf(_PROG_QUERY, attr)
+    call(_PROG_QUERY, attr)
     return list(ids[: attr.prog_cnt])
 
 
 def _prog_info(prog_fd: int) -> _ProgInfo:
     info = _ProgInfo()
-    _bpf(_OBJ_GET_INFO_BY_FD, _InfoAttr(prog_fd, ctypes.sizeof(info), ctypes.addressof(info)))
+    call(_OBJ_GET_INFO_BY_FD, _InfoAttr(prog_fd, ctypes.sizeof(info), ctypes.addressof(info)))
     return info
 
 
@@ -268,7 +250,7 @@ def prog_id(prog_fd: int) -> int:
 
 def prog_by_id(number: int) -> int:
     """A new descriptor of the program with that id."""
-    return _bpf(_PROG_GET_FD_BY_ID, _IdAttr(number))
+    return call(_PROG_GET_FD_BY_ID, _IdAttr(number))
 
 
 def prog_name(number: int) -> str:
@@ -283,15 +265,22 @@ def prog_name(number: int) -> str:
         os.close(fd)
 
 
+def map_shape(map_fd: int) -> MapShape:
+    """That of a map."""
+    info = _MapInfo()
+    call(_OBJ_GET_INFO_BY_FD, _InfoAttr(map_fd, ctypes.sizeof(info), ctypes.addressof(info)))
+    return MapShape(info.type, info.key_size, info.value_size, info.max_entries, info.map_flags)
+
+
 def wait_for_programs() -> None:
     """Wait until each program that runs now has ended, with whatever it had read of the maps by then.
 
     The kernel waits for them when an entry of a map of maps is replaced (maybe_wait_bpf_programs() of
     kernel/bpf/syscall.c, 5.0). Takes some milliseconds.
     """
-    inner = _bpf(_MAP_CREATE, _CreateAttr(_ARRAY, 4, 4, 1))
+    inner = call(_MAP_CREATE, _CreateAttr(_ARRAY, 4, 4, 1))
     try:
-        outer = _bpf(_MAP_CREATE, _CreateAttr(_ARRAY_OF_MAPS, 4, 4, 1, 0, inner))
+        outer = call(_MAP_CREATE, _CreateAttr(_ARRAY_OF_MAPS, 4, 4, 1, 0, inner))
         try:
             Map(outer, ctypes.c_uint32, ctypes.c_uint32).put(ctypes.c_uint32(0), ctypes.c_uint32(inner))
         finally:
@@ -364,7 +353,7 @@ class Map(Generic[KeyT, ValueT]):
         """Write where there is no entry; False where there is one."""
         attr = _ElemAttr(self.fd, 0, ctypes.addressof(key), ctypes.addressof(value), _NOEXIST)
         try:
-            _bpf(_MAP_UPDATE_ELEM, attr)
+            call(_MAP_UPDATE_ELEM, attr)
         except FileExistsError:
             return False
         return True
@@ -372,7 +361,7 @@ class Map(Generic[KeyT, ValueT]):
     def delete(self, key: KeyT) -> bool:
         """Remove an entry; False where there was none."""
         try:
-            _bpf(_MAP_DELETE_ELEM, _ElemAttr(self.fd, 0, ctypes.addressof(key)))
+            call(_MAP_DELETE_ELEM, _ElemAttr(self.fd, 0, ctypes.addressof(key)))
         except FileNotFoundError:
             return False
         return True
@@ -391,7 +380,7 @@ class Map(Generic[KeyT, ValueT]):
         following = self._key()
         attr = _ElemAttr(self.fd, 0, 0 if key is None else ctypes.addressof(key), ctypes.addressof(following))
         try:
-            _bpf(_MAP_GET_NEXT_KEY, attr)
+            call(_MAP_GET_NEXT_KEY, attr)
         except FileNotFoundError:
             return None
         return following
@@ -404,7 +393,7 @@ class Map(Generic[KeyT, ValueT]):
         while True:
             attr.count = _AT_ONCE
             try:
-                _bpf(_MAP_LOOKUP_AND_DELETE_BATCH, attr)
+                call(_MAP_LOOKUP_AND_DELETE_BATCH, attr)
             except FileNotFoundError:  # there are no more
                 return
             attr.in_batch = ctypes.addressof(after)

@@ -1,15 +1,13 @@
-"""Which of the kernel's helpers a BPF program calls, and whether this kernel lets its type call them.
+"""The kernel's helpers, and whether this kernel lets a type of BPF programs call them.
 
 The kernel is tested helper by helper, with a program that makes only this call: the verifier checks whether
-the call is allowed before it checks the arguments. Sources: kernel/bpf/verifier.c, check_helper_call(); struct
-bpf_insn in include/uapi/linux/bpf.h.
+the call is allowed before it checks the arguments. Source: kernel/bpf/verifier.c, check_helper_call().
 """
 
 from __future__ import annotations
 
-import struct
-
-from graft.kernel import bpf
+from graft.kernel import bpf_load
+from graft.kernel.instructions import CALL, EXIT, INSTRUCTION, MOVE
 
 # enum bpf_func_id: the helpers that Graft's programs call.
 HELPERS = {
@@ -43,10 +41,6 @@ HELPERS = {
     "skc_to_mptcp_sock": 196,
 }
 
-_INSTRUCTION = struct.Struct("=BBhi")  # opcode; destination and source register, 4 bits each; offset; immediate
-_CALL, _MOVE, _EXIT = 0x85, 0xB7, 0x95  # BPF_JMP | BPF_CALL; BPF_ALU64 | BPF_MOV | BPF_K; BPF_JMP | BPF_EXIT
-_WIDE = 0x18  # BPF_LD | BPF_DW | BPF_IMM: two instructions long
-
 # The verifier's messages for a helper that it does not know, and for one that it does not allow ("program of this type
 # cannot use helper" from 6.12 on).
 _REFUSALS = ("invalid func ", "unknown func ", "cannot use helper ")
@@ -57,24 +51,11 @@ def name(helper: int) -> str:
     return next((f"bpf_{known}" for known, one in HELPERS.items() if one == helper), f"bpf helper {helper}")
 
 
-def calls(instructions: bytes) -> frozenset[int]:
-    """The numbers of the helpers that a program calls."""
-    found = set()
-    second_half = False
-    for opcode, registers, _, immediate in _INSTRUCTION.iter_unpack(instructions):
-        if not second_half and opcode == _CALL and registers >> 4 == 0:  # else a call of a function or a kfunc
-            found.add(immediate)
-        second_half = not second_half and opcode == _WIDE
-    return frozenset(found)
-
-
 def allows(prog_type: int, attach_type: int, helper: int) -> bool:
     """Whether this kernel lets programs of that type, for that attach point, call ``helper``. Needs root.
 
     Raises OSError where the kernel does not know the type or the attach point.
     """
-    program = (
-        _INSTRUCTION.pack(_CALL, 0, 0, helper) + _INSTRUCTION.pack(_MOVE, 0, 0, 1) + _INSTRUCTION.pack(_EXIT, 0, 0, 0)
-    )
-    log = bpf.prog_log(prog_type, attach_type, program)
+    program = INSTRUCTION.pack(CALL, 0, 0, helper) + INSTRUCTION.pack(MOVE, 0, 0, 1) + INSTRUCTION.pack(EXIT, 0, 0, 0)
+    log = bpf_load.log(prog_type, attach_type, program)
     return not any(refusal in log for refusal in _REFUSALS)

@@ -42,7 +42,7 @@ def run_time(folder: Path) -> tuple[int, int]:
     [number] = bpf.prog_ids(opened, bpf.ATTACH_TYPES["connect4"])
     program = bpf.prog_by_id(number)
     buffer = ctypes.create_string_buffer(_INFO_SIZE)
-    bpf._bpf(bpf._OBJ_GET_INFO_BY_FD, bpf._InfoAttr(program, _INFO_SIZE, ctypes.addressof(buffer)))
+    bpf.call(bpf._OBJ_GET_INFO_BY_FD, bpf._InfoAttr(program, _INFO_SIZE, ctypes.addressof(buffer)))
     os.close(program)
     os.close(opened)
     nanoseconds, runs = struct.unpack_from("QQ", buffer.raw, _RUN_TIME)

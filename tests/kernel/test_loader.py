@@ -30,7 +30,7 @@ from graft.datapath.programs import (
 )
 from graft.datapath.sources import bpf_source_dir
 from graft.errors import KernelError
-from graft.kernel import helpers
+from graft.kernel import helpers, instructions
 from tests.support.allowed_helpers import TABLE, table
 from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.control_flow import loops_without_jump
@@ -77,7 +77,7 @@ def test_this_kernel_takes_every_program(root: None) -> None:
     loaded = loader.examine()
     assert [one.reason for one in loaded.checks if not one.accepted] == []
     assert set(loaded.programs) == {program.name for program in ALL_PROGRAMS}
-    assert all(helpers.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
+    assert all(instructions.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
 
 
 def test_a_program_that_is_not_needed_is_left_out_and_all_else_loads(
@@ -129,7 +129,7 @@ def test_programs_that_the_verifier_refuses_are_loaded_without_extensions(
     real = bcc_compiler.Compiled.load
 
     def picky(compiled: bcc_compiler.Compiled, program: object) -> int:
-        if program is PROGRAMS[0] and helpers.HELPERS["set_retval"] in helpers.calls(
+        if program is PROGRAMS[0] and helpers.HELPERS["set_retval"] in instructions.calls(
             compiled.instructions(PROGRAMS[0])
         ):
             raise bcc_compiler.NotLoaded("too complex")
@@ -149,7 +149,7 @@ def test_an_extension_whose_helper_is_not_allowed_is_compiled_out(
     )
     loaded = loader.load()
     assert loaded.extensions == EXTENSIONS - {dropped}
-    assert all(number not in helpers.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
+    assert all(number not in instructions.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
 
 
 def test_doctor_names_the_program_the_reason_and_what_is_lost(root: None, add_forbidden_call: AddForbiddenCall) -> None:

@@ -16,7 +16,7 @@ from graft.datapath.programs import (
     reason,
     refused_calls,
 )
-from graft.kernel import bpf, helpers
+from graft.kernel import bpf, helpers, instructions
 
 LISTEN = Program("sock_ops", bpf.PROG_SOCK_OPS, "sock_ops", "listen")
 CREATE = Program("sock_create", bpf.PROG_CGROUP_SOCK, "sock_create", "tags", "slower")
@@ -37,11 +37,30 @@ def test_calls_of_helpers_are_found_and_calls_of_functions_are_not() -> None:
             instruction(0x95),
         ]
     )
-    assert helpers.calls(program) == {1, 14}
+    assert instructions.calls(program) == {1, 14}
 
 
 def test_the_second_half_of_a_wide_load_is_no_call() -> None:
-    assert helpers.calls(instruction(0x18) + instruction(0x85, immediate=14) + instruction(0x95)) == frozenset()
+    assert instructions.calls(instruction(0x18) + instruction(0x85, immediate=14) + instruction(0x95)) == frozenset()
+
+
+def test_a_program_is_given_other_maps() -> None:
+    def text(first: int, second: int) -> bytes:
+        return b"".join(
+            [
+                instruction(0x18, source=1, immediate=first),  # BPF_PSEUDO_MAP_FD
+                instruction(0, source=1, immediate=3),
+                instruction(0x18, source=2, immediate=second),  # BPF_PSEUDO_MAP_VALUE
+                instruction(0),
+                instruction(0x18, immediate=3),  # a number
+                instruction(0),
+                instruction(0x85, source=1, immediate=3),
+                instruction(0x18, source=1, immediate=9),
+                instruction(0),
+            ]
+        )
+
+    assert instructions.with_maps(text(3, 4), {3: 70000, 4: 5}) == text(70000, 5)
 
 
 def test_a_helper_has_its_name_in_messages() -> None:

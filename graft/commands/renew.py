@@ -1,0 +1,60 @@
+"""After an upgrade: puts this Graft's hooks in the place of those in force (graft/datapath/renewal.py).
+
+A folder of a cgroup may be held by whoever may list it, and whoever looks it up waits then. So a child does that, with
+a timeout; under the lock, because what is attached meanwhile would have the hooks of before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from graft.datapath import attachments, dataplane, renewal
+from graft.errors import KernelError
+from graft.model.settings import Settings
+from graft.state import helper_process, records
+
+_TIMEOUT = 2.0  # seconds without an answer about any cgroup, whose folder somebody may hold
+
+
+def problem(settings: Settings) -> str:
+    """What is wrong with the hooks in force; empty where they are this Graft's. Raises NotUpError."""
+    return "" if renewal.is_current(settings) else "those in force are of another version of Graft"
+
+
+def renew(settings: Settings) -> None:
+    """Replace the hooks in force, if they are not this Graft's. Containers, rules and connections stay as they are.
+
+    Raises what `renewal.pin_new` raises, then nothing is changed, and KernelError where a container still has the old
+    ones: it names these, and the next call tries again.
+    """
+    if renewal.is_current(settings):
+        return
+    with dataplane.locked(settings):
+        if renewal.is_current(settings):
+            return
+        try:
+            renewal.pin_new(settings)
+        except OSError as error:
+            raise KernelError(f"cannot replace the hooks: {error.strerror}", "graft doctor") from error
+        left = _left_after(settings, list(_places(settings)))
+        if left:
+            raise KernelError(
+                f"the hooks of another version are still in force for {', '.join(left)}: somebody holds the directory",
+                "`graft up` again when it is free",
+            )
+        renewal.note_current(settings)
+
+
+def _places(settings: Settings) -> Iterator[tuple[str, Path, int]]:
+    """The name, path and id (0: any) of each cgroup that hooks are attached to."""
+    for path in (dataplane.supervisors_cgroup(settings), dataplane.relays_cgroup(settings)):
+        yield path.name, path, 0
+    for one in records.read_all(settings)[0]:
+        yield one.name, one.cgroup_path, one.cgroup_id
+
+
+def _left_after(settings: Settings, places: list[tuple[str, Path, int]]) -> list[str]:
+    """Replace the hooks of each cgroup; the names of those of which that was not possible."""
+    done = helper_process.run_each(lambda one: attachments.renew(settings, one[1], one[2]), places, _TIMEOUT).results
+    return [name for index, (name, _, _) in enumerate(places) if index not in done]
