@@ -283,7 +283,7 @@ os.kill = lambda pid, signum: kill(pid, 0 if signum == signal.SIGKILL else signu
 
 
 def test_one_that_does_not_end_though_it_is_killed_is_left_behind(start_keeper: Callable[..., Kept]) -> None:
-    kept = start_keeper(STORES + WAITS, watchdog=0.5 * PATIENCE, before=UNKILLABLE)
+    kept = start_keeper(STORES + WAITS, watchdog=1.5 * PATIENCE, before=UNKILLABLE)
     [[first, _]] = kept.noted(1)
     os.kill(int(first), signal.SIGSTOP)
     try:
@@ -308,7 +308,7 @@ except BlockingIOError:
 
 
 def test_one_that_is_left_behind_keeps_no_lock_from_the_next_one(start_keeper: Callable[..., Kept]) -> None:
-    kept = start_keeper(LOCKS + STORES + WAITS, watchdog=0.5 * PATIENCE, before=UNKILLABLE)
+    kept = start_keeper(LOCKS + STORES + WAITS, watchdog=1.5 * PATIENCE, before=UNKILLABLE)
     [[first, _], _] = kept.noted(2)
     os.kill(int(first), signal.SIGSTOP)
     try:
@@ -323,7 +323,7 @@ def test_one_that_is_left_behind_keeps_no_lock_from_the_next_one(start_keeper: C
 
 def test_one_that_is_killed_and_ends_leaves_the_locks_file(start_keeper: Callable[..., Kept]) -> None:
     """Else another program could have the lock of a file that is there no more."""
-    kept = start_keeper(LOCKS + STORES + WAITS, watchdog=0.5 * PATIENCE)
+    kept = start_keeper(LOCKS + STORES + WAITS, watchdog=1.5 * PATIENCE)
     [[first, _], _] = kept.noted(2)
     before = (kept.folder / GRAFTD_LOCK).stat().st_ino
     os.kill(int(first), signal.SIGSTOP)
