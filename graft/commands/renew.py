@@ -6,15 +6,18 @@ a timeout; under the lock, because what is attached meanwhile would have the hoo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from graft.datapath import attachments, dataplane, renewal
 from graft.errors import KernelError
+from graft.kernel import cgroup
 from graft.model.settings import Settings
 from graft.state import helper_process, records
 
 _TIMEOUT = 2.0  # seconds without an answer about any cgroup, whose folder somebody may hold
+_SEARCH_TIMEOUT = 10.0
 
 
 def problem(settings: Settings) -> str:
@@ -37,7 +40,7 @@ def renew(settings: Settings) -> None:
             renewal.pin_new(settings)
         except OSError as error:
             raise KernelError(f"cannot replace the hooks: {error.strerror}", "graft doctor") from error
-        left = _left_after(settings, list(_places(settings)))
+        left = _left_after(settings)
         if left:
             raise KernelError(
                 f"the hooks of another version are still in force for {', '.join(left)}: somebody holds the directory",
@@ -46,15 +49,24 @@ def renew(settings: Settings) -> None:
         renewal.note_current(settings)
 
 
-def _places(settings: Settings) -> Iterator[tuple[str, Path, int]]:
-    """The name, path and id (0: any) of each cgroup that hooks are attached to."""
-    for path in (dataplane.supervisors_cgroup(settings), dataplane.relays_cgroup(settings)):
-        yield path.name, path, 0
-    for one in records.read_all(settings)[0]:
-        yield one.name, one.cgroup_path, one.cgroup_id
-
-
-def _left_after(settings: Settings, places: list[tuple[str, Path, int]]) -> list[str]:
-    """Replace the hooks of each cgroup; the names of those of which that was not possible."""
+def _left_after(settings: Settings) -> list[str]:
+    """Replace the hooks of each cgroup that they are attached to; the names of those of which that was not possible."""
+    places = [*_own(settings), *((one.name, one.cgroup_path, one.cgroup_id) for one in records.read_all(settings)[0])]
     done = helper_process.run_each(lambda one: attachments.renew(settings, one[1], one[2]), places, _TIMEOUT).results
-    return [name for index, (name, _, _) in enumerate(places) if index not in done]
+    left = [name for index, (name, _, _) in enumerate(places) if index not in done]
+    if not attachments.scope_ids(settings) <= {number for _, _, number in places}:  # of a container without a record
+        found = helper_process.run_each(lambda _: _renew_all(settings), (None,), _SEARCH_TIMEOUT).results
+        left += [] if found else ["cgroups that have no record"]
+    return left
+
+
+def _own(settings: Settings) -> Iterator[tuple[str, Path, int]]:
+    """The name, path and id of each of Graft's own."""
+    for path in (dataplane.supervisors_cgroup(settings), dataplane.relays_cgroup(settings)):
+        with contextlib.suppress(FileNotFoundError):
+            yield path.name, path, cgroup.cgroup_id(path)
+
+
+def _renew_all(settings: Settings) -> None:
+    for path in attachments.attached_cgroups(settings):
+        attachments.renew(settings, path)

@@ -124,15 +124,28 @@ def _replace_one(cgroup_fd: int, fd: int, kind: int, name: str) -> bool:
     return False
 
 
+def _detach_named(cgroup_fd: int, kind: int, name: str) -> None:
+    """Detach the program with that name, where there is one."""
+    for number in bpf.prog_ids(cgroup_fd, kind):
+        if bpf.prog_name(number) == name[:_NAME_BYTES]:
+            _detach_by_id(cgroup_fd, number, kind)
+
+
+def _detach_by_id(cgroup_fd: int, number: int, kind: int) -> None:
+    old = bpf.prog_by_id(number)
+    try:
+        bpf.prog_detach(cgroup_fd, old, kind)
+    finally:
+        os.close(old)
+
+
 def detach_predecessors(path: Path) -> None:
     """Detach from a cgroup what a data plane that is gone has left there. Safe to repeat."""
     with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd:
         for kind in bpf.CGROUP_ATTACH_TYPES:
             for number in bpf.prog_ids(cgroup_fd, kind):
                 if bpf.prog_name(number).startswith("graft_"):
-                    old = bpf.prog_by_id(number)
-                    bpf.prog_detach(cgroup_fd, old, kind)
-                    os.close(old)
+                    _detach_by_id(cgroup_fd, number, kind)
 
 
 def _has_programs(path: Path, effective: bool = False) -> bool:
@@ -180,9 +193,12 @@ def detach(settings: Settings, path: Path, number: int = 0) -> None:
     with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _opened_programs(settings, every) as fds:
         if number not in (0, os.fstat(cgroup_fd).st_ino):
             return
-        for fd, kind in fds:
-            with contextlib.suppress(OSError):
+        for program, (fd, kind) in zip(every, fds, strict=True):
+            try:
                 bpf.prog_detach(cgroup_fd, fd, kind)
+            except OSError:  # it is not attached, but that of another version may be (renewal.py)
+                with contextlib.suppress(OSError):
+                    _detach_named(cgroup_fd, kind, program.function)
 
 
 def scope_ids(settings: Settings) -> set[int]:

@@ -249,7 +249,7 @@ class ContainerChanges(Containers):
             raise NotFoundError(f"container: {container.name!r} is not attached", "graft ps")
         old = layout.ContainerValue.from_buffer_copy(value)
         if needs_unix_relay(compiled.policy, compiled.endpoints) and not container.is_relayed:
-            attachments.attach(self._settings, container.cgroup_path, container.id, splice=True)
+            attachments.attach(self._settings, container.cgroup_path, container.id, splice=True, replaces=True)
         new = self._install(compiled, {old.ruleset, *kept, *self._rulesets_of(together)}, container.id)
         value.ruleset, value.flags = new.ruleset, new.flags
         value.bind_default, value.connect_default = new.bind_default, new.connect_default

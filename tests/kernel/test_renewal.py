@@ -215,6 +215,35 @@ def test_a_container_whose_cgroup_is_held_is_named_and_done_later(
     assert machine.confines() and renewal.is_current(host.settings)
 
 
+@pytest.mark.parametrize("how", ["detach", "apply"])
+def test_one_that_still_has_the_old_ones_is_detached_and_changed_as_others(
+    machine_of: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+) -> None:
+    machine = machine_of(*HOLE)
+    host, before = machine.host, machine.attached(machine.cgroup)
+    with monkeypatch.context() as none:
+        none.setattr(attachments, "renew", lambda *_: None)
+        renew.renew(host.settings)
+    assert machine.attached(machine.cgroup) == before and not machine.is_renewed(machine.cgroup)
+    if how == "detach":
+        host.graft("detach", "--cgroup", machine.cgroup)
+        assert [*machine.attached(machine.cgroup).values()] == [[]] * len(before)
+    else:
+        unix = host.endpoint(f"unix:{tmp_path}/sock")
+        host.graft("attach", "--cgroup", machine.cgroup, "--deny", "-i", f"0.0.0.0:80={unix}")
+        now = machine.attached(machine.cgroup)
+        assert all(len(now[kind]) <= 1 for kind in now if kind != bpf.ATTACH_TYPES["sock_ops"])
+        assert machine.is_renewed(machine.cgroup)
+
+
+def test_a_container_without_a_readable_record_has_the_new_ones_too(machine_of: Callable[..., Machine]) -> None:
+    machine = machine_of(*HOLE)
+    [record] = (machine.host.settings.run_dir / "containers").glob("*.json")
+    record.write_text("{")
+    machine.host.graft("up")
+    assert machine.confines() and machine.is_renewed(machine.cgroup)
+
+
 @pytest.mark.parametrize("pins", [0, 5])
 def test_one_that_is_killed_is_done_again(
     machine_of: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch, pins: int
