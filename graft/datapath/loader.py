@@ -224,7 +224,12 @@ Loading = Callable[[Compiled, Program], int]
 """Loads a program, and gives its descriptor. Raises NotLoaded."""
 
 
-def examine(load: Loading = Compiled.load) -> Loaded:
+def on_own_maps(compiled: Compiled, program: Program) -> int:
+    """Load it on the maps that were made with it."""
+    return compiled.load(program)
+
+
+def examine(load: Loading = on_own_maps) -> Loaded:
     """Compile the hooks and load the programs that this kernel accepts. Raises CompileError."""
     compiled, extensions = compile_for(_allows)
     loaded = _load_each(compiled, ALL_PROGRAMS, MAPS, extensions, load)
@@ -240,7 +245,7 @@ def _load_each(
     programs: Sequence[Program],
     maps: Sequence[str],
     extensions: frozenset[Extension] = frozenset(),
-    load: Loading = Compiled.load,
+    load: Loading = on_own_maps,
 ) -> Loaded:
     refused = refused_calls(programs, calls_of(compiled, programs), _allows)
     fds: dict[str, int] = {}
@@ -255,7 +260,7 @@ def _load_each(
     return Loaded(compiled, fds, maps, extensions, tuple(checks))
 
 
-def load(load: Loading = Compiled.load) -> Loaded:
+def load(load: Loading = on_own_maps) -> Loaded:
     """Compile and load what this kernel accepts. Raises CompileError, and ProgramsRefused for one that is needed."""
     loaded = examine(load)
     if not loaded.is_complete:
