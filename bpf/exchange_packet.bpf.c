@@ -7,6 +7,10 @@
  *      ingress   the relay receives nothing without its mark
  *      egress    of the relay: only to sockets that were made in the container's cgroup or below, with another mark
  *      ingress   from the relay's addresses a socket of the container receives nothing without that
+ *
+ * A socket that is connected stays so when graftd has forgotten its remote end, or was killed: the address that it is
+ * connected to may stand for another one by then, or be a stranger's. So the socket remembers whom it was connected to
+ * (crossings), and exchanges nothing with its peer but what is of that remote end, and has passed the relay.
  */
 
 #define GRAFT_CGROUP_LEVELS 32 /* the root is 0 */
@@ -16,8 +20,46 @@ static __always_inline int is_plain_udp(struct __sk_buff *skb, struct packet *pa
 	return read_packet(skb, packet) && packet->plain && packet->protocol == IPPROTO_UDP;
 }
 
+/* Whether that is where a socket is connected to. */
+static __always_inline int is_peer(struct bpf_sock *sk, u8 family, u32 *address, u16 port)
+{
+	u32 ip4 = sk->dst_ip4, port_be = sk->dst_port;
+	u32 ip[4] = { sk->dst_ip6[0], sk->dst_ip6[1], sk->dst_ip6[2], sk->dst_ip6[3] };
+
+	asm volatile("" : "+r"(port_be), "+r"(ip4), "+r"(ip[0]), "+r"(ip[1]), "+r"(ip[2]), "+r"(ip[3]));
+	if (port != bpf_ntohs((u16)port_be))
+		return 0;
+	if (family == GRAFT_IPV4)
+		return address[0] == (sk->family == AF_INET6 ? ip[3] : ip4);
+	return address[0] == ip[0] && address[1] == ip[1] && address[2] == ip[2] && address[3] == ip[3];
+}
+
+/* The remote end that a socket is connected to by the relay; NULL where it is not. */
+static __always_inline struct crossing *connected_end(struct bpf_sock *sk)
+{
+	struct crossing *crossing;
+
+	if (!is_connected(sk))
+		return 0;
+	crossing = crossings.sk_storage_get(sk, 0, 0);
+	return crossing && crossing->role == GRAFT_CROSSING_REDIRECTED ? crossing : 0;
+}
+
+/* Whether an exchange is with the remote end that a socket is connected to; NULL: it is not, and any will do. */
+static __always_inline int is_with(struct crossing *crossing, u8 *address, u16 port)
+{
+	u64 theirs[2], wanted[2];
+
+	if (!crossing)
+		return 1;
+	__builtin_memcpy(theirs, address, 16);
+	__builtin_memcpy(wanted, crossing->addr, 16);
+	return port == crossing->port && theirs[0] == wanted[0] && theirs[1] == wanted[1];
+}
+
 /* Whether a packet goes to the address of an exchange that its socket may use: one with a client, or one that it began. */
-static __always_inline int is_own_exchange(struct __sk_buff *skb, struct owner *owner, struct packet *packet)
+static __always_inline int is_own_exchange(struct __sk_buff *skb, struct owner *owner, struct packet *packet,
+					   struct crossing *crossing)
 {
 	struct exchange_slot key = { .container = owner->id };
 	u32 address = bpf_ntohl(packet->to[0]);
@@ -26,7 +68,8 @@ static __always_inline int is_own_exchange(struct __sk_buff *skb, struct owner *
 	key.slot = address % GRAFT_EXCHANGE_SLOTS;
 	key.out = address >> 23 & 1;
 	found = exchanges.lookup(&key);
-	if (!found || exchange_address(key.out, found->generation, key.slot) != address)
+	if (!found || exchange_address(key.out, found->generation, key.slot) != address ||
+	    !is_with(crossing, found->addr, found->port))
 		return 0;
 	if (!key.out)
 		return found->local_port != 0; /* 0: its client is forgotten */
@@ -37,12 +80,13 @@ static __always_inline int is_own_exchange(struct __sk_buff *skb, struct owner *
 }
 
 /* The same of a stand-in: one for a client of its port, or one that it took. */
-static __always_inline int is_own_stand_in(struct __sk_buff *skb, struct owner *owner, struct packet *packet)
+static __always_inline int is_own_stand_in(struct __sk_buff *skb, struct owner *owner, struct packet *packet,
+					   struct crossing *crossing)
 {
 	struct stand_in_key key = { .container = owner->id, .port = packet->to_port };
 	struct stand_in *found = stand_ins.lookup(&key);
 
-	if (!found)
+	if (!found || !is_with(crossing, found->addr, found->port))
 		return 0;
 	if (!found->cookie)
 		return found->local_port == packet->from_port; /* 0: it is forgotten */
@@ -51,22 +95,13 @@ static __always_inline int is_own_stand_in(struct __sk_buff *skb, struct owner *
 
 /* Whether a packet goes to Graft's relay, by an exchange of its socket. */
 static __always_inline int is_for_relay(struct __sk_buff *skb, struct owner *owner, struct relay *relay,
-					struct packet *packet)
+					struct packet *packet, struct crossing *crossing)
 {
 	if (!relay)
 		return 0;
 	if (packet->family == GRAFT_IPV6)
-		return is_own_stand_in(skb, owner, packet);
-	return relay->datagram_port == packet->to_port && is_own_exchange(skb, owner, packet);
-}
-
-/* Whether a packet goes to the peer of a socket whose connect was redirected to the relay: no hook on a system call sees
- * a plain send() there. */
-static __always_inline int goes_to_redirected_peer(struct bpf_sock *sk, struct packet *packet)
-{
-	struct crossing *crossing = crossings.sk_storage_get(sk, 0, 0);
-
-	return crossing && crossing->role == GRAFT_CROSSING_REDIRECTED && packet->to_port == bpf_ntohs(sk->dst_port);
+		return is_own_stand_in(skb, owner, packet, crossing);
+	return relay->datagram_port == packet->to_port && is_own_exchange(skb, owner, packet, crossing);
 }
 
 /* What a container's socket sends to the relay. The mark is shown to the relay only: if somebody else receives at that
@@ -74,15 +109,17 @@ static __always_inline int goes_to_redirected_peer(struct bpf_sock *sk, struct p
 static __always_inline int leaves_for_relay(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
 {
 	struct relay *relay = relays.lookup(&owner->id);
+	struct crossing *crossing;
 	struct packet packet;
 	struct bpf_sock *to;
-	int own, redirected;
+	int own;
 
 	if (!is_plain_udp(skb, &packet) || !is_on_loopback(packet.to, packet.family))
 		return PASS;
-	redirected = goes_to_redirected_peer(sk, &packet);
-	own = is_for_relay(skb, owner, relay, &packet);
-	if (!own && !redirected)
+	/* No hook on a system call sees a plain send() of a connected socket. */
+	crossing = is_peer(sk, packet.family, packet.to, packet.to_port) ? connected_end(sk) : 0;
+	own = is_for_relay(skb, owner, relay, &packet, crossing);
+	if (!own && !crossing)
 		return PASS;
 	to = receiver_of(skb, &packet);
 	if (!to)
@@ -157,6 +194,23 @@ static __always_inline int leaves_inside(struct __sk_buff *skb, struct bpf_sock 
 	return relay ? leaves_relay(skb, relay, owner) : drop(owner);
 }
 
+/* Whether what comes from an address of the relay's is of the remote end that the socket is connected to. */
+static __always_inline int comes_from_end(struct owner *owner, struct packet *packet, struct crossing *crossing)
+{
+	struct stand_in_key key = { .container = owner->id, .port = packet->from_port };
+	struct stand_in *stand_in;
+	struct exchange *exchange;
+
+	if (!crossing)
+		return 1;
+	if (packet->family == GRAFT_IPV4) {
+		exchange = relayed_sender(owner, packet->from[0]);
+		return exchange && is_with(crossing, exchange->addr, exchange->port);
+	}
+	stand_in = stand_ins.lookup(&key);
+	return stand_in && is_with(crossing, stand_in->addr, stand_in->port);
+}
+
 /* Whether a datagram's source is what the recvmsg hook takes for an address of the relay's. Behind options its port is not
  * seen. */
 static __always_inline int has_relays_address(struct owner *owner, struct relay *relay, struct packet *packet)
@@ -172,18 +226,19 @@ static __always_inline int has_relays_address(struct owner *owner, struct relay 
 
 /* What a socket of the container's receives: when graftd was killed, whoever takes a port of the relay's could pass for
  * the remote ends that it stood for. The mark is removed: a program could read it by a socket filter. */
-static __always_inline int arrives_from_relay(struct __sk_buff *skb, struct owner *owner)
+static __always_inline int arrives_from_relay(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)
 {
 	struct relay *relay = relays.lookup(&owner->id);
+	struct crossing *crossing = connected_end(sk); /* (then all that it receives is from there) */
 	struct packet packet;
 
 	if (!relay || !relay->datagram_port)
-		return PASS;
+		return crossing ? drop(owner) : PASS;
 	if (!read_packet(skb, &packet))
 		return drop(owner);
-	if (!has_relays_address(owner, relay, &packet))
+	if (!crossing && !has_relays_address(owner, relay, &packet))
 		return PASS;
-	if (!relay->answer_mark || skb->mark != relay->answer_mark)
+	if (!relay->answer_mark || skb->mark != relay->answer_mark || !comes_from_end(owner, &packet, crossing))
 		return drop(owner);
 	skb->mark = 0;
 	return PASS;
@@ -197,7 +252,7 @@ static __always_inline int arrives_inside(struct __sk_buff *skb, struct bpf_sock
 	if (sk->protocol != IPPROTO_UDP)
 		return PASS;
 	if (owner->id)
-		return arrives_from_relay(skb, owner);
+		return arrives_from_relay(skb, sk, owner);
 	relay = relay_of(sk, owner);
 	if (!owner->id)
 		return PASS;

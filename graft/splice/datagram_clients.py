@@ -131,11 +131,11 @@ class Clients:
             self.remove_longest_answered()
         self._answered[client.number] = client
 
-    def age(self, now: float, loop: EventLoop) -> Stepwise[None]:
-        """Remove what was not used for too long."""
+    def age(self, now: float, loop: EventLoop, is_connected: Callable[[Client], bool]) -> Stepwise[None]:
+        """Remove what was not used for too long, and no socket of the container is connected to."""
         for client in self:
             limit = ANSWERED_SECONDS if client.answered else UNANSWERED_SECONDS
-            if now - client.used > limit and self.get(client.number) is client:
+            if now - client.used > limit and self.get(client.number) is client and not is_connected(client):
                 self._remove(client)
                 if loop.turn_is_over():
                     yield

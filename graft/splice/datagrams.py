@@ -195,7 +195,8 @@ class Slots:
 
     def free_read(self, unread: Collection[int], listed: float) -> Stepwise[None]:
         """Free the slots from which nothing is left to read: see `Forgotten.read`."""
-        for slot in self._forgotten.read(unread, listed):
+        connected = {one % layout.EXCHANGE_SLOTS for one in self._peers if not one >> 23 & 1}
+        for slot in self._forgotten.read(unread, listed, connected):
             self._erase(slot)
             if self._forgotten.remove(slot):
                 self._free_slots.append(slot)
@@ -237,7 +238,8 @@ class Slots:
                 found = self._open(number, datagram.sender)
             except (OSError, GraftError):
                 return
-        if found is not None and found.program == datagram.sender:
+        if found is not None:
+            found.program = datagram.sender  # the hooks let one socket send here: it is connected anew
             found.send(datagram.data)
 
     def _open(self, number: ExchangeId, program: Address) -> Destination | None:
@@ -279,7 +281,7 @@ class Slots:
 
     def age(self, now: float) -> Stepwise[None]:
         """Forget what was not used for too long."""
-        yield from self.clients.age(now, self._resources.loop)
+        yield from self.clients.age(now, self._resources.loop, lambda one: _number_of(one).number in self._peers)
         for number in itertools.islice(self._next_aged, _AGED_SLOTS):
             self._age_slot(number, min(now - DESTINATION_SECONDS, self._listed))
             if self._resources.loop.turn_is_over():

@@ -2,7 +2,8 @@
 
 Who sent a datagram is looked up when a program reads it, which may be long after graftd has forgotten the client: a
 queue keeps its oldest datagrams. So what stood for one remote end stands for no other one before a listing, begun a
-moment after that was forgotten, has shown that the sockets at the port of the container's have nothing to read:
+moment after that was forgotten, has shown that the sockets at the port of the container's have nothing to read, and
+that none is connected there:
 
     in use ──▶ forgotten ──▶ (the queue is seen empty) ──▶ free
 """
@@ -39,12 +40,16 @@ class Forgotten:
         """One that is not used from now on; datagrams from there went to the container's sockets at ``local_port``."""
         self._waiting[number] = _Wait(local_port, time.monotonic())
 
-    def read(self, unread: Collection[int], listed: float) -> list[int]:
+    def read(self, unread: Collection[int], listed: float, connected: Collection[int] = ()) -> list[int]:
         """Those from which nothing is left to read: the sockets of the ports ``unread`` have something, as was listed
-        after ``listed``.
+        after ``listed``. Nor those to which a socket is ``connected``: it would hear nobody else who comes from there.
         """
         before = listed - _ON_THE_WAY_SECONDS
-        return [number for number, one in self._waiting.items() if one.since < before and one.local_port not in unread]
+        return [
+            number
+            for number, one in self._waiting.items()
+            if one.since < before and one.local_port not in unread and number not in connected
+        ]
 
     def remove(self, number: int) -> bool:
         """It is free; False where it was before."""

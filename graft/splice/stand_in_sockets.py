@@ -154,10 +154,10 @@ class StandInSockets:
         if oldest is not None:
             self._free(oldest)
 
-    def free_read(self, unread: Collection[int], listed: float) -> Stepwise[None]:
-        """Free the ports from which nothing is left to read: see `Forgotten.read`."""
+    def free_read(self, unread: Collection[int], listed: float, connected: Collection[int]) -> Stepwise[None]:
+        """Free the ports from which nothing is left to read, and to which no socket is: see `Forgotten.read`."""
         self._has_listing = True
-        yield from self._free_each(self._forgotten.read(unread, listed))
+        yield from self._free_each(self._forgotten.read(unread, listed, connected))
 
     def _free_each(self, ports: Collection[int]) -> Stepwise[None]:
         for port in ports:

@@ -184,10 +184,7 @@ class StandIns:
         if one.taken is None and not self._note_taken(one):
             return  # somebody sent there by himself
         assert one.taken is not None
-        if one.program is None and one.taken.local_port in (0, datagram.sender[1]):  # 0: it had none yet
-            one.program = datagram.sender
-        if one.program != datagram.sender:
-            return
+        one.program = datagram.sender  # of the one socket that the hooks let send here, which may be connected anew
         one.used = time.monotonic()
         self._taken.move_to_end(one.port)
         found = self._destinations.get((6, one.port))
@@ -198,6 +195,7 @@ class StandIns:
             except (OSError, GraftError):
                 return
         if found is not None:
+            found.program = datagram.sender
             found.send(datagram.data)
 
     def _note_taken(self, one: StandIn) -> bool:
@@ -267,7 +265,7 @@ class StandIns:
         which ports of ::1 a socket is connected, and at which there is something to read.
         """
         self._peers, self._listed = peers, since
-        yield from self._sockets.free_read(unread, since)
+        yield from self._sockets.free_read(unread, since, peers)
         for one in [one for one in self._offered if one is not None and one.taken is None]:
             if one in self._offered:  # still
                 self._note_taken(one)  # by a socket that was connected, and has sent nothing
@@ -279,12 +277,12 @@ class StandIns:
     def _is_gone(self, one: StandIn, ports: Collection[int], since: float) -> bool:
         assert one.taken is not None
         port = one.program[1] if one.program else one.taken.local_port
-        is_there = port in ports if port else one.port in self._peers
+        is_there = (port and port in ports) or one.port in self._peers
         return not is_there and one.taken.begun / 1e9 < since
 
     def age(self, now: float) -> Stepwise[None]:
         """Forget what was not used for too long."""
-        yield from self.clients.age(now, self._resources.loop)
+        yield from self.clients.age(now, self._resources.loop, lambda one: one.number in self._peers)
         if not self._offered:
             self._offer(FIRST_OFFERED)
         yield from self._replace_each(lambda one: now - one.used > DESTINATION_SECONDS and not self._is_connected(one))

@@ -380,9 +380,13 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "datagram relay's mark on answers": (
         _at_once(
             "exchange_packet.bpf.c",
-            "int arrives_from_relay(struct __sk_buff *skb, struct owner *owner)",
+            "int arrives_from_relay(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner)",
             "return PASS;",
         ),
+    ),
+    # A connected socket hears whoever has the address that it is connected to, and sends to whomever that stands for.
+    "whom a socket is connected to": (
+        _at_once("exchange_packet.bpf.c", "struct crossing *connected_end(struct bpf_sock *sk)", "return 0;"),
     ),
     "datagram relay's receiver": (
         _at_once("exchange_packet.bpf.c", "int is_of_cgroup(struct bpf_sock *sk, u64 cgroup)", "return 1;"),

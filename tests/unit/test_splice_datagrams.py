@@ -249,6 +249,25 @@ def test_clients_age(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
         assert setting.relay.describe()["clients"] == left == setting.noted[1]
 
 
+def test_a_client_that_a_socket_is_connected_to_keeps_its_place(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    client, peer = begun(setting)
+    client.close()
+    place = peer[1] if setting.six else int.from_bytes(socket.inet_aton(peer[0]), "big")
+    forgotten = setting.relay._stand_ins._sockets._forgotten if setting.six else setting.relay._slots._forgotten
+    keep(setting, {setting.relay.port}, [place], now)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 10 * datagram_clients.ANSWERED_SECONDS)
+    setting.finish_aging()
+    monkeypatch.undo()
+    assert len(setting.clients) == 1
+    setting.path.remove_client(next(iter(setting.clients)))
+    for peers, left in (([place], 1), ([], 0)):
+        keep(setting, {setting.relay.port}, peers, time.monotonic() + 1)
+        assert len(forgotten) == left
+
+
 # ---- stand-ins
 
 
