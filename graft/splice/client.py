@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
-from graft.errors import KernelError
+from graft.errors import GraftError, KernelError
 from graft.model.settings import Settings
 from graft.splice import control, daemon_process
 from graft.splice.traffic import Traffic, parse_traffic
@@ -57,34 +55,33 @@ def _attach_request(container: Container, pid: int) -> dict[str, Any]:
 
 
 def serve(graft: Installation, container: Container, pid: int = 0) -> None:
-    """`attach` a container that was made just now, if graftd has to serve it; where that fails, remove it again."""
-    if container.is_relayed:
-        with _removed_on_error(graft, container):
-            attach(graft.settings, container, pid)
-
-
-def begin_to_serve(graft: Installation, container: Container, pid: int = 0) -> bool:
-    """The same, for a caller that has others wait: graftd is not started. False where it does not run, or has not
-    answered after a moment; `attach` is to be called when nobody waits. The container's rules are in force already.
+    """`attach` a container that was made just now, with a program that waits for this, if graftd has to serve it. Where
+    that fails, remove it again: the program does not go on.
     """
     if not container.is_relayed:
-        return True
-    with _removed_on_error(graft, container):
-        try:
-            answer = control.ask(graft.settings, _attach_request(container, pid), _UNDER_LOCK_SECONDS)
-        except control.NoAnswerError:
-            return False
-        return answer is not None
-
-
-@contextlib.contextmanager
-def _removed_on_error(graft: Installation, container: Container) -> Iterator[None]:
+        return
     try:
-        yield
+        attach(graft.settings, container, pid)
     except BaseException:
         with members.pinned(container.cgroup_path) as reachable, graft.transaction() as change:
             change.containers.remove(container, reachable)
         raise
+
+
+def begin_to_serve(graft: Installation, container: Container, pid: int = 0) -> bool:
+    """Have the daemon serve a container that was attached just now, for a caller that has others wait: graftd is not
+    started. False where it does not run, or has not answered after a moment, or cannot serve it; `attach` is to be
+    called when nobody waits.
+
+    The container's rules are in force already, and stay so, whatever graftd says: what runs in the container can cause
+    that, and would be rid of its policy by it.
+    """
+    if not container.is_relayed:
+        return True
+    try:
+        return control.ask(graft.settings, _attach_request(container, pid), _UNDER_LOCK_SECONDS) is not None
+    except GraftError:
+        return False
 
 
 def detach(graft: Installation, container: Container) -> None:

@@ -1276,6 +1276,26 @@ def _own_clocks() -> None:
     Sightings.is_settled = is_settled  # type: ignore[method-assign]
 
 
+def _kept_unserved() -> None:
+    """A container that graftd cannot serve is not attached."""
+    from graft.errors import GraftError
+    from graft.splice import client as splice
+    from graft.splice import control
+
+    def begin_to_serve(graft: Installation, container: Container, pid: int = 0) -> bool:
+        request = {"do": "attach", "container": container.id, "pid": pid}
+        try:
+            return not container.is_relayed or control.ask(graft.settings, request, 2.0) is not None
+        except control.NoAnswerError:
+            return False
+        except GraftError:
+            with graft.transaction() as change:
+                change.containers.remove(container)
+            raise
+
+    splice.begin_to_serve = begin_to_serve
+
+
 def _left_behind() -> None:
     """Who asks about folders again and again does not remember which children hung there."""
 
@@ -1514,6 +1534,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "bounded addresses": _bounded_addresses,
     "names of any bytes": _names_of_any_bytes,
     "hooks stay": _hooks_stay,
+    "kept unserved": _kept_unserved,
     "left behind": _left_behind,
     "others in the cgroup": _others_in_the_cgroup,
     "search": _search,
