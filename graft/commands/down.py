@@ -19,8 +19,9 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.saved.store import Store
 from graft.splice import client as splice
-from graft.state import bound_sockets, helper_process, leftovers, members, records
+from graft.state import begun, bound_sockets, helper_process, leftovers, members, records
 from graft.state.installation import Installation
+from graft.state.records import Container
 from graft.swap import fork_servers
 
 _TIMEOUT = 2.0  # seconds, for each kind of call about folders that a process can hold
@@ -140,10 +141,13 @@ def _detach_all(settings: Settings, graft_cgroup: Path, own: Collection[int]) ->
 
     Not from Graft's own, whose ids are ``own``: they are gone by now, or what is in them still is under the hooks.
     """
-    helper_process.run_each(attachments.detach_predecessors, records.put_aside_paths(settings), _TIMEOUT)
-    if not (settings.pin_dir / "scopes").exists():
-        return True
     recorded = records.read_all(settings)[0]
+    lost = [*records.all_put_aside(settings), *_lost(settings, [*recorded, *begun.listing(settings)])]
+    are_detached = helper_process.run_each(
+        lambda one: attachments.detach_predecessors(one.cgroup_path, one.cgroup_id), lost, _TIMEOUT
+    ).results
+    if not (settings.pin_dir / "scopes").exists():
+        return len(are_detached) == len(lost)
     done = helper_process.run_each(
         lambda one: attachments.detach(settings, one.cgroup_path), recorded, _TIMEOUT
     ).results
@@ -152,6 +156,17 @@ def _detach_all(settings: Settings, graft_cgroup: Path, own: Collection[int]) ->
         return True
     search = partial(attachments.detach_all, settings)
     return bool(helper_process.run_each(search, [graft_cgroup], _SEARCH_TIMEOUT).results)
+
+
+def _lost(settings: Settings, containers: Sequence[Container]) -> list[Container]:
+    """Those whose data plane is gone: somebody removed the pins, and nobody has put their records aside since."""
+    try:
+        if not dataplane.is_up(settings):
+            return list(containers)
+    except ConflictError:  # of another version, which has them
+        return []
+    with Installation(settings) as graft:
+        return [one for one in containers if graft.maps.containers.get(ctypes.c_uint32(one.id)) is None]
 
 
 def _remove_folder(folder: Path) -> None:

@@ -139,16 +139,20 @@ def _detach_by_id(cgroup_fd: int, number: int, kind: int) -> None:
         os.close(old)
 
 
-def detach_predecessors(path: Path) -> None:
-    """Detach from a cgroup what a data plane that is gone has left there. Safe to repeat."""
+def detach_predecessors(path: Path, number: int = 0) -> None:
+    """Detach from the cgroup at ``path``, if its id is ``number`` (0: any), what a data plane that is gone has left
+    there. Safe to repeat.
+    """
     with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd:
+        if number not in (0, os.fstat(cgroup_fd).st_ino):
+            return
         for kind in bpf.CGROUP_ATTACH_TYPES:
             for number in bpf.prog_ids(cgroup_fd, kind):
                 if bpf.prog_name(number).startswith("graft_"):
                     _detach_by_id(cgroup_fd, number, kind)
 
 
-def _has_programs(path: Path, effective: bool = False) -> bool:
+def has_programs(path: Path, effective: bool = False) -> bool:
     """Whether Graft's programs, of any installation, are attached to a cgroup or (``effective``) run for it."""
     with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd:
         return any(
@@ -164,18 +168,18 @@ def _has_programs(path: Path, effective: bool = False) -> bool:
 
 def find_above(path: Path) -> Path | None:
     """The cgroup at ``path`` or above that Graft's programs are attached to already, if any."""
-    if not _has_programs(path, effective=True):
+    if not has_programs(path, effective=True):
         return None
     top = cgroup.v2_mount()
     above = (path, *(parent for parent in path.parents if parent.is_relative_to(top)))
-    return next((one for one in above if _has_programs(one)), path)
+    return next((one for one in above if has_programs(one)), path)
 
 
 def find_below(path: Path) -> Path | None:
     """A cgroup below ``path`` that Graft's programs are attached to already, if any. May never return: it lists folders
     that a process can hold.
     """
-    return next((one for one in cgroup.tree(path) if one != path and _has_programs(one)), None)
+    return next((one for one in cgroup.tree(path) if one != path and has_programs(one)), None)
 
 
 def set_scope(settings: Settings, path: Path, container: int) -> None:

@@ -152,10 +152,11 @@ def _hooks() -> ctypes.Array[ctypes.c_uint8]:
 
 def _last_id(settings: Settings) -> int:
     """The greatest id that a data plane before this one gave a container: its records are found by that (bpffs may
-    have been unmounted while they ran).
+    have been unmounted while they ran), also where they are put aside, or of one that was just attached.
     """
-    found = (settings.run_dir / "containers").glob("*.json")
-    return max((int(path.stem) for path in found if path.stem.isdecimal()), default=0)
+    folders = (settings.run_dir / name for name in ("containers", "begun", "stale"))
+    found = (path.stem for folder in folders for path in folder.glob("*.json"))
+    return max((int(number) for number in found if number.isdecimal()), default=0)
 
 
 def _load(settings: Settings, folder: Path) -> Loaded:

@@ -9,6 +9,7 @@
     call_times.py      how long its supervisors take for calls
     restored.py        whether what is saved was restored into this data plane
     records.py         a file for each container, with its name and what is in no map
+    begun.py           the same of one that is just being attached, or was when the command was killed
     unix_sockets.py    endpoints that are unix sockets: their paths, and those of rules
     bound_sockets.py   which sockets are bound there
     engines.py         finds the cgroup of a container of docker or podman, or of a systemd unit

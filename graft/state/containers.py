@@ -24,6 +24,7 @@ from graft.policy.limits import MAX_ASKED_ENTRIES
 from graft.policy.model import Origin, Policy
 from graft.policy.validator import needs_unix_relay
 from graft.state import (
+    begun,
     bound_sockets,
     call_times,
     detached,
@@ -153,21 +154,21 @@ class ContainerChanges(Containers):
         and before any hook is attached. Containers that have ended may be in its way: `Installation.reap` comes before.
         The cgroup is to be kept open (`members.pinned`) where others may list a folder above it.
 
-        Changes nothing if it fails, but that a container of a data plane that is gone may be granted nothing any more
-        (PolicyError, ConflictError, KernelError; RefusedError if a cgroup above is attached, or one below that has a
-        record (`refuse_below` finds the others); UnixPathError if a unix socket's path cannot be had).
+        Changes nothing if it fails, but that a container of a data plane that is gone may be judged by some of its old
+        hooks and some new ones, until it is attached (PolicyError, ConflictError, KernelError; RefusedError if a cgroup
+        above is attached, or one below that has a record (`refuse_below` finds the others); UnixPathError if a unix
+        socket's path cannot be had).
         """
         policy = compiled.policy
         check_transport(transport, name or policy.name, compiled)
-        self._forget_unrecorded()
         stale = records.put_aside_at(self._settings, path)
-        if not stale:
-            nesting.refuse(self._settings, self._maps, path, self.listing())
+        replaces = bool(stale) and attachments.has_programs(path)
+        left = [one.id for one in begun.listing(self._settings) if one.cgroup == str(path)]
+        nesting.refuse(self._settings, self._maps, path, self.listing(), replaces)
         bound_sockets.check_free(policy, compiled.endpoints)
-        new = self._install(compiled)
+        new = self._install(compiled, self._rulesets_of(left))
         number = self._new_id()
         detached.forget(self._settings, number)
-        record = None
         try:
             made = Container(
                 id=number,
@@ -183,7 +184,7 @@ class ContainerChanges(Containers):
                 relay=relay,
             )
             container = _under(made, policy, new)
-            record = records.prepare(self._settings, container)
+            begun.note(self._settings, container)
             value = layout.ContainerValue(
                 netns,
                 new.ruleset,
@@ -197,17 +198,19 @@ class ContainerChanges(Containers):
                 self._maps.containers.put(ctypes.c_uint32(number), value)
             if prepare is not None:
                 prepare(number)
-            attachments.attach(self._settings, path, number, splice=container.is_relayed, replaces=bool(stale))
-            record.commit()
+            attachments.attach(self._settings, path, number, splice=container.is_relayed, replaces=replaces)
+            begun.finish(self._settings, number)
         except BaseException:
-            if record is not None:
-                record.discard()
-            if not stale:  # else it had hooks before: these are in their place, and grant nothing without an entry
-                attachments.detach(self._settings, path)
-            self._endpoints.restore_superseded(new.superseded)
-            self._forget_detached(number, transport)
+            # Hooks that are in the place of others stay, with what they judge by: it had a policy before.
+            if not replaces or nesting.number_at(self._maps, path) != number:
+                if not replaces:
+                    attachments.detach(self._settings, path)
+                self._endpoints.restore_superseded(new.superseded)
+                self._forget_detached(number, transport)
             raise
         self._endpoints.delete_superseded(new.superseded)
+        for other in left:
+            self._forget(other)
         for file in stale:
             file.unlink(missing_ok=True)
         return container
@@ -321,6 +324,18 @@ class ContainerChanges(Containers):
             attachments.detach(self._settings, container.cgroup_path, container.cgroup_id)
         self._forget_detached(container.id, container.transport)
 
+    def undo_begun(self, container: Container) -> None:
+        """Remove what a command that was killed has begun for a container, whose cgroup is to be within reach.
+
+        Not where it has replaced hooks of a data plane that is gone: the container is confined by both, and would be by
+        none. The next `create` there completes it.
+        """
+        path = container.cgroup_path
+        if not begun.exists(self._settings, container.id):
+            return  # another command has finished or undone it
+        if not records.put_aside_at(self._settings, path) or not attachments.has_programs(path):
+            self.remove(container)
+
     def reap(self, gone: Collection[int]) -> None:
         """Remove the rules and records of these containers, whose cgroups are gone (`members.gone`)."""
         for container in self.listing():
@@ -389,12 +404,6 @@ class ContainerChanges(Containers):
         bound_sockets.release(self._settings, lambda one, endpoint: one == container and endpoint not in kept)
         unix_sockets.tidy_rules(self._settings, self._maps)
 
-    def _forget_unrecorded(self) -> None:
-        """Remove what a command that was killed has left: without a record no command finds such a container."""
-        for key in list(self._maps.containers.keys()):
-            if not records.exists(self._settings, key.value):
-                self._forget(key.value)
-
     def _forget_detached(self, number: int, transport: Transport) -> None:
         """Remove the rules and the record of a container whose programs may go on."""
         if not transport.is_supervised:
@@ -416,4 +425,5 @@ class ContainerChanges(Containers):
         self._release_unix(number)
         self._endpoints.delete_unused()
         call_times.forget(self._settings, number)
+        begun.forget(self._settings, number)
         records.forget(self._settings, number)

@@ -19,7 +19,7 @@ from graft.errors import PrivilegeError
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy
-from graft.state import bound_sockets, members, restored
+from graft.state import begun, bound_sockets, members, restored
 from graft.state.compiled_policy import CompiledPolicy, compile_for
 from graft.state.containers import ContainerChanges, Containers
 from graft.state.endpoints import EndpointChanges, Endpoints
@@ -74,8 +74,15 @@ class Installation:
         return 0 if value is None else int(value.ruleset)
 
     def reap(self) -> None:
-        """Remove the rules and records of containers whose cgroup is gone. Quick if there are none."""
+        """Remove the rules and records of containers whose cgroup is gone, and what killed commands have left of others
+        that they were attaching. Quick if there are none.
+        """
         self.forget(members.gone(self.containers.listing()))
+        for one in begun.listing(self.settings):
+            with members.pinned(one.cgroup_path) as reachable:
+                if reachable:  # else a later command does it
+                    with self.transaction() as change:
+                        change.containers.undo_begun(one)
 
     def forget(self, gone: Collection[int]) -> None:
         """Remove the rules and records of these containers, whose cgroups are gone. Safe to repeat."""

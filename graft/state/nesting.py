@@ -28,19 +28,29 @@ def refuse_below(path: Path) -> None:
         raise _nested(path, found[0])
 
 
-def refuse(settings: Settings, maps: Maps, path: Path, listed: Iterable[Container]) -> None:
+def refuse(settings: Settings, maps: Maps, path: Path, listed: Iterable[Container], replaces: bool = False) -> None:
     """Raises ConflictError where ``path`` is attached, RefusedError where a cgroup above it is, or one of ``listed``
-    below. Under the lock; detaches what a killed command has left on it.
+    below. Under the lock; detaches what a killed command has left on it. ``replaces``: the hooks on it are to be
+    replaced, and are in nobody's way.
     """
-    scope = maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
-    if scope is not None and scope.container and maps.containers.get(ctypes.c_uint32(scope.container)) is None:
+    number = number_at(maps, path)
+    if not replaces and number and maps.containers.get(ctypes.c_uint32(number)) is None:
         attachments.detach(settings, path)
-    other = attachments.find_above(path)
+    other = attachments.find_above(path.parent if replaces else path)
     if other == path:
         raise ConflictError(f"cgroup: {path} is already attached", "graft ps")
     other = other or next((one.cgroup_path for one in listed if path in one.cgroup_path.parents), None)
     if other is not None:
         raise _nested(path, other)
+
+
+def number_at(maps: Maps, path: Path) -> int:
+    """The number of the container that hooks of these maps take the cgroup at ``path`` for; 0 where there is none."""
+    try:
+        scope = maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
+    except FileNotFoundError:
+        return 0
+    return 0 if scope is None else int(scope.container)
 
 
 def _nested(path: Path, other: Path) -> RefusedError:

@@ -97,16 +97,21 @@ def prepare(settings: Settings, container: Container) -> PreparedFile:
     """Write a container's record, and do not put it in its place yet. Raises OSError, and UsageError if it could not be
     read again: then nothing is left of it.
     """
-    folder, name = folder_of(settings), f"{container.id}.json"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = file_of(settings, container.id)
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return prepare_file(file, encode_checked(container))
+
+
+def file_of(settings: Settings, number: int) -> Path:
+    """The file of the record of container ``number``."""
+    return folder_of(settings) / f"{number}.json"
+
+
+def encode_checked(container: Container) -> bytes:
+    """What is in a record. Raises UsageError if it could not be read again: no command would find such a container."""
     raw = encode(container).encode()
-    parse_record(raw, name)  # one that cannot be read is a container that no command finds
-    return prepare_file(folder / name, raw)
-
-
-def exists(settings: Settings, number: int) -> bool:
-    """Whether there is a record of container ``number``, readable or not."""
-    return (folder_of(settings) / f"{number}.json").exists()
+    parse_record(raw, f"{container.id}.json")
+    return raw
 
 
 def encode(container: Container) -> str:
@@ -177,7 +182,7 @@ def read_all(settings: Settings) -> tuple[list[Container], list[UsageError]]:
 
 def forget(settings: Settings, number: int) -> None:
     """Remove the record of container ``number``. Safe to repeat."""
-    (folder_of(settings) / f"{number}.json").unlink(missing_ok=True)
+    file_of(settings, number).unlink(missing_ok=True)
 
 
 # ---- of a data plane that is gone -------------------------------------------------------------------
@@ -194,24 +199,27 @@ def put_aside(settings: Settings, container: Container) -> None:
     """Take a record out of the list: its data plane is gone."""
     folder = _stale_folder(settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    name = f"{container.id}.json"
-    (folder_of(settings) / name).rename(folder / name)
+    file = file_of(settings, container.id)
+    file.rename(folder / file.name)
 
 
 def put_aside_at(settings: Settings, path: Path) -> list[Path]:
     """The files of records that were put aside, of containers at that cgroup (and not of an earlier one there)."""
-    found = [(file, one) for file, one in _stale(settings) if one.cgroup == str(path)]
-    return [file for file, one in found if one.cgroup_id == cgroup.cgroup_id(path)]
+    found = [(file, one) for file, one in readable(_stale_folder(settings)) if one.cgroup == str(path)]
+    with contextlib.suppress(FileNotFoundError):
+        return [file for file, one in found if one.cgroup_id == cgroup.cgroup_id(path)]
+    return []
 
 
-def put_aside_paths(settings: Settings) -> list[Path]:
-    """The cgroups of all of them."""
-    return [container.cgroup_path for _, container in _stale(settings)]
+def all_put_aside(settings: Settings) -> list[Container]:
+    """All of them."""
+    return [container for _, container in readable(_stale_folder(settings))]
 
 
-def _stale(settings: Settings) -> list[tuple[Path, Container]]:
+def readable(folder: Path) -> list[tuple[Path, Container]]:
+    """The records in a folder beside that of the others, with their files; without those that cannot be read."""
     found = []
-    for path in _stale_folder(settings).glob("*.json"):
+    for path in folder.glob("*.json"):
         with contextlib.suppress(OSError, UsageError):
             container = parse_record(path.read_bytes()[: _MAX_RECORD + 1], path.name)
             found.append((path, container))

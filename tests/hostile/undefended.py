@@ -1296,6 +1296,48 @@ def _kept_unserved() -> None:
     splice.begin_to_serve = begin_to_serve
 
 
+def _begun_kept() -> None:
+    """What a command has begun when it is interrupted or killed is taken out of the maps; the hooks stay."""
+    from graft.state import nesting
+
+    def undo_begun(self: ContainerChanges, container: Container) -> None:
+        self._forget(container.id)
+
+    nesting.number_at = lambda maps, path: 0
+    ContainerChanges.undo_begun = undo_begun  # type: ignore[method-assign]
+
+
+def _unrecorded() -> None:
+    """What has no record was left by a command that was killed."""
+    from graft.state import records
+
+    create = ContainerChanges.create
+
+    def create_alone(self: ContainerChanges, *rest: Any, **named: Any) -> Container:
+        for key in list(self._maps.containers.keys()):
+            if not records.file_of(self._settings, key.value).exists():
+                self._forget(key.value)
+        return create(self, *rest, **named)
+
+    ContainerChanges.create = create_alone  # type: ignore[method-assign]
+
+
+def _nesting() -> None:
+    """Nobody looks what is attached above and below."""
+    from graft.state import nesting
+
+    nesting.refuse = lambda *_: None
+
+
+def _put_aside() -> None:
+    """Only `graft up` looks for containers of a data plane that is gone; `graft down` finds those that it has found."""
+    from graft.commands import down
+    from graft.state import restored
+
+    down._lost = lambda settings, containers: []
+    restored.ensure_restored = lambda settings: None
+
+
 def _left_behind() -> None:
     """Who asks about folders again and again does not remember which children hung there."""
 
@@ -1535,6 +1577,10 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "names of any bytes": _names_of_any_bytes,
     "hooks stay": _hooks_stay,
     "kept unserved": _kept_unserved,
+    "begun kept": _begun_kept,
+    "unrecorded": _unrecorded,
+    "nesting": _nesting,
+    "put aside": _put_aside,
     "left behind": _left_behind,
     "others in the cgroup": _others_in_the_cgroup,
     "search": _search,
