@@ -13,17 +13,23 @@ import ctypes
 from graft.splice import client as splice
 from graft.state import records
 from graft.state.installation import Installation
+from graft.state.records import Container
 
 
 def remove_stale(graft: Installation) -> list[str]:
     """Put the records of such containers aside. Returns their names."""
-    stale = [
+    if any(one.is_relayed for one in _without_entry(graft)):
+        splice.stop(graft.settings)  # it has the old maps
+    with graft.transaction():  # nobody is attaching one, or removing it
+        stale = _without_entry(graft)
+        for one in stale:
+            records.put_aside(graft.settings, one)
+    return [one.name for one in stale]
+
+
+def _without_entry(graft: Installation) -> list[Container]:
+    return [
         one
         for one in graft.containers.listing()
         if not one.transport.is_supervised and graft.maps.containers.get(ctypes.c_uint32(one.id)) is None
     ]
-    if any(one.is_relayed for one in stale):
-        splice.stop(graft.settings)  # it has the old maps
-    for one in stale:
-        records.put_aside(graft.settings, one)
-    return [one.name for one in stale]

@@ -16,6 +16,7 @@ from pathlib import Path
 from graft.errors import KernelError
 from graft.kernel.file_lock import locked_file
 from graft.model.settings import Settings
+from graft.state import records
 
 MODULE = "graft.commands.up"
 _LOCK_SECONDS = 120.0
@@ -50,8 +51,12 @@ def only_one(settings: Settings) -> Iterator[None]:
 
 
 def ensure_restored(settings: Settings) -> None:
-    """Restore what is saved, if this data plane is new. What goes wrong is printed: no command fails for it."""
-    if not (settings.state_dir / "saved").exists() or is_restored(settings):
+    """Restore what is saved, if this data plane is new, and put aside the records of one that is gone. What goes wrong
+    is printed: no command fails for it.
+    """
+    if is_restored(settings):
+        return
+    if not (settings.state_dir / "saved").exists() and not any(records.folder_of(settings).glob("*.json")):
         return
     subprocess.run(
         [sys.executable, "-P", "-m", MODULE],

@@ -206,3 +206,25 @@ def test_a_record_that_was_put_aside_permits_no_nesting(own: Host, denies: Path,
         done = run([*graft_without(without), *attach], environment=own.environment)
         assert done.returncode == (0 if without else 7), done.stderr
         assert bool(attach_points(inner)) is bool(without)
+
+
+# ---- bpffs is lost where nothing is saved
+
+
+@pytest.mark.parametrize("without", ["", "put aside"], ids=["", "control"])
+def test_the_first_command_finds_that_a_data_plane_is_lost(own: Host, denies: Path, without: str) -> None:
+    with new_cgroup("box") as box:
+        attach: list[Word] = ["attach", "--cgroup", box, "--policy", denies]
+        own.graft(*attach)
+        lose_pins(own)
+        done = run([*graft_without(without), *attach], environment=own.environment)
+        assert done.returncode == (3 if without else 0), done.stderr
+
+
+@pytest.mark.parametrize("without", ["", "put aside"], ids=["", "control"])
+def test_down_removes_the_hooks_of_a_data_plane_that_is_lost(own: Host, denies: Path, without: str) -> None:
+    with new_cgroup("box") as box:
+        own.graft("attach", "--cgroup", box, "--policy", denies)
+        lose_pins(own)
+        run([*graft_without(without), "down", "--force"], environment=own.environment, status=0)
+        assert bool(attach_points(box)) is bool(without)
