@@ -55,59 +55,6 @@ static __always_inline void clear_endpoint(struct bpf_sock_addr *ctx, struct own
 	}
 }
 
-/* Whether a socket, which it releases, is another container's that has ended, or that lost the endpoint whose port this is. */
-static __always_inline int is_released_leftover(struct bpf_sock *sk, u32 container, u64 netns)
-{
-	struct container *other;
-	struct tag *tag;
-	int found = 0;
-
-	if (!sk)
-		return 0;
-	tag = tags.sk_storage_get(sk, 0, 0);
-	if (tag && tag->home == GRAFT_HOME_HOST && tag->container != container) {
-		other = containers.lookup(&tag->container);
-		found = !other || (tag->endpoint && !is_bound(sk, tag, other, netns));
-	}
-	bpf_sk_release(sk);
-	return found;
-}
-
-/* The same of the datagram socket that the kernel finds at an IPv4 port; `address` as in a sockaddr. */
-static __always_inline int has_leftover4(struct bpf_sock_addr *ctx, u32 container, u32 address, u16 port_be, u64 netns)
-{
-	struct bpf_sock_tuple to = {};
-
-	to.ipv4.daddr = address;
-	to.ipv4.dport = port_be;
-	return is_released_leftover(bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0), container, netns);
-}
-
-/* Whether a datagram socket would share its port with one of another container, which was granted it before. Of the two
- * the kernel chooses who gets a datagram, before the hook for packets drops what that one gets: the server would miss
- * some, or all, as the other one chooses (SO_REUSEPORT with a program, SO_INCOMING_CPU, which of them was bound last). The
- * kernel closes no datagram socket that its program has bound. */
-static __always_inline int meets_leftover(struct bpf_sock_addr *ctx, u32 container, struct request *request,
-					  struct endpoint *endpoint)
-{
-	u64 netns = bpf_get_netns_cookie(ctx);
-	u16 port_be = bpf_htons(request->endpoint_port);
-	struct bpf_sock_tuple to = {};
-	u32 address;
-
-	if (request->protocol != IPPROTO_UDP || !request->endpoint_port)
-		return 0;
-	if (endpoint->family == GRAFT_IPV4) {
-		__builtin_memcpy(&address, endpoint->addr, 4);
-		return has_leftover4(ctx, container, address, port_be, netns);
-	}
-	__builtin_memcpy(to.ipv6.daddr, endpoint->addr, 16);
-	to.ipv6.dport = port_be;
-	if (is_released_leftover(bpf_sk_lookup_udp(ctx, &to, sizeof(to.ipv6), BPF_F_CURRENT_NETNS, 0), container, netns))
-		return 1;
-	return endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK && has_leftover4(ctx, container, 0, port_be, netns);
-}
-
 /* Decides a bind. Returns the endpoint to rewrite to, or NULL with *verdict set. */
 static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, struct request *request, int *verdict)
 {
@@ -163,7 +110,8 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}
-	if (meets_leftover(ctx, owner.id, request, endpoint)) {
+	if (request->protocol == IPPROTO_UDP && request->endpoint_port &&
+	    meets_leftover(ctx, owner.id, endpoint, request->endpoint_port)) {
 		count(owner.id, GRAFT_DECISION_REFUSED_BIND);
 		*verdict = refuse_with(EADDRINUSE);
 		return 0;

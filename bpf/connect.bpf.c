@@ -150,16 +150,27 @@ static __always_inline int write_source(struct source *source, struct endpoint *
 /* How many ports of a range a connect tries. */
 #define GRAFT_PORT_TRIES 32
 
+/* Whether a datagram socket would have this port of the endpoint together with another container's. */
+static __always_inline int is_others_port(struct bpf_sock_addr *ctx, struct request *request, struct endpoint *endpoint,
+					  u16 port)
+{
+	return request->protocol == IPPROTO_UDP && port && meets_others(ctx, request->container, endpoint, port);
+}
+
 /* Binds a socket that has no source yet to the endpoint that `source` has the address of.
  * Of a range one that is free is looked for, from a random port on. Returns 0 where that fails. */
-static __always_inline int bind_source(struct bpf_sock_addr *ctx, struct source *source, int size,
+static __always_inline int bind_source(struct bpf_sock_addr *ctx, struct source *source, int size, struct request *request,
 				       struct endpoint *endpoint)
 {
 	u32 first = endpoint->port, last = endpoint->last_port, start, try;
 	int error;
 
-	if (!last)
-		return !bpf_bind(ctx, (void *)source, size);
+	if (!last) {
+		if (!is_others_port(ctx, request, endpoint, first))
+			return !bpf_bind(ctx, (void *)source, size);
+		refuse_with(EADDRINUSE);
+		return 0;
+	}
 	start = bpf_get_prandom_u32();
 	for (try = 0; try < GRAFT_PORT_TRIES; try++) {
 		source->port_be = bpf_htons((u16)(first + (start + try) % (last - first + 1)));
@@ -196,7 +207,7 @@ static __always_inline int take_source(struct bpf_sock_addr *ctx, struct request
 	if (takes_ipv4_port_along(ctx, from))
 		return refuse_with(EACCES);
 	size = write_source(&source, from, ctx->family);
-	if (!bind_source(ctx, &source, size, from))
+	if (!bind_source(ctx, &source, size, request, from))
 		return REFUSE;
 	record_source(request, from);
 	return verdict;
@@ -297,6 +308,11 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	request->any_source = bound || has_earlier_port(ctx->sk, owner.tag);
 	if (sending == GRAFT_SENDS && is_for_inside(&owner, request, rule) && !is_diverted(ctx->sk)) {
 		*verdict = call_ferry(ctx, &owner, request);
+		return 0;
+	}
+	if (sending == GRAFT_SENDS && outlasts_its_peer(ctx->sk, owner.tag)) {
+		/* No answer would get to it. */
+		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_CONNECT);
 		return 0;
 	}
 	if (rule != GRAFT_VERDICT_GRANT) {

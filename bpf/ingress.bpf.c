@@ -182,8 +182,12 @@ static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *ow
 	/* At an endpoint that it has lost it receives not even from permitted destinations. */
 	if (has_lost_endpoint(sk, owner->tag, 0) || !packet.plain)
 		return drop(owner);
-	if (!may_exchange_with(owner->container, &remote, ANY_NETNS, &endpoint) && !is_ferry(owner, &remote, &ferry))
+	if (!may_exchange_with(owner->container, &remote, ANY_NETNS, &endpoint)) {
+		if (!is_ferry(owner, &remote, &ferry))
+			return drop(owner);
+	} else if (outlasts_its_peer(sk, owner->tag)) {
 		return drop(owner);
+	}
 	return keeps_others_source(sk, owner->tag, endpoint ? remote.endpoint : 0) ? drop(owner) : PASS;
 }
 

@@ -248,6 +248,13 @@ static __always_inline int keeps_others_source(struct bpf_sock *sk, struct tag *
 	return tag->lent & GRAFT_LENT_ADDRESS && !matches_endpoint(&local, lender, 0);
 }
 
+/* Whether a datagram socket has a port that an endpoint lent it for a peer, and has no peer any more (a connect to AF_UNSPEC):
+ * the kernel leaves it the port. It is no server there: it would have what comes for one. */
+static __always_inline int outlasts_its_peer(struct bpf_sock *sk, struct tag *tag)
+{
+	return tag && tag->source && tag->lent & GRAFT_LENT_PORT && !is_connected(sk);
+}
+
 static __always_inline void address_key(struct host_address *key, u64 netns, u32 *ip, u8 family)
 {
 	__builtin_memset(key, 0, sizeof(*key));

@@ -83,6 +83,7 @@ SOURCES = (
     "rules.bpf.c",
     "local_address.bpf.c",
     "ferry.bpf.c",
+    "shared_port.bpf.c",
     "bind.bpf.c",
     "exchange.bpf.c",
     "stand_in.bpf.c",

@@ -156,6 +156,9 @@ def _at_once(file: str, function: str, statement: str) -> Change:
     return file, f"{function}\n{{\n", f"{function}\n{{\n\t{statement}\n"
 
 
+_WITHOUT_A_PEER = _at_once(
+    "local_address.bpf.c", "int outlasts_its_peer(struct bpf_sock *sk, struct tag *tag)", "return 0;"
+)
 _ASTRAY = ("destination.bpf.c", "\treturn !is_noted_as_hosts(netns, packet->to, GRAFT_IPV4);", "\treturn 0;")
 _BY_ITS_SOCKET = (
     "destination.bpf.c",
@@ -303,6 +306,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "return 1;",
         ),
         _at_once("local_address.bpf.c", "int keeps_lent_port(struct tag *tag, struct endpoint *endpoint)", "return 0;"),
+        _WITHOUT_A_PEER,
     ),
     # A datagram goes by whatever route the kernel has for it.
     "astray": (_ASTRAY,),
@@ -414,6 +418,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
             "write_source(&source, from, ctx->family);",
             "write_source(&source, from, request->family == GRAFT_IPV6 || request->mapped ? AF_INET6 : AF_INET);",
         ),
+        _WITHOUT_A_PEER,
     ),
     # A server at all addresses answers from whatever address it names.
     "foreign source": (
@@ -465,9 +470,22 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _at_once(
             "local_address.bpf.c", "int keeps_others_source(struct bpf_sock *sk, struct tag *tag, u32 id)", "return 0;"
         ),
+        _WITHOUT_A_PEER,
     ),
     # Anybody on the host reaches the listener that graftd alone is to reach.
-    "leftovers at its port": (("bind.bpf.c", "if (meets_leftover(", "if (0 && meets_leftover("),),
+    "leftovers at its port": (("bind.bpf.c", "    meets_leftover(", "    0 && meets_leftover("),),
+    # Of the sockets at a port a bind looks only for those that had an endpoint.
+    "lent and free ports": (
+        _at_once(
+            "shared_port.bpf.c",
+            "int is_ungranted(struct bpf_sock *sk, struct tag *tag, struct container *container, u64 netns)",
+            "return container ? tag->endpoint && !is_bound(sk, tag, container, netns) : 1;",
+        ),
+    ),
+    # An endpoint lends the port that another container has.
+    "others at a lent port": (("connect.bpf.c", "if (!is_others_port(ctx, request, endpoint, first))", "if (1)"),),
+    # And what it has lent is good for receiving without a peer.
+    "peer of a lent port": (_WITHOUT_A_PEER,),
     "unix listener": (_at_once("ingress.bpf.c", "int is_unix_listener(struct owner *owner)", "return 0;"),),
     # No hook refuses anything.
     "hooks": tuple(

@@ -1,0 +1,197 @@
+"""What a thirty-eighth reading found: a container took the UDP datagrams of another one in silence, by a port that an
+egress rule had lent it, or that it had bound while its binds were free.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.conftest import Confine, Confined, Without
+from tests.hostile.test_afterwards import apply
+from tests.hostile.test_thirty_sixth_reading_groups import COUNT, policy, received, said, server
+from tests.support.installation import Host
+from tests.support.namespaces import CLIENT4, HOST4
+
+pytestmark = pytest.mark.e2e
+
+FREE = "name: t\ndefault: {bind: container, connect: deny}\n"
+DENIED = "name: t\ndefault: deny\n"
+LENDS = "egress: [{{to: {}, endpoint: web}}]\n"
+
+SHARES = r"""
+import ctypes, errno, os, select, socket, sys
+how, address, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def made(cpu):
+    u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    u.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    getattr(u, how)((address, port))
+    return u
+
+def leave():
+    for cpu, u in enumerate(all):
+        ctypes.CDLL(None).connect(u.fileno(), bytes(16), 16)  # AF_UNSPEC
+        u.setsockopt(socket.SOL_SOCKET, 49, cpu)  # SO_INCOMING_CPU
+    return "left"
+
+def read():
+    got = 0
+    while select.select(all, [], [], 0.5)[0]:
+        got += sum(len(u.recv(100)) for u in select.select(all, [], [], 0)[0])
+    return got
+
+def send():
+    return all[0].sendto(b"x", (address, port))
+
+try:
+    all = [made(cpu) for cpu in range(os.cpu_count())]
+    print("made", flush=True)
+except OSError as error:
+    print(errno.errorcode[error.errno], flush=True)
+for line in sys.stdin:
+    try:
+        print(globals()[line.strip()](), flush=True)
+    except OSError as error:
+        print(errno.errorcode[error.errno], flush=True)
+"""
+
+
+def shares(host: Host, confine: Confine, transport: str, text: str, how: str, address: str, port: int) -> Confined:
+    """Has SO_REUSEADDR sockets, one for each CPU, that are connected or bound to that address."""
+    return confine(host, transport, text, within=["/usr/bin/python3", "-ISc", SHARES, how, address, port])
+
+
+def ask(one: Confined, word: str) -> str:
+    """What it says to one of its commands."""
+    before = len(one.program.said.splitlines())
+    one.program.tell(f"{word}\n")
+    return one.lines(before + 1)[before]
+
+
+def lends(web: int, to: str) -> str:
+    return policy(web, rules="") + LENDS.format(to)
+
+
+def serving(host: Host, confine: Confine, transport: str, web: int) -> str:
+    """What a server's bind says; how much it gets where it serves."""
+    one = server(host, confine, transport, policy(web), shares=False)
+    return said(one) if said(one) != "serving" else f"{received(host, one, web)} of {COUNT}"
+
+
+@pytest.fixture
+def peer(host: Host) -> Iterator[socket.socket]:
+    with host.client.inside():
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with made:
+        made.bind((CLIENT4, 0))
+        made.settimeout(10)
+        yield made
+
+
+# ---- whoever binds the endpoint beside it
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("transport", ["direct", "swap"])
+def test_who_was_lent_the_port_takes_none_in_silence(
+    host: Host, confine: Confine, tmp_path: Path, transport: str, keeps: bool
+) -> None:
+    web = host.port()
+    one = shares(host, confine, transport, lends(web, "10.0.0.0/8"), "connect", CLIENT4, 9)
+    assert said(one) == "made" and ask(one, "leave") == "left"
+    if not keeps:
+        apply(host, one, tmp_path, policy(web, rules=""))
+    assert serving(host, confine, transport, web) == "EADDRINUSE"
+
+
+def test_nor_who_bound_it_while_binds_were_free(host: Host, confine: Confine, tmp_path: Path) -> None:
+    web = host.port()
+    one = shares(host, confine, "direct", FREE, "bind", "0.0.0.0", web)
+    assert said(one) == "made" and ask(one, "leave") == "left"
+    apply(host, one, tmp_path, DENIED)
+    assert serving(host, confine, "direct", web) == "EADDRINUSE"
+
+
+@pytest.mark.parametrize("how", ["connect", "bind"])
+def test_control_where_only_lost_endpoints_count_they_do(
+    without: Without, confine: Confine, tmp_path: Path, how: str
+) -> None:
+    host = without("lent and free ports")
+    web = host.port()
+    if how == "connect":
+        one = shares(host, confine, "direct", lends(web, "10.0.0.0/8"), "connect", CLIENT4, 9)
+    else:
+        one = shares(host, confine, "direct", FREE, "bind", "0.0.0.0", web)
+    assert said(one) == "made" and ask(one, "leave") == "left"
+    if how == "bind":
+        apply(host, one, tmp_path, DENIED)
+    assert serving(host, confine, "direct", web) == f"0 of {COUNT}"
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_who_binds_freely_leaves_the_port_to_others(host: Host, confine: Confine, detached: bool) -> None:
+    """A responder of mDNS, say; a program that is detached goes on, and has its sockets."""
+    web = host.port()
+    one = shares(host, confine, "direct", FREE, "bind", "0.0.0.0", web)
+    assert said(one) == "made"
+    if detached:
+        host.graft("detach", "--cgroup", one.cgroup)
+    assert said(server(host, confine, "direct", policy(web), shares=False)) == "serving"
+
+
+# ---- whom it is lent beside
+
+
+@pytest.mark.parametrize("transport", ["direct", "swap"])
+def test_none_is_lent_the_port_that_another_one_has(host: Host, confine: Confine, transport: str) -> None:
+    web = host.port()
+    serves = server(host, confine, transport, policy(web), shares=False)
+    assert said(serves) == "serving"
+    one = shares(host, confine, transport, lends(web, "10.0.0.0/8"), "connect", CLIENT4, 9)
+    assert said(one) == "EADDRINUSE"
+    assert received(host, serves, web) == COUNT
+
+
+def test_control_who_is_lent_it_takes_all(without: Without, confine: Confine) -> None:
+    host = without("others at a lent port")
+    web = host.port()
+    serves = server(host, confine, "direct", policy(web), shares=False)
+    assert said(serves) == "serving"
+    one = shares(host, confine, "direct", lends(web, "10.0.0.0/8"), "connect", CLIENT4, 9)
+    assert said(one) == "made" and ask(one, "leave") == "left"
+    assert received(host, serves, web) == 0
+
+
+def test_its_own_server_is_no_other(host: Host, confine: Confine) -> None:
+    web = host.port()
+    one = shares(host, confine, "direct", policy(web) + LENDS.format(f"{CLIENT4}/32"), "connect", CLIENT4, 9)
+    assert said(one) == "made"
+
+
+# ---- what it receives there
+
+
+def heard(host: Host, confine: Confine, peer: socket.socket, transport: str) -> list[str]:
+    """How many octets of its peer's come to it: from its peer, and when it has none any more; what a send says then."""
+    web = host.port()
+    port = peer.getsockname()[1]
+    one = shares(host, confine, transport, lends(web, f"{CLIENT4}/32"), "connect", CLIENT4, port)
+    assert said(one) == "made"
+    peer.sendto(b"one", (HOST4, web))
+    answers = [ask(one, "read"), ask(one, "leave")]
+    peer.sendto(b"another", (HOST4, web))
+    return [*answers, ask(one, "read"), ask(one, "send")]
+
+
+@pytest.mark.parametrize("transport", ["direct", "swap"])
+def test_without_a_peer_it_receives_nothing(host: Host, confine: Confine, peer: socket.socket, transport: str) -> None:
+    assert heard(host, confine, peer, transport) == ["3", "left", "0", "EACCES"]
+
+
+def test_control_it_receives_from_whom_it_may_send_to(without: Without, confine: Confine, peer: socket.socket) -> None:
+    host = without("peer of a lent port")
+    assert heard(host, confine, peer, "direct") == ["3", "left", "7", "1"]
