@@ -33,8 +33,8 @@ def detach(
     """Remove a container's policy: no rule is in force from the next call on, and what it was granted is closed.
 
     Its listeners stop listening; its connections through endpoints are reset, unless ``keep_connections``. ``save``:
-    it is not attached again; without, the next `graft up` attaches it, if it is saved. Where the container is not there
-    and only waited for, that ends, and the result is what was saved. Raises NotFoundError.
+    it is not attached again; without, `graft up` attaches it after the next boot, if it is saved. Where the container
+    is not there and only waited for, that ends, and the result is what was saved. Raises NotFoundError.
     """
     graft.reap()
     waiting = None if saving.is_attached(graft, text) else saving.find_waiting(graft, text)

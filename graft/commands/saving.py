@@ -111,7 +111,7 @@ def _saved_of(store: Store, made: SavedAttachment) -> list[SavedAttachment]:
 
 @contextlib.contextmanager
 def removed(settings: Settings, container: Container, save: bool) -> Iterator[None]:
-    """Forget a container's attachment after the block has removed it; without ``save`` only until `graft up`.
+    """Forget a container's attachment after the block has removed it; without ``save`` only for this boot.
 
     After it: a command that is killed between the two leaves a container that is attached again.
     """
@@ -127,7 +127,7 @@ def removed(settings: Settings, container: Container, save: bool) -> Iterator[No
 
 
 def forget(store: Store, saved: SavedAttachment, save: bool) -> None:
-    """Forget an attachment, or (without ``save``) leave it alone until the next `graft up`. Under the lock."""
+    """Forget an attachment, or (without ``save``) leave it alone in this boot. Under the lock."""
     if save:
         store.remove_attachment(saved.target)
     else:

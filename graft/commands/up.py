@@ -16,7 +16,6 @@ from graft.errors import GraftError
 from graft.kernel.credentials import require_root
 from graft.model.printable import printable
 from graft.model.settings import Settings
-from graft.saved.store import Store
 from graft.state import restored
 from graft.state.installation import Installation
 
@@ -52,8 +51,7 @@ def _restore(settings: Settings, only_if_new: bool) -> Restored:
         is_new = not restored.is_restored(settings)
         if only_if_new and not is_new:
             return Restored()
-        if is_new:
-            Store(settings).resume_all()
+        if is_new:  # what was changed for now stays so: a boot or `graft down` ends that, and no lost data plane
             remove_stale(graft)
         try:
             done = restore(graft)

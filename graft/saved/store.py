@@ -217,10 +217,12 @@ class Store:
             self.tidy()
             sync_folder(self._state_dir)
 
-    # ---- what is saved, and until the next `graft up` not wanted, or not wanted so --------------
+    # ---- what is saved, and for now not wanted, or not wanted so --------------------------------
+    #
+    # Noted in run_dir, which a boot empties and `graft down` removes. A data plane that is lost does not end it.
 
     def pause(self, kind: str, name: str) -> None:
-        """Do not restore it while Graft is up: it was taken away for now only (`--no-save`)."""
+        """Do not restore it in this boot: it was taken away for now only (`--no-save`)."""
         self._paused.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self._paused / f"{kind}-{name}").touch(mode=0o600)
 
@@ -233,7 +235,7 @@ class Store:
         return (self._paused / f"{kind}-{name}").exists()
 
     def prepare_for_now(self, saved: SavedAttachment, policy: Policy) -> PreparedFile:
-        """The note that a saved container has this policy while Graft is up (`--no-save`), not yet in its place: it
+        """The note that a saved container has this policy in this boot (`--no-save`), not yet in its place: it
         would come out of a narrower one by ending and starting again. Raises KernelError.
         """
         path = self._for_now(saved.target)
@@ -265,7 +267,7 @@ class Store:
         return self._paused / "policies" / file_name(target)
 
     def resume_all(self) -> None:
-        """Take all of that back: a new data plane has nothing yet."""
+        """Take all of that back."""
         shutil.rmtree(self._paused, ignore_errors=True)
 
 

@@ -1510,7 +1510,20 @@ def _noted_for_now() -> None:
     saving.__dict__["_noted_for_now"] = lambda store, each, policy: contextlib.nullcontext()
 
 
+def _for_now_when_lost() -> None:
+    """What is for now ends with the data plane."""
+    from graft.commands import up
+    from graft.commands.stale import remove_stale
+
+    def forget(graft: Installation) -> list[str]:
+        Store(graft.settings).resume_all()
+        return remove_stale(graft)
+
+    vars(up)["remove_stale"] = forget
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
+    "for now when lost": _for_now_when_lost,
     "import resumes": _import_resumes,
     "rules kept": _rules_kept,
     "noted for now": _noted_for_now,
