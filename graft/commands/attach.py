@@ -105,7 +105,8 @@ def _attach_once(
 class Seen:
     """A container as it was when it was looked at, which takes as long as it likes to have it take: under no lock.
 
-    ``record`` is there if it was attached then; ``attached``, if its cgroup was there too.
+    ``record`` is there if it was attached then; ``attached``, if its cgroup was there too. ``over``: containers below
+    its cgroup that do not keep it from being attached, and are taken away after that.
     """
 
     target: FoundContainer
@@ -116,6 +117,7 @@ class Seen:
     choice: TransportChoice
     existing: Existing | None
     ruleset: int = 0
+    over: tuple[Container, ...] = ()
 
     def is_current(self, graft: Installation) -> bool:
         """Whether nobody has attached it since, detached it, or replaced its policy."""
@@ -146,6 +148,7 @@ def look_at(
     wanted: Transport | None = None,
     relay: str | None = None,
     choose: Callable[[Observed, Transport | None], TransportChoice] = choose_transport,
+    over: Sequence[Container] = (),
 ) -> Seen:
     """What `attach_seen` has to know of a container. Raises NotFoundError, RefusedError, KernelError."""
     graft.reap()
@@ -159,9 +162,9 @@ def look_at(
         _check_relay(graft.settings, choice, relay)
     existing: Existing | None = NO_SOCKETS
     if attached is None:
-        refuse_below(target.cgroup)
+        refuse_below(target.cgroup, [one.cgroup_path for one in over])
         existing = inventory.host_sockets_of(graft.settings, inside)
-    return Seen(target, record, attached, inside, observed, choice, existing, ruleset)
+    return Seen(target, record, attached, inside, observed, choice, existing, ruleset, tuple(over))
 
 
 def _record_at(graft: Installation, path: Path) -> Container | None:
@@ -280,6 +283,7 @@ def _create(
             engine=target.engine,
             relay=relay,
             prepare=lambda number: cut_off.extend(inventory.keep_reachable(graft.settings, number, existing.sockets)),
+            over={one.id for one in seen.over},
         )
     return container, tuple(cut_off)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from graft.commands import saving
@@ -44,10 +45,20 @@ def detach(
             saving.forget(store, waiting, save)
         return waiting
     container = find(graft, text)
+    return take_away(graft, container, keep_connections, saving.removed(graft.settings, container, save))
+
+
+def take_away(
+    graft: Installation,
+    container: Container,
+    keep_connections: bool = False,
+    noted: AbstractContextManager[None] | None = None,
+) -> Detached:
+    """Remove the policy of an attached container, as `detach` does. ``noted`` has the change in its block."""
     with inventory.host_stack(graft) as stack:  # removing the container may remove endpoints
         with (
             members.pinned(container.cgroup_path) as reachable,  # may take a while: before any lock
-            saving.removed(graft.settings, container, save),
+            noted or nullcontext(),
             graft.transaction() as change,
         ):
             change.containers.remove(container, reachable)

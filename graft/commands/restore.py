@@ -22,9 +22,10 @@ from typing import TypeVar
 
 from graft.commands import saving
 from graft.commands.attach import Seen, attach_seen, look_at
+from graft.commands.detach import take_away
 from graft.commands.policy_apply import update_relay
 from graft.commands.sightings import Sightings
-from graft.commands.transport_choice import stay_direct
+from graft.commands.transport_choice import as_attached, stay_direct
 from graft.errors import GraftError, KernelError, NotFoundError, RefusedError, UsageError
 from graft.kernel import cgroup
 from graft.kernel.atomic_file import write_atomically
@@ -137,16 +138,21 @@ def _restore_attachment(
     sightings: Sightings | None,
     done: Restored,
 ) -> str | None:
-    """Attach a container, if it is there and not attached. Returns why it waits, None if it does not."""
+    """Attach a container, if it is there and not attached. Returns why it waits, None if it does not.
+
+    What a container has asked for itself is no policy of the operator's: it is replaced at that cgroup, and taken away
+    below it.
+    """
     try:
         found = finder.find(saved)
         if found is None:
             return NOT_THERE
         container = graft.containers.at(found.cgroup)
+        asked = [one for one in graft.containers.listing() if _is_asked_below(one, found.cgroup)]
         seen = attached = None
-        if container is None:
+        if container is None or not container.is_operators:
             settled = sightings is None or sightings.is_settled(saved.target.text, finder.cgroup_id(found))
-            seen = _look_at(graft, found, saved, settled)
+            seen = _look_at(graft, found, saved, settled, asked if container is None else None)
             seen.ensure_daemon(graft, store.wanted(saved).policy)
         with nullcontext() if seen is None else seen.within_reach(), store.locked():
             current = store.attachment(saved.target)
@@ -155,38 +161,54 @@ def _restore_attachment(
             if seen is not None:
                 if (current.transport, current.relay) != (saved.transport, saved.relay) or not seen.is_current(graft):
                     return _CHANGED
-                attached = attach_seen(graft, seen, store.wanted(current).policy, current.relay)
+                relay = current.relay if seen.attached is None else None
+                attached = attach_seen(graft, seen, store.wanted(current).policy, relay)
                 container = attached.container
                 done.attached.append(saved.target.text)
             if container is not None:
                 _note_last(store, current, found, container)
-        if attached is not None and not attached.is_served:
-            return update_relay(graft, attached.container, attached.container) or None
+        for one in asked:  # until now each call was decided by both
+            take_away(graft, one)
+        if seen is not None and attached is not None and (seen.attached is not None or not attached.is_served):
+            return update_relay(graft, seen.attached or attached.container, attached.container) or None
     except Exception as error:  # of this one: the others are restored
         return _message(error)
     return None
 
 
-def _look_at(graft: Installation, found: FoundContainer, saved: SavedAttachment, settled: bool) -> Seen:
+def _is_asked_below(container: Container, path: Path) -> bool:
+    return not container.is_operators and path in container.cgroup_path.parents
+
+
+def _look_at(
+    graft: Installation,
+    found: FoundContainer,
+    saved: SavedAttachment,
+    settled: bool,
+    over: Sequence[Container] | None,
+) -> Seen:
     """Look at it for the transport that was asked for, or that it had. Raises GraftError.
 
     One that had direct is attached in any case when it has settled: it may leave the host's namespace with sockets.
+    ``over``: as `look_at` asks for it; None where it is attached by what it asked for, and keeps that transport.
     """
+    if over is None:
+        return look_at(graft, found, choose=as_attached)
     wanted = saved.transport or saved.last.transport
     if wanted is None and not settled and not members.processes(found.cgroup):
         raise NotFoundError("it has no process yet")
     try:
-        return look_at(graft, found, wanted, saved.relay)
+        return look_at(graft, found, wanted, saved.relay, over=over)
     except RefusedError:
         if not settled or saved.transport not in (None, Transport.DIRECT):
             raise
     if saved.transport is None:
         try:
-            return look_at(graft, found, None, saved.relay)
+            return look_at(graft, found, None, saved.relay, over=over)
         except RefusedError:
             if saved.last.transport is not Transport.DIRECT:
                 raise
-    return look_at(graft, found, Transport.DIRECT, saved.relay, stay_direct)
+    return look_at(graft, found, Transport.DIRECT, saved.relay, stay_direct, over)
 
 
 def _note_last(store: Store, saved: SavedAttachment, found: FoundContainer, container: Container) -> None:
@@ -205,7 +227,7 @@ class _Finder:
         seen = _ask_of_each(_cgroup_id, paths)
         self._there = {path: number for path, number in seen.items() if number}
         self._unknown = set(paths) - seen.keys()
-        known = {one.cgroup_path.name for one in graft.containers.listing()}
+        known = {one.cgroup_path.name for one in graft.containers.listing() if one.is_operators}
         names, self._held = container_folders(self._top)
         self._strangers = {name for name in names if name not in known}
         self._silent: dict[str, str] = {}

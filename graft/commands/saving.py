@@ -136,11 +136,14 @@ def forget(store: Store, saved: SavedAttachment, save: bool) -> None:
 
 
 def waiting(graft: Installation) -> list[SavedAttachment]:
-    """What is saved and not attached now, each with the policy that it is to get. Raises KernelError."""
+    """What is saved and not attached now, each with the policy that it is to get. Raises KernelError.
+
+    One that is attached by what it asked for itself waits for what is saved.
+    """
     store = Store(graft.settings)
     if not store.exists:
         return []
-    attached = {below_mount(one.cgroup_path) for one in graft.containers.listing()}
+    attached = {below_mount(one.cgroup_path) for one in graft.containers.listing() if one.is_operators}
     found = [one for one in store.read()[0].attachments if one.last.cgroup not in attached]
     return [wanted_or_saved(store, one) for one in found]
 

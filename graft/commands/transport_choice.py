@@ -54,6 +54,11 @@ def stay_direct(observed: Observed, wanted: Transport | None = None) -> Transpor
     return TransportChoice(Transport.DIRECT, "it had it; where it is now, nothing is granted")
 
 
+def as_attached(observed: Observed, wanted: Transport | None = None) -> TransportChoice:
+    """What an attached container has, wherever it is now and whatever was asked for: it keeps that while it runs."""
+    return TransportChoice(observed.attached or _best(observed).transport, "it is attached with that")
+
+
 _HINTS = {
     Transport.DIRECT: "--network host makes a container share the host's namespace",
     Transport.SWAP: _RESTART,

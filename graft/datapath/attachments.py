@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from graft.datapath import layout
@@ -175,11 +175,12 @@ def find_above(path: Path) -> Path | None:
     return next((one for one in above if has_programs(one)), path)
 
 
-def find_below(path: Path) -> Path | None:
-    """A cgroup below ``path`` that Graft's programs are attached to already, if any. May never return: it lists folders
-    that a process can hold.
+def find_below(path: Path, besides: Collection[Path] = ()) -> Path | None:
+    """A cgroup below ``path``, ``besides`` these, that Graft's programs are attached to already, if any. May never
+    return: it lists folders that a process can hold.
     """
-    return next((one for one in cgroup.tree(path) if one != path and has_programs(one)), None)
+    passed = {path, *besides}
+    return next((one for one in cgroup.tree(path) if one not in passed and has_programs(one)), None)
 
 
 def set_scope(settings: Settings, path: Path, container: int) -> None:

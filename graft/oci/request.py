@@ -267,6 +267,8 @@ def policy_from_pairs(text: str, known: Mapping[str, Endpoint]) -> Policy:
     check_text(text, PAIRS_VARIABLE)
     pairs = text.replace(",", " ").split()
     check_count(len(pairs), PAIRS_VARIABLE)
+    if not pairs:  # a policy without a rule, which leaves all else as it is, would be one that permits everything
+        raise UsageError(f"{PAIRS_VARIABLE}: no pair", "ADDR:PORT=ENDPOINT")
     ingress, unix_ingress = ingress_rules(pairs, PAIRS_VARIABLE)
     policy = Policy(name="pairs", ingress=ingress, unix_ingress=unix_ingress, origin=Origin.PAIRS)
     for rule in policy.every_ingress:

@@ -33,6 +33,7 @@ from graft.model.transport import Transport
 from graft.oci.children import in_child
 from graft.oci.message_loop import MessageLoop
 from graft.oci.plan import Plan, cgroup_of, find_container
+from graft.oci.saved_choice import saved_for
 from graft.oci.state import Message, State
 from graft.policy.validator import refuse_without_supervisor
 from graft.splice import client as splice
@@ -108,11 +109,15 @@ class Attachment:
         refuse_without_supervisor(plan.policy, plan.transport)
         compiled = self._graft.compile(plan.policy)
         self._graft.reap()
-        with self._graft.transaction() as change:
-            created = change.containers.create(
-                compiled, path, cookie, plan.transport, shim, name=plan.id[:12], engine=_ENGINE
-            )
-        refuse_changed(self._graft, created, plan.policy)
+        name, engine = plan.id[:12], _ENGINE
+        with saved_for(plan, path) as saved:
+            if saved is not None:
+                compiled, name, engine = self._graft.compile(saved.policy), saved.target.name, saved.target.engine
+            with self._graft.transaction() as change:
+                created = change.containers.create(
+                    compiled, path, cookie, plan.transport, shim, name=name, engine=engine
+                )
+        refuse_changed(self._graft, created, compiled.policy)
         splice.serve(self._graft, created, pid)
         return created
 

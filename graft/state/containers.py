@@ -147,12 +147,14 @@ class ContainerChanges(Containers):
         engine: str = "graft",
         relay: str = "splice",
         prepare: Callable[[int], None] | None = None,
+        over: Collection[int] = (),
     ) -> Container:
         """Put the cgroup at ``path`` under a policy. ``netns``: cookie of the namespace that its processes are in.
 
-        ``name`` is by default the policy's. ``prepare`` is called with the container's id, after its rules are written
-        and before any hook is attached. Containers that have ended may be in its way: `Installation.reap` comes before.
-        The cgroup is to be kept open (`members.pinned`) where others may list a folder above it.
+        ``over`` are containers below it, which are taken away next. ``name`` is by default the policy's. ``prepare`` is
+        called with the container's id, after its rules are written and before any hook is attached. Containers that
+        have ended may be in its way: `Installation.reap` comes before. The cgroup is to be kept open (`members.pinned`)
+        where others may list a folder above it.
 
         Changes nothing if it fails, but that a container of a data plane that is gone may be judged by some of its old
         hooks and some new ones, until it is attached (PolicyError, ConflictError, KernelError; RefusedError if a cgroup
@@ -164,7 +166,9 @@ class ContainerChanges(Containers):
         stale = records.put_aside_at(self._settings, path)
         replaces = bool(stale) and attachments.has_programs(path)
         left = [one.id for one in begun.listing(self._settings) if one.cgroup == str(path)]
-        nesting.refuse(self._settings, self._maps, path, self.listing(), replaces)
+        nesting.refuse(
+            self._settings, self._maps, path, [one for one in self.listing() if one.id not in over], replaces
+        )
         bound_sockets.check_free(policy, compiled.endpoints)
         new = self._install(compiled, self._rulesets_of(left))
         number = self._new_id()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from graft.datapath import attachments
@@ -15,13 +15,13 @@ from graft.state import helper_process, members
 from graft.state.records import Container
 
 
-def refuse_below(path: Path) -> None:
-    """Raises RefusedError where programs of Graft's, of any installation, are attached to a cgroup below ``path``;
-    KernelError where a folder there is held, so that this cannot be found out.
+def refuse_below(path: Path, besides: Collection[Path] = ()) -> None:
+    """Raises RefusedError where programs of Graft's, of any installation, are attached to a cgroup below ``path``,
+    ``besides`` these; KernelError where a folder there is held, so that this cannot be found out.
 
     Without the lock, and in a child: this lists the tree. What this installation attaches meanwhile has a record.
     """
-    found = helper_process.run_one(lambda: [attachments.find_below(path)])
+    found = helper_process.run_one(lambda: [attachments.find_below(path, besides)])
     if found is None:
         raise members.held(str(path))
     if found[0] is not None:

@@ -1522,8 +1522,14 @@ def _for_now_when_lost() -> None:
     vars(up)["remove_stale"] = forget
 
 
+def _saved_outranks() -> None:
+    """A container starts under what it asks for, whatever the operator has saved for it."""
+    shim.__dict__["saved_for"] = lambda plan, path: contextlib.nullcontext()
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
     "for now when lost": _for_now_when_lost,
+    "saved outranks": _saved_outranks,
     "import resumes": _import_resumes,
     "rules kept": _rules_kept,
     "noted for now": _noted_for_now,

@@ -1,0 +1,180 @@
+"""What a thirty-eighth reading found in containers of engines: by what a container, or its image, asked for itself it
+came out of the policy that the operator had saved for it, and took others of its slice with it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from graft.commands import restore, watcher_process
+from graft.errors import UsageError
+from graft.kernel import cgroup
+from graft.oci.request import policy_from_pairs
+from graft.saved.store import Store
+from graft.state.records import Container
+from tests.e2e.conftest import _docker, _podman, container_root, docker, podman
+from tests.e2e.test_saved_state import watcher_of
+from tests.hostile.conftest import graft_without
+from tests.support import engines
+from tests.support.engines import Engine
+from tests.support.installation import Host
+from tests.support.wait import until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(250)]
+__all__ = ["_docker", "_podman", "container_root", "docker", "podman"]
+
+WIDE = "name: wide\nopen: true\ndefault: {bind: container, connect: container}\n"
+ASKS = ("-e", "GRAFT_POLICY=wide")
+SLEEP = ("sleep", "600")
+Start = Callable[..., str]
+
+
+@pytest.fixture
+def saving(host: Host) -> Iterator[Host]:
+    """A host that saves what commands change, with an open policy that permits everything."""
+    folder = host.settings.state_dir / "policies"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "wide.yaml").write_text(WIDE)
+    yield host.saving
+    Store(host.settings).forget_all()
+    until("the watcher ends", lambda: watcher_of(host) == 0, 30)
+
+
+def alone(host: Host) -> None:
+    """From now on nobody watches."""
+    watcher_process.stop(host.settings)
+    until("nobody watches", lambda: watcher_of(host) == 0)
+
+
+@pytest.fixture
+def found(podman: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """podman with Graft's runtime, which this process and its watcher find."""
+    for name, value in podman.environment.items():
+        monkeypatch.setitem(os.environ, name, value)
+    return podman
+
+
+@pytest.fixture
+def undefended(host: Host, found: Engine, tmp_path: Path) -> Engine:
+    """The same, by a runtime that does not look at what is saved."""
+    command = [*graft_without("saved outranks"), "runtime"]
+    return replace(found, runtime=("--runtime", str(engines.runtime_script(host, tmp_path, "crun", command))))
+
+
+def may_bind(host: Host, engine: Engine, name: str) -> bool:
+    """Whether the container can listen at a port of the host's, of its own choice."""
+    done = engine("exec", name, "httpd", "-p", f"0.0.0.0:{host.port()}", "-h", "/tmp", status=None)
+    assert done.returncode == 0 or "Permission denied" in done.stderr, done.stderr
+    return done.returncode == 0
+
+
+# ---- what a container asks for, and what is saved for it --------------------------------------------
+
+
+@pytest.mark.parametrize("pairs", [",", " , ", ",,"])
+def test_pairs_without_a_pair_are_no_policy(pairs: str) -> None:
+    """It would have no rules, and leave everything as it is: with the host's network, that is everything."""
+    with pytest.raises(UsageError, match="GRAFT_CONV_PAIRS: no pair"):
+        policy_from_pairs(pairs, {})
+
+
+@pytest.mark.parametrize("without", [False, True], ids=["", "control"])
+def test_one_that_starts_again_has_what_is_saved_before_its_program_runs(
+    saving: Host, found: Engine, undefended: Engine, without: bool
+) -> None:
+    engine, port = undefended if without else found, saving.port()
+    program = ("sh", "-c", f"httpd -p 0.0.0.0:{port} -h /tmp; echo bound $?; exec sleep 600")
+    engine.started("web", ["--log-driver", "k8s-file", *ASKS], *program, network="host")
+    assert last_said(engine, 1) == "bound 0"
+    saving.graft("attach", "--cgroup", "podman:web", "--deny")
+    alone(saving)
+    engine("restart", "-t", "0", "web")
+    assert last_said(engine, 2) == ("bound 0" if without else "bound 1")
+    if not without:
+        assert [(one["name"], one["engine"], one["state"]) for one in saving.ps()] == [("web", "podman", "attached")]
+
+
+def last_said(engine: Engine, starts: int) -> str:
+    """What the container's program has said of its bind, when it has started so many times."""
+
+    def lines() -> list[str]:
+        return engine("logs", "web").stdout.splitlines()
+
+    until("it has tried", lambda: len(lines()) >= starts)
+    return lines()[starts - 1]
+
+
+@pytest.mark.parametrize("without", [False, True], ids=["", "control"])
+def test_one_that_was_made_again_has_what_is_saved_and_not_what_its_image_asks_for(
+    saving: Host, found: Engine, monkeypatch: pytest.MonkeyPatch, without: bool
+) -> None:
+    found.started("web", [], *SLEEP, network="host")
+    saving.graft("attach", "--cgroup", "podman:web", "--deny")
+    assert not may_bind(saving, found, "web")
+    alone(saving)
+    found.remove("web")
+    found.started("web", ASKS, *SLEEP, network="host")
+    if without:
+        monkeypatch.setattr(Container, "is_operators", property(lambda _: True))
+    with saving.installation as graft:
+        assert restore.restore(graft).waiting == ({"podman:web": restore.NOT_THERE} if without else {})
+        assert [one.policy for one in graft.containers.listing()] == ["wide" if without else "podman-web"]
+    assert may_bind(saving, found, "web") == without
+
+
+# ---- a slice that is saved --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def apps(saving: Host) -> Iterator[Path]:
+    """A cgroup whose policy, to deny everything, is saved; it is not there, as after a boot, and nobody watches."""
+    path = cgroup.v2_mount() / f"graft-apps-{os.getpid()}"
+    path.mkdir()
+    saving.graft("attach", "--cgroup", path, "--deny")
+    alone(saving)
+    path.rmdir()
+    yield path
+    if path.exists():
+        saving.remove_at(path)
+        cgroup.kill(path)
+        cgroup.remove(path)
+
+
+@pytest.mark.parametrize("without", [False, True], ids=["", "control"])
+def test_one_that_asks_for_a_policy_does_not_start_in_a_slice_that_is_saved(
+    saving: Host, found: Engine, undefended: Engine, apps: Path, without: bool
+) -> None:
+    engine, flags = undefended if without else found, ["--cgroup-parent", f"/{apps.name}"]
+    done = engine.container(["-d", "--name", "evil", *flags, *ASKS], *SLEEP, network="host", status=None)
+    if without:
+        assert done.returncode == 0, done.stderr
+        assert may_bind(saving, engine, "evil")
+    else:
+        assert done.returncode and f"the operator's for cgroup:{apps.name} is saved" in done.stderr
+    engine.remove("evil", status=None)
+
+
+@pytest.mark.parametrize("without", [False, True], ids=["", "control"])
+def test_one_that_has_asked_keeps_a_slice_from_no_policy(
+    saving: Host, undefended: Engine, apps: Path, monkeypatch: pytest.MonkeyPatch, without: bool
+) -> None:
+    flags = ["--cgroup-parent", f"/{apps.name}"]
+    undefended.started("evil", [*flags, *ASKS], *SLEEP, network="host")
+    undefended.started("victim", flags, *SLEEP, network="host")
+    assert may_bind(saving, undefended, "evil")
+    if without:
+        monkeypatch.setattr(restore, "_is_asked_below", lambda *_: False)
+    with saving.installation as graft:
+        waiting = restore.restore(graft).waiting
+        attached = [one.cgroup for one in graft.containers.listing()]
+    if without:
+        assert "lies above" in waiting[f"cgroup:{apps.name}"]
+    else:
+        assert (waiting, attached) == ({}, [str(apps)])
+    assert [may_bind(saving, undefended, name) for name in ("evil", "victim")] == [without, without]
+    undefended.remove("evil", "victim")
