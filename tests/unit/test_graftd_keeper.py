@@ -192,7 +192,7 @@ class Kept:
 
     def noted(self, count: int) -> list[list[str]]:
         """The notes, when there are so many."""
-        return until(f"{count} notes", lambda: self.notes if len(self.notes) >= count else [])
+        return until(f"{count} notes", lambda: self.notes if len(self.notes) >= count else [], timeout=40)
 
 
 @pytest.fixture
