@@ -9,7 +9,7 @@ other policies, and detached. It is all or nothing:
     4. containers that the file does not have are detached, endpoints deleted, and other containers attached
 
 Steps 1 to 3 are undone if anything fails. Step 4 takes away what was looked at before, and attaches as `graft up` does:
-what cannot be attached waits.
+what cannot be attached waits. What it takes away is noted in step 3: where it is ended, the next import does it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from graft.kernel.credentials import require_root
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import PolicyError, Problem
-from graft.saved.model import SavedAttachment, SavedState, Target, outlives_boot
+from graft.saved.model import SavedAttachment, SavedState, outlives_boot
 from graft.saved.store import Store
 from graft.saved.text import MAX_BYTES, export_text, import_text
-from graft.state import inventory, members
+from graft.state import dropped, inventory, members
 from graft.state.containers import ContainerChanges, Exchanged
+from graft.state.dropped import Dropped
 from graft.state.endpoints import EndpointChanges, Replaced
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -118,10 +119,8 @@ def import_state(settings: Settings, state: SavedState) -> Imported:
         with store.locked():
             job = _Import(graft, store, state)
             job.change()
-        job.tell_graftd()  # a container can prolong that, and what follows: under no lock
-        job.detach_removed()
-        with store.locked():
-            done = job.delete_endpoints()
+        job.take_away()
+        done = job.tell_graftd()  # a container can prolong that, and what follows: under no lock
         reasons = restore(graft).waiting
         left = {one.target.text for one in saving.waiting(graft)}  # the watcher may have attached others meanwhile
         done.waiting = {name: why for name, why in reasons.items() if name in left}
@@ -132,16 +131,17 @@ def import_state(settings: Settings, state: SavedState) -> Imported:
 
 
 class _Import:
-    """One import. `change` and `delete_endpoints` are called under the lock on what is saved."""
+    """One import. `change` is called under the lock on what is saved, the rest under none."""
 
     def __init__(self, graft: Installation, store: Store, state: SavedState) -> None:
         self._graft, self._store, self._state = graft, store, state
         self._before = store.read()[0]
+        self._left = dropped.noted(graft.settings)
         self._done = Imported()
         self._missing: list[str] = []
         self._removed: list[Container] = []
         self._exchanged: list[Exchanged] = []
-        self._undo: list[tuple[str, Callable[[], object]]] = [("what is saved", store.tidy)]
+        self._undo: list[tuple[str, Callable[[], object]]] = []
         self._replaced_endpoints: list[Replaced] = []
 
     def change(self) -> None:
@@ -150,11 +150,13 @@ class _Import:
         self._refuse_deleting_used(self._removed)
         with self._graft.transaction() as changes:
             changes.containers.remove_left()
-        put_in_place = self._store.prepare_all(self._state)
+        prepared = self._store.prepare_all(self._state)
+        self._undo.append(("what is saved", prepared.undo))
         try:
             self._change_endpoints()
             self._replace_policies()
-            put_in_place()
+            self._note_dropped()
+            self._store.put_in_place(prepared)
         except BaseException as error:
             if left := self._roll_back():
                 why = str(error) or type(error).__name__
@@ -162,6 +164,7 @@ class _Import:
                     f"{why}; not changed back: {'; '.join(left)}", "graft ps, graft ep show"
                 ) from error
             raise
+        prepared.finish()
         self._store.resume_all()  # nothing can fail any more: what was taken away for now is wanted again
         for done in self._exchanged:
             self._of_containers(partial(ContainerChanges.complete, done=done))
@@ -172,27 +175,39 @@ class _Import:
         """Those that were not attached before, and are now: all but ``left``."""
         return [name for name in self._missing if name not in left]
 
-    def tell_graftd(self) -> None:
-        """Have graftd serve by the policies that were replaced."""
+    def _note_dropped(self) -> None:
+        """Note what has to go, which nothing that is saved tells of from here on."""
+        names, gone = self._saved_as(), self._deleted()
+        containers = {one.id: names[one.id] for one in self._removed if one.id in names}
+        endpoints = {one.endpoint.name: one.id for one in self._graft.endpoints.listing() if one.endpoint.name in gone}
+        self._undo.append(("what is to be taken away", partial(dropped.note, self._graft.settings, self._left)))
+        dropped.note(self._graft.settings, Dropped(containers, endpoints))
+
+    def take_away(self) -> None:
+        """Detach the containers that were saved, and are not any more, as `graft detach`, and delete the endpoints.
+
+        The rules of all go first: what comes then a container can prolong.
+        """
+        graft = self._graft
+        with inventory.host_stack(graft) as stack:  # removing a container may remove endpoints
+            removed = [one for one in self._removed if self._remove(one)]
+            with self._store.locked():
+                self._delete_endpoints()
+                dropped.forget(graft.settings)
+            for one in removed:
+                problem = stop_serving(graft, one) if one.is_relayed else ""
+                self._note_unserved(f"{one.name}: {problem}" if problem else "")
+                withdraw(graft.settings, one, stack, False)
+
+    def tell_graftd(self) -> Imported:
+        """Have graftd serve by the policies that were replaced. Returns what the import did."""
         for done in self._exchanged:
             self._note_unserved(update_relay(self._graft, done.before, done.after))
+        return self._done
 
     def _note_unserved(self, message: str) -> None:
         if message:
             self._done.unserved.append(message)
-
-    def detach_removed(self) -> None:
-        """Detach the containers that were saved, and are not any more."""
-        for container in self._removed:
-            self._detach(container)
-
-    def delete_endpoints(self) -> Imported:
-        """Delete the endpoints that were saved, and are not any more. Returns what the import did."""
-        for name in self._deleted():
-            if self._store.endpoint(name) is None:  # nobody has saved it again
-                self._under_lock(partial(EndpointChanges.delete, name=name, force=True))
-                self._done.deleted.append(name)
-        return self._done
 
     def _roll_back(self) -> list[str]:
         """Undo all that can be undone. Returns a line for each change that could not be."""
@@ -235,10 +250,17 @@ class _Import:
             change(changes.endpoints)
 
     def _deleted(self) -> list[str]:
-        """Endpoints that were saved, and are not to be any more."""
-        kept = {one.name for one in self._state.endpoints}
-        there = self._graft.endpoints.by_name()
-        return [one.name for one in self._before.endpoints if one.name not in kept and one.name in there]
+        """Endpoints that were saved, and are not to be any more; and those that an import has left."""
+        kept, saved = ({one.name for one in state.endpoints} for state in (self._state, self._before))
+        there = {one.endpoint.name: one.id for one in self._graft.endpoints.listing()}
+        left = {name for name, number in self._left.endpoints.items() if there.get(name) == number}
+        return sorted((left | saved.intersection(there)) - kept)
+
+    def _delete_endpoints(self) -> None:
+        for name in self._deleted():
+            if self._store.endpoint(name) is None:  # nobody has saved it again
+                self._under_lock(partial(EndpointChanges.delete, name=name, force=True))
+                self._done.deleted.append(name)
 
     def _refuse_deleting_used(self, removed: list[Container]) -> None:
         """Raises ConflictError if a container that stays, and is not saved, uses an endpoint that is to be deleted.
@@ -255,14 +277,21 @@ class _Import:
 
     # ---- containers -----------------------------------------------------------------------------
 
-    def _attached(self) -> dict[Target, Container]:
-        """The containers that are saved and attached now."""
-        by_path = {saving.below_mount(one.cgroup_path): one for one in self._graft.containers.listing()}
-        return {one.target: by_path[one.last.cgroup] for one in self._before.attachments if one.last.cgroup in by_path}
+    def _saved_as(self) -> dict[int, str]:
+        """What each container is saved as that is attached now, by its number; or was, when an import was ended."""
+        saved = {one.last.cgroup: one.target.text for one in self._before.attachments if one.last.cgroup}
+        there = {one.id: saving.below_mount(one.cgroup_path) for one in self._graft.containers.listing()}
+        left = {number: name for number, name in self._left.containers.items() if number in there}
+        return left | {number: saved[path] for number, path in there.items() if path in saved}
+
+    def _attached(self) -> dict[str, Container]:
+        """These containers, by what they are saved as."""
+        by_id = {one.id: one for one in self._graft.containers.listing()}
+        return {name: by_id[number] for number, name in self._saved_as().items() if number in by_id}
 
     def _to_be_removed(self) -> list[Container]:
-        kept = {one.target for one in self._state.attachments}
-        return [container for target, container in self._attached().items() if target not in kept]
+        kept, names = {one.target.text for one in self._state.attachments}, self._saved_as()
+        return [one for one in self._graft.containers.listing() if names.get(one.id) not in (*kept, None)]
 
     def _replace_policies(self) -> None:
         """Give each attached container the policy of the file: another may be in force than the one that was saved."""
@@ -270,7 +299,7 @@ class _Import:
         attached = self._attached()
         together = {one.id for one in attached.values()}
         for one in self._state.attachments:
-            container = attached.get(one.target)
+            container = attached.get(one.target.text)
             if container is None:
                 self._missing.append(one.target.text)
             else:
@@ -280,7 +309,7 @@ class _Import:
                     if self._graft.ruleset_of(container):
                         raise
                     continue  # it has ended, and waits from here on
-                if before[one.target] != one.policy:
+                if before.get(one.target) != one.policy:
                     self._done.replaced.append(one.target.text)
 
     def _exchange(self, one: SavedAttachment, container: Container, together: Collection[int]) -> None:
@@ -295,13 +324,14 @@ class _Import:
         with self._graft.transaction() as changes:
             change(changes.containers)
 
-    def _detach(self, container: Container) -> None:
-        """As `graft detach`: sockets that were granted are closed."""
-        graft = self._graft
-        with inventory.host_stack(graft) as stack:
-            with members.pinned(container.cgroup_path) as reachable, graft.transaction() as change:
-                change.containers.remove(container, reachable)
-            problem = stop_serving(graft, container) if container.is_relayed else ""
-            self._note_unserved(f"{container.name}: {problem}" if problem else "")
-            withdraw(graft.settings, container, stack, False)
+    def _remove(self, container: Container) -> bool:
+        """Remove a container's rules and hooks, unless somebody has detached it meanwhile, or saved it again."""
+        kept = {one.target for one in self._state.attachments}
+        with members.pinned(container.cgroup_path) as reachable, self._store.locked():
+            saved = saving.at(self._store, container.cgroup_path)
+            is_there = container.id in {one.id for one in self._graft.containers.listing()}
+            if not is_there or (saved is not None and saved.target not in kept):
+                return False
+            self._of_containers(partial(ContainerChanges.remove, container=container, reachable=reachable))
         self._done.detached.append(container.name)
+        return True

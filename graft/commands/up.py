@@ -16,7 +16,7 @@ from graft.errors import GraftError
 from graft.kernel.credentials import require_root
 from graft.model.printable import printable
 from graft.model.settings import Settings
-from graft.state import restored
+from graft.state import dropped, restored
 from graft.state.installation import Installation
 
 
@@ -52,6 +52,7 @@ def _restore(settings: Settings, only_if_new: bool) -> Restored:
         if only_if_new and not is_new:
             return Restored()
         if is_new:  # what was changed for now stays so: a boot or `graft down` ends that, and no lost data plane
+            dropped.forget(settings)
             remove_stale(graft)
         try:
             done = restore(graft)

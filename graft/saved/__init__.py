@@ -5,6 +5,7 @@
     envelope.py   a file's bytes: version, checksum, JSON
     text.py       the whole as YAML, for `graft export` and `graft import`
     store.py      the files: read, prepared, put in place, set aside
+    whole.py      all of them, replaced in one step by an import
 
-All but store.py is pure. It may import policy, kernel, model and errors; graft/commands restores what is saved.
+All but these two are pure. It may import policy, kernel, model and errors; graft/commands restores what is saved.
 """

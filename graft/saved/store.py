@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from graft.errors import KernelError, RefusedError, UsageError
-from graft.kernel.atomic_file import PreparedFile, exchange, prepare_file, sync_folder
+from graft.kernel.atomic_file import PreparedFile, prepare_file, sync_folder
 from graft.kernel.file_lock import locked_file
 from graft.kernel.ownership import problem_of
 from graft.model.endpoint import Endpoint
@@ -38,6 +38,7 @@ from graft.saved.values import (
     read_attachment,
     read_endpoint_file,
 )
+from graft.saved.whole import PreparedWhole, old_of
 
 T = TypeVar("T")
 
@@ -155,7 +156,7 @@ class Store:
 
     def tidy(self) -> None:
         """Remove what killed commands left, and finish what one began (graft.kernel.atomic_file.exchange)."""
-        old = self.folder.with_name("saved.old")
+        old = old_of(self.folder)
         if old.exists():
             shutil.rmtree(old, ignore_errors=True) if self.folder.exists() else old.rename(self.folder)
         for path in (*self.folder.glob("*/.*"), self._beside):
@@ -180,14 +181,12 @@ class Store:
     def _beside(self) -> Path:
         return self.folder.with_name("saved.new")
 
-    def prepare_all(self, state: SavedState) -> Callable[[], None]:
-        """Write all of ``state`` beside what is saved. Returns what puts it there, in one step, and removes the old.
-
-        Raises KernelError.
-        """
+    def prepare_all(self, state: SavedState) -> PreparedWhole:
+        """Write all of ``state`` beside what is saved, not yet in its place. Raises KernelError."""
         new = self._beside
         try:
-            shutil.rmtree(new, ignore_errors=True)
+            for left in (new, old_of(self._paused)):  # by a command that was killed
+                shutil.rmtree(left, ignore_errors=True)
             _make_folders(new)
             _make_folders(self.folder)
             for endpoint in state.endpoints:
@@ -196,19 +195,17 @@ class Store:
             for one in state.attachments:
                 data = envelope.encode(attachment_value(one))
                 prepare_file(new / ATTACHMENTS / file_name(one.target), data, durable=True).commit()
+            return PreparedWhole(new, self.folder, self._paused, new.stat().st_ino)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
             raise _unsaved(new, error) from error
-        return self._switch
 
-    def _switch(self) -> None:
+    def put_in_place(self, prepared: PreparedWhole) -> None:
+        """`PreparedWhole.commit`. Raises KernelError."""
         try:
-            exchange(self._beside, self.folder)
-            sync_folder(self._state_dir)
+            prepared.commit()
         except OSError as error:
             raise _unsaved(self.folder, error) from error
-        finally:
-            shutil.rmtree(self._beside, ignore_errors=True)
 
     def forget_all(self) -> None:
         """Remove all that is saved."""
@@ -268,7 +265,8 @@ class Store:
 
     def resume_all(self) -> None:
         """Take all of that back."""
-        shutil.rmtree(self._paused, ignore_errors=True)
+        for path in (self._paused, old_of(self._paused)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_folders(folder: Path) -> None:

@@ -8,6 +8,7 @@
     changed_policy.py  whether a policy's file is still the one that is in force
     call_times.py      how long its supervisors take for calls
     restored.py        whether what is saved was restored into this data plane
+    dropped.py         what an import has yet to take away
     records.py         a file for each container, with its name and what is in no map
     begun.py           the same of one that is just being attached, or was when the command was killed
     unix_sockets.py    endpoints that are unix sockets: their paths, and those of rules

@@ -4,11 +4,19 @@ force, by a data plane that was lost, a command that was ended, or a policy that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from graft.commands import transfer
+from graft.errors import KernelError
+from graft.saved import whole
+from graft.saved.model import SavedState
+from graft.saved.text import export_text
+from graft.saved.whole import PreparedWhole
+from graft.state import dropped
 from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import attached, box, saver
 from tests.hostile.conftest import graft_without
@@ -58,3 +66,138 @@ def test_what_was_taken_away_for_now_does_not_come_back_with_a_new_data_plane(
     saver.graft("up")
     assert "web" not in saver.graft("ep", "show").stdout
     assert saver.ps() == []
+
+
+# ---- an import that is ended when it has saved ------------------------------------------------------
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    """An export of nothing."""
+    path = tmp_path / "empty.yaml"
+    path.write_text(export_text(SavedState()))
+    return path
+
+
+@pytest.fixture
+def ended(empty: Path, wide: Host, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """An import of nothing that is ended when it has saved, before it has taken anything away."""
+
+    def end() -> None:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(transfer._Import, "take_away", interrupt)
+            transfer.import_state(wide.settings, transfer.read_export(empty))
+
+    return end
+
+
+def names_of(host: Host) -> list[str]:
+    """The endpoints that there are, and the containers."""
+    graft = host.installation
+    return [*graft.endpoints.by_name(), *(one.cgroup for one in graft.containers.listing())]
+
+
+def test_the_next_import_takes_away_what_an_ended_one_has_left(
+    wide: Host, box: Path, empty: Path, ended: Callable[[], None]
+) -> None:
+    ended()
+    assert wide.graft("export").stdout == empty.read_text()
+    assert names_of(wide) == ["out", str(box)]
+    said = wide.graft("import", empty).stdout.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["endpoints deleted", "detached"]
+    assert names_of(wide) == []
+    assert wide.graft("import", empty).stdout == "nothing to change\n"
+
+
+def test_without_its_note_the_next_import_says_that_there_is_nothing_to_change(
+    wide: Host, box: Path, empty: Path, ended: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dropped, "note", lambda settings, what: None)
+    ended()
+    assert wide.graft("import", empty).stdout == "nothing to change\n"
+    assert names_of(wide) == ["out", str(box)]
+    assert connects(wide, box) == "ok"
+
+
+def test_what_an_ended_import_has_left_gets_the_policy_of_the_next_one(
+    wide: Host, box: Path, tmp_path: Path, ended: Callable[[], None], write_policy: WritePolicy
+) -> None:
+    narrow = tmp_path / "narrow.yaml"
+    wide.graft("policy", "apply", write_policy(NARROW))
+    narrow.write_text(wide.graft("export").stdout)
+    wide.graft("policy", "apply", write_policy(WIDE))
+    ended()
+    assert connects(wide, box) == "ok"
+    assert "policy replaced: cgroup:" in wide.graft("import", narrow).stdout
+    assert connects(wide, box) == "EACCES"
+
+
+def test_what_is_attached_for_now_after_an_ended_import_is_left_alone(
+    wide: Host, box: Path, empty: Path, ended: Callable[[], None], write_policy: WritePolicy
+) -> None:
+    ended()
+    wide.graft("detach", "--cgroup", box)
+    wide.graft("ep", "del", "out")
+    wide.graft("attach", "--no-save", "--cgroup", box, "--policy", write_policy(NARROW))
+    wide.graft("ep", "add", "--no-save", "out", "127.0.0.1:dynamic")
+    assert wide.graft("import", empty).stdout == "nothing to change\n"
+    assert names_of(wide) == ["out", str(box)]
+
+
+@pytest.mark.parametrize("call", ["tell_graftd", "withdraw"])
+def test_what_a_container_can_prolong_comes_when_all_is_taken_away(
+    empty: Path, wide: Host, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(transfer if call == "withdraw" else transfer._Import, call, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.import_state(wide.settings, transfer.read_export(empty))
+    assert names_of(wide) == []
+
+
+# ---- an import that is ended, or fails, while it saves ----------------------------------------------
+
+
+def fail(*_: object) -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.fixture
+def widening(wide: Host, tmp_path: Path, write_policy: WritePolicy) -> Path:
+    """A file by which ``box`` gets a wider policy than it has."""
+    file = tmp_path / "wide.yaml"
+    file.write_text(wide.graft("export").stdout)
+    wide.graft("policy", "apply", write_policy(NARROW))
+    return file
+
+
+@pytest.mark.parametrize(("sync", "raised"), [(interrupt, KeyboardInterrupt), (fail, KernelError)])
+def test_an_import_that_ends_when_its_names_are_synced_has_saved_nothing(
+    wide: Host, box: Path, widening: Path, monkeypatch: pytest.MonkeyPatch, sync: Callable[..., None], raised: type
+) -> None:
+    before = wide.graft("export").stdout
+    wide.graft("ep", "add", "other", "127.0.0.1:1")
+    wide.graft("ep", "del", "--no-save", "other")
+    saved = wide.graft("export").stdout
+    assert saved != before
+    monkeypatch.setattr(whole, "sync_folder", sync)
+    with pytest.raises(raised, match="nothing was changed" if raised is KernelError else None):
+        transfer.import_state(wide.settings, transfer.read_export(widening))
+    assert wide.graft("export").stdout == saved
+    assert connects(wide, box) == "EACCES"
+    wide.graft("up")
+    assert "other" not in wide.graft("ep", "show").stdout, "what is for now stays so"
+
+
+def test_without_its_undoing_the_wider_state_stays_saved(
+    wide: Host, box: Path, widening: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole, "sync_folder", fail)
+    monkeypatch.setattr(PreparedWhole, "undo", lambda self: None)
+    with pytest.raises(KernelError):
+        transfer.import_state(wide.settings, transfer.read_export(widening))
+    assert wide.graft("export").stdout == widening.read_text()
+    assert connects(wide, box) == "EACCES", "until the next boot"

@@ -61,6 +61,7 @@ from graft.model.transport import Home
 from graft.oci import listener, shim
 from graft.oci.state import State
 from graft.saved.store import Store
+from graft.saved.whole import PreparedWhole
 from graft.splice.datagram_clients import Client
 from graft.state import (
     bound_sockets,
@@ -1490,6 +1491,7 @@ def _learned_elsewhere() -> None:
 def _import_resumes() -> None:
     """What was detached for now stays detached after an import."""
     Store.resume_all = lambda self: None  # type: ignore[method-assign]
+    PreparedWhole._put_notes_away = lambda self: None  # type: ignore[method-assign]
 
 
 def _rules_kept() -> None:

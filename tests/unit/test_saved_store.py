@@ -158,11 +158,54 @@ def test_the_whole_is_replaced_in_one_step_or_three(
             raise OSError(errno.EINVAL, "overlay")
 
         monkeypatch.setattr(atomic_file, "syscall", refuse)
-    put_in_place = store.prepare_all(saved_state([ENDPOINT], []))
+    prepared = store.prepare_all(saved_state([ENDPOINT], []))
     assert store.read() == (whole(), [])
-    put_in_place()
+    store.put_in_place(prepared)
+    assert store.read() == (saved_state([ENDPOINT], []), [])
+    prepared.undo()
+    assert store.read() == (whole(), [])
+    assert sorted(path.name for path in store.folder.parent.iterdir()) == ["saved", "saved.lock"]
+    prepared = store.prepare_all(saved_state([ENDPOINT], []))
+    store.put_in_place(prepared)
+    prepared.finish()
     assert store.read() == (saved_state([ENDPOINT], []), [])
     assert sorted(path.name for path in store.folder.parent.iterdir()) == ["saved", "saved.lock"]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_a_replacement_that_ends_after_any_of_its_steps_leaves_all_as_it_was(
+    store: Store, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    rename, made = Path.rename, list[Path]()
+
+    def end(path: Path, target: Path) -> Path:
+        if len(made) == steps:
+            made.append(path)
+            raise KeyboardInterrupt
+        made.append(path)
+        return rename(path, target)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "overlay")
+
+    monkeypatch.setattr(atomic_file, "syscall", refuse)
+    store.prepare_for_now(ATTACHMENT, policy_from_flags("narrow", [], [], True)).commit()
+    prepared = store.prepare_all(SavedState())
+    monkeypatch.setattr(Path, "rename", end)
+    with pytest.raises(KeyboardInterrupt):
+        store.put_in_place(prepared)
+    assert store.read() == (whole(), [])
+    assert store.wanted(ATTACHMENT).policy.name == "narrow"
+    assert sorted(path.name for path in store.folder.parent.iterdir()) == ["saved", "saved.lock"]
+
+
+def test_what_is_for_now_ends_with_what_was_saved_also_where_the_command_is_killed_then(store: Store) -> None:
+    store.prepare_for_now(ATTACHMENT, policy_from_flags("narrow", [], [], True)).commit()
+    prepared = store.prepare_all(whole())
+    store.put_in_place(prepared)
+    assert store.wanted(ATTACHMENT) == ATTACHMENT
+    store.prepare_all(whole()).undo()
+    assert store.wanted(ATTACHMENT) == ATTACHMENT, "not what the killed one has put away"
 
 
 def test_a_replacement_that_was_killed_between_its_steps_is_finished(store: Store) -> None:
