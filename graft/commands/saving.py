@@ -69,28 +69,40 @@ def attachment(settings: Settings, made: SavedAttachment | None, save: bool) -> 
         with _noted_for_now(store, _saved_of(store, made), made.policy):
             yield
         return
-    with _in_place_after(store.prepare_attachment(made)):
+    others = [one for one in _saved_of(store, made) if one.target != made.target]
+    with _in_place_of(store, [made, *(replace(one, policy=made.policy) for one in others)]):
         yield
-        _forget_others_at(store, made)
         store.resume(ATTACHMENTS, file_name(made.target))
-    store.drop_for_now(made.target)
+    for one in others:  # one cgroup has one policy, whatever the container was called before
+        store.remove_attachment(one.target)
 
 
 @contextlib.contextmanager
 def policy_of(settings: Settings, container: Container, policy: Policy, save: bool) -> Iterator[None]:
     """The same for another policy of a container, if its attachment is saved."""
     store = Store(settings)
-    saved = at(store, container.cgroup_path)
-    if saved is None:
+    each = _each_at(store, container.cgroup_path)
+    change = _in_place_of(store, [replace(one, policy=policy) for one in each])
+    with change if save else _noted_for_now(store, each, policy):
         yield
-        return
-    if not save:
-        with _noted_for_now(store, [saved], policy):
-            yield
-        return
-    with _in_place_after(store.prepare_attachment(replace(saved, policy=policy))):
+
+
+@contextlib.contextmanager
+def _in_place_of(store: Store, each: Sequence[SavedAttachment]) -> Iterator[None]:
+    """Save attachments of one container after the block, with one policy; the first is the last in its place.
+
+    What is noted for now gets that policy before, and goes after it: wherever the command ends, the container does not
+    start again by a policy that is neither in force nor saved.
+    """
+    with contextlib.ExitStack() as stack:  # what is prepared last is in its place first
+        for one in each:
+            stack.enter_context(_in_place_after(store.prepare_attachment(one)))
+        for one in each:
+            if store.has_for_now(one.target):
+                stack.enter_context(_in_place_after(store.prepare_for_now(one, one.policy)))
         yield
-    store.drop_for_now(saved.target)
+    for one in each:
+        store.drop_for_now(one.target)
 
 
 @contextlib.contextmanager
@@ -120,9 +132,9 @@ def removed(settings: Settings, container: Container, save: bool) -> Iterator[No
         yield
         return
     with store.locked():
-        saved = at(store, container.cgroup_path)
+        each = _each_at(store, container.cgroup_path)
         yield
-        if saved is not None:
+        for saved in each:
             forget(store, saved, save)
 
 
@@ -186,8 +198,8 @@ def replace_waiting(settings: Settings, saved: SavedAttachment, policy: Policy, 
     if not save:
         put_in_place(store.prepare_for_now(saved, policy).commit)
         return
-    put_in_place(store.prepare_attachment(replace(saved, policy=policy)).commit)
-    store.drop_for_now(saved.target)
+    with _in_place_of(store, [replace(saved, policy=policy)]):
+        pass
 
 
 def find_waiting(graft: Installation, text: str) -> SavedAttachment | None:
@@ -227,20 +239,17 @@ def below_mount(path: Path) -> str:
 
 def at(store: Store, path: Path) -> SavedAttachment | None:
     """The attachment that was last seen at a cgroup."""
+    return next(iter(_each_at(store, path)), None)
+
+
+def _each_at(store: Store, path: Path) -> list[SavedAttachment]:
+    """More than one is left by a command that was killed, which attached a container by another name."""
     where = below_mount(path)
-    return next((one for one in store.read()[0].attachments if _is_at(one, where)), None)
+    return [one for one in store.read()[0].attachments if _is_at(one, where)]
 
 
 def _is_at(saved: SavedAttachment, where: str) -> bool:
     return saved.last.cgroup == where != ""
-
-
-def _forget_others_at(store: Store, saved: SavedAttachment) -> None:
-    """One cgroup has one policy, whatever the container was called before."""
-    for other in store.read()[0].attachments:
-        if other.last.cgroup == saved.last.cgroup and other.target != saved.target:
-            store.remove_attachment(other.target)
-            store.drop_for_now(other.target)
 
 
 @contextlib.contextmanager

@@ -256,6 +256,10 @@ class Store:
         except (OSError, UsageError) as error:
             raise KernelError(f"cannot read {path}: {error}", "graft policy apply gives it a policy") from error
 
+    def has_for_now(self, target: Target) -> bool:
+        """Whether there is such a note."""
+        return self._for_now(target).exists()
+
     def drop_for_now(self, target: Target) -> None:
         """Take `prepare_for_now` back. Safe to repeat."""
         self._for_now(target).unlink(missing_ok=True)

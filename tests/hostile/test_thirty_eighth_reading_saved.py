@@ -6,14 +6,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from graft.commands import transfer
+from graft.commands import saving, transfer
 from graft.errors import KernelError
+from graft.kernel import atomic_file
+from graft.model.settings import Settings
+from graft.policy.model import policy_from_flags
 from graft.saved import whole
-from graft.saved.model import SavedState
+from graft.saved.model import SavedState, Target
+from graft.saved.store import Store
 from graft.saved.text import export_text
 from graft.saved.whole import PreparedWhole
 from graft.state import dropped
@@ -22,6 +27,7 @@ from tests.e2e.test_saved_state import attached, box, saver
 from tests.hostile.conftest import graft_without
 from tests.hostile.test_thirty_sixth_reading_saved import NARROW, WIDE, connects, wide
 from tests.support.installation import Host
+from tests.support.saved import ATTACHMENT
 from tests.support.shell import Word, run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(250)]
@@ -201,3 +207,53 @@ def test_without_its_undoing_the_wider_state_stays_saved(
         transfer.import_state(wide.settings, transfer.read_export(widening))
     assert wide.graft("export").stdout == widening.read_text()
     assert connects(wide, box) == "EACCES", "until the next boot"
+
+
+# ---- a command that is ended while it saves ---------------------------------------------------------
+
+SAVED, FOR_NOW, APPLIED = (policy_from_flags(name, [], [], True) for name in ("saved", "now", "applied"))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    folders = {"GRAFT_STATE_DIR": str(tmp_path / "state"), "GRAFT_RUN_DIR": str(tmp_path / "run")}
+    return Settings.from_environment(folders)
+
+
+@pytest.fixture
+def noted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A container that is saved with one policy and has another for now. Whoever saves from here on is ended."""
+    store = Store(settings)
+    with store.locked():
+        store.prepare_attachment(replace(ATTACHMENT, policy=SAVED)).commit()
+        store.prepare_for_now(ATTACHMENT, FOR_NOW).commit()
+    monkeypatch.setattr(atomic_file, "sync_folder", interrupt)
+    return store
+
+
+def end_saving(settings: Settings, name: str) -> None:
+    """Attach the container, as it is called now, and be ended while that is saved."""
+    made = replace(ATTACHMENT, target=Target("docker", name), policy=APPLIED)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        saving.alone(settings, True),
+        saving.attachment(settings, made, True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["web", "renamed"])
+def test_a_container_starts_again_by_the_policy_that_is_in_force(noted: Store, settings: Settings, name: str) -> None:
+    end_saving(settings, name)
+    [one] = noted.read()[0].attachments
+    assert one.policy == APPLIED
+    assert noted.wanted(one).policy == APPLIED
+
+
+def test_without_the_note_in_between_it_starts_again_by_what_it_had_for_now(
+    noted: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "has_for_now", lambda self, target: False)
+    end_saving(settings, "web")
+    [one] = noted.read()[0].attachments
+    assert (one.policy, noted.wanted(one).policy) == (APPLIED, FOR_NOW)
