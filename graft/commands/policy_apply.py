@@ -27,13 +27,15 @@ from graft.state.records import PAIRS, Container
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """Containers with a new policy: those that are attached, and those that are saved and wait. ``unserved``: those of
-    the first that graftd does not serve by it yet, each with the reason. ``cut_off``: a line for each container that
-    had asked for an endpoint that the policy declares anew.
+    """Containers with a new policy: those that are attached, those that are saved and wait, and those that have another
+    one ``for_now``, and this one after the next boot. ``unserved``: those of the first that graftd does not serve by it
+    yet, each with the reason. ``cut_off``: a line for each container that had asked for an endpoint that the policy
+    declares anew.
     """
 
     containers: list[Container]
     waiting: list[SavedAttachment]
+    for_now: list[SavedAttachment]
     unserved: list[str]
     cut_off: list[str]
 
@@ -42,9 +44,10 @@ def apply(graft: Installation, policy: Policy, text: str | None = None, save: bo
     """Replace the policy of the container ``text``, or of every container whose policy has the same name.
 
     ``save``: for the next boot too; without, those of them that are saved have it until then, also when they start
-    again. Those that wait get it too. A file that changes until its rules are in force is applied
-    again. Raises NotFoundError if there is none, PolicyError, RefusedError, ConflictError, KernelError, and changes
-    nothing then, unless the error is about that file (`with_current`); UnfinishedError if one of them does not get it.
+    again. Those that wait get it too; for those that are saved under that name, and have another policy for now, it is
+    saved. A file that changes until its rules are in force is applied again. Raises NotFoundError if there is none,
+    PolicyError, RefusedError, ConflictError, KernelError, and changes nothing then, unless the error is about that file
+    (`with_current`); UnfinishedError if one of them does not get it.
     """
     return with_current(graft, policy, lambda current: _apply_once(graft, current, text, save))
 
@@ -56,7 +59,7 @@ def _apply_once(graft: Installation, policy: Policy, text: str | None, save: boo
     found = None
     if text is not None and not saving.find_each_waiting(graft, policy.name, text, save):
         found = find(graft, text)
-    chosen = _Choice([found], [], []) if found is not None else _choose(graft, compiled, text, save)
+    chosen = _Choice([found], [], [], []) if found is not None else _choose(graft, compiled, text, save)
     with _within_reach(chosen.containers, compiled) as reached, saving.alone(graft.settings, save):
         if found is None:  # others attach and detach
             chosen = _choose(graft, compiled, text, save)
@@ -67,15 +70,18 @@ def _apply_once(graft: Installation, policy: Policy, text: str | None, save: boo
         raise _unfinished(policy, job, chosen)
     containers = [container for _, container in job.changed]
     lost = cut_off(graft, {one.name for one in policy.endpoints})
-    return Applied(containers, job.waiting, [one for one in unserved if one], lost)
+    return Applied(containers, job.waiting, chosen.for_now, [one for one in unserved if one], lost)
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Those that are to get a policy, attached and waiting; ``kept``: a line for each that keeps the one it has."""
+    """Those that are to get a policy: attached, waiting, or saved with another one ``for_now``. ``kept``: a line for
+    each that keeps the one it has.
+    """
 
     containers: list[Container]
     waiting: list[SavedAttachment]
+    for_now: list[SavedAttachment]
     kept: list[str]
 
 
@@ -96,11 +102,12 @@ def _choose(graft: Installation, compiled: CompiledPolicy, text: str | None, sav
                 chosen += [] if obstacle else [one]
     if text is None or waiting:
         kept += [f"a container may keep its policy: {one.message}" for one in graft.containers.read_all()[1]]
-    if not chosen and not waiting and not kept:
+    for_now = saving.saved_otherwise(graft, policy.name, waiting) if text is None and save else []
+    if not chosen and not waiting and not for_now and not kept:
         raise NotFoundError(
             f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
         )
-    return _Choice(chosen, waiting, kept)
+    return _Choice(chosen, waiting, for_now, kept)
 
 
 def _obstacle(container: Container, compiled: CompiledPolicy) -> list[str]:
@@ -157,10 +164,11 @@ class _Job:
     def run(self, chosen: _Choice) -> None:
         """Raises GraftError where nothing was changed."""
         together = {container.id for container in chosen.containers}
-        for container in chosen.containers:
-            self._replace(container, together)
-        for saved in chosen.waiting:
-            self._replace_saved(saved)
+        with saving.saved_of_each(self.graft.settings, chosen.for_now, self.compiled.policy):
+            for container in chosen.containers:
+                self._replace(container, together)
+            for saved in chosen.waiting:
+                self._replace_saved(saved)
 
     def _replace(self, container: Container, together: Collection[int]) -> None:
         """One that has ended meanwhile is one that waits, if it is saved. Where the first one fails, nothing was done;
@@ -181,6 +189,8 @@ class _Job:
                 self._replace_saved(saved)
             elif len(together) == 1:
                 raise
+            elif _is_listed(graft, container):
+                self.failed.append(f"{container.name} keeps its policy until it ends: its maps are lost")
         except (GraftError, OSError) as error:
             if not self.changed and container.is_operators:
                 raise
@@ -202,6 +212,11 @@ def _unfinished(policy: Policy, job: _Job, chosen: _Choice) -> UnfinishedError:
     lines = "; ".join([*job.failed, *chosen.kept])
     hint = "graft detach, or --cgroup gives it the policy" if chosen.kept else ""
     return UnfinishedError(f"policy {policy.name}: {lines}" + (f"; it is that of {', '.join(done)}" * bool(done)), hint)
+
+
+def _is_listed(graft: Installation, container: Container) -> bool:
+    """Whether one that is in no map has not ended: its data plane is gone, and its supervisor keeps the old maps."""
+    return container.id in {one.id for one in graft.containers.listing()}
 
 
 def refuse_in_splice(policy: Policy) -> None:

@@ -192,6 +192,29 @@ def is_attached(graft: Installation, text: str) -> bool:
     return True
 
 
+def saved_otherwise(graft: Installation, policy: str, others: Sequence[SavedAttachment]) -> list[SavedAttachment]:
+    """What is saved under a policy with that name, and has one of another name for now, or in force; not ``others``,
+    which wait.
+    """
+    store, waits = Store(graft.settings), {one.target for one in others}
+    by_path = {below_mount(one.cgroup_path): one.policy for one in graft.containers.listing()}
+    return [
+        one
+        for one in store.read()[0].attachments
+        if one.policy.name == policy and one.target not in waits and by_path.get(one.last.cgroup) != policy
+    ]
+
+
+@contextlib.contextmanager
+def saved_of_each(settings: Settings, each: Sequence[SavedAttachment], policy: Policy) -> Iterator[None]:
+    """As `policy_of`, of attachments that keep what they have for now: the policy is saved only."""
+    store = Store(settings)
+    with contextlib.ExitStack() as stack:
+        for one in each:
+            stack.enter_context(_in_place_after(store.prepare_attachment(replace(one, policy=policy))))
+        yield
+
+
 def replace_waiting(settings: Settings, saved: SavedAttachment, policy: Policy, save: bool) -> None:
     """Give one that waits another policy, under the lock (`alone`); without ``save`` for now. Raises KernelError."""
     store = Store(settings)

@@ -26,7 +26,10 @@ from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import attached, box, saver
 from tests.hostile.conftest import graft_without
 from tests.hostile.test_thirty_sixth_reading_saved import NARROW, WIDE, connects, wide
-from tests.support.installation import Host
+from tests.support.cgroups import new_cgroup
+from tests.support.installation import GRAFT, Host
+from tests.support.namespaces import CLIENT4
+from tests.support.program import Program
 from tests.support.saved import ATTACHMENT
 from tests.support.shell import Word, run
 
@@ -207,6 +210,81 @@ def test_without_its_undoing_the_wider_state_stays_saved(
         transfer.import_state(wide.settings, transfer.read_export(widening))
     assert wide.graft("export").stdout == widening.read_text()
     assert connects(wide, box) == "EACCES", "until the next boot"
+
+
+# ---- a policy that is applied by its name -----------------------------------------------------------
+
+OTHER = "name: q\ndefault: deny\n"
+
+CONNECTS = """
+import socket, sys
+for _ in sys.stdin:
+    try:
+        socket.create_connection((sys.argv[1], int(sys.argv[2])), 5).close()
+        print("ok", flush=True)
+    except OSError as error:
+        print(error.strerror, flush=True)
+"""
+
+
+@pytest.fixture
+def lost_program(wide: Host, write_policy: WritePolicy) -> Iterator[Program]:
+    """A program of `graft run` whose maps are lost; it says for each line whether it can connect."""
+    with wide.client.listener(CLIENT4) as listener:
+        where: list[Word] = [CLIENT4, listener.getsockname()[1]]
+        words: list[Word] = ["run", "--policy", write_policy(WIDE), "--user", "nobody", "--"]
+        command: list[Word] = [*words, "/usr/bin/python3", "-ISc", CONNECTS, *where]
+        program = wide.start_command([GRAFT, *command], talk=True)
+        assert answer(program) == "ok"
+        run(["rm", "-rf", wide.settings.pin_dir], status=0)
+        wide.graft("up")
+        yield program
+
+
+def answer(program: Program) -> str:
+    """What it says to a line."""
+    before = len(program.said.splitlines())
+    program.tell("\n")
+    program.until("an answer", lambda: len(program.said.splitlines()) > before)
+    return program.said.splitlines()[-1]
+
+
+def test_one_that_keeps_its_policy_because_its_maps_are_lost_is_named(
+    wide: Host, lost_program: Program, write_policy: WritePolicy
+) -> None:
+    done = wide.graft("policy", "apply", write_policy(NARROW), status=8)
+    assert "keeps its policy until it ends: its maps are lost" in done.stderr
+    assert answer(lost_program) == "ok"
+    command = [*graft_without("lost named"), "policy", "apply", write_policy(NARROW)]
+    run(command, environment=wide.environment, status=0)
+
+
+def narrowed_by_name(host: Host, box: Path, write_policy: WritePolicy, *command: Word) -> str:
+    """What a connect gives in ``box`` after a boot: it is saved with a wide policy p, and has another for now, when p
+    is narrowed.
+    """
+    with new_cgroup("second") as second:
+        host.graft("attach", "--cgroup", second, "--policy", write_policy(WIDE))
+        host.graft("policy", "apply", "--no-save", write_policy(OTHER), "--cgroup", box)
+        said = run([*command, "policy", "apply", write_policy(NARROW)], environment=host.environment, status=0).stdout
+        assert connects(host, box) == "EACCES", "what it has for now"
+        assert {one["policy"] for one in host.ps() if one["cgroup"] == str(box)} == {"q"}
+        host.graft("down", "--force")
+        host.graft("up")
+        return said + connects(host, box)
+
+
+def test_what_is_saved_under_a_name_is_replaced_though_it_has_another_policy_for_now(
+    wide: Host, box: Path, write_policy: WritePolicy
+) -> None:
+    result = narrowed_by_name(wide, box, write_policy, *graft_without(""))
+    assert result.endswith("policy p, after the next boot: for now it has another\nEACCES")
+
+
+def test_without_that_the_old_policy_is_in_force_after_the_next_boot(
+    wide: Host, box: Path, write_policy: WritePolicy
+) -> None:
+    assert narrowed_by_name(wide, box, write_policy, *graft_without("saved otherwise")).endswith("ok")
 
 
 # ---- a command that is ended while it saves ---------------------------------------------------------

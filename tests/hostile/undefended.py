@@ -1529,7 +1529,19 @@ def _saved_outranks() -> None:
     shim.__dict__["saved_for"] = lambda plan, path: contextlib.nullcontext()
 
 
+def _lost_named() -> None:
+    """A container that is in no map has ended."""
+    policy_apply.__dict__["_is_listed"] = lambda graft, container: False
+
+
+def _saved_otherwise() -> None:
+    """A policy that is applied by its name is that of those that have it now."""
+    saving.__dict__["saved_otherwise"] = lambda graft, policy, others: []
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
+    "lost named": _lost_named,
+    "saved otherwise": _saved_otherwise,
     "for now when lost": _for_now_when_lost,
     "saved outranks": _saved_outranks,
     "import resumes": _import_resumes,
