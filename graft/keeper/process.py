@@ -165,12 +165,12 @@ class Keeper:
             log(f"graftd ({child.pid}) was killed, does not end, and is left behind")
             self._poll.unregister(child.pidfd)
             child.leave(self._forks)
-            _forget_lock(self._folder)
             self._child, self._killed_at, self._due = None, 0.0, now
             self._choose_command(is_replaced=False)
         else:
             log(f"graftd ({child.pid}) hangs, and is killed")
             child.send(signal.SIGKILL)
+            _forget_lock(self._folder)
             self._killed_at = now + _END_SECONDS
 
     def _end(self) -> None:
@@ -276,8 +276,9 @@ def _listener(folder: int) -> socket.socket:
 
 
 def _forget_lock(folder: int) -> None:
-    """Let the next graftd have a lock of its own: one that is left behind has the file's until the kernel lets it end.
-    It was killed, and does nothing any more that the lock is to keep from being done twice.
+    """Let the next graftd have a lock of its own: one that was killed has the file's until the kernel lets it end, and
+    does nothing any more that the lock is to keep from being done twice. Not only when it is left behind: until then
+    this process may be killed too, and then nobody else knows.
     """
     try:
         os.unlink(GRAFTD_LOCK, dir_fd=folder)

@@ -1,6 +1,6 @@
 """Starts, asks and stops graftd and its keeper. There is one of each for all containers: both have a lock, which the
-kernel releases however they end. A graftd that was killed and does not end keeps its own: its keeper removes that file,
-and the next one locks another.
+kernel releases however they end. A graftd that was killed and does not end keeps its own: its keeper removes that file
+when it kills it, and the next one locks another. Its socket takes requests until it ends, and answers none.
 
 The keeper (graft/keeper) starts graftd, in the background or in the place of `graft daemon`. Where the service manager
 started that, and is told when it is ready, it is the keeper.
@@ -58,12 +58,24 @@ def daemon_lock(settings: Settings) -> Iterator[None]:
 
 def ensure_running(settings: Settings) -> None:
     """Start a daemon where none runs, and wait until it answers. Raises KernelError where it does not start."""
-    if control.ask(settings, {"do": "ping"}) is not None:
+    if _answers(settings):
         return
     if service_manager.is_in_charge(settings):
         service_manager.start()
     else:
         _start(settings)
+
+
+def _answers(settings: Settings) -> bool:
+    """Whether a daemon answers; False where none runs, or none but one that was killed. Raises NoAnswerError where one
+    runs, and does not answer.
+    """
+    try:
+        return control.ask(settings, {"do": "ping"}) is not None
+    except control.NoAnswerError:
+        if runs(settings):
+            raise
+        return False
 
 
 def request(settings: Settings, command: dict[str, Any]) -> dict[str, Any]:

@@ -1,20 +1,34 @@
 """What a thirty-eighth reading found: a container took the UDP datagrams of another one in silence, by a port that an
-egress rule had lent it, or that it had bound while its binds were free.
+egress rule had lent it, or that it had bound while its binds were free. A graftd that was killed, and waits in the
+kernel, kept its lock from the next one when its keeper was killed too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from graft.errors import GraftError
+from graft.splice import client as splice
+from graft.splice import control, daemon_process
 from tests.hostile.conftest import Confine, Confined, Without
 from tests.hostile.test_afterwards import apply
+from tests.hostile.test_daemon_shares import served
+from tests.hostile.test_seventeenth_reading_keeper import log_of
+from tests.hostile.test_sixteenth_reading_keeper import graftd, keeper
 from tests.hostile.test_thirty_sixth_reading_groups import COUNT, policy, received, said, server
+from tests.hostile.test_thirty_sixth_reading_keeper import KEEPS_THE_FILE, UNKILLABLE
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, HOST4
+from tests.support.plain import plain
+from tests.support.relayed import published
+from tests.support.wait import PATIENCE, kill, until
 
 pytestmark = pytest.mark.e2e
 
@@ -195,3 +209,52 @@ def test_without_a_peer_it_receives_nothing(host: Host, confine: Confine, peer: 
 def test_control_it_receives_from_whom_it_may_send_to(without: Without, confine: Confine, peer: socket.socket) -> None:
     host = without("peer of a lent port")
     assert heard(host, confine, peer, "direct") == ["3", "left", "7", "1"]
+
+
+# ---- a graftd that cannot end, when its keeper is killed
+
+WAITS_LONG = UNKILLABLE + "process._END_SECONDS = 1000.0; "
+"""The keeper waits long for the end of a graftd that it has killed, and that waits in the kernel."""
+
+
+@pytest.fixture
+def waiting_keeper(host: Host, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The installation's graftd, with such a keeper; ``param``: what else that does."""
+    splice.stop(host.settings)
+    before = WAITS_LONG + str(getattr(request, "param", ""))
+    monkeypatch.setattr(daemon_process, "_KEEPER", daemon_process._KEEPER.replace("from", f"{before}from", 1))
+    monkeypatch.setattr(daemon_process, "_WATCHDOG_SECONDS", 3.0 * PATIENCE)
+    daemon_process.ensure_running(host.settings)
+    monkeypatch.undo()
+    monkeypatch.setattr(control.ask, "__defaults__", (3.0 * PATIENCE,))
+    yield
+    splice.stop(host.settings)
+
+
+def serves_after_both_were_killed(host: Host) -> bool:
+    """Whether a command has a container served when graftd was killed, and cannot end, and its keeper was too."""
+    first, its_keeper = graftd(host), keeper(host)
+    with plain(host) as container, container.listener() as listener:
+        os.kill(first, signal.SIGSTOP)
+        try:
+            until("it was killed", lambda: f"({first}) hangs, and is killed" in log_of(host), timeout=30)
+            kill(its_keeper)
+            with contextlib.suppress(GraftError):
+                daemon_process.ensure_running(host.settings)
+                return served(container, listener, published(container), 10 * PATIENCE)
+            return False
+        finally:
+            kill(first)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("waiting_keeper")
+def test_another_graftd_serves_when_the_keeper_is_killed_too(host: Host) -> None:
+    assert serves_after_both_were_killed(host)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("waiting_keeper", [KEEPS_THE_FILE], indirect=True)
+@pytest.mark.usefixtures("waiting_keeper")
+def test_control_with_the_lock_that_the_first_one_has_none_does(host: Host) -> None:
+    assert not serves_after_both_were_killed(host)
