@@ -243,11 +243,11 @@ static __always_inline int is_ferry(struct owner *owner, struct request *remote,
 					      berth6_of(*found, owner->id, remote->port, &key);
 }
 
-/* What the sender of a datagram, `ip` at `port`, stands for; NULL where it is no ferry's. `ip`: of IPv4, 0 for ::1. */
-static __always_inline struct berth *ferried_sender(struct bpf_sock_addr *ctx, u32 ip, u16 port)
+/* Whether a datagram comes from an address of the ferry's, `ip` at `port` (of IPv4; 0 for ::1): 1, with the place that this
+ * stands for. */
+static __always_inline int is_ferried(struct bpf_sock_addr *ctx, u32 ip, u16 port, struct berth_key *key)
 {
 	struct tag *tag = tags.sk_storage_get(ctx->sk, 0, 0);
-	struct berth_key key = {};
 	struct ferry *ferry;
 
 	if (!tag || tag->home != GRAFT_HOME_HOST)
@@ -255,7 +255,5 @@ static __always_inline struct berth *ferried_sender(struct bpf_sock_addr *ctx, u
 	ferry = ferries.lookup(&tag->container);
 	if (!ferry)
 		return 0;
-	if (ip ? !berth_of(ferry, tag->container, ip, port, &key) : !berth6_of(ferry, tag->container, port, &key))
-		return 0;
-	return berths.lookup(&key);
+	return ip ? berth_of(ferry, tag->container, ip, port, key) : berth6_of(ferry, tag->container, port, key);
 }

@@ -11,20 +11,25 @@ struct sender {
 };
 
 /* Finds who sent what came from `ip`, in IPv4's loopback network, or, where that is 0, from ::1. Returns 0 where it came by
- * neither of the two. Of an exchange that nobody knows any more the sender is 0.0.0.0 at port 0: nothing can be sent there,
- * and nobody takes it for a program of this machine, as he would the relay's address. */
+ * neither of the two. Of an exchange, or a place of the ferry's, that nobody knows any more the sender is 0.0.0.0, or ::, at
+ * port 0: nothing can be sent there, and nobody takes it for a program of this machine, as he would the relay's address. */
 static __always_inline int find_sender(struct bpf_sock_addr *ctx, u32 ip, struct sender *sender)
 {
 	u16 port = bpf_ntohs((u16)ctx->user_port);
-	struct berth *berth = ferried_sender(ctx, ip, port);
+	struct berth_key key = {};
 	struct exchange *exchange;
 	struct stand_in *stand_in;
+	struct berth *berth;
 	struct owner owner;
 
-	if (berth) {
-		__builtin_memcpy(sender->addr, berth->addr, 16);
-		sender->port = berth->port;
-		sender->family = berth->family;
+	if (is_ferried(ctx, ip, port, &key)) {
+		__builtin_memset(sender, 0, sizeof(*sender));
+		sender->family = key.family;
+		berth = berths.lookup(&key);
+		if (berth) {
+			__builtin_memcpy(sender->addr, berth->addr, 16);
+			sender->port = berth->port;
+		}
 		return 1;
 	}
 	if (!ip) {

@@ -1,6 +1,7 @@
 """What a thirty-eighth reading found: a container took the UDP datagrams of another one in silence, by a port that an
 egress rule had lent it, or that it had bound while its binds were free. A graftd that was killed, and waits in the
-kernel, kept its lock from the next one when its keeper was killed too.
+kernel, kept its lock from the next one when its keeper was killed too. And what a ferry had brought was shown as from
+loopback when its place stood for nobody any more.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pytest
 from graft.errors import GraftError
 from graft.splice import client as splice
 from graft.splice import control, daemon_process
+from tests.e2e.test_datagrams_swap import PYTHON, out_rule
 from tests.hostile.conftest import Confine, Confined, Without
 from tests.hostile.test_afterwards import apply
 from tests.hostile.test_daemon_shares import served
@@ -258,3 +260,39 @@ def test_another_graftd_serves_when_the_keeper_is_killed_too(host: Host) -> None
 @pytest.mark.usefixtures("waiting_keeper")
 def test_control_with_the_lock_that_the_first_one_has_none_does(host: Host) -> None:
     assert not serves_after_both_were_killed(host)
+
+
+# ---- what a ferry has brought, when its peer is forgotten
+
+UNREAD = """
+import os, socket, sys
+family, here = (socket.AF_INET, "127.0.0.1") if sys.argv[1] == "4" else (socket.AF_INET6, "::1")
+s = socket.socket(family, socket.SOCK_DGRAM); s.settimeout(20); s.bind(("", 0))
+c = socket.socket(family, socket.SOCK_DGRAM); c.connect((here, s.getsockname()[1])); c.send(b"x")
+s.recv(1, socket.MSG_PEEK)
+print("it waits", flush=True); input()
+print(s.recvfrom(10)[1][:2], flush=True); input()
+"""
+"""A server on the host, of port 0, and its peer inside."""
+
+
+def shown(host: Host, family: str) -> str:
+    """Whom the server sees, when what its peer has sent was not read before the ferry forgot that."""
+    program = host.start(*out_rule(host), "--", *PYTHON, UNREAD, family, talk=True)
+    program.says("it waits")
+    forgotten = [key for key, _ in host.maps.berths.items() if key.family == int(family)]  # as Berths.sweep() does
+    assert forgotten
+    for key in forgotten:
+        host.maps.berths.delete(key)
+    program.tell("\n")
+    return program.until("the sender", lambda: program.said.splitlines()[1:])[0]
+
+
+@pytest.mark.parametrize(("family", "nobody"), [("4", "('0.0.0.0', 0)"), ("6", "('::', 0)")])
+def test_who_is_forgotten_is_shown_as_nobody(host: Host, family: str, nobody: str) -> None:
+    assert shown(host, family) == nobody
+
+
+@pytest.mark.parametrize(("family", "loopback"), [("4", "('127."), ("6", "('::1',")])
+def test_control_else_as_somebody_on_loopback(without: Without, family: str, loopback: str) -> None:
+    assert shown(without("forgotten peers"), family).startswith(loopback)

@@ -485,6 +485,14 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # An endpoint lends the port that another container has.
     "others at a lent port": (("connect.bpf.c", "if (!is_others_port(ctx, request, endpoint, first))", "if (1)"),),
+    # What a ferry has brought from a peer that it has forgotten is shown as from the ferry.
+    "forgotten peers": (
+        (
+            "receive.bpf.c",
+            "\t\tberth = berths.lookup(&key);\n\t\tif (berth) {",
+            "\t\tberth = berths.lookup(&key);\n\t\tif (!berth)\n\t\t\treturn 0;\n\t\telse {",
+        ),
+    ),
     # And what it has lent is good for receiving without a peer.
     "peer of a lent port": (_WITHOUT_A_PEER,),
     "unix listener": (_at_once("ingress.bpf.c", "int is_unix_listener(struct owner *owner)", "return 0;"),),
