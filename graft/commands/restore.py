@@ -5,18 +5,21 @@ of up.py). Repeatable: what is in force already stays as it is, and so does what
 with `--no-save`. A container that starts again has the policy that it was given with that.
 
 A container is looked for where it was last seen, without asking its engine: at boot that may not have started, and may
-itself be waiting for `graft up`. Engines are asked only where containers of theirs run that are not known.
+itself be waiting for `graft up`. Engines are asked only where containers run that are not known: wherever an engine has
+made a container's cgroup (`--cgroup-parent`, a pod), its id is in the name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,9 +48,6 @@ T = TypeVar("T")
 CONTAINER_NAME = re.compile(r"(?:^|[^0-9a-f])[0-9a-f]{64}(?:[^0-9a-f]|$)", re.ASCII)
 """The name of a container's cgroup has its id, whatever the engine and its cgroup driver."""
 
-ENGINE_FOLDERS = ("docker", "system.slice", "machine.slice", "libpod_parent")
-"""Where docker and podman make cgroups, with either cgroup driver."""
-
 _ENGINE_KINDS = ("docker", "podman")
 NOT_THERE = "it is not running"
 NOT_NOTED = "the reason could not be noted: graft up tells it"
@@ -55,8 +55,8 @@ _CHANGED = "a command changed it at the same time"
 _FOLDER_SECONDS = 2.0
 _MAX_NOTES = 4 << 20
 
-_left = LeftChildren()
-"""The watcher asks again and again: by the path that was asked about."""
+_left, _left_searching = LeftChildren(), LeftChildren()
+"""The watcher asks again and again: by the path that was asked about, or below which containers were searched for."""
 
 
 @dataclass(slots=True)
@@ -75,8 +75,14 @@ class Restored:
 
     @property
     def may_succeed_later(self) -> bool:
-        """Whether something failed that may succeed without a new cgroup: it is to be tried again after a time."""
-        return bool(self.problems) or any(why != NOT_THERE for why in self.waiting.values())
+        """Whether something may succeed though no cgroup is made that is watched for: it is to be tried again after a
+        time. An engine may make a container anywhere.
+        """
+        return bool(self.problems) or any(why != NOT_THERE or _is_engines(one) for one, why in self.waiting.items())
+
+
+def _is_engines(text: str) -> bool:
+    return text.partition(":")[0] in _ENGINE_KINDS
 
 
 def restore(graft: Installation, sightings: Sightings | None = None) -> Restored:
@@ -227,9 +233,7 @@ class _Finder:
         seen = _ask_of_each(_cgroup_id, paths)
         self._there = {path: number for path, number in seen.items() if number}
         self._unknown = set(paths) - seen.keys()
-        known = {one.cgroup_path.name for one in graft.containers.listing() if one.is_operators}
-        names, self._held = container_folders(self._top)
-        self._strangers = {name for name in names if name not in known}
+        self._known = {one.cgroup_path.name for one in graft.containers.listing() if one.is_operators}
         self._silent: dict[str, str] = {}
 
     def _last_path(self, saved: SavedAttachment) -> Path | None:
@@ -240,6 +244,14 @@ class _Finder:
         mark = saved.target.name if saved.target.kind == "unit" else saved.last.id
         return path if mark and mark in path.name else None
 
+    @cached_property
+    def _strangers(self) -> tuple[bool, list[str]]:
+        """Whether there are cgroups of containers that are not known; and the folders that somebody holds, where some
+        may be.
+        """
+        names, held = container_folders(self._top)
+        return not self._known.issuperset(names), [str(self._top / name) for name in held]
+
     def find(self, saved: SavedAttachment) -> FoundContainer | None:
         """The container; None if it is not there. Raises GraftError if that cannot be known: its engine does not
         answer, or somebody holds a folder where it may be.
@@ -249,8 +261,9 @@ class _Finder:
             return FoundContainer(path, target.engine, target.name, saved.last.id)
         held = [str(path)] if path in self._unknown else []
         if target.kind in _ENGINE_KINDS:
-            held += [str(self._top / name) for name in self._held]
-            found = self._ask(target) if self._strangers or held else None
+            there_are_strangers, unsearched = self._strangers
+            held += unsearched
+            found = self._ask(target) if there_are_strangers or held else None
         else:
             found = self._ask(target) if path is None else None
         if found is None and held:
@@ -283,25 +296,29 @@ class _Finder:
         return None if target.kind in _ENGINE_KINDS and found.name != target.name else found
 
 
-def _ask_of_each(look: Callable[[Path], T], paths: Sequence[Path]) -> dict[Path, T]:
+def _ask_of_each(look: Callable[[Path], T], paths: Sequence[Path], left: LeftChildren = _left) -> dict[Path, T]:
     """What a child sees at each of these paths. Left out are those on whose way somebody holds a folder: they are not
     asked about again before the child that waits there has gone.
     """
-    free = [path for path in dict.fromkeys(paths) if not _left.has_one(str(path))]
+    free = [path for path in dict.fromkeys(paths) if not left.has_one(str(path))]
     asked = helper_process.run_each(look, free, _FOLDER_SECONDS)
     if asked.helper_pid:  # else it was slow, or somebody let go: the next try may succeed
-        _left.note([str(path) for path in free], asked.results, asked.helper_pid)
+        left.note([str(path) for path in free], asked.results, asked.helper_pid)
     return {path: asked.results[index] for index, path in enumerate(free) if index in asked.results}
 
 
 def container_folders(top: Path) -> tuple[list[str], list[str]]:
-    """The names of the cgroups of containers of docker and podman, where their engines make them; and which of those
-    folders could not be listed, because somebody holds them.
+    """The names of the cgroups of containers, wherever their engines have made them; and which of the folders in
+    ``top`` could not be searched, because somebody holds one there.
     """
-    folders = [top / name for name in ENGINE_FOLDERS]
-    listed = _ask_of_each(_containers_in, folders)
-    held = [folder.name for folder in folders if listed.get(folder) is None]
-    return [name for names in listed.values() for name in names or ()], held
+    inside = _ask_of_each(_folders_in, [top], _left_searching).get(top)
+    if inside is None:
+        return [], ["."]
+    folders = [top / name for name in inside]
+    searched = _ask_of_each(_containers_below, folders, _left_searching)
+    held = [folder.name for folder in folders if searched.get(folder) is None]
+    names = [*inside, *(name for names in searched.values() for name in names or ())]
+    return [name for name in names if CONTAINER_NAME.search(name)], held
 
 
 def _cgroup_id(path: Path) -> int:
@@ -312,14 +329,26 @@ def _cgroup_id(path: Path) -> int:
     return 0
 
 
-def _containers_in(folder: Path) -> list[str] | None:
+def _folders_in(folder: Path | str) -> list[str] | None:
     """None: it is there, and cannot be listed."""
     try:
-        return [name for name in os.listdir(folder) if CONTAINER_NAME.search(name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError:
-        return None
+        with os.scandir(folder) as entries:
+            return [one.name for one in entries if one.is_dir(follow_symlinks=False)]
+    except OSError as error:  # it was removed just now, or lies too deep for a path: no engine makes that
+        return [] if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENAMETOOLONG) else None
+
+
+def _containers_below(folder: Path) -> list[str] | None:
+    """None: what is there cannot be listed."""
+    found, folders = list[str](), [str(folder)]
+    while folders:
+        above = folders.pop()
+        names = _folders_in(above)
+        if names is None:
+            return None
+        found += [name for name in names if CONTAINER_NAME.search(name)]
+        folders += [f"{above}/{name}" for name in names]
+    return found
 
 
 # ---- for `graft ps` ---------------------------------------------------------------------------------

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.commands.restore import CONTAINER_NAME, ENGINE_FOLDERS
+from graft.commands.restore import CONTAINER_NAME
 from graft.kernel import inotify
 from graft.saved.model import SavedAttachment, SavedState
 from graft.state import helper_process
 from graft.state.left_children import LeftChildren
+
+ENGINE_FOLDERS = ("docker", "system.slice", "machine.slice", "libpod_parent")
+"""Where docker and podman make cgroups, with either cgroup driver, if they are not told otherwise."""
+
+POD_NAME = re.compile(r"[0-9a-f]{64}|.*libpod_pod_[0-9a-f]{64}\.slice", re.ASCII)
+"""The name of a pod's cgroup, with either driver: podman makes the pod's containers in it."""
 
 HELD = "somebody holds a directory of the cgroup tree: no container that appears is seen"
 _FOLDER_SECONDS = 2.0
@@ -78,11 +85,27 @@ def interests(top: Path, state: SavedState) -> dict[Path, Interest]:
             add(folder, Interest(frozenset({name})))
         if one.target.kind in ("docker", "podman"):
             add(top, Interest(frozenset(ENGINE_FOLDERS)))
-            parents = {top / name for name in ENGINE_FOLDERS} | {(top / one.last.cgroup).parent}
-            for folder in parents:
+            for folder in _parents(top, one):
                 if folder != top and os.path.isdir(folder):
                     add(folder, Interest(containers=True))
     return found
+
+
+def _parents(top: Path, saved: SavedAttachment) -> set[Path]:
+    """Where a container of an engine may be made: where its engine makes them, where it was last, and in pods there."""
+    last = (top / saved.last.cgroup).parent
+    found = {top / name for name in ENGINE_FOLDERS} | {last}
+    if saved.target.kind == "podman":
+        if POD_NAME.fullmatch(last.name):
+            found.add(last.parent)
+        found |= {folder / name for folder in found for name in _names(folder) if POD_NAME.fullmatch(name)}
+    return found
+
+
+def _names(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(folder)
+    return []
 
 
 @dataclass(frozen=True, slots=True)

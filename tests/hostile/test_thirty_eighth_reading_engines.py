@@ -1,17 +1,20 @@
 """What a thirty-eighth reading found in containers of engines: by what a container, or its image, asked for itself it
-came out of the policy that the operator had saved for it, and took others of its slice with it.
+came out of the policy that the operator had saved for it, and took others of its slice with it; one that was made
+again elsewhere was not found.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from graft.commands import restore, watcher_process
+from graft.commands import restore, watched_folders, watcher_process
+from graft.commands.watched_folders import ENGINE_FOLDERS
 from graft.errors import UsageError
 from graft.kernel import cgroup
 from graft.oci.request import policy_from_pairs
@@ -21,8 +24,10 @@ from tests.e2e.conftest import _docker, _podman, container_root, docker, podman
 from tests.e2e.test_saved_state import watcher_of
 from tests.hostile.conftest import graft_without
 from tests.support import engines
+from tests.support.cgroups import new_cgroup
 from tests.support.engines import Engine
 from tests.support.installation import Host
+from tests.support.shell import output
 from tests.support.wait import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(250)]
@@ -57,6 +62,12 @@ def found(podman: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     for name, value in podman.environment.items():
         monkeypatch.setitem(os.environ, name, value)
     return podman
+
+
+@pytest.fixture
+def plain(found: Engine) -> Engine:
+    """The same, without Graft's runtime."""
+    return found.without_graft()
 
 
 @pytest.fixture
@@ -178,3 +189,80 @@ def test_one_that_has_asked_keeps_a_slice_from_no_policy(
         assert (waiting, attached) == ({}, [str(apps)])
     assert [may_bind(saving, undefended, name) for name in ("evil", "victim")] == [without, without]
     undefended.remove("evil", "victim")
+
+
+# ---- where an engine makes a container again --------------------------------------------------------
+
+
+def in_four_folders(top: Path) -> tuple[list[str], list[str]]:
+    """Where containers were looked for before."""
+    folders = [top / name for name in ENGINE_FOLDERS]
+    return [one.name for folder in folders if folder.exists() for one in folder.iterdir() if len(one.name) >= 64], []
+
+
+@pytest.mark.parametrize("without", [False, True], ids=["", "control"])
+@pytest.mark.parametrize("moves", [False, True], ids=["same parent", "another parent"])
+def test_one_that_was_made_again_is_found_wherever_that_was(
+    saving: Host, plain: Engine, monkeypatch: pytest.MonkeyPatch, moves: bool, without: bool
+) -> None:
+    with new_cgroup("first") as first, new_cgroup("second") as second:
+        plain.started("web", ["--cgroup-parent", f"/{first.name}"], *SLEEP, network="host")
+        saving.graft("attach", "--cgroup", "podman:web", "--deny")
+        alone(saving)
+        plain.remove("web")
+        parent = second if moves else first
+        plain.started("web", ["--cgroup-parent", f"/{parent.name}"], *SLEEP, network="host")
+        if without:
+            monkeypatch.setattr(restore, "container_folders", in_four_folders)
+        with saving.installation as graft:
+            assert restore.restore(graft).waiting == ({"podman:web": restore.NOT_THERE} if without else {})
+        assert may_bind(saving, plain, "web") == without
+        plain.remove("web")
+
+
+@pytest.fixture
+def pods(plain: Engine, container_root: Path, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Starts a pod of that name, with a cgroup of its own: that is the one of its first container."""
+    archive = tmp_path / "root.tar"
+    output(["tar", "-C", container_root, "-cf", archive, "bin", "etc", "tmp", "proc", "sys", "dev", "run"])
+    plain("import", archive, "localhost/infra")
+    first = ["--infra-image", "localhost/infra", "--infra-command", "/bin/sleep 600", "--network", "host"]
+
+    def start(name: str) -> None:
+        plain("pod", "create", *first, "--name", name)
+        plain("pod", "start", name)
+
+    yield start
+    plain("pod", "rm", "-a", "-f", "-t", "0")
+    for left in (cgroup.v2_mount() / "libpod_parent").glob("*/"):  # podman leaves it where cgroup v1 is in use too
+        if re.fullmatch("[0-9a-f]{64}", left.name) and not cgroup.populated(left):
+            left.rmdir()
+
+
+@pytest.mark.parametrize("without", [False, True], ids=["", "control"])
+def test_the_watcher_watches_a_pod_that_was_made_again(
+    saving: Host, plain: Engine, pods: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, without: bool
+) -> None:
+    """As long before its container as it likes: nothing is tried any more when that starts."""
+    pods("first")
+    plain("run", "-d", "--pod", "first", "--name", "web", *plain.image, *SLEEP)
+    saving.graft("attach", "--cgroup", "podman:web", "--deny")
+    state, _ = Store(saving.settings).read()
+    alone(saving)
+    plain("pod", "rm", "-f", "-t", "0", "first")
+    pods("second")
+    if without:
+        monkeypatch.setattr(watched_folders, "POD_NAME", re.compile("none"))
+    watched = watched_folders.interests(cgroup.v2_mount(), state)
+    plain("run", "-d", "--pod", "second", "--name", "web", *plain.image, *SLEEP)
+    with saving.installation as graft:
+        assert restore.restore(graft).waiting == {}
+        [path] = [one.cgroup_path for one in graft.containers.listing()]
+    assert (path.parent in watched and watched[path.parent].matches(path.name)) != without
+    assert not may_bind(saving, plain, "web")
+
+
+def test_what_is_watched_nowhere_is_looked_for_all_the_same() -> None:
+    """Every 30 seconds; what is found by its path or its unit is made at a place that is watched."""
+    assert restore.Restored(waiting={"podman:web": restore.NOT_THERE}).may_succeed_later
+    assert not restore.Restored(waiting={"cgroup:apps": restore.NOT_THERE}).may_succeed_later

@@ -47,7 +47,7 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
     def hold_folder(folder: Path) -> None:
         monkeypatch.setattr(restore, "_FOLDER_SECONDS", 2)
-        for module, name in ((os, "listdir"), (os.path, "isdir")):
+        for module, name in ((os, "scandir"), (os.path, "isdir")):
             look = getattr(module, name)
 
             def held(path: Any, look: Callable[[Any], Any] = look) -> Any:
@@ -143,6 +143,24 @@ def test_whether_a_folder_of_its_own_that_is_held_is_there_is_not_known(
         find(one)
 
 
+@pytest.mark.parametrize("place", [ID, f"apps/{ID}", f"libpod_parent/{STRANGER}/libpod-{ID}", f"a/b/c/x-{ID}.scope"])
+def test_a_container_is_seen_wherever_its_engine_has_made_it(tree: Path, place: str) -> None:
+    (tree / place).mkdir(parents=True)
+    (tree / "apps.slice").mkdir()
+    names, held = container_folders(tree)
+    assert set(names) - {STRANGER} == {Path(place).name} and not held
+
+
+def test_what_is_below_a_held_folder_keeps_no_cgroup_above_from_being_found(
+    tree: Path, hold: Callable[[Path], None]
+) -> None:
+    (tree / "apps" / "inner").mkdir(parents=True)
+    hold(tree / "apps" / "inner")
+    assert container_folders(tree) == ([], ["apps"])
+    assert find(saved("cgroup", "apps")) is not None
+
+
 def test_only_that_a_container_does_not_run_is_not_tried_again() -> None:
-    assert not Restored(waiting={"docker:web": NOT_THERE}).may_succeed_later
+    assert not Restored(waiting={"cgroup:box": NOT_THERE, "unit:web.service": NOT_THERE}).may_succeed_later
+    assert Restored(waiting={"docker:web": NOT_THERE}).may_succeed_later, "its engine may make it anywhere"
     assert Restored(waiting={"docker:web": "somebody holds a folder"}).may_succeed_later

@@ -49,6 +49,22 @@ def test_a_container_of_an_engine_is_expected_where_engines_make_them(tmp_path: 
     assert not found[tmp_path / "docker"].matches("buildkit")
 
 
+@pytest.mark.parametrize(
+    ("last", "pod"),
+    [
+        (f"libpod_parent/libpod-{ID}", f"libpod_parent/{'cd' * 32}"),
+        (f"machine.slice/libpod-{ID}.scope", f"machine.slice/machine-libpod_pod_{'cd' * 32}.slice"),
+        (f"apps/{'ef' * 32}/libpod-{ID}", f"apps/{'cd' * 32}"),
+    ],
+)
+def test_a_container_of_podmans_is_expected_in_a_pod_that_is_made_anew(tmp_path: Path, last: str, pod: str) -> None:
+    (tmp_path / pod).parent.mkdir()
+    state = SavedState((), (saved("podman", "web", last),))
+    assert interests(tmp_path, state)[(tmp_path / pod).parent].matches(Path(pod).name)
+    (tmp_path / pod).mkdir()
+    assert interests(tmp_path, state)[tmp_path / pod].matches(f"libpod-{'ab' * 32}")
+
+
 def test_a_unit_and_a_path_are_expected_at_their_own_names(tmp_path: Path) -> None:
     (tmp_path / "system.slice").mkdir()
     state = SavedState((), (saved("unit", "web.service"), saved("cgroup", "own/box")))
