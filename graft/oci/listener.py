@@ -170,6 +170,11 @@ class ListenerServer:
         """
         known = self._attachments.get(state.id)
         try:
+            if known is None and not state.pid:  # crun, for an `exec`: it says of which container, and no more
+                raise RefusedError(
+                    "its message names no process, and this `graft listen` has not attached the container",
+                    "start the container again",
+                )
             if known is None and first is None:
                 raise RefusedError("the container's first process has ended")
             attachment = known or shim.Attachment(self._plan(state, runtime), self._graft, self._leftovers.closed_after)
@@ -228,8 +233,12 @@ class ListenerServer:
         )
 
     def _refuse(self, state: State, error: GraftError | OSError, first: int | None) -> None:
+        if state.id in self._attachments or not state.pid:
+            # A later process: its calls fail without a supervisor, and its container keeps running.
+            self._report(f"{state.id[:12]}: refused: {shim.describe(error)}")
+            return
         self._report(f"{state.id[:12]}: refused, and ended: {shim.describe(error)}")
-        if state.id in self._attachments or first is None:
-            return  # a later process: its calls fail without a supervisor, and its container keeps running
+        if first is None:
+            return
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(first, signal.SIGKILL)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from tests.hostile.conftest import graft_without
 from tests.support import engines
 from tests.support.cgroups import new_cgroup
 from tests.support.engines import Engine
-from tests.support.installation import Host
+from tests.support.installation import GRAFT, Host
+from tests.support.program import Program
 from tests.support.shell import output
 from tests.support.wait import until
 
@@ -266,3 +268,41 @@ def test_what_is_watched_nowhere_is_looked_for_all_the_same() -> None:
     """Every 30 seconds; what is found by its path or its unit is made at a place that is watched."""
     assert restore.Restored(waiting={"podman:web": restore.NOT_THERE}).may_succeed_later
     assert not restore.Restored(waiting={"cgroup:apps": restore.NOT_THERE}).may_succeed_later
+
+
+# ---- `exec`, when `graft listen` was started again --------------------------------------------------
+
+
+def listening(host: Host) -> Program:
+    """`graft listen`, which listens."""
+    program = host.start_command([GRAFT, "listen"])
+    with socket.socket(socket.AF_UNIX) as client:
+        path = str(host.settings.run_dir / "listener")
+        program.until("it listens", lambda: client.connect_ex(path) == 0)
+    return program
+
+
+def test_an_exec_that_no_process_can_serve_is_refused_with_the_reason(
+    saving: Host, plain: Engine, tmp_path: Path
+) -> None:
+    """crun names no process in its message, and no bundle: only who has attached the container knows it."""
+    first = listening(saving)
+    port, profile = saving.ports(2), tmp_path / "profile.json"
+    profile.write_text(saving.graft("seccomp-profile").stdout)
+    rules = "ingress: [{bind: '*:80', endpoint: web}, {bind: '*:81', endpoint: two}]"
+    policy = saving.settings.state_dir / "policies" / "served.yaml"
+    policy.write_text(
+        f"name: served\nopen: true\nendpoints: {{web: 0.0.0.0:{port}, two: 0.0.0.0:{port + 1}}}\n{rules}\n"
+    )
+    flags = ["--security-opt", f"seccomp={profile}", "-e", "GRAFT_POLICY=served"]
+    plain.started("c", flags, "httpd", "-f", "-p", "80", "-h", "/tmp")
+    until("it is served", lambda: saving.netns.listens(port))
+    first.process.kill()
+    first.process.wait()
+    later = listening(saving)
+    plain("exec", "-d", "c", "httpd", "-f", "-p", "81", "-h", "/tmp")
+    later.says("refused: its message names no process, and this `graft listen` has not attached the container")
+    assert "ended" not in later.said and saving.netns.listens(port), "the container goes on"
+    plain.remove("c")
+    later.process.terminate()
+    assert later.wait() == 0
