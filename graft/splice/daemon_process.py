@@ -44,9 +44,12 @@ _INHERITED = ("PATH", "PYTHONPATH", "GRAFT_DEBUG", "GRAFT_NO_COMPILED", "LANG")
 @contextlib.contextmanager
 def daemon_lock(settings: Settings) -> Iterator[None]:
     """Have the lock of the only daemon. Raises ConflictError where a daemon has it."""
-    fd = os.open(settings.run_dir / GRAFTD_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = settings.run_dir / GRAFTD_LOCK
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_at(fd, path):
+            raise BlockingIOError
     except BlockingIOError:
         os.close(fd)
         raise ConflictError("a daemon runs already", f"its log is {settings.run_dir}/graftd.log") from None
@@ -54,6 +57,16 @@ def daemon_lock(settings: Settings) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether an open file is the one at ``path``. A keeper that kills a daemon removes the file that this has locked:
+    who had opened it before would have a lock that the next one does not see.
+    """
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def ensure_running(settings: Settings) -> None:

@@ -7,6 +7,7 @@ loopback when its place stood for nobody any more.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from graft.errors import GraftError
+from graft.errors import ConflictError, GraftError
+from graft.keeper.process import GRAFTD_LOCK
 from graft.splice import client as splice
 from graft.splice import control, daemon_process
 from tests.e2e.test_datagrams_swap import PYTHON, out_rule
@@ -260,6 +262,24 @@ def test_another_graftd_serves_when_the_keeper_is_killed_too(host: Host) -> None
 @pytest.mark.usefixtures("waiting_keeper")
 def test_control_with_the_lock_that_the_first_one_has_none_does(host: Host) -> None:
     assert not serves_after_both_were_killed(host)
+
+
+def test_nobody_has_the_lock_of_a_file_that_is_removed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was opened before the keeper removed it, and let go of by who was killed."""
+    settings = host.settings._replace(run_dir=host.settings.run_dir / "beside")
+    settings.run_dir.mkdir()
+    lock = fcntl.flock
+
+    def flock(fd: int, how: int) -> None:
+        (settings.run_dir / GRAFTD_LOCK).unlink()
+        lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConflictError), daemon_process.daemon_lock(settings):
+        pass
+    monkeypatch.setattr(daemon_process, "_is_at", lambda fd, path: True)
+    with daemon_process.daemon_lock(settings):
+        assert not (settings.run_dir / GRAFTD_LOCK).exists()
 
 
 # ---- what a ferry has brought, when its peer is forgotten

@@ -321,14 +321,14 @@ def test_one_that_is_left_behind_keeps_no_lock_from_the_next_one(start_keeper: C
     assert is_locked(kept.folder / GRAFTD_LOCK)
 
 
-def test_one_that_is_killed_and_ends_leaves_the_locks_file(start_keeper: Callable[..., Kept]) -> None:
-    """Else another program could have the lock of a file that is there no more."""
+def test_one_that_is_killed_leaves_the_next_one_another_lock(start_keeper: Callable[..., Kept]) -> None:
+    """(Who has opened its file before is refused that lock: daemon_process.py.)"""
     kept = start_keeper(LOCKS + STORES + WAITS, watchdog=1.5 * PATIENCE)
     [[first, _], _] = kept.noted(2)
-    before = (kept.folder / GRAFTD_LOCK).stat().st_ino
-    os.kill(int(first), signal.SIGSTOP)
-    assert kept.noted(4)[2][1] == "has the lock"
-    assert (kept.folder / GRAFTD_LOCK).stat().st_ino == before
+    with open(kept.folder / GRAFTD_LOCK) as before:
+        os.kill(int(first), signal.SIGSTOP)
+        assert kept.noted(4)[2][1] == "has the lock"
+        assert not os.path.samestat(os.fstat(before.fileno()), os.stat(kept.folder / GRAFTD_LOCK))
 
 
 def test_one_that_does_not_end_though_it_is_killed_keeps_no_keeper(start_keeper: Callable[..., Kept]) -> None:
