@@ -42,7 +42,7 @@ class Confined:
         compiled = graft.compile(load_policy(text, "policy"))
         with graft.transaction() as change:
             if self.id:
-                change.containers.remove(self.host.installation.containers.listing()[0])
+                change.containers.remove(graft.containers.find(str(self.path)))
             self.id = change.containers.create(compiled, self.path, self.host.netns.cookie, Transport.DIRECT).id
         return self.process
 
