@@ -322,7 +322,8 @@ class ContainerChanges(Containers):
     def remove(self, container: Container, reachable: bool = True) -> None:
         """Remove a container's rules and attachments. Safe to repeat.
 
-        Not ``reachable``: a folder above its cgroup is held. The hooks stay attached, and grant nothing.
+        Not ``reachable``: a folder above its cgroup is held. The hooks stay attached: one of transport direct is as free
+        as where they are not, others are granted nothing.
         """
         if reachable:
             attachments.detach(self._settings, container.cgroup_path, container.cgroup_id)
