@@ -244,7 +244,6 @@ def test_down_goes_on_where_graftd_does_not_end(served_by: Callable[..., Plain],
     published(container)
     with cannot_end(container) as pid:
         down = host.graft("down", "--force", status=6)
-        assert ("the daemon did not stop" in said(down.stderr)) == (waits == WAITS_LONG)
         assert f"killed processes wait in the kernel ({pid}" in said(down.stderr)
         assert not host.settings.pin_dir.exists() and not host.settings.run_dir.exists()
     until("it has ended", lambda: not cgroup.processes(host.cgroup / "relays"))
