@@ -91,8 +91,8 @@ class Slots:
         self._places = resources.daemon.client_places
         self._free_slots = deque(range(layout.EXCHANGE_SLOTS))
         self._forgotten = Forgotten()
-        self._noted: OrderedDict[int, None] = OrderedDict()
-        """The forgotten slots of which the map still says whose they were."""
+        self._noted: OrderedDict[int, int] = OrderedDict()
+        """The forgotten slots of which the map still says whose they were, each with the address that it had."""
         self._next_aged = itertools.cycle(range(layout.EXCHANGE_OUT_SLOTS))
         self._peers: Collection[int] = ()
         self._listed = 0.0
@@ -167,7 +167,7 @@ class Slots:
         with contextlib.suppress(OSError):  # else its entry stays as it was
             self._maps.exchanges.put(self._slot(number), value)
         self._forgotten.add(client.number, client.server.target.port)
-        self._noted[client.number] = None
+        self._noted[client.number] = number.number
         noted = self._maps.exchange_clients.peek(key)
         if noted is not None and noted.value == number.number:  # not that of the same client with a newer server
             self._maps.exchange_clients.delete(key)
@@ -195,7 +195,7 @@ class Slots:
 
     def free_read(self, unread: Collection[int], listed: float) -> Stepwise[None]:
         """Free the slots from which nothing is left to read: see `Forgotten.read`."""
-        connected = {one % layout.EXCHANGE_SLOTS for one in self._peers if not one >> 23 & 1}
+        connected = {slot for slot, address in self._noted.items() if address in self._peers}
         for slot in self._forgotten.read(unread, listed, connected):
             self._erase(slot)
             if self._forgotten.remove(slot):

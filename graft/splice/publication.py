@@ -172,12 +172,13 @@ class PublicationPlan:
         if not one.connected:
             self.add(one)
             return
+        if self._is_elsewhere(one) and one.cgroup in self._others:
+            return
         family, address = unmapped_bytes(one.peer) if one.family == 6 else (4, one.peer)
-        if family == 4:
-            if address[0] == _LOOPBACK_NET:
-                self.datagram_peers.four.add(int.from_bytes(address[:4], "big"))
-        elif not (self._is_elsewhere(one) and one.cgroup in self._others):
+        if family == 6:
             self.datagram_peers.six.add(one.peer_port)
+        elif address[0] == _LOOPBACK_NET:
+            self.datagram_peers.four.add(int.from_bytes(address[:4], "big"))
 
     def _is_elsewhere(self, one: ListeningSocket) -> bool:
         if not one.cgroup or one.cgroup in self._cgroups:

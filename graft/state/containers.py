@@ -322,8 +322,8 @@ class ContainerChanges(Containers):
     def remove(self, container: Container, reachable: bool = True) -> None:
         """Remove a container's rules and attachments. Safe to repeat.
 
-        Not ``reachable``: a folder above its cgroup is held. The hooks stay attached: one of transport direct is as free
-        as where they are not, others are granted nothing.
+        Not ``reachable``: a folder above its cgroup is held. The hooks stay attached: in transport direct the container
+        is as free as where they are not, others are granted nothing.
         """
         if reachable:
             attachments.detach(self._settings, container.cgroup_path, container.cgroup_id)
@@ -339,7 +339,8 @@ class ContainerChanges(Containers):
         if not begun.exists(self._settings, container.id):
             return  # another command has finished or undone it
         if not records.put_aside_at(self._settings, path) or not attachments.has_programs(path):
-            self.remove(container)
+            # Another command may have attached it since, and have been killed before it forgot this one.
+            self.remove(container, nesting.number_at(self._maps, path) in (0, container.id))
 
     def reap(self, gone: Collection[int]) -> None:
         """Remove the rules and records of these containers, whose cgroups are gone (`members.gone`)."""

@@ -228,3 +228,28 @@ def test_down_removes_the_hooks_of_a_data_plane_that_is_lost(own: Host, denies: 
         lose_pins(own)
         run([*graft_without(without), "down", "--force"], environment=own.environment, status=0)
         assert bool(attach_points(box)) is bool(without)
+
+
+TWICE = """
+import os, signal, sys
+from graft.state import containers, installation
+def end(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv.pop(1) == "before its hooks":
+    containers.attachments.attach = end
+else:
+    installation.Installation.reap = lambda self: None  # as if the first one was killed just after it
+    containers.ContainerChanges._forget = end
+from graft_cli.entry import main
+sys.argv[0] = "graft"
+sys.exit(main())
+"""
+
+
+def test_what_is_undone_of_one_attach_leaves_the_hooks_of_the_next(own: Host, denies: Path) -> None:
+    with new_cgroup("box") as box:
+        for when in ("before its hooks", "before it forgets the first one"):
+            words: list[Word] = [sys.executable, "-c", TWICE, when, "attach", "--cgroup", box, "--policy", denies]
+            run(words, environment=own.environment, status=-signal.SIGKILL)
+        own.installation.reap()
+        assert attach_points(box)
+        assert [one.cgroup for one in own.installation.containers.listing()] == [str(box)]

@@ -263,7 +263,8 @@ def test_a_client_that_a_socket_is_connected_to_keeps_its_place(
     monkeypatch.undo()
     assert len(setting.clients) == 1
     setting.path.remove_client(next(iter(setting.clients)))
-    for peers, left in (([place], 1), ([], 0)):
+    anothers = place ^ (1 if setting.six else 1 << layout.EXCHANGE_SLOT_BITS)  # at the same slot, of another generation
+    for peers, left in (([place], 1), ([anothers], 0)):
         keep(setting, {setting.relay.port}, peers, time.monotonic() + 1)
         assert len(forgotten) == left
 

@@ -91,10 +91,16 @@ def test_a_port_that_only_somebody_else_is_connected_to_has_no_peer() -> None:
 
 
 def test_addresses_of_the_loopback_network_that_somebody_is_connected_to_are_peers() -> None:
+    """Not others, of whom that is known: they could keep all slots from being used again."""
     plan = PublicationPlan({7}, lambda *_: None, 10, (), {8})
-    for family, text in ((4, "127.128.0.1"), (6, "::ffff:127.128.0.2"), (4, "192.0.2.1")):
+    for family, text, cgroup in (
+        (4, "127.128.0.1", 7),
+        (6, "::ffff:127.128.0.2", 9),
+        (4, "192.0.2.1", 7),
+        (4, "127.128.0.3", 8),
+    ):
         kind = socket.AF_INET if family == 4 else socket.AF_INET6
-        plan.add_datagram_socket(connected(family, socket.inet_pton(kind, text).ljust(16, b"\0"), 1000, 8))
+        plan.add_datagram_socket(connected(family, socket.inet_pton(kind, text).ljust(16, b"\0"), 1000, cgroup))
     assert plan.datagram_peers == ({0x7F800001, 0x7F800002}, set())
 
 
