@@ -81,6 +81,10 @@ static __always_inline int store_crossing(struct bpf_sock_addr *ctx, struct owne
 	crossing->container = owner->id;
 	crossing->uid = ids;
 	crossing->gid = ids >> 32;
+	crossing->near = request->exchange;
+	crossing->near_port = request->protocol == IPPROTO_TCP ? 0 :
+			      request->exchange                 ? request->relay->datagram_port :
+								  request->stand_in;
 	return 1;
 }
 
@@ -281,8 +285,7 @@ static __always_inline struct endpoint *decide_destination(struct bpf_sock_addr 
 	}
 	if (owner.home == GRAFT_HOME_CONTAINER) {
 		if (owner.container->transport == GRAFT_TRANSPORT_SPLICE && request->protocol == IPPROTO_UDP) {
-			if (!sending)
-				crossings.sk_storage_delete(ctx->sk);
+			/* (What is stored of an earlier connect stays, for this one may fail, and says where that led.) */
 			if (rule == GRAFT_VERDICT_GRANT && bpf_get_netns_cookie(ctx) == owner.container->netns) {
 				*verdict = request->family == GRAFT_IPV4 ?
 						   redirect_datagrams(ctx, &owner, request) :

@@ -42,7 +42,9 @@ static __always_inline struct crossing *connected_end(struct bpf_sock *sk)
 	if (!is_connected(sk))
 		return 0;
 	crossing = crossings.sk_storage_get(sk, 0, 0);
-	return crossing && crossing->role == GRAFT_CROSSING_REDIRECTED ? crossing : 0;
+	if (!crossing || crossing->role != GRAFT_CROSSING_REDIRECTED || !is_still_there(sk, crossing))
+		return 0;
+	return crossing;
 }
 
 /* Whether an exchange is with the remote end that a socket is connected to; NULL: it is not, and any will do. */

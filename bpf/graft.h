@@ -396,6 +396,9 @@ struct crossing {
 	__u32 container;
 	__u32 uid;       /* REDIRECTED, RELAYED: whose program connects */
 	__u32 gid;
+	__u32 near;      /* REDIRECTED, UDP: where the socket is connected to then, an address of IPv4's; 0: ::1 */
+	__u16 near_port; /* 0: TCP */
+	__u16 zero;
 };
 
 /* `arrivals`: connections being set up between a relay and a container, by their addresses: the connecting side's, and

@@ -148,6 +148,23 @@ static __always_inline int is_connected(struct bpf_sock *sk)
 	return sk->state == BPF_TCP_ESTABLISHED;
 }
 
+/* Whether a socket is connected where it was led when its crossing was stored. A later connect may have failed, or have led
+ * elsewhere: the kernel calls no hook when it has succeeded. Of TCP it is. */
+static __always_inline int is_still_there(struct bpf_sock *sk, struct crossing *crossing)
+{
+	u32 ip4 = sk->dst_ip4, port = sk->dst_port;
+	u32 ip[4] = { sk->dst_ip6[0], sk->dst_ip6[1], sk->dst_ip6[2], sk->dst_ip6[3] };
+
+	asm volatile("" : "+r"(port), "+r"(ip4), "+r"(ip[0]), "+r"(ip[1]), "+r"(ip[2]), "+r"(ip[3]));
+	if (!crossing->near_port)
+		return 1;
+	if (bpf_ntohs((u16)port) != crossing->near_port)
+		return 0;
+	if (!crossing->near)
+		return sk->family == AF_INET6 && !(ip[0] | ip[1] | ip[2]) && ip[3] == bpf_htonl(1);
+	return bpf_ntohl(sk->family == AF_INET6 ? ip[3] : ip4) == crossing->near;
+}
+
 /* Whether a socket is bound to its endpoint. One that released the port of its bind and has another one is not. */
 static __always_inline int is_bound(struct bpf_sock *sk, struct tag *tag, struct container *container, u64 netns)
 {

@@ -137,7 +137,9 @@ static __always_inline struct crossing *shown_peer(struct bpf_sock_addr *ctx)
 
 	if (!crossing)
 		return 0;
-	return crossing->role == GRAFT_CROSSING_ACCEPTED || crossing->role == GRAFT_CROSSING_REDIRECTED ? crossing : 0;
+	if (crossing->role == GRAFT_CROSSING_REDIRECTED)
+		return is_still_there(ctx->sk, crossing) ? crossing : 0;
+	return crossing->role == GRAFT_CROSSING_ACCEPTED ? crossing : 0;
 }
 
 int graft_getpeername4(struct bpf_sock_addr *ctx)

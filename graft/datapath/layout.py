@@ -461,6 +461,9 @@ class CrossingValue(ctypes.Structure):
         ("container", ctypes.c_uint32),
         ("uid", ctypes.c_uint32),
         ("gid", ctypes.c_uint32),
+        ("near", ctypes.c_uint32),
+        ("near_port", ctypes.c_uint16),
+        ("zero", ctypes.c_uint16),
     )
 
 

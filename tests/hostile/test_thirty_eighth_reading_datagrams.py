@@ -92,19 +92,26 @@ def give_to_another_client(container: Plain, family: Family) -> None:
         maps.exchanges.put(key4, exchange)
 
 
-def has_anothers_session(host: Host, family: Family) -> tuple[bool, bool]:
-    """Whether the next client is heard by the socket that is connected to the one before, and gets what that sends."""
+def has_anothers_session(host: Host, family: Family, fails: bool = False) -> tuple[bool, bool]:
+    """Whether the next client is heard by the socket that is connected to the one before, and gets what that sends.
+
+    ``fails``: another connect of that socket has failed meanwhile.
+    """
     with session(host, family) as (container, connected, client, port):
         give_to_another_client(container, family)
+        if fails:
+            with pytest.raises(OSError):
+                connected.connect(("2001:db8::9" if family.six else "192.0.2.9", 9))
         client.sendto(b"of another", (family.near, port))
         is_heard = heard(connected) == b"of another"
         connected.send(b"secret")
         return is_heard, heard(client) == b"secret"
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["", "a connect fails"])
 @FAMILIES
-def test_the_next_client_has_no_part_in_the_session_of_one_before(host: Host, family: Family) -> None:
-    assert has_anothers_session(host, family) == (False, False)
+def test_the_next_client_has_no_part_in_the_session_of_one_before(host: Host, family: Family, fails: bool) -> None:
+    assert has_anothers_session(host, family, fails) == (False, False)
 
 
 @FAMILIES

@@ -22,7 +22,7 @@ from tests.support.installation import Host
 from tests.support.namespaces import HOST4
 from tests.support.puppet import Puppet, puppet
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300)]
 
 Change = tuple[str, str, str]
 """A file of the hooks, what is written there, and what another version has in its place."""
