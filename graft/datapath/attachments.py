@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -23,9 +24,12 @@ _NAME_BYTES = 15  # BPF_OBJ_NAME_LEN without its NUL
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: Path, number: int = 0) -> Iterator[int]:
+    """A descriptor of the cgroup at ``path``. Raises FileNotFoundError, also if its id is not ``number`` (0: any)."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        if number not in (0, os.fstat(fd).st_ino):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         yield fd
     finally:
         os.close(fd)
@@ -97,9 +101,11 @@ def renew(settings: Settings, path: Path, number: int = 0) -> None:
     step, if the cgroup's id is ``number`` (0: any). Repeatable, and safe for a cgroup that was removed. Raises OSError.
     """
     every = _loaded(settings, ALL_PROGRAMS)
-    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _opened_programs(settings, every) as fds:
-        if number not in (0, os.fstat(cgroup_fd).st_ino):
-            return
+    with (
+        contextlib.suppress(FileNotFoundError),
+        _opened(path, number) as cgroup_fd,
+        _opened_programs(settings, every) as fds,
+    ):
         for program, (fd, kind) in zip(every, fds, strict=True):
             if bpf.prog_id(fd) not in bpf.prog_ids(cgroup_fd, kind):
                 _replace_one(cgroup_fd, fd, kind, program.function)
@@ -113,22 +119,19 @@ def _attach_one(cgroup_fd: int, fd: int, kind: int, replaced: str | None) -> Non
 
 def _replace_one(cgroup_fd: int, fd: int, kind: int, name: str) -> bool:
     """Attach a program in the place of one with that name; false where there is none."""
-    for number in bpf.prog_ids(cgroup_fd, kind):
-        if bpf.prog_name(number) == name[:_NAME_BYTES]:
-            old = bpf.prog_by_id(number)
-            try:
-                bpf.prog_replace(cgroup_fd, fd, old, kind)
-            finally:
-                os.close(old)
-            return True
+    for number in _named(cgroup_fd, kind, name):
+        old = bpf.prog_by_id(number)
+        try:
+            bpf.prog_replace(cgroup_fd, fd, old, kind)
+        finally:
+            os.close(old)
+        return True
     return False
 
 
-def _detach_named(cgroup_fd: int, kind: int, name: str) -> None:
-    """Detach the program with that name, where there is one."""
-    for number in bpf.prog_ids(cgroup_fd, kind):
-        if bpf.prog_name(number) == name[:_NAME_BYTES]:
-            _detach_by_id(cgroup_fd, number, kind)
+def _named(cgroup_fd: int, kind: int, name: str) -> Iterator[int]:
+    """The ids of the programs with that name that are attached to a cgroup."""
+    return (number for number in bpf.prog_ids(cgroup_fd, kind) if bpf.prog_name(number) == name[:_NAME_BYTES])
 
 
 def _detach_by_id(cgroup_fd: int, number: int, kind: int) -> None:
@@ -143,13 +146,11 @@ def detach_predecessors(path: Path, number: int = 0) -> None:
     """Detach from the cgroup at ``path``, if its id is ``number`` (0: any), what a data plane that is gone has left
     there. Safe to repeat.
     """
-    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd:
-        if number not in (0, os.fstat(cgroup_fd).st_ino):
-            return
+    with contextlib.suppress(FileNotFoundError), _opened(path, number) as cgroup_fd:
         for kind in bpf.CGROUP_ATTACH_TYPES:
-            for number in bpf.prog_ids(cgroup_fd, kind):
-                if bpf.prog_name(number).startswith("graft_"):
-                    _detach_by_id(cgroup_fd, number, kind)
+            for program in bpf.prog_ids(cgroup_fd, kind):
+                if bpf.prog_name(program).startswith("graft_"):
+                    _detach_by_id(cgroup_fd, program, kind)
 
 
 def has_programs(path: Path, effective: bool = False) -> bool:
@@ -195,15 +196,18 @@ def detach(settings: Settings, path: Path, number: int = 0) -> None:
     cgroup that was removed.
     """
     every = _loaded(settings, ALL_PROGRAMS)
-    with contextlib.suppress(FileNotFoundError), _opened(path) as cgroup_fd, _opened_programs(settings, every) as fds:
-        if number not in (0, os.fstat(cgroup_fd).st_ino):
-            return
+    with (
+        contextlib.suppress(FileNotFoundError),
+        _opened(path, number) as cgroup_fd,
+        _opened_programs(settings, every) as fds,
+    ):
         for program, (fd, kind) in zip(every, fds, strict=True):
             try:
                 bpf.prog_detach(cgroup_fd, fd, kind)
             except OSError:  # it is not attached, but that of another version may be (renewal.py)
                 with contextlib.suppress(OSError):
-                    _detach_named(cgroup_fd, kind, program.function)
+                    for other in _named(cgroup_fd, kind, program.function):
+                        _detach_by_id(cgroup_fd, other, kind)
 
 
 def scope_ids(settings: Settings) -> set[int]:

@@ -20,7 +20,7 @@ from graft.errors import ConflictError, KernelError
 from graft.kernel import cgroup
 from graft.kernel.bpf import Map
 from graft.kernel.credentials import require_root
-from graft.kernel.file_lock import open_locked
+from graft.kernel.file_lock import is_at, open_locked
 from graft.kernel.mounts import check_own, mount_bpffs
 from graft.model.settings import Settings
 
@@ -52,9 +52,8 @@ def _lock_file(folder: Path) -> int:
         except FileNotFoundError:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # only now: others may hold the folder above
             continue
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), path.stat()):
-                return fd
+        if is_at(fd, path):
+            return fd
         os.close(fd)
 
 

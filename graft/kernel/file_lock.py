@@ -61,6 +61,16 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def is_at(fd: int, path: Path) -> bool:
+    """Whether an open file is the one at ``path``. Where its file was removed since, the lock is one that the next who
+    opens that does not see.
+    """
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _lock(fd: int, path: Path, deadline: float) -> None:
     pause = _FIRST_PAUSE
     while True:

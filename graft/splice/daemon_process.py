@@ -25,7 +25,7 @@ from graft.errors import ConflictError, GraftError, KernelError, NotFoundError
 from graft.keeper import lines
 from graft.keeper.process import GRAFTD_LOCK, LOCK
 from graft.kernel import cgroup
-from graft.kernel.file_lock import is_locked
+from graft.kernel.file_lock import is_at, is_locked
 from graft.model.settings import Settings
 from graft.splice import control, service_manager
 
@@ -48,7 +48,7 @@ def daemon_lock(settings: Settings) -> Iterator[None]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is_at(fd, path):
+        if not is_at(fd, path):  # a keeper that kills a daemon removes the file that this has locked
             raise BlockingIOError
     except BlockingIOError:
         os.close(fd)
@@ -57,16 +57,6 @@ def daemon_lock(settings: Settings) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """Whether an open file is the one at ``path``. A keeper that kills a daemon removes the file that this has locked:
-    who had opened it before would have a lock that the next one does not see.
-    """
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def ensure_running(settings: Settings) -> None:

@@ -8,6 +8,7 @@ import errno
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, Netns
 from tests.support.plain import Plain, plain
-from tests.support.puppet import puppet
+from tests.support.puppet import Puppet, puppet
 from tests.support.shell import Word, run
 from tests.support.wait import until
 
@@ -46,6 +47,18 @@ def denies(tmp_path: Path) -> Path:
 def lose_pins(host: Host) -> None:
     """As if bpffs were unmounted."""
     run(["rm", "-rf", host.settings.pin_dir], status=0)
+
+
+@contextmanager
+def boxes(host: Host) -> Iterator[tuple[Path, Path, Puppet, tuple[str, int]]]:
+    """A cgroup, another one, a process in the first, and where it tries to connect to."""
+    with (
+        new_cgroup("box") as box,
+        new_cgroup("other") as other,
+        host.client.listener(CLIENT4) as listener,
+        puppet(box, host.netns.path) as one,
+    ):
+        yield box, other, one, (CLIENT4, listener.getsockname()[1])
 
 
 # ---- graftd says that it cannot serve a container
@@ -111,13 +124,7 @@ def run_to_its_end(host: Host, how: str, without: str, *words: Word) -> None:
 def test_a_container_stays_confined_whose_hooks_are_replaced_by_half(
     own: Host, denies: Path, how: str, without: str
 ) -> None:
-    with (
-        new_cgroup("box") as box,
-        new_cgroup("other") as other,
-        own.client.listener(CLIENT4) as listener,
-        puppet(box, own.netns.path) as one,
-    ):
-        where = CLIENT4, listener.getsockname()[1]
+    with boxes(own) as (box, other, one, where):
         attach: list[Word] = ["attach", "--cgroup", box, "--policy", denies]
         own.graft(*attach)
         lose_pins(own)
@@ -146,13 +153,7 @@ def test_a_container_without_a_record_stays_confined(
     own: Host, denies: Path, tmp_path: Path, how: str, without: str
 ) -> None:
     """The folder was removed; or a command has another one (GRAFT_RUN_DIR), and the same maps."""
-    with (
-        new_cgroup("box") as box,
-        new_cgroup("other") as other,
-        own.client.listener(CLIENT4) as listener,
-        puppet(box, own.netns.path) as one,
-    ):
-        where = CLIENT4, listener.getsockname()[1]
+    with boxes(own) as (box, other, one, where):
         own.graft("attach", "--cgroup", box, "--policy", denies)
         environment = dict(own.environment)
         if how == "removed":

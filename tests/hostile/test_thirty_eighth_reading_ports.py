@@ -277,7 +277,7 @@ def test_nobody_has_the_lock_of_a_file_that_is_removed(host: Host, monkeypatch: 
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(ConflictError), daemon_process.daemon_lock(settings):
         pass
-    monkeypatch.setattr(daemon_process, "_is_at", lambda fd, path: True)
+    monkeypatch.setattr(daemon_process, "is_at", lambda fd, path: True)
     with daemon_process.daemon_lock(settings):
         assert not (settings.run_dir / GRAFTD_LOCK).exists()
 
