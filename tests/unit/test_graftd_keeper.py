@@ -194,6 +194,10 @@ class Kept:
         """The notes, when there are so many."""
         return until(f"{count} notes", lambda: self.notes if len(self.notes) >= count else [], timeout=40)
 
+    def wait_until_ready(self) -> None:
+        """Until the first has said so: the keeper waits far longer for one that has not, and it notes before it says."""
+        assert os.read(self.ready, 10) == b"ready"
+
 
 @pytest.fixture
 def start_keeper(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
@@ -285,6 +289,7 @@ os.kill = lambda pid, signum: kill(pid, 0 if signum == signal.SIGKILL else signu
 def test_one_that_does_not_end_though_it_is_killed_is_left_behind(start_keeper: Callable[..., Kept]) -> None:
     kept = start_keeper(STORES + WAITS, watchdog=1.5 * PATIENCE, before=UNKILLABLE)
     [[first, _]] = kept.noted(1)
+    kept.wait_until_ready()
     os.kill(int(first), signal.SIGSTOP)
     try:
         second, words = kept.noted(2)[1]
@@ -310,6 +315,7 @@ except BlockingIOError:
 def test_one_that_is_left_behind_keeps_no_lock_from_the_next_one(start_keeper: Callable[..., Kept]) -> None:
     kept = start_keeper(LOCKS + STORES + WAITS, watchdog=1.5 * PATIENCE, before=UNKILLABLE)
     [[first, _], _] = kept.noted(2)
+    kept.wait_until_ready()
     os.kill(int(first), signal.SIGSTOP)
     try:
         assert [words for _, words in kept.noted(4)][2:] == ["has the lock", "given p1=in-flight"]
@@ -325,6 +331,7 @@ def test_one_that_is_killed_leaves_the_next_one_another_lock(start_keeper: Calla
     """(Who has opened its file before is refused that lock: daemon_process.py.)"""
     kept = start_keeper(LOCKS + STORES + WAITS, watchdog=1.5 * PATIENCE)
     [[first, _], _] = kept.noted(2)
+    kept.wait_until_ready()
     with open(kept.folder / GRAFTD_LOCK) as before:
         os.kill(int(first), signal.SIGSTOP)
         assert kept.noted(4)[2][1] == "has the lock"
