@@ -195,7 +195,7 @@ class Kept:
         return until(f"{count} notes", lambda: self.notes if len(self.notes) >= count else [], timeout=40)
 
     def wait_until_ready(self) -> None:
-        """Until the first has said so: the keeper waits far longer for one that has not, and it notes before it says."""
+        """Until the first has said so, after its note: the keeper waits far longer for one that has not."""
         assert os.read(self.ready, 10) == b"ready"
 
 
