@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,10 @@ def _group(item: pytest.Item) -> str:
     names: Any = getattr(item, "fixturenames", ())
     if item.path.name in MACHINE_FILES or MACHINE_FIXTURES & set(names):
         return "machine"
-    return item.nodeid if item.nodeid.startswith(LONG) else str(item.path)
+    return item.nodeid if item.nodeid.startswith(LONG) else item.location[0]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own, which reads the groups, would come first
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest groups go first and the quick unit tests last, so that no process has to wait for another at the end
     (with --no-loadscope-reorder).
@@ -70,6 +71,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_unit = "tests/unit/" in item.nodeid
         longest.setdefault(group, 0 if item.nodeid.startswith(LONG) else 1 if group == "machine" else 2 + is_unit)
     items.sort(key=lambda item: longest[_group(item)])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """With --dist loadgroup, pytest-xdist writes a test's group into its id: without it, groups would be spread."""
+    grouped = session.config.getoption("loadgroup", False)
+    if grouped and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("this pytest-xdist does not group tests with this pytest (pyproject.toml)")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure's text may have bytes that are no UTF-8 (names that tests give): pytest-xdist cannot send those."""
+    report = yield
+    text = str(report.longrepr or "")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        report.longrepr = text.encode(errors="backslashreplace").decode()
+    return report
 
 
 @contextmanager

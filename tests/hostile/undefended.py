@@ -903,15 +903,11 @@ def _bounded_addresses() -> None:
 
 def _names_of_any_bytes() -> None:
     """A record is written that cannot be read again: of a cgroup whose name is not UTF-8."""
-    from graft.kernel.atomic_file import prepare_file
     from graft.model import json_text
     from graft.state import records
 
-    def prepare(settings: Settings, container: records.Container) -> Any:
-        return prepare_file(records.folder_of(settings) / f"{container.id}.json", records.encode(container).encode())
-
     json_text.raw_path = json_text.path
-    records.prepare = prepare
+    records.encode_checked = lambda container: records.encode(container).encode()
 
 
 def _hooks_stay() -> None:
