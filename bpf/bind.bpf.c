@@ -110,8 +110,7 @@ static __always_inline struct endpoint *decide_bind(struct bpf_sock_addr *ctx, s
 		*verdict = refuse(&owner, GRAFT_DECISION_REFUSED_BIND);
 		return 0;
 	}
-	if (request->protocol == IPPROTO_UDP && request->endpoint_port &&
-	    meets_leftover(ctx, owner.id, endpoint, request->endpoint_port)) {
+	if (meets_leftover(ctx, request, endpoint)) {
 		count(owner.id, GRAFT_DECISION_REFUSED_BIND);
 		*verdict = refuse_with(EADDRINUSE);
 		return 0;

@@ -66,13 +66,30 @@ static __always_inline int relay_listens(struct bpf_sock_addr *ctx, struct owner
 	return is_released_relay(sk, owner->id);
 }
 
+/* Puts what is stored of a datagram socket's earlier connect aside: this one may fail, or another thread's may be the last.
+ * Of the two the one that says where the socket is connected now is not lost. Returns 0 where there is no memory. */
+static __always_inline int put_aside(struct bpf_sock *sk, struct crossing *crossing)
+{
+	struct crossing *former;
+
+	if (crossing->role != GRAFT_CROSSING_REDIRECTED || !crossing->near_port)
+		return 1;
+	former = former_crossings.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!former)
+		return 0;
+	if (!former->near_port || !is_still_there(sk, former) || is_still_there(sk, crossing))
+		*former = *crossing;
+	return 1;
+}
+
 /* Stores the requested destination with a socket, for getpeername and for graftd. Returns 0 where there is no memory. */
 static __always_inline int store_crossing(struct bpf_sock_addr *ctx, struct owner *owner, struct request *request)
 {
-	struct crossing *crossing = crossings.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	struct bpf_sock *sk = ctx->sk;
+	struct crossing *crossing = crossings.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	u64 ids = bpf_get_current_uid_gid();
 
-	if (!crossing)
+	if (!crossing || !put_aside(sk, crossing))
 		return 0;
 	__builtin_memcpy(crossing->addr, request->addr, 16);
 	crossing->port = request->port;
@@ -154,11 +171,14 @@ static __always_inline int write_source(struct source *source, struct endpoint *
 /* How many ports of a range a connect tries. */
 #define GRAFT_PORT_TRIES 32
 
-/* Whether a datagram socket would have this port of the endpoint together with another container's. */
-static __always_inline int is_others_port(struct bpf_sock_addr *ctx, struct request *request, struct endpoint *endpoint,
-					  u16 port)
+/* Who connects does not share the port with who listens: a socket that was lent it could listen there too, and is in the
+ * server's group before any hook is called. (Before 6.1 the kernel does not let a hook set this.) */
+static __always_inline void keep_out_of_group(struct bpf_sock_addr *ctx, struct request *request, struct endpoint *endpoint)
 {
-	return request->protocol == IPPROTO_UDP && port && meets_others(ctx, request->container, endpoint, port);
+	int off = 0;
+
+	if (request->protocol == IPPROTO_TCP && endpoint->port)
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &off, sizeof(off));
 }
 
 /* Binds a socket that has no source yet to the endpoint that `source` has the address of.
@@ -169,8 +189,9 @@ static __always_inline int bind_source(struct bpf_sock_addr *ctx, struct source 
 	u32 first = endpoint->port, last = endpoint->last_port, start, try;
 	int error;
 
+	keep_out_of_group(ctx, request, endpoint);
 	if (!last) {
-		if (!is_others_port(ctx, request, endpoint, first))
+		if (!meets_others(ctx, request, endpoint))
 			return !bpf_bind(ctx, (void *)source, size);
 		refuse_with(EADDRINUSE);
 		return 0;

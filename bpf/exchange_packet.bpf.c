@@ -37,14 +37,7 @@ static __always_inline int is_peer(struct bpf_sock *sk, u8 family, u32 *address,
 /* The remote end that a socket is connected to by the relay; NULL where it is not. */
 static __always_inline struct crossing *connected_end(struct bpf_sock *sk)
 {
-	struct crossing *crossing;
-
-	if (!is_connected(sk))
-		return 0;
-	crossing = crossings.sk_storage_get(sk, 0, 0);
-	if (!crossing || crossing->role != GRAFT_CROSSING_REDIRECTED || !is_still_there(sk, crossing))
-		return 0;
-	return crossing;
+	return is_connected(sk) ? standing_crossing(sk) : 0;
 }
 
 /* Whether an exchange is with the remote end that a socket is connected to; NULL: it is not, and any will do. */

@@ -50,8 +50,12 @@
 #define IPPROTO_UDP 17
 #define IPPROTO_ICMPV6 58
 #define IPPROTO_MPTCP 262
+#define SOL_SOCKET 1
+#define SO_REUSEPORT 15
 #define SOCK_STREAM 1
 #define SOCK_DGRAM 2
+#define SOL_SOCKET 1
+#define SO_REUSEPORT 15
 
 /* ---- maps -------------------------------------------------------------------------------------- */
 
@@ -117,6 +121,7 @@ SK_STORAGE(options, struct options, BPF_F_NO_PREALLOC);
 BPF_HASH(relays, u32, struct relay, GRAFT_MAX_CONTAINERS);
 BPF_TABLE("lru_hash", struct arrival, struct crossing, arrivals, GRAFT_MAX_ARRIVALS);
 SK_STORAGE(crossings, struct crossing, BPF_F_NO_PREALLOC);
+SK_STORAGE(former_crossings, struct crossing, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct exchange_slot, struct exchange, exchanges, GRAFT_MAX_EXCHANGES, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct exchange_client, u32, exchange_clients, GRAFT_MAX_EXCHANGES, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct stand_in_key, struct stand_in, stand_ins, GRAFT_MAX_STAND_INS, BPF_F_NO_PREALLOC);

@@ -387,7 +387,8 @@ struct berth {
 #define GRAFT_CROSSING_RELAYED 4    /* a relay's, accepted from a container: the requested destination */
 #define GRAFT_CROSSING_LISTENER 5   /* a relay's, listening for a container's redirected connections: no address */
 
-/* `crossings`: socket storage, the remote end of a relayed connection. */
+/* `crossings`: socket storage, the remote end of a relayed connection. `former_crossings`: the one before, of a datagram
+ * socket that was connected anew. */
 struct crossing {
 	__u8 addr[16];
 	__u16 port;
@@ -483,6 +484,6 @@ struct settings {
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 	__u8 hooks[16];  /* which text the programs in force were compiled from (graft/datapath/renewal.py) */
 };
-#define GRAFT_LAYOUT_VERSION 18
+#define GRAFT_LAYOUT_VERSION 19
 
 #endif

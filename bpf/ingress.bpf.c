@@ -126,6 +126,17 @@ static __always_inline int is_forged(struct __sk_buff *skb, struct owner *owner,
 	return 0;
 }
 
+/* Whether a datagram arrives at a port that its socket had before there was a policy, and another container is granted now and
+ * serves at. The kernel prefers a socket that is connected to the sender, or (over IPv6) that was, to any server. */
+static __always_inline int is_for_another(struct __sk_buff *skb, struct owner *owner, struct packet *packet)
+{
+	struct packet to = *packet;
+
+	__builtin_memset(to.from, 0, sizeof(to.from));
+	to.from_port = 0;
+	return is_released_others(receiver_of(skb, &to), owner->id, ANY_NETNS, GRAFT_NONE_GRANTED);
+}
+
 static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *owner)
 {
 	struct bpf_sock *sk = skb->sk;
@@ -174,9 +185,12 @@ static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *ow
 	read_sender(&remote, &packet);
 	if (is_forged(skb, owner, &remote, packet.plain))
 		return drop(owner);
+	if (open && is_multicast(&packet))
+		return PASS;
 	if (open) {
-		if (!is_multicast(&packet))
-			note_arrival(skb, owner, &packet, endpoint);
+		if (!id && !binds_freely(owner->container) && is_for_another(skb, owner, &packet))
+			return drop(owner);
+		note_arrival(skb, owner, &packet, endpoint);
 		return PASS;
 	}
 	/* At an endpoint that it has lost it receives not even from permitted destinations. */

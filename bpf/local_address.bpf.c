@@ -165,6 +165,19 @@ static __always_inline int is_still_there(struct bpf_sock *sk, struct crossing *
 	return bpf_ntohl(sk->family == AF_INET6 ? ip[3] : ip4) == crossing->near;
 }
 
+/* What is stored of the connect by which a socket of a container is connected to Graft's relay; NULL: it is not. */
+static __always_inline struct crossing *standing_crossing(struct bpf_sock *sk)
+{
+	struct crossing *crossing = crossings.sk_storage_get(sk, 0, 0);
+
+	if (!crossing || crossing->role != GRAFT_CROSSING_REDIRECTED)
+		return 0;
+	if (is_still_there(sk, crossing))
+		return crossing;
+	crossing = former_crossings.sk_storage_get(sk, 0, 0);
+	return crossing && is_still_there(sk, crossing) ? crossing : 0;
+}
+
 /* Whether a socket is bound to its endpoint. One that released the port of its bind and has another one is not. */
 static __always_inline int is_bound(struct bpf_sock *sk, struct tag *tag, struct container *container, u64 netns)
 {

@@ -2,7 +2,6 @@
 /* setsockopt: records the options set before a swap, and refuses those that bypass the policy. */
 
 #define SOL_IP 0
-#define SOL_SOCKET 1
 #define SOL_IPV6 41
 #define SO_BINDTODEVICE 25
 #define SO_MARK 36
@@ -81,6 +80,13 @@ static __always_inline int frees_source(u32 type, u32 protocol, int level, int n
 static __always_inline int misreads_addresses(u32 protocol, int level, int name)
 {
 	return protocol == IPPROTO_UDP && level == SOL_IPV6 && name == IPV6_ADDRFORM;
+}
+
+/* What keep_out_of_group has set, of a socket that an endpoint has lent its port. */
+static __always_inline int joins_group(struct tag *tag, u32 protocol, int level, int name)
+{
+	return protocol == IPPROTO_TCP && tag && tag->source && tag->lent & GRAFT_LENT_PORT && level == SOL_SOCKET &&
+	       name == SO_REUSEPORT;
 }
 
 /* How a socket sends to groups, whether it receives those that others joined, and leaving one. */
@@ -226,7 +232,8 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	type = sk->type;
 	protocol = sk->protocol;
 	if (bypasses_policy(ctx->level, ctx->optname) || frees_source(type, protocol, ctx->level, ctx->optname) ||
-	    misreads_addresses(protocol, ctx->level, ctx->optname)) {
+	    misreads_addresses(protocol, ctx->level, ctx->optname) ||
+	    joins_group(owner.tag, protocol, ctx->level, ctx->optname)) {
 		if (!owner.tag && shares_host_netns(owner.container, bpf_get_netns_cookie(ctx)))
 			owner.home = GRAFT_HOME_HOST;
 		if (owner.home == GRAFT_HOME_HOST && is_confined(&owner) && !permits_multicast(ctx, sk, &owner)) {

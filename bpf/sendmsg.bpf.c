@@ -50,12 +50,7 @@ static __always_inline int goes_to_mapped_peer(struct bpf_sock *sk, struct reque
 /* Whether a send is to the peer of a socket whose connect was redirected to Graft's relay. */
 static __always_inline int goes_to_relayed_peer(struct bpf_sock_addr *ctx, struct request *request)
 {
-	struct crossing *crossing;
-
-	if (!goes_to_peer(ctx, request) && !goes_to_mapped_peer(ctx->sk, request))
-		return 0;
-	crossing = crossings.sk_storage_get(ctx->sk, 0, 0);
-	return crossing && crossing->role == GRAFT_CROSSING_REDIRECTED && is_still_there(ctx->sk, crossing);
+	return (goes_to_peer(ctx, request) || goes_to_mapped_peer(ctx->sk, request)) && standing_crossing(ctx->sk);
 }
 
 /* The source address of a datagram can be set for it alone, and is set: a control message may have named another one,

@@ -135,11 +135,7 @@ static __always_inline struct crossing *shown_peer(struct bpf_sock_addr *ctx)
 {
 	struct crossing *crossing = crossings.sk_storage_get(ctx->sk, 0, 0);
 
-	if (!crossing)
-		return 0;
-	if (crossing->role == GRAFT_CROSSING_REDIRECTED)
-		return is_still_there(ctx->sk, crossing) ? crossing : 0;
-	return crossing->role == GRAFT_CROSSING_ACCEPTED ? crossing : 0;
+	return crossing && crossing->role == GRAFT_CROSSING_ACCEPTED ? crossing : standing_crossing(ctx->sk);
 }
 
 int graft_getpeername4(struct bpf_sock_addr *ctx)

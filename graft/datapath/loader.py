@@ -65,6 +65,7 @@ MAPS = (
     "stand_in_ports",
     "offers",
     "crossings",
+    "former_crossings",
     "ferries",
     "berths",
     "counters",

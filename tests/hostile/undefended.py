@@ -160,6 +160,7 @@ def _at_once(file: str, function: str, statement: str) -> Change:
 _WITHOUT_A_PEER = _at_once(
     "local_address.bpf.c", "int outlasts_its_peer(struct bpf_sock *sk, struct tag *tag)", "return 0;"
 )
+_BESIDE_OTHERS = ("connect.bpf.c", "if (!meets_others(ctx, request, endpoint))", "if (1)")
 _ASTRAY = ("destination.bpf.c", "\treturn !is_noted_as_hosts(netns, packet->to, GRAFT_IPV4);", "\treturn 0;")
 _BY_ITS_SOCKET = (
     "destination.bpf.c",
@@ -474,7 +475,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _WITHOUT_A_PEER,
     ),
     # Anybody on the host reaches the listener that graftd alone is to reach.
-    "leftovers at its port": (("bind.bpf.c", "    meets_leftover(", "    0 && meets_leftover("),),
+    "leftovers at its port": (("bind.bpf.c", "if (meets_leftover(ctx, request, endpoint))", "if (0)"),),
     # Of the sockets at a port a bind looks only for those that had an endpoint.
     "lent and free ports": (
         _at_once(
@@ -484,7 +485,38 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     # An endpoint lends the port that another container has.
-    "others at a lent port": (("connect.bpf.c", "if (!is_others_port(ctx, request, endpoint, first))", "if (1)"),),
+    "others at a lent port": (_BESIDE_OTHERS,),
+    # And who is lent it joins the group of who listens there.
+    "group of a lent port": (
+        _BESIDE_OTHERS,
+        ("connect.bpf.c", "\tkeep_out_of_group(ctx, request, endpoint);\n", ""),
+        _at_once("options.bpf.c", "int joins_group(struct tag *tag, u32 protocol, int level, int name)", "return 0;"),
+    ),
+    # A port that was bound freely once is its socket's, whoever is granted it.
+    "earlier port": (
+        _at_once(
+            "ingress.bpf.c",
+            "int is_for_another(struct __sk_buff *skb, struct owner *owner, struct packet *packet)",
+            "return 0;",
+        ),
+    ),
+    # A port counts as granted when the hook after the bind has been called.
+    "being bound": (
+        (
+            "shared_port.bpf.c",
+            "if (!tag->endpoint || (tag->bound_port && tag->bound_port != local.port))",
+            "if (!tag->endpoint || tag->bound_port != local.port)",
+        ),
+    ),
+    # Of the connects of a socket only the last one is known, whatever became of it.
+    "former connects": (
+        (
+            "local_address.bpf.c",
+            "\tcrossing = former_crossings.sk_storage_get(sk, 0, 0);\n"
+            "\treturn crossing && is_still_there(sk, crossing) ? crossing : 0;",
+            "\treturn 0;",
+        ),
+    ),
     # What a ferry has brought from a peer that it has forgotten is shown as from the ferry.
     "forgotten peers": (
         (
