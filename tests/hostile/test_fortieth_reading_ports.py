@@ -25,6 +25,7 @@ from tests.support.udp import udp
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
+DENY = "default: deny\n"
 COUNT = 12
 SECRET = b"of a client"
 ALL = f"{COUNT} {SECRET.decode()}"
