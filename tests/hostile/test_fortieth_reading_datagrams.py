@@ -1,4 +1,4 @@
-"""What a fortieth reading found: a UDP socket of transport splice forgot its remote end by a connect that a rule grants,
+"""What a fortieth reading found: a UDP socket of transport splice forgot its remote end by a connect that is granted,
 and that the kernel refuses after the hook has let it pass. It heard the next client who got its place then, was shown
 the relay's address as its peer, and could not name the source of what it sent.
 """
