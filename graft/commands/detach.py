@@ -38,14 +38,28 @@ def detach(
     is not there and only waited for, that ends, and the result is what was saved. Raises NotFoundError.
     """
     graft.reap()
-    waiting = None if saving.is_attached(graft, text) else saving.find_waiting(graft, text)
-    if waiting is not None:
-        store = Store(graft.settings)
-        with store.locked():
-            saving.forget(store, waiting, save)
+    if (waiting := _end_waiting(graft, text, save)) is not None:
         return waiting
     container = find(graft, text)
     return take_away(graft, container, keep_connections, saving.removed(graft.settings, container, save))
+
+
+def _end_waiting(graft: Installation, text: str, save: bool) -> SavedAttachment | None:
+    """End the waiting of the one that ``text`` names, and give it; None where none waits. Looked for again under the
+    lock: who restores has that when it attaches one, which does not wait any more then.
+    """
+    if _find_waiting(graft, text) is None:
+        return None
+    store = Store(graft.settings)
+    with store.locked():
+        waiting = _find_waiting(graft, text)
+        if waiting is not None:
+            saving.forget(store, waiting, save)
+    return waiting
+
+
+def _find_waiting(graft: Installation, text: str) -> SavedAttachment | None:
+    return None if saving.is_attached(graft, text) else saving.find_waiting(graft, text)
 
 
 def take_away(
