@@ -85,7 +85,8 @@ def _attach_once(
     for _ in range(_TRIES):
         seen = look_at(graft, target, wanted, relay)
         seen.ensure_daemon(graft, policy)
-        with seen.within_reach(), saving.alone(graft.settings, save):  # nobody restores it meanwhile
+        with seen.within_reach(), saving.alone(graft.settings, save) as is_alone:  # nobody restores it meanwhile
+            saving.remove_left(graft, is_alone)
             if seen.is_current(graft):
                 made = saving.of_attached(target, policy, seen.choice.transport, wanted, relay)
                 with saving.attachment(graft.settings, made, save):

@@ -60,7 +60,8 @@ def _apply_once(graft: Installation, policy: Policy, text: str | None, save: boo
     if text is not None and not saving.find_each_waiting(graft, policy.name, text, save):
         found = find(graft, text)
     chosen = _Choice([found], [], [], []) if found is not None else _choose(graft, compiled, text, save)
-    with _within_reach(chosen.containers, compiled) as reached, saving.alone(graft.settings, save):
+    with _within_reach(chosen.containers, compiled) as reached, saving.alone(graft.settings, save) as is_alone:
+        saving.remove_left(graft, is_alone)
         if found is None:  # others attach and detach
             chosen = _choose(graft, compiled, text, save)
         job = _Job(graft, compiled, text is None, save, reached)

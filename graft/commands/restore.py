@@ -96,6 +96,7 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
         return done
     with store.locked():
         store.tidy()
+        saving.remove_left(graft, is_alone=True)
         done.state, bad = store.read()
         done.set_aside = [store.set_aside(one) for one in bad]
         done.endpoints, done.problems = _restore_endpoints(graft, store, done.state)

@@ -45,14 +45,24 @@ def endpoint(settings: Settings, changed: Endpoint, save: bool) -> Iterator[None
 
 
 @contextlib.contextmanager
-def alone(settings: Settings, save: bool) -> Iterator[None]:
-    """Have the lock on what is saved, if anything is, or (``save``) is to be."""
+def alone(settings: Settings, save: bool) -> Iterator[bool]:
+    """Have the lock on what is saved, if anybody ever had it, or (``save``) something is to be saved. Gives whether."""
     store = Store(settings)
-    if not save and not store.exists:
-        yield
+    if not save and not store.has_lock:
+        yield False
         return
     with store.locked():
-        yield
+        yield True
+
+
+def remove_left(graft: Installation, is_alone: bool) -> None:
+    """Remove the rules that a killed command has written and nobody has: a policy may declare an endpoint anew that
+    they name. In the block of `alone`, which has given ``is_alone``: an import has such rules too, as long as it has
+    the lock on what is saved.
+    """
+    with graft.transaction() as change:
+        if is_alone or not Store(graft.settings).has_lock:
+            change.containers.remove_left()
 
 
 @contextlib.contextmanager

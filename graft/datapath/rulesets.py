@@ -53,12 +53,16 @@ def _put_all(entries: Iterable[_Entry], field: str = "policy") -> None:
                 table.put(key, value)
                 written.append((table, key))
     except BaseException:
-        for table, key in written:
+        for table, key in reversed(written):
             table.delete(key)
         raise
 
 
 def _copies(maps: Maps, numbers: Mapping[int, int], endpoint: int, other: int) -> Iterator[_Entry]:
+    for use, how in maps.uses.items():
+        if use.ruleset in numbers:
+            to = other if use.endpoint == endpoint else use.endpoint
+            yield maps.uses, layout.Use(numbers[use.ruleset], to), how
     tables: tuple[_Table, ...] = (maps.ingress, maps.egress, maps.egress_ports)
     for table in tables:
         for key, value in table.items():
@@ -66,10 +70,6 @@ def _copies(maps: Maps, numbers: Mapping[int, int], endpoint: int, other: int) -
                 key.ruleset = numbers[key.ruleset]
                 value.endpoint = other if value.endpoint == endpoint else value.endpoint
                 yield table, key, value
-    for use, how in maps.uses.items():
-        if use.ruleset in numbers:
-            to = other if use.endpoint == endpoint else use.endpoint
-            yield maps.uses, layout.Use(numbers[use.ruleset], to), how
     for group, one in maps.groups.items():
         if group.id in numbers:
             group.id = numbers[group.id]
@@ -77,7 +77,8 @@ def _copies(maps: Maps, numbers: Mapping[int, int], endpoint: int, other: int) -
 
 
 def _entries(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str, int]) -> Iterator[_Entry]:
-    uses: dict[int, int] = defaultdict(int)
+    for endpoint, how in _uses(rules, endpoint_ids).items():
+        yield maps.uses, layout.Use(number, endpoint), ctypes.c_uint32(how)
     for bind in rules.ingress:
         in_key = layout.IngressKey(
             prefixlen=layout.INGRESS_FIXED_BITS + bind.port_bits,
@@ -88,9 +89,7 @@ def _entries(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str,
             port_be=socket.htons(bind.port),
         )
         in_key.addr[:] = bind.address or bytes(16)
-        endpoint = endpoint_ids[bind.endpoint]
-        uses[endpoint] |= layout.USE_INGRESS | layout.USE_PORT_0 * (not bind.port and bind.port_bits == 16)
-        yield maps.ingress, in_key, layout.IngressValue(endpoint, bind.first_port)
+        yield maps.ingress, in_key, layout.IngressValue(endpoint_ids[bind.endpoint], bind.first_port)
     of_all_ports = _of_all_ports(rules, endpoint_ids)
     for prefix in rules.egress_prefixes:
         out_key = layout.EgressKey(
@@ -109,13 +108,23 @@ def _entries(maps: Maps, number: int, rules: RuleSet, endpoint_ids: Mapping[str,
             port_be=socket.htons(port.port),
         )
         endpoint = 0 if port.endpoint is None else endpoint_ids[port.endpoint]
-        uses[endpoint] |= 0
         yield maps.egress_ports, port_key, layout.EgressPortValue(_stored(port), endpoint)
-    for endpoint, how in uses.items():
-        if endpoint:
-            yield maps.uses, layout.Use(number, endpoint), ctypes.c_uint32(how)
     for group in rules.groups:
         yield maps.groups, _group_key(number, group.version, pack16(group)), ctypes.c_uint32(1)
+
+
+def _uses(rules: RuleSet, endpoint_ids: Mapping[str, int]) -> dict[int, int]:
+    """How a policy's rules use each endpoint that they name. In the maps before the rules: what is there of these, if
+    whoever writes them is killed, is found by it (`with_endpoints`).
+    """
+    uses: dict[int, int] = defaultdict(int)
+    for bind in rules.ingress:
+        port_0 = layout.USE_PORT_0 * (not bind.port and bind.port_bits == 16)
+        uses[endpoint_ids[bind.endpoint]] |= layout.USE_INGRESS | port_0
+    for port in rules.egress_ports:
+        if port.endpoint is not None:
+            uses[endpoint_ids[port.endpoint]] |= 0
+    return uses
 
 
 def _stored(port: EgressPortEntry) -> int:

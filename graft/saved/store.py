@@ -66,6 +66,7 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self._state_dir = settings.state_dir
+        self._lock = settings.state_dir / "saved.lock"
         self.folder = settings.state_dir / "saved"
         self._paused = settings.run_dir / "paused"
 
@@ -74,13 +75,18 @@ class Store:
         """Whether anything was ever saved, and not forgotten since."""
         return self.folder.exists()
 
+    @property
+    def has_lock(self) -> bool:
+        """Whether anybody has, or ever had, the lock."""
+        return self._lock.exists()
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock on what is saved, until the block ends or the process dies. Raises KernelError."""
         with contextlib.ExitStack() as stack:
             try:
                 self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-                stack.enter_context(locked_file(self._state_dir / "saved.lock", _LOCK_SECONDS))
+                stack.enter_context(locked_file(self._lock, _LOCK_SECONDS))
             except OSError as error:
                 raise _unsaved(self._state_dir, error) from error
             yield

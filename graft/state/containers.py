@@ -295,7 +295,9 @@ class ContainerChanges(Containers):
             records.save(self._settings, done.before)
 
     def remove_left(self) -> None:
-        """Remove the rules that are nobody's: those of an exchange that was killed. Not while another one is made."""
+        """Remove the rules that are nobody's: those of a command that was killed. Not between an `exchange` and what
+        follows it.
+        """
         left = rulesets.with_endpoints(self._maps) - {value.ruleset for _, value in self._maps.containers.items()}
         if left:
             rulesets.retire(self._maps, left)
