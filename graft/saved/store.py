@@ -6,6 +6,8 @@
 
 A change writes one file: first beside its place (`prepare_endpoint`, `prepare_attachment`), which is what fails on a
 full disk; then the change is made; then the file is renamed. A killed command leaves the old file or the new one.
+Where the whole is replaced in three steps, a killed one may leave all of the old in `saved.old`: it counts as saved,
+and the next to have the lock puts it back.
 
 The files are root's. One that others can write is not read, and neither is a folder.
 """
@@ -73,7 +75,13 @@ class Store:
     @property
     def exists(self) -> bool:
         """Whether anything was ever saved, and not forgotten since."""
-        return self.folder.exists()
+        return self._in_place.exists()
+
+    @property
+    def _in_place(self) -> Path:
+        """The folder with what is saved: the old one, where a command that was killed has put none in its place."""
+        old = old_of(self.folder)
+        return old if old.exists() and not self.folder.exists() else self.folder
 
     @property
     def has_lock(self) -> bool:
@@ -82,14 +90,25 @@ class Store:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock on what is saved, until the block ends or the process dies. Raises KernelError."""
+        """Hold the lock on what is saved, until the block ends or the process dies. What a killed command has begun to
+        replace is as it was by then. Raises KernelError.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 stack.enter_context(locked_file(self._lock, _LOCK_SECONDS))
+                self._finish_exchange()
             except OSError as error:
                 raise _unsaved(self._state_dir, error) from error
             yield
+
+    def _finish_exchange(self) -> None:
+        """Finish what a killed command began (graft.kernel.atomic_file.exchange): before anybody makes a folder anew in
+        the place of what is saved.
+        """
+        old = old_of(self.folder)
+        if old.exists():
+            shutil.rmtree(old, ignore_errors=True) if self.folder.exists() else old.rename(self.folder)
 
     # ---- reading --------------------------------------------------------------------------------
 
@@ -115,11 +134,12 @@ class Store:
             return None
 
     def _each(self, kind: str, read: Callable[[Path], T], bad: list[BadFile]) -> Iterator[tuple[Path, T]]:
-        folder = self.folder / kind
+        whole = self._in_place
+        folder = whole / kind
         if not folder.exists():
             return
         _check_folder(self._state_dir, follow=True)  # an operator may have it elsewhere
-        for checked in (self.folder, folder):
+        for checked in (whole, folder):
             _check_folder(checked)
         for path in sorted(folder.iterdir()):
             if path.name.startswith("."):  # written by a command that was killed
@@ -161,10 +181,7 @@ class Store:
         _remove(self.folder / ATTACHMENTS / file_name(target))
 
     def tidy(self) -> None:
-        """Remove what killed commands left, and finish what one began (graft.kernel.atomic_file.exchange)."""
-        old = old_of(self.folder)
-        if old.exists():
-            shutil.rmtree(old, ignore_errors=True) if self.folder.exists() else old.rename(self.folder)
+        """Remove what killed commands left."""
         for path in (*self.folder.glob("*/.*"), self._beside):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

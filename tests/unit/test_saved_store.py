@@ -211,7 +211,8 @@ def test_what_is_for_now_ends_with_what_was_saved_also_where_the_command_is_kill
 def test_a_replacement_that_was_killed_between_its_steps_is_finished(store: Store) -> None:
     store.prepare_all(saved_state([ENDPOINT], []))
     store.folder.rename(store.folder.with_name("saved.old"))
-    store.tidy()
+    with store.locked():
+        store.tidy()
     assert store.read() == (whole(), []), "the old state, whole"
     assert sorted(path.name for path in store.folder.parent.iterdir()) == ["saved", "saved.lock"]
 
