@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from graft.commands import renew, up, watcher_process
-from graft.datapath.dataplane import is_up
+from graft.datapath import dataplane
 from graft.errors import ConflictError, GraftError
 from graft.kernel.mounts import BPFFS, MOUNT, mount_bpffs
 from graft.kernel.ownership import problem_of
@@ -93,15 +93,20 @@ def _make_private(folder: Path) -> None:
 
 def _data_plane(settings: Settings) -> Iterator[Ailment]:
     try:
-        if is_up(settings):
+        if dataplane.is_up(settings):
             if problem := renew.problem(settings):
-                yield Ailment("hooks", problem, "graft up", partial(renew.renew, settings))
+                yield Ailment("hooks", problem, "graft up", partial(_mend_hooks, settings))
         elif Store(settings).exists:
             yield Ailment(
                 "data plane", "something is saved, and Graft is not up", "graft up", lambda: up.bring_up(settings)
             )
     except ConflictError as error:
         yield Ailment("data plane", error.message, "stop the containers, then: graft down; graft up")
+
+
+def _mend_hooks(settings: Settings) -> None:
+    dataplane.up(settings)
+    renew.renew(settings)
 
 
 def _processes(settings: Settings) -> Iterator[Ailment]:

@@ -22,6 +22,10 @@ _SEARCH_TIMEOUT = 10.0
 
 def problem(settings: Settings) -> str:
     """What is wrong with the hooks in force; empty where they are this Graft's. Raises NotUpError."""
+    try:
+        dataplane.check_supervised(settings)
+    except KernelError:
+        return "they are not all attached to the cgroup of supervisors: what these make is not confined"
     return "" if renewal.is_current(settings) else "those in force are of another version of Graft"
 
 

@@ -2,6 +2,9 @@
 
 A socket belongs to the container of the cgroup that it was created in; the cgroup storage `scopes`, made by the
 attachment, names that container. An attachment lasts as long as its cgroup.
+
+Whose a program is, of those with one name on a cgroup, the kernel says by the maps that it uses: another version's
+has those that are pinned (renewal.py), that of a data plane that is gone has others, which nobody finds any more.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from graft.datapath import layout
@@ -72,19 +76,23 @@ def _opened_programs(settings: Settings, programs: Sequence[Program]) -> Iterato
 def attach(settings: Settings, path: Path, container: int, splice: bool = False, replaces: bool = False) -> None:
     """Attach the programs to the cgroup at ``path``, for ``container`` (0: Graft's own). Repeatable.
 
-    ``splice``: those of that transport too. ``replaces``: each in the place of its predecessor, which a data plane that
-    is gone has left there, in one step. All of them or none: what was attached before a failure is detached again; but
-    not what has replaced others, without which the cgroup would have none. Raises KernelError.
+    ``splice``: those of that transport too. Each is put in the place of another version's, in one step, and
+    (``replaces``) of what a data plane that is gone has left there. All of them or none: what was attached before a
+    failure is detached again; but not what has replaced others, without which the cgroup would have none. Raises
+    KernelError.
     """
     wanted = _wanted(settings, splice)
+    maps = _maps_of_pinned(settings)
     if replaces:  # the scope is there with the first one, which decides nothing, before the others replace any
         wanted.sort(key=lambda program: program.name != "getsockname4")
     with _opened(path) as cgroup_fd, _opened_programs(settings, wanted) as programs:
         done: list[tuple[int, int]] = []
         try:
             for program, (fd, kind) in zip(wanted, programs, strict=True):
-                if bpf.prog_id(fd) not in bpf.prog_ids(cgroup_fd, kind):
-                    _attach_one(cgroup_fd, fd, kind, program.function if replaces else None)
+                if not _is_in(cgroup_fd, fd, kind) and not _replace_one(
+                    cgroup_fd, fd, kind, program.function, maps, of_any_maps=replaces
+                ):
+                    bpf.prog_attach(cgroup_fd, fd, kind)
                     done.append((fd, kind))
                 if replaces and fd == programs[0][0]:
                     set_scope(settings, path, container)
@@ -96,30 +104,46 @@ def attach(settings: Settings, path: Path, container: int, splice: bool = False,
             raise KernelError(f"cannot attach to the cgroup {path}: {error}") from error
 
 
+def is_attached(settings: Settings, path: Path) -> bool:
+    """Whether each program that a cgroup needs is attached to the one at ``path``, or another version's instead."""
+    wanted = _loaded(settings, PROGRAMS)
+    try:
+        with _opened(path) as cgroup_fd, _opened_programs(settings, wanted) as programs:
+            found = zip(wanted, programs, strict=True)
+            others = [(program, kind) for program, (fd, kind) in found if not _is_in(cgroup_fd, fd, kind)]
+            maps = _maps_of_pinned(settings) if others else frozenset()
+            return bool(wanted) and all(any(_on_maps(cgroup_fd, kind, one.function, maps)) for one, kind in others)
+    except FileNotFoundError:
+        return False
+
+
 def renew(settings: Settings, path: Path, number: int = 0) -> None:
-    """Put the programs that are pinned in the place of those of the same names on the cgroup at ``path``, each in one
-    step, if the cgroup's id is ``number`` (0: any). Repeatable, and safe for a cgroup that was removed. Raises OSError.
+    """Put the programs that are pinned in the place of another version's on the cgroup at ``path``, each in one step,
+    if the cgroup's id is ``number`` (0: any). Those of a data plane that is gone stay. Repeatable, and safe for a
+    cgroup that was removed. Raises OSError.
     """
-    every = _loaded(settings, ALL_PROGRAMS)
+    every, maps = _loaded(settings, ALL_PROGRAMS), _maps_of_pinned(settings)
     with (
         contextlib.suppress(FileNotFoundError),
         _opened(path, number) as cgroup_fd,
         _opened_programs(settings, every) as fds,
     ):
         for program, (fd, kind) in zip(every, fds, strict=True):
-            if bpf.prog_id(fd) not in bpf.prog_ids(cgroup_fd, kind):
-                _replace_one(cgroup_fd, fd, kind, program.function)
+            if not _is_in(cgroup_fd, fd, kind):
+                _replace_one(cgroup_fd, fd, kind, program.function, maps)
 
 
-def _attach_one(cgroup_fd: int, fd: int, kind: int, replaced: str | None) -> None:
-    """Attach a program, in the place of one with the name ``replaced`` where there is one."""
-    if not replaced or not _replace_one(cgroup_fd, fd, kind, replaced):
-        bpf.prog_attach(cgroup_fd, fd, kind)
+def _is_in(cgroup_fd: int, fd: int, kind: int) -> bool:
+    """Whether a program is attached to a cgroup."""
+    return bpf.prog_id(fd) in bpf.prog_ids(cgroup_fd, kind)
 
 
-def _replace_one(cgroup_fd: int, fd: int, kind: int, name: str) -> bool:
-    """Attach a program in the place of one with that name; false where there is none."""
-    for number in _named(cgroup_fd, kind, name):
+def _replace_one(
+    cgroup_fd: int, fd: int, kind: int, name: str, maps: frozenset[int], of_any_maps: bool = False
+) -> bool:
+    """Attach a program in the place of one with that name, on these maps if there is one; false where there is none."""
+    others = _named(cgroup_fd, kind, name) if of_any_maps else ()
+    for number in chain(_on_maps(cgroup_fd, kind, name, maps), others):
         old = bpf.prog_by_id(number)
         try:
             bpf.prog_replace(cgroup_fd, fd, old, kind)
@@ -132,6 +156,20 @@ def _replace_one(cgroup_fd: int, fd: int, kind: int, name: str) -> bool:
 def _named(cgroup_fd: int, kind: int, name: str) -> Iterator[int]:
     """The ids of the programs with that name that are attached to a cgroup."""
     return (number for number in bpf.prog_ids(cgroup_fd, kind) if bpf.prog_name(number) == name[:_NAME_BYTES])
+
+
+def _on_maps(cgroup_fd: int, kind: int, name: str, maps: frozenset[int]) -> Iterator[int]:
+    """Those of them that use one of these maps, or none at all: such a program says the same to everybody."""
+    for number in _named(cgroup_fd, kind, name):
+        used = bpf.prog_maps(number)
+        if not used or not used.isdisjoint(maps):
+            yield number
+
+
+def _maps_of_pinned(settings: Settings) -> frozenset[int]:
+    """The ids of the maps that the pinned programs use: no two data planes have any in common."""
+    with _opened_programs(settings, _loaded(settings, ALL_PROGRAMS)) as programs:
+        return frozenset().union(*(bpf.prog_maps(bpf.prog_id(fd)) for fd, _ in programs))
 
 
 def _detach_by_id(cgroup_fd: int, number: int, kind: int) -> None:

@@ -104,18 +104,27 @@ def is_up(settings: Settings) -> bool:
 
 
 def up(settings: Settings) -> None:
-    """Make the data plane, if it is not there. Repeatable, and quick when it is there.
+    """Make the data plane, if it is not there, and attach its programs to the supervisors' cgroup, as far as the kernel
+    says that they are not. Repeatable, and quick when all is there.
 
     Raises PrivilegeError, KernelError, ConflictError.
     """
     require_root()
     # Where that is, is looked up in the own folder in /proc: without the lock.
     supervisors = supervisors_cgroup(settings)
-    if not is_up(settings) or not supervisors.exists():
+    if not is_up(settings) or not attachments.is_attached(settings, supervisors):
         with locked(settings):
             if not is_up(settings):
                 _make(settings)
             _make_supervisors_cgroup(settings)
+
+
+def check_supervised(settings: Settings) -> None:
+    """Raises KernelError where programs are not attached to the supervisors' cgroup: what is made there would not be
+    confined.
+    """
+    if not attachments.is_attached(settings, supervisors_cgroup(settings)):
+        raise KernelError("not all hooks are attached to the cgroup of supervisors", "graft up")
 
 
 def _make(settings: Settings) -> None:
@@ -179,12 +188,21 @@ def _load(settings: Settings, folder: Path) -> Loaded:
 
 
 def _make_supervisors_cgroup(settings: Settings) -> None:
-    """Make the supervisors' cgroup, attach the programs to it, and enable what limits each supervisor in it."""
+    """Make the supervisors' cgroup, attach the programs to it, and enable what limits each supervisor in it. Where that
+    fails, nobody has it: who would enter it fails too.
+    """
     folder = supervisors_cgroup(settings)
     cgroup.make(keepers_cgroup(settings))
     cgroup.enable_controllers(folder, SUPERVISOR_CONTROLLERS)
     # In the place of those of a data plane that is gone, unless sockets of its containers are still made there.
-    attachments.attach(settings, folder, 0, replaces=not cgroup.populated(folder))
+    is_empty = not cgroup.populated(folder)
+    try:
+        attachments.attach(settings, folder, 0, replaces=is_empty)
+    except KernelError:
+        if is_empty:
+            with contextlib.suppress(KernelError):
+                cgroup.remove(folder, patience=0)
+        raise
 
 
 def unpin(folder: Path) -> None:

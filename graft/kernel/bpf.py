@@ -33,6 +33,7 @@ _REPLACE = 4  # BPF_F_REPLACE, since 5.6
 _NOEXIST = 1  # BPF_NOEXIST
 _AT_ONCE = 8192
 QUERY_EFFECTIVE = 1
+_MOST_MAPS = 64  # MAX_USED_MAPS: of one program
 
 # enum bpf_attach_type
 ATTACH_TYPES = {
@@ -237,8 +238,8 @@ def prog_ids(cgroup_fd: int, attach_type: int, effective: bool = False) -> list[
     return list(ids[: attr.prog_cnt])
 
 
-def _prog_info(prog_fd: int) -> _ProgInfo:
-    info = _ProgInfo()
+def _prog_info(prog_fd: int, wanted: _ProgInfo | None = None) -> _ProgInfo:
+    info = wanted or _ProgInfo()
     call(_OBJ_GET_INFO_BY_FD, _InfoAttr(prog_fd, ctypes.sizeof(info), ctypes.addressof(info)))
     return info
 
@@ -253,16 +254,29 @@ def prog_by_id(number: int) -> int:
     return call(_PROG_GET_FD_BY_ID, _IdAttr(number))
 
 
-def prog_name(number: int) -> str:
-    """The name of the program with that id, its first 15 bytes; empty where it no longer exists."""
+def _info_by_id(number: int, wanted: _ProgInfo) -> _ProgInfo | None:
+    """None where there is no such program any more."""
     try:
         fd = prog_by_id(number)
     except FileNotFoundError:
-        return ""
+        return None
     try:
-        return bytes(_prog_info(fd).name).decode(errors="replace")
+        return _prog_info(fd, wanted)
     finally:
         os.close(fd)
+
+
+def prog_name(number: int) -> str:
+    """The name of the program with that id, its first 15 bytes; empty where it no longer exists."""
+    info = _info_by_id(number, _ProgInfo())
+    return "" if info is None else bytes(info.name).decode(errors="replace")
+
+
+def prog_maps(number: int) -> frozenset[int]:
+    """The ids of the maps that the program with that id uses; none where it no longer exists."""
+    ids = (ctypes.c_uint32 * _MOST_MAPS)()
+    info = _info_by_id(number, _ProgInfo(maps=_MOST_MAPS, map_ids=ctypes.addressof(ids)))
+    return frozenset() if info is None else frozenset(ids[: info.maps])
 
 
 def map_shape(map_fd: int) -> MapShape:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from graft.datapath import layout
+from graft.datapath import dataplane, layout
 from graft.kernel import cgroup, netns, process
 from graft.kernel.pidfd import has_ended
 from graft.kernel.seccomp import Listener
@@ -72,6 +72,7 @@ def supervise(work: Supervision) -> NoReturn:
         process.close_all_but({work.listener, work.keeper, *work.others})
         process.raise_descriptor_limit()
         graft = Installation(settings)
+        dataplane.check_supervised(settings)
         containers = [one.id for one in graft.containers.listing()]
         enter_own_cgroup(settings, container.id, container.cgroup_path, containers)
         namespaces = NamespaceSwitch(settings.host_netns, lambda cookie: _namespace_path(graft, container, cookie))

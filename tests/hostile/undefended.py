@@ -1393,6 +1393,13 @@ def _put_aside() -> None:
     restored.ensure_restored = lambda settings: None
 
 
+def _hooks_of_supervisors() -> None:
+    """Where there is a cgroup of supervisors, the hooks are taken to be attached to it."""
+    from graft.datapath import attachments
+
+    attachments.is_attached = lambda settings, path: path.exists()
+
+
 def _left_behind() -> None:
     """Who asks about folders again and again does not remember which children hung there."""
 
@@ -1668,6 +1675,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "unrecorded": _unrecorded,
     "nesting": _nesting,
     "put aside": _put_aside,
+    "hooks of supervisors": _hooks_of_supervisors,
     "left behind": _left_behind,
     "others in the cgroup": _others_in_the_cgroup,
     "search": _search,
