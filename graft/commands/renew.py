@@ -2,6 +2,8 @@
 
 A folder of a cgroup may be held by whoever may list it, and whoever looks it up waits then. So a child does that, with
 a timeout; under the lock, because what is attached meanwhile would have the hooks of before.
+
+The watcher works by the code that it was started with, so it is started anew with this Graft's.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from graft.commands import watcher_process
 from graft.datapath import attachments, dataplane, renewal
 from graft.errors import KernelError
 from graft.kernel import cgroup
@@ -33,7 +36,7 @@ def renew(settings: Settings) -> None:
     """Replace the hooks in force, if they are not this Graft's. Containers, rules and connections stay as they are.
 
     Raises what `renewal.pin_new` raises, then nothing is changed, and KernelError where a container still has the old
-    ones: it names these, and the next call tries again.
+    ones, which it names, or the watcher of before does not end; the next call tries again.
     """
     if renewal.is_current(settings):
         return
@@ -50,6 +53,7 @@ def renew(settings: Settings) -> None:
                 f"the hooks of another version are still in force for {', '.join(left)}: somebody holds the directory",
                 "`graft up` again when it is free",
             )
+        watcher_process.restart(settings)  # before this is noted: who is killed here has the next one do it
         renewal.note_current(settings)
 
 

@@ -27,6 +27,7 @@ from graft.commands.restore import Restored, restore
 from graft.commands.sightings import Sightings
 from graft.commands.watched_folders import HELD, Interest, WatchedFolders
 from graft.commands.watcher_process import note_problems, watcher_lock
+from graft.datapath import dataplane
 from graft.errors import ConflictError, GraftError
 from graft.keeper.lines import write_line
 from graft.kernel import cgroup, journal, unix_files
@@ -120,7 +121,9 @@ class Watcher:
         self._noted: list[str] | None = None
 
     def run(self) -> None:
-        """Watch until a signal ends the process, or (without ``keep``) nothing is saved any more."""
+        """Watch until a signal ends the process, or (without ``keep``) nothing is saved any more. Raises ConflictError
+        where the data plane is another version's.
+        """
         self._watch()
         self._schedule.start()
         while True:
@@ -156,7 +159,18 @@ class Watcher:
     def _is_done(self) -> bool:
         return not self._keep and not self._schedule.due and not self._watched_state().attachments
 
+    def check_layout(self) -> None:
+        """Raises ConflictError where the maps are another version's, for which that one's watcher is to run."""
+        try:
+            dataplane.is_up(self._settings)
+        except ConflictError as error:
+            self._log(str(error), Priority.ERROR)
+            raise
+        except (GraftError, OSError):  # who works with the maps says it
+            pass
+
     def _try(self) -> None:
+        self.check_layout()
         try:
             with Installation(self._settings) as graft:
                 done = restore(graft, self._sightings)
@@ -234,7 +248,8 @@ class Log:
 
 
 def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None:
-    """Run the watcher in the foreground. Raises ConflictError where one runs already.
+    """Run the watcher in the foreground. Raises ConflictError where one runs already, or the data plane is another
+    version's.
 
     ``ready`` is a descriptor that a byte is written to when it watches.
     """
@@ -249,6 +264,7 @@ def run(settings: Settings, keep: bool = True, ready: int | None = None) -> None
         cgroup.enter(folder)
         watcher = Watcher(settings, keep, lock.note, log)
         gc.freeze()
+        watcher.check_layout()  # before anybody is told that it watches
         if ready is not None:
             os.write(ready, b"+")
             os.close(ready)
@@ -262,7 +278,7 @@ def main() -> None:
     try:
         run(Settings.from_environment(), keep=False, ready=int(sys.argv[1]))
     except ConflictError:
-        pass  # another command started one first
+        pass  # another command started one first; or it has logged why
     except GraftError as error:
         Log()(error.message, Priority.ERROR)
         sys.exit(error.exit_code)

@@ -190,6 +190,14 @@ def stop(settings: Settings) -> bool:
     return was_running
 
 
+def restart(settings: Settings) -> None:
+    """Have one with the Graft of this process in the place of the watcher that runs, if any does. Raises KernelError
+    where that does not end.
+    """
+    if stop(settings):
+        ensure_running(settings)
+
+
 def _send(settings: Settings, signum: int, seconds: float) -> None:
     """Send a signal to the process that has the lock, and wait for its end: its number is read before its descriptor is
     opened, and after.

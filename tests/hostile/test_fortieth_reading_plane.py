@@ -1,5 +1,5 @@
 """What a fortieth reading found of hooks that `graft up` took for attached: it asked whether their cgroup was there.
-After an upgrade it replaced those of a lost data plane too, and freed who was under them.
+After an upgrade it replaced those of a lost data plane too, and freed who was under them; the watcher stayed as it was.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from graft.commands import health, renew
-from graft.datapath import attachments, dataplane, layout
+from graft.commands import health, renew, watcher_process
+from graft.datapath import attachments, dataplane, layout, renewal
 from graft.datapath.programs import PROGRAMS
+from graft.errors import KernelError
 from graft.kernel import bpf, cgroup
+from tests.e2e.test_saved_state import box, saver, watcher_of
 from tests.hostile.conftest import graft_without, lines_of
 from tests.kernel.test_renewal import Machine
 from tests.support.cgroups import attach_points
@@ -25,8 +27,10 @@ from tests.support.installation import GRAFT, Host
 from tests.support.namespaces import CLIENT4, HOST4
 from tests.support.program import Program
 from tests.support.shell import Word, run
+from tests.support.wait import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+__all__ = ["box", "saver"]
 
 EVERY = {program.attach for program in PROGRAMS}
 
@@ -207,3 +211,51 @@ def test_an_upgrade_leaves_what_a_lost_data_plane_confines(bare_host: Host, monk
         be_upgraded(host)
         renew.renew(host.settings)
         assert not machine.confines() and born.connects(), "control"
+
+
+# ---- the watcher -----------------------------------------------------------------------------------------
+
+
+def test_the_watcher_leaves_maps_of_another_layout_alone(saver: Host, box: Path) -> None:
+    saver.graft("attach", "--cgroup", box, "--deny")
+    watcher_process.stop(saver.settings)
+    box.rmdir()
+    change_settings(saver, lambda value: setattr(value, "version", value.version + 1))
+    box.mkdir()
+    try:
+        assert "was made by another version of Graft" in saver.graft("watch", status=4).stderr
+        assert not watcher_process.ensure_running(saver.settings)
+        assert "was made by another version of Graft" in (saver.settings.run_dir / "watcher.log").read_text()
+        assert attach_points(box) == set()
+
+        saver.start_command([*graft_without("layout of the watcher"), "watch"])
+        until("control: it attaches", lambda: attach_points(box) == EVERY)
+        watcher_process.stop(saver.settings)
+    finally:
+        change_settings(saver, lambda value: setattr(value, "version", layout.LAYOUT_VERSION))
+
+
+def test_an_upgrade_has_the_watcher_started_anew(saver: Host, box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver.graft("attach", "--cgroup", box, "--deny")
+    first = watcher_of(saver)
+    assert first
+    monkeypatch.setattr(renewal, "pin_new", lambda settings: None)  # only the note of them changes
+
+    def does_not_end(settings: object) -> bool:
+        raise KernelError("the watcher does not end")
+
+    with monkeypatch.context() as without:
+        without.setattr(watcher_process, "stop", does_not_end)
+        be_upgraded(saver)
+        with pytest.raises(KernelError):
+            renew.renew(saver.settings)
+        assert not renewal.is_current(saver.settings), "the next one tries again"
+        without.setattr(watcher_process, "restart", lambda settings: None)
+        be_upgraded(saver)
+        renew.renew(saver.settings)
+        assert watcher_of(saver) == first, "control"
+
+    be_upgraded(saver)
+    renew.renew(saver.settings)
+    assert watcher_of(saver) not in (0, first)
+    assert renewal.is_current(saver.settings)

@@ -1400,6 +1400,11 @@ def _hooks_of_supervisors() -> None:
     attachments.is_attached = lambda settings, path: path.exists()
 
 
+def _layout_of_the_watcher() -> None:
+    """The watcher works on what it finds pinned."""
+    watcher.Watcher.check_layout = lambda self: None  # type: ignore[method-assign]
+
+
 def _left_behind() -> None:
     """Who asks about folders again and again does not remember which children hung there."""
 
@@ -1676,6 +1681,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "nesting": _nesting,
     "put aside": _put_aside,
     "hooks of supervisors": _hooks_of_supervisors,
+    "layout of the watcher": _layout_of_the_watcher,
     "left behind": _left_behind,
     "others in the cgroup": _others_in_the_cgroup,
     "search": _search,
