@@ -58,6 +58,7 @@ def import_(
     done = import_state(settings, state)
     say(*done.lines())
     warn(*cut_off(Installation(settings), {one.name for one in state.endpoints}))
+    done.check_in_force()
     check_served(done.unserved)
 
 

@@ -5,8 +5,8 @@ of up.py). Repeatable: what is in force already stays as it is, and so does what
 with `--no-save`. A container that starts again has the policy that it was given with that.
 
 A container is looked for where it was last seen, without asking its engine: at boot that may not have started, and may
-itself be waiting for `graft up`. Engines are asked only where containers run that are not known: wherever an engine has
-made a container's cgroup (`--cgroup-parent`, a pod), its id is in the name.
+itself be waiting for `graft up`. Engines are asked only where containers run that are not known to be saved: wherever
+an engine has made a container's cgroup (`--cgroup-parent`, a pod), its id is in the name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from graft.state.records import Container
 
 T = TypeVar("T")
 
-CONTAINER_NAME = re.compile(r"(?:^|[^0-9a-f])[0-9a-f]{64}(?:[^0-9a-f]|$)", re.ASCII)
+CONTAINER_NAME = re.compile(r"(?:^|[^0-9a-f])([0-9a-f]{64})(?:[^0-9a-f]|$)", re.ASCII)
 """The name of a container's cgroup has its id, whatever the engine and its cgroup driver."""
 
 _ENGINE_KINDS = ("docker", "podman")
@@ -218,6 +218,21 @@ def _look_at(
     return look_at(graft, found, Transport.DIRECT, saved.relay, stay_direct, over)
 
 
+def look_for(
+    graft: Installation, attachments: Sequence[SavedAttachment]
+) -> tuple[dict[Target, FoundContainer], dict[Target, str]]:
+    """Where these are, of those that are there; and of which that cannot be known, with the reason. Under no lock."""
+    finder, found, unknown = _Finder(graft, attachments), dict[Target, FoundContainer](), dict[Target, str]()
+    for one in attachments:
+        try:
+            place = finder.find(one)
+        except Exception as error:  # of this one: the others are looked for
+            unknown[one.target] = _message(error)
+        else:
+            found |= {} if place is None else {one.target: place}
+    return found, unknown
+
+
 def _note_last(store: Store, saved: SavedAttachment, found: FoundContainer, container: Container) -> None:
     """Save where a container is now."""
     now = saving.of_attached(found, saved.policy, container.transport, saved.transport, saved.relay)
@@ -234,7 +249,8 @@ class _Finder:
         seen = _ask_of_each(_cgroup_id, paths)
         self._there = {path: number for path, number in seen.items() if number}
         self._unknown = set(paths) - seen.keys()
-        self._known = {one.cgroup_path.name for one in graft.containers.listing() if one.is_operators}
+        attached = [one for one in graft.containers.listing() if one.is_operators]
+        self._known = {one.cgroup_path.name for one in attached if one.cgroup_path in paths}
         self._silent: dict[str, str] = {}
 
     def _last_path(self, saved: SavedAttachment) -> Path | None:
@@ -247,8 +263,8 @@ class _Finder:
 
     @cached_property
     def _strangers(self) -> tuple[bool, list[str]]:
-        """Whether there are cgroups of containers that are not known; and the folders that somebody holds, where some
-        may be.
+        """Whether there are cgroups of containers that are not known to be one of these; and the folders that somebody
+        holds, where some may be. One that is attached may be one of these all the same, attached by another name.
         """
         names, held = container_folders(self._top)
         return not self._known.issuperset(names), [str(self._top / name) for name in held]

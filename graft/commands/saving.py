@@ -6,8 +6,8 @@
 All of it has the lock on what is saved (graft/saved/store.py), so that nobody restores meanwhile what is being taken
 away. That lock is taken before the installation's.
 
-A container belongs to the saved attachment that was last seen at its cgroup: its name may have been written in several
-ways.
+A container belongs to the saved attachment that was last seen at its cgroup, because its name may have been written in
+several ways; and to the one that has the name by which it is attached: where that was last seen may not be known.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def attachment(settings: Settings, made: SavedAttachment | None, save: bool) -> 
 def policy_of(settings: Settings, container: Container, policy: Policy, save: bool) -> Iterator[None]:
     """The same for another policy of a container, if its attachment is saved."""
     store = Store(settings)
-    each = _each_at(store, container.cgroup_path)
+    each = _each_of(store, container)
     change = _in_place_of(store, [replace(one, policy=policy) for one in each])
     with change if save else _noted_for_now(store, each, policy):
         yield
@@ -142,7 +142,7 @@ def removed(settings: Settings, container: Container, save: bool) -> Iterator[No
         yield
         return
     with store.locked():
-        each = _each_at(store, container.cgroup_path)
+        each = _each_of(store, container)
         yield
         for saved in each:
             forget(store, saved, save)
@@ -165,9 +165,24 @@ def waiting(graft: Installation) -> list[SavedAttachment]:
     store = Store(graft.settings)
     if not store.exists:
         return []
-    attached = {below_mount(one.cgroup_path) for one in graft.containers.listing() if one.is_operators}
-    found = [one for one in store.read()[0].attachments if one.last.cgroup not in attached]
-    return [wanted_or_saved(store, one) for one in found]
+    attached = [one for one in graft.containers.listing() if one.is_operators]
+    each = store.read()[0].attachments
+    there = container_of_each(each, attached)
+    return [wanted_or_saved(store, one) for one in each if one.target not in there]
+
+
+def container_of_each(each: Sequence[SavedAttachment], containers: Sequence[Container]) -> dict[Target, Container]:
+    """The container of each of these, of those that have one."""
+    by_path = {path: one for one in containers if (path := below_mount(one.cgroup_path))}
+    by_name = {name: one for one in containers for name in names_of(one)}
+    found = {one.target: by_path.get(one.last.cgroup) or by_name.get(one.target) for one in each}
+    return {target: container for target, container in found.items() if container is not None}
+
+
+def names_of(container: Container) -> set[Target]:
+    """By its cgroup, and by the name that its engine has for it, if it is attached by that."""
+    named = None if container.engine == "cgroup" else Target.of(container.engine, container.name)
+    return {Target("cgroup", below_mount(container.cgroup_path)), *([named] if named else [])}
 
 
 def wanted_or_saved(store: Store, saved: SavedAttachment) -> SavedAttachment:
@@ -206,13 +221,10 @@ def saved_otherwise(graft: Installation, policy: str, others: Sequence[SavedAtta
     """What is saved under a policy with that name, and has one of another name for now, or in force; not ``others``,
     which wait.
     """
-    store, waits = Store(graft.settings), {one.target for one in others}
-    by_path = {below_mount(one.cgroup_path): one.policy for one in graft.containers.listing()}
-    return [
-        one
-        for one in store.read()[0].attachments
-        if one.policy.name == policy and one.target not in waits and by_path.get(one.last.cgroup) != policy
-    ]
+    each, waits = Store(graft.settings).read()[0].attachments, {one.target for one in others}
+    there = container_of_each(each, graft.containers.listing())
+    under_it = {target for target, container in there.items() if container.policy == policy}
+    return [one for one in each if one.policy.name == policy and one.target not in waits | under_it]
 
 
 @contextlib.contextmanager
@@ -273,6 +285,13 @@ def below_mount(path: Path) -> str:
 def at(store: Store, path: Path) -> SavedAttachment | None:
     """The attachment that was last seen at a cgroup."""
     return next(iter(_each_at(store, path)), None)
+
+
+def _each_of(store: Store, container: Container) -> list[SavedAttachment]:
+    """What is saved of a container that is attached."""
+    each = store.read()[0].attachments
+    mine = container_of_each(each, [container])
+    return [one for one in each if one.target in mine]
 
 
 def _each_at(store: Store, path: Path) -> list[SavedAttachment]:

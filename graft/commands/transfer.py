@@ -1,7 +1,8 @@
 """`graft export`, `graft import`: the whole of what is saved, as YAML.
 
 An import makes the machine what the file says: endpoints are made, changed and deleted, containers attached, given
-other policies, and detached. It is all or nothing:
+other policies, and detached. Which of those that are attached the file names is found out first (identified.py). It is
+all or nothing:
 
     1. the file is read and every policy in it checked; what is to be saved is written beside what is saved
     2. endpoints are made and changed, attached containers given their policies; each step has one that undoes it
@@ -9,29 +10,31 @@ other policies, and detached. It is all or nothing:
     4. containers that the file does not have are detached, endpoints deleted, and other containers attached
 
 Steps 1 to 3 are undone if anything fails. Step 4 takes away what was looked at before, and attaches as `graft up` does:
-what cannot be attached waits. What it takes away is noted in step 3: where it is ended, the next import does it.
+what cannot be attached waits, and what is there and not as the file says is named. What it takes away is noted in step
+3: where it is ended, the next import does it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from graft.commands import saving, watcher_process
+from graft.commands import identified, saving, watcher_process
 from graft.commands.detach import stop_serving
+from graft.commands.identified import Looked
 from graft.commands.policy_apply import exchange_policy, update_relay
-from graft.commands.restore import restore
+from graft.commands.restore import NOT_THERE, restore
 from graft.commands.up import bring_up
 from graft.datapath import rulesets
-from graft.errors import ConflictError, NotFoundError, UnfinishedError, UsageError
+from graft.errors import ConflictError, KernelError, NotFoundError, UnfinishedError, UsageError
 from graft.kernel.atomic_file import write_atomically
 from graft.kernel.credentials import require_root
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import PolicyError, Problem
-from graft.saved.model import SavedAttachment, SavedState, outlives_boot
+from graft.saved.model import SavedAttachment, SavedState, Target, outlives_boot
 from graft.saved.store import Store
 from graft.saved.text import MAX_BYTES, export_text, import_text
 from graft.state import dropped, inventory, members
@@ -93,6 +96,15 @@ class Imported:
     waiting: dict[str, str] = field(default_factory=dict)
     unserved: list[str] = field(default_factory=list)
     """Containers that graftd does not serve by their new policies yet, or may still serve, each with the reason."""
+    kept: list[str] = field(default_factory=list)
+    """Those that were attached by others, and have kept their policies."""
+
+    def check_in_force(self) -> None:
+        """Raises UnfinishedError for containers that are, or may be, there, and not under the policies of the file."""
+        left = [f"{name} waits: {why}" for name, why in sorted(self.waiting.items()) if why != NOT_THERE]
+        left += [f"{name} keeps the policy that it has" for name in self.kept]
+        if left:
+            raise UnfinishedError(f"saved, but not in force: {'; '.join(left)}", "graft ps, graft import again")
 
     def lines(self) -> list[str]:
         """A line for each kind of change that there was."""
@@ -116,15 +128,16 @@ def import_state(settings: Settings, state: SavedState) -> Imported:
     store = Store(settings)
     with Installation(settings) as graft:
         graft.reap()
+        looked = identified.look(graft, state, store.read()[0])  # a container can prolong that: under no lock
         with store.locked():
-            job = _Import(graft, store, state)
+            job = _Import(graft, store, looked)
             job.change()
         job.take_away()
-        done = job.tell_graftd()  # a container can prolong that, and what follows: under no lock
+        done = job.tell_graftd()  # and that, and what follows
         reasons = restore(graft).waiting
         left = {one.target.text for one in saving.waiting(graft)}  # the watcher may have attached others meanwhile
         done.waiting = {name: why for name, why in reasons.items() if name in left}
-        done.attached = job.attached_since(left)
+        job.look_again(left)
     if state.attachments:
         watcher_process.ensure_running(settings)
     return done
@@ -133,12 +146,15 @@ def import_state(settings: Settings, state: SavedState) -> Imported:
 class _Import:
     """One import. `change` is called under the lock on what is saved, the rest under none."""
 
-    def __init__(self, graft: Installation, store: Store, state: SavedState) -> None:
-        self._graft, self._store, self._state = graft, store, state
+    def __init__(self, graft: Installation, store: Store, looked: Looked) -> None:
+        self._graft, self._store, self._looked = graft, store, looked
         self._before = store.read()[0]
         self._left = dropped.noted(graft.settings)
+        self._listed = {one.id: one for one in graft.containers.listing()}
+        self._mine = self._identified()
+        self._state = identified.seen_at(looked, self._mine)
         self._done = Imported()
-        self._missing: list[str] = []
+        self._missing: list[Target] = []
         self._removed: list[Container] = []
         self._exchanged: list[Exchanged] = []
         self._undo: list[tuple[str, Callable[[], object]]] = []
@@ -147,6 +163,7 @@ class _Import:
     def change(self) -> None:
         """Make all of it, or nothing, but for what has to go then."""
         self._removed = self._to_be_removed()
+        self._refuse_removing_unknown(self._removed)
         self._refuse_deleting_used(self._removed)
         with self._graft.transaction() as changes:
             changes.containers.remove_left()
@@ -171,9 +188,15 @@ class _Import:
         for replaced in self._replaced_endpoints:
             self._under_lock(partial(EndpointChanges.complete, done=replaced))
 
-    def attached_since(self, left: Collection[str]) -> list[str]:
-        """Those that were not attached before, and are now: all but ``left``."""
-        return [name for name in self._missing if name not in left]
+    def look_again(self, left: Collection[str]) -> None:
+        """Note which of those that were not found are attached now: all but ``left``. One that was attached before all
+        the same, and is as it was, has kept its policy.
+        """
+        now = saving.container_of_each(self._store.read()[0].attachments, self._graft.containers.listing())
+        for target in (one for one in self._missing if one.text not in left):
+            container = now.get(target)
+            is_as_before = container is not None and self._listed.get(container.id) == container
+            (self._done.kept if is_as_before else self._done.attached).append(target.text)
 
     def _note_dropped(self) -> None:
         """Note what has to go, which nothing that is saved tells of from here on."""
@@ -268,7 +291,7 @@ class _Import:
         What a container has asked for itself keeps the operator from nothing.
         """
         gone = set(self._deleted())
-        own = {one.id for one in (*removed, *self._attached().values())}
+        own = {one.id for one in (*removed, *self._mine.values())}
         for container in self._graft.containers.listing():
             used = gone.intersection(container.endpoints)
             if used and container.id not in own and container.is_operators:
@@ -279,30 +302,40 @@ class _Import:
 
     def _saved_as(self) -> dict[int, str]:
         """What each container is saved as that is attached now, by its number; or was, when an import was ended."""
-        saved = {one.last.cgroup: one.target.text for one in self._before.attachments if one.last.cgroup}
-        there = {one.id: saving.below_mount(one.cgroup_path) for one in self._graft.containers.listing()}
-        left = {number: name for number, name in self._left.containers.items() if number in there}
-        return left | {number: saved[path] for number, path in there.items() if path in saved}
+        there = saving.container_of_each(self._before.attachments, [*self._listed.values()])
+        left = {number: name for number, name in self._left.containers.items() if number in self._listed}
+        return left | {one.id: target.text for target, one in there.items()}
 
-    def _attached(self) -> dict[str, Container]:
-        """These containers, by what they are saved as."""
-        by_id = {one.id: one for one in self._graft.containers.listing()}
-        return {name: by_id[number] for number, name in self._saved_as().items() if number in by_id}
+    def _identified(self) -> dict[Target, Container]:
+        """The attached container of each attachment of the file. What a container has asked for itself is none of the
+        operator's: where the file has a policy for it, that takes its place as `graft up` has it do.
+        """
+        names = self._saved_as()
+        attached = [one for one in self._listed.values() if one.is_operators or one.id in names]
+        return identified.identify(self._looked, attached, names)
 
     def _to_be_removed(self) -> list[Container]:
-        kept, names = {one.target.text for one in self._state.attachments}, self._saved_as()
-        return [one for one in self._graft.containers.listing() if names.get(one.id) not in (*kept, None)]
+        kept, names = {one.id for one in self._mine.values()}, self._saved_as()
+        return [one for one in self._listed.values() if one.id in names and one.id not in kept]
+
+    def _refuse_removing_unknown(self, removed: Collection[Container]) -> None:
+        """Raises KernelError where one that is to be detached may be one that the file has by another name."""
+        for target, why in self._looked.unknown.items():
+            some = [one.name for one in removed if target not in self._mine and identified.may_be(target, one)]
+            if some:
+                message = f"where {target.text} is cannot be known ({why}): it may be one of those to be detached"
+                raise KernelError(f"{message}, {', '.join(some)}", "try again, or detach them first: graft detach")
 
     def _replace_policies(self) -> None:
         """Give each attached container the policy of the file: another may be in force than the one that was saved."""
         before = {one.target: saving.wanted_or_saved(self._store, one).policy for one in self._before.attachments}
-        attached = self._attached()
-        together = {one.id for one in attached.values()}
+        together, done = {one.id for one in self._mine.values()}, set[int]()
         for one in self._state.attachments:
-            container = attached.get(one.target.text)
+            container = self._mine.get(one.target)
             if container is None:
-                self._missing.append(one.target.text)
-            else:
+                self._missing.append(one.target)
+            elif container.id not in done:  # of two names for one, which have one policy
+                done.add(container.id)
                 try:
                     self._exchange(one, container, together)
                 except NotFoundError:
@@ -315,7 +348,8 @@ class _Import:
     def _exchange(self, one: SavedAttachment, container: Container, together: Collection[int]) -> None:
         """The old rules stay until nothing can fail any more, so that those come back that were in force."""
         kept = {done.ruleset for done in self._exchanged}
-        done = exchange_policy(self._graft, container, one.policy, together, kept)
+        named = identified.as_named(one.target, container)
+        done = replace(exchange_policy(self._graft, named, one.policy, together, kept), before=container)
         self._exchanged.append(done)
         undo = partial(self._of_containers, partial(ContainerChanges.undo, done=done))
         self._undo.append((one.target.text, undo))

@@ -31,7 +31,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from graft.commands import policy_apply, policy_learn, restore, saving, transfer, watcher
+from graft.commands import identified, policy_apply, policy_learn, restore, saving, transfer, watcher, watcher_process
+from graft.commands.identified import Looked
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.commands.transport_choice import choose_transport
 from graft.datapath import bcc_compiler
@@ -60,6 +61,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener, shim
 from graft.oci.state import State
+from graft.saved.model import SavedAttachment, Target
 from graft.saved.store import Store
 from graft.saved.whole import PreparedWhole
 from graft.splice.datagram_clients import Client
@@ -1587,7 +1589,29 @@ def _saved_otherwise() -> None:
     saving.__dict__["saved_otherwise"] = lambda graft, policy, others: []
 
 
+def _identified() -> None:
+    """A container is known by where it was last seen, and that is where the file of an import says."""
+
+    def identify(
+        looked: Looked, containers: Sequence[Container], saved_as: Mapping[int, str]
+    ) -> dict[Target, Container]:
+        by_name = {saved_as[one.id]: one for one in containers if one.id in saved_as}
+        each = (one.target for one in looked.state.attachments)
+        return {target: by_name[target.text] for target in each if target.text in by_name}
+
+    def init(self: restore._Finder, graft: Installation, attachments: Sequence[SavedAttachment]) -> None:
+        made(self, graft, attachments)
+        self._known = {one.cgroup_path.name for one in graft.containers.listing() if one.is_operators}
+
+    made, restore._Finder.__init__ = restore._Finder.__init__, init  # type: ignore[method-assign]
+    watcher_process.ensure_running = lambda settings: True  # one that has the defence
+    identified.look = lambda graft, state, before: Looked(state, {}, {})
+    identified.identify, identified.seen_at = identify, lambda looked, mine: looked.state
+    saving.names_of = lambda container: set()
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
+    "identified": _identified,
     "lost named": _lost_named,
     "saved otherwise": _saved_otherwise,
     "for now when lost": _for_now_when_lost,
