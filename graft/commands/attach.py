@@ -257,8 +257,9 @@ def _replace_policy(
             f"cgroup: it is attached with transport {attached.transport}, but now needs {choice.transport}",
             "detach it first: graft detach",
         )
-    name = target.name if target.engine in ("docker", "podman", "systemd") else None
-    return replace_policy(graft, attached, policy, name, relay)
+    if target.engine in ("docker", "podman", "systemd"):  # from here on it is known by that name
+        attached = replace(attached, name=target.name, engine=target.engine)
+    return replace_policy(graft, attached, policy, relay=relay)
 
 
 def _attach_direct(graft: Installation, seen: Seen, policy: Policy) -> Made:

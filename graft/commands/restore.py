@@ -41,7 +41,7 @@ from graft.state import helper_process, members
 from graft.state.engines import FoundContainer, NoAnswerError, is_silent, resolve
 from graft.state.installation import Installation
 from graft.state.left_children import LeftChildren
-from graft.state.records import Container
+from graft.state.records import RUNTIME, Container
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ def _restore_attachment(
     """Attach a container, if it is there and not attached. Returns why it waits, None if it does not.
 
     What a container has asked for itself is no policy of the operator's: it is replaced at that cgroup, and taken away
-    below it.
+    below it. What an annotation of the operator's has chosen is replaced, too.
     """
     try:
         found = finder.find(saved)
@@ -157,7 +157,7 @@ def _restore_attachment(
         container = graft.containers.at(found.cgroup)
         asked = [one for one in graft.containers.listing() if _is_asked_below(one, found.cgroup)]
         seen = attached = None
-        if container is None or not container.is_operators:
+        if container is None or not _is_chosen(container, saved):
             settled = sightings is None or sightings.is_settled(saved.target.text, finder.cgroup_id(found))
             seen = _look_at(graft, found, saved, settled, asked if container is None else None)
             seen.ensure_daemon(graft, store.wanted(saved).policy)
@@ -181,6 +181,14 @@ def _restore_attachment(
     except Exception as error:  # of this one: the others are restored
         return _message(error)
     return None
+
+
+def _is_chosen(container: Container, saved: SavedAttachment) -> bool:
+    """Whether an attached container has its policy by a command. Not where the runtime attached it when it was made
+    again: that chose by its annotation, because it did not know by what name it is saved.
+    """
+    is_known = container.engine != RUNTIME or saved.last.cgroup == saving.below_mount(container.cgroup_path)
+    return container.is_operators and (is_known or saved.target.kind not in _ENGINE_KINDS)
 
 
 def _is_asked_below(container: Container, path: Path) -> bool:

@@ -1,9 +1,12 @@
-"""What the operator has saved for a container that asks for a policy itself, as its image may: that outranks it.
+"""What the operator has saved for a container that asks for a policy: that outranks it.
+
+It outranks what its image may ask for, and an annotation of the operator's too: that is of when the container was made
+and stays so, and what is saved was given to it later, by its name.
 
 A container of that id, or at that cgroup, starts under what is saved, before its program runs. One below a cgroup that
-is saved does not start, as none does below one that is attached. A container that was made again has another id: its
-engine tells its name when it runs, and the saved policy takes the place of what it asked for then
-(graft/commands/restore.py).
+is saved does not start, as none does below one that is attached, unless the operator has chosen what it asks for. A
+container that was made again has another id: its engine tells its name when it runs, and the saved policy takes the
+place of what it asked for then (graft/commands/restore.py).
 
 What is saved is loaded where there is any: a shim, and `graft listen`, stay for long.
 """
@@ -28,14 +31,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def saved_for(plan: Plan, path: Path) -> Iterator[SavedAttachment | None]:
-    """What is saved for the container of ``plan`` at the cgroup ``path``; None where nothing is, or the operator has
-    chosen what it asks for. For the block that attaches it: with the lock on what is saved, if anything is.
+    """What is saved for the container of ``plan`` at the cgroup ``path``; None where nothing is. For the block that
+    attaches it: with the lock on what is saved, if anything is.
 
     Raises RefusedError where it cannot have what is saved, KernelError where that cannot be found out.
     """
-    if plan.policy.origin is Origin.OPERATOR:
-        yield None
-        return
     from graft.saved.store import Store
 
     store = Store(plan.settings)
@@ -54,7 +54,7 @@ def _find(store: Store, plan: Plan, path: Path) -> SavedAttachment | None:
     for saved in store.read()[0].attachments:
         where = saved.target.name if saved.target.kind == "cgroup" else saved.last.cgroup
         is_it = plan.id == saved.last.id or top / where == path
-        is_below = where != "" and top / where in path.parents
+        is_below = where != "" and top / where in path.parents and plan.policy.origin is not Origin.OPERATOR
         if not (is_it or is_below) or store.is_paused(ATTACHMENTS, file_name(saved.target)):
             continue
         if is_below or plan.transport is not Transport.DIRECT:

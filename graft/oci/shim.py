@@ -40,11 +40,10 @@ from graft.splice import client as splice
 from graft.state import leftovers, members
 from graft.state.changed_policy import refuse_changed
 from graft.state.installation import Installation
-from graft.state.records import Container
+from graft.state.records import RUNTIME, Container
 from graft.swap.keeper import Keeper, stop_all
 
 HOOK_SOCKET, LISTENER_SOCKET = "hook", "seccomp"
-_ENGINE = "oci"  # of a container's record
 _EMPTY_TIMEOUT_MS = 2000
 _MAX_SUPERVISORS = 64
 """Of one container. Each is a process of the host's, for as long as what an engine's `exec` started, or left behind, is
@@ -100,7 +99,7 @@ class Attachment:
         attached at its cgroup.
         """
         known = self._graft.containers.at(path)
-        if known is not None and (known.engine, known.name, known.netns) != (_ENGINE, self._plan.id[:12], cookie):
+        if known is not None and (known.engine, known.name, known.netns) != (RUNTIME, self._plan.id[:12], cookie):
             raise RefusedError(f"at its cgroup {path} another container is attached: {known.name}", "graft ps")
         return known
 
@@ -109,7 +108,7 @@ class Attachment:
         refuse_without_supervisor(plan.policy, plan.transport)
         compiled = self._graft.compile(plan.policy)
         self._graft.reap()
-        name, engine = plan.id[:12], _ENGINE
+        name, engine = plan.id[:12], RUNTIME
         with saved_for(plan, path) as saved:
             if saved is not None:
                 compiled, name, engine = self._graft.compile(saved.policy), saved.target.name, saved.target.engine

@@ -20,6 +20,8 @@ from graft.model.transport import Transport
 
 _REQUIRED = {"id", "name", "cgroup", "transport", "netns", "policy", "endpoints"}
 OPERATORS, ASKED, PAIRS = "operator", "asked", "pairs"
+RUNTIME = "oci"
+"""The engine of a container that Graft's OCI runtime has attached, which does not know what engine that is."""
 _MAX_RECORD = 1 << 20
 _MAX_ID, _MAX_COOKIE = (1 << 32) - 1, (1 << 64) - 1
 

@@ -1,5 +1,5 @@
 """What a fortieth reading found in `graft import`, and in what is saved: a container kept a wider policy, or came out
-of its own, because an import did not know which one its file named.
+of its own, because an import did not know which one its file named; an annotation of the operator's outranked it.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from graft.commands import identified, transfer, watcher_process
+from graft.commands import identified, restore, transfer, watcher_process
 from graft.commands import saving as saving_commands
 from graft.errors import KernelError
 from graft.kernel import cgroup
@@ -26,30 +26,20 @@ from graft.state.records import Container
 from tests.e2e.conftest import WritePolicy, _docker, _podman, container_root, docker, podman, write_policy
 from tests.e2e.test_saved_state import attached, box, reboot, saver
 from tests.hostile.conftest import graft_without
-from tests.hostile.test_thirty_eighth_reading_engines import SLEEP, found, may_bind, plain, saving
+from tests.hostile.test_thirty_eighth_reading_engines import SLEEP, alone, found, may_bind, plain, saving
 from tests.hostile.test_thirty_sixth_reading_saved import NARROW, WIDE, connects
+from tests.support import engines
 from tests.support.engines import Engine
 from tests.support.installation import Host
 from tests.support.namespaces import HOST4
 from tests.support.puppet import puppet
 from tests.support.saved import ATTACHMENT, ENDPOINT
-from tests.support.shell import run
+from tests.support.shell import Word, run
 from tests.support.wait import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(250)]
-__all__ = [
-    "_docker",
-    "_podman",
-    "box",
-    "container_root",
-    "docker",
-    "found",
-    "plain",
-    "podman",
-    "saver",
-    "saving",
-    "write_policy",
-]
+__all__ = ["_docker", "_podman", "box", "container_root", "docker", "found", "plain", "podman", "saver", "saving"]
+__all__ += ["write_policy"]
 
 both = pytest.mark.parametrize("without", [False, True], ids=["", "control"])
 
@@ -208,6 +198,62 @@ def test_none_is_detached_that_may_be_one_that_cannot_be_looked_for(
     assert attached(saver, box) != without
     saver.remove_at(box)
     box.rmdir()
+
+
+# ---- an annotation of the operator's, and what is saved ---------------------------------------------
+
+
+Annotated = Callable[[str], Engine]
+
+
+@pytest.fixture
+def annotated(saving: Host, found: Engine, tmp_path: Path) -> Annotated:
+    """podman whose annotations are the operator's, with Graft's runtime, which may lack a defence."""
+    (tmp_path / "none").write_text("trust-annotations: true\n")  # GRAFT_RUNTIME_CONFIG of that runtime
+
+    def make(defence: str) -> Engine:
+        command: list[Word] | None = [*graft_without(defence), "runtime"] if defence else None
+        return replace(found, runtime=("--runtime", str(engines.runtime_script(saving, tmp_path, "crun", command))))
+
+    return make
+
+
+ANNOTATION = ("--annotation", "graft.policy=wide")
+
+
+@both
+def test_one_that_starts_again_has_what_is_saved_and_not_what_its_annotation_says(
+    saving: Host, annotated: Annotated, without: bool
+) -> None:
+    engine = annotated("saved outranks" if without else "")
+    engine.started("web", ANNOTATION, *SLEEP, network="host")
+    assert may_bind(saving, engine, "web")
+    saving.graft("attach", "--cgroup", "podman:web", "--deny")
+    assert not may_bind(saving, engine, "web")
+    alone(saving)
+    engine("restart", "-t", "0", "web")
+    assert may_bind(saving, engine, "web") == without
+    engine.remove("web")
+
+
+@both
+def test_one_that_was_made_again_has_what_is_saved_and_not_what_its_annotation_says(
+    saving: Host, annotated: Annotated, monkeypatch: pytest.MonkeyPatch, without: bool
+) -> None:
+    engine = annotated("")
+    engine.started("web", ANNOTATION, *SLEEP, network="host")
+    saving.graft("attach", "--cgroup", "podman:web", "--deny")
+    alone(saving)
+    engine.remove("web")
+    engine.started("web", ANNOTATION, *SLEEP, network="host")
+    if without:
+        monkeypatch.setattr(restore, "_is_chosen", lambda container, saved: container.is_operators)
+    for _ in range(2):
+        with saving.installation as graft:
+            assert restore.restore(graft).waiting == {}
+        assert may_bind(saving, engine, "web") == without
+    assert ([(one["name"], one["engine"]) for one in saving.ps()] == [("web", "podman")]) != without
+    engine.remove("web")
 
 
 # ---- an import that is killed where folders cannot be exchanged -------------------------------------

@@ -19,7 +19,6 @@ from graft.errors import UsageError
 from graft.kernel import cgroup
 from graft.oci.request import policy_from_pairs
 from graft.saved.store import Store
-from graft.state.records import Container
 from tests.e2e.conftest import _docker, _podman, container_root, docker, podman
 from tests.e2e.test_saved_state import watcher_of
 from tests.hostile.conftest import graft_without
@@ -132,7 +131,7 @@ def test_one_that_was_made_again_has_what_is_saved_and_not_what_its_image_asks_f
     found.remove("web")
     found.started("web", ASKS, *SLEEP, network="host")
     if without:
-        monkeypatch.setattr(Container, "is_operators", property(lambda _: True))
+        monkeypatch.setattr(restore, "_is_chosen", lambda container, saved: True)
     with saving.installation as graft:
         assert restore.restore(graft).waiting == {}
         assert [one.policy for one in graft.containers.listing()] == ["wide" if without else "podman-web"]
