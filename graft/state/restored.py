@@ -16,7 +16,6 @@ from pathlib import Path
 from graft.errors import KernelError
 from graft.kernel.file_lock import locked_file
 from graft.model.settings import Settings
-from graft.saved.whole import old_of
 from graft.state import records
 
 MODULE = "graft.commands.up"
@@ -58,7 +57,7 @@ def ensure_restored(settings: Settings) -> None:
     if is_restored(settings):
         return
     saved = settings.state_dir / "saved"
-    is_any_saved = saved.exists() or old_of(saved).exists()  # as Store.exists, which is slow to import
+    is_any_saved = saved.exists() or (settings.state_dir / "saved.old").exists()  # as Store.exists (graft.saved)
     if not is_any_saved and not any(records.folder_of(settings).glob("*.json")):
         return
     subprocess.run(
