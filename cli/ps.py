@@ -104,6 +104,7 @@ def ps(as_json: Json = False) -> None:
     listing(title, rows, records, as_json)
     if up and (problem := renew.problem(graft.settings)):
         warn(f"graft: hooks: {problem} (graft up)")
+    warn(*(f"graft: not confined: {one.unhooked}" for one in overviews if one.unhooked))
     if waits or watcher_process.is_running(graft.settings):
         warn(*(f"graft: {line}" for line in watcher_process.warnings(graft.settings)))
     warn(*(f"graft: cannot show a container: {error.message}" for error in graft.containers.read_all()[1]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graft.commands import saving
-from graft.commands.policy_apply import refuse_in_splice, replace_policy, update_relay
+from graft.commands.policy_apply import ensure_hooks, refuse_in_splice, replace_policy, update_relay
 from graft.commands.policy_source import with_current
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import ConflictError, NotFoundError, RefusedError
@@ -156,6 +156,8 @@ def look_at(
     record = _record_at(graft, target.cgroup)
     ruleset = 0 if record is None else graft.ruleset_of(record)
     attached = graft.containers.at(target.cgroup)
+    if attached is not None:
+        ensure_hooks(graft, attached)
     inside = members.inside(target.cgroup)
     observed = observe(graft.settings, target.cgroup, inside.pids, attached)
     choice = choose(observed, wanted)

@@ -14,7 +14,6 @@ from graft.datapath import attachments, dataplane
 from graft.errors import ConflictError, GraftError, KernelError
 from graft.kernel import cgroup, netns
 from graft.kernel.credentials import require_root
-from graft.kernel.mounts import check_own
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.saved.store import Store
@@ -88,8 +87,7 @@ def _down(settings: Settings, force: bool) -> list[str]:
         problems = [unstopped] if unstopped and splice.runs(settings) else []
         _close_leftovers(settings)
         is_detached = _detach_all(settings, graft_cgroup, frozenset() if own is None else own.cgroups)
-        check_own(settings.pin_dir)
-        dataplane.unpin(settings.pin_dir)
+        dataplane.remove(settings)
         for pin in (settings.run_dir / "netns").glob("*"):
             netns.release(pin)
         bound_sockets.release(settings, lambda _container, _endpoint: True)
@@ -140,9 +138,12 @@ def _detach_all(settings: Settings, graft_cgroup: Path, own: Collection[int]) ->
     """Detach the programs from every cgroup; False if there may be more, which a search did not find in time.
 
     Not from Graft's own, whose ids are ``own``: they are gone by now, or what is in them still is under the hooks.
+    Noted before: if this is killed, the next command does it for all that had a record.
     """
-    recorded = records.read_all(settings)[0]
-    lost = [*records.all_put_aside(settings), *_lost(settings, [*recorded, *begun.listing(settings)])]
+    for one in records.read_all(settings)[0]:
+        begun.take_back(settings, one.id)
+    recorded = [*records.read_all(settings)[0], *begun.listing(settings)]
+    lost = [*records.all_put_aside(settings), *_lost(settings, recorded)]
     are_detached = helper_process.run_each(
         lambda one: attachments.detach_predecessors(one.cgroup_path, one.cgroup_id), lost, _TIMEOUT
     ).results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
@@ -11,14 +11,14 @@ from graft.commands import saving
 from graft.commands.cut_off import cut_off
 from graft.commands.find import find
 from graft.commands.policy_source import with_current
-from graft.errors import GraftError, NotFoundError, UnfinishedError
+from graft.errors import GraftError, KernelError, NotFoundError, UnfinishedError
 from graft.model.transport import Transport
 from graft.policy.model import Origin, Policy, PolicyError
 from graft.policy.validator import check_splice, needs_unix_relay
 from graft.saved.model import SavedAttachment
 from graft.saved.store import Store
 from graft.splice import client as splice
-from graft.state import members
+from graft.state import lost_hooks, members
 from graft.state.compiled_policy import CompiledPolicy, check_transport
 from graft.state.containers import Exchanged
 from graft.state.installation import Installation
@@ -60,11 +60,12 @@ def _apply_once(graft: Installation, policy: Policy, text: str | None, save: boo
     if text is not None and not saving.find_each_waiting(graft, policy.name, text, save):
         found = find(graft, text)
     chosen = _Choice([found], [], [], []) if found is not None else _choose(graft, compiled, text, save)
+    unhooked = lost_hooks.attach_again(graft, chosen.containers)
     with _within_reach(chosen.containers, compiled) as reached, saving.alone(graft.settings, save) as is_alone:
         saving.remove_left(graft, is_alone)
         if found is None:  # others attach and detach
             chosen = _choose(graft, compiled, text, save)
-        job = _Job(graft, compiled, text is None, save, reached)
+        job = _Job(graft, compiled, text is None, save, reached, unhooked)
         job.run(chosen)
     unserved = [update_relay(graft, before, container) for before, container in job.changed]
     if job.failed or chosen.kept:
@@ -156,6 +157,8 @@ class _Job:
     by_name: bool
     save: bool
     reached: Collection[int]
+    unhooked: Mapping[int, str]
+    """Those that lack hooks, each with a line that says why it cannot get them again."""
     changed: list[tuple[Container, Container]] = field(default_factory=list)
     """Each as it was, and as it is."""
     waiting: list[SavedAttachment] = field(default_factory=list)
@@ -178,6 +181,9 @@ class _Job:
         graft = self.graft
         if _attaches(container, self.compiled) and container.id not in self.reached:
             self.failed.append(f"{container.name} has just started, or somebody holds its folder")
+            return
+        if container.id in self.unhooked:
+            self.failed.append(self.unhooked[container.id])
             return
         try:
             with saving.policy_of(graft.settings, container, self.compiled.policy, self.save):
@@ -272,8 +278,15 @@ def exchange_policy(
     """As `replace_policy`, to be completed or undone: the old rules stay until then. ``kept``: those of others."""
     compiled = graft.compile(policy)
     _check(container, compiled)
+    ensure_hooks(graft, container)
     with _reach(container, compiled), graft.transaction() as change:
         return change.containers.exchange(container, compiled, together=together, kept=kept)
+
+
+def ensure_hooks(graft: Installation, container: Container) -> None:
+    """Raises KernelError where it lacks hooks, and cannot get them again: its rules would be in force for nothing."""
+    for problem in lost_hooks.attach_again(graft, [container]).values():
+        raise KernelError(problem, "graft detach")
 
 
 def _reach(container: Container, compiled: CompiledPolicy) -> AbstractContextManager[None]:

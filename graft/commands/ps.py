@@ -15,7 +15,7 @@ from graft.model.settings import Settings
 from graft.saved.model import SavedAttachment
 from graft.saved.store import ATTACHMENTS, Store, file_name
 from graft.splice import client as splice
-from graft.state import inventory, liveness, members
+from graft.state import inventory, liveness, lost_hooks, members
 from graft.state.compiled_policy import endpoint_names
 from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket
@@ -44,13 +44,18 @@ class ContainerOverview:
     """Where graftd relays for it: the result of graft.splice.client.describe."""
     unsearched: tuple[int, ...] = ()
     unlisted: tuple[str, ...] = ()
+    unhooked: str = ""
+    """Why it is not confined: its hooks were detached, and could not be attached again."""
 
 
 def overview(graft: Installation) -> list[ContainerOverview]:
-    """Every attached container, oldest first; removes those whose cgroup is gone."""
+    """Every attached container, oldest first; removes those whose cgroup is gone, and gives those that lack hooks
+    theirs again.
+    """
     settings = graft.settings
     graft.reap()
     listed = graft.containers.listing()
+    unhooked = lost_hooks.attach_again(graft, listed)
     inside = members.of_each(
         [*(container.cgroup_path for container in listed), *(own_cgroup(settings, one.id) for one in listed)]
     )
@@ -74,6 +79,7 @@ def overview(graft: Installation) -> list[ContainerOverview]:
                 relay=relays.get(container.id),
                 unsearched=() if found_sockets is None else found_sockets.unsearched[container.id],
                 unlisted=() if found_sockets is None else found_sockets.doubts.names,
+                unhooked=unhooked.get(container.id, ""),
             )
         )
     return found

@@ -37,7 +37,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.saved.model import SavedAttachment, SavedState, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
-from graft.state import helper_process, members
+from graft.state import helper_process, lost_hooks, members
 from graft.state.engines import FoundContainer, NoAnswerError, is_silent, resolve
 from graft.state.installation import Installation
 from graft.state.left_children import LeftChildren
@@ -63,7 +63,8 @@ _left, _left_searching = LeftChildren(), LeftChildren()
 class Restored:
     """What was done: the names of endpoints and containers, and who waits and why.
 
-    ``set_aside`` are lines about files that cannot be used, ``problems`` about endpoints that cannot be made now.
+    ``set_aside`` are lines about files that cannot be used, ``problems`` about endpoints that cannot be made now, and
+    hooks that cannot be attached again.
     """
 
     endpoints: list[str] = field(default_factory=list)
@@ -93,6 +94,7 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
     """
     store, done = Store(graft.settings), Restored()
     if not store.exists:
+        done.problems = _reap(graft)
         return done
     with store.locked():
         store.tidy()
@@ -100,7 +102,7 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
         done.state, bad = store.read()
         done.set_aside = [store.set_aside(one) for one in bad]
         done.endpoints, done.problems = _restore_endpoints(graft, store, done.state)
-    graft.reap()
+    done.problems += _reap(graft)
     left = [one for one in done.state.attachments if not store.is_paused(ATTACHMENTS, file_name(one.target))]
     finder = _Finder(graft, left)
     if sightings is not None:
@@ -113,6 +115,12 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
         left = [one for one in left if one.target.text in done.waiting]
     _note_waiting(graft.settings, done.waiting)
     return done
+
+
+def _reap(graft: Installation) -> list[str]:
+    """Finish what others have left undone; a line for each container that lacks hooks, and cannot get them again."""
+    graft.reap()
+    return list(lost_hooks.attach_again(graft, graft.containers.listing()).values())
 
 
 def _restore_endpoints(graft: Installation, store: Store, state: SavedState) -> tuple[list[str], list[str]]:

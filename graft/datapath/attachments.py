@@ -201,6 +201,20 @@ def has_programs(path: Path, effective: bool = False) -> bool:
     return False
 
 
+def lacks_programs(settings: Settings, path: Path, number: int, splice: bool) -> bool:
+    """Whether the kernel has not all of a container's programs attached to the cgroup at ``path``, of this installation
+    or of one that is gone. Not if the cgroup's id is not ``number`` (0: any), or it was removed.
+    """
+    wanted = [*PROGRAMS, *(SPLICE_PROGRAMS if splice else ())]
+    with contextlib.suppress(FileNotFoundError), _opened(path, number) as cgroup_fd:
+        return not all(_is_attached(cgroup_fd, program) for program in _loaded(settings, wanted))
+    return False
+
+
+def _is_attached(cgroup_fd: int, program: Program) -> bool:
+    return any(_named(cgroup_fd, bpf.ATTACH_TYPES[program.attach], program.function))
+
+
 # Where programs are attached to a cgroup and to one above it, the kernel would run them twice for one call, and the
 # second run would judge the address that the first wrote.
 

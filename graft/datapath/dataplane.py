@@ -129,10 +129,7 @@ def check_supervised(settings: Settings) -> None:
 
 def _make(settings: Settings) -> None:
     mount_bpffs(settings.pin_dir)
-    staging = settings.pin_dir.with_name(f"{settings.pin_dir.name}-new")
-    check_own(settings.pin_dir)
-    check_own(staging)
-    unpin(staging)
+    staging = _aside(settings)
     try:
         staging.mkdir(mode=0o700, parents=True)
         loaded = _load(settings, staging)
@@ -150,6 +147,25 @@ def _make(settings: Settings) -> None:
     except BaseException:
         unpin(staging)
         raise
+
+
+def _aside(settings: Settings) -> Path:
+    """The folder beside the pins, in which they are made and removed, without what a killed command has left there."""
+    folder = settings.pin_dir.with_name(f"{settings.pin_dir.name}-new")
+    check_own(settings.pin_dir)
+    check_own(folder)
+    unpin(folder)
+    return folder
+
+
+def remove(settings: Settings) -> None:
+    """Remove all pins: for whoever looks for them in one step, so that none finds some without the others. Safe to
+    repeat.
+    """
+    folder = _aside(settings)
+    with contextlib.suppress(FileNotFoundError):
+        settings.pin_dir.rename(folder)
+    unpin(folder)
 
 
 def _hooks() -> ctypes.Array[ctypes.c_uint8]:

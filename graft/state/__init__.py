@@ -10,7 +10,8 @@
     restored.py        whether what is saved was restored into this data plane
     dropped.py         what an import has yet to take away
     records.py         a file for each container, with its name and what is in no map
-    begun.py           the same of one that is just being attached, or was when the command was killed
+    begun.py           the same of one that is just being attached or removed, or was when the command was killed
+    lost_hooks.py      attaches the hooks again of a container whose cgroup lacks some
     unix_sockets.py    endpoints that are unix sockets: their paths, and those of rules
     bound_sockets.py   which sockets are bound there
     engines.py         finds the cgroup of a container of docker or podman, or of a systemd unit

@@ -1,8 +1,9 @@
-"""Containers that a command is just attaching, or was when it was killed: nothing of them is left for ever.
+"""Containers that a command is just attaching or removing, or was when it was killed: nothing of them is left for ever.
 
     run_dir/begun/ID.json    the record of such a container, from before anything of it is in the maps
 
-When all hooks are attached it goes to its place among the others (records.py), in one step. What the next command finds
+When all hooks are attached it goes to its place among the others (records.py), in one step, and comes back before the
+first hook is detached: so a record among the others is of a container that has its hooks. What the next command finds
 here, under the lock, is of one that was killed, and is undone (`Installation.reap`). Only this tells of such a one: a
 container in the maps that has no record may have lost that in another way (the folder was removed, GRAFT_RUN_DIR is
 another one now), and stays confined.
@@ -10,6 +11,7 @@ another one now), and stays confined.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from graft.kernel.atomic_file import write_atomically
@@ -29,6 +31,13 @@ def note(settings: Settings, container: Container) -> None:
 def finish(settings: Settings, number: int) -> None:
     """It is attached: put its record in its place."""
     _file(settings, number).rename(records.file_of(settings, number))
+
+
+def take_back(settings: Settings, number: int) -> None:
+    """It is removed from here on: take its record out of its place, back to here. Safe to repeat."""
+    with contextlib.suppress(OSError):  # it is here, or there is no room for the folder: it is removed all the same
+        _folder(settings).mkdir(mode=0o700, parents=True, exist_ok=True)
+        records.file_of(settings, number).rename(_file(settings, number))
 
 
 def forget(settings: Settings, number: int) -> None:

@@ -322,17 +322,23 @@ class ContainerChanges(Containers):
         record.commit()
 
     def remove(self, container: Container, reachable: bool = True) -> None:
-        """Remove a container's rules and attachments. Safe to repeat.
+        """Remove a container's rules and attachments. Safe to repeat, and noted before: what a command that is killed
+        leaves of it, the next one removes.
 
         Not ``reachable``: a folder above its cgroup is held. The hooks stay attached: in transport direct the container
-        is as free as where they are not, others are granted nothing.
+        is as free as where they are not, others are granted nothing. So do hooks that are another container's by now.
         """
-        if reachable:
-            attachments.detach(self._settings, container.cgroup_path, container.cgroup_id)
+        begun.take_back(self._settings, container.id)
+        path = container.cgroup_path
+        if reachable and nesting.number_at(self._maps, path) in (0, container.id):
+            for file in records.put_aside_at(self._settings, path):  # else `undo_begun` would take it for an attach
+                file.unlink(missing_ok=True)
+            attachments.detach(self._settings, path, container.cgroup_id)
         self._forget_detached(container.id, container.transport)
 
     def undo_begun(self, container: Container) -> None:
-        """Remove what a command that was killed has begun for a container, whose cgroup is to be within reach.
+        """Remove what a command that was killed has begun for a container, or left of it when it removed it. Its cgroup
+        is to be within reach.
 
         Not where it has replaced hooks of a data plane that is gone: the container is confined by both, and would be by
         none. The next `create` there completes it.
@@ -342,7 +348,7 @@ class ContainerChanges(Containers):
             return  # another command has finished or undone it
         if not records.put_aside_at(self._settings, path) or not attachments.has_programs(path):
             # Another command may have attached it since, and have been killed before it forgot this one.
-            self.remove(container, nesting.number_at(self._maps, path) in (0, container.id))
+            self.remove(container)
 
     def reap(self, gone: Collection[int]) -> None:
         """Remove the rules and records of these containers, whose cgroups are gone (`members.gone`)."""

@@ -75,7 +75,7 @@ class Installation:
 
     def reap(self) -> None:
         """Remove the rules and records of containers whose cgroup is gone, and what killed commands have left of others
-        that they were attaching. Quick if there are none.
+        that they were attaching or removing. Quick if there are none.
         """
         self.forget(members.gone(self.containers.listing()))
         for one in begun.listing(self.settings):

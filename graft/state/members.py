@@ -18,8 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from graft.datapath import attachments
 from graft.errors import KernelError
 from graft.kernel import cgroup
+from graft.model.settings import Settings
 from graft.state import helper_process
 from graft.state.left_children import LeftChildren
 from graft.state.records import Container
@@ -74,6 +76,21 @@ def gone(containers: Sequence[Container]) -> frozenset[int]:
     found = helper_process.run_each(lambda one: one.exists, free, _TIMEOUT, exit_timeout=_EXIT_TIMEOUT)
     _left_above.note([one.cgroup for one in free], found.results, found.helper_pid)
     return frozenset(free[index].id for index, exists in found.results.items() if not exists)
+
+
+def without_hooks(settings: Settings, containers: Sequence[Container]) -> frozenset[int]:
+    """The numbers of those containers whose cgroups lack hooks, by what the kernel has attached now. One that cannot be
+    asked about, because a folder above is held, counts as having them.
+    """
+    free = [one for one in containers if not _left_above.has_one(one.cgroup)]
+    found = helper_process.run_each(
+        lambda one: attachments.lacks_programs(settings, one.cgroup_path, one.cgroup_id, one.is_relayed),
+        free,
+        _TIMEOUT,
+        exit_timeout=_EXIT_TIMEOUT,
+    )
+    _left_above.note([one.cgroup for one in free], found.results, found.helper_pid)
+    return frozenset(free[index].id for index, lacks in found.results.items() if lacks)
 
 
 @contextlib.contextmanager

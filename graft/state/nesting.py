@@ -44,6 +44,13 @@ def refuse(settings: Settings, maps: Maps, path: Path, listed: Iterable[Containe
         raise _nested(path, other)
 
 
+def refuse_above(path: Path) -> None:
+    """Raises RefusedError where programs of Graft's are attached to a cgroup above ``path``. Under the lock."""
+    other = attachments.find_above(path.parent)
+    if other is not None:
+        raise _nested(path, other)
+
+
 def number_at(maps: Maps, path: Path) -> int:
     """The number of the container that hooks of these maps take the cgroup at ``path`` for; 0 where there is none."""
     try:

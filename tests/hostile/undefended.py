@@ -1364,6 +1364,32 @@ def _begun_kept() -> None:
     ContainerChanges.undo_begun = undo_begun  # type: ignore[method-assign]
 
 
+def _removal_noted() -> None:
+    """A container that is removed has its record as one that is attached, until it is gone."""
+    from graft.state import begun
+
+    begun.take_back = lambda settings, number: None
+
+
+def _hooks_again() -> None:
+    """Whoever has a record has its hooks."""
+    from graft.state import lost_hooks
+
+    lost_hooks.attach_again = lambda graft, containers: {}
+
+
+def _pins_at_once() -> None:
+    """The pins are removed one after the other, where everybody looks for them."""
+    from graft.datapath import dataplane
+
+    dataplane.remove = lambda settings: dataplane.unpin(settings.pin_dir)
+
+
+def _left_rules() -> None:
+    """The rules stay that a killed command has written."""
+    ContainerChanges.remove_left = lambda self: None  # type: ignore[method-assign]
+
+
 def _unrecorded() -> None:
     """What has no record was left by a command that was killed."""
     from graft.state import records
@@ -1701,6 +1727,10 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "hooks stay": _hooks_stay,
     "kept unserved": _kept_unserved,
     "begun kept": _begun_kept,
+    "removal noted": _removal_noted,
+    "hooks again": _hooks_again,
+    "pins at once": _pins_at_once,
+    "left rules": _left_rules,
     "unrecorded": _unrecorded,
     "nesting": _nesting,
     "put aside": _put_aside,

@@ -1,0 +1,42 @@
+"""Hooks of an attached container that are not on its cgroup: somebody has detached them, or an older Graft did that was
+killed while it removed the container. That it is attached is what its record says; whether it is, the kernel says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graft.datapath import attachments
+from graft.errors import GraftError
+from graft.state import members, nesting, records
+from graft.state.installation import Installation
+from graft.state.records import Container
+
+
+def attach_again(graft: Installation, containers: Sequence[Container]) -> dict[int, str]:
+    """Give those of these containers their hooks again whose cgroups lack some. Quick if none does.
+
+    Returns those that have not got them, by number, each with a line that says why.
+    """
+    lacking, problems = members.without_hooks(graft.settings, containers), dict[int, str]()
+    for one in containers:
+        if one.id in lacking and graft.ruleset_of(one):  # else its data plane is gone: graft/commands/stale.py
+            try:
+                with members.within_reach(one.cgroup_path):
+                    _attach_again(graft, one.id)
+            except (GraftError, OSError) as error:
+                problems[one.id] = f"{one.name}: its hooks were detached, and cannot be attached again: {error}"
+    return problems
+
+
+def _attach_again(graft: Installation, number: int) -> None:
+    """Nothing where the container was removed meanwhile, or has its hooks. Raises RefusedError where programs of
+    Graft's are attached above it, KernelError.
+    """
+    with graft.transaction():
+        for one in records.read_all(graft.settings)[0]:
+            if one.id == number and attachments.lacks_programs(
+                graft.settings, one.cgroup_path, one.cgroup_id, one.is_relayed
+            ):
+                nesting.refuse_above(one.cgroup_path)
+                attachments.attach(graft.settings, one.cgroup_path, number, splice=one.is_relayed, replaces=True)
