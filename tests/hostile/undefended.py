@@ -687,6 +687,8 @@ def _restored_in_run() -> None:
     from graft.kernel.atomic_file import write_atomically
     from graft.state import restored
 
+    _for_now_when_lost()
+
     def ensure(settings: Settings) -> None:
         if (settings.state_dir / "saved").exists() and not restored.is_restored(settings):
             up.main()  # here, as a process of its own would have the defence
