@@ -50,8 +50,6 @@
 #define IPPROTO_UDP 17
 #define IPPROTO_ICMPV6 58
 #define IPPROTO_MPTCP 262
-#define SOL_SOCKET 1
-#define SO_REUSEPORT 15
 #define SOCK_STREAM 1
 #define SOCK_DGRAM 2
 #define SOL_SOCKET 1

@@ -17,7 +17,7 @@ import pytest
 
 from tests.hostile.conftest import TRANSPORTS, Confine, Confined, Without
 from tests.hostile.test_afterwards import apply
-from tests.hostile.test_thirty_eighth_reading_ports import DENIED, FREE, ask, lends
+from tests.hostile.test_thirty_eighth_reading_ports import ANSWERS, DENIED, FREE, ask, lends
 from tests.hostile.test_thirty_sixth_reading_groups import policy, said
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
@@ -90,17 +90,12 @@ try:
         print("ready", flush=True)
 except OSError as error:
     print(errno.errorcode[error.errno], flush=True)
-for line in sys.stdin:
-    try:
-        print(globals()[line.strip()](), flush=True)
-    except OSError as error:
-        print(errno.errorcode[error.errno], flush=True)
 """
 
 
 def server(host: Host, confine: Confine, transport: str, text: str, how: str = "listen", address: str = "0.0.0.0",
            port: int = 53) -> Confined:  # fmt: skip
-    return confine(host, transport, text, within=["/usr/bin/python3", "-ISc", SERVER, how, address, port])
+    return confine(host, transport, text, within=["/usr/bin/python3", "-ISc", SERVER + ANSWERS, how, address, port])
 
 
 def come(host: Host, port: int) -> None:

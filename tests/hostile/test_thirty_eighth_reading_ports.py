@@ -40,6 +40,15 @@ FREE = "name: t\ndefault: {bind: container, connect: deny}\n"
 DENIED = "name: t\ndefault: deny\n"
 LENDS = "egress: [{{to: {}, endpoint: web}}]\n"
 
+ANSWERS = r"""
+for line in sys.stdin:
+    try:
+        print(globals()[line.strip()](), flush=True)
+    except OSError as error:
+        print(errno.errorcode[error.errno], flush=True)
+"""
+"""The end of a program that runs the function which a line of its input names, and prints the result or the error."""
+
 SHARES = r"""
 import ctypes, errno, os, select, socket, sys
 how, address, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -70,17 +79,12 @@ try:
     print("made", flush=True)
 except OSError as error:
     print(errno.errorcode[error.errno], flush=True)
-for line in sys.stdin:
-    try:
-        print(globals()[line.strip()](), flush=True)
-    except OSError as error:
-        print(errno.errorcode[error.errno], flush=True)
 """
 
 
 def shares(host: Host, confine: Confine, transport: str, text: str, how: str, address: str, port: int) -> Confined:
     """Has SO_REUSEADDR sockets, one for each CPU, that are connected or bound to that address."""
-    return confine(host, transport, text, within=["/usr/bin/python3", "-ISc", SHARES, how, address, port])
+    return confine(host, transport, text, within=["/usr/bin/python3", "-ISc", SHARES + ANSWERS, how, address, port])
 
 
 def ask(one: Confined, word: str) -> str:
