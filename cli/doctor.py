@@ -40,7 +40,7 @@ def doctor(verbose: Verbose = False, fix: Fix = False, as_json: Json = False) ->
     require_root()
     settings = Settings.from_environment()
     wrong = health.mend(settings, lambda line: warn(f"graft: {line}")) if fix else health.ailments(settings)
-    found = features()
+    found = features(settings)
     rows = [
         ("yes" if one.present else "MISSING" if one.needed else "no", one.name, one.purpose, one.without)
         for one in found

@@ -21,6 +21,7 @@ _ENVIRONMENT = (
     ("GRAFT_PIN_DIR", "Where maps and programs are pinned. Default: /sys/fs/bpf/graft."),
     ("GRAFT_RUN_DIR", "Sockets and locks. Default: /run/graft."),
     ("GRAFT_STATE_DIR", "What survives a reboot. Default: /var/lib/graft."),
+    ("GRAFT_CACHE_DIR", "The hooks as they were compiled here; may be deleted. Default: /var/cache/graft."),
     ("GRAFT_NO_SAVE", "1: as --no-save on every command that saves."),
 )
 

@@ -18,7 +18,7 @@ from graft.datapath.dataplane import is_up
 from graft.kernel import cgroup
 from tests.support import namespaces
 from tests.support.building import Programs
-from tests.support.installation import GRAFT, Host
+from tests.support.installation import COMPILED, GRAFT, Host
 from tests.support.namespaces import Netns
 from tests.support.shell import run
 
@@ -102,6 +102,7 @@ def installation(folder: Path, host: Netns, client: Netns, tag: str) -> Iterator
             "GRAFT_PIN_DIR": f"/sys/fs/bpf/{name}",
             "GRAFT_RUN_DIR": str(folder / "run"),
             "GRAFT_STATE_DIR": str(folder / "state"),
+            "GRAFT_CACHE_DIR": str(COMPILED),
             "GRAFT_CGROUP": name,
             "GRAFT_NO_SAVE": "1",  # the tests of what is saved take it away (tests/e2e/test_saved_state.py)
         },

@@ -35,6 +35,7 @@ class OwnGraft:
             pin_dir=scratch.pins,
             run_dir=scratch.folder / "run",
             state_dir=scratch.folder / "state",
+            cache_dir=Settings.from_environment().cache_dir,
             cgroup=f"{scratch.name}/graft",
         )
         own = cls(settings, programs)

@@ -22,6 +22,7 @@ from graft.errors import GraftError, KernelError
 from graft.kernel import cgroup, netns, pidfd, seccomp
 from graft.kernel.seccomp import Listener
 from graft.kernel.seccomp_filter import swap_filter
+from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.splice import native, selftest_result
 from graft.swap import fast_calls
@@ -47,9 +48,9 @@ class Feature:
     command: str = ""
 
 
-def features() -> list[Feature]:
+def features(settings: Settings) -> list[Feature]:
     """Every feature, tried on this machine. Needs root."""
-    return [*_basic(), *_splice_and_pidfds(), *_programs()]
+    return [*_basic(), *_splice_and_pidfds(), *_programs(settings.cache_dir)]
 
 
 def _basic() -> Iterator[Feature]:
@@ -93,12 +94,12 @@ def _splice_and_pidfds() -> Iterator[Feature]:
     yield Feature("relay in the kernel", not problem, False, "transport splice, shorter round trips", without)
 
 
-def _programs() -> Iterator[Feature]:
+def _programs(cache: Path) -> Iterator[Feature]:
     """The optional parts of the BPF programs, then each program."""
     from graft.datapath import loader
 
     try:
-        loaded = loader.examine()
+        loaded = loader.examine(cache)
     except CompileError as error:
         yield Feature("BPF programs", False, True, "every grant and refusal", _sentence(error.message), error.log)
         return
@@ -113,7 +114,7 @@ def _programs() -> Iterator[Feature]:
     yield Feature("bpf_skc_to_mptcp_sock", has_mptcp, False, "MPTCP sockets (5.19)", "they stay in the container")
     yield from map(_feature, loaded.checks)
     try:
-        yield from map(_feature, loader.examine_relay().checks)
+        yield from map(_feature, loader.examine_relay(cache).checks)
     except KernelError as error:
         yield _feature(ProgramCheck(programs.RELAY_PROGRAM, error.message, getattr(error, "log", "")))
 

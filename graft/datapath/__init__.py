@@ -2,7 +2,9 @@
 
     layout.py          the structures and constants of bpf/graft.h
     sources.py offsets.py programs.py    what is compiled, with which constants, for which hooks
-    bcc_compiler.py    compiles and loads with bcc; no other module imports bcc
+    bcc_compiler.py bytecode.py    compiles with bcc, which no other module imports; what comes out
+    compile_cache.py   keeps what was compiled
+    compiled.py        its maps made, and each program loaded on its own
     loader.py          loads the programs that this kernel accepts
     maps.py            the pinned maps, with their types
     rulesets.py        compiled rules written, erased and looked up

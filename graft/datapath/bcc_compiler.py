@@ -1,24 +1,24 @@
-"""Compiles the BPF programs with bcc, gives their instructions, and loads each program on its own.
+"""Compiles the BPF programs with bcc.
 
-The only module that imports bcc. It runs once, in `graft up` and in `graft doctor`; every later command opens the pins.
-bcc needs no kernel headers: BCC_KERNEL_SOURCE names our own tree, bpf/include.
+The only module that imports bcc. It runs in `graft up` and in `graft doctor`, where the cache (compile_cache.py) lacks
+these programs; every later command opens the pins. bcc needs no kernel headers: BCC_KERNEL_SOURCE names our own tree,
+bpf/include.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import os
 import sys
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from graft.datapath.programs import Program
+from graft.datapath.bytecode import Bytecode, MapForm
 from graft.datapath.sources import bpf_source_dir
 from graft.errors import KernelError
-from graft.kernel import bpf
+from graft.kernel import bpf_maps
+from graft.kernel.instructions import with_maps
 
 
 class CompileError(KernelError):
@@ -29,13 +29,9 @@ class CompileError(KernelError):
         self.log = log
 
 
-class NotLoaded(Exception):
-    """The kernel refuses a program. The text is the verifier's log."""
-
-
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[list[str]]:
-    """The output of the compiler and the verifier, which are C++ and write to descriptor 2."""
+    """The output of the compiler, which is C++ and writes to descriptor 2."""
     captured: list[str] = []
     sys.stderr.flush()
     saved = os.dup(2)
@@ -50,42 +46,22 @@ def _captured_stderr() -> Iterator[list[str]]:
             captured.append(file.read().decode(errors="replace"))
 
 
-class Compiled:
-    """The programs and maps of one compilation, valid as long as this object, which closes their descriptors."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        # bcc itself would keep them until the interpreter ends.
-        atexit.unregister(module.cleanup)
-        weakref.finalize(self, module.cleanup).atexit = False
-
-    def instructions(self, program: Program) -> bytes:
-        """The program as the compiler made it, before the verifier sees it."""
-        from bcc import lib
-
-        function = program.function.encode()
-        start = lib.bpf_function_start(self._module.module, function)
-        return ctypes.string_at(start, lib.bpf_function_size(self._module.module, function))
-
-    def load(self, program: Program) -> int:
-        """A descriptor, which is closed with this object. Raises NotLoaded."""
-        attach_type = bpf.ATTACH_TYPES[program.attach]
-        try:
-            with _captured_stderr() as log:
-                loaded = self._module.load_func(program.function.encode(), program.type, attach_type=attach_type)
-        except Exception as error:
-            raise NotLoaded("".join(log) or str(error)) from error
-        return int(loaded.fd)
-
-    def map_fd(self, name: str) -> int:
-        """The descriptor of a map, which is closed with this object."""
-        from bcc import lib
-
-        return int(lib.bpf_table_fd(self._module.module, name.encode()))
+def source_text(sources: Sequence[str]) -> str:
+    """``sources``, files of the BPF source folder, as the one text that is compiled: bcc rewrites map accesses only in
+    the file that it compiles, not in what that includes.
+    """
+    folder = bpf_source_dir()
+    return "\n".join(f'#line 1 "{name}"\n{(folder / name).read_text()}' for name in sources)
 
 
-def compile_text(sources: Sequence[str], constants: Mapping[str, int]) -> Compiled:
-    """Compile ``sources``, files of the BPF source folder, as one text, and make their maps.
+def header_texts() -> list[str]:
+    """What a source may include: graft.h and the header tree."""
+    folder = bpf_source_dir()
+    return [f'#line 1 "{path.relative_to(folder)}"\n{path.read_text()}' for path in sorted(folder.rglob("*.h"))]
+
+
+def compile_text(sources: Sequence[str], constants: Mapping[str, int]) -> Bytecode:
+    """Compile ``sources``, files of the BPF source folder.
 
     ``constants`` are defined for the preprocessor. Raises CompileError.
     """
@@ -96,16 +72,44 @@ def compile_text(sources: Sequence[str], constants: Mapping[str, int]) -> Compil
     except ImportError as error:
         raise CompileError("bcc is not installed for this Python", "apt-get install python3-bpfcc") from error
     flags = [*(f"-D{name}={value}" for name, value in constants.items()), f"-I{folder}", "-Wno-unused-value"]
-    # One text: bcc rewrites map accesses only in the file that it compiles, not in what that includes.
-    text = "\n".join(f'#line 1 "{name}"\n{(folder / name).read_text()}' for name in sources)
     try:
         with _captured_stderr() as log:
-            return Compiled(BPF(text=text.encode(), cflags=flags))
+            module = BPF(text=source_text(sources).encode(), cflags=flags)
     except Exception as error:
         output = "".join(log)
         raise CompileError(
             f"the BPF programs cannot be compiled: {_first_error(output) or error}", log=output
         ) from error
+    try:
+        return _bytecode(module.module)
+    finally:
+        module.cleanup()  # with the maps that bcc has made
+
+
+def _bytecode(module: int) -> Bytecode:
+    from bcc import lib
+
+    names = [_string(lib.bpf_table_name, module, place) for place in range(_count(lib.bpf_num_tables, module))]
+    fds = [int(lib.bpf_table_fd(module, name.encode())) for name in names]
+    maps = {name: MapForm(bpf_maps.map_shape(fd), bpf_maps.map_types(fd)) for name, fd in zip(names, fds, strict=True)}
+    places = {fd: place for place, fd in enumerate(fds)}
+    programs = {}
+    for place in range(_count(lib.bpf_num_functions, module)):
+        function = _string(lib.bpf_function_name, module, place)
+        start = lib.bpf_function_start(module, function.encode())
+        code = ctypes.string_at(start, lib.bpf_function_size(module, function.encode()))
+        programs[function] = with_maps(code, places)
+    return Bytecode(maps, programs)
+
+
+def _count(asked: Any, module: int) -> int:
+    asked.restype, asked.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+    return int(asked(module))
+
+
+def _string(asked: Any, module: int, place: int) -> str:
+    asked.restype, asked.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_size_t]
+    return str(asked(module, place).decode())
 
 
 def _first_error(output: str) -> str:

@@ -190,7 +190,7 @@ def _load(settings: Settings, folder: Path) -> Loaded:
 
     log = settings.run_dir / "verifier.log"
     try:
-        loaded = loader.load()
+        loaded = loader.load(settings.cache_dir)
     except (CompileError, loader.ProgramsRefused) as error:
         if not error.log:
             raise
@@ -199,7 +199,7 @@ def _load(settings: Settings, folder: Path) -> Loaded:
         raise KernelError(error.message, "; ".join(filter(None, [error.hint, f"see {log}"]))) from error
     loaded.pin(folder)
     with contextlib.suppress(KernelError):  # transport splice works without it: it relays with splice(2) then
-        loader.load_relay().pin(folder)
+        loader.load_relay(settings.cache_dir).pin(folder)
     return loaded
 
 

@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 
 from graft.datapath import offsets
-from graft.datapath.bcc_compiler import Compiled, NotLoaded, compile_text
+from graft.datapath.compile_cache import compile_cached
+from graft.datapath.compiled import Compiled, NotLoaded
 from graft.datapath.layout import (
     MAX_BERTHS,
     MAX_DESKS,
@@ -211,15 +212,21 @@ def calls_of(compiled: Compiled, programs: Sequence[Program]) -> Calls:
     return {one.name: instructions.calls(compiled.instructions(one)) for one in programs}
 
 
-def compile_for(allows: Callable[[Program, int], bool]) -> tuple[Compiled, frozenset[Extension]]:
+def compile_for(
+    allows: Callable[[Program, int], bool], cache: Path | None = None
+) -> tuple[Compiled, frozenset[Extension]]:
     """The hooks, compiled with every extension whose helpers they may call by ``allows``, and these extensions.
 
-    Raises CompileError.
+    Raises CompileError, KernelError.
     """
     wanted = EXTENSIONS if offsets.structure_offsets() else EXTENSIONS - {PROBE}
-    compiled = compile_text(SOURCES, constants(wanted))
+    compiled = _compile_hooks(cache, wanted)
     allowed = allowed_extensions(wanted, refused_calls(ALL_PROGRAMS, calls_of(compiled, ALL_PROGRAMS), allows))
-    return (compiled if allowed == wanted else compile_text(SOURCES, constants(allowed))), allowed
+    return (compiled if allowed == wanted else _compile_hooks(cache, allowed)), allowed
+
+
+def _compile_hooks(cache: Path | None, extensions: frozenset[Extension]) -> Compiled:
+    return Compiled(compile_cached(cache, SOURCES, constants(extensions)))
 
 
 Loading = Callable[[Compiled, Program], int]
@@ -231,14 +238,17 @@ def on_own_maps(compiled: Compiled, program: Program) -> int:
     return compiled.load(program)
 
 
-def examine(load: Loading = on_own_maps) -> Loaded:
-    """Compile the hooks and load the programs that this kernel accepts. Raises CompileError."""
-    compiled, extensions = compile_for(_allows)
+def examine(cache: Path | None = None, load: Loading = on_own_maps) -> Loaded:
+    """Compile the hooks and load the programs that this kernel accepts. Raises CompileError, KernelError.
+
+    ``cache``: the folder of what was compiled before; None to compile anew.
+    """
+    compiled, extensions = compile_for(_allows, cache)
     loaded = _load_each(compiled, ALL_PROGRAMS, MAPS, extensions, load)
     if loaded.is_complete or not extensions:
         return loaded
     # The helpers are allowed, but the verifier refuses how they are used.
-    plain = _load_each(compile_text(SOURCES, constants(frozenset())), ALL_PROGRAMS, MAPS, load=load)
+    plain = _load_each(_compile_hooks(cache, frozenset()), ALL_PROGRAMS, MAPS, load=load)
     return plain if plain.is_complete else loaded
 
 
@@ -262,9 +272,9 @@ def _load_each(
     return Loaded(compiled, fds, maps, extensions, tuple(checks))
 
 
-def load(load: Loading = on_own_maps) -> Loaded:
-    """Compile and load what this kernel accepts. Raises CompileError, and ProgramsRefused for one that is needed."""
-    loaded = examine(load)
+def load(cache: Path | None = None, load: Loading = on_own_maps) -> Loaded:
+    """`examine`, which raises ProgramsRefused too: for a program that is needed."""
+    loaded = examine(cache, load)
     if not loaded.is_complete:
         raise ProgramsRefused(loaded.checks)
     return loaded
@@ -277,21 +287,21 @@ def digest() -> bytes:
     return hashlib.sha256(repr([text, SIZES, ALL_PROGRAMS]).encode()).digest()[:16]
 
 
-def examine_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
-    """Compile the relay in the kernel, and load its program if this kernel accepts it.
+def examine_relay(cache: Path | None = None) -> Loaded:
+    """Compile the relay in the kernel, and load its program if this kernel accepts it. ``cache`` as in `examine`.
 
     Raises CompileError where this kernel has no sockmap, KernelError where it has no type information.
     """
     write_seq = offsets.write_seq_offset()
     if write_seq is None:
         raise KernelError("the kernel has no type information for struct tcp_sock")
-    compiled = compile_text(RELAY_SOURCES, {**sizes, "GRAFT_TCP_WRITE_SEQ": write_seq})
-    return _load_each(compiled, [RELAY_PROGRAM], RELAY_MAPS)
+    compiled = compile_cached(cache, RELAY_SOURCES, {**RELAY_SIZES, "GRAFT_TCP_WRITE_SEQ": write_seq})
+    return _load_each(Compiled(compiled), [RELAY_PROGRAM], RELAY_MAPS)
 
 
-def load_relay(sizes: Mapping[str, int] = RELAY_SIZES) -> Loaded:
+def load_relay(cache: Path | None = None) -> Loaded:
     """The relay in the kernel, its program attached to its map. Raises KernelError where that is not possible."""
-    loaded = examine_relay(sizes)
+    loaded = examine_relay(cache)
     [check] = loaded.checks
     if not check.accepted:
         raise KernelError(f"the kernel refuses the relay's program: {check.reason}")

@@ -19,12 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from graft.datapath import loader
-from graft.datapath.bcc_compiler import Compiled, NotLoaded
+from graft.datapath.compiled import Compiled
 from graft.datapath.maps import Maps
 from graft.datapath.programs import RELAY_PROGRAM, Program
 from graft.errors import ConflictError
-from graft.kernel import bpf, bpf_load
-from graft.kernel.instructions import with_maps
+from graft.kernel import bpf, bpf_maps
 from graft.model.settings import Settings
 
 _FIRST = ctypes.c_uint32(0)
@@ -60,23 +59,14 @@ def pin_new(settings: Settings) -> None:
     Changes nothing if it fails: ConflictError where the maps or the programs are others by name or form, CompileError,
     ProgramsRefused, OSError.
     """
-    with _pinned_maps(settings.pin_dir) as pinned, contextlib.ExitStack() as opened:
+    with _pinned_maps(settings.pin_dir) as pinned:
 
         def load(compiled: Compiled, program: Program) -> int:
-            descriptors = _descriptors(compiled, pinned)
-            try:
-                fd = bpf_load.load(
-                    program.type,
-                    bpf.ATTACH_TYPES[program.attach],
-                    program.function,
-                    with_maps(compiled.instructions(program), descriptors),
-                )
-            except OSError as error:
-                raise NotLoaded(error.strerror) from error
-            opened.callback(os.close, fd)
-            return fd
+            _check_shapes(compiled, pinned)
+            # A map that is not pinned is a cache, and begins anew.
+            return compiled.load(program, instead=pinned)
 
-        loaded = loader.load(load)
+        loaded = loader.load(settings.cache_dir, load)
         _refuse_others(settings.pin_dir, {f"prog_{name}" for name in loaded.programs})
         _exchange_pins(settings.pin_dir, {f"prog_{name}": fd for name, fd in loaded.programs.items()})
 
@@ -95,14 +85,10 @@ def _pinned_maps(folder: Path) -> Iterator[dict[str, int]]:
         yield found
 
 
-def _descriptors(compiled: Compiled, pinned: dict[str, int]) -> dict[int, int]:
-    """Descriptor of each map of a compilation -> of the one that is pinned. (A map that is not pinned is a cache, and
-    begins anew.)
-    """
+def _check_shapes(compiled: Compiled, pinned: dict[str, int]) -> None:
     for name, fd in pinned.items():
-        if bpf.map_shape(compiled.map_fd(name)) != bpf.map_shape(fd):
+        if bpf_maps.map_shape(compiled.map_fd(name)) != bpf_maps.map_shape(fd):
             raise ConflictError(f"the map {name} has another form in this version of Graft", _HINT)
-    return {compiled.map_fd(name): fd for name, fd in pinned.items()}
 
 
 def _refuse_others(folder: Path, names: set[str]) -> None:

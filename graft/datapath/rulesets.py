@@ -16,7 +16,7 @@ from typing import Any
 
 from graft.datapath import layout
 from graft.datapath.maps import Maps, needs_room
-from graft.kernel import bpf
+from graft.kernel import bpf_maps
 from graft.kernel.bpf import Map
 from graft.model.address import IPAddress, pack16
 from graft.model.endpoint import in_order
@@ -150,7 +150,7 @@ def _of_all_ports(rules: RuleSet, endpoint_ids: Mapping[str, int]) -> dict[int, 
 def retire(maps: Maps, numbers: Iterable[int]) -> None:
     """Remove rulesets that no container has any more: a hook that has read an old number finds the old rules whole."""
     with contextlib.suppress(OSError):  # no memory: replaced all the same
-        bpf.wait_for_programs()
+        bpf_maps.wait_for_programs()
     for number in numbers:
         erase(maps, number)
 

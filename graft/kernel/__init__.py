@@ -2,7 +2,7 @@
 
     syscalls.py            calls that no library has, by number
     bpf.py btf.py helpers.py ringbuf.py       maps and programs; types; which helpers are allowed; ring buffers
-    bpf_load.py instructions.py               programs loaded from their instructions; what is in these
+    bpf_load.py instructions.py bpf_maps.py   programs loaded from their instructions; what is in these; maps made
     cgroup.py netns.py mounts.py              v2 folders, network namespaces, bpffs
     pidfd.py process.py tasks.py              processes and their descriptors, memory and threads
     credentials.py capabilities.py keyring.py terminal.py   rights, and dropping them

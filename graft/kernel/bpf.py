@@ -1,4 +1,4 @@
-"""bpf(2): maps, pins, attachments. Nothing else in Graft calls it, but bpf_load.py.
+"""bpf(2): entries of maps, pins, attachments. (bpf_load.py loads programs, bpf_maps.py makes maps.)
 
 Sources: bpf(2); include/uapi/linux/bpf.h (commands, `union bpf_attr`, attach types). The first three
 commands are on the path of every swapped socket, so a map keeps its attribute block and buffers.
@@ -10,7 +10,6 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
@@ -20,13 +19,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # enum bpf_cmd
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY = 1, 2, 3, 4
-_MAP_CREATE = 0
 _OBJ_PIN, _OBJ_GET, _PROG_ATTACH, _PROG_DETACH = 6, 7, 8, 9
 _MAP_LOOKUP_AND_DELETE_BATCH = 25  # since 5.6
 _MAP_GET_NEXT_ID, _PROG_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD, _PROG_QUERY = 12, 13, 15, 16
-
-# enum bpf_map_type
-_ARRAY, _ARRAY_OF_MAPS = 2, 12
 
 ALLOW_MULTI = 2
 _REPLACE = 4  # BPF_F_REPLACE, since 5.6
@@ -88,17 +83,6 @@ class _BatchAttr(ctypes.Structure):
     )
 
 
-class _CreateAttr(ctypes.Structure):
-    _fields_ = (
-        ("map_type", ctypes.c_uint32),
-        ("key_size", ctypes.c_uint32),
-        ("value_size", ctypes.c_uint32),
-        ("max_entries", ctypes.c_uint32),
-        ("map_flags", ctypes.c_uint32),
-        ("inner_map_fd", ctypes.c_uint32),
-    )
-
-
 class _ObjAttr(ctypes.Structure):
     _fields_ = (("pathname", ctypes.c_uint64), ("bpf_fd", ctypes.c_uint32), ("file_flags", ctypes.c_uint32))
 
@@ -144,30 +128,6 @@ class _ProgInfo(ctypes.Structure):
         ("map_ids", ctypes.c_uint64),
         ("name", ctypes.c_char * 16),
     )
-
-
-class _MapInfo(ctypes.Structure):
-    """The head of struct bpf_map_info."""
-
-    _fields_ = (
-        ("type", ctypes.c_uint32),
-        ("id", ctypes.c_uint32),
-        ("key_size", ctypes.c_uint32),
-        ("value_size", ctypes.c_uint32),
-        ("max_entries", ctypes.c_uint32),
-        ("map_flags", ctypes.c_uint32),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class MapShape:
-    """What a program relies on in a map that it uses. ``type`` is of enum bpf_map_type, ``flags`` are BPF_F_*."""
-
-    type: int
-    key_size: int
-    value_size: int
-    max_entries: int
-    flags: int
 
 
 class _IdAttr(ctypes.Structure):
@@ -238,9 +198,14 @@ def prog_ids(cgroup_fd: int, attach_type: int, effective: bool = False) -> list[
     return list(ids[: attr.prog_cnt])
 
 
+def fill_info(fd: int, info: ctypes.Structure) -> None:
+    """Fill ``info``, the head of struct bpf_prog_info, bpf_map_info or bpf_btf_info, for what ``fd`` is."""
+    call(_OBJ_GET_INFO_BY_FD, _InfoAttr(fd, ctypes.sizeof(info), ctypes.addressof(info)))
+
+
 def _prog_info(prog_fd: int, wanted: _ProgInfo | None = None) -> _ProgInfo:
     info = wanted or _ProgInfo()
-    call(_OBJ_GET_INFO_BY_FD, _InfoAttr(prog_fd, ctypes.sizeof(info), ctypes.addressof(info)))
+    fill_info(prog_fd, info)
     return info
 
 
@@ -277,30 +242,6 @@ def prog_maps(number: int) -> frozenset[int]:
     ids = (ctypes.c_uint32 * _MOST_MAPS)()
     info = _info_by_id(number, _ProgInfo(maps=_MOST_MAPS, map_ids=ctypes.addressof(ids)))
     return frozenset() if info is None else frozenset(ids[: info.maps])
-
-
-def map_shape(map_fd: int) -> MapShape:
-    """That of a map."""
-    info = _MapInfo()
-    call(_OBJ_GET_INFO_BY_FD, _InfoAttr(map_fd, ctypes.sizeof(info), ctypes.addressof(info)))
-    return MapShape(info.type, info.key_size, info.value_size, info.max_entries, info.map_flags)
-
-
-def wait_for_programs() -> None:
-    """Wait until each program that runs now has ended, with whatever it had read of the maps by then.
-
-    The kernel waits for them when an entry of a map of maps is replaced (maybe_wait_bpf_programs() of
-    kernel/bpf/syscall.c, 5.0). Takes some milliseconds.
-    """
-    inner = call(_MAP_CREATE, _CreateAttr(_ARRAY, 4, 4, 1))
-    try:
-        outer = call(_MAP_CREATE, _CreateAttr(_ARRAY_OF_MAPS, 4, 4, 1, 0, inner))
-        try:
-            Map(outer, ctypes.c_uint32, ctypes.c_uint32).put(ctypes.c_uint32(0), ctypes.c_uint32(inner))
-        finally:
-            os.close(outer)
-    finally:
-        os.close(inner)
 
 
 KeyT = TypeVar("KeyT", bound="ctypes.Structure | ctypes._SimpleCData[int]")

@@ -1,4 +1,4 @@
-"""Loads BPF programs from their instructions. (bcc loads those that it has compiled, on maps of its own.)
+"""Loads BPF programs from their instructions.
 
 Sources: bpf(2); include/uapi/linux/bpf.h (BPF_PROG_LOAD, `union bpf_attr`).
 """

@@ -25,6 +25,7 @@ class Settings(NamedTuple):
     pin_dir: Path
     run_dir: Path
     state_dir: Path
+    cache_dir: Path
     cgroup: str
 
     @classmethod
@@ -42,6 +43,7 @@ class Settings(NamedTuple):
             pin_dir=Path(env.get("GRAFT_PIN_DIR", "/sys/fs/bpf/graft")),
             run_dir=Path(env.get("GRAFT_RUN_DIR", "/run/graft")),
             state_dir=Path(env.get("GRAFT_STATE_DIR", "/var/lib/graft")),
+            cache_dir=Path(env.get("GRAFT_CACHE_DIR", "/var/cache/graft")),
             cgroup=cgroup,
         )
 
@@ -53,6 +55,7 @@ class Settings(NamedTuple):
             "GRAFT_PIN_DIR": str(self.pin_dir),
             "GRAFT_RUN_DIR": str(self.run_dir),
             "GRAFT_STATE_DIR": str(self.state_dir),
+            "GRAFT_CACHE_DIR": str(self.cache_dir),
             "GRAFT_CGROUP": self.cgroup,
         }
 

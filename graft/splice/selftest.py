@@ -24,6 +24,7 @@ from functools import partial
 
 from graft.errors import GraftError
 from graft.kernel import tcp
+from graft.model.settings import Settings
 from graft.splice.connection import Connection, set_relay_options
 from graft.splice.event_loop import EventLoop
 from graft.splice.resources import DaemonResources
@@ -316,7 +317,7 @@ def main() -> int:
     try:
         netns.unshare_netns()
         netns.bring_lo_up()
-        loaded = loader.load_relay()
+        loaded = loader.load_relay(Settings.from_environment().cache_dir)
         sockmap = Sockmap(lambda name: os.dup(loaded.map_fd(name)), after=0)
         trial = Trial(sockmap)
         run_checks(trial)

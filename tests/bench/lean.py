@@ -75,6 +75,7 @@ def installation() -> Iterator[Place]:
             "GRAFT_PIN_DIR": f"/sys/fs/bpf/{name}",
             "GRAFT_RUN_DIR": f"{folder}/run",
             "GRAFT_STATE_DIR": f"{folder}/state",
+            "GRAFT_CACHE_DIR": f"{folder}/cache",
             "GRAFT_CGROUP": name,
             "GRAFT_RUNTIME": REAL,
             "GRAFT_RUNTIME_CONFIG": f"{folder}/none",

@@ -13,6 +13,7 @@ import pytest
 from graft.datapath import loader
 from graft.datapath.bcc_compiler import CompileError, compile_text
 from graft.datapath.loader import Loaded
+from tests.support.installation import COMPILED
 
 pytestmark = pytest.mark.kernel
 
@@ -43,9 +44,9 @@ def test_this_kernel_takes_the_programs_of_each_architecture(
     root: None, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ARCH", raising=False)
-    here, relay_here = loader.examine(), loader.examine_relay()
+    here, relay_here = loader.examine(COMPILED), loader.examine_relay(COMPILED)
     monkeypatch.setenv("ARCH", architecture)
-    there, relay_there = loader.examine(), loader.examine_relay()
+    there, relay_there = loader.examine(COMPILED), loader.examine_relay(COMPILED)
     assert there.is_complete, loader.logs(there.checks)
     assert (taken(there), there.extensions) == (taken(here), here.extensions)
     assert taken(relay_there) == taken(relay_here)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from graft.datapath import attachments, layout
 from graft.datapath.layout import HookDecision
 from graft.datapath.rulesets import Lookup
-from graft.kernel import bpf
+from graft.kernel import bpf_maps
 from graft.kernel.pidfd import pidfd_getfd
 from graft.model.address import BindPattern, Prefix, pack16
 from graft.model.endpoint import Endpoint
@@ -148,7 +148,7 @@ def test_old_rules_are_whole_as_long_as_a_hook_may_read_them(
 
     old, before = ruleset(), entries()
     waited = []
-    monkeypatch.setattr(bpf, "wait_for_programs", lambda: waited.append((ruleset(), entries()[old])))
+    monkeypatch.setattr(bpf_maps, "wait_for_programs", lambda: waited.append((ruleset(), entries()[old])))
     graft = host.installation
     with graft.transaction() as change:
         change.containers.apply(container, graft.compile(rules([], [f"0.0.0.0/0={name}"])))
@@ -157,7 +157,7 @@ def test_old_rules_are_whole_as_long_as_a_hook_may_read_them(
 
 
 def test_programs_are_waited_for() -> None:
-    bpf.wait_for_programs()
+    bpf_maps.wait_for_programs()
 
 
 def test_detaching_takes_effect_at_the_next_call(host: Host, confine: Confine) -> None:

@@ -25,6 +25,7 @@ from graft.splice import kernel_flow, selftest, selftest_result
 from graft.splice.selftest import CheckFailed, Trial
 from graft.splice.selftest_result import SelftestResult
 from graft.splice.sockmap import Sockmap
+from tests.support.installation import COMPILED
 
 pytestmark = pytest.mark.kernel
 
@@ -38,7 +39,7 @@ def trial_of(loaded: loader.Loaded) -> Trial:
 @pytest.fixture(scope="module")
 def loaded(root: None) -> loader.Loaded:
     """The relay's program and maps as `graft up` loads them, without pins."""
-    return loader.load_relay()
+    return loader.load_relay(COMPILED)
 
 
 @pytest.fixture
@@ -348,7 +349,7 @@ def test_control_a_relay_that_counts_bytes_only_queues_ten_times_as_many(
     root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_changed_relay(tmp_path, monkeypatch, ">= GRAFT_MAX_SEGMENTS", ">= 0x7fffffff")
-    trial = trial_of(loader.load_relay())
+    trial = trial_of(loader.load_relay(COMPILED))
     assert most_segments_queued(trial) > 20_000
     trial.close()
 
@@ -358,7 +359,7 @@ def test_the_self_test_finds_a_fault(root: None, tmp_path: Path, monkeypatch: py
     use_changed_relay(tmp_path, monkeypatch, *MUTANTS[name])
     monkeypatch.setattr(selftest, "CHECK_SECONDS", 2.0)
     monkeypatch.setattr(kernel_flow, "STALL_SECONDS", 0.2)
-    trial = trial_of(loader.load_relay())
+    trial = trial_of(loader.load_relay(COMPILED))
     with pytest.raises((CheckFailed, OSError)):
         selftest.run_checks(trial)
     trial.close()
@@ -372,4 +373,4 @@ def test_a_kernel_that_does_not_take_the_program_says_so(
     (sources / "relay.bpf.c").write_text("int graft_flow(struct __sk_buff *skb) { return *(int *)0; }")
     monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
     with pytest.raises(KernelError, match="relay"):
-        loader.load_relay()
+        loader.load_relay(COMPILED)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from graft.commands import doctor
-from graft.datapath import attachments, bcc_compiler, dataplane, loader
+from graft.datapath import attachments, bcc_compiler, compile_cache, compiled, dataplane, loader
 from graft.datapath.loader import ProgramsRefused
 from graft.datapath.programs import (
     ALL_PROGRAMS,
@@ -30,11 +30,12 @@ from graft.datapath.programs import (
 )
 from graft.datapath.sources import bpf_source_dir
 from graft.errors import KernelError
-from graft.kernel import helpers, instructions
+from graft.kernel import bpf_maps, helpers, instructions
+from graft.model.settings import Settings
 from tests.support.allowed_helpers import TABLE, table
 from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.control_flow import loops_without_jump
-from tests.support.installation import Host
+from tests.support.installation import COMPILED, Host
 
 pytestmark = pytest.mark.kernel
 
@@ -65,19 +66,38 @@ def add_forbidden_call(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_was_loaded_is_closed_when_nobody_refers_to_it(root: None) -> None:
-    loader.examine()
+    loader.examine(COMPILED)
     gc.collect()
     before = set(os.listdir("/proc/self/fd"))
-    assert loader.examine().is_complete
+    assert loader.examine(COMPILED).is_complete
     gc.collect()
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_this_kernel_takes_every_program(root: None) -> None:
-    loaded = loader.examine()
+    loaded = loader.examine(COMPILED)
     assert [one.reason for one in loaded.checks if not one.accepted] == []
     assert set(loaded.programs) == {program.name for program in ALL_PROGRAMS}
     assert all(instructions.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
+
+
+def test_what_was_compiled_once_is_loaded_without_a_compiler(
+    root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = loader.examine(tmp_path)
+    assert loader.examine_relay(tmp_path).is_complete
+
+    def compile_text(*_: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(compile_cache, "compile_text", compile_text)
+    again = loader.load(tmp_path)
+    assert again.programs.keys() == first.programs.keys() and again.extensions == first.extensions
+    for name in loader.MAPS:
+        made, before = (one.map_fd(name) for one in (again, first))
+        assert bpf_maps.map_shape(made) == bpf_maps.map_shape(before)
+        assert bpf_maps.map_types(made) == bpf_maps.map_types(before)
+    assert loader.load_relay(tmp_path).is_complete
 
 
 def test_a_program_that_is_not_needed_is_left_out_and_all_else_loads(
@@ -126,17 +146,17 @@ def test_up_without_a_program_that_is_needed_is_one_line_and_a_file(
 def test_programs_that_the_verifier_refuses_are_loaded_without_extensions(
     root: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = bcc_compiler.Compiled.load
+    real = compiled.Compiled.load
 
-    def picky(compiled: bcc_compiler.Compiled, program: object) -> int:
+    def picky(made: compiled.Compiled, program: object) -> int:
         if program is PROGRAMS[0] and helpers.HELPERS["set_retval"] in instructions.calls(
-            compiled.instructions(PROGRAMS[0])
+            made.instructions(PROGRAMS[0])
         ):
-            raise bcc_compiler.NotLoaded("too complex")
-        return real(compiled, program)  # type: ignore[arg-type]
+            raise compiled.NotLoaded("too complex")
+        return real(made, program)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bcc_compiler.Compiled, "load", picky)
-    assert loader.load().extensions == frozenset()
+    monkeypatch.setattr(compiled.Compiled, "load", picky)
+    assert loader.load(COMPILED).extensions == frozenset()
 
 
 @pytest.mark.parametrize(("helper", "dropped"), [("skc_to_mptcp_sock", MPTCP), ("get_current_task", PROBE)])
@@ -147,14 +167,14 @@ def test_an_extension_whose_helper_is_not_allowed_is_compiled_out(
     monkeypatch.setattr(
         loader, "kernel_allows", lambda kind, attach, asked: asked != number and real(kind, attach, asked)
     )
-    loaded = loader.load()
+    loaded = loader.load(COMPILED)
     assert loaded.extensions == EXTENSIONS - {dropped}
     assert all(number not in instructions.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
 
 
 def test_doctor_names_the_program_the_reason_and_what_is_lost(root: None, add_forbidden_call: AddForbiddenCall) -> None:
     add_forbidden_call("splice")
-    found = {feature.name: feature for feature in doctor.features()}
+    found = {feature.name: feature for feature in doctor.features(Settings.from_environment())}
     splice = found["program splice"]
     assert (splice.present, splice.needed) == (False, False)
     assert splice.without == "no transport splice: bpf helper 9 not allowed in sock_ops programs"
@@ -183,10 +203,10 @@ def test_the_programs_call_only_what_older_kernels_allow(root: None, kernel: str
 
 def test_the_programs_have_only_loops_that_older_kernels_take(root: None) -> None:
     """Else 6.1 refuses one, and all are loaded there without extensions."""
-    compiled, extensions = loader.compile_for(lambda *_: True)
+    made, extensions = loader.compile_for(lambda *_: True, COMPILED)
     assert extensions == EXTENSIONS
     for program in ALL_PROGRAMS:
-        assert not loops_without_jump(compiled.instructions(program)), program.name
+        assert not loops_without_jump(made.instructions(program)), program.name
 
 
 def test_a_loop_that_goes_back_without_a_jump_is_noticed() -> None:
@@ -207,5 +227,5 @@ def test_a_helper_that_an_older_kernel_does_not_allow_is_noticed(
 def refused_by(kernel: str) -> dict[str, frozenset[int]]:
     """What a kernel of the table would refuse, once everything is compiled out that is not needed."""
     allows = table(kernel)
-    compiled, _ = loader.compile_for(allows)
-    return refused_calls(ALL_PROGRAMS, loader.calls_of(compiled, ALL_PROGRAMS), allows)
+    made, _ = loader.compile_for(allows, COMPILED)
+    return refused_calls(ALL_PROGRAMS, loader.calls_of(made, ALL_PROGRAMS), allows)

@@ -30,6 +30,8 @@ from tests.support.shell import Result, Word, run
 from tests.support.wait import until
 
 GRAFT = Path(sys.executable).with_name("graft")
+COMPILED = Path(__file__).parents[2] / "build" / "compiled"
+"""Of the hooks as they are compiled, for all installations of all runs: else each `graft up` would take seconds."""
 _ports = itertools.count(20001)
 _names = itertools.count(1)
 

@@ -23,6 +23,7 @@ from graft.datapath.sources import bpf_source_dir
 from graft.kernel import (
     bpf,
     bpf_load,
+    bpf_maps,
     capabilities,
     epoll,
     helpers,
@@ -221,11 +222,14 @@ def test_bpf_has_the_kernels_numbers_and_layouts(machine: str) -> None:
     }
     query = {name: f"query.{name}" for name, *_ in bpf._QueryAttr._fields_} | {"pad": ""}
     info = {name: f"info.{name}" for name, *_ in bpf._InfoAttr._fields_}
+    log = {"log": "btf_log_buf", "log_size": "btf_log_size", "log_level": "btf_log_level"}
     head = {"lengths": "", "instructions": "", "uid": "created_by_uid", "maps": "nr_map_ids"}
     values = {
-        "BPF_MAP_CREATE": bpf._MAP_CREATE,
-        "BPF_MAP_TYPE_ARRAY": bpf._ARRAY,
-        "BPF_MAP_TYPE_ARRAY_OF_MAPS": bpf._ARRAY_OF_MAPS,
+        "BPF_MAP_CREATE": bpf_maps._MAP_CREATE,
+        "BPF_BTF_LOAD": bpf_maps._BTF_LOAD,
+        "BPF_BTF_GET_FD_BY_ID": bpf_maps._BTF_GET_FD_BY_ID,
+        "BPF_MAP_TYPE_ARRAY": bpf_maps._ARRAY,
+        "BPF_MAP_TYPE_ARRAY_OF_MAPS": bpf_maps._ARRAY_OF_MAPS,
         "BPF_MAP_LOOKUP_ELEM": bpf._MAP_LOOKUP_ELEM,
         "BPF_MAP_UPDATE_ELEM": bpf._MAP_UPDATE_ELEM,
         "BPF_MAP_DELETE_ELEM": bpf._MAP_DELETE_ELEM,
@@ -253,7 +257,9 @@ def test_bpf_has_the_kernels_numbers_and_layouts(machine: str) -> None:
         "BPF_LD | BPF_DW | BPF_IMM": instructions._WIDE,
         "sizeof(struct bpf_insn)": instructions.INSTRUCTION.size,
         **members("union bpf_attr", bpf._ElemAttr, {"pad": ""}),
-        **members("union bpf_attr", bpf._CreateAttr),
+        **members("union bpf_attr", bpf_maps._CreateAttr),
+        **members("union bpf_attr", bpf_maps._BtfLoadAttr, log),
+        **members("union bpf_attr", bpf_maps._BtfIdAttr, {"id": "btf_id"}),
         **members("union bpf_attr", bpf._ObjAttr),
         **members("union bpf_attr", bpf._AttachAttr),
         **members("union bpf_attr", bpf._QueryAttr, query),
@@ -261,7 +267,8 @@ def test_bpf_has_the_kernels_numbers_and_layouts(machine: str) -> None:
         **members("union bpf_attr", bpf._IdAttr, {"id": "prog_id"}),
         **members("union bpf_attr", bpf_load._LoadAttr),
         **members("struct bpf_prog_info", bpf._ProgInfo, head),
-        **members("struct bpf_map_info", bpf._MapInfo),
+        **members("struct bpf_map_info", bpf_maps._MapInfo),
+        **members("struct bpf_btf_info", bpf_maps._BtfInfo),
         "BPF_PSEUDO_MAP_FD": instructions._MAPS[0],
         "BPF_PSEUDO_MAP_VALUE": instructions._MAPS[1],
     }

@@ -17,6 +17,7 @@ def test_an_empty_environment_gives_the_defaults(monkeypatch: pytest.MonkeyPatch
         pin_dir=Path("/sys/fs/bpf/graft"),
         run_dir=Path("/run/graft"),
         state_dir=Path("/var/lib/graft"),
+        cache_dir=Path("/var/cache/graft"),
         cgroup="graft",
     )
 
@@ -27,11 +28,17 @@ def test_every_path_can_be_set() -> None:
         "GRAFT_PIN_DIR": "/sys/fs/bpf/x",
         "GRAFT_RUN_DIR": "/tmp/run",
         "GRAFT_STATE_DIR": "/tmp/state",
+        "GRAFT_CACHE_DIR": "/tmp/cache",
         "GRAFT_CGROUP": "machine.slice/graft-x",
     }
     found = Settings.from_environment(places)
     assert found == Settings(
-        Path("/run/netns/h"), Path("/sys/fs/bpf/x"), Path("/tmp/run"), Path("/tmp/state"), "machine.slice/graft-x"
+        Path("/run/netns/h"),
+        Path("/sys/fs/bpf/x"),
+        Path("/tmp/run"),
+        Path("/tmp/state"),
+        Path("/tmp/cache"),
+        "machine.slice/graft-x",
     )
 
 

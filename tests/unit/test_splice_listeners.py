@@ -195,7 +195,7 @@ def test_a_process_is_found_by_its_namespace(tmp_path: Path, monkeypatch: pytest
 
 
 def test_records_are_read_again_only_when_one_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings(Path("/proc/self/ns/net"), tmp_path / "pins", tmp_path, tmp_path / "state", "graft-x")
+    settings = Settings(Path("/proc/self/ns/net"), tmp_path / "pins", tmp_path, tmp_path / "state", tmp_path, "graft-x")
     listed = ContainerList(settings)
     assert listed.current() == {}
     records.save(settings, container(tmp_path))

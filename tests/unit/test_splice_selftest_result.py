@@ -18,7 +18,9 @@ from graft.splice.selftest_result import FAILED, INCONCLUSIVE, SelftestResult
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(Path("/proc/self/ns/net"), tmp_path / "pins", tmp_path / "run", tmp_path / "state", "graft-x")
+    return Settings(
+        Path("/proc/self/ns/net"), tmp_path / "pins", tmp_path / "run", tmp_path / "state", tmp_path, "graft-x"
+    )
 
 
 def test_a_result_is_stored(settings: Settings) -> None:

@@ -1,0 +1,87 @@
+"""Keeps what was compiled, so that the same programs are compiled once on a machine: the compiler takes seconds.
+
+    /var/cache/graft/HASH      one compilation each; the hash is that of everything that decides what comes out
+
+What is there is loaded into the kernel, so a file counts only if root alone can have written it. One that does not
+count, or is damaged, is compiled anew; and a folder that cannot be written costs the time, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from graft.datapath import bytecode
+from graft.datapath.bcc_compiler import compile_text, header_texts, source_text
+from graft.datapath.bytecode import Bytecode
+from graft.kernel.atomic_file import write_atomically
+from graft.kernel.ownership import problem_of
+
+_MOST = 16
+"""Files that are kept: of some versions of Graft, for some kernels. Those that were used last stay."""
+_OURS = re.compile(r"\.?[0-9a-f]{32}(\.\d+)?")  # with what a killed process had begun to write
+_FORMAT = 1
+"""Of a file, and of how Graft has bcc compile."""
+
+
+def compile_cached(folder: Path | None, sources: Sequence[str], constants: Mapping[str, int]) -> Bytecode:
+    """`compile_text`, or what it gave before. ``folder``: of the cache, None for none. Raises CompileError."""
+    if folder is None:
+        return compile_text(sources, constants)
+    path = folder / _name(sources, constants)
+    found = _read(path)
+    if found is not None:
+        return found
+    compiled = compile_text(sources, constants)
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if problem_of(folder.lstat()) is None:
+            write_atomically(path, bytecode.encode(compiled))
+            _remove_oldest(folder)
+    return compiled
+
+
+def _name(sources: Sequence[str], constants: Mapping[str, int]) -> str:
+    """The hash of what decides: the text with its headers, the compiler, and the kernel, whose helpers bcc looks up."""
+    machine = os.uname()
+    kernel = (machine.machine, machine.release, machine.version, os.environ.get("ARCH"))
+    decides = (_FORMAT, source_text(sources), header_texts(), sorted(constants.items()), _compiler(), kernel)
+    return hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
+
+
+def _compiler() -> object:
+    """What tells bcc's version from any other: its package has it in a file of its own, and is unpacked anew with it."""
+    found = importlib.util.find_spec("bcc")
+    if found is None or found.origin is None:
+        return None
+    folder = Path(found.origin).parent
+    return (found.origin, folder.stat().st_mtime_ns, [path.read_text() for path in folder.glob("version*")])
+
+
+def _read(path: Path) -> Bytecode | None:
+    try:
+        if problem_of(path.parent.lstat()) is not None:
+            return None
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or problem_of(found) is not None:
+                return None
+            compiled = bytecode.decode(file.read())
+            with contextlib.suppress(OSError):
+                os.utime(file.fileno())
+            return compiled
+    except (OSError, ValueError):
+        return None
+
+
+def _remove_oldest(folder: Path) -> None:
+    ours = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
+    aged = sorted(ours, key=lambda path: path.lstat().st_mtime_ns, reverse=True)
+    for path in aged[_MOST:]:
+        path.unlink(missing_ok=True)
