@@ -56,7 +56,7 @@ def _name(sources: Sequence[str], constants: Mapping[str, int]) -> str:
 
 
 def _compiler() -> object:
-    """What tells bcc's version from any other: its package has it in a file of its own, and is unpacked anew with it."""
+    """What tells bcc's version from any other: its package has a file for it, and is unpacked anew with it."""
     found = importlib.util.find_spec("bcc")
     if found is None or found.origin is None:
         return None
