@@ -251,6 +251,8 @@ static __always_inline int check_bind(struct bpf_sock *ctx, struct local_address
 	tag->bound_port = local->port;
 	if (protocol == IPPROTO_UDP)
 		tag->open_port = local->port;
+	if (!tag->at_unix)
+		note_server(ctx, tag, endpoint, local->port, protocol);
 	return PASS;
 }
 

@@ -171,16 +171,6 @@ static __always_inline int write_source(struct source *source, struct endpoint *
 /* How many ports of a range a connect tries. */
 #define GRAFT_PORT_TRIES 32
 
-/* Who connects does not share the port with who listens: a socket that was lent it could listen there too, and is in the
- * server's group before any hook is called. (Before 6.1 the kernel does not let a hook set this.) */
-static __always_inline void keep_out_of_group(struct bpf_sock_addr *ctx, struct request *request, struct endpoint *endpoint)
-{
-	int off = 0;
-
-	if (request->protocol == IPPROTO_TCP && endpoint->port)
-		bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &off, sizeof(off));
-}
-
 /* Binds a socket that has no source yet to the endpoint that `source` has the address of.
  * Of a range one that is free is looked for, from a random port on. Returns 0 where that fails. */
 static __always_inline int bind_source(struct bpf_sock_addr *ctx, struct source *source, int size, struct request *request,
@@ -189,12 +179,15 @@ static __always_inline int bind_source(struct bpf_sock_addr *ctx, struct source 
 	u32 first = endpoint->port, last = endpoint->last_port, start, try;
 	int error;
 
-	keep_out_of_group(ctx, request, endpoint);
-	if (!last) {
-		if (!meets_others(ctx, request, endpoint))
-			return !bpf_bind(ctx, (void *)source, size);
+	if (request->protocol == IPPROTO_TCP && first && (!request->tag || !leaves_group(ctx, request->tag))) {
 		refuse_with(EADDRINUSE);
 		return 0;
+	}
+	if (!last) {
+		error = meets_others(ctx, request, endpoint) ? -EADDRINUSE : bpf_bind(ctx, (void *)source, size);
+		if (error == -EADDRINUSE)
+			refuse_with(EADDRINUSE);
+		return !error;
 	}
 	start = bpf_get_prandom_u32();
 	for (try = 0; try < GRAFT_PORT_TRIES; try++) {

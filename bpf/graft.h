@@ -188,10 +188,30 @@ struct tag {
 	__u32 binder;     /* the thread whose bind wrote this last; 0: none has */
 	__u32 uid;        /* for whom a supervisor made a datagram socket, where it is owned; of a ferry's: its answer */
 	__u32 gid;
-	__u32 zero;
+	__u32 borrowed;   /* how often an endpoint was about to lend it a port for a TCP connect */
 	__u64 found_endpoint; /* what the rules of a ruleset, which never change, say of that request: see found_rule */
 	__u64 found_port;
 	__u64 netns;      /* the cookie of its namespace; 0: not read yet */
+};
+
+/* `servers`: a port of the host's -> whose bind to an endpoint got it last, and what that one requested. No hook is called
+ * when a socket is closed, so this says nothing about one that is there, and whether the container is granted the port
+ * still is judged anew. */
+struct server_port {
+	__u64 netns;
+	__u16 port;
+	__u8 family;
+	__u8 protocol;
+	__u32 zero;
+};
+
+struct server {
+	__u32 container;
+	__u32 endpoint;
+	__u8 addr[16];
+	__u16 port;
+	__u8 family;
+	__u8 zero;
 };
 
 /* `options`: socket storage, which options a program set before its socket was swapped. Only their
@@ -206,6 +226,8 @@ struct options {
 	__u32 count;
 	__u32 overflow;  /* 1: more options than slots, read every known one */
 	struct option option[GRAFT_OPTIONS_MAX];
+	__u32 asked_group; /* of TCP: how often SO_REUSEPORT was set, or is about to be (shared_port.bpf.c) */
+	__u32 zero;
 };
 
 /* `desk_slots`: a supervisor's process -> its desk, and the cgroup that the process must be in. */
@@ -484,6 +506,6 @@ struct settings {
 	__u32 last_id;   /* last id assigned, for endpoints, containers and rulesets */
 	__u8 hooks[16];  /* which text the programs in force were compiled from (graft/datapath/renewal.py) */
 };
-#define GRAFT_LAYOUT_VERSION 19
+#define GRAFT_LAYOUT_VERSION 20
 
 #endif

@@ -126,15 +126,38 @@ static __always_inline int is_forged(struct __sk_buff *skb, struct owner *owner,
 	return 0;
 }
 
-/* Whether a datagram arrives at a port that its socket had before there was a policy, and another container is granted now and
- * serves at. The kernel prefers a socket that is connected to the sender, or (over IPv6) that was, to any server. */
-static __always_inline int is_for_another(struct __sk_buff *skb, struct owner *owner, struct packet *packet)
+/* Whether a server of another container is there by the kernel's own lookup for a client that has no address: `servers` may
+ * have lost it. The kernel finds one socket only, which may be this one. */
+static __always_inline int another_is_found(struct __sk_buff *skb, struct owner *owner, struct packet *packet)
 {
 	struct packet to = *packet;
 
 	__builtin_memset(to.from, 0, sizeof(to.from));
 	to.from_port = 0;
 	return is_released_others(receiver_of(skb, &to), owner->id, ANY_NETNS, GRAFT_NONE_GRANTED);
+}
+
+/* Whether what arrives at a listener, or at a datagram socket that any client may reach, is for a server of another container:
+ * that one is granted the place now, and this one has it from an endpoint that it has lost, or from before there was a policy.
+ * The kernel prefers a socket that is connected to the sender, or (over IPv6) that was, at one address, or tied to an
+ * interface, to any server. */
+static __always_inline int is_for_another(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner, u32 id,
+					  struct endpoint *endpoint, struct packet *packet)
+{
+	struct server_port key = { .port = sk->src_port, .family = packet->family, .protocol = packet->protocol };
+	struct tag *tag = owner->tag;
+	struct local_address local;
+	u64 netns;
+
+	if (!tag)
+		return 0;
+	netns = netns_of_tagged(skb, tag);
+	key.netns = netns;
+	if (!is_anothers(&key, owner->id, packet->to) && (packet->protocol != IPPROTO_UDP || !another_is_found(skb, owner, packet)))
+		return 0;
+	read_local_address(&local, sk);
+	return id ? !is_granted_at(owner->container, tag, id, endpoint, &local, packet->protocol, netns) :
+		    !is_granted_place(owner->container, &local, packet->protocol, netns);
 }
 
 static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *owner)
@@ -174,10 +197,15 @@ static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *ow
 	open = binds_freely(owner->container) || accepts_anyone(skb, sk, owner, id, endpoint);
 	if (is_of_other_family(skb, endpoint))
 		return drop(owner);
-	if (is_tcp(type, protocol))
-		return open ? PASS : drop(owner);
+	if (is_tcp(type, protocol) && !open)
+		return drop(owner);
 	if (!read_packet(skb, &packet))
 		return drop(owner);
+	if (open && !binds_freely(owner->container) && (is_tcp(type, protocol) || !id) &&
+	    is_for_another(skb, sk, owner, id, endpoint, &packet))
+		return drop(owner);
+	if (is_tcp(type, protocol))
+		return PASS;
 	/* At an endpoint only its groups. A socket that was bound before there was a policy continues as before. */
 	if (is_multicast(&packet) && !has_earlier_port(sk, owner->tag) &&
 	    !(open && owner->tag && has_group(owner->tag->endpoint, packet.family, packet.to)))
@@ -188,8 +216,6 @@ static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *ow
 	if (open && is_multicast(&packet))
 		return PASS;
 	if (open) {
-		if (!id && !binds_freely(owner->container) && is_for_another(skb, owner, &packet))
-			return drop(owner);
 		note_arrival(skb, owner, &packet, endpoint);
 		return PASS;
 	}

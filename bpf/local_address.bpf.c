@@ -116,6 +116,34 @@ static __always_inline int is_granted(struct container *container, struct tag *t
 	return is_granted_at(container, tag, id, endpoints.lookup(&id), local, protocol, netns);
 }
 
+/* Whether a rule for what was requested leads to the endpoint that a socket, in the namespace `netns`, is bound to. */
+static __always_inline int leads_to(struct container *container, struct request *request, struct local_address *local, u64 netns)
+{
+	struct ingress_value *rule = ingress_rule(container->ruleset, request);
+	struct endpoint *endpoint;
+	u32 id = rule ? rule->endpoint : 0;
+	u16 port;
+
+	endpoint = id ? endpoints.lookup(&id) : 0;
+	if (!endpoint || (netns != ANY_NETNS && endpoint->netns != netns) ||
+	    !(endpoint->protocols & protocol_bit(request->protocol)))
+		return 0;
+	return endpoint_port(endpoint, rule, request->port, &port) && matches_endpoint(local, endpoint, port);
+}
+
+/* Whether the current rules grant the place of a socket that was bound there while no rule was needed. */
+static __always_inline int is_granted_place(struct container *container, struct local_address *local, u8 protocol, u64 netns)
+{
+	struct request request;
+
+	__builtin_memset(&request, 0, sizeof(request));
+	__builtin_memcpy(request.addr, local->ip, 16);
+	request.port = local->port;
+	request.family = local->family;
+	request.protocol = protocol;
+	return leads_to(container, &request, local, netns);
+}
+
 /* Whether a socket still has the port that it got from an endpoint, and the endpoint is no longer granted. */
 static __always_inline int has_lost_endpoint(struct bpf_sock *sk, struct tag *tag, int bound)
 {

@@ -82,11 +82,15 @@ static __always_inline int misreads_addresses(u32 protocol, int level, int name)
 	return protocol == IPPROTO_UDP && level == SOL_IPV6 && name == IPV6_ADDRFORM;
 }
 
-/* What keep_out_of_group has set, of a socket that an endpoint has lent its port. */
-static __always_inline int joins_group(struct tag *tag, u32 protocol, int level, int name)
+static __always_inline int is_group_option(u32 type, u32 protocol, int level, int name)
 {
-	return protocol == IPPROTO_TCP && tag && tag->source && tag->lent & GRAFT_LENT_PORT && level == SOL_SOCKET &&
-	       name == SO_REUSEPORT;
+	return is_tcp(type, protocol) && level == SOL_SOCKET && name == SO_REUSEPORT;
+}
+
+/* What leaves_group has set, of a socket that an endpoint has lent its port. */
+static __always_inline int joins_group(struct tag *tag, u32 type, u32 protocol, int level, int name)
+{
+	return tag && tag->borrowed && is_group_option(type, protocol, level, name);
 }
 
 /* How a socket sends to groups, whether it receives those that others joined, and leaving one. */
@@ -231,9 +235,11 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	resolve_owner(&owner, tags.sk_storage_get(sk, 0, 0), scope->container);
 	type = sk->type;
 	protocol = sk->protocol;
+	if (owner.container && is_group_option(type, protocol, ctx->level, ctx->optname) && !count_asked_group(sk))
+		return REFUSE;
 	if (bypasses_policy(ctx->level, ctx->optname) || frees_source(type, protocol, ctx->level, ctx->optname) ||
 	    misreads_addresses(protocol, ctx->level, ctx->optname) ||
-	    joins_group(owner.tag, protocol, ctx->level, ctx->optname)) {
+	    joins_group(owner.tag, type, protocol, ctx->level, ctx->optname)) {
 		if (!owner.tag && shares_host_netns(owner.container, bpf_get_netns_cookie(ctx)))
 			owner.home = GRAFT_HOME_HOST;
 		if (owner.home == GRAFT_HOME_HOST && is_confined(&owner) && !permits_multicast(ctx, sk, &owner)) {

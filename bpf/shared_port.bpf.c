@@ -5,7 +5,8 @@
  * would miss some, or all, as the other one chooses (SO_REUSEPORT with a program, SO_INCOMING_CPU, which of them was bound
  * last). And a listener that has lost its endpoint hears on: it would hear the next one's clients. So nobody binds an
  * endpoint's port beside a socket of another container that is not granted it, and none is lent a port beside another
- * container's. The kernel closes no socket that its program has bound.
+ * container's. The kernel closes no socket that its program has bound. Where one is there all the same, the hook for packets
+ * keeps from it what is for a container that is granted the port (`servers`).
  *
  * Only a listener, or a datagram socket without a peer, is found: one that has a peer gets what that sends, and nothing else.
  */
@@ -21,12 +22,16 @@ static __always_inline int has_granted_port(struct bpf_sock *sk, struct tag *tag
 {
 	struct local_address local;
 	u32 type = sk->type;
+	u8 protocol;
 
 	asm volatile("" : "+r"(type)); /* as in read_local_address */
 	read_local_address(&local, sk);
-	if (!tag->endpoint || (tag->bound_port && tag->bound_port != local.port))
+	protocol = type == SOCK_STREAM ? IPPROTO_TCP : IPPROTO_UDP;
+	if (!tag->endpoint)
+		return tag->open_port == local.port && is_granted_place(container, &local, protocol, netns);
+	if (tag->bound_port ? tag->bound_port != local.port : tag->lent & GRAFT_LENT_PORT)
 		return 0;
-	return is_granted(container, tag, &local, type == SOCK_STREAM ? IPPROTO_TCP : IPPROTO_UDP, netns);
+	return is_granted(container, tag, &local, protocol, netns);
 }
 
 /* Whether a socket has its port by something other than a rule for binds that grants it now: an endpoint that it has lost,
@@ -120,4 +125,87 @@ static __always_inline int meets_others(struct bpf_sock_addr *ctx, struct reques
 	u16 port = endpoint->port;
 
 	return port && meets(ctx, request->container, request->protocol, endpoint, port, GRAFT_NO_OTHERS);
+}
+
+/* ---- SO_REUSEPORT of who is lent a port for a TCP connect -------------------------------------- */
+
+/* Who connects does not share the port with who listens: a socket that was lent it could listen there too, and is in the
+ * server's group before any hook is called. The option is taken from it (before 6.1 the kernel does not let a hook do that),
+ * and refused from then on. A setsockopt of another thread may have been judged before and take effect afterwards: so each
+ * is counted before it looks for `borrowed`, and here that is counted before those are looked for. The one that was made is
+ * in effect if the option is set; with more of them one may be still to come. */
+static __always_inline int leaves_group(struct bpf_sock_addr *ctx, struct tag *tag)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct options *seen = options.sk_storage_get(sk, 0, 0);
+	int set = 0, off = 0;
+#ifdef GRAFT_HAVE_MPTCP
+	void *parent = seen ? 0 : bpf_skc_to_mptcp_sock(sk);
+
+	if (parent)
+		seen = options.sk_storage_get(parent, 0, 0);
+#endif
+	__sync_fetch_and_add(&tag->borrowed, 1);
+	bpf_getsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &set, sizeof(set));
+	bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &off, sizeof(off));
+	return !seen || !seen->asked_group || (seen->asked_group == 1 && set);
+}
+
+/* Returns 0 where there is no memory. */
+static __always_inline int count_asked_group(struct bpf_sock *sk)
+{
+	struct options *seen = options.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!seen)
+		return 0;
+	__sync_fetch_and_add(&seen->asked_group, 1);
+	return 1;
+}
+
+/* ---- packets for another container's server ----------------------------------------------------- */
+
+/* At a bind that an endpoint has granted, when the kernel has done it. */
+static __always_inline void note_server(struct bpf_sock *sk, struct tag *tag, struct endpoint *endpoint, u16 port, u8 protocol)
+{
+	struct server_port key = { .netns = endpoint->netns, .port = port, .family = endpoint->family, .protocol = protocol };
+	struct server server = { .container = tag->container, .endpoint = tag->endpoint, .port = tag->port,
+				 .family = tag->family };
+
+	__builtin_memcpy(server.addr, tag->addr, 16);
+	servers.update(&key, &server);
+	if (endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK) {
+		key.family = GRAFT_IPV4;
+		servers.update(&key, &server);
+	}
+}
+
+/* Whether what is sent to that place, in the namespace of the key, is for a server of another container that is granted it. */
+static __always_inline int is_anothers(struct server_port *key, u32 container, u8 *to)
+{
+	struct server *server = key->netns == ANY_NETNS ? 0 : servers.lookup(key);
+	struct local_address place = { .port = key->port };
+	struct endpoint *endpoint;
+	struct container *other;
+	struct request request;
+	u32 id;
+
+	if (!server || server->container == container)
+		return 0;
+	id = server->container;
+	other = containers.lookup(&id);
+	id = server->endpoint;
+	endpoint = endpoints.lookup(&id);
+	if (!other || !endpoint)
+		return 0;
+	if (!is_unspecified(endpoint->addr) &&
+	    (endpoint->family != key->family || !is_same_address(endpoint->addr, to)))
+		return 0;
+	__builtin_memset(&request, 0, sizeof(request));
+	__builtin_memcpy(request.addr, server->addr, 16);
+	request.port = server->port;
+	request.family = server->family;
+	request.protocol = key->protocol;
+	__builtin_memcpy(place.ip, endpoint->addr, 16);
+	place.family = endpoint->family;
+	return leads_to(other, &request, &place, key->netns);
 }

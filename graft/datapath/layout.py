@@ -11,7 +11,7 @@ import enum
 
 NAME_LEN = 32
 OPTIONS_MAX = 32
-LAYOUT_VERSION = 19
+LAYOUT_VERSION = 20
 
 INGRESS_FIXED_BITS = 8 * (4 + 4 + 16)
 EGRESS_FIXED_BITS = 8 * (4 + 4)
@@ -240,10 +240,35 @@ class Tag(ctypes.Structure):
         ("binder", ctypes.c_uint32),
         ("uid", ctypes.c_uint32),
         ("gid", ctypes.c_uint32),
-        ("zero", ctypes.c_uint32),
+        ("borrowed", ctypes.c_uint32),
         ("found_endpoint", ctypes.c_uint64),
         ("found_port", ctypes.c_uint64),
         ("netns", ctypes.c_uint64),
+    )
+
+
+class ServerPort(ctypes.Structure):
+    """`servers`: this -> ServerValue."""
+
+    _fields_ = (
+        ("netns", ctypes.c_uint64),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("protocol", ctypes.c_uint8),
+        ("zero", ctypes.c_uint32),
+    )
+
+
+class ServerValue(ctypes.Structure):
+    """`servers`: ServerPort -> this."""
+
+    _fields_ = (
+        ("container", ctypes.c_uint32),
+        ("endpoint", ctypes.c_uint32),
+        ("addr", _ADDR),
+        ("port", ctypes.c_uint16),
+        ("family", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8),
     )
 
 
@@ -260,6 +285,8 @@ class OptionsValue(ctypes.Structure):
         ("count", ctypes.c_uint32),
         ("overflow", ctypes.c_uint32),
         ("option", Option * OPTIONS_MAX),
+        ("asked_group", ctypes.c_uint32),
+        ("zero", ctypes.c_uint32),
     )
 
 

@@ -162,7 +162,10 @@ def _at_once(file: str, function: str, statement: str) -> Change:
 _WITHOUT_A_PEER = _at_once(
     "local_address.bpf.c", "int outlasts_its_peer(struct bpf_sock *sk, struct tag *tag)", "return 0;"
 )
-_BESIDE_OTHERS = ("connect.bpf.c", "if (!meets_others(ctx, request, endpoint))", "if (1)")
+_BESIDE_OTHERS = ("connect.bpf.c", "meets_others(ctx, request, endpoint) ? -EADDRINUSE : ", "")
+_BY_ITS_NOTE = _at_once(
+    "shared_port.bpf.c", "int is_anothers(struct server_port *key, u32 container, u8 *to)", "return 0;"
+)
 _ASTRAY = ("destination.bpf.c", "\treturn !is_noted_as_hosts(netns, packet->to, GRAFT_IPV4);", "\treturn 0;")
 _BY_ITS_SOCKET = (
     "destination.bpf.c",
@@ -477,7 +480,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         _WITHOUT_A_PEER,
     ),
     # Anybody on the host reaches the listener that graftd alone is to reach.
-    "leftovers at its port": (("bind.bpf.c", "if (meets_leftover(ctx, request, endpoint))", "if (0)"),),
+    "leftovers at its port": (("bind.bpf.c", "if (meets_leftover(ctx, request, endpoint))", "if (0)"), _BY_ITS_NOTE),
     # Of the sockets at a port a bind looks only for those that had an endpoint.
     "lent and free ports": (
         _at_once(
@@ -491,23 +494,62 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # And who is lent it joins the group of who listens there.
     "group of a lent port": (
         _BESIDE_OTHERS,
-        ("connect.bpf.c", "\tkeep_out_of_group(ctx, request, endpoint);\n", ""),
-        _at_once("options.bpf.c", "int joins_group(struct tag *tag, u32 protocol, int level, int name)", "return 0;"),
+        _at_once("shared_port.bpf.c", "int leaves_group(struct bpf_sock_addr *ctx, struct tag *tag)", "return 1;"),
+        _at_once(
+            "options.bpf.c",
+            "int joins_group(struct tag *tag, u32 type, u32 protocol, int level, int name)",
+            "return 0;",
+        ),
+    ),
+    # One that another thread is about to join is not noticed.
+    "options that are under way": (
+        (
+            "shared_port.bpf.c",
+            "\treturn !seen || !seen->asked_group || (seen->asked_group == 1 && set);\n",
+            "\treturn 1;\n",
+        ),
+    ),
+    # Of MPTCP no option joins a group.
+    "groups of MPTCP": (
+        (
+            "options.bpf.c",
+            "is_tcp(type, protocol) && level == SOL_SOCKET && name == SO_REUSEPORT",
+            "protocol == IPPROTO_TCP && level == SOL_SOCKET && name == SO_REUSEPORT",
+        ),
     ),
     # A port that was bound freely once is its socket's, whoever is granted it.
     "earlier port": (
+        _BY_ITS_NOTE,
         _at_once(
             "ingress.bpf.c",
-            "int is_for_another(struct __sk_buff *skb, struct owner *owner, struct packet *packet)",
+            "int another_is_found(struct __sk_buff *skb, struct owner *owner, struct packet *packet)",
             "return 0;",
+        ),
+    ),
+    # Whom a packet is for says only the kernel's lookup.
+    "servers": (_BY_ITS_NOTE,),
+    # What was bound freely is granted by no rule.
+    "granted place": (
+        (
+            "local_address.bpf.c",
+            "\treturn leads_to(container, &request, local, netns);\n",
+            "\treturn 0;\n",
+        ),
+    ),
+    # A bind that leaves the port to the kernel counts, whoever has lent the port since.
+    "bound without a port": (
+        (
+            "shared_port.bpf.c",
+            "tag->bound_port != local.port : tag->lent & GRAFT_LENT_PORT",
+            "tag->bound_port != local.port : 0",
         ),
     ),
     # A port counts as granted when the hook after the bind has been called.
     "being bound": (
         (
             "shared_port.bpf.c",
-            "if (!tag->endpoint || (tag->bound_port && tag->bound_port != local.port))",
-            "if (!tag->endpoint || tag->bound_port != local.port)",
+            "if (tag->bound_port ? tag->bound_port != local.port : tag->lent & GRAFT_LENT_PORT)",
+            "if (tag->bound_port != local.port)",
         ),
     ),
     # Of the connects of a socket only the last one is known, whatever became of it.

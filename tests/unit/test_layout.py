@@ -38,6 +38,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "host_address": layout.HostAddress,
     "scope": layout.Scope,
     "tag": layout.Tag,
+    "server_port": layout.ServerPort,
+    "server": layout.ServerValue,
     "option": layout.Option,
     "options": layout.OptionsValue,
     "counter_key": layout.CounterKey,
