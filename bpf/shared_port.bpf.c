@@ -137,15 +137,19 @@ static __always_inline int meets_others(struct bpf_sock_addr *ctx, struct reques
 static __always_inline int leaves_group(struct bpf_sock_addr *ctx, struct tag *tag)
 {
 	struct bpf_sock *sk = ctx->sk;
-	struct options *seen = options.sk_storage_get(sk, 0, 0);
+	struct options *seen;
 	int set = 0, off = 0;
 #ifdef GRAFT_HAVE_MPTCP
-	void *parent = seen ? 0 : bpf_skc_to_mptcp_sock(sk);
+	void *parent;
+#endif
 
+	__sync_fetch_and_add(&tag->borrowed, 1);
+	seen = options.sk_storage_get(sk, 0, 0);
+#ifdef GRAFT_HAVE_MPTCP
+	parent = seen ? 0 : bpf_skc_to_mptcp_sock(sk);
 	if (parent)
 		seen = options.sk_storage_get(parent, 0, 0);
 #endif
-	__sync_fetch_and_add(&tag->borrowed, 1);
 	bpf_getsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &set, sizeof(set));
 	bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &off, sizeof(off));
 	return !seen || !seen->asked_group || (seen->asked_group == 1 && set);
