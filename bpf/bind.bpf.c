@@ -227,6 +227,7 @@ static __always_inline int check_bind(struct bpf_sock *ctx, struct local_address
 		tag = tag_free_bind(ctx);
 	if (!tag || tag->home != GRAFT_HOME_HOST)
 		return PASS;
+	tag->since = bpf_ktime_get_ns();
 	container = containers.lookup(&tag->container);
 	if (is_of_other_bind(tag)) {
 		count(tag->container, GRAFT_DECISION_REFUSED_BIND);
@@ -248,11 +249,11 @@ static __always_inline int check_bind(struct bpf_sock *ctx, struct local_address
 		count(tag->container, GRAFT_DECISION_REFUSED_BIND);
 		return refuse_with(EACCES);
 	}
+	if (!tag->at_unix && !note_server(tag, endpoint, local->port, protocol))
+		return refuse_with(EACCES);
 	tag->bound_port = local->port;
 	if (protocol == IPPROTO_UDP)
 		tag->open_port = local->port;
-	if (!tag->at_unix)
-		note_server(ctx, tag, endpoint, local->port, protocol);
 	return PASS;
 }
 

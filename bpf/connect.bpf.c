@@ -179,7 +179,7 @@ static __always_inline int bind_source(struct bpf_sock_addr *ctx, struct source 
 	u32 first = endpoint->port, last = endpoint->last_port, start, try;
 	int error;
 
-	if (request->protocol == IPPROTO_TCP && first && (!request->tag || !leaves_group(ctx, request->tag))) {
+	if (request->protocol == IPPROTO_TCP && first && !leaves_group(ctx)) {
 		refuse_with(EADDRINUSE);
 		return 0;
 	}

@@ -113,7 +113,7 @@ BPF_ANNOTATE_KV_PAIR(desks, int, struct desk);
 
 SK_STORAGE(tags, struct tag, BPF_F_NO_PREALLOC | BPF_F_CLONE);
 SK_STORAGE(options, struct options, BPF_F_NO_PREALLOC);
-BPF_TABLE("lru_hash", struct server_port, struct server, servers, GRAFT_MAX_SERVERS);
+BPF_TABLE("lru_hash", struct server_place, struct server, servers, GRAFT_MAX_SERVERS);
 
 /* Of transport splice (splice.bpf.c). The accepting socket removes its arrival, or graftd, or the connecting socket
  * does when it closes; as a fallback the table evicts the oldest. */

@@ -188,30 +188,34 @@ struct tag {
 	__u32 binder;     /* the thread whose bind wrote this last; 0: none has */
 	__u32 uid;        /* for whom a supervisor made a datagram socket, where it is owned; of a ferry's: its answer */
 	__u32 gid;
-	__u32 borrowed;   /* how often an endpoint was about to lend it a port for a TCP connect */
+	__u32 zero;
 	__u64 found_endpoint; /* what the rules of a ruleset, which never change, say of that request: see found_rule */
 	__u64 found_port;
 	__u64 netns;      /* the cookie of its namespace; 0: not read yet */
+	__u64 since;      /* when it got its port, or was found to have it, in ns of CLOCK_MONOTONIC */
 };
 
-/* `servers`: a port of the host's -> whose bind to an endpoint got it last, and what that one requested. No hook is called
- * when a socket is closed, so this says nothing about one that is there, and whether the container is granted the port
- * still is judged anew. */
-struct server_port {
+/* `servers`: a place of an endpoint's, at which several containers may serve -> which one has bound it, when, and what it
+ * requested. No hook is called when a socket is closed, so this says nothing about one that is there, and whether the
+ * container is granted the place still is judged anew. */
+#define GRAFT_SERVERS_AT_A_PLACE 4
+struct server_place {
 	__u64 netns;
+	__u8 addr[16];
 	__u16 port;
 	__u8 family;
 	__u8 protocol;
-	__u32 zero;
+	__u32 number;     /* below GRAFT_SERVERS_AT_A_PLACE */
 };
 
 struct server {
+	__u64 bound;      /* in ns of CLOCK_MONOTONIC */
 	__u32 container;
 	__u32 endpoint;
 	__u8 addr[16];
 	__u16 port;
 	__u8 family;
-	__u8 zero;
+	__u8 zero[5];
 };
 
 /* `options`: socket storage, which options a program set before its socket was swapped. Only their
@@ -227,7 +231,7 @@ struct options {
 	__u32 overflow;  /* 1: more options than slots, read every known one */
 	struct option option[GRAFT_OPTIONS_MAX];
 	__u32 asked_group; /* of TCP: how often SO_REUSEPORT was set, or is about to be (shared_port.bpf.c) */
-	__u32 zero;
+	__u32 borrowed;    /* of TCP: how often an endpoint was about to lend it a port for a connect */
 };
 
 /* `desk_slots`: a supervisor's process -> its desk, and the cgroup that the process must be in. */

@@ -137,14 +137,32 @@ static __always_inline int another_is_found(struct __sk_buff *skb, struct owner 
 	return is_released_others(receiver_of(skb, &to), owner->id, ANY_NETNS, GRAFT_NONE_GRANTED);
 }
 
+/* Whether what is sent to that address and port is for another container, which has bound it after `since`. */
+static __always_inline int is_anothers(u64 netns, struct packet *packet, u16 port, u8 protocol, u32 container, u64 since)
+{
+	struct server_place key = { .netns = netns, .port = port, .family = packet->family, .protocol = protocol };
+
+	if (netns == ANY_NETNS)
+		return 0;
+	__builtin_memcpy(key.addr, packet->to, 16);
+	if (is_anothers_place(&key, container, since, packet->family))
+		return 1;
+	__builtin_memset(key.addr, 0, 16);
+	if (is_anothers_place(&key, container, since, packet->family))
+		return 1;
+	if (packet->family == GRAFT_IPV6)
+		return 0;
+	key.family = GRAFT_IPV6; /* one that is dual-stack */
+	return is_anothers_place(&key, container, since, packet->family);
+}
+
 /* Whether what arrives at a listener, or at a datagram socket that any client may reach, is for a server of another container:
  * that one is granted the place now, and this one has it from an endpoint that it has lost, or from before there was a policy.
  * The kernel prefers a socket that is connected to the sender, or (over IPv6) that was, at one address, or tied to an
  * interface, to any server. */
 static __always_inline int is_for_another(struct __sk_buff *skb, struct bpf_sock *sk, struct owner *owner, u32 id,
-					  struct endpoint *endpoint, struct packet *packet)
+					  struct endpoint *endpoint, struct packet *packet, u8 protocol)
 {
-	struct server_port key = { .port = sk->src_port, .family = packet->family, .protocol = packet->protocol };
 	struct tag *tag = owner->tag;
 	struct local_address local;
 	u64 netns;
@@ -152,12 +170,12 @@ static __always_inline int is_for_another(struct __sk_buff *skb, struct bpf_sock
 	if (!tag)
 		return 0;
 	netns = netns_of_tagged(skb, tag);
-	key.netns = netns;
-	if (!is_anothers(&key, owner->id, packet->to) && (packet->protocol != IPPROTO_UDP || !another_is_found(skb, owner, packet)))
-		return 0;
 	read_local_address(&local, sk);
-	return id ? !is_granted_at(owner->container, tag, id, endpoint, &local, packet->protocol, netns) :
-		    !is_granted_place(owner->container, &local, packet->protocol, netns);
+	if (id ? is_granted_at(owner->container, tag, id, endpoint, &local, protocol, netns) :
+		 is_granted_place(owner->container, &local, protocol, netns))
+		return 0;
+	return is_anothers(netns, packet, local.port, protocol, owner->id, tag->since) ||
+	       (protocol == IPPROTO_UDP && another_is_found(skb, owner, packet));
 }
 
 static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *owner)
@@ -201,11 +219,9 @@ static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *ow
 		return drop(owner);
 	if (!read_packet(skb, &packet))
 		return drop(owner);
-	if (open && !binds_freely(owner->container) && (is_tcp(type, protocol) || !id) &&
-	    is_for_another(skb, sk, owner, id, endpoint, &packet))
-		return drop(owner);
 	if (is_tcp(type, protocol))
-		return PASS;
+		return !binds_freely(owner->container) && is_for_another(skb, sk, owner, id, endpoint, &packet, IPPROTO_TCP) ?
+			       drop(owner) : PASS;
 	/* At an endpoint only its groups. A socket that was bound before there was a policy continues as before. */
 	if (is_multicast(&packet) && !has_earlier_port(sk, owner->tag) &&
 	    !(open && owner->tag && has_group(owner->tag->endpoint, packet.family, packet.to)))
@@ -216,6 +232,10 @@ static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *ow
 	if (open && is_multicast(&packet))
 		return PASS;
 	if (open) {
+		/* (Of a broadcast, as of what is sent to a group, each socket has a copy.) */
+		if (!id && !binds_freely(owner->container) && skb->pkt_type != PACKET_BROADCAST &&
+		    is_for_another(skb, sk, owner, id, endpoint, &packet, IPPROTO_UDP))
+			return drop(owner);
 		note_arrival(skb, owner, &packet, endpoint);
 		return PASS;
 	}

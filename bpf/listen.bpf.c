@@ -10,6 +10,7 @@ static __always_inline struct tag *tag_direct_listener(struct bpf_sock *sk, u32 
 		tag->container = id;
 		tag->home = GRAFT_HOME_HOST;
 		tag->endpoint = 0;
+		tag->since = bpf_ktime_get_ns();
 	}
 	return tag;
 }

@@ -116,7 +116,8 @@ static __always_inline int is_granted(struct container *container, struct tag *t
 	return is_granted_at(container, tag, id, endpoints.lookup(&id), local, protocol, netns);
 }
 
-/* Whether a rule for what was requested leads to the endpoint that a socket, in the namespace `netns`, is bound to. */
+/* Whether a rule for what was requested leads to the port, and the address, of an endpoint that a socket, in the namespace
+ * `netns`, is bound to. */
 static __always_inline int leads_to(struct container *container, struct request *request, struct local_address *local, u64 netns)
 {
 	struct ingress_value *rule = ingress_rule(container->ruleset, request);
@@ -128,7 +129,8 @@ static __always_inline int leads_to(struct container *container, struct request 
 	if (!endpoint || (netns != ANY_NETNS && endpoint->netns != netns) ||
 	    !(endpoint->protocols & protocol_bit(request->protocol)))
 		return 0;
-	return endpoint_port(endpoint, rule, request->port, &port) && matches_endpoint(local, endpoint, port);
+	/* (Of a dynamic endpoint the kernel chooses the port: it grants no certain one.) */
+	return endpoint_port(endpoint, rule, request->port, &port) && port && matches_endpoint(local, endpoint, port);
 }
 
 /* Whether the current rules grant the place of a socket that was bound there while no rule was needed. */
@@ -343,6 +345,7 @@ static __always_inline int is_hosts(u64 netns, u32 *ip, u8 family)
 
 #define GRAFT_LOOPBACK_LINK 1
 #define PACKET_HOST 0
+#define PACKET_BROADCAST 1
 
 /* What a link has brought was sent to an address of the host's, if the kernel delivers it: it has looked. Not what a program
  * of this machine has sent (see is_delivered_astray), or had copied as a broadcast. */

@@ -87,11 +87,6 @@ static __always_inline int is_group_option(u32 type, u32 protocol, int level, in
 	return is_tcp(type, protocol) && level == SOL_SOCKET && name == SO_REUSEPORT;
 }
 
-/* What leaves_group has set, of a socket that an endpoint has lent its port. */
-static __always_inline int joins_group(struct tag *tag, u32 type, u32 protocol, int level, int name)
-{
-	return tag && tag->borrowed && is_group_option(type, protocol, level, name);
-}
 
 /* How a socket sends to groups, whether it receives those that others joined, and leaving one. */
 static __always_inline int is_multicast_setting(int level, int name)
@@ -225,6 +220,7 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	struct scope *scope = scopes.get_local_storage(0);
 	struct owner owner = {};
 	u32 type, protocol;
+	int may_join;
 
 	/* The kernel passes at most a page of a long value; with a length of 0 it uses the caller's own
 	 * copy instead of failing the call (Documentation/bpf/prog_cgroup_sockopt.rst). */
@@ -235,11 +231,9 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	resolve_owner(&owner, tags.sk_storage_get(sk, 0, 0), scope->container);
 	type = sk->type;
 	protocol = sk->protocol;
-	if (owner.container && is_group_option(type, protocol, ctx->level, ctx->optname) && !count_asked_group(sk))
-		return REFUSE;
+	may_join = !owner.container || !is_group_option(type, protocol, ctx->level, ctx->optname) || may_join_group(sk);
 	if (bypasses_policy(ctx->level, ctx->optname) || frees_source(type, protocol, ctx->level, ctx->optname) ||
-	    misreads_addresses(protocol, ctx->level, ctx->optname) ||
-	    joins_group(owner.tag, type, protocol, ctx->level, ctx->optname)) {
+	    misreads_addresses(protocol, ctx->level, ctx->optname) || !may_join) {
 		if (!owner.tag && shares_host_netns(owner.container, bpf_get_netns_cookie(ctx)))
 			owner.home = GRAFT_HOME_HOST;
 		if (owner.home == GRAFT_HOME_HOST && is_confined(&owner) && !permits_multicast(ctx, sk, &owner)) {

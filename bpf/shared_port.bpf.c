@@ -129,87 +129,110 @@ static __always_inline int meets_others(struct bpf_sock_addr *ctx, struct reques
 
 /* ---- SO_REUSEPORT of who is lent a port for a TCP connect -------------------------------------- */
 
+/* What is stored of a socket's options, of an MPTCP socket with the one that the program has. NULL: no memory. */
+static __always_inline struct options *options_of(struct bpf_sock *sk)
+{
+#ifdef GRAFT_HAVE_MPTCP
+	void *parent = bpf_skc_to_mptcp_sock(sk);
+
+	if (parent)
+		return options.sk_storage_get(parent, 0, BPF_SK_STORAGE_GET_F_CREATE);
+#endif
+	return options.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+}
+
 /* Who connects does not share the port with who listens: a socket that was lent it could listen there too, and is in the
  * server's group before any hook is called. The option is taken from it (before 6.1 the kernel does not let a hook do that),
  * and refused from then on. A setsockopt of another thread may have been judged before and take effect afterwards: so each
  * is counted before it looks for `borrowed`, and here that is counted before those are looked for. The one that was made is
  * in effect if the option is set; with more of them one may be still to come. */
-static __always_inline int leaves_group(struct bpf_sock_addr *ctx, struct tag *tag)
+static __always_inline int leaves_group(struct bpf_sock_addr *ctx)
 {
-	struct bpf_sock *sk = ctx->sk;
-	struct options *seen;
+	struct options *seen = options_of(ctx->sk);
 	int set = 0, off = 0;
-#ifdef GRAFT_HAVE_MPTCP
-	void *parent;
-#endif
 
-	__sync_fetch_and_add(&tag->borrowed, 1);
-	seen = options.sk_storage_get(sk, 0, 0);
-#ifdef GRAFT_HAVE_MPTCP
-	parent = seen ? 0 : bpf_skc_to_mptcp_sock(sk);
-	if (parent)
-		seen = options.sk_storage_get(parent, 0, 0);
-#endif
-	bpf_getsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &set, sizeof(set));
+	if (!seen)
+		return 0;
+	__sync_fetch_and_add(&seen->borrowed, 1);
+	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &set, sizeof(set)))
+		return 1;
 	bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &off, sizeof(off));
-	return !seen || !seen->asked_group || (seen->asked_group == 1 && set);
+	if (seen->asked_group == 1 && set)
+		seen->asked_group = 0; /* what is set from now on is refused */
+	return !seen->asked_group;
 }
 
-/* Returns 0 where there is no memory. */
-static __always_inline int count_asked_group(struct bpf_sock *sk)
+/* Whether a setsockopt may join a group of sockets: not of one that was lent a port, or where there is no memory to count. */
+static __always_inline int may_join_group(struct bpf_sock *sk)
 {
 	struct options *seen = options.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 
 	if (!seen)
 		return 0;
 	__sync_fetch_and_add(&seen->asked_group, 1);
-	return 1;
+	return !seen->borrowed;
 }
 
 /* ---- packets for another container's server ----------------------------------------------------- */
 
-/* At a bind that an endpoint has granted, when the kernel has done it. */
-static __always_inline void note_server(struct bpf_sock *sk, struct tag *tag, struct endpoint *endpoint, u16 port, u8 protocol)
+/* Whether a server's container is granted the place still: in the family of the place, or in that of a packet for it. */
+static __always_inline int is_servers_place(struct server_place *key, struct server *server, u8 family)
 {
-	struct server_port key = { .netns = endpoint->netns, .port = port, .family = endpoint->family, .protocol = protocol };
-	struct server server = { .container = tag->container, .endpoint = tag->endpoint, .port = tag->port,
-				 .family = tag->family };
-
-	__builtin_memcpy(server.addr, tag->addr, 16);
-	servers.update(&key, &server);
-	if (endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK) {
-		key.family = GRAFT_IPV4;
-		servers.update(&key, &server);
-	}
-}
-
-/* Whether what is sent to that place, in the namespace of the key, is for a server of another container that is granted it. */
-static __always_inline int is_anothers(struct server_port *key, u32 container, u8 *to)
-{
-	struct server *server = key->netns == ANY_NETNS ? 0 : servers.lookup(key);
-	struct local_address place = { .port = key->port };
-	struct endpoint *endpoint;
-	struct container *other;
+	struct local_address place = { .port = key->port, .family = key->family };
+	u32 id = server->container, endpoint = server->endpoint;
+	struct container *container = containers.lookup(&id);
+	struct endpoint *at = endpoints.lookup(&endpoint);
 	struct request request;
-	u32 id;
 
-	if (!server || server->container == container)
-		return 0;
-	id = server->container;
-	other = containers.lookup(&id);
-	id = server->endpoint;
-	endpoint = endpoints.lookup(&id);
-	if (!other || !endpoint)
-		return 0;
-	if (!is_unspecified(endpoint->addr) &&
-	    (endpoint->family != key->family || !is_same_address(endpoint->addr, to)))
+	if (!container || !at || (family != key->family && !(at->flags & GRAFT_ENDPOINT_DUAL_STACK)))
 		return 0;
 	__builtin_memset(&request, 0, sizeof(request));
 	__builtin_memcpy(request.addr, server->addr, 16);
 	request.port = server->port;
 	request.family = server->family;
 	request.protocol = key->protocol;
-	__builtin_memcpy(place.ip, endpoint->addr, 16);
-	place.family = endpoint->family;
-	return leads_to(other, &request, &place, key->netns);
+	__builtin_memcpy(place.ip, key->addr, 16);
+	return leads_to(container, &request, &place, key->netns);
+}
+
+/* At a bind that an endpoint has granted, when the kernel has done it: in the place of what this container noted before, or
+ * of one that is not granted it any more. (A port that the kernel has chosen is nobody else's.) Returns 0 where there is no
+ * memory. */
+static __always_inline int note_server(struct tag *tag, struct endpoint *endpoint, u16 port, u8 protocol)
+{
+	struct server_place key = { .netns = endpoint->netns, .port = port, .family = endpoint->family, .protocol = protocol };
+	struct server server = { .bound = bpf_ktime_get_ns(), .container = tag->container, .endpoint = tag->endpoint,
+				 .port = tag->port, .family = tag->family };
+	struct server *found;
+	u32 number;
+
+	if (!endpoint->port)
+		return 1;
+	__builtin_memcpy(key.addr, endpoint->addr, 16);
+	__builtin_memcpy(server.addr, tag->addr, 16);
+	for (number = 0; number < GRAFT_SERVERS_AT_A_PLACE - 1; number++) {
+		key.number = number;
+		found = servers.lookup(&key);
+		if (!found || found->container == tag->container || !is_servers_place(&key, found, key.family))
+			break;
+	}
+	key.number = number;
+	return !servers.update(&key, &server);
+}
+
+/* Whether another container, which is granted that place for packets of that family, has bound it after `since`. */
+static __always_inline int is_anothers_place(struct server_place *key, u32 container, u64 since, u8 family)
+{
+	struct server *server;
+	u32 number;
+
+	for (number = 0; number < GRAFT_SERVERS_AT_A_PLACE; number++) {
+		key->number = number;
+		server = servers.lookup(key);
+		if (!server)
+			return 0;
+		if (server->container != container && server->bound > since && is_servers_place(key, server, family))
+			return 1;
+	}
+	return 0;
 }

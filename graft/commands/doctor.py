@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graft.datapath import offsets, programs
-from graft.datapath.bcc_compiler import CompileError
 from graft.datapath.programs import ProgramCheck
 from graft.errors import GraftError, KernelError
 from graft.kernel import cgroup, netns, pidfd, seccomp
@@ -100,8 +99,9 @@ def _programs(cache: Path) -> Iterator[Feature]:
 
     try:
         loaded = loader.examine(cache)
-    except CompileError as error:
-        yield Feature("BPF programs", False, True, "every grant and refusal", _sentence(error.message), error.log)
+    except KernelError as error:
+        log = getattr(error, "log", "")
+        yield Feature("BPF programs", False, True, "every grant and refusal", _sentence(error.message), log)
         return
     has_probe = programs.PROBE in loaded.extensions
     yield Feature("type information", has_probe, False, "finds dup and epoll at once", "/proc is walked")

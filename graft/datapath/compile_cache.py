@@ -26,6 +26,8 @@ from graft.kernel.ownership import problem_of
 _MOST = 16
 """Files that are kept: of some versions of Graft, for some kernels. Those that were used last stay."""
 _OURS = re.compile(r"\.?[0-9a-f]{32}(\.\d+)?")  # with what a killed process had begun to write
+_LIBRARY_FOLDER = Path("/usr/lib")
+_LIBRARIES = ("libbcc.so.*", "libclang-cpp.so.*", "libLLVM*.so*")
 _FORMAT = 1
 """Of a file, and of how Graft has bcc compile."""
 
@@ -56,12 +58,13 @@ def _name(sources: Sequence[str], constants: Mapping[str, int]) -> str:
 
 
 def _compiler() -> object:
-    """What tells bcc's version from any other: its package has a file for it, and is unpacked anew with it."""
+    """What tells bcc and its compiler from any other: their files, which are of packages of their own (Debian's)."""
     found = importlib.util.find_spec("bcc")
     if found is None or found.origin is None:
         return None
-    folder = Path(found.origin).parent
-    return (found.origin, folder.stat().st_mtime_ns, [path.read_text() for path in folder.glob("version*")])
+    libraries = (path for name in _LIBRARIES for path in _LIBRARY_FOLDER.glob(f"*/{name}"))
+    files = [(path, path.stat()) for path in (Path(found.origin), *sorted(libraries))]
+    return [(str(path), seen.st_size, seen.st_mtime_ns) for path, seen in files]
 
 
 def _read(path: Path) -> Bytecode | None:

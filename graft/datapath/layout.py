@@ -240,35 +240,38 @@ class Tag(ctypes.Structure):
         ("binder", ctypes.c_uint32),
         ("uid", ctypes.c_uint32),
         ("gid", ctypes.c_uint32),
-        ("borrowed", ctypes.c_uint32),
+        ("zero", ctypes.c_uint32),
         ("found_endpoint", ctypes.c_uint64),
         ("found_port", ctypes.c_uint64),
         ("netns", ctypes.c_uint64),
+        ("since", ctypes.c_uint64),
     )
 
 
-class ServerPort(ctypes.Structure):
+class ServerPlace(ctypes.Structure):
     """`servers`: this -> ServerValue."""
 
     _fields_ = (
         ("netns", ctypes.c_uint64),
+        ("addr", _ADDR),
         ("port", ctypes.c_uint16),
         ("family", ctypes.c_uint8),
         ("protocol", ctypes.c_uint8),
-        ("zero", ctypes.c_uint32),
+        ("number", ctypes.c_uint32),
     )
 
 
 class ServerValue(ctypes.Structure):
-    """`servers`: ServerPort -> this."""
+    """`servers`: ServerPlace -> this."""
 
     _fields_ = (
+        ("bound", ctypes.c_uint64),
         ("container", ctypes.c_uint32),
         ("endpoint", ctypes.c_uint32),
         ("addr", _ADDR),
         ("port", ctypes.c_uint16),
         ("family", ctypes.c_uint8),
-        ("zero", ctypes.c_uint8),
+        ("zero", ctypes.c_uint8 * 5),
     )
 
 
@@ -286,7 +289,7 @@ class OptionsValue(ctypes.Structure):
         ("overflow", ctypes.c_uint32),
         ("option", Option * OPTIONS_MAX),
         ("asked_group", ctypes.c_uint32),
-        ("zero", ctypes.c_uint32),
+        ("borrowed", ctypes.c_uint32),
     )
 
 

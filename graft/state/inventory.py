@@ -413,7 +413,8 @@ def keep_reachable(
 
 def _tag_open_port(settings: Settings, container: int, sock: ContainerSocket) -> bool:
     """Through a copy of a process's descriptor. (Writing a tag does not take the socket's lock.) False without one."""
-    tag = layout.Tag(container=container, home=Home.HOST, open_port=int(sock.listed.local.rpartition(":")[2]))
+    port = int(sock.listed.local.rpartition(":")[2])
+    tag = layout.Tag(container=container, home=Home.HOST, open_port=port, since=time.monotonic_ns())
     for place in sock.places:
         with socket_holders.copied(place, sock.listed.inode) as copy, contextlib.suppress(OSError):
             if copy is not None:

@@ -164,7 +164,9 @@ _WITHOUT_A_PEER = _at_once(
 )
 _BESIDE_OTHERS = ("connect.bpf.c", "meets_others(ctx, request, endpoint) ? -EADDRINUSE : ", "")
 _BY_ITS_NOTE = _at_once(
-    "shared_port.bpf.c", "int is_anothers(struct server_port *key, u32 container, u8 *to)", "return 0;"
+    "ingress.bpf.c",
+    "int is_anothers(u64 netns, struct packet *packet, u16 port, u8 protocol, u32 container, u64 since)",
+    "return 0;",
 )
 _ASTRAY = ("destination.bpf.c", "\treturn !is_noted_as_hosts(netns, packet->to, GRAFT_IPV4);", "\treturn 0;")
 _BY_ITS_SOCKET = (
@@ -494,21 +496,16 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # And who is lent it joins the group of who listens there.
     "group of a lent port": (
         _BESIDE_OTHERS,
-        _at_once("shared_port.bpf.c", "int leaves_group(struct bpf_sock_addr *ctx, struct tag *tag)", "return 1;"),
-        _at_once(
-            "options.bpf.c",
-            "int joins_group(struct tag *tag, u32 type, u32 protocol, int level, int name)",
-            "return 0;",
-        ),
+        _at_once("shared_port.bpf.c", "int leaves_group(struct bpf_sock_addr *ctx)", "return 1;"),
     ),
     # One that another thread is about to join is not noticed.
-    "options that are under way": (
-        (
-            "shared_port.bpf.c",
-            "\treturn !seen || !seen->asked_group || (seen->asked_group == 1 && set);\n",
-            "\treturn 1;\n",
-        ),
-    ),
+    "options that are under way": (("shared_port.bpf.c", "\treturn !seen->asked_group;\n", "\treturn 1;\n"),),
+    # What is known of an MPTCP socket's options is its subflow's.
+    "options of the whole": (("shared_port.bpf.c", "\tif (parent)\n", "\tif (0)\n"),),
+    # A rule grants any port to what was bound freely, where the kernel is to choose it.
+    "certain port": (("local_address.bpf.c", "&& port && matches_endpoint(local", "&& matches_endpoint(local"),),
+    # A server that was there once counts, whoever has bound the place since.
+    "time of a bind": (("shared_port.bpf.c", "server->bound > since && ", ""),),
     # Of MPTCP no option joins a group.
     "groups of MPTCP": (
         (

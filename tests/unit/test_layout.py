@@ -38,7 +38,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "host_address": layout.HostAddress,
     "scope": layout.Scope,
     "tag": layout.Tag,
-    "server_port": layout.ServerPort,
+    "server_place": layout.ServerPlace,
     "server": layout.ServerValue,
     "option": layout.Option,
     "options": layout.OptionsValue,
@@ -110,6 +110,7 @@ CONSTANTS = {
 }
 
 C_ONLY = {
+    "GRAFT_SERVERS_AT_A_PLACE",
     "GRAFT_IPV4_HEADER", "GRAFT_IPV6_HEADER", "GRAFT_IPV4_PLAIN", "GRAFT_IPV4_DESTINATION",
     "GRAFT_IPV6_DESTINATION", "GRAFT_JUMBO", "GRAFT_PORT_TRIES",
     "GRAFT_LENT_ADDRESS", "GRAFT_LENT_PORT",
