@@ -31,7 +31,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from graft.commands import identified, policy_apply, policy_learn, restore, saving, transfer, watcher, watcher_process
+from graft.commands import (
+    attach,
+    find,
+    identified,
+    policy_apply,
+    policy_learn,
+    restore,
+    saving,
+    transfer,
+    watcher,
+    watcher_process,
+)
 from graft.commands.identified import Looked
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.commands.transport_choice import choose_transport
@@ -1638,7 +1649,16 @@ def _identified() -> None:
     saving.names_of = lambda container: set()
 
 
+def _names_of_others() -> None:
+    """A container is the one that is saved by the name by which it was attached."""
+    saving.__dict__["_of_id"] = lambda saved, named: named[-1] if named else None
+    saving.__dict__["records"] = SimpleNamespace(read_all=lambda settings: ([], []))
+    attach.__dict__["rename_others"] = lambda graft, found: None
+    find.__dict__["replace"] = lambda container, **_: container
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
+    "names of others": _names_of_others,
     "identified": _identified,
     "lost named": _lost_named,
     "saved otherwise": _saved_otherwise,

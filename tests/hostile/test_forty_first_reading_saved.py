@@ -1,0 +1,140 @@
+"""What a forty-first reading found in what is saved: a command about a container reached the policy of the one that has
+its name now; an import that was killed, or had lost maps before it, left a wider policy than it said.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from graft.saved.store import Store
+from tests.e2e.conftest import _docker, _podman, container_root, docker, podman
+from tests.hostile.test_fortieth_reading_records import graft
+from tests.hostile.test_thirty_eighth_reading_engines import SLEEP, alone, found, may_bind, plain, saving
+from tests.support.engines import Engine
+from tests.support.installation import Host
+from tests.support.shell import Word
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+__all__ = ["_docker", "_podman", "container_root", "docker", "found", "plain", "podman", "saving"]
+
+both = pytest.mark.parametrize("without", ["", "names of others"], ids=["", "control"])
+
+FREE = "name: free\ndefault: {bind: container, connect: container}\n"
+
+
+def saved(host: Host) -> dict[str, str]:
+    """The names of the policies that are saved."""
+    return {one.target.text: one.policy.name for one in Store(host.settings).read()[0].attachments}
+
+
+def states(host: Host, without: str = "") -> set[tuple[str, str]]:
+    """The names of the containers in `graft ps`, and their states."""
+    return {(one["name"], one["state"]) for one in json.loads(graft(host, without, "ps", "--json").stdout)}
+
+
+# ---- a container that has the name of another one --------------------------------------------------
+
+
+def policies(folder: Path, *names: str) -> list[Path]:
+    """Files of policies, each of which denies all, or permits all if it is called so."""
+    paths = [folder / f"{name}.yaml" for name in names]
+    for path in paths:
+        path.write_text(FREE if path.stem == "free" else f"name: {path.stem}\ndefault: deny\n")
+    return paths
+
+
+def renamed(host: Host, engine: Engine, folder: Path, without: str, *flags: Word) -> None:
+    """Attach a container web, rename it to web-old, and attach a new web. Nobody watches."""
+    old, new = policies(folder, "old", "new")
+    engine.started("web", [], *SLEEP, network="host")
+    host.graft("attach", "--cgroup", "podman:web", "--policy", old)
+    engine("rename", "web", "web-old")
+    engine.started("web", [], *SLEEP, network="host")
+    graft(host, without, "attach", *flags, "--cgroup", "podman:web", "--policy", new)
+    alone(host)
+
+
+@both
+@pytest.mark.parametrize("how", ["detach", "policy apply"])
+def test_a_command_about_a_container_does_not_reach_the_one_that_has_its_name_now(
+    saving: Host, plain: Engine, tmp_path: Path, how: str, without: str
+) -> None:
+    renamed(saving, plain, tmp_path, without)
+    file = policies(tmp_path, "free") if how == "policy apply" else []
+    graft(saving, without, *how.split(), "--cgroup", "podman:web-old", *file)
+    assert (saved(saving) == {"podman:web": "new"}) is not bool(without)
+    assert may_bind(saving, plain, "web-old") and not may_bind(saving, plain, "web")
+    plain("restart", "-t", "0", "web")
+    saving.graft("up")
+    assert may_bind(saving, plain, "web") == bool(without)
+    plain.remove("web", "web-old")
+
+
+@both
+def test_one_that_does_not_run_waits_though_another_one_had_its_name(
+    saving: Host, plain: Engine, tmp_path: Path, without: str
+) -> None:
+    renamed(saving, plain, tmp_path, without)
+    plain("stop", "-t", "0", "web")
+    assert states(saving, without) == (
+        {("web", "attached")} if without else {("web-old", "attached"), ("web", "waiting")}
+    )
+    done = graft(saving, without, "detach", "--cgroup", "podman:web", status=None)
+    if without:
+        assert done.returncode and "is not running" in done.stderr
+    else:
+        assert not done.returncode and saved(saving) == {}
+    assert not may_bind(saving, plain, "web-old")
+    plain.remove("web", "web-old")
+
+
+@both
+@pytest.mark.parametrize("names_it", [False, True], ids=["of nothing", "of the export"])
+def test_an_import_does_not_take_one_for_another_that_had_its_name(
+    saving: Host, plain: Engine, tmp_path: Path, names_it: bool, without: str
+) -> None:
+    renamed(saving, plain, tmp_path, without)
+    file = tmp_path / "file.yaml"
+    file.write_text(saving.graft("export").stdout if names_it else "version: 1\n")
+    plain("stop", "-t", "0", "web")
+    graft(saving, without, "import", file)
+    alone(saving)
+    assert may_bind(saving, plain, "web-old") == (bool(without) and not names_it)
+    plain("start", "web")
+    saving.graft("up")
+    assert may_bind(saving, plain, "web") == (bool(without) or not names_it)
+    plain.remove("web", "web-old")
+
+
+@both
+def test_a_policy_for_now_is_not_that_of_one_that_had_its_name(
+    saving: Host, plain: Engine, tmp_path: Path, without: str
+) -> None:
+    renamed(saving, plain, tmp_path, without, "--no-save")
+    [free] = policies(tmp_path, "free")
+    graft(saving, without, "attach", "--no-save", "--cgroup", "podman:web", "--policy", free)
+    alone(saving)
+    plain("restart", "-t", "0", "web-old")
+    saving.graft("up")
+    assert may_bind(saving, plain, "web-old") == bool(without)
+    plain.remove("web", "web-old")
+
+
+def test_one_that_was_made_again_is_known_when_it_is_attached_for_now(
+    saving: Host, plain: Engine, tmp_path: Path
+) -> None:
+    old, new = policies(tmp_path, "old", "new")
+    plain.started("web", [], *SLEEP, network="host")
+    saving.graft("attach", "--cgroup", "podman:web", "--policy", old)
+    alone(saving)
+    plain.remove("web")
+    plain.started("web", [], *SLEEP, network="host")
+    saving.graft("attach", "--no-save", "--cgroup", "podman:web", "--policy", new)
+    alone(saving)
+    assert states(saving) == {("web", "attached")} and saved(saving) == {"podman:web": "old"}
+    saving.graft("detach", "--cgroup", "podman:web")
+    assert saved(saving) == {}
+    plain.remove("web")
