@@ -37,6 +37,6 @@ def _now(container: Container) -> Container:
 
 
 def _rename(graft: Installation, before: Container, after: Container) -> None:
-    with graft.transaction(), contextlib.suppress(OSError):  # no space: what is saved goes by the id
+    with contextlib.suppress(GraftError, OSError), graft.transaction():  # no space: what is saved goes by the id
         if before in graft.containers.listing():
             records.save(graft.settings, after)
