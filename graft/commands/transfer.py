@@ -24,7 +24,7 @@ from pathlib import Path
 from graft.commands import identified, saving, watcher_process
 from graft.commands.detach import stop_serving
 from graft.commands.identified import Looked
-from graft.commands.policy_apply import exchange_policy, update_relay
+from graft.commands.policy_apply import exchange_policy, is_listed, update_relay
 from graft.commands.restore import NOT_THERE, restore
 from graft.commands.up import bring_up
 from graft.datapath import rulesets
@@ -97,7 +97,7 @@ class Imported:
     unserved: list[str] = field(default_factory=list)
     """Containers that graftd does not serve by their new policies yet, or may still serve, each with the reason."""
     kept: list[str] = field(default_factory=list)
-    """Those that were attached by others, and have kept their policies."""
+    """Those that have kept their policies: attached by others, or with maps that are lost."""
 
     def check_in_force(self) -> None:
         """Raises UnfinishedError for containers that are, or may be, there, and not under the policies of the file."""
@@ -149,6 +149,7 @@ class _Import:
     def __init__(self, graft: Installation, store: Store, looked: Looked) -> None:
         self._graft, self._store, self._looked = graft, store, looked
         self._before = store.read()[0]
+        self._wanted = {one.target: saving.wanted_or_saved(store, one).policy for one in self._before.attachments}
         self._left = dropped.noted(graft.settings)
         self._listed = {one.id: one for one in graft.containers.listing()}
         self._mine = self._identified()
@@ -328,7 +329,6 @@ class _Import:
 
     def _replace_policies(self) -> None:
         """Give each attached container the policy of the file: another may be in force than the one that was saved."""
-        before = {one.target: saving.wanted_or_saved(self._store, one).policy for one in self._before.attachments}
         together, done = {one.id for one in self._mine.values()}, set[int]()
         for one in self._state.attachments:
             container = self._mine.get(one.target)
@@ -341,8 +341,10 @@ class _Import:
                 except NotFoundError:
                     if self._graft.ruleset_of(container):
                         raise
-                    continue  # it has ended, and waits from here on
-                if before.get(one.target) != one.policy:
+                    if is_listed(self._graft, container):  # its maps are lost: it goes by them until it ends
+                        self._done.kept.append(one.target.text)
+                    continue  # else it has ended, and waits from here on
+                if self._wanted.get(one.target) != one.policy:
                     self._done.replaced.append(one.target.text)
 
     def _exchange(self, one: SavedAttachment, container: Container, together: Collection[int]) -> None:

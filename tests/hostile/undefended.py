@@ -1620,7 +1620,8 @@ def _saved_outranks() -> None:
 
 def _lost_named() -> None:
     """A container that is in no map has ended."""
-    policy_apply.__dict__["_is_listed"] = lambda graft, container: False
+    for module in (policy_apply, transfer):
+        module.__dict__["is_listed"] = lambda graft, container: False
 
 
 def _saved_otherwise() -> None:
