@@ -109,15 +109,14 @@ def policy_of(settings: Settings, container: Container, policy: Policy, save: bo
 def _in_place_of(store: Store, each: Sequence[SavedAttachment]) -> Iterator[None]:
     """Save attachments of one container after the block, with one policy; the first is the last in its place.
 
-    What is noted for now gets that policy before, and goes after it: wherever the command ends, the container does not
-    start again by a policy that is neither in force nor saved.
+    What is noted for now gets that policy before the block, and goes last: wherever the command ends, the container
+    does not start again by one that it had for now, when another is in force.
     """
     with contextlib.ExitStack() as stack:  # what is prepared last is in its place first
         for one in each:
             stack.enter_context(_in_place_after(store.prepare_attachment(one)))
         for one in each:
-            if store.has_for_now(one.target):
-                stack.enter_context(_in_place_after(store.prepare_for_now(one, one.policy)))
+            stack.enter_context(store.for_now_changed(one, one.policy))
         yield
     for one in each:
         store.drop_for_now(one.target)

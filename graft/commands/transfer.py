@@ -16,7 +16,8 @@ what cannot be attached waits, and what is there and not as the file says is nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -168,26 +169,43 @@ class _Import:
         self._refuse_deleting_used(self._removed)
         with self._graft.transaction() as changes:
             changes.containers.remove_left()
-        prepared = self._store.prepare_all(self._state)
-        self._undo.append(("what is saved", prepared.undo))
-        try:
-            self._change_endpoints()
-            self._replace_policies()
-            self._note_dropped()
-            self._store.put_in_place(prepared)
-        except BaseException as error:
-            if left := self._roll_back():
-                why = str(error) or type(error).__name__
-                raise UnfinishedError(
-                    f"{why}; not changed back: {'; '.join(left)}", "graft ps, graft ep show"
-                ) from error
-            raise
+        with self._for_now_changed():
+            prepared = self._store.prepare_all(self._state)
+            self._undo.append(("what is saved", prepared.undo))
+            try:
+                self._change_endpoints()
+                self._replace_policies()
+                self._note_dropped()
+                self._store.put_in_place(prepared)
+            except BaseException as error:
+                if left := self._roll_back():
+                    why = str(error) or type(error).__name__
+                    raise UnfinishedError(
+                        f"{why}; not changed back: {'; '.join(left)}", "graft ps, graft ep show"
+                    ) from error
+                raise
         prepared.finish()
         self._store.resume_all()  # nothing can fail any more: what was taken away for now is wanted again
         for done in self._exchanged:
             self._of_containers(partial(ContainerChanges.complete, done=done))
         for replaced in self._replaced_endpoints:
             self._under_lock(partial(EndpointChanges.complete, done=replaced))
+
+    @contextlib.contextmanager
+    def _for_now_changed(self) -> Iterator[None]:
+        """For the block that puts the policies of the file in force: have them in what is noted for now of containers,
+        whatever they are saved as, until the notes go with what was saved before (`Store.for_now_changed`).
+        """
+        there = saving.container_of_each(self._before.attachments, [*self._listed.values()])
+        by_name = {one.target: one.policy for one in self._state.attachments}
+        by_number = {container.id: by_name[target] for target, container in self._mine.items()}
+        with contextlib.ExitStack() as stack:
+            for one in self._before.attachments:
+                number = there[one.target].id if one.target in there else 0
+                policy = by_number.get(number) or by_name.get(one.target)
+                if policy is not None:
+                    stack.enter_context(self._store.for_now_changed(one, policy))
+            yield
 
     def look_again(self, left: Collection[str]) -> None:
         """Note which of those that were not found are attached now: all but ``left``. One that was attached before all

@@ -9,16 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from graft.kernel import cgroup
 from graft.saved.store import Store
-from tests.e2e.conftest import _docker, _podman, container_root, docker, podman
-from tests.hostile.test_fortieth_reading_records import graft
+from tests.e2e.conftest import _docker, _podman, container_root, docker, podman, write_policy
+from tests.e2e.test_saved_state import box, saver
+from tests.hostile.test_fortieth_reading_records import graft, kill
 from tests.hostile.test_thirty_eighth_reading_engines import SLEEP, alone, found, may_bind, plain, saving
+from tests.hostile.test_thirty_eighth_reading_saved import answer, lost_program
+from tests.hostile.test_thirty_sixth_reading_saved import wide
 from tests.support.engines import Engine
 from tests.support.installation import Host
+from tests.support.namespaces import HOST4
+from tests.support.program import Program
+from tests.support.puppet import puppet
 from tests.support.shell import Word
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
-__all__ = ["_docker", "_podman", "container_root", "docker", "found", "plain", "podman", "saving"]
+__all__ = ["_docker", "_podman", "box", "container_root", "docker", "found", "lost_program", "plain", "podman", "saver"]
+__all__ += ["saving", "wide", "write_policy"]
 
 both = pytest.mark.parametrize("without", ["", "names of others"], ids=["", "control"])
 
@@ -138,3 +146,72 @@ def test_one_that_was_made_again_is_known_when_it_is_attached_for_now(
     saving.graft("detach", "--cgroup", "podman:web")
     assert saved(saving) == {}
     plain.remove("web")
+
+
+# ---- an import that says less than it has done -----------------------------------------------------
+
+DENIES = "version: 1\nattachments:\n- container: cgroup:{}\n  policy:\n    name: {}\n    default: deny\n"
+
+
+@pytest.mark.parametrize("without", ["", "lost named"], ids=["", "control"])
+def test_an_import_names_one_that_keeps_its_policy_because_its_maps_are_lost(
+    wide: Host, lost_program: Program, tmp_path: Path, without: str
+) -> None:
+    [one] = [one for one in wide.installation.containers.listing() if one.transport.is_supervised]
+    file = tmp_path / "file.yaml"
+    file.write_text(DENIES.format(one.cgroup_path.relative_to(cgroup.v2_mount()), "p"))
+    done = graft(wide, without, "import", file, status=0 if without else 8)
+    assert ("keeps the policy that it has" in done.stderr) is not bool(without)
+    assert answer(lost_program) == "ok"
+
+
+# ---- a command that is killed, and what a container has for now ------------------------------------
+
+IN_FORCE = "from graft.state.containers import ContainerChanges; ContainerChanges.complete = end"
+BEFORE_RECORD = """
+from graft.kernel.atomic_file import PreparedFile
+commit = PreparedFile.commit
+PreparedFile.commit = lambda self: end() if self.path.parent.name == "containers" else commit(self)
+"""
+NOT_SAVED = "from graft.saved.whole import PreparedWhole; PreparedWhole.commit = end"
+SAVED = "from graft.saved.whole import PreparedWhole; PreparedWhole._put_notes_away = end"
+
+
+@pytest.mark.parametrize("without", ["", "for now changed"], ids=["", "control"])
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        ("import", BEFORE_RECORD),
+        ("import", NOT_SAVED),
+        ("import", SAVED),
+        ("policy apply", BEFORE_RECORD),
+        ("policy apply", IN_FORCE),
+    ],
+    ids=["import before record", "import not saved", "import saved", "apply before record", "apply in force"],
+)
+def test_one_does_not_start_again_by_what_it_had_for_now_before_a_command_that_was_killed(
+    saver: Host, box: Path, tmp_path: Path, command: str, where: str, without: str
+) -> None:
+    narrow, free = policies(tmp_path, "narrow", "free")
+    file = tmp_path / "file.yaml"
+    saver.graft("attach", "--cgroup", box, "--policy", narrow)
+    saver.graft("export", file)
+    saver.graft("attach", "--no-save", "--cgroup", box, "--policy", free)
+    kill(saver, where, without, *command.split(), *([file] if command == "import" else ["--cgroup", box, narrow]))
+    alone(saver)
+    with puppet(box, saver.netns.path) as program:
+        assert program.bind(HOST4, saver.port()) == "EACCES"
+    box.rmdir()
+    box.mkdir()
+    saver.graft("up")
+    with puppet(box, saver.netns.path) as program:
+        assert program.bind(HOST4, saver.port()) == ("ok" if without else "EACCES")
+
+
+def test_an_import_tells_that_it_replaces_what_a_container_has_for_now(saver: Host, box: Path, tmp_path: Path) -> None:
+    narrow, free = policies(tmp_path, "narrow", "free")
+    file = tmp_path / "file.yaml"
+    saver.graft("attach", "--cgroup", box, "--policy", narrow)
+    saver.graft("export", file)
+    saver.graft("attach", "--no-save", "--cgroup", box, "--policy", free)
+    assert saver.graft("import", file).stdout.startswith("policy replaced: cgroup:")

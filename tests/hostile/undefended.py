@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -72,6 +72,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener, shim
 from graft.oci.state import State
+from graft.policy.model import Policy
 from graft.saved.model import SavedAttachment, Target
 from graft.saved.store import Store
 from graft.saved.whole import PreparedWhole
@@ -1658,7 +1659,18 @@ def _names_of_others() -> None:
     find.__dict__["replace"] = lambda container, **_: container
 
 
+def _for_now_changed() -> None:
+    """A command leaves what is noted for now as it is until it has saved."""
+
+    @contextlib.contextmanager
+    def unchanged(self: Store, saved: SavedAttachment, policy: Policy) -> Iterator[None]:
+        yield
+
+    Store.for_now_changed = unchanged  # type: ignore[method-assign]
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
+    "for now changed": _for_now_changed,
     "names of others": _names_of_others,
     "identified": _identified,
     "lost named": _lost_named,
