@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from graft.commands import renew, watcher_process
 from graft.kernel import cgroup
 from graft.saved.store import Store
 from tests.e2e.conftest import _docker, _podman, container_root, docker, podman, write_policy
-from tests.e2e.test_saved_state import box, saver
+from tests.e2e.test_saved_state import box, saver, watcher_of
 from tests.hostile.test_fortieth_reading_records import graft, kill
 from tests.hostile.test_thirty_eighth_reading_engines import SLEEP, alone, found, may_bind, plain, saving
 from tests.hostile.test_thirty_eighth_reading_saved import answer, lost_program
@@ -215,3 +216,26 @@ def test_an_import_tells_that_it_replaces_what_a_container_has_for_now(saver: Ho
     saver.graft("export", file)
     saver.graft("attach", "--no-save", "--cgroup", box, "--policy", free)
     assert saver.graft("import", file).stdout.startswith("policy replaced: cgroup:")
+
+
+# ---- an upgrade that leaves the hooks as they are --------------------------------------------------
+
+
+@pytest.mark.parametrize("notes", [True, False], ids=["another version", "a version that notes none"])
+def test_up_starts_a_watcher_of_another_version_anew(
+    saver: Host, box: Path, monkeypatch: pytest.MonkeyPatch, notes: bool
+) -> None:
+    saver.graft("attach", "--cgroup", box, "--deny")
+    first = watcher_of(saver)
+    saver.graft("up")
+    assert first and watcher_of(saver) == first, "one of this version stays"
+    if notes:
+        monkeypatch.setattr(watcher_process, "__version__", "99")
+    else:
+        (saver.settings.run_dir / "watcher.version").unlink()
+    with monkeypatch.context() as without:
+        without.setattr(watcher_process, "restart_another_versions", lambda settings: None)
+        renew.renew(saver.settings)
+        assert watcher_of(saver) == first, "control"
+    renew.renew(saver.settings)
+    assert watcher_of(saver) not in (0, first)
