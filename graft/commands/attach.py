@@ -13,6 +13,7 @@ from pathlib import Path
 from graft.commands import saving
 from graft.commands.policy_apply import ensure_hooks, refuse_in_splice, replace_policy, update_relay
 from graft.commands.policy_source import with_current
+from graft.commands.renamed import rename_others
 from graft.commands.transport_choice import Observed, TransportChoice, choose_transport
 from graft.errors import ConflictError, NotFoundError, RefusedError
 from graft.kernel import netns
@@ -95,6 +96,7 @@ def _attach_once(
                 break
     else:
         raise ConflictError("cgroup: others attach and detach it at the same time", "try again")
+    rename_others(graft, target)
     if seen.attached is not None or not done.is_served:
         done = replace(done, unserved=update_relay(graft, seen.attached or done.container, done.container))
     if seen.attached is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 from graft.errors import NotFoundError
 from graft.state.engines import resolve
@@ -11,7 +12,8 @@ from graft.state.records import Container
 
 
 def find(graft: Installation, text: str) -> Container:
-    """The attached container that ``text`` names: a name or id from `graft ps`, or what `graft attach` accepts.
+    """The attached container that ``text`` names: a name or id from `graft ps`, or what `graft attach` accepts. By the
+    name that its engine has for it now, where that was asked.
 
     Raises NotFoundError.
     """
@@ -21,4 +23,4 @@ def find(graft: Installation, text: str) -> Container:
     found = graft.containers.at(target.cgroup)
     if found is None:
         raise NotFoundError(f"cgroup: {target.name} is not attached", "graft ps")
-    return found
+    return replace(found, name=target.name) if found.engine == target.engine else found

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from graft.commands import saving
-from graft.commands.restore import CONTAINER_NAME, look_for
+from graft.commands.restore import look_for
 from graft.errors import ConflictError
 from graft.saved.model import LastSeen, SavedAttachment, SavedState, Target
-from graft.state.engines import FoundContainer
+from graft.state.engines import CGROUP_WITH_ID, FoundContainer
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -50,7 +50,7 @@ def identify(looked: Looked, containers: Sequence[Container], saved_as: Mapping[
     taken = {one.id for one in mine.values()}
     free = [one for one in containers if one.id not in taken]
     by_saved = {saved_as[one.id]: one for one in free if one.id in saved_as}
-    by_name = {name: one for one in free for name in saving.names_of(one)}
+    by_name = saving.container_of_each_name(looked.state.attachments, free)
     for target in (one.target for one in looked.state.attachments if one.target not in mine):
         if target.text in by_saved:  # also of one that was attached since it was looked for
             mine[target] = by_saved[target.text]
@@ -75,7 +75,7 @@ def _refuse_two_policies(each: Iterable[SavedAttachment], mine: Mapping[Target, 
 def may_be(target: Target, container: Container) -> bool:
     """Whether a container can be the one of that name, by the name of its cgroup: it may be attached by another."""
     name = container.cgroup_path.name
-    return name == target.name if target.kind == "unit" else bool(_is_of_engine(target) and CONTAINER_NAME.search(name))
+    return name == target.name if target.kind == "unit" else bool(_is_of_engine(target) and CGROUP_WITH_ID.search(name))
 
 
 def _is_of_engine(target: Target) -> bool:
@@ -96,7 +96,7 @@ def _last(looked: Looked, one: SavedAttachment, container: Container) -> LastSee
     if container.transport.is_supervised:  # it ends with its program
         return one.last
     place = looked.found.get(one.target)
-    named = CONTAINER_NAME.search(container.cgroup_path.name) if _is_of_engine(one.target) else None
+    named = CGROUP_WITH_ID.search(container.cgroup_path.name) if _is_of_engine(one.target) else None
     number = place.id if place else named[1] if named else ""
     return LastSeen(saving.below_mount(container.cgroup_path), number, container.transport)
 

@@ -196,7 +196,7 @@ class _Job:
                 self._replace_saved(saved)
             elif len(together) == 1:
                 raise
-            elif _is_listed(graft, container):
+            elif is_listed(graft, container):
                 self.failed.append(f"{container.name} keeps its policy until it ends: its maps are lost")
         except (GraftError, OSError) as error:
             if not self.changed and container.is_operators:
@@ -221,7 +221,7 @@ def _unfinished(policy: Policy, job: _Job, chosen: _Choice) -> UnfinishedError:
     return UnfinishedError(f"policy {policy.name}: {lines}" + (f"; it is that of {', '.join(done)}" * bool(done)), hint)
 
 
-def _is_listed(graft: Installation, container: Container) -> bool:
+def is_listed(graft: Installation, container: Container) -> bool:
     """Whether one that is in no map has not ended: its data plane is gone, and its supervisor keeps the old maps."""
     return container.id in {one.id for one in graft.containers.listing()}
 

@@ -3,7 +3,8 @@
 A folder of a cgroup may be held by whoever may list it, and whoever looks it up waits then. So a child does that, with
 a timeout; under the lock, because what is attached meanwhile would have the hooks of before.
 
-The watcher works by the code that it was started with, so it is started anew with this Graft's.
+The watcher works by the code that it was started with, so it is started anew with this Graft's, also where the hooks
+are the same in both.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ def problem(settings: Settings) -> str:
 
 
 def renew(settings: Settings) -> None:
-    """Replace the hooks in force, if they are not this Graft's. Containers, rules and connections stay as they are.
+    """Replace the hooks in force, and the watcher that runs, where they are not this Graft's. Containers, rules and
+    connections stay as they are.
 
     Raises what `renewal.pin_new` raises, then nothing is changed, and KernelError where a container still has the old
     ones, which it names, or the watcher of before does not end; the next call tries again.
     """
     if renewal.is_current(settings):
+        watcher_process.restart_another_versions(settings)
         return
     with dataplane.locked(settings):
         if renewal.is_current(settings):

@@ -15,10 +15,9 @@ import contextlib
 import errno
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -38,15 +37,12 @@ from graft.model.transport import Transport
 from graft.saved.model import SavedAttachment, SavedState, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
 from graft.state import helper_process, lost_hooks, members
-from graft.state.engines import FoundContainer, NoAnswerError, is_silent, resolve
+from graft.state.engines import CGROUP_WITH_ID, FoundContainer, NoAnswerError, is_silent, resolve
 from graft.state.installation import Installation
 from graft.state.left_children import LeftChildren
 from graft.state.records import RUNTIME, Container
 
 T = TypeVar("T")
-
-CONTAINER_NAME = re.compile(r"(?:^|[^0-9a-f])([0-9a-f]{64})(?:[^0-9a-f]|$)", re.ASCII)
-"""The name of a container's cgroup has its id, whatever the engine and its cgroup driver."""
 
 _ENGINE_KINDS = ("docker", "podman")
 NOT_THERE = "it is not running"
@@ -252,8 +248,8 @@ def look_for(
 def _note_last(store: Store, saved: SavedAttachment, found: FoundContainer, container: Container) -> None:
     """Save where a container is now."""
     now = saving.of_attached(found, saved.policy, container.transport, saved.transport, saved.relay)
-    if now is not None and now.last != saved.last:
-        saving.put_in_place(store.prepare_attachment(replace(saved, last=now.last)).commit)
+    if now is not None:
+        saving.note_last(store, saved, now.last)
 
 
 class _Finder:
@@ -351,7 +347,7 @@ def container_folders(top: Path) -> tuple[list[str], list[str]]:
     searched = _ask_of_each(_containers_below, folders, _left_searching)
     held = [folder.name for folder in folders if searched.get(folder) is None]
     names = [*inside, *(name for names in searched.values() for name in names or ())]
-    return [name for name in names if CONTAINER_NAME.search(name)], held
+    return [name for name in names if CGROUP_WITH_ID.search(name)], held
 
 
 def _cgroup_id(path: Path) -> int:
@@ -379,7 +375,7 @@ def _containers_below(folder: Path) -> list[str] | None:
         names = _folders_in(above)
         if names is None:
             return None
-        found += [name for name in names if CONTAINER_NAME.search(name)]
+        found += [name for name in names if CGROUP_WITH_ID.search(name)]
         folders += [f"{above}/{name}" for name in names]
     return found
 

@@ -7,7 +7,9 @@ All of it has the lock on what is saved (graft/saved/store.py), so that nobody r
 away. That lock is taken before the installation's.
 
 A container belongs to the saved attachment that was last seen at its cgroup, because its name may have been written in
-several ways; and to the one that has the name by which it is attached: where that was last seen may not be known.
+several ways; and to the one that has the name by which it is attached: where that was last seen may not be known. A
+container keeps that name when its engine gives it to another one (`rename`), so it counts only with the id that is
+saved, if one is.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from graft.model.transport import Transport
 from graft.policy.model import Policy
 from graft.saved.model import LastSeen, SavedAttachment, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
+from graft.state import records
 from graft.state.engines import FoundContainer
 from graft.state.installation import Installation
 from graft.state.records import Container
@@ -69,15 +72,20 @@ def remove_left(graft: Installation, is_alone: bool) -> None:
 def attachment(settings: Settings, made: SavedAttachment | None, save: bool) -> Iterator[None]:
     """As `endpoint`, for an attachment (None: one that is not to be saved), and under the lock already (`alone`).
 
-    Without ``save``, and of a container that is saved, the policy is noted for now.
+    Without ``save``, and of a container that is saved, the policy is noted for now, and where it is.
     """
     store = Store(settings)
     if made is None:
         yield
         return
     if not save:
-        with _noted_for_now(store, _saved_of(store, made), made.policy):
+        attached = {below_mount(one.cgroup_path) for one in records.read_all(settings)[0]} - {"", made.last.cgroup}
+        each = [one for one in _saved_of(store, made) if one.last.cgroup not in attached]  # not one that had its name
+        with _noted_for_now(store, each, made.policy):
             yield
+        for one in each:
+            with contextlib.suppress(KernelError):  # no space: who restores does it
+                note_last(store, one, made.last)
         return
     others = [one for one in _saved_of(store, made) if one.target != made.target]
     with _in_place_of(store, [made, *(replace(one, policy=made.policy) for one in others)]):
@@ -101,15 +109,14 @@ def policy_of(settings: Settings, container: Container, policy: Policy, save: bo
 def _in_place_of(store: Store, each: Sequence[SavedAttachment]) -> Iterator[None]:
     """Save attachments of one container after the block, with one policy; the first is the last in its place.
 
-    What is noted for now gets that policy before, and goes after it: wherever the command ends, the container does not
-    start again by a policy that is neither in force nor saved.
+    What is noted for now gets that policy before the block, and goes last: wherever the command ends, the container
+    does not start again by one that it had for now, when another is in force.
     """
     with contextlib.ExitStack() as stack:  # what is prepared last is in its place first
         for one in each:
             stack.enter_context(_in_place_after(store.prepare_attachment(one)))
         for one in each:
-            if store.has_for_now(one.target):
-                stack.enter_context(_in_place_after(store.prepare_for_now(one, one.policy)))
+            stack.enter_context(store.for_now_changed(one, one.policy))
         yield
     for one in each:
         store.drop_for_now(one.target)
@@ -174,9 +181,25 @@ def waiting(graft: Installation) -> list[SavedAttachment]:
 def container_of_each(each: Sequence[SavedAttachment], containers: Sequence[Container]) -> dict[Target, Container]:
     """The container of each of these, of those that have one."""
     by_path = {path: one for one in containers if (path := below_mount(one.cgroup_path))}
-    by_name = {name: one for one in containers for name in names_of(one)}
-    found = {one.target: by_path.get(one.last.cgroup) or by_name.get(one.target) for one in each}
+    there = {one.target: by_path[one.last.cgroup] for one in each if one.last.cgroup in by_path}
+    return container_of_each_name(each, containers) | there
+
+
+def container_of_each_name(each: Sequence[SavedAttachment], containers: Sequence[Container]) -> dict[Target, Container]:
+    """The same by the names by which they are attached, wherever that is."""
+    named: dict[Target, list[Container]] = {}
+    for container in containers:
+        for name in names_of(container):
+            named.setdefault(name, []).append(container)
+    found = {one.target: _of_id(one, named.get(one.target, ())) for one in each}
     return {target: container for target, container in found.items() if container is not None}
+
+
+def _of_id(saved: SavedAttachment, named: Sequence[Container]) -> Container | None:
+    """The latest of those with its name, whose cgroup has its id in the name too, if that is known: an engine may have
+    given the name to another container since.
+    """
+    return next((one for one in reversed(named) if saved.last.id in one.cgroup_path.name), None)
 
 
 def names_of(container: Container) -> set[Target]:
@@ -274,6 +297,12 @@ def of_attached(
         return None
     last = LastSeen(below_mount(target.cgroup), target.id if target.engine in ("docker", "podman") else "", transport)
     return SavedAttachment(named, policy, asked, relay, last)
+
+
+def note_last(store: Store, saved: SavedAttachment, last: LastSeen) -> None:
+    """Save where a container is now. Raises KernelError."""
+    if last != saved.last:
+        put_in_place(store.prepare_attachment(replace(saved, last=last)).commit)
 
 
 def below_mount(path: Path) -> str:

@@ -16,7 +16,8 @@ what cannot be attached waits, and what is there and not as the file says is nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from pathlib import Path
 from graft.commands import identified, saving, watcher_process
 from graft.commands.detach import stop_serving
 from graft.commands.identified import Looked
-from graft.commands.policy_apply import exchange_policy, update_relay
+from graft.commands.policy_apply import exchange_policy, is_listed, update_relay
 from graft.commands.restore import NOT_THERE, restore
 from graft.commands.up import bring_up
 from graft.datapath import rulesets
@@ -97,7 +98,7 @@ class Imported:
     unserved: list[str] = field(default_factory=list)
     """Containers that graftd does not serve by their new policies yet, or may still serve, each with the reason."""
     kept: list[str] = field(default_factory=list)
-    """Those that were attached by others, and have kept their policies."""
+    """Those that have kept their policies: attached by others, or with maps that are lost."""
 
     def check_in_force(self) -> None:
         """Raises UnfinishedError for containers that are, or may be, there, and not under the policies of the file."""
@@ -149,6 +150,7 @@ class _Import:
     def __init__(self, graft: Installation, store: Store, looked: Looked) -> None:
         self._graft, self._store, self._looked = graft, store, looked
         self._before = store.read()[0]
+        self._wanted = {one.target: saving.wanted_or_saved(store, one).policy for one in self._before.attachments}
         self._left = dropped.noted(graft.settings)
         self._listed = {one.id: one for one in graft.containers.listing()}
         self._mine = self._identified()
@@ -167,26 +169,43 @@ class _Import:
         self._refuse_deleting_used(self._removed)
         with self._graft.transaction() as changes:
             changes.containers.remove_left()
-        prepared = self._store.prepare_all(self._state)
-        self._undo.append(("what is saved", prepared.undo))
-        try:
-            self._change_endpoints()
-            self._replace_policies()
-            self._note_dropped()
-            self._store.put_in_place(prepared)
-        except BaseException as error:
-            if left := self._roll_back():
-                why = str(error) or type(error).__name__
-                raise UnfinishedError(
-                    f"{why}; not changed back: {'; '.join(left)}", "graft ps, graft ep show"
-                ) from error
-            raise
+        with self._for_now_changed():
+            prepared = self._store.prepare_all(self._state)
+            self._undo.append(("what is saved", prepared.undo))
+            try:
+                self._change_endpoints()
+                self._replace_policies()
+                self._note_dropped()
+                self._store.put_in_place(prepared)
+            except BaseException as error:
+                if left := self._roll_back():
+                    why = str(error) or type(error).__name__
+                    raise UnfinishedError(
+                        f"{why}; not changed back: {'; '.join(left)}", "graft ps, graft ep show"
+                    ) from error
+                raise
         prepared.finish()
         self._store.resume_all()  # nothing can fail any more: what was taken away for now is wanted again
         for done in self._exchanged:
             self._of_containers(partial(ContainerChanges.complete, done=done))
         for replaced in self._replaced_endpoints:
             self._under_lock(partial(EndpointChanges.complete, done=replaced))
+
+    @contextlib.contextmanager
+    def _for_now_changed(self) -> Iterator[None]:
+        """For the block that puts the policies of the file in force: have them in what is noted for now of containers,
+        whatever they are saved as, until the notes go with what was saved before (`Store.for_now_changed`).
+        """
+        there = saving.container_of_each(self._before.attachments, [*self._listed.values()])
+        by_name = {one.target: one.policy for one in self._state.attachments}
+        by_number = {container.id: by_name[target] for target, container in self._mine.items()}
+        with contextlib.ExitStack() as stack:
+            for one in self._before.attachments:
+                number = there[one.target].id if one.target in there else 0
+                policy = by_number.get(number) or by_name.get(one.target)
+                if policy is not None:
+                    stack.enter_context(self._store.for_now_changed(one, policy))
+            yield
 
     def look_again(self, left: Collection[str]) -> None:
         """Note which of those that were not found are attached now: all but ``left``. One that was attached before all
@@ -328,7 +347,6 @@ class _Import:
 
     def _replace_policies(self) -> None:
         """Give each attached container the policy of the file: another may be in force than the one that was saved."""
-        before = {one.target: saving.wanted_or_saved(self._store, one).policy for one in self._before.attachments}
         together, done = {one.id for one in self._mine.values()}, set[int]()
         for one in self._state.attachments:
             container = self._mine.get(one.target)
@@ -341,8 +359,10 @@ class _Import:
                 except NotFoundError:
                     if self._graft.ruleset_of(container):
                         raise
-                    continue  # it has ended, and waits from here on
-                if before.get(one.target) != one.policy:
+                    if is_listed(self._graft, container):  # its maps are lost: it goes by them until it ends
+                        self._done.kept.append(one.target.text)
+                    continue  # else it has ended, and waits from here on
+                if self._wanted.get(one.target) != one.policy:
                     self._done.replaced.append(one.target.text)
 
     def _exchange(self, one: SavedAttachment, container: Container, together: Collection[int]) -> None:

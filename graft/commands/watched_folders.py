@@ -14,10 +14,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from graft.commands.restore import CONTAINER_NAME
 from graft.kernel import inotify
 from graft.saved.model import SavedAttachment, SavedState
 from graft.state import helper_process
+from graft.state.engines import CGROUP_WITH_ID
 from graft.state.left_children import LeftChildren
 
 ENGINE_FOLDERS = ("docker", "system.slice", "machine.slice", "libpod_parent")
@@ -44,7 +44,7 @@ class Interest:
 
     def matches(self, name: str) -> bool:
         """Whether a change of ``name`` matters."""
-        return self.everything or name in self.names or (self.containers and bool(CONTAINER_NAME.search(name)))
+        return self.everything or name in self.names or (self.containers and bool(CGROUP_WITH_ID.search(name)))
 
     def __or__(self, other: Interest) -> Interest:
         return Interest(

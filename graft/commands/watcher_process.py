@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from graft import __version__
 from graft.errors import ConflictError, KernelError, UsageError
 from graft.keeper import lines
 from graft.kernel import journal
@@ -33,10 +34,14 @@ _MAX_NOTES = 4 << 20
 
 
 class WatcherLock:
-    """The lock of the only watcher. Its file says which process it is, and since when it is at work (0: it sleeps)."""
+    """The lock of the only watcher. Its file says which process it is, and since when it is at work (0: it sleeps);
+    another one, which version of Graft that process has.
+    """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, settings: Settings, fd: int) -> None:
         self._fd = fd
+        with contextlib.suppress(OSError):  # no space: the next `graft up` starts another one
+            write_atomically(_version_file(settings), _version_of(os.getpid()))
         os.ftruncate(fd, 0)
         self.note(True)
 
@@ -56,7 +61,7 @@ def watcher_lock(settings: Settings) -> Iterator[WatcherLock]:
         os.close(fd)
         raise ConflictError("a watcher runs already", f"its log: {_log_of(settings)}") from None
     try:
-        yield WatcherLock(fd)
+        yield WatcherLock(settings, fd)
     finally:
         os.close(fd)
 
@@ -196,6 +201,30 @@ def restart(settings: Settings) -> None:
     """
     if stop(settings):
         ensure_running(settings)
+
+
+def restart_another_versions(settings: Settings) -> None:
+    """`restart` where it has the code of another version."""
+    if is_running(settings) and _is_another_versions(settings):
+        restart(settings)
+
+
+def _is_another_versions(settings: Settings) -> bool:
+    """Whether the watcher that runs has the code of another version: or of one that did not note which."""
+    try:
+        pid, _ = _holder(settings)
+        return _version_file(settings).read_bytes() != _version_of(pid)
+    except (OSError, ValueError):
+        return True
+
+
+def _version_file(settings: Settings) -> Path:
+    return settings.run_dir / "watcher.version"
+
+
+def _version_of(pid: int) -> bytes:
+    """What such a process notes. With its number: of what an earlier one has left, that is known."""
+    return f"{pid} {__version__}\n".encode()
 
 
 def _send(settings: Settings, signum: int, seconds: float) -> None:

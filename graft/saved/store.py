@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from graft.errors import KernelError, RefusedError, UsageError
-from graft.kernel.atomic_file import PreparedFile, prepare_file, sync_folder
+from graft.kernel.atomic_file import PreparedFile, exchange, prepare_file, sync_folder
 from graft.kernel.file_lock import locked_file
 from graft.kernel.ownership import problem_of
 from graft.model.endpoint import Endpoint
@@ -265,6 +265,29 @@ class Store:
             return prepare_file(path, envelope.encode(attachment_value(replace(saved, policy=policy))))
         except OSError as error:
             raise KernelError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+
+    @contextlib.contextmanager
+    def for_now_changed(self, saved: SavedAttachment, policy: Policy) -> Iterator[None]:
+        """Have that policy in the note, if there is one, before the block puts it in force: wherever that is ended, the
+        container does not start again by the one that it had for now. Where the block fails the note is as it was.
+        """
+        if not self.has_for_now(saved.target):
+            yield
+            return
+        prepared = self.prepare_for_now(saved, policy)
+        try:
+            exchange(prepared.temporary, prepared.path)
+        except OSError as error:
+            prepared.discard()
+            raise KernelError(f"cannot write {prepared.path}: {error.strerror}; nothing was changed") from error
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):  # an import has put it away, and said so
+                exchange(prepared.temporary, prepared.path)
+            raise
+        finally:
+            prepared.discard()
 
     def wanted(self, saved: SavedAttachment) -> SavedAttachment:
         """An attachment as it is to be restored now: with the policy that it has for now, if any.

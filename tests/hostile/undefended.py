@@ -24,14 +24,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from graft.commands import identified, policy_apply, policy_learn, restore, saving, transfer, watcher, watcher_process
+from graft.commands import (
+    attach,
+    find,
+    identified,
+    policy_apply,
+    policy_learn,
+    restore,
+    saving,
+    transfer,
+    watcher,
+    watcher_process,
+)
 from graft.commands.identified import Looked
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.commands.transport_choice import choose_transport
@@ -61,6 +72,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Home
 from graft.oci import listener, shim
 from graft.oci.state import State
+from graft.policy.model import Policy
 from graft.saved.model import SavedAttachment, Target
 from graft.saved.store import Store
 from graft.saved.whole import PreparedWhole
@@ -1648,7 +1660,8 @@ def _saved_outranks() -> None:
 
 def _lost_named() -> None:
     """A container that is in no map has ended."""
-    policy_apply.__dict__["_is_listed"] = lambda graft, container: False
+    for module in (policy_apply, transfer):
+        module.__dict__["is_listed"] = lambda graft, container: False
 
 
 def _saved_otherwise() -> None:
@@ -1677,7 +1690,27 @@ def _identified() -> None:
     saving.names_of = lambda container: set()
 
 
+def _names_of_others() -> None:
+    """A container is the one that is saved by the name by which it was attached."""
+    saving.__dict__["_of_id"] = lambda saved, named: named[-1] if named else None
+    saving.__dict__["records"] = SimpleNamespace(read_all=lambda settings: ([], []))
+    attach.__dict__["rename_others"] = lambda graft, found: None
+    find.__dict__["replace"] = lambda container, **_: container
+
+
+def _for_now_changed() -> None:
+    """A command leaves what is noted for now as it is until it has saved."""
+
+    @contextlib.contextmanager
+    def unchanged(self: Store, saved: SavedAttachment, policy: Policy) -> Iterator[None]:
+        yield
+
+    Store.for_now_changed = unchanged  # type: ignore[method-assign]
+
+
 DEFENCES: dict[str, Callable[[], None]] = {
+    "for now changed": _for_now_changed,
+    "names of others": _names_of_others,
     "identified": _identified,
     "lost named": _lost_named,
     "saved otherwise": _saved_otherwise,

@@ -270,6 +270,34 @@ def test_where_a_policy_for_now_cannot_be_read_the_saved_one_is_not_taken(store:
         store.wanted(ATTACHMENT)
 
 
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_policy_for_now_is_another_one_during_a_change_and_as_it_was_where_that_fails(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool
+) -> None:
+    if not in_one_step:
+        monkeypatch.setattr(atomic_file, "syscall", _not_in_one_step)
+    before, after = (policy_from_flags(name, [], [], True) for name in ("before", "after"))
+    with store.for_now_changed(ATTACHMENT, after):
+        assert store.wanted(ATTACHMENT) == ATTACHMENT, "there is no note"
+    store.prepare_for_now(ATTACHMENT, before).commit()
+    with pytest.raises(KeyboardInterrupt), store.for_now_changed(ATTACHMENT, after):
+        assert store.wanted(ATTACHMENT).policy == after
+        raise KeyboardInterrupt
+    assert store.wanted(ATTACHMENT).policy == before
+    with pytest.raises(KeyboardInterrupt), store.for_now_changed(ATTACHMENT, after):
+        store.resume_all()
+        raise KeyboardInterrupt
+    store.prepare_for_now(ATTACHMENT, before).commit()
+    with store.for_now_changed(ATTACHMENT, after):
+        pass
+    assert store.wanted(ATTACHMENT).policy == after
+    assert [path.name for path in (tmp_path / "run/paused/policies").iterdir()] == [file_name(ATTACHMENT.target)]
+
+
+def _not_in_one_step(*_: object) -> None:
+    raise OSError(errno.EINVAL, "overlay")
+
+
 def test_forgetting_leaves_nothing_but_the_lock(store: Store) -> None:
     store.forget_all()
     assert [path.name for path in store.folder.parent.iterdir()] == ["saved.lock"]
