@@ -39,7 +39,7 @@ def delete(graft: Installation, name: str, force: bool = False, save: bool = Tru
         with graft.transaction() as changes:
             changes.endpoints.delete(name, force)
         return
-    with store.locked():
+    with store.locked(saves=save):
         is_saved = store.endpoint(name) is not None
         is_there = name in graft.endpoints.by_name()
         with graft.transaction() as changes:

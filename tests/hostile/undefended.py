@@ -1617,6 +1617,13 @@ def _saved_otherwise() -> None:
     saving.__dict__["saved_otherwise"] = lambda graft, policy, others: []
 
 
+def _read_only_state() -> None:
+    """Who restores has to be able to write in the state directory."""
+    locked = Store.locked
+    Store.locked = lambda self, saves=True: locked(self)  # type: ignore[method-assign]
+    watcher_process.ensure_running = lambda settings: True  # one that has the defence
+
+
 def _identified() -> None:
     """A container is known by where it was last seen, and that is where the file of an import says."""
 
@@ -1639,6 +1646,7 @@ def _identified() -> None:
 
 
 DEFENCES: dict[str, Callable[[], None]] = {
+    "read-only state": _read_only_state,
     "identified": _identified,
     "lost named": _lost_named,
     "saved otherwise": _saved_otherwise,
