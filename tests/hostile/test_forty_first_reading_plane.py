@@ -4,6 +4,10 @@ a data plane that was made anew was changed by what a command had read of the on
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +23,12 @@ from graft.saved.whole import old_of
 from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import box, saver
 from tests.hostile.conftest import graft_without
-from tests.hostile.test_fortieth_reading_records import DENIES
-from tests.support.cgroups import attach_points
+from tests.hostile.test_fortieth_reading_records import DENIES, ENDS
+from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.installation import Host
 from tests.support.namespaces import HOST4
 from tests.support.puppet import puppet
-from tests.support.shell import run
+from tests.support.shell import Result, Word, run
 from tests.support.wait import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -134,3 +138,97 @@ def test_for_now_all_can_be_changed_there(saver: Host, box: Path, write_policy: 
         saver.graft("ep", "del", "--no-save", "web")
         saver.graft("detach", "--no-save", "--cgroup", box)
         assert attach_points(box) == set()
+
+
+# ---- a data plane that is made anew while a command runs -------------------------------------------
+
+STOPS = """
+from graft.commands import {module}
+def stop_before(call):
+    def stopped(*given, **named):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return call(*given, **named)
+    return stopped
+{module}.{name} = stop_before({module}.{name})
+"""
+"""Stops a command there: it may wait for minutes, for a lock or for what a container prolongs."""
+
+BEFORE_HOOKS = STOPS.format(module="attach", name="_create")
+BEFORE_LOCK = STOPS.format(module="saving", name="alone")
+BEFORE_REMOVAL = STOPS.format(module="detach", name="take_away")
+REPLACED = "Graft was taken down, and brought up again, at the same time"
+
+
+def across(host: Host, where: str, is_control: bool, words: list[Word], meanwhile: Callable[[], object]) -> Result:
+    """Run a command that stops somewhere, until Graft was taken down and brought up, and this was done."""
+    without = "replaced plane" if is_control else ""
+    command = [sys.executable, "-c", ENDS % where, without, *map(str, words)]
+    environment = {**os.environ, **host.environment}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as one:
+        stat = Path(f"/proc/{one.pid}/stat")
+        until("it waits", lambda: stat.read_text().rpartition(") ")[2][0] == "T")
+        host.graft("down", "--force")
+        host.graft("up")
+        meanwhile()
+        os.kill(one.pid, signal.SIGCONT)
+        out, err = one.communicate(timeout=30)
+        return Result(command, one.returncode, out, err)
+
+
+@CONTROL
+def test_an_attach_does_not_go_on_in_another_data_plane(
+    bare_host: Host, box: Path, write_policy: WritePolicy, is_control: bool
+) -> None:
+    host = bare_host
+    attach: list[Word] = ["attach", "--cgroup", box, "--policy", write_policy(DENIES)]
+    host.graft("up")
+    done = across(host, BEFORE_HOOKS, is_control, attach, lambda: None)
+    if is_control:
+        assert done.returncode == 0 and attach_points(box) == EVERY and may_bind(host, box), "control"
+        lacks = "it has no rules: detach and attach it again"
+        assert lacks in host.graft("ps").stderr and lacks in host.graft("up").stderr
+        assert lacks in host.graft(*attach, status=6).stderr
+        host.graft("detach", "--cgroup", box)
+    else:
+        assert done.returncode == 4 and REPLACED in done.stderr
+        assert attach_points(box) == set() and host.ps() == []
+    host.graft(*attach)
+    assert not may_bind(host, box)
+
+
+@CONTROL
+def test_an_attach_gets_the_endpoints_that_it_names(
+    saver: Host, box: Path, write_policy: WritePolicy, is_control: bool
+) -> None:
+    """They have other numbers in the next data plane, where they are made in the order of their names."""
+    web, db = saver.port(), saver.port()
+    saver.graft("ep", "add", "web", f"0.0.0.0:{web}")
+    saver.graft("ep", "add", "db", f"0.0.0.0:{db}")
+    policy = write_policy("name: web\ndefault: deny\ningress: [{bind: '0.0.0.0:80', endpoint: web}]\n")
+    attach: list[Word] = ["attach", "--cgroup", box, "--policy", policy]
+    done = across(saver, BEFORE_LOCK, is_control, attach, lambda: None)
+    if not is_control:
+        assert done.returncode == 4 and REPLACED in done.stderr
+        assert Store(saver.settings).read()[0].attachments == ()
+        saver.graft(*attach)
+    with puppet(box, saver.netns.path) as program:
+        server = program.socket()
+        assert [program.say("bind", server, "0.0.0.0", 80), program.say("listen", server)] == ["ok", "ok"]
+        assert (saver.netns.listens(web), saver.netns.listens(db)) == (not is_control, is_control)
+
+
+@CONTROL
+def test_a_detach_removes_nothing_of_another_data_plane(
+    bare_host: Host, box: Path, write_policy: WritePolicy, is_control: bool
+) -> None:
+    """A container there has the number of the one that was found."""
+    host, policy = bare_host, write_policy(DENIES)
+    host.graft("up")
+    host.graft("attach", "--cgroup", box, "--policy", policy)
+    with new_cgroup("other") as other:
+        attach: list[Word] = ["attach", "--cgroup", other, "--policy", policy]
+        detach: list[Word] = ["detach", "--cgroup", box]
+        done = across(host, BEFORE_REMOVAL, is_control, detach, lambda: host.graft(*attach))
+        assert done.returncode == (0 if is_control else 4)
+        assert may_bind(host, other) is is_control
+        host.graft("down", "--force")

@@ -1624,6 +1624,11 @@ def _read_only_state() -> None:
     watcher_process.ensure_running = lambda settings: True  # one that has the defence
 
 
+def _replaced_plane() -> None:
+    """A command goes on with the maps that it has opened."""
+    Installation._refuse_replaced = lambda self: None  # type: ignore[method-assign]
+
+
 def _identified() -> None:
     """A container is known by where it was last seen, and that is where the file of an import says."""
 
@@ -1647,6 +1652,7 @@ def _identified() -> None:
 
 DEFENCES: dict[str, Callable[[], None]] = {
     "read-only state": _read_only_state,
+    "replaced plane": _replaced_plane,
     "identified": _identified,
     "lost named": _lost_named,
     "saved otherwise": _saved_otherwise,
