@@ -51,8 +51,18 @@ def refuse_above(path: Path) -> None:
         raise _nested(path, other)
 
 
+def is_anothers(maps: Maps, path: Path, number: int) -> bool:
+    """Whether hooks of these maps take the cgroup at ``path`` for a container other than ``number``. Not for one that
+    has no entry: a scope stays in the maps when its hooks are detached.
+    """
+    at = number_at(maps, path)
+    return at not in (0, number) and maps.containers.get(ctypes.c_uint32(at)) is not None
+
+
 def number_at(maps: Maps, path: Path) -> int:
-    """The number of the container that hooks of these maps take the cgroup at ``path`` for; 0 where there is none."""
+    """The number of the container that hooks of these maps take the cgroup at ``path`` for, or took when it last had
+    any; 0 where there is none.
+    """
     try:
         scope = maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
     except FileNotFoundError:

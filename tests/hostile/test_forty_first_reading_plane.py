@@ -17,13 +17,14 @@ import pytest
 
 from graft.commands import watcher_process
 from graft.commands.restore import restore
+from graft.datapath import attachments
 from graft.datapath.programs import PROGRAMS
 from graft.saved.store import Store
 from graft.saved.whole import old_of
 from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import box, saver
 from tests.hostile.conftest import graft_without
-from tests.hostile.test_fortieth_reading_records import DENIES, ENDS
+from tests.hostile.test_fortieth_reading_records import DENIES, ENDS, kill
 from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.installation import Host
 from tests.support.namespaces import HOST4
@@ -232,3 +233,31 @@ def test_a_detach_removes_nothing_of_another_data_plane(
         assert done.returncode == (0 if is_control else 4)
         assert may_bind(host, other) is is_control
         host.graft("down", "--force")
+
+
+# ---- what a killed attach has left of a cgroup that was attached before ------------------------------
+
+SOME_HOOKS = """
+from graft.kernel import bpf
+count, attach = [0], bpf.prog_attach
+def some(*given):
+    count[0] += 1
+    attach(*given) if count[0] < 10 else end()
+bpf.prog_attach = some
+"""
+
+
+@CONTROL
+def test_a_killed_attach_is_undone_where_the_cgroup_was_attached_before(
+    host: Host, write_policy: WritePolicy, is_control: bool
+) -> None:
+    attach: list[Word] = ["attach", "--policy", write_policy(DENIES), "--cgroup"]
+    with new_cgroup("outer") as outer, new_cgroup("inner", outer) as inner:
+        host.graft(*attach, inner)
+        host.graft("detach", "--cgroup", inner)
+        kill(host, SOME_HOOKS, "", *attach, inner)
+        run([*graft_without("scopes left" if is_control else ""), "up"], environment=host.environment, status=0)
+        assert bool(attach_points(inner)) is is_control
+        assert host.graft(*attach, outer, status=None).returncode == (7 if is_control else 0)
+        host.remove_at(outer)
+        attachments.detach(host.settings, inner)

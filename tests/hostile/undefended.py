@@ -1629,6 +1629,13 @@ def _replaced_plane() -> None:
     Installation._refuse_replaced = lambda self: None  # type: ignore[method-assign]
 
 
+def _scopes_left() -> None:
+    """A scope that is in the maps is that of hooks."""
+    from graft.state import nesting
+
+    nesting.is_anothers = lambda maps, path, number: nesting.number_at(maps, path) not in (0, number)
+
+
 def _identified() -> None:
     """A container is known by where it was last seen, and that is where the file of an import says."""
 
@@ -1653,6 +1660,7 @@ def _identified() -> None:
 DEFENCES: dict[str, Callable[[], None]] = {
     "read-only state": _read_only_state,
     "replaced plane": _replaced_plane,
+    "scopes left": _scopes_left,
     "identified": _identified,
     "lost named": _lost_named,
     "saved otherwise": _saved_otherwise,
