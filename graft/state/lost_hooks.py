@@ -26,6 +26,7 @@ def attach_again(graft: Installation, containers: Sequence[Container]) -> dict[i
                 problems[one.id] = f"{one.name}: it has no rules: detach and attach it again"
         elif one.id in lacking:
             try:
+                nesting.refuse_below(one.cgroup_path)
                 with members.within_reach(one.cgroup_path):
                     _attach_again(graft, one.id)
             except (GraftError, OSError) as error:
@@ -42,7 +43,7 @@ def _is_without_rules(graft: Installation, container: Container) -> bool:
 
 def _attach_again(graft: Installation, number: int) -> None:
     """Nothing where the container was removed meanwhile, or has its hooks. Raises RefusedError where programs of
-    Graft's are attached above it, KernelError.
+    Graft's are attached above it, KernelError. (What is attached below it was before, or finds its record.)
     """
     with graft.transaction():
         for one in records.read_all(graft.settings)[0]:

@@ -21,6 +21,7 @@ from graft.datapath import attachments
 from graft.datapath.programs import PROGRAMS
 from graft.saved.store import Store
 from graft.saved.whole import old_of
+from graft.state import lost_hooks, nesting
 from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import box, saver
 from tests.hostile.conftest import graft_without
@@ -261,3 +262,42 @@ def test_a_killed_attach_is_undone_where_the_cgroup_was_attached_before(
         assert host.graft(*attach, outer, status=None).returncode == (7 if is_control else 0)
         host.remove_at(outer)
         attachments.detach(host.settings, inner)
+
+
+# ---- hooks that are lost, and what is attached below meanwhile ---------------------------------------
+
+
+@CONTROL
+def test_nothing_is_attached_below_one_whose_hooks_are_lost(
+    host: Host, write_policy: WritePolicy, is_control: bool
+) -> None:
+    """It gets them again: each call below would be decided twice."""
+    attach: list[Word] = ["attach", "--policy", write_policy(DENIES), "--cgroup"]
+    with new_cgroup("outer") as outer, new_cgroup("inner", outer) as inner:
+        host.graft(*attach, outer)
+        attachments.detach(host.settings, outer)
+        command = [*graft_without("hooks above only" if is_control else ""), *attach, inner]
+        done = run(command, environment=host.environment, status=None)
+        assert done.returncode == (0 if is_control else 7)
+        assert is_control or f"lies below {outer}, which is attached" in done.stderr
+        run([*graft_without("hooks above only" if is_control else ""), "ps"], environment=host.environment, status=0)
+        assert attach_points(outer) == EVERY and attach_points(inner) == (EVERY if is_control else set())
+        host.remove_at(inner)
+        host.remove_at(outer)
+
+
+@CONTROL
+def test_lost_hooks_are_not_attached_again_above_others(
+    host: Host, write_policy: WritePolicy, monkeypatch: pytest.MonkeyPatch, is_control: bool
+) -> None:
+    with new_cgroup("outer") as outer, new_cgroup("inner", outer) as inner, host.installation as graft:
+        host.graft("attach", "--cgroup", outer, "--policy", write_policy(DENIES))
+        attachments.detach(host.settings, outer)
+        attachments.attach(host.settings, inner, 0)  # as another installation would
+        if is_control:
+            monkeypatch.setattr(nesting, "refuse_below", lambda path: None)
+        problems = lost_hooks.attach_again(graft, graft.containers.listing())
+        assert attach_points(outer) == (EVERY if is_control else set())
+        assert [f"{outer} lies above {inner}" in one for one in problems.values()] == ([] if is_control else [True])
+        attachments.detach(host.settings, inner)
+        host.remove_at(outer)

@@ -1636,6 +1636,19 @@ def _scopes_left() -> None:
     nesting.is_anothers = lambda maps, path, number: nesting.number_at(maps, path) not in (0, number)
 
 
+def _hooks_above_only() -> None:
+    """What has no hooks is not attached; and who lacks some gets them, whatever is below."""
+    from graft.state import nesting
+
+    def refuse_hooks(
+        settings: Settings, maps: Any, path: Path, listed: Iterable[Container], replaces: bool = False
+    ) -> None:
+        refuse(settings, maps, path, [one for one in listed if one.cgroup_path not in path.parents], replaces)
+
+    refuse, nesting.refuse = nesting.refuse, refuse_hooks
+    nesting.refuse_below = lambda path: None  # type: ignore[misc, assignment]
+
+
 def _identified() -> None:
     """A container is known by where it was last seen, and that is where the file of an import says."""
 
@@ -1661,6 +1674,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "read-only state": _read_only_state,
     "replaced plane": _replaced_plane,
     "scopes left": _scopes_left,
+    "hooks above only": _hooks_above_only,
     "identified": _identified,
     "lost named": _lost_named,
     "saved otherwise": _saved_otherwise,
