@@ -106,6 +106,7 @@ def _under(container: Container, policy: Policy, new: _Installed) -> Container:
         endpoints=endpoint_names(policy),
         unix_relay=new.unix_relay,
         asked=new.asked,
+        ruleset=new.ruleset,
         origin=policy.origin.name.lower(),
     )
 

@@ -20,7 +20,7 @@ from graft.errors import ConflictError, PrivilegeError
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy
-from graft.state import begun, bound_sockets, members, restored
+from graft.state import begun, bound_sockets, members, records, restored
 from graft.state.compiled_policy import CompiledPolicy, compile_for
 from graft.state.containers import ContainerChanges, Containers
 from graft.state.endpoints import EndpointChanges, Endpoints
@@ -89,14 +89,21 @@ class Installation:
 
     def reap(self) -> None:
         """Remove the rules and records of containers whose cgroup is gone, and what killed commands have left of others
-        that they were attaching or removing. Quick if there are none.
+        that they were attaching or removing, or giving another policy. Quick if there are none.
         """
+        self.finish_records()
         self.forget(members.gone(self.containers.listing()))
         for one in begun.listing(self.settings):
             with members.pinned(one.cgroup_path) as reachable:
                 if reachable:  # else a later command does it
                     with self.transaction() as change:
                         change.containers.undo_begun(one)
+
+    def finish_records(self) -> None:
+        """Have records tell of the rules that are in force, where a command was killed between the two."""
+        if records.are_any_prepared(self.settings):
+            with self.transaction():
+                records.finish_prepared(self.settings, lambda one: self.ruleset_of(one) == one.ruleset)
 
     def forget(self, gone: Collection[int]) -> None:
         """Remove the rules and records of these containers, whose cgroups are gone. Safe to repeat."""

@@ -301,3 +301,63 @@ def test_lost_hooks_are_not_attached_again_above_others(
         assert [f"{outer} lies above {inner}" in one for one in problems.values()] == ([] if is_control else [True])
         attachments.detach(host.settings, inner)
         host.remove_at(outer)
+
+
+# ---- a command that is killed between the rules and the record ----------------------------------------
+
+IN_FORCE = """
+from graft.kernel.atomic_file import PreparedFile
+commit = PreparedFile.commit
+def some(self):
+    end() if self.path.parent.name == "containers" else commit(self)
+PreparedFile.commit = some
+"""
+NOT_YET = """
+from graft.datapath import layout
+from graft.kernel.bpf import Map
+put = Map.put
+def some(self, key, value):
+    end() if isinstance(value, layout.ContainerValue) else put(self, key, value)
+Map.put = some
+"""
+
+
+def policies(host: Host) -> list[str]:
+    """What the records say."""
+    return [one.policy for one in host.installation.containers.listing()]
+
+
+@CONTROL
+def test_a_record_tells_of_the_policy_that_a_killed_command_has_put_in_force(
+    bare_host: Host, box: Path, write_policy: WritePolicy, is_control: bool
+) -> None:
+    """And who narrows that by its name finds the container."""
+    host = bare_host
+    host.graft("up")
+    host.graft("attach", "--cgroup", box, "--policy", write_policy(DENIES))
+    kill(host, IN_FORCE, "", "attach", "--cgroup", box, "--policy", write_policy(FREE))
+    assert policies(host) == ["p"] and may_bind(host, box)
+    without = graft_without("prepared records" if is_control else "")
+    run([*without, "ps"], environment=host.environment, status=0)
+    assert policies(host) == (["p"] if is_control else ["free"])
+    narrower = write_policy("name: free\ndefault: deny\n")
+    run([*without, "policy", "apply", narrower], environment=host.environment, status=3 if is_control else 0)
+    assert may_bind(host, box) is is_control
+    host.graft("down", "--force")
+
+
+def test_it_does_so_before_rules_get_another_number_and_not_before_they_are_in_force(
+    bare_host: Host, box: Path, write_policy: WritePolicy
+) -> None:
+    host, folder = bare_host, bare_host.settings.run_dir / "containers"
+    host.graft("up")
+    host.graft("attach", "--cgroup", box, "--policy", write_policy(DENIES))
+    attach: list[Word] = ["attach", "--cgroup", box, "--policy", write_policy(FREE)]
+    for where, policy in ((NOT_YET, "p"), (IN_FORCE, "free")):
+        kill(host, where, "", *attach)
+        assert len(list(folder.iterdir())) == 2
+        address = f"{HOST4}:{host.port()}"
+        host.graft("ep", "set", host.endpoint(address), address)
+        assert len(list(folder.iterdir())) == 1 and policies(host) == [policy]
+        assert may_bind(host, box) is (policy == "free")
+    host.graft("down", "--force")

@@ -1649,6 +1649,11 @@ def _hooks_above_only() -> None:
     nesting.refuse_below = lambda path: None  # type: ignore[misc, assignment]
 
 
+def _prepared_records() -> None:
+    """A record that is not in its place tells of nothing."""
+    Installation.finish_records = lambda self: None  # type: ignore[method-assign]
+
+
 def _identified() -> None:
     """A container is known by where it was last seen, and that is where the file of an import says."""
 
@@ -1671,6 +1676,7 @@ def _identified() -> None:
 
 
 DEFENCES: dict[str, Callable[[], None]] = {
+    "prepared records": _prepared_records,
     "read-only state": _read_only_state,
     "replaced plane": _replaced_plane,
     "scopes left": _scopes_left,
