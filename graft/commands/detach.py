@@ -51,7 +51,7 @@ def _end_waiting(graft: Installation, text: str, save: bool) -> SavedAttachment 
     if _find_waiting(graft, text) is None:
         return None
     store = Store(graft.settings)
-    with store.locked():
+    with store.locked(saves=save):
         waiting = _find_waiting(graft, text)
         if waiting is not None:
             saving.forget(store, waiting, save)

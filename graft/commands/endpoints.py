@@ -22,6 +22,7 @@ def add(graft: Installation, endpoint: Endpoint, save: bool = True) -> str | Non
 
 def change(graft: Installation, endpoint: Endpoint, save: bool = True) -> str | None:
     """Change an endpoint, as `add`."""
+    graft.finish_records()  # before rules get another number, by which it is known what they tell of
     obstacle = _why_not_saved(endpoint) if save else None
     if save and obstacle is None and graft.endpoints.find(endpoint.name).declared:
         obstacle = "a policy declares it; the next `graft up` takes the address from there"
@@ -39,7 +40,7 @@ def delete(graft: Installation, name: str, force: bool = False, save: bool = Tru
         with graft.transaction() as changes:
             changes.endpoints.delete(name, force)
         return
-    with store.locked():
+    with store.locked(saves=save):
         is_saved = store.endpoint(name) is not None
         is_there = name in graft.endpoints.by_name()
         with graft.transaction() as changes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.commands import saving
-from graft.commands.restore import NOT_NOTED, NOT_THERE, why_waiting
+from graft.commands.restore import EACH, NOT_NOTED, NOT_THERE, why_waiting
 from graft.errors import GraftError
 from graft.kernel import netns
 from graft.model.settings import Settings
@@ -113,7 +113,7 @@ class Waiting:
 def waiting(graft: Installation) -> list[Waiting]:
     """Every container that is waited for. Raises RefusedError if others can write what is saved."""
     noted = why_waiting(graft.settings)
-    reasons, otherwise = ({}, NOT_NOTED) if noted is None else (noted, NOT_THERE)
+    reasons, otherwise = ({}, NOT_NOTED) if noted is None else (noted, noted.get(EACH, NOT_THERE))
     store = Store(graft.settings)
     return [
         Waiting(one, reasons.get(one.target.text, otherwise))

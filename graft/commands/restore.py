@@ -47,6 +47,8 @@ T = TypeVar("T")
 _ENGINE_KINDS = ("docker", "podman")
 NOT_THERE = "it is not running"
 NOT_NOTED = "the reason could not be noted: graft up tells it"
+EACH = ""
+"""The name, among the reasons for which containers wait, of the one for which all do: nothing could be restored."""
 _CHANGED = "a command changed it at the same time"
 _FOLDER_SECONDS = 2.0
 _MAX_NOTES = 4 << 20
@@ -59,8 +61,8 @@ _left, _left_searching = LeftChildren(), LeftChildren()
 class Restored:
     """What was done: the names of endpoints and containers, and who waits and why.
 
-    ``set_aside`` are lines about files that cannot be used, ``problems`` about endpoints that cannot be made now, and
-    hooks that cannot be attached again.
+    ``set_aside`` are lines about files that cannot be used, ``problems`` about endpoints that cannot be made now, hooks
+    that cannot be attached again, and what cannot be saved.
     """
 
     endpoints: list[str] = field(default_factory=list)
@@ -92,7 +94,17 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
     if not store.exists:
         done.problems = _reap(graft)
         return done
-    with store.locked():
+    try:
+        _restore(graft, store, sightings, done)
+    except Exception as error:
+        _note_waiting(graft.settings, {EACH: f"nothing was restored: {_message(error)}"})
+        raise
+    _note_waiting(graft.settings, done.waiting)
+    return done
+
+
+def _restore(graft: Installation, store: Store, sightings: Sightings | None, done: Restored) -> None:
+    with store.locked(saves=False):
         store.tidy()
         saving.remove_left(graft, is_alone=True)
         done.state, bad = store.read()
@@ -109,8 +121,6 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
         done.waiting = {name: why for name, why in reasons.items() if why is not None}
         progress = 0 < len(done.waiting) < len(left)
         left = [one for one in left if one.target.text in done.waiting]
-    _note_waiting(graft.settings, done.waiting)
-    return done
 
 
 def _reap(graft: Installation) -> list[str]:
@@ -165,7 +175,7 @@ def _restore_attachment(
             settled = sightings is None or sightings.is_settled(saved.target.text, finder.cgroup_id(found))
             seen = _look_at(graft, found, saved, settled, asked if container is None else None)
             seen.ensure_daemon(graft, store.wanted(saved).policy)
-        with nullcontext() if seen is None else seen.within_reach(), store.locked():
+        with nullcontext() if seen is None else seen.within_reach(), store.locked(saves=False):
             current = store.attachment(saved.target)
             if current is None or store.is_paused(ATTACHMENTS, file_name(saved.target)):  # it was detached just now
                 return None
@@ -177,7 +187,7 @@ def _restore_attachment(
                 container = attached.container
                 done.attached.append(saved.target.text)
             if container is not None:
-                _note_last(store, current, found, container)
+                done.problems += _note_last(store, current, found, container)
         for one in asked:  # until now each call was decided by both
             take_away(graft, one)
         if seen is not None and attached is not None and (seen.attached is not None or not attached.is_served):
@@ -245,11 +255,16 @@ def look_for(
     return found, unknown
 
 
-def _note_last(store: Store, saved: SavedAttachment, found: FoundContainer, container: Container) -> None:
-    """Save where a container is now."""
+def _note_last(store: Store, saved: SavedAttachment, found: FoundContainer, container: Container) -> list[str]:
+    """Save where a container is now. Gives the line that says why that cannot be: it is attached all the same."""
     now = saving.of_attached(found, saved.policy, container.transport, saved.transport, saved.relay)
-    if now is not None:
+    if now is None:
+        return []
+    try:
         saving.note_last(store, saved, now.last)
+    except GraftError as error:
+        return [f"{saved.target.text}: where it is now was not saved: {error.message}"]
+    return []
 
 
 class _Finder:
@@ -395,7 +410,7 @@ def _note_waiting(settings: Settings, waiting: Mapping[str, str]) -> None:
 
 
 def why_waiting(settings: Settings) -> dict[str, str] | None:
-    """Why each container waited, when that was last tried; None where that could not be noted."""
+    """Why each container waited, when that was last tried (`EACH`: why all did); None where that could not be noted."""
     try:
         return json_text.text_by_name(json_text.parse(_notes(settings).read_bytes(), "waiting", _MAX_NOTES), "waiting")
     except FileNotFoundError:

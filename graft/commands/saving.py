@@ -49,12 +49,12 @@ def endpoint(settings: Settings, changed: Endpoint, save: bool) -> Iterator[None
 
 @contextlib.contextmanager
 def alone(settings: Settings, save: bool) -> Iterator[bool]:
-    """Have the lock on what is saved, if anybody ever had it, or (``save``) something is to be saved. Gives whether."""
+    """Have the lock on what is saved, if anybody may have it, or (``save``) something is to be saved. Gives whether."""
     store = Store(settings)
     if not save and not store.has_lock:
         yield False
         return
-    with store.locked():
+    with store.locked(saves=save):
         yield True
 
 
@@ -148,7 +148,7 @@ def removed(settings: Settings, container: Container, save: bool) -> Iterator[No
     if not store.exists:
         yield
         return
-    with store.locked():
+    with store.locked(saves=save):
         each = _each_of(store, container)
         yield
         for saved in each:

@@ -1,4 +1,8 @@
-"""The pinned maps, opened at their first use, with their types."""
+"""The pinned maps, opened at their first use, with their types.
+
+A command works on the maps that it has opened, also when another one has removed that data plane meanwhile and made it
+anew: so it asks under the lock whether they are the ones in force (`are_pinned`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from pathlib import Path
 
 from graft.datapath import layout
 from graft.errors import GraftError, KernelError
+from graft.kernel import bpf_maps
 from graft.kernel.bpf import Map
 
 
@@ -47,7 +52,14 @@ class Maps:
                 value.close()
                 del self.__dict__[name]
 
+    def are_pinned(self) -> bool:
+        """Whether those that were opened are of the data plane that is pinned now. Raises NotUpError where none is."""
+        pinned = Maps(self.pin_dir).settings
+        return bpf_maps.map_id(self.settings.fd) == bpf_maps.map_id(pinned.fd)
+
     def _open(self, name: str, key: type, value: type) -> Map:  # type: ignore[type-arg]
+        if name != "settings":  # that one first: as long as it is pinned, what was opened later is of its data plane
+            _ = self.settings
         try:
             return Map.pinned(self.pin_dir / name, key, value)
         except FileNotFoundError:

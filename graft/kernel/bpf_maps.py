@@ -97,6 +97,11 @@ def _info(map_fd: int) -> _MapInfo:
     return info
 
 
+def map_id(map_fd: int) -> int:
+    """The kernel's id of a map, which no later one has."""
+    return int(_info(map_fd).id)
+
+
 def map_shape(map_fd: int) -> MapShape:
     """That of a map. Raises OSError, as all functions here do."""
     info = _info(map_fd)

@@ -42,7 +42,7 @@ def saved_for(plan: Plan, path: Path) -> Iterator[SavedAttachment | None]:
     if not store.exists:
         yield None
         return
-    with store.locked():
+    with store.locked(saves=False):
         yield _find(store, plan, path)
 
 

@@ -15,6 +15,7 @@ The files are root's. One that others can write is not read, and neither is a fo
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -85,30 +86,41 @@ class Store:
 
     @property
     def has_lock(self) -> bool:
-        """Whether anybody has, or ever had, the lock."""
-        return self._lock.exists()
+        """Whether anybody has the lock, ever had it, or may take it: to restore what is saved."""
+        return self._lock.exists() or self.exists
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, saves: bool = True) -> Iterator[None]:
         """Hold the lock on what is saved, until the block ends or the process dies. What a killed command has begun to
         replace is as it was by then. Raises KernelError.
+
+        Without ``saves`` the block only has to read it: the state directory may be read-only. A disk that fails is
+        made so, and is to keep no container from the policy that can be read there.
         """
         with contextlib.ExitStack() as stack:
             try:
                 self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-                stack.enter_context(locked_file(self._lock, _LOCK_SECONDS))
-                self._finish_exchange()
+                stack.enter_context(locked_file(self._lock, _LOCK_SECONDS, reads=not saves))
+                self._finish_exchange(saves)
             except OSError as error:
                 raise _unsaved(self._state_dir, error) from error
             yield
 
-    def _finish_exchange(self) -> None:
+    def _finish_exchange(self, saves: bool) -> None:
         """Finish what a killed command began (graft.kernel.atomic_file.exchange): before anybody makes a folder anew in
-        the place of what is saved.
+        the place of what is saved. Who does not save reads it where it is (`_in_place`).
         """
         old = old_of(self.folder)
-        if old.exists():
-            shutil.rmtree(old, ignore_errors=True) if self.folder.exists() else old.rename(self.folder)
+        if not old.exists():
+            return
+        if self.folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            return
+        try:
+            old.rename(self.folder)
+        except OSError as error:
+            if saves or error.errno != errno.EROFS:
+                raise
 
     # ---- reading --------------------------------------------------------------------------------
 
@@ -122,14 +134,14 @@ class Store:
     def attachment(self, target: Target) -> SavedAttachment | None:
         """That of one container; None if none is saved, or it cannot be read."""
         try:
-            return _attachment_of(self.folder / ATTACHMENTS / file_name(target))
+            return _attachment_of(self._in_place / ATTACHMENTS / file_name(target))
         except (OSError, UsageError):
             return None
 
     def endpoint(self, name: str) -> Endpoint | None:
         """The same of one endpoint."""
         try:
-            return _endpoint_of(self.folder / ENDPOINTS / name)
+            return _endpoint_of(self._in_place / ENDPOINTS / name)
         except (OSError, UsageError):
             return None
 

@@ -106,6 +106,7 @@ def _under(container: Container, policy: Policy, new: _Installed) -> Container:
         endpoints=endpoint_names(policy),
         unix_relay=new.unix_relay,
         asked=new.asked,
+        ruleset=new.ruleset,
         origin=policy.origin.name.lower(),
     )
 
@@ -330,7 +331,7 @@ class ContainerChanges(Containers):
         """
         begun.take_back(self._settings, container.id)
         path = container.cgroup_path
-        if reachable and nesting.number_at(self._maps, path) in (0, container.id):
+        if reachable and not nesting.is_anothers(self._maps, path, container.id):
             for file in records.put_aside_at(self._settings, path):  # else `undo_begun` would take it for an attach
                 file.unlink(missing_ok=True)
             attachments.detach(self._settings, path, container.cgroup_id)

@@ -4,7 +4,8 @@
         change.endpoints.add(endpoint)
 
 What needs the lock is a method of `Transaction`, which exists only while the lock is held. Reading needs no lock: each
-change of a map is one step for a reader.
+change of a map is one step for a reader. What was read is of the data plane that was there then, with numbers that
+stand for something else in the next one: so nobody changes that by it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from collections.abc import Collection, Iterator
 
 from graft.datapath import dataplane
 from graft.datapath.maps import Maps
-from graft.errors import PrivilegeError
+from graft.errors import ConflictError, PrivilegeError
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy
-from graft.state import begun, bound_sockets, members, restored
+from graft.state import begun, bound_sockets, members, records, restored
 from graft.state.compiled_policy import CompiledPolicy, compile_for
 from graft.state.containers import ContainerChanges, Containers
 from graft.state.endpoints import EndpointChanges, Endpoints
@@ -44,7 +45,9 @@ class Installation:
         """
         dataplane.up(settings)
         restored.ensure_restored(settings)
-        return cls(settings)
+        graft = cls(settings)
+        _ = graft.maps.settings  # before anything is read: from here on it is known which data plane that is of
+        return graft
 
     def __enter__(self) -> Installation:
         return self
@@ -53,13 +56,24 @@ class Installation:
         self.maps.close()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """Hold the installation's lock until the block ends or the process exits."""
+    def transaction(self, of_ended: bool = False) -> Iterator[Transaction]:
+        """Hold the installation's lock until the block ends or the process exits.
+
+        ``of_ended``: for the end of a container with a supervisor, which keeps the maps that it was made with. Raises
+        ConflictError where these are not those of the data plane in force; what is done next is done on that.
+        """
         try:
             with dataplane.locked(self.settings):
+                if not of_ended:
+                    self._refuse_replaced()
                 yield Transaction(self.settings, self.maps)
         finally:
             bound_sockets.remove_released(self.settings)
+
+    def _refuse_replaced(self) -> None:
+        if not self.maps.are_pinned():
+            self.maps.close()
+            raise ConflictError("Graft was taken down, and brought up again, at the same time", "try again")
 
     def compile(self, policy: Policy) -> CompiledPolicy:
         """Compile ``policy`` with the existing endpoints, before the lock is taken, so that nothing waits for it.
@@ -75,14 +89,21 @@ class Installation:
 
     def reap(self) -> None:
         """Remove the rules and records of containers whose cgroup is gone, and what killed commands have left of others
-        that they were attaching or removing. Quick if there are none.
+        that they were attaching or removing, or giving another policy. Quick if there are none.
         """
+        self.finish_records()
         self.forget(members.gone(self.containers.listing()))
         for one in begun.listing(self.settings):
             with members.pinned(one.cgroup_path) as reachable:
                 if reachable:  # else a later command does it
                     with self.transaction() as change:
                         change.containers.undo_begun(one)
+
+    def finish_records(self) -> None:
+        """Have records tell of the rules that are in force, where a command was killed between the two."""
+        if records.are_any_prepared(self.settings):
+            with self.transaction():
+                records.finish_prepared(self.settings, lambda one: self.ruleset_of(one) == one.ruleset)
 
     def forget(self, gone: Collection[int]) -> None:
         """Remove the rules and records of these containers, whose cgroups are gone. Safe to repeat."""

@@ -30,8 +30,8 @@ def refuse_below(path: Path, besides: Collection[Path] = ()) -> None:
 
 def refuse(settings: Settings, maps: Maps, path: Path, listed: Iterable[Container], replaces: bool = False) -> None:
     """Raises ConflictError where ``path`` is attached, RefusedError where a cgroup above it is, or one of ``listed``
-    below. Under the lock; detaches what a killed command has left on it. ``replaces``: the hooks on it are to be
-    replaced, and are in nobody's way.
+    above or below: it may lack hooks, and gets them again. Under the lock; detaches what a killed command has left on
+    it. ``replaces``: the hooks on it are to be replaced, and are in nobody's way.
     """
     number = number_at(maps, path)
     if not replaces and number and maps.containers.get(ctypes.c_uint32(number)) is None:
@@ -39,7 +39,7 @@ def refuse(settings: Settings, maps: Maps, path: Path, listed: Iterable[Containe
     other = attachments.find_above(path.parent if replaces else path)
     if other == path:
         raise ConflictError(f"cgroup: {path} is already attached", "graft ps")
-    other = other or next((one.cgroup_path for one in listed if path in one.cgroup_path.parents), None)
+    other = other or next((one for one in map(_path, listed) if path in one.parents or one in path.parents), None)
     if other is not None:
         raise _nested(path, other)
 
@@ -51,13 +51,27 @@ def refuse_above(path: Path) -> None:
         raise _nested(path, other)
 
 
+def is_anothers(maps: Maps, path: Path, number: int) -> bool:
+    """Whether hooks of these maps take the cgroup at ``path`` for a container other than ``number``. Not for one that
+    has no entry: a scope stays in the maps when its hooks are detached.
+    """
+    at = number_at(maps, path)
+    return at not in (0, number) and maps.containers.get(ctypes.c_uint32(at)) is not None
+
+
 def number_at(maps: Maps, path: Path) -> int:
-    """The number of the container that hooks of these maps take the cgroup at ``path`` for; 0 where there is none."""
+    """The number of the container that hooks of these maps take the cgroup at ``path`` for, or took when it last had
+    any; 0 where there is none.
+    """
     try:
         scope = maps.scopes.get(ctypes.c_uint64(cgroup.cgroup_id(path)))
     except FileNotFoundError:
         return 0
     return 0 if scope is None else int(scope.container)
+
+
+def _path(container: Container) -> Path:
+    return container.cgroup_path
 
 
 def _nested(path: Path, other: Path) -> RefusedError:

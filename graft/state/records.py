@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ class Container:
     ``cgroup_id`` distinguishes its cgroup from a later one at the same path; ``engine`` is what started it; ``relay``
     (splice, kernel) is how transport splice moves its bytes. ``unix_relay``: a rule for TCP leads to a unix socket.
     ``origin``: who has chosen its policy (`Origin` of graft/policy/model.py, in small letters); ``asked``: how much of
-    the maps it has by one that it asked for itself.
+    the maps it has by one that it asked for itself; ``ruleset``: the number that its rules had when this was written
+    (they get another one when an endpoint that they name is replaced).
     """
 
     id: int
@@ -50,6 +51,7 @@ class Container:
     unix_relay: bool = False
     asked: int = 0
     origin: str = OPERATORS
+    ruleset: int = 0
 
     @property
     def is_operators(self) -> bool:
@@ -104,6 +106,28 @@ def prepare(settings: Settings, container: Container) -> PreparedFile:
     return prepare_file(file, encode_checked(container))
 
 
+def are_any_prepared(settings: Settings) -> bool:
+    """Whether there is a record that was prepared: by a command that is about to put it in its place, or was killed."""
+    return any(_prepared(settings))
+
+
+def finish_prepared(settings: Settings, is_in_force: Callable[[Container], bool]) -> None:
+    """Put those in their places that tell of rules which are in force, and remove the others. Under the lock: they are
+    all of killed commands. What has no record in its place is being removed.
+    """
+    for path in _prepared(settings):
+        with contextlib.suppress(FileNotFoundError, UsageError):
+            container = parse_record(path.read_bytes()[: _MAX_RECORD + 1], path.stem.removeprefix("."))
+            place = file_of(settings, container.id)
+            if place.exists() and is_in_force(container):
+                path.rename(place)
+        path.unlink(missing_ok=True)
+
+
+def _prepared(settings: Settings) -> Iterator[Path]:
+    return folder_of(settings).glob(".*.json.*")  # as graft/kernel/atomic_file.py names them
+
+
 def file_of(settings: Settings, number: int) -> Path:
     """The file of the record of container ``number``."""
     return folder_of(settings) / f"{number}.json"
@@ -148,6 +172,7 @@ def parse_record(raw: bytes, name: str) -> Container:
             unix_relay=found.get("unix_relay") is True,
             asked=json_text.number(found.get("asked"), "asked", _MAX_ID),
             origin=_origin(found),
+            ruleset=json_text.number(found.get("ruleset"), "ruleset", _MAX_ID),
         )
     except UsageError as error:
         raise UsageError(f"{name}: {error.message}") from None

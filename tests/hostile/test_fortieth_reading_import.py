@@ -305,7 +305,7 @@ def test_what_is_saved_next_takes_nothing_from_it(
         store.prepare_all(SavedState())
         store.folder.rename(old_of(store.folder))  # the first of the three, and the last that it did
     if without:
-        monkeypatch.setattr(Store, "_finish_exchange", lambda self: None)
+        monkeypatch.setattr(Store, "_finish_exchange", lambda self, saves: None)
     assert store.exists and store.read() == (SavedState((), (ATTACHMENT,)), [])
     with saving_commands.endpoint(settings, ENDPOINT, True):
         pass

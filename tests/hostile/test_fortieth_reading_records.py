@@ -214,7 +214,7 @@ def test_one_that_is_being_attached_is_detached(
         locked = Store.locked
 
         @contextmanager
-        def locked_after_the_watcher(store: Store) -> Iterator[None]:
+        def locked_after_the_watcher(store: Store, saves: bool = True) -> Iterator[None]:
             monkeypatch.setattr(Store, "locked", locked)
             seen = look_at(graft, FoundContainer(box, "cgroup", saved.target.name))
             with seen.within_reach(), store.locked():

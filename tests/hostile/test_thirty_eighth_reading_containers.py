@@ -219,7 +219,7 @@ def test_the_first_command_finds_that_a_data_plane_is_lost(own: Host, denies: Pa
         own.graft(*attach)
         lose_pins(own)
         done = run([*graft_without(without), *attach], environment=own.environment)
-        assert done.returncode == (3 if without else 0), done.stderr
+        assert done.returncode == (6 if without else 0), done.stderr
 
 
 @pytest.mark.parametrize("without", ["", "put aside"], ids=["", "control"])

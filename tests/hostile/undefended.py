@@ -1669,6 +1669,43 @@ def _saved_otherwise() -> None:
     saving.__dict__["saved_otherwise"] = lambda graft, policy, others: []
 
 
+def _read_only_state() -> None:
+    """Who restores has to be able to write in the state directory."""
+    locked = Store.locked
+    Store.locked = lambda self, saves=True: locked(self)  # type: ignore[method-assign]
+    watcher_process.ensure_running = lambda settings: True  # one that has the defence
+
+
+def _replaced_plane() -> None:
+    """A command goes on with the maps that it has opened."""
+    Installation._refuse_replaced = lambda self: None  # type: ignore[method-assign]
+
+
+def _scopes_left() -> None:
+    """A scope that is in the maps is that of hooks."""
+    from graft.state import nesting
+
+    nesting.is_anothers = lambda maps, path, number: nesting.number_at(maps, path) not in (0, number)
+
+
+def _hooks_above_only() -> None:
+    """What has no hooks is not attached; and who lacks some gets them, whatever is below."""
+    from graft.state import nesting
+
+    def refuse_hooks(
+        settings: Settings, maps: Any, path: Path, listed: Iterable[Container], replaces: bool = False
+    ) -> None:
+        refuse(settings, maps, path, [one for one in listed if one.cgroup_path not in path.parents], replaces)
+
+    refuse, nesting.refuse = nesting.refuse, refuse_hooks
+    nesting.refuse_below = lambda path: None  # type: ignore[misc, assignment]
+
+
+def _prepared_records() -> None:
+    """A record that is not in its place tells of nothing."""
+    Installation.finish_records = lambda self: None  # type: ignore[method-assign]
+
+
 def _identified() -> None:
     """A container is known by where it was last seen, and that is where the file of an import says."""
 
@@ -1711,6 +1748,11 @@ def _for_now_changed() -> None:
 DEFENCES: dict[str, Callable[[], None]] = {
     "for now changed": _for_now_changed,
     "names of others": _names_of_others,
+    "prepared records": _prepared_records,
+    "read-only state": _read_only_state,
+    "replaced plane": _replaced_plane,
+    "scopes left": _scopes_left,
+    "hooks above only": _hooks_above_only,
     "identified": _identified,
     "lost named": _lost_named,
     "saved otherwise": _saved_otherwise,
