@@ -247,7 +247,8 @@ def test_the_wrapper_starts_no_container_with_such_an_annotation(host: Host, tmp
 def test_a_listener_serves_no_container_with_such_an_annotation(tmp_path: Path, annotation: str) -> None:
     (tmp_path / "policies").mkdir()
     (tmp_path / "policies/any.yaml").write_text("name: any\nopen: true\n")
-    settings = Settings.from_environment({"GRAFT_STATE_DIR": str(tmp_path), "GRAFT_HOST_NETNS": "/proc/self/ns/net"})
+    places = {"GRAFT_STATE_DIR": str(tmp_path), "GRAFT_PIN_DIR": f"{tmp_path}/pins"}
+    settings = Settings.from_environment({**places, "GRAFT_HOST_NETNS": "/proc/self/ns/net"})
     server = ListenerServer(settings, RuntimeOptions(), Path("/"), print)
     config: dict[str, Any] = {"annotations": {"graft.policy": "any"}, "linux": {"cgroupsPath": PODMANS[0]}}
     with _own_network() as pid:
