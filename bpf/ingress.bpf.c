@@ -156,6 +156,17 @@ static __always_inline int is_anothers(u64 netns, struct packet *packet, u16 por
 	return is_anothers_place(&key, container, since, packet->family);
 }
 
+/* Whether a datagram is a broadcast: of that, as of what is sent to a group, each socket has a copy. What a program of the
+ * host itself sends has another type there. */
+static __always_inline int is_for_all(struct __sk_buff *skb, struct packet *packet, u64 netns)
+{
+	struct host_address key;
+
+	address_key(&key, netns, packet->to, packet->family);
+	return skb->pkt_type == PACKET_BROADCAST || broadcasts.lookup(&key) ||
+	       (packet->family == GRAFT_IPV4 && (packet->to[0] == 0xffffffff || packet->to[0] == bpf_htonl(0x7fffffff)));
+}
+
 /* Whether what arrives at a listener, or at a datagram socket that any client may reach, is for a server of another container:
  * that one is granted the place now, and this one has it from an endpoint that it has lost, or from before there was a policy.
  * The kernel prefers a socket that is connected to the sender, or (over IPv6) that was, at one address, or tied to an
@@ -174,8 +185,10 @@ static __always_inline int is_for_another(struct __sk_buff *skb, struct bpf_sock
 	if (id ? is_granted_at(owner->container, tag, id, endpoint, &local, protocol, netns) :
 		 is_granted_place(owner->container, &local, protocol, netns))
 		return 0;
-	return is_anothers(netns, packet, local.port, protocol, owner->id, tag->since) ||
-	       (protocol == IPPROTO_UDP && another_is_found(skb, owner, packet));
+	if (!is_anothers(netns, packet, local.port, protocol, owner->id, tag->since) &&
+	    (protocol != IPPROTO_UDP || !another_is_found(skb, owner, packet)))
+		return 0;
+	return protocol == IPPROTO_TCP || !is_for_all(skb, packet, netns);
 }
 
 static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *owner)
@@ -232,8 +245,7 @@ static __always_inline int judge_ingress(struct __sk_buff *skb, struct owner *ow
 	if (open && is_multicast(&packet))
 		return PASS;
 	if (open) {
-		/* (Of a broadcast, as of what is sent to a group, each socket has a copy.) */
-		if (!id && !binds_freely(owner->container) && skb->pkt_type != PACKET_BROADCAST &&
+		if (!id && !binds_freely(owner->container) &&
 		    is_for_another(skb, sk, owner, id, endpoint, &packet, IPPROTO_UDP))
 			return drop(owner);
 		note_arrival(skb, owner, &packet, endpoint);

@@ -116,9 +116,9 @@ static __always_inline int is_granted(struct container *container, struct tag *t
 	return is_granted_at(container, tag, id, endpoints.lookup(&id), local, protocol, netns);
 }
 
-/* Whether a rule for what was requested leads to the port, and the address, of an endpoint that a socket, in the namespace
- * `netns`, is bound to. */
-static __always_inline int leads_to(struct container *container, struct request *request, struct local_address *local, u64 netns)
+/* The endpoint that a rule for what was requested leads to, if a socket in the namespace `netns` is bound to its port, and
+ * address. */
+static __always_inline struct endpoint *place_for(struct container *container, struct request *request, struct local_address *local, u64 netns)
 {
 	struct ingress_value *rule = ingress_rule(container->ruleset, request);
 	struct endpoint *endpoint;
@@ -130,12 +130,15 @@ static __always_inline int leads_to(struct container *container, struct request 
 	    !(endpoint->protocols & protocol_bit(request->protocol)))
 		return 0;
 	/* (Of a dynamic endpoint the kernel chooses the port: it grants no certain one.) */
-	return endpoint_port(endpoint, rule, request->port, &port) && port && matches_endpoint(local, endpoint, port);
+	return endpoint_port(endpoint, rule, request->port, &port) && port && matches_endpoint(local, endpoint, port) ?
+		       endpoint : 0;
 }
 
-/* Whether the current rules grant the place of a socket that was bound there while no rule was needed. */
+/* Whether the current rules grant the place of a socket that was bound there while no rule was needed. One at [::] may have
+ * the IPv4 port too, which a dual-stack endpoint alone grants. */
 static __always_inline int is_granted_place(struct container *container, struct local_address *local, u8 protocol, u64 netns)
 {
+	struct endpoint *endpoint;
 	struct request request;
 
 	__builtin_memset(&request, 0, sizeof(request));
@@ -143,7 +146,9 @@ static __always_inline int is_granted_place(struct container *container, struct 
 	request.port = local->port;
 	request.family = local->family;
 	request.protocol = protocol;
-	return leads_to(container, &request, local, netns);
+	endpoint = place_for(container, &request, local, netns);
+	return endpoint && (endpoint->family == GRAFT_IPV4 || !is_unspecified(endpoint->addr) ||
+			    endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK);
 }
 
 /* Whether a socket still has the port that it got from an endpoint, and the endpoint is no longer granted. */

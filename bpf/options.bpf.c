@@ -82,9 +82,16 @@ static __always_inline int misreads_addresses(u32 protocol, int level, int name)
 	return protocol == IPPROTO_UDP && level == SOL_IPV6 && name == IPV6_ADDRFORM;
 }
 
-static __always_inline int is_group_option(u32 type, u32 protocol, int level, int name)
+/* Whether a call sets SO_REUSEPORT of a TCP socket (to leave a group is anybody's). */
+static __always_inline int sets_group_option(struct bpf_sockopt *ctx, u32 type, u32 protocol)
 {
-	return is_tcp(type, protocol) && level == SOL_SOCKET && name == SO_REUSEPORT;
+	u8 *value = ctx->optval, *end = ctx->optval_end;
+
+	if (!is_tcp(type, protocol) || ctx->level != SOL_SOCKET || ctx->optname != SO_REUSEPORT)
+		return 0;
+	if (ctx->optlen < 4 || (void *)value + 4 > (void *)end)
+		return 1;
+	return value[0] | value[1] | value[2] | value[3];
 }
 
 
@@ -231,7 +238,7 @@ int graft_setsockopt(struct bpf_sockopt *ctx)
 	resolve_owner(&owner, tags.sk_storage_get(sk, 0, 0), scope->container);
 	type = sk->type;
 	protocol = sk->protocol;
-	may_join = !owner.container || !is_group_option(type, protocol, ctx->level, ctx->optname) || may_join_group(sk);
+	may_join = !owner.container || !sets_group_option(ctx, type, protocol) || may_join_group(sk);
 	if (bypasses_policy(ctx->level, ctx->optname) || frees_source(type, protocol, ctx->level, ctx->optname) ||
 	    misreads_addresses(protocol, ctx->level, ctx->optname) || !may_join) {
 		if (!owner.tag && shares_host_netns(owner.container, bpf_get_netns_cookie(ctx)))

@@ -129,6 +129,8 @@ static __always_inline int meets_others(struct bpf_sock_addr *ctx, struct reques
 
 /* ---- SO_REUSEPORT of who is lent a port for a TCP connect -------------------------------------- */
 
+#define GRAFT_OFTEN (1u << 30) /* counted no further, or the count would begin anew */
+
 /* What is stored of a socket's options, of an MPTCP socket with the one that the program has. NULL: no memory. */
 static __always_inline struct options *options_of(struct bpf_sock *sk)
 {
@@ -153,7 +155,8 @@ static __always_inline int leaves_group(struct bpf_sock_addr *ctx)
 
 	if (!seen)
 		return 0;
-	__sync_fetch_and_add(&seen->borrowed, 1);
+	if (seen->borrowed < GRAFT_OFTEN)
+		__sync_fetch_and_add(&seen->borrowed, 1);
 	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &set, sizeof(set)))
 		return 1;
 	bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &off, sizeof(off));
@@ -169,7 +172,8 @@ static __always_inline int may_join_group(struct bpf_sock *sk)
 
 	if (!seen)
 		return 0;
-	__sync_fetch_and_add(&seen->asked_group, 1);
+	if (seen->asked_group < GRAFT_OFTEN)
+		__sync_fetch_and_add(&seen->asked_group, 1);
 	return !seen->borrowed;
 }
 
@@ -192,11 +196,17 @@ static __always_inline int is_servers_place(struct server_place *key, struct ser
 	request.family = server->family;
 	request.protocol = key->protocol;
 	__builtin_memcpy(place.ip, key->addr, 16);
-	return leads_to(container, &request, &place, key->netns);
+	return place_for(container, &request, &place, key->netns) != 0;
 }
 
-/* At a bind that an endpoint has granted, when the kernel has done it: in the place of what this container noted before, or
- * of one that is not granted it any more. (A port that the kernel has chosen is nobody else's.) Returns 0 where there is no
+static __always_inline int is_same_request(struct server *one, struct server *other)
+{
+	return one->container == other->container && one->port == other->port && one->family == other->family &&
+	       is_same_address(one->addr, other->addr);
+}
+
+/* At a bind that an endpoint has granted, when the kernel has done it: in the place of what this container noted for the same
+ * request, or of a request that is not granted it any more. (A port that the kernel has chosen is nobody else's.) Returns 0 where there is no
  * memory. */
 static __always_inline int note_server(struct tag *tag, struct endpoint *endpoint, u16 port, u8 protocol)
 {
@@ -213,7 +223,7 @@ static __always_inline int note_server(struct tag *tag, struct endpoint *endpoin
 	for (number = 0; number < GRAFT_SERVERS_AT_A_PLACE - 1; number++) {
 		key.number = number;
 		found = servers.lookup(&key);
-		if (!found || found->container == tag->container || !is_servers_place(&key, found, key.family))
+		if (!found || is_same_request(found, &server) || !is_servers_place(&key, found, key.family))
 			break;
 	}
 	key.number = number;

@@ -1,7 +1,8 @@
-"""What a forty-second reading found of what binds note of servers, for ports that several sockets share. One note for a
-port hid a server behind another one, at another address or gone by now; one of a socket that was closed long ago
-silenced a service that got the port since; copies of what was sent to a group went the same way. A rule for a port that
-the kernel chooses granted every port. MPTCP joined a group after a bind that failed, where TCP could not connect twice.
+"""What a forty-second reading, and one after it, found of the notes that binds leave of servers, where sockets share a port.
+One note for a port hid a server behind another one, at another address or gone by now; one of a socket that was closed
+long ago silenced a service that got the port since; copies of what was sent to a group, or to all, went the same way. A
+rule for a port that the kernel chooses granted every port, one for IPv6 the IPv4 port too. MPTCP joined a group after a
+bind that failed, where TCP could not connect twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tests.hostile.conftest import Confine, Confined, Without
 from tests.hostile.test_afterwards import apply
 from tests.hostile.test_fortieth_reading_ports import ALL, COUNT, SECRET, SERVER, come
 from tests.hostile.test_fortieth_reading_ports import server as listener
-from tests.hostile.test_forty_first_reading_ports import ADDR, PORT, UDP, WHOLLY_FREE, datagrams, send
+from tests.hostile.test_forty_first_reading_ports import ADDR, PORT, TIED, UDP, WHOLLY_FREE, datagrams, send
 from tests.hostile.test_thirty_eighth_reading_ports import ANSWERS, DENIED, ask, lends
 from tests.hostile.test_thirty_sixth_reading_groups import policy, said
 from tests.support.cgroups import in_cgroup, new_cgroup
@@ -122,6 +123,40 @@ def test_nor_one_over_ipv6_whatever_headers_it_has(host: Host, confine: Confine,
     assert ask(before, "read") == "0 "
 
 
+@pytest.mark.parametrize("without_it", ["", "same request"], ids=["", "control"])
+def test_nor_when_the_rule_of_the_servers_later_bind_goes(
+    host: Host, without: Without, confine: Confine, tmp_path: Path, without_it: str
+) -> None:
+    used = without(without_it) if without_it else host
+    web, at = used.port(), f"'{HOST4}:{{}}'"
+    before = listener(used, confine, "direct", policy(web, endpoint=at))
+    assert said(before) == "serving"
+    apply(used, before, tmp_path, policy(web, rules="", endpoint=at))
+    both = policy(web, rules="{bind: '*:53', endpoint: web}, {bind: '*:54', endpoint: web}")
+    words = ["/usr/bin/python3", "-ISc", SECOND.replace("127.0.0.9", "0.0.0.0") + ANSWERS, "listen", "0.0.0.0", "53"]
+    after = confine(used, "direct", both, within=words)
+    assert said(after) == "serving" and ask(after, "also") == "bound"
+    apply(used, after, tmp_path, policy(web))
+    come(used, web)
+    assert ask(before, "read") == (ALL if without_it else "0 ")
+
+
+@pytest.mark.parametrize("without_it", ["", "one family"], ids=["", "control"])
+def test_nor_reads_one_at_both_families_that_is_granted_one(
+    host: Host, without: Without, confine: Confine, tmp_path: Path, without_it: str
+) -> None:
+    used = without(without_it) if without_it else host
+    web = used.port()
+    program = UDP.replace("AF_INET,", "AF_INET6,").replace("try:\n", f"{TIED}try:\n", 1)
+    before = datagrams(used, confine, WHOLLY_FREE, "::", web, program=program)
+    assert said(before) == "serving"
+    six = f"name: t\nendpoints: {{six: '[::]:{web}'}}\ningress: [{{bind: '[::]:{web}', endpoint: six}}]\n"
+    apply(used, before, tmp_path, f"{six}default: deny\n")
+    assert said(datagrams(used, confine, policy(web))) == "serving"
+    send(used, web)
+    assert ask(before, "read") == (ALL if without_it else "0 ")
+
+
 # ---- what is for a service of before
 
 
@@ -169,6 +204,20 @@ def test_a_service_of_before_has_its_copy_of_what_is_sent_to_its_group(
         with udp(host.client, CLIENT4) as client:
             client.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(CLIENT4))
             client.sendto(SECRET, (group, web))
+    assert ask(before, "read") == ALL
+
+
+@pytest.mark.parametrize("sender", ["client", "netns"])
+def test_and_of_a_broadcast_whoever_sends_it(host: Host, confine: Confine, tmp_path: Path, sender: str) -> None:
+    web, everybody = host.port(), "10.98.0.255"
+    before = datagrams(host, confine, WHOLLY_FREE, everybody, web)
+    assert said(before) == "serving"
+    apply(host, before, tmp_path, DENIED)
+    assert said(datagrams(host, confine, policy(web))) == "serving"
+    for _ in range(COUNT):
+        with udp(getattr(host, sender), "0.0.0.0") as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            one.sendto(SECRET, (everybody, web))
     assert ask(before, "read") == ALL
 
 
@@ -221,6 +270,7 @@ AGAIN = r"""
 import errno, socket, sys
 address, port = sys.argv[1], int(sys.argv[2])
 one = socket.socket()
+one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
 one.setsockopt(socket.SOL_SOCKET, int(sys.argv[3]), 1)
 
 def connect():

@@ -522,8 +522,8 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "groups of MPTCP": (
         (
             "options.bpf.c",
-            "is_tcp(type, protocol) && level == SOL_SOCKET && name == SO_REUSEPORT",
-            "protocol == IPPROTO_TCP && level == SOL_SOCKET && name == SO_REUSEPORT",
+            "if (!is_tcp(type, protocol) || ctx->level",
+            "if (protocol != IPPROTO_TCP || ctx->level",
         ),
     ),
     # A port that was bound freely once is its socket's, whoever is granted it.
@@ -541,10 +541,21 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     "granted place": (
         (
             "local_address.bpf.c",
-            "\treturn leads_to(container, &request, local, netns);\n",
+            "\tendpoint = place_for(container, &request, local, netns);\n",
             "\treturn 0;\n",
         ),
     ),
+    # One of both families is granted what one endpoint of IPv6 grants.
+    "one family": (
+        (
+            "local_address.bpf.c",
+            "\treturn endpoint && (endpoint->family == GRAFT_IPV4 || !is_unspecified(endpoint->addr) ||\n"
+            "\t\t\t    endpoint->flags & GRAFT_ENDPOINT_DUAL_STACK);\n",
+            "\treturn endpoint != 0;\n",
+        ),
+    ),
+    # A container has one note at a place.
+    "same request": (("shared_port.bpf.c", "is_same_request(found, &server)", "found->container == server.container"),),
     # A bind that leaves the port to the kernel counts, whoever has lent the port since.
     "bound without a port": (
         (
