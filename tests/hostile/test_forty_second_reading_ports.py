@@ -1,4 +1,4 @@
-"""What a forty-second reading, and one after it, found of the notes that binds leave of servers, where ports are shared.
+"""What a forty-second reading, and one after it, found of the notes that binds leave of servers, of shared ports.
 One note for a port hid a server behind another one, at another address or gone by now; one of a socket that was closed
 long ago silenced a service that got the port since; copies of what was sent to a group, or to all, went the same way. A
 rule for a port that the kernel chooses granted every port, one for IPv6 the IPv4 port too. MPTCP joined a group after a
