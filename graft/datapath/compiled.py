@@ -1,4 +1,6 @@
-"""The maps and programs of a compilation, in the kernel: maps are made at once, each program is loaded on its own."""
+"""The maps and programs of a compilation, in the kernel: maps are made at once, or are those of before; each program is
+loaded on its own.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,12 @@ from collections.abc import Mapping
 
 from graft.datapath.bytecode import Bytecode
 from graft.datapath.programs import Program
-from graft.errors import KernelError
+from graft.errors import ConflictError, KernelError
 from graft.kernel import bpf, bpf_load, bpf_maps
 from graft.kernel.instructions import with_maps
+
+ANEW = "stop its containers, then `graft down` and `graft up`"
+"""What helps where a data plane cannot go on under another version of Graft."""
 
 
 class NotLoaded(Exception):
@@ -20,15 +25,25 @@ class NotLoaded(Exception):
 class Compiled:
     """The programs and maps of one compilation, valid as long as this object, which closes their descriptors."""
 
-    def __init__(self, bytecode: Bytecode) -> None:
-        """Make the maps. Raises KernelError for one that the kernel does not make."""
-        self._bytecode = bytecode
+    def __init__(self, bytecode: Bytecode, pinned: Mapping[str, int]) -> None:
+        """Make the maps, but for those that are ``pinned``, by name, whose descriptors stay the caller's.
+
+        Raises ConflictError for a pinned one of another form, KernelError for one that the kernel does not make.
+        """
+        self.bytecode = bytecode
         self._opened: list[int] = []
         weakref.finalize(self, _close_all, self._opened).atexit = False
-        self._maps = {name: self._make(name) for name in bytecode.maps}
+        self._maps = {
+            name: self._checked(name, pinned) if name in pinned else self._make(name) for name in bytecode.maps
+        }
+
+    def _checked(self, name: str, pinned: Mapping[str, int]) -> int:
+        if bpf_maps.map_shape(pinned[name]) != self.bytecode.maps[name].shape:
+            raise ConflictError(f"the map {name} has another form in this version of Graft", ANEW)
+        return pinned[name]
 
     def _make(self, name: str) -> int:
-        form = self._bytecode.maps[name]
+        form = self.bytecode.maps[name]
         try:
             fd = bpf_maps.create(name, form.shape, form.types)
         except OSError as error:
@@ -36,17 +51,9 @@ class Compiled:
         self._opened.append(fd)
         return fd
 
-    def instructions(self, program: Program) -> bytes:
-        """The program as the compiler made it, before the verifier sees it. It has maps by their places."""
-        return self._bytecode.programs[program.function]
-
-    def load(self, program: Program, instead: Mapping[str, int] | None = None) -> int:
-        """A descriptor, which is closed with this object. ``instead``: maps to use in the place of its own, by name.
-
-        Raises NotLoaded.
-        """
-        maps = {**self._maps, **(instead or {})}
-        code = with_maps(self.instructions(program), dict(enumerate(maps[name] for name in self._maps)))
+    def load(self, program: Program) -> int:
+        """A descriptor, which is closed with this object. Raises NotLoaded."""
+        code = with_maps(self.bytecode.programs[program.function], dict(enumerate(self._maps.values())))
         try:
             fd = bpf_load.load(program.type, bpf.ATTACH_TYPES[program.attach], program.function, code)
         except OSError as error:
@@ -55,7 +62,7 @@ class Compiled:
         return fd
 
     def map_fd(self, name: str) -> int:
-        """The descriptor of a map, which is closed with this object."""
+        """The descriptor of a map, which is closed with this object if that has made it."""
         return self._maps[name]
 
 

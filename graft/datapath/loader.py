@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from graft.datapath import offsets
+from graft.datapath.bytecode import Bytecode
 from graft.datapath.compile_cache import compile_cached
 from graft.datapath.compiled import Compiled, NotLoaded
 from graft.datapath.layout import (
@@ -209,17 +210,17 @@ def constants(extensions: frozenset[Extension]) -> dict[str, int]:
     return {**SIZES, **probe, **{one.flag: 1 for one in extensions}}
 
 
-def calls_of(compiled: Compiled, programs: Sequence[Program]) -> Calls:
+def calls_of(bytecode: Bytecode, programs: Sequence[Program]) -> Calls:
     """The helpers that each program calls."""
-    return {one.name: instructions.calls(compiled.instructions(one)) for one in programs}
+    return {one.name: instructions.calls(bytecode.programs[one.function]) for one in programs}
 
 
 def compile_for(
     allows: Callable[[Program, int], bool], cache: Path | None = None
-) -> tuple[Compiled, frozenset[Extension]]:
+) -> tuple[Bytecode, frozenset[Extension]]:
     """The hooks, compiled with every extension whose helpers they may call by ``allows``, and these extensions.
 
-    Raises CompileError, KernelError.
+    Raises CompileError.
     """
     wanted = EXTENSIONS if offsets.structure_offsets() else EXTENSIONS - {PROBE}
     compiled = _compile_hooks(cache, wanted)
@@ -227,30 +228,25 @@ def compile_for(
     return (compiled if allowed == wanted else _compile_hooks(cache, allowed)), allowed
 
 
-def _compile_hooks(cache: Path | None, extensions: frozenset[Extension]) -> Compiled:
-    return Compiled(compile_cached(cache, SOURCES, constants(extensions)))
+def _compile_hooks(cache: Path | None, extensions: frozenset[Extension]) -> Bytecode:
+    return compile_cached(cache, SOURCES, constants(extensions))
 
 
-Loading = Callable[[Compiled, Program], int]
-"""Loads a program, and gives its descriptor. Raises NotLoaded."""
+_NONE: Mapping[str, int] = {}
 
 
-def on_own_maps(compiled: Compiled, program: Program) -> int:
-    """Load it on the maps that were made with it."""
-    return compiled.load(program)
+def examine(cache: Path | None = None, pinned: Mapping[str, int] = _NONE) -> Loaded:
+    """Compile the hooks, load the programs that this kernel accepts. Raises CompileError, and what `Compiled` raises.
 
-
-def examine(cache: Path | None = None, load: Loading = on_own_maps) -> Loaded:
-    """Compile the hooks and load the programs that this kernel accepts. Raises CompileError, KernelError.
-
-    ``cache``: the folder of what was compiled before; None to compile anew.
+    ``cache``: the folder of what was compiled before; None to compile anew. ``pinned``: maps to load them on, by name;
+    others are made.
     """
-    compiled, extensions = compile_for(_allows, cache)
-    loaded = _load_each(compiled, ALL_PROGRAMS, MAPS, extensions, load)
+    bytecode, extensions = compile_for(_allows, cache)
+    loaded = _load_each(Compiled(bytecode, pinned), ALL_PROGRAMS, MAPS, extensions)
     if loaded.is_complete or not extensions:
         return loaded
     # The helpers are allowed, but the verifier refuses how they are used.
-    plain = _load_each(_compile_hooks(cache, frozenset()), ALL_PROGRAMS, MAPS, load=load)
+    plain = _load_each(Compiled(_compile_hooks(cache, frozenset()), pinned), ALL_PROGRAMS, MAPS)
     return plain if plain.is_complete else loaded
 
 
@@ -259,14 +255,13 @@ def _load_each(
     programs: Sequence[Program],
     maps: Sequence[str],
     extensions: frozenset[Extension] = frozenset(),
-    load: Loading = on_own_maps,
 ) -> Loaded:
-    refused = refused_calls(programs, calls_of(compiled, programs), _allows)
+    refused = refused_calls(programs, calls_of(compiled.bytecode, programs), _allows)
     fds: dict[str, int] = {}
     checks = []
     for program in programs:
         try:
-            fds[program.name] = load(compiled, program)
+            fds[program.name] = compiled.load(program)
             checks.append(ProgramCheck(program))
         except NotLoaded as error:
             log = str(error)
@@ -274,9 +269,9 @@ def _load_each(
     return Loaded(compiled, fds, maps, extensions, tuple(checks))
 
 
-def load(cache: Path | None = None, load: Loading = on_own_maps) -> Loaded:
+def load(cache: Path | None = None, pinned: Mapping[str, int] = _NONE) -> Loaded:
     """`examine`, which raises ProgramsRefused too: for a program that is needed."""
-    loaded = examine(cache, load)
+    loaded = examine(cache, pinned)
     if not loaded.is_complete:
         raise ProgramsRefused(loaded.checks)
     return loaded
@@ -297,8 +292,8 @@ def examine_relay(cache: Path | None = None) -> Loaded:
     write_seq = offsets.write_seq_offset()
     if write_seq is None:
         raise KernelError("the kernel has no type information for struct tcp_sock")
-    compiled = compile_cached(cache, RELAY_SOURCES, {**RELAY_SIZES, "GRAFT_TCP_WRITE_SEQ": write_seq})
-    return _load_each(Compiled(compiled), [RELAY_PROGRAM], RELAY_MAPS)
+    bytecode = compile_cached(cache, RELAY_SOURCES, {**RELAY_SIZES, "GRAFT_TCP_WRITE_SEQ": write_seq})
+    return _load_each(Compiled(bytecode, _NONE), [RELAY_PROGRAM], RELAY_MAPS)
 
 
 def load_relay(cache: Path | None = None) -> Loaded:

@@ -19,15 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from graft.datapath import loader
-from graft.datapath.compiled import Compiled
+from graft.datapath.compiled import ANEW
 from graft.datapath.maps import Maps
-from graft.datapath.programs import RELAY_PROGRAM, Program
+from graft.datapath.programs import RELAY_PROGRAM
 from graft.errors import ConflictError
-from graft.kernel import bpf, bpf_maps
+from graft.kernel import bpf
 from graft.model.settings import Settings
 
 _FIRST = ctypes.c_uint32(0)
-_HINT = "stop its containers, then `graft down` and `graft up`"
 
 
 def is_current(settings: Settings) -> bool:
@@ -60,13 +59,7 @@ def pin_new(settings: Settings) -> None:
     ProgramsRefused, OSError.
     """
     with _pinned_maps(settings.pin_dir) as pinned:
-
-        def load(compiled: Compiled, program: Program) -> int:
-            _check_shapes(compiled, pinned)
-            # A map that is not pinned is a cache, and begins anew.
-            return compiled.load(program, instead=pinned)
-
-        loaded = loader.load(settings.cache_dir, load)
+        loaded = loader.load(settings.cache_dir, pinned)  # (a map that is not pinned is a cache, and begins anew)
         _refuse_others(settings.pin_dir, {f"prog_{name}" for name in loaded.programs})
         _exchange_pins(settings.pin_dir, {f"prog_{name}": fd for name, fd in loaded.programs.items()})
 
@@ -80,15 +73,9 @@ def _pinned_maps(folder: Path) -> Iterator[dict[str, int]]:
             try:
                 found[name] = bpf.obj_get(folder / name)
             except FileNotFoundError:
-                raise ConflictError(f"{folder} has no map {name}", _HINT) from None
+                raise ConflictError(f"{folder} has no map {name}", ANEW) from None
             opened.callback(os.close, found[name])
         yield found
-
-
-def _check_shapes(compiled: Compiled, pinned: dict[str, int]) -> None:
-    for name, fd in pinned.items():
-        if bpf_maps.map_shape(compiled.map_fd(name)) != bpf_maps.map_shape(fd):
-            raise ConflictError(f"the map {name} has another form in this version of Graft", _HINT)
 
 
 def _refuse_others(folder: Path, names: set[str]) -> None:
@@ -96,7 +83,7 @@ def _refuse_others(folder: Path, names: set[str]) -> None:
     others = names.symmetric_difference(one.name for one in folder.glob("prog_*"))
     others.discard(f"prog_{RELAY_PROGRAM.name}")
     if others:
-        raise ConflictError(f"this version of Graft has other programs: {', '.join(sorted(others))}", _HINT)
+        raise ConflictError(f"this version of Graft has other programs: {', '.join(sorted(others))}", ANEW)
 
 
 def _exchange_pins(folder: Path, programs: dict[str, int]) -> None:

@@ -78,7 +78,7 @@ def test_this_kernel_takes_every_program(root: None) -> None:
     loaded = loader.examine(COMPILED)
     assert [one.reason for one in loaded.checks if not one.accepted] == []
     assert set(loaded.programs) == {program.name for program in ALL_PROGRAMS}
-    assert all(instructions.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
+    assert all(instructions.calls(loaded.compiled.bytecode.programs[program.function]) for program in ALL_PROGRAMS)
 
 
 def test_what_was_compiled_once_is_loaded_without_a_compiler(
@@ -150,7 +150,7 @@ def test_programs_that_the_verifier_refuses_are_loaded_without_extensions(
 
     def picky(made: compiled.Compiled, program: object) -> int:
         if program is PROGRAMS[0] and helpers.HELPERS["set_retval"] in instructions.calls(
-            made.instructions(PROGRAMS[0])
+            made.bytecode.programs[PROGRAMS[0].function]
         ):
             raise compiled.NotLoaded("too complex")
         return real(made, program)  # type: ignore[arg-type]
@@ -169,7 +169,10 @@ def test_an_extension_whose_helper_is_not_allowed_is_compiled_out(
     )
     loaded = loader.load(COMPILED)
     assert loaded.extensions == EXTENSIONS - {dropped}
-    assert all(number not in instructions.calls(loaded.compiled.instructions(program)) for program in ALL_PROGRAMS)
+    assert all(
+        number not in instructions.calls(loaded.compiled.bytecode.programs[program.function])
+        for program in ALL_PROGRAMS
+    )
 
 
 def test_doctor_names_the_program_the_reason_and_what_is_lost(root: None, add_forbidden_call: AddForbiddenCall) -> None:
@@ -206,7 +209,7 @@ def test_the_programs_have_only_loops_that_older_kernels_take(root: None) -> Non
     made, extensions = loader.compile_for(lambda *_: True, COMPILED)
     assert extensions == EXTENSIONS
     for program in ALL_PROGRAMS:
-        assert not loops_without_jump(made.instructions(program)), program.name
+        assert not loops_without_jump(made.programs[program.function]), program.name
 
 
 def test_a_loop_that_goes_back_without_a_jump_is_noticed() -> None:
