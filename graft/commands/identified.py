@@ -14,7 +14,7 @@ from graft.commands import saving
 from graft.commands.restore import look_for
 from graft.errors import ConflictError
 from graft.saved.model import LastSeen, SavedAttachment, SavedState, Target
-from graft.state.engines import CGROUP_WITH_ID, FoundContainer
+from graft.state.engines import CGROUP_WITH_ID, WITH_IDS, FoundContainer
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -79,7 +79,7 @@ def may_be(target: Target, container: Container) -> bool:
 
 
 def _is_of_engine(target: Target) -> bool:
-    return target.kind in ("docker", "podman")
+    return target.kind in WITH_IDS
 
 
 def seen_at(looked: Looked, mine: Mapping[Target, Container]) -> SavedState:

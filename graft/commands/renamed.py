@@ -8,18 +8,16 @@ from dataclasses import replace
 from graft.commands.saving import below_mount
 from graft.errors import GraftError
 from graft.state import records
-from graft.state.engines import CGROUP_WITH_ID, FoundContainer, resolve
+from graft.state.engines import CGROUP_WITH_ID, WITH_IDS, FoundContainer, resolve
 from graft.state.installation import Installation
 from graft.state.records import Container
-
-_HAVE_IDS = ("docker", "podman")
 
 
 def rename_others(graft: Installation, found: FoundContainer) -> None:
     """Give attached containers that had its name the one by which their engine knows them now: who writes that name
     means the container that has it. Asks the engine about them, so under no lock.
     """
-    if found.engine not in _HAVE_IDS:
+    if found.engine not in WITH_IDS:
         return
     for one in graft.containers.listing():
         if (one.engine, one.name) == (found.engine, found.name) and one.cgroup_path != found.cgroup:

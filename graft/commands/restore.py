@@ -37,14 +37,13 @@ from graft.model.transport import Transport
 from graft.saved.model import SavedAttachment, SavedState, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
 from graft.state import helper_process, lost_hooks, members
-from graft.state.engines import CGROUP_WITH_ID, FoundContainer, NoAnswerError, is_silent, resolve
+from graft.state.engines import CGROUP_WITH_ID, WITH_IDS, FoundContainer, NoAnswerError, is_silent, resolve
 from graft.state.installation import Installation
 from graft.state.left_children import LeftChildren
 from graft.state.records import RUNTIME, Container
 
 T = TypeVar("T")
 
-_ENGINE_KINDS = ("docker", "podman")
 NOT_THERE = "it is not running"
 NOT_NOTED = "the reason could not be noted: graft up tells it"
 EACH = ""
@@ -81,7 +80,7 @@ class Restored:
 
 
 def _is_engines(text: str) -> bool:
-    return text.partition(":")[0] in _ENGINE_KINDS
+    return text.partition(":")[0] in WITH_IDS
 
 
 def restore(graft: Installation, sightings: Sightings | None = None) -> Restored:
@@ -202,7 +201,7 @@ def _is_chosen(container: Container, saved: SavedAttachment) -> bool:
     again: that chose by its annotation, because it did not know by what name it is saved.
     """
     is_known = container.engine != RUNTIME or saved.last.cgroup == saving.below_mount(container.cgroup_path)
-    return container.is_operators and (is_known or saved.target.kind not in _ENGINE_KINDS)
+    return container.is_operators and (is_known or saved.target.kind not in WITH_IDS)
 
 
 def _is_asked_below(container: Container, path: Path) -> bool:
@@ -304,7 +303,7 @@ class _Finder:
         if path in self._there and path is not None:
             return FoundContainer(path, target.engine, target.name, saved.last.id)
         held = [str(path)] if path in self._unknown else []
-        if target.kind in _ENGINE_KINDS:
+        if target.kind in WITH_IDS:
             there_are_strangers, unsearched = self._strangers
             held += unsearched
             found = self._ask(target) if there_are_strangers or held else None
@@ -334,10 +333,10 @@ class _Finder:
         except NotFoundError:
             return None
         except NoAnswerError as error:
-            if target.kind not in _ENGINE_KINDS or is_silent(target.kind):
+            if target.kind not in WITH_IDS or is_silent(target.kind):
                 self._silent[target.kind] = error.message
             raise
-        return None if target.kind in _ENGINE_KINDS and found.name != target.name else found
+        return None if target.kind in WITH_IDS and found.name != target.name else found
 
 
 def _ask_of_each(look: Callable[[Path], T], paths: Sequence[Path], left: LeftChildren = _left) -> dict[Path, T]:

@@ -30,7 +30,7 @@ from graft.policy.model import Policy
 from graft.saved.model import LastSeen, SavedAttachment, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
 from graft.state import records
-from graft.state.engines import FoundContainer
+from graft.state.engines import WITH_IDS, FoundContainer
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -295,7 +295,7 @@ def of_attached(
     named = Target.of(target.engine, target.name)
     if named is None or transport.is_supervised:
         return None
-    last = LastSeen(below_mount(target.cgroup), target.id if target.engine in ("docker", "podman") else "", transport)
+    last = LastSeen(below_mount(target.cgroup), target.id if target.engine in WITH_IDS else "", transport)
     return SavedAttachment(named, policy, asked, relay, last)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from graft.kernel import inotify
 from graft.saved.model import SavedAttachment, SavedState
 from graft.state import helper_process
-from graft.state.engines import CGROUP_WITH_ID
+from graft.state.engines import CGROUP_WITH_ID, WITH_IDS
 from graft.state.left_children import LeftChildren
 
 ENGINE_FOLDERS = ("docker", "system.slice", "machine.slice", "libpod_parent")
@@ -83,7 +83,7 @@ def interests(top: Path, state: SavedState) -> dict[Path, Interest]:
         for path in paths_of(one):
             folder, name = nearest(top, path)
             add(folder, Interest(frozenset({name})))
-        if one.target.kind in ("docker", "podman"):
+        if one.target.kind in WITH_IDS:
             add(top, Interest(frozenset(ENGINE_FOLDERS)))
             for folder in _parents(top, one):
                 if folder != top and os.path.isdir(folder):

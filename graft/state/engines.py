@@ -31,6 +31,8 @@ _EXIT_TIMEOUT = 1.0  # after it was killed
 _SEARCH_TIMEOUT = 10.0
 _PROBE_TIMEOUT = 5.0
 _MAX_BYTES = 1 << 20
+WITH_IDS = ("docker", "podman")
+"""Engines whose containers have an id each, besides a name."""
 CGROUP_WITH_ID = re.compile(r"(?:^|[^0-9a-f])([0-9a-f]{64})(?:[^0-9a-f]|$)", re.ASCII)
 """The name of a container's cgroup has its id, whatever the engine and its cgroup driver."""
 
