@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from graft.datapath import bytecode
 from graft.datapath.bcc_compiler import compile_text, header_texts, source_text
 from graft.datapath.bytecode import Bytecode
 from graft.kernel.atomic_file import write_atomically
-from graft.kernel.ownership import problem_of
+from graft.kernel.ownership import NotOwnError, problem_of, read_own
 
 _MOST = 16
 """Files that are kept: of some versions of Graft, for some kernels. Those that were used last stay."""
@@ -71,16 +70,12 @@ def _read(path: Path) -> Bytecode | None:
     try:
         if problem_of(path.parent.lstat()) is not None:
             return None
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode) or problem_of(found) is not None:
-                return None
-            compiled = bytecode.decode(file.read())
-            with contextlib.suppress(OSError):
-                os.utime(file.fileno())
-            return compiled
-    except (OSError, ValueError):
+        compiled = bytecode.decode(read_own(path))
+    except (OSError, NotOwnError, ValueError):
         return None
+    with contextlib.suppress(OSError):
+        os.utime(path, follow_symlinks=False)
+    return compiled
 
 
 def _remove_oldest(folder: Path) -> None:

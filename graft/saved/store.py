@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -28,7 +26,7 @@ from typing import TypeVar
 from graft.errors import KernelError, RefusedError, UsageError
 from graft.kernel.atomic_file import PreparedFile, exchange, prepare_file, sync_folder
 from graft.kernel.file_lock import locked_file
-from graft.kernel.ownership import problem_of
+from graft.kernel.ownership import NotOwnError, problem_of, read_own
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.policy.model import Policy
@@ -362,14 +360,10 @@ def _unsaved(path: Path, error: OSError) -> KernelError:
 
 def _read(path: Path) -> bytes:
     """The bytes of a saved file. Raises OSError, and UsageError for one that root alone did not write."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise UsageError(f"{path.name}: not a regular file")
-        if problem := problem_of(found):
-            raise UsageError(f"{path.name}: {problem}")
-        return file.read(envelope.MAX_BYTES + 1)
+    try:
+        return read_own(path, envelope.MAX_BYTES + 1)
+    except NotOwnError as error:
+        raise UsageError(f"{path.name}: {error}") from error
 
 
 def _endpoint_of(path: Path) -> Endpoint:
