@@ -6,7 +6,7 @@
  * last). And a listener that has lost its endpoint hears on: it would hear the next one's clients. So nobody binds an
  * endpoint's port beside a socket of another container that is not granted it, and none is lent a port beside another
  * container's. The kernel closes no socket that its program has bound. Where one is there all the same, the hook for packets
- * keeps from it what is for a container that is granted the port (`servers`).
+ * keeps from it what is for a container that is granted the port (server.bpf.c).
  *
  * Only a listener, or a datagram socket without a peer, is found: one that has a peer gets what that sends, and nothing else.
  */
@@ -175,74 +175,4 @@ static __always_inline int may_join_group(struct bpf_sock *sk)
 	if (seen->asked_group < GRAFT_OFTEN)
 		__sync_fetch_and_add(&seen->asked_group, 1);
 	return !seen->borrowed;
-}
-
-/* ---- packets for another container's server ----------------------------------------------------- */
-
-/* Whether a server's container is granted the place still: in the family of the place, or in that of a packet for it. */
-static __always_inline int is_servers_place(struct server_place *key, struct server *server, u8 family)
-{
-	struct local_address place = { .port = key->port, .family = key->family };
-	u32 id = server->container, endpoint = server->endpoint;
-	struct container *container = containers.lookup(&id);
-	struct endpoint *at = endpoints.lookup(&endpoint);
-	struct request request;
-
-	if (!container || !at || (family != key->family && !(at->flags & GRAFT_ENDPOINT_DUAL_STACK)))
-		return 0;
-	__builtin_memset(&request, 0, sizeof(request));
-	__builtin_memcpy(request.addr, server->addr, 16);
-	request.port = server->port;
-	request.family = server->family;
-	request.protocol = key->protocol;
-	__builtin_memcpy(place.ip, key->addr, 16);
-	return place_for(container, &request, &place, key->netns) != 0;
-}
-
-static __always_inline int is_same_request(struct server *one, struct server *other)
-{
-	return one->container == other->container && one->port == other->port && one->family == other->family &&
-	       is_same_address(one->addr, other->addr);
-}
-
-/* At a bind that an endpoint has granted, when the kernel has done it: in the place of what this container noted for the same
- * request, or of a request that is not granted it any more. (A port that the kernel has chosen is nobody else's.) Returns 0 where there is no
- * memory. */
-static __always_inline int note_server(struct tag *tag, struct endpoint *endpoint, u16 port, u8 protocol)
-{
-	struct server_place key = { .netns = endpoint->netns, .port = port, .family = endpoint->family, .protocol = protocol };
-	struct server server = { .bound = bpf_ktime_get_ns(), .container = tag->container, .endpoint = tag->endpoint,
-				 .port = tag->port, .family = tag->family };
-	struct server *found;
-	u32 number;
-
-	if (!endpoint->port)
-		return 1;
-	__builtin_memcpy(key.addr, endpoint->addr, 16);
-	__builtin_memcpy(server.addr, tag->addr, 16);
-	for (number = 0; number < GRAFT_SERVERS_AT_A_PLACE - 1; number++) {
-		key.number = number;
-		found = servers.lookup(&key);
-		if (!found || is_same_request(found, &server) || !is_servers_place(&key, found, key.family))
-			break;
-	}
-	key.number = number;
-	return !servers.update(&key, &server);
-}
-
-/* Whether another container, which is granted that place for packets of that family, has bound it after `since`. */
-static __always_inline int is_anothers_place(struct server_place *key, u32 container, u64 since, u8 family)
-{
-	struct server *server;
-	u32 number;
-
-	for (number = 0; number < GRAFT_SERVERS_AT_A_PLACE; number++) {
-		key->number = number;
-		server = servers.lookup(key);
-		if (!server)
-			return 0;
-		if (server->container != container && server->bound > since && is_servers_place(key, server, family))
-			return 1;
-	}
-	return 0;
 }

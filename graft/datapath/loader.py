@@ -88,6 +88,7 @@ SOURCES = (
     "local_address.bpf.c",
     "ferry.bpf.c",
     "shared_port.bpf.c",
+    "server.bpf.c",
     "bind.bpf.c",
     "exchange.bpf.c",
     "stand_in.bpf.c",

@@ -517,7 +517,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # A rule grants any port to what was bound freely, where the kernel is to choose it.
     "certain port": (("local_address.bpf.c", "&& port && matches_endpoint(local", "&& matches_endpoint(local"),),
     # A server that was there once counts, whoever has bound the place since.
-    "time of a bind": (("shared_port.bpf.c", "server->bound > since && ", ""),),
+    "time of a bind": (("server.bpf.c", "server->bound > since && ", ""),),
     # Of MPTCP no option joins a group.
     "groups of MPTCP": (
         (
@@ -555,7 +555,7 @@ HOOKS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     # A container has one note at a place.
-    "same request": (("shared_port.bpf.c", "is_same_request(found, &server)", "found->container == server.container"),),
+    "same request": (("server.bpf.c", "is_same_request(found, &server)", "found->container == server.container"),),
     # A bind that leaves the port to the kernel counts, whoever has lent the port since.
     "bound without a port": (
         (
