@@ -160,11 +160,9 @@ static __always_inline int is_anothers(u64 netns, struct packet *packet, u16 por
  * host itself sends has another type there. */
 static __always_inline int is_for_all(struct __sk_buff *skb, struct packet *packet, u64 netns)
 {
-	struct host_address key;
-
-	address_key(&key, netns, packet->to, packet->family);
-	return skb->pkt_type == PACKET_BROADCAST || broadcasts.lookup(&key) ||
-	       (packet->family == GRAFT_IPV4 && (packet->to[0] == 0xffffffff || packet->to[0] == bpf_htonl(0x7fffffff)));
+	return packet->family == GRAFT_IPV4 &&
+	       (skb->pkt_type == PACKET_BROADCAST || packet->to[0] == 0xffffffff || packet->to[0] == bpf_htonl(0x7fffffff) ||
+		is_of_all(netns, packet->to));
 }
 
 /* Whether what arrives at a listener, or at a datagram socket that any client may reach, is for a server of another container:

@@ -133,18 +133,22 @@ static __always_inline u32 covering_rule(struct container *container, struct req
 	return found->verdict;
 }
 
-/* Whether a datagram for this address is for all on one of the links of a namespace. */
-static __always_inline int is_broadcast(struct request *request, u64 netns)
+/* Whether an IPv4 address is for all on one of the links of a namespace. */
+static __always_inline int is_of_all(u64 netns, void *ip)
 {
 	struct host_address key;
 
-	if (request->family != GRAFT_IPV4 || request->protocol == IPPROTO_TCP)
-		return 0;
 	__builtin_memset(&key, 0, sizeof(key));
 	key.netns = netns;
 	key.family = GRAFT_IPV4;
-	__builtin_memcpy(key.addr, request->addr, 4);
+	__builtin_memcpy(key.addr, ip, 4);
 	return broadcasts.lookup(&key) != 0;
+}
+
+/* The same of a datagram for it. */
+static __always_inline int is_broadcast(struct request *request, u64 netns)
+{
+	return request->family == GRAFT_IPV4 && request->protocol != IPPROTO_TCP && is_of_all(netns, request->addr);
 }
 
 /* What the rules say of a destination. Only one for it alone grants a broadcast address: of what is sent there the host
