@@ -199,6 +199,10 @@ def test_who_was_lent_it_first_joins_nobodys_group(
 # ---- UDP
 
 
+def policy6(web: int) -> str:
+    return policy(web, "{bind: '[::]:53', endpoint: web}", "'[::]:{}'")
+
+
 def test_two_that_share_an_endpoint_bind_it_at_the_same_time(host: Host, confine: Confine) -> None:
     assert refused(host, confine) == 0
 
@@ -252,10 +256,7 @@ def test_who_bound_it_freely_reads_nothing_that_is_for_another(
     before = confine(used, "direct", "name: t\ndefault: container\n", within=[*words, CLIENT6, str(web)])
     assert said(before) == "serving"
     apply(used, before, tmp_path, DENIED)
-    granted = (
-        f"name: t\nendpoints: {{web: '[::]:{web}'}}\ningress: [{{bind: '[::]:53', endpoint: web}}]\ndefault: deny\n"
-    )
-    assert said(confine(used, "direct", granted, within=[*words, "", "53"])) == "serving"
+    assert said(confine(used, "direct", policy6(web), within=[*words, "", "53"])) == "serving"
     for _ in range(COUNT):
         with udp(used.client, CLIENT6) as client:
             client.sendto(SECRET, (HOST6, web))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.hostile.conftest import TRANSPORTS, Confine, Confined, Without
 from tests.hostile.test_afterwards import apply
-from tests.hostile.test_fortieth_reading_ports import ALL, COUNT, SECRET, SERVER, come
+from tests.hostile.test_fortieth_reading_ports import ALL, COUNT, SECRET, SERVER, come, policy6
 from tests.hostile.test_fortieth_reading_ports import server as listener
 from tests.hostile.test_thirty_eighth_reading_ports import ANSWERS, DENIED, FREE, ask, lends
 from tests.hostile.test_thirty_sixth_reading_groups import policy, said
@@ -78,6 +79,22 @@ def datagrams(
 ) -> Confined:
     words = ["/usr/bin/python3", "-ISc", program + ANSWERS, peer, address, str(port), share]
     return confine(host, "direct", text, within=words)
+
+
+@contextlib.contextmanager
+def running_service(host: Host, kind: str, port: int, folder: Path, text: str) -> Iterator[Confined]:
+    """One that serves at that port, and is attached with the policy ``text`` then."""
+    words = ["/usr/bin/python3", "-ISc", SERVER + ANSWERS, "listen", "0.0.0.0", str(port)]
+    if kind == "udp":
+        words = ["/usr/bin/python3", "-ISc", UDP + ANSWERS, "", "0.0.0.0", str(port), ADDR]
+    (folder / "running.yaml").write_text(text)
+    with new_cgroup(f"runs-already-{kind}") as path, contextlib.ExitStack() as stack:
+        service = host.start_command([*in_cgroup(path), *host.netns.command(*AS_NOBODY, *words)], talk=True)
+        stack.callback(service.stop)
+        service.until("that it serves", lambda: "serving" in service.said)
+        host.graft("attach", "--cgroup", path, "--policy", folder / "running.yaml")
+        stack.callback(host.remove_at, path)
+        yield Confined(host, service, path)
 
 
 def send(host: Host, port: int, count: int = COUNT) -> None:
@@ -152,11 +169,8 @@ def test_nor_hears_it_clients_over_ipv6_by_the_interface_that_it_is_tied_to(
     before = confine(used, "direct", WHOLLY_FREE, within=[*words, "listen", "::", str(web)])
     assert said(before) == "serving"
     apply(used, before, tmp_path, DENIED)
-    granted = (
-        f"name: t\nendpoints: {{web: '[::]:{web}'}}\ningress: [{{bind: '[::]:53', endpoint: web}}]\ndefault: deny\n"
-    )
     words = ["/usr/bin/python3", "-ISc", SERVER6 + ANSWERS, "listen", "::", "53"]
-    assert said(confine(used, "direct", granted, within=words)) == "serving"
+    assert said(confine(used, "direct", policy6(web), within=words)) == "serving"
     for _ in range(COUNT):
         with used.client.inside(), contextlib.suppress(OSError), socket.create_connection((HOST6, web), 0.2) as client:
             client.send(SECRET)
@@ -187,16 +201,7 @@ def test_a_service_that_runs_already_shares_the_port_that_it_is_granted(
 ) -> None:
     used = without(without_it) if without_it else host
     web = used.port()
-    words = ["/usr/bin/python3", "-ISc", SERVER + ANSWERS, "listen", "0.0.0.0", str(web)]
-    if kind == "udp":
-        words = ["/usr/bin/python3", "-ISc", UDP + ANSWERS, "", "0.0.0.0", str(web), ADDR]
-    (tmp_path / "granted.yaml").write_text(grants_itself(web))
-    with new_cgroup(f"runs-already-{kind}") as path, contextlib.ExitStack() as stack:
-        service = used.start_command([*in_cgroup(path), *used.netns.command(*AS_NOBODY, *words)], talk=True)
-        stack.callback(service.stop)
-        service.until("that it serves", lambda: "serving" in service.said)
-        used.graft("attach", "--cgroup", path, "--policy", tmp_path / "granted.yaml")
-        stack.callback(used.remove_at, path)
+    with running_service(used, kind, web, tmp_path, grants_itself(web)):
         next_one = policy(web).replace("web", f"v{web}")
         other = listener(used, confine, "direct", next_one) if kind == "tcp" else datagrams(used, confine, next_one)
         assert said(other) == ("EADDRINUSE" if without_it else "serving")

@@ -14,17 +14,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile.conftest import Confine, Confined, Without
+from tests.hostile.conftest import Confine, Without
 from tests.hostile.test_afterwards import apply
-from tests.hostile.test_fortieth_reading_ports import ALL, COUNT, SECRET, SERVER, come
+from tests.hostile.test_fortieth_reading_ports import ALL, COUNT, SECRET, SERVER, come, policy6
 from tests.hostile.test_fortieth_reading_ports import server as listener
-from tests.hostile.test_forty_first_reading_ports import ADDR, PORT, TIED, UDP, WHOLLY_FREE, datagrams, send
+from tests.hostile.test_forty_first_reading_ports import (
+    ADDR,
+    PORT,
+    TIED,
+    UDP,
+    WHOLLY_FREE,
+    datagrams,
+    running_service,
+    send,
+)
 from tests.hostile.test_thirty_eighth_reading_ports import ANSWERS, DENIED, ask, lends
 from tests.hostile.test_thirty_sixth_reading_groups import policy, said
-from tests.support.cgroups import in_cgroup, new_cgroup
 from tests.support.installation import Host
 from tests.support.namespaces import CLIENT4, CLIENT6, HOST4, HOST6
-from tests.support.shell import AS_NOBODY
 from tests.support.udp import udp
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
@@ -110,11 +117,8 @@ def test_nor_one_over_ipv6_whatever_headers_it_has(host: Host, confine: Confine,
     before = datagrams(host, confine, WHOLLY_FREE, HOST6, web, program=program)
     assert said(before) == "serving"
     apply(host, before, tmp_path, DENIED)
-    granted = (
-        f"name: t\nendpoints: {{web: '[::]:{web}'}}\ningress: [{{bind: '[::]:53', endpoint: web}}]\ndefault: deny\n"
-    )
     v6only = program.replace("one.setsockopt(", "one.setsockopt(41, 26, 1)\none.setsockopt(", 1)
-    assert said(datagrams(host, confine, granted, "::", program=v6only)) == "serving"
+    assert said(datagrams(host, confine, policy6(web), "::", program=v6only)) == "serving"
     for _ in range(COUNT):
         with udp(host.client, CLIENT6) as client:
             if behind:
@@ -150,8 +154,8 @@ def test_nor_reads_one_at_both_families_that_is_granted_one(
     program = UDP.replace("AF_INET,", "AF_INET6,").replace("try:\n", f"{TIED}try:\n", 1)
     before = datagrams(used, confine, WHOLLY_FREE, "::", web, program=program)
     assert said(before) == "serving"
-    six = f"name: t\nendpoints: {{six: '[::]:{web}'}}\ningress: [{{bind: '[::]:{web}', endpoint: six}}]\n"
-    apply(used, before, tmp_path, f"{six}default: deny\n")
+    six = policy(web, f"{{bind: '[::]:{web}', endpoint: web}}", "'[::]:{}'").replace("web", "six")
+    apply(used, before, tmp_path, six)
     assert said(datagrams(used, confine, policy(web))) == "serving"
     send(used, web)
     assert ask(before, "read") == (ALL if without_it else "0 ")
@@ -170,18 +174,9 @@ def test_a_service_is_not_silenced_by_one_that_had_the_port_before(
     other = listener(used, confine, "direct", policy(web)) if kind == "tcp" else datagrams(used, confine, policy(web))
     assert said(other) == "serving"
     other.program.stop()
-    words = ["/usr/bin/python3", "-ISc", SERVER + ANSWERS, "listen", "0.0.0.0", str(web)]
-    if kind == "udp":
-        words = ["/usr/bin/python3", "-ISc", UDP + ANSWERS, "", "0.0.0.0", str(web), ADDR]
-    (tmp_path / "denied.yaml").write_text(DENIED)
-    with new_cgroup(f"got-it-since-{kind}") as path, contextlib.ExitStack() as stack:
-        service = used.start_command([*in_cgroup(path), *used.netns.command(*AS_NOBODY, *words)], talk=True)
-        stack.callback(service.stop)
-        service.until("that it serves", lambda: "serving" in service.said)
-        used.graft("attach", "--cgroup", path, "--policy", tmp_path / "denied.yaml")
-        stack.callback(used.remove_at, path)
+    with running_service(used, kind, web, tmp_path, DENIED) as service:
         come(used, web) if kind == "tcp" else send(used, web)
-        assert ask(Confined(used, service, path), "read") == ("0 " if without_it else ALL)
+        assert ask(service, "read") == ("0 " if without_it else ALL)
 
 
 MEMBER = UDP.replace(
