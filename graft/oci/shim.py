@@ -221,7 +221,7 @@ def _remove_container(graft: Installation, container: Container, closing: Closin
     with (
         contextlib.suppress(GraftError, OSError),
         (closing or leftovers.closed_after)(graft, container),
-        graft.transaction(of_ended=True) as change,
+        graft.transaction(ended=container) as change,
     ):
         change.containers.remove(container)  # graftd sees that by itself, if it serves the container
 

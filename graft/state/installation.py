@@ -15,7 +15,7 @@ import ctypes
 from collections.abc import Collection, Iterator
 
 from graft.datapath import dataplane
-from graft.datapath.maps import Maps
+from graft.datapath.maps import Maps, NotUpError
 from graft.errors import ConflictError, PrivilegeError
 from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
@@ -56,16 +56,19 @@ class Installation:
         self.maps.close()
 
     @contextlib.contextmanager
-    def transaction(self, of_ended: bool = False) -> Iterator[Transaction]:
+    def transaction(self, ended: Container | None = None) -> Iterator[Transaction]:
         """Hold the installation's lock until the block ends or the process exits.
 
-        ``of_ended``: for the end of a container with a supervisor, which keeps the maps that it was made with. Raises
-        ConflictError where these are not those of the data plane in force; what is done next is done on that.
+        ``ended``: a container with a supervisor, which keeps the maps that it was made with: the block removes it.
+        Raises NotUpError where its number is another one's by now, ConflictError where other maps are not those of the
+        data plane in force; what is done next is done on that.
         """
         try:
             with dataplane.locked(self.settings):
-                if not of_ended:
+                if ended is None:
                     self._refuse_replaced()
+                else:
+                    self._refuse_anothers_number(ended)
                 yield Transaction(self.settings, self.maps)
         finally:
             bound_sockets.remove_released(self.settings)
@@ -74,6 +77,11 @@ class Installation:
         if not self.maps.are_pinned():
             self.maps.close()
             raise ConflictError("Graft was taken down, and brought up again, at the same time", "try again")
+
+    def _refuse_anothers_number(self, ended: Container) -> None:
+        """A new data plane may begin again with the numbers of one that `graft down` has removed."""
+        if any(one.id == ended.id and one.cgroup_id != ended.cgroup_id for one in self.containers.listing()):
+            raise NotUpError(f"{ended.name}: Graft was taken down, and brought up again, while it ran")
 
     def compile(self, policy: Policy) -> CompiledPolicy:
         """Compile ``policy`` with the existing endpoints, before the lock is taken, so that nothing waits for it.

@@ -112,7 +112,7 @@ def end_container(graft: Installation, container: Container) -> None:
     path = container.cgroup_path
     if path.exists():
         cgroup.kill(path)
-    with leftovers.closed_after(graft, container), graft.transaction(of_ended=True) as change:
+    with leftovers.closed_after(graft, container), graft.transaction(ended=container) as change:
         change.containers.remove(container)
     if path.exists():
         cgroup.remove(path)

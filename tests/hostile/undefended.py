@@ -1688,8 +1688,9 @@ def _read_only_state() -> None:
 
 
 def _replaced_plane() -> None:
-    """A command goes on with the maps that it has opened."""
+    """A command goes on with the maps that it has opened, and with a number that is another container's."""
     Installation._refuse_replaced = lambda self: None  # type: ignore[method-assign]
+    Installation._refuse_anothers_number = lambda self, ended: None  # type: ignore[method-assign]
 
 
 def _scopes_left() -> None:
