@@ -47,7 +47,13 @@ static __always_inline int note_server(struct tag *tag, struct endpoint *endpoin
 	for (number = 0; number < GRAFT_SERVERS_AT_A_PLACE - 1; number++) {
 		key.number = number;
 		found = servers.lookup(&key);
-		if (!found || is_same_request(found, &server) || !is_servers_place(&key, found, key.family))
+		if (!found && !servers.insert(&key, &server))
+			return 1;
+		if (!found)
+			found = servers.lookup(&key); /* another bind has noted itself there since */
+		if (!found)
+			return 0;
+		if (is_same_request(found, &server) || !is_servers_place(&key, found, key.family))
 			break;
 	}
 	key.number = number;
