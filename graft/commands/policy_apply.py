@@ -20,7 +20,7 @@ from graft.saved.store import Store
 from graft.splice import client as splice
 from graft.state import lost_hooks, members
 from graft.state.compiled_policy import CompiledPolicy, check_transport
-from graft.state.containers import Exchanged
+from graft.state.container_changes import Exchanged
 from graft.state.installation import Installation
 from graft.state.records import PAIRS, Container
 

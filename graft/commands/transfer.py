@@ -39,7 +39,7 @@ from graft.saved.model import SavedAttachment, SavedState, Target, outlives_boot
 from graft.saved.store import Store
 from graft.saved.text import MAX_BYTES, export_text, import_text
 from graft.state import dropped, inventory, members
-from graft.state.containers import ContainerChanges, Exchanged
+from graft.state.container_changes import ContainerChanges, Exchanged
 from graft.state.dropped import Dropped
 from graft.state.endpoints import EndpointChanges, Replaced
 from graft.state.installation import Installation

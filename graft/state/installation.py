@@ -22,7 +22,8 @@ from graft.model.settings import Settings
 from graft.policy.model import Policy
 from graft.state import begun, bound_sockets, members, records, restored
 from graft.state.compiled_policy import CompiledPolicy, compile_for
-from graft.state.containers import ContainerChanges, Containers
+from graft.state.container_changes import ContainerChanges
+from graft.state.containers import Containers
 from graft.state.endpoints import EndpointChanges, Endpoints
 from graft.state.records import Container
 

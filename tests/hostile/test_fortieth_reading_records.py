@@ -50,7 +50,7 @@ main()
 """
 """A command line that is killed at some place. Without a defence."""
 
-HOOKS_OFF = "from graft.state.containers import ContainerChanges; ContainerChanges._forget_detached = end"
+HOOKS_OFF = "from graft.state.container_changes import ContainerChanges; ContainerChanges._forget_detached = end"
 STILL_PINNED = "from graft.datapath import dataplane; dataplane.remove = end"
 SOME_PINNED = """
 unlink, count = os.unlink, [0]
@@ -68,7 +68,7 @@ def some(*given):
     end()
 rulesets._entries = some
 """
-NOT_IN_FORCE = "from graft.state.containers import ContainerChanges; ContainerChanges._switch = end"
+NOT_IN_FORCE = "from graft.state.container_changes import ContainerChanges; ContainerChanges._switch = end"
 
 
 def kill(host: Host, where: str, without: str, *words: Word) -> None:

@@ -168,7 +168,7 @@ def test_an_import_names_one_that_keeps_its_policy_because_its_maps_are_lost(
 
 # ---- a command that is killed, and what a container has for now ------------------------------------
 
-IN_FORCE = "from graft.state.containers import ContainerChanges; ContainerChanges.complete = end"
+IN_FORCE = "from graft.state.container_changes import ContainerChanges; ContainerChanges.complete = end"
 BEFORE_RECORD = """
 from graft.kernel.atomic_file import PreparedFile
 commit = PreparedFile.commit

@@ -233,13 +233,13 @@ def test_down_removes_the_hooks_of_a_data_plane_that_is_lost(own: Host, denies: 
 
 TWICE = """
 import os, signal, sys
-from graft.state import containers, installation
+from graft.state import container_changes, installation
 def end(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv.pop(1) == "before its hooks":
-    containers.attachments.attach = end
+    container_changes.attachments.attach = end
 else:
     installation.Installation.reap = lambda self: None  # as if the first one was killed just after it
-    containers.ContainerChanges._forget = end
+    container_changes.ContainerChanges._forget = end
 from graft_cli.entry import main
 sys.argv[0] = "graft"
 sys.exit(main())

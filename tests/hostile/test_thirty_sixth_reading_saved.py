@@ -14,7 +14,7 @@ from graft.datapath import rulesets
 from graft.errors import ConflictError, UnfinishedError
 from graft.kernel import cgroup
 from graft.policy.model import policy_from_flags
-from graft.state.containers import ContainerChanges
+from graft.state.container_changes import ContainerChanges
 from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import attached, box, saver
 from tests.hostile.conftest import graft_without

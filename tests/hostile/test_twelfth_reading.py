@@ -20,7 +20,7 @@ from graft.model.endpoint import Endpoint, parse_endpoint
 from graft.model.transport import Transport
 from graft.oci.request import policy_from_pairs
 from graft.policy.model import Origin, Policy, policy_from_flags
-from graft.state import containers, ferries
+from graft.state import container_changes, ferries
 from tests.hostile.conftest import TRANSPORTS, Confine, Without
 from tests.hostile.test_eleventh_reading import (
     CHOSEN4,
@@ -256,7 +256,7 @@ def attached(host: Host, *policies: Policy, endpoints: tuple[Endpoint, ...] = (O
 
 def test_images_do_not_fill_the_maps(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they may have together is a part, here a small one; the rest is for what the operator says."""
-    monkeypatch.setattr(containers, "MAX_ASKED_ENTRIES", 100)
+    monkeypatch.setattr(container_changes, "MAX_ASKED_ENTRIES", 100)
     operators = policy_from_flags("t", ["127.0.0.9:1-5=pub"], [])
     with pytest.raises(RefusedError, match="as many rules"), attached(host, pairs(20), pairs(20), pairs(20)):
         pass
@@ -266,7 +266,7 @@ def test_images_do_not_fill_the_maps(host: Host, monkeypatch: pytest.MonkeyPatch
 
 
 def test_control_from_the_operator_as_many_are_accepted(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "MAX_ASKED_ENTRIES", 100)
+    monkeypatch.setattr(container_changes, "MAX_ASKED_ENTRIES", 100)
     with attached(host, *[replace(pairs(20), origin=Origin.OPERATOR)] * 3):
         assert len(host.maps.ingress.keys()) == 120
 

@@ -92,7 +92,7 @@ from graft.state import (
     thread_namespaces,
     withdrawal,
 )
-from graft.state.containers import ContainerChanges
+from graft.state.container_changes import ContainerChanges
 from graft.state.installation import Installation
 from graft.state.left_children import LeftChildren
 from graft.state.leftovers_aside import LeftoversAside
@@ -1011,7 +1011,7 @@ def _names_of_any_bytes() -> None:
 def _hooks_stay() -> None:
     """An attach that fails takes away the hooks that were there before it, too."""
     from graft.datapath import attachments
-    from graft.state.containers import ContainerChanges
+    from graft.state.container_changes import ContainerChanges
 
     create = ContainerChanges.create
 
