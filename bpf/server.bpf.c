@@ -30,21 +30,22 @@ static __always_inline int is_same_request(struct server *one, struct server *ot
 }
 
 /* At a bind that an endpoint has granted, when the kernel has done it: in the place of what this container noted for the same
- * request, or of a request that is not granted it any more. (A port that the kernel has chosen is nobody else's.) Returns 0
- * where there is no memory. */
+ * request, or of a request that is not granted it any more. Where there is none, of another request of this container's, so
+ * that one with many addresses takes no other's. (A port that the kernel has chosen is nobody else's.) Returns 0 where there
+ * is no memory. */
 static __always_inline int note_server(struct tag *tag, struct endpoint *endpoint, u16 port, u8 protocol)
 {
 	struct server_place key = { .netns = endpoint->netns, .port = port, .family = endpoint->family, .protocol = protocol };
 	struct server server = { .bound = bpf_ktime_get_ns(), .container = tag->container, .endpoint = tag->endpoint,
 				 .port = tag->port, .family = tag->family };
+	u32 number, instead = GRAFT_SERVERS_AT_A_PLACE - 1;
 	struct server *found;
-	u32 number;
 
 	if (!endpoint->port)
 		return 1;
 	__builtin_memcpy(key.addr, endpoint->addr, 16);
 	__builtin_memcpy(server.addr, tag->addr, 16);
-	for (number = 0; number < GRAFT_SERVERS_AT_A_PLACE - 1; number++) {
+	for (number = 0; number < GRAFT_SERVERS_AT_A_PLACE; number++) {
 		key.number = number;
 		found = servers.lookup(&key);
 		if (!found && !servers.insert(&key, &server))
@@ -53,10 +54,14 @@ static __always_inline int note_server(struct tag *tag, struct endpoint *endpoin
 			found = servers.lookup(&key); /* another bind has noted itself there since */
 		if (!found)
 			return 0;
-		if (is_same_request(found, &server) || !is_servers_place(&key, found, key.family))
+		if (is_same_request(found, &server) || !is_servers_place(&key, found, key.family)) {
+			instead = number;
 			break;
+		}
+		if (found->container == server.container)
+			instead = number;
 	}
-	key.number = number;
+	key.number = instead;
 	return !servers.update(&key, &server);
 }
 

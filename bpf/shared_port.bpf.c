@@ -161,7 +161,7 @@ static __always_inline int leaves_group(struct bpf_sock_addr *ctx)
 		return 1;
 	bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEPORT, &off, sizeof(off));
 	if (seen->asked_group == 1 && set)
-		seen->asked_group = 0; /* what is set from now on is refused */
+		__sync_fetch_and_add(&seen->asked_group, -1); /* what is set from now on is refused */
 	return !seen->asked_group;
 }
 
@@ -172,7 +172,11 @@ static __always_inline int may_join_group(struct bpf_sock *sk)
 
 	if (!seen)
 		return 0;
-	if (seen->asked_group < GRAFT_OFTEN)
+	if (seen->asked_group < GRAFT_OFTEN) {
 		__sync_fetch_and_add(&seen->asked_group, 1);
-	return !seen->borrowed;
+		if (!seen->borrowed)
+			return 1;
+		__sync_fetch_and_add(&seen->asked_group, -1); /* it is refused, and none that takes effect */
+	}
+	return 0;
 }

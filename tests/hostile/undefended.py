@@ -46,8 +46,8 @@ from graft.commands import (
 from graft.commands.identified import Looked
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.commands.transport_choice import choose_transport
-from graft.datapath import bcc_compiler
-from graft.datapath.sources import bpf_source_dir
+from graft.datapath import loader, sources
+from graft.datapath.sources import BpfSources, bpf_source_dir
 from graft.errors import KernelError
 from graft.keeper import own_names, protocol
 from graft.kernel import (
@@ -556,6 +556,18 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     ),
     # A container has one note at a place.
     "same request": (("server.bpf.c", "is_same_request(found, &server)", "found->container == server.container"),),
+    # And one with many addresses takes the places of others.
+    "own places": (("server.bpf.c", "\t\tif (found->container == server.container)\n\t\t\tinstead = number;\n", ""),),
+    # Two that bind at the same moment note themselves in one place.
+    "notes at once": (("server.bpf.c", "servers.insert(&key", "servers.update(&key"),),
+    # What was refused counts as an option that may still take effect.
+    "refused options": (
+        (
+            "shared_port.bpf.c",
+            "\t\t__sync_fetch_and_add(&seen->asked_group, -1); /* it is refused, and none that takes effect */\n",
+            "",
+        ),
+    ),
     # A bind that leaves the port to the kernel counts, whoever has lent the port since.
     "bound without a port": (
         (
@@ -629,6 +641,7 @@ def _own_binds() -> None:
 
 def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
     def leave_out() -> None:
+        digest = loader.digest(BpfSources.read())
         folder = Path(tempfile.mkdtemp(prefix="graft-undefended-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         shutil.copytree(bpf_source_dir(), folder, dirs_exist_ok=True)
@@ -636,7 +649,8 @@ def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
             text = (folder / name).read_text()
             assert text.count(there) == 1, f"{name}: this stands there {text.count(there)} times: {there}"
             (folder / name).write_text(text.replace(there, instead))
-        bcc_compiler.__dict__["bpf_source_dir"] = lambda: folder
+        vars(sources)["bpf_source_dir"] = lambda: folder
+        vars(loader)["digest"] = lambda _: digest  # other commands do not replace these hooks
 
     return leave_out
 
