@@ -47,7 +47,7 @@ def renew(settings: Settings) -> None:
         if renewal.is_current(settings):
             return
         try:
-            renewal.pin_new(settings)
+            digest = renewal.pin_new(settings)
         except OSError as error:
             raise KernelError(f"cannot replace the hooks: {error.strerror}", "graft doctor") from error
         left = _left_after(settings)
@@ -57,7 +57,7 @@ def renew(settings: Settings) -> None:
                 "`graft up` again when it is free",
             )
         watcher_process.restart(settings)  # before this is noted: who is killed here has the next one do it
-        renewal.note_current(settings)
+        renewal.note(settings, digest)
 
 
 def _left_after(settings: Settings) -> list[str]:

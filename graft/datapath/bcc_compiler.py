@@ -1,8 +1,8 @@
 """Compiles the BPF programs with bcc.
 
 The only module that imports bcc. It runs in `graft up` and in `graft doctor`, where the cache (compile_cache.py) lacks
-these programs; every later command opens the pins. bcc needs no kernel headers: BCC_KERNEL_SOURCE names our own tree,
-bpf/include.
+these programs; every later command opens the pins. bcc needs no kernel headers: BCC_KERNEL_SOURCE names a copy of our
+own tree, bpf/include.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from graft.datapath.bytecode import Bytecode, MapForm
-from graft.datapath.sources import bpf_source_dir
+from graft.datapath.sources import BpfSources
 from graft.errors import KernelError
 from graft.kernel import bpf_maps
 from graft.kernel.instructions import with_maps
@@ -46,35 +46,21 @@ def _captured_stderr() -> Iterator[list[str]]:
             captured.append(file.read().decode(errors="replace"))
 
 
-def source_text(sources: Sequence[str]) -> str:
-    """``sources``, files of the BPF source folder, as the one text that is compiled: bcc rewrites map accesses only in
-    the file that it compiles, not in what that includes.
-    """
-    folder = bpf_source_dir()
-    return "\n".join(f'#line 1 "{name}"\n{(folder / name).read_text()}' for name in sources)
-
-
-def header_texts() -> list[str]:
-    """What a source may include: graft.h and the header tree."""
-    folder = bpf_source_dir()
-    return [f'#line 1 "{path.relative_to(folder)}"\n{path.read_text()}' for path in sorted(folder.rglob("*.h"))]
-
-
-def compile_text(sources: Sequence[str], constants: Mapping[str, int]) -> Bytecode:
-    """Compile ``sources``, files of the BPF source folder.
+def compile_text(sources: BpfSources, names: Sequence[str], constants: Mapping[str, int]) -> Bytecode:
+    """Compile the files ``names`` of ``sources``.
 
     ``constants`` are defined for the preprocessor. Raises CompileError.
     """
-    folder = bpf_source_dir()
-    os.environ["BCC_KERNEL_SOURCE"] = str(folder)
     try:
         from bcc import BPF
     except ImportError as error:
         raise CompileError("bcc is not installed for this Python", "apt-get install python3-bpfcc") from error
-    flags = [*(f"-D{name}={value}" for name, value in constants.items()), f"-I{folder}", "-Wno-unused-value"]
+    log: list[str] = []
     try:
-        with _captured_stderr() as log:
-            module = BPF(text=source_text(sources).encode(), cflags=flags)
+        with sources.copied_headers() as folder, _captured_stderr() as log:
+            os.environ["BCC_KERNEL_SOURCE"] = str(folder)
+            flags = [*(f"-D{name}={value}" for name, value in constants.items()), f"-I{folder}", "-Wno-unused-value"]
+            module = BPF(text=sources.text(names).encode(), cflags=flags)
     except Exception as error:
         output = "".join(log)
         raise CompileError(

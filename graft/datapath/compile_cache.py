@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from graft.datapath import bytecode
-from graft.datapath.bcc_compiler import compile_text, header_texts, source_text
+from graft.datapath.bcc_compiler import compile_text
 from graft.datapath.bytecode import Bytecode
+from graft.datapath.sources import BpfSources
 from graft.kernel.atomic_file import write_atomically
 from graft.kernel.ownership import NotOwnError, problem_of, read_own
 
@@ -27,19 +28,21 @@ _MOST = 16
 _OURS = re.compile(r"\.?[0-9a-f]{32}(\.\d+)?")  # with what a killed process had begun to write
 _LIBRARY_FOLDER = Path("/usr/lib")
 _LIBRARIES = ("libbcc.so.*", "libclang-cpp.so.*", "libLLVM*.so*")
-_FORMAT = 1
+_FORMAT = 2
 """Of a file, and of how Graft has bcc compile."""
 
 
-def compile_cached(folder: Path | None, sources: Sequence[str], constants: Mapping[str, int]) -> Bytecode:
+def compile_cached(
+    folder: Path | None, sources: BpfSources, names: Sequence[str], constants: Mapping[str, int]
+) -> Bytecode:
     """`compile_text`, or what it gave before. ``folder``: of the cache, None for none. Raises CompileError."""
     if folder is None:
-        return compile_text(sources, constants)
-    path = folder / _name(sources, constants)
+        return compile_text(sources, names, constants)
+    path = folder / _name(sources, names, constants)
     found = _read(path)
     if found is not None:
         return found
-    compiled = compile_text(sources, constants)
+    compiled = compile_text(sources, names, constants)
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if problem_of(folder.lstat()) is None:
@@ -48,11 +51,11 @@ def compile_cached(folder: Path | None, sources: Sequence[str], constants: Mappi
     return compiled
 
 
-def _name(sources: Sequence[str], constants: Mapping[str, int]) -> str:
+def _name(sources: BpfSources, names: Sequence[str], constants: Mapping[str, int]) -> str:
     """The hash of what decides: the text with its headers, the compiler, and the kernel, whose helpers bcc looks up."""
     machine = os.uname()
     kernel = (machine.machine, machine.release, machine.version, os.environ.get("ARCH"))
-    decides = (_FORMAT, source_text(sources), header_texts(), sorted(constants.items()), _compiler(), kernel)
+    decides = (_FORMAT, sources.text(names), sources.headers, sorted(constants.items()), _compiler(), kernel)
     return hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
 
 

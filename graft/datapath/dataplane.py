@@ -134,7 +134,7 @@ def _make(settings: Settings) -> None:
         staging.mkdir(mode=0o700, parents=True)
         loaded = _load(settings, staging)
         Map(loaded.map_fd("settings"), ctypes.c_uint32, layout.SettingsValue).put(
-            ctypes.c_uint32(0), layout.SettingsValue(layout.LAYOUT_VERSION, _last_id(settings), _hooks())
+            ctypes.c_uint32(0), layout.SettingsValue(layout.LAYOUT_VERSION, _last_id(settings), _hooks(loaded))
         )
         if settings.pin_dir.exists():
             settings.pin_dir.rmdir()
@@ -168,10 +168,10 @@ def remove(settings: Settings) -> None:
     unpin(folder)
 
 
-def _hooks() -> ctypes.Array[ctypes.c_uint8]:
+def _hooks(loaded: Loaded) -> ctypes.Array[ctypes.c_uint8]:
     from graft.datapath import loader
 
-    return (ctypes.c_uint8 * 16)(*loader.digest())
+    return (ctypes.c_uint8 * 16)(*loader.digest(loaded.sources))
 
 
 def _last_id(settings: Settings) -> int:

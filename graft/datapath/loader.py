@@ -40,7 +40,7 @@ from graft.datapath.programs import (
     reason,
     refused_calls,
 )
-from graft.datapath.sources import bpf_source_dir
+from graft.datapath.sources import BpfSources
 from graft.errors import KernelError
 from graft.kernel import bpf, helpers, instructions
 
@@ -167,8 +167,11 @@ def logs(checks: Sequence[ProgramCheck]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The programs that the kernel accepted, by name and descriptor, and their maps; valid as long as this object."""
+    """The programs that the kernel accepted, by name and descriptor, and their maps; valid as long as this object.
+    ``sources``: what they were compiled from.
+    """
 
+    sources: BpfSources
     compiled: Compiled
     programs: Mapping[str, int]
     maps: Sequence[str]
@@ -217,20 +220,20 @@ def calls_of(bytecode: Bytecode, programs: Sequence[Program]) -> Calls:
 
 
 def compile_for(
-    allows: Callable[[Program, int], bool], cache: Path | None = None
+    sources: BpfSources, allows: Callable[[Program, int], bool], cache: Path | None = None
 ) -> tuple[Bytecode, frozenset[Extension]]:
     """The hooks, compiled with every extension whose helpers they may call by ``allows``, and these extensions.
 
     Raises CompileError.
     """
     wanted = EXTENSIONS if offsets.structure_offsets() else EXTENSIONS - {PROBE}
-    compiled = _compile_hooks(cache, wanted)
+    compiled = _compile_hooks(sources, cache, wanted)
     allowed = allowed_extensions(wanted, refused_calls(ALL_PROGRAMS, calls_of(compiled, ALL_PROGRAMS), allows))
-    return (compiled if allowed == wanted else _compile_hooks(cache, allowed)), allowed
+    return (compiled if allowed == wanted else _compile_hooks(sources, cache, allowed)), allowed
 
 
-def _compile_hooks(cache: Path | None, extensions: frozenset[Extension]) -> Bytecode:
-    return compile_cached(cache, SOURCES, constants(extensions))
+def _compile_hooks(sources: BpfSources, cache: Path | None, extensions: frozenset[Extension]) -> Bytecode:
+    return compile_cached(cache, sources, SOURCES, constants(extensions))
 
 
 _NONE: Mapping[str, int] = {}
@@ -242,16 +245,18 @@ def examine(cache: Path | None = None, pinned: Mapping[str, int] = _NONE) -> Loa
     ``cache``: the folder of what was compiled before; None to compile anew. ``pinned``: maps to load them on, by name;
     others are made.
     """
-    bytecode, extensions = compile_for(_allows, cache)
-    loaded = _load_each(Compiled(bytecode, pinned), ALL_PROGRAMS, MAPS, extensions)
+    sources = BpfSources.read()
+    bytecode, extensions = compile_for(sources, _allows, cache)
+    loaded = _load_each(sources, Compiled(bytecode, pinned), ALL_PROGRAMS, MAPS, extensions)
     if loaded.is_complete or not extensions:
         return loaded
     # The helpers are allowed, but the verifier refuses how they are used.
-    plain = _load_each(Compiled(_compile_hooks(cache, frozenset()), pinned), ALL_PROGRAMS, MAPS)
+    plain = _load_each(sources, Compiled(_compile_hooks(sources, cache, frozenset()), pinned), ALL_PROGRAMS, MAPS)
     return plain if plain.is_complete else loaded
 
 
 def _load_each(
+    sources: BpfSources,
     compiled: Compiled,
     programs: Sequence[Program],
     maps: Sequence[str],
@@ -267,7 +272,7 @@ def _load_each(
         except NotLoaded as error:
             log = str(error)
             checks.append(ProgramCheck(program, reason(program, refused.get(program.name, frozenset()), log), log))
-    return Loaded(compiled, fds, maps, extensions, tuple(checks))
+    return Loaded(sources, compiled, fds, maps, extensions, tuple(checks))
 
 
 def load(cache: Path | None = None, pinned: Mapping[str, int] = _NONE) -> Loaded:
@@ -278,11 +283,10 @@ def load(cache: Path | None = None, pinned: Mapping[str, int] = _NONE) -> Loaded
     return loaded
 
 
-def digest() -> bytes:
+def digest(sources: BpfSources) -> bytes:
     """16 bytes that tell the text of the hooks, and what else of Graft decides what becomes of it, from any other."""
-    folder = bpf_source_dir()
-    text = [(folder / name).read_text() for name in ("graft.h", *SOURCES)]
-    return hashlib.sha256(repr([text, SIZES, ALL_PROGRAMS]).encode()).digest()[:16]
+    decides = [sources.text(SOURCES), sources.headers, SIZES, ALL_PROGRAMS]
+    return hashlib.sha256(repr(decides).encode()).digest()[:16]
 
 
 def examine_relay(cache: Path | None = None) -> Loaded:
@@ -293,8 +297,9 @@ def examine_relay(cache: Path | None = None) -> Loaded:
     write_seq = offsets.write_seq_offset()
     if write_seq is None:
         raise KernelError("the kernel has no type information for struct tcp_sock")
-    bytecode = compile_cached(cache, RELAY_SOURCES, {**RELAY_SIZES, "GRAFT_TCP_WRITE_SEQ": write_seq})
-    return _load_each(Compiled(bytecode, _NONE), [RELAY_PROGRAM], RELAY_MAPS)
+    sources = BpfSources.read()
+    bytecode = compile_cached(cache, sources, RELAY_SOURCES, {**RELAY_SIZES, "GRAFT_TCP_WRITE_SEQ": write_seq})
+    return _load_each(sources, Compiled(bytecode, _NONE), [RELAY_PROGRAM], RELAY_MAPS)
 
 
 def load_relay(cache: Path | None = None) -> Loaded:

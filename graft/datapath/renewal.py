@@ -22,6 +22,7 @@ from graft.datapath import loader
 from graft.datapath.compiled import ANEW
 from graft.datapath.maps import Maps
 from graft.datapath.programs import RELAY_PROGRAM
+from graft.datapath.sources import BpfSources
 from graft.errors import ConflictError
 from graft.kernel import bpf
 from graft.model.settings import Settings
@@ -36,24 +37,24 @@ def is_current(settings: Settings) -> bool:
         found = maps.settings.get(_FIRST)
     finally:
         maps.close()
-    return found is not None and bytes(found.hooks) == loader.digest()
+    return found is not None and bytes(found.hooks) == loader.digest(BpfSources.read())
 
 
-def note_current(settings: Settings) -> None:
-    """Note that they are. The caller has the installation's lock."""
+def note(settings: Settings, digest: bytes) -> None:
+    """Note which hooks are in force. The caller has the installation's lock."""
     maps = Maps(settings.pin_dir)
     try:
         value = maps.settings.get(_FIRST)
         assert value is not None
-        value.hooks[:] = loader.digest()
+        value.hooks[:] = digest
         maps.settings.put(_FIRST, value)
     finally:
         maps.close()
 
 
-def pin_new(settings: Settings) -> None:
+def pin_new(settings: Settings) -> bytes:
     """Load this Graft's hooks on the maps that are pinned, and pin them in the place of those that are. What is
-    attached later is these. The caller has the installation's lock.
+    attached later is these. Gives what `note` notes of them. The caller has the installation's lock.
 
     Changes nothing if it fails: ConflictError where the maps or the programs are others by name or form, CompileError,
     ProgramsRefused, OSError.
@@ -62,6 +63,7 @@ def pin_new(settings: Settings) -> None:
         loaded = loader.load(settings.cache_dir, pinned)  # (a map that is not pinned is a cache, and begins anew)
         _refuse_others(settings.pin_dir, {f"prog_{name}" for name in loaded.programs})
         _exchange_pins(settings.pin_dir, {f"prog_{name}": fd for name, fd in loaded.programs.items()})
+        return loader.digest(loaded.sources)
 
 
 @contextlib.contextmanager

@@ -6,14 +6,20 @@ Sources: bpf(2); include/uapi/linux/bpf.h (BPF_PROG_LOAD, `union bpf_attr`).
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
+from graft.errors import KernelError
 from graft.kernel import bpf
 
 _PROG_LOAD = 5
 _LOG_BYTES = 1 << 16
 _LONG_LOG_BYTES = 16 << 20
 _LICENCE = b"GPL"
+_TRIES = 10
+"""How often a program is loaded that the kernel did not look at to the end."""
+_PASSING = (errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Say nothing of the program: no memory, no descriptor; the verifier ends with EAGAIN when a signal is pending."""
 
 
 class _LoadAttr(ctypes.Structure):
@@ -36,7 +42,8 @@ class _LoadAttr(ctypes.Structure):
 def load(prog_type: int, attach_type: int, name: str, instructions: bytes) -> int:
     """A descriptor of the program. ``name``: what the kernel shows, by its first 15 bytes.
 
-    Raises OSError: its strerror is the verifier's log, where the verifier refuses it.
+    Raises OSError: its strerror is the verifier's log, where the verifier refuses it. KernelError where the kernel did
+    not judge it, as `log` does.
     """
     shown = name.encode()[:15]
     try:
@@ -83,4 +90,13 @@ def _load(
         prog_name=name,
         expected_attach_type=attach_type,
     )
-    return bpf.call(_PROG_LOAD, attr)
+    for _ in range(_TRIES):
+        try:
+            return bpf.call(_PROG_LOAD, attr)
+        except OSError as error:
+            problem = error
+            if error.errno != errno.EAGAIN:
+                break
+    if problem.errno in _PASSING:
+        raise KernelError(f"the kernel loads no BPF program now: {problem.strerror}", "try again") from problem
+    raise problem

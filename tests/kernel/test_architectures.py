@@ -6,13 +6,12 @@ each. The variable ARCH names the architecture to bcc.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from graft.datapath import loader
 from graft.datapath.bcc_compiler import CompileError, compile_text
 from graft.datapath.loader import Loaded
+from graft.datapath.sources import BpfSources
 from tests.support.installation import COMPILED
 
 pytestmark = pytest.mark.kernel
@@ -26,17 +25,17 @@ def taken(loaded: Loaded) -> dict[str, str]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bcc_compiles_for_the_architecture_that_arch_names(
-    root: None, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: None, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = tmp_path / "asked.c"
-    source.write_text(f"#ifndef {ARCHITECTURES[architecture]}\n#error another one\n#endif\n")
+    text = f"#ifndef {ARCHITECTURES[architecture]}\n#error another one\n#endif\n"
+    sources = BpfSources({**BpfSources.read().files, "asked.c": text})
     for named in ARCHITECTURES:
         monkeypatch.setenv("ARCH", named)
         if named == architecture:
-            compile_text([str(source)], {})
+            compile_text(sources, ["asked.c"], {})
         else:
             with pytest.raises(CompileError, match="another one"):
-                compile_text([str(source)], {})
+                compile_text(sources, ["asked.c"], {})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

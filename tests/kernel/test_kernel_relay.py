@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from graft.datapath import bcc_compiler, loader
+from graft.datapath import loader
 from graft.datapath.layout import FlowValue
 from graft.datapath.loader import RELAY_MAPS
 from graft.datapath.sources import bpf_source_dir
@@ -312,7 +312,7 @@ def use_changed_relay(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str, n
     text = (sources / "relay.bpf.c").read_text()
     assert old in text
     (sources / "relay.bpf.c").write_text(text.replace(old, new))
-    monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr("graft.datapath.sources.bpf_source_dir", lambda: sources)
 
 
 def most_segments_queued(trial: Trial) -> int:
@@ -371,6 +371,6 @@ def test_a_kernel_that_does_not_take_the_program_says_so(
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
     (sources / "relay.bpf.c").write_text("int graft_flow(struct __sk_buff *skb) { return *(int *)0; }")
-    monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr("graft.datapath.sources.bpf_source_dir", lambda: sources)
     with pytest.raises(KernelError, match="relay"):
         loader.load_relay(COMPILED)

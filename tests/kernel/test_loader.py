@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from graft.commands import doctor
-from graft.datapath import attachments, bcc_compiler, compile_cache, compiled, dataplane, loader
+from graft.datapath import attachments, compile_cache, compiled, dataplane, loader
 from graft.datapath.loader import ProgramsRefused
 from graft.datapath.programs import (
     ALL_PROGRAMS,
@@ -28,7 +28,7 @@ from graft.datapath.programs import (
     ProgramCheck,
     refused_calls,
 )
-from graft.datapath.sources import bpf_source_dir
+from graft.datapath.sources import BpfSources, bpf_source_dir
 from graft.errors import KernelError
 from graft.kernel import bpf_maps, helpers, instructions
 from graft.model.settings import Settings
@@ -50,7 +50,7 @@ def add_forbidden_call(root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Adds a call that the kernel does not allow to the BPF program of that name."""
     sources = tmp_path / "bpf"
     shutil.copytree(bpf_source_dir(), sources)
-    monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: sources)
+    monkeypatch.setattr("graft.datapath.sources.bpf_source_dir", lambda: sources)
 
     def add(function: str) -> None:
         for file in sources.glob("*.bpf.c"):
@@ -206,7 +206,7 @@ def test_the_programs_call_only_what_older_kernels_allow(root: None, kernel: str
 
 def test_the_programs_have_only_loops_that_older_kernels_take(root: None) -> None:
     """Else 6.1 refuses one, and all are loaded there without extensions."""
-    made, extensions = loader.compile_for(lambda *_: True, COMPILED)
+    made, extensions = loader.compile_for(BpfSources.read(), lambda *_: True, COMPILED)
     assert extensions == EXTENSIONS
     for program in ALL_PROGRAMS:
         assert not loops_without_jump(made.programs[program.function]), program.name
@@ -230,5 +230,5 @@ def test_a_helper_that_an_older_kernel_does_not_allow_is_noticed(
 def refused_by(kernel: str) -> dict[str, frozenset[int]]:
     """What a kernel of the table would refuse, once everything is compiled out that is not needed."""
     allows = table(kernel)
-    made, _ = loader.compile_for(allows, COMPILED)
+    made, _ = loader.compile_for(BpfSources.read(), allows, COMPILED)
     return refused_calls(ALL_PROGRAMS, loader.calls_of(made, ALL_PROGRAMS), allows)

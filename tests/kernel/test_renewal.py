@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from graft.commands import renew
-from graft.datapath import attachments, bcc_compiler, dataplane, loader, renewal
+from graft.datapath import attachments, dataplane, renewal
 from graft.datapath.loader import ProgramsRefused
 from graft.datapath.sources import bpf_source_dir
 from graft.errors import GraftError, KernelError
@@ -50,8 +50,7 @@ def as_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., p
             text = (folder / name).read_text()
             assert text.count(old) == 1
             (folder / name).write_text(text.replace(old, new))
-        for module in (loader, bcc_compiler):
-            monkeypatch.setattr(module, "bpf_source_dir", lambda: folder)
+        monkeypatch.setattr("graft.datapath.sources.bpf_source_dir", lambda: folder)
         return monkeypatch
 
     return be

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from graft.datapath import bcc_compiler, compile_cache
+from graft.datapath import compile_cache
 from graft.datapath.bytecode import Bytecode
 from graft.datapath.compile_cache import compile_cached
+from graft.datapath.sources import BpfSources
 
-SOURCES = ("one.c",)
+NAMES = ("one.c",)
 
 
 class Compiler:
@@ -24,16 +25,16 @@ class Compiler:
         self.cache = folder / "cache"
         for name in ("one.c", "graft.h", "include/types.h"):
             (self.sources / name).write_text(name)
-        monkeypatch.setattr(bcc_compiler, "bpf_source_dir", lambda: self.sources)
+        monkeypatch.setattr("graft.datapath.sources.bpf_source_dir", lambda: self.sources)
         monkeypatch.setattr(compile_cache, "compile_text", self._compile)
 
-    def _compile(self, sources: Sequence[str], constants: Mapping[str, int]) -> Bytecode:
+    def _compile(self, sources: BpfSources, names: Sequence[str], constants: Mapping[str, int]) -> Bytecode:
         self.count += 1
         return Bytecode({}, {"number": b"%d" % self.count})
 
     def ask(self, **constants: int) -> int:
         """Which compilation comes out, by its number."""
-        return int(compile_cached(self.cache, SOURCES, constants).programs["number"])
+        return int(compile_cached(self.cache, BpfSources.read(), NAMES, constants).programs["number"])
 
     @property
     def file(self) -> Path:
@@ -79,7 +80,7 @@ def test_so_is_one_by_another_compiler_or_kernel(compiler: Compiler, monkeypatch
 
 def test_without_a_folder_nothing_is_kept(compiler: Compiler) -> None:
     for number in (1, 2):
-        assert compile_cached(None, SOURCES, {}).programs["number"] == b"%d" % number
+        assert compile_cached(None, BpfSources.read(), NAMES, {}).programs["number"] == b"%d" % number
 
 
 def test_a_damaged_file_is_compiled_anew_and_replaced(compiler: Compiler) -> None:
