@@ -77,7 +77,7 @@ def take_away(
         ):
             change.containers.remove(container, reachable)
         unanswered = stop_serving(graft, container) if container.is_relayed else ""
-        return Detached(container, withdraw(graft.settings, container, stack, keep_connections), unanswered)
+        return Detached(container, withdraw(graft, container, stack, keep_connections), unanswered)
 
 
 def stop_serving(graft: Installation, container: Container) -> str:

@@ -239,7 +239,7 @@ class _Import:
             for one in removed:
                 problem = stop_serving(graft, one) if one.is_relayed else ""
                 self._note_unserved(f"{one.name}: {problem}" if problem else "")
-                withdraw(graft.settings, one, stack, False)
+                withdraw(graft, one, stack, False)
 
     def tell_graftd(self) -> Imported:
         """Have graftd serve by the policies that were replaced. Returns what the import did."""

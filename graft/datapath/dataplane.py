@@ -176,10 +176,11 @@ def _hooks(loaded: Loaded) -> ctypes.Array[ctypes.c_uint8]:
 
 def _last_id(settings: Settings) -> int:
     """The greatest id that a data plane before this one gave a container: its records are found by that (bpffs may
-    have been unmounted while they ran), also where they are put aside, or of one that was just attached.
+    have been unmounted while they ran), also where they are put aside, or of one that was just attached. Or that it
+    gave an endpoint whose path, or namespace, is found by that: programs with the maps of before go on.
     """
-    folders = (settings.run_dir / name for name in ("containers", "begun", "stale"))
-    found = (path.stem for folder in folders for path in folder.glob("*.json"))
+    folders = (settings.run_dir / name for name in ("containers", "begun", "stale", "unix", "netns"))
+    found = (path.name.removesuffix(".json") for folder in folders for path in folder.glob("*"))
     return max((int(number) for number in found if number.isdecimal()), default=0)
 
 

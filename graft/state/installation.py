@@ -67,14 +67,17 @@ class Installation:
         try:
             with dataplane.locked(self.settings):
                 if ended is None:
-                    self._refuse_replaced()
+                    self.refuse_replaced()
                 else:
                     self._refuse_anothers_number(ended)
                 yield Transaction(self.settings, self.maps)
         finally:
             bound_sockets.remove_released(self.settings)
 
-    def _refuse_replaced(self) -> None:
+    def refuse_replaced(self) -> None:
+        """Raises ConflictError where the maps that were opened are not those of the data plane in force, NotUpError
+        where none is.
+        """
         if not self.maps.are_pinned():
             self.maps.close()
             raise ConflictError("Graft was taken down, and brought up again, at the same time", "try again")

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 
 from graft.kernel import netns, sockets
 from graft.kernel.sockets import Kind
-from graft.model.settings import Settings
 from graft.state import helper_process, inventory, socket_holders
+from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket, HostStack
 from graft.state.records import Container
 from graft.state.stack_listing import NO_DOUBTS, Doubts
@@ -52,18 +52,21 @@ class Withdrawal:
     unfound: bool = False
 
 
-def withdraw(settings: Settings, container: Container, stack: HostStack, keep_connections: bool) -> Withdrawal:
+def withdraw(graft: Installation, container: Container, stack: HostStack, keep_connections: bool) -> Withdrawal:
     """Close the sockets that ``container`` was granted. Its rules must be gone, so that no more are granted.
 
-    ``stack`` is the host stack from before the rules went.
+    ``stack`` is the host stack from before the rules went. Raises what `Installation.refuse_replaced` raises: in
+    another data plane the number is another container's. (That is asked after each listing: what was listed before is
+    this one's.)
     """
     done = Withdrawal()
-    tried = _close_tagged(settings, container, stack, keep_connections, done)
+    tried = _close_tagged(graft, container, stack, keep_connections, done)
     seconds = inventory.SEARCH
     for rounds_left in reversed(range(_ROUNDS)):
         found = inventory.sockets_by_container(
-            settings, [container], stack, closed=done.closed, seconds=seconds, doubts=done.doubts
+            graft.settings, [container], stack, closed=done.closed, seconds=seconds, doubts=done.doubts
         )
+        graft.refuse_replaced()
         if found is None:
             done.all_listed = False
             break
@@ -88,7 +91,7 @@ def withdraw(settings: Settings, container: Container, stack: HostStack, keep_co
 
 
 def _close_tagged(
-    settings: Settings, container: Container, stack: HostStack, keep_connections: bool, done: Withdrawal
+    graft: Installation, container: Container, stack: HostStack, keep_connections: bool, done: Withdrawal
 ) -> set[bytes]:
     """Close the TCP sockets that their tags name, without a look into any process; the cookies of those that hang. What
     the kernel does not list in time is not asked for again.
@@ -97,7 +100,8 @@ def _close_tagged(
     seen: set[bytes] = set()
     if sockets.can_destroy():
         for _ in range(_ROUNDS):
-            found, done.doubts = inventory.tagged(settings, container, stack, done.doubts)
+            found, done.doubts = inventory.tagged(graft.settings, container, stack, done.doubts)
+            graft.refuse_replaced()
             new = [
                 one for one in found if one.listed.identity.cookie not in seen and _must_close(one, keep_connections)
             ]

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from graft.commands import health, renew, watcher_process
-from graft.datapath import attachments, dataplane, layout, renewal
+from graft.datapath import attachments, dataplane, layout, loader, renewal
 from graft.datapath.programs import PROGRAMS
+from graft.datapath.sources import BpfSources
 from graft.errors import KernelError
 from graft.kernel import bpf, cgroup
 from tests.e2e.test_saved_state import box, saver, watcher_of
@@ -239,7 +240,8 @@ def test_an_upgrade_has_the_watcher_started_anew(saver: Host, box: Path, monkeyp
     saver.graft("attach", "--cgroup", box, "--deny")
     first = watcher_of(saver)
     assert first
-    monkeypatch.setattr(renewal, "pin_new", lambda settings: None)  # only the note of them changes
+    # Only the note of them changes.
+    monkeypatch.setattr(renewal, "pin_new", lambda settings: loader.digest(BpfSources.read()))
 
     def does_not_end(settings: object) -> bool:
         raise KernelError("the watcher does not end")

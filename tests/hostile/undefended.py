@@ -46,7 +46,7 @@ from graft.commands import (
 from graft.commands.identified import Looked
 from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.commands.transport_choice import choose_transport
-from graft.datapath import loader, sources
+from graft.datapath import dataplane, loader, sources
 from graft.datapath.sources import BpfSources, bpf_source_dir
 from graft.errors import KernelError
 from graft.keeper import own_names, protocol
@@ -1588,7 +1588,7 @@ def _stays_direct() -> None:
 
 def _closed_by_tag() -> None:
     """What a container was granted is closed when its processes have been searched."""
-    withdrawal._close_tagged = lambda settings, container, stack, keep_connections, done: set()
+    withdrawal._close_tagged = lambda graft, container, stack, keep_connections, done: set()
 
 
 def _under_the_lock() -> None:
@@ -1703,8 +1703,32 @@ def _read_only_state() -> None:
 
 def _replaced_plane() -> None:
     """A command goes on with the maps that it has opened, and with a number that is another container's."""
-    Installation._refuse_replaced = lambda self: None  # type: ignore[method-assign]
+    Installation.refuse_replaced = lambda self: None  # type: ignore[method-assign]
     Installation._refuse_anothers_number = lambda self, ended: None  # type: ignore[method-assign]
+
+
+def _numbers_of_containers() -> None:
+    """A new data plane begins with the numbers of a lost one's endpoints."""
+
+    def last_id(settings: Settings) -> int:
+        return max((int(path.stem) for path in (settings.run_dir / "containers").glob("*.json")), default=0)
+
+    vars(dataplane)["_last_id"] = last_id
+
+
+def _graftd_of_before() -> None:
+    """graftd stays where only programs with a supervisor of a lost data plane use it."""
+    from graft.commands import stale
+
+    without_entry = stale._without_entry
+    vars(stale)["_without_entry"] = lambda graft: [
+        one for one in without_entry(graft) if not one.transport.is_supervised
+    ]
+
+
+def _lost_plane() -> None:
+    _numbers_of_containers()
+    _graftd_of_before()
 
 
 def _scopes_left() -> None:
@@ -1777,6 +1801,9 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "prepared records": _prepared_records,
     "read-only state": _read_only_state,
     "replaced plane": _replaced_plane,
+    "numbers of endpoints": _numbers_of_containers,
+    "graftd of before": _graftd_of_before,
+    "lost plane": _lost_plane,
     "scopes left": _scopes_left,
     "hooks above only": _hooks_above_only,
     "identified": _identified,

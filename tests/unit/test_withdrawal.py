@@ -16,6 +16,7 @@ from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.state import helper_process, inventory, withdrawal
 from graft.state.helper_process import HelperResult
+from graft.state.installation import Installation
 from graft.state.inventory import ContainerSocket, Found, HostStack
 from graft.state.records import Container
 from graft.state.socket_holders import Place
@@ -75,7 +76,8 @@ def withdraw(monkeypatch: pytest.MonkeyPatch) -> Withdraw:
         )
         monkeypatch.setattr(inventory, "sockets_by_container", sockets_by_container)
         monkeypatch.setattr(helper_process, "run_each", run_each)
-        done = withdrawal.withdraw(SETTINGS, CONTAINER, STACK, keep)
+        monkeypatch.setattr(Installation, "refuse_replaced", lambda self: None)
+        done = withdrawal.withdraw(Installation(SETTINGS), CONTAINER, STACK, keep)
         assert sum(spent) <= 2 * inventory.SEARCH, "however often it lists, it searches for seconds"
         return done
 
