@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.commands import saving
-from graft.commands.restore import EACH, NOT_NOTED, NOT_THERE, why_waiting
+from graft.commands import saving, why_waiting
+from graft.commands.restore import NOT_THERE
 from graft.errors import GraftError
 from graft.kernel import netns
 from graft.model.settings import Settings
@@ -112,11 +112,11 @@ class Waiting:
 
 def waiting(graft: Installation) -> list[Waiting]:
     """Every container that is waited for. Raises RefusedError if others can write what is saved."""
-    noted = why_waiting(graft.settings)
-    reasons, otherwise = ({}, NOT_NOTED) if noted is None else (noted, noted.get(EACH, NOT_THERE))
+    noted = why_waiting.noted(graft.settings)
+    otherwise = why_waiting.NOT_NOTED if noted is None else noted.get(why_waiting.EACH, NOT_THERE)
     store = Store(graft.settings)
     return [
-        Waiting(one, reasons.get(one.target.text, otherwise))
+        Waiting(one, (noted or {}).get(one.target.text, otherwise))
         for one in saving.waiting(graft)
         if not store.is_paused(ATTACHMENTS, file_name(one.target))
     ]

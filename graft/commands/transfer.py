@@ -26,7 +26,7 @@ from graft.commands import identified, saving, watcher_process
 from graft.commands.detach import stop_serving
 from graft.commands.identified import Looked
 from graft.commands.policy_apply import exchange_policy, is_listed, update_relay
-from graft.commands.restore import NOT_THERE, restore
+from graft.commands.restore import is_absent, restore
 from graft.commands.up import bring_up
 from graft.datapath import rulesets
 from graft.errors import ConflictError, KernelError, NotFoundError, UnfinishedError, UsageError
@@ -102,7 +102,7 @@ class Imported:
 
     def check_in_force(self) -> None:
         """Raises UnfinishedError for containers that are, or may be, there, and not under the policies of the file."""
-        left = [f"{name} waits: {why}" for name, why in sorted(self.waiting.items()) if why != NOT_THERE]
+        left = [f"{name} waits: {why}" for name, why in sorted(self.waiting.items()) if not is_absent(why)]
         left += [f"{name} keeps the policy that it has" for name in self.kept]
         if left:
             raise UnfinishedError(f"saved, but not in force: {'; '.join(left)}", "graft ps, graft import again")

@@ -1761,6 +1761,12 @@ def _names_of_others() -> None:
     find.__dict__["replace"] = lambda container, **_: container
 
 
+def _places_of_others() -> None:
+    """A container is the one that is saved by the name that its engine has for it, whoever was last seen there."""
+    saving.other_seen_at = lambda each, saved, place: None
+    watcher_process.ensure_running = lambda settings: True  # one that has the defence
+
+
 def _for_now_changed() -> None:
     """A command leaves what is noted for now as it is until it has saved."""
 
@@ -1774,6 +1780,7 @@ def _for_now_changed() -> None:
 DEFENCES: dict[str, Callable[[], None]] = {
     "for now changed": _for_now_changed,
     "names of others": _names_of_others,
+    "places of others": _places_of_others,
     "prepared records": _prepared_records,
     "read-only state": _read_only_state,
     "replaced plane": _replaced_plane,
