@@ -122,6 +122,12 @@ def waiting(graft: Installation) -> list[Waiting]:
     ]
 
 
+def unread(settings: Settings) -> list[str]:
+    """A line for each file of what is saved that cannot be used now. Raises RefusedError as `waiting`."""
+    store = Store(settings)
+    return [one.line for one in store.read()[1]] if store.exists else []
+
+
 def _relays(settings: Settings, listed: Sequence[Container]) -> dict[int, Mapping[str, Any]]:
     """graftd's description of each container that it serves. After one failed request no other is sent."""
     found: dict[int, Mapping[str, Any]] = {}

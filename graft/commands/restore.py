@@ -53,8 +53,8 @@ _left, _left_searching = LeftChildren(), LeftChildren()
 class Restored:
     """What was done: the names of endpoints and containers, and who waits and why.
 
-    ``set_aside`` are lines about files that cannot be used, ``problems`` about endpoints that cannot be made now, hooks
-    that cannot be attached again, and what cannot be saved.
+    ``set_aside`` are lines about files that cannot be used, ``problems`` about those that stay (``unread``), endpoints
+    that cannot be made now, hooks that cannot be attached again, and what cannot be saved.
     """
 
     endpoints: list[str] = field(default_factory=list)
@@ -63,6 +63,7 @@ class Restored:
     set_aside: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     state: SavedState = field(default_factory=SavedState)
+    unread: list[str] = field(default_factory=list)
 
     @property
     def may_succeed_later(self) -> bool:
@@ -85,7 +86,8 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
     """Make the endpoints and attach the containers that are saved, as far as that is possible now.
 
     With ``sightings``: a container that is just starting may not be in its own network namespace yet, so until it has
-    settled it has to have the transport that it had. Raises RefusedError if others can write what is saved, NotUpError.
+    settled it has to have the transport that it had; and no file is set aside, of which an operator is to be told.
+    Raises RefusedError if others can write what is saved, NotUpError.
     """
     store, done = Store(graft.settings), Restored()
     if not store.exists:
@@ -96,7 +98,8 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
     except Exception as error:
         why_waiting.note(graft.settings, {why_waiting.EACH: f"nothing was restored: {_message(error)}"})
         raise
-    why_waiting.note(graft.settings, done.waiting)
+    unread = {why_waiting.EACH: "not all that is saved can be read now"} if done.unread else {}
+    why_waiting.note(graft.settings, unread | done.waiting)
     return done
 
 
@@ -105,9 +108,11 @@ def _restore(graft: Installation, store: Store, sightings: Sightings | None, don
         store.tidy()
         saving.remove_left(graft, is_alone=True)
         done.state, bad = store.read()
-        done.set_aside = [store.set_aside(one) for one in bad]
-        done.endpoints, done.problems = _restore_endpoints(graft, store, done.state)
-    done.problems += _reap(graft)
+        stay = [one for one in bad if one.stays or sightings is not None]
+        done.unread = [f"{one.line}; not restored" for one in stay]
+        done.set_aside = [store.set_aside(one) for one in bad if one not in stay]
+        done.endpoints, problems = _restore_endpoints(graft, store, done.state)
+    done.problems = [*done.unread, *problems, *_reap(graft)]
     left = [one for one in done.state.attachments if not store.is_paused(ATTACHMENTS, file_name(one.target))]
     finder = _Finder(graft, done.state.attachments)
     if sightings is not None:

@@ -186,8 +186,6 @@ class Watcher:
         self._watch()
 
     def _report(self, done: Restored) -> None:
-        for line in done.set_aside:
-            self._log(line, Priority.WARNING)
         for name in done.attached:
             self._log(f"attached {name}", container=name)
         self._say("restored", [*done.problems, *(f"{name} waits: {why}" for name, why in done.waiting.items())])

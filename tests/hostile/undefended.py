@@ -1767,6 +1767,17 @@ def _places_of_others() -> None:
     watcher_process.ensure_running = lambda settings: True  # one that has the defence
 
 
+def _what_stays() -> None:
+    """What cannot be used now is set aside, and an import replaces it."""
+    from dataclasses import replace
+
+    from graft.saved import store
+
+    bad_file = store._bad_file
+    store._bad_file = lambda path, error: replace(bad_file(path, error), stays=False)
+    transfer._all_saved = lambda store: store.read()[0]
+
+
 def _for_now_changed() -> None:
     """A command leaves what is noted for now as it is until it has saved."""
 
@@ -1781,6 +1792,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "for now changed": _for_now_changed,
     "names of others": _names_of_others,
     "places of others": _places_of_others,
+    "what stays": _what_stays,
     "prepared records": _prepared_records,
     "read-only state": _read_only_state,
     "replaced plane": _replaced_plane,
