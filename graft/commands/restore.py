@@ -41,6 +41,7 @@ from graft.state.records import RUNTIME, Container
 T = TypeVar("T")
 
 NOT_THERE = "it is not running"
+NOT_TRIED = "it runs, and was not attached yet"
 ANOTHERS = "the container that has its name now is saved as"
 _CHANGED = "a command changed it at the same time"
 _FOLDER_SECONDS = 2.0
@@ -243,10 +244,12 @@ def _look_at(
 
 
 def look_for(
-    graft: Installation, attachments: Sequence[SavedAttachment]
+    graft: Installation, attachments: Sequence[SavedAttachment], among: Sequence[SavedAttachment] = ()
 ) -> tuple[dict[Target, FoundContainer], dict[Target, str]]:
-    """Where these are, of those that are there; and of which that cannot be known, with the reason. Under no lock."""
-    finder, found, unknown = _Finder(graft, attachments), dict[Target, FoundContainer](), dict[Target, str]()
+    """Where these are, of those that are there; and of which that cannot be known, with the reason. Under no lock.
+    ``among``: all that are saved, where these are some of them.
+    """
+    finder, found, unknown = _Finder(graft, among or attachments), dict[Target, FoundContainer](), dict[Target, str]()
     for one in attachments:
         try:
             place = finder.find(one)

@@ -15,8 +15,10 @@ from typing import cast
 
 import pytest
 
-from graft.commands.restore import restore
+from graft.commands import ps
+from graft.commands.restore import NOT_THERE, NOT_TRIED, restore
 from graft.commands.sightings import Sightings
+from graft.commands.watcher import Watcher
 from graft.errors import KernelError
 from graft.oci.plan import Plan
 from graft.oci.saved_choice import saved_for
@@ -25,7 +27,7 @@ from graft.saved.model import SavedState
 from graft.saved.store import ATTACHMENTS, Store
 from tests.e2e.conftest import WritePolicy, _docker, _podman, container_root, docker, podman, write_policy
 from tests.e2e.test_saved_state import box, saver
-from tests.hostile.test_fortieth_reading_records import DENIES, ENDS
+from tests.hostile.test_fortieth_reading_records import DENIES, ENDS, HOOKS_OFF, kill
 from tests.hostile.test_fortieth_reading_records import graft as graft_of
 from tests.hostile.test_forty_first_reading_plane import CONTROL, start_again
 from tests.hostile.test_forty_first_reading_plane import may_bind as may_bind_in
@@ -34,6 +36,8 @@ from tests.hostile.test_thirty_eighth_reading_engines import SLEEP, alone, found
 from tests.support.cgroups import attach_points
 from tests.support.engines import Engine
 from tests.support.installation import Host
+from tests.support.namespaces import HOST4
+from tests.support.puppet import puppet
 from tests.support.shell import Result, Word, run
 from tests.support.wait import until
 
@@ -237,3 +241,45 @@ def test_one_that_asks_does_not_start_where_what_is_saved_for_it_cannot_be_read(
     refused = nullcontext() if is_control else pytest.raises(KernelError, match="it may be what is saved")
     with refused, saved_for(plan, box) as found:
         assert found is None, "the control: it starts by what it asks for"
+
+
+# ---- a detach that was killed, and what runs without its policy ---------------------------------------
+
+
+def test_one_whose_detach_was_killed_is_attached_again(saver: Host, box: Path, write_policy: WritePolicy) -> None:
+    saver.graft("attach", "--cgroup", box, "--policy", write_policy(DENIES))
+    with puppet(box, saver.netns.path) as program:  # it runs all the time
+        kill(saver, HOOKS_OFF, "", "detach", "--cgroup", box)
+        assert program.bind(HOST4, saver.port()) == "ok"
+        saver.graft("ps")
+        until("the watcher attaches it", lambda: bool(program.bind(HOST4, saver.port()) == "EACCES"))
+
+
+@pytest.mark.parametrize("without", ["", "undone told"], ids=["", "control"])
+def test_the_watcher_is_told_of_it(saver: Host, box: Path, write_policy: WritePolicy, without: str) -> None:
+    saver.graft("attach", "--cgroup", box, "--policy", write_policy(DENIES))
+    alone(saver)
+    watcher = Watcher(saver.settings, keep=True)
+    watcher._watch()
+    kill(saver, HOOKS_OFF, "", "detach", "--cgroup", box)
+    assert not watcher._has_changed()
+    graft_of(saver, without, "ps")
+    assert watcher._has_changed() is not bool(without)
+    assert watcher._folders.fd is not None
+    os.close(watcher._folders.fd)
+
+
+@CONTROL
+def test_ps_looks_whether_it_runs(
+    saver: Host, box: Path, write_policy: WritePolicy, monkeypatch: pytest.MonkeyPatch, is_control: bool
+) -> None:
+    saver.graft("attach", "--cgroup", box, "--policy", write_policy(DENIES))
+    alone(saver)
+    kill(saver, HOOKS_OFF, "", "detach", "--cgroup", box)
+    if is_control:
+        monkeypatch.setattr(ps, "look_for", lambda *_: ({}, {}))
+    with saver.installation as graft:
+        graft.reap()
+        assert [one.why for one in ps.waiting(graft)] == [NOT_THERE if is_control else NOT_TRIED]
+        box.rmdir()
+        assert [one.why for one in ps.waiting(graft)] == [NOT_THERE]

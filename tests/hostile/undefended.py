@@ -1778,6 +1778,13 @@ def _what_stays() -> None:
     transfer._all_saved = lambda store: store.read()[0]
 
 
+def _undone_told() -> None:
+    """Nobody is told what a command has undone."""
+    from graft.state import begun
+
+    begun.tell_undone = lambda settings: None
+
+
 def _for_now_changed() -> None:
     """A command leaves what is noted for now as it is until it has saved."""
 
@@ -1792,6 +1799,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "for now changed": _for_now_changed,
     "names of others": _names_of_others,
     "places of others": _places_of_others,
+    "undone told": _undone_told,
     "what stays": _what_stays,
     "prepared records": _prepared_records,
     "read-only state": _read_only_state,
