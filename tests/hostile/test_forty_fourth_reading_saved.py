@@ -29,7 +29,7 @@ from tests.e2e.conftest import WritePolicy, _docker, _podman, container_root, do
 from tests.e2e.test_saved_state import box, saver
 from tests.hostile.test_fortieth_reading_records import DENIES, ENDS, HOOKS_OFF, kill
 from tests.hostile.test_fortieth_reading_records import graft as graft_of
-from tests.hostile.test_forty_first_reading_plane import CONTROL, start_again
+from tests.hostile.test_forty_first_reading_plane import CONTROL, FREE, start_again
 from tests.hostile.test_forty_first_reading_plane import may_bind as may_bind_in
 from tests.hostile.test_forty_first_reading_saved import policies
 from tests.hostile.test_thirty_eighth_reading_engines import SLEEP, alone, found, may_bind, plain, saving
@@ -283,3 +283,24 @@ def test_ps_looks_whether_it_runs(
         assert [one.why for one in ps.waiting(graft)] == [NOT_THERE if is_control else NOT_TRIED]
         box.rmdir()
         assert [one.why for one in ps.waiting(graft)] == [NOT_THERE]
+
+
+# ---- a policy for one that is detached for now -------------------------------------------------------
+
+
+@pytest.mark.parametrize("without", ["", "detached told"], ids=["", "control"])
+def test_it_is_said_that_one_is_detached_and_gets_its_policy_after_the_next_boot(
+    saver: Host, box: Path, write_policy: WritePolicy, without: str
+) -> None:
+    saver.graft("attach", "--cgroup", box, "--policy", write_policy(FREE))
+    saver.graft("detach", "--no-save", "--cgroup", box)
+    apply: list[Word] = ["policy", "apply", write_policy("name: free\ndefault: deny\n")]
+    for words in ([*apply, "--cgroup", box], apply):
+        done = graft_of(saver, without, *words)
+        assert ("after the next boot: it is detached for now" in done.stdout) is not bool(without)
+        assert ("when it is there" in done.stdout) is bool(without)
+    saver.graft("up")
+    assert may_bind_in(saver, box) and saver.ps() == []
+    saver.graft("down", "--force")
+    saver.graft("up")
+    assert not may_bind_in(saver, box)

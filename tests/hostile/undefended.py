@@ -1785,6 +1785,16 @@ def _undone_told() -> None:
     begun.tell_undone = lambda settings: None
 
 
+def _detached_told() -> None:
+    """One that is detached for now waits, as others do."""
+
+    def replace_saved(self: policy_apply._Job, saved: SavedAttachment) -> None:
+        saving.replace_waiting(self.graft.settings, saved, self.compiled.policy, self.save)
+        self.waiting.append(saved)
+
+    policy_apply._Job._replace_saved = replace_saved  # type: ignore[method-assign]
+
+
 def _for_now_changed() -> None:
     """A command leaves what is noted for now as it is until it has saved."""
 
@@ -1799,6 +1809,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "for now changed": _for_now_changed,
     "names of others": _names_of_others,
     "places of others": _places_of_others,
+    "detached told": _detached_told,
     "undone told": _undone_told,
     "what stays": _what_stays,
     "prepared records": _prepared_records,
