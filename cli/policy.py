@@ -151,6 +151,8 @@ def apply(
         say(f"{changed.name}: policy {changed.policy}")
     for saved in done.waiting:
         say(f"{saved.target.text}: policy {policy.name}, when it is there")
+    for saved in done.detached:
+        say(f"{saved.target.text}: policy {policy.name}, after the next boot: it is detached for now")
     for saved in done.for_now:
         say(f"{saved.target.text}: policy {policy.name}, after the next boot: for now it has another")
     warn(*done.cut_off)

@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 def ps(as_json: Json = False) -> None:
     """List the attached containers, with their sockets on the host's stack."""
     from graft.commands import renew, watcher_process
-    from graft.commands.ps import overview, waiting
+    from graft.commands.ps import overview, unread, waiting
     from graft.datapath.dataplane import is_up
     from graft.state.installation import Installation
 
@@ -105,6 +105,7 @@ def ps(as_json: Json = False) -> None:
     if up and (problem := renew.problem(graft.settings)):
         warn(f"graft: hooks: {problem} (graft up)")
     warn(*(f"graft: not confined: {one.unhooked}" for one in overviews if one.unhooked))
+    warn(*(f"graft: not restored: {line}" for line in unread(graft.settings)))
     if waits or watcher_process.is_running(graft.settings):
         warn(*(f"graft: {line}" for line in watcher_process.warnings(graft.settings)))
     warn(*(f"graft: cannot show a container: {error.message}" for error in graft.containers.read_all()[1]))

@@ -16,7 +16,7 @@ from graft.model.transport import Transport
 from graft.policy.model import Origin, Policy, PolicyError
 from graft.policy.validator import check_splice, needs_unix_relay
 from graft.saved.model import SavedAttachment
-from graft.saved.store import Store
+from graft.saved.store import ATTACHMENTS, Store, file_name
 from graft.splice import client as splice
 from graft.state import lost_hooks, members
 from graft.state.compiled_policy import CompiledPolicy, check_transport
@@ -27,15 +27,16 @@ from graft.state.records import PAIRS, Container
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """Containers with a new policy: those that are attached, those that are saved and wait, and those that have another
-    one ``for_now``, and this one after the next boot. ``unserved``: those of the first that graftd does not serve by it
-    yet, each with the reason. ``cut_off``: a line for each container that had asked for an endpoint that the policy
-    declares anew.
+    """Containers with a new policy: those that are attached, those that are saved and wait, and, after the next boot,
+    those that have another one ``for_now``, or are ``detached`` for now (`--no-save`). ``unserved``: those of the first
+    that graftd does not serve by it yet, each with the reason. ``cut_off``: a line for each container that had asked
+    for an endpoint that the policy declares anew.
     """
 
     containers: list[Container]
     waiting: list[SavedAttachment]
     for_now: list[SavedAttachment]
+    detached: list[SavedAttachment]
     unserved: list[str]
     cut_off: list[str]
 
@@ -72,7 +73,7 @@ def _apply_once(graft: Installation, policy: Policy, text: str | None, save: boo
         raise _unfinished(policy, job, chosen)
     containers = [container for _, container in job.changed]
     lost = cut_off(graft, {one.name for one in policy.endpoints})
-    return Applied(containers, job.waiting, chosen.for_now, [one for one in unserved if one], lost)
+    return Applied(containers, job.waiting, chosen.for_now, job.detached, [one for one in unserved if one], lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,8 @@ class _Job:
     changed: list[tuple[Container, Container]] = field(default_factory=list)
     """Each as it was, and as it is."""
     waiting: list[SavedAttachment] = field(default_factory=list)
+    detached: list[SavedAttachment] = field(default_factory=list)
+    """Those that nobody attaches in this boot."""
     failed: list[str] = field(default_factory=list)
     """A line for each that has not got it."""
 
@@ -211,11 +214,13 @@ class _Job:
 
     def _replace_saved(self, saved: SavedAttachment) -> None:
         saving.replace_waiting(self.graft.settings, saved, self.compiled.policy, self.save)
-        self.waiting.append(saved)
+        is_paused = Store(self.graft.settings).is_paused(ATTACHMENTS, file_name(saved.target))
+        (self.detached if is_paused else self.waiting).append(saved)
 
 
 def _unfinished(policy: Policy, job: _Job, chosen: _Choice) -> UnfinishedError:
-    done = [container.name for _, container in job.changed] + [one.target.text for one in job.waiting]
+    done = [container.name for _, container in job.changed]
+    done += [one.target.text for one in (*job.waiting, *job.detached)]
     lines = "; ".join([*job.failed, *chosen.kept])
     hint = "graft detach, or --cgroup gives it the policy" if chosen.kept else ""
     return UnfinishedError(f"policy {policy.name}: {lines}" + (f"; it is that of {', '.join(done)}" * bool(done)), hint)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.commands import saving
-from graft.commands.restore import EACH, NOT_NOTED, NOT_THERE, why_waiting
+from graft.commands import saving, why_waiting
+from graft.commands.restore import NOT_THERE, NOT_TRIED, look_for
 from graft.errors import GraftError
 from graft.kernel import netns
 from graft.model.settings import Settings
-from graft.saved.model import SavedAttachment
+from graft.saved.model import SavedAttachment, Target
 from graft.saved.store import ATTACHMENTS, Store, file_name
 from graft.splice import client as splice
 from graft.state import inventory, liveness, lost_hooks, members
@@ -112,14 +112,27 @@ class Waiting:
 
 def waiting(graft: Installation) -> list[Waiting]:
     """Every container that is waited for. Raises RefusedError if others can write what is saved."""
-    noted = why_waiting(graft.settings)
-    reasons, otherwise = ({}, NOT_NOTED) if noted is None else (noted, noted.get(EACH, NOT_THERE))
     store = Store(graft.settings)
-    return [
-        Waiting(one, reasons.get(one.target.text, otherwise))
-        for one in saving.waiting(graft)
-        if not store.is_paused(ATTACHMENTS, file_name(one.target))
-    ]
+    waits = [one for one in saving.waiting(graft) if not store.is_paused(ATTACHMENTS, file_name(one.target))]
+    why = _reasons(graft, store, waits) if waits else {}
+    return [Waiting(one, why[one.target]) for one in waits]
+
+
+def _reasons(graft: Installation, store: Store, waits: Sequence[SavedAttachment]) -> Mapping[Target, str]:
+    """Why each of these waits, as that is noted. Of one that did not wait then it is looked now whether it is there."""
+    noted = why_waiting.noted(graft.settings)
+    otherwise = why_waiting.NOT_NOTED if noted is None else noted.get(why_waiting.EACH)
+    reasons = {one.target: (noted or {}).get(one.target.text, otherwise) for one in waits}
+    others = [one for one in waits if reasons[one.target] is None]
+    found, unknown = look_for(graft, others, store.read()[0].attachments) if others else ({}, {})
+    looked = dict.fromkeys((one.target for one in others), NOT_THERE) | dict.fromkeys(found, NOT_TRIED) | unknown
+    return looked | {target: why for target, why in reasons.items() if why is not None}
+
+
+def unread(settings: Settings) -> list[str]:
+    """A line for each file of what is saved that cannot be used now. Raises RefusedError as `waiting`."""
+    store = Store(settings)
+    return [one.line for one in store.read()[1]] if store.exists else []
 
 
 def _relays(settings: Settings, listed: Sequence[Container]) -> dict[int, Mapping[str, Any]]:

@@ -13,26 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from graft.commands import saving
+from graft.commands import saving, why_waiting
 from graft.commands.attach import Seen, attach_seen, look_at
 from graft.commands.detach import take_away
 from graft.commands.policy_apply import update_relay
 from graft.commands.sightings import Sightings
 from graft.commands.transport_choice import as_attached, stay_direct
-from graft.errors import GraftError, KernelError, NotFoundError, RefusedError, UsageError
+from graft.errors import GraftError, KernelError, NotFoundError, RefusedError
 from graft.kernel import cgroup
-from graft.kernel.atomic_file import write_atomically
-from graft.model import json_text
-from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.saved.model import SavedAttachment, SavedState, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
@@ -45,12 +41,10 @@ from graft.state.records import RUNTIME, Container
 T = TypeVar("T")
 
 NOT_THERE = "it is not running"
-NOT_NOTED = "the reason could not be noted: graft up tells it"
-EACH = ""
-"""The name, among the reasons for which containers wait, of the one for which all do: nothing could be restored."""
+NOT_TRIED = "it runs, and was not attached yet"
+ANOTHERS = "the container that has its name now is saved as"
 _CHANGED = "a command changed it at the same time"
 _FOLDER_SECONDS = 2.0
-_MAX_NOTES = 4 << 20
 
 _left, _left_searching = LeftChildren(), LeftChildren()
 """The watcher asks again and again: by the path that was asked about, or below which containers were searched for."""
@@ -60,8 +54,8 @@ _left, _left_searching = LeftChildren(), LeftChildren()
 class Restored:
     """What was done: the names of endpoints and containers, and who waits and why.
 
-    ``set_aside`` are lines about files that cannot be used, ``problems`` about endpoints that cannot be made now, hooks
-    that cannot be attached again, and what cannot be saved.
+    ``set_aside`` are lines about files that cannot be used, ``problems`` about those that stay (``unread``), endpoints
+    that cannot be made now, hooks that cannot be attached again, and what cannot be saved.
     """
 
     endpoints: list[str] = field(default_factory=list)
@@ -70,6 +64,7 @@ class Restored:
     set_aside: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     state: SavedState = field(default_factory=SavedState)
+    unread: list[str] = field(default_factory=list)
 
     @property
     def may_succeed_later(self) -> bool:
@@ -77,6 +72,11 @@ class Restored:
         time. An engine may make a container anywhere.
         """
         return bool(self.problems) or any(why != NOT_THERE or _is_engines(one) for one, why in self.waiting.items())
+
+
+def is_absent(why: str) -> bool:
+    """Whether one that waits for this reason is not there."""
+    return why == NOT_THERE or why.startswith(f"{ANOTHERS} ")
 
 
 def _is_engines(text: str) -> bool:
@@ -87,7 +87,8 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
     """Make the endpoints and attach the containers that are saved, as far as that is possible now.
 
     With ``sightings``: a container that is just starting may not be in its own network namespace yet, so until it has
-    settled it has to have the transport that it had. Raises RefusedError if others can write what is saved, NotUpError.
+    settled it has to have the transport that it had; and no file is set aside, of which an operator is to be told.
+    Raises RefusedError if others can write what is saved, NotUpError.
     """
     store, done = Store(graft.settings), Restored()
     if not store.exists:
@@ -96,9 +97,10 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
     try:
         _restore(graft, store, sightings, done)
     except Exception as error:
-        _note_waiting(graft.settings, {EACH: f"nothing was restored: {_message(error)}"})
+        why_waiting.note(graft.settings, {why_waiting.EACH: f"nothing was restored: {_message(error)}"})
         raise
-    _note_waiting(graft.settings, done.waiting)
+    unread = {why_waiting.EACH: "not all that is saved can be read now"} if done.unread else {}
+    why_waiting.note(graft.settings, unread | done.waiting)
     return done
 
 
@@ -107,11 +109,13 @@ def _restore(graft: Installation, store: Store, sightings: Sightings | None, don
         store.tidy()
         saving.remove_left(graft, is_alone=True)
         done.state, bad = store.read()
-        done.set_aside = [store.set_aside(one) for one in bad]
-        done.endpoints, done.problems = _restore_endpoints(graft, store, done.state)
-    done.problems += _reap(graft)
+        stay = [one for one in bad if one.stays or sightings is not None]
+        done.unread = [f"{one.line}; not restored" for one in stay]
+        done.set_aside = [store.set_aside(one) for one in bad if one not in stay]
+        done.endpoints, problems = _restore_endpoints(graft, store, done.state)
+    done.problems = [*done.unread, *problems, *_reap(graft)]
     left = [one for one in done.state.attachments if not store.is_paused(ATTACHMENTS, file_name(one.target))]
-    finder = _Finder(graft, left)
+    finder = _Finder(graft, done.state.attachments)
     if sightings is not None:
         sightings.forget_others({one.target.text for one in left})
     progress = True
@@ -240,13 +244,17 @@ def _look_at(
 
 
 def look_for(
-    graft: Installation, attachments: Sequence[SavedAttachment]
+    graft: Installation, attachments: Sequence[SavedAttachment], among: Sequence[SavedAttachment] = ()
 ) -> tuple[dict[Target, FoundContainer], dict[Target, str]]:
-    """Where these are, of those that are there; and of which that cannot be known, with the reason. Under no lock."""
-    finder, found, unknown = _Finder(graft, attachments), dict[Target, FoundContainer](), dict[Target, str]()
+    """Where these are, of those that are there; and of which that cannot be known, with the reason. Under no lock.
+    ``among``: all that are saved, where these are some of them.
+    """
+    finder, found, unknown = _Finder(graft, among or attachments), dict[Target, FoundContainer](), dict[Target, str]()
     for one in attachments:
         try:
             place = finder.find(one)
+        except AnothersError:
+            continue
         except Exception as error:  # of this one: the others are looked for
             unknown[one.target] = _message(error)
         else:
@@ -266,11 +274,17 @@ def _note_last(store: Store, saved: SavedAttachment, found: FoundContainer, cont
     return []
 
 
+class AnothersError(NotFoundError):
+    """The container that has a saved one's name now is another saved one: that is where it was last seen."""
+
+
 class _Finder:
-    """Finds the cgroups of saved containers: where they were last seen, or by asking an engine."""
+    """Finds the cgroups of saved containers: where they were last seen, or by asking an engine. ``attachments`` are all
+    that are saved, those too that nobody asks for.
+    """
 
     def __init__(self, graft: Installation, attachments: Sequence[SavedAttachment]) -> None:
-        self._top = cgroup.v2_mount()
+        self._top, self._saved = cgroup.v2_mount(), attachments
         paths = [path for one in attachments if (path := self._last_path(one)) is not None]
         seen = _ask_of_each(_cgroup_id, paths)
         self._there = {path: number for path, number in seen.items() if number}
@@ -296,8 +310,8 @@ class _Finder:
         return not self._known.issuperset(names), [str(self._top / name) for name in held]
 
     def find(self, saved: SavedAttachment) -> FoundContainer | None:
-        """The container; None if it is not there. Raises GraftError if that cannot be known: its engine does not
-        answer, or somebody holds a folder where it may be.
+        """The container; None if it is not there. Raises AnothersError if another one has its name; GraftError if that
+        cannot be known: its engine does not answer, or somebody holds a folder where it may be.
         """
         path, target = self._last_path(saved), saved.target
         if path in self._there and path is not None:
@@ -311,6 +325,9 @@ class _Finder:
             found = self._ask(target) if path is None else None
         if found is None and held:
             raise members.held(held[0])
+        other = None if found is None else saving.other_seen_at(self._saved, saved, saving.place_of(found))
+        if other is not None:
+            raise AnothersError(f"{ANOTHERS} {other.target.text}")
         return found
 
     def cgroup_id(self, found: FoundContainer) -> int:
@@ -392,27 +409,3 @@ def _containers_below(folder: Path) -> list[str] | None:
         found += [name for name in names if CGROUP_WITH_ID.search(name)]
         folders += [f"{above}/{name}" for name in names]
     return found
-
-
-# ---- for `graft ps` ---------------------------------------------------------------------------------
-
-
-def _notes(settings: Settings) -> Path:
-    return settings.run_dir / "waiting.json"
-
-
-def _note_waiting(settings: Settings, waiting: Mapping[str, str]) -> None:
-    try:
-        write_atomically(_notes(settings), json.dumps(waiting).encode())
-    except OSError:  # no room: those of before do not count any more
-        _notes(settings).unlink(missing_ok=True)
-
-
-def why_waiting(settings: Settings) -> dict[str, str] | None:
-    """Why each container waited, when that was last tried (`EACH`: why all did); None where that could not be noted."""
-    try:
-        return json_text.text_by_name(json_text.parse(_notes(settings).read_bytes(), "waiting", _MAX_NOTES), "waiting")
-    except FileNotFoundError:
-        return None
-    except (OSError, UsageError):
-        return {}

@@ -295,13 +295,34 @@ def of_attached(
     named = Target.of(target.engine, target.name)
     if named is None or transport.is_supervised:
         return None
-    last = LastSeen(below_mount(target.cgroup), target.id if target.engine in WITH_IDS else "", transport)
-    return SavedAttachment(named, policy, asked, relay, last)
+    return SavedAttachment(named, policy, asked, relay, place_of(target, transport))
+
+
+def place_of(target: FoundContainer, transport: Transport | None = None) -> LastSeen:
+    """Where a container is, as that is saved."""
+    return LastSeen(below_mount(target.cgroup), target.id if target.engine in WITH_IDS else "", transport)
+
+
+def other_seen_at(each: Sequence[SavedAttachment], saved: SavedAttachment, place: LastSeen) -> SavedAttachment | None:
+    """The one of ``each`` that the container at ``place`` is, where that was found by the name of another one,
+    ``saved``: its engine may have given the name to it since (`rename`). None where ``saved`` itself was last seen
+    there, or nobody.
+    """
+    if _was_seen_at(saved, place):
+        return None
+    return next((one for one in each if one.target != saved.target and _was_seen_at(one, place)), None)
+
+
+def _was_seen_at(saved: SavedAttachment, place: LastSeen) -> bool:
+    """By the id, where both have one: no other container ever gets that."""
+    if saved.last.id and place.id:
+        return saved.last.id == place.id
+    return (saved.target.name if saved.target.kind == "cgroup" else saved.last.cgroup) == place.cgroup != ""
 
 
 def note_last(store: Store, saved: SavedAttachment, last: LastSeen) -> None:
-    """Save where a container is now. Raises KernelError."""
-    if last != saved.last:
+    """Save where a container is now, unless that is where another one was last seen. Raises KernelError."""
+    if last != saved.last and other_seen_at(store.read()[0].attachments, saved, last) is None:
         put_in_place(store.prepare_attachment(replace(saved, last=last)).commit)
 
 

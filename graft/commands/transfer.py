@@ -26,7 +26,7 @@ from graft.commands import identified, saving, watcher_process
 from graft.commands.detach import stop_serving
 from graft.commands.identified import Looked
 from graft.commands.policy_apply import exchange_policy, is_listed, update_relay
-from graft.commands.restore import NOT_THERE, restore
+from graft.commands.restore import is_absent, restore
 from graft.commands.up import bring_up
 from graft.datapath import rulesets
 from graft.errors import ConflictError, KernelError, NotFoundError, UnfinishedError, UsageError
@@ -50,7 +50,7 @@ from graft.state.withdrawal import withdraw
 def exported(settings: Settings) -> tuple[str, list[str]]:
     """What is saved, as text; and a line for each file that cannot be read. Raises RefusedError."""
     state, bad = Store(settings).read()
-    return export_text(state), [f"{one.path}: {one.reason}; left out" for one in bad]
+    return export_text(state), [f"{one.line}; left out" for one in bad]
 
 
 def export_to(path: Path, text: str) -> None:
@@ -102,7 +102,7 @@ class Imported:
 
     def check_in_force(self) -> None:
         """Raises UnfinishedError for containers that are, or may be, there, and not under the policies of the file."""
-        left = [f"{name} waits: {why}" for name, why in sorted(self.waiting.items()) if why != NOT_THERE]
+        left = [f"{name} waits: {why}" for name, why in sorted(self.waiting.items()) if not is_absent(why)]
         left += [f"{name} keeps the policy that it has" for name in self.kept]
         if left:
             raise UnfinishedError(f"saved, but not in force: {'; '.join(left)}", "graft ps, graft import again")
@@ -144,12 +144,20 @@ def import_state(settings: Settings, state: SavedState) -> Imported:
     return done
 
 
+def _all_saved(store: Store) -> SavedState:
+    """What an import takes the place of. Raises KernelError where not all of it can be read: that would be lost."""
+    state, bad = store.read()
+    if bad:
+        raise KernelError(f"{bad[0].line}; nothing was changed", "move it away, to import without it")
+    return state
+
+
 class _Import:
     """One import. `change` is called under the lock on what is saved, the rest under none."""
 
     def __init__(self, graft: Installation, store: Store, looked: Looked) -> None:
         self._graft, self._store, self._looked = graft, store, looked
-        self._before = store.read()[0]
+        self._before = _all_saved(store)
         self._wanted = {one.target: saving.wanted_or_saved(store, one).policy for one in self._before.attachments}
         self._left = dropped.noted(graft.settings)
         self._listed = {one.id: one for one in graft.containers.listing()}

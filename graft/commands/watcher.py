@@ -3,9 +3,10 @@
     a cgroup is made or removed ── inotify ──> a name that a saved container may have? ──> restore (restore.py)
 
 `graft up` and `graft attach` start it. It sleeps until the kernel reports a change in one of the folders where saved
-containers are, or will be, or in what is saved. A container is made in steps: its cgroup, its processes, their network
-namespace, and last the engine's own note that it runs. So after a change it tries several times, at growing distances.
-Folders that the kernel does not watch (watched_folders.py) it looks at every few seconds.
+containers are, or will be, in what is saved, or in what was undone of a killed command (graft/state/begun.py). A
+container is made in steps: its cgroup, its processes, their network namespace, and last the engine's own note that it
+runs. So after a change it tries several times, at growing distances. Folders that the kernel does not watch
+(watched_folders.py) it looks at every few seconds.
 
 It attaches in its own process, which has everything loaded: until a container that starts is under its policy it takes
 the time of some short children (graft/state/helper_process.py), and of the engine, where that has to be asked. So it
@@ -37,6 +38,7 @@ from graft.model.printable import printable
 from graft.model.settings import Settings
 from graft.saved.model import SavedState
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store
+from graft.state import begun
 from graft.state.installation import Installation
 
 TRIES = (0.0, 0.02, 0.1, 0.3, 0.8, 2.0, 4.0, 8.0)
@@ -111,6 +113,7 @@ class Watcher:
                 self._store.folder / ATTACHMENTS: everything,
                 self._store.folder / ENDPOINTS: everything,
                 self._store.folder.parent: Interest(frozenset({self._store.folder.name})),
+                settings.run_dir: Interest(frozenset({begun.UNDONE})),
             },
         )
         self._looked = 0.0
@@ -186,8 +189,6 @@ class Watcher:
         self._watch()
 
     def _report(self, done: Restored) -> None:
-        for line in done.set_aside:
-            self._log(line, Priority.WARNING)
         for name in done.attached:
             self._log(f"attached {name}", container=name)
         self._say("restored", [*done.problems, *(f"{name} waits: {why}" for name, why in done.waiting.items())])

@@ -8,6 +8,8 @@ is saved does not start, as none does below one that is attached, unless the ope
 container that was made again has another id: its engine tells its name when it runs, and the saved policy takes the
 place of what it asked for then (graft/commands/restore.py).
 
+Where a file of what is saved cannot be read, and no other one is this container's, it may be: it does not start.
+
 What is saved is loaded where there is any: a shim, and `graft listen`, stay for long.
 """
 
@@ -18,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graft.errors import RefusedError
+from graft.errors import KernelError, RefusedError
 from graft.kernel import cgroup
 from graft.model.transport import Transport
 from graft.oci.plan import Plan
@@ -51,7 +53,8 @@ def _find(store: Store, plan: Plan, path: Path) -> SavedAttachment | None:
     from graft.saved.store import ATTACHMENTS, file_name
 
     top = cgroup.v2_mount()
-    for saved in store.read()[0].attachments:
+    state, bad = store.read()
+    for saved in state.attachments:
         where = saved.target.name if saved.target.kind == "cgroup" else saved.last.cgroup
         is_it = plan.id == saved.last.id or top / where == path
         is_below = where != "" and top / where in path.parents and plan.policy.origin is not Origin.OPERATOR
@@ -63,4 +66,7 @@ def _find(store: Store, plan: Plan, path: Path) -> SavedAttachment | None:
                 f"start it so that it asks for none, or: graft detach --cgroup {saved.target.text}",
             )
         return store.wanted(saved)
+    for one in bad:
+        if one.path.parent.name == ATTACHMENTS and not store.is_paused(ATTACHMENTS, one.path.name):
+            raise KernelError(f"{one.line}: it may be what is saved for the container", "graft up")
     return None

@@ -25,6 +25,10 @@ MAX_BYTES = 8 << 20
 _FIRST_LINE = re.compile(rb"graft-saved ([1-9][0-9]{0,8}) ([0-9a-f]{64})\n")
 
 
+class NewerError(UsageError):
+    """A file is whole, and of a newer version of Graft."""
+
+
 def encode(value: dict[str, Value], version: int = VERSION) -> bytes:
     """The file of ``value``."""
     body = (json.dumps(value, indent=1) + "\n").encode("ascii")
@@ -36,7 +40,7 @@ def _checksum(version: int, body: bytes) -> bytes:
 
 
 def decode(raw: bytes, source: str) -> Any:
-    """The value in a file. Raises UsageError, which names ``source``, for one that is damaged or of a newer version."""
+    """The value in a file. Raises UsageError, which names ``source``, for one that is damaged; NewerError."""
     if len(raw) > MAX_BYTES:
         raise UsageError(f"{source}: too big")
     found = _FIRST_LINE.match(raw)
@@ -46,5 +50,5 @@ def decode(raw: bytes, source: str) -> Any:
     if _checksum(version, body) != found[2]:
         raise UsageError(f"{source}: damaged: the checksum is wrong")
     if version != VERSION:
-        raise UsageError(f"{source}: of version {version}, which this Graft cannot read (it writes {VERSION})")
+        raise NewerError(f"{source}: of version {version}, which this Graft cannot read (it writes {VERSION})")
     return json_text.parse(body, source, MAX_BYTES)

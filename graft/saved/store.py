@@ -1,7 +1,7 @@
 """The files of what is saved: `saved/` in the state directory, one for each endpoint and one for each attachment.
 
     saved/endpoints/NAME       saved/attachments/HASH (of KIND:NAME)
-    set-aside/                 what could not be read
+    set-aside/                 what was damaged, or may be somebody else's
     saved.lock                 whoever changes what is saved, or restores it, has this lock
 
 A change writes one file: first beside its place (`prepare_endpoint`, `prepare_attachment`), which is what fails on a
@@ -9,7 +9,8 @@ full disk; then the change is made; then the file is renamed. A killed command l
 Where the whole is replaced in three steps, a killed one may leave all of the old in `saved.old`: it counts as saved,
 and the next to have the lock puts it back.
 
-The files are root's. One that others can write is not read, and neither is a folder.
+The files are root's. One that others can write is not read, and neither is a folder. One that the disk does not give
+now, or that a newer Graft has written, stays: an error passes, and the older of two versions takes nothing away.
 """
 
 from __future__ import annotations
@@ -51,10 +52,16 @@ ENDPOINTS, ATTACHMENTS = "endpoints", "attachments"
 
 @dataclass(frozen=True, slots=True)
 class BadFile:
-    """A saved file that cannot be used, and why: one line without the path."""
+    """A saved file that cannot be used, and why: one line without the path. ``stays``: it may be used later."""
 
     path: Path
     reason: str
+    stays: bool = False
+
+    @property
+    def line(self) -> str:
+        """Which it is, and why."""
+        return f"{self.path}: {self.reason}"
 
 
 def file_name(target: Target) -> str:
@@ -130,18 +137,12 @@ class Store:
         return saved_state(endpoints, attachments), bad
 
     def attachment(self, target: Target) -> SavedAttachment | None:
-        """That of one container; None if none is saved, or it cannot be read."""
-        try:
-            return _attachment_of(self._in_place / ATTACHMENTS / file_name(target))
-        except (OSError, UsageError):
-            return None
+        """That of one container; None if none is saved. Raises KernelError where it cannot be read."""
+        return _one(self._in_place / ATTACHMENTS / file_name(target), _attachment_of)
 
     def endpoint(self, name: str) -> Endpoint | None:
         """The same of one endpoint."""
-        try:
-            return _endpoint_of(self._in_place / ENDPOINTS / name)
-        except (OSError, UsageError):
-            return None
+        return _one(self._in_place / ENDPOINTS / name, _endpoint_of)
 
     def _each(self, kind: str, read: Callable[[Path], T], bad: list[BadFile]) -> Iterator[tuple[Path, T]]:
         whole = self._in_place
@@ -158,10 +159,8 @@ class Store:
                 yield path, read(path)
             except FileNotFoundError:  # removed just now
                 continue
-            except OSError as error:
-                bad.append(BadFile(path, f"cannot be read: {error.strerror}"))
-            except UsageError as error:
-                bad.append(BadFile(path, error.message.removeprefix(f"{path.name}: ")))
+            except (OSError, UsageError) as error:
+                bad.append(_bad_file(path, error))
 
     # ---- changes, under the lock ----------------------------------------------------------------
 
@@ -205,8 +204,8 @@ class Store:
             free = next(path for n in range(1, 1 << 20) if not (path := where / f"{name}.{n}").exists())
             bad.path.rename(free)
         except OSError as error:
-            return f"{bad.path}: {bad.reason}; not restored, and cannot be set aside: {error.strerror}"
-        return f"{bad.path}: {bad.reason}; set aside as {free}"
+            return f"{bad.line}; not restored, and cannot be set aside: {error.strerror}"
+        return f"{bad.line}; set aside as {free}"
 
     # ---- the whole ------------------------------------------------------------------------------
 
@@ -364,6 +363,22 @@ def _read(path: Path) -> bytes:
         return read_own(path, envelope.MAX_BYTES + 1)
     except NotOwnError as error:
         raise UsageError(f"{path.name}: {error}") from error
+
+
+def _bad_file(path: Path, error: OSError | UsageError) -> BadFile:
+    if isinstance(error, OSError):
+        return BadFile(path, f"cannot be read: {error.strerror}", stays=True)
+    return BadFile(path, error.message.removeprefix(f"{path.name}: "), isinstance(error, envelope.NewerError))
+
+
+def _one(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What ``read`` gives of a file; None where there is none. Raises KernelError where it cannot be used."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, UsageError) as error:
+        raise KernelError(_bad_file(path, error).line, "graft up") from error
 
 
 def _endpoint_of(path: Path) -> Endpoint:

@@ -1,6 +1,7 @@
 """Containers that a command is just attaching or removing, or was when it was killed: nothing of them is left for ever.
 
     run_dir/begun/ID.json    the record of such a container, from before anything of it is in the maps
+    run_dir/undone           is made anew when one was undone: it may be saved, and run without its policy from then on
 
 When all hooks are attached it goes to its place among the others (records.py), in one step, and comes back before the
 first hook is detached: so a record among the others is of a container that has its hooks. What the next command finds
@@ -18,6 +19,8 @@ from graft.kernel.atomic_file import write_atomically
 from graft.model.settings import Settings
 from graft.state import records
 from graft.state.records import Container
+
+UNDONE = "undone"
 
 
 def note(settings: Settings, container: Container) -> None:
@@ -43,6 +46,12 @@ def take_back(settings: Settings, number: int) -> None:
 def forget(settings: Settings, number: int) -> None:
     """It is undone. Safe to repeat."""
     _file(settings, number).unlink(missing_ok=True)
+
+
+def tell_undone(settings: Settings) -> None:
+    """Tell the watcher, which looks for this name (graft/commands/watcher.py)."""
+    with contextlib.suppress(OSError):  # no room: it is attached when something else is told
+        write_atomically(settings.run_dir / UNDONE, b"")
 
 
 def exists(settings: Settings, number: int) -> bool:

@@ -304,6 +304,7 @@ class ContainerChanges(Containers):
         if not records.put_aside_at(self._settings, path) or not attachments.has_programs(path):
             # Another command may have attached it since, and have been killed before it forgot this one.
             self.remove(container)
+            begun.tell_undone(self._settings)
 
     def reap(self, gone: Collection[int]) -> None:
         """Remove the rules and records of these containers, whose cgroups are gone (`members.gone`)."""

@@ -1785,6 +1785,40 @@ def _names_of_others() -> None:
     find.__dict__["replace"] = lambda container, **_: container
 
 
+def _places_of_others() -> None:
+    """A container is the one that is saved by the name that its engine has for it, whoever was last seen there."""
+    saving.other_seen_at = lambda each, saved, place: None
+    watcher_process.ensure_running = lambda settings: True  # one that has the defence
+
+
+def _what_stays() -> None:
+    """What cannot be used now is set aside, and an import replaces it."""
+    from dataclasses import replace
+
+    from graft.saved import store
+
+    bad_file = store._bad_file
+    store._bad_file = lambda path, error: replace(bad_file(path, error), stays=False)
+    transfer._all_saved = lambda store: store.read()[0]
+
+
+def _undone_told() -> None:
+    """Nobody is told what a command has undone."""
+    from graft.state import begun
+
+    begun.tell_undone = lambda settings: None
+
+
+def _detached_told() -> None:
+    """One that is detached for now waits, as others do."""
+
+    def replace_saved(self: policy_apply._Job, saved: SavedAttachment) -> None:
+        saving.replace_waiting(self.graft.settings, saved, self.compiled.policy, self.save)
+        self.waiting.append(saved)
+
+    policy_apply._Job._replace_saved = replace_saved  # type: ignore[method-assign]
+
+
 def _for_now_changed() -> None:
     """A command leaves what is noted for now as it is until it has saved."""
 
@@ -1798,6 +1832,10 @@ def _for_now_changed() -> None:
 DEFENCES: dict[str, Callable[[], None]] = {
     "for now changed": _for_now_changed,
     "names of others": _names_of_others,
+    "places of others": _places_of_others,
+    "detached told": _detached_told,
+    "undone told": _undone_told,
+    "what stays": _what_stays,
     "prepared records": _prepared_records,
     "read-only state": _read_only_state,
     "replaced plane": _replaced_plane,

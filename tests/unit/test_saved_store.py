@@ -86,6 +86,7 @@ def test_what_cannot_be_used_is_set_aside_and_the_rest_is_read(store: Store, tmp
         path.chmod(0o600)
     state, bad = store.read()
     assert state == saved_state([OTHER], [])
+    assert [one.stays for one in bad] == [False, True]
     lines = [store.set_aside(one) for one in bad]
     aside = tmp_path / "state" / "set-aside"
     assert lines == [
