@@ -31,15 +31,17 @@ static __always_inline int is_same_request(struct server *one, struct server *ot
 
 /* At a bind that an endpoint has granted, when the kernel has done it: in the place of what this container noted for the same
  * request, or of a request that is not granted it any more. Where there is none, of another request of this container's, so
- * that one with many addresses takes no other's. (A port that the kernel has chosen is nobody else's.) Returns 0 where there
- * is no memory. */
+ * that one with many addresses takes no other's; or else of one that has several. (A port that the kernel has chosen is nobody
+ * else's.) Returns 0 where there is no memory. */
 static __always_inline int note_server(struct tag *tag, struct endpoint *endpoint, u16 port, u8 protocol)
 {
 	struct server_place key = { .netns = endpoint->netns, .port = port, .family = endpoint->family, .protocol = protocol };
 	struct server server = { .bound = bpf_ktime_get_ns(), .container = tag->container, .endpoint = tag->endpoint,
 				 .port = tag->port, .family = tag->family };
-	u32 number, instead = GRAFT_SERVERS_AT_A_PLACE - 1;
+	u32 number, earlier, instead = GRAFT_SERVERS_AT_A_PLACE - 1;
+	u32 seen[GRAFT_SERVERS_AT_A_PLACE] = {};
 	struct server *found;
+	int has_own = 0;
 
 	if (!endpoint->port)
 		return 1;
@@ -58,8 +60,14 @@ static __always_inline int note_server(struct tag *tag, struct endpoint *endpoin
 			instead = number;
 			break;
 		}
-		if (found->container == server.container)
+		if (found->container == server.container) {
+			has_own = 1;
 			instead = number;
+		}
+		for (earlier = 0; earlier < GRAFT_SERVERS_AT_A_PLACE; earlier++)
+			if (!has_own && seen[earlier] == found->container)
+				instead = number;
+		seen[number] = found->container;
 	}
 	key.number = instead;
 	return !servers.update(&key, &server);

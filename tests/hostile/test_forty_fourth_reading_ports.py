@@ -71,6 +71,30 @@ def test_one_with_many_addresses_takes_no_place_of_anothers(
     assert ask(before, "read") == (ALL if is_control else "0 ")
 
 
+@CONTROL
+def test_nor_does_a_third_one_where_one_has_many(
+    host: Host, without: Without, confine: Confine, tmp_path: Path, is_control: bool
+) -> None:
+    host = without("several places") if is_control else host
+    web, at = host.port(), f"'{HOST4}:{{}}'"
+    before = listener(host, confine, "direct", policy(web, endpoint=at))
+    assert said(before) == "serving"
+    apply(host, before, tmp_path, policy(web, rules="", endpoint=at))
+    words = ["/usr/bin/python3", "-ISc", WITH_MANY_ADDRESSES + ANSWERS, "listen", "0.0.0.0", "53"]
+    many = confine(host, "direct", policy(web), within=words)
+    assert said(many) == "serving"
+    assert [ask(many, "more"), ask(many, "more")] == ["more", "more"]
+    assert said(listener(host, confine, "direct", policy(web))) == "serving"
+    third = listener(host, confine, "direct", policy(web))
+    assert said(third) == "serving"
+    assert ask(many, "end") == "ended"
+    for one in (many, third):
+        one.program.stop()
+        apply(host, one, tmp_path, policy(web, rules=""))
+    come(host, web)
+    assert ask(before, "read") == (ALL if is_control else "0 ")
+
+
 # ---- two binds at the same moment ---------------------------------------------------------------------
 
 COUNT, FIRST = 400, 21000
