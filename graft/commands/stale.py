@@ -19,8 +19,8 @@ from graft.state.records import Container
 
 def remove_stale(graft: Installation) -> list[str]:
     """Put the records of such containers aside. Returns their names."""
-    if any(one.is_relayed for one in _without_entry(graft)):
-        splice.stop(graft.settings)  # it has the old maps, and would serve nobody else
+    if splice.has_other_maps(graft) or any(one.is_relayed for one in _without_entry(graft)):
+        splice.stop(graft.settings)  # it would serve nobody of the new data plane
     with graft.transaction():  # nobody is attaching one, or removing it
         stale = [one for one in _without_entry(graft) if not one.transport.is_supervised]
         for one in stale:

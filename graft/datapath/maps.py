@@ -54,8 +54,12 @@ class Maps:
 
     def are_pinned(self) -> bool:
         """Whether those that were opened are of the data plane that is pinned now. Raises NotUpError where none is."""
-        pinned = Maps(self.pin_dir).settings
-        return bpf_maps.map_id(self.settings.fd) == bpf_maps.map_id(pinned.fd)
+        return self.number == Maps(self.pin_dir).number
+
+    @property
+    def number(self) -> int:
+        """What tells the data plane that they are of from any other: the kernel's id of the map `settings`."""
+        return bpf_maps.map_id(self.settings.fd)
 
     def _open(self, name: str, key: type, value: type) -> Map:  # type: ignore[type-arg]
         if name != "settings":  # that one first: as long as it is pinned, what was opened later is of its data plane

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 
+from graft.errors import KernelError
 from graft.kernel.btf import Btf
 
 Offsets = Mapping[str, int | None]
@@ -16,7 +17,8 @@ Offsets = Mapping[str, int | None]
 
 @cache  # reads all of the kernel's types, and the loader calls it for each text that it compiles
 def structure_offsets() -> dict[str, int]:
-    """The offsets that the hooks need; empty where the kernel has no type information.
+    """The offsets that the hooks need; empty where the kernel has no type information. Raises KernelError where that
+    cannot be read now.
 
     Of a socket's file and descriptor (bpf/desk.bpf.c), the thread that a supervisor serves (bpf/caller.bpf.c),
     IPV6_V6ONLY (bpf/local_address.bpf.c), the interface and the route that a program
@@ -25,10 +27,10 @@ def structure_offsets() -> dict[str, int]:
     destination.bpf.c, egress.bpf.c), and a group of sockets with the cgroup of each (bpf/reuseport.bpf.c).
     """
     try:
-        btf = Btf.of_kernel()
+        btf = _of_kernel()
         file = _all_or_none(_file(btf))
         others = [_all_or_none(group(btf)) for group in _groups()]
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     return {name: value for group in (file, *others) for name, value in group.items()} if file else {}
 
@@ -38,9 +40,9 @@ def missing() -> list[str]:
     without then, docs/kernel.md tells.
     """
     try:
-        btf = Btf.of_kernel()
+        btf = _of_kernel()
         found = [group(btf) for group in (_file, *_groups())]
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return ["all of them"]
     return [name for offsets in found for name, value in offsets.items() if value is None]
 
@@ -177,9 +179,21 @@ def _group(btf: Btf) -> Offsets:
 def write_seq_offset() -> int | None:
     """The offset of tcp_sock.write_seq (bpf/relay.bpf.c); None where the kernel has no type information."""
     try:
-        return Btf.of_kernel().offset("tcp_sock", "write_seq")
-    except (OSError, ValueError):
+        return _of_kernel().offset("tcp_sock", "write_seq")
+    except (FileNotFoundError, ValueError):
         return None
+
+
+def _of_kernel() -> Btf:
+    """The kernel's type information. Raises FileNotFoundError where there is none, ValueError where it is of another
+    form, and KernelError where it cannot be read now: without it other hooks would be loaded, and stay.
+    """
+    try:
+        return Btf.of_kernel()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise KernelError(f"the kernel's type information cannot be read: {error.strerror}", "try again") from error
 
 
 def _nested(btf: Btf, outer: str, inner: str) -> int | None:

@@ -124,6 +124,15 @@ def stop(settings: Settings) -> None:
     daemon_process.stop(settings)
 
 
+def has_other_maps(graft: Installation) -> bool:
+    """Whether a daemon runs that has the maps of another data plane, or does not answer."""
+    try:
+        answer = control.ask(graft.settings, {"do": "ping"}, _DESCRIBE_SECONDS)
+    except GraftError:
+        return True
+    return answer is not None and answer.get("maps") != graft.maps.number
+
+
 def runs(settings: Settings) -> bool:
     """Whether the daemon or its keeper runs, even if it does not answer."""
     return daemon_process.runs(settings)

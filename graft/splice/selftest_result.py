@@ -13,8 +13,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from graft import __version__
@@ -39,11 +39,13 @@ FAILED, INCONCLUSIVE = 1, 2
 class SelftestResult:
     """``problem`` says in one line what is wrong with the relay in the kernel; empty where it may be used.
 
-    ``conclusive``: it says something about the kernel, so it may be stored.
+    ``conclusive``: it says something about the kernel, so it may be stored. ``tested``: what there was when the test
+    began (`depends_on`); None: what there is now.
     """
 
     problem: str
     conclusive: bool = True
+    tested: Mapping[str, str] | None = field(default=None, compare=False)
 
 
 def depends_on() -> dict[str, str]:
@@ -90,7 +92,9 @@ def store(settings: Settings, result: SelftestResult) -> None:
     file = settings.run_dir / _NAME
     if not file.parent.exists():  # else it is not made: others may hold the folder above
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({"depends_on": depends_on(), "problem": result.problem}).encode())
+    write_atomically(
+        file, json.dumps({"depends_on": result.tested or depends_on(), "problem": result.problem}).encode()
+    )
 
 
 def get(settings: Settings) -> SelftestResult:
@@ -103,7 +107,12 @@ def get(settings: Settings) -> SelftestResult:
 
 
 def run_selftest(started: Callable[[subprocess.Popen[str]], None] = lambda _: None) -> SelftestResult:
-    """Test now, in another process; ``started`` is called with it."""
+    """Test now, in another process; ``started`` is called with it. Raises OSError."""
+    tested = depends_on()  # the relay may be replaced while its test runs
+    return replace(_run(started), tested=tested)
+
+
+def _run(started: Callable[[subprocess.Popen[str]], None]) -> SelftestResult:
     command = [sys.executable, "-P", "-m", "graft.splice.selftest"]  # -P: nothing from the working directory
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/") as process:
         started(process)

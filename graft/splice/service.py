@@ -284,6 +284,7 @@ class Service:
                 self._empty_since = time.monotonic()
                 served = sorted(number for number, one in self._services.items() if one.serves)
                 own = {"pid": os.getpid(), "keeper": self.keeper_watch.pid, "python": sys.executable}
+                own["maps"] = self._context.maps.number
                 reply({**own, "containers": served})
             case other:
                 reply({"error": f"the daemon does not know the command {other!r}"})

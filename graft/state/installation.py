@@ -84,7 +84,8 @@ class Installation:
 
     def _refuse_anothers_number(self, ended: Container) -> None:
         """A new data plane may begin again with the numbers of one that `graft down` has removed."""
-        if any(one.id == ended.id and one.cgroup_id != ended.cgroup_id for one in self.containers.listing()):
+        there = [*self.containers.listing(), *begun.listing(self.settings)]
+        if any(one.id == ended.id and one.cgroup_id != ended.cgroup_id for one in there):
             raise NotUpError(f"{ended.name}: Graft was taken down, and brought up again, while it ran")
 
     def compile(self, policy: Policy) -> CompiledPolicy:

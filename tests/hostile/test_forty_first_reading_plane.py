@@ -168,10 +168,14 @@ def across(host: Host, where: str, is_control: bool, words: list[Word], meanwhil
     environment = {**os.environ, **host.environment}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as one:
         stat = Path(f"/proc/{one.pid}/stat")
-        until("it waits", lambda: stat.read_text().rpartition(") ")[2][0] == "T")
-        host.graft("down", "--force")
-        host.graft("up")
-        meanwhile()
+        try:
+            until("it waits", lambda: stat.read_text().rpartition(") ")[2][0] == "T")
+            host.graft("down", "--force")
+            host.graft("up")
+            meanwhile()
+        except BaseException:
+            one.kill()
+            raise
         os.kill(one.pid, signal.SIGCONT)
         out, err = one.communicate(timeout=30)
         return Result(command, one.returncode, out, err)

@@ -16,10 +16,11 @@ import pytest
 
 from graft.commands import watcher_process
 from graft.saved.store import ATTACHMENTS
+from graft.splice import control
 from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import box, saver
 from tests.hostile.conftest import graft_without
-from tests.hostile.test_fortieth_reading_records import DENIES
+from tests.hostile.test_fortieth_reading_records import DENIES, HOOKS_OFF, kill
 from tests.hostile.test_forty_first_reading_plane import CONTROL, STOPS, across, may_bind, start_again
 from tests.hostile.test_unix_paths import folder
 from tests.support.cgroups import attach_points, new_cgroup
@@ -216,6 +217,41 @@ def test_graftd_does_not_go_on_with_the_maps_of_a_lost_data_plane(
             else:
                 until("it is served", lambda: (folder / "app.sock").exists())
         program.stop()
+
+
+@CONTROL
+def test_nor_does_one_that_serves_nobody(
+    saver: Host, box: Path, folder: Path, tmp_path: Path, is_control: bool
+) -> None:
+    """In the foreground, as a service manager has it."""
+    policy = tmp_path / "p.yaml"
+    policy.write_text(f"name: p\ndefault: deny\negress: [{{to: {FAR}, ports: [5432], endpoint: first}}]\n")
+    daemon = saver.start_command([GRAFT, "daemon"])
+    until("it answers", lambda: control.ask(saver.settings, {"do": "ping"}))
+    lose_pins(saver, "graftd of before" if is_control else "")
+    with served(folder / "first.sock"), puppet(box, saver.netns.path) as program:
+        saver.graft("ep", "add", "first", f"unix:{folder}/first.sock")
+        saver.graft("attach", "--cgroup", box, "--policy", policy)
+        assert (program.connect(FAR, 5432) == "ok") is not is_control
+    daemon.stop()
+
+
+@CONTROL
+def test_the_end_of_a_program_leaves_what_is_begun_with_its_number(
+    saver: Host, box: Path, write_policy: WritePolicy, is_control: bool
+) -> None:
+    """A detach that was killed with the hooks off: the next command finishes it."""
+    policy = write_policy(DENIES)
+    words: list[Word] = ["run", *saver.run_flags, "--policy", policy, "--", "true"]
+    begun = saver.settings.run_dir / "begun"
+
+    def detach_half() -> None:
+        saver.graft("attach", "--cgroup", box, "--policy", policy)
+        kill(saver, HOOKS_OFF, "", "detach", "--cgroup", box)
+        assert list(begun.iterdir())
+
+    across(saver, BEFORE_ITS_END, is_control, words, detach_half)
+    assert bool(list(begun.iterdir())) is not is_control
 
 
 # ---- what could not be restored ---------------------------------------------------------------------------

@@ -557,7 +557,12 @@ HOOKS: dict[str, tuple[Change, ...]] = {
     # A container has one note at a place.
     "same request": (("server.bpf.c", "is_same_request(found, &server)", "found->container == server.container"),),
     # And one with many addresses takes the places of others.
-    "own places": (("server.bpf.c", "\t\tif (found->container == server.container)\n\t\t\tinstead = number;\n", ""),),
+    "own places": (
+        ("server.bpf.c", "if (found->container == server.container) {", "if (0) {"),
+        ("server.bpf.c", "seen[earlier] == found->container", "0"),
+    ),
+    # And so does a third one.
+    "several places": (("server.bpf.c", "!has_own && seen[earlier] == found->container", "0"),),
     # Two that bind at the same moment note themselves in one place.
     "notes at once": (("server.bpf.c", "servers.insert(&key", "servers.update(&key"),),
     # What was refused counts as an option that may still take effect.
@@ -1717,13 +1722,15 @@ def _numbers_of_containers() -> None:
 
 
 def _graftd_of_before() -> None:
-    """graftd stays where only programs with a supervisor of a lost data plane use it."""
+    """graftd stays where only programs with a supervisor of a lost data plane use it, or none does."""
     from graft.commands import stale
+    from graft.splice import client
 
     without_entry = stale._without_entry
     vars(stale)["_without_entry"] = lambda graft: [
         one for one in without_entry(graft) if not one.transport.is_supervised
     ]
+    vars(client)["has_other_maps"] = lambda graft: False
 
 
 def _lost_plane() -> None:

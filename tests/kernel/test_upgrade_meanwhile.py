@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from graft.datapath import compile_cache, dataplane, loader
+from graft.datapath import compile_cache, dataplane, loader, offsets
 from graft.datapath.bcc_compiler import compile_text
 from graft.datapath.bytecode import Bytecode
 from graft.datapath.programs import EXTENSIONS
 from graft.datapath.sources import BpfSources, bpf_source_dir
 from graft.errors import KernelError
 from graft.kernel import bpf, bpf_load
+from graft.kernel.btf import Btf
 from tests.kernel.test_renewal import HOLE, Machine, as_other
 from tests.support.installation import COMPILED, Host
 
@@ -160,3 +161,17 @@ def test_nor_is_a_lack_of_memory_or_descriptors(root: None, monkeypatch: pytest.
     monkeypatch.setattr(bpf, "call", without_room)
     with pytest.raises(KernelError, match=os.strerror(number)):
         loader.load(COMPILED)
+
+
+def test_type_information_that_cannot_be_read_now_is_not_none(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else hooks would be loaded without what needs it, and stay."""
+
+    def of_kernel() -> Btf:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    offsets.structure_offsets.cache_clear()
+    with monkeypatch.context() as without:
+        without.setattr(Btf, "of_kernel", of_kernel)
+        with pytest.raises(KernelError, match="type information cannot be read"):
+            loader.load(COMPILED)
+    assert offsets.structure_offsets()

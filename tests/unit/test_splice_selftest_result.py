@@ -129,3 +129,17 @@ def test_a_check_that_ran_out_of_time_is_inconclusive(error: OSError, kind: type
     with pytest.raises(selftest.CheckFailed) as raised:
         selftest.run_check(None, check)  # type: ignore[arg-type]
     assert type(raised.value) is kind
+
+
+def test_a_result_is_of_the_relay_that_was_tested(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of one that an upgrade has put in its place meanwhile."""
+    relay = ["old"]
+
+    def run(_started: object) -> SelftestResult:
+        relay[0] = "new"
+        return SelftestResult("")
+
+    monkeypatch.setattr(selftest_result, "_relay_hash", lambda: relay[0])
+    monkeypatch.setattr(selftest_result, "_run", run)
+    assert selftest_result.get(settings).problem == ""
+    assert selftest_result.stored(settings) is None
