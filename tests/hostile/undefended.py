@@ -1691,7 +1691,7 @@ def _lost_named() -> None:
 
 def _saved_otherwise() -> None:
     """A policy that is applied by its name is that of those that have it now."""
-    saving.__dict__["saved_otherwise"] = lambda graft, policy, others: []
+    saving.__dict__["saved_otherwise"] = lambda graft, policy, others, state: []
 
 
 def _read_only_state() -> None:
@@ -1802,6 +1802,14 @@ def _what_stays() -> None:
     transfer._all_saved = lambda store: store.read()[0]
 
 
+def _what_is_unread() -> None:
+    """A command changes what it can read, and says no word of the rest."""
+    from graft.commands import unread
+
+    unread.of_names = lambda bad, names: []
+    unread.beside = lambda store, bad, names, save: []
+
+
 def _undone_told() -> None:
     """Nobody is told what a command has undone."""
     from graft.state import begun
@@ -1836,6 +1844,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "detached told": _detached_told,
     "undone told": _undone_told,
     "what stays": _what_stays,
+    "what is unread": _what_is_unread,
     "prepared records": _prepared_records,
     "read-only state": _read_only_state,
     "replaced plane": _replaced_plane,
