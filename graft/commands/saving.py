@@ -326,12 +326,12 @@ def other_seen_at(each: Sequence[SavedAttachment], saved: SavedAttachment, place
     ``saved``: its engine may have given the name to it since (`rename`). None where ``saved`` itself was last seen
     there, or nobody.
     """
-    if _was_seen_at(saved, place):
+    if was_seen_at(saved, place):
         return None
-    return next((one for one in each if one.target != saved.target and _was_seen_at(one, place)), None)
+    return next((one for one in each if one.target != saved.target and was_seen_at(one, place)), None)
 
 
-def _was_seen_at(saved: SavedAttachment, place: LastSeen) -> bool:
+def was_seen_at(saved: SavedAttachment, place: LastSeen) -> bool:
     """By the id, where both have one: no other container ever gets that."""
     if saved.last.id and place.id:
         return saved.last.id == place.id
@@ -339,8 +339,12 @@ def _was_seen_at(saved: SavedAttachment, place: LastSeen) -> bool:
 
 
 def note_last(store: Store, saved: SavedAttachment, last: LastSeen) -> None:
-    """Save where a container is now, unless that is where another one was last seen. Raises KernelError."""
-    if last != saved.last and other_seen_at(store.read()[0].attachments, saved, last) is None:
+    """Save where a container is now, unless another one was last seen there, or, where not all that is saved can be
+    read, may have been. Raises KernelError.
+    """
+    state, bad = store.read()
+    is_unsure = unread.may_come_back(bad) and not was_seen_at(saved, last)
+    if last != saved.last and not is_unsure and other_seen_at(state.attachments, saved, last) is None:
         put_in_place(store.prepare_attachment(replace(saved, last=last)).commit)
 
 

@@ -31,6 +31,11 @@ def beside(store: Store, bad: Iterable[BadFile], names: Iterable[Target], save: 
     return [one.line for one in others if save or not store.is_paused(ATTACHMENTS, one.path.name)]
 
 
+def may_come_back(bad: Iterable[BadFile]) -> bool:
+    """Whether any may be read later: until then it may be that of a container which has another one's name now."""
+    return any(one.stays for one in _of_containers(bad))
+
+
 def _of_containers(bad: Iterable[BadFile]) -> list[BadFile]:
     return [one for one in bad if one.path.parent.name == ATTACHMENTS]
 

@@ -9,20 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from graft.commands.restore import NAME_ONLY
 from graft.commands.saving import below_mount
-from graft.saved.store import ATTACHMENTS, Store
-from tests.e2e.conftest import WritePolicy, write_policy
+from graft.saved.model import Target
+from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
+from tests.e2e.conftest import WritePolicy, _docker, _podman, container_root, docker, podman, write_policy
 from tests.e2e.test_saved_state import box, saver
 from tests.hostile.test_forty_first_reading_plane import FREE
 from tests.hostile.test_forty_first_reading_plane import may_bind as may_bind_in
-from tests.hostile.test_forty_fourth_reading_saved import FAILS, NEWER, changed
-from tests.hostile.test_thirty_eighth_reading_engines import alone
+from tests.hostile.test_forty_fourth_reading_saved import FAILS, NEWER, changed, take_name
+from tests.hostile.test_thirty_eighth_reading_engines import alone, found, may_bind, plain, saving
 from tests.support.cgroups import attach_points, new_cgroup
+from tests.support.engines import Engine
 from tests.support.installation import Host
 from tests.support.shell import Word
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
-__all__ = ["box", "saver", "write_policy"]
+__all__ = ["_docker", "_podman", "box", "container_root", "docker", "found", "plain", "podman", "saver", "saving"]
+__all__ += ["write_policy"]
 
 NARROW = "name: free\ndefault: deny\n"
 UNREAD = pytest.mark.parametrize("without", ["", "what is unread"], ids=["", "control"])
@@ -125,3 +129,42 @@ def test_and_of_what_may_wait_for_the_policy_that_is_applied(
     done = changed(saver, FAILS, without, "policy", "apply", write_policy(NARROW), status=3 if without else 8)
     assert (f"{files(saver)[0]}: cannot be read: Input/output error" in done.stderr) is not bool(without)
     box.mkdir()
+
+
+# ---- an endpoint whose file cannot be read --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("without", ["", "unread endpoints"], ids=["", "control"])
+@pytest.mark.parametrize("flags", [[], ["--no-save"]], ids=["", "not saved"])
+def test_an_endpoint_is_deleted_whether_or_not_its_file_can_be_read(
+    saver: Host, flags: list[Word], without: str
+) -> None:
+    changed(saver, NEWER, "", "ep", "add", "web", f"0.0.0.0:{saver.port()}")
+    alone(saver)
+    changed(saver, "", without, "ep", "del", "web", "--force", *flags, status=6 if without else 0)
+    changed(saver, NEWER, "", "up")
+    assert ("web" in saver.installation.endpoints.by_name()) is bool(without)
+    assert any((Store(saver.settings).folder / ENDPOINTS).iterdir()) is bool(without or flags)
+
+
+# ---- a container that has the name of another one ------------------------------------------------------
+
+ONE_FAILS = FAILS.replace(
+    'path.parent.name == "attachments"', f"path.name == {file_name(Target('podman', 'web-new'))!r}"
+)
+"""The disk gives an error for what is saved as podman:web-new."""
+
+
+@pytest.mark.parametrize("without", ["", "unread places"], ids=["", "control"])
+def test_it_does_not_become_the_other_one_while_what_is_saved_of_it_cannot_be_read(
+    saving: Host, plain: Engine, tmp_path: Path, without: str
+) -> None:
+    take_name(saving, plain, tmp_path)
+    plain("restart", "-t", "0", "web")
+    done = changed(saving, ONE_FAILS, without, "up")
+    alone(saving)
+    assert (f"podman:web waits: {NAME_ONLY}" in done.stderr) is not bool(without)
+    saving.graft("up")
+    alone(saving)
+    assert may_bind(saving, plain, "web") is bool(without)
+    plain.remove("web")
