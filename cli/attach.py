@@ -63,7 +63,7 @@ def attach(
 
     The policy is saved: the container gets it again when it starts again, also after a reboot.
     """
-    from graft.commands import watcher_process
+    from graft.commands import unread, watcher_process
     from graft.commands.attach import attach as attach_container
     from graft.commands.cut_off import cut_off
     from graft.commands.policy_apply import check_served
@@ -86,6 +86,7 @@ def attach(
         warn(*(f"graft: {line}" for line in watcher_process.warnings(settings)))
     warn(*cut_off(graft, {one.name for one in rules.endpoints}))
     check_served([done.unserved] if done.unserved else [])
+    unread.check(done.container.name, done.unread)
 
 
 def _attached_lines(done: Attached) -> list[str]:
@@ -176,6 +177,7 @@ def detach(
     no_save: NoSave = False,
 ) -> None:
     """Remove a container's policy, and close the sockets that it was granted; or stop waiting for the container."""
+    from graft.commands import unread
     from graft.commands.detach import Detached
     from graft.commands.detach import detach as detach_container
 
@@ -183,9 +185,11 @@ def detach(
     done = detach_container(Installation.open(Settings.from_environment()), which, keep, save=not no_save)
     if not isinstance(done, Detached):
         say(f"{done.target.text}: not waited for any more")
+        unread.check(done.target.text, done.unread)
         return
     say(*_detached_lines(done))
     _raise_if_unfinished(done)
+    unread.check(done.container.name, done.unread)
 
 
 def _detached_lines(done: Detached) -> list[str]:

@@ -44,7 +44,8 @@ class Attached:
 
     ``without_effect`` are the fields of rules for UDP, ``without_supervisor`` those of rules for unix paths, that this
     transport does not support. ``saved``: it is attached again when it starts again. ``is_served``: graftd serves it,
-    where it has to; ``unserved``: what is wrong, if it does not yet.
+    where it has to; ``unserved``: what is wrong, if it does not yet. ``unread``: a line for each file that may be what
+    is saved of it by another name, and cannot be read.
     """
 
     target: FoundContainer
@@ -60,6 +61,7 @@ class Attached:
     saved: bool = False
     is_served: bool = True
     unserved: str = ""
+    unread: tuple[str, ...] = ()
 
 
 def attach(
@@ -90,9 +92,9 @@ def _attach_once(
             saving.remove_left(graft, is_alone)
             if seen.is_current(graft):
                 made = saving.of_attached(target, policy, seen.choice.transport, wanted, relay)
-                with saving.attachment(graft.settings, made, save):
+                with saving.attachment(graft.settings, made, save) as unread:
                     done = attach_seen(graft, seen, policy, relay)
-                done = replace(done, saved=save and made is not None)
+                done = replace(done, saved=save and made is not None, unread=tuple(unread))
                 break
     else:
         raise ConflictError("cgroup: others attach and detach it at the same time", "try again")

@@ -34,14 +34,16 @@ def change(graft: Installation, endpoint: Endpoint, save: bool = True) -> str | 
 
 
 def delete(graft: Installation, name: str, force: bool = False, save: bool = True) -> None:
-    """Delete an endpoint, also one that is saved and was not restored. Raises NotFoundError, ConflictError."""
+    """Delete an endpoint, also one that is saved and was not restored, or cannot be read. Raises NotFoundError,
+    ConflictError.
+    """
     store = Store(graft.settings)
     if not store.exists:
         with graft.transaction() as changes:
             changes.endpoints.delete(name, force)
         return
     with store.locked(saves=save):
-        is_saved = store.endpoint(name) is not None
+        is_saved = store.has_endpoint(name)
         is_there = name in graft.endpoints.by_name()
         with graft.transaction() as changes:
             if is_there or not is_saved:

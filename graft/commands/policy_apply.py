@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
-from graft.commands import saving
+from graft.commands import saving, unread
 from graft.commands.cut_off import cut_off
 from graft.commands.find import find
 from graft.commands.policy_source import with_current
@@ -16,7 +16,7 @@ from graft.model.transport import Transport
 from graft.policy.model import Origin, Policy, PolicyError
 from graft.policy.validator import check_splice, needs_unix_relay
 from graft.saved.model import SavedAttachment
-from graft.saved.store import ATTACHMENTS, Store, file_name
+from graft.saved.store import ATTACHMENTS, BadFile, Store, file_name
 from graft.splice import client as splice
 from graft.state import lost_hooks, members
 from graft.state.compiled_policy import CompiledPolicy, check_transport
@@ -48,7 +48,7 @@ def apply(graft: Installation, policy: Policy, text: str | None = None, save: bo
     again. Those that wait get it too; for those that are saved under that name, and have another policy for now, it is
     saved. A file that changes until its rules are in force is applied again. Raises NotFoundError if there is none,
     PolicyError, RefusedError, ConflictError, KernelError, and changes nothing then, unless the error is about that file
-    (`with_current`); UnfinishedError if one of them does not get it.
+    (`with_current`); UnfinishedError if one of them does not get it, or what is saved of one may not be found.
     """
     return with_current(graft, policy, lambda current: _apply_once(graft, current, text, save))
 
@@ -60,14 +60,15 @@ def _apply_once(graft: Installation, policy: Policy, text: str | None, save: boo
     found = None
     if text is not None and not saving.find_each_waiting(graft, policy.name, text, save):
         found = find(graft, text)
-    chosen = _Choice([found], [], [], []) if found is not None else _choose(graft, compiled, text, save)
+    chosen = _Choice([found], [], [], [], []) if found is not None else _choose(graft, compiled, text, save)
     unhooked = lost_hooks.attach_again(graft, chosen.containers)
     with _within_reach(chosen.containers, compiled) as reached, saving.alone(graft.settings, save) as is_alone:
         saving.remove_left(graft, is_alone)
         if found is None:  # others attach and detach
             chosen = _choose(graft, compiled, text, save)
-        job = _Job(graft, compiled, text is None, save, reached, unhooked)
+        job = _Job(graft, compiled, text is None, save, reached, unhooked, [*chosen.unread])
         job.run(chosen)
+        job.failed += job.unfound(chosen)
     unserved = [update_relay(graft, before, container) for before, container in job.changed]
     if job.failed or chosen.kept:
         raise _unfinished(policy, job, chosen)
@@ -79,13 +80,14 @@ def _apply_once(graft: Installation, policy: Policy, text: str | None, save: boo
 @dataclass(frozen=True, slots=True)
 class _Choice:
     """Those that are to get a policy: attached, waiting, or saved with another one ``for_now``. ``kept``: a line for
-    each that keeps the one it has.
+    each that keeps the one it has; ``unread``: files that may be what is saved of others.
     """
 
     containers: list[Container]
     waiting: list[SavedAttachment]
     for_now: list[SavedAttachment]
     kept: list[str]
+    unread: list[BadFile]
 
 
 def _choose(graft: Installation, compiled: CompiledPolicy, text: str | None, save: bool) -> _Choice:
@@ -95,7 +97,9 @@ def _choose(graft: Installation, compiled: CompiledPolicy, text: str | None, sav
     it keeps the operator from nothing. Raises NotFoundError, RefusedError, PolicyError.
     """
     policy = compiled.policy
-    waiting = saving.find_each_waiting(graft, policy.name, text, save)
+    store = Store(graft.settings)
+    state, bad = store.read()
+    waiting = saving.find_each_waiting(graft, policy.name, text, save, state)
     chosen, kept = list[Container](), list[str]()
     if text is None:
         for one in graft.containers.listing():
@@ -105,12 +109,12 @@ def _choose(graft: Installation, compiled: CompiledPolicy, text: str | None, sav
                 chosen += [] if obstacle else [one]
     if text is None or waiting:
         kept += [f"a container may keep its policy: {one.message}" for one in graft.containers.read_all()[1]]
-    for_now = saving.saved_otherwise(graft, policy.name, waiting) if text is None and save else []
-    if not chosen and not waiting and not for_now and not kept:
+    for_now = saving.saved_otherwise(graft, policy.name, waiting, state) if text is None and save else []
+    if not chosen and not waiting and not for_now and not kept and not unread.beside(store, bad, (), save):
         raise NotFoundError(
             f"no container has a policy named {policy.name!r}", "graft ps lists them; --cgroup chooses one"
         )
-    return _Choice(chosen, waiting, for_now, kept)
+    return _Choice(chosen, waiting, for_now, kept, bad)
 
 
 def _obstacle(container: Container, compiled: CompiledPolicy) -> list[str]:
@@ -160,6 +164,8 @@ class _Job:
     reached: Collection[int]
     unhooked: Mapping[int, str]
     """Those that lack hooks, each with a line that says why it cannot get them again."""
+    unread: list[BadFile]
+    """What is saved, and cannot be read."""
     changed: list[tuple[Container, Container]] = field(default_factory=list)
     """Each as it was, and as it is."""
     waiting: list[SavedAttachment] = field(default_factory=list)
@@ -189,10 +195,11 @@ class _Job:
             self.failed.append(self.unhooked[container.id])
             return
         try:
-            with saving.policy_of(graft.settings, container, self.compiled.policy, self.save):
+            with saving.policy_of(graft.settings, container, self.compiled.policy, self.save) as bad:
+                self.unread += bad
                 self.changed.append((container, self._put_in_force(container, together)))
         except NotFoundError as error:
-            saved = saving.at(Store(graft.settings), container.cgroup_path)
+            saved = saving.of_ended(Store(graft.settings), container, self.compiled.policy)
             if graft.ruleset_of(container):
                 self.failed.append(f"{container.name}: {error.message}")
             elif saved is not None:
@@ -205,6 +212,15 @@ class _Job:
             if not self.changed and container.is_operators:
                 raise
             self.failed.append(f"{container.name}: {error}")
+
+    def unfound(self, chosen: _Choice) -> list[str]:
+        """A line for each file that may be what is saved of one that is to have the policy, by a name that is not known
+        here: it starts again by that as soon as it can be read.
+        """
+        names = {name for one in chosen.containers for name in saving.names_of(one)}
+        names |= {one.target for one in (*self.waiting, *self.detached, *chosen.for_now)}
+        lines = unread.beside(Store(self.graft.settings), self.unread, names, self.save)
+        return [f"what is saved here may be of one of them: {line}" for line in dict.fromkeys(lines)]
 
     def _put_in_force(self, container: Container, together: Collection[int]) -> Container:
         """By its name alone a container's policy stays one that it has asked for."""

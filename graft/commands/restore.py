@@ -11,18 +11,15 @@ an engine has made a container's cgroup (`--cgroup-parent`, a pod), its id is in
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
-from graft.commands import saving, why_waiting
+from graft.commands import saving, unread, why_waiting
 from graft.commands.attach import Seen, attach_seen, look_at
+from graft.commands.container_search import ask_of_each, cgroup_id_at, container_folders
 from graft.commands.detach import take_away
 from graft.commands.policy_apply import update_relay
 from graft.commands.sightings import Sightings
@@ -32,22 +29,16 @@ from graft.kernel import cgroup
 from graft.model.transport import Transport
 from graft.saved.model import SavedAttachment, SavedState, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
-from graft.state import helper_process, lost_hooks, members
-from graft.state.engines import CGROUP_WITH_ID, WITH_IDS, FoundContainer, NoAnswerError, is_silent, resolve
+from graft.state import lost_hooks, members
+from graft.state.engines import WITH_IDS, FoundContainer, NoAnswerError, is_silent, resolve
 from graft.state.installation import Installation
-from graft.state.left_children import LeftChildren
 from graft.state.records import RUNTIME, Container
-
-T = TypeVar("T")
 
 NOT_THERE = "it is not running"
 NOT_TRIED = "it runs, and was not attached yet"
 ANOTHERS = "the container that has its name now is saved as"
+NAME_ONLY = "it is known by its name only, and may be another one of those that cannot be read now"
 _CHANGED = "a command changed it at the same time"
-_FOLDER_SECONDS = 2.0
-
-_left, _left_searching = LeftChildren(), LeftChildren()
-"""The watcher asks again and again: by the path that was asked about, or below which containers were searched for."""
 
 
 @dataclass(slots=True)
@@ -99,8 +90,8 @@ def restore(graft: Installation, sightings: Sightings | None = None) -> Restored
     except Exception as error:
         why_waiting.note(graft.settings, {why_waiting.EACH: f"nothing was restored: {_message(error)}"})
         raise
-    unread = {why_waiting.EACH: "not all that is saved can be read now"} if done.unread else {}
-    why_waiting.note(graft.settings, unread | done.waiting)
+    others = {why_waiting.EACH: "not all that is saved can be read now"} if done.unread else {}
+    why_waiting.note(graft.settings, others | done.waiting)
     return done
 
 
@@ -115,7 +106,7 @@ def _restore(graft: Installation, store: Store, sightings: Sightings | None, don
         done.endpoints, problems = _restore_endpoints(graft, store, done.state)
     done.problems = [*done.unread, *problems, *_reap(graft)]
     left = [one for one in done.state.attachments if not store.is_paused(ATTACHMENTS, file_name(one.target))]
-    finder = _Finder(graft, done.state.attachments)
+    finder = _Finder(graft, done.state.attachments, unread.may_come_back(bad))
     if sightings is not None:
         sightings.forget_others({one.target.text for one in left})
     progress = True
@@ -280,13 +271,13 @@ class AnothersError(NotFoundError):
 
 class _Finder:
     """Finds the cgroups of saved containers: where they were last seen, or by asking an engine. ``attachments`` are all
-    that are saved, those too that nobody asks for.
+    that are saved, those too that nobody asks for; ``are_some``: but for some, which cannot be read now.
     """
 
-    def __init__(self, graft: Installation, attachments: Sequence[SavedAttachment]) -> None:
-        self._top, self._saved = cgroup.v2_mount(), attachments
+    def __init__(self, graft: Installation, attachments: Sequence[SavedAttachment], are_some: bool = False) -> None:
+        self._top, self._saved, self._are_some = cgroup.v2_mount(), attachments, are_some
         paths = [path for one in attachments if (path := self._last_path(one)) is not None]
-        seen = _ask_of_each(_cgroup_id, paths)
+        seen = ask_of_each(cgroup_id_at, paths)
         self._there = {path: number for path, number in seen.items() if number}
         self._unknown = set(paths) - seen.keys()
         attached = [one for one in graft.containers.listing() if one.is_operators]
@@ -311,7 +302,8 @@ class _Finder:
 
     def find(self, saved: SavedAttachment) -> FoundContainer | None:
         """The container; None if it is not there. Raises AnothersError if another one has its name; GraftError if that
-        cannot be known: its engine does not answer, or somebody holds a folder where it may be.
+        cannot be known: its engine does not answer, somebody holds a folder where it may be, or what is saved of the
+        one that has its name cannot be read.
         """
         path, target = self._last_path(saved), saved.target
         if path in self._there and path is not None:
@@ -325,9 +317,13 @@ class _Finder:
             found = self._ask(target) if path is None else None
         if found is None and held:
             raise members.held(held[0])
-        other = None if found is None else saving.other_seen_at(self._saved, saved, saving.place_of(found))
-        if other is not None:
+        if found is None:
+            return None
+        place = saving.place_of(found)
+        if (other := saving.other_seen_at(self._saved, saved, place)) is not None:
             raise AnothersError(f"{ANOTHERS} {other.target.text}")
+        if self._are_some and target.kind in WITH_IDS and not saving.was_seen_at(saved, place):
+            raise NotFoundError(NAME_ONLY)
         return found
 
     def cgroup_id(self, found: FoundContainer) -> int:
@@ -354,58 +350,3 @@ class _Finder:
                 self._silent[target.kind] = error.message
             raise
         return None if target.kind in WITH_IDS and found.name != target.name else found
-
-
-def _ask_of_each(look: Callable[[Path], T], paths: Sequence[Path], left: LeftChildren = _left) -> dict[Path, T]:
-    """What a child sees at each of these paths. Left out are those on whose way somebody holds a folder: they are not
-    asked about again before the child that waits there has gone.
-    """
-    free = [path for path in dict.fromkeys(paths) if not left.has_one(str(path))]
-    asked = helper_process.run_each(look, free, _FOLDER_SECONDS)
-    if asked.helper_pid:  # else it was slow, or somebody let go: the next try may succeed
-        left.note([str(path) for path in free], asked.results, asked.helper_pid)
-    return {path: asked.results[index] for index, path in enumerate(free) if index in asked.results}
-
-
-def container_folders(top: Path) -> tuple[list[str], list[str]]:
-    """The names of the cgroups of containers, wherever their engines have made them; and which of the folders in
-    ``top`` could not be searched, because somebody holds one there.
-    """
-    inside = _ask_of_each(_folders_in, [top], _left_searching).get(top)
-    if inside is None:
-        return [], ["."]
-    folders = [top / name for name in inside]
-    searched = _ask_of_each(_containers_below, folders, _left_searching)
-    held = [folder.name for folder in folders if searched.get(folder) is None]
-    names = [*inside, *(name for names in searched.values() for name in names or ())]
-    return [name for name in names if CGROUP_WITH_ID.search(name)], held
-
-
-def _cgroup_id(path: Path) -> int:
-    """Of the cgroup at ``path``; 0 where there is none."""
-    if os.path.isdir(path):
-        with contextlib.suppress(OSError):  # it was removed just now
-            return cgroup.cgroup_id(path)
-    return 0
-
-
-def _folders_in(folder: Path | str) -> list[str] | None:
-    """None: it is there, and cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return [one.name for one in entries if one.is_dir(follow_symlinks=False)]
-    except OSError as error:  # it was removed just now, or lies too deep for a path: no engine makes that
-        return [] if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENAMETOOLONG) else None
-
-
-def _containers_below(folder: Path) -> list[str] | None:
-    """None: what is there cannot be listed."""
-    found, folders = list[str](), [str(folder)]
-    while folders:
-        above = folders.pop()
-        names = _folders_in(above)
-        if names is None:
-            return None
-        found += [name for name in names if CGROUP_WITH_ID.search(name)]
-        folders += [f"{above}/{name}" for name in names]
-    return found

@@ -9,7 +9,7 @@ away. That lock is taken before the installation's.
 A container belongs to the saved attachment that was last seen at its cgroup, because its name may have been written in
 several ways; and to the one that has the name by which it is attached: where that was last seen may not be known. A
 container keeps that name when its engine gives it to another one (`rename`), so it counts only with the id that is
-saved, if one is.
+saved, if one is. Of what cannot be read now, only the name counts (unread.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from graft.commands import unread
 from graft.errors import ConflictError, KernelError, NotFoundError
 from graft.kernel import cgroup
 from graft.kernel.atomic_file import PreparedFile
@@ -27,10 +28,10 @@ from graft.model.endpoint import Endpoint
 from graft.model.settings import Settings
 from graft.model.transport import Transport
 from graft.policy.model import Policy
-from graft.saved.model import LastSeen, SavedAttachment, Target
-from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
+from graft.saved.model import LastSeen, SavedAttachment, SavedState, Target
+from graft.saved.store import ATTACHMENTS, ENDPOINTS, BadFile, Store, file_name
 from graft.state import records
-from graft.state.engines import WITH_IDS, FoundContainer
+from graft.state.engines import CGROUP_WITH_ID, WITH_IDS, FoundContainer
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -69,40 +70,46 @@ def remove_left(graft: Installation, is_alone: bool) -> None:
 
 
 @contextlib.contextmanager
-def attachment(settings: Settings, made: SavedAttachment | None, save: bool) -> Iterator[None]:
+def attachment(settings: Settings, made: SavedAttachment | None, save: bool) -> Iterator[list[str]]:
     """As `endpoint`, for an attachment (None: one that is not to be saved), and under the lock already (`alone`).
 
-    Without ``save``, and of a container that is saved, the policy is noted for now, and where it is.
+    Without ``save``, and of a container that is saved, the policy is noted for now, and where it is. Gives a line for
+    each file that may be what is saved of it by another name, and cannot be read.
     """
     store = Store(settings)
     if made is None:
-        yield
+        yield []
         return
+    each, bad = _saved_of(store, made)
+    names = {made.target, Target("cgroup", made.last.cgroup)}
+    unread_too = [replace(made, target=target) for target in unread.of_names(bad, names)]
+    beside = unread.beside(store, bad, names, save)
     if not save:
         attached = {below_mount(one.cgroup_path) for one in records.read_all(settings)[0]} - {"", made.last.cgroup}
-        each = [one for one in _saved_of(store, made) if one.last.cgroup not in attached]  # not one that had its name
-        with _noted_for_now(store, each, made.policy):
-            yield
+        each = [one for one in each if one.last.cgroup not in attached]  # not one that had its name
+        with _noted_for_now(store, [*each, *unread_too], made.policy):
+            yield beside
         for one in each:
             with contextlib.suppress(KernelError):  # no space: who restores does it
                 note_last(store, one, made.last)
         return
-    others = [one for one in _saved_of(store, made) if one.target != made.target]
+    others = [one for one in (*each, *unread_too) if one.target != made.target]
     with _in_place_of(store, [made, *(replace(one, policy=made.policy) for one in others)]):
-        yield
+        yield beside
         store.resume(ATTACHMENTS, file_name(made.target))
     for one in others:  # one cgroup has one policy, whatever the container was called before
         store.remove_attachment(one.target)
 
 
 @contextlib.contextmanager
-def policy_of(settings: Settings, container: Container, policy: Policy, save: bool) -> Iterator[None]:
-    """The same for another policy of a container, if its attachment is saved."""
+def policy_of(settings: Settings, container: Container, policy: Policy, save: bool) -> Iterator[list[BadFile]]:
+    """The same for another policy of a container, if its attachment is saved. Gives what cannot be read."""
     store = Store(settings)
-    each = _each_of(store, container)
+    saved, bad = _each_of(store, container)
+    each = [*saved, *_anew(container, policy, bad)]
     change = _in_place_of(store, [replace(one, policy=policy) for one in each])
     with change if save else _noted_for_now(store, each, policy):
-        yield
+        yield bad
 
 
 @contextlib.contextmanager
@@ -133,39 +140,44 @@ def _noted_for_now(store: Store, each: Sequence[SavedAttachment], policy: Policy
         store.resume(ATTACHMENTS, file_name(one.target))
 
 
-def _saved_of(store: Store, made: SavedAttachment) -> list[SavedAttachment]:
-    """What is saved of a container: by its name, and at its cgroup."""
-    return [one for one in store.read()[0].attachments if one.target == made.target or _is_at(one, made.last.cgroup)]
+def _saved_of(store: Store, made: SavedAttachment) -> tuple[list[SavedAttachment], list[BadFile]]:
+    """What is saved of a container: by its name, and at its cgroup; and what cannot be read."""
+    state, bad = store.read()
+    where = made.last.cgroup
+    return [one for one in state.attachments if one.target == made.target or _is_at(one, where)], bad
 
 
 @contextlib.contextmanager
-def removed(settings: Settings, container: Container, save: bool) -> Iterator[None]:
-    """Forget a container's attachment after the block has removed it; without ``save`` only for this boot.
+def removed(settings: Settings, container: Container, save: bool) -> Iterator[list[str]]:
+    """Forget a container's attachment after the block has removed it; without ``save`` only for this boot. Gives a line
+    for each file that may be what is saved of it by another name, and cannot be read.
 
     After it: a command that is killed between the two leaves a container that is attached again.
     """
     store = Store(settings)
     if not store.exists:
-        yield
+        yield []
         return
     with store.locked(saves=save):
-        each = _each_of(store, container)
-        yield
-        for saved in each:
-            forget(store, saved, save)
+        each, bad = _each_of(store, container)
+        names = names_of(container)
+        yield unread.beside(store, bad, names, save)
+        for target in (*(one.target for one in each), *unread.of_names(bad, names)):
+            forget(store, target, save)
 
 
-def forget(store: Store, saved: SavedAttachment, save: bool) -> None:
+def forget(store: Store, target: Target, save: bool) -> None:
     """Forget an attachment, or (without ``save``) leave it alone in this boot. Under the lock."""
     if save:
-        store.remove_attachment(saved.target)
+        store.remove_attachment(target)
     else:
-        store.pause(ATTACHMENTS, file_name(saved.target))
-    store.drop_for_now(saved.target)
+        store.pause(ATTACHMENTS, file_name(target))
+    store.drop_for_now(target)
 
 
-def waiting(graft: Installation) -> list[SavedAttachment]:
-    """What is saved and not attached now, each with the policy that it is to get. Raises KernelError.
+def waiting(graft: Installation, state: SavedState | None = None) -> list[SavedAttachment]:
+    """What is saved (``state``, where that was read) and not attached now, each with the policy that it is to get.
+    Raises KernelError.
 
     One that is attached by what it asked for itself waits for what is saved.
     """
@@ -173,7 +185,7 @@ def waiting(graft: Installation) -> list[SavedAttachment]:
     if not store.exists:
         return []
     attached = [one for one in graft.containers.listing() if one.is_operators]
-    each = store.read()[0].attachments
+    each = (state or store.read()[0]).attachments
     there = container_of_each(each, attached)
     return [wanted_or_saved(store, one) for one in each if one.target not in there]
 
@@ -216,16 +228,18 @@ def wanted_or_saved(store: Store, saved: SavedAttachment) -> SavedAttachment:
         return saved
 
 
-def find_each_waiting(graft: Installation, policy: str, text: str | None, save: bool) -> list[SavedAttachment]:
+def find_each_waiting(
+    graft: Installation, policy: str, text: str | None, save: bool, state: SavedState | None = None
+) -> list[SavedAttachment]:
     """The one that waits and that ``text`` names; None: all that wait under a policy with that name. Without ``save``
-    not those that are detached for now.
+    not those that are detached for now. ``state`` as in `waiting`.
     """
     if text is None:
-        found = [one for one in waiting(graft) if one.policy.name == policy]
+        found = [one for one in waiting(graft, state) if one.policy.name == policy]
     elif is_attached(graft, text):
         return []
     else:
-        named = find_waiting(graft, text)
+        named = find_waiting(graft, text, state)
         found = [] if named is None else [named]
     store = Store(graft.settings)
     return [one for one in found if save or not store.is_paused(ATTACHMENTS, file_name(one.target))]
@@ -240,11 +254,13 @@ def is_attached(graft: Installation, text: str) -> bool:
     return True
 
 
-def saved_otherwise(graft: Installation, policy: str, others: Sequence[SavedAttachment]) -> list[SavedAttachment]:
+def saved_otherwise(
+    graft: Installation, policy: str, others: Sequence[SavedAttachment], state: SavedState
+) -> list[SavedAttachment]:
     """What is saved under a policy with that name, and has one of another name for now, or in force; not ``others``,
     which wait.
     """
-    each, waits = Store(graft.settings).read()[0].attachments, {one.target for one in others}
+    each, waits = state.attachments, {one.target for one in others}
     there = container_of_each(each, graft.containers.listing())
     under_it = {target for target, container in there.items() if container.policy == policy}
     return [one for one in each if one.policy.name == policy and one.target not in waits | under_it]
@@ -270,9 +286,11 @@ def replace_waiting(settings: Settings, saved: SavedAttachment, policy: Policy, 
         pass
 
 
-def find_waiting(graft: Installation, text: str) -> SavedAttachment | None:
-    """The one that waits and that ``text`` names: KIND:NAME, a name that only one has, or the path of its cgroup."""
-    every = waiting(graft)
+def find_waiting(graft: Installation, text: str, state: SavedState | None = None) -> SavedAttachment | None:
+    """The one that waits and that ``text`` names: KIND:NAME, a name that only one has, or the path of its cgroup.
+    ``state`` as in `waiting`.
+    """
+    every = waiting(graft, state)
     for one in every:
         if text == one.target.text:
             return one
@@ -308,12 +326,12 @@ def other_seen_at(each: Sequence[SavedAttachment], saved: SavedAttachment, place
     ``saved``: its engine may have given the name to it since (`rename`). None where ``saved`` itself was last seen
     there, or nobody.
     """
-    if _was_seen_at(saved, place):
+    if was_seen_at(saved, place):
         return None
-    return next((one for one in each if one.target != saved.target and _was_seen_at(one, place)), None)
+    return next((one for one in each if one.target != saved.target and was_seen_at(one, place)), None)
 
 
-def _was_seen_at(saved: SavedAttachment, place: LastSeen) -> bool:
+def was_seen_at(saved: SavedAttachment, place: LastSeen) -> bool:
     """By the id, where both have one: no other container ever gets that."""
     if saved.last.id and place.id:
         return saved.last.id == place.id
@@ -321,8 +339,12 @@ def _was_seen_at(saved: SavedAttachment, place: LastSeen) -> bool:
 
 
 def note_last(store: Store, saved: SavedAttachment, last: LastSeen) -> None:
-    """Save where a container is now, unless that is where another one was last seen. Raises KernelError."""
-    if last != saved.last and other_seen_at(store.read()[0].attachments, saved, last) is None:
+    """Save where a container is now, unless another one was last seen there, or, where not all that is saved can be
+    read, may have been. Raises KernelError.
+    """
+    state, bad = store.read()
+    is_unsure = unread.may_come_back(bad) and not was_seen_at(saved, last)
+    if last != saved.last and not is_unsure and other_seen_at(state.attachments, saved, last) is None:
         put_in_place(store.prepare_attachment(replace(saved, last=last)).commit)
 
 
@@ -334,20 +356,36 @@ def below_mount(path: Path) -> str:
 
 def at(store: Store, path: Path) -> SavedAttachment | None:
     """The attachment that was last seen at a cgroup."""
-    return next(iter(_each_at(store, path)), None)
-
-
-def _each_of(store: Store, container: Container) -> list[SavedAttachment]:
-    """What is saved of a container that is attached."""
-    each = store.read()[0].attachments
-    mine = container_of_each(each, [container])
-    return [one for one in each if one.target in mine]
-
-
-def _each_at(store: Store, path: Path) -> list[SavedAttachment]:
-    """More than one is left by a command that was killed, which attached a container by another name."""
     where = below_mount(path)
-    return [one for one in store.read()[0].attachments if _is_at(one, where)]
+    return next((one for one in store.read()[0].attachments if _is_at(one, where)), None)
+
+
+def of_ended(store: Store, container: Container, policy: Policy) -> SavedAttachment | None:
+    """What is saved of a container that is not attached any more, which is to get this policy."""
+    state, bad = store.read()
+    where = below_mount(container.cgroup_path)
+    saved = [one for one in state.attachments if _is_at(one, where)]
+    return next(iter((*saved, *_anew(container, policy, bad))), None)
+
+
+def _each_of(store: Store, container: Container) -> tuple[list[SavedAttachment], list[BadFile]]:
+    """What is saved of a container that is attached, and what cannot be read."""
+    state, bad = store.read()
+    mine = container_of_each(state.attachments, [container])
+    return [one for one in state.attachments if one.target in mine], bad
+
+
+def _anew(container: Container, policy: Policy, bad: Sequence[BadFile]) -> list[SavedAttachment]:
+    """What is to be saved of an attached container by those of its names by which it is in files that cannot be read:
+    as if it had been attached without a word on its transport.
+    """
+    transport = None if container.transport.is_supervised else container.transport
+    number = CGROUP_WITH_ID.search(container.cgroup_path.name)
+    last = LastSeen(below_mount(container.cgroup_path), transport=transport)
+    return [
+        SavedAttachment(one, policy, last=replace(last, id=number[1]) if number and one.engine in WITH_IDS else last)
+        for one in unread.of_names(bad, names_of(container))
+    ]
 
 
 def _is_at(saved: SavedAttachment, where: str) -> bool:

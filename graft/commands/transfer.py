@@ -308,7 +308,7 @@ class _Import:
 
     def _delete_endpoints(self) -> None:
         for name in self._deleted():
-            if self._store.endpoint(name) is None:  # nobody has saved it again
+            if not self._store.has_endpoint(name):  # nobody has saved it again
                 self._under_lock(partial(EndpointChanges.delete, name=name, force=True))
                 self._done.deleted.append(name)
 

@@ -140,9 +140,12 @@ class Store:
         """That of one container; None if none is saved. Raises KernelError where it cannot be read."""
         return _one(self._in_place / ATTACHMENTS / file_name(target), _attachment_of)
 
-    def endpoint(self, name: str) -> Endpoint | None:
-        """The same of one endpoint."""
-        return _one(self._in_place / ENDPOINTS / name, _endpoint_of)
+    def has_endpoint(self, name: str) -> bool:
+        """Whether an endpoint is saved. One that cannot be read counts: it may be read later, and come back."""
+        try:
+            return _one(self._in_place / ENDPOINTS / name, _endpoint_of) is not None
+        except KernelError:
+            return True
 
     def _each(self, kind: str, read: Callable[[Path], T], bad: list[BadFile]) -> Iterator[tuple[Path, T]]:
         whole = self._in_place

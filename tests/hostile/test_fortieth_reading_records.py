@@ -16,10 +16,9 @@ import pytest
 from graft.commands import detach as detach_command
 from graft.commands import saving
 from graft.commands.attach import attach_seen, look_at
-from graft.commands.detach import Detached
+from graft.commands.detach import Detached, NotWaited
 from graft.commands.find import find
 from graft.datapath import attachments
-from graft.saved.model import SavedAttachment
 from graft.saved.store import Store
 from graft.state import nesting
 from graft.state.engines import FoundContainer
@@ -190,13 +189,13 @@ def test_what_is_removed_late_leaves_the_hooks_of_the_next_attach(
 # ---- a detach while the container is being attached ------------------------------------------------
 
 
-def ends_waiting(graft: Installation, text: str, save: bool) -> SavedAttachment | None:
+def ends_waiting(graft: Installation, text: str, save: bool) -> NotWaited:
     """As before: what waited when the command began."""
     waiting = detach_command._find_waiting(graft, text)
     assert waiting is not None
     with Store(graft.settings).locked():
-        saving.forget(Store(graft.settings), waiting, save)
-    return waiting
+        saving.forget(Store(graft.settings), waiting.target, save)
+    return NotWaited(waiting.target)
 
 
 @pytest.mark.parametrize("is_control", [False, True], ids=["", "control"])

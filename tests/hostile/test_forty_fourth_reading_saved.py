@@ -143,9 +143,9 @@ def io_error(path: Path, read: Callable[[Path], bytes] = store_module._read) -> 
 STAYS = pytest.mark.parametrize("without", ["", "what stays"], ids=["", "control"])
 
 
-def changed(host: Host, change: str, without: str, *words: Word) -> Result:
+def changed(host: Host, change: str, without: str, *words: Word, status: int = 0) -> Result:
     """Run a command that is changed so."""
-    return run([sys.executable, "-c", ENDS % change, without, *words], environment=host.environment, status=0)
+    return run([sys.executable, "-c", ENDS % change, without, *words], environment=host.environment, status=status)
 
 
 @STAYS

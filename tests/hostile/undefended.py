@@ -1696,7 +1696,7 @@ def _lost_named() -> None:
 
 def _saved_otherwise() -> None:
     """A policy that is applied by its name is that of those that have it now."""
-    saving.__dict__["saved_otherwise"] = lambda graft, policy, others: []
+    saving.__dict__["saved_otherwise"] = lambda graft, policy, others, state: []
 
 
 def _read_only_state() -> None:
@@ -1773,8 +1773,10 @@ def _identified() -> None:
         each = (one.target for one in looked.state.attachments)
         return {target: by_name[target.text] for target in each if target.text in by_name}
 
-    def init(self: restore._Finder, graft: Installation, attachments: Sequence[SavedAttachment]) -> None:
-        made(self, graft, attachments)
+    def init(
+        self: restore._Finder, graft: Installation, attachments: Sequence[SavedAttachment], are_some: bool = False
+    ) -> None:
+        made(self, graft, attachments, are_some)
         self._known = {one.cgroup_path.name for one in graft.containers.listing() if one.is_operators}
 
     made, restore._Finder.__init__ = restore._Finder.__init__, init  # type: ignore[method-assign]
@@ -1807,6 +1809,32 @@ def _what_stays() -> None:
     bad_file = store._bad_file
     store._bad_file = lambda path, error: replace(bad_file(path, error), stays=False)
     transfer._all_saved = lambda store: store.read()[0]
+
+
+def _what_is_unread() -> None:
+    """A command changes what it can read, and says no word of the rest."""
+    from graft.commands import unread
+
+    unread.of_names = lambda bad, names: []
+    unread.beside = lambda store, bad, names, save: []
+
+
+def _unread_endpoints() -> None:
+    """Whether an endpoint is saved is known when its file can be read."""
+    from graft.saved import store
+
+    def has(self: Store, name: str) -> bool:
+        return store._one(self._in_place / store.ENDPOINTS / name, store._endpoint_of) is not None
+
+    Store.has_endpoint = has  # type: ignore[method-assign]
+
+
+def _unread_places() -> None:
+    """A container that has the name of one that is saved is that one, whatever cannot be read now."""
+    from graft.commands import unread
+
+    unread.may_come_back = lambda bad: False
+    watcher_process.ensure_running = lambda settings: True  # one that has the defence
 
 
 def _undone_told() -> None:
@@ -1843,6 +1871,9 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "detached told": _detached_told,
     "undone told": _undone_told,
     "what stays": _what_stays,
+    "what is unread": _what_is_unread,
+    "unread places": _unread_places,
+    "unread endpoints": _unread_endpoints,
     "prepared records": _prepared_records,
     "read-only state": _read_only_state,
     "replaced plane": _replaced_plane,

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from graft.commands import restore
-from graft.commands.restore import NOT_THERE, Restored, container_folders
+from graft.commands import container_search, restore
+from graft.commands.container_search import container_folders
+from graft.commands.restore import NOT_THERE, Restored
 from graft.errors import KernelError, NotFoundError
 from graft.kernel import cgroup
 from graft.saved.model import LastSeen, SavedAttachment, Target
@@ -37,7 +38,7 @@ class NoContainers:
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in the place of the v2 tree, with nothing of an engine's in it."""
     monkeypatch.setattr(cgroup, "v2_mount", lambda: tmp_path)
-    monkeypatch.setattr(restore, "_FOLDER_SECONDS", 30)
+    monkeypatch.setattr(container_search, "_FOLDER_SECONDS", 30)
     return tmp_path
 
 
@@ -46,7 +47,7 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Has every look into a folder hang."""
 
     def hold_folder(folder: Path) -> None:
-        monkeypatch.setattr(restore, "_FOLDER_SECONDS", 2)
+        monkeypatch.setattr(container_search, "_FOLDER_SECONDS", 2)
         for module, name in ((os, "scandir"), (os.path, "isdir")):
             look = getattr(module, name)
 
