@@ -37,7 +37,9 @@ from graft.state.records import RUNTIME, Container
 NOT_THERE = "it is not running"
 NOT_TRIED = "it runs, and was not attached yet"
 ANOTHERS = "the container that has its name now is saved as"
-NAME_ONLY = "it is known by its name only, and may be another one of those that cannot be read now"
+NAME_ONLY = (
+    "attached as what has that name, and may be another one of those that cannot be read now: start it again then"
+)
 _CHANGED = "a command changed it at the same time"
 
 
@@ -182,6 +184,8 @@ def _restore_attachment(
                 done.attached.append(saved.target.text)
             if container is not None:
                 done.problems += _note_last(store, current, found, container)
+                if seen is not None and finder.is_unsure(saved, found):
+                    done.problems.append(f"{saved.target.text}: {NAME_ONLY}")
         for one in asked:  # until now each call was decided by both
             take_away(graft, one)
         if seen is not None and attached is not None and (seen.attached is not None or not attached.is_served):
@@ -302,8 +306,7 @@ class _Finder:
 
     def find(self, saved: SavedAttachment) -> FoundContainer | None:
         """The container; None if it is not there. Raises AnothersError if another one has its name; GraftError if that
-        cannot be known: its engine does not answer, somebody holds a folder where it may be, or what is saved of the
-        one that has its name cannot be read.
+        cannot be known: its engine does not answer, or somebody holds a folder where it may be.
         """
         path, target = self._last_path(saved), saved.target
         if path in self._there and path is not None:
@@ -317,14 +320,16 @@ class _Finder:
             found = self._ask(target) if path is None else None
         if found is None and held:
             raise members.held(held[0])
-        if found is None:
-            return None
-        place = saving.place_of(found)
-        if (other := saving.other_seen_at(self._saved, saved, place)) is not None:
+        other = None if found is None else saving.other_seen_at(self._saved, saved, saving.place_of(found))
+        if other is not None:
             raise AnothersError(f"{ANOTHERS} {other.target.text}")
-        if self._are_some and target.kind in WITH_IDS and not saving.was_seen_at(saved, place):
-            raise NotFoundError(NAME_ONLY)
         return found
+
+    def is_unsure(self, saved: SavedAttachment, found: FoundContainer) -> bool:
+        """Whether this may be another saved one, which cannot be read now and whose name was given to it."""
+        return (
+            self._are_some and saved.target.kind in WITH_IDS and not saving.was_seen_at(saved, saving.place_of(found))
+        )
 
     def cgroup_id(self, found: FoundContainer) -> int:
         """The id of the cgroup of a container that was found. Raises KernelError where somebody holds a folder above,
