@@ -48,21 +48,29 @@ t = made()
 """One that listens at 0.0.0.0, and at 127.0.0.1 and so on, as servers of DNS do."""
 
 
-@CONTROL
-def test_one_with_many_addresses_takes_no_place_of_anothers(
-    host: Host, without: Without, confine: Confine, tmp_path: Path, is_control: bool
-) -> None:
-    """Who has lost the endpoint hears the clients of who is granted it, when that one has ended."""
-    host = without("own places") if is_control else host
-    web, at = host.port(), f"'{HOST4}:{{}}'"
+def full_place(host: Host, confine: Confine, folder: Path, web: int) -> tuple[Confined, Confined]:
+    """One that has lost the endpoint and listens on, and one that serves there by three requests. A third one has noted
+    itself last, and serves on.
+    """
+    at = f"'{HOST4}:{{}}'"
     before = listener(host, confine, "direct", policy(web, endpoint=at))
     assert said(before) == "serving"
-    apply(host, before, tmp_path, policy(web, rules="", endpoint=at))
+    apply(host, before, folder, policy(web, rules="", endpoint=at))
     words = ["/usr/bin/python3", "-ISc", WITH_MANY_ADDRESSES + ANSWERS, "listen", "0.0.0.0", "53"]
     many = confine(host, "direct", policy(web), within=words)
     assert said(many) == "serving"
     assert [ask(many, "more"), ask(many, "more")] == ["more", "more"]
     assert said(listener(host, confine, "direct", policy(web))) == "serving"
+    return before, many
+
+
+@CONTROL
+def test_one_with_many_addresses_takes_no_place_of_anothers(
+    host: Host, without: Without, confine: Confine, tmp_path: Path, is_control: bool
+) -> None:
+    """Who has lost the endpoint hears the clients of who is granted it, when that one has ended."""
+    host, web = without("own places") if is_control else host, host.port()
+    before, many = full_place(host, confine, tmp_path, web)
     assert ask(many, "more") == "more"
     assert ask(many, "end") == "ended"
     many.program.stop()
@@ -75,16 +83,8 @@ def test_one_with_many_addresses_takes_no_place_of_anothers(
 def test_nor_does_a_third_one_where_one_has_many(
     host: Host, without: Without, confine: Confine, tmp_path: Path, is_control: bool
 ) -> None:
-    host = without("several places") if is_control else host
-    web, at = host.port(), f"'{HOST4}:{{}}'"
-    before = listener(host, confine, "direct", policy(web, endpoint=at))
-    assert said(before) == "serving"
-    apply(host, before, tmp_path, policy(web, rules="", endpoint=at))
-    words = ["/usr/bin/python3", "-ISc", WITH_MANY_ADDRESSES + ANSWERS, "listen", "0.0.0.0", "53"]
-    many = confine(host, "direct", policy(web), within=words)
-    assert said(many) == "serving"
-    assert [ask(many, "more"), ask(many, "more")] == ["more", "more"]
-    assert said(listener(host, confine, "direct", policy(web))) == "serving"
+    host, web = without("several places") if is_control else host, host.port()
+    before, many = full_place(host, confine, tmp_path, web)
     third = listener(host, confine, "direct", policy(web))
     assert said(third) == "serving"
     assert ask(many, "end") == "ended"
