@@ -217,7 +217,7 @@ class _Job:
         """A line for each file that may be what is saved of one that is to have the policy, by a name that is not known
         here: it starts again by that as soon as it can be read.
         """
-        names = {name for one in chosen.containers for name in saving.names_of(one)}
+        names = unread.certain(name for one in chosen.containers for name in saving.names_of(one))
         names |= {one.target for one in (*self.waiting, *self.detached, *chosen.for_now)}
         lines = unread.beside(Store(self.graft.settings), self.unread, names, self.save)
         return [f"what is saved here may be of one of them: {line}" for line in dict.fromkeys(lines)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from graft.commands import saving, unread, why_waiting
+from graft.commands import saving, why_waiting
 from graft.commands.attach import Seen, attach_seen, look_at
 from graft.commands.container_search import ask_of_each, cgroup_id_at, container_folders
 from graft.commands.detach import take_away
@@ -37,9 +37,6 @@ from graft.state.records import RUNTIME, Container
 NOT_THERE = "it is not running"
 NOT_TRIED = "it runs, and was not attached yet"
 ANOTHERS = "the container that has its name now is saved as"
-NAME_ONLY = (
-    "attached as what has that name, and may be another one of those that cannot be read now: start it again then"
-)
 _CHANGED = "a command changed it at the same time"
 
 
@@ -108,7 +105,7 @@ def _restore(graft: Installation, store: Store, sightings: Sightings | None, don
         done.endpoints, problems = _restore_endpoints(graft, store, done.state)
     done.problems = [*done.unread, *problems, *_reap(graft)]
     left = [one for one in done.state.attachments if not store.is_paused(ATTACHMENTS, file_name(one.target))]
-    finder = _Finder(graft, done.state.attachments, unread.may_come_back(bad))
+    finder = _Finder(graft, done.state.attachments)
     if sightings is not None:
         sightings.forget_others({one.target.text for one in left})
     progress = True
@@ -184,8 +181,6 @@ def _restore_attachment(
                 done.attached.append(saved.target.text)
             if container is not None:
                 done.problems += _note_last(store, current, found, container)
-                if seen is not None and finder.is_unsure(saved, found):
-                    done.problems.append(f"{saved.target.text}: {NAME_ONLY}")
         for one in asked:  # until now each call was decided by both
             take_away(graft, one)
         if seen is not None and attached is not None and (seen.attached is not None or not attached.is_served):
@@ -275,11 +270,11 @@ class AnothersError(NotFoundError):
 
 class _Finder:
     """Finds the cgroups of saved containers: where they were last seen, or by asking an engine. ``attachments`` are all
-    that are saved, those too that nobody asks for; ``are_some``: but for some, which cannot be read now.
+    that are saved and can be read, those too that nobody asks for.
     """
 
-    def __init__(self, graft: Installation, attachments: Sequence[SavedAttachment], are_some: bool = False) -> None:
-        self._top, self._saved, self._are_some = cgroup.v2_mount(), attachments, are_some
+    def __init__(self, graft: Installation, attachments: Sequence[SavedAttachment]) -> None:
+        self._top, self._saved = cgroup.v2_mount(), attachments
         paths = [path for one in attachments if (path := self._last_path(one)) is not None]
         seen = ask_of_each(cgroup_id_at, paths)
         self._there = {path: number for path, number in seen.items() if number}
@@ -324,12 +319,6 @@ class _Finder:
         if other is not None:
             raise AnothersError(f"{ANOTHERS} {other.target.text}")
         return found
-
-    def is_unsure(self, saved: SavedAttachment, found: FoundContainer) -> bool:
-        """Whether this may be another saved one, which cannot be read now and whose name was given to it."""
-        return (
-            self._are_some and saved.target.kind in WITH_IDS and not saving.was_seen_at(saved, saving.place_of(found))
-        )
 
     def cgroup_id(self, found: FoundContainer) -> int:
         """The id of the cgroup of a container that was found. Raises KernelError where somebody holds a folder above,

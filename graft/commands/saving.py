@@ -81,7 +81,8 @@ def attachment(settings: Settings, made: SavedAttachment | None, save: bool) -> 
         yield []
         return
     each, bad = _saved_of(store, made)
-    names = {made.target, Target("cgroup", made.last.cgroup)}
+    by_name = {made.target} if save else unread.certain([made.target])  # what is saved by that name is this one's then
+    names = by_name | {Target("cgroup", made.last.cgroup)}
     unread_too = [replace(made, target=target) for target in unread.of_names(bad, names)]
     beside = unread.beside(store, bad, names, save)
     if not save:
@@ -160,7 +161,7 @@ def removed(settings: Settings, container: Container, save: bool) -> Iterator[li
         return
     with store.locked(saves=save):
         each, bad = _each_of(store, container)
-        names = names_of(container)
+        names = unread.certain(names_of(container))
         yield unread.beside(store, bad, names, save)
         for target in (*(one.target for one in each), *unread.of_names(bad, names)):
             forget(store, target, save)
@@ -339,12 +340,8 @@ def was_seen_at(saved: SavedAttachment, place: LastSeen) -> bool:
 
 
 def note_last(store: Store, saved: SavedAttachment, last: LastSeen) -> None:
-    """Save where a container is now, unless another one was last seen there, or, where not all that is saved can be
-    read, may have been. Raises KernelError.
-    """
-    state, bad = store.read()
-    is_unsure = unread.may_come_back(bad) and not was_seen_at(saved, last)
-    if last != saved.last and not is_unsure and other_seen_at(state.attachments, saved, last) is None:
+    """Save where a container is now, unless that is where another one was last seen. Raises KernelError."""
+    if last != saved.last and other_seen_at(store.read()[0].attachments, saved, last) is None:
         put_in_place(store.prepare_attachment(replace(saved, last=last)).commit)
 
 
@@ -384,7 +381,7 @@ def _anew(container: Container, policy: Policy, bad: Sequence[BadFile]) -> list[
     last = LastSeen(below_mount(container.cgroup_path), transport=transport)
     return [
         SavedAttachment(one, policy, last=replace(last, id=number[1]) if number and one.engine in WITH_IDS else last)
-        for one in unread.of_names(bad, names_of(container))
+        for one in unread.of_names(bad, unread.certain(names_of(container)))
     ]
 
 

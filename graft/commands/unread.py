@@ -2,8 +2,8 @@
 newer version has written them.
 
 A file's name tells of which KIND:NAME it is: that of a container which is attached by that name is replaced, removed or
-left alone in this boot without being read. Any other may be what is saved of the same container by another name: who
-changes or ends what is saved does so, and tells of these files.
+left alone in this boot without being read, where no other can have had the name (`certain`). Any other may be what is
+saved of the same container by another name: who changes or ends what is saved does so, and tells of these files.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from graft.kernel import cgroup
 from graft.model.address import shown
 from graft.saved.model import ENGINES, Target, parse_target
 from graft.saved.store import ATTACHMENTS, BadFile, Store, file_name
+from graft.state.engines import WITH_IDS
 
 
 def of_names(bad: Iterable[BadFile], names: Iterable[Target]) -> list[Target]:
@@ -24,16 +25,16 @@ def of_names(bad: Iterable[BadFile], names: Iterable[Target]) -> list[Target]:
     return [one for one in sorted(names) if file_name(one) in files]
 
 
+def certain(names: Iterable[Target]) -> set[Target]:
+    """Those by which no other container can be saved: an engine may have given its name to another one since."""
+    return {one for one in names if one.kind not in WITH_IDS}
+
+
 def beside(store: Store, bad: Iterable[BadFile], names: Iterable[Target], save: bool) -> list[str]:
     """A line for each file that has none of ``names``; without ``save`` not for one that is left alone in this boot."""
     files = {file_name(one) for one in names}
     others = [one for one in _of_containers(bad) if one.path.name not in files]
     return [one.line for one in others if save or not store.is_paused(ATTACHMENTS, one.path.name)]
-
-
-def may_come_back(bad: Iterable[BadFile]) -> bool:
-    """Whether any may be read later: until then it may be that of a container which has another one's name now."""
-    return any(one.stays for one in _of_containers(bad))
 
 
 def _of_containers(bad: Iterable[BadFile]) -> list[BadFile]:

@@ -141,11 +141,16 @@ class Store:
         return _one(self._in_place / ATTACHMENTS / file_name(target), _attachment_of)
 
     def has_endpoint(self, name: str) -> bool:
-        """Whether an endpoint is saved. One that cannot be read counts: it may be read later, and come back."""
-        try:
-            return _one(self._in_place / ENDPOINTS / name, _endpoint_of) is not None
-        except KernelError:
-            return True
+        """Whether an endpoint is saved. One that cannot be read counts: it may be read later, and come back. Raises
+        KernelError.
+        """
+        try:  # not by a path: the operator may have written one
+            names = {path.name for path in (self._in_place / ENDPOINTS).iterdir()}
+            return not name.startswith(".") and name in names
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise KernelError(f"{self._in_place / ENDPOINTS}: cannot be read: {error.strerror}", "graft up") from error
 
     def _each(self, kind: str, read: Callable[[Path], T], bad: list[BadFile]) -> Iterator[tuple[Path, T]]:
         whole = self._in_place

@@ -95,7 +95,10 @@ class Endpoints:
             yield paths
 
     def _id_of(self, name: str) -> int | None:
-        found = self._maps.endpoint_names.get(_key(name))
+        try:
+            found = self._maps.endpoint_names.get(_key(name))
+        except ValueError:  # too long, or no text: no endpoint has that name
+            return None
         return None if found is None else int(found.value)
 
     def _read(self, name: str, number: int) -> StoredEndpoint | None:

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from graft.commands.restore import NAME_ONLY
 from graft.commands.saving import below_mount
-from graft.saved.model import Target
-from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store, file_name
+from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store
 from tests.e2e.conftest import WritePolicy, _docker, _podman, container_root, docker, podman, write_policy
 from tests.e2e.test_saved_state import box, saver
 from tests.hostile.test_forty_first_reading_plane import FREE
 from tests.hostile.test_forty_first_reading_plane import may_bind as may_bind_in
-from tests.hostile.test_forty_fourth_reading_saved import FAILS, NEWER, changed, take_name
-from tests.hostile.test_thirty_eighth_reading_engines import alone, found, may_bind, plain, saving
+from tests.hostile.test_forty_first_reading_saved import policies
+from tests.hostile.test_forty_fourth_reading_saved import FAILS, NEWER, changed
+from tests.hostile.test_thirty_eighth_reading_engines import SLEEP, alone, found, may_bind, plain, saving
 from tests.support.cgroups import attach_points, new_cgroup
 from tests.support.engines import Engine
 from tests.support.installation import Host
@@ -147,25 +146,41 @@ def test_an_endpoint_is_deleted_whether_or_not_its_file_can_be_read(
     assert any((Store(saver.settings).folder / ENDPOINTS).iterdir()) is bool(without or flags)
 
 
+def test_nothing_else_is_deleted_in_its_place(saver: Host, tmp_path: Path) -> None:
+    """The operator writes the path of a unix socket, or of a file of an attachment."""
+    saver.graft("ep", "add", "web", f"0.0.0.0:{saver.port()}")
+    file = tmp_path / "web.sock"
+    file.touch()
+    for name in (str(file), f"../{ENDPOINTS}/web", ".", ".."):
+        saver.graft("ep", "del", name, "--force", status=3)
+    assert file.exists() and Store(saver.settings).has_endpoint("web")
+
+
 # ---- a container that has the name of another one ------------------------------------------------------
 
-ONE_FAILS = FAILS.replace(
-    'path.parent.name == "attachments"', f"path.name == {file_name(Target('podman', 'web-new'))!r}"
-)
-"""The disk gives an error for what is saved as podman:web-new."""
 
-
-@pytest.mark.parametrize("without", ["", "unread places"], ids=["", "control"])
-def test_it_does_not_become_the_other_one_for_good_because_what_is_saved_of_it_cannot_be_read(
-    saving: Host, plain: Engine, tmp_path: Path, without: str
+@pytest.mark.parametrize("without", ["", "names of unread"], ids=["", "control"])
+@pytest.mark.parametrize("how", ["attach", "detach", "policy apply"])
+def test_what_is_saved_of_one_stays_where_another_one_has_its_name(
+    saving: Host, plain: Engine, tmp_path: Path, how: str, without: str
 ) -> None:
-    take_name(saving, plain, tmp_path)
-    plain("restart", "-t", "0", "web")
-    done = changed(saving, ONE_FAILS, without, "up")
+    """web, which is denied all, is renamed; a new web is free for now."""
+    strict, free = policies(tmp_path, "strict", "free")
+    plain.started("web", [], *SLEEP, network="host")
+    saving.graft("attach", "--cgroup", "podman:web", "--policy", strict)
     alone(saving)
-    assert (f"podman:web: {NAME_ONLY}" in done.stderr) is not bool(without)
-    plain("restart", "-t", "0", "web")
+    plain("rename", "web", "web-old")
+    plain.started("web", [], *SLEEP, network="host")
+    attach: list[Word] = ["attach", "--no-save", "--cgroup", "podman:web", "--policy", free]
+    status = 0 if without else 8
+    changed(saving, FAILS if how == "attach" else "", without, *attach, status=status if how == "attach" else 0)
+    if how == "detach":
+        changed(saving, FAILS, without, "detach", "--cgroup", "web", status=status)
+    if how == "policy apply":
+        changed(saving, FAILS, without, "policy", "apply", free, "--cgroup", "web", status=status)
+    alone(saving)
+    plain("restart", "-t", "0", "web-old")
     saving.graft("up")
     alone(saving)
-    assert may_bind(saving, plain, "web") is bool(without)
-    plain.remove("web")
+    assert may_bind(saving, plain, "web-old") is bool(without)
+    plain.remove("web", "web-old")

@@ -1773,10 +1773,8 @@ def _identified() -> None:
         each = (one.target for one in looked.state.attachments)
         return {target: by_name[target.text] for target in each if target.text in by_name}
 
-    def init(
-        self: restore._Finder, graft: Installation, attachments: Sequence[SavedAttachment], are_some: bool = False
-    ) -> None:
-        made(self, graft, attachments, are_some)
+    def init(self: restore._Finder, graft: Installation, attachments: Sequence[SavedAttachment]) -> None:
+        made(self, graft, attachments)
         self._known = {one.cgroup_path.name for one in graft.containers.listing() if one.is_operators}
 
     made, restore._Finder.__init__ = restore._Finder.__init__, init  # type: ignore[method-assign]
@@ -1819,6 +1817,13 @@ def _what_is_unread() -> None:
     unread.beside = lambda store, bad, names, save: []
 
 
+def _names_of_unread() -> None:
+    """What is saved by a container's name is that container's, also where nobody knows whose it is."""
+    from graft.commands import unread
+
+    unread.certain = lambda names: set(names)
+
+
 def _unread_endpoints() -> None:
     """Whether an endpoint is saved is known when its file can be read."""
     from graft.saved import store
@@ -1827,14 +1832,6 @@ def _unread_endpoints() -> None:
         return store._one(self._in_place / store.ENDPOINTS / name, store._endpoint_of) is not None
 
     Store.has_endpoint = has  # type: ignore[method-assign]
-
-
-def _unread_places() -> None:
-    """A container that has the name of one that is saved is that one, whatever cannot be read now."""
-    from graft.commands import unread
-
-    unread.may_come_back = lambda bad: False
-    watcher_process.ensure_running = lambda settings: True  # one that has the defence
 
 
 def _undone_told() -> None:
@@ -1872,8 +1869,8 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "undone told": _undone_told,
     "what stays": _what_stays,
     "what is unread": _what_is_unread,
-    "unread places": _unread_places,
     "unread endpoints": _unread_endpoints,
+    "names of unread": _names_of_unread,
     "prepared records": _prepared_records,
     "read-only state": _read_only_state,
     "replaced plane": _replaced_plane,
