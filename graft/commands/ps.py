@@ -113,18 +113,23 @@ class Waiting:
 def waiting(graft: Installation) -> list[Waiting]:
     """Every container that is waited for. Raises RefusedError if others can write what is saved."""
     store = Store(graft.settings)
-    waits = [one for one in saving.waiting(graft) if not store.is_paused(ATTACHMENTS, file_name(one.target))]
-    why = _reasons(graft, store, waits) if waits else {}
+    state = store.read()[0]
+    waits = [one for one in saving.waiting(graft, state) if not store.is_paused(ATTACHMENTS, file_name(one.target))]
+    why = _reasons(graft, state.attachments, waits)
     return [Waiting(one, why[one.target]) for one in waits]
 
 
-def _reasons(graft: Installation, store: Store, waits: Sequence[SavedAttachment]) -> Mapping[Target, str]:
-    """Why each of these waits, as that is noted. Of one that did not wait then it is looked now whether it is there."""
+def _reasons(
+    graft: Installation, saved: Sequence[SavedAttachment], waits: Sequence[SavedAttachment]
+) -> Mapping[Target, str]:
+    """Why each of these waits, as that is noted. Of one that did not wait then it is looked now whether it is there.
+    ``saved``: all that are.
+    """
     noted = why_waiting.noted(graft.settings)
     otherwise = why_waiting.NOT_NOTED if noted is None else noted.get(why_waiting.EACH)
     reasons = {one.target: (noted or {}).get(one.target.text, otherwise) for one in waits}
     others = [one for one in waits if reasons[one.target] is None]
-    found, unknown = look_for(graft, others, store.read()[0].attachments) if others else ({}, {})
+    found, unknown = look_for(graft, others, saved) if others else ({}, {})
     looked = dict.fromkeys((one.target for one in others), NOT_THERE) | dict.fromkeys(found, NOT_TRIED) | unknown
     return looked | {target: why for target, why in reasons.items() if why is not None}
 

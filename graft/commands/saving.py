@@ -31,7 +31,7 @@ from graft.policy.model import Policy
 from graft.saved.model import LastSeen, SavedAttachment, SavedState, Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, BadFile, Store, file_name
 from graft.state import records
-from graft.state.engines import CGROUP_WITH_ID, WITH_IDS, FoundContainer
+from graft.state.engines import WITH_IDS, FoundContainer
 from graft.state.installation import Installation
 from graft.state.records import Container
 
@@ -327,12 +327,12 @@ def other_seen_at(each: Sequence[SavedAttachment], saved: SavedAttachment, place
     ``saved``: its engine may have given the name to it since (`rename`). None where ``saved`` itself was last seen
     there, or nobody.
     """
-    if was_seen_at(saved, place):
+    if _was_seen_at(saved, place):
         return None
-    return next((one for one in each if one.target != saved.target and was_seen_at(one, place)), None)
+    return next((one for one in each if one.target != saved.target and _was_seen_at(one, place)), None)
 
 
-def was_seen_at(saved: SavedAttachment, place: LastSeen) -> bool:
+def _was_seen_at(saved: SavedAttachment, place: LastSeen) -> bool:
     """By the id, where both have one: no other container ever gets that."""
     if saved.last.id and place.id:
         return saved.last.id == place.id
@@ -377,12 +377,9 @@ def _anew(container: Container, policy: Policy, bad: Sequence[BadFile]) -> list[
     as if it had been attached without a word on its transport.
     """
     transport = None if container.transport.is_supervised else container.transport
-    number = CGROUP_WITH_ID.search(container.cgroup_path.name)
     last = LastSeen(below_mount(container.cgroup_path), transport=transport)
-    return [
-        SavedAttachment(one, policy, last=replace(last, id=number[1]) if number and one.engine in WITH_IDS else last)
-        for one in unread.of_names(bad, unread.certain(names_of(container)))
-    ]
+    names = unread.of_names(bad, unread.certain(names_of(container)))
+    return [SavedAttachment(one, policy, last=last) for one in names]
 
 
 def _is_at(saved: SavedAttachment, where: str) -> bool:

@@ -57,10 +57,10 @@ def _restore(settings: Settings, only_if_new: bool) -> Restored:
         try:
             done = restore(graft)
         except BaseException:
-            restored.set_restored(settings)
             watcher_process.ensure_running(settings)  # what failed may pass: it tries again
             raise
-        restored.set_restored(settings)
+        finally:
+            restored.set_restored(settings)
     if (done.state.attachments or done.problems) and not watcher_process.ensure_running(settings):
         done.problems += watcher_process.warnings(settings)
     return done

@@ -138,7 +138,13 @@ class Store:
 
     def attachment(self, target: Target) -> SavedAttachment | None:
         """That of one container; None if none is saved. Raises KernelError where it cannot be read."""
-        return _one(self._in_place / ATTACHMENTS / file_name(target), _attachment_of)
+        path = self._in_place / ATTACHMENTS / file_name(target)
+        try:
+            return _attachment_of(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, UsageError) as error:
+            raise KernelError(_bad_file(path, error).line, "graft up") from error
 
     def has_endpoint(self, name: str) -> bool:
         """Whether an endpoint is saved. One that cannot be read counts: it may be read later, and come back. Raises
@@ -377,16 +383,6 @@ def _bad_file(path: Path, error: OSError | UsageError) -> BadFile:
     if isinstance(error, OSError):
         return BadFile(path, f"cannot be read: {error.strerror}", stays=True)
     return BadFile(path, error.message.removeprefix(f"{path.name}: "), isinstance(error, envelope.NewerError))
-
-
-def _one(path: Path, read: Callable[[Path], T]) -> T | None:
-    """What ``read`` gives of a file; None where there is none. Raises KernelError where it cannot be used."""
-    try:
-        return read(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, UsageError) as error:
-        raise KernelError(_bad_file(path, error).line, "graft up") from error
 
 
 def _endpoint_of(path: Path) -> Endpoint:

@@ -147,6 +147,11 @@ def lose_pins(host: Host, without: str) -> None:
     run([*graft_without(without), "up"], environment=host.environment, status=0)
 
 
+def leads_to(endpoint: str) -> str:
+    """A policy by which what is for an address far away goes to an endpoint."""
+    return f"name: p\ndefault: deny\negress: [{{to: {FAR}, ports: [5432], endpoint: {endpoint}}}]\n"
+
+
 def is_given(host: Host, policy: Path, text: str) -> None:
     """The one container gets another policy."""
     policy.write_text(text)
@@ -178,9 +183,8 @@ def test_a_program_of_a_lost_data_plane_does_not_serve_at_anothers_unix_endpoint
 @CONTROL
 def test_nor_is_it_connected_to_one(saver: Host, folder: Path, tmp_path: Path, is_control: bool) -> None:
     """graftd looks by the same numbers, and has the old maps where it goes on."""
-    rules = "name: p\ndefault: deny\negress: [{{to: {far}, ports: [5432], endpoint: {endpoint}}}]\n"
     policy = tmp_path / "p.yaml"
-    policy.write_text(rules.format(far=FAR, endpoint="first"))
+    policy.write_text(leads_to("first"))
     with served(folder / "first.sock"), served(folder / "admin.sock"), served(folder / "mine.sock"):
         for name in ("first", "admin"):
             saver.graft("ep", "add", name, f"unix:{folder}/{name}.sock")
@@ -188,7 +192,7 @@ def test_nor_is_it_connected_to_one(saver: Host, folder: Path, tmp_path: Path, i
         program = saver.start_command([GRAFT, *command], talk=True)
         assert answer(program) == "ok b'first'"
         saver.graft("ep", "add", "mine", f"unix:{folder}/mine.sock")
-        is_given(saver, policy, rules.format(far=FAR, endpoint="mine"))
+        is_given(saver, policy, leads_to("mine"))
         lose_pins(saver, "lost plane" if is_control else "")
         assert ("admin" in answer(program)) is is_control
         program.stop()
@@ -200,7 +204,7 @@ def test_graftd_does_not_go_on_with_the_maps_of_a_lost_data_plane(
 ) -> None:
     """Where only a program with a supervisor, which goes on, has used it: it would serve no other container."""
     policy = tmp_path / "p.yaml"
-    policy.write_text(f"name: p\ndefault: deny\negress: [{{to: {FAR}, ports: [5432], endpoint: first}}]\n")
+    policy.write_text(leads_to("first"))
     with served(folder / "first.sock"):
         for name in ("first", "app"):
             saver.graft("ep", "add", name, f"unix:{folder}/{name}.sock")
@@ -225,7 +229,7 @@ def test_nor_does_one_that_serves_nobody(
 ) -> None:
     """In the foreground, as a service manager has it."""
     policy = tmp_path / "p.yaml"
-    policy.write_text(f"name: p\ndefault: deny\negress: [{{to: {FAR}, ports: [5432], endpoint: first}}]\n")
+    policy.write_text(leads_to("first"))
     daemon = saver.start_command([GRAFT, "daemon"])
     until("it answers", lambda: control.ask(saver.settings, {"do": "ping"}))
     lose_pins(saver, "graftd of before" if is_control else "")

@@ -48,7 +48,7 @@ from graft.commands.sightings import SETTLED_SECONDS, Sightings
 from graft.commands.transport_choice import choose_transport
 from graft.datapath import dataplane, loader, sources
 from graft.datapath.sources import BpfSources, bpf_source_dir
-from graft.errors import KernelError
+from graft.errors import KernelError, UsageError
 from graft.keeper import own_names, protocol
 from graft.kernel import (
     capabilities,
@@ -1829,7 +1829,13 @@ def _unread_endpoints() -> None:
     from graft.saved import store
 
     def has(self: Store, name: str) -> bool:
-        return store._one(self._in_place / store.ENDPOINTS / name, store._endpoint_of) is not None
+        try:
+            store._endpoint_of(self._in_place / store.ENDPOINTS / name)
+        except FileNotFoundError:
+            return False
+        except UsageError as error:
+            raise KernelError(error.message) from error
+        return True
 
     Store.has_endpoint = has  # type: ignore[method-assign]
 
