@@ -54,8 +54,8 @@ def may_bind(host: Host, path: Path) -> bool:
 def read_only(folder: Path) -> Iterator[None]:
     """What the kernel does with a file system when its disk fails (ext4: errors=remount-ro)."""
     run(["mount", "--bind", folder, folder], status=0)
-    try:
-        run(["mount", "-o", "remount,bind,ro", folder], status=0)
+    try:  # EBUSY while somebody writes there: the watcher, which has an attachment to note
+        until("it is read-only", lambda: run(["mount", "-o", "remount,bind,ro", folder]).returncode == 0)
         yield
     finally:
         run(["umount", "-l", folder], status=0)

@@ -15,7 +15,7 @@ from typing import cast
 
 import pytest
 
-from graft.commands import ps
+from graft.commands import ps, why_waiting
 from graft.commands.restore import NOT_THERE, NOT_TRIED, restore
 from graft.commands.sightings import Sightings
 from graft.commands.watcher import Watcher
@@ -276,6 +276,7 @@ def test_ps_looks_whether_it_runs(
     saver.graft("attach", "--cgroup", box, "--policy", write_policy(DENIES))
     alone(saver)
     kill(saver, HOOKS_OFF, "", "detach", "--cgroup", box)
+    why_waiting.note(saver.settings, {})  # which nobody has, where nobody restored in the moment before
     if is_control:
         monkeypatch.setattr(ps, "look_for", lambda *_: ({}, {}))
     with saver.installation as graft:
