@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from graft.commands.policy_source import policy_name
-from graft.commands.trace import Filter, Traced, watch
+from graft.commands.trace import Batch, Filter, Traced, watch
 from graft.datapath.decisions import Event
 from graft.datapath.layout import TracedCall, TracedOutcome
 from graft.errors import UsageError
@@ -42,23 +42,31 @@ class Learning:
         Raises UsageError where that is more than a policy can have.
         """
         begun = time.monotonic()
-        for batch in watch(self._graft, Filter(self._container.id, _CALLS)):
-            self.lost += batch.lost
-            self.has_gaps |= batch.has_gap
-            here = [one for one in batch.decisions if not is_elsewhere(one.event, self._container.transport)]
-            self._was_elsewhere |= len(here) < len(batch.decisions)
-            found = [_observation(one, self._container.transport) for one in here]
-            self._seen.update(one for one in found if one is not None)
-            if len(self._seen) > MAX_RULES:
-                raise UsageError(
-                    f"container: {self._container.name} did more than {MAX_RULES} different things: no policy has"
-                    " so many rules",
-                    "write one for networks: graft trace shows what it does",
-                )
-            passed = time.monotonic() - begun
-            step(min(passed, seconds), len(self._seen))
-            if passed >= seconds:
-                return
+        batches = watch(self._graft, Filter(self._container.id, _CALLS))
+        try:
+            for batch in batches:
+                self._note(batch)
+                passed = time.monotonic() - begun
+                step(min(passed, seconds), len(self._seen))
+                if passed >= seconds:
+                    return
+        except KeyboardInterrupt as interrupt:
+            self._note(batches.throw(interrupt))  # which raises it again where the last batch was given
+            raise
+
+    def _note(self, batch: Batch) -> None:
+        self.lost += batch.lost
+        self.has_gaps |= batch.has_gap
+        here = [one for one in batch.decisions if not is_elsewhere(one.event, self._container.transport)]
+        self._was_elsewhere |= len(here) < len(batch.decisions)
+        found = [_observation(one, self._container.transport) for one in here]
+        self._seen.update(one for one in found if one is not None)
+        if len(self._seen) > MAX_RULES:
+            raise UsageError(
+                f"container: {self._container.name} did more than {MAX_RULES} different things: no policy has so many"
+                " rules",
+                "write one for networks: graft trace shows what it does",
+            )
 
     @property
     def policy(self) -> Policy:

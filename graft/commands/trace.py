@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
@@ -242,27 +243,32 @@ class Batch:
     has_gap: bool = False
 
 
-def watch(graft: Installation, wanted: Filter) -> Iterator[Batch]:
+def watch(graft: Installation, wanted: Filter) -> Generator[Batch]:
     """The decisions from now on, for ever; a batch, which may be empty, every `POLL_SECONDS`.
 
     The first one, an empty one, comes when decisions are being watched. After Ctrl-C there is one more, and then the
-    exception. Raises NotUpError, KernelError.
+    exception; who is interrupted between two batches throws it here for that. Raises NotUpError, KernelError.
     """
     names = _Names(graft)
     decisions = Decisions(graft.maps)
     behind = time.time_ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
+    unnamed: deque[Event] = deque()
+    found: list[Traced] = []  # both outlive an interrupt: what was read is in no ring any more
+
     def batch() -> Batch:
         has_gap = decisions.renew()
         events, lost = decisions.read()
-        found = []
-        for event in events:
-            if wanted.may_want(event):
-                traced = _named(names, event, behind)
-                decisions.renew()
-                if wanted.wants(traced):
-                    found.append(traced)
-        return Batch(tuple(found), lost, has_gap)
+        unnamed.extend(event for event in events if wanted.may_want(event))
+        while unnamed:
+            traced = _named(names, unnamed[0], behind)
+            decisions.renew()
+            if wanted.wants(traced):
+                found.append(traced)
+            unnamed.popleft()
+        complete = Batch(tuple(found), lost, has_gap)
+        found.clear()
+        return complete
 
     try:
         while True:
