@@ -15,12 +15,12 @@ saved, if one is. Of what cannot be read now, only the name counts (unread.py).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from graft.commands import unread
-from graft.errors import ConflictError, KernelError, NotFoundError
+from graft.errors import ConflictError, GraftError, KernelError, NotFoundError
 from graft.kernel import cgroup
 from graft.kernel.atomic_file import PreparedFile
 from graft.model.address import shown
@@ -153,22 +153,40 @@ def removed(settings: Settings, container: Container, save: bool) -> Iterator[li
     """Forget a container's attachment after the block has removed it; without ``save`` only for this boot. Gives a line
     for each file that may be what is saved of it by another name, and cannot be read.
 
-    After it: a command that is killed between the two leaves a container that is attached again.
+    After it: a command that is killed between the two leaves a container that is attached again. What is to be taken
+    away for this boot is taken away also if nothing can be read, and what cannot be noted gets a line, too.
     """
     store = Store(settings)
     if not store.exists:
         yield []
         return
-    with store.locked(saves=save):
-        each, bad = _each_of(store, container)
-        names = unread.certain(names_of(container))
-        yield unread.beside(store, bad, names, save)
-        for target in (*(one.target for one in each), *unread.of_names(bad, names)):
+    names = unread.certain(names_of(container))
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(store.locked(saves=save))
+            each, bad = _each_of(store, container)
+        except GraftError as error:
+            if save:
+                raise
+            targets, lines = names, [error.message.removesuffix("; nothing was changed")]
+        else:
+            targets = {*(one.target for one in each), *unread.of_names(bad, names)}
+            lines = unread.beside(store, bad, names, save)
+        yield lines
+        lines += _forget_each(store, targets, save)
+
+
+def _forget_each(store: Store, targets: Iterable[Target], save: bool) -> Iterator[str]:
+    """`forget` them. Gives a line for each of which that is not possible."""
+    for target in sorted(targets):
+        try:
             forget(store, target, save)
+        except GraftError as error:
+            yield error.message
 
 
 def forget(store: Store, target: Target, save: bool) -> None:
-    """Forget an attachment, or (without ``save``) leave it alone in this boot. Under the lock."""
+    """Forget an attachment, or (without ``save``) leave it alone in this boot. Under the lock. Raises KernelError."""
     if save:
         store.remove_attachment(target)
     else:

@@ -63,7 +63,9 @@ def _meant(text: str) -> set[Target]:
 
 
 def check(name: str, lines: Sequence[str]) -> None:
-    """Raises UnfinishedError for files that may be what is saved of a container by another name."""
+    """Raises UnfinishedError where what is saved of a container could not be changed or forgotten, or not all of it:
+    each line says why.
+    """
     if lines:
-        message = f"{name} may be saved by another name, too, in what cannot be read: {'; '.join(lines)}"
+        message = f"{name}: what is saved of it may come back: {'; '.join(lines)}"
         raise UnfinishedError(message, "repeat the command when it can be read; `graft up` tells")

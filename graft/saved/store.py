@@ -47,6 +47,8 @@ T = TypeVar("T")
 _LOCK_SECONDS = 60.0
 """How long to wait for other commands: one may be waiting for a container that blocks it, for some seconds."""
 
+_DETACH_ALL_THE_SAME = "graft detach --no-save takes a container's rules away all the same"
+
 ENDPOINTS, ATTACHMENTS = "endpoints", "attachments"
 
 
@@ -108,7 +110,7 @@ class Store:
                 stack.enter_context(locked_file(self._lock, _LOCK_SECONDS, reads=not saves))
                 self._finish_exchange(saves)
             except OSError as error:
-                raise _unsaved(self._state_dir, error) from error
+                raise (_unsaved if saves else _unreadable)(self._state_dir, error) from error
             yield
 
     def _finish_exchange(self, saves: bool) -> None:
@@ -130,7 +132,9 @@ class Store:
     # ---- reading --------------------------------------------------------------------------------
 
     def read(self) -> tuple[SavedState, list[BadFile]]:
-        """All that is saved and can be read, and what cannot. Raises RefusedError if others can write the folder."""
+        """All that is saved and can be read, and what cannot. Raises RefusedError if others can write the folder, and
+        KernelError if it cannot be listed.
+        """
         bad: list[BadFile] = []
         endpoints = [one for _, one in self._each(ENDPOINTS, _endpoint_of, bad)]
         attachments = [one for _, one in self._each(ATTACHMENTS, _attachment_of, bad)]
@@ -148,33 +152,31 @@ class Store:
 
     def has_endpoint(self, name: str) -> bool:
         """Whether an endpoint is saved. One that cannot be read counts: it may be read later, and come back. Raises
-        KernelError.
+        what `read` raises.
         """
-        try:  # not by a path: the operator may have written one
-            names = {path.name for path in (self._in_place / ENDPOINTS).iterdir()}
-            return not name.startswith(".") and name in names
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise KernelError(f"{self._in_place / ENDPOINTS}: cannot be read: {error.strerror}", "graft up") from error
+        return name in {path.name for path in self._listed(ENDPOINTS)}  # not by a path: it may be written as one
 
     def _each(self, kind: str, read: Callable[[Path], T], bad: list[BadFile]) -> Iterator[tuple[Path, T]]:
-        whole = self._in_place
-        folder = whole / kind
-        if not folder.exists():
-            return
-        _check_folder(self._state_dir, follow=True)  # an operator may have it elsewhere
-        for checked in (whole, folder):
-            _check_folder(checked)
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith("."):  # written by a command that was killed
-                continue
+        for path in self._listed(kind):
             try:
                 yield path, read(path)
             except FileNotFoundError:  # removed just now
                 continue
             except (OSError, UsageError) as error:
                 bad.append(_bad_file(path, error))
+
+    def _listed(self, kind: str) -> list[Path]:
+        whole = self._in_place
+        folder = whole / kind
+        try:
+            if not folder.exists():
+                return []
+            _check_folder(self._state_dir, follow=True)  # an operator may have it elsewhere
+            for checked in (whole, folder):
+                _check_folder(checked)
+            return sorted(path for path in folder.iterdir() if not path.name.startswith("."))  # of killed commands
+        except OSError as error:
+            raise _unreadable(folder, error) from error
 
     # ---- changes, under the lock ----------------------------------------------------------------
 
@@ -265,9 +267,13 @@ class Store:
     # Noted in run_dir, which a boot empties and `graft down` removes. A data plane that is lost does not end it.
 
     def pause(self, kind: str, name: str) -> None:
-        """Do not restore it in this boot: it was taken away for now only (`--no-save`)."""
-        self._paused.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (self._paused / f"{kind}-{name}").touch(mode=0o600)
+        """Do not restore it in this boot: it was taken away for now only (`--no-save`). Raises KernelError."""
+        path = self._paused / f"{kind}-{name}"
+        try:
+            self._paused.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+        except OSError as error:
+            raise KernelError(f"cannot write {path}: {error.strerror}; it may be restored in this boot") from error
 
     def resume(self, kind: str, name: str) -> None:
         """Take `pause` back. Safe to repeat."""
@@ -330,8 +336,11 @@ class Store:
         return self._for_now(target).exists()
 
     def drop_for_now(self, target: Target) -> None:
-        """Take `prepare_for_now` back. Safe to repeat."""
-        self._for_now(target).unlink(missing_ok=True)
+        """Take `prepare_for_now` back. Safe to repeat. Raises KernelError."""
+        try:
+            self._for_now(target).unlink(missing_ok=True)
+        except OSError as error:
+            raise KernelError(f"cannot remove {self._for_now(target)}: {error.strerror}") from error
 
     def _for_now(self, target: Target) -> Path:
         return self._paused / "policies" / file_name(target)
@@ -353,7 +362,10 @@ def _make_folders(folder: Path) -> None:
 def _check_folder(path: Path, follow: bool = False) -> None:
     """Raises RefusedError if another user than root and the caller can write there."""
     if problem := problem_of(path.stat() if follow else path.lstat()):
-        raise RefusedError(f"{path}: {problem}; nothing that is saved was read or written", f"chmod go-w {path}")
+        raise RefusedError(
+            f"{path}: {problem}; nothing that is saved was read or written",
+            f"chmod go-w {path}; {_DETACH_ALL_THE_SAME}",
+        )
 
 
 def _remove(path: Path) -> None:
@@ -369,6 +381,11 @@ def _remove(path: Path) -> None:
 def _unsaved(path: Path, error: OSError) -> KernelError:
     reason = error.strerror or str(error)
     return KernelError(f"cannot save to {path}: {reason}; nothing was changed", "--no-save changes it for this boot")
+
+
+def _unreadable(folder: Path, error: OSError) -> KernelError:
+    reason = error.strerror or str(error)
+    return KernelError(f"cannot read {folder}: {reason}; nothing was changed", _DETACH_ALL_THE_SAME)
 
 
 def _read(path: Path) -> bytes:

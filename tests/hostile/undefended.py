@@ -666,6 +666,21 @@ def _out_of_the_hooks(changes: tuple[Change, ...]) -> Callable[[], None]:
     return leave_out
 
 
+def _noted_first() -> None:
+    """`graft detach` does nothing where what is saved cannot be read, and closes no socket where it cannot note it."""
+
+    @contextlib.contextmanager
+    def removed(settings: Settings, container: Container, save: bool) -> Iterator[list[str]]:
+        store = Store(settings)
+        with store.locked(saves=save):
+            each, _ = saving._each_of(store, container)
+            yield []
+            for one in each:
+                saving.forget(store, one.target, save)
+
+    saving.removed = removed
+
+
 def _shares() -> None:
     """One limit for the connections of all containers."""
     from graft.splice import resources, shares
@@ -1986,6 +2001,7 @@ DEFENCES: dict[str, Callable[[], None]] = {
     "pins at once": _pins_at_once,
     "left rules": _left_rules,
     "unrecorded": _unrecorded,
+    "noted first": _noted_first,
     "nesting": _nesting,
     "put aside": _put_aside,
     "hooks of supervisors": _hooks_of_supervisors,
