@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from graft.commands import saving, unread
 from graft.commands.find import find
-from graft.errors import GraftError, NotFoundError
+from graft.errors import GraftError, KernelError, NotFoundError, RefusedError
 from graft.saved.model import SavedAttachment, SavedState, Target
 from graft.saved.store import BadFile, Store
 from graft.splice import client as splice
@@ -63,8 +63,13 @@ def _end_waiting(graft: Installation, text: str, save: bool) -> NotWaited | None
     """End the waiting of the one that ``text`` names; None where none waits. Looked for again under the lock: who
     restores has that when it attaches one, which does not wait any more then.
     """
-    if _find_waiting(graft, text) is None:
-        return None
+    try:
+        if _find_waiting(graft, text) is None:
+            return None
+    except (KernelError, RefusedError):
+        if save:
+            raise
+        return None  # nothing can be read: it may be attached all the same
     store = Store(graft.settings)
     with store.locked(saves=save):
         state, bad = store.read()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from graft.commands import renew, up, watcher_process
 from graft.datapath import dataplane
-from graft.errors import ConflictError, GraftError
+from graft.errors import ConflictError, GraftError, KernelError, RefusedError
 from graft.kernel.mounts import BPFFS, MOUNT, mount_bpffs
 from graft.kernel.ownership import problem_of
 from graft.model.settings import POLICY_FOLDER, Settings
@@ -142,5 +142,7 @@ def _waits_for_containers(settings: Settings) -> bool:
     store = Store(settings)
     try:
         return store.exists and bool(store.read()[0].attachments)
-    except GraftError:  # others may write there, which is told of the folder
+    except RefusedError:  # others may write there, which is told of the folder
         return False
+    except KernelError:  # it cannot be listed now
+        return True

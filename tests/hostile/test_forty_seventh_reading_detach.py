@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from graft.commands import saving
+from graft.saved.model import Target
 from graft.saved.store import ATTACHMENTS, ENDPOINTS, Store
 from tests.e2e.conftest import WritePolicy, write_policy
 from tests.e2e.test_saved_state import box, saver
@@ -84,6 +86,16 @@ def test_rules_are_taken_away_for_now_whatever_is_saved(saver: Host, box: Path, 
         assert without or (done.returncode == 8 and "may come back" in done.stderr and "Traceback" not in done.stderr)
     saver.graft("up")
     assert (attach_points(box) == set()) is not bool(without), "it stays away in this boot"
+
+
+@EACH
+def test_it_is_found_by_another_name_all_the_same(saver: Host, box: Path, damage: Damage) -> None:
+    saver.graft("attach", "--cgroup", box, "--deny")
+    alone(saver)
+    with damage(Store(saver.settings)):
+        name = Target("cgroup", saving.below_mount(box)).text
+        assert "may come back" in saver.graft("detach", "--no-save", "--cgroup", name, status=8).stderr
+        assert attach_points(box) == set()
 
 
 @CONTROL
