@@ -33,6 +33,8 @@ def compile_changed(
     before = compile_all(folder, intact, names, constants)
     assert intact.headers == changed.headers, "only the text of programs is compared"
     reached = programs_reached(intact.text(names), changed.text(names), before.programs)
+    if not reached:
+        return before  # another text than the one that was changed: the relay's
     if reached == set(before.programs):
         return compile_all(folder, changed, names, constants)
     left = set(before.programs) - reached
